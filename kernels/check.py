@@ -1,0 +1,58 @@
+"""What every attention method asks of its inputs, said before anything is launched."""
+
+import torch
+from torch import Tensor
+
+from sbeval.errors import InputError
+
+MAX_HEAD_SIZE = 256
+
+
+def inputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> None:
+    """Raise InputError, naming the argument, unless these can be attended.
+
+    q: (B, T, H, D); k, v: (B, S, G, D) with 1 <= T <= S, G dividing H and D <= 256, all of one floating dtype on one
+    device, no dimension empty. cu_seqlens: int32 (N + 1,) on that device, rising from 0 to T, then B = 1 and S = T; its
+    values are read only on a CPU, since reading them elsewhere would wait for the device.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or 0 in x.shape:
+            raise InputError(f"{name} must have four dimensions, none empty; its shape is {tuple(x.shape)}")
+        if not x.is_floating_point() or x.dtype != q.dtype:
+            raise InputError(f"{name} must be floating and of the dtype of q, {q.dtype}; it is {x.dtype}")
+        if x.device != q.device:
+            raise InputError(f"{name} must be on the device of q, {q.device}; it is on {x.device}")
+    if k.shape != v.shape:
+        raise InputError(f"v must have the shape of k, {tuple(k.shape)}; its shape is {tuple(v.shape)}")
+    if (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise InputError(f"k must have the batch and head size of q, {tuple(q.shape)}; its shape is {tuple(k.shape)}")
+    if q.shape[2] % k.shape[2]:
+        raise InputError(f"k has {k.shape[2]} heads, which must divide the {q.shape[2]} heads of q")
+    if q.shape[1] > k.shape[1]:
+        raise InputError(f"q has {q.shape[1]} positions, more than the {k.shape[1]} of k, of which they are the last")
+    if q.shape[3] > MAX_HEAD_SIZE:
+        raise InputError(f"q has heads of size {q.shape[3]}; at most {MAX_HEAD_SIZE} is supported")
+    if cu_seqlens is not None:
+        _cu_seqlens(q, k, cu_seqlens)
+
+
+def _cu_seqlens(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> None:
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype != torch.int32:
+        shape = tuple(cu_seqlens.shape)
+        raise InputError(
+            f"cu_seqlens must be int32 of shape (sequences + 1,); it is {cu_seqlens.dtype} of shape {shape}"
+        )
+    if cu_seqlens.device != q.device:
+        raise InputError(f"cu_seqlens must be on the device of q, {q.device}; it is on {cu_seqlens.device}")
+    if q.shape[0] != 1 or q.shape[1] != k.shape[1]:
+        raise InputError(
+            f"cu_seqlens packs sequences into one row: B must be 1 and S equal T; "
+            f"q is {tuple(q.shape)} and k {tuple(k.shape)}"
+        )
+    if not cu_seqlens.is_cpu or torch.compiler.is_compiling():
+        return
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != q.shape[1]:
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        raise InputError(f"cu_seqlens must go from 0 to T = {q.shape[1]}; it goes from {first} to {last}")
+    if (cu_seqlens.diff() < 0).any():
+        raise InputError(f"cu_seqlens must not fall; it is {cu_seqlens.tolist()}")

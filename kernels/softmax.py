@@ -1,0 +1,298 @@
+"""Causal softmax attention, which `rope`, `nope` and `alibi` share.
+
+    o_i = sum_j a_ij v_j        a_ij = softmax over the keys j that i sees of  scale * q_i . k_j + bias(i, j)
+
+Vaswani et al., arXiv 1706.03762, eq. 1, with a causal mask and an additive bias.
+
+    B, T, S, H, G, D    batch, queries, keys, query heads, key-value heads (G divides H), head size
+    q: (B, T, H, D)     k, v: (B, S, G, D)     the queries are the last T of the S positions
+    cu_seqlens: int32 (N + 1,), bounds of N sequences packed into one row; then B = 1 and S = T
+
+Two ideas carry every variant. What query i sees is an interval of keys, `first[i] .. i`, whose lower end never falls
+with i: 0, the start of the sequence or the edge of a window. What is added to a logit is a function of indices, a
+`Bias`: the CPU evaluates it for some rows at a time, FlexAttention compiles it, and nobody holds a T x S matrix.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
+
+from sbeval.errors import InputError, choose
+from sbeval.kernels import check
+
+# bias(b, h, i, j): what is added to the logit of query i and key j, both counted from the start of the row, in batch
+# entry b and query head h; integer tensors that broadcast, 0-dimensional in FlexAttention
+Bias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+BACKENDS = ("torch", "sdpa", "cudnn", "flash", "flex")
+# rows whose logits the CPU holds at a time
+CHUNK = 256
+# FlexAttention's mask is sparse in squares of this side
+BLOCK = 128
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, cu_seqlens: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Attend densely, in the dtype of q. bias: added to the logits, broadcast to (B, H, T, S). Returns (B, T, H, D)."""
+    t, s = q.shape[1], k.shape[1]
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    seen = torch.ones(t, s, dtype=torch.bool, device=q.device).tril(s - t)
+    if cu_seqlens is not None:
+        lengths = cu_seqlens.diff()
+        sequence = torch.arange(len(lengths), device=q.device).repeat_interleave(lengths)
+        seen &= sequence[:, None] == sequence
+    logits = scale * torch.einsum("bthd,bshd->bhts", q, k)
+    if bias is not None:
+        logits = logits + bias
+    return torch.einsum("bhts,bshd->bthd", logits.masked_fill(~seen, -torch.inf).softmax(-1), v)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+    bias: Bias | None = None,
+) -> Tensor:
+    """Attend causally in memory linear in T and S; returns (B, T, H, D) in the dtype of q.
+
+    scale: multiplies q . k, D ** -0.5 when None; it does not touch the bias. backend: one of BACKENDS, or None for the
+    fastest that is correct. InputError for inputs that `check.inputs` refuses and for a backend that cannot serve them.
+    """
+    check.inputs(q, k, v, cu_seqlens)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = _backend(q, k, cu_seqlens is not None, bias is not None, backend)
+    if chosen == "torch":
+        return _torch(q, k, v, scale, cu_seqlens, bias)
+    # the fused kernels take head sizes in steps of 8 from 16 on; zeros change no product
+    size = q.shape[-1]
+    q, k, v = (F.pad(x, (0, max(16 - size, -size % 8))) if size < 16 or size % 8 else x for x in (q, k, v))
+    if chosen == "flex":
+        out = _flex(q, k, v, scale, cu_seqlens, bias)
+    elif chosen == "flash" and (cu_seqlens is not None or 1 < q.shape[1] < k.shape[1]):
+        out = _varlen(q, k, v, scale, cu_seqlens)
+    else:
+        out = _sdpa(q, k, v, scale, chosen)
+    return out[..., :size]
+
+
+def backend_name(device_type: str, *, biased: bool = False) -> str:
+    """Name what `attention` runs by default on whole sequences on a device of this type, `cpu` or `cuda`."""
+    if device_type != "cuda":
+        return "torch"
+    return "flex" if biased else "sdpa"
+
+
+def starts(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+    """Return int32 (length,): for each position, where its sequence starts in the row; 0 when nothing is packed."""
+    if cu_seqlens is None:
+        return torch.zeros(length, dtype=torch.int32, device=device)
+    positions = torch.arange(length, dtype=torch.int32, device=device)
+    return cu_seqlens[torch.searchsorted(cu_seqlens, positions, right=True) - 1]
+
+
+def _backend(q: Tensor, k: Tensor, packed: bool, biased: bool, asked: str | None) -> str:
+    """Pick what runs, or InputError when what was asked for cannot."""
+    t, s = q.shape[1], k.shape[1]
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    # SDPA's causal mask is aligned to the first key: right for whole sequences, and not needed for one query
+    aligned = not packed and t in (1, s)
+    if asked is None:
+        if not q.is_cuda or q.dtype == torch.float64:
+            return "torch"
+        if biased:
+            return "flex"
+        return "sdpa" if aligned else "flash" if half else "flex"
+    if choose("backend", asked, BACKENDS) == "torch":
+        return asked
+    if not q.is_cuda:
+        raise InputError(f"backend {asked!r} needs a GPU; this tensor is on {q.device.type}")
+    if q.dtype == torch.float64 or (asked in ("cudnn", "flash") and not half):
+        offer = "'torch'" if q.dtype == torch.float64 else "'flex'"
+        raise InputError(f"backend {asked!r} does not take {q.dtype}; use {offer}")
+    if biased and asked != "flex":
+        raise InputError(f"backend {asked!r} takes no attention bias; use 'flex'")
+    if asked in ("sdpa", "cudnn") and not aligned:
+        raise InputError(f"backend {asked!r} takes neither packed sequences nor {t} queries of {s} keys; use 'flex'")
+    return asked
+
+
+def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, bias: Bias | None) -> Tensor:
+    """Attend on any device, sequence by sequence and CHUNK rows at a time."""
+    # with a strided head dimension SDPA leaves its fused kernel and holds T x S weights
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    past = k.shape[1] - q.shape[1]
+    again = q.shape[1] > CHUNK and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    outputs = []
+    for first, stop in [(0, k.shape[1])] if cu_seqlens is None else pairwise(cu_seqlens.tolist()):
+        if bias is None and past == 0 and q.is_cpu and first < stop:
+            outputs.append(_fused(q[:, first:stop], k[:, first:stop], v[:, first:stop], scale, causal=True))
+            continue
+        for start, end in _chunks(max(first, past), stop):
+            args = q[:, start - past : end - past], k[:, first:end], v[:, first:end], scale, first, start, bias
+            # the backward of a fused kernel keeps its mask, which over all chunks would be T x S: make it again instead
+            outputs.append(
+                cast(Tensor, checkpoint(_rows, *args, use_reentrant=False, preserve_rng_state=False))
+                if again
+                else _rows(*args)
+            )
+    return torch.cat(outputs, dim=1)
+
+
+def _chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
+    for i in range(start, stop, CHUNK):
+        yield i, min(i + CHUNK, stop)
+
+
+def _rows(q: Tensor, k: Tensor, v: Tensor, scale: float, first: int, start: int, bias: Bias | None) -> Tensor:
+    """Attend some rows: q holds positions from `start`, k and v from `first` to the last position of q."""
+    batch, rows, heads, _ = q.shape
+    i = torch.arange(start, start + rows, device=q.device)[:, None]
+    j = torch.arange(first, start + rows, device=q.device)
+    mask = j <= i
+    if bias is not None:
+        b = torch.arange(batch, device=q.device)[:, None, None, None]
+        h = torch.arange(heads, device=q.device)[:, None, None]
+        mask = torch.where(mask, bias(b, h, i, j), -torch.inf)
+        # only with four dimensions does SDPA keep to its fused kernel
+        mask = mask.expand(batch, heads, *mask.shape[-2:])
+    return _fused(q, k, v, scale, mask=mask)
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, mask: Tensor | None = None
+) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out.transpose(1, 2)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, chosen: str) -> Tensor:
+    """Attend T = S or T = 1 queries on a GPU; `chosen` forces a kernel unless it is `sdpa`."""
+    causal = q.shape[1] > 1
+    if q.dtype == torch.float32:
+        # its only kernel that is linear in memory does not group heads
+        k, v = _heads(k, v, q.shape[2])
+    if chosen == "sdpa":
+        return _fused(q, k, v, scale, causal=causal)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if chosen == "cudnn" else SDPBackend.FLASH_ATTENTION):
+        return _fused(q, k, v, scale, causal=causal)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> Tensor:
+    """Attend packed sequences, or the last T of S positions: the mask is aligned to the last key of each sequence."""
+    (batch, t), s = q.shape[:2], k.shape[1]
+    q_bounds = k_bounds = cu_seqlens
+    if q_bounds is None:
+        q_bounds = torch.arange(0, batch * t + 1, t, dtype=torch.int32, device=q.device)
+        k_bounds = torch.arange(0, batch * s + 1, s, dtype=torch.int32, device=q.device)
+    k, v = _heads(k, v, q.shape[2])
+    # the longest sequence is known only to the device; the row's length bounds it, and surplus tiles leave at once
+    rows, keys, values = (x.flatten(0, 1) for x in (q, k, v))
+    out = varlen_attn(rows, keys, values, q_bounds, k_bounds, t, s, scale=scale, window_size=(-1, 0))
+    return cast(Tensor, out).view_as(q)
+
+
+def _heads(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Repeat key-value heads for kernels that do not group them."""
+    if k.shape[2] == heads:
+        return k, v
+    group = heads // k.shape[2]
+    return k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    compiled = torch.compile(flex_attention, fullgraph=True)
+
+    def attend(*args: Any, **options: Any) -> Tensor:
+        # a sweep over methods, head sizes and dtypes passes the usual 8 variants, after which nothing would be fused
+        with torch._dynamo.config.patch(recompile_limit=256):
+            return compiled(*args, **options)
+
+    return attend
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, bias: Bias | None) -> Tensor:
+    """Attend through FlexAttention, which skips the blocks of keys that no query of a block sees."""
+    t, s = q.shape[1], k.shape[1]
+    compiling = torch.compiler.is_compiling()
+    if cu_seqlens is None and not compiling:
+        mask = _causal_blocks(t, s, q.device)
+    else:
+        mask = block_mask(t, starts(s, cu_seqlens, q.device))
+    past = torch.full((), s - t, dtype=torch.int32, device=q.device)
+
+    def score(logit: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        assert bias is not None
+        return logit + bias(b, h, i + past, j)
+
+    attend = cast(Callable[..., Tensor], flex_attention) if compiling else _compiled_flex()
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    out = attend(
+        q,
+        k,
+        v,
+        score_mod=None if bias is None else score,
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=group > 1,
+        # the kernel for decoding holds all queries of a group at once: with many it compiles for minutes, or not at all
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": t * group > 16},
+    )
+    return out.transpose(1, 2)
+
+
+@functools.lru_cache(maxsize=32)
+def _causal_blocks(t: int, s: int, device: torch.device) -> BlockMask:
+    # what inference mode makes could not be saved for a later backward
+    with torch.inference_mode(False):
+        return block_mask(t, starts(s, None, device))
+
+
+def block_mask(t: int, first: Tensor) -> BlockMask:
+    """Build FlexAttention's mask for the last t of S positions, position i seeing the keys first[i] .. i.
+
+    first: int (S,), first[i] <= i, never falling. Blocks follow from the ends of the intervals, so nothing of size
+    t x S is made, unlike in `create_block_mask`.
+    """
+    s, device = first.numel(), first.device
+    past = torch.full((), s - t, dtype=torch.int32, device=device)
+    lower = first[s - t :]
+
+    def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (lower[i] <= j) & (j <= i + past)
+
+    top = torch.arange(0, t, BLOCK, device=device)[:, None]
+    bottom = (top + BLOCK - 1).clamp(max=t - 1)
+    left = torch.arange(0, s, BLOCK, device=device)
+    right = left + BLOCK - 1
+    some = (left <= bottom + past) & (right >= lower[top])
+    # a block that overruns T or S is never full, the latter since its right edge lies past every query
+    full = (right <= top + past) & (left >= lower[bottom]) & (top + BLOCK <= t)
+    return BlockMask.from_kv_blocks(
+        *_ordered(some & ~full), *_ordered(full), BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(t, s)
+    )
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the marked columns of each row, and list them first; (1, 1, rows) and (1, 1, rows, columns)."""
+    count = blocks.sum(-1, dtype=torch.int32)
+    columns = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+    return count[None, None], columns[None, None]

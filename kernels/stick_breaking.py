@@ -1,0 +1,311 @@
+"""Stick-breaking attention (Tan, Yang, Courville, Panda, Shen, ICLR 2025, arXiv 2410.17980, section 2).
+
+Query i breaks a stick: walking back from itself, key j takes the share beta_ij of what nearer keys left over.
+
+    z_ij = scale q_i . k_j        beta_ij = sigmoid(z_ij)
+    A_ij = beta_ij prod_{j < l < i} (1 - beta_il)
+    o_i = sum_j A_ij v_j          rem_i = prod_l (1 - beta_il) = 1 - sum_j A_ij
+
+Gradients, with g_ij = A_ij (do_i . v_j):
+
+    dz_ij = g_ij - beta_ij (rem_i drem_i + sum_{l <= j} g_il)
+
+Shapes: q (B, T, H, D); k, v (B, S, G, D), head h of the queries reading head h // (H / G) of the keys; the queries are
+the last T of the S positions. Keys before the query only (j < i), or j <= i with `attend_current`.
+
+Departures from the paper: the stick of a whole query tile can be called used up once less than `epsilon` of it is left;
+older tiles, which could add at most epsilon max|v|, are then not visited, in backward neither.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sbeval.errors import choose
+from sbeval.kernels import check
+
+# rows and columns of the tiles of the portable path
+TILE = 128
+BACKENDS = ("torch", "triton")
+REMAINDERS = ("none", "value", "bias")
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, attend_current: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The definition, dense, in the dtype of its inputs: output (B, T, H, D) and remainder (B, T, H)."""
+    group, offset = q.shape[2] // k.shape[2], k.shape[1] - q.shape[1]
+    k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
+    z = torch.einsum("bthd,bshd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    i, j = torch.arange(q.shape[1], device=q.device)[:, None] + offset, torch.arange(k.shape[1], device=q.device)
+    allowed = j <= i if attend_current else j < i
+    if cu_seqlens is not None:
+        sequence = torch.bucketize(j, cu_seqlens[1:], right=True)
+        allowed = allowed & (sequence[:, None] == sequence)
+    log_rest = F.logsigmoid(-z).masked_fill(~allowed, 0)
+    from_here = log_rest.flip(-1).cumsum(-1).flip(-1)
+    later = F.pad(from_here[..., 1:], (0, 1))
+    weights = (F.logsigmoid(z) + later).exp().masked_fill(~allowed, 0)
+    out = torch.einsum("bhts,bshd->bthd", weights, v)
+    return out, log_rest.sum(-1).exp().transpose(1, 2)
+
+
+@dataclass(slots=True)
+class _Tile:
+    """One tile of the portable path, for the heads that still hold some of their stick."""
+
+    heads: Tensor | slice
+    keys: slice
+    k: Tensor  # (heads, keys, D)
+    v: Tensor
+    beta: Tensor  # (heads, rows, keys)
+    before: Tensor  # stick left before each key, (heads, rows, keys)
+    after: Tensor  # stick left after the tile, (heads, rows, 1)
+
+
+def _walk(q: Tensor, k: Tensor, v: Tensor, rows: slice, attend_current: bool, epsilon: float) -> Iterator[_Tile]:
+    """Walk the queries `rows` towards the past, a tile of keys at a time, until every stick is used up.
+
+    q: (heads, T, D), scaled; k, v: (key heads, S, D), newest key first, so that scans run forward. A product of
+    1 - beta may underflow to 0: a weight so small is 0 in the same dtype, which is why no logarithm is needed here.
+    """
+    n_keys, offset = k.shape[1], k.shape[1] - q.shape[1] + int(attend_current)
+    key_head = torch.arange(q.shape[0], device=q.device) // (q.shape[0] // k.shape[0])
+    position = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + offset
+    heads: Tensor | slice = slice(None)
+    left = q.new_ones(q.shape[0], rows.stop - rows.start, 1)
+    for start in range(n_keys - (rows.stop - 1 + offset), n_keys, TILE):
+        keys = slice(start, min(start + TILE, n_keys))
+        k_tile, v_tile = k[key_head[heads], keys], v[key_head[heads], keys]
+        z = q[heads, rows] @ k_tile.transpose(1, 2)
+        beta, rest = z.sigmoid(), z.neg_().sigmoid_()
+        if n_keys - keys.start > rows.start + offset:
+            outside = (n_keys - 1 - torch.arange(keys.start, keys.stop, device=q.device)) >= position
+            beta.masked_fill_(outside, 0)
+            rest.masked_fill_(outside, 1)
+        stick = rest.cumprod(-1).mul_(left)
+        after = stick[..., -1:]
+        yield _Tile(heads, keys, k_tile, v_tile, beta, torch.cat([left, stick[..., :-1]], -1), after)
+        alive = after.amax((1, 2)) > epsilon
+        if not alive.any():
+            return
+        left = after
+        if not alive.all():
+            left = after[alive]
+            heads = torch.arange(q.shape[0], device=q.device)[heads][alive]
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(B, T, H, D) to (B H, T, D), in the dtype that the portable path computes in."""
+    dtype = x.dtype if x.dtype == torch.float64 else torch.float32
+    return x.to(dtype).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _row_tiles(length: int) -> Iterator[slice]:
+    return (slice(row, min(row + TILE, length)) for row in range(0, length, TILE))
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, attend_current: bool, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Output (B, T, H, D) and remainder (B, T, H) of one dense problem, in the dtype it computes in."""
+    queries, keys, values = _flat(q) * scale, _flat(k).flip(1), _flat(v).flip(1)
+    out, remainder = torch.zeros_like(queries), queries.new_ones(queries.shape[:2])
+    for rows in _row_tiles(queries.shape[1]):
+        for tile in _walk(queries, keys, values, rows, attend_current, epsilon):
+            out[tile.heads, rows] += (tile.beta * tile.before) @ tile.v
+            remainder[tile.heads, rows] = tile.after[..., 0]
+    return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2), remainder.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, remainder: Tensor, dout: Tensor, dremainder: Tensor, *,
+    scale: float, attend_current: bool, epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v, walking the same tiles; sum_{l <= j} g_il = do_i . o_i - sum_{l > j} g_il."""
+    queries, keys, values, douts = _flat(q) * scale, _flat(k).flip(1), _flat(v).flip(1), _flat(dout)
+    dq, dk = torch.zeros_like(queries), queries.new_zeros(queries.shape[0], *keys.shape[1:])
+    dv = torch.zeros_like(dk)
+    delta = (_flat(out) * douts).sum(-1, keepdim=True)
+    from_remainder = (remainder * dremainder).transpose(1, 2).flatten(0, 1)[..., None].to(delta.dtype)
+    # a stick this short is rounding noise beside the whole one
+    resolution = torch.finfo(delta.dtype).eps / 2
+    for rows in _row_tiles(queries.shape[1]):
+        later = torch.zeros_like(delta[:, rows])
+        for tile in _walk(queries, keys, values, rows, attend_current, epsilon):
+            here = tile.heads
+            weights = tile.beta * tile.before
+            g = weights * (douts[here, rows] @ tile.v.transpose(1, 2))
+            from_here = g.cumsum(-1).add_(later[here])
+            older = (delta[here, rows] - from_here).add_(g).mul_(tile.before > resolution)
+            dz = g - tile.beta * older.add_(from_remainder[here, rows])
+            later[here] = from_here[..., -1:]
+            dq[here, rows] += dz @ tile.k
+            dk[here, tile.keys] += dz.transpose(1, 2) @ queries[here, rows]
+            dv[here, tile.keys] += weights.transpose(1, 2) @ douts[here, rows]
+    dq, dk, dv = (x.unflatten(0, (q.shape[0], -1)).transpose(1, 2) for x in (dq * scale, dk.flip(1), dv.flip(1)))
+    dk, dv = (x.unflatten(2, (k.shape[2], -1)).sum(3) for x in (dk, dv))
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _sequences(cu_seqlens: Tensor | None) -> list[slice]:
+    if cu_seqlens is None:
+        return [slice(None)]
+    bounds = cu_seqlens.tolist()
+    return [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False) if pair[1] > pair[0]]
+
+
+@torch.library.custom_op("sbeval::stick_breaking", mutates_args=())
+def _operator(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output, remainder, and what rounding took off a 16-bit output (empty otherwise), which the gradient needs."""
+    if backend == "triton":
+        from sbeval.kernels import stick_breaking_triton
+
+        return stick_breaking_triton.forward(q, k, v, cu_seqlens, scale, attend_current, epsilon)
+    parts = [
+        _forward(q[:, part], k[:, part], v[:, part], scale, attend_current, epsilon) for part in _sequences(cu_seqlens)
+    ]
+    exact, remainder = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
+    out = exact.to(q.dtype).contiguous()
+    residual = q.new_empty(0) if q.dtype == exact.dtype else (exact - out).to(q.dtype).contiguous()
+    return out, remainder.contiguous(), residual
+
+
+@_operator.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    residual = q.new_empty(0) if q.dtype == wide else torch.empty_like(out)
+    return out, torch.empty(q.shape[:3], dtype=wide, device=q.device), residual
+
+
+@torch.library.custom_op("sbeval::stick_breaking_backward", mutates_args=())
+def _backward_operator(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, remainder: Tensor, residual: Tensor, dout: Tensor, dremainder: Tensor,
+    cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v."""
+    if backend == "triton":
+        from sbeval.kernels import stick_breaking_triton
+
+        return stick_breaking_triton.backward(
+            q, k, v, out, remainder, residual, dout, dremainder, cu_seqlens, scale, attend_current, epsilon
+        )
+    if residual.numel():
+        out = out.float() + residual.float()
+    tensors = (q, k, v, out, remainder, dout, dremainder)
+    parts = [
+        _backward(*[x[:, part] for x in tensors], scale=scale, attend_current=attend_current, epsilon=epsilon)
+        for part in _sequences(cu_seqlens)
+    ]
+    dq, dk, dv = (torch.cat(gradients, 1).contiguous() for gradients in zip(*parts, strict=True))
+    return dq, dk, dv
+
+
+@_backward_operator.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, remainder: Tensor, residual: Tensor, dout: Tensor, dremainder: Tensor,
+    cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+
+
+def _differentiate(ctx: Any, dout: Tensor, dremainder: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, out, remainder, residual, cu_seqlens = ctx.saved_tensors
+    gradients = _backward_operator(q, k, v, out, remainder, residual, dout, dremainder, cu_seqlens, *ctx.options)
+    return *gradients, None, None, None, None, None
+
+
+_operator.register_autograd(_differentiate, setup_context=_save)
+
+
+def pick_backend(q: Tensor, backend: str | None) -> str:
+    """What will run for queries like `q`: by default `triton` on a GPU in 16 or 32 bits, `torch` otherwise."""
+    supported = q.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    if backend is None:
+        return "triton" if q.is_cuda and supported else "torch"
+    choose("backend of stick_breaking", backend, BACKENDS)
+    if backend == "triton" and not (q.is_cuda and supported):
+        raise ValueError(f"backend 'triton' needs float16, bfloat16 or float32 on a GPU; q is {q.dtype} on {q.device}")
+    return backend
+
+
+def backend_name(device_type: str) -> str:
+    """What runs on a `cpu` or `cuda` device."""
+    return "triton" if device_type == "cuda" else "torch"
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, attend_current: bool = False,
+    cu_seqlens: Tensor | None = None, epsilon: float | None = None, backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Stick-breaking attention: output (B, T, H, D) like q, and remainder (B, T, H) in float32, float64 for float64.
+
+    cu_seqlens: int32 (N + 1,), cumulative lengths of N sequences packed into one row (B = 1, S = T); some may be empty.
+    scale: multiplies q . k, 1 / sqrt(D) by default. epsilon: the stick below which older tiles are skipped; 0 visits
+    all; by default half the spacing of numbers at 1 in the dtype that sums (2^-24, float64 2^-53), which changes the
+    output by less than rounding does. backend: `triton` (GPU), `torch` (anywhere) or None, the faster. Memory is
+    linear in T. Raises ValueError that names the argument for shapes, dtypes, devices or lengths it can't serve.
+    """
+    check.inputs(q, k, v, cu_seqlens)
+    if epsilon is None:
+        epsilon = torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).eps / 2
+    if not 0 <= epsilon < 1:
+        raise ValueError(f"epsilon is a share of the stick, at least 0 and less than 1; got {epsilon}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, remainder, _ = _operator(q, k, v, cu_seqlens, scale, attend_current, epsilon, pick_backend(q, backend))
+    return out, remainder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the model may choose. remainder: what the rest of the stick buys: nothing (`none`), the token's own `value`
+    (the paper) or a learned `bias` for each head. logit_scale: multiplies the model's logit scale."""
+
+    remainder: str = "value"
+    attend_current: bool = False
+    logit_scale: float = 1.0
+    epsilon: float | None = None
+
+    def __post_init__(self) -> None:
+        choose("remainder", self.remainder, REMAINDERS)
+
+
+class Mixer(nn.Module):
+    """Stick-breaking attention as the model holds it; see `sbeval.registry.Method`."""
+
+    def __init__(self, options: Options, *, heads: int, kv_heads: int, head_dim: int, width: int, scale: float) -> None:
+        super().__init__()
+        self.options = options
+        self.scale = scale * options.logit_scale
+        self.group = heads // kv_heads
+        if options.remainder == "bias":
+            self.bias = nn.Parameter(torch.zeros(heads, head_dim))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        out, remainder = attention(
+            q, k, v, scale=self.scale, attend_current=self.options.attend_current, cu_seqlens=cu_seqlens,
+            epsilon=self.options.epsilon,
+        )  # fmt: skip
+        if self.options.remainder == "none":
+            return out
+        own = self.options.remainder == "value"
+        rest = v[:, -q.shape[1] :].repeat_interleave(self.group, 2) if own else self.bias
+        return torch.addcmul(out, remainder[..., None].to(out.dtype), rest.to(out.dtype))

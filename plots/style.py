@@ -1,0 +1,257 @@
+"""What all figures share: how a method looks, how spread is drawn, which rows belong on one panel."""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+# the place in this table fixes a method's colour, marker and dashes in every figure
+NAMES = {
+    "stick_breaking": "stick-breaking",
+    "rope": "RoPE",
+    "alibi": "ALiBi",
+    "nope": "NoPE",
+    "fire": "FIRE",
+    "sliding_window": "sliding window",
+    "forgetting": "forgetting",
+}
+# seaborn's colour-blind palette, its faint yellow and pink last
+COLOURS = [sns.color_palette("colorblind").as_hex()[index] for index in (0, 3, 2, 4, 1, 9, 5, 7, 6, 8)]
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p", "<", ">")
+DASHES: tuple[tuple[float, ...], ...] = (
+    (),
+    (5, 1.5),
+    (1.2, 1.2),
+    (5, 1.2, 1.2, 1.2),
+    (3, 1.2),
+    (7, 1.2, 1.2, 1.2, 1.2, 1.2),
+)
+# how a title says what a panel's rows have in common
+PHRASES = {
+    "task": "{}",
+    "model": "{} model",
+    "train_len": "trained at length {}",
+    "eval_len": "evaluated to {} tokens",
+    "corpus": "{}",
+    "tokenizer": "{} tokenizer",
+    "preset": "preset {}",
+    "train_tokens": "{:,} training tokens",
+    "dtype": "{}",
+    "width": "width {}",
+    "layers": "{} layers",
+    "heads": "{} heads",
+    "vocab_size": "vocabulary of {}",
+    "seq_len": "sequences of {} tokens",
+}
+TEXT_PT, SMALL_PT = 8, 7
+WIDTH_IN, ROW_IN = 7.2, 2.3
+MARK = "0.35"
+
+Method = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How one method is drawn, and what the legend calls it."""
+
+    label: str
+    colour: str
+    marker: str
+    dashes: tuple[float, ...]
+
+    def line(self) -> dict[str, Any]:
+        """Return the keywords that give a matplotlib line this look."""
+        return {
+            "color": self.colour,
+            "marker": self.marker,
+            "markersize": 4.5,
+            "markeredgewidth": 0.8,
+            "linewidth": 1.4,
+            "linestyle": (0, self.dashes) if self.dashes else "-",
+        }
+
+    def handle(self) -> Line2D:
+        """Return the method's entry for a legend."""
+        return Line2D([], [], label=self.label, **self.line())
+
+
+def looks(table: pd.DataFrame) -> dict[Method, Look]:
+    """Give each method of a table, a pair (attention, options), its look, in the order of the legend.
+
+    The first of a named method's options has the method's own look; further ones, and methods not in NAMES, have
+    the next free.
+    """
+    pairs = {(str(row.attention), str(row.options)) for row in table[["attention", "options"]].itertuples()}
+    places = {name: place for place, name in enumerate(NAMES)}
+    free = itertools.count(len(NAMES))
+    found: dict[Method, Look] = {}
+    for name, options in sorted(pairs, key=lambda pair: (places.get(pair[0], len(NAMES)), pair)):
+        first = all(name != other for other, _ in found)
+        place = places[name] if first and name in places else next(free)
+        found[name, options] = Look(
+            label=NAMES.get(name, name.replace("_", " ")) + (f" ({options})" if options else ""),
+            colour=COLOURS[place % len(COLOURS)],
+            marker=MARKERS[place % len(MARKERS)],
+            dashes=DASHES[place % len(DASHES)],
+        )
+    return found
+
+
+def method(rows: pd.DataFrame, of: Method) -> pd.DataFrame:
+    """Return the rows of one method."""
+    return rows[(rows["attention"] == of[0]) & (rows["options"] == of[1])]
+
+
+def spread(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Average over seeds for each value of `by`: columns `by`, mean, low, high, seeds, sorted by `by`.
+
+    `low` and `high` are the lowest and the highest seed; for one seed, the 95 % interval of its standard error.
+    """
+    each = rows.groupby([*by, "seed"], as_index=False)[["value", "stderr"]].mean()
+    seeds = each.groupby(list(by))
+    result = seeds["value"].agg(mean="mean", low="min", high="max", seeds="count")
+    margin = 1.96 * seeds["stderr"].mean().fillna(0.0).where(result["seeds"] == 1, 0.0)
+    result["low"] -= margin
+    result["high"] += margin
+    return result.reset_index()
+
+
+def explain(spreads: Iterable[pd.DataFrame], shape: str, sample: str) -> str:
+    """Say in a sentence what the bands or bars (`shape`) of a figure show; `sample` is what one seed is a mean over."""
+    rows = pd.concat(list(spreads))
+    counts = sorted(int(count) for count in rows["seeds"].unique())
+    if counts == [1] and not (rows["high"] > rows["low"]).any():
+        return "One seed."
+    single = f"95 % interval over {sample}"
+    if counts[-1] == 1:
+        return f"One seed; {shape}: {single}."
+    several = f"{counts[-1]}" if counts[0] == counts[-1] else f"up to {counts[-1]}"
+    alone = f"; for one seed, {single}" if counts[0] == 1 else ""
+    return f"Mean of {several} seeds; {shape}: lowest to highest seed{alone}."
+
+
+def panels(
+    table: pd.DataFrame, always: Sequence[str], others: Sequence[str], within: Sequence[str] = ()
+) -> list[tuple[str, pd.DataFrame]]:
+    """Split a table into the rows of each panel and its title.
+
+    A column of `always` or `others` splits when it has several values for the same value of `within`. Titles name the
+    columns of `always`, and of `others` those that are needed to tell panels apart.
+    """
+    counts = (
+        table.groupby(list(within))[[*always, *others]].nunique().max()
+        if within
+        else table[[*always, *others]].nunique()
+    )
+    split = [name for name in (*always, *others) if counts[name] > 1]
+    groups = [rows for _, rows in table.groupby(split, dropna=False)] if split else [table]
+    named = list(always)
+    for name in others:
+        if name in split and len(table[[*named, name]].drop_duplicates()) > len(table[named].drop_duplicates()):
+            named.append(name)
+    return [(_title(rows, named), rows) for rows in groups]
+
+
+def pairs(rows: int, *, share_y: bool = False) -> tuple[Figure, list[tuple[Axes, Axes]]]:
+    """Make a figure as wide as a page, with rows of two panels, and room for a legend above and a note below."""
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.03)
+    figure = Figure(figsize=(WIDTH_IN, ROW_IN * rows + 0.7), layout=layout)
+    axes = figure.subplots(rows, 2, squeeze=False, sharey="row" if share_y else False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(True, color="0.9", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=TEXT_PT)
+    return figure, [(left, right) for left, right in axes]
+
+
+def label(axis: Axes, x: str, y: str) -> None:
+    """Name both axes, with units."""
+    axis.set_xlabel(x, fontsize=TEXT_PT)
+    axis.set_ylabel(y, fontsize=TEXT_PT)
+
+
+def title(axis: Axes, text: str) -> None:
+    """Say above a row's first panel what the row shows."""
+    axis.set_title(text, loc="left", fontsize=TEXT_PT, fontweight="bold", pad=16)
+
+
+def finish(figure: Figure, handles: Sequence[Any], note: str) -> None:
+    """Put the legend above the panels, where it covers no data, and the note below them."""
+    lines = math.ceil(len(handles) / 4)
+    columns = math.ceil(len(handles) / lines)
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=columns, fontsize=TEXT_PT, frameon=False, handlelength=3
+    )
+    figure.supxlabel(note, x=0.01, ha="left", fontsize=SMALL_PT, color=MARK)
+
+
+def key(axis: Axes, handles: Sequence[Any]) -> None:
+    """Explain above a panel, between it and its title, what only this panel has."""
+    axis.legend(
+        handles=handles,
+        loc="lower right",
+        bbox_to_anchor=(1.0, 0.99),
+        ncols=len(handles),
+        fontsize=SMALL_PT,
+        labelcolor=MARK,
+        frameon=False,
+        borderpad=0.2,
+        handletextpad=0.4,
+        columnspacing=1.2,
+    )
+
+
+def octaves(axis: Axes, low: float, high: float, through: float) -> None:
+    """Make x logarithmic from `low` to `high`, with labels at powers of two, one of them next to `through`."""
+    first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
+    step = max(1, math.ceil((last - first + 1) / 8))
+    start = first + (round(math.log2(through)) - first) % step
+    ticks(axis, [2.0**exponent for exponent in range(start, last + 1, step)])
+    axis.set_xlim(low / 1.2, high * 1.2)
+
+
+def ticks(axis: Axes, values: Sequence[float]) -> None:
+    """Make x logarithmic to base 2 with labels at exactly these values."""
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_locator(FixedLocator(list(values)))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_locator(NullLocator())
+
+
+def decades(axis: Axes) -> None:
+    """Make y logarithmic, with plain numbers as labels."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def training_length(axis: Axes, length: int) -> None:
+    """Mark the training length by a line with its name above the panel."""
+    axis.axvline(length, color=MARK, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
+    axis.annotate(
+        f"training length {length}",
+        (length, 1.0),
+        xycoords=axis.get_xaxis_transform(),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="center",
+        fontsize=SMALL_PT,
+        color=MARK,
+    )
+
+
+def _title(rows: pd.DataFrame, names: Sequence[str]) -> str:
+    single = {name: rows[name].iloc[0] for name in names if rows[name].nunique() == 1 and str(rows[name].iloc[0])}
+    words = ", ".join(PHRASES[name].format(value) for name, value in single.items())
+    return words[:1].upper() + words[1:]

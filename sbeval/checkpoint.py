@@ -1,0 +1,140 @@
+"""Checkpoints: a folder with model.safetensors, config.json and, while training goes on, optimizer.safetensors.
+
+A folder is written under another name and renamed when complete, so a reader finds all of it or nothing.
+"""
+
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sbeval.errors import InputError
+from sbeval.model import Decoder, ModelConfig
+
+
+@dataclass(slots=True, kw_only=True)
+class State:
+    """Where a training run stands: the loss of every step done (nats/token), the seconds they took, and (step, score)
+    of each look at held-out data."""
+
+    losses: list[float] = field(default_factory=list)
+    scores: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    finished: bool = False
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+
+def save(folder: Path, model: Decoder, state: State, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Write a checkpoint in place of whatever `folder` holds."""
+    partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    weights = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
+    if model.config.tied:
+        del weights["head.weight"]
+    save_file(weights, partial / "model.safetensors")
+    if optimizer is not None:
+        save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
+    config = {"model": dataclasses.asdict(model.config), "state": dataclasses.asdict(state)}
+    (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    if folder.exists():
+        # without `folder`, `old` is all there is
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, and the one it was about to replace, if there is any."""
+    for path in (folder.with_name(f".{folder.name}.old"), folder):
+        # first what makes it one: stopped half way, the rest is none
+        (path / "config.json").unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def find(folder: Path) -> Path | None:
+    """The complete checkpoint at `folder`: itself, or the one it was about to replace when the writer was stopped."""
+    old = folder.with_name(f".{folder.name}.old")
+    return next((path for path in (folder, old) if (path / "config.json").is_file()), None)
+
+
+def load_state(folder: Path) -> State:
+    """How far the run of a checkpoint has come; InputError names a config.json that is missing or garbled."""
+    return _read_config(folder)[1]
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> Decoder:
+    """Build the model of a checkpoint folder; InputError names a file that is missing, cut short or does not fit."""
+    model = Decoder(_read_config(folder)[0])
+    restore(folder, model)
+    return model.to(device)
+
+
+def restore(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Load the weights, and the optimizer's moments when asked, into a model of the same config."""
+    weights = _read_tensors(folder / "model.safetensors")
+    if model.config.tied and "embedding.weight" in weights:
+        weights["head.weight"] = weights["embedding.weight"]
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        # below a heading, a line for each kind of misfit
+        first = str(error).splitlines()[1].strip()
+        raise InputError(f"{folder / 'model.safetensors'} does not fit its config: {first}") from None
+    if optimizer is not None:
+        _restore_optimizer(folder / "optimizer.safetensors", model, optimizer)
+
+
+def _read_config(folder: Path) -> tuple[ModelConfig, State]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{folder} is no checkpoint: it has no config.json") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    try:
+        model, state = ModelConfig(**config["model"]), State(**config["state"])
+        # JSON has no tuples
+        state.scores = [(step, score) for step, score in state.scores]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not the config of a checkpoint ({type(error).__name__}: {error})") from None
+    return model, state
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError) as error:
+        raise InputError(f"{path} can't be read: {error}; remove its folder to train again") from None
+
+
+def _optimizer_tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{key}.{name}": value.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _restore_optimizer(path: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+    tensors = _read_tensors(path)
+    for name, parameter in model.named_parameters():
+        state: dict[str, Tensor] = {}
+        for key, shape in (("step", torch.Size()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
+            found = tensors.get(f"{key}.{name}")
+            if found is None or found.shape != shape:
+                given = "none" if found is None else f"shape {tuple(found.shape)}"
+                raise InputError(f"{path} does not fit its model: {key} of {name} has {given}, not {tuple(shape)}")
+            state[key] = found.to(parameter.device)
+        optimizer.state[parameter] = state

@@ -1,0 +1,206 @@
+"""The command line. Nothing heavy is imported before a command runs, so `--help` answers at once."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sbeval.errors import InputError, choose
+
+if TYPE_CHECKING:
+    from sbeval.sweep import Place
+
+app = typer.Typer(
+    help="Evaluate stick-breaking attention and its rivals (Tan et al., ICLR 2025, arXiv 2410.17980).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Attention = Annotated[
+    list[str] | None,
+    typer.Option("--attention", help="Method, with options as name:key=value,...; repeat for several.", metavar="SPEC"),
+]
+Seed = Annotated[
+    list[int] | None, typer.Option(help="Seed of weights and data; repeat for several.", min=0, max=2**31 - 1)
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        help="quick (minutes on two cores), small (one GPU) or h200; quick on a CPU, small on a GPU if not given."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="Matrix products: float32, bfloat16, float16; bfloat16 on a GPU.")]
+ResultsDir = Annotated[Path, typer.Option(help="Where tables, run files, checkpoints and figures go.")]
+Force = Annotated[bool, typer.Option("--force", help="Run cells again that have a result.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the grid with its cost and stop.")]
+TensorBoard = Annotated[Path | None, typer.Option(help="Folder for TensorBoard logs.", metavar="DIR")]
+
+
+@app.command("length-gen")
+def length_gen(
+    preset: Preset = None,
+    attention: Attention = None,
+    seed: Seed = None,
+    size: Annotated[str | None, typer.Option(help="Model: quick, 25m, 60m, 125m, 350m, 1b, 3b.")] = None,
+    train_len: Annotated[int | None, typer.Option(help="Tokens of a training sequence.")] = None,
+    eval_len: Annotated[int | None, typer.Option(help="Tokens of context to evaluate to.")] = None,
+    train_tokens: Annotated[int | None, typer.Option(help="Tokens to train on.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one optimizer step.")] = None,
+    micro_batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one forward pass; all of a step's.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine, power or constant.")] = None,
+    packing: Annotated[str | None, typer.Option(help="stream, or documents: no attention across documents.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="stdlib, a file or folder, or hf:NAME[:CONFIG].")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="bytes, bpe:SIZE, or a Hugging Face name or folder.")] = None,
+    text_field: Annotated[str | None, typer.Option(help="Field of the text in JSONL and parquet.")] = None,
+    corpus_tokens: Annotated[int | None, typer.Option(help="Train tokens to keep of the corpus; all.")] = None,
+    documents: Annotated[int | None, typer.Option(help="Test documents to evaluate on, at most.")] = None,
+    windows: Annotated[int | None, typer.Option(help="Disjoint windows of each document, at most.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+    force: Force = False,
+    dry_run: DryRun = False,
+    tensorboard: TensorBoard = None,
+) -> None:
+    """Train at one length, evaluate the loss at every position far past it."""
+    given = dict(
+        size=size, train_len=train_len, eval_len=eval_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
+        micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
+        tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, documents=documents, windows=windows,
+        attention=attention, seeds=seed,
+    )  # fmt: skip
+    _family("length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+
+
+@app.command()
+def mqrar(
+    preset: Preset = None,
+    attention: Attention = None,
+    seed: Seed = None,
+    kv_pairs: Annotated[list[int] | None, typer.Option(help="Key-value pairs N; repeat for several.")] = None,
+    width: Annotated[list[int] | None, typer.Option(help="Width of the model; repeat for several.")] = None,
+    lr: Annotated[list[float] | None, typer.Option(help="Peak learning rate; repeat for several.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Tokens V: half are keys, half values.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Positions L of an example, at least 4 N.")] = None,
+    slot_power: Annotated[float | None, typer.Option(help="Exponent a of the slot law.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+    positions: Annotated[bool | None, typer.Option(help="Add a learned table of absolute positions.")] = None,
+    init_std: Annotated[
+        float | None, typer.Option(help="Standard deviation of initial weights; 1 / sqrt(width).")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="cosine, power or constant.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW weight decay.")] = None,
+    stop_accuracy: Annotated[float | None, typer.Option(help="Validation accuracy at which training ends.")] = None,
+    test_rows: Annotated[int | None, typer.Option(help="Test examples.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+    force: Force = False,
+    dry_run: DryRun = False,
+    tensorboard: TensorBoard = None,
+) -> None:
+    """Multi-query repeated associative recall: does each use of a variable return its latest value?"""
+    given = dict(
+        kv_pairs=kv_pairs, widths=width, lrs=lr, vocab_size=vocab_size, seq_len=seq_len, slot_power=slot_power,
+        layers=layers, heads=heads, positions=positions, init_std=init_std, batch=batch, steps=steps, schedule=schedule,
+        weight_decay=weight_decay, stop_accuracy=stop_accuracy, test_rows=test_rows, attention=attention, seeds=seed,
+    )  # fmt: skip
+    _family("mqrar", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+
+
+@app.command()
+def plot(
+    figure: Annotated[
+        list[str] | None, typer.Argument(help="Figures: length-gen, mqrar; all if none is named.")
+    ] = None,
+    format: Annotated[list[str] | None, typer.Option(help="png or pdf; repeat for both. Both if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the figures; results/figures.", metavar="DIR")] = None,
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Redraw figures from the result tables alone; needs no torch."""
+    from sbeval.draw import draw_figures
+
+    names = [name.replace("-", "_") for name in figure or []]
+    for path in draw_figures(results_dir, names, format or ("png", "pdf"), out, say=_say):
+        _say(str(path))
+
+
+def _say(line: object) -> None:
+    Console().print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _family(
+    name: str, preset: str | None, given: dict[str, Any], device: str | None, dtype: str | None, results_dir: Path,
+    tensorboard: Path | None, *, force: bool, dry_run: bool,
+) -> None:  # fmt: skip
+    """Run one family: preset and options to config, config to cells, cells to table and figure."""
+    from sbeval import device as devices
+    from sbeval import registry, sweep
+
+    where = devices.pick(device)
+    place = sweep.Place(results_dir=results_dir, device=where, force=force, tensorboard=tensorboard)
+    module = registry.task(name)
+    preset = preset or ("quick" if place.device.type == "cpu" else "small")
+    changes = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if value is not None
+    }
+    config = dataclasses.replace(
+        module.PRESETS[choose("preset", preset, module.PRESETS)],
+        dtype=devices.pick_dtype(dtype, place.device),
+        **changes,
+    )
+    cells = module.cells(config)
+    if dry_run:
+        _dry_run(cells, place)
+        return
+    try:
+        complete = sweep.run(cells, place, preset=preset, console=Console())
+    except KeyboardInterrupt:
+        then = "starts over" if force else "goes on from there"
+        print(f"sbeval: stopped; what is done is kept, and the same command {then}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    _show(module, cells, place)
+    if not complete:
+        raise typer.Exit(1)
+
+
+def _dry_run(cells: list[Any], place: "Place") -> None:
+    from sbeval import sweep
+
+    pending = cells if place.force else sweep.unfinished(cells, place.results_dir)
+    for cell in cells:
+        _say(f"{sweep.cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in pending else '  finished'}")
+    _say(sweep.describe_cost(pending, place))
+
+
+def _show(module: Any, cells: list[Any], place: "Place") -> None:
+    from sbeval import sweep
+    from sbeval.draw import draw_figures
+
+    table = place.results_dir / f"{module.FAMILY}.csv"
+    if not table.exists():
+        return
+    results = sweep.results_of(cells, place.results_dir)
+    if len(results):
+        Console().print(module.summary(results))
+    for path in (table, *draw_figures(place.results_dir, [module.FAMILY], ["png", "pdf"])):
+        _say(str(path))
+
+
+def main() -> None:
+    """Run the command line; an error of the user's is one line and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"sbeval: {error}", file=sys.stderr)
+        sys.exit(2)

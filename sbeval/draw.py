@@ -1,0 +1,57 @@
+"""Draw figures from result tables: what `sbeval plot` does. No torch is needed."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from sbeval import registry
+from sbeval.errors import InputError, choose
+from sbeval.table import prepare, read, replacing
+
+# no dates and no versions in the files: drawn again from the same table they have the same bytes
+FORMATS: dict[str, dict[str, Any]] = {
+    "pdf": {"metadata": {"Creator": None, "Producer": None, "CreationDate": None}},
+    "png": {"metadata": {"Software": None}, "dpi": 200},
+}
+
+
+def draw_figures(
+    results_dir: Path,
+    names: Sequence[str] | None = None,
+    formats: Iterable[str] = ("png", "pdf"),
+    out_dir: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Draw the named figures, or all whose table exists, and return the files, `out_dir`/<name>.<format>.
+
+    `out_dir` is `results_dir`/figures unless given. A figure left out for want of a table is said. InputError: an
+    unknown name or format, a table that cannot be read or has nothing to draw and, for a named figure, no table.
+    """
+    chosen = [choose("format", name, FORMATS) for name in formats]
+    modules = {name: registry.figure(name) for name in names or registry.FIGURES}
+    folder = prepare(out_dir or results_dir / "figures")
+    files = []
+    for name, module in modules.items():
+        path = results_dir / f"{module.TABLE}.csv"
+        if not names and not path.exists():
+            say(f"{name}: left out, there is no {path}")
+            continue
+        files += _draw(module, path, [folder / f"{name}.{suffix}" for suffix in chosen])
+    return files
+
+
+def _draw(module: registry.Figure, path: Path, files: list[Path]) -> list[Path]:
+    table = read(path, required=module.COLUMNS)
+    try:
+        figure = module.draw(table)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    # fonts go into a pdf as outlines that editors and printers can read
+    with matplotlib.rc_context({"pdf.fonttype": 42}):
+        for file in files:
+            with replacing(file) as temporary:
+                suffix = file.suffix.removeprefix(".")
+                figure.savefig(temporary, format=suffix, **FORMATS[suffix])
+    return files

@@ -1,0 +1,259 @@
+"""One decoder for every attention method: pre-norm RMSNorm, SwiGLU or GELU, grouped heads, no biases.
+
+The multipliers m_emb, m_residual, m_width and attention_multiplier are those of the muP-style recipe behind the
+paper's 1B and 3B models (Shen et al. 2024, arXiv 2408.13359, table 4):
+
+    x = m_emb E[tokens]        x += m_residual Attention(RMSNorm(x))        x += m_residual MLP(RMSNorm(x))
+    logits = Head(RMSNorm(x)) / m_width
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sbeval import registry
+from sbeval.errors import InputError, choose
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Shape of a decoder. `attention` is a method with its options, `name` or `name:key=value,key=value`."""
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    hidden: int  # inner size of the MLP
+    kv_heads: int | None = None  # as many as heads by default
+    head_dim: int | None = None  # width / heads by default
+    attention: str = "stick_breaking"
+    mlp: str = "swiglu"  # or "gelu"
+    tied: bool = False
+    positions: int = 0  # length of a learned table of absolute positions; 0 is none
+    norm_eps: float = 1e-5
+    init_std: float | None = None  # 1 / sqrt(width) by default
+    m_emb: float = 1.0
+    m_residual: float = 1.0
+    m_width: float = 1.0
+    attention_multiplier: float | None = None  # scale of q . k, 1 / sqrt(head_dim) by default
+
+    def __post_init__(self) -> None:
+        choose("mlp", self.mlp, ("swiglu", "gelu"))
+        for name in ("vocab_size", "width", "layers", "heads", "hidden"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.head_dim is None and self.width % self.heads:
+            raise InputError(f"width {self.width} is no multiple of {self.heads} heads; give head_dim")
+        if self.heads % self.n_kv_heads:
+            raise InputError(f"{self.n_kv_heads} key-value heads do not divide {self.heads} heads")
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def d_head(self) -> int:
+        return self.width // self.heads if self.head_dim is None else self.head_dim
+
+
+# shapes by name; parameters at a vocabulary of 257 (quick), 8,192 (25m, 60m), 50,304 (125m) or the paper's own
+SIZES: dict[str, dict[str, Any]] = {
+    # 1.3 M, for a laptop: a few minutes of training on two cores
+    "quick": {"width": 160, "layers": 4, "heads": 4, "hidden": 432, "tied": True},
+    "25m": {"width": 512, "layers": 8, "heads": 8, "hidden": 1024, "tied": True},
+    "60m": {"width": 640, "layers": 12, "heads": 10, "hidden": 1536, "tied": True},
+    "125m": {"width": 768, "layers": 12, "heads": 12, "hidden": 2048, "tied": True},
+    # the paper's 367.5 M parameters at 32,000 tokens of vocabulary
+    "350m": {"width": 1024, "layers": 24, "heads": 32, "hidden": 2730, "tied": False},
+    # arXiv 2408.13359, table 4; m_width of the 3b is width / 256, the table rounds it to 8
+    "1b": {
+        "width": 1536, "layers": 40, "heads": 24, "hidden": 4096, "tied": True,
+        "m_emb": 12.0, "m_residual": 0.22, "m_width": 6.0, "init_std": 0.1,
+    },
+    "3b": {
+        "width": 2304, "layers": 40, "heads": 36, "hidden": 9216, "tied": True,
+        "m_emb": 12.0, "m_residual": 0.22, "m_width": 9.0, "init_std": 0.1,
+    },
+}  # fmt: skip
+
+
+def named(size: str, *, vocab_size: int, attention: str) -> ModelConfig:
+    """Config of the size called `size`; InputError offers the nearest name."""
+    return ModelConfig(vocab_size=vocab_size, attention=attention, **SIZES[choose("model size", size, SIZES)])
+
+
+def parse_attention(spec: str) -> tuple[str, Any]:
+    """Method name and its Options from `name` or `name:key=value,key=value`; InputError names what is unknown."""
+    name, _, text = spec.partition(":")
+    kinds = registry.method(name).Options
+    fields = {field.name: field for field in dataclasses.fields(kinds)}
+    values: dict[str, Any] = {}
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        field = fields.get(key) if fields else None
+        if field is None:
+            if not fields:
+                raise InputError(f"attention {name!r} has no options; got {item!r}")
+            choose(f"option of attention {name!r}", key, fields)
+        assert field is not None
+        if not equals:
+            raise InputError(f"option {key!r} of attention {name!r} needs a value: {name}:{key}=...")
+        values[key] = _convert(f"{name}:{key}", value, field.default)
+    return name, kinds(**values)
+
+
+def _convert(what: str, text: str, default: object) -> object:
+    """Read `text` as the kind of thing that `default` is; an option that is None by default is a number."""
+    if isinstance(default, bool):
+        return choose(what, text.lower(), ("true", "false")) == "true"
+    if isinstance(default, str):
+        return text
+    try:
+        return int(text) if isinstance(default, int) else float(text)
+    except ValueError:
+        raise InputError(f"{what} must be a number; got {text!r}") from None
+
+
+def canonical_attention(spec: str) -> str:
+    """The shortest spec that means the same: without options at their defaults, the others in the class's order."""
+    name, options = parse_attention(spec)
+    text = ",".join(
+        f"{field.name}={str(value).lower() if isinstance(value, bool) else value}"
+        for field in dataclasses.fields(options)
+        if (value := getattr(options, field.name)) != field.default
+    )
+    return f"{name}:{text}" if text else name
+
+
+class Attention(nn.Module):
+    """Project to heads, mix tokens by the configured method, project back."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.dim = config.heads, config.n_kv_heads, config.d_head
+        name, options = parse_attention(config.attention)
+        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.dim, bias=False)
+        self.out = nn.Linear(self.heads * self.dim, config.width, bias=False)
+        scale = self.dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
+        self.mixer = registry.method(name).Mixer(
+            options, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, width=config.width, scale=scale
+        )
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (-1, self.dim))
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
+        mixed: Tensor = self.out(self.mixer(q, k, v, x, cu_seqlens).flatten(2))
+        return mixed
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202), or one GELU layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gated = config.mlp == "swiglu"
+        self.up = nn.Linear(config.width, (2 if self.gated else 1) * config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up(x)
+        if self.gated:
+            up, gate = up.chunk(2, -1)
+            up = up * F.silu(gate)
+        else:
+            up = F.gelu(up)
+        out: Tensor = self.down(up)
+        return out
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.m_residual = config.m_residual
+        self.norm_1 = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.norm_2 = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        x = x + self.m_residual * self.attention(self.norm_1(x), cu_seqlens)
+        out: Tensor = x + self.m_residual * self.mlp(self.norm_2(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """The model. Weights are drawn from torch's generator: seed it first."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.positions = nn.Embedding(config.positions, config.width) if config.positions else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self._initialise()
+        if config.tied:
+            self.head.weight = self.embedding.weight
+
+    def _initialise(self) -> None:
+        """N(0, init_std); linear layers / sqrt(m_width), and those that write to the residual / sqrt(2 layers)."""
+        std = self.config.width**-0.5 if self.config.init_std is None else self.config.init_std
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+            elif isinstance(module, nn.Linear):
+                depth = math.sqrt(2 * self.config.layers) if name.endswith((".out", ".down")) else 1.0
+                nn.init.normal_(module.weight, std=std / math.sqrt(self.config.m_width) / depth)
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, width) after the last norm. tokens: (B, T) int64.
+
+        cu_seqlens: int32 (N + 1,), cumulative lengths of the sequences in the flattened batch, which do not see
+        each other.
+        """
+        x = self.embedding(tokens) * self.config.m_emb
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        if cu_seqlens is not None:
+            x = x.flatten(0, 1)[None]
+        for block in self.blocks:
+            x = block(x, cu_seqlens)
+        out: Tensor = self.norm(x).view(*tokens.shape, -1)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., vocab_size) of hidden states (..., width)."""
+        logits: Tensor = self.head(hidden) / self.config.m_width
+        return logits
+
+    def loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Cross-entropy in nats, float32, summed over the targets (B, T) that are not IGNORE."""
+        logits = self.logits(self(tokens, cu_seqlens)).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+
+    def sparse_loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """The same, with the head at the scored positions only: much cheaper where few are."""
+        scored = targets != IGNORE
+        logits = self.logits(self(tokens, cu_seqlens)[scored]).float()
+        return F.cross_entropy(logits, targets[scored], reduction="sum")
+
+    def n_parameters(self) -> int:
+        """Parameters, those shared by embedding and head counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    """FLOPs of one forward pass per token at sequences of `length`: products, causal attention as half a square."""
+    width, inner = config.width, config.heads * config.d_head
+    projections = width * (2 * inner + 2 * config.n_kv_heads * config.d_head)
+    mlp = (3 if config.mlp == "swiglu" else 2) * width * config.hidden
+    attention = 2 * inner * (length / 2)
+    return 2 * (config.layers * (projections + mlp + attention) + width * config.vocab_size)

@@ -1,0 +1,94 @@
+"""Progress of long work: bars with an estimate of the time left in a terminal, now and then a plain line elsewhere."""
+
+from datetime import timedelta
+from types import TracebackType
+from typing import Self
+
+from rich import progress
+from rich.console import Console
+
+# a plain line is due after so many seconds, or sooner after so many percent, but not in quick succession
+PERIOD_S, STEP_PERCENT, PAUSE_S = 10.0, 10.0, 1.0
+
+
+class Progress:
+    """Shows tasks while the `with` block runs; they may be nested and overlap.
+
+    In a terminal a closed task's bar gives way to one plain line. Other output gets a line per task every 10 s or 10 %,
+    and one at its end. Everything goes to standard error unless a console is given.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._bars = progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.TaskProgressColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.fields[status]}", markup=False),
+            console=self._console,
+            # rich forgets steps older than this, and steps can take minutes
+            speed_estimate_period=3600,
+            disable=not self._console.is_interactive,
+        )
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def add(self, description: str, total: int | None, completed: int = 0) -> "Task":
+        """Start a task of `total` steps, None if unknown; `completed` of them were done before (resumed work)."""
+        return Task(self._bars, self._bars.add_task(description, total=total, completed=completed, status=""))
+
+
+class Task:
+    """One line of a Progress."""
+
+    def __init__(self, bars: progress.Progress, identity: progress.TaskID) -> None:
+        self._bars = bars
+        self._state = next(task for task in bars.tasks if task.id == identity)
+        self._completed_before = self._state.completed
+        self._said_at = self._state.get_time()
+        self._said_percent = self._state.percentage
+
+    def advance(self, steps: int = 1, status: str = "") -> None:
+        """Count steps done. `status`, such as `loss 2.13, 12.3k tokens/s`, is shown until the next one is given."""
+        self._bars.update(self._state.id, advance=steps, status=status or self._state.fields["status"])
+        if self._bars.disable and self._due():
+            self._say()
+
+    def close(self) -> None:
+        """End the task, finished or not, with a line that says how far it came; with none if nothing was to do."""
+        self._bars.remove_task(self._state.id)
+        if self._state.completed > self._completed_before:
+            self._say()
+
+    def _due(self) -> bool:
+        # `close` says the end
+        if self._state.completed == self._state.total:
+            return False
+        passed = self._state.get_time() - self._said_at
+        gained = self._state.percentage - self._said_percent
+        return passed >= PERIOD_S or (passed >= PAUSE_S and gained >= STEP_PERCENT)
+
+    def _say(self) -> None:
+        self._said_at, self._said_percent = self._state.get_time(), self._state.percentage
+        self._bars.console.print(_line(self._state), markup=False, highlight=False, soft_wrap=True)
+
+
+def _line(task: progress.Task) -> str:
+    """Say a task's state in one line: `train rope (seed 0): 40 %, 0:00:12 elapsed, 0:00:18 left, loss 2.13`."""
+    done = f"{task.completed:,.0f} done" if task.total is None else f"{task.percentage:.0f} %"
+    left = f"{_clock(task.time_remaining)} left" if task.time_remaining else ""
+    parts = (done, f"{_clock(task.elapsed or 0)} elapsed", left, task.fields["status"])
+    return f"{task.description}: {', '.join(part for part in parts if part)}"
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,73 @@
+"""What can be named on the command line. One method, family or figure is one module and one line here.
+
+The tables hold module names, not modules, so that `--help` and `sbeval plot` never import torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+
+from sbeval.errors import choose
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+ATTENTION = {
+    "alibi": "sbeval.kernels.alibi",
+    "nope": "sbeval.kernels.nope",
+    "rope": "sbeval.kernels.rope",
+    "stick_breaking": "sbeval.kernels.stick_breaking",
+}
+TASKS = {
+    "length_gen": "sbeval.tasks.length_gen",
+    "mqrar": "sbeval.tasks.mqrar",
+}
+FIGURES = {
+    "length_gen": "sbeval.plots.length_gen",
+    "mqrar": "sbeval.plots.mqrar",
+}
+
+
+class Method(Protocol):
+    """A module of `kernels/`: an attention method as the model uses it."""
+
+    # a frozen dataclass with a default for every field: `--attention rope:theta=500000`
+    Options: type[Any]
+
+    def Mixer(
+        self, options: Any, *, heads: int, kv_heads: int, head_dim: int, width: int, scale: float
+    ) -> "torch.nn.Module":
+        """Build the module that mixes tokens: `forward(q, k, v, x, cu_seqlens=None) -> (B, T, H, D)`.
+
+        q: (B, T, H, D); k, v: (B, S, G, D), the queries being the last T of the S positions; x: (B, T, width), the
+        normalised hidden state, for gates that depend on it; cu_seqlens: int32 (N + 1,) or None, the cumulative lengths
+        of N sequences packed into one row (then B = 1 and S = T). `scale` multiplies q . k.
+        """
+
+    def backend_name(self, device_type: str) -> str:
+        """What runs on a `cpu` or `cuda` device, for the `backend` column."""
+
+
+class Figure(Protocol):
+    """A module of `plots/`: one figure, drawn from one result table."""
+
+    TABLE: ClassVar[str]  # stem of the CSV it reads
+    COLUMNS: ClassVar[tuple[str, ...]]  # the columns it needs
+
+    def draw(self, table: "pd.DataFrame") -> "MatplotlibFigure": ...
+
+
+def method(name: str) -> Method:
+    """Import the attention method `name`; InputError offers the nearest name."""
+    return cast(Method, importlib.import_module(ATTENTION[choose("attention", name, ATTENTION)]))
+
+
+def task(name: str) -> Any:
+    """Import the task family `name`; InputError offers the nearest name."""
+    return importlib.import_module(TASKS[choose("task family", name, TASKS)])
+
+
+def figure(name: str) -> Figure:
+    """Import the figure `name`; InputError offers the nearest name."""
+    return cast(Figure, importlib.import_module(FIGURES[choose("figure", name, FIGURES)]))

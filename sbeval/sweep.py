@@ -1,0 +1,243 @@
+"""Run the cells of a sweep that have no result yet, one after the other, and keep each as it finishes.
+
+cell -> build or load the model, train, evaluate -> results/runs/<cell>.json -> rows of results/<family>.csv
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+import torch
+from rich.console import Console
+
+from sbeval import checkpoint, device, provenance, table
+from sbeval.errors import InputError
+from sbeval.progress import Progress
+from sbeval.table import Identity, Measurement
+from sbeval.train import DivergedError, Trained
+
+# what a small model reaches of the speed of a large matrix product: a guess, good enough for an estimate
+EFFICIENCY = {"cpu": 0.35, "cuda": 0.25}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a sweep runs and where its results go; nothing here changes a number beyond rounding."""
+
+    results_dir: Path
+    device: torch.device
+    force: bool = False  # train and evaluate again what is there already
+    tensorboard: Path | None = None
+
+    def checkpoint(self, key: object) -> Path:
+        """Folder of the model whose training `key` describes in full; with `force` what it held is removed."""
+        folder = self.results_dir / "checkpoints" / digest(key)
+        if self.force:
+            checkpoint.remove(folder)
+        return folder
+
+    def logger(self, cell: "Cell") -> Callable[[int, dict[str, float]], None] | None:
+        """What writes a cell's training to TensorBoard, None unless that was asked for."""
+        if self.tensorboard is None:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise InputError("--tensorboard needs the tensorboard package: pip install 'sbeval[tensorboard]'") from None
+        folder = self.tensorboard / cell_id(cell)
+        try:
+            writer = SummaryWriter(folder)
+        except OSError as error:
+            raise InputError(f"cannot write TensorBoard logs to {folder}: {error.strerror}") from None
+
+        def log(step: int, numbers: dict[str, float]) -> None:
+            for name, value in numbers.items():
+                writer.add_scalar(name, value, step)
+            writer.flush()
+
+        return log
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a finished cell found."""
+
+    identity: Identity
+    rows: Sequence[Measurement]
+    corpus: str
+    corpus_digest: str
+    tokenizer: str
+    train_tokens: int
+    backend: str
+    tokens_per_s: float | None
+    measured: Mapping[str, object] = field(default_factory=dict)
+
+
+class Cell(Protocol):
+    """One point of a sweep, a frozen dataclass: its fields are all that its numbers depend on."""
+
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def row(self) -> type[Measurement]:
+        """The class of its rows."""
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of the whole cell, roughly."""
+
+    def source(self, progress: Progress) -> str:
+        """Digest of the text that the cell reads, empty when it reads none."""
+
+    def run(self, place: Place, progress: Progress) -> Outcome: ...
+
+
+# for `field(metadata=LATER)`: an option that came after results; at its default it leaves the ids of cells as they were
+LATER = {"later": True}
+
+
+def digest(key: object) -> str:
+    """Ten hexadecimal digits that stand for a configuration."""
+    text = json.dumps(key, sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _plain(value: object) -> Any:
+    assert dataclasses.is_dataclass(value) and not isinstance(value, type), value
+    values = {entry: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+    return {
+        entry.name: item
+        for entry, item in values.items()
+        if not (entry.metadata.get("later") and item == entry.default)
+    }
+
+
+def cell_id(cell: Cell) -> str:
+    """Name of a cell in tables and of its run file: readable first, then what tells it from all others."""
+    return f"{cell.family}-{cell.title.replace(' ', '-').replace(':', '-')}-{digest(cell)}"
+
+
+def unfinished(cells: Sequence[Cell], results_dir: Path) -> list[Cell]:
+    """The cells without rows in their table; InputError when a table cannot be read or could not take their rows."""
+    paths = {results_dir / f"{cell.family}.csv": table.columns(cell.row) for cell in cells}
+    done = {name for path, names in paths.items() if path.exists() for name in table.read(path, names)["cell"]}
+    return [cell for cell in cells if cell_id(cell) not in done]
+
+
+def describe_cost(cells: Sequence[Cell], place: Place) -> str:
+    """What the cells will cost, in words: FLOPs and a rough time from a matrix product timed just now."""
+    if not cells:
+        return "nothing to run"
+    flops = sum(cell.flops for cell in cells)
+    speeds = {dtype: device.measured_flops(place.device, dtype) for dtype in {cell.dtype for cell in cells}}
+    seconds = sum(cell.flops / speeds[cell.dtype] for cell in cells) / EFFICIENCY[place.device.type]
+    return (
+        f"{len(cells)} cell{'s' if len(cells) > 1 else ''} to run, {flops:.1e} FLOPs: "
+        f"roughly {_words(seconds)} on {device.describe(place.device)}"
+    )
+
+
+def _words(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.0f} days"
+
+
+def run(cells: Sequence[Cell], place: Place, *, preset: str, console: Console) -> bool:
+    """Run what has no result yet, or one from another text; True when every cell has one now.
+
+    A cell whose loss diverges is recorded in its run file as failed, and the sweep goes on.
+    """
+    for folder in ("runs", "checkpoints"):
+        table.prepare(place.results_dir / folder)
+    failed = False
+    with Progress() as progress:
+        pending = _pending(cells, place, progress)
+        if len(pending) < len(cells):
+            done = f"{len(cells) - len(pending)} of {len(cells)}"
+            console.print(f"{done} cells are finished already; --force runs them again", soft_wrap=True)
+        console.print(describe_cost(pending, place), highlight=False, soft_wrap=True)
+        for cell in pending:
+            try:
+                _run_cell(cell, place, preset, progress)
+            except DivergedError as error:
+                failed = True
+                console.print(f"{cell.title}: {error}; recorded as failed, going on with the next", soft_wrap=True)
+                _record_failure(cell, place, preset, str(error))
+    return not failed
+
+
+def _pending(cells: Sequence[Cell], place: Place, progress: Progress) -> list[Cell]:
+    # with `force` too: a table that cannot be read is said before the work, not after it
+    missing = unfinished(cells, place.results_dir)
+    if place.force:
+        return list(cells)
+    return [cell for cell in cells if cell in missing or _source_of_run(cell, place) != cell.source(progress)]
+
+
+def _source_of_run(cell: Cell, place: Place) -> str:
+    """Digest of the text behind a finished cell, from its run file: a row never stands without one."""
+    return str(provenance.read_run(place.results_dir / "runs" / f"{cell_id(cell)}.json")["corpus_digest"])
+
+
+def _run_cell(cell: Cell, place: Place, preset: str, progress: Progress) -> None:
+    start = time.perf_counter()
+    outcome = cell.run(place, progress)
+    # the last step can be the one that goes wrong
+    if not all(math.isfinite(row.value) for row in outcome.rows):
+        raise DivergedError("what was measured is no finite number")
+    seconds = time.perf_counter() - start
+    origin = provenance.collect(
+        cell=cell_id(cell), preset=preset, corpus=outcome.corpus, tokenizer=outcome.tokenizer,
+        train_tokens=outcome.train_tokens, dtype=cell.dtype, device=str(place.device),
+        device_name=device.describe(place.device), backend=outcome.backend,
+    )  # fmt: skip
+    record = provenance.run_record(
+        config=cell, provenance=origin, status="finished", corpus_digest=outcome.corpus_digest, wall_s=seconds,
+        tokens_per_s=outcome.tokens_per_s, measured=outcome.measured,
+    )  # fmt: skip
+    # first the run file: a row never stands without it
+    provenance.write_run(place.results_dir / "runs" / f"{cell_id(cell)}.json", record)
+    table.write(place.results_dir / f"{cell.family}.csv", table.frame(outcome.identity, outcome.rows, origin))
+
+
+def _record_failure(cell: Cell, place: Place, preset: str, reason: str) -> None:
+    origin = provenance.collect(
+        cell=cell_id(cell), preset=preset, corpus="", tokenizer="", train_tokens=0, dtype=cell.dtype,
+        device=str(place.device), device_name=device.describe(place.device), backend="",
+    )  # fmt: skip
+    record = provenance.run_record(config=cell, provenance=origin, status="failed", reason=reason)
+    provenance.write_run(place.results_dir / "runs" / f"{cell_id(cell)}.json", record)
+
+
+def results_of(cells: Sequence[Cell], results_dir: Path) -> pd.DataFrame:
+    """The rows that the table of these cells' family holds of them."""
+    rows = table.read(results_dir / f"{cells[0].family}.csv", table.columns(cells[0].row))
+    return rows[rows["cell"].isin([cell_id(cell) for cell in cells])]
+
+
+def timing(trained: Trained) -> dict[str, object]:
+    """What a run file says about training."""
+    return {
+        "train_seconds": trained.state.seconds,
+        "train_time": str(timedelta(seconds=round(trained.state.seconds))),
+        "mfu": trained.mfu,
+        "losses": [round(loss, 4) for loss in trained.state.losses],
+    }

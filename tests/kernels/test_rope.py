@@ -1,0 +1,100 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from sbeval.errors import InputError
+from sbeval.kernels import rope, softmax
+
+
+def rotated(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
+    return rope.rotate(x, positions[:, None] * rope.frequencies(x.shape[-1], theta))
+
+
+@pytest.mark.parametrize("theta", [10000.0, 500000.0])
+def test_rotation_is_llamas(theta: float) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+    )
+    q, k = torch.randn(2, 300, 4, 32), torch.randn(2, 300, 2, 32)
+    positions = torch.arange(300)
+    cos, sin = LlamaRotaryEmbedding(config)(q, positions[None])
+    expected = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
+    for ours, theirs in zip((q, k), expected, strict=True):
+        torch.testing.assert_close(rotated(ours, positions, theta), theirs.transpose(1, 2), atol=1e-4, rtol=0)
+
+
+def test_late_positions_are_exact() -> None:
+    # one-hot inputs read off cos and sin; angles in float32 would be wrong by 4e-3 here
+    size, position = 64, 65536
+    x = torch.zeros(1, 1, 1, size)
+    x[..., : size // 2] = 1
+    turned = rotated(x, torch.tensor([position])).flatten().double()
+    for m in range(size // 2):
+        angle = position * 10000.0 ** (-2 * m / size)
+        assert abs(turned[m] - math.cos(angle)) < 1e-7
+        assert abs(turned[size // 2 + m] - math.sin(angle)) < 1e-7
+
+
+def test_late_queries_are_as_exact_as_early_ones() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 1, 1, 16), torch.randn(1, 65537, 1, 16), torch.randn(1, 65537, 1, 16)
+    exact = rope.reference(q.double(), k.double(), v.double(), scale=1.0)
+    assert (rope.attention(q, k, v, scale=1.0) - exact).norm() <= 5e-5 * exact.norm()
+
+
+def test_rotation_stays_exact_under_autocast_and_rounds_once() -> None:
+    torch.manual_seed(0)
+    x, positions = torch.randn(1, 50, 2, 32, dtype=torch.bfloat16), torch.arange(65500, 65550)
+    exact = rotated(x.double(), positions)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        turned = rotated(x, positions)
+        wide = rotated(x.float(), positions)
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(wide.double(), exact, atol=1e-6, rtol=0)
+    assert torch.equal(turned, exact.bfloat16())
+
+
+def test_shift_invariance() -> None:
+    torch.manual_seed(0)
+    x, y = (torch.randn(1, 30, 2, 32, dtype=torch.float64) for _ in range(2))
+    positions = torch.arange(30)
+    products = torch.einsum("bthd,bshd->bhts", rotated(x, positions), rotated(y, positions))
+    shifted = torch.einsum("bthd,bshd->bhts", rotated(x, positions + 1000), rotated(y, positions + 1000))
+    torch.testing.assert_close(shifted, products)
+    # and it does depend on distance
+    assert not torch.allclose(torch.einsum("bthd,bshd->bhts", x, y), products)
+
+
+def test_queries_and_keys_turn_by_absolute_position() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 30, 4, 16, dtype=torch.float64) for _ in range(3))
+    positions = torch.arange(30)
+    expected = softmax.attention(rotated(q, positions, 100.0), rotated(k, positions, 100.0), v)
+    torch.testing.assert_close(rope.attention(q, k, v, theta=100.0), expected)
+    torch.testing.assert_close(rope.attention(q[:, 21:], k, v, theta=100.0), expected[:, 21:])
+    assert not torch.allclose(rope.attention(q, k, v), expected)
+
+
+def test_mixer_takes_theta() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 30, 4, 16) for _ in range(3))
+    mixer = rope.Mixer(rope.Options(theta=100.0), heads=4, kv_heads=4, head_dim=16, width=64, scale=0.2)
+    expected = rope.attention(q, k, v, scale=0.2, theta=100.0)
+    torch.testing.assert_close(mixer(q, k, v, torch.empty(2, 30, 64)), expected, atol=0, rtol=0)
+
+
+def test_odd_heads_and_bad_theta_are_refused() -> None:
+    x = torch.ones(1, 3, 2, 15)
+    with pytest.raises(InputError, match="q has heads of size 15"):
+        rope.attention(x, x, x)
+    with pytest.raises(InputError, match=r"theta must be positive; it is -1\.0"):
+        rope.Options(theta=-1.0)

@@ -1,0 +1,175 @@
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from sbeval.errors import InputError
+from sbeval.plots import mqrar
+
+COMMON: dict[str, Any] = {
+    "task": "mqrar",
+    "model": "two_layers",
+    "options": "",
+    "train_len": 64,
+    "eval_len": 64,
+    "seed": 0,
+    "preset": "quick",
+    "dtype": "float32",
+    "stderr": 0.01,
+    "seq_len": 64,
+    "vocab_size": 65,
+    "width": 32,
+    "layers": 2,
+    "heads": 1,
+    "lr": 1e-3,
+}
+
+
+def cell(attention: str, kv_pairs: int, score: float, validation: float | None = None, **common: Any) -> pd.DataFrame:
+    same = COMMON | {"attention": attention, "kv_pairs": kv_pairs, "metric": "accuracy"} | common
+    rows = [
+        same | {"split": split, "value": score * part} for split, part in (("all", 1), ("fresh", 0.9), ("stale", 0.5))
+    ]
+    if validation is not None:
+        rows.append(same | {"metric": "validation_accuracy", "split": "all", "value": validation})
+        # accuracy by finer kinds of query has no split; neither does it choose nor is it drawn
+        rows += [
+            same | {"metric": metric, "split": "", "value": 1 - score} for metric in ("accuracy", "validation_accuracy")
+        ]
+    return pd.DataFrame(rows)
+
+
+def table(*cells: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat(cells, ignore_index=True)
+
+
+def lines(axis: Axes) -> dict[str, list[Line2D]]:
+    found: dict[str, list[Line2D]] = {}
+    for line in axis.get_lines():
+        if not str(line.get_label()).startswith("_"):
+            found.setdefault(str(line.get_label()), []).append(line)
+    return found
+
+
+def xs(line: Line2D) -> list[float]:
+    return [float(value) for value in np.asarray(line.get_xdata())]
+
+
+def ys(line: Line2D) -> list[float]:
+    return [float(value) for value in np.asarray(line.get_ydata())]
+
+
+def test_accuracy_by_pairs_with_the_chance_level() -> None:
+    scores = {4: 1.0, 8: 0.75, 16: 0.5}
+    figure = mqrar.draw(
+        table(*(cell(name, pairs, scores[pairs]) for name in ("rope", "stick_breaking") for pairs in scores))
+    )
+    left, right = figure.axes
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["stick-breaking", "RoPE"]
+    (rope,) = lines(left)["RoPE"]
+    assert xs(rope) == [4, 8, 16] and ys(rope) == [1.0, 0.75, 0.5]
+    # 65 tokens: 32 keys (with the unused 0) and 33 values
+    (chance,) = lines(left)["chance, 1/33"]
+    assert ys(chance) == [1 / 33, 1 / 33] and chance.get_linestyle() == ":"
+    figure.draw_without_rendering()
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["4", "8", "16"]
+    assert (left.get_xlabel(), left.get_ylabel()) == ("key-value pairs", "accuracy (all queries)")
+    assert left.get_title(loc="left") == "Two_layers model, vocabulary of 65, sequences of 64 tokens"
+    assert left.get_ylim() == right.get_ylim()
+    assert figure.get_supxlabel() == "One seed; bars: 95 % interval over sequences."
+
+
+def test_fresh_beside_stale() -> None:
+    figure = mqrar.draw(table(*(cell(name, pairs, 0.8) for name in ("rope", "nope") for pairs in (4, 8))))
+    right = figure.axes[1]
+    for index in range(2):
+        fresh, stale = lines(right)["RoPE, fresh"][index], lines(right)["RoPE, stale"][index]
+        assert ys(fresh) == pytest.approx([0.72]) and ys(stale) == [0.4]
+        assert index - 0.5 < xs(fresh)[0] < xs(stale)[0] < index + 0.5
+        assert fresh.get_markerfacecolor() == fresh.get_color() and stale.get_markerfacecolor() == "white"
+        assert xs(lines(right)["NoPE, fresh"][index])[0] > xs(stale)[0]
+    figure.draw_without_rendering()
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["4", "8"]
+    key = right.get_legend()
+    assert key is not None
+    assert [text.get_text() for text in key.get_texts()] == [
+        "fresh: the key's first value",
+        "stale: the key had another",
+    ]
+
+
+def test_a_single_number_of_pairs_keeps_methods_apart() -> None:
+    left = mqrar.draw(table(*(cell(name, 8, 1.0) for name in ("rope", "nope", "alibi")))).axes[0]
+    places = [xs(lines(left)[name][0])[0] for name in ("RoPE", "ALiBi", "NoPE")]
+    assert len(set(places)) == 3 and places[1] == 8
+    low, high = left.get_xlim()
+    assert low < min(places) and max(places) < high
+
+
+def test_bars_over_seeds_stay_within_what_an_accuracy_can_be() -> None:
+    cells = [cell("rope", 4, score, seed=seed) for seed, score in enumerate((0.2, 0.4, 0.9))]
+    left = mqrar.draw(table(*cells, cell("nope", 4, 1.0, stderr=0.5))).axes[0]
+    assert ys(lines(left)["RoPE"][0]) == pytest.approx([0.5])
+    rope, nope = (np.asarray(bars.get_paths()[0].vertices)[:, 1] for bars in left.collections)
+    np.testing.assert_allclose(rope, [0.2, 0.9])
+    np.testing.assert_allclose(nope, [0.02, 1.0])
+
+
+def test_the_best_rate_by_validation_is_drawn_for_each_number_of_pairs() -> None:
+    figure = mqrar.draw(
+        table(
+            # the better test score has the worse validation score
+            *(cell("rope", 4, 0.3, 0.9, lr=1e-3, seed=seed) for seed in (0, 1)),
+            *(cell("rope", 4, 0.8, 0.2 + seed / 2, lr=1e-2, seed=seed) for seed in (0, 1)),
+            cell("rope", 8, 0.1, 0.4, lr=1e-3),
+            cell("rope", 8, 0.2, 0.5, lr=1e-2),
+        )
+    )
+    (rope,) = lines(figure.axes[0])["RoPE"]
+    assert ys(rope) == [0.3, 0.2]
+
+
+def test_several_rates_without_validation_are_refused() -> None:
+    with pytest.raises(
+        InputError, match="rope with 4 key-value pairs has the learning rates 0.001, 0.01 and no validation"
+    ):
+        mqrar.draw(table(cell("rope", 4, 0.3, lr=1e-3), cell("rope", 4, 0.8, lr=1e-2)))
+
+
+def test_settings_are_never_mixed_in_a_panel() -> None:
+    figure = mqrar.draw(
+        table(cell("rope", 4, 0.3), cell("rope", 4, 0.4, vocab_size=1024), cell("rope", 4, 0.5, width=64))
+    )
+    titles = [axis.get_title(loc="left") for axis in figure.axes[::2]]
+    assert titles == [
+        "Two_layers model, vocabulary of 65, sequences of 64 tokens, width 32",
+        "Two_layers model, vocabulary of 65, sequences of 64 tokens, width 64",
+        "Two_layers model, vocabulary of 1024, sequences of 64 tokens, width 32",
+    ]
+    assert [ys(lines(axis)["RoPE"][0]) for axis in figure.axes[::2]] == [[0.3], [0.5], [0.4]]
+    assert "chance, 1/512" in lines(figure.axes[4])
+
+
+def test_sequences_that_grow_with_the_pairs_share_a_panel() -> None:
+    figure = mqrar.draw(table(*(cell("rope", pairs, 0.5, seq_len=8 * pairs, eval_len=8 * pairs) for pairs in (4, 8))))
+    assert len(figure.axes) == 2
+    assert figure.axes[0].get_title(loc="left") == "Two_layers model, vocabulary of 65"
+
+
+def test_without_splits_the_right_panel_is_empty() -> None:
+    rows = table(cell("rope", 4, 0.3))
+    left, right = mqrar.draw(rows[rows["split"] == "all"]).axes
+    assert left.axison and not right.axison
+
+
+def test_nothing_to_draw_is_said() -> None:
+    rows = table(cell("rope", 4, 0.3))
+    with pytest.raises(InputError, match="no rows with metric 'accuracy' and split 'all'"):
+        mqrar.draw(rows[rows["split"] == "fresh"])
+    with pytest.raises(InputError, match="no rows with metric 'accuracy' and split 'all'"):
+        mqrar.draw(rows.iloc[:0])
+    with pytest.raises(InputError, match="column 'kv_pairs' holds 'many'"):
+        mqrar.draw(rows.assign(kv_pairs="many"))

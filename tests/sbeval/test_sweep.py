@@ -1,0 +1,209 @@
+"""Names of cells, costs, and what counts as finished."""
+
+import dataclasses
+import io
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from sbeval import provenance, sweep, table
+from sbeval.errors import InputError
+from sbeval.progress import Progress
+from sbeval.sweep import LATER, Outcome, Place
+from sbeval.table import Identity, Measurement
+from sbeval.tasks import length_gen, mqrar
+from sbeval.train import DivergedError
+
+RESULTS = Path(__file__).parents[2] / "results"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", 1e-4),
+        ("train_len", 128),
+        ("corpus", "books"),
+        ("dtype", "bfloat16"),
+        ("seeds", (3,)),
+        ("packing", "documents"),
+    ],
+)
+def test_any_change_of_a_config_is_another_cell(name: str, value: Any) -> None:
+    config = length_gen.Config(attention=("rope",))
+    first, again = (length_gen.cells(config)[0] for _ in range(2))
+    other = length_gen.cells(dataclasses.replace(config, **{name: value}))[0]
+    assert sweep.cell_id(first) == sweep.cell_id(again) != sweep.cell_id(other)
+    assert sweep.cell_id(first).startswith("length_gen-rope-seed-0-")
+
+
+def test_another_method_leaves_finished_cells_their_names() -> None:
+    one = length_gen.cells(length_gen.Config(attention=("rope",)))
+    two = length_gen.cells(length_gen.Config(attention=("stick_breaking", "rope"), seeds=(1, 0)))
+    assert {sweep.cell_id(cell) for cell in one} <= {sweep.cell_id(cell) for cell in two}
+
+
+def test_a_later_option_at_its_default_changes_no_name() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Before:
+        lr: float = 0.1
+
+    @dataclasses.dataclass(frozen=True)
+    class After:
+        lr: float = 0.1
+        new: int | None = dataclasses.field(default=None, metadata=LATER)
+
+    assert sweep.digest(Before()) == sweep.digest(After()) != sweep.digest(After(new=1))
+    assert sweep.digest(Before(lr=0.2)) != sweep.digest(Before())
+
+
+def test_committed_results_are_those_of_the_presets() -> None:
+    """`sbeval ... --preset h200` finds the committed cells finished: no option behind them has changed its meaning."""
+    recall = dataclasses.replace(mqrar.PRESETS["h200"], dtype="bfloat16")
+    lengths = dataclasses.replace(length_gen.PRESETS["h200"], dtype="bfloat16", corpus="books")
+    cells: list[sweep.Cell] = [*mqrar.cells(recall), *length_gen.cells(lengths)]
+    assert len(cells) == 4
+    assert sweep.unfinished(cells, RESULTS) == []
+    assert all((RESULTS / "runs" / f"{sweep.cell_id(cell)}.json").is_file() for cell in cells)
+
+
+def test_cost_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sbeval.device.measured_flops", lambda *_: 1e9)
+    monkeypatch.setitem(sweep.EFFICIENCY, "cpu", 0.5)
+    cells = length_gen.cells(length_gen.Config())
+    place = Place(results_dir=Path("results"), device=torch.device("cpu"))
+    said = sweep.describe_cost(cells, place)
+    hours = sum(cell.flops for cell in cells) / 0.5e9 / 3600
+    assert said.startswith("2 cells to run, ") and f"roughly {hours:.1f} h on cpu" in said
+    assert sweep.describe_cost([], place) == "nothing to run"
+
+
+def test_force_empties_a_checkpoint(tmp_path: Path) -> None:
+    place = Place(results_dir=tmp_path, device=torch.device("cpu"))
+    folder = place.checkpoint(["key"])
+    folder.mkdir(parents=True)
+    (folder / "config.json").touch()
+    assert place.checkpoint(["key"]) == folder and folder.exists()
+    assert dataclasses.replace(place, force=True).checkpoint(["key"]) == folder and not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.1, "1 s"),
+        (89, "89 s"),
+        (90, "2 min"),
+        (5399, "90 min"),
+        (5400, "1.5 h"),
+        (172799, "48.0 h"),
+        (172800, "2 days"),
+    ],
+)
+def test_times_in_words(seconds: float, words: str) -> None:
+    assert sweep._words(seconds) == words
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found(Measurement):
+    size: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A cell that finds `value`; without one it diverges."""
+
+    title: str
+    value: float | None = 1.0
+    text: str = ""
+    family: str = "fake"
+    dtype: str = "float32"
+    flops: float = 1e6
+
+    @property
+    def row(self) -> type[Found]:
+        return Found
+
+    def source(self, progress: Progress) -> str:
+        return self.text
+
+    def run(self, place: Place, progress: Progress) -> Outcome:
+        if self.value is None:
+            raise DivergedError("the loss is nan at step 7")
+        identity = Identity(
+            family=self.family, task="t", model="m", attention=self.title, options="", params=1, train_len=1,
+            eval_len=1, seed=0,
+        )  # fmt: skip
+        rows = [Found(metric="x", unit="1", value=self.value, n=1, size=3)]
+        return Outcome(
+            identity=identity, rows=rows, corpus="", corpus_digest=self.text, tokenizer="", train_tokens=0,
+            backend="torch", tokens_per_s=None,
+        )  # fmt: skip
+
+
+def run(cells: list[Cell], results: Path, **options: Any) -> tuple[bool, str]:
+    console = Console(file=io.StringIO(), width=200)
+    place = Place(results_dir=results, device=torch.device("cpu"), **options)
+    complete = sweep.run(cells, place, preset="quick", console=console)
+    assert isinstance(console.file, io.StringIO)
+    return complete, console.file.getvalue()
+
+
+def status(cell: Cell, results: Path) -> tuple[str, str]:
+    record = provenance.read_run(results / "runs" / f"{sweep.cell_id(cell)}.json")
+    return record["status"], record["reason"]
+
+
+def test_a_cell_that_diverges_is_recorded_and_leaves_no_row(tmp_path: Path) -> None:
+    bad, worse, good = Cell(title="bad", value=None), Cell(title="worse", value=math.nan), Cell(title="good")
+    complete, said = run([bad, worse, good], tmp_path)
+    assert not complete and said.count("recorded as failed, going on with the next") == 2
+    assert status(bad, tmp_path) == ("failed", "the loss is nan at step 7")
+    assert status(worse, tmp_path) == ("failed", "what was measured is no finite number")
+    assert status(good, tmp_path) == ("finished", "")
+    assert set(table.read(tmp_path / "fake.csv")["cell"]) == {sweep.cell_id(good)}
+    # only those that failed are tried again
+    assert sweep.unfinished([bad, worse, good], tmp_path) == [bad, worse]
+    complete, said = run([good], tmp_path)
+    assert complete and "1 of 1 cells are finished already" in said and "nothing to run" in said
+    assert run([good], tmp_path, force=True)[1].startswith("1 cell to run")
+
+
+def test_a_finished_cell_is_run_again_when_its_text_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell(title="reads", text="one")
+    assert run([cell], tmp_path)[1].startswith("1 cell to run")
+    assert "1 of 1 cells are finished already" in run([cell], tmp_path)[1]
+    monkeypatch.setattr(Cell, "source", lambda self, progress: "another")
+    assert run([cell], tmp_path)[1].startswith("1 cell to run")
+
+
+@pytest.mark.parametrize("column", ["seed", "size", "cell"])
+def test_a_table_without_a_column_is_said_before_anything_runs(
+    column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run([Cell(title="first")], tmp_path)
+    path = tmp_path / "fake.csv"
+    path.write_text(path.read_text().replace(f",{column},", ",other,", 1))
+    before = path.read_bytes()
+    monkeypatch.setattr(Cell, "run", None)
+    for force in (False, True):
+        with pytest.raises(InputError, match=f"has no column '{column}'"):
+            run([Cell(title="second")], tmp_path, force=force)
+    assert path.read_bytes() == before
+
+
+def test_results_are_those_of_the_cells_alone(tmp_path: Path) -> None:
+    cells = [Cell(title=name) for name in ("a", "b", "c")]
+    run(cells, tmp_path)
+    assert sorted(sweep.results_of(cells[:2], tmp_path)["attention"]) == ["a", "b"]
+
+
+def test_tensorboard_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    place = Place(results_dir=tmp_path, device=torch.device("cpu"), tensorboard=tmp_path)
+    with pytest.raises(InputError, match=r"pip install 'sbeval\[tensorboard\]'"):
+        place.logger(Cell(title="a"))
+    assert dataclasses.replace(place, tensorboard=None).logger(Cell(title="a")) is None

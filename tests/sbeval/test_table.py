@@ -1,0 +1,246 @@
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from sbeval import table
+from sbeval.errors import InputError
+
+IDENTITY = table.Identity(
+    family="toy",
+    task="toy",
+    model="tiny",
+    attention="rope",
+    options="",
+    params=1000,
+    train_len=256,
+    eval_len=4096,
+    seed=0,
+)
+PROVENANCE = table.Provenance(
+    cell="toy-a",
+    preset="quick",
+    corpus="",
+    tokenizer="",
+    train_tokens=10**12,
+    dtype="float32",
+    device="cpu",
+    backend="torch",
+    # seven digits, an exponent, leading zeros: text that a guess would take for a number
+    commit="0012e45",
+    torch="2.11.0",
+    triton="3.6.0",
+    utc="2025-01-02T03:04:05Z",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(table.Measurement):
+    position: int | None = None
+    lr: float | None = None
+    split: str = ""
+
+
+def rows(cell: str = "toy-a", values: tuple[float, ...] = (0.1 + 0.2, 5.0), **identity: Any) -> pd.DataFrame:
+    measured = [
+        Row(metric="loss", unit="nats/token", value=value, n=7, position=index, split="all, 'both' \"kinds\"")
+        for index, value in enumerate(values)
+    ]
+    scored = Row(metric="accuracy", unit="1", value=1 / 3, stderr=1e-17, n=7, lr=3e-4)
+    return table.frame(replace(IDENTITY, **identity), [*measured, scored], replace(PROVENANCE, cell=cell))
+
+
+def test_columns_are_identity_then_measurement_then_provenance() -> None:
+    names = table.columns(Row)
+    assert names[:2] == ("family", "task") and names[8] == "seed"
+    assert names[9:17] == ("metric", "unit", "value", "stderr", "n", "position", "lr", "split")
+    assert names[17] == "cell" and names[-1] == "utc"
+    assert tuple(rows().columns) == names
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    path = tmp_path / "toy.csv"
+    table.write(path, rows())
+    back = table.read(path, required=table.columns(Row))
+    loss, accuracy = back[back["metric"] == "loss"], back[back["metric"] == "accuracy"].iloc[0]
+    assert list(loss["value"]) == [0.1 + 0.2, 5.0]
+    assert (accuracy["value"], accuracy["stderr"], accuracy["lr"]) == (1 / 3, 1e-17, 3e-4)
+    assert loss["stderr"].isna().all()
+    assert list(loss["position"]) == [0, 1] and str(back["position"].dtype) == "Int64" and accuracy["position"] is pd.NA
+    assert str(back["seed"].dtype) == "int64" and back["train_tokens"].iloc[0] == 10**12
+    assert set(back["commit"]) == {"0012e45"} and set(back["options"]) == {""} and set(back["corpus"]) == {""}
+    assert set(loss["split"]) == {"all, 'both' \"kinds\""}
+    # what was read can be written: the same bytes
+    first = path.read_bytes()
+    table.write(path, back)
+    assert path.read_bytes() == first
+
+
+def test_write_replaces_the_cell_and_keeps_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "toy.csv"
+    table.write(path, rows("b", (1.0, 2.0), seed=1))
+    table.write(path, rows("a", (3.0,)))
+    table.write(path, rows("b", (4.0,), seed=1))
+    back = table.read(path)
+    assert len(back) == 4
+    assert list(back[back["metric"] == "loss"]["value"]) == [3.0, 4.0]
+    assert table.finished(path) == {"a", "b"}
+
+
+def test_order_of_writing_does_not_matter(tmp_path: Path) -> None:
+    cells = [rows(f"cell-{seed}", seed=seed) for seed in (2, 10, 1)]
+    for name, order in (("one", cells), ("two", cells[::-1])):
+        for cell in order:
+            table.write(tmp_path / name, cell)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    # numbers are sorted as numbers
+    assert list(dict.fromkeys(table.read(tmp_path / "one")["seed"])) == [1, 2, 10]
+
+
+def test_a_new_factor_leaves_old_rows_readable(tmp_path: Path) -> None:
+    path = tmp_path / "toy.csv"
+    plain = table.Measurement(metric="loss", unit="nats/token", value=1.0, n=1)
+    table.write(path, table.frame(IDENTITY, [plain], replace(PROVENANCE, cell="old")))
+    table.write(path, rows("new"))
+    back = table.read(path)
+    assert tuple(back.columns) == table.columns(Row)
+    assert back[back["cell"] == "old"]["position"].isna().all() and table.finished(path) == {"old", "new"}
+
+
+def test_values_must_be_finite(tmp_path: Path) -> None:
+    for value in (math.nan, math.inf):
+        with pytest.raises(AssertionError, match="absent row"):
+            rows(values=(value,))
+    broken = rows()
+    broken.loc[0, "value"] = math.nan
+    with pytest.raises(AssertionError, match="absent row"):
+        table.write(tmp_path / "toy.csv", broken)
+    assert not (tmp_path / "toy.csv").exists()
+
+
+def test_two_rows_for_one_number_are_refused(tmp_path: Path) -> None:
+    twice = pd.concat([rows(), rows()], ignore_index=True)
+    with pytest.raises(AssertionError, match="two rows for one number"):
+        table.write(tmp_path / "toy.csv", twice)
+
+
+DAMAGE: dict[str, tuple[Callable[[str], str], str]] = {
+    "half a line": (lambda text: text[:-60], r"toy\.csv:4: \d+ cells where the header has 29"),
+    "half a word": (lambda text: text[:-4], r"toy\.csv:4: the last line has no end"),
+    "no number": (lambda text: text.replace("5.0", "five"), r"toy\.csv:4: 'five' in column 'value' is no number"),
+    "nan": (lambda text: text.replace("5.0", "nan"), r"toy\.csv:4: 'nan' in column 'value' is no number"),
+    "no whole number": (lambda text: text.replace(",256,", ",25.6,"), r"toy\.csv:2: '25.6' in column 'train_len'"),
+    "conflict": (lambda text: text.replace("toy,", "<<<<<<< HEAD\ntoy,", 1), r"toy\.csv:2: 1 cells where"),
+    "open quote": (lambda text: text[:-1] + ',"\n\n', r"toy\.csv:4: .*mend or remove"),
+    "no column": (lambda text: text.replace("cell", "sell", 1), "has no column 'cell'; it has: family, task, "),
+    "twice": (lambda text: text.replace("task", "family", 1), "column 'family' stands there twice"),
+    "empty": (lambda text: "", "is empty"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_table_is_one_line_and_stays_as_it_is(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "toy.csv"
+    table.write(path, rows())
+    change, message = DAMAGE[damage]
+    before = change(path.read_text())
+    assert before != path.read_text()
+    path.write_text(before)
+    for attempt in (
+        lambda: table.read(path, required=table.columns(Row)),
+        lambda: table.write(path, rows("b")),
+        lambda: table.finished(path),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+    assert path.read_text() == before
+    assert sorted(file.name for file in tmp_path.iterdir() if file.suffix != ".lock") == ["toy.csv"]
+
+
+def test_reading_what_is_no_table(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no table .*absent.csv"):
+        table.read(tmp_path / "absent.csv")
+    assert table.finished(tmp_path / "absent.csv") == set()
+    with pytest.raises(InputError, match="cannot read"):
+        table.read(tmp_path)
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(InputError, match="cannot read"):
+        table.read(tmp_path / "binary.csv")
+
+
+def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "toy.csv"
+    table.write(path, rows())
+    expected = table.read(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    pd.testing.assert_frame_equal(table.read(path), expected)
+
+
+def test_numbers_checks_what_a_reader_counts_on() -> None:
+    frame = pd.DataFrame(
+        {"pairs": ["8", "16"], "lr": [1.0, 0.5], "bad": ["8", "x"], "gap": pd.array([1, None], "Int64")}
+    )
+    typed = table.numbers(frame, ["pairs", "lr"])
+    assert list(typed["pairs"]) == [8, 16] and str(typed["pairs"].dtype) == "int64"
+    assert list(typed["lr"]) == [1.0, 0.5]
+    with pytest.raises(InputError, match="column 'bad' holds 'x', which is no number"):
+        table.numbers(frame, ["bad"])
+    with pytest.raises(InputError, match="column 'gap' holds '', which is no number"):
+        table.numbers(frame, ["gap"])
+
+
+def test_prepare_makes_folders_or_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "a" / "b"
+    assert table.prepare(folder) == folder and folder.is_dir() and table.prepare(folder) == folder
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="cannot make the results folder"):
+            table.prepare(path)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match="cannot write to the results folder"):
+        table.prepare(folder)
+
+
+def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), table.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with table.replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+WRITER = """
+import sys, time
+from dataclasses import replace
+from pathlib import Path
+from sbeval import table
+path, writer = Path(sys.argv[1]), sys.argv[2]
+rows = table.read(path)
+(path.parent / f"ready-{writer}").touch()
+while len(list(path.parent.glob("ready-*"))) < 2:
+    time.sleep(0.01)
+for index in range(15):
+    table.write(path, rows.assign(cell=f"{writer}-{index}"))
+"""
+
+
+def test_two_processes_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "toy.csv"
+    table.write(path, rows("first"))
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name]) for name in "ab"]
+    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+    assert table.finished(path) == {"first"} | {f"{name}-{index}" for name in "ab" for index in range(15)}
+    assert len(table.read(path)) == 31 * 3

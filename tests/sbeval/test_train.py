@@ -1,0 +1,473 @@
+"""Training: schedules, accumulation, what AdamW is told, and runs that are stopped and go on as if nothing had been."""
+
+import contextlib
+import functools
+import io
+import math
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from sbeval import checkpoint
+from sbeval.batches import Batch
+from sbeval.checkpoint import State
+from sbeval.errors import InputError
+from sbeval.model import IGNORE, Decoder, ModelConfig
+from sbeval.progress import Progress
+from sbeval.train import Batches, DivergedError, TrainConfig, Trained, Trainer, learning_rate, optimizer_for
+
+VOCABULARY = 31
+CPU = torch.device("cpu")
+MODEL = ModelConfig(vocab_size=VOCABULARY, width=16, layers=2, heads=2, hidden=24, init_std=0.2)
+# looks at the loss after 4, 8, ... steps, and asks whether to stop after 8 and 16
+RUN: dict[str, Any] = {
+    "steps": 18, "batch": 4, "length": 8, "lr": 0.01, "warmup": 3, "log_every": 4, "check_every": 8,
+}  # fmt: skip
+UNCHECKED = pytest.mark.xfail(reason="not checked", strict=True)
+NEVER_ASKED = pytest.mark.xfail(reason="a run interrupted where `stop` is due does not ask it any more", strict=True)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches of 4 rows of 8; some rows have many targets and one has none. No token is 0."""
+
+    packed: bool = False
+
+    def __getitem__(self, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        tokens, targets = torch.randint(1, VOCABULARY, (2, 4, 8), generator=generator)
+        targets[0, :6] = targets[2] = targets[3, -1] = IGNORE
+        bounds = torch.tensor([0, 3, 8, 16, 16, 20, 21, 24, 32], dtype=torch.int32)
+        return Batch(tokens=tokens, targets=targets, cu_seqlens=bounds if self.packed else None)
+
+
+@dataclass(frozen=True)
+class Calls:
+    """The same batches; `act` is called when the one of step `at` is asked for."""
+
+    at: int
+    act: Callable[[], object]
+
+    def __getitem__(self, step: int) -> Batch:
+        if step == self.at:
+            self.act()
+        return Data()[step]
+
+
+class Untouched:
+    """No batches: nothing is left to train."""
+
+    def __getitem__(self, step: int) -> Batch:
+        raise AssertionError(f"step {step} is trained again")
+
+
+def trainer(
+    folder: Path | None = None, batches: Batches | None = None, model: ModelConfig = MODEL, **changes: Any
+) -> Trainer:
+    return Trainer(model, TrainConfig(**(RUN | changes)), batches or Data(), folder, CPU)
+
+
+def run(ready: Trainer, **options: Any) -> Trained:
+    with Progress(Console(file=io.StringIO())) as progress:
+        return ready.run(progress.add("train", total=ready.config.steps), **options)
+
+
+def train(
+    folder: Path | None = None, batches: Batches | None = None, model: ModelConfig = MODEL, **changes: Any
+) -> Trained:
+    return run(trainer(folder, batches, model, **changes), stop=score)
+
+
+def score(model: Decoder, state: State) -> bool:
+    """Look at the model, and never stop."""
+    state.scores.append((state.step, model.head.weight.detach().norm().item()))
+    return False
+
+
+@functools.cache
+def unbroken() -> Trained:
+    return train()
+
+
+def weights(trained: Trained) -> list[Tensor]:
+    return [x.detach() for x in trained.model.parameters()]
+
+
+def assert_same_bits(found: Trained, wanted: Trained) -> None:
+    assert found.state.losses == wanted.state.losses
+    assert found.state.scores == wanted.state.scores
+    assert all(torch.equal(a, b) for a, b in zip(weights(found), weights(wanted), strict=True))
+
+
+def schedule(name: str, **changes: Any) -> Callable[[int], float]:
+    fields: dict[str, Any] = {"steps": 100, "batch": 128, "length": 4096, "lr": 0.5, "warmup": 10, "schedule": name}
+    return functools.partial(learning_rate, TrainConfig(**(fields | changes)))
+
+
+@pytest.mark.parametrize("name", ["cosine", "power", "constant"])
+def test_warm_up_rises_evenly_to_the_peak(name: str) -> None:
+    rate = schedule(name)
+    assert [rate(step) for step in range(10)] == pytest.approx([0.05 * (step + 1) for step in range(10)])
+    assert schedule(name, warmup=0, power_a=1e9)(0) == 0.5
+
+
+def test_cosine() -> None:
+    rate = schedule("cosine", final_lr=0.2)
+    assert rate(10) == 0.5
+    assert rate(55) == pytest.approx(0.5 * 0.6)
+    assert rate(32) == pytest.approx(0.5 * (0.2 + 0.8 * (1 + math.cos(math.pi * 22 / 90)) / 2))
+    assert rate(100) == pytest.approx(0.1)
+    rates = [rate(step) for step in range(10, 101)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_constant() -> None:
+    assert {schedule("constant")(step) for step in range(9, 100)} == {0.5}
+
+
+def test_power() -> None:
+    # 1000 steps are 524,288,000 tokens: 128 x 4 x 524288000^-0.51
+    rate = schedule("power", steps=10000)
+    assert rate(999) == pytest.approx(0.01829318, rel=1e-5)
+    assert rate(3999) / rate(999) == pytest.approx(4**-0.51)
+    assert schedule("power", steps=10000, lr=0.01)(999) == 0.01
+    # the last tenth falls by the same factor at each step, from where the power law stands
+    assert rate(9000) == pytest.approx(128 * 4 * (9001 * 128 * 4096) ** -0.51)
+    assert rate(9500) == pytest.approx(rate(9000) * math.sqrt(0.1))
+    assert rate(10000) == pytest.approx(rate(9000) * 0.1)
+    assert schedule("power", steps=10000, final_lr=0.5, decay=0.4)(8000) == pytest.approx(rate(6000) * 0.5**0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "cosin"}, "unknown schedule 'cosin'; did you mean 'cosine'"),
+        *(({name: 0}, f"{name} must be above 0; got 0") for name in ("steps", "batch", "length", "lr", "log_every")),
+        ({"lr": math.nan}, "lr must be above 0; got nan"),
+        ({"micro_batch": 5}, r"micro_batch must be 1 to 4 \(the batch\); got 5"),
+        ({"micro_batch": 0}, r"micro_batch must be 1 to 4 \(the batch\); got 0"),
+        pytest.param({"dtype": "bf16"}, "unknown dtype 'bf16'; did you mean 'bfloat16'", marks=UNCHECKED),
+        pytest.param({"clip": 0.0}, "clip must be above 0; got 0", marks=UNCHECKED),
+    ],
+)
+def test_configs_that_will_not_do(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TrainConfig(**(RUN | changes))
+
+
+def test_tokens() -> None:
+    assert TrainConfig(**RUN).tokens == 18 * 4 * 8
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+def test_accumulated_batches_are_one_batch(micro_batch: int, packed: bool) -> None:
+    # a large eps, so that rounding in a gradient near 0 does not become a step
+    whole = train(batches=Data(packed), eps=1e-3)
+    parts = train(batches=Data(packed), eps=1e-3, micro_batch=micro_batch)
+    assert parts.state.losses == pytest.approx(whole.state.losses, rel=1e-5)
+    for a, b in zip(weights(parts), weights(whole), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    if packed:
+        assert whole.state.losses != pytest.approx(train(eps=1e-3).state.losses, rel=1e-4)
+
+
+def test_losses_are_means_over_scored_tokens() -> None:
+    batch, ready = Data()[0], trainer(sparse=True)
+    total = ready.model.loss(batch.tokens, batch.targets).item()
+    rows: list[int] = []
+    ready.model.head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].numel() // 16))
+    found = run(ready).state.losses
+    assert found[0] == pytest.approx(total / 17, rel=1e-6)
+    assert found == pytest.approx(unbroken().state.losses, rel=1e-3)
+    assert set(rows) == {17}, "the head runs at scored positions only"
+
+
+def test_training_learns() -> None:
+    class Same:
+        def __getitem__(self, step: int) -> Batch:
+            return Data()[0]
+
+    losses = train(batches=Same(), steps=60, lr=0.02).state.losses
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_half_precision_keeps_weights_whole() -> None:
+    found = train(dtype="bfloat16")
+    assert all(x.dtype == torch.float32 for x in weights(found))
+    assert found.state.losses == pytest.approx(unbroken().state.losses, rel=0.05)
+    assert found.state.losses != pytest.approx(unbroken().state.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("clip", [1e-2, 1e3])
+def test_gradients_are_clipped_to_a_norm(clip: float) -> None:
+    ready, batch = trainer(steps=1, clip=clip), Data()[0]
+    loss = ready.model.loss(batch.tokens, batch.targets) / 17
+    gradients = torch.autograd.grad(loss, list(ready.model.parameters()))
+    norm = math.sqrt(sum(x.square().sum().item() for x in gradients))
+    assert 1e-2 < norm < 1e3
+    run(ready)
+    # Adam's first moment is 1 - beta_1 of the first gradient
+    moments = [state["exp_avg"] for state in ready.optimizer.state.values()]
+    kept = math.sqrt(sum(x.square().sum().item() for x in moments)) / (1 - ready.config.beta_1)
+    assert kept == pytest.approx(min(clip, norm), rel=1e-4)
+
+
+def told(model: ModelConfig) -> dict[str, dict[str, Any]]:
+    """What the optimizer is told of each parameter."""
+    decoder = Decoder(model)
+    optimizer = optimizer_for(decoder, TrainConfig(**RUN, weight_decay=0.3))
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    return {name: groups[id(parameter)] for name, parameter in decoder.named_parameters()}
+
+
+def test_weight_decay_is_for_matrices() -> None:
+    model = ModelConfig(
+        vocab_size=9, width=16, layers=1, heads=2, hidden=24, positions=4, attention="stick_breaking:remainder=bias"
+    )
+    groups = told(model)
+    spared = {name for name, group in groups.items() if group["weight_decay"] == 0}
+    block = "blocks.0"
+    assert spared == {
+        f"{block}.norm_1.weight",
+        f"{block}.norm_2.weight",
+        "norm.weight",
+        f"{block}.attention.mixer.bias",
+    }
+    assert {group["weight_decay"] for group in groups.values()} == {0.0, 0.3}
+    assert len(groups) == 11
+
+
+def test_what_is_never_used_decays_by_the_schedule() -> None:
+    ready = trainer(weight_decay=0.3)
+    before = ready.model.embedding.weight[0].detach().clone()
+    # token 0 is in no batch
+    after = run(ready).model.embedding.weight[0].detach()
+    kept = math.prod(1 - 0.3 * learning_rate(ready.config, step) for step in range(18))
+    torch.testing.assert_close(after, before * kept)
+    assert kept < 0.98
+
+
+def test_m_width_divides_the_learning_rate_of_matrices_in_blocks() -> None:
+    shape = ModelConfig(vocab_size=9, width=16, layers=1, heads=2, hidden=24, init_std=0.2, m_width=4.0)
+    ready = trainer(model=shape, batches=Small(), steps=1, warmup=0, weight_decay=0.0, clip=1e9, eps=1e-30)
+    before = {name: x.detach().clone() for name, x in ready.model.named_parameters()}
+    run(ready)
+    for name, parameter in ready.model.named_parameters():
+        # Adam's first step is the learning rate in every coordinate that has a gradient
+        step = (parameter.detach() - before[name]).abs().max().item()
+        inside = name.startswith("blocks.") and parameter.ndim == 2
+        assert step == pytest.approx(0.01 / 4 if inside else 0.01, rel=1e-3), name
+
+
+class Small:
+    """Batches for a vocabulary of 9."""
+
+    def __getitem__(self, step: int) -> Batch:
+        batch = Data()[step]
+        targets = batch.targets.where(batch.targets == IGNORE, batch.targets % 9)
+        return Batch(tokens=batch.tokens % 9, targets=targets, cu_seqlens=None)
+
+
+def test_same_seed_same_bits() -> None:
+    assert_same_bits(train(), unbroken())
+    other = train(seed=1)
+    assert not set(other.state.losses) & set(unbroken().state.losses)
+
+
+def test_stop_is_asked_at_multiples_and_obeyed(tmp_path: Path) -> None:
+    asked, logged = [], []
+
+    def stop(model: Decoder, state: State) -> bool:
+        asked.append(state.step)
+        state.scores.append((state.step, 0.5))
+        return state.step == 16
+
+    def log(step: int, numbers: dict[str, float]) -> None:
+        logged.append(step)
+        assert numbers["loss"] == unbroken().state.losses[step - 1]
+        assert numbers["lr"] == learning_rate(TrainConfig(**RUN), step - 1)
+        assert numbers["tokens_per_second"] > 0
+
+    found = run(trainer(tmp_path / "run"), stop=stop, log=log)
+    assert asked == [8, 16]
+    assert logged == [4, 8, 12, 16]
+    assert found.state.losses == unbroken().state.losses[:16]
+    assert found.state.finished
+    assert checkpoint.load_state(tmp_path / "run") == found.state
+    assert found.state.scores == [(8, 0.5), (16, 0.5)]
+
+
+def test_the_last_look_is_at_the_last_step() -> None:
+    logged: list[int] = []
+    run(trainer(check_every=0), log=lambda step, _: logged.append(step))
+    assert logged == [4, 8, 12, 16, 18]
+    assert run(trainer(check_every=0), stop=score).state.scores == []
+
+
+@pytest.mark.xfail(reason="looks are at multiples of the greatest common divisor", strict=True)
+def test_looks_are_at_multiples_of_either() -> None:
+    logged: list[int] = []
+    run(trainer(log_every=5, check_every=4), stop=score, log=lambda step, _: logged.append(step))
+    assert logged == [4, 5, 8, 10, 12, 15, 16, 18]
+
+
+def test_speed_is_that_of_this_process(tmp_path: Path) -> None:
+    first = train(tmp_path / "run")
+    assert first.tokens_per_second is not None and first.tokens_per_second > 0
+    assert first.state.seconds > 0
+    assert first.mfu is None, "no CPU has a datasheet here"
+
+
+def test_finished_runs_are_not_trained_again(tmp_path: Path) -> None:
+    first = train(tmp_path / "run")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    again = train(tmp_path / "run", Untouched())
+    assert_same_bits(again, first)
+    assert again.state == first.state
+    assert again.tokens_per_second is None
+    assert not again.model.training
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == files
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    "at",
+    # after steps 7 and 15, counted from 0, `stop` is due
+    [pytest.param(at, marks=NEVER_ASKED) if at in (7, 15) else at for at in range(18)],
+)
+def test_a_run_interrupted_at_any_step_goes_on(at: int, tmp_path: Path) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", Calls(at, interrupt))
+    assert signal.getsignal(signal.SIGINT) is handler
+    # the step in hand was done
+    assert checkpoint.load_state(tmp_path / "run").losses == unbroken().state.losses[: at + 1]
+    assert_same_bits(train(tmp_path / "run", Calls(at, pytest.fail)), unbroken())
+
+
+@NEVER_ASKED
+def test_a_run_interrupted_at_every_step_goes_on(tmp_path: Path) -> None:
+    for at in range(18):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", Calls(at, interrupt))
+    assert_same_bits(train(tmp_path / "run", Untouched()), unbroken())
+
+
+@pytest.mark.xfail(reason="one that comes with the last step is lost", strict=True)
+def test_an_interrupt_outside_a_step_is_kept(tmp_path: Path) -> None:
+    """While the model is looked at, or saved for the last time."""
+
+    def stop(model: Decoder, state: State) -> bool:
+        interrupt()
+        return score(model, state)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(trainer(tmp_path / "run"), stop=stop)
+    state = checkpoint.load_state(tmp_path / "run")
+    assert state.losses == unbroken().state.losses[:8]
+    assert_same_bits(train(tmp_path / "run"), unbroken())
+    with pytest.raises(KeyboardInterrupt):
+        run(trainer(tmp_path / "other", check_every=18), stop=stop)
+    assert checkpoint.load_state(tmp_path / "other").losses == unbroken().state.losses
+
+
+@pytest.mark.xfail(reason="no step, no loss to look at", raises=statistics.StatisticsError, strict=True)
+def test_a_run_interrupted_before_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+    asked.set()
+    monkeypatch.setattr("sbeval.train._deferred_interrupt", lambda: contextlib.nullcontext(asked))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run")
+    monkeypatch.undo()
+    assert_same_bits(train(tmp_path / "run"), unbroken())
+
+
+@pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9])
+def test_periodic_checkpoints(checkpoint_seconds: float, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise RuntimeError("the machine is gone")
+
+    with pytest.raises(RuntimeError, match="the machine is gone"):
+        train(tmp_path / "run", Calls(10, fail), checkpoint_seconds=checkpoint_seconds)
+    if checkpoint_seconds:
+        assert checkpoint.find(tmp_path / "run") is None
+    else:
+        assert checkpoint.load_state(tmp_path / "run").losses == unbroken().state.losses[:8]
+    assert_same_bits(train(tmp_path / "run"), unbroken())
+
+
+def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(checkpoint_seconds=0.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+    ready = trainer(tmp_path / "run", checkpoint_seconds=0.0)
+    ready.batches = Calls(10, lambda: ready.model.norm.weight.data.fill_(math.nan))
+    with pytest.raises(DivergedError, match="the loss is nan at step 12"):
+        run(ready)
+    # and does not get into a checkpoint
+    assert checkpoint.load_state(tmp_path / "run").losses == unbroken().state.losses[:8]
+    assert all(bool(x.isfinite().all()) for x in checkpoint.load_model(tmp_path / "run").parameters())
+
+
+def test_a_run_whose_checkpoint_is_broken_says_so(tmp_path: Path) -> None:
+    train(tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="model.safetensors can't be read: .* remove its folder to train again"):
+        train(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("sent", "saved"), [(signal.SIGINT, 10), (signal.SIGTERM, 10), (signal.SIGKILL, 8)], ids=lambda x: str(x)
+)
+def test_a_process_that_is_ended_goes_on(sent: signal.Signals, saved: int, tmp_path: Path) -> None:
+    """Ended in the tenth step; SIGKILL leaves the checkpoint of the last look."""
+    folder = tmp_path / "run"
+    seconds = "0" if sent == signal.SIGKILL else "1e9"
+    process = subprocess.Popen(
+        [sys.executable, __file__, str(folder), "9", seconds],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "in step 9\n"
+    process.send_signal(sent)
+    _, errors = process.communicate("go on\n", timeout=60)
+    if sent == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode != 0
+        assert errors.splitlines()[-1] == "KeyboardInterrupt"
+    assert checkpoint.load_state(folder).losses == unbroken().state.losses[:saved]
+    assert not checkpoint.load_state(folder).finished
+    assert_same_bits(train(folder), unbroken())
+
+
+def _wait(step: int) -> None:
+    print(f"in step {step}", flush=True)
+    sys.stdin.readline()
+
+
+if __name__ == "__main__":
+    # what the test above ends: a run that waits in a step
+    train(
+        Path(sys.argv[1]),
+        Calls(int(sys.argv[2]), lambda: _wait(int(sys.argv[2]))),
+        checkpoint_seconds=float(sys.argv[3]),
+    )

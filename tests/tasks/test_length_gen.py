@@ -1,0 +1,233 @@
+"""Which windows are evaluated, what is made of their losses, and what shares a checkpoint."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+import pytest
+import torch
+from torch import Tensor
+
+from sbeval import checkpoint, model
+from sbeval.corpus import Split
+from sbeval.errors import InputError
+from sbeval.perplexity import PositionLosses
+from sbeval.progress import Progress
+from sbeval.sweep import Outcome, Place, cell_id
+from sbeval.tasks import length_gen
+from sbeval.tasks.length_gen import Config, Row, cells, rows
+
+TINY = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setitem(model.SIZES, "tiny", TINY)
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(3):
+        for role in ("train", "test"):
+            (folder / f"{role}{number}.txt").write_text(f"{role} {number} says this and that. " * (5 + number))
+    return Config(
+        attention=("rope",), size="tiny", train_len=8, eval_len=32, train_tokens=96, batch_tokens=16, corpus=str(folder)
+    )
+
+
+@pytest.fixture
+def progress() -> Iterator[Progress]:
+    with Progress() as shown:
+        yield shown
+
+
+def run(config: Config, results: Path, progress: Progress, *, force: bool = False) -> Outcome:
+    (cell,) = cells(config)
+    return cell.run(Place(results_dir=results, device=torch.device("cpu"), force=force), progress)
+
+
+def by(found: list[Row], metric: str, factor: str) -> dict[int, Row]:
+    return {getattr(row, factor): row for row in found if row.metric == metric}
+
+
+# what follows from losses
+
+
+def test_rows_are_the_means_that_they_say() -> None:
+    losses = np.random.default_rng(0).uniform(0, 4, (5, 64))
+    found = rows(PositionLosses(losses, np.cumsum(np.full((5, 64), 3.0), 1)), train_len=16)
+    binned = by(found, "loss", "position_start")
+    # the bins cover positions 1 ... 64 once
+    edges = [(row.position_start, row.position_end) for row in binned.values()]
+    assert edges[0][0] == 1 and edges[-1][1] == 65
+    assert all(end == start for (_, end), (start, _) in zip(edges, edges[1:], strict=False))
+    for start, end in edges:
+        assert start is not None and end is not None
+        assert binned[start].value == pytest.approx(losses[:, start - 1 : end - 1].mean())
+    lengths = [2, 4, 8, 16, 32, 64]
+    assert list(by(found, "perplexity", "context_length")) == lengths
+    for length in lengths:
+        mean = losses[:, :length].mean()
+        assert by(found, "perplexity", "context_length")[length].value == pytest.approx(math.exp(mean))
+        bits = by(found, "bits_per_byte", "context_length")[length]
+        assert bits.value == pytest.approx(mean / math.log(2) / 3) and bits.unit == "bits/byte"
+    # k is a quarter of the training length; a context shorter than k has no last k
+    last = by(found, "loss_last_k", "context_length")
+    assert list(last) == [4, 8, 16, 32, 64] and {row.last_k for row in last.values()} == {4}
+    for length, row in last.items():
+        assert row.value == pytest.approx(losses[:, length - 4 : length].mean())
+    assert all(row.n == 5 and row.stderr is not None for row in found)
+
+
+def test_errors_are_over_documents() -> None:
+    losses = np.array([[1.0] * 8, [2.0] * 8, [6.0] * 8])
+    found = rows(PositionLosses(losses, np.cumsum(np.ones((3, 8)), 1)), train_len=8)
+    for row in found:
+        if row.metric.startswith("loss"):
+            assert (row.value, row.n) == (3.0, 3)
+            assert row.stderr == pytest.approx(np.std([1, 2, 6], ddof=1) / 3**0.5)
+
+
+def test_eval_len_need_be_no_power_of_two() -> None:
+    losses = np.ones((2, 50))
+    found = rows(PositionLosses(losses, np.cumsum(np.ones((2, 50)), 1)), train_len=12)
+    assert list(by(found, "perplexity", "context_length")) == [1, 3, 6, 12, 24, 48, 50]
+
+
+# a config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_len": 255}, "--eval-len 255 is shorter than --train-len 256.*give --eval-len 256 or more"),
+        ({"train_tokens": 0}, "train_tokens must be at least 1; got 0"),
+        ({"windows": 0}, "windows must be at least 1; got 0"),
+        ({"corpus_tokens": 0}, "corpus_tokens must be at least 1, or left out; got 0"),
+        ({"size": "25b"}, "unknown model size '25b'; did you mean '25m'"),
+        ({"packing": "streams"}, "unknown packing 'streams'; did you mean 'stream'"),
+    ],
+)
+def test_configs_that_cannot_be(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(Config(), **changes)  # type: ignore[arg-type]  # each is of its field's type
+
+
+def test_the_same_length_is_long_enough() -> None:
+    assert Config(train_len=64, eval_len=64).eval_len == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch", "steps", "micro"),
+    [
+        ({}, 2, 6, None),
+        ({"micro_batch_tokens": 8}, 2, 6, 1),
+        ({"micro_batch_tokens": 4}, 2, 6, 1),
+        ({"micro_batch_tokens": 4096}, 2, 6, 2),
+        ({"batch_tokens": 4}, 1, 12, None),
+        ({"train_tokens": 1}, 2, 1, None),
+        ({"train_tokens": 95}, 2, 5, None),
+    ],
+)
+def test_amounts_of_tokens_become_sequences_and_steps(
+    changes: dict[str, int], batch: int, steps: int, micro: int | None
+) -> None:
+    config = Config(train_len=8, train_tokens=96, batch_tokens=16)
+    training = cells(dataclasses.replace(config, **changes))[0].training()  # type: ignore[arg-type]
+    assert (training.batch, training.steps, training.micro_batch) == (batch, steps, micro)
+
+
+def test_the_grid_has_every_method_with_every_seed() -> None:
+    grid = cells(Config(attention=("rope", "nope", "rope:theta=10000"), seeds=(1, 0)))
+    assert [(cell.attention, cell.seed) for cell in grid] == [("rope", 1), ("nope", 1), ("rope", 0), ("nope", 0)]
+    assert len({cell_id(cell) for cell in grid}) == 4
+
+
+# evaluation
+
+
+def split_of(*lengths: int) -> Split:
+    offsets = np.concatenate([[0], np.cumsum(np.array(lengths) + 1)]).astype(np.int64)
+    tokens = np.arange(offsets[-1], dtype=np.uint16)
+    return Split(corpus="x", role="test", tokens=tokens, offsets=offsets, documents=tuple(map(str, lengths)))
+
+
+def test_windows_are_the_first_of_the_first_long_documents() -> None:
+    class Text:
+        test = split_of(9, 30, 10, 20, 40)
+
+    def windows(**changes: int) -> list[tuple[int, list[int]]]:
+        config = dataclasses.replace(Config(train_len=4, eval_len=9), **changes)  # type: ignore[arg-type]
+        found = length_gen._windows(Text(), config)  # type: ignore[arg-type]  # the split is all that is looked at
+        return [(document, tokens.tolist()) for document, tokens in found]
+
+    # eval_len tokens of context and one more to predict
+    assert windows(documents=2) == [(1, list(range(10, 20))), (2, list(range(41, 51)))]
+    assert [document for document, _ in windows(documents=9)] == [1, 2, 3, 4]
+    assert windows(documents=1, windows=2) == [(1, list(range(10, 20))), (1, list(range(20, 30)))]
+    assert [document for document, _ in windows(documents=3, windows=9)] == [1, 1, 1, 2, 3, 3]
+
+
+def test_a_cell_measures_what_its_model_predicts(config: Config, tmp_path: Path, progress: Progress) -> None:
+    outcome = run(config, tmp_path / "results", progress)
+    found = [row for row in outcome.rows if isinstance(row, Row)]
+    assert len(found) == len(outcome.rows) and outcome.train_tokens == 96 and outcome.identity.eval_len == 32
+    assert outcome.corpus == "texts" and outcome.tokenizer == "bytes" and outcome.backend == "torch"
+    # by hand: the model of the checkpoint on the first 33 bytes of each test document
+    (folder,) = (tmp_path / "results" / "checkpoints").iterdir()
+    decoder = checkpoint.load_model(folder).eval()
+    losses = []
+    for number in range(3):
+        text = (Path(config.corpus) / f"test{number}.txt").read_bytes()[:33]
+        tokens = torch.tensor([list(text)])
+        with torch.inference_mode():
+            logits: Tensor = decoder.logits(decoder(tokens[:, :-1]))
+            losses.append(torch.nn.functional.cross_entropy(logits[0], tokens[0, 1:], reduction="none"))
+    by_hand = torch.stack(losses).double().numpy()
+    for length, row in by(found, "loss_last_k", "context_length").items():
+        assert row.last_k == 2 and row.n == 3
+        assert row.value == pytest.approx(by_hand[:, length - 2 : length].mean(), rel=1e-5)
+
+
+def test_one_training_serves_every_evaluation(config: Config, tmp_path: Path, progress: Progress) -> None:
+    results = tmp_path / "results"
+    first = run(config, results, progress)
+    assert first.tokens_per_s is not None
+    longer = run(dataclasses.replace(config, eval_len=64), results, progress)
+    # nothing was left to train
+    assert longer.tokens_per_s is None and longer.measured["losses"] == first.measured["losses"]
+    assert longer.identity.eval_len == 64 and len(list((results / "checkpoints").glob("[!.]*"))) == 1
+    forced = run(config, results, progress, force=True)
+    assert forced.tokens_per_s is not None and forced.rows == first.rows
+
+
+@pytest.mark.parametrize("changes", [{"packing": "documents"}, {"lr": 1e-3}, {"seeds": (1,)}, {"attention": ("nope",)}])
+def test_another_training_has_a_checkpoint_of_its_own(
+    changes: dict[str, object], config: Config, tmp_path: Path, progress: Progress
+) -> None:
+    results = tmp_path / "results"
+    first = run(config, results, progress)
+    other = run(dataclasses.replace(config, **changes), results, progress)  # type: ignore[arg-type]
+    # what was trained says its speed
+    assert first.tokens_per_s is not None and other.tokens_per_s is not None
+    assert len(list((results / "checkpoints").glob("[!.]*"))) == 2
+
+
+def test_a_text_that_changed_is_trained_on_again(config: Config, tmp_path: Path, progress: Progress) -> None:
+    results = tmp_path / "results"
+    first = run(config, results, progress)
+    before = cells(config)[0].source(progress)
+    (Path(config.corpus) / "train0.txt").write_text("something else altogether " * 9)
+    other = run(config, results, progress)
+    assert other.corpus_digest != first.corpus_digest == before
+    assert other.tokens_per_s is not None and other.measured["losses"] != first.measured["losses"]
+
+
+def test_documents_too_short_are_said_before_training(
+    config: Config, tmp_path: Path, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(length_gen, "Trainer", None)
+    with pytest.raises(InputError, match="no document of corpus 'texts' .* has 501 tokens .*use --eval-len"):
+        run(dataclasses.replace(config, eval_len=500), tmp_path, progress)

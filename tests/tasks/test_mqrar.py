@@ -1,0 +1,256 @@
+"""The task against its rules, written a second time as one pass from the left."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sbeval.errors import InputError
+from sbeval.model import IGNORE
+from sbeval.progress import Progress
+from sbeval.sweep import Place
+from sbeval.tasks import mqrar
+from sbeval.tasks.mqrar import Examples, Recall, generate
+
+
+def draw(task: Recall, rows: int, seed: int = 0) -> Examples:
+    return generate(task, rows, torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def tasks(pick: st.DrawFn) -> Recall:
+    pairs = pick(st.integers(1, 12))
+    length = 2 * pick(st.integers(2 * pairs, 2 * pairs + 20))
+    return Recall(vocab_size=pick(st.integers(length + 1, 4 * length)), seq_len=length, kv_pairs=pairs)
+
+
+def by_hand(task: Recall, row: list[int]) -> tuple[list[int], list[int], list[int]]:
+    """Labels, stale values and distances of one row, by rule 5."""
+    values: dict[int, list[int]] = {}
+    where: dict[int, int] = {}
+    labels, stale, distance = [], [], []
+    for i, token in enumerate(row):
+        known = token < task.vocab_size // 2 and token in values
+        labels.append(values[token][-1] if known else IGNORE)
+        stale.append(len(values[token]) - 1 if known else 0)
+        distance.append(i - where[token] if known else 0)
+        if i and row[i - 1] < task.vocab_size // 2:
+            values.setdefault(row[i - 1], []).append(token)
+            where[row[i - 1]] = i
+    return labels, stale, distance
+
+
+@settings(max_examples=60, deadline=None)
+@given(task=tasks(), seed=st.integers(0, 2**40))
+def test_examples_follow_the_rules(task: Recall, seed: int) -> None:
+    examples = draw(task, 4, seed)
+    half = task.vocab_size // 2
+    for row, targets, stale, distance in zip(
+        examples.tokens.tolist(), examples.targets.tolist(), examples.stale.tolist(), examples.distance.tolist(),
+        strict=True,
+    ):  # fmt: skip
+        assert len(row) == task.seq_len
+        assert all(0 < token < task.vocab_size for token in row)
+        prefix, rest = row[: 2 * task.kv_pairs], row[2 * task.kv_pairs :]
+        assert all(key < half for key in prefix[::2]) and all(value >= half for value in prefix[1::2])
+        assert all(value >= half for value in rest[1::2])
+        queries = [token for token in rest[::2] if token < half]
+        assert len(queries) == task.kv_pairs
+        assert set(queries) <= set(prefix[::2])
+        assert (targets, stale, distance) == by_hand(task, row)
+
+
+def test_the_example_of_the_docstring() -> None:
+    task = Recall(vocab_size=16, seq_len=14, kv_pairs=2)
+    # keys 1 and 2, values from 8 on
+    row = [1, 10, 2, 8, 11, 9, 1, 11, 10, 10, 1, 8, 2, 9]
+    found = mqrar.label(task, torch.tensor([row]))
+    scored = {i: label for i, label in enumerate(found.targets[0].tolist()) if label != IGNORE}
+    assert scored == {6: 10, 10: 11, 12: 8}
+    assert [found.stale[0, i].item() for i in scored] == [0, 1, 0]
+    assert [found.distance[0, i].item() for i in scored] == [5, 3, 9]
+
+
+def test_slots_follow_the_power_law() -> None:
+    task, rows = Recall(vocab_size=200, seq_len=48, kv_pairs=6), 20000
+    examples = draw(task, rows)
+    taken = (examples.tokens[:, 12::2] < 100).double().mean(0).numpy()
+    random = np.random.default_rng(0)
+    weights = np.arange(1, 19) ** (0.01 - 1)
+    chosen = np.zeros(18)
+    for _ in range(rows):
+        chosen[random.choice(18, 6, replace=False, p=weights / weights.sum())] += 1
+    expected = chosen / rows
+    # both sides are means over rows: five standard errors of their difference
+    assert np.all(np.abs(taken - expected) < 5 * np.sqrt(2 * expected * (1 - expected) / rows))
+
+
+def inclusion(weights: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.float64]:
+    """Probability that each is among `count` draws without replacement, summed over all orders of drawing."""
+    chance = np.zeros(len(weights))
+    for order in itertools.permutations(range(len(weights)), count):
+        left, probability = weights.sum(), 1.0
+        for index in order:
+            probability *= weights[index] / left
+            left -= weights[index]
+        chance[list(order)] += probability
+    return chance
+
+
+@pytest.mark.parametrize("power", [0.01, 1.0, 2.5, -1.0])
+def test_slots_have_the_exact_chances_of_their_law(power: float) -> None:
+    task, rows = Recall(vocab_size=64, seq_len=20, kv_pairs=3, slot_power=power), 20000
+    taken = (draw(task, rows).tokens[:, 6::2] < 32).double().mean(0).numpy()
+    exact = inclusion(np.arange(1.0, 8.0) ** (power - 1), 3)
+    assert np.all(np.abs(taken - exact) < 5 * np.sqrt(exact * (1 - exact) / rows))
+
+
+def test_keys_and_values_are_drawn_evenly_and_with_replacement() -> None:
+    tokens = draw(Recall(vocab_size=33, seq_len=32, kv_pairs=8), 4000).tokens
+    for drawn, low, high in ((tokens[:, 0:16:2], 1, 16), (tokens[:, 1::2], 16, 33)):
+        counts = torch.bincount(drawn.flatten(), minlength=33)[low:high].double()
+        expected = drawn.numel() / (high - low)
+        assert counts.sum() == drawn.numel()
+        assert ((counts - expected).abs() < 5 * expected**0.5).all()
+    # eight keys of fifteen are seldom all different
+    different = np.mean([len(set(row)) == 8 for row in tokens[:, 0:16:2].tolist()])
+    exact = float(np.prod([(15 - i) / 15 for i in range(8)]))
+    assert abs(different - exact) < 5 * (exact * (1 - exact) / 4000) ** 0.5
+
+
+@pytest.mark.parametrize(("pairs", "scored"), [(32, 32), (64, 64), (128, 130), (192, 196)])
+def test_facts_of_the_papers_sizes(pairs: int, scored: int) -> None:
+    examples = draw(Recall(kv_pairs=pairs), 400)
+    where = examples.targets != IGNORE
+    counts = where.sum(1).double()
+    assert abs(float(counts.mean()) - scored) < 0.6 + 4 * float(counts.std()) / 20
+    assert 0.35 < float((examples.stale[where] > 0).double().mean()) < 0.40
+
+
+def test_same_seed_same_bytes() -> None:
+    task = Recall(vocab_size=100, seq_len=64, kv_pairs=8)
+    assert torch.equal(draw(task, 5, 3).tokens, draw(task, 5, 3).tokens)
+    assert not torch.equal(draw(task, 5, 3).tokens, draw(task, 5, 4).tokens)
+
+
+def test_training_never_draws_the_same_batch_twice() -> None:
+    cell = mqrar.cells(mqrar.PRESETS["quick"])[0]
+    fresh = mqrar.Fresh(cell, torch.device("cpu"))
+    assert torch.equal(fresh[5].tokens, fresh[5].tokens)
+    assert not torch.equal(fresh[5].tokens, fresh[6].tokens)
+
+
+def test_training_validation_and_test_draw_apart() -> None:
+    def batches(seed: int, attention: str) -> mqrar.Fresh:
+        (cell,) = mqrar.cells(mqrar.Config(attention=(attention,), seeds=(seed,)))
+        return mqrar.Fresh(cell, torch.device("cpu"))
+
+    task = batches(0, "rope").cell.task
+    held_out = [
+        mqrar._held_out(task, seed, 64, torch.device("cpu")) for seed in (mqrar.TEST_SEED, mqrar.VALIDATION_SEED)
+    ]
+    apart = [batches(0, "rope")[5], batches(1, "rope")[5], *held_out]
+    for one, other in itertools.combinations(apart, 2):
+        assert one.tokens.shape == other.tokens.shape and not torch.equal(one.tokens, other.tokens)
+    # all methods learn from the same examples
+    assert torch.equal(batches(0, "alibi")[5].tokens, apart[0].tokens)
+
+
+def test_accuracy_of_an_oracle_and_of_a_wrong_answer() -> None:
+    examples = draw(Recall(vocab_size=40, seq_len=32, kv_pairs=6), 200)
+    scored = examples.targets != IGNORE
+    for correct, wanted in ((scored, 1.0), (torch.zeros_like(scored), 0.0)):
+        found = {str(factors): estimate for estimate, factors in mqrar.accuracies(examples, correct)}
+        assert all(estimate.value == wanted for estimate in found.values())
+    assert {"{'split': 'all'}", "{'split': 'fresh'}", "{'split': 'stale'}"} <= set(found)
+
+
+def test_splits_add_up_and_errors_are_over_examples() -> None:
+    examples = draw(Recall(vocab_size=40, seq_len=32, kv_pairs=6), 300)
+    scored = examples.targets != IGNORE
+    correct = scored & (torch.rand(scored.shape, generator=torch.Generator().manual_seed(1)) < 0.7)
+    found = list(mqrar.accuracies(examples, correct))
+    overall = found[0][0]
+    assert overall.value == pytest.approx(int(correct.sum()) / int(scored.sum()), rel=1e-12)
+    assert overall.n == 300
+    # jackknife over examples
+    right, count = correct.sum(1).double(), scored.sum(1).double()
+    left_out = (right.sum() - right) / (count.sum() - count)
+    jackknife = float(((left_out - left_out.mean()) ** 2).sum() * 299 / 300) ** 0.5
+    assert overall.stderr == pytest.approx(jackknife, rel=0.02)
+    by_distance = [estimate.value for estimate, factors in found if "distance_start" in factors]
+    assert len(by_distance) >= 4
+
+
+def test_each_accuracy_is_over_its_own_positions() -> None:
+    examples = draw(Recall(vocab_size=40, seq_len=32, kv_pairs=8), 300)
+    scored = examples.targets != IGNORE
+    correct = scored & ((torch.arange(300)[:, None] % 2 == 0) | (examples.stale == 1))
+    stale, distance = examples.stale, examples.distance
+    masks: dict[tuple[str, object], Tensor] = {
+        ("split", "all"): scored, ("split", "fresh"): scored & (stale == 0), ("split", "stale"): stale > 0,
+        **{("stale_values", n): scored & (stale == n) for n in range(int(stale.max()) + 1)},
+        **{("distance_start", 2**i): (distance >= 2**i) & (distance < 2 ** (i + 1)) for i in range(5)},
+    }  # fmt: skip
+    seen = set()
+    for accuracy, factors in mqrar.accuracies(examples, correct):
+        name = next(iter(factors))
+        where = masks[name, factors[name]]
+        assert accuracy.value == pytest.approx(int((correct & where).sum()) / int(where.sum()), rel=1e-12)
+        # an example without such a position tells nothing
+        assert accuracy.n == int(where.any(1).sum())
+        seen.add((name, factors[name]))
+    assert seen == {name for name, where in masks.items() if where.any()}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"seq_len": 63, "vocab_size": 128}, "seq_len must be even and at least 4; got 63"),
+        ({"seq_len": 64, "vocab_size": 128, "kv_pairs": 17}, "kv_pairs must be 1 to 16 at seq_len 64"),
+        ({"seq_len": 64, "vocab_size": 64, "kv_pairs": 4}, "vocab_size must be above seq_len 64; got 64"),
+        ({"slot_power": 11}, "slot_power must be -10 to 10; got 11"),
+    ],
+)
+def test_impossible_sizes(sizes: dict[str, int], message: str) -> None:
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        Recall(**sizes)
+
+
+def test_the_extremes_of_the_slot_law_can_be_drawn() -> None:
+    for power in (-10, 10):
+        task = Recall(seq_len=768, kv_pairs=192, slot_power=power)
+        assert (draw(task, 2).tokens[:, 384::2] < 4096).sum(1).tolist() == [192, 192]
+
+
+def test_training_ends_when_validation_says_so(tmp_path: Path) -> None:
+    config = mqrar.Config(
+        attention=("rope",), kv_pairs=(2,), widths=(16,), vocab_size=32, seq_len=16, batch=2, steps=9, check_every=3,
+        test_rows=12, stop_accuracy=0.0,
+    )  # fmt: skip
+    place = Place(results_dir=tmp_path, device=torch.device("cpu"))
+    with Progress() as progress:
+        stopped, never = (
+            mqrar.cells(dataclasses.replace(config, stop_accuracy=accuracy))[0].run(place, progress)
+            for accuracy in (0.0, 2.0)
+        )
+    assert (stopped.train_tokens, never.train_tokens) == (3 * 2 * 16, 9 * 2 * 16)
+    assert stopped.measured["losses"] == never.measured["losses"][:3]  # type: ignore[index]  # it is a list
+    found = {(row.metric, row.split): row for row in stopped.rows if isinstance(row, mqrar.Row)}
+    assert (found["accuracy", "all"].n, found["validation_accuracy", "all"].n) == (12, 4)
+
+
+def test_grid_of_cells() -> None:
+    config = mqrar.Config(
+        attention=("rope", "rope:theta=10000", "stick_breaking:remainder=none"), seeds=(0, 1), kv_pairs=(4, 8)
+    )
+    cells = mqrar.cells(config)
+    assert [cell.attention for cell in cells[:2]] == ["rope", "stick_breaking:remainder=none"]
+    assert len(cells) == len(set(cells)) == 8
