@@ -15,9 +15,9 @@ def pick(name: str | None) -> torch.device:
     """The device called `name` (`cpu`, `cuda`, `cuda:1`); None is the GPU if there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
+    kind, colon, index = name.partition(":")
     choose("device", kind, ("cpu", "cuda"))
-    if index and not index.isdigit():
+    if colon and not (index.isascii() and index.isdigit()):
         raise InputError(f"unknown device {name!r}; a device is cpu, cuda or cuda:0, cuda:1, ...")
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError(

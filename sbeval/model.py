@@ -46,9 +46,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         choose("mlp", self.mlp, ("swiglu", "gelu"))
-        for name in ("vocab_size", "width", "layers", "heads", "hidden"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("vocab_size", "width", "layers", "heads", "hidden", "kv_heads", "head_dim"):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise InputError(f"{name} must be at least 1; got {size}")
+        if self.positions < 0:
+            raise InputError(f"positions must be at least 0; got {self.positions}")
         if self.head_dim is None and self.width % self.heads:
             raise InputError(f"width {self.width} is no multiple of {self.heads} heads; give head_dim")
         if self.heads % self.n_kv_heads:

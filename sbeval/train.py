@@ -57,7 +57,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         choose("schedule", self.schedule, SCHEDULES)
-        for name in ("steps", "batch", "length", "lr", "log_every"):
+        choose("dtype", self.dtype, device.DTYPES)
+        for name in ("steps", "batch", "length", "lr", "log_every", "clip"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0; got {getattr(self, name)}")
         if self.micro_batch is not None and not 0 < self.micro_batch <= self.batch:
@@ -166,40 +167,36 @@ class Trainer:
         """Train to the last step, or until `stop` says so at a multiple of `check_every`.
 
         `log` gets step and loss, lr, tokens_per_second every `log_every` steps. Raises DivergedError when the loss is
-        no number, and KeyboardInterrupt once the step in hand is done and saved.
+        no number, and KeyboardInterrupt once the step in hand is done, looked at and saved.
         """
-        task.advance(self.state.step)
         saved = time.perf_counter()
         self.model.train()
         with _deferred_interrupt() as interrupted:
-            while self.state.step < self.config.steps and not self.state.finished:
-                before = self.state.step
-                self._run_steps(self._next_look(), interrupted)
-                task.advance(self.state.step - before, status=self._status())
-                if log:
-                    log(self.state.step, self._numbers())
-                if not math.isfinite(self.state.losses[-1]):
-                    raise DivergedError(f"the loss is {self.state.losses[-1]} at step {self.state.step}")
-                if interrupted.is_set():
-                    self._save()
-                    raise KeyboardInterrupt
-                asks = self.config.check_every and self.state.step % self.config.check_every == 0
-                if stop and asks and stop(self.model, self.state):
-                    break
-                if time.perf_counter() - saved > self.config.checkpoint_seconds:
+            while not self.state.finished and not interrupted.is_set():
+                if done := self._run_steps(self._next_look(), interrupted):
+                    task.advance(done, status=self._status())
+                    if log:
+                        log(self.state.step, self._numbers())
+                    if not math.isfinite(self.state.losses[-1]):
+                        raise DivergedError(f"the loss is {self.state.losses[-1]} at step {self.state.step}")
+                    asks = self.config.check_every and self.state.step % self.config.check_every == 0
+                    self.state.finished = bool(stop and asks and stop(self.model, self.state))
+                self.state.finished |= self.state.step >= self.config.steps
+                due = time.perf_counter() - saved > self.config.checkpoint_seconds
+                if self.state.finished or interrupted.is_set() or due:
                     self._save()
                     saved = time.perf_counter()
-        if not self.state.finished:
-            self.state.finished = True
-            self._save()
+        if interrupted.is_set():
+            raise KeyboardInterrupt
         return self._result()
 
     def _next_look(self) -> int:
-        """The step up to which to run before the loss is looked at."""
-        every = math.gcd(self.config.log_every, self.config.check_every)
-        return min((self.state.step // every + 1) * every, self.config.steps)
+        """The step up to which to run before a look: the next multiple of either interval, or the end."""
+        step, intervals = self.state.step, (self.config.log_every, self.config.check_every)
+        return min(self.config.steps, *((step // every + 1) * every for every in intervals if every))
 
-    def _run_steps(self, end: int, interrupted: threading.Event) -> None:
+    def _run_steps(self, end: int, interrupted: threading.Event) -> int:
+        """Run up to step `end`, or to the end of the step in which an interrupt comes; how many that were."""
         start, first = time.perf_counter(), self.state.step
         # losses stay on the device until here, so that it never waits for us
         losses: list[Tensor] = []
@@ -207,9 +204,10 @@ class Trainer:
             losses.append(self._step(first + len(losses)))
         if losses:
             self.state.losses += torch.stack(losses).tolist()
-        seconds = time.perf_counter() - start
-        self.state.seconds += seconds
-        self.speeds.append(len(losses) * self.config.batch * self.config.length / seconds)
+            seconds = time.perf_counter() - start
+            self.state.seconds += seconds
+            self.speeds.append(len(losses) * self.config.batch * self.config.length / seconds)
+        return len(losses)
 
     def _step(self, step: int) -> Tensor:
         """One optimizer step; its loss, the mean over scored tokens."""

@@ -174,7 +174,7 @@ class Cell:
         folder = place.checkpoint([shape, training, text.digest, self.config.packing])
         batches = Batches(text.train, training.length, training.batch, self.seed, self.config.packing)
         trainer = Trainer(shape, training, batches, folder, place.device)
-        task = progress.add(f"train {self.title}", total=training.steps)
+        task = progress.add(f"train {self.title}", total=training.steps, completed=trainer.state.step)
         trained = trainer.run(task, log=place.logger(self))
         task.close()
         return trained

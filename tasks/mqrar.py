@@ -260,7 +260,7 @@ class Cell:
             state.scores.append((state.step, accuracy))
             return accuracy >= config.stop_accuracy
 
-        task = progress.add(f"train {self.title}", total=training.steps)
+        task = progress.add(f"train {self.title}", total=training.steps, completed=trainer.state.step)
         trained = trainer.run(task, stop=solved, log=place.logger(self))
         task.close()
         test = _held_out(self.task, TEST_SEED, config.test_rows, place.device)
