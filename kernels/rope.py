@@ -14,6 +14,7 @@ the same up to an order of dimensions that the projections learn. Rotation happe
 inputs), its angles in float64, so that late positions are turned as exactly as early ones.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -87,8 +88,8 @@ class Options:
     theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        if not self.theta > 0:
-            raise InputError(f"theta must be positive; it is {self.theta}")
+        if not 0 < self.theta < math.inf:
+            raise InputError(f"theta must be positive and finite; it is {self.theta}")
 
 
 class Mixer(nn.Module):

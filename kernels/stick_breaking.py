@@ -17,6 +17,7 @@ Departures from the paper: the stick of a whole query tile can be called used up
 older tiles, which could add at most epsilon max|v|, are then not visited, in backward neither.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sbeval.errors import choose
+from sbeval.errors import InputError, choose
 from sbeval.kernels import check
 
 # rows and columns of the tiles of the portable path
@@ -236,6 +237,11 @@ def _differentiate(ctx: Any, dout: Tensor, dremainder: Tensor, _: Tensor) -> tup
 _operator.register_autograd(_differentiate, setup_context=_save)
 
 
+def _check_epsilon(epsilon: float) -> None:
+    if not 0 <= epsilon < 1:
+        raise InputError(f"epsilon is a share of the stick, at least 0 and less than 1; got {epsilon}")
+
+
 def pick_backend(q: Tensor, backend: str | None) -> str:
     """What will run for queries like `q`: by default `triton` on a GPU in 16 or 32 bits, `torch` otherwise."""
     supported = q.dtype in (torch.float16, torch.bfloat16, torch.float32)
@@ -267,8 +273,7 @@ def attention(
     check.inputs(q, k, v, cu_seqlens)
     if epsilon is None:
         epsilon = torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).eps / 2
-    if not 0 <= epsilon < 1:
-        raise ValueError(f"epsilon is a share of the stick, at least 0 and less than 1; got {epsilon}")
+    _check_epsilon(epsilon)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, remainder, _ = _operator(q, k, v, cu_seqlens, scale, attend_current, epsilon, pick_backend(q, backend))
     return out, remainder
@@ -286,6 +291,10 @@ class Options:
 
     def __post_init__(self) -> None:
         choose("remainder", self.remainder, REMAINDERS)
+        if not math.isfinite(self.logit_scale):
+            raise InputError(f"logit_scale must be a finite number; got {self.logit_scale}")
+        if self.epsilon is not None:
+            _check_epsilon(self.epsilon)
 
 
 class Mixer(nn.Module):

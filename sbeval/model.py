@@ -36,7 +36,7 @@ class ModelConfig:
     attention: str = "stick_breaking"
     mlp: str = "swiglu"  # or "gelu"
     tied: bool = False
-    positions: int = 0  # length of a learned table of absolute positions; 0 is none
+    positions: int = 0  # length of a learned table of positions, counted from the start of a row; 0 is none
     norm_eps: float = 1e-5
     init_std: float | None = None  # 1 / sqrt(width) by default
     m_emb: float = 1.0
@@ -104,6 +104,8 @@ def parse_attention(spec: str) -> tuple[str, Any]:
             if not fields:
                 raise InputError(f"attention {name!r} has no options; got {item!r}")
             choose(f"option of attention {name!r}", key, fields)
+        if key in values:
+            raise InputError(f"option {key!r} of attention {name!r} is given twice in {spec!r}")
         assert field is not None
         if not equals:
             raise InputError(f"option {key!r} of attention {name!r} needs a value: {name}:{key}=...")
@@ -223,6 +225,8 @@ class Decoder(nn.Module):
         """
         x = self.embedding(tokens) * self.config.m_emb
         if self.positions is not None:
+            if tokens.shape[1] > self.config.positions:
+                raise InputError(f"{tokens.shape[1]} tokens exceed the model's {self.config.positions} positions")
             x = x + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         if cu_seqlens is not None:
             x = x.flatten(0, 1)[None]

@@ -209,6 +209,12 @@ def test_learned_positions_tell_equal_tokens_apart() -> None:
     assert bool(((learned - learned[:, :1])[:, 1:].abs().amax(-1) > 1e-3).all())
 
 
+def test_more_tokens_than_positions() -> None:
+    model = build(attention="nope", positions=10)
+    with pytest.raises(InputError, match="11 tokens exceed the model's 10 positions"):
+        model(draw(1, 11))
+
+
 def test_tied_embeddings_are_one() -> None:
     tied, free = Decoder(shape(tied=True)), Decoder(shape())
     assert tied.head.weight is tied.embedding.weight
@@ -305,7 +311,12 @@ def test_options_reach_the_method() -> None:
         ("nope:theta=1", "attention 'nope' has no options; got 'theta=1'"),
         ("rope:theta=big", "rope:theta must be a number; got 'big'"),
         ("rope:theta=", "rope:theta must be a number; got ''"),
-        ("rope:theta=-1", "theta must be positive; it is -1"),
+        ("rope:theta=-1", "theta must be positive and finite; it is -1"),
+        ("rope:theta=inf", "theta must be positive and finite; it is inf"),
+        ("rope:theta=1,theta=2", "option 'theta' of attention 'rope' is given twice in 'rope:theta=1,theta=2'"),
+        ("stick_breaking:epsilon=1", "epsilon is a share of the stick, at least 0 and less than 1; got 1.0"),
+        ("stick_breaking:epsilon=nan", "epsilon is a share of the stick, at least 0 and less than 1; got nan"),
+        ("stick_breaking:logit_scale=nan", "logit_scale must be a finite number; got nan"),
         ("stick_breaking:attend_current=1", "unknown stick_breaking:attend_current '1'; known: false, true"),
         ("stick_breaking:epsilon=none", "stick_breaking:epsilon must be a number; got 'none'"),
         ("stick_breaking:remainder=valu", "unknown remainder 'valu'; did you mean 'value'?"),
