@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -21,6 +20,7 @@ import torch
 
 from sbeval import cli, table
 from sbeval.tasks import length_gen, mqrar
+from sbeval.train import Trainer
 
 RECALL = (
     "mqrar", "--device", "cpu", "--vocab-size", "32", "--seq-len", "16", "--kv-pairs", "2", "--width", "16",
@@ -504,7 +504,8 @@ def test_figures_without_a_table(tmp_path: Path) -> None:
 
 def test_tensorboard_logs_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
-    monkeypatch.setattr(mqrar, "Trainer", lambda *arguments: SimpleNamespace(run=None))
+    # said before training
+    monkeypatch.setattr(Trainer, "run", None)
     file = tmp_path / "file"
     file.write_text("precious")
     done = run(*RECALL, "--results-dir", tmp_path / "results", "--tensorboard", file / "logs")
