@@ -166,8 +166,9 @@ class Trainer:
     ) -> Trained:
         """Train to the last step, or until `stop` says so at a multiple of `check_every`.
 
-        `log` gets step and loss, lr, tokens_per_second every `log_every` steps. Raises DivergedError when the loss is
-        no number, and KeyboardInterrupt once the step in hand is done, looked at and saved.
+        `log` gets step and loss, lr, tokens_per_second at multiples of `log_every` and of `check_every`, and at the
+        end. Raises DivergedError when the loss is no number, and KeyboardInterrupt once the step in hand is done,
+        looked at and saved.
         """
         saved = time.perf_counter()
         self.model.train()

@@ -266,6 +266,8 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_ends_as_if_unbroken(tmp_
     assert all(0 < len(state["losses"]) < 250 for state in states if not state["finished"])
     done = run(*command, "--results-dir", broken)
     assert done.code == 0 and "1 of 2 cells are finished already" in done.out
+    # progress goes on where it stood
+    assert [line for line in done.err.splitlines() if line.startswith("train ")][-1].count(": 100 %") == 1
     assert run(*command, "--results-dir", unbroken).code == 0
     one, other = (table.read(folder / "mqrar.csv").drop(columns="utc") for folder in (broken, unbroken))
     assert len(set(one["cell"])) == 2

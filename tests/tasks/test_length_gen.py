@@ -191,11 +191,16 @@ def test_a_cell_measures_what_its_model_predicts(config: Config, tmp_path: Path,
         assert row.value == pytest.approx(by_hand[:, length - 2 : length].mean(), rel=1e-5)
 
 
-def test_one_training_serves_every_evaluation(config: Config, tmp_path: Path, progress: Progress) -> None:
+def test_one_training_serves_every_evaluation(
+    config: Config, tmp_path: Path, progress: Progress, capsys: pytest.CaptureFixture[str]
+) -> None:
     results = tmp_path / "results"
     first = run(config, results, progress)
     assert first.tokens_per_s is not None
+    assert "train rope" in capsys.readouterr().err
     longer = run(dataclasses.replace(config, eval_len=64), results, progress)
+    said = capsys.readouterr().err
+    assert "evaluate rope" in said and "train rope" not in said
     # nothing was left to train
     assert longer.tokens_per_s is None and longer.measured["losses"] == first.measured["losses"]
     assert longer.identity.eval_len == 64 and len(list((results / "checkpoints").glob("[!.]*"))) == 1
