@@ -2,7 +2,7 @@
 
 Query i breaks a stick: walking back from itself, key j takes the share beta_ij of what nearer keys left over.
 
-    z_ij = scale q_i . k_j        beta_ij = sigmoid(z_ij)
+    z_ij = scale q_i . k_j + bias        beta_ij = sigmoid(z_ij)
     A_ij = beta_ij prod_{j < l < i} (1 - beta_il)
     o_i = sum_j A_ij v_j          rem_i = prod_l (1 - beta_il) = 1 - sum_j A_ij
 
@@ -14,7 +14,9 @@ Shapes: q (B, T, H, D); k, v (B, S, G, D), head h of the queries reading head h 
 the last T of the S positions. Keys before the query only (j < i), or j <= i with `attend_current`.
 
 Departures from the paper: the stick of a whole query tile can be called used up once less than `epsilon` of it is left;
-older tiles, which could add at most epsilon max|v|, are then not visited, in backward neither.
+older tiles, which could add at most epsilon max|v|, are then not visited, in backward neither. `bias`, one learned number
+for each head, is not in the paper: without it every beta is near 1/2 at initialisation, and a key at distance t gets
+2^-t of the stick; starting at -3, it keeps 0.95^t.
 """
 
 import math
@@ -37,12 +39,14 @@ REMAINDERS = ("none", "value", "bias")
 
 def reference(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, attend_current: bool = False,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, dense, in the dtype of its inputs: output (B, T, H, D) and remainder (B, T, H)."""
     group, offset = q.shape[2] // k.shape[2], k.shape[1] - q.shape[1]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
     z = torch.einsum("bthd,bshd->bhts", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        z = z + bias[:, None, None]
     i, j = torch.arange(q.shape[1], device=q.device)[:, None] + offset, torch.arange(k.shape[1], device=q.device)
     allowed = j <= i if attend_current else j < i
     if cu_seqlens is not None:
@@ -69,10 +73,12 @@ class _Tile:
     after: Tensor  # stick left after the tile, (heads, rows, 1)
 
 
-def _walk(q: Tensor, k: Tensor, v: Tensor, rows: slice, attend_current: bool, epsilon: float) -> Iterator[_Tile]:
+def _walk(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rows: slice, attend_current: bool, epsilon: float
+) -> Iterator[_Tile]:
     """Walk the queries `rows` towards the past, a tile of keys at a time, until every stick is used up.
 
-    q: (heads, T, D), scaled; k, v: (key heads, S, D), newest key first, so that scans run forward. A product of
+    q: (heads, T, D), scaled; k, v: (key heads, S, D), newest key first, so that scans run forward; bias: (heads,). A product of
     1 - beta may underflow to 0: a weight so small is 0 in the same dtype, which is why no logarithm is needed here.
     """
     n_keys, offset = k.shape[1], k.shape[1] - q.shape[1] + int(attend_current)
@@ -84,6 +90,8 @@ def _walk(q: Tensor, k: Tensor, v: Tensor, rows: slice, attend_current: bool, ep
         keys = slice(start, min(start + TILE, n_keys))
         k_tile, v_tile = k[key_head[heads], keys], v[key_head[heads], keys]
         z = q[heads, rows] @ k_tile.transpose(1, 2)
+        if bias is not None:
+            z += bias[heads, None, None]
         beta, rest = z.sigmoid(), z.neg_().sigmoid_()
         if n_keys - keys.start > rows.start + offset:
             outside = (n_keys - 1 - torch.arange(keys.start, keys.stop, device=q.device)) >= position
@@ -111,14 +119,19 @@ def _row_tiles(length: int) -> Iterator[slice]:
     return (slice(row, min(row + TILE, length)) for row in range(0, length, TILE))
 
 
+def _each_head(bias: Tensor | None, batch: int, like: Tensor) -> Tensor | None:
+    return None if bias is None else bias.to(like.dtype).repeat(batch)
+
+
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, attend_current: bool, epsilon: float
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, attend_current: bool, epsilon: float
 ) -> tuple[Tensor, Tensor]:
     """Output (B, T, H, D) and remainder (B, T, H) of one dense problem, in the dtype it computes in."""
     queries, keys, values = _flat(q) * scale, _flat(k).flip(1), _flat(v).flip(1)
     out, remainder = torch.zeros_like(queries), queries.new_ones(queries.shape[:2])
+    shift = _each_head(bias, q.shape[0], queries)
     for rows in _row_tiles(queries.shape[1]):
-        for tile in _walk(queries, keys, values, rows, attend_current, epsilon):
+        for tile in _walk(queries, keys, values, shift, rows, attend_current, epsilon):
             out[tile.heads, rows] += (tile.beta * tile.before) @ tile.v
             remainder[tile.heads, rows] = tile.after[..., 0]
     return out.unflatten(0, (q.shape[0], -1)).transpose(1, 2), remainder.unflatten(0, (q.shape[0], -1)).transpose(1, 2)
@@ -126,19 +139,20 @@ def _forward(
 
 def _backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, remainder: Tensor, dout: Tensor, dremainder: Tensor, *,
-    scale: float, attend_current: bool, epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, walking the same tiles; sum_{l <= j} g_il = do_i . o_i - sum_{l > j} g_il."""
+    bias: Tensor | None, scale: float, attend_current: bool, epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and bias (H,), walking the same tiles; sum_{l <= j} g_il = do_i . o_i - sum_{l > j} g_il."""
     queries, keys, values, douts = _flat(q) * scale, _flat(k).flip(1), _flat(v).flip(1), _flat(dout)
     dq, dk = torch.zeros_like(queries), queries.new_zeros(queries.shape[0], *keys.shape[1:])
-    dv = torch.zeros_like(dk)
+    dv, dbias = torch.zeros_like(dk), queries.new_zeros(queries.shape[0])
+    shift = _each_head(bias, q.shape[0], queries)
     delta = (_flat(out) * douts).sum(-1, keepdim=True)
     from_remainder = (remainder * dremainder).transpose(1, 2).flatten(0, 1)[..., None].to(delta.dtype)
     # a stick this short is rounding noise beside the whole one
     resolution = torch.finfo(delta.dtype).eps / 2
     for rows in _row_tiles(queries.shape[1]):
         later = torch.zeros_like(delta[:, rows])
-        for tile in _walk(queries, keys, values, rows, attend_current, epsilon):
+        for tile in _walk(queries, keys, values, shift, rows, attend_current, epsilon):
             here = tile.heads
             weights = tile.beta * tile.before
             g = weights * (douts[here, rows] @ tile.v.transpose(1, 2))
@@ -146,12 +160,13 @@ def _backward(
             older = (delta[here, rows] - from_here).add_(g).mul_(tile.before > resolution)
             dz = g - tile.beta * older.add_(from_remainder[here, rows])
             later[here] = from_here[..., -1:]
+            dbias[here] += dz.sum((1, 2))
             dq[here, rows] += dz @ tile.k
             dk[here, tile.keys] += dz.transpose(1, 2) @ queries[here, rows]
             dv[here, tile.keys] += weights.transpose(1, 2) @ douts[here, rows]
     dq, dk, dv = (x.unflatten(0, (q.shape[0], -1)).transpose(1, 2) for x in (dq * scale, dk.flip(1), dv.flip(1)))
     dk, dv = (x.unflatten(2, (k.shape[2], -1)).sum(3) for x in (dk, dv))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias.unflatten(0, (q.shape[0], -1)).sum(0)
 
 
 def _sequences(cu_seqlens: Tensor | None) -> list[slice]:
@@ -163,78 +178,119 @@ def _sequences(cu_seqlens: Tensor | None) -> list[slice]:
 
 @torch.library.custom_op("sbeval::stick_breaking", mutates_args=())
 def _operator(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output, remainder, and what rounding took off a 16-bit output (empty otherwise), which the gradient needs."""
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
+    epsilon: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output, remainder, and for the gradient what rounding took off a 16-bit output (empty otherwise) and where each
+    query tile stopped (empty on the portable path)."""
     if backend == "triton":
         from sbeval.kernels import stick_breaking_triton
 
-        return stick_breaking_triton.forward(q, k, v, cu_seqlens, scale, attend_current, epsilon)
+        return stick_breaking_triton.forward(q, k, v, bias, cu_seqlens, scale, attend_current, epsilon)
     parts = [
-        _forward(q[:, part], k[:, part], v[:, part], scale, attend_current, epsilon) for part in _sequences(cu_seqlens)
+        _forward(q[:, part], k[:, part], v[:, part], bias, scale, attend_current, epsilon)
+        for part in _sequences(cu_seqlens)
     ]
     exact, remainder = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
     out = exact.to(q.dtype).contiguous()
     residual = q.new_empty(0) if q.dtype == exact.dtype else (exact - out).to(q.dtype).contiguous()
-    return out, remainder.contiguous(), residual
+    return out, remainder.contiguous(), residual, torch.empty(0, dtype=torch.int32, device=q.device)
 
 
 @_operator.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
+    epsilon: float, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
     residual = q.new_empty(0) if q.dtype == wide else torch.empty_like(out)
-    return out, torch.empty(q.shape[:3], dtype=wide, device=q.device), residual
+    stop = torch.empty(0, dtype=torch.int32, device=q.device)
+    if backend == "triton":
+        from sbeval.kernels import stick_breaking_triton
+
+        stop = stop.new_empty(stick_breaking_triton.stop_shape(q, cu_seqlens))
+    return out, torch.empty(q.shape[:3], dtype=wide, device=q.device), residual, stop
 
 
 @torch.library.custom_op("sbeval::stick_breaking_backward", mutates_args=())
 def _backward_operator(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, remainder: Tensor, residual: Tensor, dout: Tensor, dremainder: Tensor,
-    cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v."""
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor, stop: Tensor,
+    dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and bias (empty without one)."""
     if backend == "triton":
         from sbeval.kernels import stick_breaking_triton
 
         return stick_breaking_triton.backward(
-            q, k, v, out, remainder, residual, dout, dremainder, cu_seqlens, scale, attend_current, epsilon
+            q, k, v, bias, out, remainder, residual, stop, dout, dremainder, cu_seqlens, scale, attend_current
         )
     if residual.numel():
         out = out.float() + residual.float()
     tensors = (q, k, v, out, remainder, dout, dremainder)
-    parts = [
-        _backward(*[x[:, part] for x in tensors], scale=scale, attend_current=attend_current, epsilon=epsilon)
-        for part in _sequences(cu_seqlens)
-    ]
-    dq, dk, dv = (torch.cat(gradients, 1).contiguous() for gradients in zip(*parts, strict=True))
-    return dq, dk, dv
+    options: dict[str, Any] = {"scale": scale, "attend_current": attend_current, "epsilon": epsilon}
+    parts = [_backward(*[x[:, part] for x in tensors], bias=bias, **options) for part in _sequences(cu_seqlens)]
+    *parts_of, parts_of_bias = zip(*parts, strict=True)
+    dq, dk, dv = (torch.cat(gradients, 1).contiguous() for gradients in parts_of)
+    dbias = torch.stack(parts_of_bias).sum(0)
+    return dq, dk, dv, dbias.new_empty(0) if bias is None else dbias.to(bias.dtype)
 
 
 @_backward_operator.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, remainder: Tensor, residual: Tensor, dout: Tensor, dremainder: Tensor,
-    cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor, stop: Tensor,
+    dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    return dq, dk, dv
+    return dq, dk, dv, remainder.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    q, k, v, bias, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, bias, *output, cu_seqlens)
 
 
-def _differentiate(ctx: Any, dout: Tensor, dremainder: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, out, remainder, residual, cu_seqlens = ctx.saved_tensors
-    gradients = _backward_operator(q, k, v, out, remainder, residual, dout, dremainder, cu_seqlens, *ctx.options)
-    return *gradients, None, None, None, None, None
+def _differentiate(ctx: Any, dout: Tensor, dremainder: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, bias, out, remainder, residual, stop, cu_seqlens = ctx.saved_tensors
+    *gradients, dbias = _backward_operator(
+        q, k, v, bias, out, remainder, residual, stop, dout, dremainder, cu_seqlens, *ctx.options
+    )
+    return *gradients, None if bias is None else dbias, None, None, None, None, None
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("sbeval::stick_breaking_decode", mutates_args=())
+def _decode_operator(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, starts: Tensor | None, lengths: Tensor | None, scale: float,
+    attend_current: bool, epsilon: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and remainder of the queries that end at `lengths` of keys from `starts` on, row by row; no gradient."""
+    if backend == "triton":
+        from sbeval.kernels import stick_breaking_triton
+
+        return stick_breaking_triton.decode(q, k, v, bias, starts, lengths, scale, attend_current, epsilon)
+    out, remainder = q.new_zeros(q.shape), torch.ones(q.shape[:3], device=q.device, dtype=_flat(q).dtype)
+    first = [0] * len(q) if starts is None else starts.tolist()
+    end = [k.shape[1]] * len(q) if lengths is None else lengths.tolist()
+    for i, (a, b) in enumerate(zip(first, end, strict=True)):
+        if n := min(q.shape[1], b - a):
+            row = q[i : i + 1, -n:], k[i : i + 1, a:b], v[i : i + 1, a:b]
+            part, rest = _forward(*row, bias, scale, attend_current, epsilon)
+            out[i, -n:], remainder[i, -n:] = part[0].to(q.dtype), rest[0]
+    return out, remainder
+
+
+@_decode_operator.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, starts: Tensor | None, lengths: Tensor | None, scale: float,
+    attend_current: bool, epsilon: float, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:3], dtype=wide)
 
 
 def _check_epsilon(epsilon: float) -> None:
@@ -258,41 +314,96 @@ def backend_name(device_type: str) -> str:
     return "triton" if device_type == "cuda" else "torch"
 
 
+def _check_bias(q: Tensor, bias: Tensor | None) -> None:
+    if bias is None:
+        return
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    if bias.shape != q.shape[2:3] or bias.dtype != wide or bias.device != q.device:
+        raise InputError(
+            f"bias must be {wide} of shape {tuple(q.shape[2:3])} (one number a head) on {q.device}; it is {bias.dtype} "
+            f"of shape {tuple(bias.shape)} on {bias.device}"
+        )
+
+
+def _check_bounds(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, **bounds: Tensor | None) -> None:
+    for name, bound in bounds.items():
+        if bound is None:
+            continue
+        if cu_seqlens is not None:
+            raise InputError(f"{name} counts keys of padded rows and cu_seqlens packs rows: give one of them")
+        if bound.shape != q.shape[:1] or bound.dtype != torch.int32 or bound.device != q.device:
+            raise InputError(
+                f"{name} must be int32 of shape ({len(q)},) on {q.device}; it is {bound.dtype} of shape "
+                f"{tuple(bound.shape)} on {bound.device}"
+            )
+        if (
+            bound.is_cpu
+            and not torch.compiler.is_compiling()
+            and not bool(((bound >= 0) & (bound <= k.shape[1])).all())
+        ):
+            raise InputError(f"{name} must lie in 0 to S = {k.shape[1]}; it is {bound.tolist()}")
+
+
+# queries up to which keys are split over the device rather than queries
+FEW = 64
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, attend_current: bool = False,
-    cu_seqlens: Tensor | None = None, epsilon: float | None = None, backend: str | None = None,
+    cu_seqlens: Tensor | None = None, bias: Tensor | None = None, starts: Tensor | None = None,
+    lengths: Tensor | None = None, epsilon: float | None = None, backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Stick-breaking attention: output (B, T, H, D) like q, and remainder (B, T, H) in float32, float64 for float64.
 
     cu_seqlens: int32 (N + 1,), cumulative lengths of N sequences packed into one row (B = 1, S = T); some may be empty.
-    scale: multiplies q . k, 1 / sqrt(D) by default. epsilon: the stick below which older tiles are skipped; 0 visits
-    all; by default half the spacing of numbers at 1 in the dtype that sums (2^-24, float64 2^-53), which changes the
-    output by less than rounding does. backend: `triton` (GPU), `torch` (anywhere) or None, the faster. Memory is
-    linear in T. Raises ValueError that names the argument for shapes, dtypes, devices or lengths it can't serve.
+    scale: multiplies q . k, 1 / sqrt(D) by default. bias: (H,) float32, float64 for float64, added to the logits of each
+    head; it has a gradient. epsilon: the stick below which older tiles are skipped; 0 visits all; by default half the
+    spacing of numbers at 1 in the dtype that sums (2^-24, float64 2^-53), which changes the output by less than rounding
+    does. backend: `triton` (GPU), `torch` (anywhere) or None, the faster. Memory is linear in T.
+
+    starts, lengths: int32 (B,), for a cache of keys: row b sees the keys starts[b] <= j < lengths[b], and its queries are
+    the last T of those (where they are fewer, the first queries see nothing: output 0, remainder 1). No gradient.
+
+    Raises ValueError that names the argument for shapes, dtypes, devices or lengths it can't serve.
     """
     check.inputs(q, k, v, cu_seqlens)
+    _check_bias(q, bias)
+    _check_bounds(q, k, cu_seqlens, starts=starts, lengths=lengths)
     if epsilon is None:
         epsilon = torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).eps / 2
     _check_epsilon(epsilon)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, remainder, _ = _operator(q, k, v, cu_seqlens, scale, attend_current, epsilon, pick_backend(q, backend))
+    backend = pick_backend(q, backend)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
+    bounded = starts is not None or lengths is not None
+    if bounded and differentiable:
+        raise InputError("starts and lengths are for decoding, which has no gradient: use torch.no_grad, or cu_seqlens")
+    if bounded or (backend == "triton" and not differentiable and q.shape[1] <= min(FEW, k.shape[1] - 1)):
+        if bounded:
+            starts = torch.zeros_like(lengths) if starts is None else starts
+            lengths = torch.full_like(starts, k.shape[1]) if lengths is None else lengths
+        return _decode_operator(q, k, v, bias, starts, lengths, scale, attend_current, epsilon, backend)
+    out, remainder, _, _ = _operator(q, k, v, bias, cu_seqlens, scale, attend_current, epsilon, backend)
     return out, remainder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What the model may choose. remainder: what the rest of the stick buys: nothing (`none`), the token's own `value`
-    (the paper) or a learned `bias` for each head. logit_scale: multiplies the model's logit scale."""
+    (the paper) or a learned `bias` for each head. logit_scale: multiplies the model's logit scale. logit_bias: starting
+    value of a learned number that is added to the logits of each head; none by default."""
 
     remainder: str = "value"
     attend_current: bool = False
     logit_scale: float = 1.0
     epsilon: float | None = None
+    logit_bias: float | None = None
 
     def __post_init__(self) -> None:
         choose("remainder", self.remainder, REMAINDERS)
-        if not math.isfinite(self.logit_scale):
-            raise InputError(f"logit_scale must be a finite number; got {self.logit_scale}")
+        for name in ("logit_scale", "logit_bias"):
+            if (number := getattr(self, name)) is not None and not math.isfinite(number):
+                raise InputError(f"{name} must be a finite number; got {number}")
         if self.epsilon is not None:
             _check_epsilon(self.epsilon)
 
@@ -307,11 +418,13 @@ class Mixer(nn.Module):
         self.group = heads // kv_heads
         if options.remainder == "bias":
             self.bias = nn.Parameter(torch.zeros(heads, head_dim))
+        start = options.logit_bias
+        self.logit_bias = None if start is None else nn.Parameter(torch.full((heads,), start))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         out, remainder = attention(
             q, k, v, scale=self.scale, attend_current=self.options.attend_current, cu_seqlens=cu_seqlens,
-            epsilon=self.options.epsilon,
+            bias=self.logit_bias, epsilon=self.options.epsilon,
         )  # fmt: skip
         if self.options.remainder == "none":
             return out

@@ -1,22 +1,34 @@
 """Triton kernels of stick-breaking attention; `stick_breaking.py` has the mathematics and is the way in.
 
-Both kernels walk each query tile from its diagonal towards the past and carry, per query row, log2 of the stick that is
-left. Logits are in log2 units (multiplied by log2 e). The sum over the nearer keys of a tile is a product with a
-triangular matrix of ones, on the tensor cores; its float32 operand is split in two bfloat16 halves, exact to 2^-17.
+Every kernel walks from the newest key a query sees towards the past and carries, per query, the stick that is left. Four
+ideas, measured in NOTES.md:
 
-Backward, with delta_i = do_i . o_i = sum_l g_il (see stick_breaking.py), needs no snapshot of the forward walk:
+- Linear, no logarithms. With t = exp(z), u = 1 + t, a key breaks off t / u of the stick and leaves 1 / u. Four keys in
+  a row (0 the oldest) share one reciprocal: with s the stick that all four leave, s = stick / (u0 u1 u2 u3),
 
-    sum_{l <= j} g_il = delta_i - sum_{l > j} g_il
+      A_0 = t0 s        A_1 = t1 s u0        A_2 = t2 s u0 u1        A_3 = t3 s u0 u1 u2
 
-so that it walks the same way as forward and memory stays linear in T. Where less than 2^-24 of the stick is left, the
-difference is rounding noise around a value that small and is set to 0. Key tiles receive dk and dv from query tiles
-in one fixed order (latest query first), kept by a counter for each key tile: same inputs, same bits. Programs take
-their work in the order in which they start (`TICKET`), so a program only ever waits for one that already runs.
+  Logits are in log2 units and end at 30, where a key leaves 2^-30: four of them stay far inside float32.
+- Keys of a tile are loaded in the order in which tensor cores deal out the columns of a product: each of the four
+  threads that share a row gets a quarter of the tile, keys in a row. Scans then run inside a thread, and two exchanges
+  join the quarters.
+- Backward needs no snapshot of the forward walk: with delta_i = do_i . o_i = sum_l g_il (see stick_breaking.py),
+
+      sum_{l <= j} g_il = delta_i - sum_{l > j} g_il
+
+  so that it walks the same way as forward. Where less than 2^-24 of the stick is left the difference is rounding noise
+  around a value that small, and is set to 0.
+- Two passes and no atomics: one program for a query tile finds dq and leaves the state of its walk at every key tile;
+  then one program for a key tile collects dk and dv from the query tiles, in one order. Same inputs, same bits. States
+  of as many heads at a time are kept as fit `STATE_BYTES` or the size of q.
+
+Forward writes for each query tile the key at which its walk stopped, and backward stops there.
 
 Variable grammar: i_ index, o_ offsets, p_ pointers, m_ masks, b_ block values.
 """
 
 import math
+import os
 
 import torch
 import triton
@@ -25,32 +37,28 @@ from torch import Tensor
 
 LOG2_E = math.log2(math.e)
 # float32 cannot resolve a smaller share of the stick
-RESOLUTION = tl.constexpr(-24.0)
+RESOLUTION = tl.constexpr(2.0**-24)
+# the interpreter has no inline assembly
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+STATE_BYTES = 64 << 20
 
 
 @triton.jit
-def _log2_1p(x, EXACT: tl.constexpr):
-    """log2(1 + x) for 0 <= x <= 1, with a small relative error also where x is tiny."""
-    if EXACT:
-        # 2 atanh(s) with s = x / (2 + x) <= 1/3; the first term left out is below 2e-8 of the sum
-        s = x / (2.0 + x)
-        t = s * s
-        poly = 1.0 + t * (1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9 + t * (1 / 11 + t * (1 / 13 + t * (1 / 15)))))))
-        return s * poly * 2.8853900817779268
-    else:
-        series = x * (1.0 - x * (0.5 - x * (1 / 3 - x * 0.25))) * 1.4426950408889634
-        return tl.where(x < 0.015625, series, tl.log2(1.0 + x))
+def _exp2(x):
+    if INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )  # fmt: skip
 
 
 @triton.jit
-def _later(x, b_triangle, EXACT: tl.constexpr):
-    """Sum of x over the later keys of the tile, the key itself not included."""
-    if EXACT:
-        return tl.dot(x, b_triangle, input_precision="tf32x3")
-    else:
-        high = x.to(tl.bfloat16)
-        low = (x - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(low, b_triangle, acc=tl.dot(high, b_triangle))
+def _reciprocal(x):
+    if INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+    )  # fmt: skip
 
 
 @triton.jit
@@ -62,19 +70,97 @@ def _product(a, b, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _break_stick(b_logit, b_left, b_triangle, m_tile, MASKED: tl.constexpr, EXACT: tl.constexpr):
-    """Return log2 beta, log2 of the stick left before each key, log2(1 - beta); all (BLOCK_M, BLOCK_N)."""
-    softplus = _log2_1p(tl.exp2(-tl.abs(b_logit)), EXACT)
-    log_beta = tl.minimum(b_logit, 0.0) - softplus
-    log_rest = -tl.maximum(b_logit, 0.0) - softplus
+def _key_order(BLOCK_N: tl.constexpr):
+    """Key of each column: column 8 i + 2 q + r of a product belongs to thread q of four, which gets keys in a row."""
+    o_column = tl.arange(0, BLOCK_N)
+    return o_column % 8 // 2 * (BLOCK_N // 4) + o_column // 8 * 2 + o_column % 2
+
+
+@triton.jit
+def _quads(x):
+    """(M, N) in the order of _key_order to four (M, 4, N / 16): oldest to newest of each four keys."""
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    x = tl.permute(tl.reshape(x, [M, N // 8, 4, 2]), (0, 2, 1, 3))
+    even, odd = tl.split(tl.reshape(x, [M, 4, N // 16, 2, 2]))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _columns(x0, x1, x2, x3):
+    """The inverse of _quads."""
+    M: tl.constexpr = x0.shape[0]
+    N: tl.constexpr = x0.shape[2] * 16
+    x = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [M, 4, N // 8, 2])
+    return tl.reshape(tl.permute(x, (0, 2, 1, 3)), [M, N])
+
+
+@triton.jit
+def _join(a, b, ADD: tl.constexpr):
+    if ADD:
+        return a + b
+    else:
+        return a * b
+
+
+@triton.jit
+def _newer_quarters(x, b_carry, ADD: tl.constexpr):
+    """Scan the quarters x (M, 4): the carry joined with all newer quarters (M, 4), and with all four (M,)."""
+    M: tl.constexpr = x.shape[0]
+    unit = 0.0 if ADD else 1.0
+    pairs = tl.reshape(x, [M, 2, 2])
+    i_last = tl.arange(0, 2)[None, None, :]
+    i_middle = tl.arange(0, 2)[None, :]
+    newer = tl.sum(tl.where(i_last == 1, pairs, 0.0), 2)
+    both = _join(newer, tl.sum(tl.where(i_last == 0, pairs, 0.0), 2), ADD)
+    newer_pair = tl.sum(tl.where(i_middle == 1, both, 0.0), 1)
+    total = _join(newer_pair, tl.sum(tl.where(i_middle == 0, both, 0.0), 1), ADD)
+    outer = _join(tl.where(i_middle == 0, newer_pair[:, None], unit), b_carry[:, None], ADD)
+    inner = tl.where(i_last == 0, newer[:, :, None], unit)
+    return tl.reshape(_join(inner, outer[:, :, None], ADD), [M, 4]), _join(total, b_carry, ADD)
+
+
+@triton.jit
+def _scan(x, b_carry, ADD: tl.constexpr):
+    """Scan x (M, 4, G) from the newest group: the carry joined with this and all newer groups, and with all (M,)."""
+    M: tl.constexpr = x.shape[0]
+    G: tl.constexpr = x.shape[2]
+    tl.static_assert(G <= 4)
+    if G == 1:
+        x0 = tl.reshape(x, [M, 4])
+        newer, b_carry = _newer_quarters(x0, b_carry, ADD)
+        return tl.reshape(_join(x0, newer, ADD), [M, 4, 1]), b_carry
+    elif G == 2:
+        x0, x1 = tl.split(x)
+        x0 = _join(x0, x1, ADD)
+        newer, b_carry = _newer_quarters(x0, b_carry, ADD)
+        return _join(tl.join(x0, x1), newer[:, :, None], ADD), b_carry
+    else:
+        even, odd = tl.split(tl.reshape(x, [M, 4, 2, 2]))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        x2 = _join(x2, x3, ADD)
+        x1 = _join(x1, x2, ADD)
+        x0 = _join(x0, x1, ADD)
+        newer, b_carry = _newer_quarters(x0, b_carry, ADD)
+        x = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [M, 4, 4])
+        return _join(x, newer[:, :, None], ADD), b_carry
+
+
+@triton.jit
+def _odds(b_products, scale, b_bias, m_tile, MASKED: tl.constexpr):
+    """exp of the logits, which `scale` and `b_bias` give in log2 units; 0 where masked."""
+    b_logit = tl.minimum(b_products * scale + b_bias, 30.0)
     if MASKED:
-        log_rest = tl.where(m_tile, log_rest, 0.0)
-    return log_beta, b_left[:, None] + _later(log_rest, b_triangle, EXACT), log_rest
+        b_logit = tl.where(m_tile, b_logit, float("-inf"))
+    return _exp2(b_logit)
 
 
 @triton.jit
 def _find_sequence(i_block, BLOCKS, n_sequences):
-    """Index of the packed sequence whose query tiles include tile i_block; BLOCKS counts tiles cumulatively."""
+    """Index of the packed sequence whose tiles include tile i_block; BLOCKS counts tiles cumulatively."""
     low = 0
     high = n_sequences
     while high - low > 1:
@@ -86,258 +172,462 @@ def _find_sequence(i_block, BLOCKS, n_sequences):
 
 
 @triton.jit
-def _locate(
-    pid, BLOCKS, CU_SEQLENS, n_batch, n_heads, n_queries, n_keys, n_blocks, n_sequences,
-    GROUP: tl.constexpr, VARLEN: tl.constexpr,
-):  # fmt: skip
-    """Work of program pid: batch, head, query tile, sequence, first row, queries, keys; a tile of -1 is no work.
-
-    Latest query tiles first, within a tile the heads that share a key-value head next to each other.
-    """
-    i_h = pid % n_heads
-    i_b = (pid // n_heads) % n_batch
-    i_m = n_blocks - 1 - pid // (n_heads * n_batch)
-    i_s = i_h * 0
+def _locate(i_tile, BLOCKS, CU_SEQLENS, n_queries, n_keys, n_sequences, VARLEN: tl.constexpr):
+    """Tile within its sequence (-1: no work), sequence, first row, queries, keys; of tile i_tile of the row."""
+    i_s = i_tile * 0
     start = i_s
     if VARLEN:
-        if i_m < tl.load(BLOCKS + n_sequences):
-            i_s = _find_sequence(i_m, BLOCKS, n_sequences)
-            i_m -= tl.load(BLOCKS + i_s)
+        if i_tile < tl.load(BLOCKS + n_sequences):
+            i_s = _find_sequence(i_tile, BLOCKS, n_sequences)
+            i_tile -= tl.load(BLOCKS + i_s)
             start = tl.load(CU_SEQLENS + i_s)
             n_queries = tl.load(CU_SEQLENS + i_s + 1) - start
             n_keys = n_queries
         else:
-            i_m = -1
-    return i_b.to(tl.int64), i_h, i_m, i_s, start.to(tl.int64), n_queries, n_keys
+            i_tile = -1
+    return i_tile, i_s, start.to(tl.int64), n_queries, n_keys
 
 
 @triton.jit
-def _load_rows(P, o_rows, o_d, stride, n_rows, D: tl.constexpr, MASKED: tl.constexpr):
+def _load(P, o_rows, o_d, stride, n_rows, D: tl.constexpr, MASKED: tl.constexpr):
     """Rows o_rows of a (rows, D) matrix; what lies outside is 0."""
+    BLOCK_D: tl.constexpr = o_d.shape[0]
     p_rows = P + o_rows.to(tl.int64)[:, None] * stride + o_d[None, :]
     if MASKED:
         return tl.load(p_rows, mask=(o_rows < n_rows)[:, None] & (o_d < D)[None, :], other=0.0)
-    return tl.load(p_rows, mask=(o_d < D)[None, :], other=0.0)
+    elif D < BLOCK_D:
+        return tl.load(p_rows, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        return tl.load(p_rows)
 
 
 @triton.jit
 def _forward_tile(
-    i_n, b_q, b_acc, b_left, b_triangle, K, V, o_pos, o_d, stride_kt, stride_vt, n_keys, scale,
+    i_n, b_q, b_acc, b_left, b_bias, K, V, o_key, o_pos, o_d, stride_kt, stride_vt, n_keys, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, CURRENT: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    b_k = _load_rows(K, o_n, o_d, stride_kt, n_keys, D, MASKED)
-    b_v = _load_rows(V, o_n, o_d, stride_vt, n_keys, D, MASKED)
-    b_logit = _product(b_q, tl.trans(b_k), EXACT) * scale
-    m_tile = o_n[None, :] < o_pos[:, None] + CURRENT
-    log_beta, log_before, log_rest = _break_stick(b_logit, b_left, b_triangle, m_tile, MASKED, EXACT)
-    b_weight = tl.exp2(log_beta + log_before)
-    if MASKED:
-        b_weight = tl.where(m_tile, b_weight, 0.0)
-    b_acc += _product(b_weight.to(b_v.dtype), b_v, EXACT)
-    return b_acc, b_left + tl.sum(log_rest, axis=1)
+    o_n = i_n * BLOCK_N
+    K += tl.cast(o_n, tl.int64) * stride_kt
+    V += tl.cast(o_n, tl.int64) * stride_vt
+    b_k = _load(K, o_key, o_d, stride_kt, n_keys - o_n, D, MASKED)
+    b_v = _load(V, o_key, o_d, stride_vt, n_keys - o_n, D, MASKED)
+    m_tile = (o_n + o_key)[None, :] < o_pos[:, None] + CURRENT
+    t0, t1, t2, t3 = _quads(_odds(_product(b_q, tl.trans(b_k), EXACT), scale, b_bias, m_tile, MASKED))
+    u0, u1, u2 = 1.0 + t0, 1.0 + t1, 1.0 + t2
+    b_stick, b_left = _scan(_reciprocal((u0 * u1) * (u2 * (1.0 + t3))), b_left, False)
+    a0 = (t0 * b_stick).to(b_v.dtype)
+    b_stick *= u0
+    a1 = (t1 * b_stick).to(b_v.dtype)
+    b_stick *= u1
+    a2 = (t2 * b_stick).to(b_v.dtype)
+    b_stick *= u2
+    a3 = (t3 * b_stick).to(b_v.dtype)
+    b_acc += _product(_columns(a0, a1, a2, a3), b_v, EXACT)
+    return b_acc, b_left
 
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, O, RESIDUAL, REMAINDER, CU_SEQLENS, BLOCKS,
+    Q, K, V, BIAS, O, RESIDUAL, REMAINDER, STOP, CU_SEQLENS, BLOCKS, STARTS, LENGTHS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    n_batch, n_heads, n_queries, n_keys, n_blocks, n_sequences, scale, log2_epsilon,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LOOK: tl.constexpr, CURRENT: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr,
+    n_batch, n_heads, n_queries, n_keys, n_blocks, n_sequences, n_splits, first_split, newest, oldest, scale, epsilon,
+    GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, LOOK: tl.constexpr, CURRENT: tl.constexpr, VARLEN: tl.constexpr, BOUNDED: tl.constexpr,
+    SPLIT: tl.constexpr, SKIP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One query tile of one head a program. O, RESIDUAL: (B, T, H, D) contiguous; REMAINDER: (B, T, H) float32."""
-    i_b, i_h, i_m, i_s, start, n_q, n_k = _locate(
-        tl.program_id(0), BLOCKS, CU_SEQLENS, n_batch, n_heads, n_queries, n_keys, n_blocks, n_sequences, GROUP, VARLEN
-    )
+    """One query tile of one head a program, latest tiles first; heads that share keys lie next to each other.
+
+    A row of the tile is a query of PACK heads that share keys. O, RESIDUAL: (B, T, H, D) contiguous; REMAINDER:
+    (B, T, H) float32; STOP: (B, H, tiles) int32, the oldest key visited.
+
+    SPLIT: the keys are dealt out to `n_splits` programs, and each starts with a whole stick. O: (splits, B, T, H, D) and
+    REMAINDER (splits, B, T, H), both float32, from split `first_split` on, that walk the tiles of keys from `newest` up
+    to and without `oldest`, counted from the newest. A program whose stick was used up by the splits before `first_split`
+    has nothing to do.
+    """
+    pid = tl.program_id(0)
+    i_h = pid % (n_heads // PACK) * PACK
+    i_b = ((pid // (n_heads // PACK)) % n_batch).to(tl.int64)
+    i_tile = n_blocks - 1 - pid // (n_heads // PACK * n_batch)
+    i_m, i_s, start, n_q, n_k = _locate(i_tile, BLOCKS, CU_SEQLENS, n_queries, n_keys, n_sequences, VARLEN)
     if i_m < 0:
         return
+    i_g = i_h // GROUP
+    K += i_b * stride_kb + start * stride_kt + i_g * stride_kh
+    V += i_b * stride_vb + start * stride_vt + i_g * stride_vh
+    if BOUNDED:
+        o_first = tl.load(STARTS + i_b)
+        n_k = tl.load(LENGTHS + i_b) - o_first
+        K += o_first.to(tl.int64) * stride_kt
+        V += o_first.to(tl.int64) * stride_vt
     o_d = tl.arange(0, BLOCK_D)
-    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_key = _key_order(BLOCK_N)
+    o_row = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_m = o_row // PACK
+    o_h = i_h + o_row % PACK
     m_m = o_m < n_q
     o_pos = o_m + (n_k - n_q)
-    Q += i_b * stride_qb + start * stride_qt + i_h * stride_qh
-    K += i_b * stride_kb + start * stride_kt + (i_h // GROUP) * stride_kh
-    V += i_b * stride_vb + start * stride_vt + (i_h // GROUP) * stride_vh
-    b_q = _load_rows(Q, o_m, o_d, stride_qt, n_q, D, True)
-    b_triangle = (tl.arange(0, BLOCK_N)[:, None] > tl.arange(0, BLOCK_N)[None, :]).to(
-        tl.float32 if EXACT else tl.bfloat16
-    )
+    rows = ((i_b * n_queries + start + o_m) * n_heads + o_h).to(tl.int64)
+    m_rows = m_m[:, None] & (o_d < D)[None, :]
+    p_q = Q + i_b * stride_qb + (start + o_m.to(tl.int64)) * stride_qt + o_h.to(tl.int64) * stride_qh
+    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_rows, other=0.0)
+    b_bias = 0.0
+    if BIAS is not None:
+        b_bias = (tl.load(BIAS + o_h) * 1.4426950408889634)[:, None]
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     # rows past the end have no stick, so that they keep no tile alive
-    b_left = tl.where(m_m, 0.0, float("-inf"))
+    b_left = tl.where(m_m, 1.0, 0.0)
 
-    first = i_m * BLOCK_M + n_k - n_q
-    end = tl.minimum(first + BLOCK_M, n_k) - 1 + CURRENT
-    n_tiles = (end + BLOCK_N - 1) // BLOCK_N
-    n_full = (first + CURRENT) // BLOCK_N
+    first = i_m * BLOCK_M // PACK + n_k - n_q
+    end = tl.minimum((i_m * BLOCK_M + BLOCK_M - 1) // PACK + 1 + n_k - n_q, n_k) - 1 + CURRENT
+    n_tiles = tl.maximum((end + BLOCK_N - 1) // BLOCK_N, 0)
+    n_full = tl.minimum(tl.maximum((first + CURRENT) // BLOCK_N, 0), n_tiles)
+    low = n_tiles * 0
+    if SPLIT:
+        i_split = tl.program_id(1)
+        # what is left for this launch, dealt out evenly
+        high = tl.maximum(n_tiles - newest, 0)
+        share = (tl.minimum(high, oldest - newest) + n_splits - 1) // n_splits
+        low = tl.maximum(high - (i_split + 1) * share, n_tiles - oldest)
+        low = tl.maximum(low, 0)
+        n_tiles = tl.maximum(high - i_split * share, low)
+        n_full = tl.maximum(tl.minimum(n_full, n_tiles), low)
+        n_rows = (i_b * 0 + n_batch) * n_queries * n_heads
+        if SKIP:
+            b_before = b_left
+            for i in range(first_split):
+                b_before *= tl.load(REMAINDER + i * n_rows + rows, mask=m_m, other=0.0)
+            if tl.max(b_before, 0) <= epsilon:
+                return
+        O += (first_split + i_split) * n_rows * D
+        REMAINDER += (first_split + i_split) * n_rows
     for i in range(n_full, n_tiles):
         b_acc, b_left = _forward_tile(
-            n_tiles - 1 - (i - n_full), b_q, b_acc, b_left, b_triangle, K, V, o_pos, o_d, stride_kt, stride_vt, n_k,
+            n_tiles - 1 - (i - n_full), b_q, b_acc, b_left, b_bias, K, V, o_key, o_pos, o_d, stride_kt, stride_vt, n_k,
             scale, D, BLOCK_N, CURRENT, True, EXACT,
         )  # fmt: skip
     i_n = n_full
-    while (i_n > 0) & (tl.max(b_left, 0) > log2_epsilon):
-        look = tl.minimum(i_n, LOOK)
-        for i in range(look):
+    if SKIP:
+        while (i_n > low) & (tl.max(b_left, 0) > epsilon):
+            look = tl.minimum(i_n - low, LOOK)
+            for i in range(look):
+                b_acc, b_left = _forward_tile(
+                    i_n - 1 - i, b_q, b_acc, b_left, b_bias, K, V, o_key, o_pos, o_d, stride_kt, stride_vt, n_k, scale,
+                    D, BLOCK_N, CURRENT, False, EXACT,
+                )  # fmt: skip
+            i_n -= look
+    else:
+        for i in range(i_n - low):
             b_acc, b_left = _forward_tile(
-                i_n - 1 - i, b_q, b_acc, b_left, b_triangle, K, V, o_pos, o_d, stride_kt, stride_vt, n_k, scale,
+                i_n - 1 - i, b_q, b_acc, b_left, b_bias, K, V, o_key, o_pos, o_d, stride_kt, stride_vt, n_k, scale,
                 D, BLOCK_N, CURRENT, False, EXACT,
             )  # fmt: skip
-        i_n -= look
+        i_n = low
 
-    rows = ((i_b * n_queries + start + o_m) * n_heads + i_h).to(tl.int64)
-    m_rows = m_m[:, None] & (o_d < D)[None, :]
+    p_rows = rows[:, None] * D + o_d[None, :]
     b_o = b_acc.to(O.dtype.element_ty)
-    tl.store(O + rows[:, None] * D + o_d[None, :], b_o, mask=m_rows)
-    if not EXACT:
-        b_residual = (b_acc - b_o.to(tl.float32)).to(O.dtype.element_ty)
-        tl.store(RESIDUAL + rows[:, None] * D + o_d[None, :], b_residual, mask=m_rows)
-    tl.store(REMAINDER + rows, tl.exp2(b_left), mask=m_m)
+    tl.store(O + p_rows, b_o, mask=m_rows)
+    if RESIDUAL is not None:
+        tl.store(RESIDUAL + p_rows, (b_acc - b_o.to(tl.float32)).to(O.dtype.element_ty), mask=m_rows)
+    if STOP is not None:
+        tl.store(STOP + (i_b * n_heads + i_h) * n_blocks + i_tile, i_n * BLOCK_N)
+    tl.store(REMAINDER + rows, b_left, mask=m_m)
+
+
+@triton.jit
+def combine_kernel(
+    PARTS, PART_REMAINDERS, O, REMAINDER, n_rows, n_splits, epsilon,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Join what splits of the keys found for one query of one head, the newest first."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    b_o = tl.zeros([BLOCK_D], dtype=tl.float32)
+    left = 1.0
+    for i in range(n_splits):
+        if left > epsilon:
+            part = i * n_rows + i_row
+            b_o += left * tl.load(PARTS + part * D + o_d, mask=o_d < D, other=0.0)
+            left *= tl.load(PART_REMAINDERS + part)
+    tl.store(O + i_row * D + o_d, b_o.to(O.dtype.element_ty), mask=o_d < D)
+    tl.store(REMAINDER + i_row, left)
 
 
 @triton.jit
 def _backward_tile(
-    i_n, i_turn, b_q, b_do, b_dq, b_left, b_later, b_delta, b_drem, b_triangle, K, V, DK, DV, COUNT, o_pos, o_d,
-    stride_kt, stride_vt, stride_dkt, n_keys, scale,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, CURRENT: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    b_products, b_dweights, b_left, b_later, b_delta, b_drem, b_bias, m_tile, scale,
+    MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    b_k = _load_rows(K, o_n, o_d, stride_kt, n_keys, D, MASKED)
-    b_v = _load_rows(V, o_n, o_d, stride_vt, n_keys, D, MASKED)
-    b_logit = _product(b_q, tl.trans(b_k), EXACT) * (scale * 1.4426950408889634)
-    m_tile = o_n[None, :] < o_pos[:, None] + CURRENT
-    log_beta, log_before, log_rest = _break_stick(b_logit, b_left, b_triangle, m_tile, MASKED, EXACT)
-    b_weight = tl.exp2(log_beta + log_before)
-    if MASKED:
-        b_weight = tl.where(m_tile, b_weight, 0.0)
+    """Weights and gradients of the logits (M, N), both in DTYPE; the stick and the sum of g after this tile."""
+    t0, t1, t2, t3 = _quads(_odds(b_products, scale, b_bias, m_tile, MASKED))
+    d0, d1, d2, d3 = _quads(b_dweights)
+    u0, u1, u2, u3 = 1.0 + t0, 1.0 + t1, 1.0 + t2, 1.0 + t3
+    u01, u23 = u0 * u1, u2 * u3
+    rest = _reciprocal(u01 * u23)
+    s0, b_left = _scan(rest, b_left, False)
+    s1 = s0 * u0
+    s2 = s1 * u1
     # rounded as in forward, so that the sum of g is do . o, not that and the rounding errors of all weights
-    b_weight = b_weight.to(b_do.dtype)
-    b_g = b_weight.to(tl.float32) * _product(b_do, tl.trans(b_v), EXACT)
-    # sum of g over this key and all older ones
-    b_older = b_delta[:, None] - (b_later[:, None] + _later(b_g, b_triangle, EXACT))
-    b_older = tl.where(log_before > RESOLUTION, b_older, 0.0)
-    b_dz = b_g - tl.exp2(log_beta) * (b_drem[:, None] + b_older)
-    if MASKED:
-        b_dz = tl.where(m_tile, b_dz, 0.0)
-    b_dz = b_dz.to(b_q.dtype)
-    b_dq += _product(b_dz, b_k, EXACT)
-    b_dk = _product(tl.trans(b_dz), b_q, EXACT) * scale
-    b_dv = _product(tl.trans(b_weight), b_do, EXACT)
-    p_rows = o_n.to(tl.int64)[:, None] * stride_dkt + o_d[None, :]
-    m_rows = (o_n < n_keys)[:, None] & (o_d < D)[None, :]
-    while tl.atomic_add(COUNT + i_n, 0, sem="acquire") < i_turn:
-        pass
-    tl.atomic_add(DK + p_rows, b_dk, mask=m_rows, sem="relaxed")
-    tl.atomic_add(DV + p_rows, b_dv, mask=m_rows, sem="relaxed")
-    tl.debug_barrier()
-    tl.atomic_add(COUNT + i_n, 1, sem="release")
-    return b_dq, b_left + tl.sum(log_rest, axis=1), b_later + tl.sum(b_g, axis=1)
+    a0, a1, a2, a3 = (t0 * s0).to(DTYPE), (t1 * s1).to(DTYPE), (t2 * s2).to(DTYPE), (t3 * (s2 * u2)).to(DTYPE)
+    g0, g1 = a0.to(tl.float32) * d0, a1.to(tl.float32) * d1
+    g2, g3 = a2.to(tl.float32) * d2, a3.to(tl.float32) * d3
+    since, b_later = _scan((g0 + g1) + (g2 + g3), b_later, True)
+    # sum of g over all keys older than the four
+    b_older = tl.where(s0 > RESOLUTION, b_delta[:, None, None] - since, 0.0) + b_drem[:, None, None]
+    rest01, rest23 = rest * u23, rest * u01
+    b_older += g0
+    z0 = g0 - (t0 * (rest01 * u1)) * b_older
+    b_older += g1
+    z1 = g1 - (t1 * (rest01 * u0)) * b_older
+    b_older += g2
+    z2 = g2 - (t2 * (rest23 * u3)) * b_older
+    b_older += g3
+    z3 = g3 - (t3 * (rest23 * u2)) * b_older
+    b_dz = _columns(z0, z1, z2, z3)
+    return _columns(a0, a1, a2, a3), b_dz, b_left, b_later
 
 
 @triton.jit
-def backward_kernel(
-    Q, K, V, O, RESIDUAL, REMAINDER, DO, DREMAINDER, DQ, DK, DV, COUNT, TICKET, CU_SEQLENS, BLOCKS, KEY_BLOCKS,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    n_batch, n_heads, n_queries, n_keys, n_blocks, n_key_blocks, n_sequences, scale, log2_epsilon,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LOOK: tl.constexpr, CURRENT: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """One query tile of one head a program.
+def _state_slot(i_m, n_past, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where the states of query tile i_m begin, in tiles of BLOCK_M rows: earlier tiles see fewer keys."""
+    ratio: tl.constexpr = BLOCK_M // BLOCK_N
+    past = (n_past + BLOCK_N - 1) // BLOCK_N + 1
+    i_m = tl.cast(i_m, tl.int64)
+    return ratio * (i_m * (i_m + 1) // 2) + past * i_m
 
-    O, RESIDUAL, DO, DQ: (B, T, H, D) contiguous; REMAINDER, DREMAINDER: (B, T, H) float32; DK, DV: (B, S, G, D)
-    float32, zeros; COUNT: (B, G, key tiles) int32, zeros: query tiles that have added to a key tile; TICKET: int32, 0.
+
+@triton.jit
+def query_kernel(
+    Q, K, V, BIAS, O, RESIDUAL, REMAINDER, STOP, DO, DREMAINDER, DQ, DBIAS, STATE, DELTA, REACH, CU_SEQLENS, BLOCKS,
+    FORWARD_BLOCKS, SLOTS,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    first_group, n_chunk, n_heads, n_queries, n_keys, n_blocks, n_forward_blocks, n_key_blocks, n_sequences, n_slots,
+    scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FORWARD_M: tl.constexpr, CURRENT: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """First pass of backward, one query tile of one head a program: dq, and the state at each key tile.
+
+    Heads are those of `n_chunk` key-value heads of the batch, from `first_group` on. O, RESIDUAL, DO, DQ: (B, T, H, D)
+    contiguous; REMAINDER, DREMAINDER: (B, T, H) float32; STATE: (heads, slots, 2, BLOCK_M) float32: stick left and sum of
+    g before a key tile; DELTA: (heads, 2, T) float32; REACH: (heads, key tiles) int32, zeros: one more than the latest
+    query tile that goes no further than this key tile; DBIAS: (B, H, tiles) float32.
     """
-    i_b, i_h, i_m, i_s, start, n_q, n_k = _locate(
-        tl.atomic_add(TICKET, 1, sem="relaxed"), BLOCKS, CU_SEQLENS, n_batch, n_heads, n_queries, n_keys, n_blocks,
-        n_sequences, GROUP, VARLEN,
-    )  # fmt: skip
-    if i_m < 0:
-        return
+    pid = tl.program_id(0)
+    i_head = pid % (n_chunk * GROUP)
+    i_tile = n_blocks - 1 - pid // (n_chunk * GROUP)
+    i_m, i_s, start, n_q, n_k = _locate(i_tile, BLOCKS, CU_SEQLENS, n_queries, n_keys, n_sequences, VARLEN)
     n_groups = n_heads // GROUP
-    i_g = i_h // GROUP
+    i_bg = first_group + i_head // GROUP
+    i_b = (i_bg // n_groups).to(tl.int64)
+    i_g = i_bg % n_groups
+    i_h = i_g * GROUP + i_head % GROUP
+    if i_m < 0:
+        if BIAS is not None:
+            tl.store(DBIAS + (i_b * n_heads + i_h) * n_blocks + i_tile, 0.0)
+        return
     o_d = tl.arange(0, BLOCK_D)
+    o_key = _key_order(BLOCK_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < n_q
     o_pos = o_m + (n_k - n_q)
     Q += i_b * stride_qb + start * stride_qt + i_h * stride_qh
     K += i_b * stride_kb + start * stride_kt + i_g * stride_kh
     V += i_b * stride_vb + start * stride_vt + i_g * stride_vh
-    DK += ((i_b * n_keys + start) * n_groups + i_g) * D
-    DV += ((i_b * n_keys + start) * n_groups + i_g) * D
-    COUNT += (i_b * n_groups + i_g) * n_key_blocks
+    slot = i_head.to(tl.int64) * n_slots + _state_slot(i_m, n_k - n_q, BLOCK_M, BLOCK_N)
+    i_forward = i_m * BLOCK_M // FORWARD_M
+    i_key_tile = 0
     if VARLEN:
-        COUNT += tl.load(KEY_BLOCKS + i_s)
-    i_turn = ((n_q + BLOCK_M - 1) // BLOCK_M - 1 - i_m) * GROUP + i_h % GROUP
+        slot += tl.load(SLOTS + i_s)
+        i_forward += tl.load(FORWARD_BLOCKS + i_s)
+        i_key_tile = tl.load(CU_SEQLENS + i_s) // BLOCK_N + i_s
+    p_state = STATE + slot * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
+    low = tl.load(STOP + (i_b * n_heads + i_h) * n_forward_blocks + i_forward) // BLOCK_N
+    b_bias = 0.0
+    if BIAS is not None:
+        b_bias = tl.load(BIAS + i_h) * 1.4426950408889634
 
     rows = ((i_b * n_queries + start + o_m) * n_heads + i_h).to(tl.int64)
     p_rows = rows[:, None] * D + o_d[None, :]
     m_rows = m_m[:, None] & (o_d < D)[None, :]
-    b_q = _load_rows(Q, o_m, o_d, stride_qt, n_q, D, True)
+    b_q = _load(Q, o_m, o_d, stride_qt, n_q, D, True)
     b_do = tl.load(DO + p_rows, mask=m_rows, other=0.0)
     b_o = tl.load(O + p_rows, mask=m_rows, other=0.0).to(tl.float32)
-    if not EXACT:
+    if RESIDUAL is not None:
         b_o += tl.load(RESIDUAL + p_rows, mask=m_rows, other=0.0).to(tl.float32)
     b_delta = tl.sum(b_o * b_do.to(tl.float32), axis=1)
     b_drem = tl.load(REMAINDER + rows, mask=m_m, other=0.0) * tl.load(DREMAINDER + rows, mask=m_m, other=0.0)
-    b_triangle = (tl.arange(0, BLOCK_N)[:, None] > tl.arange(0, BLOCK_N)[None, :]).to(
-        tl.float32 if EXACT else tl.bfloat16
-    )
+    p_delta = DELTA + i_head.to(tl.int64) * 2 * n_queries + start + o_m
+    tl.store(p_delta, b_delta, mask=m_m)
+    tl.store(p_delta + n_queries, b_drem, mask=m_m)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    b_dbias = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_later = tl.zeros([BLOCK_M], dtype=tl.float32)
-    b_left = tl.where(m_m, 0.0, float("-inf"))
+    b_left = tl.where(m_m, 1.0, 0.0)
 
     first = i_m * BLOCK_M + n_k - n_q
     end = tl.minimum(first + BLOCK_M, n_k) - 1 + CURRENT
     n_tiles = (end + BLOCK_N - 1) // BLOCK_N
-    n_full = (first + CURRENT) // BLOCK_N
-    for i in range(n_full, n_tiles):
-        b_dq, b_left, b_later = _backward_tile(
-            n_tiles - 1 - (i - n_full), i_turn, b_q, b_do, b_dq, b_left, b_later, b_delta, b_drem, b_triangle,
-            K, V, DK, DV, COUNT, o_pos, o_d, stride_kt, stride_vt, n_groups * D, n_k, scale,
-            D, BLOCK_N, CURRENT, True, EXACT,
-        )  # fmt: skip
-    i_n = n_full
-    while (i_n > 0) & (tl.max(b_left, 0) > log2_epsilon):
-        look = tl.minimum(i_n, LOOK)
-        for i in range(look):
-            b_dq, b_left, b_later = _backward_tile(
-                i_n - 1 - i, i_turn, b_q, b_do, b_dq, b_left, b_later, b_delta, b_drem, b_triangle,
-                K, V, DK, DV, COUNT, o_pos, o_d, stride_kt, stride_vt, n_groups * D, n_k, scale,
-                D, BLOCK_N, CURRENT, False, EXACT,
+    n_full = tl.maximum((first + CURRENT) // BLOCK_N, low)
+    for masked in tl.static_range(2):
+        high = n_tiles if masked == 0 else tl.minimum(n_full, n_tiles)
+        for i in range(high - (n_full if masked == 0 else low)):
+            i_n = high - 1 - i
+            tl.store(p_state + tl.cast(i_n, tl.int64) * (2 * BLOCK_M), b_left)
+            tl.store(p_state + tl.cast(i_n, tl.int64) * (2 * BLOCK_M) + BLOCK_M, b_later)
+            o_n = i_n * BLOCK_N
+            b_k = _load(K + tl.cast(o_n, tl.int64) * stride_kt, o_key, o_d, stride_kt, n_k - o_n, D, masked == 0)
+            b_v = _load(V + tl.cast(o_n, tl.int64) * stride_vt, o_key, o_d, stride_vt, n_k - o_n, D, masked == 0)
+            m_tile = (o_n + o_key)[None, :] < o_pos[:, None] + CURRENT
+            _, b_dz, b_left, b_later = _backward_tile(
+                _product(b_q, tl.trans(b_k), EXACT), _product(b_do, tl.trans(b_v), EXACT), b_left, b_later, b_delta,
+                b_drem, b_bias, m_tile, scale, masked == 0, b_v.dtype,
             )  # fmt: skip
-        i_n -= look
-    # nothing to add to what is left, but the order of those who wait is kept
-    while i_n > 0:
-        i_n -= 1
-        while tl.atomic_add(COUNT + i_n, 0, sem="acquire") < i_turn:
-            pass
-        tl.atomic_add(COUNT + i_n, 1, sem="release")
-    tl.store(DQ + p_rows, (b_dq * scale).to(DQ.dtype.element_ty), mask=m_rows)
+            if BIAS is not None:
+                b_dbias += tl.sum(b_dz, 1)
+            b_dq += _product(b_dz.to(b_k.dtype), b_k, EXACT)
+    # in log2 units the scale had a factor that the gradient has not
+    tl.store(DQ + p_rows, (b_dq * (scale * 0.6931471805599453)).to(DQ.dtype.element_ty), mask=m_rows)
+    tl.atomic_max(REACH + i_head.to(tl.int64) * n_key_blocks + i_key_tile + low, i_m + 1, sem="relaxed")
+    if BIAS is not None:
+        tl.store(DBIAS + (i_b * n_heads + i_h) * n_blocks + i_tile, tl.sum(b_dbias, 0))
 
 
-def tiles(head_dim: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
-    """Tile sizes and launch options, for sm_80 and later.
+@triton.jit
+def key_kernel(
+    Q, K, V, BIAS, STOP, DO, DK, DV, STATE, DELTA, REACH, CU_SEQLENS, BLOCKS, FORWARD_BLOCKS, SLOTS,
+    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+    first_group, n_chunk, n_heads, n_queries, n_keys, n_blocks, n_forward_blocks, n_key_blocks, n_sequences, n_slots,
+    scale,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FORWARD_M: tl.constexpr, CURRENT: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """Second pass of backward, one key tile of one key-value head a program: dk and dv, (B, S, G, D) contiguous.
 
-    Forward and backward walk the same tiles and look after every LOOK of them whether any stick is left, so that the
-    gradient is that of the function that was computed. Between looks the loop is pipelined.
+    BLOCKS counts key tiles here; the rest is as in query_kernel.
+    """
+    pid = tl.program_id(0)
+    i_chunk = pid % n_chunk
+    # the oldest keys, seen by most queries, first
+    i_n, i_s, start, n_q, n_k = _locate(pid // n_chunk, BLOCKS, CU_SEQLENS, n_queries, n_keys, n_sequences, VARLEN)
+    if i_n < 0:
+        return
+    n_groups = n_heads // GROUP
+    i_b = ((first_group + i_chunk) // n_groups).to(tl.int64)
+    i_g = (first_group + i_chunk) % n_groups
+    o_d = tl.arange(0, BLOCK_D)
+    o_m = tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + _key_order(BLOCK_N)
+    n_past = n_k - n_q
+    b_k = _load(K + i_b * stride_kb + start * stride_kt + i_g * stride_kh, o_n, o_d, stride_kt, n_k, D, True)
+    b_v = _load(V + i_b * stride_vb + start * stride_vt + i_g * stride_vh, o_n, o_d, stride_vt, n_k, D, True)
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
+    # query tiles from the first that sees a key of this tile; those of the diagonal need a mask
+    first = tl.maximum(i_n * BLOCK_N + 1 - CURRENT - n_past, 0) // BLOCK_M
+    n_diagonal = (tl.maximum(i_n * BLOCK_N + BLOCK_N - CURRENT - n_past, 0) + BLOCK_M - 1) // BLOCK_M
+    n_tiles = (n_q + BLOCK_M - 1) // BLOCK_M
+    # the last query tile is short
+    n_whole = n_q // BLOCK_M
+    i_key_tile = 0
+    i_forward = 0
+    slot = i_n.to(tl.int64)
+    if VARLEN:
+        slot += tl.load(SLOTS + i_s)
+        i_forward = tl.load(FORWARD_BLOCKS + i_s)
+        i_key_tile = tl.load(CU_SEQLENS + i_s) // BLOCK_N + i_s
+    for i_member in range(GROUP):
+        i_h = i_g * GROUP + i_member
+        i_head = (i_chunk * GROUP + i_member).to(tl.int64)
+        reach = 0
+        for i in range(0, i_n + 1, 128):
+            o_tile = i + tl.arange(0, 128)
+            p_reach = REACH + i_head * n_key_blocks + i_key_tile + o_tile
+            reach = tl.maximum(reach, tl.max(tl.load(p_reach, mask=o_tile <= i_n, other=0), 0))
+        # nobody sees the last key alone
+        last = tl.where(i_n * BLOCK_N < n_k - 1 + CURRENT, tl.minimum(n_tiles, reach), 0)
+        b_bias = 0.0
+        if BIAS is not None:
+            b_bias = tl.load(BIAS + i_h) * 1.4426950408889634
+        P_Q = Q + i_b * stride_qb + start * stride_qt + i_h * stride_qh
+        P_DO = DO + ((i_b * n_queries + start) * n_heads + i_h) * D
+        p_delta = DELTA + i_head * 2 * n_queries + start
+        p_stop = STOP + (i_b * n_heads + i_h) * n_forward_blocks + i_forward
+        for part in tl.static_range(3):
+            # diagonal tiles, whole ones, the short one at the end
+            if part == 0:
+                begin = first
+                finish = tl.minimum(n_diagonal, last)
+            elif part == 1:
+                begin = tl.maximum(first, n_diagonal)
+                finish = tl.minimum(n_whole, last)
+            else:
+                begin = tl.maximum(tl.maximum(first, n_diagonal), n_whole)
+                finish = last
+            for i_m in range(begin, finish):
+                o_row = i_m * BLOCK_M + o_m
+                m_m = o_row < n_q
+                b_q = _load(P_Q, o_row, o_d, stride_qt, n_q, D, part != 1)
+                b_do = _load(P_DO, o_row, o_d, n_heads * D, n_q, D, part != 1)
+                # where the walk of this query tile had stopped before, it gets nothing
+                m_visited = m_m & (tl.load(p_stop + i_m * BLOCK_M // FORWARD_M) <= i_n * BLOCK_N)
+                p_state = STATE + (i_head * n_slots + slot + _state_slot(i_m, n_past, BLOCK_M, BLOCK_N)) * (2 * BLOCK_M)
+                b_left = tl.load(p_state + o_m, mask=m_visited, other=0.0)
+                b_later = tl.load(p_state + BLOCK_M + o_m, mask=m_visited, other=0.0)
+                b_delta = tl.load(p_delta + o_row, mask=m_visited, other=0.0)
+                b_drem = tl.load(p_delta + n_queries + o_row, mask=m_visited, other=0.0)
+                m_tile = o_n[None, :] < (o_row + n_past)[:, None] + CURRENT
+                b_weight, b_dz, _, _ = _backward_tile(
+                    _product(b_q, tl.trans(b_k), EXACT), _product(b_do, tl.trans(b_v), EXACT), b_left, b_later,
+                    b_delta, b_drem, b_bias, m_tile, scale, part != 1, b_v.dtype,
+                )  # fmt: skip
+                b_dv += _product(tl.trans(b_weight), b_do, EXACT)
+                b_dk += _product(tl.trans(b_dz.to(b_q.dtype)), b_q, EXACT)
+    rows = ((i_b * n_keys + start + o_n) * n_groups + i_g).to(tl.int64)
+    p_rows = rows[:, None] * D + o_d[None, :]
+    m_rows = (o_n < n_k)[:, None] & (o_d < D)[None, :]
+    tl.store(DK + p_rows, (b_dk * (scale * 0.6931471805599453)).to(DK.dtype.element_ty), mask=m_rows)
+    tl.store(DV + p_rows, b_dv.to(DV.dtype.element_ty), mask=m_rows)
+
+
+def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes and launch options of `forward`, `query`, `key` or `decode`, for sm_80 and later.
+
+    Backward's tiles divide forward's, and its two passes share theirs. Forward looks after every LOOK tiles whether any
+    stick is left; between looks the loop is pipelined.
     """
     block_d = max(16, triton.next_power_of_2(head_dim))
     if dtype == torch.float32:
-        size, warps = (32, 8 if backward else 4) if block_d <= 128 else (16, 4)
-        return {"BLOCK_D": block_d, "BLOCK_M": size, "BLOCK_N": size, "LOOK": 2, "num_warps": warps, "num_stages": 1}
-    block_m, block_n, warps = (64, 64, 4) if block_d <= 64 else (64, 32, 4) if block_d == 128 else (32, 32, 8)
-    stages = 1 if backward else 3
-    return {
-        "BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "LOOK": 16, "num_warps": warps,
-        "num_stages": stages,
-    }  # fmt: skip
+        size = 64 if block_d <= 64 else 32 if block_d == 128 else 16
+        block_m, block_n, warps, stages = 16 if kernel == "decode" else size, min(size, 32), 4, 1
+    elif kernel == "decode":
+        block_m, block_n, warps, stages = 16, 64 if block_d <= 128 else 32, 1, 3
+    elif block_d == 256:
+        block_m, block_n, warps, stages = 64, 32, 4, 2 if kernel == "forward" else 1
+    elif kernel == "forward":
+        block_m, block_n, warps, stages = 128 if block_d <= 64 else 64, 64, 4, 2
+    else:
+        block_m, block_n, warps, stages = 64, 32, 4, 3
+    options = {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+    if kernel in ("forward", "decode"):
+        options["LOOK"] = 2 if dtype == torch.float32 else 16
+    return options
 
 
-def _cumulative_blocks(cu_seqlens: Tensor, size: int) -> Tensor:
-    """Tiles of `size` rows before each packed sequence, (N + 1,) int32; computed on the device, without a wait."""
-    blocks = (cu_seqlens.diff() + size - 1) // size
-    return torch.nn.functional.pad(blocks.cumsum(0), (1, 0)).to(torch.int32)
+def _cumulative(counts: Tensor) -> Tensor:
+    """(N,) to (N + 1,): how many stand before each, and all; computed on the device, without a wait."""
+    return torch.nn.functional.pad(counts.cumsum(0, dtype=counts.dtype), (1, 0))
+
+
+def _blocks(cu_seqlens: Tensor, size: int) -> Tensor:
+    """Tiles of `size` rows of each packed sequence, (N,) int32."""
+    return (cu_seqlens.diff() + size - 1) // size
+
+
+def stop_shape(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
+    """Shape of what `forward` says of where it stopped."""
+    tiles_of_row = triton.cdiv(q.shape[1], tiles("forward", q.shape[3], q.dtype)["BLOCK_M"])
+    return q.shape[0], q.shape[2], tiles_of_row + (0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -345,61 +635,133 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, T, H, D), remainder (B, T, H) float32, and what rounding took off the output (empty in float32)."""
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output (B, T, H, D), remainder (B, T, H) float32, what rounding took off the output (empty in float32), and the
+    oldest key that each query tile visited (B, H, tiles)."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     batch, n_queries, heads, dim = q.shape
     exact = q.dtype == torch.float32
-    options = tiles(dim, q.dtype, backward=False)
+    options = tiles("forward", dim, q.dtype)
     out = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
     residual = out.new_empty(0) if exact else torch.empty_like(out)
     remainder = torch.empty((batch, n_queries, heads), dtype=torch.float32, device=q.device)
-    n_blocks, blocks = triton.cdiv(n_queries, options["BLOCK_M"]), None
+    n_blocks, blocks, n_sequences = triton.cdiv(n_queries, options["BLOCK_M"]), None, 0
     if cu_seqlens is not None:
-        blocks = _cumulative_blocks(cu_seqlens, options["BLOCK_M"])
-        n_blocks += len(cu_seqlens) - 1
+        n_sequences = len(cu_seqlens) - 1
+        blocks = _cumulative(_blocks(cu_seqlens, options["BLOCK_M"]))
+        n_blocks += n_sequences
+    stop = torch.empty((batch, heads, n_blocks), dtype=torch.int32, device=q.device)
     forward_kernel[(n_blocks * batch * heads,)](
-        q, k, v, out, residual, remainder, cu_seqlens, blocks,
+        q, k, v, bias, out, None if exact else residual, remainder, stop, cu_seqlens, blocks, None, None,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        batch, heads, n_queries, k.shape[1], n_blocks, 0 if cu_seqlens is None else len(cu_seqlens) - 1,
-        scale * LOG2_E, math.log2(epsilon) if epsilon > 0 else -math.inf,
-        GROUP=heads // k.shape[2], D=dim, CURRENT=int(attend_current), VARLEN=cu_seqlens is not None,
-        EXACT=exact, **options,
+        batch, heads, n_queries, k.shape[1], n_blocks, n_sequences, 1, 0, 0, 0, scale * LOG2_E, epsilon,
+        GROUP=heads // k.shape[2], PACK=1, D=dim, CURRENT=int(attend_current), VARLEN=cu_seqlens is not None,
+        BOUNDED=False, SPLIT=False, SKIP=epsilon > 0, EXACT=exact, **options,
     )  # fmt: skip
-    return out, remainder, residual
+    return out, remainder, residual, stop
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, remainder: Tensor, residual: Tensor, dout: Tensor, dremainder: Tensor,
-    cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, in their dtypes."""
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor, stop: Tensor,
+    dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v, in their dtypes, and of the bias (empty without one)."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    dout, dremainder = dout.contiguous(), dremainder.contiguous()
+    batch, n_queries, heads, dim = q.shape
+    n_keys, groups = k.shape[1:3]
+    options = tiles("query", dim, q.dtype)
+    key_options = tiles("key", dim, q.dtype)
+    block_m, block_n = options["BLOCK_M"], options["BLOCK_N"]
+    assert (key_options["BLOCK_M"], key_options["BLOCK_N"]) == (block_m, block_n)
+    dq = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty((batch, n_keys, groups, dim), dtype=q.dtype, device=q.device) for _ in range(2))
+    n_blocks, n_key_blocks, n_sequences = triton.cdiv(n_queries, block_m), triton.cdiv(n_keys, block_n), 0
+    blocks = key_blocks = forward_blocks = slots = None
+    if cu_seqlens is not None:
+        n_sequences = len(cu_seqlens) - 1
+        counts = _blocks(cu_seqlens, block_m)
+        blocks, key_blocks = _cumulative(counts), _cumulative(_blocks(cu_seqlens, block_n))
+        forward_blocks = _cumulative(_blocks(cu_seqlens, tiles("forward", dim, q.dtype)["BLOCK_M"]))
+        slots = _cumulative(block_m // block_n * (counts.long() * (counts + 1) // 2) + counts)
+        n_blocks += n_sequences
+        n_key_blocks += n_sequences
+    # as _state_slot counts them; what packed sequences take is known to the device alone, and is less
+    past = triton.cdiv(n_keys - n_queries, block_n) + 1
+    n_slots = block_m // block_n * (n_blocks * (n_blocks + 1) // 2) + past * n_blocks
+    dbias = torch.empty((batch, heads, 0 if bias is None else n_blocks), dtype=torch.float32, device=q.device)
+    group = heads // groups
+    chunk = max(STATE_BYTES, q.numel() * q.element_size()) // (n_slots * 2 * block_m * 4 * group)
+    chunk = min(max(1, chunk), batch * groups)
+    state = torch.empty((chunk * group, n_slots, 2, block_m), dtype=torch.float32, device=q.device)
+    delta = torch.empty((chunk * group, 2, n_queries), dtype=torch.float32, device=q.device)
+    for first in range(0, batch * groups, chunk):
+        n_chunk = min(chunk, batch * groups - first)
+        reach = torch.zeros((n_chunk * group, n_key_blocks), dtype=torch.int32, device=q.device)
+        sizes = (
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], first, n_chunk, heads, n_queries, n_keys, n_blocks,
+            stop.shape[2], n_key_blocks, n_sequences, n_slots, scale * LOG2_E,
+        )  # fmt: skip
+        constants = {
+            "GROUP": group, "D": dim, "FORWARD_M": tiles("forward", dim, q.dtype)["BLOCK_M"],
+            "CURRENT": int(attend_current), "VARLEN": cu_seqlens is not None, "EXACT": q.dtype == torch.float32,
+        }  # fmt: skip
+        query_kernel[(n_blocks * n_chunk * group,)](
+            q, k, v, bias, out, residual if residual.numel() else None, remainder, stop, dout, dremainder, dq, dbias,
+            state, delta, reach, cu_seqlens, blocks, forward_blocks, slots, *sizes, **constants, **options,
+        )  # fmt: skip
+        key_kernel[(n_key_blocks * n_chunk,)](
+            q, k, v, bias, stop, dout, dk, dv, state, delta, reach, cu_seqlens, key_blocks, forward_blocks, slots,
+            *sizes, **constants, **key_options,
+        )  # fmt: skip
+    return dq, dk, dv, dbias.sum((0, 2)) if bias is not None else dbias.new_empty(0)
+
+
+# keys that a first launch looks at before a second asks whether any stick is left for older ones
+NEWEST = 4096
+
+
+def _splits(n_programs: int, n_tiles: int, device: torch.device) -> int:
+    """In how many parts to walk n_tiles so that the device is busy: a few programs for each multiprocessor."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return max(1, min(triton.cdiv(8 * processors, n_programs), triton.cdiv(n_tiles, 4)))
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, starts: Tensor | None, lengths: Tensor | None, scale: float,
+    attend_current: bool, epsilon: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Output and remainder of few queries against many keys: the keys are split over the device, as in flash-decoding.
+
+    With `epsilon`, keys older than the newest NEWEST are read only where some stick is left for them.
+    """
     q, k, v = _rows(q), _rows(k), _rows(v)
     batch, n_queries, heads, dim = q.shape
     n_keys, groups = k.shape[1:3]
-    options = tiles(dim, q.dtype, backward=True)
-    dq = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
-    dk = torch.zeros((batch, n_keys, groups, dim), dtype=torch.float32, device=q.device)
-    dv = torch.zeros_like(dk)
-    n_blocks, blocks = triton.cdiv(n_queries, options["BLOCK_M"]), None
-    n_key_blocks, key_blocks = triton.cdiv(n_keys, options["BLOCK_N"]), None
-    n_sequences = 0
-    if cu_seqlens is not None:
-        n_sequences = len(cu_seqlens) - 1
-        blocks = _cumulative_blocks(cu_seqlens, options["BLOCK_M"])
-        key_blocks = _cumulative_blocks(cu_seqlens, options["BLOCK_N"])
-        n_blocks += n_sequences
-        n_key_blocks += n_sequences
-    # one counter for each key tile, then the ticket
-    counters = torch.zeros(batch * groups * n_key_blocks + 1, dtype=torch.int32, device=q.device)
-    backward_kernel[(n_blocks * batch * heads,)](
-        q, k, v, out, residual, remainder, dout.contiguous(), dremainder.contiguous(), dq, dk, dv,
-        counters, counters[-1:], cu_seqlens, blocks, key_blocks,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        batch, heads, n_queries, n_keys, n_blocks, n_key_blocks, n_sequences,
-        scale, math.log2(epsilon) if epsilon > 0 else -math.inf,
-        GROUP=heads // groups, D=dim, CURRENT=int(attend_current), VARLEN=cu_seqlens is not None,
-        EXACT=q.dtype == torch.float32, **options,
+    group = heads // groups
+    options = tiles("decode", dim, q.dtype)
+    n_blocks = triton.cdiv(n_queries * group, options["BLOCK_M"])
+    n_programs = n_blocks * batch * groups
+    n_tiles = triton.cdiv(n_keys, options["BLOCK_N"])
+    newest = min(n_tiles, triton.cdiv(NEWEST, options["BLOCK_N"])) if epsilon > 0 else n_tiles
+    launches = [(0, newest)] + ([(newest, n_tiles)] if newest < n_tiles else [])
+    splits = [_splits(n_programs, end - begin, q.device) for begin, end in launches]
+    parts = torch.empty((sum(splits), batch, n_queries, heads, dim), dtype=torch.float32, device=q.device)
+    remainders = torch.empty(parts.shape[:-1], dtype=torch.float32, device=q.device)
+    for i, (begin, end) in enumerate(launches):
+        forward_kernel[(n_programs, splits[i])](
+            q, k, v, bias, parts, None, remainders, None, None, None, starts, lengths,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            batch, heads, n_queries, n_keys, n_blocks, 0, splits[i], sum(splits[:i]), begin, end, scale * LOG2_E,
+            epsilon, GROUP=group, PACK=group, D=dim, CURRENT=int(attend_current), VARLEN=False,
+            BOUNDED=starts is not None, SPLIT=True, SKIP=epsilon > 0, EXACT=q.dtype == torch.float32, **options,
+        )  # fmt: skip
+    out = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
+    remainder = torch.empty((batch, n_queries, heads), dtype=torch.float32, device=q.device)
+    combine_kernel[(batch * n_queries * heads,)](
+        parts, remainders, out, remainder, batch * n_queries * heads, sum(splits), epsilon,
+        D=dim, BLOCK_D=options["BLOCK_D"], num_warps=1,
     )  # fmt: skip
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    return out, remainder

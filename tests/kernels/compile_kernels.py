@@ -20,8 +20,9 @@ from triton.compiler import ASTSource
 from sbeval.kernels import stick_breaking_triton as kernels
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-FLOAT32 = {"REMAINDER", "DREMAINDER", "DK", "DV"}
-INT32 = {"COUNT", "TICKET", "CU_SEQLENS", "BLOCKS", "KEY_BLOCKS"}
+FLOAT32 = {"BIAS", "REMAINDER", "DREMAINDER", "DBIAS", "STATE", "DELTA"}
+INT32 = {"STOP", "REACH", "CU_SEQLENS", "BLOCKS", "FORWARD_BLOCKS", "STARTS", "LENGTHS"}
+KERNELS = {"forward": kernels.forward_kernel, "query": kernels.query_kernel, "key": kernels.key_kernel}
 ARCHITECTURES = (80, 90, 100)
 
 
@@ -37,23 +38,30 @@ def variants() -> list[tuple[torch.dtype, int, bool]]:
     ]
 
 
-def compile_one(kernel: Any, dtype: torch.dtype, dim: int, packed: bool, architecture: int) -> Any:
+def compile_one(name: str, dtype: torch.dtype, dim: int, packed: bool, architecture: int) -> Any:
     """Compile one kernel as the launcher would; the result has the cubin and its shared memory."""
-    options = kernels.tiles(dim, dtype, backward=kernel is kernels.backward_kernel)
+    kernel = KERNELS.get(name, kernels.forward_kernel)
+    options = kernels.tiles(name, dim, dtype)
     launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    decode = name == "decode"
     constants: dict[str, Any] = {
-        "GROUP": 2, "D": dim, "CURRENT": 0, "VARLEN": packed, "EXACT": dtype == torch.float32, **options,
+        "GROUP": 2, "PACK": 2 if decode else 1, "D": dim, "CURRENT": 0, "VARLEN": packed and not decode,
+        "BOUNDED": packed and decode, "SPLIT": decode, "SKIP": True, "EXACT": dtype == torch.float32,
+        "FORWARD_M": kernels.tiles("forward", dim, dtype)["BLOCK_M"], **options,
     }  # fmt: skip
-    if not packed:
-        constants |= dict.fromkeys({"CU_SEQLENS", "BLOCKS", "KEY_BLOCKS"} & set(kernel.arg_names))
+    absent = {"RESIDUAL"} if dtype == torch.float32 or decode else set()
+    absent |= set() if packed else {"CU_SEQLENS", "BLOCKS", "FORWARD_BLOCKS", "SLOTS", "STARTS", "LENGTHS", "BIAS"}
+    absent |= {"CU_SEQLENS", "BLOCKS", "STOP"} if decode else {"STARTS", "LENGTHS"}
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    constants |= dict.fromkeys(absent & set(kernel.arg_names))
     signature, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name in ("scale", "log2_epsilon"):
+        elif name in ("scale", "epsilon"):
             signature[name] = "fp32"
         elif name.isupper():
-            signature[name] = "*" + ("fp32" if name in FLOAT32 else "i32" if name in INT32 else NAMES[dtype])
+            signature[name] = "*" + _type(name, dtype, decode)
             aligned[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
@@ -61,6 +69,12 @@ def compile_one(kernel: Any, dtype: torch.dtype, dim: int, packed: bool, archite
                 aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
+
+
+def _type(name: str, dtype: torch.dtype, decode: bool) -> str:
+    if name in FLOAT32 or (decode and name == "O"):
+        return "fp32"
+    return "i32" if name in INT32 else "i64" if name == "SLOTS" else NAMES[dtype]
 
 
 def usage(cubin: bytes) -> tuple[int, int]:
@@ -81,12 +95,12 @@ def main() -> None:
     print(f"{'kernel':16} {'sm':>3} {'dtype':14} {'D':>3} packed registers stack shared")
     architectures = [int(name) for name in sys.argv[1:] if name.isdigit()] or ARCHITECTURES
     chosen = variants()[:1] if "--first" in sys.argv else variants()
-    for kernel in (kernels.forward_kernel, kernels.backward_kernel):
+    for name in ("forward", "query", "key", "decode"):
         for dtype, dim, packed in chosen:
             for architecture in architectures:
-                compiled = compile_one(kernel, dtype, dim, packed, architecture)
+                compiled = compile_one(name, dtype, dim, packed, architecture)
                 registers, stack = usage(compiled.asm["cubin"])
-                variant = f"{kernel.__name__:16} {architecture:>3} {dtype!s:14} {dim:>3} {packed!s:6}"
+                variant = f"{name:16} {architecture:>3} {dtype!s:14} {dim:>3} {packed!s:6}"
                 print(f"{variant} {registers:>9} {stack:>5} {compiled.metadata.shared:>6}", flush=True)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ class Case:
     bounds: tuple[int, ...] | None = None
     spread: float = 1.0
     shift: float = 0.0
+    biased: bool = False
 
     def draw(self, dtype: torch.dtype, place: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         s = self.t if self.s is None else self.s
@@ -62,6 +64,7 @@ SMALL = [
     Case(50, spread=30.0),
     Case(50, shift=-12.0),
     Case(50, shift=3.0),
+    Case(150, heads=4, groups=2, biased=True, bounds=(0, 100, 150)),
 ]
 LARGE = [
     *(Case(t, batch=2) for t in (63, 64, 127, 200, 1000)),
@@ -106,14 +109,20 @@ def error(found: Tensor, wanted: Tensor) -> float:
 def run(case: Case, dtype: torch.dtype, backend: str, epsilon: float | None) -> dict[str, tuple[Tensor, Tensor]]:
     """Output, remainder and gradients of both: what was found, and the reference in float64."""
     q, k, v = inputs = [x.requires_grad_() for x in case.draw(dtype, PLACE)]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    bias = (torch.randn(case.heads, dtype=wide, device=PLACE) - 1).requires_grad_() if case.biased else None
+    inputs += [] if bias is None else [bias]
     cu_seqlens = case.cu_seqlens(PLACE)
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    out, rest = attention(q, k, v, attend_current=case.current, cu_seqlens=cu_seqlens, epsilon=epsilon, backend=backend)
+    out, rest = attention(
+        q, k, v, attend_current=case.current, cu_seqlens=cu_seqlens, bias=bias, epsilon=epsilon, backend=backend
+    )
     dout, drest = torch.randn_like(out), torch.randn_like(rest)
-    wanted = reference(*exact, attend_current=case.current, cu_seqlens=cu_seqlens)
+    exact_bias = exact[3] if case.biased else None
+    wanted = reference(*exact[:3], attend_current=case.current, cu_seqlens=cu_seqlens, bias=exact_bias)
     gradients = torch.autograd.grad([out, rest], inputs, [dout, drest])
     right = torch.autograd.grad(wanted, exact, [dout.double(), drest.double()])
-    names = ("out", "remainder", "dq", "dk", "dv")
+    names = ("out", "remainder", "dq", "dk", "dv", "dbias")[: 2 + len(inputs)]
     return dict(zip(names, zip((out, rest, *gradients), (*wanted, *right), strict=True), strict=True))
 
 
@@ -205,9 +214,9 @@ def test_default_epsilon_changes_nothing_above_rounding(backend: str) -> None:
 def test_portable_path_stops_when_the_stick_is_used_up() -> None:
     q, k, v = Case(2048, heads=1, groups=1, shift=2.0).draw(torch.float32, torch.device("cpu"))
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-    tiles = list(stick_breaking._walk(q, k.flip(1), v.flip(1), slice(1920, 2048), False, 2**-24))
+    tiles = list(stick_breaking._walk(q, k.flip(1), v.flip(1), None, slice(1920, 2048), False, 2**-24))
     assert len(tiles) <= 3
-    everything = list(stick_breaking._walk(q, k.flip(1), v.flip(1) * 0, slice(1920, 2048), False, -1.0))
+    everything = list(stick_breaking._walk(q, k.flip(1), v.flip(1) * 0, None, slice(1920, 2048), False, -1.0))
     assert len(everything) == 16
 
 
@@ -242,6 +251,75 @@ def test_a_query_block_sees_what_the_whole_sees(backend: str) -> None:
     part, part_rest = attention(q[:, 60:], k, v, epsilon=0.0, backend=backend)
     assert error(part, whole[:, 60:]) <= TOLERANCE[torch.float32]
     assert error(part_rest, rest[:, 60:]) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 2.0**-24, 0.2])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_decoding_against_a_padded_cache(queries: int, epsilon: float, backend: str, monkeypatch: Any) -> None:
+    """Row by row what the reference says of the row's own keys; padding holds NaN."""
+    from sbeval.kernels import stick_breaking_triton
+
+    # so that a second launch has something left to ask for
+    monkeypatch.setattr(stick_breaking_triton, "NEWEST", 64)
+    case = Case(queries, s=300, batch=4, heads=4, groups=2, dim=32, shift=-4.0)
+    q, k, v = case.draw(torch.float32, PLACE)
+    starts, lengths = [0, 17, 299, 40], [300, 280, 300, 40]
+    bias = torch.randn(4, device=PLACE)
+    for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        for x in (k, v):
+            x[b, :start] = x[b, length:] = torch.nan
+    bounds = {
+        name: torch.tensor(x, dtype=torch.int32, device=PLACE) for name, x in (("starts", starts), ("lengths", lengths))
+    }
+    out, rest = attention(q, k, v, bias=bias, epsilon=epsilon, backend=backend, **bounds)
+    for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        n = min(queries, length - start)
+        assert bool((out[b, : queries - n] == 0).all()) and bool((rest[b, : queries - n] == 1).all())
+        if n == 0:
+            continue
+        row = (q[b : b + 1, -n:], k[b : b + 1, start:length], v[b : b + 1, start:length])
+        wanted, wanted_rest = reference(*(x.double() for x in row), bias=bias.double())
+        if epsilon < 0.1:
+            assert error(out[b, -n:], wanted[0]) <= TOLERANCE[torch.float32]
+            assert error(rest[b, -n:], wanted_rest[0]) <= TOLERANCE[torch.float32]
+        else:
+            assert float((out[b, -n:] - wanted[0]).abs().max()) <= epsilon * float(row[2].abs().max())
+
+
+def test_bounds_are_for_decoding(backend: str) -> None:
+    q, k, v = Case(1, s=8).draw(torch.float32, PLACE)
+    lengths = torch.tensor([5], dtype=torch.int32, device=PLACE)
+    with pytest.raises(InputError, match="starts and lengths are for decoding, which has no gradient"):
+        attention(q.requires_grad_(), k, v, lengths=lengths, backend=backend)
+    with pytest.raises(InputError, match="lengths must be int32 of shape"):
+        attention(q.detach(), k, v, lengths=lengths.long(), backend=backend)
+    if not GPU:
+        with pytest.raises(InputError, match="lengths must lie in 0 to S = 8; it is \\[9\\]"):
+            attention(q.detach(), k, v, lengths=lengths + 4, backend=backend)
+    with pytest.raises(InputError, match="bias must be torch.float32 of shape"):
+        attention(q.detach(), k, v, bias=torch.zeros(3, device=PLACE), backend=backend)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_heads_in_chunks_give_the_same(chunk: int, monkeypatch: Any) -> None:
+    """Backward keeps the states of as many heads at a time as fit; one at a time is the same sum."""
+    if not GPU:
+        monkeypatch.setattr(stick_breaking, "pick_backend", lambda *_: "triton")
+    from sbeval.kernels import stick_breaking_triton
+
+    inputs = tuple(x.requires_grad_() for x in Case(70, batch=2, heads=6, groups=3).draw(torch.float32, PLACE))
+
+    def gradients() -> tuple[Tensor, ...]:
+        out, rest = attention(*inputs, backend="triton")
+        return torch.autograd.grad(out.square().sum() + rest.sum(), inputs)
+
+    wanted = gradients()
+    options = stick_breaking_triton.tiles("query", 16, torch.float32)
+    slots = options["BLOCK_M"] // options["BLOCK_N"] * 3 + 2
+    one = slots * 2 * options["BLOCK_M"] * 4 * 2
+    assert one * 6 < stick_breaking_triton.STATE_BYTES
+    monkeypatch.setattr(stick_breaking_triton, "STATE_BYTES", one * chunk)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), wanted, strict=True))
 
 
 def test_weights_and_remainder_share_one_stick() -> None:
@@ -280,7 +358,7 @@ def test_torch_library_contract(backend: str) -> None:
         pytest.skip("the interpreter does not run under opcheck's tracing")
     case = Case(20, bounds=(0, 5, 20))
     q, k, v = (x.requires_grad_() for x in case.draw(torch.float32, PLACE))
-    arguments = (q, k, v, case.cu_seqlens(PLACE), 0.25, False, 0.0, backend)
+    arguments = (q, k, v, None, case.cu_seqlens(PLACE), 0.25, False, 0.0, backend)
     torch.library.opcheck(stick_breaking._operator, arguments)
 
 
