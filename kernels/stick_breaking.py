@@ -14,9 +14,9 @@ Shapes: q (B, T, H, D); k, v (B, S, G, D), head h of the queries reading head h 
 the last T of the S positions. Keys before the query only (j < i), or j <= i with `attend_current`.
 
 Departures from the paper: the stick of a whole query tile can be called used up once less than `epsilon` of it is left;
-older tiles, which could add at most epsilon max|v|, are then not visited, in backward neither. `bias`, one learned number
-for each head, is not in the paper: without it every beta is near 1/2 at initialisation, and a key at distance t gets
-2^-t of the stick; starting at -3, it keeps 0.95^t.
+older tiles, which could add at most epsilon max|v|, are then not visited, in backward neither. `bias`, one learned
+number for each head, is not in the paper: without it every beta is near 1/2 at initialisation, and a key at distance t
+finds 2^-t of the stick; starting at -3, it finds 0.95^t.
 """
 
 import math
@@ -78,8 +78,8 @@ def _walk(
 ) -> Iterator[_Tile]:
     """Walk the queries `rows` towards the past, a tile of keys at a time, until every stick is used up.
 
-    q: (heads, T, D), scaled; k, v: (key heads, S, D), newest key first, so that scans run forward; bias: (heads,). A product of
-    1 - beta may underflow to 0: a weight so small is 0 in the same dtype, which is why no logarithm is needed here.
+    q: (heads, T, D), scaled; k, v: (key heads, S, D), newest key first, so that scans run forward; bias: (heads,). A
+    product of 1 - beta may underflow to 0: a weight so small is 0 in the same dtype, which is why no logarithm is needed.
     """
     n_keys, offset = k.shape[1], k.shape[1] - q.shape[1] + int(attend_current)
     key_head = torch.arange(q.shape[0], device=q.device) // (q.shape[0] // k.shape[0])
@@ -215,8 +215,8 @@ def _(
 
 @torch.library.custom_op("sbeval::stick_breaking_backward", mutates_args=())
 def _backward_operator(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor, stop: Tensor,
-    dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor,
+    stop: Tensor, dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and bias (empty without one)."""
@@ -239,8 +239,8 @@ def _backward_operator(
 
 @_backward_operator.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor, stop: Tensor,
-    dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor,
+    stop: Tensor, dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
@@ -356,13 +356,13 @@ def attention(
     """Stick-breaking attention: output (B, T, H, D) like q, and remainder (B, T, H) in float32, float64 for float64.
 
     cu_seqlens: int32 (N + 1,), cumulative lengths of N sequences packed into one row (B = 1, S = T); some may be empty.
-    scale: multiplies q . k, 1 / sqrt(D) by default. bias: (H,) float32, float64 for float64, added to the logits of each
-    head; it has a gradient. epsilon: the stick below which older tiles are skipped; 0 visits all; by default half the
-    spacing of numbers at 1 in the dtype that sums (2^-24, float64 2^-53), which changes the output by less than rounding
-    does. backend: `triton` (GPU), `torch` (anywhere) or None, the faster. Memory is linear in T.
+    scale: multiplies q . k, 1 / sqrt(D) by default. bias: (H,) float32, float64 for float64, added to the logits of
+    each head; it has a gradient. epsilon: the stick below which older tiles are skipped; 0 visits all; by default half
+    the spacing of numbers at 1 in the dtype that sums (2^-24, float64 2^-53), which changes the output by less than
+    rounding does. backend: `triton` (GPU), `torch` (anywhere) or None, the faster. Memory is linear in T.
 
-    starts, lengths: int32 (B,), for a cache of keys: row b sees the keys starts[b] <= j < lengths[b], and its queries are
-    the last T of those (where they are fewer, the first queries see nothing: output 0, remainder 1). No gradient.
+    starts, lengths: int32 (B,), for a cache of keys: row b sees the keys starts[b] <= j < lengths[b], and its queries
+    are the last T of those (where they are fewer, the first queries see nothing: output 0, remainder 1). No gradient.
 
     Raises ValueError that names the argument for shapes, dtypes, devices or lengths it can't serve.
     """

@@ -1,7 +1,7 @@
 """Triton kernels of stick-breaking attention; `stick_breaking.py` has the mathematics and is the way in.
 
-Every kernel walks from the newest key a query sees towards the past and carries, per query, the stick that is left. Four
-ideas, measured in NOTES.md:
+Every kernel walks from the newest key a query sees towards the past and carries, per query, the stick that is left.
+Four ideas, measured in NOTES.md:
 
 - Linear, no logarithms. With t = exp(z), u = 1 + t, a key breaks off t / u of the stick and leaves 1 / u. Four keys in
   a row (0 the oldest) share one reciprocal: with s the stick that all four leave, s = stick / (u0 u1 u2 u3),
@@ -240,10 +240,10 @@ def forward_kernel(
     A row of the tile is a query of PACK heads that share keys. O, RESIDUAL: (B, T, H, D) contiguous; REMAINDER:
     (B, T, H) float32; STOP: (B, H, tiles) int32, the oldest key visited.
 
-    SPLIT: the keys are dealt out to `n_splits` programs, and each starts with a whole stick. O: (splits, B, T, H, D) and
-    REMAINDER (splits, B, T, H), both float32, from split `first_split` on, that walk the tiles of keys from `newest` up
-    to and without `oldest`, counted from the newest. A program whose stick was used up by the splits before `first_split`
-    has nothing to do.
+    SPLIT: the keys are dealt out to `n_splits` programs, and each starts with a whole stick. O: (splits, B, T, H, D)
+    and REMAINDER (splits, B, T, H), both float32, from split `first_split` on, that walk the tiles of keys from
+    `newest` up to and without `oldest`, counted from the newest. A program whose stick was used up by the splits before
+    `first_split` has nothing to do.
     """
     pid = tl.program_id(0)
     i_h = pid % (n_heads // PACK) * PACK
@@ -409,8 +409,8 @@ def query_kernel(
     """First pass of backward, one query tile of one head a program: dq, and the state at each key tile.
 
     Heads are those of `n_chunk` key-value heads of the batch, from `first_group` on. O, RESIDUAL, DO, DQ: (B, T, H, D)
-    contiguous; REMAINDER, DREMAINDER: (B, T, H) float32; STATE: (heads, slots, 2, BLOCK_M) float32: stick left and sum of
-    g before a key tile; DELTA: (heads, 2, T) float32; REACH: (heads, key tiles) int32, zeros: one more than the latest
+    contiguous; REMAINDER, DREMAINDER: (B, T, H) float32; STATE: (heads, slots, 2, BLOCK_M) float32: stick left and sum
+    of g before a key tile; DELTA: (heads, 2, T) float32; REACH: (heads, key tiles) int32, zeros: one more than the latest
     query tile that goes no further than this key tile; DBIAS: (B, H, tiles) float32.
     """
     pid = tl.program_id(0)
@@ -664,8 +664,8 @@ def forward(
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor, stop: Tensor,
-    dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor,
+    stop: Tensor, dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, in their dtypes, and of the bias (empty without one)."""
     q, k, v = _rows(q), _rows(k), _rows(v)
