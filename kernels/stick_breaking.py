@@ -22,7 +22,7 @@ finds 2^-t of the stick; starting at -3, it finds 0.95^t.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ def _walk(
     """Walk the queries `rows` towards the past, a tile of keys at a time, until every stick is used up.
 
     q: (heads, T, D), scaled; k, v: (key heads, S, D), newest key first, so that scans run forward; bias: (heads,). A
-    product of 1 - beta may underflow to 0: a weight so small is 0 in the same dtype, which is why no logarithm is needed.
+    product of 1 - beta may underflow to 0: a weight so small is 0 in the same dtype, so no logarithm is needed.
     """
     n_keys, offset = k.shape[1], k.shape[1] - q.shape[1] + int(attend_current)
     key_head = torch.arange(q.shape[0], device=q.device) // (q.shape[0] // k.shape[0])
@@ -216,8 +216,8 @@ def _(
 @torch.library.custom_op("sbeval::stick_breaking_backward", mutates_args=())
 def _backward_operator(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor,
-    stop: Tensor, dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float,
-    backend: str,
+    stop: Tensor, dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
+    epsilon: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and bias (empty without one)."""
     if backend == "triton":
@@ -240,8 +240,8 @@ def _backward_operator(
 @_backward_operator.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor,
-    stop: Tensor, dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool, epsilon: float,
-    backend: str,
+    stop: Tensor, dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
+    epsilon: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     return dq, dk, dv, remainder.new_empty(0) if bias is None else torch.empty_like(bias)
@@ -336,11 +336,9 @@ def _check_bounds(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, **bounds: Ten
                 f"{name} must be int32 of shape ({len(q)},) on {q.device}; it is {bound.dtype} of shape "
                 f"{tuple(bound.shape)} on {bound.device}"
             )
-        if (
-            bound.is_cpu
-            and not torch.compiler.is_compiling()
-            and not bool(((bound >= 0) & (bound <= k.shape[1])).all())
-        ):
+        if not bound.is_cpu or torch.compiler.is_compiling():
+            continue
+        if ((bound < 0) | (bound > k.shape[1])).any():
             raise InputError(f"{name} must lie in 0 to S = {k.shape[1]}; it is {bound.tolist()}")
 
 
@@ -379,10 +377,12 @@ def attention(
     if bounded and differentiable:
         raise InputError("starts and lengths are for decoding, which has no gradient: use torch.no_grad, or cu_seqlens")
     if bounded or (backend == "triton" and not differentiable and q.shape[1] <= min(FEW, k.shape[1] - 1)):
-        if bounded:
-            starts = torch.zeros_like(lengths) if starts is None else starts
-            lengths = torch.full_like(starts, k.shape[1]) if lengths is None else lengths
-        return _decode_operator(q, k, v, bias, starts, lengths, scale, attend_current, epsilon, backend)
+        if bounded and starts is None:
+            starts = torch.zeros(len(q), dtype=torch.int32, device=q.device)
+        if bounded and lengths is None:
+            lengths = torch.full((len(q),), k.shape[1], dtype=torch.int32, device=q.device)
+        found = _decode_operator(q, k, v, bias, starts, lengths, scale, attend_current, epsilon, backend)
+        return cast(tuple[Tensor, Tensor], found)
     out, remainder, _, _ = _operator(q, k, v, bias, cu_seqlens, scale, attend_current, epsilon, backend)
     return out, remainder
 

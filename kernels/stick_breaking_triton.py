@@ -410,8 +410,8 @@ def query_kernel(
 
     Heads are those of `n_chunk` key-value heads of the batch, from `first_group` on. O, RESIDUAL, DO, DQ: (B, T, H, D)
     contiguous; REMAINDER, DREMAINDER: (B, T, H) float32; STATE: (heads, slots, 2, BLOCK_M) float32: stick left and sum
-    of g before a key tile; DELTA: (heads, 2, T) float32; REACH: (heads, key tiles) int32, zeros: one more than the latest
-    query tile that goes no further than this key tile; DBIAS: (B, H, tiles) float32.
+    of g before a key tile; DELTA: (heads, 2, T) float32; REACH: (heads, key tiles) int32, zeros: one more than the
+    latest query tile that goes no further than this key tile; DBIAS: (B, H, tiles) float32.
     """
     pid = tl.program_id(0)
     i_head = pid % (n_chunk * GROUP)
@@ -726,7 +726,7 @@ NEWEST = 4096
 def _splits(n_programs: int, n_tiles: int, device: torch.device) -> int:
     """In how many parts to walk n_tiles so that the device is busy: a few programs for each multiprocessor."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, min(triton.cdiv(8 * processors, n_programs), triton.cdiv(n_tiles, 4)))
+    return max(1, min(-(-8 * processors // n_programs), -(-n_tiles // 4)))
 
 
 def decode(

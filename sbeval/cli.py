@@ -121,7 +121,7 @@ def mqrar(
 @app.command()
 def plot(
     figure: Annotated[
-        list[str] | None, typer.Argument(help="Figures: length-gen, mqrar; all if none is named.")
+        list[str] | None, typer.Argument(help="Figures: kernel, kernel-error, length-gen, mqrar; all if none is named.")
     ] = None,
     format: Annotated[list[str] | None, typer.Option(help="png or pdf; repeat for both. Both if not given.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; results/figures.", metavar="DIR")] = None,
@@ -132,6 +132,63 @@ def plot(
 
     names = [name.replace("-", "_") for name in figure or []]
     for path in draw_figures(results_dir, names, format or ("png", "pdf"), out, say=_say):
+        _say(str(path))
+
+
+bench = typer.Typer(help="Time kernels and models beside their peers, on a GPU.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+Lengths = Annotated[list[int] | None, typer.Option(help="Tokens of a sequence; repeat for several.", min=1)]
+
+
+@bench.command("kernel")
+def bench_kernel(
+    length: Lengths = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="Size of a head; repeat for several.", min=1)] = None,
+    heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 12,
+    cache: Annotated[list[int] | None, typer.Option(help="Keys to decode against; repeat.", min=1)] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Attention kernels: time, throughput, memory and error of each, in one run."""
+    from sbeval import bench as benchmarks
+    from sbeval import device as devices
+
+    place = devices.pick(device)
+    found = benchmarks.problems(
+        sorted(length or (1024, 4096, 16384, 65536)), head_dim or (64, 128), heads, cache or (16384, 65536)
+    )
+    Console().print(benchmarks.kernel(found, place, devices.pick_dtype(dtype, place), results_dir, _say))
+    _draw(results_dir, ["kernel", "kernel_error"])
+
+
+@bench.command("model")
+def bench_model(
+    size: Annotated[list[str] | None, typer.Option(help="Model: 25m, 125m, 350m, 1b, ...; repeat.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 4096,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 4,
+    attention: Attention = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Models: tokens per second of training and evaluation with each attention method."""
+    from sbeval import bench as benchmarks
+    from sbeval import device as devices
+
+    place = devices.pick(device)
+    found = [benchmarks.ModelProblem(size=name, length=length, batch=batch) for name in size or ("350m", "1b")]
+    shown = benchmarks.model(
+        found, attention or ("stick_breaking", "rope"), place, devices.pick_dtype(dtype, place), results_dir
+    )
+    Console().print(shown)
+    _say(str(results_dir / "model.csv"))
+
+
+def _draw(results_dir: Path, names: list[str]) -> None:
+    from sbeval.draw import draw_figures
+
+    for path in draw_figures(results_dir, names, ["png", "pdf"]):
         _say(str(path))
 
 

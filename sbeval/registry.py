@@ -24,6 +24,8 @@ TASKS = {
     "mqrar": "sbeval.tasks.mqrar",
 }
 FIGURES = {
+    "kernel": "sbeval.plots.kernel",
+    "kernel_error": "sbeval.plots.kernel_error",
     "length_gen": "sbeval.plots.length_gen",
     "mqrar": "sbeval.plots.mqrar",
 }

@@ -268,10 +268,8 @@ def test_decoding_against_a_padded_cache(queries: int, epsilon: float, backend: 
     for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         for x in (k, v):
             x[b, :start] = x[b, length:] = torch.nan
-    bounds = {
-        name: torch.tensor(x, dtype=torch.int32, device=PLACE) for name, x in (("starts", starts), ("lengths", lengths))
-    }
-    out, rest = attention(q, k, v, bias=bias, epsilon=epsilon, backend=backend, **bounds)
+    first, end = (torch.tensor(x, dtype=torch.int32, device=PLACE) for x in (starts, lengths))
+    out, rest = attention(q, k, v, bias=bias, starts=first, lengths=end, epsilon=epsilon, backend=backend)
     for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         n = min(queries, length - start)
         assert bool((out[b, : queries - n] == 0).all()) and bool((rest[b, : queries - n] == 1).all())

@@ -1,0 +1,49 @@
+"""Throughput of attention kernels against length, from kernel.csv.
+
+One row a head size; forward on the left, forward and backward on the right; dense causal problems, nothing skipped.
+"""
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from sbeval.errors import InputError
+from sbeval.plots import style
+
+TABLE = "kernel"
+COLUMNS = (
+    "attention", "backend", "metric", "value", "step", "batch", "queries", "keys", "heads", "kv_heads", "head_dim",
+    "sequences", "epsilon", "device",
+)  # fmt: skip
+STEPS = {"forward": "forward (TFLOP/s)", "forward_backward": "forward + backward (TFLOP/s)"}
+
+
+def dense(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The rows of one metric for whole sequences, all keys visited; `options` is whose kernel it was."""
+    plain = (table["kv_heads"] == table["heads"]) & (table["queries"] == table["keys"]) & (table["sequences"] == 1)
+    rows = table[plain & (table["epsilon"].fillna(0) == 0) & (table["metric"] == metric)]
+    return rows.assign(options=rows["backend"])
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw throughput against length, one line a kernel."""
+    rows = dense(table, "throughput")
+    if rows.empty:
+        raise InputError("no rows with the metric throughput of whole sequences")
+    looks = style.looks(rows)
+    sizes = sorted(rows["head_dim"].unique())
+    figure, axes = style.pairs(len(sizes))
+    for pair, size in zip(axes, sizes, strict=True):
+        style.title(pair[0], f"Heads of size {size:g}")
+        for axis, (step, text) in zip(pair, STEPS.items(), strict=True):
+            style.label(axis, "tokens of a sequence", text)
+            of_step = rows[(rows["head_dim"] == size) & (rows["step"] == step)]
+            axis.set_xscale("log", base=2)
+            for method, look in looks.items():
+                line = style.method(of_step, method).groupby("queries")["value"].max()
+                axis.plot(line.index, line, label=look.label, **look.line())
+            axis.set_ylim(bottom=0)
+            style.ticks(axis, sorted(of_step["queries"].unique()))
+    handles = [Line2D([], [], label=look.label, **look.line()) for look in looks.values()]
+    style.finish(figure, handles, f"Causal attention, medians; {', '.join(sorted(rows['device'].unique()))}.")
+    return figure
