@@ -20,7 +20,7 @@ Four ideas, measured in NOTES.md:
   around a value that small, and is set to 0.
 - Two passes and no atomics: one program for a query tile finds dq and leaves the state of its walk at every key tile;
   then one program for a key tile collects dk and dv from the query tiles, in one order. Same inputs, same bits. States
-  of as many heads at a time are kept as fit `STATE_BYTES` or the size of q.
+  of as many heads at a time are kept as fit `STATE_BYTES`.
 
 Forward writes for each query tile the key at which its walk stopped, and backward stops there.
 
@@ -40,7 +40,7 @@ LOG2_E = math.log2(math.e)
 RESOLUTION = tl.constexpr(2.0**-24)
 # the interpreter has no inline assembly
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-STATE_BYTES = 64 << 20
+STATE_BYTES = 512 << 20
 
 
 @triton.jit
@@ -336,19 +336,32 @@ def forward_kernel(
 
 @triton.jit
 def combine_kernel(
-    PARTS, PART_REMAINDERS, O, REMAINDER, n_rows, n_splits, epsilon,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS, PART_REMAINDERS, O, REMAINDER, n_rows, n_splits, n_first, epsilon,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Join what splits of the keys found for one query of one head, the newest first."""
+    """Join what splits of the keys found for one query of one head, the newest first.
+
+    Splits from `n_first` on count only where those before left more than epsilon: elsewhere nobody wrote them.
+    """
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     b_o = tl.zeros([BLOCK_D], dtype=tl.float32)
     left = 1.0
-    for i in range(n_splits):
-        if left > epsilon:
-            part = i * n_rows + i_row
-            b_o += left * tl.load(PARTS + part * D + o_d, mask=o_d < D, other=0.0)
-            left *= tl.load(PART_REMAINDERS + part)
+    end = n_first
+    for launch in tl.static_range(2):
+        begin = 0 if launch == 0 else n_first
+        if launch == 1:
+            end = tl.where(left > epsilon, n_splits, n_first)
+        for i in range(begin, end, BLOCK_S):
+            o_s = i + tl.arange(0, BLOCK_S)
+            part = o_s.to(tl.int64) * n_rows + i_row
+            b_rest = tl.load(PART_REMAINDERS + part, mask=o_s < end, other=1.0)
+            m_newer = (o_s > i) & (o_s <= end)
+            b_before = left * tl.cumprod(tl.load(PART_REMAINDERS + part - n_rows, mask=m_newer, other=1.0))
+            p_part = PARTS + part[:, None] * D + o_d[None, :]
+            b_part = tl.load(p_part, mask=(o_s < end)[:, None] & (o_d < D)[None, :], other=0.0)
+            b_o += tl.sum(b_before[:, None] * b_part, 0)
+            left = tl.min(b_before * b_rest, 0)
     tl.store(O + i_row * D + o_d, b_o.to(O.dtype.element_ty), mask=o_d < D)
     tl.store(REMAINDER + i_row, left)
 
@@ -494,6 +507,28 @@ def query_kernel(
 
 
 @triton.jit
+def _load_state(
+    i_m, finish, first_key, n_q, n_queries, n_past, p_stop, STATE, slot, p_delta,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FORWARD_M: tl.constexpr,
+):  # fmt: skip
+    """Stick left, sum of g, delta and the remainder's part of query tile i_m before a key tile, (BLOCK_M,) each.
+
+    All 0, so that nothing comes of them, where the walk of this query tile had stopped before, and from `finish` on.
+    """
+    o_m = tl.arange(0, BLOCK_M)
+    o_row = i_m * BLOCK_M + o_m
+    stop = tl.load(p_stop + i_m * BLOCK_M // FORWARD_M, mask=i_m < finish, other=first_key + 1)
+    m_visited = (o_row < n_q) & (stop <= first_key)
+    p_state = STATE + (slot + _state_slot(i_m, n_past, BLOCK_M, BLOCK_N)) * (2 * BLOCK_M) + o_m
+    return (
+        tl.load(p_state, mask=m_visited, other=0.0),
+        tl.load(p_state + BLOCK_M, mask=m_visited, other=0.0),
+        tl.load(p_delta + o_row, mask=m_visited, other=0.0),
+        tl.load(p_delta + n_queries + o_row, mask=m_visited, other=0.0),
+    )
+
+
+@triton.jit
 def key_kernel(
     Q, K, V, BIAS, STOP, DO, DK, DV, STATE, DELTA, REACH, CU_SEQLENS, BLOCKS, FORWARD_BLOCKS, SLOTS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
@@ -564,18 +599,20 @@ def key_kernel(
             else:
                 begin = tl.maximum(tl.maximum(first, n_diagonal), n_whole)
                 finish = last
+            # a tile ahead: they come from far away, and the tile needs them first
+            next_left, next_later, next_delta, next_drem = _load_state(
+                begin, finish, i_n * BLOCK_N, n_q, n_queries, n_past, p_stop, STATE, i_head * n_slots + slot, p_delta,
+                BLOCK_M, BLOCK_N, FORWARD_M,
+            )  # fmt: skip
             for i_m in range(begin, finish):
                 o_row = i_m * BLOCK_M + o_m
-                m_m = o_row < n_q
+                b_left, b_later, b_delta, b_drem = next_left, next_later, next_delta, next_drem
+                next_left, next_later, next_delta, next_drem = _load_state(
+                    i_m + 1, finish, i_n * BLOCK_N, n_q, n_queries, n_past, p_stop, STATE, i_head * n_slots + slot,
+                    p_delta, BLOCK_M, BLOCK_N, FORWARD_M,
+                )  # fmt: skip
                 b_q = _load(P_Q, o_row, o_d, stride_qt, n_q, D, part != 1)
                 b_do = _load(P_DO, o_row, o_d, n_heads * D, n_q, D, part != 1)
-                # where the walk of this query tile had stopped before, it gets nothing
-                m_visited = m_m & (tl.load(p_stop + i_m * BLOCK_M // FORWARD_M) <= i_n * BLOCK_N)
-                p_state = STATE + (i_head * n_slots + slot + _state_slot(i_m, n_past, BLOCK_M, BLOCK_N)) * (2 * BLOCK_M)
-                b_left = tl.load(p_state + o_m, mask=m_visited, other=0.0)
-                b_later = tl.load(p_state + BLOCK_M + o_m, mask=m_visited, other=0.0)
-                b_delta = tl.load(p_delta + o_row, mask=m_visited, other=0.0)
-                b_drem = tl.load(p_delta + n_queries + o_row, mask=m_visited, other=0.0)
                 m_tile = o_n[None, :] < (o_row + n_past)[:, None] + CURRENT
                 b_weight, b_dz, _, _ = _backward_tile(
                     _product(b_q, tl.trans(b_k), EXACT), _product(b_do, tl.trans(b_v), EXACT), b_left, b_later,
@@ -693,7 +730,7 @@ def backward(
     n_slots = block_m // block_n * (n_blocks * (n_blocks + 1) // 2) + past * n_blocks
     dbias = torch.empty((batch, heads, 0 if bias is None else n_blocks), dtype=torch.float32, device=q.device)
     group = heads // groups
-    chunk = max(STATE_BYTES, q.numel() * q.element_size()) // (n_slots * 2 * block_m * 4 * group)
+    chunk = STATE_BYTES // (n_slots * 2 * block_m * 4 * group)
     chunk = min(max(1, chunk), batch * groups)
     state = torch.empty((chunk * group, n_slots, 2, block_m), dtype=torch.float32, device=q.device)
     delta = torch.empty((chunk * group, 2, n_queries), dtype=torch.float32, device=q.device)
@@ -726,7 +763,7 @@ NEWEST = 4096
 def _splits(n_programs: int, n_tiles: int, device: torch.device) -> int:
     """In how many parts to walk n_tiles so that the device is busy: a few programs for each multiprocessor."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, min(-(-8 * processors // n_programs), -(-n_tiles // 4)))
+    return max(1, min(-(-4 * processors // n_programs), -(-n_tiles // 4)))
 
 
 def decode(
@@ -761,7 +798,7 @@ def decode(
     out = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
     remainder = torch.empty((batch, n_queries, heads), dtype=torch.float32, device=q.device)
     combine_kernel[(batch * n_queries * heads,)](
-        parts, remainders, out, remainder, batch * n_queries * heads, sum(splits), epsilon,
-        D=dim, BLOCK_D=options["BLOCK_D"], num_warps=1,
+        parts, remainders, out, remainder, batch * n_queries * heads, sum(splits), splits[0], epsilon,
+        D=dim, BLOCK_D=options["BLOCK_D"], BLOCK_S=16, num_warps=4,
     )  # fmt: skip
     return out, remainder

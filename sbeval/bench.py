@@ -154,11 +154,11 @@ def _bounds(problem: Problem, place: torch.device) -> Tensor | None:
 
 CONTENDERS = (
     Contender("stick_breaking", "triton", _ours),
-    Contender("stick_breaking", "fla", _fla),
-    Contender("stick_breaking", "authors", _authors),
     Contender("softmax", "flash", _sdpa(SDPBackend.FLASH_ATTENTION)),
     Contender("softmax", "cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION)),
     Contender("softmax", "flex", _flex),
+    Contender("stick_breaking", "fla", _fla),
+    Contender("stick_breaking", "authors", _authors),
 )
 
 
