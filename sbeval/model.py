@@ -127,7 +127,16 @@ def _convert(what: str, text: str, default: object) -> object:
 
 def canonical_attention(spec: str) -> str:
     """The shortest spec that means the same: without options at their defaults, the others in the class's order."""
+    return _spec(*parse_attention(spec))
+
+
+def trained_attention(spec: str) -> str:
+    """The canonical spec whose training gives the weights for `spec`: without options that only evaluation asks for."""
     name, options = parse_attention(spec)
+    return _spec(name, registry.trained_as(name, options))
+
+
+def _spec(name: str, options: Any) -> str:
     text = ",".join(
         f"{field.name}={str(value).lower() if isinstance(value, bool) else value}"
         for field in dataclasses.fields(options)

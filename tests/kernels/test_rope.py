@@ -11,7 +11,7 @@ from sbeval.kernels import rope, softmax
 
 
 def rotated(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
-    return rope.rotate(x, positions[:, None] * rope.frequencies(x.shape[-1], theta))
+    return rope.rotate(x, positions[:, None] * rope.frequencies(x.shape[-1], rope.Options(theta=theta)))
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
@@ -79,8 +79,8 @@ def test_queries_and_keys_turn_by_absolute_position() -> None:
     q, k, v = (torch.randn(2, 30, 4, 16, dtype=torch.float64) for _ in range(3))
     positions = torch.arange(30)
     expected = softmax.attention(rotated(q, positions, 100.0), rotated(k, positions, 100.0), v)
-    torch.testing.assert_close(rope.attention(q, k, v, theta=100.0), expected)
-    torch.testing.assert_close(rope.attention(q[:, 21:], k, v, theta=100.0), expected[:, 21:])
+    torch.testing.assert_close(rope.attention(q, k, v, options=rope.Options(theta=100.0)), expected)
+    torch.testing.assert_close(rope.attention(q[:, 21:], k, v, options=rope.Options(theta=100.0)), expected[:, 21:])
     assert not torch.allclose(rope.attention(q, k, v), expected)
 
 
@@ -88,7 +88,7 @@ def test_mixer_takes_theta() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 30, 4, 16) for _ in range(3))
     mixer = rope.Mixer(rope.Options(theta=100.0), heads=4, kv_heads=4, head_dim=16, width=64, scale=0.2)
-    expected = rope.attention(q, k, v, scale=0.2, theta=100.0)
+    expected = rope.attention(q, k, v, scale=0.2, options=rope.Options(theta=100.0))
     torch.testing.assert_close(mixer(q, k, v, torch.empty(2, 30, 64)), expected, atol=0, rtol=0)
 
 
