@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from sbeval.errors import InputError
@@ -98,3 +99,29 @@ def test_odd_heads_and_bad_theta_are_refused() -> None:
         rope.attention(x, x, x)
     with pytest.raises(InputError, match=r"theta must be positive and finite; it is -1\.0"):
         rope.Options(theta=-1.0)
+
+
+@pytest.mark.parametrize("factor", [1.5, 4.0, 8.0])
+@pytest.mark.parametrize("kind", ["linear", "dynamic_ntk", "yarn", "llama3"])
+def test_scaled_frequencies_are_those_of_transformers(kind: str, factor: float) -> None:
+    parameters = {
+        "rope_type": kind.replace("dynamic_ntk", "dynamic"), "rope_theta": 10000.0, "factor": factor,
+        "original_max_position_embeddings": 2048, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    }  # fmt: skip
+    config = LlamaConfig(hidden_size=128, num_attention_heads=2, max_position_embeddings=2048)
+    config.rope_parameters = parameters
+    options = rope.Options(scaling=kind, factor=factor, train_len=2048)
+    for length in (1000, 2048, 9000):
+        expected, size = ROPE_INIT_FUNCTIONS[str(parameters["rope_type"])](config, seq_len=length)
+        ours = rope.frequencies(64, options, torch.tensor(length))
+        torch.testing.assert_close(ours.float(), expected, rtol=1e-5, atol=0)
+        assert rope.attention_factor(options) == pytest.approx(size)
+
+
+def test_ntk_changes_the_base_and_scaling_is_no_part_of_training() -> None:
+    options = rope.Options(scaling="ntk", factor=8.0)
+    w = rope.frequencies(64, options)
+    assert w[0] == 1 and float(w[-1]) == pytest.approx(float(rope.frequencies(64)[-1]) / 8)
+    assert rope.trained_as(options) == rope.Options()
+    with pytest.raises(InputError, match="scaling 'yarn' needs train_len"):
+        rope.Options(scaling="yarn", factor=4.0)
