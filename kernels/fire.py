@@ -12,7 +12,7 @@ to its denominator, as in the listing in the paper's appendix. Positions i count
     weights: c, m, w1, b1, w2, of shapes (), (), (K,), (K,), (H, K)
     cu_seqlens: int32 (N + 1,), bounds of N sequences packed into one row; then B = 1 and S = T
 
-Departure: the MLP has no bias after its last layer. It would be the same for all logits of a row, which softmax ignores.
+Departure: the MLP has no bias after its last layer. It would be the same for all logits of a row: softmax ignores it.
 
 Output and the gradients of q, k and v come from the kernel that all biases run through. All logits share the few
 weights, and adding their gradients up one by one would be slow and in random order. So the backward pass makes the
@@ -23,7 +23,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ def _mlp(u: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
 
 
 # its backward pass differentiates, which cannot be compiled
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own has no types
 def _learned(
     out: Tensor,
     q: Tensor,
@@ -129,8 +129,8 @@ def _learned(
     weights: Weights,
 ) -> Tensor:
     """Return `out`, with a gradient for the weights."""
-    learned: Tensor = _Learned.apply(out, q, k, v, scale, threshold, cu_seqlens, *weights)
-    return learned
+    apply: Any = _Learned.apply
+    return cast(Tensor, apply(out, q, k, v, scale, threshold, cu_seqlens, *weights))
 
 
 class _Learned(torch.autograd.Function):
@@ -184,8 +184,9 @@ def _gradients(
             with torch.enable_grad():
                 bottom = _psi(torch.maximum(i.to(exact), (m * threshold).abs()), c) + EPSILON
                 bias = _mlp(_psi((i - j).clamp(min=0).to(exact), c) / bottom, w1, b1, w2)
-            parts = [x.to(exact) for x in (q[:, rows], k[:, keys], v[:, keys], grad[:, rows])]
-            upstream = _logits_gradient(*parts, scale, bias.detach().masked_fill(j > i, -torch.inf)).sum(0)
+            queries, above = q[:, rows].to(exact), grad[:, rows].to(exact)
+            seen = bias.detach().masked_fill(j > i, -torch.inf)
+            upstream = _logits_gradient(queries, k[:, keys].to(exact), v[:, keys].to(exact), above, scale, seen).sum(0)
             for total, part in zip(sums, torch.autograd.grad(bias, leaves, upstream), strict=True):
                 total += part
     return [total.to(x.dtype) for total, x in zip(sums, weights, strict=True)]

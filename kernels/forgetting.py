@@ -11,9 +11,9 @@ gates' biases start at 0, the default of the authors' code.
     log_f: (B, S, H)    logarithms of the gates of all S positions, none positive
     cu_seqlens: int32 (N + 1,), bounds of N sequences packed into one row; then B = 1 and S = T
 
-With c_i = sum_{l <= i} log f_l the bias is c_i - c_j. Sums are made in float64 and kept as a whole part and a rest, both
-float32, so that differences are as exact far from the start as near it. No gradient goes through the bias: that of c_i
-in row i is 0, since softmax ignores what all its logits share, and that of c_j is minus the sum of column j of the
+With c_i = sum_{l <= i} log f_l the bias is c_i - c_j. Sums are made in float64 and kept as a whole part and a rest,
+both float32, so that differences are as exact far from the start as near it. No gradient goes through the bias: that of
+c_i in row i is 0, since softmax ignores what all its logits share, and that of c_j is minus the sum of column j of the
 logits' gradient. A dimension more, 1 in every query and 0 in every key, adds nothing to a logit, and the gradient of
 those zeros is that very sum; any fused kernel computes it with the gradients of k, and nothing adds in random order.
 """

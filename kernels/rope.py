@@ -156,7 +156,7 @@ def attention_factor(options: Options) -> float:
 
 
 def rotate(x: Tensor, angles: Tensor, size: float = 1.0) -> Tensor:
-    """Turn x, (B, T, H, D), by `angles`, float64 (T, D / 2), in the halves' pairing, times `size`; in the dtype of x."""
+    """Turn x, (B, T, H, D), by `angles`, float64 (T, D / 2), in the halves' pairing, times `size`; keeps x's dtype."""
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = ((size * f(angles)).to(exact)[:, None] for f in (torch.cos, torch.sin))
     a, b = x.to(exact).chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""Sliding window: causal softmax attention with RoPE over the last W positions alone (Beltagy et al., arXiv 2004.05150).
+"""Sliding window: causal softmax attention with RoPE over the last W positions (Beltagy et al., arXiv 2004.05150).
 
     o_i = sum_j a_ij v_j        a_ij = softmax over j = max(0, i - W + 1) .. i of  scale * (R_i q_i) . (R_j k_j)
 

@@ -72,7 +72,8 @@ def attention(
 
     scale: multiplies q . k, D ** -0.5 when None; it does not touch the bias. bias: nothing is differentiated through
     it. window: how many keys a query sees, itself and those just before it, from 1 on; all when None. backend: one of
-    BACKENDS, or None for the fastest that is correct. InputError for inputs that `check.inputs` refuses and for a backend that cannot serve them.
+    BACKENDS, or None for the fastest that is correct. InputError for inputs that `check.inputs` refuses and for a
+    backend that cannot serve them.
     """
     check.inputs(q, k, v, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sbeval.errors import InputError
 from sbeval.kernels import forgetting, softmax
 
 SHAPES: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = [
@@ -34,6 +35,16 @@ def test_output_and_gradients_are_the_references(
         return [out, *torch.autograd.grad(out, given, weight)]
 
     ours = results(lambda x, **kw: forgetting.attention(x[0], x[1], x[2], torch.nn.functional.logsigmoid(x[3]), **kw))
-    expected = results(lambda x, **kw: forgetting.reference(x[0], x[1], x[2], torch.nn.functional.logsigmoid(x[3]), **kw))
+    expected = results(
+        lambda x, **kw: forgetting.reference(x[0], x[1], x[2], torch.nn.functional.logsigmoid(x[3]), **kw)
+    )
     for got, want in zip(ours, expected, strict=True):
         torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+
+
+def test_bad_options_and_inputs_are_refused() -> None:
+    with pytest.raises(InputError, match="theta must be positive and finite"):
+        forgetting.Options(theta=0.0)
+    x = torch.zeros(1, 3, 2, 8)
+    with pytest.raises(InputError, match=r"log_f must be of shape \(1, 3, 2\)"):
+        forgetting.attention(x, x, x, torch.zeros(1, 3, 1))

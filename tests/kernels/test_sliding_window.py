@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sbeval.errors import InputError
 from sbeval.kernels import sliding_window, softmax
 
 SHAPES: list[tuple[tuple[int, ...], tuple[int, ...] | None]] = [
@@ -33,7 +34,18 @@ def test_output_and_gradients_are_the_references(
         out = run(given, scale=0.3, cu_seqlens=bounds)
         return [out, *torch.autograd.grad(out, given, weight)]
 
-    ours = results(lambda x, **kw: sliding_window.attention(x[0], x[1], x[2], options=sliding_window.Options(window=20), **kw))
-    expected = results(lambda x, **kw: sliding_window.reference(x[0], x[1], x[2], options=sliding_window.Options(window=20), **kw))
+    ours = results(
+        lambda x, **kw: sliding_window.attention(x[0], x[1], x[2], options=sliding_window.Options(window=20), **kw)
+    )
+    expected = results(
+        lambda x, **kw: sliding_window.reference(x[0], x[1], x[2], options=sliding_window.Options(window=20), **kw)
+    )
     for got, want in zip(ours, expected, strict=True):
         torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+
+
+def test_bad_options_are_refused() -> None:
+    with pytest.raises(InputError, match="window must be at least 1"):
+        sliding_window.Options(window=0)
+    with pytest.raises(InputError, match="theta must be positive and finite"):
+        sliding_window.Options(theta=-1.0)

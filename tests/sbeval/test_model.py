@@ -179,7 +179,7 @@ def weights_of(method: str, q: Tensor, k: Tensor) -> Tensor:
         registry.method(method).Options(), heads=heads, kv_heads=heads, head_dim=size, width=size, scale=0.3
     )
     values = torch.eye(size, dtype=q.dtype)[: q.shape[1], None].expand(-1, heads, -1)[None]
-    out: Tensor = mixer(q, k, values, q[:, :, 0])
+    out: Tensor = mixer(q, k, values, q[:, :, 0]).detach()
     return out[0].transpose(0, 1)[..., : q.shape[1]]
 
 
