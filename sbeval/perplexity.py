@@ -151,14 +151,15 @@ def measure(
     return PositionLosses(*(np.stack([values[group].mean(0) for group in groups]) for values in (losses, size)))
 
 
-def disjoint(tokens: Tokens, window: int, prefix: int) -> list[Tokens]:
-    """Windows of at most `window` + 1 tokens whose last `window` are predicted, each token of a document once.
+def disjoint(tokens: Tokens, window: int, prefix: int) -> list[tuple[Tokens, int]]:
+    """Windows of at most `window` + 1 tokens, and how many at the end of each are scored: every token once.
 
-    The first token of a window is all that it sees of what came before: the last token of the window before, for the
-    first window of a document `prefix`. The last may be shorter; of no tokens there are none.
+    A window's first token is all that it sees of what came before; for the first of a document it is `prefix`. The
+    last reaches back to be as long as the others, as lm-eval's does. Of no tokens there are none.
     """
     text = np.concatenate([[prefix], tokens]).astype(np.int64)
-    return [text[start : start + window + 1] for start in range(0, len(tokens), window)]
+    ends = [min(start + window, len(tokens)) for start in range(0, len(tokens), window)]
+    return [(text[max(0, end - window) : end + 1], (end - 1) % window + 1) for end in ends]
 
 
 def rolling(
@@ -178,22 +179,23 @@ def rolling(
 
     decode: the text of tokens, of which words and bytes are counted. advance: told how many tokens are done.
     """
-    parts = [(index, part) for index, tokens in enumerate(documents) for part in disjoint(tokens, window, prefix)]
+    parts = [(index, *part) for index, tokens in enumerate(documents) for part in disjoint(tokens, window, prefix)]
     losses = np.zeros(len(documents))
     for rows in list(_of_one_length(parts, batch))[world.rank :: world.size]:
         tokens = torch.from_numpy(np.stack([parts[row][1] for row in rows])).to(place)
-        found = window_losses(model, tokens, dtype).double().sum(1).cpu().numpy()
+        each = window_losses(model, tokens, dtype).double().cpu().numpy()
+        found = [line[-parts[row][2] :].sum() for row, line in zip(rows, each, strict=True)]
         np.add.at(losses, [parts[row][0] for row in rows], found)
-        advance((tokens.shape[1] - 1) * len(rows) * world.size)
+        advance(sum(parts[row][2] for row in rows) * world.size)
     texts = [decode(tokens) for tokens in documents]
     counts = ([len(x) for x in documents], [len(re.split(r"\s+", x)) for x in texts], [len(x.encode()) for x in texts])
     return Rolling(distributed.summed(losses, world, place), *(np.array(count, dtype=np.float64) for count in counts))
 
 
-def _of_one_length(parts: Sequence[tuple[int, Tokens]], batch: int) -> Iterable[list[int]]:
+def _of_one_length(parts: Sequence[tuple[int, Tokens, int]], batch: int) -> Iterable[list[int]]:
     """Indices of the parts in groups of at most `batch` that are equally long."""
     by_length: dict[int, list[int]] = {}
-    for row, (_, part) in enumerate(parts):
+    for row, (_, part, _) in enumerate(parts):
         by_length.setdefault(len(part), []).append(row)
     for rows in by_length.values():
         yield from (rows[start : start + batch] for start in range(0, len(rows), batch))
