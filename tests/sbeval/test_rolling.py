@@ -26,7 +26,7 @@ def build() -> Decoder:
     return Decoder(shape).eval()
 
 
-class Harness(TemplateLM):
+class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """Our decoder as lm-eval sees a model: log-likelihoods of continuations, by plain log-softmax."""
 
     eot_token_id = EOS
