@@ -260,6 +260,14 @@ class Decoder(nn.Module):
         logits = self.logits(self(tokens, cu_seqlens)[scored]).float()
         return F.cross_entropy(logits, targets[scored], reduction="sum")
 
+    def evaluated_as(self, attention: str) -> "Decoder":
+        """A model of the same weights that attends as `attention` says; itself when it does so already."""
+        if attention == self.config.attention:
+            return self
+        other = Decoder(dataclasses.replace(self.config, attention=attention)).to(self.head.weight.device)
+        other.load_state_dict(self.state_dict())
+        return other.train(self.training)
+
     def n_parameters(self) -> int:
         """Parameters, those shared by embedding and head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
