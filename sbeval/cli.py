@@ -32,7 +32,7 @@ Seed = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="quick (minutes on two cores), small (one GPU), h200, figure5 or paper; quick on a CPU, else small."
+        help="quick (minutes on two cores), small (one GPU), h200, figure5, paper; quick on a CPU, else small."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
