@@ -2,7 +2,7 @@
 
     o_i = sum_{j <= i} a_ij v_j        a_ij = softmax_j(scale * (R_i q_i) . (R_j k_j))
 
-R_p turns the plane of the dimensions m and m + D/2 by the angle p * theta^(-2m/D), m = 0 .. D/2 - 1.
+R_p turns the plane of the dimensions m and m + D/2 by the angle p * w_m, w_m = theta^(-2m/D), m = 0 .. D/2 - 1.
 
     B, T, S, H, G, D    batch, queries, keys, query heads, key-value heads (G divides H), head size (even)
     q: (B, T, H, D)     k, v: (B, S, G, D)     the queries are the last T of the S positions
@@ -12,6 +12,18 @@ R_p turns the plane of the dimensions m and m + D/2 by the angle p * theta^(-2m/
 Departures: the paper pairs the dimensions 2m and 2m + 1; here m pairs with m + D/2, as in GPT-NeoX and Llama, which is
 the same up to an order of dimensions that the projections learn. Rotation happens in float32 (float64 for float64
 inputs), its angles in float64, so that late positions are turned as exactly as early ones.
+
+`scaling` changes w at evaluation, for sequences longer than the L = `train_len` tokens of training; F is `factor`:
+
+    linear         w_m / F (position interpolation, Chen et al., arXiv 2306.15595)
+    ntk            theta * F^(D / (D - 2)) for theta: the slowest plane turns F times slower, the fastest as before
+                   (called "NTK-aware" in Peng et al., arXiv 2309.00071, section 3.1)
+    dynamic_ntk    the same with F l / L - F + 1 for F in a sequence of l > L tokens, as in transformers; all tokens of
+                   a sequence turn by what its whole length says, unscaled up to L
+    yarn           w_m / F for planes of less than beta_slow turns in L tokens, w_m for those of more than beta_fast, a
+                   linear ramp between; q and k grow by 1 + ln(F) / 10 each (arXiv 2309.00071, section 3.2 to 3.4)
+    llama3         w_m / F for planes of less than low_freq turns in L tokens, w_m for those of more than high_freq, a
+                   mixture between (Llama 3.1's own rule, as in transformers)
 """
 
 import math
@@ -20,20 +32,70 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, choose
 from sbeval.kernels import check, softmax
+
+SCALINGS = ("none", "linear", "ntk", "dynamic_ntk", "yarn", "llama3")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """theta: the base of the geometric frequencies; the slowest plane turns by about 1 / theta a position.
+
+    The others are for evaluation alone: see the module. train_len: in tokens, for schemes that need it.
+    """
+
+    theta: float = 10000.0
+    scaling: str = "none"
+    factor: float = 1.0
+    train_len: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    low_freq: float = 1.0
+    high_freq: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.theta < math.inf:
+            raise InputError(f"theta must be positive and finite; it is {self.theta}")
+        choose("scaling", self.scaling, SCALINGS)
+        if not 1 <= self.factor < math.inf:
+            raise InputError(f"factor must be at least 1 and finite; it is {self.factor}")
+        if self.scaling == "none" and (self.factor != 1 or self.train_len):
+            raise InputError(f"factor and train_len need a scaling: {', '.join(SCALINGS[1:])}")
+        if self.train_len < 0:
+            raise InputError(f"train_len must not be negative; it is {self.train_len}")
+        if self.scaling in ("dynamic_ntk", "yarn", "llama3") and not self.train_len:
+            raise InputError(f"scaling {self.scaling!r} needs train_len, the length that the model was trained at")
+        for low, high in (("beta_slow", "beta_fast"), ("low_freq", "high_freq")):
+            if not 0 < getattr(self, low) < getattr(self, high) < math.inf:
+                given = f"they are {getattr(self, low)} and {getattr(self, high)}"
+                raise InputError(f"{low} must be positive and less than {high}, which must be finite; {given}")
+
+
+DEFAULT = Options()
+
+
+def trained_as(options: Options) -> Options:
+    """Return the options that a model of these was trained with: scaling happens at evaluation, and has no weights."""
+    return Options(theta=options.theta)
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, cu_seqlens: Tensor | None = None, theta: float = 10000.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    cu_seqlens: Tensor | None = None,
+    options: Options = DEFAULT,
 ) -> Tensor:
     """Compute the equation densely, in the dtype of q; returns (B, T, H, D)."""
     s, half = k.shape[1], q.shape[3] // 2
-    positions = torch.arange(s, device=q.device)
-    if cu_seqlens is not None:
-        positions -= cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
-    angles = positions[:, None, None] * theta ** (-torch.arange(half, dtype=q.dtype, device=q.device) / half)
-    turn = torch.polar(torch.ones_like(angles), angles)
+    lengths = torch.tensor([s]) if cu_seqlens is None else cu_seqlens.diff()
+    angles = torch.cat(
+        [torch.arange(n)[:, None] * frequencies(2 * half, options, torch.tensor(n)) for n in lengths.tolist()]
+    ).to(q)
+    turn = torch.polar(torch.full_like(angles, attention_factor(options)), angles)[:, None]
 
     def rotated(x: Tensor) -> Tensor:
         y = torch.complex(x[..., :half], x[..., half:]) * turn[s - x.shape[1] :]
@@ -42,17 +104,79 @@ def reference(
     return softmax.reference(rotated(q), rotated(k), v, scale=scale, cu_seqlens=cu_seqlens)
 
 
-def frequencies(head_dim: int, theta: float, device: torch.device | None = None) -> Tensor:
-    """Return the angle per position of each plane, float64 (head_dim / 2,), from 1 downwards."""
-    return theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / -head_dim)
+def frequencies(head_dim: int, options: Options = DEFAULT, length: Tensor | None = None) -> Tensor:
+    """Return w, the angle per position of each plane, float64 (..., head_dim / 2), from about 1 downwards.
+
+    length: integers (...), of the sequences to turn, on the device of the result; `dynamic_ntk` asks for it.
+    """
+    device = None if length is None else length.device
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+    theta, factor, scaling = options.theta, options.factor, options.scaling
+    if scaling == "dynamic_ntk":
+        assert length is not None
+        stretch = (factor * length.double() / options.train_len - (factor - 1)).clamp(min=1.0)
+        return (theta * stretch[..., None] ** _ntk_power(head_dim)) ** -exponents
+    if scaling == "ntk":
+        theta = theta * factor ** _ntk_power(head_dim)
+    w = theta**-exponents
+    if scaling == "linear":
+        return w / factor
+    if scaling == "yarn":
+        kept = _yarn_kept(head_dim, options, device)
+    elif scaling == "llama3":
+        turns = options.train_len * w / (2 * math.pi)
+        kept = ((turns - options.low_freq) / (options.high_freq - options.low_freq)).clamp(0, 1)
+    else:
+        return w
+    return w * kept + w / factor * (1 - kept)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn x, (B, T, H, D), by `angles`, float64 (T, D / 2), in the halves' pairing; keeps the dtype of x."""
+def _ntk_power(head_dim: int) -> float:
+    if head_dim < 4:
+        raise InputError(f"NTK scaling needs heads of size 4 or more; they have {head_dim}")
+    return head_dim / (head_dim - 2)
+
+
+def _yarn_kept(head_dim: int, options: Options, device: torch.device | None) -> Tensor:
+    """Return how much of each plane's frequency yarn keeps, (head_dim / 2,), from 1 for the fastest to 0."""
+
+    def plane(turns: float) -> float:
+        # the index of the plane that makes so many turns in training
+        return head_dim * math.log(options.train_len / (2 * math.pi * turns)) / (2 * math.log(options.theta))
+
+    low, high = max(math.floor(plane(options.beta_fast)), 0), min(math.ceil(plane(options.beta_slow)), head_dim - 1)
+    planes = torch.arange(head_dim // 2, dtype=torch.float64, device=device)
+    # 0.001 as in the authors' code, where both ends fall on one plane
+    return 1 - ((planes - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+
+
+def attention_factor(options: Options) -> float:
+    """Return what queries and keys are multiplied by."""
+    return 1 + 0.1 * math.log(options.factor) if options.scaling == "yarn" else 1.0
+
+
+def rotate(x: Tensor, angles: Tensor, size: float = 1.0) -> Tensor:
+    """Turn x, (B, T, H, D), by `angles`, float64 (T, D / 2), in the halves' pairing, times `size`; keeps x's dtype."""
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = (f(angles).to(exact)[:, None] for f in (torch.cos, torch.sin))
+    cos, sin = ((size * f(angles)).to(exact)[:, None] for f in (torch.cos, torch.sin))
     a, b = x.to(exact).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def rotated(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: Options = DEFAULT) -> tuple[Tensor, Tensor]:
+    """Turn queries and keys by their positions; q are the last T of the S positions of k."""
+    t, s, size = q.shape[1], k.shape[1], q.shape[3]
+    if size % 2:
+        raise InputError(f"q has heads of size {size}; RoPE turns pairs of dimensions and needs an even size")
+    places = torch.arange(s, device=q.device)
+    length = torch.full((1,), s, device=q.device)
+    if cu_seqlens is not None:
+        which = torch.searchsorted(cu_seqlens, places, right=True)
+        length = cu_seqlens[which] - cu_seqlens[which - 1]
+        places = places - cu_seqlens[which - 1]
+    angles = places[:, None] * frequencies(size, options, length)
+    factor = attention_factor(options)
+    return rotate(q, angles[s - t :], factor), rotate(k, angles, factor)
 
 
 def attention(
@@ -63,16 +187,11 @@ def attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
-    theta: float = 10000.0,
+    options: Options = DEFAULT,
 ) -> Tensor:
     """Compute the equation in linear memory; returns (B, T, H, D). See `softmax.attention` for arguments and errors."""
     check.inputs(q, k, v, cu_seqlens)
-    t, s, size = q.shape[1], k.shape[1], q.shape[3]
-    if size % 2:
-        raise InputError(f"q has heads of size {size}; RoPE turns pairs of dimensions and needs an even size")
-    positions = torch.arange(s, device=q.device) - softmax.starts(s, cu_seqlens, q.device)
-    angles = positions[:, None] * frequencies(size, theta, q.device)
-    q, k = rotate(q, angles[s - t :]), rotate(k, angles)
+    q, k = rotated(q, k, cu_seqlens, options)
     return softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, backend=backend)
 
 
@@ -81,24 +200,13 @@ def backend_name(device_type: str) -> str:
     return softmax.backend_name(device_type)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """theta: the base of the geometric frequencies; the slowest plane turns by about 1 / theta a position."""
-
-    theta: float = 10000.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.theta < math.inf:
-            raise InputError(f"theta must be positive and finite; it is {self.theta}")
-
-
 class Mixer(nn.Module):
     """RoPE as the model uses it: see `registry.Method`."""
 
     def __init__(self, options: Options, *, heads: int, kv_heads: int, head_dim: int, width: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        self.theta = options.theta
+        self.options = options
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, theta=self.theta)
+        return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, options=self.options)

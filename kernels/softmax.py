@@ -1,4 +1,4 @@
-"""Causal softmax attention, which `rope`, `nope` and `alibi` share.
+"""Causal softmax attention, which all methods but stick-breaking share.
 
     o_i = sum_j a_ij v_j        a_ij = softmax over the keys j that i sees of  scale * q_i . k_j + bias(i, j)
 
@@ -66,22 +66,27 @@ def attention(
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
     bias: Bias | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Attend causally in memory linear in T and S; returns (B, T, H, D) in the dtype of q.
 
-    scale: multiplies q . k, D ** -0.5 when None; it does not touch the bias. backend: one of BACKENDS, or None for the
-    fastest that is correct. InputError for inputs that `check.inputs` refuses and for a backend that cannot serve them.
+    scale: multiplies q . k, D ** -0.5 when None; it does not touch the bias. bias: nothing is differentiated through
+    it. window: how many keys a query sees, itself and those just before it, from 1 on; all when None. backend: one of
+    BACKENDS, or None for the fastest that is correct. InputError for inputs that `check.inputs` refuses and for a
+    backend that cannot serve them.
     """
     check.inputs(q, k, v, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = _backend(q, k, cu_seqlens is not None, bias is not None, backend)
+    if window is not None and window >= k.shape[1]:
+        window = None
+    chosen = _backend(q, k, cu_seqlens is not None, bias is not None or window is not None, backend)
     if chosen == "torch":
-        return _torch(q, k, v, scale, cu_seqlens, bias)
+        return _torch(q, k, v, scale, cu_seqlens, bias, window)
     # the fused kernels take head sizes in steps of 8 from 16 on; zeros change no product
     size = q.shape[-1]
     q, k, v = (F.pad(x, (0, max(16 - size, -size % 8))) if size < 16 or size % 8 else x for x in (q, k, v))
     if chosen == "flex":
-        out = _flex(q, k, v, scale, cu_seqlens, bias)
+        out = _flex(q, k, v, scale, cu_seqlens, bias, window)
     elif chosen == "flash" and (cu_seqlens is not None or 1 < q.shape[1] < k.shape[1]):
         out = _varlen(q, k, v, scale, cu_seqlens)
     else:
@@ -104,8 +109,16 @@ def starts(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tens
     return cu_seqlens[torch.searchsorted(cu_seqlens, positions, right=True) - 1]
 
 
+def first_keys(length: int, cu_seqlens: Tensor | None, window: int | None, device: torch.device) -> Tensor:
+    """Return int32 (length,): the first key that each position sees, in its sequence and its window."""
+    first = starts(length, cu_seqlens, device)
+    if window is None:
+        return first
+    return torch.maximum(first, torch.arange(1 - window, length - window + 1, dtype=torch.int32, device=device))
+
+
 def _backend(q: Tensor, k: Tensor, packed: bool, biased: bool, asked: str | None) -> str:
-    """Pick what runs, or InputError when what was asked for cannot."""
+    """Pick what runs, or InputError when what was asked for cannot. biased: there is a bias or a window."""
     t, s = q.shape[1], k.shape[1]
     half = q.dtype in (torch.float16, torch.bfloat16)
     # SDPA's causal mask is aligned to the first key: right for whole sequences, and not needed for one query
@@ -124,13 +137,15 @@ def _backend(q: Tensor, k: Tensor, packed: bool, biased: bool, asked: str | None
         offer = "'torch'" if q.dtype == torch.float64 else "'flex'"
         raise InputError(f"backend {asked!r} does not take {q.dtype}; use {offer}")
     if biased and asked != "flex":
-        raise InputError(f"backend {asked!r} takes no attention bias; use 'flex'")
+        raise InputError(f"backend {asked!r} takes no attention bias or window; use 'flex'")
     if asked in ("sdpa", "cudnn") and not aligned:
         raise InputError(f"backend {asked!r} takes neither packed sequences nor {t} queries of {s} keys; use 'flex'")
     return asked
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, bias: Bias | None) -> Tensor:
+def _torch(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, bias: Bias | None, window: int | None
+) -> Tensor:
     """Attend on any device, sequence by sequence and CHUNK rows at a time."""
     # with a strided head dimension SDPA leaves its fused kernel and holds T x S weights
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -138,11 +153,13 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | N
     again = q.shape[1] > CHUNK and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     outputs = []
     for first, stop in [(0, k.shape[1])] if cu_seqlens is None else pairwise(cu_seqlens.tolist()):
-        if bias is None and past == 0 and q.is_cpu and first < stop:
+        narrow = window is not None and window < stop - first
+        if bias is None and not narrow and past == 0 and q.is_cpu and first < stop:
             outputs.append(_fused(q[:, first:stop], k[:, first:stop], v[:, first:stop], scale, causal=True))
             continue
         for start, end in _chunks(max(first, past), stop):
-            args = q[:, start - past : end - past], k[:, first:end], v[:, first:end], scale, first, start, bias
+            low = first if window is None else max(first, start - window + 1)
+            args = q[:, start - past : end - past], k[:, low:end], v[:, low:end], scale, low, start, bias, window
             # the backward of a fused kernel keeps its mask, which over all chunks would be T x S: make it again instead
             outputs.append(
                 cast(Tensor, checkpoint(_rows, *args, use_reentrant=False, preserve_rng_state=False))
@@ -157,12 +174,16 @@ def _chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:
         yield i, min(i + CHUNK, stop)
 
 
-def _rows(q: Tensor, k: Tensor, v: Tensor, scale: float, first: int, start: int, bias: Bias | None) -> Tensor:
+def _rows(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, first: int, start: int, bias: Bias | None, window: int | None
+) -> Tensor:
     """Attend some rows: q holds positions from `start`, k and v from `first` to the last position of q."""
     batch, rows, heads, _ = q.shape
     i = torch.arange(start, start + rows, device=q.device)[:, None]
     j = torch.arange(first, start + rows, device=q.device)
     mask = j <= i
+    if window is not None:
+        mask &= j > i - window
     if bias is not None:
         b = torch.arange(batch, device=q.device)[:, None, None, None]
         h = torch.arange(heads, device=q.device)[:, None, None]
@@ -187,7 +208,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, chosen: str) -> Tensor:
     causal = q.shape[1] > 1
     if q.dtype == torch.float32:
         # its only kernel that is linear in memory does not group heads
-        k, v = _heads(k, v, q.shape[2])
+        k, v = heads(k, v, q.shape[2])
     if chosen == "sdpa":
         return _fused(q, k, v, scale, causal=causal)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if chosen == "cudnn" else SDPBackend.FLASH_ATTENTION):
@@ -201,18 +222,18 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | 
     if q_bounds is None:
         q_bounds = torch.arange(0, batch * t + 1, t, dtype=torch.int32, device=q.device)
         k_bounds = torch.arange(0, batch * s + 1, s, dtype=torch.int32, device=q.device)
-    k, v = _heads(k, v, q.shape[2])
+    k, v = heads(k, v, q.shape[2])
     # the longest sequence is known only to the device; the row's length bounds it, and surplus tiles leave at once
     rows, keys, values = (x.flatten(0, 1) for x in (q, k, v))
     out = varlen_attn(rows, keys, values, q_bounds, k_bounds, t, s, scale=scale, window_size=(-1, 0))
     return cast(Tensor, out).view_as(q)
 
 
-def _heads(k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+def heads(k: Tensor, v: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Repeat key-value heads for kernels that do not group them."""
-    if k.shape[2] == heads:
+    if k.shape[2] == count:
         return k, v
-    group = heads // k.shape[2]
+    group = count // k.shape[2]
     return k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
 
 
@@ -228,14 +249,16 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return attend
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, bias: Bias | None) -> Tensor:
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, bias: Bias | None, window: int | None
+) -> Tensor:
     """Attend through FlexAttention, which skips the blocks of keys that no query of a block sees."""
     t, s = q.shape[1], k.shape[1]
     compiling = torch.compiler.is_compiling()
     if cu_seqlens is None and not compiling:
-        mask = _causal_blocks(t, s, q.device)
+        mask = _causal_blocks(t, s, q.device, window)
     else:
-        mask = block_mask(t, starts(s, cu_seqlens, q.device))
+        mask = block_mask(t, first_keys(s, cu_seqlens, window, q.device))
     past = torch.full((), s - t, dtype=torch.int32, device=q.device)
 
     def score(logit: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -260,10 +283,10 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | No
 
 
 @functools.lru_cache(maxsize=32)
-def _causal_blocks(t: int, s: int, device: torch.device) -> BlockMask:
+def _causal_blocks(t: int, s: int, device: torch.device, window: int | None = None) -> BlockMask:
     # what inference mode makes could not be saved for a later backward
     with torch.inference_mode(False):
-        return block_mask(t, starts(s, None, device))
+        return block_mask(t, first_keys(s, None, window, device))
 
 
 def block_mask(t: int, first: Tensor) -> BlockMask:

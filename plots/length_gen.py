@@ -60,7 +60,8 @@ def _perplexities(
     axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look], train_len: int
 ) -> list[pd.DataFrame]:
     style.label(axis, "context length (tokens)", "perplexity (per token)")
-    rows = numbers(rows, ["context_length"])
+    # perplexity over windows of whole documents has no context length
+    rows = numbers(rows[rows["context_length"].notna()], ["context_length"])
     if len(rows) and rows["value"].max() > WIDE * rows["value"].min():
         style.decades(axis)
     return _lines(axis, rows.assign(x=rows["context_length"], end=rows["context_length"]), looks, train_len)

@@ -6,6 +6,7 @@ A folder is written under another name and renamed when complete, so a reader fi
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,8 +34,11 @@ class State:
         return len(self.losses)
 
 
-def save(folder: Path, model: Decoder, state: State, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Write a checkpoint in place of whatever `folder` holds."""
+def save(
+    folder: Path, model: Decoder, state: State, optimizer: torch.optim.Optimizer | None = None,
+    training: Mapping[str, object] | None = None,
+) -> None:  # fmt: skip
+    """Write a checkpoint in place of whatever `folder` holds. `training` says for readers how the model is trained."""
     partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -44,7 +48,7 @@ def save(folder: Path, model: Decoder, state: State, optimizer: torch.optim.Opti
     save_file(weights, partial / "model.safetensors")
     if optimizer is not None:
         save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
-    config = {"model": dataclasses.asdict(model.config), "state": dataclasses.asdict(state)}
+    config = {"model": dataclasses.asdict(model.config), "state": dataclasses.asdict(state), "training": training}
     (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     if folder.exists():
         # without `folder`, `old` is all there is
@@ -71,6 +75,13 @@ def find(folder: Path) -> Path | None:
 def load_state(folder: Path) -> State:
     """How far the run of a checkpoint has come; InputError names a config.json that is missing or garbled."""
     return _read_config(folder)[1]
+
+
+def training_length(folder: Path) -> int | None:
+    """Tokens of the sequences that the model of a checkpoint was trained on; None where the folder does not say."""
+    training = json.loads((folder / "config.json").read_text()).get("training") or {}
+    length = training.get("length")
+    return length if isinstance(length, int) else None
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> Decoder:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +32,7 @@ Seed = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="quick (minutes on two cores), small (one GPU) or h200; quick on a CPU, small on a GPU if not given."
+        help="quick (minutes on two cores), small (one GPU), h200, figure5, paper; quick on a CPU, else small."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
@@ -39,6 +40,20 @@ Dtype = Annotated[str | None, typer.Option(help="Matrix products: float32, bfloa
 ResultsDir = Annotated[Path, typer.Option(help="Where tables, run files, checkpoints and figures go.")]
 Force = Annotated[bool, typer.Option("--force", help="Run cells again that have a result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the grid with its cost and stop.")]
+Size = Annotated[str | None, typer.Option(help="Model: quick, 25m, 60m, 125m, 350m, 1b, 3b.")]
+TrainLen = Annotated[int | None, typer.Option(help="Tokens of a training sequence.")]
+TrainTokens = Annotated[int | None, typer.Option(help="Tokens to train on.")]
+BatchTokens = Annotated[int | None, typer.Option(help="Tokens of one optimizer step.")]
+MicroBatchTokens = Annotated[int | None, typer.Option(help="Tokens of one forward pass; all of a step's.")]
+Lr = Annotated[float | None, typer.Option(help="Peak learning rate.")]
+Schedule = Annotated[str | None, typer.Option(help="cosine, power or constant.")]
+Packing = Annotated[str | None, typer.Option(help="stream, or documents: no attention across documents.")]
+CorpusSpec = Annotated[str | None, typer.Option("--corpus", help="stdlib, a file or folder, or hf:NAME[:CONFIG].")]
+TokenizerSpec = Annotated[
+    str | None, typer.Option("--tokenizer", help="bytes, bpe:SIZE, or a Hugging Face name or folder.")
+]
+TextField = Annotated[str | None, typer.Option(help="Field of the text in JSONL and parquet.")]
+CorpusTokens = Annotated[int | None, typer.Option(help="Train tokens to keep of the corpus; all.")]
 TensorBoard = Annotated[Path | None, typer.Option(help="Folder for TensorBoard logs.", metavar="DIR")]
 
 
@@ -47,21 +62,30 @@ def length_gen(
     preset: Preset = None,
     attention: Attention = None,
     seed: Seed = None,
-    size: Annotated[str | None, typer.Option(help="Model: quick, 25m, 60m, 125m, 350m, 1b, 3b.")] = None,
-    train_len: Annotated[int | None, typer.Option(help="Tokens of a training sequence.")] = None,
+    size: Size = None,
+    train_len: TrainLen = None,
     eval_len: Annotated[int | None, typer.Option(help="Tokens of context to evaluate to.")] = None,
-    train_tokens: Annotated[int | None, typer.Option(help="Tokens to train on.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one optimizer step.")] = None,
-    micro_batch_tokens: Annotated[int | None, typer.Option(help="Tokens of one forward pass; all of a step's.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="cosine, power or constant.")] = None,
-    packing: Annotated[str | None, typer.Option(help="stream, or documents: no attention across documents.")] = None,
-    corpus: Annotated[str | None, typer.Option(help="stdlib, a file or folder, or hf:NAME[:CONFIG].")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="bytes, bpe:SIZE, or a Hugging Face name or folder.")] = None,
-    text_field: Annotated[str | None, typer.Option(help="Field of the text in JSONL and parquet.")] = None,
-    corpus_tokens: Annotated[int | None, typer.Option(help="Train tokens to keep of the corpus; all.")] = None,
+    train_tokens: TrainTokens = None,
+    batch_tokens: BatchTokens = None,
+    micro_batch_tokens: MicroBatchTokens = None,
+    lr: Lr = None,
+    schedule: Schedule = None,
+    packing: Packing = None,
+    corpus: CorpusSpec = None,
+    tokenizer: TokenizerSpec = None,
+    text_field: TextField = None,
+    corpus_tokens: CorpusTokens = None,
     documents: Annotated[int | None, typer.Option(help="Test documents to evaluate on, at most.")] = None,
     windows: Annotated[int | None, typer.Option(help="Disjoint windows of each document, at most.")] = None,
+    window: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Also perplexity as lm-eval has it, in disjoint windows of so many tokens; repeat for several."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Evaluate this model: our checkpoint folder, or a Hugging Face folder or name.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -74,9 +98,44 @@ def length_gen(
         size=size, train_len=train_len, eval_len=eval_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
         micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, documents=documents, windows=windows,
-        attention=attention, seeds=seed,
+        window=window, checkpoint=checkpoint, attention=attention, seeds=seed,
     )  # fmt: skip
     _family("length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+
+
+@app.command()
+def train(
+    preset: Preset = None,
+    attention: Attention = None,
+    seed: Seed = None,
+    size: Size = None,
+    train_len: TrainLen = None,
+    train_tokens: TrainTokens = None,
+    batch_tokens: BatchTokens = None,
+    micro_batch_tokens: MicroBatchTokens = None,
+    lr: Lr = None,
+    schedule: Schedule = None,
+    packing: Packing = None,
+    corpus: CorpusSpec = None,
+    tokenizer: TokenizerSpec = None,
+    text_field: TextField = None,
+    corpus_tokens: CorpusTokens = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+    force: Force = False,
+    dry_run: DryRun = False,
+    tensorboard: TensorBoard = None,
+) -> None:
+    """Train the models that length-gen with the same options evaluates; under torchrun, on several GPUs."""
+    given = dict(
+        size=size, train_len=train_len, eval_len=train_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
+        micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
+        tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
+    )  # fmt: skip
+    _family(
+        "length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, only=True
+    )
 
 
 @app.command()
@@ -198,42 +257,58 @@ def _say(line: object) -> None:
 
 def _family(
     name: str, preset: str | None, given: dict[str, Any], device: str | None, dtype: str | None, results_dir: Path,
-    tensorboard: Path | None, *, force: bool, dry_run: bool,
+    tensorboard: Path | None, *, force: bool, dry_run: bool, only: bool = False,
 ) -> None:  # fmt: skip
-    """Run one family: preset and options to config, config to cells, cells to table and figure."""
+    """Run one family: preset and options to config, config to cells, cells to table and figure; `only` trains."""
     from sbeval import device as devices
-    from sbeval import registry, sweep
+    from sbeval import distributed, registry, sweep
 
-    where = devices.pick(device)
-    place = sweep.Place(results_dir=results_dir, device=where, force=force, tensorboard=tensorboard)
     module = registry.task(name)
-    preset = preset or ("quick" if place.device.type == "cpu" else "small")
+    if distributed.size() > 1 and not hasattr(module.Cell, "train"):
+        raise InputError(f"{name.replace('_', '-')} runs in one process: start it without torchrun")
+    where = devices.pick(distributed.local_device(device))
+    preset = preset or ("quick" if where.type == "cpu" else "small")
     changes = {
         key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if value is not None
     }
     config = dataclasses.replace(
         module.PRESETS[choose("preset", preset, module.PRESETS)],
-        dtype=devices.pick_dtype(dtype, place.device),
+        dtype=devices.pick_dtype(dtype, where),
         **changes,
     )
     cells = module.cells(config)
-    if dry_run:
-        _dry_run(cells, place)
-        return
+    with distributed.joined(where) as world:
+        place = sweep.Place(results_dir=results_dir, device=where, force=force, tensorboard=tensorboard, world=world)
+        if dry_run:
+            _dry_run(cells, place)
+        elif only:
+            _resumable(lambda: sweep.train(cells, place, console=_console(place)), force)
+        elif not _resumable(lambda: sweep.run(cells, place, preset=preset, console=_console(place)), force):
+            _show(module, cells, place)
+            raise typer.Exit(1)
+        else:
+            _show(module, cells, place)
+
+
+def _console(place: "Place") -> Console:
+    """Where to say things: of several processes one speaks."""
+    return Console(quiet=not place.world.leads)
+
+
+def _resumable(work: Callable[[], bool], force: bool) -> bool:
     try:
-        complete = sweep.run(cells, place, preset=preset, console=Console())
+        return work()
     except KeyboardInterrupt:
         then = "starts over" if force else "goes on from there"
         print(f"sbeval: stopped; what is done is kept, and the same command {then}", file=sys.stderr)
         raise typer.Exit(130) from None
-    _show(module, cells, place)
-    if not complete:
-        raise typer.Exit(1)
 
 
 def _dry_run(cells: list[Any], place: "Place") -> None:
     from sbeval import sweep
 
+    if not place.world.leads:
+        return
     pending = cells if place.force else sweep.unfinished(cells, place.results_dir)
     for cell in cells:
         _say(f"{sweep.cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in pending else '  finished'}")
@@ -241,16 +316,17 @@ def _dry_run(cells: list[Any], place: "Place") -> None:
 
 
 def _show(module: Any, cells: list[Any], place: "Place") -> None:
-    from sbeval import sweep
+    from sbeval import registry, sweep
     from sbeval.draw import draw_figures
 
     table = place.results_dir / f"{module.FAMILY}.csv"
-    if not table.exists():
+    if not place.world.leads or not table.exists():
         return
     results = sweep.results_of(cells, place.results_dir)
     if len(results):
         Console().print(module.summary(results))
-    for path in (table, *draw_figures(place.results_dir, [module.FAMILY], ["png", "pdf"])):
+    figures = [name for name in registry.FIGURES if registry.figure(name).TABLE == module.FAMILY]
+    for path in (table, *draw_figures(place.results_dir, figures, ["png", "pdf"])):
         _say(str(path))
 
 

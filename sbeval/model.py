@@ -127,7 +127,16 @@ def _convert(what: str, text: str, default: object) -> object:
 
 def canonical_attention(spec: str) -> str:
     """The shortest spec that means the same: without options at their defaults, the others in the class's order."""
+    return _spec(*parse_attention(spec))
+
+
+def trained_attention(spec: str) -> str:
+    """The canonical spec whose training gives the weights for `spec`: without options that only evaluation asks for."""
     name, options = parse_attention(spec)
+    return _spec(name, registry.trained_as(name, options))
+
+
+def _spec(name: str, options: Any) -> str:
     text = ",".join(
         f"{field.name}={str(value).lower() if isinstance(value, bool) else value}"
         for field in dataclasses.fields(options)
@@ -250,6 +259,14 @@ class Decoder(nn.Module):
         scored = targets != IGNORE
         logits = self.logits(self(tokens, cu_seqlens)[scored]).float()
         return F.cross_entropy(logits, targets[scored], reduction="sum")
+
+    def evaluated_as(self, attention: str) -> "Decoder":
+        """A model of the same weights that attends as `attention` says; itself when it does so already."""
+        if attention == self.config.attention:
+            return self
+        other = Decoder(dataclasses.replace(self.config, attention=attention)).to(self.head.weight.device)
+        other.load_state_dict(self.state_dict())
+        return other.train(self.training)
 
     def n_parameters(self) -> int:
         """Parameters, those shared by embedding and head counted once."""

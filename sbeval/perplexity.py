@@ -7,8 +7,10 @@ document are averaged first.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +18,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sbeval import device, estimate
+from sbeval import device, distributed, estimate
+from sbeval.distributed import ALONE, World
+from sbeval.errors import InputError
 from sbeval.estimate import Estimate, Floats
-from sbeval.model import Decoder
 
-# positions whose logits are held at a time
-CHUNK = 2048
+# tokens, of all windows together, whose logits are held at a time
+CHUNK = 4096
+
+Tokens = npt.NDArray[np.integer]
+
+
+class Predictor(Protocol):
+    """A model that says its logits in two steps, so that those of a long text are never held at once."""
+
+    def __call__(self, tokens: Tensor, /) -> Tensor:
+        """Hidden states (N, T, width) of tokens (N, T) int64."""
+
+    def logits(self, hidden: Tensor, /) -> Tensor:
+        """Logits (..., vocabulary) of hidden states (..., width)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +66,32 @@ class PositionLosses:
         return estimate.ratio(self.losses[:, :length].sum(1) / math.log(2), self.bytes[:, length - 1])
 
 
+@dataclass(frozen=True, slots=True)
+class Rolling:
+    """Whole documents in disjoint windows: the summed loss of each in nats, and its tokens, words and bytes, (n,) each.
+
+    Words are counted as lm-eval counts them: the pieces between runs of white space.
+    """
+
+    losses: Floats
+    tokens: Floats
+    words: Floats
+    bytes: Floats
+
+    def perplexity(self, per: str) -> Estimate:
+        """exp of the loss per `token`, `word` or `byte` of all documents; the standard error by the delta method."""
+        amounts = {"token": self.tokens, "word": self.words, "byte": self.bytes}[per]
+        mean = estimate.ratio(self.losses, amounts)
+        if mean.value > math.log(np.finfo(np.float64).max):
+            raise InputError(f"the loss per {per} is {mean.value:.0f} nats: its exponential is no finite number")
+        value = math.exp(mean.value)
+        return Estimate(value, None if mean.stderr is None else value * mean.stderr, mean.n)
+
+    def bits_per_byte(self) -> Estimate:
+        """The loss in bits per byte of the documents."""
+        return estimate.ratio(self.losses / math.log(2), self.bytes)
+
+
 def bins(length: int, per_octave: int = 4) -> list[tuple[int, int]]:
     """Positions 1 ... length in bins evenly spaced on a log scale: (first, last), both included, none empty."""
     count = math.ceil(math.log2(length) * per_octave) if length > 1 else 1
@@ -65,41 +106,96 @@ def lengths(train_len: int, eval_len: int) -> list[int]:
 
 
 @torch.inference_mode()
-def window_losses(model: Decoder, windows: Tensor, dtype: str) -> Tensor:
+def window_losses(model: Predictor, windows: Tensor, dtype: str) -> Tensor:
     """Losses (N, n) float32 of windows (N, n + 1) int64."""
     place = windows.device
+    size = max(1, CHUNK // len(windows))
     with device.autocast(place, dtype):
         hidden = model(windows[:, :-1])
         parts = [
             F.cross_entropy(model.logits(rows).flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(
                 targets
             )
-            for rows, targets in zip(hidden.split(CHUNK, 1), windows[:, 1:].split(CHUNK, 1), strict=True)
+            for rows, targets in zip(hidden.split(size, 1), windows[:, 1:].split(size, 1), strict=True)
         ]
     return torch.cat(parts, 1)
 
 
 def measure(
-    model: Decoder,
-    windows: Sequence[tuple[int, npt.NDArray[np.integer]]],
-    count_bytes: Callable[[npt.NDArray[np.integer]], npt.NDArray[np.integer]],
+    model: Predictor,
+    windows: Sequence[tuple[int, Tokens]],
+    count_bytes: Callable[[Tokens], Tokens],
     *,
     place: torch.device,
     dtype: str,
     batch: int = 1,
     advance: Callable[[int], None] = lambda _: None,
+    world: World = ALONE,
 ) -> PositionLosses:
     """Losses by position of (document, tokens) windows, all of one length n + 1; windows of one document are averaged.
 
-    count_bytes: bytes of each token of an array. batch: windows a forward pass. advance: told how many are done.
+    count_bytes: bytes of each token of an array. batch: windows a forward pass. advance: told how many are done. Of
+    several processes each takes a share of the windows, and all get all losses.
     """
     tokens = np.stack([window for _, window in windows]).astype(np.int64)
-    losses = np.empty((len(windows), tokens.shape[1] - 1))
-    for start in range(0, len(windows), batch):
-        part = torch.from_numpy(tokens[start : start + batch]).to(place)
-        losses[start : start + batch] = window_losses(model, part, dtype).cpu().numpy()
-        advance(len(part))
+    losses = np.zeros((len(windows), tokens.shape[1] - 1))
+    mine = np.arange(world.rank, len(windows), world.size)
+    for start in range(0, len(mine), batch):
+        rows = mine[start : start + batch]
+        losses[rows] = window_losses(model, torch.from_numpy(tokens[rows]).to(place), dtype).cpu().numpy()
+        advance(len(rows) * world.size)
+    losses = distributed.summed(losses, world, place)
     size = np.cumsum(np.stack([count_bytes(window[1:]) for window in tokens]), 1).astype(np.float64)
     document = np.array([index for index, _ in windows])
     groups = [document == index for index in dict.fromkeys(document.tolist())]
     return PositionLosses(*(np.stack([values[group].mean(0) for group in groups]) for values in (losses, size)))
+
+
+def disjoint(tokens: Tokens, window: int, prefix: int) -> list[tuple[Tokens, int]]:
+    """Windows of at most `window` + 1 tokens, and how many at the end of each are scored: every token once.
+
+    A window's first token is all that it sees of what came before; for the first of a document it is `prefix`. The
+    last reaches back to be as long as the others, as lm-eval's does. Of no tokens there are none.
+    """
+    text = np.concatenate([[prefix], tokens]).astype(np.int64)
+    ends = [min(start + window, len(tokens)) for start in range(0, len(tokens), window)]
+    return [(text[max(0, end - window) : end + 1], (end - 1) % window + 1) for end in ends]
+
+
+def rolling(
+    model: Predictor,
+    documents: Sequence[Tokens],
+    decode: Callable[[Tokens], str],
+    *,
+    window: int,
+    prefix: int,
+    place: torch.device,
+    dtype: str,
+    batch: int = 1,
+    advance: Callable[[int], None] = lambda _: None,
+    world: World = ALONE,
+) -> Rolling:
+    """Loss of whole documents as lm-eval's `loglikelihood_rolling` has it: see `disjoint`.
+
+    decode: the text of tokens, of which words and bytes are counted. advance: told how many tokens are done.
+    """
+    parts = [(index, *part) for index, tokens in enumerate(documents) for part in disjoint(tokens, window, prefix)]
+    losses = np.zeros(len(documents))
+    for rows in list(_of_one_length(parts, batch))[world.rank :: world.size]:
+        tokens = torch.from_numpy(np.stack([parts[row][1] for row in rows])).to(place)
+        each = window_losses(model, tokens, dtype).double().cpu().numpy()
+        found = [line[-parts[row][2] :].sum() for row, line in zip(rows, each, strict=True)]
+        np.add.at(losses, [parts[row][0] for row in rows], found)
+        advance(sum(parts[row][2] for row in rows) * world.size)
+    texts = [decode(tokens) for tokens in documents]
+    counts = ([len(x) for x in documents], [len(re.split(r"\s+", x)) for x in texts], [len(x.encode()) for x in texts])
+    return Rolling(distributed.summed(losses, world, place), *(np.array(count, dtype=np.float64) for count in counts))
+
+
+def _of_one_length(parts: Sequence[tuple[int, Tokens, int]], batch: int) -> Iterable[list[int]]:
+    """Indices of the parts in groups of at most `batch` that are equally long."""
+    by_length: dict[int, list[int]] = {}
+    for row, (_, part, _) in enumerate(parts):
+        by_length.setdefault(len(part), []).append(row)
+    for rows in by_length.values():
+        yield from (rows[start : start + batch] for start in range(0, len(rows), batch))

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 ATTENTION = {
     "alibi": "sbeval.kernels.alibi",
+    "fire": "sbeval.kernels.fire",
+    "forgetting": "sbeval.kernels.forgetting",
     "nope": "sbeval.kernels.nope",
     "rope": "sbeval.kernels.rope",
+    "sliding_window": "sbeval.kernels.sliding_window",
     "stick_breaking": "sbeval.kernels.stick_breaking",
 }
 TASKS = {
@@ -63,6 +66,14 @@ class Figure(Protocol):
 def method(name: str) -> Method:
     """Import the attention method `name`; InputError offers the nearest name."""
     return cast(Method, importlib.import_module(ATTENTION[choose("attention", name, ATTENTION)]))
+
+
+def trained_as(name: str, options: Any) -> Any:
+    """Options that a model of this method is trained with: those given, without what only evaluation asks for.
+
+    A method with such options has a function `trained_as(options)`; weights trained with the one fit the other.
+    """
+    return getattr(method(name), "trained_as", lambda given: given)(options)
 
 
 def task(name: str) -> Any:

@@ -18,7 +18,8 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from sbeval import checkpoint, device, provenance, table
+from sbeval import checkpoint, device, distributed, provenance, table
+from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError
 from sbeval.progress import Progress
 from sbeval.table import Identity, Measurement
@@ -36,17 +37,22 @@ class Place:
     device: torch.device
     force: bool = False  # train and evaluate again what is there already
     tensorboard: Path | None = None
+    world: World = ALONE
+    emptied: set[Path] = field(default_factory=set)  # folders of which `force` has removed what another run left
 
     def checkpoint(self, key: object) -> Path:
         """Folder of the model whose training `key` describes in full; with `force` what it held is removed."""
         folder = self.results_dir / "checkpoints" / digest(key)
-        if self.force:
-            checkpoint.remove(folder)
+        if self.force and folder not in self.emptied:
+            self.emptied.add(folder)
+            if self.world.leads:
+                checkpoint.remove(folder)
+            distributed.wait(self.world)
         return folder
 
     def logger(self, cell: "Cell") -> Callable[[int, dict[str, float]], None] | None:
         """What writes a cell's training to TensorBoard, None unless that was asked for."""
-        if self.tensorboard is None:
+        if self.tensorboard is None or not self.world.leads:
             return None
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -107,8 +113,15 @@ class Cell(Protocol):
     def run(self, place: Place, progress: Progress) -> Outcome: ...
 
 
+class Trains(Cell, Protocol):
+    """A cell that can stop when its model is trained."""
+
+    def train(self, place: Place, progress: Progress) -> Path:
+        """Train, unless that is done, and return the checkpoint folder."""
+
+
 # for `field(metadata=LATER)`: an option that came after results; at its default it leaves the ids of cells as they were
-LATER = {"later": True}
+LATER = table.LATER
 
 
 def digest(key: object) -> str:
@@ -134,7 +147,7 @@ def cell_id(cell: Cell) -> str:
 
 def unfinished(cells: Sequence[Cell], results_dir: Path) -> list[Cell]:
     """The cells without rows in their table; InputError when a table cannot be read or could not take their rows."""
-    paths = {results_dir / f"{cell.family}.csv": table.columns(cell.row) for cell in cells}
+    paths = {results_dir / f"{cell.family}.csv": table.required(cell.row) for cell in cells}
     done = {name for path, names in paths.items() if path.exists() for name in table.read(path, names)["cell"]}
     return [cell for cell in cells if cell_id(cell) not in done]
 
@@ -145,7 +158,7 @@ def describe_cost(cells: Sequence[Cell], place: Place) -> str:
         return "nothing to run"
     flops = sum(cell.flops for cell in cells)
     speeds = {dtype: device.measured_flops(place.device, dtype) for dtype in {cell.dtype for cell in cells}}
-    seconds = sum(cell.flops / speeds[cell.dtype] for cell in cells) / EFFICIENCY[place.device.type]
+    seconds = sum(cell.flops / speeds[cell.dtype] for cell in cells) / EFFICIENCY[place.device.type] / place.world.size
     return (
         f"{len(cells)} cell{'s' if len(cells) > 1 else ''} to run, {flops:.1e} FLOPs: "
         f"roughly {_words(seconds)} on {device.describe(place.device)}"
@@ -168,8 +181,10 @@ def run(cells: Sequence[Cell], place: Place, *, preset: str, console: Console) -
     for folder in ("runs", "checkpoints"):
         table.prepare(place.results_dir / folder)
     failed = False
-    with Progress() as progress:
+    with progress_of(place) as progress:
         pending = _pending(cells, place, progress)
+        # no process writes what another has yet to look at
+        distributed.wait(place.world)
         if len(pending) < len(cells):
             done = f"{len(cells) - len(pending)} of {len(cells)}"
             console.print(f"{done} cells are finished already; --force runs them again", soft_wrap=True)
@@ -182,6 +197,22 @@ def run(cells: Sequence[Cell], place: Place, *, preset: str, console: Console) -
                 console.print(f"{cell.title}: {error}; recorded as failed, going on with the next", soft_wrap=True)
                 _record_failure(cell, place, preset, str(error))
     return not failed
+
+
+def train(cells: Sequence[Trains], place: Place, *, console: Console) -> bool:
+    """Train the models of the cells and say where each is; `run` with the same cells then evaluates them."""
+    table.prepare(place.results_dir / "checkpoints")
+    console.print(describe_cost(cells, place), highlight=False, soft_wrap=True)
+    with progress_of(place) as progress:
+        for cell in cells:
+            folder = cell.train(place, progress)
+            console.print(f"{cell.title}: {folder}", highlight=False, soft_wrap=True, markup=False)
+    return True
+
+
+def progress_of(place: Place) -> Progress:
+    """A progress display; of several processes one shows it."""
+    return Progress(None if place.world.leads else Console(quiet=True, force_terminal=False))
 
 
 def _pending(cells: Sequence[Cell], place: Place, progress: Progress) -> list[Cell]:
@@ -204,6 +235,8 @@ def _run_cell(cell: Cell, place: Place, preset: str, progress: Progress) -> None
     if not all(math.isfinite(row.value) for row in outcome.rows):
         raise DivergedError("what was measured is no finite number")
     seconds = time.perf_counter() - start
+    if not place.world.leads:
+        return
     origin = provenance.collect(
         cell=cell_id(cell), preset=preset, corpus=outcome.corpus, tokenizer=outcome.tokenizer,
         train_tokens=outcome.train_tokens, dtype=cell.dtype, device=str(place.device),
@@ -219,6 +252,8 @@ def _run_cell(cell: Cell, place: Place, preset: str, progress: Progress) -> None
 
 
 def _record_failure(cell: Cell, place: Place, preset: str, reason: str) -> None:
+    if not place.world.leads:
+        return
     origin = provenance.collect(
         cell=cell_id(cell), preset=preset, corpus="", tokenizer="", train_tokens=0, dtype=cell.dtype,
         device=str(place.device), device_name=device.describe(place.device), backend="",
@@ -229,7 +264,7 @@ def _record_failure(cell: Cell, place: Place, preset: str, reason: str) -> None:
 
 def results_of(cells: Sequence[Cell], results_dir: Path) -> pd.DataFrame:
     """The rows that the table of these cells' family holds of them."""
-    rows = table.read(results_dir / f"{cells[0].family}.csv", table.columns(cells[0].row))
+    rows = table.read(results_dir / f"{cells[0].family}.csv", table.required(cells[0].row))
     return rows[rows["cell"].isin([cell_id(cell) for cell in cells])]
 
 

@@ -23,6 +23,9 @@ from filelock import FileLock
 
 from sbeval.errors import InputError
 
+# for `field(metadata=LATER)`: what came after results, which are without it
+LATER = {"later": True}
+
 INT = re.compile(r"[+-]?[0-9]{1,18}")
 FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 # columns that do not say which number a row is: they differ when the same cell is run again
@@ -84,6 +87,12 @@ class Kind:
 def columns(row_type: type[Measurement]) -> tuple[str, ...]:
     """Return the names of the columns of a family's table, in their order."""
     return tuple(_kinds(row_type))
+
+
+def required(row_type: type[Measurement]) -> tuple[str, ...]:
+    """Return the names of the columns without which a family's table cannot be read: all but those that came later."""
+    later = {field.name for field in fields(row_type) if LATER.items() <= field.metadata.items()}
+    return tuple(name for name in columns(row_type) if name not in later)
 
 
 def frame(identity: Identity, measurements: Iterable[Measurement], provenance: Provenance) -> pd.DataFrame:

@@ -1,21 +1,28 @@
-"""Train one model: AdamW, warm-up, cosine or power schedule, gradient accumulation and clipping, exact resume."""
+"""Train one model: AdamW, warm-up, cosine or power schedule, gradient accumulation and clipping, exact resume.
 
+Of several processes each runs its share of a step's sequences. A loss is summed over scored tokens and divided by their
+number in the whole step, so that gradients and losses are those of one process.
+"""
+
+import dataclasses
 import math
 import signal
 import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from sbeval import checkpoint, device
+from sbeval import checkpoint, device, distributed
 from sbeval.checkpoint import State
+from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError, choose
 from sbeval.model import IGNORE, Decoder, ModelConfig, flops_per_token
 from sbeval.progress import Task
@@ -143,20 +150,34 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
             signal.signal(sign, handler)
 
 
+class Loss(nn.Module):
+    """A model's loss as a module, which is what compiles and what is spread over processes."""
+
+    def __init__(self, model: Decoder, sparse: bool) -> None:
+        super().__init__()
+        self.model, self.sparse = model, sparse
+
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return (self.model.sparse_loss if self.sparse else self.model.loss)(tokens, targets, cu_seqlens)
+
+
 class Trainer:
     """One training run; it goes on from the checkpoint in `folder` when there is one, to the same end."""
 
     def __init__(
-        self, model: ModelConfig, config: TrainConfig, batches: Batches, folder: Path | None, place: torch.device
-    ) -> None:
+        self, model: ModelConfig, config: TrainConfig, batches: Batches, folder: Path | None, place: torch.device,
+        world: World = ALONE,
+    ) -> None:  # fmt: skip
+        if config.batch % world.size:
+            raise InputError(f"{world.size} processes cannot share a batch of {config.batch} sequences evenly")
         torch.manual_seed(config.seed)
-        self.config, self.batches, self.folder, self.place = config, batches, folder, place
+        self.config, self.batches, self.folder, self.place, self.world = config, batches, folder, place, world
         self.model = Decoder(model).to(place)
         self.optimizer = optimizer_for(self.model, config)
         self.state = State()
         self.speeds: list[float] = []  # tokens/s between looks at the loss
         self._restore()
-        self.loss = self._compile()
+        self.loss = self._prepare()
 
     def run(
         self,
@@ -173,7 +194,8 @@ class Trainer:
         saved = time.perf_counter()
         self.model.train()
         with _deferred_interrupt() as interrupted:
-            while not self.state.finished and not interrupted.is_set():
+            ended = self._anywhere(interrupted.is_set())
+            while not self.state.finished and not ended:
                 if done := self._run_steps(self._next_look(), interrupted):
                     task.advance(done, status=self._status())
                     if log:
@@ -184,10 +206,14 @@ class Trainer:
                     self.state.finished = bool(stop and asks and stop(self.model, self.state))
                 self.state.finished |= self.state.step >= self.config.steps
                 due = time.perf_counter() - saved > self.config.checkpoint_seconds
-                if self.state.finished or interrupted.is_set() or due:
+                ended = self._anywhere(interrupted.is_set())
+                if self.state.finished or ended or self._anywhere(due):
                     self._save()
                     saved = time.perf_counter()
-        if interrupted.is_set():
+                # one that came while we saved
+                ended = ended or self._anywhere(interrupted.is_set())
+            ended = ended or self._anywhere(interrupted.is_set())
+        if ended:
             raise KeyboardInterrupt
         return self._result()
 
@@ -201,48 +227,69 @@ class Trainer:
         start, first = time.perf_counter(), self.state.step
         # losses stay on the device until here, so that it never waits for us
         losses: list[Tensor] = []
-        while first + len(losses) < end and not interrupted.is_set():
+        # of several processes none stops alone
+        while first + len(losses) < end and not (self.world.size == 1 and interrupted.is_set()):
             losses.append(self._step(first + len(losses)))
         if losses:
-            self.state.losses += torch.stack(losses).tolist()
+            mine = torch.stack(losses).double().cpu().numpy()
+            self.state.losses += (distributed.summed(mine, self.world, self.place) / self.world.size).tolist()
             seconds = time.perf_counter() - start
             self.state.seconds += seconds
             self.speeds.append(len(losses) * self.config.batch * self.config.length / seconds)
         return len(losses)
 
     def _step(self, step: int) -> Tensor:
-        """One optimizer step; its loss, the mean over scored tokens."""
+        """One optimizer step; its loss, the mean over scored tokens (of several processes, the mean of theirs)."""
         batch = self.batches[step]
         rate = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate / group["divisor"]
-        targets = batch.targets.to(self.place, non_blocking=True)
-        tokens = batch.tokens.to(self.place, non_blocking=True)
-        cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.to(self.place, non_blocking=True)
-        count = (targets != IGNORE).sum()
-        size = self.config.micro_batch or self.config.batch
+        tokens, targets = self._moved(batch.tokens), self._moved(batch.targets)
+        cu_seqlens = None if batch.cu_seqlens is None else self._moved(batch.cu_seqlens)
+        # gradients are averaged over processes, and what is wanted is their sum
+        count = (targets != IGNORE).sum() / self.world.size
         total = torch.zeros((), device=self.place)
-        for start in range(0, len(tokens), size):
-            part = slice(start, start + size)
-            within = _part_of(cu_seqlens, part, tokens.shape) if size < len(tokens) else cu_seqlens
-            with device.autocast(self.place, self.config.dtype):
-                loss = self.loss(tokens[part], targets[part], within) / count
-            loss.backward()
+        parts = self._parts(len(tokens))
+        for part in parts:
+            within = _part_of(cu_seqlens, part, tokens.shape) if part != slice(0, len(tokens)) else cu_seqlens
+            with self._gradients_stay(part != parts[-1]):
+                with device.autocast(self.place, self.config.dtype):
+                    loss = self.loss(tokens[part], targets[part], within) / count
+                loss.backward()
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return total
 
-    def _compile(self) -> Callable[..., Tensor]:
-        """The loss, compiled on a GPU; on a CPU compiling a small model would take longer than it saves."""
-        if self.place.type != "cuda":
-            return self.model.sparse_loss if self.config.sparse else self.model.loss
-        if self.config.sparse:
-            # the number of scored positions varies: it stays outside
-            self.model.compile()
-            return self.model.sparse_loss
-        return torch.compile(self.model.loss)
+    def _parts(self, rows: int) -> list[slice]:
+        """The rows of a batch that this process runs, a forward pass at a time."""
+        share = rows // self.world.size
+        first, end = self.world.rank * share, (self.world.rank + 1) * share
+        size = self.config.micro_batch or share
+        return [slice(start, min(start + size, end)) for start in range(first, end, size)]
+
+    def _moved(self, x: Tensor) -> Tensor:
+        # from pinned memory a copy does not wait for what the GPU still has to do
+        return x.pin_memory().to(self.place, non_blocking=True) if self.place.type == "cuda" else x.to(self.place)
+
+    def _gradients_stay(self, stay: bool) -> AbstractContextManager[None]:
+        """Keep gradients in this process until the last part of a step."""
+        return self.loss.no_sync() if stay and isinstance(self.loss, DistributedDataParallel) else nullcontext()
+
+    def _anywhere(self, flag: bool) -> bool:
+        return distributed.anywhere(flag, self.world, self.place)
+
+    def _prepare(self) -> nn.Module:
+        """The loss, spread, and compiled on a GPU; on a CPU compiling a small model would take longer than it saves."""
+        loss = Loss(self.model, self.config.sparse)
+        if self.place.type == "cuda":
+            # the number of scored positions varies: where the head runs at those alone it stays outside
+            (self.model if self.config.sparse else loss).compile()
+        if self.world.size == 1:
+            return loss
+        ours = [self.place] if self.place.type == "cuda" else None
+        return DistributedDataParallel(loss, device_ids=ours, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def _restore(self) -> None:
         saved = checkpoint.find(self.folder) if self.folder else None
@@ -251,8 +298,10 @@ class Trainer:
             checkpoint.restore(saved, self.model, None if self.state.finished else self.optimizer)
 
     def _save(self) -> None:
-        if self.folder is not None:
-            checkpoint.save(self.folder, self.model, self.state, None if self.state.finished else self.optimizer)
+        if self.folder is not None and self.world.leads:
+            optimizer = None if self.state.finished else self.optimizer
+            checkpoint.save(self.folder, self.model, self.state, optimizer, dataclasses.asdict(self.config))
+        distributed.wait(self.world)
 
     def _numbers(self) -> dict[str, float]:
         rate = learning_rate(self.config, self.state.step - 1)
@@ -267,7 +316,7 @@ class Trainer:
         speed = statistics.median(self.speeds[1:] or self.speeds) if self.speeds else None
         peak = device.peak_flops(self.place)
         flops = 3 * flops_per_token(self.model.config, self.config.length)
-        mfu = speed * flops / peak if speed and peak and self.config.dtype == "bfloat16" else None
+        mfu = speed * flops / (peak * self.world.size) if speed and peak and self.config.dtype == "bfloat16" else None
         return Trained(self.model.eval(), self.state, speed, mfu)
 
 

@@ -8,22 +8,25 @@ tokens still predicts well with `eval_len` tokens of context. Every method train
 """
 
 import dataclasses
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import platformdirs
 from rich.table import Table
 
-from sbeval import corpus, model, perplexity, registry
+from sbeval import corpus, model, perplexity, pretrained, registry
 from sbeval.batches import Batches
 from sbeval.corpus import Corpus
 from sbeval.errors import InputError, choose
 from sbeval.estimate import Estimate
 from sbeval.model import ModelConfig
-from sbeval.perplexity import PositionLosses
+from sbeval.perplexity import PositionLosses, Predictor, Rolling
 from sbeval.progress import Progress
-from sbeval.sweep import Outcome, Place, timing
+from sbeval.sweep import LATER, Outcome, Place, timing
 from sbeval.table import Identity, Measurement
 from sbeval.tokenizer import Ids
 from sbeval.train import TrainConfig, Trained, Trainer
@@ -36,12 +39,15 @@ EVAL_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 17}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row(Measurement):
     """Factors: positions position_start <= i < position_end of a loss; the context length l of a figure over positions
-    1 ... l; the last k of them."""
+    1 ... l; the last k of them; the tokens of a disjoint window, and what a perplexity over such windows is per
+    (`token`, `word` or `byte`)."""
 
     position_start: int | None = None
     position_end: int | None = None
     context_length: int | None = None
     last_k: int | None = None
+    window: int | None = field(default=None, metadata=LATER)
+    per: str | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +72,10 @@ class Config:
     documents: int = 32  # evaluation documents at most, the first that are long enough
     windows: int = 1  # disjoint windows of each at most
     dtype: str = "float32"
+    # lengths of the disjoint windows in which the first `documents` test documents, short ones too, are read whole
+    window: tuple[int, ...] = field(default=(), metadata=LATER)
+    # a model to evaluate instead of training `size`: our checkpoint folder, or a Hugging Face folder or name
+    checkpoint: str | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         choose("model size", self.size, model.SIZES)
@@ -76,12 +86,21 @@ class Config:
         for name in ("micro_batch_tokens", "corpus_tokens"):
             if (amount := getattr(self, name)) is not None and amount < 1:
                 raise InputError(f"{name} must be at least 1, or left out; got {amount}")
+        if short := [length for length in self.window if length < 1]:
+            raise InputError(f"--window must be at least 1; got {short[0]}")
         if self.eval_len < self.train_len:
             raise InputError(
                 f"--eval-len {self.eval_len} is shorter than --train-len {self.train_len}: nothing to generalise to; "
                 f"give --eval-len {self.train_len} or more"
             )
 
+
+# the methods of the paper's figure 5; of its factors and windows we know that of NTK and 512, the others are ours
+FIGURE_5 = (
+    "stick_breaking", "rope", "nope", "alibi", "fire",
+    *(f"rope:scaling=ntk,factor={factor}" for factor in (2, 4, 8, 16)),
+    *(f"sliding_window:window={window}" for window in (256, 512, 1024)),
+)  # fmt: skip
 
 PRESETS = {
     # 1.3 M parameters, for a laptop: minutes on two cores
@@ -96,7 +115,38 @@ PRESETS = {
         size="25m", train_len=2048, eval_len=16384, train_tokens=800 * 131072, batch_tokens=131072, lr=2e-3,
         tokenizer="bpe:8192", documents=64, windows=4,
     ),
+    # the same, every method with two seeds, to 32 times the training length
+    "figure5": Config(
+        attention=(*FIGURE_5, "forgetting"), seeds=(0, 1), size="25m", train_len=2048, eval_len=65536,
+        train_tokens=800 * 131072, batch_tokens=131072, lr=2e-3, tokenizer="bpe:8192", documents=64, windows=2,
+        window=(2048, 16384, 65536),
+    ),
+    # 367.5 M parameters, SlimPajama, 15 B tokens at 3e-4, windows of 2048 (--train-len 8192 for its other panel),
+    # evaluated by lm-eval's windows of 2^11 to 2^16. Not known, and chosen here: half a million tokens a step, the
+    # cosine schedule with a warm-up of 5 %, and which tokenizer of 32,000 it is. The documents evaluated are
+    # SlimPajama's test split, not wikitext's.
+    "paper": Config(
+        attention=FIGURE_5, size="350m", train_len=2048, eval_len=65536, train_tokens=15 * 10**9, batch_tokens=1 << 19,
+        micro_batch_tokens=1 << 16, lr=3e-4, corpus="hf:cerebras/SlimPajama-627B", corpus_tokens=15 * 10**9,
+        tokenizer="TinyLlama/TinyLlama_v1.1", documents=64, window=tuple(2048 << octave for octave in range(6)),
+    ),
 }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model to evaluate, and what its rows say of it."""
+
+    model: Predictor
+    name: str
+    attention: str
+    options: str
+    params: int
+    train_len: int
+    backend: str
+    train_tokens: int = 0  # 0 where it was not trained here
+    tokens_per_s: float | None = None
+    measured: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +166,8 @@ class Cell:
 
     @property
     def title(self) -> str:
+        if self.config.checkpoint is not None:
+            return re.sub(r"[^\w.-]+", "-", self.config.checkpoint.strip("/"))
         return f"{self.attention} seed {self.seed}"
 
     @property
@@ -128,9 +180,12 @@ class Cell:
 
     @property
     def flops(self) -> float:
-        config, shape = self.config, self.model(_likely_vocabulary(self.config.tokenizer))
-        train = 3 * model.flops_per_token(shape, config.train_len) * self.training().tokens
+        config = self.config
         evaluated = config.documents * config.windows * config.eval_len
+        if config.checkpoint is not None:
+            return 2.0 * pretrained.likely_parameters(config.checkpoint) * evaluated
+        shape = self.model(_likely_vocabulary(config.tokenizer))
+        train = 3 * model.flops_per_token(shape, config.train_len) * self.training().tokens
         return train + model.flops_per_token(shape, config.eval_len) * evaluated
 
     def model(self, vocab_size: int) -> ModelConfig:
@@ -155,51 +210,98 @@ class Cell:
         text = open_corpus(self.config, progress)
         # before training: a corpus without documents this long is the user's to change
         windows = _windows(text, self.config)
-        trained = self._train(text, place, progress)
-        task = progress.add(f"evaluate {self.title} to {self.config.eval_len}", total=len(windows))
-        losses = perplexity.measure(
-            trained.model,
-            windows,
-            text.tokenizer.byte_lengths,
-            place=place.device,
-            dtype=self.config.dtype,
-            batch=max(1, EVAL_TOKENS[place.device.type] // self.config.eval_len),
-            advance=task.advance,
-        )
-        task.close()
-        return self._outcome(text, trained, losses, place)
+        subject = self._trained(text, place, progress) if self.config.checkpoint is None else self._loaded(text, place)
+        return self._outcome(text, subject, self._measured(text, windows, subject, place, progress))
 
-    def _train(self, text: Corpus, place: Place, progress: Progress) -> Trained:
-        shape, training = self.model(text.tokenizer.vocab_size), self.training()
+    def train(self, place: Place, progress: Progress) -> Path:
+        """Train, unless that is done, and return the checkpoint from which `run` goes on."""
+        return self._train(open_corpus(self.config, progress), place, progress)[0]
+
+    def _train(self, text: Corpus, place: Place, progress: Progress) -> tuple[Path, Trained]:
+        trained_as = model.trained_attention(self.attention)
+        shape = dataclasses.replace(self.model(text.tokenizer.vocab_size), attention=trained_as)
+        training = self.training()
         folder = place.checkpoint([shape, training, text.digest, self.config.packing])
         batches = Batches(text.train, training.length, training.batch, self.seed, self.config.packing)
-        trainer = Trainer(shape, training, batches, folder, place.device)
-        task = progress.add(f"train {self.title}", total=training.steps, completed=trainer.state.step)
+        trainer = Trainer(shape, training, batches, folder, place.device, place.world)
+        task = progress.add(f"train {trained_as} seed {self.seed}", training.steps, completed=trainer.state.step)
         trained = trainer.run(task, log=place.logger(self))
         task.close()
-        return trained
+        return folder, trained
 
-    def _outcome(self, text: Corpus, trained: Trained, losses: PositionLosses, place: Place) -> Outcome:
+    def _trained(self, text: Corpus, place: Place, progress: Progress) -> Subject:
+        _, trained = self._train(text, place, progress)
         name, _, options = self.attention.partition(":")
+        evaluated = trained.model.evaluated_as(self.attention)
+        return Subject(
+            model=evaluated, name=self.config.size, attention=name, options=options, params=evaluated.n_parameters(),
+            train_len=self.config.train_len, train_tokens=self.training().tokens,
+            backend=registry.method(name).backend_name(place.device.type), tokens_per_s=trained.tokens_per_second,
+            measured=timing(trained),
+        )  # fmt: skip
+
+    def _loaded(self, text: Corpus, place: Place) -> Subject:
+        assert self.config.checkpoint is not None
+        found = pretrained.load(self.config.checkpoint, place.device, self.config.dtype)
+        if text.tokenizer.vocab_size > found.vocab_size:
+            raise InputError(
+                f"tokenizer {text.tokenizer.name!r} has {text.tokenizer.vocab_size} tokens and the model of "
+                f"{self.config.checkpoint} {found.vocab_size}: give the --tokenizer it was trained with"
+            )
+        return Subject(
+            model=found.model, name=found.name, attention=found.attention, options=found.options, params=found.params,
+            train_len=found.train_len or self.config.train_len, backend=found.backend,
+        )  # fmt: skip
+
+    def _measured(
+        self, text: Corpus, windows: list[tuple[int, Ids]], subject: Subject, place: Place, progress: Progress
+    ) -> list[Row]:
+        config = self.config
+        how: Any = {"place": place.device, "dtype": config.dtype, "world": place.world}
+        task = progress.add(f"evaluate {self.title} to {config.eval_len}", total=len(windows))
+        losses = perplexity.measure(
+            subject.model, windows, text.tokenizer.byte_lengths, batch=_batch(place, config.eval_len),
+            advance=task.advance, **how,
+        )  # fmt: skip
+        task.close()
+        found = rows(losses, subject.train_len)
+        documents = [text.test.document(index) for index in range(min(config.documents, len(text.test)))]
+        for length in config.window:
+            task = progress.add(f"evaluate {self.title} in windows of {length}", total=sum(map(len, documents)))
+            whole = perplexity.rolling(
+                subject.model, documents, text.tokenizer.decode, window=length, prefix=text.tokenizer.eos,
+                batch=_batch(place, length), advance=task.advance, **how,
+            )  # fmt: skip
+            task.close()
+            found += windowed_rows(whole, length)
+        return found
+
+    def _outcome(self, text: Corpus, subject: Subject, measured: list[Row]) -> Outcome:
         return Outcome(
             identity=Identity(
-                family=FAMILY, task=text.name, model=self.config.size, attention=name, options=options,
-                params=trained.model.n_parameters(), train_len=self.config.train_len, eval_len=self.config.eval_len,
-                seed=self.seed,
+                family=FAMILY, task=text.name, model=subject.name, attention=subject.attention,
+                options=subject.options, params=subject.params, train_len=subject.train_len,
+                eval_len=self.config.eval_len, seed=self.seed,
             ),
-            rows=rows(losses, self.config.train_len),
+            rows=measured,
             corpus=text.name,
             corpus_digest=text.digest,
             tokenizer=text.tokenizer.name,
-            train_tokens=self.training().tokens,
-            backend=registry.method(name).backend_name(place.device.type),
-            tokens_per_s=trained.tokens_per_second,
-            measured=timing(trained),
+            train_tokens=subject.train_tokens,
+            backend=subject.backend,
+            tokens_per_s=subject.tokens_per_s,
+            measured=subject.measured,
         )  # fmt: skip
 
 
 def cells(config: Config) -> list[Cell]:
-    """The grid: every method with every seed. InputError names a method or option that is not known."""
+    """The grid: every method with every seed, or the model of a checkpoint.
+
+    InputError names a method or option that is not known.
+    """
+    if config.checkpoint is not None:
+        own = config.tokenizer if pretrained.is_own(config.checkpoint) else config.checkpoint
+        return [Cell(config=dataclasses.replace(config, attention=("",), seeds=(0,), tokenizer=own))]
     methods = dict.fromkeys(model.canonical_attention(spec) for spec in config.attention)
     return [
         Cell(config=dataclasses.replace(config, attention=(spec,), seeds=(seed,)))
@@ -224,7 +326,15 @@ def rows(losses: PositionLosses, train_len: int) -> list[Row]:
     return out
 
 
-def _row(metric: str, unit: str, estimate: Estimate, **factors: int) -> Row:
+def windowed_rows(losses: Rolling, window: int) -> list[Row]:
+    """Perplexity per token, word and byte of whole documents in windows of `window` tokens, and bits per byte."""
+    return [
+        *(_row("perplexity", "1", losses.perplexity(per), window=window, per=per) for per in ("token", "word", "byte")),
+        _row("bits_per_byte", "bits/byte", losses.bits_per_byte(), window=window),
+    ]
+
+
+def _row(metric: str, unit: str, estimate: Estimate, **factors: Any) -> Row:
     return Row(metric=metric, unit=unit, value=estimate.value, stderr=estimate.stderr, n=estimate.n, **factors)
 
 
@@ -248,6 +358,11 @@ def _windows(text: Corpus, config: Config) -> list[tuple[int, Ids]]:
         for document, start in chosen
         if document in kept
     ]
+
+
+def _batch(place: Place, length: int) -> int:
+    """Windows of `length` that go through the model at once."""
+    return max(1, EVAL_TOKENS[place.device.type] // length)
 
 
 def _likely_vocabulary(tokenizer: str) -> int:

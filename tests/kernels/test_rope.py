@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from sbeval.errors import InputError
@@ -11,7 +12,7 @@ from sbeval.kernels import rope, softmax
 
 
 def rotated(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
-    return rope.rotate(x, positions[:, None] * rope.frequencies(x.shape[-1], theta))
+    return rope.rotate(x, positions[:, None] * rope.frequencies(x.shape[-1], rope.Options(theta=theta)))
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
@@ -79,8 +80,8 @@ def test_queries_and_keys_turn_by_absolute_position() -> None:
     q, k, v = (torch.randn(2, 30, 4, 16, dtype=torch.float64) for _ in range(3))
     positions = torch.arange(30)
     expected = softmax.attention(rotated(q, positions, 100.0), rotated(k, positions, 100.0), v)
-    torch.testing.assert_close(rope.attention(q, k, v, theta=100.0), expected)
-    torch.testing.assert_close(rope.attention(q[:, 21:], k, v, theta=100.0), expected[:, 21:])
+    torch.testing.assert_close(rope.attention(q, k, v, options=rope.Options(theta=100.0)), expected)
+    torch.testing.assert_close(rope.attention(q[:, 21:], k, v, options=rope.Options(theta=100.0)), expected[:, 21:])
     assert not torch.allclose(rope.attention(q, k, v), expected)
 
 
@@ -88,7 +89,7 @@ def test_mixer_takes_theta() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 30, 4, 16) for _ in range(3))
     mixer = rope.Mixer(rope.Options(theta=100.0), heads=4, kv_heads=4, head_dim=16, width=64, scale=0.2)
-    expected = rope.attention(q, k, v, scale=0.2, theta=100.0)
+    expected = rope.attention(q, k, v, scale=0.2, options=rope.Options(theta=100.0))
     torch.testing.assert_close(mixer(q, k, v, torch.empty(2, 30, 64)), expected, atol=0, rtol=0)
 
 
@@ -98,3 +99,29 @@ def test_odd_heads_and_bad_theta_are_refused() -> None:
         rope.attention(x, x, x)
     with pytest.raises(InputError, match=r"theta must be positive and finite; it is -1\.0"):
         rope.Options(theta=-1.0)
+
+
+@pytest.mark.parametrize("factor", [1.5, 4.0, 8.0])
+@pytest.mark.parametrize("kind", ["linear", "dynamic_ntk", "yarn", "llama3"])
+def test_scaled_frequencies_are_those_of_transformers(kind: str, factor: float) -> None:
+    parameters = {
+        "rope_type": kind.replace("dynamic_ntk", "dynamic"), "rope_theta": 10000.0, "factor": factor,
+        "original_max_position_embeddings": 2048, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    }  # fmt: skip
+    config = LlamaConfig(hidden_size=128, num_attention_heads=2, max_position_embeddings=2048)
+    config.rope_parameters = parameters
+    options = rope.Options(scaling=kind, factor=factor, train_len=2048)
+    for length in (1000, 2048, 9000):
+        expected, size = ROPE_INIT_FUNCTIONS[str(parameters["rope_type"])](config, seq_len=length)
+        ours = rope.frequencies(64, options, torch.tensor(length))
+        torch.testing.assert_close(ours.float(), expected, rtol=1e-5, atol=0)
+        assert rope.attention_factor(options) == pytest.approx(size)
+
+
+def test_ntk_changes_the_base_and_scaling_is_no_part_of_training() -> None:
+    options = rope.Options(scaling="ntk", factor=8.0)
+    w = rope.frequencies(64, options)
+    assert w[0] == 1 and float(w[-1]) == pytest.approx(float(rope.frequencies(64)[-1]) / 8)
+    assert rope.trained_as(options) == rope.Options()
+    with pytest.raises(InputError, match="scaling 'yarn' needs train_len"):
+        rope.Options(scaling="yarn", factor=4.0)

@@ -259,7 +259,7 @@ def test_default_backend_on_a_gpu(t: int, dtype: torch.dtype, packed: bool, bias
     [
         (100, torch.float32, "flash", False, False, "'flash' does not take torch.float32; use 'flex'"),
         (100, torch.float64, "flex", False, False, "'flex' does not take torch.float64; use 'torch'"),
-        (100, torch.bfloat16, "cudnn", False, True, "'cudnn' takes no attention bias; use 'flex'"),
+        (100, torch.bfloat16, "cudnn", False, True, "'cudnn' takes no attention bias or window; use 'flex'"),
         (100, torch.bfloat16, "cudnn", True, False, "'cudnn' takes neither packed sequences"),
         (50, torch.bfloat16, "cudnn", False, False, "nor 50 queries of 100 keys; use 'flex'"),
     ],
@@ -272,8 +272,7 @@ def test_backend_that_cannot_serve_is_refused(
 
 
 def first_keys(s: int, values: tuple[int, ...] | None, window: int | None) -> Tensor:
-    first = softmax.starts(s, None if values is None else bounds(values), torch.device("cpu"))
-    return first if window is None else torch.maximum(first, torch.arange(s, dtype=torch.int32) - window + 1)
+    return softmax.first_keys(s, None if values is None else bounds(values), window, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

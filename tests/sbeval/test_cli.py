@@ -172,6 +172,30 @@ def test_what_is_finished_is_not_run_again(results: Path) -> None:
     assert snapshot(results) == before
 
 
+def test_train_leaves_the_checkpoint_that_length_gen_and_checkpoint_read(texts: Path, tmp_path: Path) -> None:
+    shared = (
+        "--device", "cpu", "--attention", "rope", "--train-len", "16", "--train-tokens", "128", "--batch-tokens", "32",
+        "--corpus", texts,
+    )  # fmt: skip
+    results = tmp_path / "results"
+    trained = run("train", *shared, "--results-dir", results)
+    (folder,) = (results / "checkpoints").iterdir()
+    assert trained.code == 0 and f"rope seed 0: {folder}" in trained.out
+    assert not list(results.glob("*.csv"))
+    kept = snapshot(folder)
+    assert run("length-gen", *shared, "--eval-len", "64", "--documents", "3", "--results-dir", results).code == 0
+    assert snapshot(folder) == kept and list((results / "checkpoints").iterdir()) == [folder]
+    again = run(
+        "length-gen", "--device", "cpu", "--checkpoint", folder, "--corpus", texts, "--eval-len", "64", "--train-len",
+        "16", "--documents", "3", "--window", "8", "--results-dir", results,
+    )  # fmt: skip
+    assert again.code == 0, again
+    rows = table.read(results / "length_gen.csv")
+    assert set(rows["model"]) == {"quick", folder.name} and set(rows["window"].dropna()) == {8}
+    wide = rows[(rows["metric"] == "perplexity") & (rows["context_length"] == 64)]
+    assert len(wide) == 2 and wide["value"].nunique() == 1
+
+
 def test_a_text_that_changed_is_trained_on_again(results: Path, texts: Path, tmp_path: Path) -> None:
     changed = Path(shutil.copytree(texts, tmp_path / "texts"))
     command = (*LENGTHS, "--attention", "rope", "--corpus", changed, "--results-dir", results)

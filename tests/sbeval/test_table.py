@@ -3,7 +3,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +244,18 @@ def test_two_processes_lose_nothing(tmp_path: Path) -> None:
     assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
     assert table.finished(path) == {"first"} | {f"{name}-{index}" for name in "ab" for index in range(15)}
     assert len(table.read(path)) == 31 * 3
+
+
+def test_a_table_from_before_a_column_came_is_read_and_added_to(tmp_path: Path) -> None:
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Wider(Row):
+        later: int | None = field(default=None, metadata=table.LATER)
+
+    assert table.columns(Wider) != table.required(Wider) and set(table.required(Wider)) == set(table.columns(Row))
+    path = tmp_path / "toy.csv"
+    table.write(path, rows())
+    assert len(table.read(path, table.required(Wider))) == 3
+    new = Wider(metric="loss", unit="nats/token", value=1.0, n=7, later=5)
+    table.write(path, table.frame(IDENTITY, [new], replace(PROVENANCE, cell="toy-b")))
+    back = table.read(path, table.columns(Wider))
+    assert len(back) == 4 and back.loc[back["later"].notna(), "cell"].tolist() == ["toy-b"]

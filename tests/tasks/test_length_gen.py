@@ -1,9 +1,11 @@
 """Which windows are evaluated, what is made of their losses, and what shares a checkpoint."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbeval import checkpoint, model
+from sbeval import checkpoint, model, tokenizer
 from sbeval.corpus import Split
 from sbeval.errors import InputError
 from sbeval.perplexity import PositionLosses
@@ -148,6 +150,12 @@ def test_the_grid_has_every_method_with_every_seed() -> None:
 # evaluation
 
 
+@pytest.mark.parametrize("preset", length_gen.PRESETS)
+def test_presets_name_methods_and_shapes_that_exist(preset: str) -> None:
+    found = cells(length_gen.PRESETS[preset])
+    assert len({cell_id(cell) for cell in found}) == len(found) and all(cell.flops > 0 for cell in found)
+
+
 def split_of(*lengths: int) -> Split:
     offsets = np.concatenate([[0], np.cumsum(np.array(lengths) + 1)]).astype(np.int64)
     tokens = np.arange(offsets[-1], dtype=np.uint16)
@@ -236,3 +244,79 @@ def test_documents_too_short_are_said_before_training(
     monkeypatch.setattr(length_gen, "Trainer", None)
     with pytest.raises(InputError, match="no document of corpus 'texts' .* has 501 tokens .*use --eval-len"):
         run(dataclasses.replace(config, eval_len=500), tmp_path, progress)
+
+
+def test_what_only_evaluation_sees_shares_a_training(config: Config, tmp_path: Path, progress: Progress) -> None:
+    results = tmp_path / "results"
+    plain = run(config, results, progress)
+    scaled = run(dataclasses.replace(config, attention=("rope:scaling=linear,factor=4.0",)), results, progress)
+    assert scaled.tokens_per_s is None and scaled.identity.options == "scaling=linear,factor=4.0"
+    assert len(list((results / "checkpoints").glob("[!.]*"))) == 1
+    assert scaled.rows != plain.rows
+
+
+# models that are there already
+
+
+def test_our_checkpoint_is_evaluated_as_when_it_was_trained(config: Config, tmp_path: Path, progress: Progress) -> None:
+    config = dataclasses.replace(config, window=(8, 20))
+    trained = run(config, tmp_path / "results", progress)
+    (folder,) = (tmp_path / "results" / "checkpoints").glob("[!.]*")
+    loaded = run(dataclasses.replace(config, checkpoint=str(folder), train_len=16), tmp_path / "other", progress)
+    # the checkpoint says at what length it was trained
+    assert loaded.rows == trained.rows and loaded.identity.train_len == 8
+    assert (loaded.identity.model, loaded.identity.attention) == (folder.name, "rope")
+    assert loaded.tokens_per_s is None and not (tmp_path / "other" / "checkpoints").exists()
+    found = {(row.window, row.per, row.metric) for row in loaded.rows if isinstance(row, Row) and row.window}
+    kinds = (("token", "perplexity"), ("word", "perplexity"), ("byte", "perplexity"), (None, "bits_per_byte"))
+    assert found == {(window, *kind) for window in (8, 20) for kind in kinds}
+
+
+def hub_folder(folder: Path, vocab_size: int) -> Path:
+    """A small random Llama with a BPE tokenizer, in transformers' layout."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    squares = " ".join(str(number**2) for number in range(400))
+    bpe = tokenizer.load("bpe:300", train_texts=lambda: [squares], cache_dir=folder.with_name("cache"))
+    assert isinstance(bpe, tokenizer.Library)
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=16, initializer_range=0.2,
+    )  # fmt: skip
+    LlamaForCausalLM(shape).save_pretrained(folder)
+    bpe.save(folder / "tokenizer.json")
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.EOS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_a_model_of_transformers_is_evaluated_as_it_predicts(
+    config: Config, tmp_path: Path, progress: Progress
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = hub_folder(tmp_path / "llama", 300)
+    config = dataclasses.replace(config, checkpoint=str(folder))
+    outcome = run(config, tmp_path / "results", progress)
+    assert (outcome.identity.model, outcome.identity.attention, outcome.identity.options) == ("llama", "hf", "llama")
+    assert outcome.identity.train_len == 16 and outcome.train_tokens == 0
+    llama: Any = AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer.load(str(folder), cache_dir=tmp_path / "cache")
+    losses = []
+    for number in range(3):
+        tokens = torch.from_numpy(ids.encode((Path(config.corpus) / f"test{number}.txt").read_text())[:33].astype(int))
+        with torch.inference_mode():
+            logits = llama(tokens[None, :-1]).logits[0].double()
+        losses.append(torch.nn.functional.cross_entropy(logits, tokens[1:]))
+    found = by([row for row in outcome.rows if isinstance(row, Row)], "perplexity", "context_length")
+    assert found[32].value == pytest.approx(math.exp(torch.stack(losses).mean()), rel=1e-4)
+
+
+def test_checkpoints_that_will_not_do(config: Config, tmp_path: Path, progress: Progress) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty"):
+        run(dataclasses.replace(config, checkpoint=str(tmp_path / "empty")), tmp_path / "results", progress)
+    small = hub_folder(tmp_path / "small", 280)
+    with pytest.raises(InputError, match="has 300 tokens and the model of .* 280"):
+        run(dataclasses.replace(config, checkpoint=str(small)), tmp_path / "results", progress)

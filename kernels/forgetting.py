@@ -1,0 +1,117 @@
+"""Forgetting attention: a gate of each head lowers the logits of all that came before (Lin et al., arXiv 2503.02130).
+
+    o_i = sum_{j <= i} a_ij v_j        a_ij = softmax_j(scale * q_i . k_j + sum_{l=j+1..i} log f_l)
+    f_l = sigmoid(w_h . x_l + b_h)     section 3; x is the layer's normalised input
+
+Without positional encoding, as the paper's FoX with the Llama architecture; `rotary=true` rotates as in `rope`. The
+gates' biases start at 0, the default of the authors' code.
+
+    B, T, S, H, G, D    batch, queries, keys, query heads, key-value heads (G divides H), head size (at most 255)
+    q: (B, T, H, D)     k, v: (B, S, G, D)     the queries are the last T of the S positions
+    log_f: (B, S, H)    logarithms of the gates of all S positions, none positive
+    cu_seqlens: int32 (N + 1,), bounds of N sequences packed into one row; then B = 1 and S = T
+
+With c_i = sum_{l <= i} log f_l the bias is c_i - c_j. Sums are made in float64 and kept as a whole part and a rest,
+both float32, so that differences are as exact far from the start as near it. No gradient goes through the bias: that of
+c_i in row i is 0, since softmax ignores what all its logits share, and that of c_j is minus the sum of column j of the
+logits' gradient. A dimension more, 1 in every query and 0 in every key, adds nothing to a logit, and the gradient of
+those zeros is that very sum; any fused kernel computes it with the gradients of k, and nothing adds in random order.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sbeval.errors import InputError
+from sbeval.kernels import check, rope, softmax
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, *, scale: float, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Compute the equation densely, in the dtype of q; returns (B, T, H, D)."""
+    total = log_f.transpose(1, 2).cumsum(-1)
+    bias = total[..., k.shape[1] - q.shape[1] :, None] - total[..., None, :]
+    return softmax.reference(q, k, v, scale=scale, cu_seqlens=cu_seqlens, bias=bias)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_f: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Compute the equation in linear memory; returns (B, T, H, D). See `softmax.attention` for arguments and errors."""
+    check.inputs(q, k, v, cu_seqlens)
+    size, heads = q.shape[3], q.shape[2]
+    if log_f.shape != (*k.shape[:2], heads):
+        raise InputError(f"log_f must be of shape {(*k.shape[:2], heads)}; its shape is {tuple(log_f.shape)}")
+    if size == check.MAX_HEAD_SIZE:
+        raise InputError(f"q has heads of size {size}; forgetting attention takes at most {size - 1}")
+    scale = size**-0.5 if scale is None else scale
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    total = log_f.double().cumsum(1)
+    if torch.is_grad_enabled() and log_f.requires_grad:
+        q, k, v = _routed(q, k, v, total, scale)
+    # (H, B * S), flat: position p of batch entry b in head h is at (h * B + b) * S + p
+    total = total.detach().permute(2, 0, 1)
+    whole = total.round()
+    (batch, s), whole, rest = k.shape[:2], whole.flatten().to(exact), (total - whole).flatten().to(exact)
+
+    def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        row = (h * batch + b) * s
+        return (whole[row + i] - whole[row + j]) + (rest[row + i] - rest[row + j])
+
+    out = softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, backend=backend, bias=bias)
+    return out[..., :size]
+
+
+def _routed(q: Tensor, k: Tensor, v: Tensor, total: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Give q, k and v a dimension that adds 0 to every logit and through which the gradient of c_j is computed."""
+    # every query head has its own c: key-value heads can no longer be shared
+    k, v = softmax.heads(k, v, q.shape[2])
+    zero = ((total.detach() - total) / scale).to(k.dtype)[..., None]
+    return F.pad(q, (0, 1), value=1.0), torch.cat((k, zero), -1), F.pad(v, (0, 1))
+
+
+def backend_name(device_type: str) -> str:
+    """Name what runs on a device of this type, `cpu` or `cuda`."""
+    return softmax.backend_name(device_type, biased=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """rotary: whether with RoPE, of base theta."""
+
+    rotary: bool = False
+    theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        rope.Options(theta=self.theta)
+
+
+class Mixer(nn.Module):
+    """Forgetting attention as the model uses it: see `registry.Method`. It computes its gates from x."""
+
+    def __init__(self, options: Options, *, heads: int, kv_heads: int, head_dim: int, width: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.options = options
+        # the model draws the weights of linear layers
+        self.gate = nn.Linear(width, heads)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        if x.shape[1] != k.shape[1]:
+            raise InputError(f"gates need x of all {k.shape[1]} keys; it has {x.shape[1]} positions")
+        gates = F.linear(x, self.gate.weight.to(x.dtype), self.gate.bias.to(x.dtype))
+        log_f = F.logsigmoid(gates if gates.dtype == torch.float64 else gates.float())
+        if self.options.rotary:
+            q, k = rope.rotated(q, k, cu_seqlens, rope.Options(theta=self.options.theta))
+        return attention(q, k, v, log_f, scale=self.scale, cu_seqlens=cu_seqlens)

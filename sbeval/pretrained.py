@@ -1,0 +1,112 @@
+"""Models that are there already: a checkpoint folder of ours, or a causal language model of Hugging Face's.
+
+Weights are read from safetensors alone, and code that comes with a model is not run.
+"""
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sbeval import checkpoint, device, registry
+from sbeval.errors import InputError
+from sbeval.perplexity import Predictor
+from sbeval.tokenizer import first_line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pretrained:
+    """A model with what a table says of it. `train_len` is None where its files do not say it."""
+
+    model: Predictor
+    name: str
+    attention: str
+    options: str
+    params: int
+    vocab_size: int
+    train_len: int | None
+    backend: str
+
+
+class HubModel(nn.Module):
+    """A model of transformers in two steps: hidden states, then logits."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.body, self.head = model.base_model, model.get_output_embeddings()
+        self.factor = _factor(model, self.body, self.head)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden: Tensor = self.body(input_ids=tokens, use_cache=False).last_hidden_state
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.head(hidden) * self.factor
+        return logits
+
+
+def is_own(spec: str) -> bool:
+    """Whether `spec` is a checkpoint folder of ours."""
+    try:
+        return {"model", "state"} <= set(json.loads((Path(spec) / "config.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def load(spec: str, place: torch.device, dtype: str) -> Pretrained:
+    """The model at a path, or of that name on the Hugging Face hub; InputError when there is none that can be read."""
+    return _own(Path(spec), place) if is_own(spec) else _from_hub(spec, place, dtype)
+
+
+def likely_parameters(spec: str) -> int:
+    """Parameters of a model in a folder, by the size of its files at two bytes each at least; 0 for one of the hub."""
+    return sum(path.stat().st_size for path in Path(spec).glob("model*.safetensors")) // (4 if is_own(spec) else 2)
+
+
+def _own(folder: Path, place: torch.device) -> Pretrained:
+    model = checkpoint.load_model(folder, place).eval()
+    name, _, options = model.config.attention.partition(":")
+    return Pretrained(
+        model=model, name=folder.resolve().name, attention=name, options=options, params=model.n_parameters(),
+        vocab_size=model.config.vocab_size, train_len=checkpoint.training_length(folder),
+        backend=registry.method(name).backend_name(place.type),
+    )  # fmt: skip
+
+
+def _from_hub(spec: str, place: torch.device, dtype: str) -> Pretrained:
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError:
+        raise InputError(f"model {spec!r} needs transformers: pip install 'sbeval[hf]'") from None
+    try:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            spec, dtype=device.DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+        )
+    # what it raises for a name that is unknown or out of reach, and for files that it cannot read
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no causal language model {spec!r}: {first_line(error)}") from None
+    model = model.to(place).eval()
+    text = model.config.get_text_config()
+    return Pretrained(
+        model=HubModel(model), name=Path(spec).name if Path(spec).is_dir() else spec, attention="hf",
+        options=str(text.model_type), params=sum(x.numel() for x in model.parameters()),
+        vocab_size=text.vocab_size, train_len=getattr(text, "max_position_embeddings", None),
+        backend=str(text._attn_implementation),
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def _factor(model: Any, body: Any, head: Any) -> float:
+    """What the model's logits are to those of its head: some are scaled; InputError where it is not that simple."""
+    tokens = torch.arange(8, device=model.device)[None]
+    wanted = model(input_ids=tokens, use_cache=False).logits.float()
+    plain = head(body(input_ids=tokens, use_cache=False).last_hidden_state).float()
+    factor = float((wanted * plain).sum() / plain.square().sum())
+    if not torch.allclose(wanted, plain * factor, rtol=2e-2, atol=2e-2 * float(wanted.std())):
+        raise InputError(f"{type(model).__name__} changes the logits of its head by more than a factor: not supported")
+    # a factor of 1 is exactly that in float32
+    return 1.0 if abs(factor - 1) < 1e-3 else factor

@@ -1,0 +1,102 @@
+"""Whole documents in disjoint windows, against lm-eval's own rolling log-likelihood of the same model."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from sbeval import perplexity
+from sbeval.model import Decoder, ModelConfig
+from sbeval.tasks import length_gen
+from sbeval.tokenizer import Bytes
+
+TEXTS = ["one two  three\nfour" * 3, "short", "x" * 16, "Ünïcode wörds, and more of them " * 4]
+CPU = torch.device("cpu")
+EOS = 256
+
+
+def build() -> Decoder:
+    torch.manual_seed(0)
+    shape = ModelConfig(vocab_size=257, width=32, layers=2, heads=4, hidden=48, attention="rope", init_std=0.3)
+    return Decoder(shape).eval()
+
+
+class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
+    """Our decoder as lm-eval sees a model: log-likelihoods of continuations, by plain log-softmax."""
+
+    eot_token_id = EOS
+
+    def __init__(self, decoder: Decoder, window: int) -> None:
+        super().__init__()
+        self.decoder, self.window = decoder, window
+
+    def tok_encode(self, string: str, **_: Any) -> list[int]:
+        return [int(x) for x in Bytes().encode(string)]
+
+    def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+        found = []
+        for _, context, continuation in requests:
+            tokens = torch.tensor([[*context, *continuation]])
+            with torch.no_grad():
+                chances = self.decoder.logits(self.decoder(tokens[:, :-1])).double().log_softmax(-1)
+            each = chances.gather(2, tokens[:, 1:, None])[0, -len(continuation) :, 0]
+            found.append((each.sum().item(), False))
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        return [self._rolled(*request.args) for request in requests]
+
+    def _rolled(self, text: str) -> float:
+        windows = get_rolling_token_windows(self.tok_encode(text), EOS, self.window, context_len=1)
+        pairs = [make_disjoint_window(pair) for pair in windows]
+        return sum(chance for chance, _ in self._loglikelihood_tokens([(None, *pair) for pair in pairs]))
+
+    def generate_until(self, *_: Any, **__: Any) -> list[str]:
+        raise NotImplementedError
+
+
+def rolled(window: int, batch: int) -> perplexity.Rolling:
+    tokenizer = Bytes()
+    return perplexity.rolling(
+        build(), [tokenizer.encode(text) for text in TEXTS], tokenizer.decode, window=window, prefix=EOS, place=CPU,
+        dtype="float32", batch=batch,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("window", "batch"), [(8, 1), (16, 5), (7, 3), (512, 2)])
+def test_losses_are_lm_evals(window: int, batch: int) -> None:
+    harness = Harness(build(), window)
+    requests = [Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(TEXTS)]
+    wanted = harness.loglikelihood_rolling(requests)
+    np.testing.assert_allclose(rolled(window, batch).losses, -np.array(wanted), rtol=1e-4)
+
+
+@pytest.mark.parametrize("window", [8, 16, 512])
+def test_windows_are_lm_evals(window: int) -> None:
+    for text in TEXTS:
+        tokens = Bytes().encode(text)
+        theirs = [make_disjoint_window(x) for x in get_rolling_token_windows(tokens.tolist(), EOS, window, 1)]
+        ours = [(x[:-n].tolist(), x[-n:].tolist()) for x, n in perplexity.disjoint(tokens, window, EOS)]
+        assert [(list(context), list(rest)) for context, rest in theirs] == ours
+
+
+def test_rows_are_normalised_as_lm_eval_does() -> None:
+    found = rolled(16, 2)
+    total, words = found.losses.sum(), sum(map(lambda text: len(text.split()), TEXTS))
+    rows = {(row.metric, row.per): row for row in length_gen.windowed_rows(found, 16)}
+    size = sum(len(text.encode()) for text in TEXTS)
+    # the last text ends in a space, behind which lm-eval counts one word more
+    assert rows["perplexity", "word"].value == pytest.approx(math.exp(total / (words + 1)))
+    assert rows["perplexity", "byte"].value == pytest.approx(math.exp(total / size))
+    assert rows["perplexity", "token"].value == pytest.approx(math.exp(total / size))
+    assert rows["bits_per_byte", None].value == pytest.approx(total / size / math.log(2))
+    assert {row.window for row in rows.values()} == {16} and {row.context_length for row in rows.values()} == {None}
+
+
+def test_no_tokens_have_no_windows() -> None:
+    assert perplexity.disjoint(np.array([], dtype=np.uint16), 8, EOS) == []
