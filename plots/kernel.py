@@ -42,7 +42,7 @@ def draw(table: pd.DataFrame) -> Figure:
             for method, look in looks.items():
                 line = style.method(of_step, method).groupby("queries")["value"].max()
                 axis.plot(line.index, line, label=look.label, **look.line())
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.1 * max(of_step["value"].max(), 1))
             style.ticks(axis, sorted(of_step["queries"].unique()))
     handles = [Line2D([], [], label=look.label, **look.line()) for look in looks.values()]
     style.finish(figure, handles, f"Causal attention, medians; {', '.join(sorted(rows['device'].unique()))}.")

@@ -33,8 +33,9 @@ def draw(table: pd.DataFrame) -> Figure:
                 axis.plot(point["throughput"], point["error"], **look.line() | {"linestyle": "none"})
                 for x, y in zip(point["throughput"], point["error"], strict=True):
                     axis.annotate(f"{size:g}", (x, y), (4, 3), textcoords="offset points", fontsize=style.SMALL_PT)
-        axis.set_xlim(left=0)
-        axis.set_ylim(bottom=0)
+        of_step = rows[rows["step"] == step]
+        axis.set_xlim(0, 1.15 * max(of_step["throughput"].max(), 1))
+        axis.set_ylim(0, 1.25 * max(rows["error"].max(), 1e-9))
     handles = [Line2D([], [], label=look.label, **look.line()) for look in looks.values()]
     style.finish(figure, handles, "Numbers at the points are head sizes. Error against float64 at 2048 tokens.")
     return figure

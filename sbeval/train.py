@@ -270,8 +270,9 @@ class Trainer:
         return [slice(start, min(start + size, end)) for start in range(first, end, size)]
 
     def _moved(self, x: Tensor) -> Tensor:
-        # from pinned memory a copy does not wait for what the GPU still has to do
-        return x.pin_memory().to(self.place, non_blocking=True) if self.place.type == "cuda" else x.to(self.place)
+        # from pinned memory a copy does not wait for what the GPU still has to do; some batches are drawn on the GPU
+        pin = x.is_cpu and self.place.type == "cuda"
+        return (x.pin_memory() if pin else x).to(self.place, non_blocking=pin)
 
     def _gradients_stay(self, stay: bool) -> AbstractContextManager[None]:
         """Keep gradients in this process until the last part of a step."""

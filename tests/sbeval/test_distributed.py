@@ -55,9 +55,10 @@ def work(folder: Path, stop_at: int, world: World) -> None:
 def start(folder: Path, processes: int, stop_at: int = -1) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, __file__, str(folder), str(stop_at)], check=True, env=environment, capture_output=True, timeout=200
+    done = subprocess.run(
+        [*command, __file__, str(folder), str(stop_at)], env=environment, capture_output=True, text=True, timeout=200
     )
+    assert done.returncode == 0, done.stderr
 
 
 def losses_of(folder: Path) -> list[float]:

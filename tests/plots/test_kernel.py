@@ -1,0 +1,49 @@
+"""The kernel figures show what the table says of whole sequences, and nothing else."""
+
+import pandas as pd
+import pytest
+
+from sbeval.errors import InputError
+from sbeval.plots import kernel, kernel_error
+
+
+def table() -> pd.DataFrame:
+    rows = []
+    for backend, attention, speed in (("triton", "stick_breaking", 300.0), ("flash", "softmax", 200.0)):
+        for step in ("forward", "forward_backward"):
+            for length in (4096, 16384):
+                for kv_heads, sequences, epsilon in ((12, 1, 0.0), (3, 1, 0.0), (12, 7, 0.0), (12, 1, 1e-7)):
+                    odd = (kv_heads, sequences, epsilon) != (12, 1, 0.0)
+                    for metric, value in (("throughput", speed + length / 1024), ("relative_error", 0.002)):
+                        rows.append({
+                            "attention": attention, "backend": backend, "metric": metric,
+                            "value": 9e9 if odd else value, "step": step, "batch": 1, "queries": length, "keys": length,
+                            "heads": 12, "kv_heads": kv_heads, "head_dim": 64, "sequences": sequences,
+                            "epsilon": epsilon, "device": "a GPU",
+                        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_throughput_by_length() -> None:
+    figure = kernel.draw(table())
+    left, right = figure.axes
+    for axis in (left, right):
+        lines = {str(line.get_label()): line for line in axis.lines}
+        assert set(lines) == {"stick-breaking (triton)", "softmax (flash)"}
+        assert list(lines["stick-breaking (triton)"].get_xdata()) == [4096, 16384]
+        assert list(lines["stick-breaking (triton)"].get_ydata()) == [304.0, 316.0]
+        assert axis.get_ylim()[0] == 0 < 316 < axis.get_ylim()[1]
+
+
+def test_error_by_throughput_at_the_longest() -> None:
+    figure = kernel_error.draw(table())
+    points = [(float(line.get_xdata()[0]), float(line.get_ydata()[0])) for line in figure.axes[0].lines]  # type: ignore[index]
+    assert sorted(points) == [(216.0, 0.002), (316.0, 0.002)]
+
+
+def test_a_table_without_whole_sequences_says_so() -> None:
+    packed = table().query("sequences == 7")
+    with pytest.raises(InputError, match="no rows with the metric throughput of whole sequences"):
+        kernel.draw(packed)
+    with pytest.raises(InputError, match="no rows with the metrics throughput and relative_error"):
+        kernel_error.draw(packed)
