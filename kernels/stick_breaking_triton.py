@@ -684,12 +684,11 @@ def forward(
     out = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
     residual = out.new_empty(0) if exact else torch.empty_like(out)
     remainder = torch.empty((batch, n_queries, heads), dtype=torch.float32, device=q.device)
-    n_blocks, blocks, n_sequences = triton.cdiv(n_queries, options["BLOCK_M"]), None, 0
+    stop = torch.empty(stop_shape(q, cu_seqlens), dtype=torch.int32, device=q.device)
+    n_blocks, blocks, n_sequences = stop.shape[2], None, 0
     if cu_seqlens is not None:
         n_sequences = len(cu_seqlens) - 1
         blocks = _cumulative(_blocks(cu_seqlens, options["BLOCK_M"]))
-        n_blocks += n_sequences
-    stop = torch.empty((batch, heads, n_blocks), dtype=torch.int32, device=q.device)
     forward_kernel[(n_blocks * batch * heads,)](
         q, k, v, bias, out, None if exact else residual, remainder, stop, cu_seqlens, blocks, None, None,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
