@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 8 -m sbeval train --preset paper
 """
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,9 @@ def joined(place: torch.device) -> Iterator[World]:
         return
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    # imported while a group exists, as DistributedDataParallel would, it keeps the group for good, and the threads of a
+    # living group may still be giving tensors back when Python ends, which aborts the process
+    importlib.import_module("torch._dynamo")
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size())
