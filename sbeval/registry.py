@@ -23,10 +23,12 @@ ATTENTION = {
     "stick_breaking": "sbeval.kernels.stick_breaking",
 }
 TASKS = {
+    "few_shot": "sbeval.tasks.few_shot",
     "length_gen": "sbeval.tasks.length_gen",
     "mqrar": "sbeval.tasks.mqrar",
 }
 FIGURES = {
+    "few_shot": "sbeval.plots.few_shot",
     "kernel": "sbeval.plots.kernel",
     "kernel_error": "sbeval.plots.kernel_error",
     "length_gen": "sbeval.plots.length_gen",
