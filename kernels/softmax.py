@@ -197,8 +197,9 @@ def _decode(
     q, mask = (x.unflatten(1, (groups, -1)).flatten(2, 3) for x in (q.transpose(1, 2), mask.expand(-1, count, -1, -1)))
     k, v = (x[:, low:].transpose(1, 2) for x in (k, v))
     with torch.autocast(q.device.type, enabled=False):
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out.unflatten(2, (-1, t)).flatten(1, 2).transpose(1, 2).to(out_dtype)
+        out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    by_head: Tensor = out.unflatten(2, (-1, t)).flatten(1, 2)
+    return by_head.transpose(1, 2).to(out_dtype)
 
 
 def _chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.generate import generate
 from sbeval.model import Decoder, ModelConfig
+from sbeval.pretrained import HubModel
 
 CPU = torch.device("cpu")
 VOCABULARY = 50
@@ -129,7 +131,12 @@ def test_a_row_ends_where_stop_says_and_keeps_that_token() -> None:
     assert stopped == [row[: row.index(last) + 1] if last in row else row for row in whole]
     assert stopped[0][-1] == last and any(len(row) == 6 for row in stopped)
     lengths: list[int] = []
-    generate(model, PROMPTS[:2], 6, CPU, stop=lambda tokens: lengths.append(len(tokens)) or len(tokens) == 2)
+
+    def second(tokens: Sequence[int]) -> bool:
+        lengths.append(len(tokens))
+        return len(tokens) == 2
+
+    generate(model, PROMPTS[:2], 6, CPU, stop=second)
     assert lengths == [1, 1, 2, 2], "no step after the last row has ended"
 
 
@@ -156,3 +163,20 @@ def test_what_no_row_sees_is_not_read(attention: str) -> None:
                     kept[1, : cache.rows.starts[1]] = -rubbish
             found.append(model.extend(torch.tensor([[1], [2]]), cache))
     torch.testing.assert_close(*found)
+
+
+def test_models_of_transformers() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.5, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    whole: Any = transformers.LlamaForCausalLM(config)
+    whole.double().eval()
+    found = generate(HubModel(whole), PROMPTS, 6, CPU)
+    for prompt, tokens in zip(PROMPTS, found, strict=True):
+        text = torch.tensor([[*prompt, *tokens]])
+        with torch.inference_mode():
+            logits = whole(input_ids=text, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        assert tokens == logits.argmax(-1).tolist()
+    assert found == generate(HubModel(whole), PROMPTS, 6, CPU, batch=1)
