@@ -248,7 +248,7 @@ def table(
 def plot(
     figure: Annotated[
         list[str] | None,
-        typer.Argument(help="Figures: few-shot, kernel, kernel-error, length-gen, mqrar; all if none is named."),
+        typer.Argument(help="few-shot, kernel, kernel-error, length-gen, mqrar; all if none is named."),
     ] = None,
     format: Annotated[list[str] | None, typer.Option(help="png or pdf; repeat for both. Both if not given.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; results/figures.", metavar="DIR")] = None,
