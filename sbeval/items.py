@@ -10,8 +10,8 @@ llm-foundry's copies of these sets (https://github.com/mosaicml/llm-foundry, scr
 not the published items: ARC's questions have four options each, BoolQ's passages lack their title, and in files that
 were made from HellaSwag's prompts white space and brackets are gone for good.
 
-Examples for a prompt come from the split that lm-eval draws them from, where there is a file for it. Where there is none
-the first HELD_OUT items of the scored file are set aside for that and not scored.
+Examples for a prompt come from the split that lm-eval draws them from, where there is a file for it. Where there is
+none the first HELD_OUT items of the scored file are set aside for that and not scored.
 """
 
 import functools
@@ -55,7 +55,8 @@ def _hellaswag(item: Item) -> Item:
     # lm-eval joins the parts again, and what it cleans is clean already
     activity, _, context = item["query"].partition(": ")
     return {
-        "activity_label": activity, "ctx_a": context, "ctx_b": "", "endings": item["choices"], "label": str(item["gold"]),
+        "activity_label": activity, "ctx_a": context, "ctx_b": "", "endings": item["choices"],
+        "label": str(item["gold"]),
     }  # fmt: skip
 
 
@@ -186,11 +187,11 @@ def splits(folder: Path, config: Any, dataset: str, name: str | None) -> dict[st
     needed = 0 if written else config.num_fewshot or 0
     if not needed:
         return {pool: _dataset(found), scored: _dataset(found)}
-    examples = None if pool == scored else _split(folder, dataset, name, pool)
-    if examples is None:
-        examples, found = found[:HELD_OUT], found[HELD_OUT:]
+    examples = _split(folder, dataset, name, pool)
     if pool == scored:
         raise InputError(f"task {config.task!r} has one split alone: no examples to draw; give --task {config.task}:0")
+    if examples is None:
+        examples, found = found[:HELD_OUT], found[HELD_OUT:]
     if needed > len(examples) or not found:
         raise InputError(f"task {config.task!r} needs {needed} examples, and {folder} has {len(examples)} to draw from")
     return {pool: _dataset(examples), scored: _dataset(found)}

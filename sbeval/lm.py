@@ -12,8 +12,9 @@ Nothing is registered with lm-eval: its registry fills itself only while it is e
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby, islice
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ from torch import Tensor
 from sbeval import device, perplexity
 from sbeval.answers import Answers, key
 from sbeval.errors import InputError
+from sbeval.generate import Generator, generate
 from sbeval.perplexity import Predictor
 from sbeval.tokenizer import Tokenizer
 
@@ -34,6 +36,8 @@ from sbeval.tokenizer import Tokenizer
 PAD = 16
 # rows of a batch at most, however short they are
 ROWS = 1024
+# prompts that are continued together
+GENERATED = 16
 # tokens to generate where a task does not say, as in lm-eval
 NEW_TOKENS = 256
 
@@ -157,9 +161,54 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             )
         ]
         totals = [0.0] * len(requests)
+        # the windows reach back on purpose: nothing is cut
         for (index, _), (score, _) in zip(windows, self._scored([pair for _, pair in windows]), strict=True):
             totals[index] += score
         return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """The likeliest continuation of each context, token by token, up to the first of its stop sequences."""
+        asked = [self._prompt(*request.args) for request in requests]
+        keys = [key(f"generate {new} until {until}", prompt) for prompt, new, until in asked]
+        known = self.answers.find(set(keys))
+        bar = self.begin(len(keys))
+        counts = Counter(keys)
+        bar.advance(sum(count for one, count in counts.items() if one in known))
+        todo = {one: question for one, question in zip(keys, asked, strict=True) if one not in known}
+        order = sorted(todo, key=lambda one: (todo[one][1:], len(todo[one][0])))
+        for (new, until), group in groupby(order, key=lambda one: todo[one][1:]):
+            for batch in batched(group, GENERATED):
+                prompts = [todo[one][0] for one in batch]
+                answers = dict(zip(batch, self._generated(prompts, new, until), strict=True))
+                self.answers.keep(answers)
+                known |= answers
+                bar.advance(sum(counts[one] for one in batch))
+        bar.close()
+        return [str(known[one]) for one in keys]
+
+    def _prompt(self, context: str, options: dict[str, Any]) -> tuple[Sequence[int], int, tuple[str, ...]]:
+        """Tokens of a prompt, how many to generate, and where to stop."""
+        found = normalize_gen_kwargs(options, NEW_TOKENS)
+        if found.get("do_sample"):
+            raise InputError("a task asks for sampled answers: generation here is greedy")
+        new = int(found["max_gen_toks"])
+        if new >= self.length:
+            raise InputError(
+                f"a task generates {new} tokens and the model reads {self.length}: give a longer --eval-len"
+            )
+        tokens = self.tok_encode(context) or [self.prefix_token_id]
+        self.cut += len(tokens) > self.length - new
+        eos = self.text.spelling(self.eot_token_id)
+        return tokens[-(self.length - new) :], new, tuple(handle_stop_sequences(found["until"], eos=eos))
+
+    def _generated(self, prompts: Sequence[Sequence[int]], new: int, until: tuple[str, ...]) -> list[str]:
+        def stop(tokens: Sequence[int]) -> bool:
+            return tokens[-1] == self.eot_token_id or any(one in self.text.decode(tokens) for one in until if one)
+
+        model = cast(Generator, self.model)
+        found = generate(model, prompts, new, self.place, dtype=self.dtype, stop=stop, batch=GENERATED)
+        texts = [self.text.decode([token for token in tokens if token != self.eot_token_id]) for tokens in found]
+        return [str(postprocess_generated_text(text, list(until), None)) for text in texts]
 
     def _scored(self, pairs: Sequence[Pair]) -> list[Score]:
         rows = [self._row(*pair) for pair in pairs]
@@ -239,3 +288,10 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
                 chances.append(-F.cross_entropy(logits, wanted, reduction="none"))
                 greedy.append(logits.argmax(-1) == wanted)
         return torch.cat(chances).double().cpu().numpy(), torch.cat(greedy).cpu().numpy()
+
+
+def batched(things: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
+    """Lists of at most `size` things, in their order."""
+    left = iter(things)
+    while some := list(islice(left, size)):
+        yield some

@@ -46,8 +46,10 @@ class Scores:
 
 
 def headline(results: pd.DataFrame) -> pd.DataFrame:
-    """Rows that are the score of a whole benchmark: one for each model, seed and benchmark, that over most items. Column
-    `benchmark` is the task with its examples."""
+    """Rows that are the score of a whole benchmark: one for each model, seed and benchmark, that over most items.
+
+    Column `benchmark` is the task with its examples.
+    """
     whole = results[(results["part"] == "") & results["metric"].isin(METRICS) & results["filter"].isin(FILTERS)].copy()
     if whole.empty:
         raise InputError("there is no score of a whole benchmark")
@@ -131,8 +133,9 @@ def latex(scores: Scores) -> str:
     body = [" & ".join([_escaped(line[0]), *line[1:]]) + r" \\" for line in lines]
     head = " & ".join(["", *map(_escaped, scores.headings)]) + r" \\"
     columns = "l" + "r" * len(scores.headings)
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body[:-1], r"\midrule", body[-1],
-                      r"\bottomrule", r"\end{tabular}"])  # fmt: skip
+    begin = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
+    end = [r"\midrule", body[-1], r"\bottomrule", r"\end{tabular}"]
+    return "\n".join([*begin, *body[:-1], *end])
 
 
 def comma_separated(scores: Scores) -> str:

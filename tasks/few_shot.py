@@ -119,7 +119,7 @@ PRESETS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One model and benchmark: a config whose `tasks`, and whose `models` or `attention` and `seeds`, have one entry."""
+    """One model and benchmark: a config of one task, and of one checkpoint or one method and seed."""
 
     config: Config
     family: str = FAMILY
