@@ -100,9 +100,10 @@ def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
     used = {int(task.config.num_fewshot) for task in found["tasks"].values()}
     if shots is not None and used != {shots}:
         raise InputError(f"task {name!r} is defined with {max(used)} examples in its prompt; give --task {name}")
+    with _quiet():
+        digest = items.digest(found["tasks"])
     return Benchmark(
-        name=name, tasks=found["tasks"], groups=found.get("groups", {}), shots=max(used),
-        digest=items.digest(found["tasks"]),
+        name=name, tasks=found["tasks"], groups=found.get("groups", {}), shots=max(used), digest=digest
     )  # fmt: skip
 
 
