@@ -1,6 +1,7 @@
 """lm-eval's tasks by name, and their scores of a model."""
 
 import contextlib
+import difflib
 import functools
 import importlib.metadata
 import io
@@ -23,7 +24,7 @@ from lm_eval.tasks._index import Entry
 from transformers import AutoTokenizer
 
 from sbeval import items
-from sbeval.errors import InputError, choose
+from sbeval.errors import InputError
 from sbeval.lm import Adapter, HubText, PlainText
 from sbeval.tokenizer import first_line
 
@@ -128,7 +129,12 @@ def _find(name: str) -> tuple[Entry, dict[str, Entry]]:
     known = _index(False)
     if name not in known:
         known = _index(True)
-    return known[choose("task", name, known)], known
+    if name not in known:
+        # of its thousands of tasks no list is given
+        near = difflib.get_close_matches(name, [*_index(False), *known], n=3)
+        hint = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
+        raise InputError(f"lm-eval {version()} has no task {name!r}; {hint}`lm_eval ls tasks` lists all")
+    return known[name], known
 
 
 @functools.cache

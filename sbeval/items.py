@@ -224,7 +224,7 @@ def _split(folder: Path, dataset: str, name: str | None, split: str) -> list[Ite
         return items and [short.convert(item) for item in items]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} is not in the form described in sbeval/items.py ({type(error).__name__}: {error})"
+            f"{path} is not in the form that sbeval/items.py describes ({type(error).__name__}: {error})"
         ) from None
 
 

@@ -61,8 +61,8 @@ def hub() -> tuple[Any, Any]:
 @pytest.fixture
 def theirs(hub: tuple[Any, Any]) -> Any:
     model, tokenizer = hub
-    # in lm-eval 0.4.13 its cache of logits reads the wrong position where continuations of unequal lengths share what the
-    # model reads, as the first and the third pair here do
+    # in lm-eval 0.4.13 its cache of logits reads the wrong position where continuations of unequal lengths share what
+    # the model reads, as the first and the third pair here do
     return HFLM(
         pretrained=model, tokenizer=tokenizer, max_length=LENGTH, batch_size=1, device="cpu", logits_cache=False
     )
