@@ -53,6 +53,8 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
     whole = results[(results["part"] == "") & results["metric"].isin(METRICS) & results["filter"].isin(FILTERS)].copy()
     if whole.empty:
         raise InputError("there is no score of a whole benchmark")
+    # a column of blanks alone is text
+    whole["chance"] = pd.to_numeric(whole["chance"], errors="coerce")
     whole["benchmark"] = [f"{task} ({shots})" for task, shots in zip(whole["task"], whole["shots"], strict=True)]
     order = {metric: index for index, metric in enumerate(METRICS)}
     whole["choice"] = whole["metric"].map(order) * len(FILTERS) + whole["filter"].map(FILTERS.index)

@@ -138,6 +138,15 @@ def test_a_batch_of_one_is_a_batch_of_eight(attention: str) -> None:
     np.testing.assert_allclose(one.loglikelihood_rolling(rolled), eight.loglikelihood_rolling(rolled), rtol=1e-4)
 
 
+@pytest.mark.parametrize("attention", ["stick_breaking", "rope"])
+def test_a_prompt_is_continued_alone_as_among_others(attention: str) -> None:
+    options = {"until": ["\n\n"], "max_gen_toks": 5}
+    contexts = ["", "one", "of several prompts", "x" * 40]
+    together = adapter(decoder(attention)).generate_until(asked("generate_until", *((x, options) for x in contexts)))
+    for context, found in zip(contexts, together, strict=True):
+        assert adapter(decoder(attention)).generate_until(asked("generate_until", (context, options))) == [found]
+
+
 def test_logits_are_made_where_something_is_scored_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = decoder(), []
 
