@@ -199,8 +199,10 @@ class Cell:
 
     def _evaluated(self, found: Pretrained) -> Any:
         """The model; with what only evaluation asks for when it was trained here."""
-        trained_here = self.config.checkpoint is None and isinstance(found.model, model.Decoder)
-        return found.model.evaluated_as(self.trained.attention) if trained_here else found.model
+        if self.config.checkpoint is not None:
+            return found.model
+        assert isinstance(found.model, model.Decoder)
+        return found.model.evaluated_as(self.trained.attention)
 
     def _length(self, found: Pretrained) -> int:
         """Tokens that the model reads at most; of one that isn't ours no more than its config says it can."""
@@ -268,7 +270,7 @@ def _digest(spec: str) -> str:
     """Sixteen hexadecimal digits that stand for the weights of a model in a folder; of one on the hub its revision."""
     folder = Path(spec)
     if not folder.is_dir():
-        return _harness().revision(spec)
+        return str(_harness().revision(spec))
     found = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         # the moments of an optimizer are no part of the model

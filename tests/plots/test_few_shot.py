@@ -1,8 +1,10 @@
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.container import ErrorbarContainer
 
 from sbeval.errors import InputError
@@ -28,8 +30,10 @@ def points(axis: Axes) -> dict[str, dict[float, float]]:
     found = {}
     for container in axis.containers:
         assert isinstance(container, ErrorbarContainer)
-        x, y = container.lines[0].get_data()
-        found[str(container.get_label())] = dict(zip([round(float(one)) for one in y], map(float, x), strict=True))
+        line = container.lines[0]
+        assert line is not None
+        x, y = (np.asarray(data, dtype=float) for data in (line.get_xdata(), line.get_ydata()))
+        found[str(container.get_label())] = dict(zip(y.round().tolist(), x.tolist(), strict=True))
     return found
 
 
@@ -38,13 +42,16 @@ def test_scores_and_chance_stand_where_they_are() -> None:
     assert [text.get_text() for text in axis.get_yticklabels()] == ["arc_easy (0) acc", "copa (0) acc"]
     found = points(axis)
     assert found["RoPE"] == pytest.approx({0: 30, 1: 50}) and found["ALiBi"] == pytest.approx({0: 40, 1: 70})
-    ticks = [line.get_segments()[0] for line in axis.collections if len(line.get_segments()) == 1]
+    lines = [line.get_segments() for line in axis.collections if isinstance(line, LineCollection)]
+    ticks = [segments[0] for segments in lines if len(segments) == 1]
     assert [(tick[0][0], tick[1][0]) for tick in ticks] == [(25, 25), (50, 50)]
 
 
 def test_bars_are_intervals_over_items() -> None:
     figure = few_shot.draw(table())
-    low, high = figure.axes[0].containers[0].lines[2][0].get_segments()[0][:, 0]
+    container = figure.axes[0].containers[0]
+    assert isinstance(container, ErrorbarContainer)
+    low, high = container.lines[2][0].get_segments()[0][:, 0]
     assert high - low == pytest.approx(2 * 1.96 * 5)
     assert any("95 % interval over items" in text.get_text() for text in figure.texts)
 
