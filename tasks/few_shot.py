@@ -156,11 +156,9 @@ class Cell:
         folder = config.checkpoint or str(self.trained.train(place, progress))
         digest = _digest(folder)
         found = _loaded(folder, digest, place.device, self.dtype)
-        answers = Answers(
-            place.results_dir / "answers" / f"{sweep.digest([digest, config.attention, self.dtype])}.sqlite"
-        )
+        answers = self._answers(digest, place)
         adapter = _harness().Adapter(
-            self._evaluated(found), self._text(progress), length=self._length(found), place=place.device,
+            self._evaluated(found), self._text(found, progress), length=self._length(found), place=place.device,
             dtype=self.dtype, batch_tokens=BATCH_TOKENS[place.device.type], answers=answers,
             begin=functools.partial(progress.add, f"ask {self.title}"),
         )  # fmt: skip
@@ -176,7 +174,7 @@ class Cell:
                 seed=self.trained.seed,
             ),
             rows=[self._row(score, benchmark, adapter.cut) for score in measured],
-            corpus=Path(config.corpus).name if own else "",
+            corpus=length_gen.open_corpus(config, progress).name if own else "",
             corpus_digest=self.source(progress),
             tokenizer=config.tokenizer,
             train_tokens=self.trained.training().tokens if own else 0,
@@ -197,6 +195,15 @@ class Cell:
         name, shots = _parse(self.config.tasks[0])
         return _harness().load(name, shots, None if self.config.data_dir is None else Path(self.config.data_dir))
 
+    def _answers(self, digest: str, place: Place) -> Answers:
+        """What the model of this digest has answered; nothing when it has to be asked again."""
+        name = sweep.digest([digest, self.config.attention, self.dtype])
+        path = place.results_dir / "answers" / f"{name}.sqlite"
+        if place.force and path not in place.emptied:
+            place.emptied.add(path)
+            path.unlink(missing_ok=True)
+        return Answers(path)
+
     def _evaluated(self, found: Pretrained) -> Any:
         """The model; with what only evaluation asks for when it was trained here."""
         if self.config.checkpoint is not None:
@@ -210,14 +217,21 @@ class Cell:
         own = checkpoint is None or pretrained.is_own(checkpoint)
         return self.config.eval_len if own else min(self.config.eval_len, found.train_len or self.config.eval_len)
 
-    def _text(self, progress: Progress) -> Any:
+    def _text(self, found: Pretrained, progress: Progress) -> Any:
+        """The model's tokenizer; InputError when it cannot be that."""
         config = self.config
         if config.checkpoint is not None and not pretrained.is_own(config.checkpoint):
             return _harness().hub_text(config.checkpoint)
-        if tokenizer.is_trained(config.tokenizer):
-            return _harness().PlainText(length_gen.open_corpus(config, progress).tokenizer)
-        cache = Path(platformdirs.user_cache_dir("sbeval"))
-        return _harness().PlainText(tokenizer.load(config.tokenizer, cache_dir=cache))
+        if config.checkpoint is None or tokenizer.is_trained(config.tokenizer):
+            ours = length_gen.open_corpus(config, progress).tokenizer
+        else:
+            ours = tokenizer.load(config.tokenizer, cache_dir=Path(platformdirs.user_cache_dir("sbeval")))
+        if ours.vocab_size > found.vocab_size:
+            raise InputError(
+                f"tokenizer {ours.name!r} has {ours.vocab_size} tokens and the model of {config.checkpoint} "
+                f"{found.vocab_size}: give the --tokenizer it was trained with"
+            )
+        return _harness().PlainText(ours)
 
 
 def cells(config: Config) -> list[Cell]:

@@ -206,6 +206,20 @@ def test_other_items_are_asked(config: Config, items: Path, tmp_path: Path, aske
     assert sum(asked) == 24 and (sweep.results_of([cell], tmp_path / "results")["n"] == 12).all()
 
 
+def test_force_asks_again(config: Config, tmp_path: Path, asked: list[int]) -> None:
+    given = dataclasses.replace(config, models=(str(save(tmp_path / "model", 0)),), tasks=("copa", "arc_easy"), limit=3)
+    run(given, tmp_path / "results")
+    count = sum(asked)
+    run(given, tmp_path / "results", force=True)
+    assert sum(asked) == 2 * count > 0
+
+
+def test_a_tokenizer_of_another_model_is_an_error(config: Config, tmp_path: Path) -> None:
+    given = dataclasses.replace(config, models=(str(save(tmp_path / "model", 0)),), tokenizer="bpe:260")
+    with pytest.raises(InputError, match=r"'bpe:260' has 260 tokens and the model of .* 257: give the --tokenizer"):
+        run(given, tmp_path / "results")
+
+
 def test_evaluation_alone_changes_the_model(config: Config, tmp_path: Path) -> None:
     specs = ("rope", "rope:scaling=linear,factor=4.0,train_len=8")
     found = run(dataclasses.replace(config, attention=specs), tmp_path / "results")
