@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 import lm_eval.api.task
+import lm_eval.utils
 from datasets.exceptions import DatasetNotFoundError
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
@@ -191,13 +192,16 @@ def _chance(task: Any) -> float | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval and datasets from showing a bar a task, and from warning of what definitions leave out."""
-    logger, bar = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm
+    """Keep lm-eval and datasets from showing a bar a task and warning of what definitions leave out, and make it fast."""
+    logger, bar, templates = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm, lm_eval.utils.env
+    compiled = templates.from_string
     level, bars = logger.level, datasets.is_progress_bar_enabled()
     processes = os.environ.get("DISABLE_MULTIPROC")
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda iterable, **_: iterable
+    # it compiles a task's few templates anew for every item, most of the time that small models take
+    templates.from_string = functools.lru_cache(maxsize=1024)(compiled)
     # the bootstrap's pool of processes would be forked from one that holds a GPU
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
@@ -205,7 +209,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-        lm_eval.api.task.tqdm = bar
+        lm_eval.api.task.tqdm, templates.from_string = bar, compiled
         if bars:
             datasets.enable_progress_bars()
         if processes is None:
