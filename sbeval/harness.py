@@ -192,7 +192,7 @@ def _chance(task: Any) -> float | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval and datasets from showing a bar a task and warning of what definitions leave out, and make it fast."""
+    """Silence the bars and warnings of lm-eval and datasets, and keep templates and processes in hand."""
     logger, bar, templates = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm, lm_eval.utils.env
     compiled = templates.from_string
     level, bars = logger.level, datasets.is_progress_bar_enabled()
