@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sbeval.cache import Layer
 from sbeval.kernels import softmax
 
 
@@ -42,6 +43,7 @@ def attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute the equation in linear memory; returns (B, T, H, D). See `softmax.attention` for arguments and errors."""
@@ -51,7 +53,7 @@ def attention(
     def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return m[h] * (j - i)
 
-    return softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, backend=backend, bias=bias)
+    return softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, starts=starts, backend=backend, bias=bias)
 
 
 def backend_name(device_type: str) -> str:
@@ -71,5 +73,10 @@ class Mixer(nn.Module):
         super().__init__()
         self.scale = scale
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
+    ) -> Tensor:
+        starts = None
+        if cache is not None:
+            starts, (k, v) = cache.starts, cache.add(k, v)
+        return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts)

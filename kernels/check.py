@@ -36,6 +36,19 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) ->
         _cu_seqlens(q, k, cu_seqlens)
 
 
+def starts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, first: Tensor) -> None:
+    """Raise InputError unless `first` can be the first key of each row of a cache: int32 (B,), each in 0 to S - 1."""
+    if cu_seqlens is not None:
+        raise InputError("starts bounds the rows of a cache and cu_seqlens packs rows: give one of them")
+    if first.shape != q.shape[:1] or first.dtype != torch.int32 or first.device != q.device:
+        raise InputError(
+            f"starts must be int32 of shape ({len(q)},) on {q.device}; it is {first.dtype} of shape "
+            f"{tuple(first.shape)} on {first.device}"
+        )
+    if first.is_cpu and not torch.compiler.is_compiling() and ((first < 0) | (first >= k.shape[1])).any():
+        raise InputError(f"starts must lie in 0 to S - 1 = {k.shape[1] - 1}; it is {first.tolist()}")
+
+
 def _cu_seqlens(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> None:
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype != torch.int32:
         shape = tuple(cu_seqlens.shape)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from sbeval.cache import Layer
 from sbeval.errors import InputError
 from sbeval.kernels import check, softmax
 
@@ -72,6 +73,7 @@ def attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    starts: Tensor | None = None,
     backend: str | None = None,
     threshold: float = 512.0,
 ) -> Tensor:
@@ -91,6 +93,10 @@ def attention(
     w1_flat, b1_flat, w2_flat = w1.repeat(len(w2)), b1.repeat(len(w2)), w2.flatten()
 
     def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if starts is not None:
+            # (B, T, S) of a cache, whose rows count positions from their own starts
+            at = (i - starts[b])[:, 0]
+            return _mlp(top[(i - j).clamp(min=0)] / bottom[at], w1, b1, w2)
         u = top[(i - j).clamp(min=0)] / bottom[i]
         if h.ndim:
             # many logits at a time, on the CPU
@@ -101,7 +107,7 @@ def attention(
             total = total + w2_flat[at] * (w1_flat[at] * u + b1_flat[at]).relu()
         return total
 
-    out = softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, backend=backend, bias=bias)
+    out = softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, starts=starts, backend=backend, bias=bias)
     if torch.is_grad_enabled() and any(x.requires_grad for x in weights):
         out = _learned(out, q.detach(), k.detach(), v.detach(), scale, threshold, cu_seqlens, weights)
     return out
@@ -112,8 +118,8 @@ def _psi(x: Tensor, c: Tensor) -> Tensor:
 
 
 def _mlp(u: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> Tensor:
-    """Return the MLP of each head at u, (rows, keys): (H, rows, keys)."""
-    return torch.einsum("tsm,hm->hts", (u[..., None] * w1 + b1).relu(), w2)
+    """Return the MLP of each head at u, (..., rows, keys): (..., H, rows, keys)."""
+    return torch.einsum("...tsm,hm->...hts", (u[..., None] * w1 + b1).relu(), w2)
 
 
 # its backward pass differentiates, which cannot be compiled
@@ -238,6 +244,13 @@ class Mixer(nn.Module):
         self.b1 = nn.Parameter(torch.empty(HIDDEN).uniform_(-1, 1))
         self.w2 = nn.Parameter(torch.empty(heads, HIDDEN).uniform_(-1, 1) / math.sqrt(HIDDEN))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
+    ) -> Tensor:
+        starts = None
+        if cache is not None:
+            starts, (k, v) = cache.starts, cache.add(k, v)
         weights = self.c, self.m, self.w1, self.b1, self.w2
-        return attention(q, k, v, weights, scale=self.scale, cu_seqlens=cu_seqlens, threshold=self.threshold)
+        return attention(
+            q, k, v, weights, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, threshold=self.threshold
+        )

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sbeval.cache import Layer
 from sbeval.errors import InputError
 from sbeval.kernels import check, rope, softmax
 
@@ -45,6 +46,7 @@ def attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute the equation in linear memory; returns (B, T, H, D). See `softmax.attention` for arguments and errors."""
@@ -68,7 +70,7 @@ def attention(
         row = (h * batch + b) * s
         return (whole[row + i] - whole[row + j]) + (rest[row + i] - rest[row + j])
 
-    out = softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, backend=backend, bias=bias)
+    out = softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, starts=starts, backend=backend, bias=bias)
     return out[..., :size]
 
 
@@ -107,11 +109,17 @@ class Mixer(nn.Module):
         self.gate = nn.Linear(width, heads)
         nn.init.zeros_(self.gate.bias)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
+    ) -> Tensor:
         if x.shape[1] != k.shape[1]:
             raise InputError(f"gates need x of all {k.shape[1]} keys; it has {x.shape[1]} positions")
         gates = F.linear(x, self.gate.weight.to(x.dtype), self.gate.bias.to(x.dtype))
         log_f = F.logsigmoid(gates if gates.dtype == torch.float64 else gates.float())
+        starts, past = (None, 0) if cache is None else (cache.starts, cache.past)
         if self.options.rotary:
-            q, k = rope.rotated(q, k, cu_seqlens, rope.Options(theta=self.options.theta))
-        return attention(q, k, v, log_f, scale=self.scale, cu_seqlens=cu_seqlens)
+            turn = rope.Options(theta=self.options.theta)
+            q, k = rope.rotated(q, k, cu_seqlens, turn, starts=starts, past=past)
+        if cache is not None:
+            k, v, log_f = cache.add(k, v, log_f)
+        return attention(q, k, v, log_f, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from sbeval.cache import Layer
 from sbeval.kernels import softmax
 
 
@@ -28,10 +29,11 @@ def attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute the equation in linear memory; returns (B, T, H, D). See `softmax.attention` for arguments and errors."""
-    return softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, backend=backend)
+    return softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, starts=starts, backend=backend)
 
 
 def backend_name(device_type: str) -> str:
@@ -51,5 +53,10 @@ class Mixer(nn.Module):
         super().__init__()
         self.scale = scale
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
+    ) -> Tensor:
+        starts = None
+        if cache is not None:
+            starts, (k, v) = cache.starts, cache.add(k, v)
+        return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts)

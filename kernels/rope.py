@@ -19,7 +19,8 @@ inputs), its angles in float64, so that late positions are turned as exactly as 
     ntk            theta * F^(D / (D - 2)) for theta: the slowest plane turns F times slower, the fastest as before
                    (called "NTK-aware" in Peng et al., arXiv 2309.00071, section 3.1)
     dynamic_ntk    the same with F l / L - F + 1 for F in a sequence of l > L tokens, as in transformers; all tokens of
-                   a sequence turn by what its whole length says, unscaled up to L
+                   a sequence turn by what its whole length says, unscaled up to L; with a
+                   cache keys are turned anew at each token, what older tokens became in layers below is not
     yarn           w_m / F for planes of less than beta_slow turns in L tokens, w_m for those of more than beta_fast, a
                    linear ramp between; q and k grow by 1 + ln(F) / 10 each (arXiv 2309.00071, section 3.2 to 3.4)
     llama3         w_m / F for planes of less than low_freq turns in L tokens, w_m for those of more than high_freq, a
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sbeval.cache import Layer
 from sbeval.errors import InputError, choose
 from sbeval.kernels import check, softmax
 
@@ -156,15 +158,26 @@ def attention_factor(options: Options) -> float:
 
 
 def rotate(x: Tensor, angles: Tensor, size: float = 1.0) -> Tensor:
-    """Turn x, (B, T, H, D), by `angles`, float64 (T, D / 2), in the halves' pairing, times `size`; keeps x's dtype."""
+    """Turn x, (B, T, H, D), by `angles`, float64 (T, D / 2) or (B, T, D / 2), in the halves' pairing, times `size`."""
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = ((size * f(angles)).to(exact)[:, None] for f in (torch.cos, torch.sin))
+    cos, sin = ((size * f(angles)).to(exact)[..., None, :] for f in (torch.cos, torch.sin))
     a, b = x.to(exact).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def rotated(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: Options = DEFAULT) -> tuple[Tensor, Tensor]:
-    """Turn queries and keys by their positions; q are the last T of the S positions of k."""
+def rotated(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    options: Options = DEFAULT,
+    *,
+    starts: Tensor | None = None,
+    past: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Turn queries and keys by their positions; q are the last T of the S positions of k.
+
+    starts: int32 (B,), where position 0 of each row of a cache is, k beginning `past` slots into it.
+    """
     t, s, size = q.shape[1], k.shape[1], q.shape[3]
     if size % 2:
         raise InputError(f"q has heads of size {size}; RoPE turns pairs of dimensions and needs an even size")
@@ -174,9 +187,12 @@ def rotated(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: Options = 
         which = torch.searchsorted(cu_seqlens, places, right=True)
         length = cu_seqlens[which] - cu_seqlens[which - 1]
         places = places - cu_seqlens[which - 1]
-    angles = places[:, None] * frequencies(size, options, length)
+    elif starts is not None:
+        places = places + past - starts[:, None]
+        length = s + past - starts[:, None]
+    angles = places[..., None] * frequencies(size, options, length)
     factor = attention_factor(options)
-    return rotate(q, angles[s - t :], factor), rotate(k, angles, factor)
+    return rotate(q, angles[..., s - t :, :], factor), rotate(k, angles, factor)
 
 
 def attention(
@@ -186,13 +202,14 @@ def attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    starts: Tensor | None = None,
     backend: str | None = None,
     options: Options = DEFAULT,
 ) -> Tensor:
     """Compute the equation in linear memory; returns (B, T, H, D). See `softmax.attention` for arguments and errors."""
     check.inputs(q, k, v, cu_seqlens)
-    q, k = rotated(q, k, cu_seqlens, options)
-    return softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, backend=backend)
+    q, k = rotated(q, k, cu_seqlens, options, starts=starts)
+    return softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, starts=starts, backend=backend)
 
 
 def backend_name(device_type: str) -> str:
@@ -208,5 +225,15 @@ class Mixer(nn.Module):
         self.scale = scale
         self.options = options
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, options=self.options)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
+    ) -> Tensor:
+        if cache is None:
+            return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, options=self.options)
+        if self.options.scaling == "dynamic_ntk":
+            # every token turns keys that came long before it
+            starts, (k, v) = cache.starts, cache.add(k, v)
+            return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, options=self.options)
+        q, k = rotated(q, k, cu_seqlens, self.options, starts=cache.starts, past=cache.past)
+        starts, (k, v) = cache.starts, cache.add(k, v)
+        return softmax.attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts)

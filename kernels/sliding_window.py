@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sbeval.cache import Layer
 from sbeval.errors import InputError
 from sbeval.kernels import check, rope, softmax
 
@@ -80,5 +81,16 @@ class Mixer(nn.Module):
         self.scale = scale
         self.options = options
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, options=self.options)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
+    ) -> Tensor:
+        if cache is None:
+            return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, options=self.options)
+        starts = cache.starts
+        if self.options.rotary:
+            turn = rope.Options(theta=self.options.theta)
+            q, k = rope.rotated(q, k, cu_seqlens, turn, starts=starts, past=cache.past)
+        k, v = cache.add(k, v)
+        return softmax.attention(
+            q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, window=self.options.window
+        )

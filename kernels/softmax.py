@@ -64,6 +64,7 @@ def attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    starts: Tensor | None = None,
     backend: str | None = None,
     bias: Bias | None = None,
     window: int | None = None,
@@ -71,14 +72,18 @@ def attention(
     """Attend causally in memory linear in T and S; returns (B, T, H, D) in the dtype of q.
 
     scale: multiplies q . k, D ** -0.5 when None; it does not touch the bias. bias: nothing is differentiated through
-    it. window: how many keys a query sees, itself and those just before it, from 1 on; all when None. backend: one of
-    BACKENDS, or None for the fastest that is correct. InputError for inputs that `check.inputs` refuses and for a
-    backend that cannot serve them.
+    it. window: how many keys a query sees, itself and those just before it, from 1 on; all when None. starts: int32
+    (B,), the first key that each row of a cache has, for few queries, without gradient and on one path everywhere.
+    backend: one of BACKENDS, or None for the fastest that is correct. InputError for inputs that `check.inputs` refuses
+    and for a backend that cannot serve them.
     """
     check.inputs(q, k, v, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and window >= k.shape[1]:
         window = None
+    if starts is not None:
+        check.starts(q, k, cu_seqlens, starts)
+        return _decode(q, k, v, scale, starts, bias, window)
     chosen = _backend(q, k, cu_seqlens is not None, bias is not None or window is not None, backend)
     if chosen == "torch":
         return _torch(q, k, v, scale, cu_seqlens, bias, window)
@@ -167,6 +172,34 @@ def _torch(
                 else _rows(*args)
             )
     return torch.cat(outputs, dim=1)
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor, bias: Bias | None, window: int | None
+) -> Tensor:
+    """Attend the last T of S positions, row b seeing keys from first[b] on; all T x S at once, for T is small."""
+    (batch, t, count, _), s, groups = q.shape, k.shape[1], k.shape[2]
+    # keys that no query sees are not read
+    low = 0 if window is None else max(0, s - t - window + 1)
+    b = torch.arange(batch, device=q.device)[:, None, None, None]
+    h = torch.arange(count, device=q.device)[:, None, None]
+    i, j = torch.arange(s - t, s, device=q.device)[:, None], torch.arange(low, s, device=q.device)
+    mask = (j <= i) & (j >= first[b])
+    if window is not None:
+        mask = mask & (j > i - window)
+    out_dtype = q.dtype
+    if bias is not None:
+        # far away a bias is large, and 16 bits would not tell it from its neighbours
+        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+        q, k, v = (x.to(exact) for x in (q, k, v))
+        mask = torch.where(mask, bias(b, h, i, j), -torch.inf).to(exact)
+    # the heads of a group are queries of the same keys: no kernel has to know of groups
+    q, mask = (x.unflatten(1, (groups, -1)).flatten(2, 3) for x in (q.transpose(1, 2), mask.expand(-1, count, -1, -1)))
+    k, v = (x[:, low:].transpose(1, 2) for x in (k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    by_head: Tensor = out.unflatten(2, (-1, t)).flatten(1, 2)
+    return by_head.transpose(1, 2).to(out_dtype)
 
 
 def _chunks(start: int, stop: int) -> Iterator[tuple[int, int]]:

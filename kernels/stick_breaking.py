@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sbeval.cache import Layer
 from sbeval.errors import InputError, choose
 from sbeval.kernels import check
 
@@ -421,10 +422,15 @@ class Mixer(nn.Module):
         start = options.logit_bias
         self.logit_bias = None if start is None else nn.Parameter(torch.full((heads,), start))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
+    ) -> Tensor:
+        starts = None
+        if cache is not None:
+            starts, (k, v) = cache.starts, cache.add(k, v)
         out, remainder = attention(
             q, k, v, scale=self.scale, attend_current=self.options.attend_current, cu_seqlens=cu_seqlens,
-            bias=self.logit_bias, epsilon=self.options.epsilon,
+            starts=starts, bias=self.logit_bias, epsilon=self.options.epsilon,
         )  # fmt: skip
         if self.options.remainder == "none":
             return out

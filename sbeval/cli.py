@@ -177,10 +177,78 @@ def mqrar(
     _family("mqrar", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
 
 
+@app.command("few-shot")
+def few_shot(
+    preset: Preset = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Any task or group of lm-eval, or name:examples such as mmlu:5; repeat.")
+    ] = None,
+    suite: Annotated[list[str] | None, typer.Option(help="quick, linguistic, commonsense or paper; repeat.")] = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="Our checkpoint folder, or a Hugging Face folder or name; repeat for several."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of JSONL files with the items, instead of the hub.", metavar="DIR")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task at most.")] = None,
+    attention: Attention = None,
+    seed: Seed = None,
+    size: Size = None,
+    train_len: TrainLen = None,
+    eval_len: Annotated[int | None, typer.Option(help="Tokens that a model reads at most.")] = None,
+    train_tokens: TrainTokens = None,
+    batch_tokens: BatchTokens = None,
+    micro_batch_tokens: MicroBatchTokens = None,
+    lr: Lr = None,
+    schedule: Schedule = None,
+    packing: Packing = None,
+    corpus: CorpusSpec = None,
+    tokenizer: TokenizerSpec = None,
+    text_field: TextField = None,
+    corpus_tokens: CorpusTokens = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+    force: Force = False,
+    dry_run: DryRun = False,
+    tensorboard: TensorBoard = None,
+) -> None:
+    """Benchmarks through lm-eval, of models that length-gen trains or of any others: how do they compare?"""
+    given = dict(
+        # tasks that are named are all that is asked
+        tasks=task, suites=suite or ([] if task else None), models=checkpoint,
+        data_dir=None if data_dir is None else str(data_dir), limit=limit, size=size, train_len=train_len,
+        eval_len=eval_len or train_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
+        micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
+        tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
+    )  # fmt: skip
+    _family("few_shot", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+
+
+@app.command()
+def table(
+    family: Annotated[str, typer.Argument(help="few-shot")],
+    format: Annotated[str, typer.Option(help="terminal, markdown, latex or csv.")] = "terminal",
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Print a table of models by benchmarks, as papers have it, from the result table alone; needs no torch."""
+    from sbeval import scores
+    from sbeval.table import read
+
+    choose("table", family.replace("-", "_"), ["few_shot"])
+    shown = scores.render(read(results_dir / "few_shot.csv", required=scores.COLUMNS), format)
+    if isinstance(shown, str):
+        print(shown)
+    else:
+        Console().print(shown)
+
+
 @app.command()
 def plot(
     figure: Annotated[
-        list[str] | None, typer.Argument(help="Figures: kernel, kernel-error, length-gen, mqrar; all if none is named.")
+        list[str] | None,
+        typer.Argument(help="few-shot, kernel, kernel-error, length-gen, mqrar; all if none is named."),
     ] = None,
     format: Annotated[list[str] | None, typer.Option(help="png or pdf; repeat for both. Both if not given.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; results/figures.", metavar="DIR")] = None,

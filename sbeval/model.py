@@ -9,6 +9,7 @@ paper's 1B and 3B models (Shen et al. 2024, arXiv 2408.13359, table 4):
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sbeval import registry
+from sbeval.cache import Cache, Layer
 from sbeval.errors import InputError, choose
 
 IGNORE = -100
@@ -159,10 +161,10 @@ class Attention(nn.Module):
             options, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, width=config.width, scale=scale
         )
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None, cache: Layer | None = None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.dim))
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
-        mixed: Tensor = self.out(self.mixer(q, k, v, x, cu_seqlens).flatten(2))
+        mixed: Tensor = self.out(self.mixer(q, k, v, x, cu_seqlens, cache).flatten(2))
         return mixed
 
 
@@ -195,14 +197,17 @@ class Block(nn.Module):
         self.norm_2 = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        x = x + self.m_residual * self.attention(self.norm_1(x), cu_seqlens)
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None, cache: Layer | None = None) -> Tensor:
+        x = x + self.m_residual * self.attention(self.norm_1(x), cu_seqlens, cache)
         out: Tensor = x + self.m_residual * self.mlp(self.norm_2(x))
         return out
 
 
 class Decoder(nn.Module):
     """The model. Weights are drawn from torch's generator: seed it first."""
+
+    # prompts of one batch may differ in length: see sbeval.generate
+    ragged = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -242,6 +247,30 @@ class Decoder(nn.Module):
         for block in self.blocks:
             x = block(x, cu_seqlens)
         out: Tensor = self.norm(x).view(*tokens.shape, -1)
+        return out
+
+    def begin(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Cache]:
+        """Hidden states (B, width) of the last token of each prompt, and a cache with `room` for further tokens."""
+        device = self.head.weight.device
+        lengths = [len(prompt) for prompt in prompts]
+        if self.positions is not None and max(lengths) + room > self.config.positions:
+            given = f"a prompt of {max(lengths)} tokens and {room} more"
+            raise InputError(f"{given} exceed the model's {self.config.positions} positions")
+        cache = Cache(lengths, room=room, layers=self.config.layers, device=device)
+        tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=device)
+        hidden = self.extend(tokens, cache)[0]
+        return hidden[cache.rows.cu_seqlens[1:] - 1], cache
+
+    def extend(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Hidden states of tokens that the cache takes in: its prompts packed, (1, N), then (B, 1) at a time."""
+        reading = cache.rows.length == 0
+        x = self.embedding(tokens) * self.config.m_emb
+        if self.positions is not None:
+            x = x + self.positions(cache.rows.places if reading else cache.rows.next_places())
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            x = block(x, cache.rows.cu_seqlens if reading else None, layer)
+        cache.advance()
+        out: Tensor = self.norm(x)
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Weights are read from safetensors alone, and code that comes with a model is not
 
 import importlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ class Pretrained:
 class HubModel(nn.Module):
     """A model of transformers in two steps: hidden states, then logits."""
 
+    # not every architecture of theirs is exact with padding
+    ragged = False
+
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.body, self.head = model.base_model, model.get_output_embeddings()
@@ -47,6 +51,17 @@ class HubModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(hidden) * self.factor
         return logits
+
+    def begin(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Any]:
+        """Hidden states (B, width) of the last token of each prompt, which are equally long, and the model's cache."""
+        tokens = torch.tensor(prompts, device=self.head.weight.device)
+        found = self.body(input_ids=tokens, use_cache=True)
+        return found.last_hidden_state[:, -1], found.past_key_values
+
+    def extend(self, tokens: Tensor, cache: Any) -> Tensor:
+        """Hidden states (B, 1, width) of one further token of each row."""
+        hidden: Tensor = self.body(input_ids=tokens, past_key_values=cache, use_cache=True).last_hidden_state
+        return hidden
 
 
 def is_own(spec: str) -> bool:

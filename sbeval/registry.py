@@ -23,10 +23,12 @@ ATTENTION = {
     "stick_breaking": "sbeval.kernels.stick_breaking",
 }
 TASKS = {
+    "few_shot": "sbeval.tasks.few_shot",
     "length_gen": "sbeval.tasks.length_gen",
     "mqrar": "sbeval.tasks.mqrar",
 }
 FIGURES = {
+    "few_shot": "sbeval.plots.few_shot",
     "kernel": "sbeval.plots.kernel",
     "kernel_error": "sbeval.plots.kernel_error",
     "length_gen": "sbeval.plots.length_gen",
@@ -43,11 +45,14 @@ class Method(Protocol):
     def Mixer(
         self, options: Any, *, heads: int, kv_heads: int, head_dim: int, width: int, scale: float
     ) -> "torch.nn.Module":
-        """Build the module that mixes tokens: `forward(q, k, v, x, cu_seqlens=None) -> (B, T, H, D)`.
+        """Build the module that mixes tokens: `forward(q, k, v, x, cu_seqlens=None, cache=None) -> (B, T, H, D)`.
 
         q: (B, T, H, D); k, v: (B, S, G, D), the queries being the last T of the S positions; x: (B, T, width), the
         normalised hidden state, for gates that depend on it; cu_seqlens: int32 (N + 1,) or None, the cumulative lengths
         of N sequences packed into one row (then B = 1 and S = T). `scale` multiplies q . k.
+
+        cache: a `sbeval.cache.Layer` when text is generated: q, k, v and x are of the new tokens alone, the prompts
+        packed or then one token a row, and what later tokens need is what the mixer adds to it.
         """
 
     def backend_name(self, device_type: str) -> str:

@@ -132,7 +132,8 @@ def digest(key: object) -> str:
 
 def _plain(value: object) -> Any:
     assert dataclasses.is_dataclass(value) and not isinstance(value, type), value
-    values = {entry: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+    # what does not make two of them differ is no part of which it is
+    values = {entry: getattr(value, entry.name) for entry in dataclasses.fields(value) if entry.compare}
     return {
         entry.name: item
         for entry, item in values.items()

@@ -341,3 +341,29 @@ def test_flex_path_without_a_gpu(
     monkeypatch.setattr(softmax, "_backend", lambda *_: "flex")
     torch.testing.assert_close(method.attention(*tensors, scale=0.3, cu_seqlens=cu_seqlens), expected)
     assert ran
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        (torch.tensor([0, 6]), r"starts must be int32 of shape \(2,\) on cpu; it is torch.int64 of shape \(2,\)"),
+        (torch.tensor([0], dtype=torch.int32), r"starts must be int32 of shape \(2,\)"),
+        (torch.tensor([0, 6], dtype=torch.int32), r"starts must lie in 0 to S - 1 = 5; it is \[0, 6\]"),
+        (torch.tensor([-1, 0], dtype=torch.int32), r"starts must lie in 0 to S - 1 = 5; it is \[-1, 0\]"),
+    ],
+)
+def test_starts_that_will_not_do(starts: Tensor, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        softmax.attention(torch.ones(2, 1, 2, 4), *torch.ones(2, 2, 6, 2, 4), starts=starts)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_rows_of_a_cache_see_keys_from_their_starts(window: int | None) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(3, 2, 4, 8, dtype=torch.float64)
+    k, v = torch.randn(2, 3, 9, 2, 8, dtype=torch.float64)
+    first = [0, 4, 7]
+    found = softmax.attention(q, k, v, starts=torch.tensor(first, dtype=torch.int32), window=window)
+    for row, start in enumerate(first):
+        part = q[row : row + 1], k[row : row + 1, start:], v[row : row + 1, start:]
+        torch.testing.assert_close(found[row : row + 1], softmax.attention(*part, window=window))
