@@ -180,7 +180,10 @@ def mqrar(
 @app.command()
 def plot(
     figure: Annotated[
-        list[str] | None, typer.Argument(help="Figures: kernel, kernel-error, length-gen, mqrar; all if none is named.")
+        list[str] | None,
+        typer.Argument(
+            help="Figures: kernel, kernel-error, length-gen, loss-by-position, mqrar; all if none is named."
+        ),
     ] = None,
     format: Annotated[list[str] | None, typer.Option(help="png or pdf; repeat for both. Both if not given.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; results/figures.", metavar="DIR")] = None,
