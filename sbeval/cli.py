@@ -120,6 +120,9 @@ def train(
     tokenizer: TokenizerSpec = None,
     text_field: TextField = None,
     corpus_tokens: CorpusTokens = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Spread weights and optimizer over the processes (FSDP2), not copies (DDP).")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -134,8 +137,9 @@ def train(
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
     )  # fmt: skip
     _family(
-        "length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, only=True
-    )
+        "length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, only=True,
+        shard=shard,
+    )  # fmt: skip
 
 
 @app.command()
@@ -260,7 +264,7 @@ def _say(line: object) -> None:
 
 def _family(
     name: str, preset: str | None, given: dict[str, Any], device: str | None, dtype: str | None, results_dir: Path,
-    tensorboard: Path | None, *, force: bool, dry_run: bool, only: bool = False,
+    tensorboard: Path | None, *, force: bool, dry_run: bool, only: bool = False, shard: bool = False,
 ) -> None:  # fmt: skip
     """Run one family: preset and options to config, config to cells, cells to table and figure; `only` trains."""
     from sbeval import device as devices
@@ -281,7 +285,9 @@ def _family(
     )
     cells = module.cells(config)
     with distributed.joined(where) as world:
-        place = sweep.Place(results_dir=results_dir, device=where, force=force, tensorboard=tensorboard, world=world)
+        place = sweep.Place(
+            results_dir=results_dir, device=where, force=force, tensorboard=tensorboard, world=world, shard=shard
+        )
         if dry_run:
             _dry_run(cells, place)
         elif only:

@@ -223,7 +223,7 @@ class Cell:
         training = self.training()
         folder = place.checkpoint([shape, training, text.digest, self.config.packing])
         batches = Batches(text.train, training.length, training.batch, self.seed, self.config.packing)
-        trainer = Trainer(shape, training, batches, folder, place.device, place.world)
+        trainer = Trainer(shape, training, batches, folder, place.device, place.world, shard=place.shard)
         task = progress.add(f"train {trained_as} seed {self.seed}", training.steps, completed=trainer.state.step)
         trained = trainer.run(task, log=place.logger(self))
         task.close()
