@@ -203,6 +203,11 @@ def _fused(
     return out.transpose(1, 2)
 
 
+TRAINING = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]  # fmt: skip
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, chosen: str) -> Tensor:
     """Attend T = S or T = 1 queries on a GPU; `chosen` forces a kernel unless it is `sdpa`."""
     causal = q.shape[1] > 1
@@ -210,7 +215,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, chosen: str) -> Tensor:
         # its only kernel that is linear in memory does not group heads
         k, v = heads(k, v, q.shape[2])
     if chosen == "sdpa":
-        return _fused(q, k, v, scale, causal=causal)
+        if not (q.requires_grad and torch.is_grad_enabled()):
+            return _fused(q, k, v, scale, causal=causal)
+        # cuDNN is the fastest on Hopper, but plans for each shape anew: for training, where there are few
+        with sdpa_kernel(TRAINING, set_priority=True):
+            return _fused(q, k, v, scale, causal=causal)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if chosen == "cudnn" else SDPBackend.FLASH_ATTENTION):
         return _fused(q, k, v, scale, causal=causal)
 

@@ -32,7 +32,7 @@ Seed = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="quick (minutes on two cores), small (one GPU), h200, figure5, paper; quick on a CPU, else small."
+        help="quick (two cores), small (one GPU), h200, figure5, recipe, nanogpt, paper; quick on a CPU, else small."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
@@ -40,7 +40,7 @@ Dtype = Annotated[str | None, typer.Option(help="Matrix products: float32, bfloa
 ResultsDir = Annotated[Path, typer.Option(help="Where tables, run files, checkpoints and figures go.")]
 Force = Annotated[bool, typer.Option("--force", help="Run cells again that have a result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the grid with its cost and stop.")]
-Size = Annotated[str | None, typer.Option(help="Model: quick, 25m, 60m, 125m, 350m, 1b, 3b.")]
+Size = Annotated[str | None, typer.Option(help="Model: quick, 25m, 60m, nanogpt-60m, 125m, 350m, 1b, 3b.")]
 TrainLen = Annotated[int | None, typer.Option(help="Tokens of a training sequence.")]
 TrainTokens = Annotated[int | None, typer.Option(help="Tokens to train on.")]
 BatchTokens = Annotated[int | None, typer.Option(help="Tokens of one optimizer step.")]

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as read_state
+from torch.distributed.checkpoint.state_dict_saver import save as write_state
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -51,14 +53,14 @@ def spread_as(x: Tensor, like: Tensor) -> Tensor:
 def save(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors into `folder`, each process its part. All processes must call."""
     with _alone_too():
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder))
+        write_state(tensors, storage_writer=FileSystemWriter(folder))
 
 
 def load(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors`, spread in whatever way, in place; InputError when the folder does not hold them."""
     try:
         with _alone_too():
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder))
+            read_state(tensors, storage_reader=FileSystemReader(folder))
     except (CheckpointException, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise InputError(f"{folder} can't be read: {first}; remove the checkpoint to train again") from None
