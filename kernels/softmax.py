@@ -286,7 +286,9 @@ def _flex(
         scale=scale,
         enable_gqa=group > 1,
         # the kernel for decoding holds all queries of a group at once: with many it compiles for minutes, or not at all
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": t * group > 16},
+        # and heads beyond 128, rounded up to 256, leave shared memory for one stage of keys and values
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": t * group > 16}
+        | ({"fwd_num_stages": 1} if q.shape[-1] > 128 else {}),
     )
     return out.transpose(1, 2)
 
