@@ -257,7 +257,11 @@ class Decoder(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats, float32, summed over the targets (B, T) that are not IGNORE."""
-        logits = self.logits(self(tokens, cu_seqlens)).float()
+        return self.score(self(tokens, cu_seqlens), targets)
+
+    def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The same of hidden states (B, T, width)."""
+        logits = self.logits(hidden).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
     def sparse_loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

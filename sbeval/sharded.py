@@ -20,12 +20,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from sbeval.errors import InputError
 
 
-def shard(loss: nn.Module, blocks: nn.ModuleList, *, compiled: bool) -> None:
+def shard(loss: nn.Module, blocks: nn.ModuleList) -> None:
     """Shard the module `loss` in place: each of its `blocks` gathers its weights when it runs, the rest stay gathered
-    from forward to backward. `compiled` blocks are compiled one by one, as what gathers them cannot be."""
+    from forward to backward."""
     for block in blocks:
-        if compiled:
-            block.compile()
         fully_shard(block)
     fully_shard(loss)
 

@@ -156,9 +156,19 @@ class Loss(nn.Module):
     def __init__(self, model: Decoder, sparse: bool) -> None:
         super().__init__()
         self.model, self.sparse = model, sparse
+        self.score = model.score
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return (self.model.sparse_loss if self.sparse else self.model.loss)(tokens, targets, cu_seqlens)
+        if self.sparse:
+            return self.model.sparse_loss(tokens, targets, cu_seqlens)
+        return self.score(self.model(tokens, cu_seqlens), targets)
+
+    def compile_parts(self) -> None:
+        """Compile each block, and what follows the last, one by one."""
+        for block in self.model.blocks:
+            block.compile()
+        # eager, it would hold the logits several times in float32
+        self.score = torch.compile(self.model.score)
 
 
 class Trainer:
@@ -306,7 +316,10 @@ class Trainer:
         if self.shard:
             from sbeval import sharded
 
-            sharded.shard(loss, self.model.blocks, compiled=compiled)
+            # a compiled whole could not gather a block's weights when the block runs
+            if compiled:
+                loss.compile_parts()
+            sharded.shard(loss, self.model.blocks)
         elif compiled:
             # the number of scored positions varies: where the head runs at those alone it stays outside
             (self.model if self.config.sparse else loss).compile()

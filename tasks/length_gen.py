@@ -190,12 +190,15 @@ class Cell:
     @property
     def flops(self) -> float:
         config = self.config
-        evaluated = config.documents * config.windows * config.eval_len
+        # whole documents are read in windows too: as if they were of the length to evaluate to
+        read = {config.eval_len: config.documents * config.windows * config.eval_len}
+        for length in config.window:
+            read[length] = read.get(length, 0) + config.documents * config.eval_len
         if config.checkpoint is not None:
-            return 2.0 * pretrained.likely_parameters(config.checkpoint) * evaluated
+            return 2.0 * pretrained.likely_parameters(config.checkpoint) * sum(read.values())
         shape = self.model(_likely_vocabulary(config.tokenizer))
         train = 3 * model.flops_per_token(shape, config.train_len) * self.training().tokens
-        return train + model.flops_per_token(shape, config.eval_len) * evaluated
+        return train + sum(model.flops_per_token(shape, length) * tokens for length, tokens in read.items())
 
     def model(self, vocab_size: int) -> ModelConfig:
         # a product of odd size leaves the tensor cores' fast path; surplus tokens never occur, and are never predicted

@@ -170,6 +170,11 @@ def test_the_nanogpt_baseline_learns_from_the_same_tokens_in_the_same_order() ->
     assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
 
 
+def test_windows_of_whole_documents_cost_too() -> None:
+    once, more = (cells(Config(window=window))[0].flops for window in ((), (256, 4096)))
+    assert 1 < more / once < 2
+
+
 def split_of(*lengths: int) -> Split:
     offsets = np.concatenate([[0], np.cumsum(np.array(lengths) + 1)]).astype(np.int64)
     tokens = np.arange(offsets[-1], dtype=np.uint16)
