@@ -175,7 +175,7 @@ def rotate(x: Tensor, angles: Tensor, size: float = 1.0) -> Tensor:
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    cos, sin = cos[:, None], sin[:, None]
+    cos, sin = cos[..., None, :], sin[..., None, :]
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -193,7 +193,7 @@ def rotated(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, options: Options = 
         places = places - cu_seqlens[which - 1]
     angles = places[:, None] * frequencies(size, options, length)
     cos, sin = _tables(angles, attention_factor(options), q.dtype == torch.float64)
-    return _turned(q, cos[s - t :], sin[s - t :]), _turned(k, cos, sin)
+    return _turned(q, cos[..., s - t :, :], sin[..., s - t :, :]), _turned(k, cos, sin)
 
 
 def attention(
