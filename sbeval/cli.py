@@ -32,7 +32,7 @@ Seed = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="quick (minutes on two cores), small (one GPU), h200, figure5, paper; quick on a CPU, else small."
+        help="quick (two cores), small (one GPU), h200, figure5, recipe, nanogpt, paper; quick on a CPU, else small."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
@@ -40,7 +40,7 @@ Dtype = Annotated[str | None, typer.Option(help="Matrix products: float32, bfloa
 ResultsDir = Annotated[Path, typer.Option(help="Where tables, run files, checkpoints and figures go.")]
 Force = Annotated[bool, typer.Option("--force", help="Run cells again that have a result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the grid with its cost and stop.")]
-Size = Annotated[str | None, typer.Option(help="Model: quick, 25m, 60m, 125m, 350m, 1b, 3b.")]
+Size = Annotated[str | None, typer.Option(help="Model: quick, 25m, 60m, nanogpt-60m, 125m, 350m, 1b, 3b.")]
 TrainLen = Annotated[int | None, typer.Option(help="Tokens of a training sequence.")]
 TrainTokens = Annotated[int | None, typer.Option(help="Tokens to train on.")]
 BatchTokens = Annotated[int | None, typer.Option(help="Tokens of one optimizer step.")]
@@ -120,6 +120,9 @@ def train(
     tokenizer: TokenizerSpec = None,
     text_field: TextField = None,
     corpus_tokens: CorpusTokens = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Spread weights and optimizer over the processes (FSDP2), not copies (DDP).")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -134,8 +137,9 @@ def train(
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
     )  # fmt: skip
     _family(
-        "length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, only=True
-    )
+        "length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, only=True,
+        shard=shard,
+    )  # fmt: skip
 
 
 @app.command()
@@ -248,7 +252,9 @@ def table(
 def plot(
     figure: Annotated[
         list[str] | None,
-        typer.Argument(help="few-shot, kernel, kernel-error, length-gen, mqrar; all if none is named."),
+        typer.Argument(
+            help="Figures: few-shot, kernel, kernel-error, length-gen, loss-by-position, mqrar; all if none is named."
+        ),
     ] = None,
     format: Annotated[list[str] | None, typer.Option(help="png or pdf; repeat for both. Both if not given.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; results/figures.", metavar="DIR")] = None,
@@ -325,7 +331,7 @@ def _say(line: object) -> None:
 
 def _family(
     name: str, preset: str | None, given: dict[str, Any], device: str | None, dtype: str | None, results_dir: Path,
-    tensorboard: Path | None, *, force: bool, dry_run: bool, only: bool = False,
+    tensorboard: Path | None, *, force: bool, dry_run: bool, only: bool = False, shard: bool = False,
 ) -> None:  # fmt: skip
     """Run one family: preset and options to config, config to cells, cells to table and figure; `only` trains."""
     from sbeval import device as devices
@@ -346,7 +352,9 @@ def _family(
     )
     cells = module.cells(config)
     with distributed.joined(where) as world:
-        place = sweep.Place(results_dir=results_dir, device=where, force=force, tensorboard=tensorboard, world=world)
+        place = sweep.Place(
+            results_dir=results_dir, device=where, force=force, tensorboard=tensorboard, world=world, shard=shard
+        )
         if dry_run:
             _dry_run(cells, place)
         elif only:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from sbeval.errors import InputError
 from sbeval.estimate import Floats
@@ -86,3 +87,9 @@ def summed(values: Floats, world: World, place: torch.device) -> Floats:
 def anywhere(flag: bool, world: World, place: torch.device) -> bool:
     """Whether the flag is set in any process."""
     return flag if world.size == 1 else bool(summed(np.array([flag], dtype=np.float64), world, place)[0])
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold parts of the parameters instead of all of each."""
+    # a DTensor, whose import takes a second that nothing else needs
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())

@@ -32,6 +32,7 @@ FIGURES = {
     "kernel": "sbeval.plots.kernel",
     "kernel_error": "sbeval.plots.kernel_error",
     "length_gen": "sbeval.plots.length_gen",
+    "loss_by_position": "sbeval.plots.loss_by_position",
     "mqrar": "sbeval.plots.mqrar",
 }
 

@@ -38,6 +38,7 @@ class Place:
     force: bool = False  # train and evaluate again what is there already
     tensorboard: Path | None = None
     world: World = ALONE
+    shard: bool = False  # spread weights and optimizer over the processes of `world` while training
     emptied: set[Path] = field(default_factory=set)  # folders of which `force` has removed what another run left
 
     def checkpoint(self, key: object) -> Path:
