@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sbeval import checkpoint, device, distributed
+from sbeval import checkpoint, counter, device, distributed
 from sbeval.checkpoint import State
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError, choose
 from sbeval.model import IGNORE, Decoder, ModelConfig, flops_per_token
 from sbeval.progress import Task
+from sbeval.table import LATER
 
 SCHEDULES = ("cosine", "power", "constant")
 
@@ -58,6 +59,8 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "float32"
     sparse: bool = False  # run the head at scored positions only
+    # room for the scored positions of a forward pass, so that shapes are fixed and a GPU replays the step's graph
+    capacity: int | None = field(default=None, metadata=LATER)
     log_every: int = 10  # steps between looks at the loss
     check_every: int = 0  # steps between questions whether to stop; 0 never asks
     checkpoint_seconds: float = 120.0
@@ -153,12 +156,14 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
 class Loss(nn.Module):
     """A model's loss as a module, which is what compiles and what is spread over processes."""
 
-    def __init__(self, model: Decoder, sparse: bool) -> None:
+    def __init__(self, model: Decoder, sparse: bool, capacity: int | None) -> None:
         super().__init__()
-        self.model, self.sparse = model, sparse
+        self.model, self.sparse, self.capacity = model, sparse, capacity
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return (self.model.sparse_loss if self.sparse else self.model.loss)(tokens, targets, cu_seqlens)
+        if self.sparse:
+            return self.model.sparse_loss(tokens, targets, cu_seqlens, self.capacity)
+        return self.model.loss(tokens, targets, cu_seqlens)
 
 
 class Trainer:
@@ -248,11 +253,17 @@ class Trainer:
         cu_seqlens = None if batch.cu_seqlens is None else self._moved(batch.cu_seqlens)
         # gradients are averaged over processes, and what is wanted is their sum
         count = (targets != IGNORE).sum() / self.world.size
+        if self.model.config.dropout:
+            # a run that goes on from a checkpoint drops what it would have dropped
+            torch.manual_seed(counter.key(self.config.seed, 0, step))
         total = torch.zeros((), device=self.place)
         parts = self._parts(len(tokens))
         for part in parts:
             within = _part_of(cu_seqlens, part, tokens.shape) if part != slice(0, len(tokens)) else cu_seqlens
             with self._gradients_stay(part != parts[-1]):
+                if self.config.capacity:
+                    # what the last replay gave is used up
+                    torch.compiler.cudagraph_mark_step_begin()
                 with device.autocast(self.place, self.config.dtype):
                     loss = self.loss(tokens[part], targets[part], within) / count
                 loss.backward()
@@ -283,9 +294,12 @@ class Trainer:
 
     def _prepare(self) -> nn.Module:
         """The loss, spread, and compiled on a GPU; on a CPU compiling a small model would take longer than it saves."""
-        loss = Loss(self.model, self.config.sparse)
-        if self.place.type == "cuda":
-            # the number of scored positions varies: where the head runs at those alone it stays outside
+        loss = Loss(self.model, self.config.sparse, self.config.capacity)
+        if self.place.type == "cuda" and self.config.capacity and self.world.size == 1:
+            # a small model's kernels are shorter than their launches
+            loss.compile(mode="reduce-overhead")
+        elif self.place.type == "cuda":
+            # where the number of scored positions varies, the head stays outside
             (self.model if self.config.sparse else loss).compile()
         if self.world.size == 1:
             return loss
