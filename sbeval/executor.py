@@ -4,7 +4,6 @@ A worker that dies (killed, out of memory, a lost host) costs what it had in han
 work that leaves checkpoints goes on from the last. Results come back as they are ready, in any order.
 """
 
-import functools
 import multiprocessing
 import os
 import signal
@@ -169,8 +168,11 @@ def _in_ray(
     except ImportError:
         raise InputError("--executor ray needs the ray package: pip install 'sbeval[ray]'") from None
     with _cluster(ray, how), _terminable():
+        def call(item: Item) -> Result:
+            return work(item)
+
         # a task that raises is not run again, one whose worker dies is
-        task: Any = ray.remote(max_retries=RETRIES, num_cpus=1, num_gpus=how.gpus_per_cell)(functools.partial(work))
+        task: Any = ray.remote(max_retries=RETRIES, num_cpus=1, num_gpus=how.gpus_per_cell)(call)
         pending = {task.remote(item): item for item in items}
         while pending:
             (ready,), _ = ray.wait(list(pending), num_returns=1)
