@@ -32,8 +32,8 @@ Result = TypeVar("Result")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Executor:
     """How to run. workers: processes that share this machine and its GPU, or the CPUs of a local Ray cluster; None is
-    this process alone (`local`), or all that Ray finds. address: of a running Ray cluster. gpus_per_cell: share of a GPU
-    that a Ray task takes; 0 without GPUs."""
+    this process alone (`local`), or all that Ray finds. address: of a running Ray cluster. gpus_per_cell: share of a
+    GPU that a Ray task takes; 0 without GPUs."""
 
     kind: str = "local"
     workers: int | None = None
@@ -168,6 +168,7 @@ def _in_ray(
     except ImportError:
         raise InputError("--executor ray needs the ray package: pip install 'sbeval[ray]'") from None
     with _cluster(ray, how), _terminable():
+
         def call(item: Item) -> Result:
             return work(item)
 
@@ -200,5 +201,3 @@ def _cluster(ray: Any, how: Executor) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-

@@ -35,7 +35,7 @@ from sbeval.estimate import Estimate
 from sbeval.model import IGNORE, Decoder, ModelConfig
 from sbeval.progress import Progress
 from sbeval.recall import Examples, Recall, generate, label
-from sbeval.sweep import FAILED, LATER, Outcome, Place, timing
+from sbeval.sweep import LATER, Outcome, Place, timing
 from sbeval.table import Identity, Measurement
 from sbeval.train import TrainConfig, Trained, Trainer
 
@@ -419,9 +419,7 @@ def more(config: Config, results: pd.DataFrame | None) -> list[Cell]:
     for cell in _settings(config):
         rate = config.lrs[0] if results is None else _best_rate(cell, seeds[0], results)
         for seed in seeds[1:] if rate is not None else ():
-            found.append(
-                dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,)))
-            )
+            found.append(dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,))))
     return found
 
 
