@@ -31,6 +31,7 @@ FIGURES = {
     "kernel_error": "sbeval.plots.kernel_error",
     "length_gen": "sbeval.plots.length_gen",
     "mqrar": "sbeval.plots.mqrar",
+    "mqrar_splits": "sbeval.plots.mqrar_splits",
 }
 
 
