@@ -86,7 +86,9 @@ def _ranking(rows: pd.DataFrame) -> list[float] | None:
     # further seeds are run at the best rate alone
     shared = scores.dropna() if scores.notna().all(axis=1).any() else scores
     steps = rows[rows["metric"] == "steps"].groupby("lr")["value"].mean()
-    return sorted(shared.columns, key=lambda rate: (-shared[rate].mean(), steps.get(rate, 0.0), rate))
+    return sorted(
+        (float(rate) for rate in shared.columns), key=lambda rate: (-shared[rate].mean(), steps.get(rate, 0.0), rate)
+    )
 
 
 def others(table: pd.DataFrame) -> list[str]:

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sbeval.errors import InputError
 from sbeval.plots import mqrar, style
@@ -37,7 +38,7 @@ def draw(table: pd.DataFrame) -> Figure:
         style.label(right, "distance to the answer (positions)", "accuracy")
         older = numbers(rows[by_age.loc[rows.index]], ["stale_values"])
         spreads += _lines(left, older.assign(x=older["stale_values"]), looks)
-        left.xaxis.get_major_locator().set_params(integer=True)
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
         far = numbers(rows[by_distance.loc[rows.index]], ["distance_start", "distance_end"])
         spreads += _lines(right, far.assign(x=np.sqrt(far["distance_start"] * (far["distance_end"] - 1))), looks)
         if len(far):

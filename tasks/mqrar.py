@@ -464,28 +464,18 @@ def _spec(config: Config, spec: str) -> str:
 
 def summary(results: pd.DataFrame) -> Table:
     """Table for the terminal: accuracy by method, pairs and rate, overall with lowest and highest seed, and split."""
+    # width and n-back where they vary: a terminal is narrow
+    factors = {"kv_pairs": "pairs", "lr": "lr"}
+    factors |= {name: name.replace("_", "-") for name in ("n_back", "width") if results[name].nunique() > 1}
     table = Table(title="MQRAR accuracy (mean over seeds, lowest to highest)")
-    for name in (
-        "attention",
-        "pairs",
-        "n-back",
-        "width",
-        "lr",
-        "seeds",
-        "validation",
-        "all",
-        "fresh",
-        "stale",
-        "ended",
-    ):
+    for name in ("attention", *factors.values(), "seeds", "valid.", "all", "fresh", "stale", "ended"):
         table.add_column(name, justify="left" if name in ("attention", "ended") else "right")
-    keys = ["attention", "options", "kv_pairs", "n_back", "width", "lr"]
-    for (attention, options, *factors), group in results.groupby(keys):
+    for (attention, options, *values), group in results.groupby(["attention", "options", *factors]):
         validation = group[group["metric"] == "validation_accuracy"]["value"]
         accuracy = {split: rows["value"] for split, rows in group[group["metric"] == "accuracy"].groupby("split")}
         ended = group[group["metric"] == "solved"]["status"].value_counts()
         table.add_row(
-            f"{attention}:{options}" if options else f"{attention}", *(f"{factor:g}" for factor in factors),
+            f"{attention}:{options}" if options else f"{attention}", *(f"{value:g}" for value in values),
             f"{len(validation)}", f"{validation.mean():.3f}", _span(accuracy["all"]),
             *(f"{accuracy[split].mean():.3f}" if split in accuracy else "" for split in ("fresh", "stale")),
             ", ".join(f"{count} {how}" for how, count in ended.items()),

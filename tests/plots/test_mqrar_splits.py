@@ -31,7 +31,8 @@ def line(axis: Axes, label: str) -> tuple[list[float], list[float]]:
 
 def test_by_stale_values_and_by_distance() -> None:
     left, right = mqrar_splits.draw(pd.DataFrame(rows("rope") + rows("nope"))).axes
-    assert line(left, "RoPE") == ([0, 1, 2], pytest.approx([1, 1 / 2, 1 / 3]))
+    x, y = line(left, "RoPE")
+    assert x == [0, 1, 2] and y == pytest.approx([1, 1 / 2, 1 / 3])
     x, y = line(right, "NoPE")
     # the middle of 1, of 2 ... 3, of 4 ... 7
     assert x == pytest.approx([1, 6**0.5, 28**0.5]) and y == [0.5, 0.25, 0.125]
