@@ -1,8 +1,9 @@
 """The command line. Nothing heavy is imported before a command runs, so `--help` answers at once."""
 
 import dataclasses
+import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -177,12 +178,84 @@ def mqrar(
     _family("mqrar", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
 
 
+@app.command("attention-map")
+def attention_map(
+    preset: Preset = None,
+    attention: Attention = None,
+    seed: Seed = None,
+    checkpoint: Annotated[
+        list[str] | None, typer.Option(help="Look into these models: checkpoint folders of mqrar; repeat for several.")
+    ] = None,
+    kv_pairs: Annotated[int | None, typer.Option(help="Key-value pairs N.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Tokens V: half are keys, half values.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Positions L of an example, at least 4 N.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+    lr: Lr = None,
+    batch: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
+    test_rows: Annotated[int | None, typer.Option(help="Test examples.")] = None,
+    example: Annotated[
+        int | None, typer.Option(help="Draw the first fitting test example from this number on.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+    force: Force = False,
+    dry_run: DryRun = False,
+    tensorboard: TensorBoard = None,
+) -> None:
+    """Where a model looks when a variable was assigned again: attention weights, drawn and measured."""
+    given = dict(
+        checkpoint=checkpoint, kv_pairs=kv_pairs, vocab_size=vocab_size, seq_len=seq_len, width=width, layers=layers,
+        heads=heads, lr=lr, batch=batch, steps=steps, test_rows=test_rows, example=example, attention=attention,
+        seeds=seed,
+    )  # fmt: skip
+    _family("attention_map", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+    if not dry_run and importlib.util.find_spec("plotly"):
+        _draw(results_dir, ["attention_map"], ["html"])
+    elif not dry_run:
+        _say("no page to hover over: that needs pip install 'sbeval[html]', then sbeval plot attention-map")
+
+
+@app.command("flip-flop")
+def flip_flop(
+    preset: Preset = None,
+    attention: Attention = None,
+    seed: Seed = None,
+    lr: Annotated[list[float] | None, typer.Option(help="Peak learning rate; repeat for several.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of an example: half are instructions.")] = None,
+    p_ignore: Annotated[float | None, typer.Option(help="Chance that an instruction in training is `ignore`.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
+    test_rows: Annotated[int | None, typer.Option(help="Examples of each test set.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+    force: Force = False,
+    dry_run: DryRun = False,
+    tensorboard: TensorBoard = None,
+) -> None:
+    """Flip-flop language: write, read and ignore one bit; is every read the bit last written?"""
+    given = dict(
+        lrs=lr, seq_len=seq_len, p_ignore=p_ignore, layers=layers, heads=heads, width=width, batch=batch, steps=steps,
+        test_rows=test_rows, attention=attention, seeds=seed,
+    )  # fmt: skip
+    _family("flip_flop", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+
+
 @app.command()
 def plot(
     figure: Annotated[
-        list[str] | None, typer.Argument(help="Figures: kernel, kernel-error, length-gen, mqrar; all if none is named.")
+        list[str] | None, typer.Argument(help="Such as length-gen, mqrar or attention-map; all if none is named.")
     ] = None,
-    format: Annotated[list[str] | None, typer.Option(help="png or pdf; repeat for both. Both if not given.")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help="png, pdf or html; repeat for several. png and pdf if not given.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; results/figures.", metavar="DIR")] = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
@@ -244,10 +317,10 @@ def bench_model(
     _say(str(results_dir / "model.csv"))
 
 
-def _draw(results_dir: Path, names: list[str]) -> None:
+def _draw(results_dir: Path, names: list[str], formats: Sequence[str] = ("png", "pdf")) -> None:
     from sbeval.draw import draw_figures
 
-    for path in draw_figures(results_dir, names, ["png", "pdf"]):
+    for path in draw_figures(results_dir, names, formats):
         _say(str(path))
 
 

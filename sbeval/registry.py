@@ -23,10 +23,14 @@ ATTENTION = {
     "stick_breaking": "sbeval.kernels.stick_breaking",
 }
 TASKS = {
+    "attention_map": "sbeval.tasks.attention_map",
+    "flip_flop": "sbeval.tasks.flip_flop",
     "length_gen": "sbeval.tasks.length_gen",
     "mqrar": "sbeval.tasks.mqrar",
 }
 FIGURES = {
+    "attention_map": "sbeval.plots.attention_map",
+    "flip_flop": "sbeval.plots.flip_flop",
     "kernel": "sbeval.plots.kernel",
     "kernel_error": "sbeval.plots.kernel_error",
     "length_gen": "sbeval.plots.length_gen",

@@ -239,8 +239,18 @@ class Cell:
 
     def run(self, place: Place, progress: Progress) -> Outcome:
         """Train until solved, without progress or out of steps, then test."""
+        config, validation = self.config, self._validation(place)
+        trained = self.trained(place, progress)
+        test = _held_out(self.task, TEST_SEED, config.test_rows, place.device)
+        found = self._rows(validation, predict(trained.model, validation, config.dtype), "validation_accuracy")[:1]
+        found += self._rows(test, predict(trained.model, test, config.dtype), "accuracy")
+        found += self._ended(status(config, trained.state.scores), trained.state.step)
+        return self._outcome(found, place, trained)
+
+    def trained(self, place: Place, progress: Progress) -> Trained:
+        """Train until solved, without progress or out of steps, unless a checkpoint has that model."""
         config, training = self.config, self.training()
-        validation = _held_out(self.task, VALIDATION_SEED, max(1, config.test_rows // 3), place.device)
+        validation = self._validation(place)
         # validation decides when training ends
         ending = [config.stop_accuracy, config.patience, len(validation.tokens)]
         folder = place.checkpoint([self.model(), training, self.task, config.stored_rows, *ending])
@@ -254,11 +264,10 @@ class Cell:
         task = progress.add(f"train {self.title}", total=training.steps, completed=trainer.state.step)
         trained = trainer.run(task, stop=decided, log=place.logger(self))
         task.close()
-        test = _held_out(self.task, TEST_SEED, config.test_rows, place.device)
-        found = self._rows(validation, predict(trained.model, validation, config.dtype), "validation_accuracy")[:1]
-        found += self._rows(test, predict(trained.model, test, config.dtype), "accuracy")
-        found += self._ended(status(config, trained.state.scores), trained.state.step)
-        return self._outcome(found, place, trained)
+        return trained
+
+    def _validation(self, place: Place) -> Examples:
+        return _held_out(self.task, VALIDATION_SEED, max(1, self.config.test_rows // 3), place.device)
 
     def failed(self, how: str, place: Place) -> Outcome:
         """What the table says of a cell that diverged or failed."""
@@ -419,9 +428,7 @@ def more(config: Config, results: pd.DataFrame | None) -> list[Cell]:
     for cell in _settings(config):
         rate = config.lrs[0] if results is None else _best_rate(cell, seeds[0], results)
         for seed in seeds[1:] if rate is not None else ():
-            found.append(
-                dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,)))
-            )
+            found.append(dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,))))
     return found
 
 
