@@ -134,7 +134,7 @@ def note(found: list[Model]) -> str:
     """What a reader must know beside the maps."""
     remainder = any("stick" in model.name for model in found)
     return (
-        "One test example; tokens as numbers, keys dark, values light. Weights in titles: mean over the test set."
+        "One test example; tokens as numbers, keys bold. Weights in titles: mean over the test set."
         + (" Stick-breaking's diagonal is the remainder." if remainder else "")
     )
 
@@ -153,12 +153,14 @@ def _panel(axis: Axes, model: Model, one: Map, norm: PowerNorm, colours: Any) ->
             markeredgecolor=colour, markerfacecolor="none", label=NAMES[target],
         )  # fmt: skip
     style.label(axis, "key (token)", "query (token)")
-    axis.set_title(one.title, fontsize=style.SMALL_PT, loc="right", pad=3)
+    axis.annotate(
+        one.title, (0, 1), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points", fontsize=style.SMALL_PT
+    )
     axis.set_xticks(range(size), [str(token) for token in model.tokens], fontsize=TOKEN_PT, rotation=90)
     axis.set_yticks(range(size), [str(token) for token in model.tokens], fontsize=TOKEN_PT)
     axis.tick_params(length=1, width=0.3, pad=1)
     for text, token in zip((*axis.get_xticklabels(), *axis.get_yticklabels()), 2 * model.tokens, strict=True):
-        text.set_color("black" if token < model.half else "0.5")
+        text.set(**{"color": "black", "fontweight": "bold"} if token < model.half else {"color": "0.45"})
 
 
 def _handles() -> Iterator[Line2D]:

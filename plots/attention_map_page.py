@@ -27,6 +27,8 @@ h1 {{ font-size: 1.4rem; }}
 h2 {{ font-size: 1.05rem; margin: 1.6rem 0 .5rem; }}
 .maps {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }}
 figure {{ margin: 0; min-width: 0; background: var(--panel); border-radius: .4rem; padding: .4rem; }}
+.square, .square > div {{ height: 100%; }}
+.square {{ aspect-ratio: 1; height: auto; }}
 figcaption {{ font-size: .85rem; padding: .2rem .4rem; }}
 </style>
 <script>{library}</script>
@@ -46,8 +48,22 @@ function paint() {{
     Plotly.relayout(plot, {{"font.color": ink}});
   }}
 }}
+function fit() {{
+  for (const plot of document.querySelectorAll(".js-plotly-plot")) {{
+    Plotly.Plots.resize(plot);
+    // on a narrow screen only keys have room for their names
+    plot.names ??= [...plot.layout.xaxis.ticktext];
+    const shown = [...plot.names.keys()].filter(i => plot.clientWidth > 550 || plot.names[i].startsWith("<b>"));
+    const names = shown.map(i => plot.names[i]);
+    Plotly.relayout(plot, {{
+      "xaxis.tickvals": shown, "xaxis.ticktext": names, "yaxis.tickvals": shown, "yaxis.ticktext": names,
+    }});
+  }}
+}}
 dark.addEventListener("change", paint);
+addEventListener("resize", fit);
 paint();
+fit();
 </script>
 </body>
 </html>
@@ -70,7 +86,7 @@ def page(table: pd.DataFrame) -> str:
                 _figure(model, one), full_html=False, include_plotlyjs=False, validate=True,
                 div_id=f"map-{index}-{one.layer}-{one.head}", config={"displayModeBar": False, "responsive": True},
             )  # fmt: skip
-            figures.append(f"<figure><figcaption>{one.title}</figcaption>{plot}</figure>")
+            figures.append(f"<figure><figcaption>{one.title}</figcaption><div class=square>{plot}</div></figure>")
         sections.append(f'<h2>{html.escape(model.name)}</h2>\n<div class="maps">{"".join(figures)}</div>')
     signs = {"circle-open": "&#9675;", "square-open": "&#9633;"}
     marks = ", ".join(f'<b style="color:{c}">{signs[shape]}</b> {NAMES[t]}' for t, (_, shape, c) in MARKS.items())
@@ -84,17 +100,20 @@ def _figure(model: Model, one: Map) -> dict[str, object]:
     """What plotly draws of one head."""
     size = len(model.tokens)
     past = np.tri(size, dtype=bool)
+    names = [f"<b>{token}</b>" if token < model.half else f"{token}" for token in model.tokens]
     ticks = {
-        "tickvals": list(range(size)), "ticktext": [str(token) for token in model.tokens], "showgrid": False,
-        "zeroline": False, "range": [-0.5, size - 0.5], "fixedrange": True, "tickfont": {"size": 7}, "tickangle": 0,
+        "tickvals": list(range(size)), "ticktext": names, "showgrid": False, "zeroline": False, "fixedrange": True,
+        "range": [-0.5, size - 0.5], "tickfont": {"size": 7}, "tickangle": 0,
     }  # fmt: skip
     heat = {
         "type": "heatmap", "zmin": 0, "zmax": 1, "hoverinfo": "text", "hoverongaps": False,
         "z": [[round(float(w) ** POWER, 4) if past[q, k] else None for k, w in enumerate(row)]
               for q, row in enumerate(one.weights)],
         "text": [[_said(model, one, q, k) if past[q, k] else "" for k in range(size)] for q in range(size)],
-        "colorbar": {"tickvals": [tick**POWER for tick in TICKS], "ticktext": [f"{tick:g}" for tick in TICKS],
-                     "thickness": 10, "title": {"text": "weight"}},
+        "colorbar": {
+            "tickvals": [tick**POWER for tick in TICKS], "ticktext": [f"{tick:g}" for tick in TICKS], "thickness": 8,
+            "orientation": "h", "y": 1.01, "yanchor": "bottom", "outlinewidth": 0, "tickfont": {"size": 9},
+        },
     }  # fmt: skip
     marks = [
         {
@@ -106,7 +125,7 @@ def _figure(model: Model, one: Map) -> dict[str, object]:
     ]  # fmt: skip
     layout = {
         "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)", "dragmode": False,
-        "margin": {"l": 45, "r": 5, "t": 10, "b": 45}, "hovermode": "closest",
+        "margin": {"l": 45, "r": 5, "t": 50, "b": 45}, "hovermode": "closest",
         "xaxis": ticks | {"title": {"text": "key (token)"}, "tickangle": -90},
         "yaxis": ticks | {"title": {"text": "query (token)"}, "range": [size - 0.5, -0.5]},
     }  # fmt: skip

@@ -25,7 +25,7 @@ TESTS = {"in_distribution": "in distribution", "sparse": "sparse", "dense": "den
 # from here down the axis is linear to 0, so that an error rate of 0 has a place
 LINEAR = 1e-6
 PUBLISHED: dict[str, Any] = {"marker": "*", "markersize": 9, "linestyle": "none", "markeredgecolor": "black"}
-PUBLISHED_LABEL = f"published ({FLIP_FLOP_SOURCE})"
+PUBLISHED_LABEL = f"published at 512 tokens ({FLIP_FLOP_SOURCE})"
 
 
 def best_rates(table: pd.DataFrame) -> pd.DataFrame:
@@ -87,8 +87,8 @@ def _tests(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]
         published = [FLIP_FLOP[name][test] for test in TESTS]
         axis.plot(x, published, color="0.7", label=f"{style.NAMES.get(name, name)}, published", **PUBLISHED)
         axis.annotate(
-            style.NAMES.get(name, name), (x[0], published[0]), (0, 7), textcoords="offset points", ha="center",
-            fontsize=style.SMALL_PT, color=style.MARK,
+            style.NAMES.get(name, name), (x[0], published[0]), (0, -13 if published[0] else 7),
+            textcoords="offset points", ha="center", fontsize=style.SMALL_PT, color=style.MARK,
         )  # fmt: skip
     chances = {test: _chance(rows, test) for test in TESTS}
     axis.set_xticks(

@@ -3,13 +3,13 @@
 Small models learn repeated associative recall (see `sbeval.tasks.mqrar`). At a query of a key that was assigned more
 than once, the value after its last use is the latest, those before are stale:
 
-    tokens   1 7 2 5 | 8 6 1 8 7 7 1 5 2 6        weights of the query 1 at the second caret:
-                 stale ^     ^ latest             how much falls on 8, how much on 7 (after the first 1)
-                             the key 1 again ^
+    tokens     1 7 2 5 | 8 6 1 8 7 7 1 5 2 6
+    1 again      ^ stale       ^     ^ the query: how much of its weight falls on 8, how much on 7?
+                               latest
 
-How much weight falls on the latest and on stale values is measured over a test set, in every layer and head. One example
-is kept whole, to be drawn: the first of the test set, from number `example` on, in which a key with two or more stale
-values is asked for. What a model does with it plays no part in the choice.
+How much weight falls on the latest and on stale values is measured over a test set, in every layer and head. One
+example is kept whole, to be drawn: the first of the test set, from number `example` on, in which a key with two or more
+stale values is asked for. What a model does with it plays no part in the choice.
 """
 
 import dataclasses
@@ -282,7 +282,7 @@ def example_rows(decoder: Decoder, tokens: Tensor, task: Recall) -> Iterator[dic
 
 
 def cells(config: Config) -> list[Cell]:
-    """Every method with every seed, or the checkpoints. InputError names a method, option or folder that is not known."""
+    """Every method with every seed, or the checkpoints. InputError names a method, option or folder not known."""
     if config.checkpoint:
         for folder in config.checkpoint:
             if not pretrained.is_own(folder):
@@ -299,14 +299,11 @@ def cells(config: Config) -> list[Cell]:
 
 def summary(results: pd.DataFrame) -> Table:
     """Table for the terminal: where the weight of queries with stale values falls, by method, layer and head."""
-    table = Table(
-        title="Attention weight of queries with stale values, mean over the test set and seeds; * the head that looks "
-        "most at the latest value"
-    )
-    for name in ("attention", "model", "accuracy (stale)", "layer", "head", *TARGETS):
-        table.add_column(name, justify="left" if name in ("attention", "model") else "right")
+    table = Table(title="Weight at queries with stale values, mean over the test set; * looks most at the latest value")
+    for name in ("attention", "accuracy", "layer", "head", *TARGETS):
+        table.add_column(name, justify="left" if name == "attention" else "right", no_wrap=True)
     keys = ["attention", "options", "model"]
-    for (attention, options, name), group in results.groupby(keys):
+    for (attention, options, _), group in results.groupby(keys):
         accuracy = group[(group["metric"] == "accuracy") & (group["split"] == "stale")]["value"].mean()
         share = group[group["metric"] == "share"]
         means = share.pivot_table(index=["layer", "head"], columns="target", values="value")
@@ -314,7 +311,7 @@ def summary(results: pd.DataFrame) -> Table:
             assert isinstance(where, tuple)
             best = "*" if where == means["latest"].idxmax() else ""
             table.add_row(
-                f"{attention}:{options}" if options else f"{attention}", f"{name}", f"{accuracy:.3f}", f"{where[0]}",
-                f"{where[1]}{best}", *(f"{row[target]:.3f}" for target in TARGETS),
+                f"{attention}:{options}" if options else f"{attention}", f"{accuracy:.3f}", f"{where[0]:g}",
+                f"{best}{where[1]:g}", *(f"{row[target]:.3f}" for target in TARGETS),
             )  # fmt: skip
     return table

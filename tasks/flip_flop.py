@@ -328,15 +328,17 @@ def summary(results: pd.DataFrame) -> Table:
     """Table for the terminal: error rates at the rate with the lowest validation error, and the published ones."""
     from sbeval.plots.flip_flop import best_rates
 
-    table = Table(title="Flip-flop error rates over reads, % (mean over seeds; in brackets lowest and highest)")
-    for name in ("attention", "source", "lr", *TESTS):
-        table.add_column(name.replace("_", " "), justify="left" if name in ("attention", "source") else "right")
+    table = Table(title=f"Flip-flop error rates over reads, % (published: {FLIP_FLOP_SOURCE}, 512 tokens)")
+    table.add_column("attention", no_wrap=True)
+    for name in ("", "lr", *TESTS):
+        table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
     for (attention, options, lr), group in best_rates(results).groupby(["attention", "options", "lr"]):
-        spread = group.groupby("test")["value"].agg(["mean", "min", "max"]) * 100
-        table.add_row(
-            f"{attention}:{options}" if options else f"{attention}", "here", f"{lr:g}",
-            *(f"{mean:.4g} [{low:.4g}, {high:.4g}]" for mean, low, high in spread.loc[list(TESTS)].to_numpy()),
-        )  # fmt: skip
-    for name, rates in FLIP_FLOP.items():
-        table.add_row(name, FLIP_FLOP_SOURCE, "", *(f"{100 * rates[test]:.4g}" for test in TESTS))
+        rates = {str(test): rows["value"].to_numpy() * 100 for test, rows in group.groupby("test")}
+        name = f"{attention}:{options}" if options else f"{attention}"
+        table.add_row(name, "here", f"{lr:g}", *(f"{rates[test].mean():.3g}" for test in TESTS))
+        if group["seed"].nunique() > 1:
+            spans = (f"{rates[test].min():.3g} to {rates[test].max():.3g}" for test in TESTS)
+            table.add_row("", "seeds", "", *spans)
+    for name, published in FLIP_FLOP.items():
+        table.add_row(name, "published", "", *(f"{100 * published[test]:.3g}" for test in TESTS))
     return table
