@@ -109,7 +109,7 @@ def draw(table: pd.DataFrame) -> Figure:
     columns = max(each.layer for model in found for each in model.maps)
     lines = [(model, head) for model in found for head in sorted({each.head for each in model.maps})]
     side = style.WIDTH_IN / columns
-    layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.04, wspace=0.02, hspace=0.02)
+    layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.08, wspace=0.02, hspace=0.03)
     figure = Figure(figsize=(style.WIDTH_IN, (side + 0.15) * len(lines) + 1.0), layout=layout)
     axes = figure.subplots(len(lines), columns, squeeze=False)
     norm, colours = PowerNorm(POWER, 0, 1), sns.color_palette("Blues", as_cmap=True)

@@ -261,7 +261,7 @@ class Trainer:
         for part in parts:
             within = _part_of(cu_seqlens, part, tokens.shape) if part != slice(0, len(tokens)) else cu_seqlens
             with self._gradients_stay(part != parts[-1]):
-                if self.config.capacity:
+                if self.config.capacity and self.place.type == "cuda":
                     # what the last replay gave is used up
                     torch.compiler.cudagraph_mark_step_begin()
                 with device.autocast(self.place, self.config.dtype):

@@ -299,9 +299,9 @@ def cells(config: Config) -> list[Cell]:
 
 def summary(results: pd.DataFrame) -> Table:
     """Table for the terminal: where the weight of queries with stale values falls, by method, layer and head."""
-    table = Table(title="Weight at queries with stale values, mean over the test set; * looks most at the latest value")
+    table = Table(title="Attention weight at queries with stale values, mean over the test set")
     for name in ("attention", "accuracy", "layer", "head", *TARGETS):
-        table.add_column(name, justify="left" if name == "attention" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "attention" else "right", no_wrap=name != "attention")
     keys = ["attention", "options", "model"]
     for (attention, options, _), group in results.groupby(keys):
         accuracy = group[(group["metric"] == "accuracy") & (group["split"] == "stale")]["value"].mean()

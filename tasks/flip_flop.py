@@ -329,7 +329,7 @@ def summary(results: pd.DataFrame) -> Table:
     from sbeval.plots.flip_flop import best_rates
 
     table = Table(title=f"Flip-flop error rates over reads, % (published: {FLIP_FLOP_SOURCE}, 512 tokens)")
-    table.add_column("attention", no_wrap=True)
+    table.add_column("attention")
     for name in ("", "lr", *TESTS):
         table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
     for (attention, options, lr), group in best_rates(results).groupby(["attention", "options", "lr"]):
