@@ -13,6 +13,7 @@ from rich.console import Console
 from sbeval.errors import InputError, choose
 
 if TYPE_CHECKING:
+    from sbeval.executor import Executor
     from sbeval.sweep import Place
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ Seed = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="quick (minutes on two cores), small (one GPU), h200, figure5, paper; quick on a CPU, else small."
+        help="quick (minutes on two cores), small (one GPU), h200, paper, or a task's own; quick on a CPU, else small."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
@@ -147,21 +148,46 @@ def mqrar(
     kv_pairs: Annotated[list[int] | None, typer.Option(help="Key-value pairs N; repeat for several.")] = None,
     width: Annotated[list[int] | None, typer.Option(help="Width of the model; repeat for several.")] = None,
     lr: Annotated[list[float] | None, typer.Option(help="Peak learning rate; repeat for several.")] = None,
+    n_back: Annotated[
+        list[int] | None, typer.Option(help="The answer is the N-th last value; repeat for several.")
+    ] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Tokens V: half are keys, half values.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Positions L of an example, at least 4 N.")] = None,
     slot_power: Annotated[float | None, typer.Option(help="Exponent a of the slot law.")] = None,
+    filler: Annotated[str | None, typer.Option(help="Other positions: value, padding or any token.")] = None,
+    distinct: Annotated[
+        list[str] | None, typer.Option(help="Draw keys, values, queries without replacement; repeat for several.")
+    ] = None,
+    key_pool: Annotated[int | None, typer.Option(help="Keys to draw from; V/2 - 1.")] = None,
+    score_prefix: Annotated[bool | None, typer.Option(help="Score keys repeated in the prefix.")] = None,
     layers: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
     positions: Annotated[bool | None, typer.Option(help="Add a learned table of absolute positions.")] = None,
+    logit_scale: Annotated[
+        float | None, typer.Option(help="Scale of stick-breaking's logits, times 1 / sqrt(head size); 1.5.")
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout of embeddings and attention's output.")] = None,
     init_std: Annotated[
         float | None, typer.Option(help="Standard deviation of initial weights; 1 / sqrt(width).")
+    ] = None,
+    stored_rows: Annotated[
+        int | None, typer.Option(help="Train in epochs on so many stored examples; 0: new ones at every step.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine, power or constant.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW weight decay.")] = None,
     stop_accuracy: Annotated[float | None, typer.Option(help="Validation accuracy at which training ends.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Steps without progress after which training ends; 0: never.")
+    ] = None,
     test_rows: Annotated[int | None, typer.Option(help="Test examples.")] = None,
+    executor: Annotated[str, typer.Option(help="local, or ray.")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="Cells at once: processes that share the device, or Ray's CPUs here.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join, as host:port or auto.")] = None,
+    gpus_per_cell: Annotated[float, typer.Option(help="GPUs of a Ray task, such as 0.25.")] = 0.0,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -170,12 +196,17 @@ def mqrar(
     tensorboard: TensorBoard = None,
 ) -> None:
     """Multi-query repeated associative recall: does each use of a variable return its latest value?"""
+    from sbeval.executor import Executor
+
     given = dict(
-        kv_pairs=kv_pairs, widths=width, lrs=lr, vocab_size=vocab_size, seq_len=seq_len, slot_power=slot_power,
-        layers=layers, heads=heads, positions=positions, init_std=init_std, batch=batch, steps=steps, schedule=schedule,
-        weight_decay=weight_decay, stop_accuracy=stop_accuracy, test_rows=test_rows, attention=attention, seeds=seed,
+        kv_pairs=kv_pairs, widths=width, lrs=lr, n_back=n_back, vocab_size=vocab_size, seq_len=seq_len,
+        slot_power=slot_power, filler=filler, distinct=distinct, key_pool=key_pool, score_prefix=score_prefix,
+        layers=layers, heads=heads, positions=positions, logit_scale=logit_scale, dropout=dropout, init_std=init_std,
+        stored_rows=stored_rows, batch=batch, steps=steps, schedule=schedule, weight_decay=weight_decay,
+        stop_accuracy=stop_accuracy, patience=patience, test_rows=test_rows, attention=attention, seeds=seed,
     )  # fmt: skip
-    _family("mqrar", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+    how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    _family("mqrar", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
 
 
 @app.command("attention-map")
@@ -330,7 +361,7 @@ def _say(line: object) -> None:
 
 def _family(
     name: str, preset: str | None, given: dict[str, Any], device: str | None, dtype: str | None, results_dir: Path,
-    tensorboard: Path | None, *, force: bool, dry_run: bool, only: bool = False,
+    tensorboard: Path | None, *, force: bool, dry_run: bool, only: bool = False, how: "Executor | None" = None,
 ) -> None:  # fmt: skip
     """Run one family: preset and options to config, config to cells, cells to table and figure; `only` trains."""
     from sbeval import device as devices
@@ -349,18 +380,26 @@ def _family(
         dtype=devices.pick_dtype(dtype, where),
         **changes,
     )
-    cells = module.cells(config)
+    cells, more = module.cells(config), getattr(module, "more", None)
     with distributed.joined(where) as world:
         place = sweep.Place(results_dir=results_dir, device=where, force=force, tensorboard=tensorboard, world=world)
         if dry_run:
-            _dry_run(cells, place)
-        elif only:
+            return _dry_run(cells, more(config, None) if more else [], place)
+        if only:
             _resumable(lambda: sweep.train(cells, place, console=_console(place)), force)
-        elif not _resumable(lambda: sweep.run(cells, place, preset=preset, console=_console(place)), force):
-            _show(module, cells, place)
+            return
+
+        def run(part: list[Any]) -> bool:
+            return sweep.run(part, place, preset=preset, console=_console(place), executor=how or sweep.HERE)
+
+        complete = _resumable(lambda: run(cells), force)
+        # what is worth more seeds follows from what the first found
+        then = more(config, sweep.results_of(cells, results_dir)) if more else []
+        if then:
+            complete &= _resumable(lambda: run(then), force)
+        _show(module, [*cells, *then], place)
+        if not complete:
             raise typer.Exit(1)
-        else:
-            _show(module, cells, place)
 
 
 def _console(place: "Place") -> Console:
@@ -377,7 +416,7 @@ def _resumable(work: Callable[[], bool], force: bool) -> bool:
         raise typer.Exit(130) from None
 
 
-def _dry_run(cells: list[Any], place: "Place") -> None:
+def _dry_run(cells: list[Any], later: list[Any], place: "Place") -> None:
     from sbeval import sweep
 
     if not place.world.leads:
@@ -386,6 +425,9 @@ def _dry_run(cells: list[Any], place: "Place") -> None:
     for cell in cells:
         _say(f"{sweep.cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in pending else '  finished'}")
     _say(sweep.describe_cost(pending, place))
+    if later:
+        flops = sum(cell.flops for cell in later)
+        _say(f"then {len(later)} cells at what rates turn out best, at most {flops:.1e} FLOPs")
 
 
 def _show(module: Any, cells: list[Any], place: "Place") -> None:

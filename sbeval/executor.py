@@ -4,7 +4,6 @@ A worker that dies (killed, out of memory, a lost host) costs what it had in han
 work that leaves checkpoints goes on from the last. Results come back as they are ready, in any order.
 """
 
-import functools
 import multiprocessing
 import os
 import signal
@@ -33,8 +32,8 @@ Result = TypeVar("Result")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Executor:
     """How to run. workers: processes that share this machine and its GPU, or the CPUs of a local Ray cluster; None is
-    this process alone (`local`), or all that Ray finds. address: of a running Ray cluster. gpus_per_cell: share of a GPU
-    that a Ray task takes; 0 without GPUs."""
+    this process alone (`local`), or all that Ray finds. address: of a running Ray cluster. gpus_per_cell: share of a
+    GPU that a Ray task takes; 0 without GPUs."""
 
     kind: str = "local"
     workers: int | None = None
@@ -169,8 +168,12 @@ def _in_ray(
     except ImportError:
         raise InputError("--executor ray needs the ray package: pip install 'sbeval[ray]'") from None
     with _cluster(ray, how), _terminable():
+
+        def call(item: Item) -> Result:
+            return work(item)
+
         # a task that raises is not run again, one whose worker dies is
-        task: Any = ray.remote(max_retries=RETRIES, num_cpus=1, num_gpus=how.gpus_per_cell)(functools.partial(work))
+        task: Any = ray.remote(max_retries=RETRIES, num_cpus=1, num_gpus=how.gpus_per_cell)(call)
         pending = {task.remote(item): item for item in items}
         while pending:
             (ready,), _ = ray.wait(list(pending), num_returns=1)
@@ -198,5 +201,3 @@ def _cluster(ray: Any, how: Executor) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-
-

@@ -278,7 +278,9 @@ class Decoder(nn.Module):
         place = scored.long().cumsum(0)
         # the first `capacity` scored positions; one place more takes all that is not wanted
         where = place.new_zeros(capacity + 1)
-        where.scatter_(0, (place - 1).where(scored, capacity).clamp(max=capacity), torch.arange(len(targets), device=place.device))
+        where.scatter_(
+            0, (place - 1).where(scored, capacity).clamp(max=capacity), torch.arange(len(targets), device=place.device)
+        )
         wanted = targets[where[:capacity]].where(torch.arange(capacity, device=place.device) < place[-1], IGNORE)
         logits = self.logits(hidden[where[:capacity]]).float()
         loss = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum")

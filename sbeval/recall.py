@@ -85,7 +85,8 @@ class Recall:
         if self.filler == "any":
             return batch * self.seq_len
         pairs = self.kv_pairs
-        repeats = batch * (pairs - self.keys * (1 - (1 - 1 / self.keys) ** pairs)) if self.score_prefix else 0.0
+        # rounding can take it below 0
+        repeats = batch * max(0.0, pairs - self.keys * (1 - (1 - 1 / self.keys) ** pairs)) * self.score_prefix
         return batch * pairs + min(batch * (pairs - 1), int(repeats + 10 * repeats**0.5) + 32)
 
 

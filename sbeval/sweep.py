@@ -218,16 +218,15 @@ class Work:
     def __call__(self, cell: Cell) -> Done:
         if self.progress is not None:
             return run_cell(cell, self.place, self.preset, self.progress)
-        # compiled code of the last cell's model is of no use, and there is a limit to how much is kept
-        torch.compiler.reset()
+        if self.place.device.type == "cuda":
+            # compiled code of the last cell's model is of no use, and there is a limit to how much is kept
+            torch.compiler.reset()
         sys.argv = list(self.argv)
         with Progress(Console(quiet=True, force_terminal=False)) as progress:
             return run_cell(cell, self.place, self.preset, progress)
 
 
-def run(
-    cells: Sequence[Cell], place: Place, *, preset: str, console: Console, executor: Executor = HERE
-) -> bool:
+def run(cells: Sequence[Cell], place: Place, *, preset: str, console: Console, executor: Executor = HERE) -> bool:
     """Run what has no result yet, or one from another text; True when every cell has one now.
 
     A cell whose loss diverges, or that ends in an error of its own sizes, is recorded as such, and the sweep goes on.

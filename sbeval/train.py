@@ -181,6 +181,8 @@ class Trainer:
         self.optimizer = optimizer_for(self.model, config)
         self.state = State()
         self.speeds: list[float] = []  # tokens/s between looks at the loss
+        # whether a GPU replays the graph of a forward and backward pass
+        self.replays = place.type == "cuda" and config.capacity is not None and world.size == 1
         self._restore()
         self.loss = self._prepare()
 
@@ -261,7 +263,7 @@ class Trainer:
         for part in parts:
             within = _part_of(cu_seqlens, part, tokens.shape) if part != slice(0, len(tokens)) else cu_seqlens
             with self._gradients_stay(part != parts[-1]):
-                if self.config.capacity and self.place.type == "cuda":
+                if self.replays:
                     # what the last replay gave is used up
                     torch.compiler.cudagraph_mark_step_begin()
                 with device.autocast(self.place, self.config.dtype):
@@ -295,7 +297,7 @@ class Trainer:
     def _prepare(self) -> nn.Module:
         """The loss, spread, and compiled on a GPU; on a CPU compiling a small model would take longer than it saves."""
         loss = Loss(self.model, self.config.sparse, self.config.capacity)
-        if self.place.type == "cuda" and self.config.capacity and self.world.size == 1:
+        if self.replays:
             # a small model's kernels are shorter than their launches
             loss.compile(mode="reduce-overhead")
         elif self.place.type == "cuda":

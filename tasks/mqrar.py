@@ -35,7 +35,7 @@ from sbeval.estimate import Estimate
 from sbeval.model import IGNORE, Decoder, ModelConfig
 from sbeval.progress import Progress
 from sbeval.recall import Examples, Recall, generate, label
-from sbeval.sweep import FAILED, LATER, Outcome, Place, timing
+from sbeval.sweep import LATER, Outcome, Place, timing
 from sbeval.table import Identity, Measurement
 from sbeval.train import TrainConfig, Trained, Trainer
 
