@@ -93,7 +93,8 @@ def _model(rows: pd.DataFrame, label: str, name: str) -> Model:
     accuracy = rows[(rows["metric"] == "accuracy") & (rows["split"] == "stale")]["value"].mean()
     share = rows[rows["metric"] == "share"]
     maps = []
-    for (layer, head), of_head in weights.groupby(["layer", "head"]):
+    for layer, head in weights[["layer", "head"]].drop_duplicates().sort_values(["layer", "head"]).to_numpy():
+        of_head = weights[(weights["layer"] == layer) & (weights["head"] == head)]
         dense = np.zeros((len(tokens), len(tokens)))
         dense[of_head["query"], of_head["key"]] = of_head["value"]
         mine = share[(share["layer"] == layer) & (share["head"] == head)].groupby("target")["value"].mean()
@@ -133,9 +134,8 @@ def draw(table: pd.DataFrame) -> Figure:
 def note(found: list[Model]) -> str:
     """What a reader must know beside the maps."""
     remainder = any("stick" in model.name for model in found)
-    return (
-        "One test example; tokens as numbers, keys bold. Weights in titles: mean over the test set."
-        + (" Stick-breaking's diagonal is the remainder." if remainder else "")
+    return "One test example; tokens as numbers, keys bold. Weights in titles: mean over the test set." + (
+        " Stick-breaking's diagonal is the remainder." if remainder else ""
     )
 
 

@@ -83,11 +83,11 @@ def _tests(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]
             axis.plot(x, published, color=look.colour, label=f"{look.label}, published", zorder=1, **PUBLISHED)
         spreads.append(spread.reset_index())
     for place, name in enumerate(others, start=len(looks)):
-        x = np.arange(len(TESTS)) - 0.4 + (place + 0.5) * width
+        at = np.arange(len(TESTS)) - 0.4 + (place + 0.5) * width
         published = [FLIP_FLOP[name][test] for test in TESTS]
-        axis.plot(x, published, color="0.7", label=f"{style.NAMES.get(name, name)}, published", **PUBLISHED)
+        axis.plot(at, published, color="0.7", label=f"{style.NAMES.get(name, name)}, published", **PUBLISHED)
         axis.annotate(
-            style.NAMES.get(name, name), (x[0], published[0]), (0, -13 if published[0] else 7),
+            style.NAMES.get(name, name), (at[0], published[0]), (0, -13 if published[0] else 7),
             textcoords="offset points", ha="center", fontsize=style.SMALL_PT, color=style.MARK,
         )  # fmt: skip
     chances = {test: _chance(rows, test) for test in TESTS}

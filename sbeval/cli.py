@@ -57,6 +57,12 @@ TokenizerSpec = Annotated[
 TextField = Annotated[str | None, typer.Option(help="Field of the text in JSONL and parquet.")]
 CorpusTokens = Annotated[int | None, typer.Option(help="Train tokens to keep of the corpus; all.")]
 TensorBoard = Annotated[Path | None, typer.Option(help="Folder for TensorBoard logs.", metavar="DIR")]
+ExecutorKind = Annotated[str, typer.Option(help="local, or ray.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Cells at once: processes that share the device, or Ray's CPUs here.")
+]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join, as host:port or auto.")]
+GpusPerCell = Annotated[float, typer.Option(help="GPUs of a Ray task, such as 0.25.")]
 
 
 @app.command("length-gen")
@@ -182,12 +188,10 @@ def mqrar(
         int | None, typer.Option(help="Steps without progress after which training ends; 0: never.")
     ] = None,
     test_rows: Annotated[int | None, typer.Option(help="Test examples.")] = None,
-    executor: Annotated[str, typer.Option(help="local, or ray.")] = "local",
-    workers: Annotated[
-        int | None, typer.Option(help="Cells at once: processes that share the device, or Ray's CPUs here.")
-    ] = None,
-    address: Annotated[str | None, typer.Option(help="Ray cluster to join, as host:port or auto.")] = None,
-    gpus_per_cell: Annotated[float, typer.Option(help="GPUs of a Ray task, such as 0.25.")] = 0.0,
+    executor: ExecutorKind = "local",
+    workers: Workers = None,
+    address: Address = None,
+    gpus_per_cell: GpusPerCell = 0.0,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -264,6 +268,10 @@ def flip_flop(
     batch: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
     test_rows: Annotated[int | None, typer.Option(help="Examples of each test set.")] = None,
+    executor: ExecutorKind = "local",
+    workers: Workers = None,
+    address: Address = None,
+    gpus_per_cell: GpusPerCell = 0.0,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -272,11 +280,14 @@ def flip_flop(
     tensorboard: TensorBoard = None,
 ) -> None:
     """Flip-flop language: write, read and ignore one bit; is every read the bit last written?"""
+    from sbeval.executor import Executor
+
     given = dict(
         lrs=lr, seq_len=seq_len, p_ignore=p_ignore, layers=layers, heads=heads, width=width, batch=batch, steps=steps,
         test_rows=test_rows, attention=attention, seeds=seed,
     )  # fmt: skip
-    _family("flip_flop", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+    how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    _family("flip_flop", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
 
 
 @app.command()

@@ -5,7 +5,7 @@ own: position j has values of 1 in one dimension, a head's size of positions at 
 does not depend on v (the learned remainder of stick-breaking), which is no weight and is taken off.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ def attention_weights(model: Decoder, tokens: Tensor) -> Tensor:
     Rows of a softmax sum to 1. Those of stick-breaking sum to 1 too where the remainder goes to the query's own value
     (`remainder=value`), which then is the diagonal, and to 1 minus the remainder otherwise. tokens: (B, T) int64.
     """
-    layers = [block.attention.mixer for block in model.blocks]
+    layers: list[nn.Module] = [block.attention.mixer for block in cast("Any", model.blocks)]
     inputs: dict[nn.Module, tuple[Any, ...]] = {}
 
     def keep(mixer: nn.Module, given: tuple[Any, ...]) -> None:

@@ -169,7 +169,7 @@ class Cell:
         shape, config = subject.model.config, self.config
         task = Recall(vocab_size=shape.vocab_size, seq_len=config.seq_len, kv_pairs=config.kv_pairs)
         examples = generate(task, mqrar.TEST_SEED, torch.arange(config.test_rows, device=place.device))
-        sizes = {
+        sizes: dict[str, Any] = {
             "kv_pairs": task.kv_pairs, "seq_len": task.seq_len, "vocab_size": task.vocab_size, "width": shape.width,
             "layers": shape.layers, "heads": shape.heads, "lr": subject.lr,
         }  # fmt: skip

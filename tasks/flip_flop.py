@@ -237,7 +237,7 @@ class Cell:
         return next(errors(examples, predict(decoder, examples, self.config.dtype)))[0]
 
     def _rows(self, decoder: Decoder, examples: Examples, test: str, p_ignore: float) -> list[Row]:
-        where = {"test": test, "p_ignore": p_ignore} | self._sizes()
+        where: dict[str, Any] = {"test": test, "p_ignore": p_ignore} | self._sizes()
         return [
             Row(metric="error_rate", unit="1", value=found.value, stderr=found.stderr, n=found.n, **where, **factors)
             for found, factors in errors(examples, predict(decoder, examples, self.config.dtype))

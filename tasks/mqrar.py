@@ -37,7 +37,7 @@ from sbeval.progress import Progress
 from sbeval.recall import Examples, Recall, generate, label
 from sbeval.sweep import LATER, Outcome, Place, timing
 from sbeval.table import Identity, Measurement
-from sbeval.train import TrainConfig, Trained, Trainer
+from sbeval.train import Batch, TrainConfig, Trained, Trainer
 
 __all__ = ["Examples", "Recall", "generate", "label"]
 
@@ -366,7 +366,7 @@ def _accuracy(examples: Examples, correct: Tensor) -> float:
 
 
 @torch.inference_mode()
-def predict(decoder: Decoder, examples: Examples, dtype: str) -> Tensor:
+def predict(decoder: Decoder, examples: Batch, dtype: str) -> Tensor:
     """Whether the most likely token is the label, (B, L) bool; false where there is no label."""
     decoder.eval()
     with device.autocast(examples.tokens.device, dtype):

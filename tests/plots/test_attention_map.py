@@ -66,11 +66,12 @@ def test_panels_hold_the_weights_and_the_marks() -> None:
         shown = axis.get_images()[0].get_array()
         assert isinstance(shown, np.ma.MaskedArray)
         np.testing.assert_array_equal(shown.filled(0), weights(10 * layer + head))
-        assert shown.mask[np.triu_indices(SIZE, 1)].all() and not shown.mask[np.tril_indices(SIZE)].any()
+        np.testing.assert_array_equal(shown.mask, np.triu(np.ones((SIZE, SIZE), dtype=bool), 1))
         marks = {str(line.get_label()): line for line in axis.get_lines()}
         for target, places in (("latest", LATEST), ("stale", STALE)):
             line = marks[attention_map.NAMES[target]]
-            assert set(zip(line.get_ydata(), line.get_xdata(), strict=True)) == places
+            places_drawn = zip(np.asarray(line.get_ydata()), np.asarray(line.get_xdata()), strict=True)
+                assert set(places_drawn) == places
         assert [text.get_text() for text in axis.get_xticklabels()] == [str(token) for token in TOKENS]
         assert axis.texts[0].get_text() == (
             f"layer {layer}, head {head}: {0.25 * layer:.2f} on latest, {0.125 * layer:.2f} on stale"

@@ -253,6 +253,28 @@ def test_a_method_that_comes_later_leaves_the_others_alone(results: Path) -> Non
     assert len(cells(results, "mqrar")) == 3
 
 
+def test_attention_map_leaves_a_table_figures_and_a_page(tmp_path: Path) -> None:
+    sizes = ("--vocab-size", "32", "--seq-len", "24", "--kv-pairs", "6", "--width", "16", "--batch", "4")
+    done = run(
+        "attention-map", "--device", "cpu", *sizes, "--steps", "4", "--test-rows", "30", "--results-dir", tmp_path
+    )
+    assert done.code == 0, done
+    assert "latest" in done.out and "stick_breaking" in done.out
+    assert len(cells(tmp_path, "attention_map")) == 2
+    for suffix in ("png", "pdf", "html"):
+        assert (tmp_path / "figures" / f"attention_map.{suffix}").stat().st_size > 1000
+    assert_one_line(run("attention-map", "--checkpoint", tmp_path), "--checkpoint", "no checkpoint folder")
+
+
+def test_flip_flop_leaves_a_table_and_a_figure(tmp_path: Path) -> None:
+    sizes = ("--seq-len", "16", "--width", "8", "--batch", "4", "--steps", "4", "--test-rows", "20", "--device", "cpu")
+    done = run("flip-flop", *sizes, "--results-dir", tmp_path)
+    assert done.code == 0, done
+    assert "here" in done.out and "published" in done.out
+    assert len(cells(tmp_path, "flip_flop")) == 2
+    assert (tmp_path / "figures" / "flip_flop.pdf").exists()
+
+
 def test_a_cell_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> None:
     command = (*RECALL, "--attention", "rope", "--lr", "1e4", "--lr", "1e-3", "--results-dir", tmp_path)
     done = run(*command)

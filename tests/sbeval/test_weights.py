@@ -1,5 +1,7 @@
 """Weights read off the mixers, against the formulas written out and against the references."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -57,7 +59,7 @@ def test_stick_breaking(remainder: str) -> None:
     q, k, v, x = inputs()
     module = mixer(f"stick_breaking:remainder={remainder}")
     if remainder == "bias":
-        torch.nn.init.normal_(module.bias)
+        torch.nn.init.normal_(module.get_parameter("bias"))
     weights, left = sticks(logits(q, k))
     if remainder == "value":
         weights = weights + torch.diag_embed(left)
@@ -98,9 +100,9 @@ def test_the_weights_of_a_model_are_those_of_its_layers() -> None:
     found = attention_weights(model, tokens)
     assert found.shape == (2, 2, 3, 11, 11) and found.dtype == torch.float32
     # the first layer by hand, and no hook stays behind
-    attention = model.blocks[0].attention
+    block: Any = model.blocks[0]
     with torch.no_grad():
-        q, k, v = attention.qkv(model.blocks[0].norm_1(model.embedding(tokens))).unflatten(-1, (-1, 8)).split(3, 2)
+        q, k, _ = block.attention.qkv(block.norm_1(model.embedding(tokens))).unflatten(-1, (-1, 8)).split(3, 2)
     weights, left = sticks(torch.einsum("bthd,bshd->bhts", q, k) * 8**-0.5)
     torch.testing.assert_close(found[0], weights + torch.diag_embed(left))
-    assert not any(block.attention.mixer._forward_pre_hooks for block in model.blocks)
+    assert not any(module._forward_pre_hooks for module in model.modules())
