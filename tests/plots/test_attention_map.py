@@ -71,7 +71,7 @@ def test_panels_hold_the_weights_and_the_marks() -> None:
         for target, places in (("latest", LATEST), ("stale", STALE)):
             line = marks[attention_map.NAMES[target]]
             places_drawn = zip(np.asarray(line.get_ydata()), np.asarray(line.get_xdata()), strict=True)
-                assert set(places_drawn) == places
+            assert set(places_drawn) == places
         assert [text.get_text() for text in axis.get_xticklabels()] == [str(token) for token in TOKENS]
         assert axis.texts[0].get_text() == (
             f"layer {layer}, head {head}: {0.25 * layer:.2f} on latest, {0.125 * layer:.2f} on stale"
