@@ -1,6 +1,5 @@
 """Draw figures from result tables: what `sbeval plot` does. No torch is needed."""
 
-import importlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ FORMATS: dict[str, dict[str, Any]] = {
     "pdf": {"metadata": {"Creator": None, "Producer": None, "CreationDate": None}},
     "png": {"metadata": {"Software": None}, "dpi": 200},
 }
-# figures that can also be a page to hover over, by their name: the modules with a function `page`
-PAGES = {"attention_map": "sbeval.plots.attention_map_page"}
 
 
 def draw_figures(
@@ -33,8 +30,10 @@ def draw_figures(
     unknown name or format, a table that cannot be read or has nothing to draw and, for a named figure, no table.
     """
     chosen = [choose("format", name, (*FORMATS, "html")) for name in formats]
-    if "html" in chosen and (flat := set(names or ()) - set(PAGES)):
-        raise InputError(f"{min(flat)} cannot be drawn as html, only {', '.join(PAGES)}; give --format png or pdf")
+    if "html" in chosen and (flat := set(names or ()) - set(registry.PAGES)):
+        raise InputError(
+            f"{min(flat)} cannot be drawn as html, only {', '.join(registry.PAGES)}; give --format png or pdf"
+        )
     modules = {name: registry.figure(name) for name in names or registry.FIGURES}
     folder = prepare(out_dir or results_dir / "figures")
     files = []
@@ -44,13 +43,13 @@ def draw_figures(
             say(f"{name}: left out, there is no {path}")
             continue
         files += _draw(module, path, [folder / f"{name}.{suffix}" for suffix in chosen if suffix in FORMATS])
-        if "html" in chosen and name in PAGES:
-            files.append(_page(name, module, path, folder / f"{name}.html"))
+        if "html" in chosen and name in registry.PAGES:
+            files.append(_write_page(registry.page(name), module, path, folder / f"{name}.html"))
     return files
 
 
-def _page(name: str, module: registry.Figure, path: Path, file: Path) -> Path:
-    text = importlib.import_module(PAGES[name]).page(read(path, required=module.COLUMNS))
+def _write_page(page: registry.Page, module: registry.Figure, path: Path, file: Path) -> Path:
+    text = page.page(read(path, required=module.COLUMNS))
     with replacing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return file

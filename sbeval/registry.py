@@ -36,6 +36,8 @@ FIGURES = {
     "length_gen": "sbeval.plots.length_gen",
     "mqrar": "sbeval.plots.mqrar",
 }
+# figures that can also be a page to hover over
+PAGES = {"attention_map": "sbeval.plots.attention_map_page"}
 
 
 class Method(Protocol):
@@ -67,6 +69,12 @@ class Figure(Protocol):
     def draw(self, table: "pd.DataFrame") -> "MatplotlibFigure": ...
 
 
+class Page(Protocol):
+    """A module of `plots/` that makes a page of HTML of a figure's table."""
+
+    def page(self, table: "pd.DataFrame") -> str: ...
+
+
 def method(name: str) -> Method:
     """Import the attention method `name`; InputError offers the nearest name."""
     return cast(Method, importlib.import_module(ATTENTION[choose("attention", name, ATTENTION)]))
@@ -88,3 +96,8 @@ def task(name: str) -> Any:
 def figure(name: str) -> Figure:
     """Import the figure `name`; InputError offers the nearest name."""
     return cast(Figure, importlib.import_module(FIGURES[choose("figure", name, FIGURES)]))
+
+
+def page(name: str) -> Page:
+    """Import what makes the page of the figure `name`, which is one of PAGES."""
+    return cast(Page, importlib.import_module(PAGES[name]))

@@ -28,7 +28,8 @@ def attention_weights(model: Decoder, tokens: Tensor) -> Tensor:
 
     hooks = [mixer.register_forward_pre_hook(keep) for mixer in layers]
     try:
-        model(tokens)
+        # not __call__: where the model is compiled, that would run past hooks
+        model.forward(tokens)
     finally:
         for hook in hooks:
             hook.remove()

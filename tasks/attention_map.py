@@ -28,7 +28,7 @@ from sbeval import checkpoint, estimate, model, pretrained, registry
 from sbeval.errors import InputError
 from sbeval.model import IGNORE, Decoder
 from sbeval.progress import Progress
-from sbeval.recall import Examples, Recall, generate
+from sbeval.recall import Examples, Recall, generate, label
 from sbeval.sweep import Outcome, Place, timing
 from sbeval.table import Identity, Measurement
 from sbeval.tasks import mqrar
@@ -269,7 +269,7 @@ def example_rows(decoder: Decoder, tokens: Tensor, task: Recall) -> Iterator[dic
     """The tokens of one example (L,), and the weights of every layer and head that are large enough to be seen."""
     for position, token in enumerate(tokens.tolist()):
         yield {"metric": "token", "unit": "1", "value": float(token), "n": 1, "key": position}
-    latest, stale = (mask[0].cpu() for mask in targets(mqrar.label(task, tokens[None]), task))
+    latest, stale = (mask[0].cpu() for mask in targets(label(task, tokens[None]), task))
     weights = attention_weights(decoder, tokens[None])[:, 0].cpu()
     # those of the targets always, so that the figure knows where they are
     for index in ((weights >= LEAST) | latest | stale).nonzero().tolist():

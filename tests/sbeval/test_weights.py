@@ -92,6 +92,17 @@ def test_weights_of_every_method_give_back_its_output(name: str) -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
 
 
+def test_a_compiled_model_has_the_same_weights() -> None:
+    torch.manual_seed(1)
+    model = Decoder(ModelConfig(vocab_size=16, width=24, layers=1, heads=3, hidden=32, attention="nope")).eval()
+    tokens = torch.randint(16, (2, 11))
+    wanted = attention_weights(model, tokens)
+    model.compile(backend="eager")
+    with torch.no_grad():
+        model(tokens)
+    torch.testing.assert_close(attention_weights(model, tokens), wanted)
+
+
 def test_the_weights_of_a_model_are_those_of_its_layers() -> None:
     torch.manual_seed(1)
     config = ModelConfig(vocab_size=16, width=24, layers=2, heads=3, hidden=32, attention="stick_breaking")
