@@ -120,7 +120,7 @@ def draw(table: pd.DataFrame) -> Figure:
             if (one := shown.get(column + 1)) is None:
                 axis.set_axis_off()
                 continue
-            _panel(axis, model, one, norm, colours)
+            _panel(axis, model, one, norm, colours, 72 * side / len(model.tokens))
         style.title(row[0], model.name)
     bar = figure.colorbar(
         ScalarMappable(norm, colours), ax=axes, location="bottom", shrink=0.5, aspect=40, ticks=TICKS, pad=0.01
@@ -133,19 +133,20 @@ def draw(table: pd.DataFrame) -> Figure:
 
 def note(found: list[Model]) -> str:
     """What a reader must know beside the maps."""
-    remainder = any("stick" in model.name for model in found)
+    # with a remainder that goes elsewhere, the label says so
+    remainder = any("stick" in model.name and "remainder=" not in model.name for model in found)
     return "One test example; tokens as numbers, keys bold. Weights in titles: mean over the test set." + (
         " Stick-breaking's diagonal is the remainder." if remainder else ""
     )
 
 
-def _panel(axis: Axes, model: Model, one: Map, norm: PowerNorm, colours: Any) -> None:
+def _panel(axis: Axes, model: Model, one: Map, norm: PowerNorm, colours: Any, points: float) -> None:
+    """Draw one head; a square of the map is about `points` wide."""
     size = len(model.tokens)
     future = np.triu(np.ones((size, size), dtype=bool), 1)
     axis.set_facecolor(FUTURE)
     # an image in the file, but never smoothed
     axis.imshow(np.ma.masked_where(future, one.weights), cmap=colours, norm=norm, interpolation="none")
-    points = 72 * style.WIDTH_IN / (2 * size)
     for target, (shape, _, colour) in MARKS.items():
         places = np.array(model.targets[target]).reshape(-1, 2)
         axis.plot(

@@ -242,18 +242,18 @@ def chosen(examples: Examples, start: int) -> int:
 
 def shares(decoder: Decoder, examples: Examples, task: Recall) -> Iterator[dict[str, Any]]:
     """Mean weight on each target at the queries with stale values, by layer and head; the error is over examples."""
-    latest, stale = targets(examples, task)
-    own = torch.eye(latest.shape[1], dtype=torch.bool, device=latest.device).expand_as(latest)
-    masks = torch.stack([latest, stale, own, ~(latest | stale | own)])
-    wanted = examples.stale > 0
+    wanted = (examples.stale > 0).float()
     shape, length = decoder.config, task.seq_len
     rows = max(1, CHUNK // (shape.layers * shape.heads * length**2))
     parts = []
     for start in range(0, len(wanted), rows):
         part = slice(start, start + rows)
         weights = attention_weights(decoder, examples.tokens[part])
+        latest, stale = targets(_part(examples, part), task)
+        own = torch.eye(length, dtype=torch.bool, device=latest.device).expand_as(latest)
+        masks = torch.stack([latest, stale, own, ~(latest | stale | own)]).float()
         # (layers, targets, B, H): sums over the keys of a target and the wanted queries
-        parts.append(torch.einsum("lbhij,tbij,bi->ltbh", weights, masks[:, part].float(), wanted[part].float()))
+        parts.append(torch.einsum("lbhij,tbij,bi->ltbh", weights, masks, wanted[part]))
     sums, counts = torch.cat(parts, 2).double().cpu().numpy(), wanted.sum(1).double().cpu().numpy()
     for layer in range(shape.layers):
         for head in range(shape.heads):
@@ -263,6 +263,10 @@ def shares(decoder: Decoder, examples: Examples, task: Recall) -> Iterator[dict[
                     "metric": "share", "unit": "1", "value": share.value, "stderr": share.stderr, "n": share.n,
                     "layer": layer + 1, "head": head + 1, "target": target, "split": "stale",
                 }  # fmt: skip
+
+
+def _part(examples: Examples, rows: slice) -> Examples:
+    return Examples(examples.tokens[rows], examples.targets[rows], examples.stale[rows], examples.distance[rows])
 
 
 def example_rows(decoder: Decoder, tokens: Tensor, task: Recall) -> Iterator[dict[str, Any]]:
