@@ -293,7 +293,8 @@ def flip_flop(
 @app.command()
 def plot(
     figure: Annotated[
-        list[str] | None, typer.Argument(help="Such as length-gen, mqrar or attention-map; all if none is named.")
+        list[str] | None,
+        typer.Argument(help="Figures: attention-map, length-gen, mqrar, mqrar-splits, ...; all if none is named."),
     ] = None,
     format: Annotated[
         list[str] | None, typer.Option(help="png, pdf or html; repeat for several. png and pdf if not given.")
@@ -448,9 +449,10 @@ def _show(module: Any, cells: list[Any], place: "Place") -> None:
     table = place.results_dir / f"{module.FAMILY}.csv"
     if not place.world.leads or not table.exists():
         return
-    results = sweep.results_of(cells, place.results_dir)
-    if len(results):
-        Console().print(module.summary(results))
+    results = sweep.found(sweep.results_of(cells, place.results_dir))
+    if not len(results):
+        return _say(str(table))
+    Console().print(module.summary(results))
     figures = [name for name in registry.FIGURES if registry.figure(name).TABLE == module.FAMILY]
     for path in (table, *draw_figures(place.results_dir, figures, ["png", "pdf"])):
         _say(str(path))

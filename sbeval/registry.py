@@ -35,6 +35,7 @@ FIGURES = {
     "kernel_error": "sbeval.plots.kernel_error",
     "length_gen": "sbeval.plots.length_gen",
     "mqrar": "sbeval.plots.mqrar",
+    "mqrar_splits": "sbeval.plots.mqrar_splits",
 }
 # figures that can also be a page to hover over
 PAGES = {"attention_map": "sbeval.plots.attention_map_page"}

@@ -167,11 +167,11 @@ def unfinished(cells: Sequence[Cell], results_dir: Path) -> list[Cell]:
     done: set[str] = set()
     for path, names in paths.items():
         if path.exists():
-            done.update(_found(table.read(path, names))["cell"])
+            done.update(found(table.read(path, names))["cell"])
     return [cell for cell in cells if cell_id(cell) not in done]
 
 
-def _found(rows: pd.DataFrame) -> pd.DataFrame:
+def found(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows without those that say that a cell found nothing."""
     return rows[~rows["status"].isin(FAILED)] if "status" in rows else rows
 
@@ -239,19 +239,19 @@ def run(cells: Sequence[Cell], place: Place, *, preset: str, console: Console, e
         # no process writes what another has yet to look at
         distributed.wait(place.world)
         if len(pending) < len(cells):
-            done = f"{len(cells) - len(pending)} of {len(cells)}"
-            console.print(f"{done} cells are finished already; --force runs them again", soft_wrap=True)
+            finished = f"{len(cells) - len(pending)} of {len(cells)}"
+            console.print(f"{finished} cells are finished already; --force runs them again", soft_wrap=True)
         console.print(describe_cost(pending, place), highlight=False, soft_wrap=True)
         work = Work(place, preset, tuple(sys.argv), progress if executor.alone else None)
         overall = None if executor.alone else progress.add("cells", total=len(pending))
-        for cell, found in executor.run(work, pending):
-            if isinstance(found, Lost):
-                found = _failure(cell, place, preset, "failed", found.reason)
+        for cell, done in executor.run(work, pending):
+            if isinstance(done, Lost):
+                done = _failure(cell, place, preset, "failed", done.reason)
             if place.world.leads:
-                _keep(cell, found, place)
-            if found.how:
+                _keep(cell, done, place)
+            if done.how:
                 failed = True
-                said = f"{cell.title}: {found.record['reason']}; recorded as {found.how}, going on with the next"
+                said = f"{cell.title}: {done.record['reason']}; recorded as {done.how}, going on with the next"
                 console.print(said, soft_wrap=True, markup=False, highlight=False)
             if overall:
                 overall.advance(status=cell.title)

@@ -426,7 +426,9 @@ def more(config: Config, results: pd.DataFrame | None) -> list[Cell]:
         return []
     found = []
     for cell in _settings(config):
-        rate = config.lrs[0] if results is None else _best_rate(cell, seeds[0], results)
+        rate: float | None = config.lrs[0] if results is None else _best_rate(cell, seeds[0], results)
+        if rate is None:
+            continue
         for seed in seeds[1:] if rate is not None else ():
             found.append(dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,))))
     return found
@@ -470,16 +472,26 @@ def _spec(config: Config, spec: str) -> str:
 
 
 def summary(results: pd.DataFrame) -> Table:
-    """Table for the terminal: accuracy by method and pairs, overall and split."""
-    accuracy = results[(results["metric"] == "accuracy") & (results["split"] != "")]
-    table = Table(title="MQRAR accuracy (mean over seeds)")
-    for name in ("attention", "pairs", "width", "lr", "all", "fresh", "stale"):
-        table.add_column(name, justify="left" if name == "attention" else "right")
-    keys = ["attention", "options", "kv_pairs", "width", "lr"]
-    for (attention, options, pairs, width, lr), group in accuracy.groupby(keys):
-        means = group.groupby("split")["value"].mean()
+    """Table for the terminal: accuracy by method, pairs and rate, overall with lowest and highest seed, and split."""
+    # width and n-back where they vary: a terminal is narrow
+    factors = {"kv_pairs": "pairs", "lr": "lr"}
+    factors |= {name: name.replace("_", "-") for name in ("n_back", "width") if results[name].nunique() > 1}
+    table = Table(title="MQRAR accuracy (mean over seeds, lowest to highest)")
+    for name in ("attention", *factors.values(), "seeds", "valid.", "all", "fresh", "stale", "ended"):
+        table.add_column(name, justify="left" if name in ("attention", "ended") else "right")
+    for (attention, options, *values), group in results.groupby(["attention", "options", *factors]):
+        validation = group[group["metric"] == "validation_accuracy"]["value"]
+        accuracy = {split: rows["value"] for split, rows in group[group["metric"] == "accuracy"].groupby("split")}
+        ended = group[group["metric"] == "solved"]["status"].value_counts()
         table.add_row(
-            f"{attention}:{options}" if options else f"{attention}", f"{pairs}", f"{width}", f"{lr:g}",
-            *(f"{means[split]:.3f}" if split in means else "" for split in ("all", "fresh", "stale")),
+            f"{attention}:{options}" if options else f"{attention}", *(f"{value:g}" for value in values),
+            f"{len(validation)}", f"{validation.mean():.3f}", _span(accuracy["all"]),
+            *(f"{accuracy[split].mean():.3f}" if split in accuracy else "" for split in ("fresh", "stale")),
+            ", ".join(f"{count} {how}" for how, count in ended.items()),
         )  # fmt: skip
     return table
+
+
+def _span(values: "pd.Series[float]") -> str:
+    several = f" ({values.min():.3f} to {values.max():.3f})" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{several}"
