@@ -332,13 +332,17 @@ def summary(results: pd.DataFrame) -> Table:
     table.add_column("attention")
     for name in ("", "lr", *TESTS):
         table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
-    for (attention, options, lr), group in best_rates(results).groupby(["attention", "options", "lr"]):
+    measured = best_rates(results) if (results["metric"] == "error_rate").any() else results[:0]
+    for (attention, options, lr), group in measured.groupby(["attention", "options", "lr"]):
         rates = {str(test): rows["value"].to_numpy() * 100 for test, rows in group.groupby("test")}
         name = f"{attention}:{options}" if options else f"{attention}"
         table.add_row(name, "here", f"{lr:g}", *(f"{rates[test].mean():.3g}" for test in TESTS))
         if group["seed"].nunique() > 1:
             spans = (f"{rates[test].min():.3g} to {rates[test].max():.3g}" for test in TESTS)
             table.add_row("", "seeds", "", *spans)
+    lost = results[(results["metric"] == "solved") & results["status"].isin(("diverged", "failed"))]
+    for (attention, options, lr, how), group in lost.groupby(["attention", "options", "lr", "status"]):
+        table.add_row(f"{attention}:{options}" if options else f"{attention}", f"{len(group)} {how}", f"{lr:g}")
     for name, published in FLIP_FLOP.items():
         table.add_row(name, "published", "", *(f"{100 * published[test]:.3g}" for test in TESTS))
     return table

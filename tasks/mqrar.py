@@ -429,7 +429,7 @@ def more(config: Config, results: pd.DataFrame | None) -> list[Cell]:
         rate: float | None = config.lrs[0] if results is None else _best_rate(cell, seeds[0], results)
         if rate is None:
             continue
-        for seed in seeds[1:] if rate is not None else ():
+        for seed in seeds[1:]:
             found.append(dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,))))
     return found
 
@@ -485,7 +485,8 @@ def summary(results: pd.DataFrame) -> Table:
         ended = group[group["metric"] == "solved"]["status"].value_counts()
         table.add_row(
             f"{attention}:{options}" if options else f"{attention}", *(f"{value:g}" for value in values),
-            f"{len(validation)}", f"{validation.mean():.3f}", _span(accuracy["all"]),
+            f"{len(validation)}", f"{validation.mean():.3f}" if len(validation) else "",
+            _span(accuracy["all"]) if accuracy else "",
             *(f"{accuracy[split].mean():.3f}" if split in accuracy else "" for split in ("fresh", "stale")),
             ", ".join(f"{count} {how}" for how, count in ended.items()),
         )  # fmt: skip

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -138,6 +139,9 @@ def test_a_cell_that_diverges_is_in_the_table(tmp_path: Path) -> None:
     outcome = cell.failed("diverged", Place(results_dir=tmp_path, device=torch.device("cpu")))
     assert [(row.metric, row.value) for row in outcome.rows] == [("solved", 0.0)]
     assert outcome.identity.params > 0
+    rows = pd.DataFrame([dataclasses.asdict(outcome.identity) | dataclasses.asdict(row) for row in outcome.rows])
+    shown = list(flip_flop.summary(rows).columns[1].cells)
+    assert shown[0] == "1 diverged" and set(shown[1:]) == {"published"}
 
 
 def test_the_model_is_that_of_the_published_table() -> None:

@@ -338,6 +338,7 @@ def test_a_cell_that_diverges_has_a_row_that_says_so(tmp_path: Path) -> None:
     rows = table.read(tmp_path / "mqrar.csv")
     assert rows[["metric", "value", "status"]].to_numpy().tolist() == [["solved", 0.0, "diverged"]]
     assert "the loss is nan" in (tmp_path / "runs" / f"{sweep.cell_id(cell)}.json").read_text()
+    assert mqrar.summary(rows).row_count == 1
     # such a cell is tried again
     assert sweep.unfinished([cell], tmp_path) == [cell]
 
