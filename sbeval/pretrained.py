@@ -97,22 +97,23 @@ def _own(folder: Path, place: torch.device) -> Pretrained:
 
 def _released(spec: str) -> Path | None:
     """The folder of a released stick-breaking model, fetched where it is on the hub; None where it is another model."""
-    try:
-        if Path(spec).is_dir():
-            config = Path(spec) / "config.json"
-        else:
-            config = Path(_hub().hf_hub_download(spec, "config.json"))
-        if not released.is_released(json.loads(config.read_text())):
+    if (folder := Path(spec)).is_dir():
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        # transformers, which is asked next, says what is wrong
+        except (OSError, ValueError):
             return None
-    # transformers, which is asked next, says what is wrong
-    except (ImportError, OSError, ValueError):
-        return None
-    if Path(spec).is_dir():
-        return Path(spec)
+        return folder if released.is_released(config) else None
     try:
+        config = json.loads(Path(_hub().hf_hub_download(spec, "config.json")).read_text())
+        if not released.is_released(config):
+            return None
         return Path(_hub().snapshot_download(spec, allow_patterns=list(released.FILES)))
+    except ImportError:
+        return None
+    # what it raises for a name that is unknown or out of reach
     except (OSError, ValueError) as error:
-        raise InputError(f"model {spec!r} can't be fetched: {first_line(error)}") from None
+        raise InputError(f"no causal language model {spec!r}: {first_line(error)}") from None
 
 
 def _hub() -> Any:

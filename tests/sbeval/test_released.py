@@ -285,6 +285,17 @@ def test_a_name_of_the_hub_fetches_the_config_and_safetensors_alone(
     ]
 
 
+def test_a_name_out_of_reach_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub:
+        @staticmethod
+        def hf_hub_download(name: str, file: str) -> str:
+            raise OSError(f"no {file} of {name}\nnor a connection")
+
+    monkeypatch.setattr(pretrained, "_hub", lambda: Hub)
+    with pytest.raises(InputError, match="^no causal language model 'someone/none': no config.json of someone/none$"):
+        pretrained.load("someone/none", CPU, "float32")
+
+
 def drop(name: str) -> Callable[[Settings, Weights], object]:
     return lambda config, tensors: tensors.pop(name)
 
