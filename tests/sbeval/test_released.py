@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sbeval import pretrained, released
+from sbeval import checkpoint, pretrained, released
 from sbeval.errors import InputError
 from sbeval.generate import generate
 from sbeval.model import Decoder
@@ -389,3 +389,13 @@ def test_files_that_are_not_what_the_index_says(tmp_path: Path) -> None:
     index.unlink()
     with pytest.raises(InputError, match=r"model\.safetensors can't be read: .*safetensors alone"):
         pretrained.load(str(folder), CPU, "float32")
+
+
+def test_a_released_model_can_be_kept_as_a_checkpoint_of_ours(tmp_path: Path) -> None:
+    config, tensors = build("D", groups=2, bias="all")
+    model, _ = released.load(write(tmp_path / "theirs", config, tensors), torch.float32)
+    checkpoint.save(tmp_path / "ours", model, checkpoint.State(finished=True))
+    again = checkpoint.load_model(tmp_path / "ours")
+    assert again.config == model.config
+    for name, x in model.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], x, rtol=0, atol=0)
