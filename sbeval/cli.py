@@ -351,7 +351,7 @@ def export(
         str | None, typer.Option(help="That of training: bytes, bpe:SIZE with --corpus, a file, folder or name; none.")
     ] = None,
     corpus: CorpusSpec = None,
-    text_field: TextField = "text",
+    text_field: TextField = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face model, which loads where sbeval.hf is imported."""
     if not importlib.util.find_spec("transformers"):

@@ -7,8 +7,9 @@ cache of `sbeval.cache`. A forward pass makes a cache only where `use_cache=True
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import platformdirs
 import torch
@@ -45,7 +46,8 @@ class SbevalConfig(PreTrainedConfig):
     def of(cls, shape: ModelConfig, **more: Any) -> "SbevalConfig":
         """The config of a decoder."""
         fields = dataclasses.asdict(shape)
-        return cls(vocab_size=fields.pop("vocab_size"), tie_word_embeddings=fields.pop("tied"), shape=fields, **more)
+        more |= {"vocab_size": fields.pop("vocab_size"), "tie_word_embeddings": fields.pop("tied")}
+        return cls(shape=fields, **more)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -110,8 +112,8 @@ class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.decoder.embedding = value
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.embedding = cast(nn.Embedding, value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.decoder.head
@@ -173,7 +175,7 @@ class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
         for token in tokens.split(1, 1):
             self._check_positions(past.rows.length + 1)
             if past.rows.length == past.rows.capacity:
-                past.grow(past.rows.capacity)
+                past.grow(max(64, past.rows.capacity // 4))
             steps.append(self.decoder.extend(token, past))
         return torch.cat(steps, 1)
 
@@ -187,7 +189,7 @@ def _lengths(real: Tensor, *also: str) -> list[int]:
     counts, places = real.sum(1), torch.arange(real.shape[1], device=real.device)
     left = (real == (places >= real.shape[1] - counts[:, None])).all()
     right = (real == (places < counts[:, None])).all()
-    on_left, on_right, *lengths = torch.stack([left, right, *counts]).tolist()
+    on_left, on_right, *lengths = torch.cat([torch.stack([left, right]), counts]).tolist()
     if not min(lengths):
         raise InputError("a row has no tokens: its attention_mask is 0 everywhere")
     if not on_left and not (also and on_right):
@@ -219,12 +221,13 @@ def tokenizer_of(spec: str | None, corpus: str | None, text_field: str) -> Token
         )
     if spec == "none":
         return None
-    # opened when it is asked for
-    texts = (
-        None if corpus is None else lambda: (one.text for one in sources.source(corpus, text_field).documents("train"))
-    )
-    if texts is None and is_trained(spec):
+    if is_trained(spec) and corpus is None:
         raise InputError(f"tokenizer {spec!r} is trained on a corpus: give that --corpus, or its tokenizer.json")
+
+    def texts() -> Iterator[str]:
+        assert corpus is not None
+        return (document.text for document in sources.source(corpus, text_field).documents("train"))
+
     return load(spec, train_texts=texts, cache_dir=Path(platformdirs.user_cache_dir("sbeval")))
 
 

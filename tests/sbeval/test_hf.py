@@ -36,7 +36,7 @@ def decoder(**changes: Any) -> Decoder:
 
 def wrapped(**changes: Any) -> Any:
     ours = decoder(**changes)
-    model = hf.SbevalForCausalLM(hf.SbevalConfig.of(ours.config, eos_token_id=EOS, pad_token_id=EOS))
+    model: Any = hf.SbevalForCausalLM(hf.SbevalConfig.of(ours.config, eos_token_id=EOS, pad_token_id=EOS))
     model.decoder.load_state_dict(ours.state_dict())
     return model.eval()
 
@@ -93,7 +93,7 @@ def test_tied_weights_are_one_and_others_two(tied: bool, tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     names = safetensors.torch.load_file(tmp_path / "model.safetensors").keys()
     assert "decoder.embedding.weight" in names and ("decoder.head.weight" in names) is not tied
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (again.decoder.head.weight is again.decoder.embedding.weight) is tied
     assert again.decoder.config == model.decoder.config
     assert torch.equal(again.decoder.head.weight, model.decoder.head.weight)
@@ -115,7 +115,7 @@ def test_a_byte_is_a_token(exported: Path) -> None:
     for text in (*TEXTS, "", "naïve 日本\x00\x7f\xad"):
         tokens = found(text).input_ids
         assert tokens == ours.encode(text).tolist() and found.decode(tokens) == text
-    assert found.decode(range(256)) == ours.decode(range(256))
+    assert found.decode(list(range(256))) == ours.decode(range(256))
     assert found.eos_token_id == found.pad_token_id == ours.eos and found.padding_side == "left"
     assert found("<|endoftext|>").input_ids == [EOS]
 
@@ -255,7 +255,7 @@ def test_loss_is_of_the_next_token_and_trains() -> None:
 
 
 def test_bfloat16(exported: Path, loaded: Any) -> None:
-    half = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.bfloat16)
+    half: Any = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     with torch.inference_mode():
         found, wanted = half(**padded(PROMPTS)).logits, loaded(**padded(PROMPTS)).logits
