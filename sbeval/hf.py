@@ -95,7 +95,7 @@ class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: SbevalConfig) -> None:
         super().__init__(config)
         self.decoder = Decoder(config.model_config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]  # theirs
         self._built = True
 
     def _init_weights(self, module: nn.Module) -> None:
