@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from sbeval import checkpoint, device, registry, released
 from sbeval.errors import InputError
+from sbeval.model import Decoder
 from sbeval.perplexity import Predictor
 from sbeval.tokenizer import first_line
 
@@ -87,11 +88,15 @@ def likely_parameters(spec: str) -> int:
 
 def _own(folder: Path, place: torch.device) -> Pretrained:
     model = checkpoint.load_model(folder, place).eval()
-    name, _, options = model.config.attention.partition(":")
+    return _decoder(model, folder.resolve().name, checkpoint.training_length(folder), place)
+
+
+def _decoder(model: Decoder, name: str, train_len: int | None, place: torch.device) -> Pretrained:
+    method, _, options = model.config.attention.partition(":")
     return Pretrained(
-        model=model, name=folder.resolve().name, attention=name, options=options, params=model.n_parameters(),
-        vocab_size=model.config.vocab_size, train_len=checkpoint.training_length(folder),
-        backend=registry.method(name).backend_name(place.type),
+        model=model, name=name, attention=method, options=options, params=model.n_parameters(),
+        vocab_size=model.config.vocab_size, train_len=train_len,
+        backend=registry.method(method).backend_name(place.type),
     )  # fmt: skip
 
 
@@ -135,6 +140,9 @@ def _from_hub(spec: str, place: torch.device, dtype: str) -> Pretrained:
         transformers = importlib.import_module("transformers")
     except ImportError:
         raise InputError(f"model {spec!r} needs transformers: pip install 'sbeval[hf]'") from None
+    # registers ours, as `sbeval export` writes them
+    from sbeval import hf
+
     try:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             spec, dtype=device.DTYPES[dtype], use_safetensors=True, trust_remote_code=False
@@ -143,9 +151,12 @@ def _from_hub(spec: str, place: torch.device, dtype: str) -> Pretrained:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"no causal language model {spec!r}: {first_line(error)}") from None
     model = model.to(place).eval()
+    name = Path(spec).resolve().name if Path(spec).is_dir() else spec
+    if isinstance(model, hf.SbevalForCausalLM):
+        return _decoder(model.decoder, name, model.config.train_len, place)
     text = model.config.get_text_config()
     return Pretrained(
-        model=HubModel(model), name=Path(spec).name if Path(spec).is_dir() else spec, attention="hf",
+        model=HubModel(model), name=name, attention="hf",
         options=str(text.model_type), params=sum(x.numel() for x in model.parameters()),
         vocab_size=text.vocab_size, train_len=getattr(text, "max_position_embeddings", None),
         backend=str(text._attn_implementation),
