@@ -100,6 +100,11 @@ def _decoder(model: Decoder, name: str, train_len: int | None, place: torch.devi
     )  # fmt: skip
 
 
+def _name(spec: str) -> str:
+    """What a table calls it: a folder's own name, or the hub's."""
+    return Path(spec).resolve().name if Path(spec).is_dir() else spec
+
+
 def _released(spec: str) -> Path | None:
     """The folder of a released stick-breaking model, fetched where it is on the hub; None where it is another model."""
     if (folder := Path(spec)).is_dir():
@@ -127,12 +132,7 @@ def _hub() -> Any:
 
 def _read(spec: str, folder: Path, place: torch.device, dtype: str) -> Pretrained:
     model, train_len = released.load(folder, device.DTYPES[dtype])
-    name, _, options = model.config.attention.partition(":")
-    return Pretrained(
-        model=model.to(place).eval(), name=Path(spec).name if Path(spec).is_dir() else spec, attention=name,
-        options=options, params=model.n_parameters(), vocab_size=model.config.vocab_size, train_len=train_len,
-        backend=registry.method(name).backend_name(place.type),
-    )  # fmt: skip
+    return _decoder(model.to(place).eval(), _name(spec), train_len, place)
 
 
 def _from_hub(spec: str, place: torch.device, dtype: str) -> Pretrained:
@@ -151,12 +151,11 @@ def _from_hub(spec: str, place: torch.device, dtype: str) -> Pretrained:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"no causal language model {spec!r}: {first_line(error)}") from None
     model = model.to(place).eval()
-    name = Path(spec).resolve().name if Path(spec).is_dir() else spec
     if isinstance(model, hf.SbevalForCausalLM):
-        return _decoder(model.decoder, name, model.config.train_len, place)
+        return _decoder(model.decoder, _name(spec), model.config.train_len, place)
     text = model.config.get_text_config()
     return Pretrained(
-        model=HubModel(model), name=name, attention="hf",
+        model=HubModel(model), name=_name(spec), attention="hf",
         options=str(text.model_type), params=sum(x.numel() for x in model.parameters()),
         vocab_size=text.vocab_size, train_len=getattr(text, "max_position_embeddings", None),
         backend=str(text._attn_implementation),
