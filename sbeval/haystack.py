@@ -210,9 +210,7 @@ def _essays(path: Path) -> str:
             texts.append(_read(file))
     text = " ".join(texts)
     if not text.split():
-        raise InputError(
-            f"--essays {path} holds no text: give a text file, JSON with a field text, or a folder of them"
-        )
+        raise InputError(f"--essays {path} holds no text: give a text file, JSON with a field text, or a folder")
     return text
 
 
@@ -236,8 +234,8 @@ def _rows(path: Path) -> list[Any]:
 
 
 def _squad(path: Path) -> Questions:
-    """SQuAD v2 as published; or JSON lines of questions `title, ctx, question, answers, impossible`, beside which a file
-    with `contexts` for `questions` in its name has the texts, `id, text`."""
+    """SQuAD v2 as published; or JSON lines of questions `title, ctx, question, answers, impossible`, beside which a
+    file with `contexts` for `questions` in its name has the texts, `id, text`."""
     try:
         triples = list(_published(_rows(path)) if path.suffix != ".jsonl" else _split(path))
     except (KeyError, TypeError, IndexError) as error:

@@ -40,10 +40,13 @@ class Prompt:
 
 
 class Writer:
-    """Writes the prompts of one tokenizer from one set of sources, and keeps them in cache_dir/needle/."""
+    """Writes the prompts of one tokenizer from one set of sources, and keeps them in cache_dir/needle/.
 
-    def __init__(self, tokenizer: Tokenizer, sources: Sources, cache_dir: Path) -> None:
-        self.tokenizer, self.sources, self.cache_dir = tokenizer, sources, cache_dir
+    prefix: ids that stand before each prompt, the BOS of models that have one.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, sources: Sources, cache_dir: Path, prefix: tuple[int, ...] = ()) -> None:
+        self.tokenizer, self.sources, self.cache_dir, self.prefix = tokenizer, sources, cache_dir, prefix
         self.tables = Tables(tokenizer)
 
     def prompts(
@@ -64,7 +67,16 @@ class Writer:
         """Where the prompts of a task are kept: named by all that they depend on."""
         niah, source = ruler.TASKS[task].niah, ruler.TASKS[task].source
         filled = source or ("essay" if niah is not None and niah.haystack == "essay" else "")
-        key = [FORMAT, task, length, self.tokenizer.digest, seed, training, self.sources.digests.get(filled, "")]
+        key = [
+            FORMAT,
+            task,
+            length,
+            self.tokenizer.digest,
+            self.prefix,
+            seed,
+            training,
+            self.sources.digests.get(filled, ""),
+        ]
         return self.cache_dir / "needle" / f"{task}-{length}-{sweep.digest(key)}.npz"
 
     def _write(
@@ -87,7 +99,7 @@ class Writer:
         """Tokens of each prompt: piece by piece where that is the same, and else of the whole text."""
         whole = [sample for sample in samples if not (self.tokenizer.cuts_at_spaces and _apart(sample))]
         texts = iter(self.tokenizer.encode_batch([sample.prompt for sample in whole]))
-        front = np.array(self.tokenizer.prefix, dtype=self.tokenizer.dtype)
+        front = np.array(self.prefix, dtype=self.tokenizer.dtype)
         return [
             np.concatenate([front, next(texts)] if sample in whole else [front, *(part.ids for part in sample.parts)])
             for sample in samples
@@ -109,7 +121,8 @@ class Writer:
 
 
 def _apart(sample: Sample) -> bool:
-    """Whether every piece of a prompt but the first begins with white space, and every one but the last ends without."""
+    """Whether pieces of a prompt meet where white space begins: all but the first begin with it, none but the last ends
+    with it."""
     parts = [part for part in sample.parts if len(part.indices)]
     begins = all(part.pieces.apart[0] for part in parts[1:])
     ends = all(part.pieces.apart[1] for part in parts[:-1])
@@ -164,7 +177,8 @@ def _misfit(task: str, length: int, budget: int, least: int) -> InputError:
     needed = least + length - budget
     more = f"give --length {needed} or more" if needed <= LONGEST else "leave it out or use another --tokenizer"
     return InputError(
-        f"{task} does not fit {length} tokens: its smallest prompt has {least}, and {length - budget} are generated; {more}"
+        f"{task} does not fit {length} tokens: its smallest prompt has {least}, and {length - budget} are generated; "
+        f"{more}"
     )
 
 

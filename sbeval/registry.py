@@ -25,12 +25,15 @@ ATTENTION = {
 TASKS = {
     "length_gen": "sbeval.tasks.length_gen",
     "mqrar": "sbeval.tasks.mqrar",
+    "needle": "sbeval.tasks.needle",
 }
 FIGURES = {
     "kernel": "sbeval.plots.kernel",
     "kernel_error": "sbeval.plots.kernel_error",
     "length_gen": "sbeval.plots.length_gen",
     "mqrar": "sbeval.plots.mqrar",
+    "needle": "sbeval.plots.needle",
+    "needle_depth": "sbeval.plots.needle_depth",
 }
 
 

@@ -25,8 +25,9 @@ Templates are read from the installed lm_eval. Its port departs from NVIDIA/RULE
 
 Departures of ours: the essay is Walden (Henry David Thoreau, 1854; public domain; Project Gutenberg's text 205 without
 its table of contents), for RULER's own are under copyright, or a file of the user's; sentences end by a rule (. ! or ?
-before a capital), not by nltk's model; the worked example of vt, at most 500 tokens upstream, is no more than a third of
-L, so that it fits short prompts. Below 1536 tokens only that makes vt possible.
+before a capital), not by nltk's model; the worked example of vt, at most 500 tokens upstream, has at most a third of L
+where that is less and five lines of noise fit. Where RULER's references have no order, teacher forcing takes that in
+which they stand (values of one key, common words); between them stands what a worked example has, else a comma.
 """
 
 import ast
