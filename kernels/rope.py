@@ -157,11 +157,28 @@ def attention_factor(options: Options) -> float:
     return 1 + 0.1 * math.log(options.factor) if options.scaling == "yarn" else 1.0
 
 
+# an operator of its own: a compiler would take the float64 work into the loops over all elements of q and k
+@torch.library.custom_op("sbeval::rope_tables", mutates_args=())
+def _tables(angles: Tensor, size: float, exact: bool) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of float64 angles, times `size`, as float32 unless `exact`."""
+    cos, sin = (size * f(angles) for f in (torch.cos, torch.sin))
+    return (cos, sin) if exact else (cos.float(), sin.float())
+
+
+@_tables.register_fake
+def _(angles: Tensor, size: float, exact: bool) -> tuple[Tensor, Tensor]:
+    table = torch.empty_like(angles, dtype=torch.float64 if exact else torch.float32)
+    return table, torch.empty_like(table)
+
+
 def rotate(x: Tensor, angles: Tensor, size: float = 1.0) -> Tensor:
     """Turn x, (B, T, H, D), by `angles`, float64 (T, D / 2) or (B, T, D / 2), in the halves' pairing, times `size`."""
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    cos, sin = ((size * f(angles)).to(exact)[..., None, :] for f in (torch.cos, torch.sin))
-    a, b = x.to(exact).chunk(2, dim=-1)
+    return _turned(x, *_tables(angles, size, x.dtype == torch.float64))
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
@@ -191,8 +208,8 @@ def rotated(
         places = places + past - starts[:, None]
         length = s + past - starts[:, None]
     angles = places[..., None] * frequencies(size, options, length)
-    factor = attention_factor(options)
-    return rotate(q, angles[..., s - t :, :], factor), rotate(k, angles, factor)
+    cos, sin = _tables(angles, attention_factor(options), q.dtype == torch.float64)
+    return _turned(q, cos[..., s - t :, :], sin[..., s - t :, :]), _turned(k, cos, sin)
 
 
 def attention(

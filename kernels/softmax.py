@@ -236,6 +236,11 @@ def _fused(
     return out.transpose(1, 2)
 
 
+TRAINING = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
+]  # fmt: skip
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, chosen: str) -> Tensor:
     """Attend T = S or T = 1 queries on a GPU; `chosen` forces a kernel unless it is `sdpa`."""
     causal = q.shape[1] > 1
@@ -243,7 +248,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, chosen: str) -> Tensor:
         # its only kernel that is linear in memory does not group heads
         k, v = heads(k, v, q.shape[2])
     if chosen == "sdpa":
-        return _fused(q, k, v, scale, causal=causal)
+        if not (q.requires_grad and torch.is_grad_enabled()):
+            return _fused(q, k, v, scale, causal=causal)
+        # cuDNN is the fastest on Hopper, but plans for each shape anew: for training, where there are few
+        with sdpa_kernel(TRAINING, set_priority=True):
+            return _fused(q, k, v, scale, causal=causal)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if chosen == "cudnn" else SDPBackend.FLASH_ATTENTION):
         return _fused(q, k, v, scale, causal=causal)
 
@@ -310,7 +319,9 @@ def _flex(
         scale=scale,
         enable_gqa=group > 1,
         # the kernel for decoding holds all queries of a group at once: with many it compiles for minutes, or not at all
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": t * group > 16},
+        # and heads beyond 128, rounded up to 256, leave shared memory for one stage of keys and values
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": t * group > 16}
+        | ({"fwd_num_stages": 1} if q.shape[-1] > 128 else {}),
     )
     return out.transpose(1, 2)
 

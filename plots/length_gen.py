@@ -1,9 +1,16 @@
-"""Length generalisation: loss by position in the document, and perplexity by context length."""
+"""Length generalisation, as in figure 5 of arXiv 2410.17980: perplexity by context length.
+
+One row of panels a model, training length and corpus. Columns: attention schemes; RoPE scaled at evaluation by several
+factors; sliding windows. The last two show plain RoPE and stick-breaking too, which they are compared with. A column
+that no row of the table belongs to is left out.
+"""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -14,73 +21,131 @@ from sbeval.table import numbers
 TABLE = "length_gen"
 ALWAYS = ("model", "train_len", "corpus")
 OTHERS = ("task", "eval_len", "tokenizer", "preset", "train_tokens", "dtype")
-FACTORS = ("position_start", "position_end", "context_length")
-COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *ALWAYS, *OTHERS, *FACTORS)
-# under every method the first tokens of a document are hard to predict: shown, they would set the scale
-FIRST_SHOWN = 1 / 16
+COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *ALWAYS, *OTHERS, "context_length")
 # perplexities further apart than this are drawn on a logarithmic axis
 WIDE = 8
 # a line with more points than this has markers on some of them
 MARKED = 12
+# of the options of sliding_window, which the table leaves out at its default
+WINDOW = 512
+SCALINGS = {"linear": "linear", "ntk": "NTK", "dynamic_ntk": "dynamic NTK", "yarn": "YaRN", "llama3": "Llama 3"}
+REFERENCES = (("stick_breaking", ""), ("rope", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Methods that share a column of panels; `beside` are shown for comparison."""
+
+    title: str
+    own: dict[style.Method, style.Look]
+    beside: dict[style.Method, style.Look]
+
+    @property
+    def looks(self) -> dict[style.Method, style.Look]:
+        """All of them, in the order of the legend."""
+        return self.beside | self.own
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Draw the table, one row of panels for each model, training length and corpus.
-
-    Left: L(i), the mean loss of bins of positions (counted from 1), at the bin's geometric middle, from a sixteenth of
-    the training length on. Right: perplexity over the first tokens of a document, by how many.
-    """
-    table = table[table["metric"].isin(["loss", "perplexity"])]
+    """Draw P(l), the perplexity over the first l tokens of a document, by l."""
+    # perplexity over windows of whole documents has no context length
+    table = table[(table["metric"] == "perplexity") & table["context_length"].notna()]
     if table.empty:
-        raise InputError("there are no rows with metric 'loss' or 'perplexity' to draw")
-    looks = style.looks(table)
-    panels = style.panels(table, ALWAYS, OTHERS)
-    figure, axes = style.pairs(len(panels))
+        raise InputError("there are no rows with metric 'perplexity' and a context length to draw")
+    table = numbers(table, ["context_length"])
+    table = table.assign(x=table["context_length"], end=table["context_length"])
+    return panels(table, "context length (tokens)", "perplexity (per token)", wide=lambda low, high: high > WIDE * low)
+
+
+def panels(table: pd.DataFrame, x: str, y: str, wide: Callable[[float, float], bool]) -> Figure:
+    """Draw lines of `value` by `x`, a method each, in rows and columns of panels; `end` is the last token of a point.
+
+    `wide` says of the lowest and the highest value of a row of panels whether its axis is logarithmic.
+    """
+    columns = groups(table)
+    rows = style.panels(table, ALWAYS, OTHERS)
+    figure, axes = style.grid(len(rows), len(columns))
     spreads: list[pd.DataFrame] = []
-    for (title, rows), (left, right) in zip(panels, axes, strict=True):
-        style.title(left, title)
-        train_len = int(rows["train_len"].iloc[0])
-        spreads += _losses(left, rows[rows["metric"] == "loss"], looks, train_len)
-        spreads += _perplexities(right, rows[rows["metric"] == "perplexity"], looks, train_len)
-    style.finish(figure, [look.handle() for look in looks.values()], style.explain(spreads, "bands", "documents"))
+    for (title, of_row), line in zip(rows, axes, strict=True):
+        style.title(line[0], title)
+        for axis, column in zip(line, columns, strict=True):
+            spreads += _lines(axis, of_row, column)
+            if axis.axison and wide(of_row["value"].min(), of_row["value"].max()):
+                style.decades(axis)
+        for axis in line:
+            style.label(axis, x if line is axes[-1] else "", y if axis is line[0] else "")
+    for axis, column in zip(axes[0], columns, strict=True):
+        style.column(axis, column.title, [look.handle() for look in column.looks.values()])
+    style.note_below(figure, style.explain(spreads, "bands", "documents"))
     return figure
 
 
-def _losses(
-    axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look], train_len: int
-) -> list[pd.DataFrame]:
-    style.label(axis, "position in the document (tokens)", "loss (nats per token)")
-    rows = numbers(rows, ["position_start", "position_end"])
-    rows = rows.assign(end=rows["position_end"] - 1)
-    rows = rows[rows["end"] > FIRST_SHOWN * min(train_len, rows["end"].max())]
-    return _lines(axis, rows.assign(x=np.sqrt(rows["position_start"] * rows["end"])), looks, train_len)
+def groups(table: pd.DataFrame) -> list[Column]:
+    """The columns to draw, and how each method of the table looks in them."""
+    pairs = {(str(row.attention), str(row.options)): None for row in table[["attention", "options"]].itertuples()}
+    scaled = {pair: _by_factor(pair[1]) for pair in pairs if pair[0] == "rope" and "scaling" in _settings(pair[1])}
+    windowed = {pair: _by_window(pair[1]) for pair in pairs if pair[0] == "sliding_window"}
+    schemes = style.looks_of(pair for pair in pairs if pair not in scaled and pair not in windowed)
+    beside = {pair: schemes[pair] for pair in REFERENCES if pair in schemes}
+    columns = [
+        Column("attention schemes", schemes, {}),
+        Column("RoPE scaled at evaluation", _shades(scaled), beside),
+        Column("sliding windows", _shades(windowed), beside),
+    ]
+    return [column for column in columns if column.own]
 
 
-def _perplexities(
-    axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look], train_len: int
-) -> list[pd.DataFrame]:
-    style.label(axis, "context length (tokens)", "perplexity (per token)")
-    # perplexity over windows of whole documents has no context length
-    rows = numbers(rows[rows["context_length"].notna()], ["context_length"])
-    if len(rows) and rows["value"].max() > WIDE * rows["value"].min():
-        style.decades(axis)
-    return _lines(axis, rows.assign(x=rows["context_length"], end=rows["context_length"]), looks, train_len)
+def _settings(options: str) -> dict[str, str]:
+    return dict(item.split("=", 1) for item in options.split(",") if "=" in item)
 
 
-def _lines(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look], train_len: int) -> list[pd.DataFrame]:
-    """Draw a line and a band for each method; a panel without rows stays out."""
-    if rows.empty:
+def _by_factor(options: str) -> tuple[str, float, str]:
+    """Where a scaling stands in the order, and what it is called."""
+    settings = _settings(options)
+    kind, factor = settings.pop("scaling"), float(settings.pop("factor", 1))
+    settings.pop("train_len", None)
+    return kind, factor, ", ".join([SCALINGS.get(kind, kind), f"f = {factor:g}", *_rest(settings)])
+
+
+def _by_window(options: str) -> tuple[str, float, str]:
+    settings = _settings(options)
+    window = int(settings.pop("window", WINDOW))
+    return "", window, ", ".join([f"W = {window}", *_rest(settings)])
+
+
+def _rest(settings: dict[str, str]) -> list[str]:
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def _shades(ranks: dict[style.Method, tuple[str, float, str]]) -> dict[style.Method, style.Look]:
+    """Looks of methods that have an order: from dark to light, each with its own marker and dashes."""
+    colours = sns.color_palette("viridis", len(ranks)).as_hex()
+    return {
+        pair: style.Look(
+            label=ranks[pair][2], colour=colour, marker=style.MARKERS[place % len(style.MARKERS)],
+            dashes=style.DASHES[place % len(style.DASHES)],
+        )
+        # the first two looks are those of what stands beside
+        for place, (pair, colour) in enumerate(zip(sorted(ranks, key=ranks.__getitem__), colours, strict=True), start=2)
+    }  # fmt: skip
+
+
+def _lines(axis: Axes, rows: pd.DataFrame, column: Column) -> list[pd.DataFrame]:
+    """Draw a line and a band for each method; a panel without rows of its own stays out."""
+    lines = {method: found for method in column.looks if len(found := style.method(rows, method))}
+    if not lines.keys() & column.own.keys():
         axis.set_axis_off()
         return []
+    train_len = int(rows["train_len"].iloc[0])
     spreads = []
-    for place, (method, look) in enumerate(looks.items()):
-        spread = style.spread(style.method(rows, method), ["x"])
+    for place, (method, found) in enumerate(lines.items()):
+        spread, look = style.spread(found, ["x"]), column.looks[method]
         # of many points every few have a marker, not where another method has its own
         every = math.ceil(len(spread) / MARKED) or 1
-        marked = (place * every // len(looks), every)
+        marked = (place * every // len(lines), every)
         axis.plot(spread["x"], spread["mean"], label=look.label, markevery=marked, **look.line())
         axis.fill_between(spread["x"], spread["low"], spread["high"], color=look.colour, alpha=0.2, linewidth=0)
         spreads.append(spread)
-    style.octaves(axis, min(rows["x"].min(), train_len), max(rows["end"].max(), train_len), train_len)
+    style.octaves(axis, min(rows["x"].min(), train_len), max(rows["end"].max(), train_len), train_len, most=6)
     style.training_length(axis, train_len)
     return spreads

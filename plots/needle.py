@@ -13,7 +13,19 @@ from sbeval.table import numbers
 TABLE = "needle"
 ALWAYS = ("model", "train_len", "finetune_tokens")
 OTHERS = ("tokenizer", "preset", "corpus", "train_tokens", "dtype")
-COLUMNS = ("attention", "options", "seed", "task", "metric", "value", "stderr", "length", "depth_start", *ALWAYS, *OTHERS)
+COLUMNS = (
+    "attention",
+    "options",
+    "seed",
+    "task",
+    "metric",
+    "value",
+    "stderr",
+    "length",
+    "depth_start",
+    *ALWAYS,
+    *OTHERS,
+)
 METRICS = {"score": "score of what is said", "greedy": "greedy decoding is right"}
 ACROSS = 4
 
@@ -32,7 +44,8 @@ def draw(table: pd.DataFrame) -> Figure:
         if (some["metric"] == metric).any()
     ]
     heights = [math.ceil((1 + some["task"].nunique()) / ACROSS) for _, some in grids]
-    figure, axes = style.grid(sum(heights), ACROSS)
+    figure, lines = style.grid(sum(heights), ACROSS)
+    axes = [axis for line in lines for axis in line]
     spreads: list[pd.DataFrame] = []
     for number, (title, some) in enumerate(grids):
         first = sum(heights[:number]) * ACROSS

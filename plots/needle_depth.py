@@ -40,14 +40,14 @@ def draw(table: pd.DataFrame) -> Figure:
     figure, axes = style.grid(len(grids), len(looks))
     for row, (title, some) in enumerate(grids):
         for column, (method, look) in enumerate(looks.items()):
-            axis = axes[row * len(looks) + column]
+            axis = axes[row][column]
             _map(axis, style.method(some, method), look.label, first=column == 0)
-        style.title(axes[row * len(looks)], title)
+        style.title(axes[row][0], title)
     colours = ScalarMappable(Normalize(0, 1), COLOURS)
-    bar = figure.colorbar(colours, ax=axes, fraction=0.04, pad=0.02)
+    bar = figure.colorbar(colours, ax=[axis for line in axes for axis in line], fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=style.SMALL_PT)
     tasks = ", ".join(sorted(table["task"].unique()))
-    style.finish(figure, [], f"Mean of {tasks}; the dashed line is the training length.")
+    style.note_below(figure, f"Mean of {tasks}; the dashed line is the training length.")
     return figure
 
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 # the place in this table fixes a method's colour, marker and dashes in every figure
 NAMES = {
@@ -25,7 +26,7 @@ NAMES = {
     "forgetting": "forgetting",
 }
 # seaborn's colour-blind palette, its faint yellow and pink last
-COLOURS = [sns.color_palette("colorblind").as_hex()[index] for index in (0, 3, 2, 4, 1, 9, 5, 7, 6, 8)]
+COLOURS = [sns.color_palette("colorblind").as_hex()[index] for index in (0, 3, 2, 4, 1, 5, 9, 7, 6, 8)]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p", "<", ">")
 DASHES: tuple[tuple[float, ...], ...] = (
     (),
@@ -85,16 +86,20 @@ class Look:
 
 
 def looks(table: pd.DataFrame) -> dict[Method, Look]:
-    """Give each method of a table, a pair (attention, options), its look, in the order of the legend.
+    """Give each method of a table, a pair (attention, options), its look, in the order of the legend."""
+    return looks_of((str(row.attention), str(row.options)) for row in table[["attention", "options"]].itertuples())
+
+
+def looks_of(methods: Iterable[Method]) -> dict[Method, Look]:
+    """Give each method its look, in the order of the legend.
 
     The first of a named method's options has the method's own look; further ones, and methods not in NAMES, have
     the next free.
     """
-    pairs = {(str(row.attention), str(row.options)) for row in table[["attention", "options"]].itertuples()}
     places = {name: place for place, name in enumerate(NAMES)}
     free = itertools.count(len(NAMES))
     found: dict[Method, Look] = {}
-    for name, options in sorted(pairs, key=lambda pair: (places.get(pair[0], len(NAMES)), pair)):
+    for name, options in sorted(set(methods), key=lambda pair: (places.get(pair[0], len(NAMES)), pair)):
         first = all(name != other for other, _ in found)
         place = places[name] if first and name in places else next(free)
         found[name, options] = Look(
@@ -163,15 +168,23 @@ def panels(
 
 def pairs(rows: int, *, share_y: bool = False) -> tuple[Figure, list[tuple[Axes, Axes]]]:
     """Make a figure as wide as a page, with rows of two panels, and room for a legend above and a note below."""
+    figure, axes = grid(rows, 2, share_y=share_y)
+    figure.set_size_inches(WIDTH_IN, ROW_IN * rows + 0.7)
+    return figure, [(left, right) for left, right in axes]
+
+
+def grid(rows: int, columns: int, *, share_y: bool = True) -> tuple[Figure, list[list[Axes]]]:
+    """Make a figure of rows and columns of panels, with room for legends above and a note below."""
     layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06, wspace=0.03, hspace=0.03)
-    figure = Figure(figsize=(WIDTH_IN, ROW_IN * rows + 0.7), layout=layout)
-    axes = figure.subplots(rows, 2, squeeze=False, sharey="row" if share_y else False)
+    # three columns are as wide as a page
+    figure = Figure(figsize=(WIDTH_IN * (1 + columns) / 4, ROW_IN * rows + 1.0), layout=layout)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if share_y else False)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(True, color="0.9", linewidth=0.6)
         axis.set_axisbelow(True)
         axis.tick_params(labelsize=TEXT_PT)
-    return figure, [(left, right) for left, right in axes]
+    return figure, [list(row) for row in axes]
 
 
 def label(axis: Axes, x: str, y: str) -> None:
@@ -192,7 +205,34 @@ def finish(figure: Figure, handles: Sequence[Any], note: str) -> None:
     figure.legend(
         handles=handles, loc="outside upper center", ncols=columns, fontsize=TEXT_PT, frameon=False, handlelength=3
     )
-    figure.supxlabel(note, x=0.01, ha="left", fontsize=SMALL_PT, color=MARK)
+    note_below(figure, note)
+
+
+def note_below(figure: Figure, text: str) -> None:
+    """Say below the panels what they leave open."""
+    figure.supxlabel(text, x=0.01, ha="left", fontsize=SMALL_PT, color=MARK)
+
+
+def column(axis: Axes, name: str, handles: Sequence[Any]) -> None:
+    """Head a column of panels, above its first and that one's title, with its name and its legend."""
+    above = axis.transAxes + ScaledTranslation(0, 30 / 72, axis.figure.dpi_scale_trans)
+    legend = axis.legend(
+        handles=handles,
+        title=name,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        bbox_transform=above,
+        ncols=1 if len(handles) < 4 else 2,
+        fontsize=SMALL_PT,
+        frameon=False,
+        handlelength=2.6,
+        handletextpad=0.5,
+        columnspacing=1.0,
+        borderpad=0.0,
+        borderaxespad=0.0,
+        alignment="left",
+    )
+    legend.get_title().set(fontsize=TEXT_PT, fontweight="bold")
 
 
 def key(axis: Axes, handles: Sequence[Any]) -> None:
@@ -211,10 +251,10 @@ def key(axis: Axes, handles: Sequence[Any]) -> None:
     )
 
 
-def octaves(axis: Axes, low: float, high: float, through: float) -> None:
-    """Make x logarithmic from `low` to `high`, with labels at powers of two, one of them next to `through`."""
+def octaves(axis: Axes, low: float, high: float, through: float, most: int = 8) -> None:
+    """Make x logarithmic from `low` to `high`, with at most `most` labels at powers of two, one next to `through`."""
     first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
-    step = max(1, math.ceil((last - first + 1) / 8))
+    step = max(1, math.ceil((last - first + 1) / most))
     start = first + (round(math.log2(through)) - first) % step
     ticks(axis, [2.0**exponent for exponent in range(start, last + 1, step)])
     axis.set_xlim(low / 1.2, high * 1.2)

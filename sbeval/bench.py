@@ -362,7 +362,7 @@ class ModelProblem:
     size: str
     length: int
     batch: int
-    steps: int = 12
+    steps: int = 40
 
 
 def model(
@@ -397,9 +397,7 @@ def _time_model(
 
     choose("model size", problem.size, SIZES)
     shape = named(problem.size, vocab_size=50304, attention=attention)
-    config = TrainConfig(
-        steps=problem.steps, batch=problem.batch, length=problem.length, lr=1e-4, dtype=dtype, log_every=3
-    )
+    config = TrainConfig(steps=problem.steps, batch=problem.batch, length=problem.length, lr=1e-4, dtype=dtype)
     tokens = torch.randint(0, shape.vocab_size, (problem.batch, problem.length), device=place)
     targets = tokens.roll(-1, 1)
     targets[:, -1] = IGNORE

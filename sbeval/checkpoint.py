@@ -1,6 +1,7 @@
 """Checkpoints: a folder with model.safetensors, config.json and, while training goes on, optimizer.safetensors.
 
-A folder is written under another name and renamed when complete, so a reader finds all of it or nothing.
+While a sharded model trains, `shards` holds both instead, as torch.distributed.checkpoint writes them. A folder is
+written under another name and renamed when complete, so a reader finds all of it or nothing.
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sbeval import distributed
+from sbeval.distributed import World
 from sbeval.errors import InputError
 from sbeval.model import Decoder, ModelConfig
 
@@ -39,17 +42,52 @@ def save(
     training: Mapping[str, object] | None = None,
 ) -> None:  # fmt: skip
     """Write a checkpoint in place of whatever `folder` holds. `training` says for readers how the model is trained."""
-    partial, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = _begin(folder)
     weights = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
     if model.config.tied:
         del weights["head.weight"]
     save_file(weights, partial / "model.safetensors")
     if optimizer is not None:
-        save_file(_optimizer_tensors(model, optimizer), partial / "optimizer.safetensors")
-    config = {"model": dataclasses.asdict(model.config), "state": dataclasses.asdict(state), "training": training}
+        moments = {name: x.contiguous() for name, x in _optimizer_tensors(model, optimizer).items()}
+        save_file(moments, partial / "optimizer.safetensors")
+    _complete(folder, partial, model.config, state, training)
+
+
+def save_sharded(
+    folder: Path, model: Decoder, state: State, optimizer: torch.optim.Optimizer, world: World,
+    training: Mapping[str, object] | None = None,
+) -> None:  # fmt: skip
+    """The same of a model that is sharded and still trains; all processes must call."""
+    from sbeval import sharded
+
+    partial = _partial(folder)
+    if world.leads:
+        _begin(folder)
+    distributed.wait(world)
+    sharded.save(partial / "shards", _all_tensors(model, optimizer))
+    if world.leads:
+        _complete(folder, partial, model.config, state, training)
+    distributed.wait(world)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _begin(folder: Path) -> Path:
+    partial = _partial(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def _complete(
+    folder: Path, partial: Path, model: ModelConfig, state: State, training: Mapping[str, object] | None
+) -> None:
+    """Write the config beside the tensors and give all of it its name."""
+    config = {"model": dataclasses.asdict(model), "state": dataclasses.asdict(state), "training": training}
     (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         # without `folder`, `old` is all there is
         shutil.rmtree(old, ignore_errors=True)
@@ -87,15 +125,26 @@ def training_length(folder: Path) -> int | None:
 def load_model(folder: Path, device: torch.device | str = "cpu") -> Decoder:
     """Build the model of a checkpoint folder; InputError names a file that is missing, cut short or does not fit."""
     model = Decoder(_read_config(folder)[0])
+    if (folder / "shards").is_dir():
+        # its index is a pickle, which is read where a run goes on from its own and nowhere else
+        raise InputError(f"{folder} is of a sharded model that is still training: finish it with sbeval train")
     restore(folder, model)
     return model.to(device)
 
 
 def restore(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Load the weights, and the optimizer's moments when asked, into a model of the same config."""
+    if (folder / "shards").is_dir():
+        _restore_shards(folder / "shards", model, optimizer)
+        return
     weights = _read_tensors(folder / "model.safetensors")
     if model.config.tied and "embedding.weight" in weights:
         weights["head.weight"] = weights["embedding.weight"]
+    if distributed.is_sharded(model):
+        from sbeval import sharded
+
+        own = model.state_dict()
+        weights = {name: sharded.spread_as(x, own[name]) if name in own else x for name, x in weights.items()}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
@@ -104,6 +153,25 @@ def restore(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | Non
         raise InputError(f"{folder / 'model.safetensors'} does not fit its config: {first}") from None
     if optimizer is not None:
         _restore_optimizer(folder / "optimizer.safetensors", model, optimizer)
+
+
+def _restore_shards(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None) -> None:
+    from sbeval import sharded
+
+    if optimizer is not None:
+        for parameter in model.parameters():
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    sharded.load(folder, _all_tensors(model, optimizer))
+
+
+def _all_tensors(model: Decoder, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Weights and moments by name, not copied; a weight that two layers share has one name."""
+    weights = {f"weight.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    return weights | ({} if optimizer is None else _optimizer_tensors(model, optimizer))
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, State]:
@@ -132,7 +200,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _optimizer_tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{key}.{name}": value.detach().contiguous()
+        f"{key}.{name}": value.detach()
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }
@@ -140,6 +208,7 @@ def _optimizer_tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict
 
 def _restore_optimizer(path: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
     tensors = _read_tensors(path)
+    spread = distributed.is_sharded(model)
     for name, parameter in model.named_parameters():
         state: dict[str, Tensor] = {}
         for key, shape in (("step", torch.Size()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
@@ -147,5 +216,11 @@ def _restore_optimizer(path: Path, model: Decoder, optimizer: torch.optim.Optimi
             if found is None or found.shape != shape:
                 given = "none" if found is None else f"shape {tuple(found.shape)}"
                 raise InputError(f"{path} does not fit its model: {key} of {name} has {given}, not {tuple(shape)}")
-            state[key] = found.to(parameter.device)
+            state[key] = _as_parameter(found, parameter) if spread and shape else found.to(parameter.device)
         optimizer.state[parameter] = state
+
+
+def _as_parameter(x: Tensor, parameter: Tensor) -> Tensor:
+    from sbeval import sharded
+
+    return sharded.spread_as(x, parameter)

@@ -32,7 +32,7 @@ Seed = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="quick (minutes on two cores), small (one GPU), h200, figure5, paper; quick on a CPU, else small."
+        help="quick (two cores), small (one GPU), h200, figure5, recipe, nanogpt, paper; quick on a CPU, else small."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
@@ -40,7 +40,7 @@ Dtype = Annotated[str | None, typer.Option(help="Matrix products: float32, bfloa
 ResultsDir = Annotated[Path, typer.Option(help="Where tables, run files, checkpoints and figures go.")]
 Force = Annotated[bool, typer.Option("--force", help="Run cells again that have a result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the grid with its cost and stop.")]
-Size = Annotated[str | None, typer.Option(help="Model: quick, 25m, 60m, 125m, 350m, 1b, 3b.")]
+Size = Annotated[str | None, typer.Option(help="Model: quick, 25m, 60m, nanogpt-60m, 125m, 350m, 1b, 3b.")]
 TrainLen = Annotated[int | None, typer.Option(help="Tokens of a training sequence.")]
 TrainTokens = Annotated[int | None, typer.Option(help="Tokens to train on.")]
 BatchTokens = Annotated[int | None, typer.Option(help="Tokens of one optimizer step.")]
@@ -120,6 +120,9 @@ def train(
     tokenizer: TokenizerSpec = None,
     text_field: TextField = None,
     corpus_tokens: CorpusTokens = None,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Spread weights and optimizer over the processes (FSDP2), not copies (DDP).")
+    ] = False,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -134,8 +137,9 @@ def train(
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
     )  # fmt: skip
     _family(
-        "length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, only=True
-    )
+        "length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, only=True,
+        shard=shard,
+    )  # fmt: skip
 
 
 @app.command()
@@ -177,6 +181,73 @@ def mqrar(
     _family("mqrar", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
 
 
+@app.command("few-shot")
+def few_shot(
+    preset: Preset = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Any task or group of lm-eval, or name:examples such as mmlu:5; repeat.")
+    ] = None,
+    suite: Annotated[list[str] | None, typer.Option(help="quick, linguistic, commonsense or paper; repeat.")] = None,
+    checkpoint: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="Our checkpoint folder, or a Hugging Face folder or name; repeat for several."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of JSONL files with the items, instead of the hub.", metavar="DIR")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task at most.")] = None,
+    attention: Attention = None,
+    seed: Seed = None,
+    size: Size = None,
+    train_len: TrainLen = None,
+    eval_len: Annotated[int | None, typer.Option(help="Tokens that a model reads at most.")] = None,
+    train_tokens: TrainTokens = None,
+    batch_tokens: BatchTokens = None,
+    micro_batch_tokens: MicroBatchTokens = None,
+    lr: Lr = None,
+    schedule: Schedule = None,
+    packing: Packing = None,
+    corpus: CorpusSpec = None,
+    tokenizer: TokenizerSpec = None,
+    text_field: TextField = None,
+    corpus_tokens: CorpusTokens = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+    force: Force = False,
+    dry_run: DryRun = False,
+    tensorboard: TensorBoard = None,
+) -> None:
+    """Benchmarks through lm-eval, of models that length-gen trains or of any others: how do they compare?"""
+    given = dict(
+        # tasks that are named are all that is asked
+        tasks=task, suites=suite or ([] if task else None), models=checkpoint,
+        data_dir=None if data_dir is None else str(data_dir), limit=limit, size=size, train_len=train_len,
+        eval_len=eval_len or train_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
+        micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
+        tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
+    )  # fmt: skip
+    _family("few_shot", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+
+
+@app.command()
+def table(
+    family: Annotated[str, typer.Argument(help="few-shot")],
+    format: Annotated[str, typer.Option(help="terminal, markdown, latex or csv.")] = "terminal",
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Print a table of models by benchmarks, as papers have it, from the result table alone; needs no torch."""
+    from sbeval import scores
+    from sbeval.table import read
+
+    choose("table", family.replace("-", "_"), ["few_shot"])
+    shown = scores.render(read(results_dir / "few_shot.csv", required=scores.COLUMNS), format)
+    if isinstance(shown, str):
+        print(shown)
+    else:
+        Console().print(shown)
+
+
 @app.command()
 def needle(
     preset: Preset = None,
@@ -197,7 +268,10 @@ def needle(
     squad: Annotated[Path | None, typer.Option(help="SQuAD v2, dev-v2.0.json, for qa_1.")] = None,
     hotpot: Annotated[Path | None, typer.Option(help="HotpotQA, hotpot_dev_distractor_v1.json, for qa_2.")] = None,
     checkpoint: Annotated[
-        str | None, typer.Option(help="Ask this model: our checkpoint folder, or a Hugging Face folder or name.")
+        str | None,
+        typer.Option(
+            "--checkpoint", "--model", help="Ask this model: our checkpoint folder, or a Hugging Face folder or name."
+        ),
     ] = None,
     attention: Attention = None,
     seed: Seed = None,
@@ -236,6 +310,10 @@ def needle(
 def plot(
     figure: Annotated[
         list[str] | None, typer.Argument(help="As kernel, length-gen or needle; all if none is named.")
+        list[str] | None,
+        typer.Argument(
+            help="Figures: few-shot, kernel, kernel-error, length-gen, loss-by-position, mqrar; all if none is named."
+        ),
     ] = None,
     format: Annotated[list[str] | None, typer.Option(help="png or pdf; repeat for both. Both if not given.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; results/figures.", metavar="DIR")] = None,
@@ -312,7 +390,7 @@ def _say(line: object) -> None:
 
 def _family(
     name: str, preset: str | None, given: dict[str, Any], device: str | None, dtype: str | None, results_dir: Path,
-    tensorboard: Path | None, *, force: bool, dry_run: bool, only: bool = False,
+    tensorboard: Path | None, *, force: bool, dry_run: bool, only: bool = False, shard: bool = False,
 ) -> None:  # fmt: skip
     """Run one family: preset and options to config, config to cells, cells to table and figure; `only` trains."""
     from sbeval import device as devices
@@ -335,7 +413,9 @@ def _family(
     for line in module.notes(config) if hasattr(module, "notes") else ():
         _say(line)
     with distributed.joined(where) as world:
-        place = sweep.Place(results_dir=results_dir, device=where, force=force, tensorboard=tensorboard, world=world)
+        place = sweep.Place(
+            results_dir=results_dir, device=where, force=force, tensorboard=tensorboard, world=world, shard=shard
+        )
         if dry_run:
             _dry_run(cells, place)
         elif only:

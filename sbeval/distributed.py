@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 8 -m sbeval train --preset paper
 """
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from sbeval.errors import InputError
 from sbeval.estimate import Floats
@@ -57,6 +59,9 @@ def joined(place: torch.device) -> Iterator[World]:
         return
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    # imported while a group exists, as DistributedDataParallel would, it keeps the group for good, and the threads of a
+    # living group may still be giving tensors back when Python ends, which aborts the process
+    importlib.import_module("torch._dynamo")
     dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size())
@@ -82,3 +87,9 @@ def summed(values: Floats, world: World, place: torch.device) -> Floats:
 def anywhere(flag: bool, world: World, place: torch.device) -> bool:
     """Whether the flag is set in any process."""
     return flag if world.size == 1 else bool(summed(np.array([flag], dtype=np.float64), world, place)[0])
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold parts of the parameters instead of all of each."""
+    # a DTensor, whose import takes a second that nothing else needs
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())

@@ -73,6 +73,12 @@ SIZES: dict[str, dict[str, Any]] = {
     "quick": {"width": 160, "layers": 4, "heads": 4, "hidden": 432, "tied": True},
     "25m": {"width": 512, "layers": 8, "heads": 8, "hidden": 1024, "tied": True},
     "60m": {"width": 640, "layers": 12, "heads": 10, "hidden": 1536, "tied": True},
+    # nanoGPT's shape (github.com/karpathy/nanoGPT) beside 60m: learned positions, GELU, and --attention nope; its
+    # LayerNorm without bias is an RMSNorm here
+    "nanogpt-60m": {
+        "width": 640, "layers": 12, "heads": 10, "hidden": 2560, "tied": True, "mlp": "gelu", "positions": 2048,
+        "init_std": 0.02,
+    },
     "125m": {"width": 768, "layers": 12, "heads": 12, "hidden": 2048, "tied": True},
     # the paper's 367.5 M parameters at 32,000 tokens of vocabulary
     "350m": {"width": 1024, "layers": 24, "heads": 32, "hidden": 2730, "tied": False},
@@ -280,7 +286,11 @@ class Decoder(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Cross-entropy in nats, float32, summed over the targets (B, T) that are not IGNORE."""
-        logits = self.logits(self(tokens, cu_seqlens)).float()
+        return self.score(self(tokens, cu_seqlens), targets)
+
+    def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The same of hidden states (B, T, width)."""
+        logits = self.logits(hidden).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
     def sparse_loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

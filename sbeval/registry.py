@@ -23,14 +23,17 @@ ATTENTION = {
     "stick_breaking": "sbeval.kernels.stick_breaking",
 }
 TASKS = {
+    "few_shot": "sbeval.tasks.few_shot",
     "length_gen": "sbeval.tasks.length_gen",
     "mqrar": "sbeval.tasks.mqrar",
     "needle": "sbeval.tasks.needle",
 }
 FIGURES = {
+    "few_shot": "sbeval.plots.few_shot",
     "kernel": "sbeval.plots.kernel",
     "kernel_error": "sbeval.plots.kernel_error",
     "length_gen": "sbeval.plots.length_gen",
+    "loss_by_position": "sbeval.plots.loss_by_position",
     "mqrar": "sbeval.plots.mqrar",
     "needle": "sbeval.plots.needle",
     "needle_depth": "sbeval.plots.needle_depth",

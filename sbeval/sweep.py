@@ -38,6 +38,7 @@ class Place:
     force: bool = False  # train and evaluate again what is there already
     tensorboard: Path | None = None
     world: World = ALONE
+    shard: bool = False  # spread weights and optimizer over the processes of `world` while training
     emptied: set[Path] = field(default_factory=set)  # folders of which `force` has removed what another run left
 
     def checkpoint(self, key: object) -> Path:
@@ -132,7 +133,8 @@ def digest(key: object) -> str:
 
 def _plain(value: object) -> Any:
     assert dataclasses.is_dataclass(value) and not isinstance(value, type), value
-    values = {entry: getattr(value, entry.name) for entry in dataclasses.fields(value)}
+    # what does not make two of them differ is no part of which it is
+    values = {entry: getattr(value, entry.name) for entry in dataclasses.fields(value) if entry.compare}
     return {
         entry.name: item
         for entry, item in values.items()

@@ -11,7 +11,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -156,9 +156,19 @@ class Loss(nn.Module):
     def __init__(self, model: Decoder, sparse: bool) -> None:
         super().__init__()
         self.model, self.sparse = model, sparse
+        self.score = model.score
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        return (self.model.sparse_loss if self.sparse else self.model.loss)(tokens, targets, cu_seqlens)
+        if self.sparse:
+            return self.model.sparse_loss(tokens, targets, cu_seqlens)
+        return self.score(self.model(tokens, cu_seqlens), targets)
+
+    def compile_parts(self) -> None:
+        """Compile each block, and what follows the last, one by one."""
+        for block in self.model.blocks:
+            block.compile()
+        # eager, it would hold the logits several times in float32
+        self.score = torch.compile(self.model.score)
 
 
 class Trainer:
@@ -166,18 +176,27 @@ class Trainer:
 
     def __init__(
         self, model: ModelConfig, config: TrainConfig, batches: Batches, folder: Path | None, place: torch.device,
-        world: World = ALONE,
+        world: World = ALONE, *, shard: bool = False,
     ) -> None:  # fmt: skip
+        if shard and world.size == 1:
+            raise InputError("one process has nothing to shard: start several with torchrun --nproc-per-node")
         if config.batch % world.size:
             raise InputError(f"{world.size} processes cannot share a batch of {config.batch} sequences evenly")
         torch.manual_seed(config.seed)
         self.config, self.batches, self.folder, self.place, self.world = config, batches, folder, place, world
+        self.shard = shard
         self.model = Decoder(model).to(place)
-        self.optimizer = optimizer_for(self.model, config)
         self.state = State()
         self.speeds: list[float] = []  # tokens/s between looks at the loss
-        self._restore()
         self.loss = self._prepare()
+        # sharding puts other parameters in the place of the model's
+        self.optimizer = optimizer_for(self.model, config)
+        self._restore()
+        if not shard and world.size > 1:
+            ours = [place] if place.type == "cuda" else None
+            self.loss = DistributedDataParallel(
+                self.loss, device_ids=ours, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     def run(
         self,
@@ -274,23 +293,37 @@ class Trainer:
         pin = x.is_cpu and self.place.type == "cuda"
         return (x.pin_memory() if pin else x).to(self.place, non_blocking=pin)
 
-    def _gradients_stay(self, stay: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def _gradients_stay(self, stay: bool) -> Iterator[None]:
         """Keep gradients in this process until the last part of a step."""
-        return self.loss.no_sync() if stay and isinstance(self.loss, DistributedDataParallel) else nullcontext()
+        if isinstance(self.loss, DistributedDataParallel) and stay:
+            with self.loss.no_sync():
+                yield
+            return
+        if self.shard:
+            from sbeval import sharded
+
+            sharded.keep_gradients(self.loss, stay)
+        yield
 
     def _anywhere(self, flag: bool) -> bool:
         return distributed.anywhere(flag, self.world, self.place)
 
     def _prepare(self) -> nn.Module:
-        """The loss, spread, and compiled on a GPU; on a CPU compiling a small model would take longer than it saves."""
+        """The loss, compiled on a GPU; on a CPU compiling a small model would take longer than it saves."""
         loss = Loss(self.model, self.config.sparse)
-        if self.place.type == "cuda":
+        compiled = self.place.type == "cuda"
+        if self.shard:
+            from sbeval import sharded
+
+            # a compiled whole could not gather a block's weights when the block runs
+            if compiled:
+                loss.compile_parts()
+            sharded.shard(loss, self.model.blocks)
+        elif compiled:
             # the number of scored positions varies: where the head runs at those alone it stays outside
             (self.model if self.config.sparse else loss).compile()
-        if self.world.size == 1:
-            return loss
-        ours = [self.place] if self.place.type == "cuda" else None
-        return DistributedDataParallel(loss, device_ids=ours, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return loss
 
     def _restore(self) -> None:
         saved = checkpoint.find(self.folder) if self.folder else None
@@ -299,10 +332,26 @@ class Trainer:
             checkpoint.restore(saved, self.model, None if self.state.finished else self.optimizer)
 
     def _save(self) -> None:
-        if self.folder is not None and self.world.leads:
-            optimizer = None if self.state.finished else self.optimizer
-            checkpoint.save(self.folder, self.model, self.state, optimizer, dataclasses.asdict(self.config))
+        if self.folder is not None:
+            training = dataclasses.asdict(self.config)
+            if self.shard and not self.state.finished:
+                checkpoint.save_sharded(self.folder, self.model, self.state, self.optimizer, self.world, training)
+                return
+            model = self._whole()
+            if self.world.leads:
+                optimizer = None if self.state.finished else self.optimizer
+                checkpoint.save(self.folder, model, self.state, optimizer, training)
         distributed.wait(self.world)
+
+    def _whole(self) -> Decoder:
+        """The model; of a sharded one a copy that every process has whole."""
+        if not self.shard:
+            return self.model
+        from sbeval import sharded
+
+        model = Decoder(self.model.config).to(self.place)
+        model.load_state_dict({name: sharded.whole(x) for name, x in self.model.state_dict().items()})
+        return model
 
     def _numbers(self) -> dict[str, float]:
         rate = learning_rate(self.config, self.state.step - 1)
@@ -318,7 +367,7 @@ class Trainer:
         peak = device.peak_flops(self.place)
         flops = 3 * flops_per_token(self.model.config, self.config.length)
         mfu = speed * flops / (peak * self.world.size) if speed and peak and self.config.dtype == "bfloat16" else None
-        return Trained(self.model.eval(), self.state, speed, mfu)
+        return Trained(self._whole().eval(), self.state, speed, mfu)
 
 
 def _part_of(cu_seqlens: Tensor | None, rows: slice, shape: torch.Size) -> Tensor | None:

@@ -1,8 +1,12 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -125,3 +129,27 @@ def test_ntk_changes_the_base_and_scaling_is_no_part_of_training() -> None:
     assert rope.trained_as(options) == rope.Options()
     with pytest.raises(InputError, match="scaling 'yarn' needs train_len"):
         rope.Options(scaling="yarn", factor=4.0)
+
+
+def test_a_compiler_makes_one_table_for_all_layers_and_none_for_the_gradient() -> None:
+    graphs: list[list[str]] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    def layers(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(3):
+            x = rope.attention(x, x, x)
+        return x
+
+    x = torch.randn(1, 9, 2, 8, requires_grad=True)
+    # as inductor does
+    backend = aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    compiled = torch.compile(layers, backend=backend)
+    torch.testing.assert_close(compiled(x), layers(x))
+    compiled(x).sum().backward()
+    forward, backward = graphs
+    assert forward.count("sbeval.rope_tables.default") == 1
+    assert "sbeval.rope_tables.default" not in backward
+    assert not {"aten.cos.default", "aten.sin.default"} & {*forward, *backward}

@@ -25,26 +25,21 @@ COMMON: dict[str, Any] = {
     "dtype": "float32",
     "stderr": 0.1,
 }
-BINS = ((1, 2), (2, 9), (9, 33), (33, 257), (257, 513), (513, 1025))
+LENGTHS = (128, 256, 512, 1024)
 
 
-def cell(attention: str, losses: tuple[float, ...] = (9, 6, 4, 3, 3.5, 4), **common: Any) -> list[dict[str, Any]]:
-    same = COMMON | {"attention": attention} | common
-    loss = [
-        same | {"metric": "loss", "value": value, "position_start": start, "position_end": end}
-        for value, (start, end) in zip(losses, BINS, strict=True)
+def cell(attention: str, values: tuple[float, ...] = (45, 44, 46, 50), **common: Any) -> list[dict[str, Any]]:
+    same = COMMON | {"attention": attention, "metric": "perplexity"} | common
+    return [
+        *(same | {"value": value, "context_length": length} for value, length in zip(values, LENGTHS, strict=True)),
+        # over windows of whole documents, of no context length
+        same | {"value": 1e6},
+        same | {"metric": "bits_per_byte", "value": 1.0, "context_length": 256},
     ]
-    perplexity = [
-        same | {"metric": "perplexity", "value": math.exp(losses[-1]) + length / 256, "context_length": length}
-        for length in (256, 512, 1024)
-    ]
-    return [*loss, *perplexity, same | {"metric": "bits_per_byte", "value": 1.0, "context_length": 256}]
 
 
 def table(*cells: list[dict[str, Any]]) -> pd.DataFrame:
-    frame = pd.DataFrame([row for rows in cells for row in rows])
-    factors = ["position_start", "position_end", "context_length"]
-    return frame.astype({name: "Int64" for name in factors})
+    return pd.DataFrame([row for rows in cells for row in rows]).astype({"context_length": "Int64"})
 
 
 def lines(axis: Axes) -> dict[str, Line2D]:
@@ -56,8 +51,15 @@ def band(axis: Axes) -> tuple[float, float]:
     return float(heights.min()), float(heights.max())
 
 
-def labels(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+def labels(axis: Axes) -> list[str]:
+    legend = axis.get_legend()
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def heads(figure: Figure) -> list[str]:
+    legends = [axis.get_legend() for axis in figure.axes]
+    return [legend.get_title().get_text() for legend in legends if legend is not None]
 
 
 def xs(line: Line2D) -> list[float]:
@@ -68,39 +70,70 @@ def ys(line: Line2D) -> list[float]:
     return [float(value) for value in np.asarray(line.get_ydata())]
 
 
-def test_the_panels_show_the_rows() -> None:
-    figure = length_gen.draw(table(cell("stick_breaking"), cell("rope", (9, 6, 4, 3, 5, 7))))
-    left, right = figure.axes
-    assert labels(figure) == ["stick-breaking", "RoPE"] == list(lines(left)) == list(lines(right))
-    rope = lines(left)["RoPE"]
-    # bins that end within the first sixteenth of the training length stay out
-    assert ys(rope) == [4, 3, 5, 7]
-    np.testing.assert_allclose(xs(rope), np.sqrt([9 * 32, 33 * 256, 257 * 512, 513 * 1024]))
-    assert xs(lines(right)["RoPE"]) == [256, 512, 1024]
-    np.testing.assert_allclose(ys(lines(right)["RoPE"]), math.exp(7) + np.array([1, 2, 4]))
-    assert (left.get_xlabel(), left.get_ylabel()) == ("position in the document (tokens)", "loss (nats per token)")
-    assert (right.get_xlabel(), right.get_ylabel()) == ("context length (tokens)", "perplexity (per token)")
-    assert left.get_title(loc="left") == "Small model, trained at length 256, books"
+def test_few_methods_have_one_panel() -> None:
+    figure = length_gen.draw(table(cell("rope", (45, 44, 60, 90)), cell("stick_breaking")))
+    (axis,) = figure.axes
+    assert heads(figure) == ["attention schemes"]
+    assert labels(axis) == ["stick-breaking", "RoPE"] == list(lines(axis))
+    assert xs(lines(axis)["RoPE"]) == [128, 256, 512, 1024] and ys(lines(axis)["RoPE"]) == [45, 44, 60, 90]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("context length (tokens)", "perplexity (per token)")
+    assert axis.get_title(loc="left") == "Small model, trained at length 256, books"
+
+
+def test_schemes_factors_and_windows_have_a_column_and_training_lengths_a_row() -> None:
+    specs = [("sliding_window", "window=1024"), ("sliding_window", ""), ("sliding_window", "rotary=false,window=64")]
+    specs += [("rope", f"scaling=ntk,factor={factor}.0") for factor in (16, 2)]
+    specs += [("rope", "scaling=yarn,factor=4.0,train_len=256"), ("rope", ""), ("stick_breaking", ""), ("fire", "")]
+    everything = [
+        cell(name, options=options, train_len=length, seed=seed)
+        for name, options in specs for length in (256, 512) for seed in (0, 1)
+    ]  # fmt: skip
+    figure = length_gen.draw(table(*everything))
+    assert len(figure.axes) == 6
+    assert heads(figure) == ["attention schemes", "RoPE scaled at evaluation", "sliding windows"]
+    for row, length in ((figure.axes[:3], 256), (figure.axes[3:], 512)):
+        assert list(lines(row[0])) == ["stick-breaking", "RoPE", "FIRE"]
+        assert list(lines(row[1])) == ["stick-breaking", "RoPE", "NTK, f = 2", "NTK, f = 16", "YaRN, f = 4"]
+        windows = ["W = 64, rotary=false", "W = 512", "W = 1024"]
+        assert list(lines(row[2])) == ["stick-breaking", "RoPE", *windows]
+        for axis in row:
+            looks = [(line.get_color(), line.get_marker()) for line in lines(axis).values()]
+            assert len({colour for colour, _ in looks}) == len({marker for _, marker in looks}) == len(looks)
+            assert any(xs(line) == [length, length] for line in axis.get_lines())
+            assert lines(axis)["RoPE"].get_color() == lines(row[0])["RoPE"].get_color()
+            assert axis.get_ylim() == row[0].get_ylim()
+    figure.draw_without_rendering()
+
+
+def test_a_training_length_without_a_column_leaves_its_panel_empty() -> None:
+    rope = [cell("rope"), cell("rope", train_len=512)]
+    figure = length_gen.draw(table(*rope, cell("sliding_window")))
+    assert [axis.axison for axis in figure.axes] == [True, True, True, False]
+    only = length_gen.draw(table(cell("sliding_window")))
+    assert heads(only) == ["sliding windows"]
+
+
+def test_the_default_window_is_that_of_the_method() -> None:
+    from sbeval.kernels import sliding_window
+
+    assert length_gen.WINDOW == sliding_window.Options().window
 
 
 def test_axes_are_in_powers_of_two_and_mark_the_training_length() -> None:
     figure = length_gen.draw(table(cell("rope")))
     figure.draw_without_rendering()
-    left, right = figure.axes
-    for axis in (left, right):
-        assert axis.get_xscale() == "log"
-        assert any(xs(line) == [256, 256] for line in axis.get_lines())
-        assert [text.get_text() for text in axis.texts] == ["training length 256"]
-    assert [tick.get_text() for tick in left.get_xticklabels()] == ["32", "64", "128", "256", "512", "1024"]
-    assert [tick.get_text() for tick in right.get_xticklabels()] == ["256", "512", "1024"]
-    low, high = left.get_xlim()
-    assert low < 17 and high > 1024
+    (axis,) = figure.axes
+    assert axis.get_xscale() == "log"
+    assert any(xs(line) == [256, 256] for line in axis.get_lines())
+    assert [text.get_text() for text in axis.texts] == ["training length 256"]
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["128", "256", "512", "1024"]
+    low, high = axis.get_xlim()
+    assert low < 128 and high > 1024
 
 
 def test_every_point_of_a_short_line_has_a_marker() -> None:
-    figure = length_gen.draw(table(cell("rope"), cell("nope"), cell("alibi")))
-    for axis in figure.axes:
-        assert {line.get_markevery() for line in lines(axis).values()} == {(0, 1)}
+    (axis,) = length_gen.draw(table(cell("rope"), cell("nope"), cell("alibi"))).axes
+    assert {line.get_markevery() for line in lines(axis).values()} == {(0, 1)}
 
 
 def test_long_ranges_thin_the_labels_around_the_training_length() -> None:
@@ -111,27 +144,27 @@ def test_long_ranges_thin_the_labels_around_the_training_length() -> None:
     assert {ticks[index + 1] / ticks[index] for index in range(len(ticks) - 1)} == {8}
 
 
-@pytest.mark.parametrize(("last", "scale"), [(4.5, "linear"), (9.0, "log")])
+@pytest.mark.parametrize(("last", "scale"), [(100, "linear"), (9000, "log")])
 def test_perplexities_far_apart_are_drawn_logarithmically(last: float, scale: str) -> None:
-    figure = length_gen.draw(table(cell("alibi"), cell("rope", (9, 6, 4, 3, 3.5, last))))
-    assert figure.axes[1].get_yscale() == scale
+    figure = length_gen.draw(table(cell("alibi"), cell("rope", (45, 44, 46, last))))
+    assert figure.axes[0].get_yscale() == scale
 
 
 def test_seeds_are_averaged_with_a_band_from_lowest_to_highest() -> None:
-    cells = [cell("rope", (9, 6, 4, 3, 3.5, 4.0 + seed), seed=seed) for seed in (0, 1, 5)]
+    cells = [cell("rope", (40, 40, 40, 40 + seed), seed=seed) for seed in (0, 1, 5)]
     figure = length_gen.draw(table(*cells))
-    left = figure.axes[0]
-    assert ys(lines(left)["RoPE"])[-1] == 6.0
-    assert band(left) == (3.0, 9.0)
+    (axis,) = figure.axes
+    assert ys(lines(axis)["RoPE"])[-1] == 42
+    assert band(axis) == (40, 45)
     assert figure.get_supxlabel() == "Mean of 3 seeds; bands: lowest to highest seed."
 
 
 def test_one_seed_has_the_interval_over_documents() -> None:
     figure = length_gen.draw(table(cell("rope", stderr=0.5)))
-    assert band(figure.axes[0]) == pytest.approx((3 - 0.98, 4 + 0.98))
+    assert band(figure.axes[0]) == pytest.approx((44 - 0.98, 50 + 0.98))
     assert figure.get_supxlabel() == "One seed; bands: 95 % interval over documents."
     without = length_gen.draw(table(cell("rope", stderr=math.nan)))
-    assert band(without.axes[0]) == (3.0, 4.0)
+    assert band(without.axes[0]) == (44, 50)
     assert without.get_supxlabel() == "One seed."
 
 
@@ -151,14 +184,14 @@ def test_settings_are_never_mixed_in_a_panel() -> None:
         {"eval_len": 2048},
     ]
     figure = length_gen.draw(table(*(cell("rope", **setting) for setting in settings), cell("nope")))
-    titles = [axis.get_title(loc="left") for axis in figure.axes[::2]]
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
     assert len(titles) == len(set(titles)) == len(settings)
     assert "Small model, trained at length 512, books, evaluated to 1024 tokens, 1,000,000 training tokens" in titles
     for axis in figure.axes:
         for line in lines(axis).values():
             assert len(xs(line)) == len(set(xs(line)))
     # both methods keep their entry, though five panels lack one of them
-    assert labels(figure) == ["RoPE", "NoPE"]
+    assert labels(figure.axes[0]) == ["RoPE", "NoPE"]
 
 
 def test_a_method_looks_the_same_in_every_figure() -> None:
@@ -179,18 +212,10 @@ def test_options_are_methods_of_their_own() -> None:
     assert alone["rope", "theta=10"].colour == looks["rope", ""].colour
 
 
-def test_nothing_to_draw_and_unusable_factors_are_said() -> None:
+def test_nothing_to_draw_is_said() -> None:
     rows = table(cell("rope"))
-    with pytest.raises(InputError, match="no rows with metric 'loss' or 'perplexity'"):
+    with pytest.raises(InputError, match="no rows with metric 'perplexity' and a context length"):
         length_gen.draw(rows[rows["metric"] == "bits_per_byte"])
-    with pytest.raises(InputError, match="column 'position_end' holds ''"):
-        length_gen.draw(rows.assign(position_end=None))
-
-
-def test_one_kind_of_rows_alone_is_drawn() -> None:
-    rows = table(cell("rope"))
-    left, right = length_gen.draw(rows[rows["metric"] == "loss"]).axes
-    assert left.axison and not right.axison and "RoPE" in lines(left)
 
 
 def test_drawing_leaves_the_table_alone() -> None:

@@ -1,8 +1,10 @@
 """Two processes train what one trains, go on from each other's checkpoints, and share an evaluation."""
 
+import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from sbeval.distributed import World
 from sbeval.errors import InputError
 from sbeval.model import IGNORE, Decoder, ModelConfig
 from sbeval.progress import Progress
-from sbeval.train import TrainConfig, Trainer
+from sbeval.train import TrainConfig, Trainer, optimizer_for
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(vocab_size=31, width=16, layers=2, heads=2, hidden=24, init_std=0.2)
@@ -38,11 +40,13 @@ class Data:
         return Batch(tokens=tokens, targets=targets, cu_seqlens=None)
 
 
-def work(folder: Path, stop_at: int, world: World) -> None:
+def work(folder: Path, stop_at: int, world: World, shard: bool = False, tied: bool = False) -> None:
     config = TrainConfig(steps=12, batch=4, length=8, lr=0.01, warmup=2, log_every=3, micro_batch=1, eps=1e-3)
     with Progress(Console(file=io.StringIO())) as progress:
         try:
-            trained = Trainer(MODEL, config, Data(stop_at), folder, CPU, world).run(progress.add("train", 12))
+            model = dataclasses.replace(MODEL, tied=tied)
+            trainer = Trainer(model, config, Data(stop_at), folder, CPU, world, shard=shard)
+            trained = trainer.run(progress.add("train", 12))
         except KeyboardInterrupt:
             return
     windows = [(index, row) for index, row in enumerate(np.random.default_rng(0).integers(0, 31, (5, 9)))]
@@ -52,11 +56,15 @@ def work(folder: Path, stop_at: int, world: World) -> None:
         (folder.parent / f"{folder.name}.json").write_text(json.dumps(found.losses.tolist()))
 
 
-def start(folder: Path, processes: int, stop_at: int = -1) -> None:
+def start(folder: Path, processes: int, stop_at: int = -1, *rest: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, __file__, str(folder), str(stop_at)], env=environment, capture_output=True, text=True, timeout=200
+        [*command, __file__, str(folder), str(stop_at), *rest],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr
 
@@ -80,6 +88,56 @@ def test_processes_train_what_one_trains(first: int, then: int, tmp_path: Path) 
     np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
 
 
+def test_a_sharded_model_goes_on_from_one_process_and_one_process_from_it(tmp_path: Path) -> None:
+    work(tmp_path / "one", -1, distributed.ALONE, tied=True)
+    work(tmp_path / "many", 4, distributed.ALONE, tied=True)
+    assert 4 < checkpoint.load_state(tmp_path / "many").step < 9
+    start(tmp_path / "many", 2, 8, "shard")
+    assert 8 < checkpoint.load_state(tmp_path / "many").step < 12
+    assert [path.name for path in sorted((tmp_path / "many").iterdir())] == ["config.json", "shards"]
+    shutil.copytree(tmp_path / "many", tmp_path / "sharded")
+    work(tmp_path / "many", -1, distributed.ALONE, tied=True)
+    start(tmp_path / "sharded", 2, -1, "shard")
+    one = checkpoint.load_model(tmp_path / "one")
+    for name in ("many", "sharded"):
+        assert losses_of(tmp_path / name) == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+        # whoever finishes leaves one plain file, and nothing of the optimizer
+        assert not {"shards", "optimizer.safetensors"} & {path.name for path in (tmp_path / name).iterdir()}
+        for a, b in zip(one.parameters(), checkpoint.load_model(tmp_path / name).parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        found = [json.loads((tmp_path / f"{which}.json").read_text()) for which in ("one", name)]
+        np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+
+
+def test_shards_that_are_cut_short_are_said(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Decoder(MODEL)
+    optimizer = optimizer_for(model, TrainConfig(steps=1, batch=4, length=8, lr=0.01))
+    model.loss(torch.arange(8)[None], torch.arange(8)[None]).backward()
+    optimizer.step()
+    checkpoint.save_sharded(tmp_path / "saved", model, checkpoint.State(losses=[1.0]), optimizer, distributed.ALONE)
+    other = Decoder(MODEL)
+    again = optimizer_for(other, TrainConfig(steps=1, batch=4, length=8, lr=0.01))
+    checkpoint.restore(tmp_path / "saved", other, again)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert {key: x.tolist() for key, x in optimizer.state[a].items()} == {
+            key: x.tolist() for key, x in again.state[b].items()
+        }
+    # from outside no pickle is read
+    with pytest.raises(InputError, match="a sharded model that is still training"):
+        checkpoint.load_model(tmp_path / "saved")
+    (tmp_path / "saved" / "shards" / ".metadata").unlink()
+    with pytest.raises(InputError, match="shards can't be read: .*; remove the checkpoint to train again"):
+        checkpoint.restore(tmp_path / "saved", other, again)
+
+
+def test_one_process_has_nothing_to_shard() -> None:
+    config = TrainConfig(steps=1, batch=4, length=8, lr=0.01)
+    with pytest.raises(InputError, match="one process has nothing to shard"):
+        Trainer(MODEL, config, Data(), None, CPU, shard=True)
+
+
 def test_a_batch_is_shared_evenly() -> None:
     config = TrainConfig(steps=1, batch=4, length=8, lr=0.01)
     with pytest.raises(InputError, match="3 processes cannot share a batch of 4 sequences evenly"):
@@ -98,4 +156,5 @@ def test_a_model_is_evaluated_in_another_way() -> None:
 
 if __name__ == "__main__":
     with distributed.joined(CPU) as joined:
-        work(Path(sys.argv[1]), int(sys.argv[2]), joined)
+        both = len(sys.argv) > 3
+        work(Path(sys.argv[1]), int(sys.argv[2]), joined, shard=both, tied=both)

@@ -156,6 +156,25 @@ def test_presets_name_methods_and_shapes_that_exist(preset: str) -> None:
     assert len({cell_id(cell) for cell in found}) == len(found) and all(cell.flops > 0 for cell in found)
 
 
+@pytest.mark.parametrize(("tokens", "padded"), [(257, 257), (8192, 8192), (50257, 50304)])
+def test_large_vocabularies_are_padded_for_the_tensor_cores(tokens: int, padded: int) -> None:
+    assert cells(Config())[0].model(tokens).vocab_size == padded
+
+
+def test_the_nanogpt_baseline_learns_from_the_same_tokens_in_the_same_order() -> None:
+    ours, theirs = (cells(length_gen.PRESETS[name])[0] for name in ("recipe", "nanogpt"))
+    assert dataclasses.replace(ours.training(), lr=6e-4) == theirs.training()
+    shape = theirs.model(8192)
+    assert (shape.mlp, shape.positions, shape.hidden, shape.init_std) == ("gelu", 2048, 4 * shape.width, 0.02)
+    sizes = [model.Decoder(cell.model(8192)).n_parameters() for cell in (ours, theirs)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
+
+
+def test_windows_of_whole_documents_cost_too() -> None:
+    once, more = (cells(Config(window=window))[0].flops for window in ((), (256, 4096)))
+    assert 1 < more / once < 2
+
+
 def split_of(*lengths: int) -> Split:
     offsets = np.concatenate([[0], np.cumsum(np.array(lengths) + 1)]).astype(np.int64)
     tokens = np.arange(offsets[-1], dtype=np.uint16)

@@ -1,0 +1,81 @@
+"""Few-shot scores: each benchmark's score by method with its interval, beside the score of guessing."""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+
+from sbeval import scores
+from sbeval.errors import InputError
+from sbeval.plots import style
+
+TABLE = "few_shot"
+COLUMNS = (*scores.COLUMNS, "corpus")
+# scores in this order down the page take so much of it each
+ROW_IN = 0.34
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw a line of each benchmark in percent, one panel for each model, training length and corpus.
+
+    A tick marks the score of guessing. A score whose interval holds it tells nothing.
+    """
+    chosen = scores.headline(table)
+    chosen = chosen[[scores.METRICS[metric] for metric in chosen["metric"]]]
+    if chosen.empty:
+        raise InputError("there are no scores in percent to draw")
+    # a model from elsewhere is its own method
+    chosen = chosen.assign(
+        options=chosen["options"].where(chosen["attention"] != "hf", chosen["model"]),
+        model=chosen["model"].where(chosen["attention"] != "hf", ""),
+    )
+    chosen[["value", "stderr", "chance"]] *= 100
+    looks = style.looks(chosen)
+    panels = style.panels(chosen, ("model", "train_len", "corpus"), ("train_tokens", "eval_len"))
+    counts = [rows["benchmark"].nunique() for _, rows in panels]
+    layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)
+    figure = Figure(figsize=(style.WIDTH_IN, ROW_IN * sum(counts) + 0.8 * len(counts) + 0.6), layout=layout)
+    axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=counts)[:, 0]
+    spreads = []
+    for (title, rows), axis in zip(panels, axes, strict=True):
+        style.title(axis, title)
+        spreads += _panel(axis, rows, looks)
+    guess = Line2D([], [], label="guessing", color=style.MARK, marker="|", markersize=10, linestyle="")
+    style.finish(figure, [*(_handle(look) for look in looks.values()), guess], style.explain(spreads, "bars", "items"))
+    return figure
+
+
+def _panel(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]) -> list[pd.DataFrame]:
+    benchmarks = list(dict.fromkeys(rows.sort_values(["task", "shots"])["benchmark"]))
+    heights = {name: index for index, name in enumerate(benchmarks)}
+    spreads = []
+    for place, (method, look) in enumerate(looks.items()):
+        mine = style.method(rows, method)
+        if mine.empty:
+            continue
+        spread = style.spread(mine, ["benchmark"])
+        y = [heights[name] + 0.6 * ((place + 0.5) / len(looks) - 0.5) for name in spread["benchmark"]]
+        bars = [spread["mean"] - spread["low"], spread["high"] - spread["mean"]]
+        axis.errorbar(
+            spread["mean"], y, xerr=bars, label=look.label, color=look.colour, marker=look.marker, markersize=4,
+            linestyle="", linewidth=1.2,
+        )  # fmt: skip
+        spreads.append(spread)
+    for name, group in rows.groupby("benchmark"):
+        if group["chance"].notna().any():
+            middle = heights[str(name)]
+            axis.vlines(group["chance"].iloc[0], middle - 0.4, middle + 0.4, color=style.MARK, linewidth=1.2, zorder=1)
+    metrics = rows.drop_duplicates("benchmark").set_index("benchmark")["metric"]
+    axis.set_yticks(range(len(benchmarks)), [f"{name} {metrics[name]}" for name in benchmarks])
+    axis.set_ylim(len(benchmarks) - 0.5, -0.5)
+    style.label(axis, "score (%)", "")
+    axis.tick_params(labelsize=style.TEXT_PT)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(True, axis="x", color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    return spreads
+
+
+def _handle(look: style.Look) -> Line2D:
+    return Line2D([], [], label=look.label, color=look.colour, marker=look.marker, markersize=4, linewidth=1.2)

@@ -1,0 +1,55 @@
+"""Loss by position: L(i), the mean loss of token i of a document given the i - 1 before it, smoothed.
+
+Panels as in `length_gen`. Points are bins of positions, a quarter of an octave wide; a line is the mean over each bin
+and its two neighbours, by their numbers of positions, of the same side of the training length.
+"""
+
+import math
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from sbeval.errors import InputError
+from sbeval.plots import length_gen
+from sbeval.plots.length_gen import ALWAYS, OTHERS, TABLE
+from sbeval.table import numbers
+
+FACTORS = ("position_start", "position_end")
+COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *ALWAYS, *OTHERS, *FACTORS)
+__all__ = ["COLUMNS", "TABLE", "draw", "smoothed"]
+# under every method the first tokens of a document are hard to predict: shown, they would set the scale
+FIRST_SHOWN = 1 / 16
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw the smoothed L(i) at the bins' geometric middles, from a sixteenth of the training length on."""
+    table = table[table["metric"] == "loss"]
+    if table.empty:
+        raise InputError("there are no rows with metric 'loss' to draw")
+    table = numbers(table, FACTORS)
+    table = smoothed(table.assign(end=table["position_end"] - 1))
+    first = FIRST_SHOWN * np.minimum(table["train_len"], table["end"].max())
+    shown = table[table["end"] > first].assign(x=lambda rows: np.sqrt(rows["position_start"] * rows["end"]))
+    return length_gen.panels(shown, "position in the document (tokens)", "loss (nats per token)", wide=lambda *_: False)
+
+
+def smoothed(table: pd.DataFrame) -> pd.DataFrame:
+    """Average `value` over each bin and its neighbours; `stderr`, of sums that go together, is averaged so too."""
+    lines = ["attention", "options", "seed", *ALWAYS, *OTHERS]
+    rows = table.sort_values([*lines, "position_start"])
+    past = rows["position_start"] > rows["train_len"]
+    keys = [rows[name] for name in lines] + [past]
+    size = (rows["position_end"] - rows["position_start"]).astype(float)
+
+    def window(values: "pd.Series[float]") -> "pd.Series[float]":
+        grouped = values.groupby(keys, dropna=False, sort=False)
+        total: pd.Series[float] = values + grouped.shift(1).fillna(0.0) + grouped.shift(-1).fillna(0.0)
+        return total
+
+    whole = window(size)
+    for name in ("value", "stderr"):
+        known = rows[name].notna()
+        mean = window((rows[name] * size).fillna(0.0)) / whole
+        rows[name] = mean.where(known, math.nan)
+    return rows

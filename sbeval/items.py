@@ -1,0 +1,262 @@
+"""Benchmarks for lm-eval from JSONL files, where there is no network: its own definitions over items from a folder.
+
+lm-eval's definition of a task (prompt, choices, metrics, version) is used as it stands; only its `download` reads the
+folder instead of the hub. So prompts are the hub's wherever the items are. A file is either
+
+    <dataset>[_<config>]_<split>.jsonl    the hub's own fields, for any dataset: sciq_test.jsonl, race_high_test.jsonl
+
+or one of the shorter forms in `SHORT`, whose items are brought into the hub's fields here. Those are the forms of
+llm-foundry's copies of these sets (https://github.com/mosaicml/llm-foundry, scripts/eval/local_data), some of which are
+not the published items: ARC's questions have four options each, BoolQ's passages lack their title, and in files that
+were made from HellaSwag's prompts white space and brackets are gone for good.
+
+Examples for a prompt come from the split that lm-eval draws them from, where there is a file for it. Where there is
+none the first HELD_OUT items of the scored file are set aside for that and not scored.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from lm_eval.api.task import ConfigurableTask
+
+from sbeval.errors import InputError
+
+# items to draw examples from, when they have to be taken from the scored ones
+HELD_OUT = 32
+
+Item = dict[str, Any]
+
+
+def _letters(count: int) -> list[str]:
+    return [chr(ord("A") + index) for index in range(count)]
+
+
+def _options(item: Item) -> Item:
+    labels = _letters(len(item["choices"]))
+    return {"choices": {"text": item["choices"], "label": labels}, "answerKey": labels[item["gold"]]}
+
+
+def _arc(item: Item) -> Item:
+    return {"question": item["question"], **_options(item)}
+
+
+def _openbookqa(item: Item) -> Item:
+    return {"question_stem": item["question"], **_options(item)}
+
+
+def _hellaswag(item: Item) -> Item:
+    # lm-eval joins the parts again, and what it cleans is clean already
+    activity, _, context = item["query"].partition(": ")
+    return {
+        "activity_label": activity, "ctx_a": context, "ctx_b": "", "endings": item["choices"],
+        "label": str(item["gold"]),
+    }  # fmt: skip
+
+
+def _piqa(item: Item) -> Item:
+    return {"goal": item["goal"], "sol1": item["choices"][0], "sol2": item["choices"][1], "label": item["gold"]}
+
+
+def _shared(contexts: list[str]) -> str:
+    """What both contexts begin with, to the end of a word."""
+    prefix = os.path.commonprefix(contexts)
+    return prefix[: prefix.rfind(" ") + 1]
+
+
+def _winogrande(item: Item) -> Item:
+    before = _shared(item["contexts"])
+    first, second = (context[len(before) :] for context in item["contexts"])
+    return {
+        "sentence": f"{before}_ {item['continuation']}", "option1": first, "option2": second,
+        "answer": str(item["gold"] + 1),
+    }  # fmt: skip
+
+
+def _wsc273(item: Item) -> Item:
+    before = _shared(item["contexts"])
+    # the pronoun is gone from the item; what stands for it here has the one property that lm-eval looks at
+    return {
+        "text": f"{before}it {item['continuation']}", "pronoun": "it", "pronoun_loc": len(before),
+        "options": [context[len(before) :] for context in item["contexts"]], "label": item["gold"],
+    }  # fmt: skip
+
+
+def _boolq(item: Item) -> Item:
+    return {"passage": item["passage"], "question": item["question"].rstrip("?"), "label": int(item["gold"])}
+
+
+def _copa(item: Item) -> Item:
+    premise, _, word = item["context"].rpartition(" ")
+    kind = {"because": "cause", "therefore": "effect"}[word]
+    first, second = (choice.strip() for choice in item["choices"])
+    return {"premise": f"{premise}.", "question": kind, "choice1": first, "choice2": second, "label": item["gold"]}
+
+
+def _lambada(item: Item) -> Item:
+    return {"text": f"{item['context']} {item['target']}"}
+
+
+def _gsm8k(item: Item) -> Item:
+    return {"question": item["context"], "answer": f"{item['chain_of_thought']}\n#### {item['answer']}"}
+
+
+def _mmlu(item: Item) -> Item:
+    return {"question": item["question"], "choices": item["choices"], "answer": item["gold"]}
+
+
+def _blimp(item: Item) -> Item:
+    return {"sentence_good": item["good"], "sentence_bad": item["bad"]}
+
+
+def _wikitext(item: Item) -> Item:
+    return {"page": item["text"]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Short:
+    """A dataset's shorter form. files: stem of the file of each split; an item whose `config` field says so belongs to
+    that config of the dataset."""
+
+    files: Mapping[str, str]
+    convert: Callable[[Item], Item]
+    config: str | None = None
+
+
+# by the dataset's name and, where they are files of their own, config on the hub
+SHORT = {
+    "allenai/ai2_arc:ARC-Easy": Short(files={"test": "arc_easy_test"}, convert=_arc),
+    "allenai/ai2_arc:ARC-Challenge": Short(files={"test": "arc_challenge_test"}, convert=_arc),
+    "allenai/openbookqa:main": Short(files={"test": "openbookqa_test"}, convert=_openbookqa),
+    "Rowan/hellaswag": Short(files={"validation": "hellaswag_val"}, convert=_hellaswag),
+    "baber/piqa": Short(files={"validation": "piqa_val"}, convert=_piqa),
+    "allenai/winogrande:winogrande_xl": Short(files={"validation": "winogrande_xl_val"}, convert=_winogrande),
+    "lighteval/winograd_wsc:wsc273": Short(files={"test": "wsc273"}, convert=_wsc273),
+    "aps/super_glue:boolq": Short(files={"validation": "boolq_val"}, convert=_boolq),
+    "aps/super_glue:copa": Short(files={"validation": "copa_val"}, convert=_copa),
+    "EleutherAI/lambada_openai:default": Short(files={"test": "lambada_openai_test"}, convert=_lambada),
+    "openai/gsm8k:main": Short(files={"test": "gsm8k_test"}, convert=_gsm8k),
+    "EleutherAI/wikitext_document_level:wikitext-2-raw-v1": Short(
+        files={"test": "wikitext2_test_docs"}, convert=_wikitext
+    ),
+    "cais/mmlu": Short(
+        files={"test": "mmlu_test", "dev": "mmlu_dev", "validation": "mmlu_val"}, convert=_mmlu, config="subject"
+    ),
+    "nyu-mll/blimp": Short(files={"train": "blimp"}, convert=_blimp, config="uid"),
+}  # fmt: skip
+
+
+def local_task(folder: Path, shots: int | None) -> type[Any]:
+    """The class that lm-eval makes a task's object of, whose items are those of `folder`.
+
+    shots: examples in a prompt, None for what the definition says.
+    """
+
+    class LocalTask(ConfigurableTask):  # type: ignore[misc]  # lm-eval has no types
+        def __init__(self, config: dict[str, Any]) -> None:
+            kept = {name: value for name, value in config.items() if name != "class"}
+            # a definition that says 0 means it
+            if shots is not None and kept.get("num_fewshot") != 0:
+                kept["num_fewshot"] = shots
+            super().__init__(config=kept)
+
+        def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
+            self.dataset = splits(folder, self.config, self.DATASET_PATH, self.DATASET_NAME)
+
+    return LocalTask
+
+
+def splits(folder: Path, config: Any, dataset: str, name: str | None) -> dict[str, datasets.Dataset]:
+    """The splits that a task reads: the scored one, and the one that examples come from.
+
+    InputError says which file there should be.
+    """
+    scored = config.test_split or config.validation_split
+    pool = config.fewshot_split or config.training_split or config.validation_split or scored
+    found = _split(folder, dataset, name, scored)
+    if found is None:
+        names = " or ".join(f"{stem}.jsonl" for stem in _stems(dataset, name, scored))
+        raise InputError(f"task {config.task!r} reads {names}, and {folder} has no such file")
+    written = config.fewshot_config is not None and config.fewshot_config.samples is not None
+    needed = 0 if written else config.num_fewshot or 0
+    if not needed:
+        return {pool: _dataset(found), scored: _dataset(found)}
+    examples = _split(folder, dataset, name, pool)
+    if pool == scored:
+        raise InputError(f"task {config.task!r} has one split alone: no examples to draw; give --task {config.task}:0")
+    if examples is None:
+        examples, found = found[:HELD_OUT], found[HELD_OUT:]
+    if needed > len(examples) or not found:
+        raise InputError(f"task {config.task!r} needs {needed} examples, and {folder} has {len(examples)} to draw from")
+    return {pool: _dataset(examples), scored: _dataset(found)}
+
+
+def _dataset(items: list[Item]) -> datasets.Dataset:
+    return datasets.Dataset.from_list(items)
+
+
+def _stems(dataset: str, name: str | None, split: str) -> list[str]:
+    own = "_".join([dataset.rpartition("/")[2], *([name] if name else []), split])
+    short = _short(dataset, name)
+    return [own, *([short.files[split]] if short and split in short.files else [])]
+
+
+def _short(dataset: str, name: str | None) -> Short | None:
+    return SHORT.get(f"{dataset}:{name}") or SHORT.get(dataset)
+
+
+def _split(folder: Path, dataset: str, name: str | None, split: str) -> list[Item] | None:
+    """Items in the hub's fields; None when there is no file of that split."""
+    own, *others = _stems(dataset, name, split)
+    if (path := folder / f"{own}.jsonl").is_file():
+        return read(path, None)[None]
+    short = _short(dataset, name)
+    if short is None or not others or not (path := folder / f"{others[0]}.jsonl").is_file():
+        return None
+    items = read(path, short.config).get(name if short.config else None)
+    try:
+        return items and [short.convert(item) for item in items]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is not in the form that sbeval/items.py describes ({type(error).__name__}: {error})"
+        ) from None
+
+
+def read(path: Path, group: str | None) -> dict[str | None, list[Item]]:
+    """Items of a JSONL file by the value of their field `group`; all under None when there is none.
+
+    InputError names a line that is not JSON.
+    """
+    return _read(path, group, path.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path, group: str | None, _: int) -> dict[str | None, list[Item]]:
+    found: dict[str | None, list[Item]] = {}
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                item = json.loads(line)
+                found.setdefault(item[group] if group else None, []).append(item)
+            except (ValueError, KeyError, TypeError):
+                wanted = f"a JSON object with {group!r}" if group else "JSON"
+                raise InputError(f"{path}:{number}: no {wanted}") from None
+    if not found:
+        raise InputError(f"{path} is empty")
+    return found
+
+
+def digest(tasks: Mapping[str, Any]) -> str:
+    """Sixteen hexadecimal digits that stand for the items that tasks score and their versions."""
+    found = hashlib.sha256()
+    for name, task in tasks.items():
+        found.update(f"{name} {task.VERSION}\n".encode())
+        for item in task.eval_docs:
+            found.update(json.dumps(item, sort_keys=True, default=str).encode())
+    return found.hexdigest()[:16]

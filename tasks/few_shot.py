@@ -1,0 +1,313 @@
+"""Few-shot benchmarks: lm-eval's tasks, by name or by suite, of models trained here or by others.
+
+The paper's table 2 (Tan et al., ICLR 2025, arXiv 2410.17980) asks whether stick-breaking costs anything on the usual
+benchmarks. An item is a prompt and some continuations, of which the likeliest counts as the answer:
+
+    prompt     Question: Which gas do plants take in? Answer:
+    choices    oxygen | carbon dioxide | helium           acc: the sum of log-likelihoods is highest at the right one
+                                                          acc_norm: the same, each sum divided by its characters
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import platformdirs
+import torch
+from rich.table import Table
+
+from sbeval import model, pretrained, registry, scores, sweep, tokenizer
+from sbeval.answers import Answers
+from sbeval.errors import InputError, choose
+from sbeval.pretrained import Pretrained
+from sbeval.progress import Progress
+from sbeval.sweep import Outcome, Place
+from sbeval.table import Identity, Measurement
+from sbeval.tasks import length_gen
+
+FAMILY = "few_shot"
+# tokens of a forward pass, padding included
+BATCH_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}
+# requests and tokens of a benchmark, for an estimate of cost without its items
+LIKELY_REQUESTS, LIKELY_TOKENS = 10_000, 64
+LIKELY = {
+    "blimp": (134_000, 16), "hellaswag": (40_168, 112), "mmlu": (56_168, 112), "mmlu:5": (56_168, 800),
+    "gsm8k": (1319, 1200), "wikitext": (62, 4600), "boolq": (6540, 160), "race": (4180, 400),
+    "lambada_openai": (5153, 96), "copa": (200, 16), "wsc273": (546, 32), "winogrande": (2534, 32),
+}  # fmt: skip
+
+# `mmlu:5` is mmlu with five examples in its prompt; without a number it is what the definition says
+SUITES = {
+    "quick": ("copa", "arc_easy", "wsc273"),
+    # BLiMP, 67 phenomena of English grammar (Warstadt et al., arXiv 1912.00582)
+    "linguistic": ("blimp",),
+    # zero-shot, about the world and the plain sense of a text
+    "commonsense": (
+        "arc_easy", "arc_challenge", "boolq", "copa", "hellaswag", "lambada_openai", "openbookqa", "piqa",
+        "winogrande", "wsc273",
+    ),
+    # the paper's, as its authors' scripts have it
+    "paper": (
+        "arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "race", "sciq", "winogrande", "wikitext",
+        "mmlu:0", "mmlu:5", "gsm8k:5",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Measurement):
+    """Factors: part of the benchmark (empty: all of it), what lm-eval took from an answer before scoring it, examples
+    in a prompt, version of lm-eval's task, score of guessing, where the items come from (`hub` or `files`), and in how
+    many requests the beginning was cut to fit eval_len."""
+
+    part: str = ""
+    filter: str = ""
+    shots: int
+    version: str
+    chance: float | None = None
+    items: str
+    cut: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(length_gen.Config):
+    """Benchmarks of the models that length-gen trains with the same options, or of `models`. eval_len: tokens that a
+    model reads at most."""
+
+    tasks: tuple[str, ...] = ()  # names, or name:examples
+    suites: tuple[str, ...] = ("quick",)
+    models: tuple[str, ...] = ()  # our checkpoint folders, Hugging Face folders or names
+    data_dir: str | None = None  # folder of JSONL files to read instead of the hub
+    limit: int | None = None  # items of each task at most
+
+    def __post_init__(self) -> None:
+        # a slotted class is made anew, which zero-argument super does not know
+        length_gen.Config.__post_init__(self)
+        for suite in self.suites:
+            choose("suite", suite, SUITES)
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"limit must be at least 1, or left out; got {self.limit}")
+        if self.data_dir is not None and not Path(self.data_dir).is_dir():
+            raise InputError(f"--data-dir {self.data_dir} is no folder")
+
+
+def _preset(name: str, **options: Any) -> Config:
+    """Trained as length-gen's preset says, and read to the length that it trains at."""
+    trained = {
+        entry.name: getattr(length_gen.PRESETS[name], entry.name) for entry in dataclasses.fields(length_gen.Config)
+    }
+    return Config(**{**trained, "eval_len": trained["train_len"], "window": (), **options})
+
+
+PRESETS = {
+    # a model of 1.3 M parameters and a few items, which say that everything works and nothing else
+    "quick": _preset("quick", limit=20),
+    "small": _preset("small", suites=("linguistic", "commonsense")),
+    "h200": _preset(
+        "h200", suites=("linguistic", "commonsense"), attention=("stick_breaking", "rope", "alibi", "forgetting")
+    ),
+    # the released 1B and 3B models' suite; of which models, --model says
+    "paper": _preset("paper", suites=("paper",), attention=("stick_breaking", "rope"), eval_len=4096),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One model and benchmark: a config of one task, and of one checkpoint or one method and seed."""
+
+    config: Config
+    family: str = FAMILY
+    flops: float = field(default=0.0, compare=False)
+
+    @property
+    def trained(self) -> length_gen.Cell:
+        """The cell that trains the model; its checkpoint is that of length-gen with the same options."""
+        return length_gen.Cell(config=self.config)
+
+    @property
+    def title(self) -> str:
+        return f"{self.trained.title} {self.config.tasks[0]}"
+
+    @property
+    def dtype(self) -> str:
+        return self.config.dtype
+
+    @property
+    def row(self) -> type[Row]:
+        return Row
+
+    def source(self, progress: Progress) -> str:
+        """Digests of the model, or of the text that it is trained on, and of the items."""
+        checkpoint = self.config.checkpoint
+        made_of = length_gen.open_corpus(self.config, progress).digest if checkpoint is None else _digest(checkpoint)
+        return f"{made_of}-{self._benchmark().digest}"
+
+    def run(self, place: Place, progress: Progress) -> Outcome:
+        """Train, unless a checkpoint has it, and ask everything that has no answer yet."""
+        # before training: items that are not there are the user's to change
+        benchmark = self._benchmark()
+        config = self.config
+        folder = config.checkpoint or str(self.trained.train(place, progress))
+        digest = _digest(folder)
+        found = _loaded(folder, digest, place.device, self.dtype)
+        answers = self._answers(digest, place)
+        adapter = _harness().Adapter(
+            self._evaluated(found), self._text(found, progress), length=self._length(found), place=place.device,
+            dtype=self.dtype, batch_tokens=BATCH_TOKENS[place.device.type], answers=answers,
+            begin=functools.partial(progress.add, f"ask {self.title}"),
+        )  # fmt: skip
+        measured = _harness().scores(benchmark, adapter, config.limit)
+        answers.close()
+        name, _, options = self.trained.attention.partition(":")
+        own = config.checkpoint is None
+        return Outcome(
+            identity=Identity(
+                family=FAMILY, task=benchmark.name, model=config.size if own else found.name,
+                attention=name if own else found.attention, options=options if own else found.options,
+                params=found.params, train_len=found.train_len or config.train_len, eval_len=adapter.length,
+                seed=self.trained.seed,
+            ),
+            rows=[self._row(score, benchmark, adapter.cut) for score in measured],
+            corpus=length_gen.open_corpus(config, progress).name if own else "",
+            corpus_digest=self.source(progress),
+            tokenizer=config.tokenizer,
+            train_tokens=self.trained.training().tokens if own else 0,
+            backend=registry.method(name).backend_name(place.device.type) if own else found.backend,
+            tokens_per_s=None,
+            measured={"lm_eval": _harness().version(), "requests_cut": adapter.cut, "model_digest": digest},
+        )  # fmt: skip
+
+    def _row(self, score: Any, benchmark: Any, cut: int) -> Row:
+        return Row(
+            metric=score.metric, unit="bits/byte" if score.metric == "bits_per_byte" else "1", value=score.value,
+            stderr=score.stderr, n=score.n, part="" if score.task == benchmark.name else score.task,
+            filter=score.filter, shots=benchmark.shots, version=score.version, chance=score.chance,
+            items="hub" if self.config.data_dir is None else "files", cut=cut,
+        )  # fmt: skip
+
+    def _benchmark(self) -> Any:
+        name, shots = _parse(self.config.tasks[0])
+        return _harness().load(name, shots, None if self.config.data_dir is None else Path(self.config.data_dir))
+
+    def _answers(self, digest: str, place: Place) -> Answers:
+        """What the model of this digest has answered; nothing when it has to be asked again."""
+        name = sweep.digest([digest, self.config.attention, self.dtype])
+        path = place.results_dir / "answers" / f"{name}.sqlite"
+        if place.force and path not in place.emptied:
+            place.emptied.add(path)
+            path.unlink(missing_ok=True)
+        return Answers(path)
+
+    def _evaluated(self, found: Pretrained) -> Any:
+        """The model; with what only evaluation asks for when it was trained here."""
+        if self.config.checkpoint is not None:
+            return found.model
+        assert isinstance(found.model, model.Decoder)
+        return found.model.evaluated_as(self.trained.attention)
+
+    def _length(self, found: Pretrained) -> int:
+        """Tokens that the model reads at most; of one that isn't ours no more than its config says it can."""
+        checkpoint = self.config.checkpoint
+        own = checkpoint is None or pretrained.is_own(checkpoint)
+        return self.config.eval_len if own else min(self.config.eval_len, found.train_len or self.config.eval_len)
+
+    def _text(self, found: Pretrained, progress: Progress) -> Any:
+        """The model's tokenizer; InputError when it cannot be that."""
+        config = self.config
+        if config.checkpoint is not None and not pretrained.is_own(config.checkpoint):
+            return _harness().hub_text(config.checkpoint)
+        if config.checkpoint is None or tokenizer.is_trained(config.tokenizer):
+            ours = length_gen.open_corpus(config, progress).tokenizer
+        else:
+            ours = tokenizer.load(config.tokenizer, cache_dir=Path(platformdirs.user_cache_dir("sbeval")))
+        if ours.vocab_size > found.vocab_size:
+            raise InputError(
+                f"tokenizer {ours.name!r} has {ours.vocab_size} tokens and the model of {config.checkpoint} "
+                f"{found.vocab_size}: give the --tokenizer it was trained with"
+            )
+        return _harness().PlainText(ours)
+
+
+def cells(config: Config) -> list[Cell]:
+    """The grid: every model with every benchmark. InputError names what is not known."""
+    if config.models:
+        loaded = [dataclasses.replace(config, checkpoint=spec, models=()) for spec in dict.fromkeys(config.models)]
+        models = [cell for one in loaded for cell in length_gen.cells(one)]
+    else:
+        models = length_gen.cells(config)
+    tasks = dict.fromkeys((*config.tasks, *(task for suite in config.suites for task in SUITES[suite])))
+    if not tasks:
+        raise InputError("nothing to ask: give --task or --suite")
+    for task in tasks:
+        _parse(task)
+    found = []
+    for trained in models:
+        for index, task in enumerate(tasks):
+            one = dataclasses.replace(config, **_fields(trained.config), tasks=(task,), suites=(), models=())
+            # the first of a model's cells trains it
+            flops = (trained.flops if index == 0 and one.checkpoint is None else 0.0) + _asking(
+                trained, task, config.limit
+            )
+            found.append(Cell(config=one, flops=flops))
+    return found
+
+
+def _fields(config: length_gen.Config) -> dict[str, Any]:
+    return {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(length_gen.Config)}
+
+
+def _asking(trained: length_gen.Cell, task: str, limit: int | None) -> float:
+    """FLOPs of a benchmark, roughly."""
+    requests, tokens = LIKELY.get(task) or LIKELY.get(_parse(task)[0]) or (LIKELY_REQUESTS, LIKELY_TOKENS)
+    # four choices an item
+    read = tokens * (requests if limit is None else min(requests, 4 * limit))
+    if trained.config.checkpoint is not None:
+        return 2.0 * pretrained.likely_parameters(trained.config.checkpoint) * read
+    return read * model.flops_per_token(trained.model(length_gen._likely_vocabulary(trained.config.tokenizer)), tokens)
+
+
+def _parse(task: str) -> tuple[str, int | None]:
+    """Name and examples of `name` or `name:examples`."""
+    name, colon, shots = task.partition(":")
+    if not name or (colon and not re.fullmatch("[0-9]{1,3}", shots)):
+        raise InputError(f"a task is a name, or name:examples such as mmlu:5; got {task!r}")
+    return name, int(shots) if colon else None
+
+
+def _digest(spec: str) -> str:
+    """Sixteen hexadecimal digits that stand for the weights of a model in a folder; of one on the hub its revision."""
+    folder = Path(spec)
+    if not folder.is_dir():
+        return str(_harness().revision(spec))
+    found = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        # the moments of an optimizer are no part of the model
+        if path.is_file() and path.name != "optimizer.safetensors":
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(spec: str, digest: str, place: torch.device, dtype: str) -> Pretrained:
+    """The model of the cells that follow each other; the digest tells when another has come to the same place."""
+    return pretrained.load(spec, place, dtype)
+
+
+def _harness() -> Any:
+    """What needs lm-eval, which is slow to import and not everyone's."""
+    try:
+        return importlib.import_module("sbeval.harness")
+    except ImportError as error:
+        raise InputError(f"few-shot needs lm_eval ({error}): pip install 'sbeval[few-shot]'") from None
+
+
+def summary(results: pd.DataFrame) -> Table:
+    """Table for the terminal: models by benchmarks, with their average."""
+    return scores.terminal(scores.table(results))

@@ -1,0 +1,297 @@
+"""What is asked of which model, what comes of it, and that a run that was killed goes on where it was."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import pytest
+import torch
+from rich.console import Console
+
+from sbeval import checkpoint, cli, harness, model, sweep, table
+from sbeval.checkpoint import State
+from sbeval.errors import InputError
+from sbeval.lm import Adapter
+from sbeval.model import Decoder
+from sbeval.tasks import few_shot
+from sbeval.tasks.few_shot import Cell, Config, Row, cells
+
+TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("items")
+
+    def write(stem: str, rows: list[dict[str, Any]]) -> None:
+        (folder / f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("copa_val", [
+        {"context": f"I saw {n} birds because", "choices": ["i looked up.", f"the {n} were red."], "gold": n % 2}
+        for n in range(12)
+    ])  # fmt: skip
+    write("arc_easy_test", [
+        {"question": f"What is {n}?", "choices": ["a", "number", "no", "thing"][: 3 + n % 2], "gold": 1}
+        for n in range(40)
+    ])  # fmt: skip
+    phenomena = [name.removeprefix("blimp_") for name in harness._index(False) if name.startswith("blimp_")]
+    write("blimp", [
+        {"uid": uid, "good": f"{uid} is good {n}", "bad": f"{uid} good is {n}"} for uid in phenomena for n in range(2)
+    ])  # fmt: skip
+    write("lambada_openai_test", [{"context": f"He said {n} and", "target": f"{n}"} for n in range(6)])
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path, items: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setitem(model.SIZES, "tiny", TINY)
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for role in ("train0", "test0"):
+        (folder / f"{role}.txt").write_text(f"{role} says this and that. " * 9)
+    return Config(
+        attention=("rope",), size="tiny", train_len=8, eval_len=64, train_tokens=96, batch_tokens=16,
+        corpus=str(folder), data_dir=str(items), tasks=("copa",), suites=(),
+    )  # fmt: skip
+
+
+def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
+    found = cells(config)
+    place = sweep.Place(results_dir=results, device=CPU, force=force)
+    assert sweep.run(found, place, preset="quick", console=Console(file=io.StringIO()))
+    return found
+
+
+def save(folder: Path, seed: int) -> Path:
+    torch.manual_seed(seed)
+    decoder = Decoder(model.ModelConfig(vocab_size=257, attention="stick_breaking", **TINY))
+    checkpoint.save(folder, decoder, State(finished=True), training={"length": 8})
+    return folder
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many inputs went through a model, a number for each batch."""
+    counts: list[int] = []
+    forward = Adapter._forward
+
+    def count(self: Adapter, rows: Any, wanted: Any) -> Any:
+        counts.append(len(rows))
+        return forward(self, rows, wanted)
+
+    monkeypatch.setattr(Adapter, "_forward", count)
+    return counts
+
+
+# the grid
+
+
+def test_every_model_is_asked_every_task(config: Config) -> None:
+    wide = dataclasses.replace(config, attention=("rope", "alibi"), tasks=("mmlu:5", "copa"), suites=("quick",))
+    found = cells(wide)
+    assert [(cell.trained.attention, cell.config.tasks) for cell in found] == [
+        (method, (task,)) for method in ("rope", "alibi") for task in ("mmlu:5", "copa", "arc_easy", "wsc273")
+    ]
+    # a model is trained once
+    assert found[0].flops > 10 * found[3].flops and found[0].config.suites == ()
+    assert found[0].title == "rope seed 0 mmlu:5" and len({sweep.cell_id(cell) for cell in found}) == len(found)
+
+
+def test_a_cells_cost_is_no_part_of_its_name(config: Config) -> None:
+    (alone,) = cells(config)
+    last = cells(dataclasses.replace(config, tasks=("arc_easy", "copa")))[1]
+    assert alone.flops > last.flops and sweep.cell_id(alone) == sweep.cell_id(last)
+
+
+def test_the_model_is_length_gens(config: Config, tmp_path: Path) -> None:
+    (cell,) = run(config, tmp_path / "results")
+    with sweep.progress_of(sweep.Place(results_dir=tmp_path, device=CPU)) as progress:
+        trained = cell.trained.train(sweep.Place(results_dir=tmp_path / "results", device=CPU), progress)
+    assert [path.name for path in (tmp_path / "results" / "checkpoints").iterdir()] == [trained.name]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tasks": ("mmlu:x",)}, "a task is a name, or name:examples"),
+        ({"tasks": ()}, "nothing to ask"),
+        ({"suites": ("papers",)}, "unknown suite 'papers'; did you mean 'paper'"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"data_dir": "/nowhere/at/all"}, "--data-dir /nowhere/at/all is no folder"),
+    ],
+)
+def test_mistakes_are_errors(config: Config, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        cells(dataclasses.replace(config, **change))
+
+
+def test_presets_ask_what_they_say() -> None:
+    assert {task for suite in few_shot.SUITES.values() for task in suite} >= {"blimp", "mmlu:5", "race", "gsm8k:5"}
+    assert few_shot.PRESETS["h200"].suites == ("linguistic", "commonsense")
+    assert all(cells(preset) for preset in few_shot.PRESETS.values())
+
+
+# what comes of it
+
+
+def test_rows_are_lm_evals(config: Config, tmp_path: Path) -> None:
+    (cell,) = run(dataclasses.replace(config, tasks=("arc_easy:2",)), tmp_path / "results")
+    rows = sweep.results_of([cell], tmp_path / "results")
+    assert set(rows["metric"]) == {"acc", "acc_norm"} and (rows["shots"] == 2).all()
+    # 32 of 40 are set aside for examples; half of the rest have three choices
+    assert (rows["n"] == 8).all() and rows["chance"].tolist() == pytest.approx([7 / 24] * 2)
+    value = rows["value"].to_numpy(dtype=float)
+    assert rows["stderr"].to_numpy(dtype=float) == pytest.approx((value * (1 - value) / 7) ** 0.5)
+    same = rows[["task", "version", "items", "part", "eval_len"]].drop_duplicates()
+    assert same.values.tolist() == [["arc_easy", 1.0, "files", "", 64]]
+    # prompts with two examples exceed 64 bytes
+    assert (rows["cut"] > 0).all()
+
+
+def test_a_group_has_rows_of_its_parts(config: Config, tmp_path: Path) -> None:
+    (cell,) = run(dataclasses.replace(config, tasks=("blimp",)), tmp_path / "results")
+    rows = sweep.results_of([cell], tmp_path / "results")
+    whole, parts = rows[rows["part"] == ""], rows[rows["part"] != ""]
+    assert len(whole) == 1 and len(parts) == 67 and (rows["chance"] == 0.5).all() and (rows["metric"] == "acc").all()
+    assert whole["value"].iloc[0] == pytest.approx(parts["value"].mean()) and whole["n"].iloc[0] == 134
+
+
+def test_a_likelihood_has_perplexity_and_accuracy(config: Config, tmp_path: Path) -> None:
+    (cell,) = run(dataclasses.replace(config, tasks=("lambada_openai",), limit=4), tmp_path / "results")
+    rows = sweep.results_of([cell], tmp_path / "results").set_index("metric")
+    assert set(rows.index) == {"acc", "perplexity"} and (rows["n"] == 4).all()
+    # guessing has no score there
+    assert float(rows["stderr"]["perplexity"]) > 0 and (rows["chance"] == "").all()
+
+
+def test_another_model_at_the_same_path_is_asked_again(config: Config, tmp_path: Path, asked: list[int]) -> None:
+    folder = save(tmp_path / "model", 0)
+    given = dataclasses.replace(config, models=(str(folder),))
+    (cell,) = run(given, tmp_path / "results")
+    first, count = sweep.results_of([cell], tmp_path / "results"), sum(asked)
+    assert (first["attention"] == "stick_breaking").all() and (first["model"] == "model").all() and count == 24
+    run(given, tmp_path / "results")
+    assert sum(asked) == count
+    checkpoint.remove(folder)
+    save(folder, 1)
+    run(given, tmp_path / "results")
+    assert sum(asked) == 2 * count and len(list((tmp_path / "results" / "answers").iterdir())) == 2
+
+
+def test_other_items_are_asked(config: Config, items: Path, tmp_path: Path, asked: list[int]) -> None:
+    folder = tmp_path / "items"
+    folder.mkdir()
+    lines = (items / "copa_val.jsonl").read_text().splitlines(keepends=True)
+    (folder / "copa_val.jsonl").write_text("".join(lines[:10]))
+    given = dataclasses.replace(config, data_dir=str(folder))
+    (cell,) = run(given, tmp_path / "results")
+    assert sum(asked) == 20 and (sweep.results_of([cell], tmp_path / "results")["n"] == 10).all()
+    harness.load.cache_clear()
+    (folder / "copa_val.jsonl").write_text("".join(lines))
+    run(given, tmp_path / "results")
+    # those that were answered are not asked again
+    assert sum(asked) == 24 and (sweep.results_of([cell], tmp_path / "results")["n"] == 12).all()
+
+
+def test_force_asks_again(config: Config, tmp_path: Path, asked: list[int]) -> None:
+    given = dataclasses.replace(config, models=(str(save(tmp_path / "model", 0)),), tasks=("copa", "arc_easy"), limit=3)
+    run(given, tmp_path / "results")
+    count = sum(asked)
+    run(given, tmp_path / "results", force=True)
+    assert sum(asked) == 2 * count > 0
+
+
+def test_a_tokenizer_of_another_model_is_an_error(config: Config, tmp_path: Path) -> None:
+    given = dataclasses.replace(config, models=(str(save(tmp_path / "model", 0)),), tokenizer="bpe:260")
+    with pytest.raises(InputError, match=r"'bpe:260' has 260 tokens and the model of .* 257: give the --tokenizer"):
+        run(given, tmp_path / "results")
+
+
+def test_evaluation_alone_changes_the_model(config: Config, tmp_path: Path) -> None:
+    specs = ("rope", "rope:scaling=linear,factor=4.0,train_len=8")
+    found = run(dataclasses.replace(config, attention=specs), tmp_path / "results")
+    assert len(list((tmp_path / "results" / "checkpoints").iterdir())) == 1
+    # neither has answered for the other
+    assert len(list((tmp_path / "results" / "answers").iterdir())) == 2
+    assert set(sweep.results_of(found, tmp_path / "results")["options"]) == {"", specs[1].partition(":")[2]}
+
+
+# the command line
+
+
+def said(*arguments: object) -> tuple[int | str | None, str]:
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["sbeval", *map(str, arguments)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+            cli.main()
+    return ended.value.code, out.getvalue()
+
+
+@pytest.fixture
+def command(items: Path, tmp_path: Path) -> Iterator[list[object]]:
+    folder = save(tmp_path / "model", 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        yield [
+            "few-shot", "--device", "cpu", "--model", folder, "--tokenizer", "bytes", "--data-dir", items,
+            "--train-len", 8, "--eval-len", 64, "--results-dir", tmp_path / "results",
+        ]  # fmt: skip
+
+
+def test_a_command_leaves_table_and_figure(command: list[object], tmp_path: Path) -> None:
+    code, out = said(*command, "--task", "copa", "--task", "arc_easy:0")
+    assert code == 0 and "copa (0) acc" in out and "chance" in out
+    assert (tmp_path / "results" / "figures" / "few_shot.png").stat().st_size > 0
+    rows = table.read(tmp_path / "results" / "few_shot.csv", table.columns(Row))
+    # the preset's limit
+    assert set(rows["task"]) == {"copa", "arc_easy"} and rows["n"].max() == 20
+    code, out = said("table", "few-shot", "--format", "markdown", "--results-dir", tmp_path / "results")
+    assert code == 0 and "| model stick_breaking |" in out and "| chance | 29.2 | 50.0 | 39.6 |" in out
+
+
+def test_a_killed_run_goes_on_request_by_request(command: list[object], tmp_path: Path, asked: list[int]) -> None:
+    """One row a batch and a pause after each: killed in the middle, and what was answered is there."""
+    slow = (
+        "import sys, time; from sbeval import cli, lm; from sbeval.tasks import few_shot\n"
+        "few_shot.BATCH_TOKENS['cpu'] = 1\n"
+        "keep = lm.Answers.keep\n"
+        "def kept(self, answers): keep(self, answers); time.sleep(0.3)\n"
+        "lm.Answers.keep = kept; sys.argv[0] = 'sbeval'; cli.main()"
+    )
+    whole = [*map(str, command), "--task", "copa"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *whole], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ)
+    )
+    folder = tmp_path / "results" / "answers"
+    deadline = time.monotonic() + 60
+    while _answers(folder) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = _answers(folder)
+    assert 3 <= before < 24 and not (tmp_path / "results" / "few_shot.csv").exists()
+    code, _ = said(*command, "--task", "copa")
+    assert code == 0 and sum(asked) == 24 - before
+    assert len(table.read(tmp_path / "results" / "few_shot.csv")) == 1
+
+
+def _answers(folder: Path) -> int:
+    """How many answers are on disk, 0 while there is no file."""
+    for path in folder.glob("*.sqlite"):
+        with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(path)) as file:
+            return int(file.execute("SELECT count(*) FROM answers").fetchone()[0])
+    return 0
