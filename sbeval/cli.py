@@ -309,10 +309,9 @@ def needle(
 @app.command()
 def plot(
     figure: Annotated[
-        list[str] | None, typer.Argument(help="As kernel, length-gen or needle; all if none is named.")
         list[str] | None,
         typer.Argument(
-            help="Figures: few-shot, kernel, kernel-error, length-gen, loss-by-position, mqrar; all if none is named."
+            help="As few-shot, kernel, kernel-error, length-gen, loss-by-position, mqrar, needle; all if none."
         ),
     ] = None,
     format: Annotated[list[str] | None, typer.Option(help="png or pdf; repeat for both. Both if not given.")] = None,

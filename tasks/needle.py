@@ -8,8 +8,8 @@ A text of a given number of tokens hides something that the question after it as
 
 Models are those that length-gen trains with the same options, or others. With `finetune` tokens they are trained
 further on such prompts of their training length, with the answers as targets, before they are asked longer ones. No
-sample of the test is among those: they are drawn from other seeds, a part of which is the word train, their essay begins
-at another sentence, and qa, whose questions are given, is left out.
+sample of the test is among those: they are drawn from other seeds, a part of which is the word train, their essay
+begins at another sentence, and qa, whose questions are given, is left out.
 """
 
 import dataclasses
