@@ -1,4 +1,7 @@
-"""Multi-query repeated associative recall: accuracy by the number of key-value pairs, and what older values cost."""
+"""Multi-query repeated associative recall: accuracy by the number of key-value pairs, and what older values cost.
+
+The left panel is figure 3 of the paper (Tan et al., ICLR 2025, arXiv 2410.17980).
+"""
 
 from typing import Any
 
@@ -14,6 +17,12 @@ from sbeval.table import numbers
 TABLE = "mqrar"
 ALWAYS = ("model", "vocab_size", "seq_len")
 OTHERS = ("task", "width", "layers", "heads", "train_len", "eval_len", "preset", "dtype")
+# what came later: in tables that have it, it tells settings apart
+LATER = (
+    "slot_power", "filler", "distinct", "key_pool", "score_prefix", "positions", "dropout", "stored_rows", "batch",
+    "max_steps",
+)  # fmt: skip
+AXES = {"kv_pairs": "key-value pairs", "n_back": "n, where the n-th last value is asked for"}
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", "kv_pairs", "lr", "split", *ALWAYS, *OTHERS)
 CHANCE: dict[str, Any] = {"color": style.MARK, "linewidth": 1.0, "linestyle": ":"}
 # a recalled value is fresh when it is its key's first, stale when the key had another before
@@ -24,20 +33,20 @@ def draw(table: pd.DataFrame) -> Figure:
     """Draw the table, one row of panels for each setting in which the same number of pairs was measured.
 
     Left: accuracy over all queries, with the chance level. Right: queries for fresh values beside those for stale ones.
-    Of several learning rates the one with the best validation accuracy is drawn.
+    Of several learning rates the one with the best validation accuracy is drawn. Where an older value than the last is
+    asked for, what is varied is how old.
     """
-    table = table[table["metric"].isin(["accuracy", "validation_accuracy"])]
-    table = best_rates(numbers(table, ["kv_pairs", "vocab_size", "lr"]))
+    table = best_rates(table)
     if not (table["split"] == "all").any():
         raise InputError("there are no rows with metric 'accuracy' and split 'all' to draw")
     looks = style.looks(table)
-    panels = style.panels(table, ALWAYS, OTHERS, within=["kv_pairs"])
+    panels = _panels(table)
     figure, axes = style.pairs(len(panels), share_y=True)
     spreads: list[pd.DataFrame] = []
-    for (title, rows), (left, right) in zip(panels, axes, strict=True):
+    for (title, rows, x), (left, right) in zip(panels, axes, strict=True):
         style.title(left, title)
-        spreads += _overall(left, rows[rows["split"] == "all"], looks)
-        spreads += _pairs(right, rows[rows["split"].isin(list(KINDS))], looks)
+        spreads += _overall(left, rows[rows["split"] == "all"], looks, x)
+        spreads += _pairs(right, rows[rows["split"].isin(list(KINDS))], looks, x)
     style.finish(figure, [look.handle() for look in looks.values()], style.explain(spreads, "bars", "sequences"))
     return figure
 
@@ -45,19 +54,22 @@ def draw(table: pd.DataFrame) -> Figure:
 def best_rates(table: pd.DataFrame) -> pd.DataFrame:
     """Return, for each method and setting, the accuracy rows of the learning rate with the best validation accuracy.
 
-    The best is that of the highest mean over seeds, of equals the smallest. Where one rate was tried it stays; several
-    without validation accuracy are an InputError: the test score must not choose.
+    The best is that of the highest mean over the seeds that every rate has; of equals the one that took the fewest
+    steps, where the table says that, then the smallest. Where one rate was tried it stays; several without validation
+    accuracy are an InputError: the test score must not choose.
     """
-    by = ["attention", "options", "kv_pairs", *ALWAYS, *OTHERS]
+    wanted = table["metric"].isin(["accuracy", "validation_accuracy", "steps"])
+    table = numbers(table[wanted], ["kv_pairs", "vocab_size", "lr"])
+    table = table.assign(n_back=table["n_back"].fillna(1) if "n_back" in table else 1)
+    by = ["attention", "options", "kv_pairs", "n_back", *ALWAYS, *others(table)]
     kept = []
     for key, rows in table.groupby(by, dropna=False):
-        validation = rows[(rows["metric"] == "validation_accuracy") & (rows["split"] == "all")]
-        if len(validation):
-            rows = rows[rows["lr"] == validation.groupby("lr")["value"].mean().idxmax()]
+        if (rates := _ranking(rows)) is not None:
+            rows = rows[rows["lr"] == rates[0]]
         if rows["lr"].nunique() > 1:
-            rates = ", ".join(f"{rate:g}" for rate in sorted(rows["lr"].unique()))
+            found = ", ".join(f"{rate:g}" for rate in sorted(rows["lr"].unique()))
             raise InputError(
-                f"{key[0]} with {key[2]:g} key-value pairs has the learning rates {rates} and no validation_accuracy "
+                f"{key[0]} with {key[2]:g} key-value pairs has the learning rates {found} and no validation_accuracy "
                 "to choose by; run the cells again or leave one rate"
             )
         kept.append(rows)
@@ -65,16 +77,49 @@ def best_rates(table: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["metric"] == "accuracy"]
 
 
-def _overall(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]) -> list[pd.DataFrame]:
-    style.label(axis, "key-value pairs", "accuracy (all queries)")
-    counts = sorted(rows["kv_pairs"].unique())
+def _ranking(rows: pd.DataFrame) -> list[float] | None:
+    """Learning rates, the best first; None without validation accuracy."""
+    validation = rows[(rows["metric"] == "validation_accuracy") & (rows["split"] == "all")]
+    if validation.empty:
+        return None
+    scores = validation.pivot_table("value", "seed", "lr")
+    # further seeds are run at the best rate alone
+    shared = scores.dropna() if scores.notna().all(axis=1).any() else scores
+    steps = rows[rows["metric"] == "steps"].groupby("lr")["value"].mean()
+    return sorted(
+        (float(rate) for rate in shared.columns), key=lambda rate: (-shared[rate].mean(), steps.get(rate, 0.0), rate)
+    )
+
+
+def others(table: pd.DataFrame) -> list[str]:
+    """The columns of a table that tell its settings apart, beside those that always do."""
+    return [*OTHERS, *(name for name in LATER if name in table)]
+
+
+def _panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, str]]:
+    """Title, rows, and the column that is varied."""
+    setting = [*ALWAYS, *others(table), "kv_pairs"]
+    by_age = table.groupby(setting, dropna=False)["n_back"].transform("nunique") > 1
+    found = []
+    if len(rows := table[~by_age]):
+        panels = style.panels(rows, ALWAYS, [*others(table), "n_back"], within=["kv_pairs"])
+        found += [(title, part, "kv_pairs") for title, part in panels]
+    if len(rows := table[by_age]):
+        panels = style.panels(rows, (*ALWAYS, "kv_pairs"), others(table), within=["n_back"])
+        found += [(title, part, "n_back") for title, part in panels]
+    return found
+
+
+def _overall(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look], x: str) -> list[pd.DataFrame]:
+    style.label(axis, AXES[x], "accuracy (all queries)")
+    counts = sorted(rows[x].unique())
     spreads = []
     for place, (method, look) in enumerate(looks.items()):
-        spread = style.spread(style.method(rows, method), ["kv_pairs"])
+        spread = style.spread(style.method(rows, method), [x])
         # with a single number of pairs the methods would lie on one another
-        x = spread["kv_pairs"] * 2 ** (_dodge(place, len(looks)) if len(counts) == 1 else 0)
-        _bars(axis, x, spread, look)
-        axis.plot(x, spread["mean"], label=look.label, **look.line())
+        at = spread[x] * 2 ** (_dodge(place, len(looks)) if len(counts) == 1 else 0)
+        _bars(axis, at, spread, look)
+        axis.plot(at, spread["mean"], label=look.label, **look.line())
         spreads.append(spread)
     style.ticks(axis, counts)
     if len(counts) == 1:
@@ -85,23 +130,23 @@ def _overall(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Loo
     return spreads
 
 
-def _pairs(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]) -> list[pd.DataFrame]:
+def _pairs(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look], x: str) -> list[pd.DataFrame]:
     """Draw fresh and stale accuracy of a method side by side, joined: the slope is what older values cost."""
     if rows.empty:
         axis.set_axis_off()
         return []
-    style.label(axis, "key-value pairs", "accuracy (fresh, stale queries)")
-    counts = sorted(rows["kv_pairs"].unique())
+    style.label(axis, AXES[x], "accuracy (fresh, stale)")
+    counts = sorted(rows[x].unique())
     half = 0.2 / len(looks)
     spreads = []
     for place, (method, look) in enumerate(looks.items()):
-        for kv_pairs, both in style.method(rows, method).groupby("kv_pairs"):
+        for count, both in style.method(rows, method).groupby(x):
             spread = style.spread(both, ["split"])
-            middle = counts.index(kv_pairs) + _dodge(place, len(looks))
-            x = spread["split"].map({"fresh": middle - half, "stale": middle + half})
-            axis.plot(x, spread["mean"], color=look.colour, linewidth=1.0, zorder=2)
-            _bars(axis, x, spread, look)
-            for at, split, mean in zip(x, spread["split"], spread["mean"], strict=True):
+            middle = counts.index(count) + _dodge(place, len(looks))
+            ats = spread["split"].map({"fresh": middle - half, "stale": middle + half})
+            axis.plot(ats, spread["mean"], color=look.colour, linewidth=1.0, zorder=2)
+            _bars(axis, ats, spread, look)
+            for at, split, mean in zip(ats, spread["split"], spread["mean"], strict=True):
                 axis.plot([at], [mean], label=f"{look.label}, {split}", **look.line() | _fill(split, look.colour))
             spreads.append(spread)
     axis.set_xticks(range(len(counts)), [f"{count}" for count in counts])

@@ -52,6 +52,18 @@ PHRASES = {
     "heads": "{} heads",
     "vocab_size": "vocabulary of {}",
     "seq_len": "sequences of {} tokens",
+    "kv_pairs": "{} key-value pairs",
+    "n_back": "{:g}-th last value",
+    "slot_power": "slot law {}",
+    "filler": "filler: {}",
+    "distinct": "distinct {}",
+    "key_pool": "{:.0f} keys",
+    "score_prefix": "prefix scored: {}",
+    "positions": "positions: {}",
+    "dropout": "dropout {}",
+    "stored_rows": "{:.0f} stored rows",
+    "batch": "batch {:.0f}",
+    "max_steps": "{:.0f} steps at most",
 }
 TEXT_PT, SMALL_PT = 8, 7
 WIDTH_IN, ROW_IN = 7.2, 2.3

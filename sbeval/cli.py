@@ -1,8 +1,9 @@
 """The command line. Nothing heavy is imported before a command runs, so `--help` answers at once."""
 
 import dataclasses
+import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from sbeval.errors import InputError, choose
 
 if TYPE_CHECKING:
+    from sbeval.executor import Executor
     from sbeval.sweep import Place
 
 app = typer.Typer(
@@ -32,7 +34,7 @@ Seed = Annotated[
 Preset = Annotated[
     str | None,
     typer.Option(
-        help="quick (two cores), small (one GPU), h200, figure5, recipe, nanogpt, paper; quick on a CPU, else small."
+        help="quick (minutes on two cores), small (one GPU), h200, paper, or a task's own; quick on a CPU, else small."
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
@@ -55,6 +57,12 @@ TokenizerSpec = Annotated[
 TextField = Annotated[str | None, typer.Option(help="Field of the text in JSONL and parquet.")]
 CorpusTokens = Annotated[int | None, typer.Option(help="Train tokens to keep of the corpus; all.")]
 TensorBoard = Annotated[Path | None, typer.Option(help="Folder for TensorBoard logs.", metavar="DIR")]
+ExecutorKind = Annotated[str, typer.Option(help="local, or ray.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Cells at once: processes that share the device, or Ray's CPUs here.")
+]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join, as host:port or auto.")]
+GpusPerCell = Annotated[float, typer.Option(help="GPUs of a Ray task, such as 0.25.")]
 
 
 @app.command("length-gen")
@@ -150,21 +158,44 @@ def mqrar(
     kv_pairs: Annotated[list[int] | None, typer.Option(help="Key-value pairs N; repeat for several.")] = None,
     width: Annotated[list[int] | None, typer.Option(help="Width of the model; repeat for several.")] = None,
     lr: Annotated[list[float] | None, typer.Option(help="Peak learning rate; repeat for several.")] = None,
+    n_back: Annotated[
+        list[int] | None, typer.Option(help="The answer is the N-th last value; repeat for several.")
+    ] = None,
     vocab_size: Annotated[int | None, typer.Option(help="Tokens V: half are keys, half values.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Positions L of an example, at least 4 N.")] = None,
     slot_power: Annotated[float | None, typer.Option(help="Exponent a of the slot law.")] = None,
+    filler: Annotated[str | None, typer.Option(help="Other positions: value, padding or any token.")] = None,
+    distinct: Annotated[
+        list[str] | None, typer.Option(help="Draw keys, values, queries without replacement; repeat for several.")
+    ] = None,
+    key_pool: Annotated[int | None, typer.Option(help="Keys to draw from; V/2 - 1.")] = None,
+    score_prefix: Annotated[bool | None, typer.Option(help="Score keys repeated in the prefix.")] = None,
     layers: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
     positions: Annotated[bool | None, typer.Option(help="Add a learned table of absolute positions.")] = None,
+    logit_scale: Annotated[
+        float | None, typer.Option(help="Scale of stick-breaking's logits, times 1 / sqrt(head size); 1.5.")
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout of embeddings and attention's output.")] = None,
     init_std: Annotated[
         float | None, typer.Option(help="Standard deviation of initial weights; 1 / sqrt(width).")
+    ] = None,
+    stored_rows: Annotated[
+        int | None, typer.Option(help="Train in epochs on so many stored examples; 0: new ones at every step.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine, power or constant.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW weight decay.")] = None,
     stop_accuracy: Annotated[float | None, typer.Option(help="Validation accuracy at which training ends.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Steps without progress after which training ends; 0: never.")
+    ] = None,
     test_rows: Annotated[int | None, typer.Option(help="Test examples.")] = None,
+    executor: ExecutorKind = "local",
+    workers: Workers = None,
+    address: Address = None,
+    gpus_per_cell: GpusPerCell = 0.0,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -173,12 +204,94 @@ def mqrar(
     tensorboard: TensorBoard = None,
 ) -> None:
     """Multi-query repeated associative recall: does each use of a variable return its latest value?"""
+    from sbeval.executor import Executor
+
     given = dict(
-        kv_pairs=kv_pairs, widths=width, lrs=lr, vocab_size=vocab_size, seq_len=seq_len, slot_power=slot_power,
-        layers=layers, heads=heads, positions=positions, init_std=init_std, batch=batch, steps=steps, schedule=schedule,
-        weight_decay=weight_decay, stop_accuracy=stop_accuracy, test_rows=test_rows, attention=attention, seeds=seed,
+        kv_pairs=kv_pairs, widths=width, lrs=lr, n_back=n_back, vocab_size=vocab_size, seq_len=seq_len,
+        slot_power=slot_power, filler=filler, distinct=distinct, key_pool=key_pool, score_prefix=score_prefix,
+        layers=layers, heads=heads, positions=positions, logit_scale=logit_scale, dropout=dropout, init_std=init_std,
+        stored_rows=stored_rows, batch=batch, steps=steps, schedule=schedule, weight_decay=weight_decay,
+        stop_accuracy=stop_accuracy, patience=patience, test_rows=test_rows, attention=attention, seeds=seed,
     )  # fmt: skip
-    _family("mqrar", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+    how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    _family("mqrar", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
+
+
+@app.command("attention-map")
+def attention_map(
+    preset: Preset = None,
+    attention: Attention = None,
+    seed: Seed = None,
+    checkpoint: Annotated[
+        list[str] | None, typer.Option(help="Look into these models: checkpoint folders of mqrar; repeat for several.")
+    ] = None,
+    kv_pairs: Annotated[int | None, typer.Option(help="Key-value pairs N.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Tokens V: half are keys, half values.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Positions L of an example, at least 4 N.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+    lr: Lr = None,
+    batch: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
+    test_rows: Annotated[int | None, typer.Option(help="Test examples.")] = None,
+    example: Annotated[
+        int | None, typer.Option(help="Draw the first fitting test example from this number on.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+    force: Force = False,
+    dry_run: DryRun = False,
+    tensorboard: TensorBoard = None,
+) -> None:
+    """Where a model looks when a variable was assigned again: attention weights, drawn and measured."""
+    given = dict(
+        checkpoint=checkpoint, kv_pairs=kv_pairs, vocab_size=vocab_size, seq_len=seq_len, width=width, layers=layers,
+        heads=heads, lr=lr, batch=batch, steps=steps, test_rows=test_rows, example=example, attention=attention,
+        seeds=seed,
+    )  # fmt: skip
+    _family("attention_map", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+    if not dry_run and importlib.util.find_spec("plotly"):
+        _draw(results_dir, ["attention_map"], ["html"])
+    elif not dry_run:
+        _say("no page to hover over: that needs pip install 'sbeval[html]', then sbeval plot attention-map")
+
+
+@app.command("flip-flop")
+def flip_flop(
+    preset: Preset = None,
+    attention: Attention = None,
+    seed: Seed = None,
+    lr: Annotated[list[float] | None, typer.Option(help="Peak learning rate; repeat for several.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of an example: half are instructions.")] = None,
+    p_ignore: Annotated[float | None, typer.Option(help="Chance that an instruction in training is `ignore`.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
+    test_rows: Annotated[int | None, typer.Option(help="Examples of each test set.")] = None,
+    executor: ExecutorKind = "local",
+    workers: Workers = None,
+    address: Address = None,
+    gpus_per_cell: GpusPerCell = 0.0,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+    force: Force = False,
+    dry_run: DryRun = False,
+    tensorboard: TensorBoard = None,
+) -> None:
+    """Flip-flop language: write, read and ignore one bit; is every read the bit last written?"""
+    from sbeval.executor import Executor
+
+    given = dict(
+        lrs=lr, seq_len=seq_len, p_ignore=p_ignore, layers=layers, heads=heads, width=width, batch=batch, steps=steps,
+        test_rows=test_rows, attention=attention, seeds=seed,
+    )  # fmt: skip
+    how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    _family("flip_flop", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
 
 
 @app.command("few-shot")
@@ -310,11 +423,11 @@ def needle(
 def plot(
     figure: Annotated[
         list[str] | None,
-        typer.Argument(
-            help="As few-shot, kernel, kernel-error, length-gen, loss-by-position, mqrar, needle; all if none."
-        ),
+        typer.Argument(help="Figures: attention-map, length-gen, mqrar, mqrar-splits, ...; all if none is named."),
     ] = None,
-    format: Annotated[list[str] | None, typer.Option(help="png or pdf; repeat for both. Both if not given.")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help="png, pdf or html; repeat for several. png and pdf if not given.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; results/figures.", metavar="DIR")] = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
@@ -376,10 +489,10 @@ def bench_model(
     _say(str(results_dir / "model.csv"))
 
 
-def _draw(results_dir: Path, names: list[str]) -> None:
+def _draw(results_dir: Path, names: list[str], formats: Sequence[str] = ("png", "pdf")) -> None:
     from sbeval.draw import draw_figures
 
-    for path in draw_figures(results_dir, names, ["png", "pdf"]):
+    for path in draw_figures(results_dir, names, formats):
         _say(str(path))
 
 
@@ -390,6 +503,7 @@ def _say(line: object) -> None:
 def _family(
     name: str, preset: str | None, given: dict[str, Any], device: str | None, dtype: str | None, results_dir: Path,
     tensorboard: Path | None, *, force: bool, dry_run: bool, only: bool = False, shard: bool = False,
+    how: "Executor | None" = None,
 ) -> None:  # fmt: skip
     """Run one family: preset and options to config, config to cells, cells to table and figure; `only` trains."""
     from sbeval import device as devices
@@ -408,7 +522,7 @@ def _family(
         dtype=devices.pick_dtype(dtype, where),
         **changes,
     )
-    cells = module.cells(config)
+    cells, more = module.cells(config), getattr(module, "more", None)
     for line in module.notes(config) if hasattr(module, "notes") else ():
         _say(line)
     with distributed.joined(where) as world:
@@ -416,14 +530,22 @@ def _family(
             results_dir=results_dir, device=where, force=force, tensorboard=tensorboard, world=world, shard=shard
         )
         if dry_run:
-            _dry_run(cells, place)
-        elif only:
+            return _dry_run(cells, more(config, None) if more else [], place)
+        if only:
             _resumable(lambda: sweep.train(cells, place, console=_console(place)), force)
-        elif not _resumable(lambda: sweep.run(cells, place, preset=preset, console=_console(place)), force):
-            _show(module, cells, place)
+            return
+
+        def run(part: list[Any]) -> bool:
+            return sweep.run(part, place, preset=preset, console=_console(place), executor=how or sweep.HERE)
+
+        complete = _resumable(lambda: run(cells), force)
+        # what is worth more seeds follows from what the first found
+        then = more(config, sweep.results_of(cells, results_dir)) if more else []
+        if then:
+            complete &= _resumable(lambda: run(then), force)
+        _show(module, [*cells, *then], place)
+        if not complete:
             raise typer.Exit(1)
-        else:
-            _show(module, cells, place)
 
 
 def _console(place: "Place") -> Console:
@@ -440,7 +562,7 @@ def _resumable(work: Callable[[], bool], force: bool) -> bool:
         raise typer.Exit(130) from None
 
 
-def _dry_run(cells: list[Any], place: "Place") -> None:
+def _dry_run(cells: list[Any], later: list[Any], place: "Place") -> None:
     from sbeval import sweep
 
     if not place.world.leads:
@@ -449,6 +571,9 @@ def _dry_run(cells: list[Any], place: "Place") -> None:
     for cell in cells:
         _say(f"{sweep.cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in pending else '  finished'}")
     _say(sweep.describe_cost(pending, place))
+    if later:
+        flops = sum(cell.flops for cell in later)
+        _say(f"then {len(later)} cells at what rates turn out best, at most {flops:.1e} FLOPs")
 
 
 def _show(module: Any, cells: list[Any], place: "Place") -> None:
@@ -458,9 +583,10 @@ def _show(module: Any, cells: list[Any], place: "Place") -> None:
     table = place.results_dir / f"{module.FAMILY}.csv"
     if not place.world.leads or not table.exists():
         return
-    results = sweep.results_of(cells, place.results_dir)
-    if len(results):
-        Console().print(module.summary(results))
+    results = sweep.found(sweep.results_of(cells, place.results_dir))
+    if not len(results):
+        return _say(str(table))
+    Console().print(module.summary(results))
     figures = [name for name in registry.FIGURES if registry.figure(name).TABLE == module.FAMILY]
     for path in (table, *draw_figures(place.results_dir, figures, ["png", "pdf"])):
         _say(str(path))

@@ -29,7 +29,11 @@ def draw_figures(
     `out_dir` is `results_dir`/figures unless given. A figure left out for want of a table is said. InputError: an
     unknown name or format, a table that cannot be read or has nothing to draw and, for a named figure, no table.
     """
-    chosen = [choose("format", name, FORMATS) for name in formats]
+    chosen = [choose("format", name, (*FORMATS, "html")) for name in formats]
+    if "html" in chosen and (flat := set(names or ()) - set(registry.PAGES)):
+        raise InputError(
+            f"{min(flat)} cannot be drawn as html, only {', '.join(registry.PAGES)}; give --format png or pdf"
+        )
     modules = {name: registry.figure(name) for name in names or registry.FIGURES}
     folder = prepare(out_dir or results_dir / "figures")
     files = []
@@ -38,11 +42,22 @@ def draw_figures(
         if not names and not path.exists():
             say(f"{name}: left out, there is no {path}")
             continue
-        files += _draw(module, path, [folder / f"{name}.{suffix}" for suffix in chosen])
+        files += _draw(module, path, [folder / f"{name}.{suffix}" for suffix in chosen if suffix in FORMATS])
+        if "html" in chosen and name in registry.PAGES:
+            files.append(_write_page(registry.page(name), module, path, folder / f"{name}.html"))
     return files
 
 
+def _write_page(page: registry.Page, module: registry.Figure, path: Path, file: Path) -> Path:
+    text = page.page(read(path, required=module.COLUMNS))
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return file
+
+
 def _draw(module: registry.Figure, path: Path, files: list[Path]) -> list[Path]:
+    if not files:
+        return []
     table = read(path, required=module.COLUMNS)
     try:
         figure = module.draw(table)

@@ -10,7 +10,7 @@ paper's 1B and 3B models (Shen et al. 2024, arXiv 2408.13359, table 4):
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sbeval import registry
 from sbeval.cache import Cache, Layer
 from sbeval.errors import InputError, choose
+from sbeval.table import LATER
 
 IGNORE = -100
 
@@ -45,12 +46,16 @@ class ModelConfig:
     m_residual: float = 1.0
     m_width: float = 1.0
     attention_multiplier: float | None = None  # scale of q . k, 1 / sqrt(head_dim) by default
+    # of embeddings, and of what a head mixed: fused attention has none of its weights
+    dropout: float = field(default=0.0, metadata=LATER)
 
     def __post_init__(self) -> None:
         choose("mlp", self.mlp, ("swiglu", "gelu"))
         for name in ("vocab_size", "width", "layers", "heads", "hidden", "kv_heads", "head_dim"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise InputError(f"{name} must be at least 1; got {size}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout must be at least 0 and below 1; got {self.dropout}")
         if self.positions < 0:
             raise InputError(f"positions must be at least 0; got {self.positions}")
         if self.head_dim is None and self.width % self.heads:
@@ -159,6 +164,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.dim = config.heads, config.n_kv_heads, config.d_head
+        self.dropout = config.dropout
         name, options = parse_attention(config.attention)
         self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.dim, bias=False)
         self.out = nn.Linear(self.heads * self.dim, config.width, bias=False)
@@ -170,8 +176,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None, cache: Layer | None = None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.dim))
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
-        mixed: Tensor = self.out(self.mixer(q, k, v, x, cu_seqlens, cache).flatten(2))
-        return mixed
+        mixed = F.dropout(self.mixer(q, k, v, x, cu_seqlens, cache), self.dropout, self.training)
+        out: Tensor = self.out(mixed.flatten(2))
+        return out
 
 
 class MLP(nn.Module):
@@ -248,6 +255,7 @@ class Decoder(nn.Module):
             if tokens.shape[1] > self.config.positions:
                 raise InputError(f"{tokens.shape[1]} tokens exceed the model's {self.config.positions} positions")
             x = x + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        x = F.dropout(x, self.config.dropout, self.training)
         if cu_seqlens is not None:
             x = x.flatten(0, 1)[None]
         for block in self.blocks:
@@ -293,11 +301,29 @@ class Decoder(nn.Module):
         logits = self.logits(hidden).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
-    def sparse_loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """The same, with the head at the scored positions only: much cheaper where few are."""
+    def sparse_loss(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None, capacity: int | None = None
+    ) -> Tensor:
+        """The same, with the head at the scored positions only: much cheaper where few are.
+
+        capacity: room for so many scored positions, NaN when there are more. Then no shape depends on the targets, so
+        that nothing waits for the device and the whole can be captured in a graph.
+        """
+        hidden, targets = self(tokens, cu_seqlens).flatten(0, 1), targets.flatten()
         scored = targets != IGNORE
-        logits = self.logits(self(tokens, cu_seqlens)[scored]).float()
-        return F.cross_entropy(logits, targets[scored], reduction="sum")
+        if capacity is None:
+            logits = self.logits(hidden[scored]).float()
+            return F.cross_entropy(logits, targets[scored], reduction="sum")
+        place = scored.long().cumsum(0)
+        # the first `capacity` scored positions; one place more takes all that is not wanted
+        where = place.new_zeros(capacity + 1)
+        where.scatter_(
+            0, (place - 1).where(scored, capacity).clamp(max=capacity), torch.arange(len(targets), device=place.device)
+        )
+        wanted = targets[where[:capacity]].where(torch.arange(capacity, device=place.device) < place[-1], IGNORE)
+        logits = self.logits(hidden[where[:capacity]]).float()
+        loss = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum")
+        return loss.where(place[-1] <= capacity, math.nan)
 
     def evaluated_as(self, attention: str) -> "Decoder":
         """A model of the same weights that attends as `attention` says; itself when it does so already."""

@@ -23,21 +23,28 @@ ATTENTION = {
     "stick_breaking": "sbeval.kernels.stick_breaking",
 }
 TASKS = {
+    "attention_map": "sbeval.tasks.attention_map",
     "few_shot": "sbeval.tasks.few_shot",
+    "flip_flop": "sbeval.tasks.flip_flop",
     "length_gen": "sbeval.tasks.length_gen",
     "mqrar": "sbeval.tasks.mqrar",
     "needle": "sbeval.tasks.needle",
 }
 FIGURES = {
+    "attention_map": "sbeval.plots.attention_map",
     "few_shot": "sbeval.plots.few_shot",
+    "flip_flop": "sbeval.plots.flip_flop",
     "kernel": "sbeval.plots.kernel",
     "kernel_error": "sbeval.plots.kernel_error",
     "length_gen": "sbeval.plots.length_gen",
     "loss_by_position": "sbeval.plots.loss_by_position",
     "mqrar": "sbeval.plots.mqrar",
+    "mqrar_splits": "sbeval.plots.mqrar_splits",
     "needle": "sbeval.plots.needle",
     "needle_depth": "sbeval.plots.needle_depth",
 }
+# figures that can also be a page to hover over
+PAGES = {"attention_map": "sbeval.plots.attention_map_page"}
 
 
 class Method(Protocol):
@@ -72,6 +79,12 @@ class Figure(Protocol):
     def draw(self, table: "pd.DataFrame") -> "MatplotlibFigure": ...
 
 
+class Page(Protocol):
+    """A module of `plots/` that makes a page of HTML of a figure's table."""
+
+    def page(self, table: "pd.DataFrame") -> str: ...
+
+
 def method(name: str) -> Method:
     """Import the attention method `name`; InputError offers the nearest name."""
     return cast(Method, importlib.import_module(ATTENTION[choose("attention", name, ATTENTION)]))
@@ -93,3 +106,8 @@ def task(name: str) -> Any:
 def figure(name: str) -> Figure:
     """Import the figure `name`; InputError offers the nearest name."""
     return cast(Figure, importlib.import_module(FIGURES[choose("figure", name, FIGURES)]))
+
+
+def page(name: str) -> Page:
+    """Import what makes the page of the figure `name`, which is one of PAGES."""
+    return cast(Page, importlib.import_module(PAGES[name]))

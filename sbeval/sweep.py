@@ -1,4 +1,4 @@
-"""Run the cells of a sweep that have no result yet, one after the other, and keep each as it finishes.
+"""Run the cells of a sweep that have no result yet, and keep each as it finishes.
 
 cell -> build or load the model, train, evaluate -> results/runs/<cell>.json -> rows of results/<family>.csv
 """
@@ -7,12 +7,13 @@ import dataclasses
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import pandas as pd
 import torch
@@ -21,12 +22,14 @@ from rich.console import Console
 from sbeval import checkpoint, device, distributed, provenance, table
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError
+from sbeval.executor import Executor, Lost
 from sbeval.progress import Progress
-from sbeval.table import Identity, Measurement
+from sbeval.table import Identity, Measurement, Provenance
 from sbeval.train import DivergedError, Trained
 
 # what a small model reaches of the speed of a large matrix product: a guess, good enough for an estimate
 EFFICIENCY = {"cpu": 0.35, "cuda": 0.25}
+HERE = Executor()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +124,19 @@ class Trains(Cell, Protocol):
         """Train, unless that is done, and return the checkpoint folder."""
 
 
+# `status` of the rows of a cell that found nothing
+FAILED = ("diverged", "failed")
+# what a cell's own sizes and numbers can cause: a device short of memory, a kernel that does not fit, an overflow
+CELL_ERRORS = (RuntimeError, MemoryError, ArithmeticError)
+
+
+class Reports(Cell, Protocol):
+    """A cell whose failure is a row of its table too."""
+
+    def failed(self, how: str, place: Place) -> Outcome:
+        """What the table says; `how` is one of FAILED."""
+
+
 # for `field(metadata=LATER)`: an option that came after results; at its default it leaves the ids of cells as they were
 LATER = table.LATER
 
@@ -150,8 +166,16 @@ def cell_id(cell: Cell) -> str:
 def unfinished(cells: Sequence[Cell], results_dir: Path) -> list[Cell]:
     """The cells without rows in their table; InputError when a table cannot be read or could not take their rows."""
     paths = {results_dir / f"{cell.family}.csv": table.required(cell.row) for cell in cells}
-    done = {name for path, names in paths.items() if path.exists() for name in table.read(path, names)["cell"]}
+    done: set[str] = set()
+    for path, names in paths.items():
+        if path.exists():
+            done.update(found(table.read(path, names))["cell"])
     return [cell for cell in cells if cell_id(cell) not in done]
+
+
+def found(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows without those that say that a cell found nothing."""
+    return rows[~rows["status"].isin(FAILED)] if "status" in rows else rows
 
 
 def describe_cost(cells: Sequence[Cell], place: Place) -> str:
@@ -175,10 +199,39 @@ def _words(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.0f} days"
 
 
-def run(cells: Sequence[Cell], place: Place, *, preset: str, console: Console) -> bool:
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a cell leaves: its run file, and its rows if there are any. `how` is empty or one of FAILED."""
+
+    record: dict[str, Any]
+    rows: pd.DataFrame | None
+    how: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Runs cells wherever they are sent, and says nothing there unless `speaks`."""
+
+    place: Place
+    preset: str
+    argv: tuple[str, ...]
+    progress: Progress | None = None
+
+    def __call__(self, cell: Cell) -> Done:
+        if self.progress is not None:
+            return run_cell(cell, self.place, self.preset, self.progress)
+        if self.place.device.type == "cuda":
+            # compiled code of the last cell's model is of no use, and there is a limit to how much is kept
+            torch.compiler.reset()
+        sys.argv = list(self.argv)
+        with Progress(Console(quiet=True, force_terminal=False)) as progress:
+            return run_cell(cell, self.place, self.preset, progress)
+
+
+def run(cells: Sequence[Cell], place: Place, *, preset: str, console: Console, executor: Executor = HERE) -> bool:
     """Run what has no result yet, or one from another text; True when every cell has one now.
 
-    A cell whose loss diverges is recorded in its run file as failed, and the sweep goes on.
+    A cell whose loss diverges, or that ends in an error of its own sizes, is recorded as such, and the sweep goes on.
     """
     for folder in ("runs", "checkpoints"):
         table.prepare(place.results_dir / folder)
@@ -188,16 +241,24 @@ def run(cells: Sequence[Cell], place: Place, *, preset: str, console: Console) -
         # no process writes what another has yet to look at
         distributed.wait(place.world)
         if len(pending) < len(cells):
-            done = f"{len(cells) - len(pending)} of {len(cells)}"
-            console.print(f"{done} cells are finished already; --force runs them again", soft_wrap=True)
+            finished = f"{len(cells) - len(pending)} of {len(cells)}"
+            console.print(f"{finished} cells are finished already; --force runs them again", soft_wrap=True)
         console.print(describe_cost(pending, place), highlight=False, soft_wrap=True)
-        for cell in pending:
-            try:
-                _run_cell(cell, place, preset, progress)
-            except DivergedError as error:
+        work = Work(place, preset, tuple(sys.argv), progress if executor.alone else None)
+        overall = None if executor.alone else progress.add("cells", total=len(pending))
+        for cell, done in executor.run(work, pending):
+            if isinstance(done, Lost):
+                done = _failure(cell, place, preset, "failed", done.reason)
+            if place.world.leads:
+                _keep(cell, done, place)
+            if done.how:
                 failed = True
-                console.print(f"{cell.title}: {error}; recorded as failed, going on with the next", soft_wrap=True)
-                _record_failure(cell, place, preset, str(error))
+                said = f"{cell.title}: {done.record['reason']}; recorded as {done.how}, going on with the next"
+                console.print(said, soft_wrap=True, markup=False, highlight=False)
+            if overall:
+                overall.advance(status=cell.title)
+        if overall:
+            overall.close()
     return not failed
 
 
@@ -230,38 +291,50 @@ def _source_of_run(cell: Cell, place: Place) -> str:
     return str(provenance.read_run(place.results_dir / "runs" / f"{cell_id(cell)}.json")["corpus_digest"])
 
 
-def _run_cell(cell: Cell, place: Place, preset: str, progress: Progress) -> None:
+def run_cell(cell: Cell, place: Place, preset: str, progress: Progress) -> Done:
+    """Run one cell and gather what it leaves, wherever this is."""
     start = time.perf_counter()
-    outcome = cell.run(place, progress)
-    # the last step can be the one that goes wrong
-    if not all(math.isfinite(row.value) for row in outcome.rows):
-        raise DivergedError("what was measured is no finite number")
-    seconds = time.perf_counter() - start
-    if not place.world.leads:
-        return
-    origin = provenance.collect(
-        cell=cell_id(cell), preset=preset, corpus=outcome.corpus, tokenizer=outcome.tokenizer,
-        train_tokens=outcome.train_tokens, dtype=cell.dtype, device=str(place.device),
-        device_name=device.describe(place.device), backend=outcome.backend,
-    )  # fmt: skip
+    try:
+        outcome = cell.run(place, progress)
+        # the last step can be the one that goes wrong
+        if not all(math.isfinite(row.value) for row in outcome.rows):
+            raise DivergedError("what was measured is no finite number")
+    except DivergedError as error:
+        return _failure(cell, place, preset, "diverged", str(error))
+    except CELL_ERRORS as error:
+        if place.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return _failure(cell, place, preset, "failed", f"{type(error).__name__}: {error}")
+    origin = _origin(cell, place, preset, outcome)
     record = provenance.run_record(
-        config=cell, provenance=origin, status="finished", corpus_digest=outcome.corpus_digest, wall_s=seconds,
-        tokens_per_s=outcome.tokens_per_s, measured=outcome.measured,
+        config=cell, provenance=origin, status="finished", corpus_digest=outcome.corpus_digest,
+        wall_s=time.perf_counter() - start, tokens_per_s=outcome.tokens_per_s, measured=outcome.measured,
     )  # fmt: skip
-    # first the run file: a row never stands without it
-    provenance.write_run(place.results_dir / "runs" / f"{cell_id(cell)}.json", record)
-    table.write(place.results_dir / f"{cell.family}.csv", table.frame(outcome.identity, outcome.rows, origin))
+    return Done(record, table.frame(outcome.identity, outcome.rows, origin))
 
 
-def _record_failure(cell: Cell, place: Place, preset: str, reason: str) -> None:
-    if not place.world.leads:
-        return
-    origin = provenance.collect(
-        cell=cell_id(cell), preset=preset, corpus="", tokenizer="", train_tokens=0, dtype=cell.dtype,
-        device=str(place.device), device_name=device.describe(place.device), backend="",
-    )  # fmt: skip
+def _failure(cell: Cell, place: Place, preset: str, how: str, reason: str) -> Done:
+    reports: Reports | None = cast(Reports, cell) if hasattr(cell, "failed") else None
+    outcome = reports.failed(how, place) if reports else None
+    origin = _origin(cell, place, preset, outcome)
     record = provenance.run_record(config=cell, provenance=origin, status="failed", reason=reason)
-    provenance.write_run(place.results_dir / "runs" / f"{cell_id(cell)}.json", record)
+    return Done(record, table.frame(outcome.identity, outcome.rows, origin) if outcome else None, how)
+
+
+def _origin(cell: Cell, place: Place, preset: str, outcome: Outcome | None) -> Provenance:
+    return provenance.collect(
+        cell=cell_id(cell), preset=preset, corpus=outcome.corpus if outcome else "",
+        tokenizer=outcome.tokenizer if outcome else "", train_tokens=outcome.train_tokens if outcome else 0,
+        dtype=cell.dtype, device=str(place.device), device_name=device.describe(place.device),
+        backend=outcome.backend if outcome else "",
+    )  # fmt: skip
+
+
+def _keep(cell: Cell, done: Done, place: Place) -> None:
+    # first the run file: a row never stands without it
+    provenance.write_run(place.results_dir / "runs" / f"{cell_id(cell)}.json", done.record)
+    if done.rows is not None:
+        table.write(place.results_dir / f"{cell.family}.csv", done.rows)
 
 
 def results_of(cells: Sequence[Cell], results_dir: Path) -> pd.DataFrame:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sbeval import checkpoint, device, distributed
+from sbeval import checkpoint, counter, device, distributed
 from sbeval.checkpoint import State
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError, choose
 from sbeval.model import IGNORE, Decoder, ModelConfig, flops_per_token
 from sbeval.progress import Task
+from sbeval.table import LATER
 
 SCHEDULES = ("cosine", "power", "constant")
 
@@ -58,6 +59,8 @@ class TrainConfig:
     seed: int = 0
     dtype: str = "float32"
     sparse: bool = False  # run the head at scored positions only
+    # room for the scored positions of a forward pass, so that shapes are fixed and a GPU replays the step's graph
+    capacity: int | None = field(default=None, metadata=LATER)
     log_every: int = 10  # steps between looks at the loss
     check_every: int = 0  # steps between questions whether to stop; 0 never asks
     checkpoint_seconds: float = 120.0
@@ -153,14 +156,14 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
 class Loss(nn.Module):
     """A model's loss as a module, which is what compiles and what is spread over processes."""
 
-    def __init__(self, model: Decoder, sparse: bool) -> None:
+    def __init__(self, model: Decoder, sparse: bool, capacity: int | None) -> None:
         super().__init__()
-        self.model, self.sparse = model, sparse
+        self.model, self.sparse, self.capacity = model, sparse, capacity
         self.score = model.score
 
     def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         if self.sparse:
-            return self.model.sparse_loss(tokens, targets, cu_seqlens)
+            return self.model.sparse_loss(tokens, targets, cu_seqlens, self.capacity)
         return self.score(self.model(tokens, cu_seqlens), targets)
 
     def compile_parts(self) -> None:
@@ -188,6 +191,8 @@ class Trainer:
         self.model = Decoder(model).to(place)
         self.state = State()
         self.speeds: list[float] = []  # tokens/s between looks at the loss
+        # whether a GPU replays the graph of a forward and backward pass
+        self.replays = place.type == "cuda" and config.capacity is not None and world.size == 1
         self.loss = self._prepare()
         # sharding puts other parameters in the place of the model's
         self.optimizer = optimizer_for(self.model, config)
@@ -267,11 +272,17 @@ class Trainer:
         cu_seqlens = None if batch.cu_seqlens is None else self._moved(batch.cu_seqlens)
         # gradients are averaged over processes, and what is wanted is their sum
         count = (targets != IGNORE).sum() / self.world.size
+        if self.model.config.dropout:
+            # a run that goes on from a checkpoint drops what it would have dropped
+            torch.manual_seed(counter.key(self.config.seed, 0, step))
         total = torch.zeros((), device=self.place)
         parts = self._parts(len(tokens))
         for part in parts:
             within = _part_of(cu_seqlens, part, tokens.shape) if part != slice(0, len(tokens)) else cu_seqlens
             with self._gradients_stay(part != parts[-1]):
+                if self.replays:
+                    # what the last replay gave is used up
+                    torch.compiler.cudagraph_mark_step_begin()
                 with device.autocast(self.place, self.config.dtype):
                     loss = self.loss(tokens[part], targets[part], within) / count
                 loss.backward()
@@ -311,7 +322,7 @@ class Trainer:
 
     def _prepare(self) -> nn.Module:
         """The loss, compiled on a GPU; on a CPU compiling a small model would take longer than it saves."""
-        loss = Loss(self.model, self.config.sparse)
+        loss = Loss(self.model, self.config.sparse, self.config.capacity)
         compiled = self.place.type == "cuda"
         if self.shard:
             from sbeval import sharded
@@ -320,8 +331,11 @@ class Trainer:
             if compiled:
                 loss.compile_parts()
             sharded.shard(loss, self.model.blocks)
+        elif self.replays:
+            # a small model's kernels are shorter than their launches
+            loss.compile(mode="reduce-overhead")
         elif compiled:
-            # the number of scored positions varies: where the head runs at those alone it stays outside
+            # where the number of scored positions varies, the head stays outside
             (self.model if self.config.sparse else loss).compile()
         return loss
 

@@ -18,7 +18,8 @@ For keys 1 2 and values 5 ... 8, N = 2, with labels under the tokens (loss and l
 """
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,105 +28,37 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sbeval import device, estimate, model, registry
+from sbeval import counter, device, estimate, model, registry
 from sbeval.checkpoint import State
 from sbeval.errors import InputError
 from sbeval.estimate import Estimate
 from sbeval.model import IGNORE, Decoder, ModelConfig
 from sbeval.progress import Progress
+from sbeval.recall import Examples, Recall, generate, label
 from sbeval.sweep import LATER, Outcome, Place, timing
 from sbeval.table import Identity, Measurement
-from sbeval.train import TrainConfig, Trained, Trainer
+from sbeval.train import Batch, TrainConfig, Trained, Trainer
+
+__all__ = ["Examples", "Recall", "generate", "label"]
 
 FAMILY = "mqrar"
 # the author's test seed; validation and training draw elsewhere
 TEST_SEED, VALIDATION_SEED, TRAIN_SEED = 10, 1 << 40, 1 << 41
+# a stream that no example draws from: the order of a stored set
+ORDER = 1 << 20
 EVAL_ROWS = 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recall:
-    """Sizes of the task: V, L, N and the exponent a of the slot law."""
-
-    vocab_size: int = 8192
-    seq_len: int = 768
-    kv_pairs: int = 32
-    slot_power: float = 0.01
-
-    def __post_init__(self) -> None:
-        if self.seq_len < 4 or self.seq_len % 2:
-            raise InputError(f"seq_len must be even and at least 4; got {self.seq_len}")
-        if not 1 <= self.kv_pairs <= self.seq_len // 4:
-            raise InputError(
-                f"kv_pairs must be 1 to {self.seq_len // 4} at seq_len {self.seq_len} (4 kv_pairs <= seq_len); "
-                f"got {self.kv_pairs}"
-            )
-        if self.vocab_size <= self.seq_len:
-            raise InputError(f"vocab_size must be above seq_len {self.seq_len}; got {self.vocab_size}")
-        # beyond, weights of slots overflow or vanish
-        if not -10 <= self.slot_power <= 10:
-            raise InputError(f"slot_power must be -10 to 10; got {self.slot_power}")
-
-
-@dataclass(frozen=True, slots=True)
-class Examples:
-    """A batch of the task, (B, L) int64 each. `stale` and `distance` are 0 where there is no label."""
-
-    tokens: Tensor
-    targets: Tensor  # the label, IGNORE where there is none
-    stale: Tensor  # earlier values of the key that are not its value any more
-    distance: Tensor  # positions back to the value that is the answer
-
-    @property
-    def cu_seqlens(self) -> None:
-        """Examples are not packed."""
-
-
-def generate(task: Recall, batch: int, generator: torch.Generator) -> Examples:
-    """Draw `batch` examples; the same generator state gives the same examples."""
-    device, half = generator.device, task.vocab_size // 2
-    slots = (task.seq_len - 2 * task.kv_pairs) // 2
-
-    def draw(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, (batch, *shape), generator=generator, device=device)
-
-    tokens = draw(half, task.vocab_size, task.seq_len)
-    keys = draw(1, half, task.kv_pairs)
-    tokens[:, 0 : 2 * task.kv_pairs : 2] = keys
-    weights = torch.arange(1, slots + 1, dtype=torch.float64, device=device) ** (task.slot_power - 1)
-    drawn = torch.multinomial(weights.expand(batch, -1), task.kv_pairs, generator=generator)
-    queries = keys.gather(1, draw(0, task.kv_pairs, task.kv_pairs))
-    tokens.scatter_(1, 2 * (task.kv_pairs + drawn), queries)
-    return label(task, tokens)
-
-
-def label(task: Recall, tokens: Tensor) -> Examples:
-    """Find the labels of token rows (B, L), whose keys stand at even positions."""
-    firsts, seconds = tokens[:, 0::2], tokens[:, 1::2]
-    # uses of one key side by side, in their order; what is no key comes last
-    ordered, order = firsts.where(firsts < task.vocab_size // 2, task.vocab_size).sort(dim=1, stable=True)
-    again = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] < task.vocab_size)
-    index = torch.arange(again.shape[1], device=tokens.device).expand_as(again)
-    # uses before this one: the place within its run of equal keys
-    before = index + 1 - (index + 1).where(~again, 0).cummax(1).values
-    here, last = order[:, 1:], order[:, :-1]
-
-    def spread(values: Tensor, empty: int) -> Tensor:
-        out = torch.full_like(tokens, empty)
-        return out.scatter_(1, 2 * here, values.where(again, empty))
-
-    return Examples(
-        tokens=tokens,
-        targets=spread(seconds.gather(1, last), IGNORE),
-        stale=spread(before - 1, 0),
-        distance=spread(2 * (here - last) - 1, 0),
-    )
+# accuracy that counts as progress
+GAIN = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row(Measurement):
     """Factors: sizes of the task and the model; `split` is `all`, `fresh`, `stale`, or empty for the finer ones by
-    number of stale values or by distance (distance_start <= d < distance_end, in positions)."""
+    number of stale values or by distance (distance_start <= d < distance_end, in positions).
+
+    A cell's row of metric `solved` says how it ended in `status`: `solved`, `plateau`, `budget` (out of steps),
+    `diverged` (no finite number) or `failed`. The last two have no accuracy; their run file gives the reason.
+    """
 
     kv_pairs: int
     seq_len: int
@@ -138,53 +71,110 @@ class Row(Measurement):
     stale_values: int | None = None
     distance_start: int | None = None
     distance_end: int | None = None
+    slot_power: float | None = field(default=None, metadata=LATER)
+    filler: str | None = field(default=None, metadata=LATER)
+    distinct: str | None = field(default=None, metadata=LATER)
+    key_pool: int | None = field(default=None, metadata=LATER)
+    n_back: int | None = field(default=None, metadata=LATER)
+    score_prefix: str | None = field(default=None, metadata=LATER)
+    positions: str | None = field(default=None, metadata=LATER)
+    dropout: float | None = field(default=None, metadata=LATER)
+    stored_rows: int | None = field(default=None, metadata=LATER)
+    batch: int | None = field(default=None, metadata=LATER)
+    max_steps: int | None = field(default=None, metadata=LATER)
+    status: str | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A sweep over attention x pairs x width x learning rate x seed. Fresh examples at every step."""
+    """A sweep over attention x pairs x n-back x width x learning rate x seed; `sbeval.recall.Recall` has the task's
+    options."""
 
     attention: tuple[str, ...] = ("stick_breaking", "rope")
     seeds: tuple[int, ...] = (0,)
     kv_pairs: tuple[int, ...] = (8,)
     widths: tuple[int, ...] = (64,)
     lrs: tuple[float, ...] = (3e-3,)
+    n_back: tuple[int, ...] = (1,)
     vocab_size: int = 128
     seq_len: int = 64
     slot_power: float = 0.01
+    filler: str = "value"
+    distinct: tuple[str, ...] = ()
+    key_pool: int | None = None
+    score_prefix: bool = True
     layers: int = 2
     heads: int = 1
     positions: bool = False  # a learned table of absolute positions for every method
-    init_std: float | None = field(default=None, metadata=LATER)  # 1 / sqrt(width) by default
+    logit_scale: float = 1.5  # of stick-breaking, times 1 / sqrt(head size), where its own options do not say
+    dropout: float = 0.0
+    init_std: float | None = None  # 1 / sqrt(width) by default
+    stored_rows: int = 0  # train in epochs on so many rows; 0 draws new ones at every step
     batch: int = 64
     steps: int = 2000
     schedule: str = "cosine"
     weight_decay: float = 0.1
     stop_accuracy: float = 0.99  # of validation, at which training ends
+    patience: int = 0  # steps without progress in validation after which training ends; 0 waits to the last
     check_every: int = 100  # steps between looks at it
     test_rows: int = 3000
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("heads", "batch", "steps", "test_rows"):
+        for name in ("heads", "batch", "steps", "test_rows", "check_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.patience < 0:
+            raise InputError(f"patience must be at least 0; got {self.patience}")
+        if self.stored_rows and self.stored_rows < self.batch:
+            raise InputError(f"stored_rows must be 0 or at least the batch {self.batch}; got {self.stored_rows}")
         for pairs in self.kv_pairs:
-            Recall(vocab_size=self.vocab_size, seq_len=self.seq_len, kv_pairs=pairs, slot_power=self.slot_power)
+            for n_back in self.n_back:
+                self.task(pairs, n_back)
         for width in self.widths:
             if width % self.heads:
                 raise InputError(f"width {width} is no multiple of {self.heads} heads")
 
+    def task(self, kv_pairs: int, n_back: int) -> Recall:
+        return Recall(
+            vocab_size=self.vocab_size, seq_len=self.seq_len, kv_pairs=kv_pairs, slot_power=self.slot_power,
+            filler=self.filler, distinct=tuple(sorted(set(self.distinct))), key_pool=self.key_pool, n_back=n_back,
+            score_prefix=self.score_prefix,
+        )  # fmt: skip
+
+
+METHODS = ("stick_breaking", "rope", "nope", "alibi", "forgetting")
+# the author's: four from 1e-4 to 1e-2, evenly in the logarithm
+RATES = (1e-4, 4.64e-4, 2.15e-3, 1e-2)
+# the author's length and width at a vocabulary that decides cells in seconds; the paper's is 8192
+H200 = Config(
+    attention=METHODS, seeds=(0, 1, 2), kv_pairs=(32, 64, 96, 128, 160, 192), widths=(256,), lrs=RATES, vocab_size=1024,
+    seq_len=768, batch=64, steps=4000, patience=1500,
+)  # fmt: skip
 
 PRESETS = {
     # sizes at which two cores see the task learned in minutes
     "quick": Config(),
-    # the author's length and width at a vocabulary that decides cells in minutes; the paper's is 8192
     "small": Config(
         kv_pairs=(32,), widths=(128,), lrs=(1e-3,), vocab_size=1024, seq_len=768, batch=64, steps=6000, check_every=250
     ),
-    "h200": Config(
-        kv_pairs=(32,), widths=(256,), lrs=(1e-3,), vocab_size=1024, seq_len=768, batch=128, steps=6000, check_every=250
+    "h200": H200,
+    # does a learned bias, starting at so much, make stick-breaking learn sooner?
+    "logit_bias": dataclasses.replace(
+        H200, attention=("stick_breaking", *(f"stick_breaking:logit_bias={start}" for start in (-1.5, -3, -4.5, -6))),
+        kv_pairs=(32, 128), lrs=(4.64e-4, 1e-3, 2.15e-3), steps=6000, patience=0,
+    ),
+    # the N-th last value, as in PaTH (Yang et al. 2025, arXiv 2505.16381): 2 heads, 32 pairs. How few keys there are
+    # and the optimiser are not known; these are ours.
+    "n_back": dataclasses.replace(
+        H200, kv_pairs=(32,), n_back=(1, 2, 3, 4), heads=2, key_pool=8, lrs=(4.64e-4, 1e-3, 2.15e-3), steps=8000,
+        patience=3000,
+    ),
+    # the author's public code: 64 epochs of 100,000 rows, up to 4.9e9 tokens a cell. Unlike there dropout falls on what
+    # attention returns, not on its weights, and a GPU multiplies in bfloat16 (--dtype float32 for the author's)
+    "paper": Config(
+        kv_pairs=(32, 64, 128, 192), widths=(256,), lrs=RATES, vocab_size=8192, seq_len=768, dropout=0.1,
+        stored_rows=100_000, batch=256, steps=25_000, check_every=250,
     ),
 }  # fmt: skip
 
@@ -202,17 +192,14 @@ class Cell:
 
     @property
     def task(self) -> Recall:
-        config = self.config
-        return Recall(
-            vocab_size=config.vocab_size, seq_len=config.seq_len, kv_pairs=config.kv_pairs[0],
-            slot_power=config.slot_power,
-        )  # fmt: skip
+        return self.config.task(self.config.kv_pairs[0], self.config.n_back[0])
 
     @property
     def title(self) -> str:
         config = self.config
         size = f"{config.kv_pairs[0]} pairs width {config.widths[0]}"
-        return f"{self.attention} {size} lr {config.lrs[0]:g} seed {config.seeds[0]}"
+        back = f" {config.n_back[0]} back" if config.n_back[0] > 1 else ""
+        return f"{self.attention} {size}{back} lr {config.lrs[0]:g} seed {config.seeds[0]}"
 
     @property
     def dtype(self) -> str:
@@ -224,14 +211,18 @@ class Cell:
 
     @property
     def flops(self) -> float:
-        return 3 * model.flops_per_token(self.model(), self.config.seq_len) * self.training().tokens
+        """Those of all steps: training may end before."""
+        shape, config = self.model(), self.config
+        head = 2 * shape.width * shape.vocab_size
+        scored = self.task.scored(config.batch) / (config.batch * config.seq_len)
+        return 3 * (model.flops_per_token(shape, config.seq_len) - (1 - scored) * head) * self.training().tokens
 
     def model(self) -> ModelConfig:
         config, width = self.config, self.config.widths[0]
         return ModelConfig(
             vocab_size=config.vocab_size, width=width, layers=config.layers, heads=config.heads, hidden=4 * width,
             attention=self.attention, mlp="gelu", tied=True, positions=config.seq_len if config.positions else 0,
-            init_std=config.init_std,
+            init_std=config.init_std, dropout=config.dropout,
         )  # fmt: skip
 
     def training(self) -> TrainConfig:
@@ -239,7 +230,7 @@ class Cell:
         return TrainConfig(
             steps=config.steps, batch=config.batch, length=config.seq_len, lr=config.lrs[0], schedule=config.schedule,
             warmup=max(1, config.steps // 20), weight_decay=config.weight_decay, seed=config.seeds[0],
-            dtype=config.dtype, sparse=True, check_every=config.check_every,
+            dtype=config.dtype, sparse=True, capacity=self.task.scored(config.batch), check_every=config.check_every,
         )  # fmt: skip
 
     def source(self, progress: Progress) -> str:
@@ -247,78 +238,135 @@ class Cell:
         return ""
 
     def run(self, place: Place, progress: Progress) -> Outcome:
-        """Train until solved or out of steps, then test."""
-        config, training = self.config, self.training()
-        validation = _held_out(self.task, VALIDATION_SEED, max(1, config.test_rows // 3), place.device)
-        # validation decides when training ends
-        folder = place.checkpoint([self.model(), training, self.task, config.stop_accuracy, len(validation.tokens)])
-        trainer = Trainer(self.model(), training, Fresh(self, place.device), folder, place.device)
-
-        def solved(decoder: Decoder, state: State) -> bool:
-            correct = predict(decoder, validation, config.dtype)
-            accuracy = correct[validation.targets != IGNORE].float().mean().item()
-            state.scores.append((state.step, accuracy))
-            return accuracy >= config.stop_accuracy
-
-        task = progress.add(f"train {self.title}", total=training.steps, completed=trainer.state.step)
-        trained = trainer.run(task, stop=solved, log=place.logger(self))
-        task.close()
+        """Train until solved, without progress or out of steps, then test."""
+        config, validation = self.config, self._validation(place)
+        trained = self.trained(place, progress)
         test = _held_out(self.task, TEST_SEED, config.test_rows, place.device)
         found = self._rows(validation, predict(trained.model, validation, config.dtype), "validation_accuracy")[:1]
         found += self._rows(test, predict(trained.model, test, config.dtype), "accuracy")
-        return self._outcome(trained, found, place)
+        found += self._ended(status(config, trained.state.scores), trained.state.step)
+        return self._outcome(found, place, trained)
+
+    def trained(self, place: Place, progress: Progress) -> Trained:
+        """Train until solved, without progress or out of steps, unless a checkpoint has that model."""
+        config, training = self.config, self.training()
+        validation = self._validation(place)
+        # validation decides when training ends
+        ending = [config.stop_accuracy, config.patience, len(validation.tokens)]
+        folder = place.checkpoint([self.model(), training, self.task, config.stored_rows, *ending])
+        trainer = Trainer(self.model(), training, Batches(self, place.device), folder, place.device)
+
+        def decided(decoder: Decoder, state: State) -> bool:
+            correct = predict(decoder, validation, config.dtype)
+            state.scores.append((state.step, _accuracy(validation, correct)))
+            return status(config, state.scores) != "budget"
+
+        task = progress.add(f"train {self.title}", total=training.steps, completed=trainer.state.step)
+        trained = trainer.run(task, stop=decided, log=place.logger(self))
+        task.close()
+        return trained
+
+    def _validation(self, place: Place) -> Examples:
+        return _held_out(self.task, VALIDATION_SEED, max(1, self.config.test_rows // 3), place.device)
+
+    def failed(self, how: str, place: Place) -> Outcome:
+        """What the table says of a cell that diverged or failed."""
+        return self._outcome(self._ended(how), place)
+
+    def _ended(self, how: str, steps: int | None = None) -> list[Row]:
+        solved = Row(metric="solved", unit="1", value=float(how == "solved"), n=1, status=how, **self._sizes())
+        if steps is None:
+            return [solved]
+        return [solved, Row(metric="steps", unit="steps", value=steps, n=1, status=how, **self._sizes())]
 
     def _rows(self, examples: Examples, correct: Tensor, metric: str) -> list[Row]:
-        config = self.config
-        sizes: dict[str, Any] = {
-            "kv_pairs": config.kv_pairs[0], "seq_len": config.seq_len, "vocab_size": config.vocab_size,
-            "width": config.widths[0], "layers": config.layers, "heads": config.heads, "lr": config.lrs[0],
-        }  # fmt: skip
         return [
-            Row(metric=metric, unit="1", value=found.value, stderr=found.stderr, n=found.n, **sizes, **factors)
+            Row(metric=metric, unit="1", value=found.value, stderr=found.stderr, n=found.n, **self._sizes(), **factors)
             for found, factors in accuracies(examples, correct)
         ]
 
-    def _outcome(self, trained: Trained, found: list[Row], place: Place) -> Outcome:
+    def _sizes(self) -> dict[str, Any]:
+        config, task = self.config, self.task
+        return {
+            "kv_pairs": task.kv_pairs, "seq_len": task.seq_len, "vocab_size": task.vocab_size,
+            "width": config.widths[0], "layers": config.layers, "heads": config.heads, "lr": config.lrs[0],
+            "slot_power": task.slot_power, "filler": task.filler, "distinct": " ".join(task.distinct),
+            "key_pool": task.keys, "n_back": task.n_back, "score_prefix": str(task.score_prefix).lower(),
+            "positions": "learned" if config.positions else "none", "dropout": config.dropout,
+            "stored_rows": config.stored_rows, "batch": config.batch, "max_steps": config.steps,
+        }  # fmt: skip
+
+    def _outcome(self, found: list[Row], place: Place, trained: Trained | None = None) -> Outcome:
         name, _, options = self.attention.partition(":")
         config = self.config
+        with torch.device("meta"):
+            params = Decoder(self.model()).n_parameters()
         return Outcome(
             identity=Identity(
                 family=FAMILY, task=FAMILY, model=f"{config.layers}x{config.widths[0]}", attention=name,
-                options=options, params=trained.model.n_parameters(), train_len=config.seq_len,
-                eval_len=config.seq_len, seed=config.seeds[0],
+                options=options, params=params, train_len=config.seq_len, eval_len=config.seq_len, seed=config.seeds[0],
             ),
             rows=found,
             corpus="",
             corpus_digest="",
             tokenizer="",
-            train_tokens=trained.state.step * config.batch * config.seq_len,
+            train_tokens=trained.state.step * config.batch * config.seq_len if trained else 0,
             backend=registry.method(name).backend_name(place.device.type),
-            tokens_per_s=trained.tokens_per_second,
-            measured={"validation_accuracy": trained.state.scores, **timing(trained)},
+            tokens_per_s=trained.tokens_per_second if trained else None,
+            measured={"validation_accuracy": trained.state.scores, **timing(trained)} if trained else {},
         )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Fresh:
-    """Training batches: new examples at every step, drawn from the cell's seed and the step."""
+def status(config: Config, scores: Sequence[tuple[int, float]]) -> str:
+    """How training stands after these looks at validation, (step, accuracy): `solved`, `plateau`, or `budget` while
+    neither is so."""
+    best, since = 0.0, 0
+    for step, accuracy in scores:
+        if accuracy >= best + GAIN:
+            best, since = accuracy, step
+    if not scores:
+        return "budget"
+    step, accuracy = scores[-1]
+    if accuracy >= config.stop_accuracy:
+        return "solved"
+    return "plateau" if config.patience and step - since >= config.patience else "budget"
 
-    cell: Cell
-    device: torch.device
+
+class Batches:
+    """Training batches of a cell: new examples at every step, or those of its stored set in an order of each epoch."""
+
+    def __init__(self, cell: Cell, device: torch.device) -> None:
+        self.task, self.device, self.config = cell.task, device, cell.config
+        self.seed = TRAIN_SEED + cell.config.seeds[0]
+        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
 
     def __getitem__(self, step: int) -> Examples:
-        generator = torch.Generator(self.device).manual_seed(TRAIN_SEED + (self.cell.config.seeds[0] << 24) + step)
-        return generate(self.cell.task, self.cell.config.batch, generator)
+        return generate(self.task, self.seed, self.rows(step))
+
+    def rows(self, step: int) -> Tensor:
+        """Numbers of the examples of a step."""
+        batch, stored = self.config.batch, self.config.stored_rows
+        if not stored:
+            return torch.arange(step * batch, (step + 1) * batch, device=self.device)
+        epoch, start = divmod(step * batch, stored)
+        rows = self._order(epoch)[start : start + batch]
+        missing = batch - len(rows)
+        return torch.cat([rows, self._order(epoch + 1)[:missing]]) if missing else rows
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        return counter.shuffled(counter.key(self.seed, ORDER, epoch), self.config.stored_rows, self.device)
 
 
 def _held_out(task: Recall, seed: int, rows: int, place: torch.device) -> Examples:
-    """Examples that are the same on every device."""
-    examples = generate(task, rows, torch.Generator().manual_seed(seed))
-    return Examples(*(x.to(place) for x in (examples.tokens, examples.targets, examples.stale, examples.distance)))
+    return generate(task, seed, torch.arange(rows, device=place))
+
+
+def _accuracy(examples: Examples, correct: Tensor) -> float:
+    return correct[examples.targets != IGNORE].float().mean().item()
 
 
 @torch.inference_mode()
-def predict(decoder: Decoder, examples: Examples, dtype: str) -> Tensor:
+def predict(decoder: Decoder, examples: Batch, dtype: str) -> Tensor:
     """Whether the most likely token is the label, (B, L) bool; false where there is no label."""
     decoder.eval()
     with device.autocast(examples.tokens.device, dtype):
@@ -356,33 +404,95 @@ def accuracies(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, 
 
 
 def cells(config: Config) -> list[Cell]:
-    """The grid, seeds outermost. InputError names a method or option that is not known."""
-    methods = dict.fromkeys(model.canonical_attention(spec) for spec in config.attention)
+    """The grid; of several learning rates and seeds, every rate with the first seed. `more` has the rest.
+
+    InputError names a method or option that is not known.
+    """
+    seeds = dict.fromkeys(config.seeds)
+    first = list(seeds)[: 1 if len(set(config.lrs)) > 1 else None]
+    return [
+        dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,)))
+        for seed in first
+        for cell in _settings(config)
+        for rate in dict.fromkeys(config.lrs)
+    ]
+
+
+def more(config: Config, results: pd.DataFrame | None) -> list[Cell]:
+    """The further seeds, each at the rate with the best validation accuracy of the first seed; of equals, the rate that
+    took the fewest steps. Nothing where every rate failed. Without results: at the first rate, for an estimate."""
+    seeds = list(dict.fromkeys(config.seeds))
+    if len(set(config.lrs)) == 1:
+        return []
+    found = []
+    for cell in _settings(config):
+        rate: float | None = config.lrs[0] if results is None else _best_rate(cell, seeds[0], results)
+        if rate is None:
+            continue
+        for seed in seeds[1:]:
+            found.append(dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,))))
+    return found
+
+
+def _best_rate(cell: Cell, seed: int, results: pd.DataFrame) -> float | None:
+    name, _, options = cell.attention.partition(":")
+    config = cell.config
+    mine = results[
+        (results["attention"] == name) & (results["options"] == options) & (results["seed"] == seed)
+        & (results["kv_pairs"] == config.kv_pairs[0]) & (results["width"] == config.widths[0])
+        & (results["n_back"] == config.n_back[0])
+    ]  # fmt: skip
+    by_rate = {metric: rows.set_index("lr")["value"] for metric, rows in mine.groupby("metric")}
+    if "validation_accuracy" not in by_rate:
+        return None
+    scores, steps = by_rate["validation_accuracy"], by_rate["steps"]
+    return float(max(scores.index, key=lambda rate: (scores[rate], -steps[rate], -rate)))
+
+
+def _settings(config: Config) -> list[Cell]:
+    """The grid without learning rates and seeds."""
+    methods = dict.fromkeys(_spec(config, spec) for spec in config.attention)
     return [
         Cell(
-            config=dataclasses.replace(
-                config, attention=(spec,), seeds=(seed,), kv_pairs=(pairs,), widths=(width,), lrs=(lr,)
-            )
+            config=dataclasses.replace(config, attention=(spec,), kv_pairs=(pairs,), n_back=(n_back,), widths=(width,))
         )
-        for seed in dict.fromkeys(config.seeds)
         for pairs in dict.fromkeys(config.kv_pairs)
+        for n_back in dict.fromkeys(config.n_back)
         for width in dict.fromkeys(config.widths)
-        for lr in dict.fromkeys(config.lrs)
         for spec in methods
     ]
 
 
+def _spec(config: Config, spec: str) -> str:
+    """The method's canonical spec, with the sweep's logit scale where stick-breaking's own options have none."""
+    name, _, options = spec.partition(":")
+    if name == "stick_breaking" and "logit_scale=" not in options:
+        spec = f"{name}:{options + ',' if options else ''}logit_scale={config.logit_scale}"
+    return model.canonical_attention(spec)
+
+
 def summary(results: pd.DataFrame) -> Table:
-    """Table for the terminal: accuracy by method and pairs, overall and split."""
-    accuracy = results[(results["metric"] == "accuracy") & (results["split"] != "")]
-    table = Table(title="MQRAR accuracy (mean over seeds)")
-    for name in ("attention", "pairs", "width", "lr", "all", "fresh", "stale"):
-        table.add_column(name, justify="left" if name == "attention" else "right")
-    keys = ["attention", "options", "kv_pairs", "width", "lr"]
-    for (attention, options, pairs, width, lr), group in accuracy.groupby(keys):
-        means = group.groupby("split")["value"].mean()
+    """Table for the terminal: accuracy by method, pairs and rate, overall with lowest and highest seed, and split."""
+    # width and n-back where they vary: a terminal is narrow
+    factors = {"kv_pairs": "pairs", "lr": "lr"}
+    factors |= {name: name.replace("_", "-") for name in ("n_back", "width") if results[name].nunique() > 1}
+    table = Table(title="MQRAR accuracy (mean over seeds, lowest to highest)")
+    for name in ("attention", *factors.values(), "seeds", "valid.", "all", "fresh", "stale", "ended"):
+        table.add_column(name, justify="left" if name in ("attention", "ended") else "right")
+    for (attention, options, *values), group in results.groupby(["attention", "options", *factors]):
+        validation = group[group["metric"] == "validation_accuracy"]["value"]
+        accuracy = {split: rows["value"] for split, rows in group[group["metric"] == "accuracy"].groupby("split")}
+        ended = group[group["metric"] == "solved"]["status"].value_counts()
         table.add_row(
-            f"{attention}:{options}" if options else f"{attention}", f"{pairs}", f"{width}", f"{lr:g}",
-            *(f"{means[split]:.3f}" if split in means else "" for split in ("all", "fresh", "stale")),
+            f"{attention}:{options}" if options else f"{attention}", *(f"{value:g}" for value in values),
+            f"{len(validation)}", f"{validation.mean():.3f}" if len(validation) else "",
+            _span(accuracy["all"]) if accuracy else "",
+            *(f"{accuracy[split].mean():.3f}" if split in accuracy else "" for split in ("fresh", "stale")),
+            ", ".join(f"{count} {how}" for how, count in ended.items()),
         )  # fmt: skip
     return table
+
+
+def _span(values: "pd.Series[float]") -> str:
+    several = f" ({values.min():.3f} to {values.max():.3f})" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{several}"

@@ -173,3 +173,43 @@ def test_nothing_to_draw_is_said() -> None:
         mqrar.draw(rows.iloc[:0])
     with pytest.raises(InputError, match="column 'kv_pairs' holds 'many'"):
         mqrar.draw(rows.assign(kv_pairs="many"))
+
+
+def test_rates_are_compared_at_the_seeds_that_all_have() -> None:
+    figure = mqrar.draw(
+        table(
+            # further seeds, run at the best rate alone, can be worse than the first
+            *(cell("rope", 4, 0.3, score, lr=1e-3, seed=seed) for seed, score in enumerate((0.9, 0.1, 0.1))),
+            cell("rope", 4, 0.8, 0.8, lr=1e-2),
+        )
+    )
+    assert ys(lines(figure.axes[0])["RoPE"][0]) == pytest.approx([0.3])
+
+
+def test_of_equal_rates_the_one_with_the_fewest_steps_is_drawn() -> None:
+    rates = [(1e-3, 0.3, 200), (2e-3, 0.5, 100), (3e-3, 0.7, 100)]
+    steps = [
+        COMMON | {"attention": "rope", "kv_pairs": 4, "metric": "steps", "value": n, "lr": lr} for lr, _, n in rates
+    ]
+    cells = [cell("rope", 4, score, 1.0, lr=lr) for lr, score, _ in rates]
+    figure = mqrar.draw(table(*cells, pd.DataFrame(steps)))
+    assert ys(lines(figure.axes[0])["RoPE"][0]) == [0.5]
+
+
+def test_what_came_later_tells_settings_apart() -> None:
+    fillers = [cell("rope", 4, score, filler=filler) for filler, score in (("any", 0.3), ("value", 0.4))]
+    figure = mqrar.draw(table(*fillers))
+    assert [ys(lines(axis)["RoPE"][0]) for axis in figure.axes[::2]] == [[0.3], [0.4]]
+    assert figure.axes[0].get_title(loc="left").endswith(", filler: any")
+
+
+def test_older_values_are_drawn_by_their_age() -> None:
+    ages = [cell("rope", 4, 1 / n, n_back=n, heads=2) for n in (1, 2, 4)]
+    pairs = [cell("rope", pairs, 0.9) for pairs in (4, 8)]
+    # a table has an empty cell where the column came later
+    by_pairs, by_age = (mqrar.draw(table(*pairs, *ages)).axes[index] for index in (0, 2))
+    assert (xs(lines(by_pairs)["RoPE"][0]), by_pairs.get_xlabel()) == ([4, 8], "key-value pairs")
+    (rope,) = lines(by_age)["RoPE"]
+    assert (xs(rope), ys(rope)) == ([1, 2, 4], [1.0, 0.5, 0.25])
+    assert by_age.get_xlabel() == "n, where the n-th last value is asked for"
+    assert by_age.get_title(loc="left").endswith("4 key-value pairs")

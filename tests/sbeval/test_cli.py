@@ -146,7 +146,7 @@ def test_mqrar_leaves_table_runs_and_figures(kept: Kept) -> None:
     assert done.code == 0, done
     rows = table.read(folder / "mqrar.csv", table.columns(mqrar.Row))
     assert set(rows["attention"]) == {"stick_breaking", "rope"}
-    assert set(rows["metric"]) == {"accuracy", "validation_accuracy"}
+    assert set(rows["metric"]) == {"accuracy", "validation_accuracy", "solved", "steps"}
     everything = rows[(rows["metric"] == "accuracy") & (rows["split"] == "all")]
     assert everything["n"].tolist() == [30, 30] and (everything["train_tokens"] == 12 * 4 * 16).all()
     for cell in cells(folder, "mqrar"):
@@ -253,11 +253,34 @@ def test_a_method_that_comes_later_leaves_the_others_alone(results: Path) -> Non
     assert len(cells(results, "mqrar")) == 3
 
 
+def test_attention_map_leaves_a_table_figures_and_a_page(tmp_path: Path) -> None:
+    sizes = ("--vocab-size", "32", "--seq-len", "24", "--kv-pairs", "6", "--width", "16", "--batch", "4")
+    done = run(
+        "attention-map", "--device", "cpu", *sizes, "--steps", "4", "--test-rows", "30", "--results-dir", tmp_path
+    )
+    assert done.code == 0, done
+    assert "latest" in done.out and "stick_breaking" in done.out
+    assert len(cells(tmp_path, "attention_map")) == 2
+    for suffix in ("png", "pdf", "html"):
+        assert (tmp_path / "figures" / f"attention_map.{suffix}").stat().st_size > 1000
+    assert_one_line(run("attention-map", "--checkpoint", tmp_path), "--checkpoint", "no checkpoint folder")
+
+
+def test_flip_flop_leaves_a_table_and_a_figure(tmp_path: Path) -> None:
+    sizes = ("--seq-len", "16", "--width", "8", "--batch", "4", "--steps", "4", "--test-rows", "20", "--device", "cpu")
+    done = run("flip-flop", *sizes, "--results-dir", tmp_path)
+    assert done.code == 0, done
+    assert "here" in done.out and "published" in done.out
+    assert len(cells(tmp_path, "flip_flop")) == 2
+    assert (tmp_path / "figures" / "flip_flop.pdf").exists()
+
+
 def test_a_cell_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> None:
     command = (*RECALL, "--attention", "rope", "--lr", "1e4", "--lr", "1e-3", "--results-dir", tmp_path)
     done = run(*command)
-    assert done.code == 1 and "recorded as failed, going on with the next" in done.out
-    (finished,) = cells(tmp_path, "mqrar")
+    assert done.code == 1 and "recorded as diverged, going on with the next" in done.out
+    rows = table.read(tmp_path / "mqrar.csv")
+    (finished,) = set(rows[rows["metric"] == "accuracy"]["cell"])
     (failed,) = {path.stem for path in (tmp_path / "runs").iterdir()} - {finished}
     assert "lr-10000-" in failed and record(tmp_path, failed)["status"] == "failed"
     assert "the loss is nan at step 10" in record(tmp_path, failed)["reason"]
@@ -378,6 +401,10 @@ def test_plot_draws_from_tables_where_torch_cannot_be_imported(results: Path) ->
         ("mqrar --heads 0", ["heads", "at least 1", "got 0"]),
         ("mqrar --width 64 --heads 3", ["width 64", "3 heads"]),
         ("mqrar --width -4", ["width", "at least 1", "got -4"]),
+        ("mqrar --patience -1", ["patience", "at least 0", "got -1"]),
+        ("mqrar --stored-rows 5", ["stored_rows", "at least the batch 64", "got 5"]),
+        ("mqrar --executor rey", ["executor 'rey'", "did you mean 'ray'"]),
+        ("mqrar --address auto", ["--address", "--executor ray"]),
         ("mqrar --steps 0", ["steps", "at least 1", "got 0"]),
         ("mqrar --test-rows 0", ["test_rows", "at least 1", "got 0"]),
         ("mqrar --lr 0", ["lr", "above 0", "got 0"]),

@@ -11,10 +11,11 @@ from sbeval.errors import InputError
 
 MQRAR = """\
 family,task,model,attention,options,params,train_len,eval_len,seed,metric,unit,value,stderr,n,kv_pairs,seq_len,\
-vocab_size,width,layers,heads,lr,split,cell,preset,corpus,tokenizer,train_tokens,dtype,device,backend,commit,torch,triton,utc
-mqrar,mqrar,tiny,rope,,9,64,64,0,accuracy,1,0.5,0.01,100,4,64,64,32,2,1,0.001,all,a,quick,,,9,float32,cpu,torch,c,2,3,u
-mqrar,mqrar,tiny,rope,,9,64,64,0,accuracy,1,0.6,0.01,100,4,64,64,32,2,1,0.001,fresh,a,quick,,,9,float32,cpu,torch,c,2,3,u
-mqrar,mqrar,tiny,rope,,9,64,64,0,accuracy,1,0.4,0.01,100,4,64,64,32,2,1,0.001,stale,a,quick,,,9,float32,cpu,torch,c,2,3,u
+vocab_size,width,layers,heads,lr,split,stale_values,distance_start,distance_end,cell,preset,corpus,tokenizer,train_tokens,dtype,device,backend,commit,torch,triton,utc
+mqrar,mqrar,tiny,rope,,9,64,64,0,accuracy,1,0.5,0.01,100,4,64,64,32,2,1,0.001,all,,,,a,quick,,,9,float32,cpu,torch,c,2,3,u
+mqrar,mqrar,tiny,rope,,9,64,64,0,accuracy,1,0.6,0.01,100,4,64,64,32,2,1,0.001,fresh,,,,a,quick,,,9,float32,cpu,torch,c,2,3,u
+mqrar,mqrar,tiny,rope,,9,64,64,0,accuracy,1,0.4,0.01,100,4,64,64,32,2,1,0.001,stale,,,,a,quick,,,9,float32,cpu,torch,c,2,3,u
+mqrar,mqrar,tiny,rope,,9,64,64,0,accuracy,1,0.4,0.01,100,4,64,64,32,2,1,0.001,,1,,,a,quick,,,9,float32,cpu,torch,c,2,3,u
 """
 
 
@@ -27,11 +28,12 @@ def results(tmp_path: Path) -> Path:
 def test_figures_without_a_table_are_left_out_and_said(results: Path) -> None:
     said: list[str] = []
     files = draw_figures(results, say=said.append)
-    assert files == [results / "figures" / "mqrar.png", results / "figures" / "mqrar.pdf"]
+    names = ["mqrar.png", "mqrar.pdf", "mqrar_splits.png", "mqrar_splits.pdf"]
+    assert files == [results / "figures" / name for name in names]
     assert files[0].read_bytes().startswith(b"\x89PNG") and files[1].read_bytes().startswith(b"%PDF")
     assert f"length_gen: left out, there is no {results / 'length_gen.csv'}" in said
     assert not any(line.startswith("mqrar") for line in said)
-    assert sorted(path.name for path in (results / "figures").iterdir()) == ["mqrar.pdf", "mqrar.png"]
+    assert sorted(path.name for path in (results / "figures").iterdir()) == sorted(names)
 
 
 def test_drawn_again_the_files_are_the_same(results: Path) -> None:

@@ -260,7 +260,10 @@ def test_losses_are_summed_cross_entropies(packed: bool) -> None:
             wanted = wanted + row.exp().sum().log() - row[target]
     parameters = list(model.parameters())
     right = torch.autograd.grad(wanted, parameters)
-    for loss in (model.loss(tokens, targets, cu_seqlens), model.sparse_loss(tokens, targets, cu_seqlens)):
+    scored = int((targets != IGNORE).sum())
+    sparse = [model.sparse_loss(tokens, targets, cu_seqlens, capacity) for capacity in (None, scored, scored + 3)]
+    assert model.sparse_loss(tokens, targets, cu_seqlens, scored - 1).isnan()
+    for loss in (model.loss(tokens, targets, cu_seqlens), *sparse):
         assert loss.dtype == torch.float32
         assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
         for found, exact in zip(torch.autograd.grad(loss, parameters), right, strict=True):
@@ -271,6 +274,14 @@ def test_no_targets_no_loss() -> None:
     model, nothing = build(), torch.full((1, 6), IGNORE)
     assert model.loss(draw(1, 6), nothing).item() == 0.0
     assert model.sparse_loss(draw(1, 6), nothing).item() == 0.0
+    assert model.sparse_loss(draw(1, 6), nothing, capacity=2).item() == 0.0
+
+
+def test_dropout_is_for_training_alone() -> None:
+    model, tokens = build(dropout=0.5), draw(2, 6)
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
 
 
 def test_weights_follow_the_seed() -> None:

@@ -2,16 +2,21 @@
 
 import dataclasses
 import itertools
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import Tensor
 
+from sbeval import recall, sweep, table
 from sbeval.errors import InputError
 from sbeval.model import IGNORE
 from sbeval.progress import Progress
@@ -21,33 +26,38 @@ from sbeval.tasks.mqrar import Examples, Recall, generate
 
 
 def draw(task: Recall, rows: int, seed: int = 0) -> Examples:
-    return generate(task, rows, torch.Generator().manual_seed(seed))
+    return generate(task, seed, torch.arange(rows))
 
 
 @st.composite
 def tasks(pick: st.DrawFn) -> Recall:
     pairs = pick(st.integers(1, 12))
     length = 2 * pick(st.integers(2 * pairs, 2 * pairs + 20))
-    return Recall(vocab_size=pick(st.integers(length + 1, 4 * length)), seq_len=length, kv_pairs=pairs)
+    vocab = pick(st.integers(length + 1, 4 * length))
+    return Recall(
+        vocab_size=vocab, seq_len=length, kv_pairs=pairs, filler=pick(st.sampled_from(recall.FILLERS)),
+        distinct=tuple(pick(st.sets(st.sampled_from(recall.DISTINCT)))), n_back=pick(st.integers(1, 3)),
+        key_pool=pick(st.none() | st.integers(pairs, vocab // 2 - 1)), score_prefix=pick(st.booleans()),
+    )  # fmt: skip
 
 
 def by_hand(task: Recall, row: list[int]) -> tuple[list[int], list[int], list[int]]:
     """Labels, stale values and distances of one row, by rule 5."""
-    values: dict[int, list[int]] = {}
-    where: dict[int, int] = {}
+    values: dict[int, list[tuple[int, int]]] = {}
     labels, stale, distance = [], [], []
     for i, token in enumerate(row):
-        known = token < task.vocab_size // 2 and token in values
-        labels.append(values[token][-1] if known else IGNORE)
-        stale.append(len(values[token]) - 1 if known else 0)
-        distance.append(i - where[token] if known else 0)
-        if i and row[i - 1] < task.vocab_size // 2:
-            values.setdefault(row[i - 1], []).append(token)
-            where[row[i - 1]] = i
+        mine = values.get(token, [])
+        known = len(mine) >= task.n_back and (task.score_prefix or i >= 2 * task.kv_pairs)
+        answer, where = mine[-task.n_back] if known else (IGNORE, i)
+        labels.append(answer)
+        stale.append(len(mine) - 1 if known else 0)
+        distance.append(i - where)
+        if i and 0 < row[i - 1] < task.vocab_size // 2 <= token:
+            values.setdefault(row[i - 1], []).append((token, i))
     return labels, stale, distance
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(task=tasks(), seed=st.integers(0, 2**40))
 def test_examples_follow_the_rules(task: Recall, seed: int) -> None:
     examples = draw(task, 4, seed)
@@ -57,14 +67,23 @@ def test_examples_follow_the_rules(task: Recall, seed: int) -> None:
         strict=True,
     ):  # fmt: skip
         assert len(row) == task.seq_len
-        assert all(0 < token < task.vocab_size for token in row)
         prefix, rest = row[: 2 * task.kv_pairs], row[2 * task.kv_pairs :]
-        assert all(key < half for key in prefix[::2]) and all(value >= half for value in prefix[1::2])
-        assert all(value >= half for value in rest[1::2])
-        queries = [token for token in rest[::2] if token < half]
-        assert len(queries) == task.kv_pairs
-        assert set(queries) <= set(prefix[::2])
+        keys, values = prefix[::2], prefix[1::2]
+        assert all(0 < key <= task.keys < half for key in keys)
+        assert all(half <= value < task.vocab_size for value in values)
+        assert "keys" not in task.distinct or len(set(keys)) == task.kv_pairs
+        assert "values" not in task.distinct or len(set(values)) == task.kv_pairs
+        if task.filler == "any":
+            assert all(0 < token < task.vocab_size for token in rest)
+        else:
+            fillers = [0] if task.filler == "padding" else range(half, task.vocab_size)
+            queries = [token for token in rest[::2] if 0 < token < half]
+            assert all(token in fillers for token in rest[1::2])
+            assert all(token in fillers for token in rest[::2] if not 0 < token < half)
+            assert len(queries) == task.kv_pairs and set(queries) <= set(keys)
+            assert "queries" not in task.distinct or sorted(queries) == sorted(keys)
         assert (targets, stale, distance) == by_hand(task, row)
+    assert int((examples.targets != IGNORE).sum()) <= task.scored(4)
 
 
 def test_the_example_of_the_docstring() -> None:
@@ -142,25 +161,25 @@ def test_same_seed_same_bytes() -> None:
 
 def test_training_never_draws_the_same_batch_twice() -> None:
     cell = mqrar.cells(mqrar.PRESETS["quick"])[0]
-    fresh = mqrar.Fresh(cell, torch.device("cpu"))
+    fresh = mqrar.Batches(cell, torch.device("cpu"))
     assert torch.equal(fresh[5].tokens, fresh[5].tokens)
     assert not torch.equal(fresh[5].tokens, fresh[6].tokens)
 
 
 def test_training_validation_and_test_draw_apart() -> None:
-    def batches(seed: int, attention: str) -> mqrar.Fresh:
+    def batches(seed: int, attention: str) -> mqrar.Batches:
         (cell,) = mqrar.cells(mqrar.Config(attention=(attention,), seeds=(seed,)))
-        return mqrar.Fresh(cell, torch.device("cpu"))
+        return mqrar.Batches(cell, torch.device("cpu"))
 
-    task = batches(0, "rope").cell.task
+    task = batches(0, "rope").task
     held_out = [
         mqrar._held_out(task, seed, 64, torch.device("cpu")) for seed in (mqrar.TEST_SEED, mqrar.VALIDATION_SEED)
     ]
-    apart = [batches(0, "rope")[5], batches(1, "rope")[5], *held_out]
+    apart = [batches(0, "rope")[0], batches(1, "rope")[0], *held_out]
     for one, other in itertools.combinations(apart, 2):
         assert one.tokens.shape == other.tokens.shape and not torch.equal(one.tokens, other.tokens)
     # all methods learn from the same examples
-    assert torch.equal(batches(0, "alibi")[5].tokens, apart[0].tokens)
+    assert torch.equal(batches(0, "alibi")[0].tokens, apart[0].tokens)
 
 
 def test_accuracy_of_an_oracle_and_of_a_wrong_answer() -> None:
@@ -217,10 +236,15 @@ def test_each_accuracy_is_over_its_own_positions() -> None:
         ({"seq_len": 64, "vocab_size": 128, "kv_pairs": 17}, "kv_pairs must be 1 to 16 at seq_len 64"),
         ({"seq_len": 64, "vocab_size": 64, "kv_pairs": 4}, "vocab_size must be above seq_len 64; got 64"),
         ({"slot_power": 11}, "slot_power must be -10 to 10; got 11"),
+        ({"filler": "values"}, "unknown filler 'values'; did you mean 'value'"),
+        ({"distinct": ("kees",)}, "unknown --distinct 'kees'; did you mean 'keys'"),
+        ({"key_pool": 4096}, "key_pool must be 1 to 4095 (the keys); got 4096"),
+        ({"key_pool": 31, "distinct": ("keys",)}, "32 distinct keys cannot be drawn from key_pool 31"),
+        ({"n_back": 0}, "n_back must be at least 1; got 0"),
     ],
 )
-def test_impossible_sizes(sizes: dict[str, int], message: str) -> None:
-    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+def test_impossible_sizes(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
         Recall(**sizes)
 
 
@@ -243,6 +267,8 @@ def test_training_ends_when_validation_says_so(tmp_path: Path) -> None:
         )
     assert (stopped.train_tokens, never.train_tokens) == (3 * 2 * 16, 9 * 2 * 16)
     assert stopped.measured["losses"] == never.measured["losses"][:3]  # type: ignore[index]  # it is a list
+    ends = [row.status for outcome in (stopped, never) for row in outcome.rows if isinstance(row, mqrar.Row)]
+    assert {end for end in ends if end} == {"solved", "budget"}
     found = {(row.metric, row.split): row for row in stopped.rows if isinstance(row, mqrar.Row)}
     assert (found["accuracy", "all"].n, found["validation_accuracy", "all"].n) == (12, 4)
 
@@ -252,5 +278,75 @@ def test_grid_of_cells() -> None:
         attention=("rope", "rope:theta=10000", "stick_breaking:remainder=none"), seeds=(0, 1), kv_pairs=(4, 8)
     )
     cells = mqrar.cells(config)
-    assert [cell.attention for cell in cells[:2]] == ["rope", "stick_breaking:remainder=none"]
+    assert [cell.attention for cell in cells[:2]] == ["rope", "stick_breaking:remainder=none,logit_scale=1.5"]
     assert len(cells) == len(set(cells)) == 8
+
+
+def test_a_stored_set_is_seen_once_an_epoch_in_another_order() -> None:
+    (cell,) = mqrar.cells(mqrar.Config(attention=("rope",), batch=4, stored_rows=10))
+    batches = mqrar.Batches(cell, torch.device("cpu"))
+    seen = torch.cat([batches.rows(step) for step in range(5)])
+    first, second = seen[:10].tolist(), seen[10:].tolist()
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    assert torch.equal(batches[2].tokens, generate(cell.task, batches.seed, batches.rows(2)).tokens)
+
+
+def test_how_training_stands() -> None:
+    config = mqrar.Config(stop_accuracy=0.9, patience=300)
+
+    def ends(*scores: float) -> str:
+        return mqrar.status(config, [(100 * (i + 1), score) for i, score in enumerate(scores)])
+
+    assert ends() == ends(0.0, 0.004) == ends(0.1, 0.1, 0.102) == "budget"
+    assert ends(0.1, 0.95) == ends(0.9, 0.0, 0.0, 0.0, 0.9) == "solved"
+    assert ends(0.1, 0.1, 0.1, 0.104) == ends(0.0, 0.0, 0.0) == "plateau"
+    # progress in small steps counts once it adds up
+    assert ends(0.1, 0.104, 0.107, 0.11) == "budget"
+    assert mqrar.status(dataclasses.replace(config, patience=0), [(10**6, 0.1)]) == "budget"
+
+
+def found(rate: float, validation: float, steps: int, test: float, seed: int = 0) -> list[dict[str, object]]:
+    same = {
+        "attention": "rope", "options": "", "seed": seed, "kv_pairs": 8, "width": 64, "n_back": 1, "lr": rate,
+        "vocab_size": 128,
+    }  # fmt: skip
+    values = {"validation_accuracy": validation, "steps": steps, "accuracy": test}
+    return [same | {"metric": metric, "value": value} for metric, value in values.items()]
+
+
+def test_further_seeds_run_at_the_rate_that_validation_chooses() -> None:
+    config = mqrar.Config(attention=("rope", "nope"), lrs=(1e-3, 2e-3, 3e-3), seeds=(0, 1, 2))
+    first = mqrar.cells(config)
+    assert {(cell.config.lrs[0], cell.config.seeds[0]) for cell in first} == {(rate, 0) for rate in config.lrs}
+    assert len(mqrar.more(config, None)) == 4
+    # the middle one validates best and tests worst; nope diverged everywhere and has no accuracy
+    results = pd.DataFrame(found(1e-3, 0.5, 100, 0.9) + found(2e-3, 0.7, 100, 0.1) + found(3e-3, 0.7, 200, 0.9))
+    then = [(cell.attention, cell.config.lrs, cell.config.seeds) for cell in mqrar.more(config, results)]
+    assert then == [("rope", (2e-3,), (1,)), ("rope", (2e-3,), (2,))]
+    one_rate = dataclasses.replace(config, lrs=(1e-3,))
+    assert len(mqrar.cells(one_rate)) == 6 and mqrar.more(one_rate, results) == []
+
+
+def test_a_cell_that_diverges_has_a_row_that_says_so(tmp_path: Path) -> None:
+    config = mqrar.Config(
+        attention=("rope",), kv_pairs=(2,), widths=(16,), vocab_size=32, seq_len=16, batch=2, steps=20, lrs=(1e30,),
+        test_rows=12,
+    )  # fmt: skip
+    (cell,) = mqrar.cells(config)
+    place = Place(results_dir=tmp_path, device=torch.device("cpu"))
+    assert not sweep.run([cell], place, preset="quick", console=Console(quiet=True))
+    rows = table.read(tmp_path / "mqrar.csv")
+    assert rows[["metric", "value", "status"]].to_numpy().tolist() == [["solved", 0.0, "diverged"]]
+    assert "the loss is nan" in (tmp_path / "runs" / f"{sweep.cell_id(cell)}.json").read_text()
+    assert mqrar.summary(rows).row_count == 1
+    # such a cell is tried again
+    assert sweep.unfinished([cell], tmp_path) == [cell]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("filler", recall.FILLERS)
+def test_the_same_examples_on_a_gpu(filler: str) -> None:
+    task = Recall(kv_pairs=96, filler=filler, distinct=("queries",))
+    here, there = (generate(task, 3, torch.arange(64, device=name)) for name in ("cpu", "cuda"))
+    for name in ("tokens", "targets", "stale", "distance"):
+        assert torch.equal(getattr(here, name), getattr(there, name).cpu())

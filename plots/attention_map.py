@@ -1,0 +1,172 @@
+"""Attention maps: the weights of one example in every layer and head, with the latest and the stale values marked.
+
+`draw` makes the figure; `sbeval.plots.attention_map_page` the page to hover over, from the same `maps`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+
+from sbeval.errors import InputError
+from sbeval.plots import style
+from sbeval.table import numbers
+
+TABLE = "attention_map"
+SETTING = ("task", "vocab_size", "seq_len", "kv_pairs")
+COLUMNS = (
+    "attention", "options", "model", "seed", "cell", "metric", "value", *SETTING, "layers", "heads", "layer", "head",
+    "target", "split", "query", "key",
+)  # fmt: skip
+# how the two kinds of assignment are marked: matplotlib's and plotly's name of the shape, and the colour
+MARKS = {"latest": ("o", "circle-open", style.COLOURS[2]), "stale": ("s", "square-open", style.COLOURS[1])}
+NAMES = {"latest": "latest value of the key (right)", "stale": "stale value (wrong)"}
+FUTURE = "0.94"
+TOKEN_PT = 3.2
+# weights are shown on a scale of their square roots, on which small ones can be seen
+POWER, TICKS = 0.5, (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+Floats = npt.NDArray[np.float64]
+Place = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """One head: its weights, query by key, and what it does over the test set."""
+
+    layer: int
+    head: int
+    weights: Floats
+    latest: float
+    stale: float
+
+    @property
+    def title(self) -> str:
+        return f"layer {self.layer}, head {self.head}: {self.latest:.2f} on latest, {self.stale:.2f} on stale"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model's maps of the example; `targets` are the (query, key) places of each mark."""
+
+    name: str
+    half: int  # the first value token
+    tokens: list[int]
+    targets: dict[str, list[Place]]
+    maps: list[Map]
+
+
+def models(table: pd.DataFrame) -> list[Model]:
+    """The models of a table, by setting and method; of several seeds the lowest."""
+    table = table[table["metric"].isin(["accuracy", "share", "token", "weight"])]
+    if not (table["metric"] == "weight").any():
+        raise InputError("there are no rows with metric 'weight' to draw")
+    looks = style.looks(table)
+    found = []
+    for _, setting in table.groupby(list(SETTING)):
+        for method, look in looks.items():
+            for name, rows in style.method(setting, method).groupby("model"):
+                rows = rows[rows["seed"] == rows["seed"].min()]
+                for _, cell in rows.groupby("cell"):
+                    found.append(_model(cell, look.label, str(name)))
+    return found
+
+
+def _model(rows: pd.DataFrame, label: str, name: str) -> Model:
+    tokens = numbers(rows[rows["metric"] == "token"], ["key", "value"]).sort_values("key")["value"].tolist()
+    weights = numbers(rows[rows["metric"] == "weight"], ["layer", "head", "query", "key"])
+    first = weights[(weights["layer"] == 1) & (weights["head"] == 1)]
+    places = {
+        target: [(int(q), int(k)) for q, k in first.loc[first["target"] == target, ["query", "key"]].to_numpy()]
+        for target in MARKS
+    }
+    accuracy = rows[(rows["metric"] == "accuracy") & (rows["split"] == "stale")]["value"].mean()
+    share = rows[rows["metric"] == "share"]
+    maps = []
+    for layer, head in weights[["layer", "head"]].drop_duplicates().sort_values(["layer", "head"]).to_numpy():
+        of_head = weights[(weights["layer"] == layer) & (weights["head"] == head)]
+        dense = np.zeros((len(tokens), len(tokens)))
+        dense[of_head["query"], of_head["key"]] = of_head["value"]
+        mine = share[(share["layer"] == layer) & (share["head"] == head)].groupby("target")["value"].mean()
+        maps.append(Map(int(layer), int(head), dense, float(mine["latest"]), float(mine["stale"])))
+    half = int(rows["vocab_size"].iloc[0]) // 2
+    title = f"{label}, model {name}: accuracy {accuracy:.2f} at queries with stale values"
+    return Model(title, half, [int(token) for token in tokens], places, maps)
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw a panel for each layer (columns) and head of each model (rows)."""
+    found = models(table)
+    columns = max(each.layer for model in found for each in model.maps)
+    lines = [(model, head) for model in found for head in sorted({each.head for each in model.maps})]
+    side = style.WIDTH_IN / columns
+    layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.08, wspace=0.02, hspace=0.03)
+    figure = Figure(figsize=(style.WIDTH_IN, (side + 0.15) * len(lines) + 1.0), layout=layout)
+    axes = figure.subplots(len(lines), columns, squeeze=False)
+    norm, colours = PowerNorm(POWER, 0, 1), sns.color_palette("Blues", as_cmap=True)
+    for row, (model, head) in zip(axes, lines, strict=True):
+        shown = {each.layer: each for each in model.maps if each.head == head}
+        for column, axis in enumerate(row):
+            if (one := shown.get(column + 1)) is None:
+                axis.set_axis_off()
+                continue
+            _panel(axis, model, one, norm, colours, 72 * side / len(model.tokens))
+        style.title(row[0], model.name)
+    bar = figure.colorbar(
+        ScalarMappable(norm, colours), ax=axes, location="bottom", shrink=0.5, aspect=40, ticks=TICKS, pad=0.01
+    )
+    bar.set_label("attention weight", fontsize=style.TEXT_PT)
+    bar.ax.set_xticklabels([f"{tick:g}" for tick in TICKS], fontsize=style.SMALL_PT)
+    style.finish(figure, list(_handles()), note(found))
+    return figure
+
+
+def note(found: list[Model]) -> str:
+    """What a reader must know beside the maps."""
+    # with a remainder that goes elsewhere, the label says so
+    remainder = any("stick" in model.name and "remainder=" not in model.name for model in found)
+    return "One test example; tokens as numbers, keys bold. Weights in titles: mean over the test set." + (
+        " Stick-breaking's diagonal is the remainder." if remainder else ""
+    )
+
+
+def _panel(axis: Axes, model: Model, one: Map, norm: PowerNorm, colours: Any, points: float) -> None:
+    """Draw one head; a square of the map is about `points` wide."""
+    size = len(model.tokens)
+    future = np.triu(np.ones((size, size), dtype=bool), 1)
+    axis.set_facecolor(FUTURE)
+    # an image in the file, but never smoothed
+    axis.imshow(np.ma.masked_where(future, one.weights), cmap=colours, norm=norm, interpolation="none")
+    for target, (shape, _, colour) in MARKS.items():
+        places = np.array(model.targets[target]).reshape(-1, 2)
+        axis.plot(
+            places[:, 1], places[:, 0], linestyle="none", marker=shape, markersize=1.3 * points, markeredgewidth=0.6,
+            markeredgecolor=colour, markerfacecolor="none", label=NAMES[target],
+        )  # fmt: skip
+    style.label(axis, "key (token)", "query (token)")
+    axis.annotate(
+        one.title, (0, 1), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points", fontsize=style.SMALL_PT
+    )
+    axis.set_xticks(range(size), [str(token) for token in model.tokens], fontsize=TOKEN_PT, rotation=90)
+    axis.set_yticks(range(size), [str(token) for token in model.tokens], fontsize=TOKEN_PT)
+    axis.tick_params(length=1, width=0.3, pad=1)
+    for text, token in zip((*axis.get_xticklabels(), *axis.get_yticklabels()), 2 * model.tokens, strict=True):
+        text.set(**{"color": "black", "fontweight": "bold"} if token < model.half else {"color": "0.45"})
+
+
+def _handles() -> Iterator[Line2D]:
+    for target, (shape, _, colour) in MARKS.items():
+        yield Line2D(
+            [], [], linestyle="none", marker=shape, markersize=5, markeredgecolor=colour, markerfacecolor="none",
+            label=NAMES[target],
+        )  # fmt: skip

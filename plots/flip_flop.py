@@ -1,0 +1,132 @@
+"""Flip-flop language: error rates by test set and method, beside published ones."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from sbeval.errors import InputError
+from sbeval.plots import style
+from sbeval.published import FLIP_FLOP, FLIP_FLOP_SOURCE
+from sbeval.table import numbers
+
+TABLE = "flip_flop"
+ALWAYS = ("model", "seq_len")
+OTHERS = ("task", "heads", "p_train", "preset", "dtype")
+COLUMNS = (
+    "attention", "options", "seed", "metric", "value", "stderr", "lr", "test", "p_ignore", "reads", "distance_start",
+    "distance_end", *ALWAYS, *OTHERS,
+)  # fmt: skip
+TESTS = {"in_distribution": "in distribution", "sparse": "sparse", "dense": "dense"}
+# from here down the axis is linear to 0, so that an error rate of 0 has a place
+LINEAR = 1e-6
+PUBLISHED: dict[str, Any] = {"marker": "*", "markersize": 9, "linestyle": "none", "markeredgecolor": "black"}
+PUBLISHED_LABEL = f"published at 512 tokens ({FLIP_FLOP_SOURCE})"
+
+
+def best_rates(table: pd.DataFrame) -> pd.DataFrame:
+    """The error rates over all reads of each test, at each method's learning rate with the lowest validation error.
+
+    The lowest is that of the mean over seeds, of equals the smallest rate.
+    """
+    rows = table[(table["metric"] == "error_rate") & table["distance_start"].isna()]
+    if not rows["test"].isin(list(TESTS)).any():
+        raise InputError("there are no rows with metric 'error_rate' of a test")
+    kept = []
+    for _, group in rows.groupby(["attention", "options", *ALWAYS, *OTHERS], dropna=False):
+        validation = group[group["test"] == "validation"].groupby("lr")["value"].mean()
+        kept.append(group[group["lr"] == validation.idxmin()])
+    best = pd.concat(kept)
+    return best[best["test"].isin(list(TESTS))]
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw a row for each setting. Left: error rate by test set. Right: in the sparse test by distance to the write."""
+    best = best_rates(numbers(table, ["lr", "seq_len"]))
+    looks = style.looks(best)
+    finest = table[(table["metric"] == "error_rate") & (table["test"] == "sparse") & table["distance_start"].notna()]
+    finest = finest.merge(best[["attention", "options", "lr", *ALWAYS, *OTHERS]].drop_duplicates())
+    panels = style.panels(best, ALWAYS, OTHERS)
+    figure, axes = style.pairs(len(panels), share_y=True)
+    spreads = []
+    for (title, rows), (left, right) in zip(panels, axes, strict=True):
+        style.title(left, title)
+        spreads += _tests(left, rows, looks)
+        keys = [*ALWAYS, *OTHERS]
+        mine = finest.merge(rows[keys].drop_duplicates(), on=keys)
+        spreads += _distances(right, mine, looks)
+        _log(left, max(rows["value"].max(), max(max(rates.values()) for rates in FLIP_FLOP.values())))
+    star = Line2D([], [], label=PUBLISHED_LABEL, color="0.7", **PUBLISHED)
+    style.finish(
+        figure, [*(look.handle() for look in looks.values()), star], style.explain(spreads, "bars", "sequences")
+    )
+    return figure
+
+
+def _tests(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]) -> list[pd.DataFrame]:
+    style.label(axis, "test set", "error rate (share of reads)")
+    others = [name for name in FLIP_FLOP if all(name != method for method, _ in looks)]
+    width = 0.8 / (len(looks) + len(others))
+    spreads = []
+    for place, (method, look) in enumerate(looks.items()):
+        spread = style.spread(style.method(rows, method), ["test"]).set_index("test").reindex(list(TESTS)).dropna()
+        x = np.array([list(TESTS).index(str(test)) for test in spread.index]) - 0.4 + (place + 0.5) * width
+        low, high = spread["low"].clip(lower=0), spread["high"].clip(upper=1)
+        axis.vlines(x, low, high, color=look.colour, linewidth=1.2)
+        axis.plot(x, spread["mean"], label=look.label, **look.line() | {"linestyle": "none"})
+        if method[0] in FLIP_FLOP and not method[1]:
+            published = [FLIP_FLOP[method[0]][str(test)] for test in spread.index]
+            axis.plot(x, published, color=look.colour, label=f"{look.label}, published", zorder=1, **PUBLISHED)
+        spreads.append(spread.reset_index())
+    for place, name in enumerate(others, start=len(looks)):
+        at = np.arange(len(TESTS)) - 0.4 + (place + 0.5) * width
+        published = [FLIP_FLOP[name][test] for test in TESTS]
+        axis.plot(at, published, color="0.7", label=f"{style.NAMES.get(name, name)}, published", **PUBLISHED)
+        axis.annotate(
+            style.NAMES.get(name, name), (at[0], published[0]), (0, -13 if published[0] else 7),
+            textcoords="offset points", ha="center", fontsize=style.SMALL_PT, color=style.MARK,
+        )  # fmt: skip
+    chances = {test: _chance(rows, test) for test in TESTS}
+    axis.set_xticks(
+        range(len(TESTS)), [f"{name}\np = {chances[test]}" for test, name in TESTS.items()], fontsize=style.TEXT_PT
+    )
+    axis.set_xlim(-0.5, len(TESTS) - 0.5)
+    axis.grid(False, axis="x")
+    axis.axvspan(0.5, 1.5, color="0.96", zorder=0)
+    return spreads
+
+
+def _chance(rows: pd.DataFrame, test: str) -> str:
+    return ", ".join(f"{p:g}" for p in sorted(rows.loc[rows["test"] == test, "p_ignore"].unique()))
+
+
+def _distances(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]) -> list[pd.DataFrame]:
+    if rows.empty:
+        axis.set_axis_off()
+        return []
+    style.label(axis, "instructions since the write (sparse test)", "")
+    rows = numbers(rows, ["distance_start", "distance_end"])
+    rows = rows.assign(x=np.sqrt(rows["distance_start"] * (rows["distance_end"] - 1)))
+    spreads = []
+    for method, look in looks.items():
+        spread = style.spread(style.method(rows, method), ["x"])
+        axis.plot(spread["x"], spread["mean"], label=look.label, **look.line())
+        axis.fill_between(
+            spread["x"], spread["low"].clip(lower=0), spread["high"], color=look.colour, alpha=0.2, linewidth=0
+        )
+        spreads.append(spread)
+    style.ticks(axis, sorted(rows["distance_start"].unique()))
+    return spreads
+
+
+def _log(axis: Axes, highest: float) -> None:
+    """Logarithmic down to LINEAR, and 0 below that."""
+    axis.set_yscale("symlog", linthresh=LINEAR, linscale=0.6)
+    axis.set_ylim(-LINEAR / 3, max(1.0, highest))
+    axis.yaxis.set_major_locator(FixedLocator([0.0, *(10.0**e for e in range(-6, 1))]))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())

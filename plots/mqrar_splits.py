@@ -1,0 +1,67 @@
+"""Multi-query repeated associative recall: accuracy by what makes a query hard.
+
+Left: how many values its key has had before. Right: how far back its answer was assigned.
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from sbeval.errors import InputError
+from sbeval.plots import mqrar, style
+from sbeval.table import numbers
+
+TABLE = "mqrar"
+COLUMNS = (*mqrar.COLUMNS, "n", "stale_values", "distance_start", "distance_end")
+# queries of a seed without which a point is noise
+FEWEST = 10
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw the table, one row of panels for each setting and number of pairs, at the best learning rate of each method.
+
+    Distances are drawn at the geometric middle of their bin.
+    """
+    table = mqrar.best_rates(table)
+    by_age, by_distance = (_has(table, name) for name in ("stale_values", "distance_start"))
+    if not (by_age | by_distance).any():
+        raise InputError("there are no rows with stale_values or distance_start to draw")
+    looks = style.looks(table)
+    panels = style.panels(table, ("kv_pairs", *mqrar.ALWAYS), [*mqrar.others(table), "n_back"])
+    figure, axes = style.pairs(len(panels), share_y=True)
+    spreads: list[pd.DataFrame] = []
+    for (title, rows), (left, right) in zip(panels, axes, strict=True):
+        style.title(left, title)
+        style.label(left, "earlier values of the key", "accuracy")
+        style.label(right, "distance to the answer (positions)", "accuracy")
+        older = numbers(rows[by_age.loc[rows.index]], ["stale_values"])
+        spreads += _lines(left, older.assign(x=older["stale_values"]), looks)
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
+        far = numbers(rows[by_distance.loc[rows.index]], ["distance_start", "distance_end"])
+        spreads += _lines(right, far.assign(x=np.sqrt(far["distance_start"] * (far["distance_end"] - 1))), looks)
+        if len(far):
+            style.octaves(right, far["distance_start"].min(), far["distance_end"].max(), far["distance_start"].min())
+    style.finish(figure, [look.handle() for look in looks.values()], style.explain(spreads, "bands", "sequences"))
+    return figure
+
+
+def _has(table: pd.DataFrame, name: str) -> "pd.Series[bool]":
+    return pd.to_numeric(table[name], errors="coerce").notna()
+
+
+def _lines(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]) -> list[pd.DataFrame]:
+    """Draw a line and a band for each method; a panel without rows stays out."""
+    if rows.empty:
+        axis.set_axis_off()
+        return []
+    rows = rows[rows["n"] >= FEWEST]
+    spreads = []
+    for method, look in looks.items():
+        spread = style.spread(style.method(rows, method), ["x"])
+        low, high = spread["low"].clip(lower=0), spread["high"].clip(upper=1)
+        axis.plot(spread["x"], spread["mean"], label=look.label, **look.line())
+        axis.fill_between(spread["x"], low, high, color=look.colour, alpha=0.2, linewidth=0)
+        spreads.append(spread)
+    return spreads

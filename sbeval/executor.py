@@ -1,0 +1,203 @@
+"""Where the items of a long list are worked on: in this process, in several, or as Ray tasks.
+
+A worker that dies (killed, out of memory, a lost host) costs what it had in hand, which another worker begins again, so
+work that leaves checkpoints goes on from the last. Results come back as they are ready, in any order.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar
+
+from sbeval.errors import InputError, choose
+
+KINDS = ("local", "ray")
+# times that an item is begun again after its worker died
+RETRIES = 3
+# seconds that a worker has to save what it trains when the driver ends
+GRACE_S = 30
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Executor:
+    """How to run. workers: processes that share this machine and its GPU, or the CPUs of a local Ray cluster; None is
+    this process alone (`local`), or all that Ray finds. address: of a running Ray cluster. gpus_per_cell: share of a
+    GPU that a Ray task takes; 0 without GPUs."""
+
+    kind: str = "local"
+    workers: int | None = None
+    address: str | None = None
+    gpus_per_cell: float = 0.0
+
+    def __post_init__(self) -> None:
+        choose("executor", self.kind, KINDS)
+        if self.workers is not None and self.workers < 1:
+            raise InputError(f"--workers must be at least 1; got {self.workers}")
+        if not 0 <= self.gpus_per_cell:
+            raise InputError(f"--gpus-per-cell must be at least 0; got {self.gpus_per_cell}")
+        if self.kind == "local" and (self.address or self.gpus_per_cell):
+            raise InputError("--address and --gpus-per-cell are for --executor ray")
+        if self.address and self.workers:
+            raise InputError("--workers starts a Ray cluster here and --address joins another: give one of them")
+
+    @property
+    def alone(self) -> bool:
+        """Whether the work runs in this process."""
+        return self.kind == "local" and (self.workers or 1) == 1
+
+    def run(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result | "Lost"]]:
+        """Yield each item with what `work` makes of it, or Lost where its worker died again and again.
+
+        What `work` raises is raised here, and ends the others. Where this is not this process alone, `work` and items
+        must be picklable.
+        """
+        if self.alone:
+            return ((item, work(item)) for item in items)
+        return _in_ray(work, items, self) if self.kind == "ray" else _in_pool(work, items, self.workers or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """No result: the worker died each time, for this reason."""
+
+    reason: str
+
+
+def _in_pool(
+    work: Callable[[Item], Result], items: Sequence[Item], workers: int
+) -> Iterator[tuple[Item, Result | Lost]]:
+    """Run in processes. When one dies all that were at work begin again in a new pool: it is not known whose died."""
+    waiting = [(item, 0) for item in reversed(items)]
+    while waiting:
+        begun: dict[Future[Result], tuple[Item, int]] = {}
+        with _pool(min(workers, len(waiting))) as pool:
+            died = False
+            while begun or (waiting and not died):
+                # no more than are at work, so that those which wait are not blamed
+                while waiting and not died and len(begun) < workers:
+                    item, deaths = waiting.pop()
+                    begun[pool.submit(_guarded, work, item)] = item, deaths
+                for future in wait(begun, return_when=FIRST_COMPLETED).done:
+                    item, deaths = begun.pop(future)
+                    if not isinstance(future.exception(), BrokenProcessPool):
+                        yield item, future.result()
+                        continue
+                    died = True
+                    if deaths < RETRIES:
+                        waiting.append((item, deaths + 1))
+                    else:
+                        yield item, Lost(f"its process died {deaths + 1} times; is the machine short of memory?")
+
+
+def _guarded(work: Callable[[Item], Result], item: Item) -> Result:
+    """Work; a process that is told to stop does so once that is done, without a wait for its queue."""
+    try:
+        return work(item)
+    except KeyboardInterrupt:
+        os._exit(1)
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool that ends with the block: what runs then is told to stop, saves and does so."""
+    # a forked process could not use the GPU
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(os.getpid(), workers)
+    )
+    try:
+        with _terminable():
+            yield pool
+    except BaseException:
+        for process in list((pool._processes or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Make SIGTERM what Ctrl-C is, so that workers do not outlive the driver."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _begin(driver: int, workers: int) -> None:
+    """Take a share of the CPUs, and stop when the driver is gone without a word."""
+    import torch
+
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+    def watch() -> None:
+        while os.getppid() == driver:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _in_ray(
+    work: Callable[[Item], Result], items: Sequence[Item], how: Executor
+) -> Iterator[tuple[Item, Result | Lost]]:
+    try:
+        import ray
+        from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
+    except ImportError:
+        raise InputError("--executor ray needs the ray package: pip install 'sbeval[ray]'") from None
+    with _cluster(ray, how), _terminable():
+
+        def call(item: Item) -> Result:
+            return work(item)
+
+        # a task that raises is not run again, one whose worker dies is
+        task: Any = ray.remote(max_retries=RETRIES, num_cpus=1, num_gpus=how.gpus_per_cell)(call)
+        pending = {task.remote(item): item for item in items}
+        while pending:
+            (ready,), _ = ray.wait(list(pending), num_returns=1)
+            item = pending.pop(ready)
+            try:
+                result = ray.get(ready)
+            except (WorkerCrashedError, OutOfMemoryError) as error:
+                yield item, Lost(str(error).splitlines()[0])
+                continue
+            except RayTaskError as error:
+                raise error.cause from None
+            yield item, result
+
+
+@contextmanager
+def _cluster(ray: Any, how: Executor) -> Iterator[None]:
+    """The cluster at the address, or one of this machine for the length of the block."""
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    here = {} if how.address else {"num_cpus": how.workers} | quiet
+    try:
+        ray.init(how.address or "local", **here)
+    except ConnectionError as error:
+        raise InputError(f"no Ray cluster at {how.address}: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()

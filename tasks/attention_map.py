@@ -1,0 +1,321 @@
+"""Attention maps: where a model that recalls looks (Tan et al., ICLR 2025, arXiv 2410.17980, figure 4).
+
+Small models learn repeated associative recall (see `sbeval.tasks.mqrar`). At a query of a key that was assigned more
+than once, the value after its last use is the latest, those before are stale:
+
+    tokens     1 7 2 5 | 8 6 1 8 7 7 1 5 2 6
+    1 again      ^ stale       ^     ^ the query: how much of its weight falls on 8, how much on 7?
+                               latest
+
+How much weight falls on the latest and on stale values is measured over a test set, in every layer and head. One
+example is kept whole, to be drawn: the first of the test set, from number `example` on, in which a key with two or more
+stale values is asked for. What a model does with it plays no part in the choice.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from sbeval import checkpoint, estimate, model, pretrained, registry
+from sbeval.errors import InputError
+from sbeval.model import IGNORE, Decoder
+from sbeval.progress import Progress
+from sbeval.recall import Examples, Recall, generate, label
+from sbeval.sweep import Outcome, Place, timing
+from sbeval.table import Identity, Measurement
+from sbeval.tasks import mqrar
+from sbeval.train import Trained
+from sbeval.weights import attention_weights
+
+FAMILY = "attention_map"
+# weights that are computed at once
+CHUNK = 1 << 23
+# smaller weights of the example have no row: in the figure they cannot be told from 0
+LEAST = 0.001
+TARGETS = ("latest", "stale", "own", "other")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Measurement):
+    """Factors: sizes of task and model. Layers and heads count from 1, positions from 0.
+
+    accuracy: by `split` (all, fresh, stale). share: mean weight on a `target` at the queries with stale values: the
+    `latest` value, all `stale` ones, the query's `own` position (for stick-breaking the remainder), all `other`
+    positions. Of the example: token, the token at position `key`; weight, that of position `key` at position `query`,
+    with `target` at the queries that have a value.
+    """
+
+    kv_pairs: int
+    seq_len: int
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    lr: float | None = None
+    split: str = ""
+    layer: int | None = None
+    head: int | None = None
+    target: str = ""
+    query: int | None = None
+    key: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Models to look into, trained as `sbeval mqrar` trains its, or checkpoints of either command."""
+
+    attention: tuple[str, ...] = ("stick_breaking", "rope")
+    seeds: tuple[int, ...] = (0,)
+    checkpoint: tuple[str, ...] = ()
+    vocab_size: int = 65
+    seq_len: int = 64
+    kv_pairs: int = 16
+    width: int = 100
+    layers: int = 2
+    heads: int = 1
+    lr: float = 3e-3
+    batch: int = 64
+    steps: int = 3000
+    stop_accuracy: float = 0.99
+    test_rows: int = 1000
+    example: int = 0  # number of the test example from which one to draw is looked for
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.example < 0:
+            raise InputError(f"--example must be at least 0; got {self.example}")
+        self.recall(self.attention[0], self.seeds[0])
+
+    def recall(self, spec: str, seed: int) -> mqrar.Cell:
+        """The cell of `sbeval mqrar` that trains the model of a method and seed."""
+        config = mqrar.Config(
+            attention=(spec,), seeds=(seed,), kv_pairs=(self.kv_pairs,), widths=(self.width,), lrs=(self.lr,),
+            vocab_size=self.vocab_size, seq_len=self.seq_len, layers=self.layers, heads=self.heads, batch=self.batch,
+            steps=self.steps, stop_accuracy=self.stop_accuracy, test_rows=self.test_rows, dtype=self.dtype,
+        )  # fmt: skip
+        return mqrar.cells(config)[0]
+
+
+# 2 layers and d = 100 are the caption's of figure 4; V, L and N those of the author's public code
+FIGURE_4 = Config()
+PRESETS = {
+    # half as many pairs, which two cores see learned in minutes
+    "quick": dataclasses.replace(FIGURE_4, kv_pairs=8),
+    "small": dataclasses.replace(FIGURE_4, batch=256, steps=20_000),
+    "h200": dataclasses.replace(FIGURE_4, batch=1024, steps=20_000),
+    # 64 epochs of 100,000 rows in batches of 256, as far as tokens go: here every row is new
+    "paper": dataclasses.replace(FIGURE_4, lr=2.15e-3, batch=256, steps=25_000),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model to look into, and what its rows say of it."""
+
+    model: Decoder
+    name: str
+    train_len: int
+    lr: float | None = None
+    trained: Trained | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One model: a config whose swept fields have one entry each."""
+
+    config: Config
+    family: str = FAMILY
+
+    @property
+    def title(self) -> str:
+        if self.config.checkpoint:
+            return re.sub(r"[^\w.-]+", "-", self.config.checkpoint[0].strip("/"))
+        return f"{self.config.attention[0]} {self.config.kv_pairs} pairs seed {self.config.seeds[0]}"
+
+    @property
+    def dtype(self) -> str:
+        return self.config.dtype
+
+    @property
+    def row(self) -> type[Row]:
+        return Row
+
+    @property
+    def flops(self) -> float:
+        config = self.config
+        if config.checkpoint:
+            return 2.0 * pretrained.likely_parameters(config.checkpoint[0]) * config.test_rows * config.seq_len
+        return self._recall.flops
+
+    @property
+    def _recall(self) -> mqrar.Cell:
+        return self.config.recall(self.config.attention[0], self.config.seeds[0])
+
+    def source(self, progress: Progress) -> str:
+        """Nothing is read."""
+        return ""
+
+    def run(self, place: Place, progress: Progress) -> Outcome:
+        """Train the model, or load it, and measure where it looks."""
+        subject = self._loaded(place) if self.config.checkpoint else self._trained(place, progress)
+        shape, config = subject.model.config, self.config
+        task = Recall(vocab_size=shape.vocab_size, seq_len=config.seq_len, kv_pairs=config.kv_pairs)
+        examples = generate(task, mqrar.TEST_SEED, torch.arange(config.test_rows, device=place.device))
+        sizes: dict[str, Any] = {
+            "kv_pairs": task.kv_pairs, "seq_len": task.seq_len, "vocab_size": task.vocab_size, "width": shape.width,
+            "layers": shape.layers, "heads": shape.heads, "lr": subject.lr,
+        }  # fmt: skip
+        # before the work: an example that is not there is the user's to change
+        drawn = chosen(examples, config.example)
+        found = [
+            Row(metric="accuracy", unit="1", value=score.value, stderr=score.stderr, n=score.n, **factors, **sizes)
+            for score, factors in mqrar.accuracies(examples, mqrar.predict(subject.model, examples, config.dtype))
+            if "split" in factors
+        ]
+        found += [Row(**row, **sizes) for row in shares(subject.model.eval(), examples, task)]
+        found += [Row(**row, **sizes) for row in example_rows(subject.model, examples.tokens[drawn], task)]
+        return self._outcome(subject, found, place, drawn)
+
+    def _trained(self, place: Place, progress: Progress) -> Subject:
+        config = self.config
+        trained = self._recall.trained(place, progress)
+        name = f"{config.layers}x{config.width}"
+        return Subject(model=trained.model, name=name, train_len=config.seq_len, lr=config.lr, trained=trained)
+
+    def _loaded(self, place: Place) -> Subject:
+        folder = Path(self.config.checkpoint[0])
+        found = checkpoint.load_model(folder, place.device).eval()
+        length = checkpoint.training_length(folder) or self.config.seq_len
+        return Subject(model=found, name=folder.resolve().name, train_len=length)
+
+    def _outcome(self, subject: Subject, found: list[Row], place: Place, drawn: int) -> Outcome:
+        config, trained = self.config, subject.trained
+        name, _, options = subject.model.config.attention.partition(":")
+        return Outcome(
+            identity=Identity(
+                family=FAMILY, task=mqrar.FAMILY, model=subject.name, attention=name, options=options,
+                params=subject.model.n_parameters(), train_len=subject.train_len, eval_len=config.seq_len,
+                seed=config.seeds[0],
+            ),
+            rows=found,
+            corpus="",
+            corpus_digest="",
+            tokenizer="",
+            train_tokens=trained.state.step * config.batch * config.seq_len if trained else 0,
+            backend=registry.method(name).backend_name(place.device.type),
+            tokens_per_s=trained.tokens_per_second if trained else None,
+            measured={"example": drawn}
+            | ({"validation_accuracy": trained.state.scores, **timing(trained)} if trained else {}),
+        )  # fmt: skip
+
+
+def targets(examples: Examples, task: Recall) -> tuple[Tensor, Tensor]:
+    """At which position stands the latest value of each query, at which the stale ones: bool (B, query, key) each."""
+    tokens = examples.tokens
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    before = torch.nn.functional.pad(tokens, (1, 0))[:, :-1]
+    assigned = (before[:, None] == tokens[:, :, None]) & (tokens >= task.half)[:, None]
+    assigned &= (position < position[:, None]) & (examples.targets != IGNORE)[:, :, None]
+    latest = assigned & (position == position[:, None] - examples.distance[:, :, None])
+    return latest, assigned & ~latest
+
+
+def chosen(examples: Examples, start: int) -> int:
+    """Number of the first example, from `start` on, that asks for a key with two or more stale values."""
+    fits = (examples.stale >= 2).any(1)
+    fits[:start] = False
+    if not fits.any():
+        raise InputError(
+            f"none of the test examples from number {start} on asks for a key with two stale values; "
+            "give a smaller --example, more --test-rows or more --kv-pairs"
+        )
+    return int(fits.long().argmax())
+
+
+def shares(decoder: Decoder, examples: Examples, task: Recall) -> Iterator[dict[str, Any]]:
+    """Mean weight on each target at the queries with stale values, by layer and head; the error is over examples."""
+    wanted = (examples.stale > 0).float()
+    shape, length = decoder.config, task.seq_len
+    rows = max(1, CHUNK // (shape.layers * shape.heads * length**2))
+    parts = []
+    for start in range(0, len(wanted), rows):
+        part = slice(start, start + rows)
+        weights = attention_weights(decoder, examples.tokens[part])
+        latest, stale = targets(_part(examples, part), task)
+        own = torch.eye(length, dtype=torch.bool, device=latest.device).expand_as(latest)
+        masks = torch.stack([latest, stale, own, ~(latest | stale | own)]).float()
+        # (layers, targets, B, H): sums over the keys of a target and the wanted queries
+        parts.append(torch.einsum("lbhij,tbij,bi->ltbh", weights, masks, wanted[part]))
+    sums, counts = torch.cat(parts, 2).double().cpu().numpy(), wanted.sum(1).double().cpu().numpy()
+    for layer in range(shape.layers):
+        for head in range(shape.heads):
+            for index, target in enumerate(TARGETS):
+                share = estimate.ratio(sums[layer, index, :, head], counts)
+                yield {
+                    "metric": "share", "unit": "1", "value": share.value, "stderr": share.stderr, "n": share.n,
+                    "layer": layer + 1, "head": head + 1, "target": target, "split": "stale",
+                }  # fmt: skip
+
+
+def _part(examples: Examples, rows: slice) -> Examples:
+    return Examples(examples.tokens[rows], examples.targets[rows], examples.stale[rows], examples.distance[rows])
+
+
+def example_rows(decoder: Decoder, tokens: Tensor, task: Recall) -> Iterator[dict[str, Any]]:
+    """The tokens of one example (L,), and the weights of every layer and head that are large enough to be seen."""
+    for position, token in enumerate(tokens.tolist()):
+        yield {"metric": "token", "unit": "1", "value": float(token), "n": 1, "key": position}
+    latest, stale = (mask[0].cpu() for mask in targets(label(task, tokens[None]), task))
+    weights = attention_weights(decoder, tokens[None])[:, 0].cpu()
+    # those of the targets always, so that the figure knows where they are
+    for index in ((weights >= LEAST) | latest | stale).nonzero().tolist():
+        layer, head, query, key = index
+        target = "latest" if latest[query, key] else "stale" if stale[query, key] else ""
+        yield {
+            "metric": "weight", "unit": "1", "value": round(max(0.0, weights[tuple(index)].item()), 4), "n": 1,
+            "layer": layer + 1, "head": head + 1, "query": query, "key": key, "target": target,
+        }  # fmt: skip
+
+
+def cells(config: Config) -> list[Cell]:
+    """Every method with every seed, or the checkpoints. InputError names a method, option or folder not known."""
+    if config.checkpoint:
+        for folder in config.checkpoint:
+            if not pretrained.is_own(folder):
+                raise InputError(f"--checkpoint {folder}: no checkpoint folder of sbeval")
+        one = dataclasses.replace(config, attention=("stick_breaking",), seeds=(0,))
+        return [Cell(config=dataclasses.replace(one, checkpoint=(folder,))) for folder in config.checkpoint]
+    methods = dict.fromkeys(model.canonical_attention(spec) for spec in config.attention)
+    return [
+        Cell(config=dataclasses.replace(config, attention=(spec,), seeds=(seed,)))
+        for seed in dict.fromkeys(config.seeds)
+        for spec in methods
+    ]
+
+
+def summary(results: pd.DataFrame) -> Table:
+    """Table for the terminal: where the weight of queries with stale values falls, by method, layer and head."""
+    table = Table(title="Attention weight at queries with stale values, mean over the test set")
+    for name in ("attention", "accuracy", "layer", "head", *TARGETS):
+        table.add_column(name, justify="left" if name == "attention" else "right", no_wrap=name != "attention")
+    keys = ["attention", "options", "model"]
+    for (attention, options, _), group in results.groupby(keys):
+        accuracy = group[(group["metric"] == "accuracy") & (group["split"] == "stale")]["value"].mean()
+        share = group[group["metric"] == "share"]
+        means = share.pivot_table(index=["layer", "head"], columns="target", values="value")
+        for where, row in means.iterrows():
+            assert isinstance(where, tuple)
+            best = "*" if where == means["latest"].idxmax() else ""
+            table.add_row(
+                f"{attention}:{options}" if options else f"{attention}", f"{accuracy:.3f}", f"{where[0]:g}",
+                f"{best}{where[1]:g}", *(f"{row[target]:.3f}" for target in TARGETS),
+            )  # fmt: skip
+    return table

@@ -1,0 +1,136 @@
+"""Work goes on when its workers die: functions that kill their own process, then real cells on a Ray cluster."""
+
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+
+from sbeval import sweep
+from sbeval.errors import InputError
+from sbeval.executor import Executor, Lost
+from sbeval.sweep import Cell, Place
+from sbeval.tasks import mqrar
+
+CPU = torch.device("cpu")
+TINY = mqrar.Config(
+    attention=("stick_breaking", "rope"), kv_pairs=(2,), widths=(16,), lrs=(1e-3,), vocab_size=32, seq_len=16, batch=2,
+    steps=40, check_every=20, test_rows=12,
+)  # fmt: skip
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def fail(number: int) -> int:
+    raise InputError(f"{number} is no good")
+
+
+def die(folder: Path, times: int, number: int) -> int:
+    """Kill this process the first `times` times that the number 3 comes."""
+    deaths = len(list(folder.iterdir()))
+    if number == 3 and deaths < times:
+        (folder / f"{deaths}").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+def test_in_this_process_in_order() -> None:
+    assert list(Executor().run(square, [3, 1])) == [(3, 9), (1, 1)]
+    assert Executor().alone and not Executor(workers=2).alone and not Executor(kind="ray").alone
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "rey"}, "unknown executor 'rey'; did you mean 'ray'"),
+        ({"workers": 0}, "--workers must be at least 1; got 0"),
+        ({"gpus_per_cell": -1.0}, "--gpus-per-cell must be at least 0; got -1.0"),
+        ({"address": "host:6379"}, "are for --executor ray"),
+        ({"kind": "ray", "address": "auto", "workers": 2}, "give one of them"),
+    ],
+)
+def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Executor(**options)
+
+
+def test_ray_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"pip install 'sbeval\[ray\]'"):
+        list(Executor(kind="ray").run(square, [1]))
+
+
+class Deadly(Place):
+    """A place where each cell's process is killed once, at step 20, and every look at training leaves a line."""
+
+    def logger(self, cell: Cell) -> Callable[[int, dict[str, float]], None]:
+        looks = self.results_dir / f"looks-{sweep.cell_id(cell)}"
+
+        def log(step: int, numbers: dict[str, float]) -> None:
+            with looks.open("a") as file:
+                file.write(f"{step}\n")
+            if step == 20 and looks.read_text().count("20\n") == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return log
+
+
+class Saving(mqrar.Cell):
+    """A cell that saves at every look."""
+
+    def training(self) -> Any:
+        return dataclasses.replace(super().training(), checkpoint_seconds=0.0)
+
+
+def results(cells: list[Saving], folder: Path) -> pd.DataFrame:
+    return sweep.results_of(cells, folder).drop(columns=["utc", "device"])
+
+
+def test_a_ray_cluster_of_two_workers_that_are_killed_in_the_middle(tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray")
+    # workers cannot import this file
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    cells = [Saving(config=cell.config) for cell in mqrar.cells(TINY)]
+    options: dict[str, Any] = {"preset": "quick", "console": Console(quiet=True)}
+    broken, whole = (kind(results_dir=tmp_path / kind.__name__, device=CPU) for kind in (Deadly, Place))
+    try:
+        assert sweep.run(cells, broken, executor=Executor(kind="ray", workers=2), **options)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    for cell in cells:
+        # killed at 20 after it had saved at 10, from where another went on
+        looks = (broken.results_dir / f"looks-{sweep.cell_id(cell)}").read_text().split()
+        assert looks == ["10", "20", "20", "30", "40"]
+    assert sweep.run(cells, whole, **options)
+    pd.testing.assert_frame_equal(results(cells, broken.results_dir), results(cells, whole.results_dir))
+    # a driver that begins again finds them done
+    assert sweep.unfinished(cells, broken.results_dir) == []
+
+
+def test_processes_that_die_begin_again_and_one_that_always_does_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sbeval.executor.RETRIES", 1)
+    for times in (1, 2):
+        folder = tmp_path / f"{times}"
+        folder.mkdir()
+        found = dict(Executor(workers=2).run(partial(die, folder, times), [1, 2, 3, 4]))
+        lost = found.pop(3)
+        assert found == {1: 1, 2: 4, 4: 16}
+        assert lost == 9 if times == 1 else isinstance(lost, Lost)
+        assert len(list(folder.iterdir())) == times
+
+
+def test_an_error_of_the_users_ends_the_work_of_processes() -> None:
+    with pytest.raises(InputError, match="is no good"):
+        list(Executor(workers=2).run(fail, [1, 2, 3]))

@@ -1,0 +1,165 @@
+"""The language against its rule, read from the left; chances, errors and what a cell leaves."""
+
+import dataclasses
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from sbeval import sweep, table
+from sbeval.errors import InputError
+from sbeval.model import IGNORE
+from sbeval.plots.flip_flop import best_rates
+from sbeval.sweep import Place
+from sbeval.tasks import flip_flop
+from sbeval.tasks.flip_flop import READ, SKIP, WRITE, Config, Examples, errors, generate
+
+TINY = Config(
+    attention=("rope", "stick_breaking"), seeds=(0,), lrs=(1e-3, 1e-2), seq_len=16, batch=4, steps=4, check_every=2,
+    test_rows=30, width=8,
+)  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(half=st.integers(2, 40), p=st.floats(0, 1), seed=st.integers(0, 2**40))
+def test_every_read_is_the_bit_last_written(half: int, p: float, seed: int) -> None:
+    examples = generate(2 * half, p, seed, torch.arange(4))
+    for row, targets, distance in zip(
+        examples.tokens.tolist(), examples.targets.tolist(), examples.distance.tolist(), strict=True
+    ):
+        assert row[0] == WRITE and row[-2] == READ and len(row) == 2 * half
+        memory, since = None, 0
+        for i in range(0, len(row), 2):
+            instruction, bit = row[i], row[i + 1]
+            assert instruction in (WRITE, READ, SKIP) and bit in (0, 1)
+            since += 1
+            if instruction == WRITE:
+                memory, since = bit, 0
+            wanted = memory if instruction == READ else IGNORE
+            assert [targets[i], targets[i + 1]] == [wanted, IGNORE]
+            assert [distance[i], distance[i + 1]] == [since if instruction == READ else 0, 0]
+            assert instruction != READ or bit == memory
+
+
+def test_chances_are_those_of_the_language() -> None:
+    for p in (0.8, 0.98, 0.1):
+        examples = generate(64, p, 1, torch.arange(4000))
+        inner, bits = examples.tokens[:, 2:-2:2], examples.tokens[:, 1::2]
+        for token, chance in ((SKIP, p), (WRITE, (1 - p) / 2), (READ, (1 - p) / 2)):
+            share = (inner == token).double().mean()
+            assert abs(share - chance) < 5 * (chance * (1 - chance) / inner.numel()) ** 0.5
+        free = bits[examples.tokens[:, 0::2] != READ].double()
+        assert abs(free.mean() - 0.5) < 2.5 / len(free) ** 0.5
+
+
+def test_a_row_is_the_same_beside_whichever_others() -> None:
+    every = generate(32, 0.5, 7, torch.arange(20))
+    some = generate(32, 0.5, 7, torch.tensor([3, 11]))
+    assert torch.equal(every.tokens[[3, 11]], some.tokens) and torch.equal(every.targets[[3, 11]], some.targets)
+    assert not torch.equal(every.tokens, generate(32, 0.5, 8, torch.arange(20)).tokens)
+    batches = flip_flop.Batches(TINY, torch.device("cpu"))
+    assert torch.equal(batches[2].tokens, batches[2].tokens) and not torch.equal(batches[2].tokens, batches[3].tokens)
+
+
+def test_error_rates_of_an_oracle_and_of_its_opposite() -> None:
+    examples = generate(64, 0.5, 7, torch.arange(20))
+    scored = examples.targets != IGNORE
+    for correct, rate in ((scored, 0.0), (torch.zeros_like(scored), 1.0)):
+        found = list(errors(examples, correct))
+        assert all(estimate.value == rate for estimate, _ in found)
+        assert found[0][1] == {"reads": int(scored.sum())}
+    # octaves of distance have every read once
+    assert sum(factors["reads"] for _, factors in found[1:]) == found[0][1]["reads"]
+
+
+def test_errors_by_distance() -> None:
+    targets = torch.full((1, 8), IGNORE)
+    targets[0, [2, 6]] = 1
+    distance = torch.tensor([[0, 0, 1, 0, 0, 0, 3, 0]])
+    right = torch.zeros(1, 8, dtype=torch.bool)
+    right[0, 2] = True
+    found = [(e.value, f) for e, f in errors(Examples(torch.zeros(1, 8), targets, distance), right)]
+    assert found == [
+        (0.5, {"reads": 2}),
+        (0.0, {"reads": 1, "distance_start": 1, "distance_end": 2}),
+        (1.0, {"reads": 1, "distance_start": 2, "distance_end": 4}),
+    ]
+
+
+def test_when_training_ends() -> None:
+    config = dataclasses.replace(TINY, stop_error=0.01, patience=200)
+    assert flip_flop.status(config, []) == "budget"
+    assert flip_flop.status(config, [(100, 0.5), (200, 0.01)]) == "solved"
+    assert flip_flop.status(config, [(100, 0.3), (200, 0.4), (300, 0.3)]) == "plateau"
+    assert flip_flop.status(config, [(100, 0.3), (200, 0.2), (300, 0.3)]) == "budget"
+    assert flip_flop.status(TINY, [(100, 0.3), (9000, 0.3)]) == "budget"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results")
+    place = Place(results_dir=folder, device=torch.device("cpu"))
+    assert sweep.run(flip_flop.cells(TINY), place, preset="quick", console=Console(quiet=True))
+    return folder
+
+
+def test_cells_leave_rows(results: Path) -> None:
+    rows = table.read(results / "flip_flop.csv", table.columns(flip_flop.Row))
+    assert rows["cell"].nunique() == 4
+    tests = rows[(rows["metric"] == "error_rate") & rows["distance_start"].isna()]
+    assert {test: set(group["p_ignore"]) for test, group in tests.groupby("test")} == {
+        "in_distribution": {0.8}, "sparse": {0.98}, "dense": {0.1}, "validation": {0.8}
+    }  # fmt: skip
+    assert tests["value"].between(0, 1).all()
+    assert set(rows.loc[rows["metric"] == "solved", "status"]) == {"budget"}
+
+
+def test_the_summary_stands_beside_published_figures(results: Path) -> None:
+    rows = table.read(results / "flip_flop.csv")
+    console = Console(width=160)
+    with console.capture() as shown:
+        console.print(flip_flop.summary(rows))
+    lines = shown.get().splitlines()
+    ours = best_rates(rows)
+    assert ours.groupby("attention")["lr"].nunique().to_dict() == {"rope": 1, "stick_breaking": 1}
+    mine = next(line for line in lines if "rope" in line and "here" in line)
+    wanted = ours[(ours["attention"] == "rope") & (ours["test"] == "sparse")]["value"].item()
+    assert f"{100 * wanted:.3g}" in mine
+    assert any("rope" in line and "published" in line and "40.3" in line for line in lines)
+    assert any("path" in line and "0.0001" in line for line in lines)
+    assert any("2505.16381" in line for line in lines)
+
+
+def test_a_cell_that_diverges_is_in_the_table(tmp_path: Path) -> None:
+    cell = flip_flop.cells(dataclasses.replace(TINY, lrs=(1e-3,)))[0]
+    outcome = cell.failed("diverged", Place(results_dir=tmp_path, device=torch.device("cpu")))
+    assert [(row.metric, row.value) for row in outcome.rows] == [("solved", 0.0)]
+    assert outcome.identity.params > 0
+    rows = pd.DataFrame([dataclasses.asdict(outcome.identity) | dataclasses.asdict(row) for row in outcome.rows])
+    shown = list(flip_flop.summary(rows).columns[1].cells)
+    assert shown[0] == "1 diverged" and set(shown[1:]) == {"published"}
+
+
+def test_the_model_is_that_of_the_published_table() -> None:
+    for name in ("small", "h200", "paper"):
+        config = flip_flop.PRESETS[name]
+        assert (config.seq_len, config.p_ignore, config.p_sparse, config.p_dense) == (512, 0.8, 0.98, 0.1)
+        shape = flip_flop.cells(config)[0].model()
+        assert (shape.layers, shape.heads, shape.width) == (1, 2, 64)
+    assert len(flip_flop.cells(flip_flop.PRESETS["h200"])) == 5 * 3 * 3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"seq_len": 15}, "seq_len"), ({"p_ignore": 1.5}, "p_ignore"), ({"batch": 0}, "batch"), ({"heads": 3}, "heads"),
+        ({"patience": -1}, "patience"), ({"attention": ("ropee",)}, "did you mean 'rope'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_is_said(change: dict[str, object], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        flip_flop.cells(dataclasses.replace(TINY, **change))  # type: ignore[arg-type]
