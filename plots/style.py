@@ -64,6 +64,7 @@ PHRASES = {
     "stored_rows": "{:.0f} stored rows",
     "batch": "batch {:.0f}",
     "max_steps": "{:.0f} steps at most",
+    "finetune_tokens": "{:,.0f} tokens of fine-tuning",
 }
 TEXT_PT, SMALL_PT = 8, 7
 WIDTH_IN, ROW_IN = 7.2, 2.3
