@@ -88,7 +88,7 @@ class Writer:
             group = indices[start : start + GROUP]
             drafts = [ruler.draft(task, index, setting) for index in group]
             budget = length - ruler.TASKS[task].new_tokens
-            fitted = fit(drafts, budget, self._encode, functools.partial(_misfit, task, length, budget))
+            fitted = fit(drafts, budget, self._encode, functools.partial(_misfit, task, length, budget, training))
             samples = [sample for sample, _ in fitted]
             for (sample, ids), answer in zip(fitted, self._answers(samples), strict=True):
                 found.append(Prompt(tokens=ids, answer=answer, references=sample.references, depth=sample.depth))
@@ -173,9 +173,11 @@ def _surely(draft: Draft, fits: int, budget: int) -> bool:
     return fits >= draft.least and draft.tokens(fits + 1) > budget + MARGIN
 
 
-def _misfit(task: str, length: int, budget: int, least: int) -> InputError:
+def _misfit(task: str, length: int, budget: int, training: bool, least: int) -> InputError:
     needed = least + length - budget
     more = f"give --length {needed} or more" if needed <= LONGEST else "leave it out or use another --tokenizer"
+    if training:
+        more = f"name others with --finetune-task, or train at --train-len {needed} or more"
     return InputError(
         f"{task} does not fit {length} tokens: its smallest prompt has {least}, and {length - budget} are generated; "
         f"{more}"

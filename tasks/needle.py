@@ -166,6 +166,8 @@ class Cell:
         text, writer = self._writer(progress)
         # before training: a length that a prompt does not fit is the user's to change
         prompts = {length: self._prompts(writer, length, progress) for length in config.lengths}
+        for name in config.finetune_tasks:
+            writer.prompts(name, self._lesson_len, self.trained.seed, 1, training=True)
         folder = config.checkpoint or str(self.trained.train(place, progress))
         digest = _digest(folder)
         found = _loaded(folder, digest, place.device, self.dtype)
@@ -231,12 +233,17 @@ class Cell:
         task.close()
         return found
 
+    @property
+    def _lesson_len(self) -> int:
+        """Tokens of the sequences that the model was trained on."""
+        spec = self.config.checkpoint
+        return (spec and checkpoint.training_length(Path(spec))) or self.config.train_len
+
     def _finetune(self, found: Pretrained, digest: str, writer: Writer, place: Place, progress: Progress) -> Path:
         """Train the model further on prompts, unless that is done, and return the checkpoint."""
         config = self.config
-        if not isinstance(found.model, Decoder):
-            raise InputError("--finetune trains models of ours alone: leave it out, or give a checkpoint of ours")
-        length = found.train_len or config.train_len
+        assert isinstance(found.model, Decoder), "no other is fine-tuned"
+        length = self._lesson_len
         batch = max(1, config.batch_tokens // length)
         micro = config.micro_batch_tokens and min(batch, max(1, config.micro_batch_tokens // length))
         steps = max(1, config.finetune // (batch * length))
@@ -318,6 +325,8 @@ def cells(config: Config) -> list[Cell]:
     lessons = config.finetune_tasks or tuple(name for name in tasks if name not in FILES)
     if config.finetune and not lessons:
         raise InputError("--finetune needs a task other than qa: name one with --finetune-task")
+    if config.finetune and config.checkpoint is not None and not pretrained.is_own(config.checkpoint):
+        raise InputError("--finetune trains models of ours alone: leave it out, or give a checkpoint of ours")
     found = []
     for trained in length_gen.cells(config):
         for index, task in enumerate(tasks):
