@@ -174,7 +174,8 @@ def _surely(draft: Draft, fits: int, budget: int) -> bool:
 
 
 def _misfit(task: str, length: int, budget: int, training: bool, least: int) -> InputError:
-    needed = least + length - budget
+    # other samples need a little more
+    needed = -(-11 * (least + length - budget) // 1280) * 128
     more = f"give --length {needed} or more" if needed <= LONGEST else "leave it out or use another --tokenizer"
     if training:
         more = f"name others with --finetune-task, or train at --train-len {needed} or more"

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from bisect import bisect_left
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         {
             "context": f"{sentences(number)} It was the {number}th.",
             "qas": [
-                {"question": f"Who was {number}?", "answers": [{"text": f"the {number}th"}, {"text": f"It was {number}"}]},
+                {"question": f"Who was {number}?", "is_impossible": False,
+                 "answers": [{"text": f"the {number}th"}, {"text": f"It was {number}"}]},
                 {"question": "Who was not?", "answers": [], "is_impossible": True},
             ],
         }
@@ -48,7 +50,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rows = [
         {
             "question": f"Where is {number}?", "answer": f"town {number}",
-            "context": [[f"Title {other % 40}", [sentences(other % 40), " The end."]] for other in (number, number + 1)],
+            "context": [[f"Title {one % 40}", [sentences(one % 40), " The end."]] for one in (number, number + 1)],
         }
         for number in range(40)
     ]  # fmt: skip
@@ -127,17 +129,18 @@ def test_prompts_fill_the_length_to_the_last_unit(task: str, writer: Writer) -> 
 
 def near(draft: ruler.Draft, tokens: int) -> range:
     """Units that a prompt of so many tokens may have."""
-    found = [units for units in range(draft.least, draft.most) if abs(draft.tokens(units) - tokens) <= 40]
-    return range(found[0], found[-1] + 1)
+    units = range(draft.least, draft.most)
+    first, last = (bisect_left(units, tokens + by, key=draft.tokens) for by in (-25, 25))
+    return units[first:last]
 
 
 @pytest.mark.parametrize("task", ruler.TASKS)
 def test_a_length_that_nothing_fits_is_an_error_that_says_which_would(task: str, small: Writer) -> None:
     small.prefix = (7,)
-    with pytest.raises(InputError, match=f"{task} does not fit 512 tokens: its smallest prompt has ") as caught:
-        small.prompts(task, 512, 42, 1)
+    with pytest.raises(InputError, match=f"{task} does not fit 400 tokens: its smallest prompt has ") as caught:
+        small.prompts(task, 400, 42, 1)
     needed = int(str(caught.value).rpartition("--length ")[2].split()[0])
-    assert needed > 512
+    assert needed > 400
     if task not in ("vt", "fwe"):
         # those two have parts that grow with the length
         (prompt,) = small.prompts(task, needed, 42, 1)
@@ -152,19 +155,26 @@ def test_lessons_that_do_not_fit_are_put_right_by_other_options(small: Writer) -
 # one sample
 
 
-@pytest.mark.parametrize("task", ruler.TASKS)
-def test_a_sample_is_the_same_whatever_else_ran(task: str, writer: Writer, tmp_path: Path) -> None:
-    wanted = writer.prompts(task, LENGTH, 42, COUNT)
+@pytest.fixture(scope="module")
+def other(text: Tokenizer, sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Writer:
+    """One that has written other tasks and lengths before, in another order."""
     random.seed(1)
     np.random.seed(1)
-    fresh = Writer(writer.tokenizer, writer.sources, tmp_path)
-    fresh.prompts("cwe", LENGTH, 42, 1)
-    fresh.prompts("niah_multikey_2", 1024, 42, 1)
+    writer = Writer(text, sources, tmp_path_factory.mktemp("cache"))
+    for task in reversed(ruler.TASKS):
+        writer.prompts(task, LENGTH + 512, 42, 1)
+    return writer
+
+
+@pytest.mark.parametrize("task", ruler.TASKS)
+def test_a_sample_is_the_same_whatever_else_ran(task: str, writer: Writer, other: Writer) -> None:
+    wanted = writer.prompts(task, LENGTH, 42, COUNT)
     # one first, and the others after it
-    one, found = fresh.prompts(task, LENGTH, 42, 1), fresh.prompts(task, LENGTH, 42, COUNT)
+    one, found = other.prompts(task, LENGTH, 42, 1), other.prompts(task, LENGTH, 42, COUNT)
     assert same(one, wanted[:1]) and same(found, wanted)
-    assert not any(same([a], [b]) for a in wanted for b in fresh.prompts(task, LENGTH, 43, 1) if task[:2] != "qa")
     assert len({prompt.tokens.tobytes() for prompt in found}) == COUNT
+    for others in (other.prompts(task, LENGTH, 43, 1), other.prompts(task, LENGTH + 512, 42, 1)):
+        assert not np.array_equal(others[0].tokens, wanted[0].tokens)
 
 
 @pytest.mark.parametrize("task", [name for name in ruler.TASKS if name[:2] != "qa"])
@@ -195,9 +205,9 @@ def test_the_reference_is_what_the_text_says(task: str, writer: Writer) -> None:
 def solved(task: str, text: str) -> list[str]:
     """Answers to a prompt, from its text alone."""
     if task.startswith("niah"):
-        query = re.findall(r"What (?:is|are all) the special magic \w+ for (.*) mentioned in the", text)[-1]
+        query = re.findall(r"What (?:is|are all) the special magic \w+ for (.*?) mentioned in the", text)[-1]
         names = re.split(r", and |, ", query)
-        pairs = re.findall(r"One of the special magic \w+ for (\S+) is: (\S+)\.", text)
+        pairs = re.findall(r"One of the special magic \w+ for (.+?) is: (\S+)\.", text)
         return [value for name in names for key, value in pairs if key == name]
     last = text.rpartition("\n\n")[0].rpartition("\n\n")[2] if task == "vt" else text
     if task == "vt":
@@ -242,9 +252,9 @@ def test_a_needle_in_noise_is_rulers(small: Writer) -> None:
     key = r"([a-z'. -]+-[a-z'. -]+)"
     needle = rf"One of the special magic numbers for {key} is: {NUMBER}\."
     said = re.fullmatch(
-        r"A special magic number is hidden within the following text\. Make sure to memorize it\. I will quiz you about "
-        rf"the number afterwards\.\n(?:{NOISE}\n)*{needle}(?:\n{NOISE})*\nWhat is the special magic number for {key} "
-        rf"mentioned in the provided text\? The special magic number for {key} mentioned in the provided text is",
+        r"A special magic number is hidden within the following text\. Make sure to memorize it\. I will quiz you "
+        rf"about the number afterwards\.\n(?:{NOISE}\n)*{needle}(?:\n{NOISE})*\nWhat is the special magic number for "
+        rf"{key} mentioned in the provided text\? The special magic number for {key} mentioned in the provided text is",
         written("niah_single_1", 4, small),
     )  # fmt: skip
     assert said is not None and len(set(said.groups())) == 1
