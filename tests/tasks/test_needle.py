@@ -34,6 +34,8 @@ CPU = torch.device("cpu")
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setitem(model.SIZES, "tiny", TINY)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
+    # which times the machine
+    monkeypatch.setattr(sweep, "describe_cost", lambda cells, place: "")
     # answers are long, and what a model says has tests of its own
     monkeypatch.setattr(
         ruler, "TASKS", {name: dataclasses.replace(task, new_tokens=8) for name, task in ruler.TASKS.items()}
@@ -117,7 +119,7 @@ def test_mistakes_are_errors(config: Config, change: dict[str, Any], said: str) 
 
 
 def test_a_length_that_does_not_fit_is_said_before_training(config: Config, tmp_path: Path) -> None:
-    for change in ({"tasks": ("cwe",)}, {"finetune": 9, "train_len": 256}):
+    for change in ({"tasks": ("cwe",)}, {"finetune": 9, "train_len": 256, "eval_len": 256}):
         with pytest.raises(InputError, match="does not fit"):
             run(dataclasses.replace(config, **change), tmp_path / "results")
     assert not list((tmp_path / "results" / "checkpoints").iterdir())
@@ -156,7 +158,7 @@ def test_answers_do_not_depend_on_the_batch(
     attention: str, config: Config, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = dataclasses.replace(config, checkpoint=str(save(tmp_path / "model", attention)), lengths=(768,), samples=8)
-    found = []
+    found: list[dict[int, Answered]] = []
     for batch in (1, 8):
         asked.clear()
         monkeypatch.setitem(needle.BATCH_TOKENS, "cpu", batch * 768)
@@ -179,7 +181,7 @@ def test_a_run_that_was_stopped_goes_on_sample_by_sample(
     run(given, tmp_path / "whole")
     assert asked == [1] * 5
     asked.clear()
-    say, said = retrieval.say, []
+    say, said = retrieval.say, list[int]()
 
     def stopped(*arguments: Any) -> list[str]:
         said.append(1)
