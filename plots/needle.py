@@ -50,7 +50,7 @@ def draw(table: pd.DataFrame) -> Figure:
     for number, (title, some) in enumerate(grids):
         first = sum(heights[:number]) * ACROSS
         panels = axes[first : first + heights[number] * ACROSS]
-        style.title(panels[0], title)
+        style.heading(panels[0], title, ACROSS)
         for axis, (task, part) in zip(panels, [("mean", mean(some)), *some.groupby("task")], strict=False):
             spreads += _lines(axis, str(task), part, looks)
         for axis in panels[1 + some["task"].nunique() :]:

@@ -42,7 +42,7 @@ def draw(table: pd.DataFrame) -> Figure:
         for column, (method, look) in enumerate(looks.items()):
             axis = axes[row][column]
             _map(axis, style.method(some, method), look.label, first=column == 0)
-        style.title(axes[row][0], title)
+        style.heading(axes[row][0], title, len(looks))
     colours = ScalarMappable(Normalize(0, 1), COLOURS)
     bar = figure.colorbar(colours, ax=[axis for line in axes for axis in line], fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=style.SMALL_PT)
@@ -61,13 +61,12 @@ def _map(axis: Axes, some: pd.DataFrame, label: str, *, first: bool) -> None:
         fontsize=style.SMALL_PT,
     )  # fmt: skip
     lengths = sorted(some["length"].unique())
-    starts = sorted(some["depth_start"].unique())
     width = int((some["depth_end"] - some["depth_start"]).iloc[0])
+    starts = range(0, 100, width)
     values = some.pivot_table(index="depth_start", columns="length", values="value").reindex(starts)
-    edges = np.array([*starts, starts[-1] + width])
-    axis.pcolormesh(np.arange(len(lengths) + 1), edges, values.to_numpy(), cmap=COLOURS, vmin=0, vmax=1)
+    axis.pcolormesh(np.arange(len(lengths) + 1), [*starts, 100], values.to_numpy(), cmap=COLOURS, vmin=0, vmax=1)
     axis.set_xticks(np.arange(len(lengths)) + 0.5, [f"{length / 1024:g}k" for length in lengths])
-    axis.invert_yaxis()
+    axis.set_ylim(100, 0)
     # between the last length that was trained on and the first that was not
     train_len = int(some["train_len"].iloc[0])
     seen = sum(length <= train_len for length in lengths)
