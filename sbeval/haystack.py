@@ -62,7 +62,8 @@ class Pieces:
         lengths = self.tokens[chosen]
         # where each text begins, repeated, and a count of tokens within it
         within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return ids[np.repeat(starts[chosen], lengths) + within]
+        found: Ids = ids[np.repeat(starts[chosen], lengths) + within]
+        return found
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -299,7 +299,7 @@ def _is_gpt2(stages: dict[str, Any]) -> bool:
 def _prefix(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
     """The special tokens that the tokenizer's own post-processor puts before a text."""
     plain, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
-    return tuple(whole[: next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)])
+    return tuple(whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)])
 
 
 def _spelling(decoder: dict[str, Any] | None) -> Callable[[str], int] | None:

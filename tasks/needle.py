@@ -326,7 +326,7 @@ def cells(config: Config) -> list[Cell]:
     if config.finetune and not lessons:
         raise InputError("--finetune needs a task other than qa: name one with --finetune-task")
     if config.finetune and config.checkpoint is not None and not pretrained.is_own(config.checkpoint):
-        raise InputError("--finetune trains models of ours alone: leave it out, or give a checkpoint of ours")
+        raise InputError(f"--finetune trains models of ours alone: give --finetune 0 for {config.checkpoint}")
     found = []
     for trained in length_gen.cells(config):
         for index, task in enumerate(tasks):

@@ -85,7 +85,7 @@ def test_settings_and_metrics_have_panels_of_their_own() -> None:
 def test_a_map_has_depth_by_length() -> None:
     figure = needle_depth.draw(pd.DataFrame(depths() + depths(task="cwe", value=0.0) + depths(attention="alibi")))
     (mesh,) = [item for item in panel(figure, "ALiBi").collections if isinstance(item, QuadMesh)]
-    values = np.ma.filled(np.ma.asarray(mesh.get_array(), dtype=float), np.nan)
+    values: Any = np.ma.filled(np.ma.asarray(mesh.get_array(), dtype=float), np.nan)
     # bins without a sample are there, and empty
     wanted = np.full((10, 2), np.nan)
     wanted[[0, 1, 9]] = np.array([[0, 0], [10 / 1024, 10 / 2048], [90 / 1024, 90 / 2048]])

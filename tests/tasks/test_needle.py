@@ -110,7 +110,10 @@ def test_every_model_is_asked_every_task_of_which_the_files_are_there(config: Co
         ({"samples": 0}, "1 sample or more"),
         ({"finetune": 9, "finetune_tasks": ("qa_2",)}, "qa_2 cannot be fine-tuned on"),
         ({"finetune": 9, "tasks": ("qa_1",), "squad": "x"}, "--finetune needs a task other than qa"),
-        ({"finetune": 9, "checkpoint": "some/model"}, "--finetune trains models of ours alone"),
+        (
+            {"finetune": 9, "checkpoint": "some/model"},
+            "--finetune trains models of ours alone: give --finetune 0 for some/model",
+        ),
     ],
 )
 def test_mistakes_are_errors(config: Config, change: dict[str, Any], said: str) -> None:
