@@ -77,7 +77,8 @@ class Lost:
 def _in_pool(
     work: Callable[[Item], Result], items: Sequence[Item], workers: int
 ) -> Iterator[tuple[Item, Result | Lost]]:
-    """Run in processes. When one dies all that were at work begin again in a new pool: it is not known whose died."""
+    """Run in processes. When one dies, all that were at work begin again in a new pool, for it is not known whose died:
+    one at a time, so that the next death is of the right one."""
     waiting = [(item, 0) for item in reversed(items)]
     while waiting:
         begun: dict[Future[Result], tuple[Item, int]] = {}
@@ -86,6 +87,8 @@ def _in_pool(
             while begun or (waiting and not died):
                 # no more than are at work, so that those which wait are not blamed
                 while waiting and not died and len(begun) < workers:
+                    if begun and (waiting[-1][1] or any(deaths for _, deaths in begun.values())):
+                        break
                     item, deaths = waiting.pop()
                     begun[pool.submit(_guarded, work, item)] = item, deaths
                 for future in wait(begun, return_when=FIRST_COMPLETED).done:

@@ -21,6 +21,8 @@ from sbeval.sweep import Cell, Place
 from sbeval.tasks import mqrar
 
 CPU = torch.device("cpu")
+# from where a new process can import this file
+ROOT = Path(__file__).parents[2]
 TINY = mqrar.Config(
     attention=("stick_breaking", "rope"), kv_pairs=(2,), widths=(16,), lrs=(1e-3,), vocab_size=32, seq_len=16, batch=2,
     steps=40, check_every=20, test_rows=12,
@@ -120,6 +122,7 @@ def test_a_ray_cluster_of_two_workers_that_are_killed_in_the_middle(tmp_path: Pa
 def test_processes_that_die_begin_again_and_one_that_always_does_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(ROOT)
     monkeypatch.setattr("sbeval.executor.RETRIES", 1)
     for times in (1, 2):
         folder = tmp_path / f"{times}"
@@ -131,6 +134,7 @@ def test_processes_that_die_begin_again_and_one_that_always_does_is_lost(
         assert len(list(folder.iterdir())) == times
 
 
-def test_an_error_of_the_users_ends_the_work_of_processes() -> None:
+def test_an_error_of_the_users_ends_the_work_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
     with pytest.raises(InputError, match="is no good"):
         list(Executor(workers=2).run(fail, [1, 2, 3]))
