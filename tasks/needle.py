@@ -329,6 +329,7 @@ def cells(config: Config) -> list[Cell]:
         raise InputError(f"--finetune trains models of ours alone: give --finetune 0 for {config.checkpoint}")
     found = []
     for trained in length_gen.cells(config):
+        assert isinstance(trained.config, Config), "it replaces fields of what it is given"
         for index, task in enumerate(tasks):
             one = dataclasses.replace(
                 trained.config, tasks=(task,), finetune_tasks=lessons if config.finetune else (),

@@ -323,10 +323,9 @@ def test_coded_words_are_lm_evals(small: Writer) -> None:
     assert said == fwe_utils.TEMPLATE.format(context=context)
     random.seed(0)
     vocabulary = setting(small).length // 50
-    # negative numbers of words grow to the length; a given one is taken as it is
-    theirs, _, _ = fwe_utils.generate_input_output(
-        10**9, lambda text: type("Ids", (), {"input_ids": ""}), num_words=300, vocab_size=vocabulary
-    )  # type: ignore[arg-type]
+    # a number of words that is given is taken as it is while it fits
+    fits: Any = lambda text: type("Ids", (), {"input_ids": ""})  # noqa: E731
+    theirs, _, _ = fwe_utils.generate_input_output(10**9, fits, num_words=300, vocab_size=vocabulary)
     coded = theirs.split("coded words. ")[1].split("\nQuestion:")[0]
     assert sorted(Counter(context.split()).values()) == sorted(Counter(coded.split()).values())
 
