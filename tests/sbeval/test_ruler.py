@@ -6,6 +6,7 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -323,8 +324,10 @@ def test_coded_words_are_lm_evals(small: Writer) -> None:
     assert said == fwe_utils.TEMPLATE.format(context=context)
     random.seed(0)
     vocabulary = setting(small).length // 50
-    # a number of words that is given is taken as it is while it fits
-    fits: Any = lambda text: type("Ids", (), {"input_ids": ""})  # noqa: E731
+
+    def fits(text: str) -> Any:
+        return SimpleNamespace(input_ids="")
+
     theirs, _, _ = fwe_utils.generate_input_output(10**9, fits, num_words=300, vocab_size=vocabulary)
     coded = theirs.split("coded words. ")[1].split("\nQuestion:")[0]
     assert sorted(Counter(context.split()).values()) == sorted(Counter(coded.split()).values())
