@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,7 @@ PHRASES = {
     "stored_rows": "{:.0f} stored rows",
     "batch": "batch {:.0f}",
     "max_steps": "{:.0f} steps at most",
+    "finetune_tokens": "{:,.0f} tokens of fine-tuning",
 }
 TEXT_PT, SMALL_PT = 8, 7
 WIDTH_IN, ROW_IN = 7.2, 2.3
@@ -208,6 +210,17 @@ def label(axis: Axes, x: str, y: str) -> None:
 def title(axis: Axes, text: str) -> None:
     """Say above a row's first panel what the row shows."""
     axis.set_title(text, loc="left", fontsize=TEXT_PT, fontweight="bold", pad=16)
+
+
+def heading(axis: Axes, text: str, columns: int) -> None:
+    """Say above a row's first panel what the row of `columns` panels shows, in as many lines as that takes."""
+    text = textwrap.fill(text, 36 * columns)
+    # keeps the place; the layout would move the panels beside it apart for the text itself
+    axis.set_title("\n".join(" " for _ in text.splitlines()), loc="left", fontsize=TEXT_PT, pad=16)
+    axis.annotate(
+        text, (0.0, 1.0), xycoords="axes fraction", xytext=(0, 16), textcoords="offset points", fontsize=TEXT_PT,
+        fontweight="bold", annotation_clip=False,
+    ).set_in_layout(False)  # fmt: skip
 
 
 def finish(figure: Figure, handles: Sequence[Any], note: str) -> None:

@@ -381,6 +381,64 @@ def table(
 
 
 @app.command()
+def needle(
+    preset: Preset = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="niah_single_1, ..., vt, cwe, fwe, qa_1, qa_2; repeat. All of RULER's 13.")
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of prompt and answer, 512 to 131072; repeat.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Prompts of each task and length.")] = None,
+    sample_seed: Annotated[int | None, typer.Option(help="Seed of the prompts; 42.", min=0)] = None,
+    finetune: Annotated[
+        int | None, typer.Option(help="Tokens of prompts to train on, at the training length, before asking.")
+    ] = None,
+    finetune_task: Annotated[list[str] | None, typer.Option(help="Tasks to train on; repeat. Those asked.")] = None,
+    finetune_lr: Annotated[float | None, typer.Option(help="Peak learning rate of that training.")] = None,
+    essays: Annotated[Path | None, typer.Option(help="Text to hide needles in: a file or folder. Walden.")] = None,
+    squad: Annotated[Path | None, typer.Option(help="SQuAD v2, dev-v2.0.json, for qa_1.")] = None,
+    hotpot: Annotated[Path | None, typer.Option(help="HotpotQA, hotpot_dev_distractor_v1.json, for qa_2.")] = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoint", "--model", help="Ask this model: our checkpoint folder, or a Hugging Face folder or name."
+        ),
+    ] = None,
+    attention: Attention = None,
+    seed: Seed = None,
+    size: Size = None,
+    train_len: TrainLen = None,
+    train_tokens: TrainTokens = None,
+    batch_tokens: BatchTokens = None,
+    micro_batch_tokens: MicroBatchTokens = None,
+    lr: Lr = None,
+    schedule: Schedule = None,
+    packing: Packing = None,
+    corpus: CorpusSpec = None,
+    tokenizer: TokenizerSpec = None,
+    text_field: TextField = None,
+    corpus_tokens: CorpusTokens = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+    force: Force = False,
+    dry_run: DryRun = False,
+    tensorboard: TensorBoard = None,
+) -> None:
+    """RULER's needles in haystacks: does a model find what stands anywhere in a text longer than it was trained on?"""
+    files = {name: path and str(path) for name, path in (("essays", essays), ("squad", squad), ("hotpot", hotpot))}
+    given = dict(
+        tasks=task, lengths=length, samples=samples, sample_seed=sample_seed, finetune=finetune,
+        finetune_tasks=finetune_task, finetune_lr=finetune_lr, **files, checkpoint=checkpoint, size=size,
+        train_len=train_len, eval_len=train_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
+        micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
+        tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
+    )  # fmt: skip
+    _family("needle", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+
+
+@app.command()
 def plot(
     figure: Annotated[
         list[str] | None,
@@ -484,6 +542,8 @@ def _family(
         **changes,
     )
     cells, more = module.cells(config), getattr(module, "more", None)
+    for line in module.notes(config) if hasattr(module, "notes") else ():
+        _say(line)
     with distributed.joined(where) as world:
         place = sweep.Place(
             results_dir=results_dir, device=where, force=force, tensorboard=tensorboard, world=world, shard=shard

@@ -28,6 +28,7 @@ TASKS = {
     "flip_flop": "sbeval.tasks.flip_flop",
     "length_gen": "sbeval.tasks.length_gen",
     "mqrar": "sbeval.tasks.mqrar",
+    "needle": "sbeval.tasks.needle",
 }
 FIGURES = {
     "attention_map": "sbeval.plots.attention_map",
@@ -39,6 +40,8 @@ FIGURES = {
     "loss_by_position": "sbeval.plots.loss_by_position",
     "mqrar": "sbeval.plots.mqrar",
     "mqrar_splits": "sbeval.plots.mqrar_splits",
+    "needle": "sbeval.plots.needle",
+    "needle_depth": "sbeval.plots.needle_depth",
 }
 # figures that can also be a page to hover over
 PAGES = {"attention_map": "sbeval.plots.attention_map_page"}

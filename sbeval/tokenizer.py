@@ -42,13 +42,19 @@ Ids = npt.NDArray[np.uint16 | np.uint32]
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. `digest` changes when the same text would get other ids; `eos` ends a document."""
+    """Text to ids and back. `digest` changes when the same text would get other ids; `eos` ends a document.
+
+    `prefix` are the ids that models which use the tokenizer expect before a text: its BOS, if it has one.
+    `cuts_at_spaces` says that a text cut before white space that follows other characters has the same ids in parts.
+    """
 
     def __init__(self, *, name: str, definition: str, vocab_size: int, eos: int) -> None:
         self.name = name
         self.digest = hashlib.sha256(definition.encode()).hexdigest()[:16]
         self.vocab_size = vocab_size
         self.eos = eos
+        self.prefix: tuple[int, ...] = ()
+        self.cuts_at_spaces = True
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
     def encode(self, text: str) -> Ids:
@@ -124,14 +130,15 @@ class Library(Tokenizer):
         size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         super().__init__(name=name, definition=f"{eos} {definition}", vocab_size=size, eos=eos)
         self._backend = backend
+        self.prefix = _prefix(backend)
         stages = json.loads(definition)
-        self._cuts = _is_gpt2(stages)
+        self.cuts_at_spaces = _is_gpt2(stages)
         spell = _spelling(stages["decoder"])
         self._bytes = _byte_table(backend, size, eos, spell) if spell else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
         found: list[list[Ids]] = [[] for _ in texts]
-        for group in _groups(texts, PIECE_CHARACTERS if self._cuts else None):
+        for group in _groups(texts, PIECE_CHARACTERS if self.cuts_at_spaces else None):
             with _all_cores():
                 encodings = self._backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
             for (index, _), encoding in zip(group, encodings, strict=True):
@@ -306,6 +313,12 @@ def _is_gpt2(stages: dict[str, Any]) -> bool:
         return False
     words = stages["pre_tokenizer"]
     return words is not None and words["type"] == "ByteLevel" and words["use_regex"] and not words["add_prefix_space"]
+
+
+def _prefix(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The special tokens that the tokenizer's own post-processor puts before a text."""
+    plain, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    return tuple(whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)])
 
 
 def _spelling(decoder: dict[str, Any] | None) -> Callable[[str], int] | None:

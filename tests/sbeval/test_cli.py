@@ -330,7 +330,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_ends_as_if_unbroken(tmp_
 HELP = """
 import sys
 from sbeval import cli
-for command in ([], ["length-gen"], ["mqrar"], ["export"], ["plot"]):
+for command in ([], ["length-gen"], ["mqrar"], ["needle"], ["export"], ["plot"]):
     sys.argv = ["sbeval", *command, "--help"]
     try:
         cli.main()
@@ -403,6 +403,8 @@ def test_plot_draws_from_tables_where_torch_cannot_be_imported(results: Path) ->
         ("mqrar --width -4", ["width", "at least 1", "got -4"]),
         ("mqrar --patience -1", ["patience", "at least 0", "got -1"]),
         ("mqrar --stored-rows 5", ["stored_rows", "at least the batch 64", "got 5"]),
+        ("needle --length 511", ["--length", "512 to 131072", "got 511"]),
+        ("needle --task qa_1", ["qa_1", "--squad PATH"]),
         ("mqrar --executor rey", ["executor 'rey'", "did you mean 'ray'"]),
         ("mqrar --address auto", ["--address", "--executor ray"]),
         ("mqrar --steps 0", ["steps", "at least 1", "got 0"]),

@@ -139,7 +139,7 @@ def test_cutting_long_texts_changes_no_id(bpe: Tokenizer, monkeypatch: pytest.Mo
 def test_other_patterns_are_not_cut() -> None:
     words = tokenizers.Tokenizer(models.WordLevel({"a\nb": 0, "[UNK]": 1, "</s>": 2}, unk_token="[UNK]"))
     coder = tokenizer.Library(words, name="words", eos=2)
-    assert not coder._cuts
+    assert not coder.cuts_at_spaces
     assert coder.encode("a\nb").tolist() == [0]
     with pytest.raises(InputError, match="no bytes for its tokens"):
         coder.byte_lengths([0])

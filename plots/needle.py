@@ -1,0 +1,105 @@
+"""Needles in haystacks: score against length, by task and as the mean of them."""
+
+import math
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sbeval.errors import InputError
+from sbeval.plots import style
+from sbeval.table import numbers
+
+TABLE = "needle"
+ALWAYS = ("model", "train_len", "finetune_tokens")
+OTHERS = ("tokenizer", "preset", "corpus", "train_tokens", "dtype")
+COLUMNS = (
+    "attention",
+    "options",
+    "seed",
+    "task",
+    "metric",
+    "value",
+    "stderr",
+    "length",
+    "depth_start",
+    *ALWAYS,
+    *OTHERS,
+)
+METRICS = {"score": "score of what is said", "greedy": "greedy decoding is right"}
+ACROSS = 4
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw the table: for each model setting and each of the two metrics the mean over tasks, then each task.
+
+    The mean is over the tasks that all methods of the setting have at all of a length.
+    """
+    table = rows(table)
+    looks = style.looks(table)
+    grids = [
+        (f"{title}{': ' if title else ''}{name}", some[some["metric"] == metric])
+        for title, some in style.panels(table, ALWAYS, OTHERS)
+        for metric, name in METRICS.items()
+        if (some["metric"] == metric).any()
+    ]
+    heights = [math.ceil((1 + some["task"].nunique()) / ACROSS) for _, some in grids]
+    figure, lines = style.grid(sum(heights), ACROSS)
+    axes = [axis for line in lines for axis in line]
+    spreads: list[pd.DataFrame] = []
+    for number, (title, some) in enumerate(grids):
+        first = sum(heights[:number]) * ACROSS
+        panels = axes[first : first + heights[number] * ACROSS]
+        style.heading(panels[0], title, ACROSS)
+        for axis, (task, part) in zip(panels, [("mean", mean(some)), *some.groupby("task")], strict=False):
+            spreads += _lines(axis, str(task), part, looks)
+        for axis in panels[1 + some["task"].nunique() :]:
+            axis.set_axis_off()
+    style.finish(figure, [look.handle() for look in looks.values()], style.explain(spreads, "bars", "samples"))
+    return figure
+
+
+def rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows over all samples of the metrics that are drawn; InputError where there are none."""
+    table = table[table["metric"].isin(list(METRICS)) & table["depth_start"].isna()]
+    if table.empty:
+        raise InputError("there are no rows with metric 'score' or 'greedy' over all depths to draw")
+    return numbers(table, ["length", "train_len", "finetune_tokens"])
+
+
+def mean(some: pd.DataFrame) -> pd.DataFrame:
+    """Mean over tasks for each method, seed and length, with its standard error; lengths at which a method lacks a task
+    stay out."""
+    by = ["attention", "options", "seed", "length", "train_len"]
+    some = some.assign(square=some["stderr"].fillna(0.0) ** 2)
+    found = some.groupby(by, as_index=False).agg(
+        value=("value", "mean"), square=("square", "sum"), tasks=("task", "nunique")
+    )
+    found["stderr"] = found["square"] ** 0.5 / found["tasks"]
+    return found[found["tasks"] == some["task"].nunique()]
+
+
+def _lines(axis: Axes, task: str, some: pd.DataFrame, looks: dict[style.Method, style.Look]) -> list[pd.DataFrame]:
+    axis.annotate(
+        task, (0.5, 1.0), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points", ha="center",
+        fontsize=style.SMALL_PT,
+    )  # fmt: skip
+    spreads = []
+    for method, look in looks.items():
+        spread = style.spread(style.method(some, method), ["length"])
+        if spread.empty:
+            continue
+        low, high = spread["low"].clip(lower=0), spread["high"].clip(upper=1)
+        axis.vlines(spread["length"], low, high, color=look.colour, linewidth=1.0)
+        axis.plot(spread["length"], spread["mean"], label=look.label, **look.line())
+        spreads.append(spread)
+    if spreads:
+        lengths = sorted({float(length) for length in some["length"]})
+        style.ticks(axis, lengths)
+        axis.set_xticklabels([f"{length / 1024:g}k" for length in lengths])
+        axis.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
+        for length in some["train_len"].unique():
+            axis.axvline(length, color=style.MARK, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
+    axis.set_ylim(-0.03, 1.03)
+    style.label(axis, "length (tokens)", "")
+    return spreads

@@ -1,0 +1,75 @@
+"""Needles in haystacks: score by the depth of the needle and the length of the text, a heat map a method."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from sbeval.errors import InputError
+from sbeval.plots import style
+from sbeval.table import numbers
+
+TABLE = "needle"
+ALWAYS = ("model", "train_len", "finetune_tokens")
+OTHERS = ("tokenizer", "preset", "corpus", "train_tokens", "dtype")
+FACTORS = ("length", "depth_start", "depth_end")
+COLUMNS = ("attention", "options", "seed", "task", "metric", "value", *FACTORS, *ALWAYS, *OTHERS)
+METRICS = {"score": "score of what is said", "greedy": "greedy decoding is right"}
+# readable in grey and by colour-blind readers
+COLOURS = "viridis"
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw the table: a row for each setting and metric, in it a map for each method.
+
+    A cell is the mean over seeds and over the tasks that have one needle; white is no sample.
+    """
+    table = table[table["metric"].isin(list(METRICS)) & table["depth_start"].notna()]
+    if table.empty:
+        raise InputError("there are no rows with a depth to draw: tasks with a single needle have them")
+    table = numbers(table, [*FACTORS, "train_len", "finetune_tokens"])
+    looks = style.looks(table)
+    grids = [
+        (f"{title}{': ' if title else ''}{name}", some[some["metric"] == metric])
+        for title, some in style.panels(table, ALWAYS, OTHERS)
+        for metric, name in METRICS.items()
+        if (some["metric"] == metric).any()
+    ]
+    figure, axes = style.grid(len(grids), len(looks))
+    for row, (title, some) in enumerate(grids):
+        for column, (method, look) in enumerate(looks.items()):
+            axis = axes[row][column]
+            _map(axis, style.method(some, method), look.label, first=column == 0)
+        style.heading(axes[row][0], title, len(looks))
+    colours = ScalarMappable(Normalize(0, 1), COLOURS)
+    bar = figure.colorbar(colours, ax=[axis for line in axes for axis in line], fraction=0.04, pad=0.02)
+    bar.ax.tick_params(labelsize=style.SMALL_PT)
+    tasks = ", ".join(sorted(table["task"].unique()))
+    style.note_below(figure, f"Mean of {tasks}; the dashed line is the training length.")
+    return figure
+
+
+def _map(axis: Axes, some: pd.DataFrame, label: str, *, first: bool) -> None:
+    axis.grid(False)
+    if some.empty:
+        axis.set_axis_off()
+        return
+    axis.annotate(
+        label, (0.5, 1.0), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points", ha="center",
+        fontsize=style.SMALL_PT,
+    )  # fmt: skip
+    lengths = sorted(some["length"].unique())
+    width = int((some["depth_end"] - some["depth_start"]).iloc[0])
+    starts = range(0, 100, width)
+    values = some.pivot_table(index="depth_start", columns="length", values="value").reindex(starts)
+    axis.pcolormesh(np.arange(len(lengths) + 1), [*starts, 100], values.to_numpy(), cmap=COLOURS, vmin=0, vmax=1)
+    axis.set_xticks(np.arange(len(lengths)) + 0.5, [f"{length / 1024:g}k" for length in lengths])
+    axis.set_ylim(100, 0)
+    # between the last length that was trained on and the first that was not
+    train_len = int(some["train_len"].iloc[0])
+    seen = sum(length <= train_len for length in lengths)
+    if 0 < seen < len(lengths):
+        axis.axvline(seen, color="white", linewidth=1.4, linestyle=(0, (3, 2)))
+    style.label(axis, "length (tokens)", "depth of the needle (%)" if first else "")

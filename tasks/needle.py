@@ -1,0 +1,414 @@
+"""Needles in haystacks: the 13 tasks of RULER (Hsieh et al. 2024, arXiv 2404.06654) at any length.
+
+A text of a given number of tokens hides something that the question after it asks for (see `sbeval.ruler`):
+
+    [...] The grass is green. [...] One of the special magic numbers for long-kayak is: 8231406. The grass is [...]
+    What is the special magic number for long-kayak mentioned in the provided text? The special magic number for
+    long-kayak mentioned in the provided text is| 8231406                 scored if the number is what it goes on with
+
+Models are those that length-gen trains with the same options, or others. With `finetune` tokens they are trained
+further on such prompts of their training length, with the answers as targets, before they are asked longer ones. No
+sample of the test is among those: they are drawn from other seeds, a part of which is the word train, their essay
+begins at another sentence, and qa, whose questions are given, is left out.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import platformdirs
+import torch
+from rich.table import Table
+
+from sbeval import checkpoint, estimate, haystack, model, pretrained, registry, ruler, sweep, tokenizer
+from sbeval.errors import InputError, choose
+from sbeval.haystack import Sources
+from sbeval.lessons import Lessons
+from sbeval.model import Decoder
+from sbeval.pretrained import Pretrained
+from sbeval.progress import Progress
+from sbeval.prompts import LONGEST, SHORTEST, Prompt, Writer
+from sbeval.retrieval import Answered, Samples, ask
+from sbeval.sweep import Outcome, Place
+from sbeval.table import Identity, Measurement
+from sbeval.tasks import length_gen
+from sbeval.tokenizer import Tokenizer
+from sbeval.train import TrainConfig, Trainer
+
+FAMILY = "needle"
+# tokens of prompts that are read together
+BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}
+# depths are reported in bins of so many per cent
+BIN = 10
+# the files that RULER's questions come from
+FILES = {
+    "qa_1": ("squad", "SQuAD v2's dev-v2.0.json"),
+    "qa_2": ("hotpot", "HotpotQA's hotpot_dev_distractor_v1.json"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Measurement):
+    """Factors: length of prompt and answer in tokens; depth_start <= depth < depth_end of the needle, in per cent (100
+    is in the last bin; empty: all samples); tokens of fine-tuning."""
+
+    length: int
+    depth_start: int | None = None
+    depth_end: int | None = None
+    finetune_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(length_gen.Config):
+    """Tasks and lengths for the models that length-gen trains with the same options, or for that of `checkpoint`."""
+
+    tasks: tuple[str, ...] = ()  # all of RULER's without
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    samples: int = 500  # of each task and length
+    sample_seed: int = 42
+    essays: str | None = None  # file or folder of text, for Walden
+    squad: str | None = None
+    hotpot: str | None = None
+    finetune: int = 0  # tokens
+    finetune_lr: float = 1e-3
+    finetune_tasks: tuple[str, ...] = ()  # those of `tasks` without
+
+    def __post_init__(self) -> None:
+        # a slotted class is made anew, which zero-argument super does not know
+        length_gen.Config.__post_init__(self)
+        for name in (*self.tasks, *self.finetune_tasks):
+            choose("needle task", name, ruler.TASKS)
+        if wrong := [length for length in self.lengths if not SHORTEST <= length <= LONGEST]:
+            raise InputError(f"--length must be {SHORTEST} to {LONGEST} tokens; got {wrong[0]}")
+        if not self.lengths or self.samples < 1 or self.finetune < 0 or not self.finetune_lr > 0:
+            raise InputError(
+                "needle needs a length, 1 sample or more, and fine-tuning of 0 tokens or more at an lr above 0"
+            )
+        if lacking := [name for name in self.tasks if name in FILES and getattr(self, FILES[name][0]) is None]:
+            raise InputError(_lacks(lacking[0]))
+        if lessons := [name for name in self.finetune_tasks if name in FILES]:
+            raise InputError(f"{lessons[0]} cannot be fine-tuned on: its questions are those of the test")
+
+
+def _preset(name: str, **options: Any) -> Config:
+    """Trained as length-gen's preset says."""
+    trained = {
+        entry.name: getattr(length_gen.PRESETS[name], entry.name) for entry in dataclasses.fields(length_gen.Config)
+    }
+    return Config(**{**trained, "eval_len": trained["train_len"], "window": (), **options})
+
+
+PRESETS = {
+    # 1.3 M parameters that learn the simplest task on two cores
+    "quick": _preset(
+        "quick", tokenizer="bpe:1024", train_len=512, eval_len=512, train_tokens=100 * 4096, batch_tokens=4096,
+        tasks=("niah_single_1",), lengths=(512, 1024, 2048), samples=20, finetune=300 * 4096, finetune_lr=3e-3,
+    ),
+    "small": _preset(
+        "small", lengths=(1024, 2048, 4096, 8192, 16384), samples=100, finetune=200 * 131072
+    ),
+    # the models of length-gen's preset of this name, and two methods more
+    "h200": _preset(
+        "h200", attention=("stick_breaking", "rope", "alibi", "forgetting"),
+        lengths=(1024, 2048, 4096, 8192, 16384), samples=100, finetune=200 * 131072,
+    ),
+    # RULER as published: all tasks, 500 samples, 4k to 128k, nothing fine-tuned
+    "paper": _preset(
+        "paper", attention=("stick_breaking", "rope"), lengths=tuple(4096 << octave for octave in range(6)),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One model and task: a config of one task, and of one checkpoint or one method and seed."""
+
+    config: Config
+    family: str = FAMILY
+    flops: float = field(default=0.0, compare=False)
+
+    @property
+    def trained(self) -> length_gen.Cell:
+        """The cell that trains the model; its checkpoint is that of length-gen with the same options."""
+        return length_gen.Cell(config=self.config)
+
+    @property
+    def task(self) -> str:
+        return self.config.tasks[0]
+
+    @property
+    def title(self) -> str:
+        tuned = " fine-tuned" if self.config.finetune else ""
+        return f"{self.trained.title}{tuned} {self.task}"
+
+    @property
+    def dtype(self) -> str:
+        return self.config.dtype
+
+    @property
+    def row(self) -> type[Row]:
+        return Row
+
+    def source(self, progress: Progress) -> str:
+        """Digests of the text that the model is trained on, or of the model, and of what prompts are filled with."""
+        spec = self.config.checkpoint
+        made_of = length_gen.open_corpus(self.config, progress).digest if spec is None else _digest(spec)
+        return f"{made_of}-{sweep.digest(_sources(self.config).digests)}"
+
+    def run(self, place: Place, progress: Progress) -> Outcome:
+        """Write the prompts, train unless a checkpoint has it, and ask everything that has no answer yet."""
+        config = self.config
+        text, writer = self._writer(progress)
+        # before training: a length that a prompt does not fit is the user's to change
+        prompts = {length: self._prompts(writer, length, progress) for length in config.lengths}
+        for name in config.finetune_tasks:
+            writer.prompts(name, self._lesson_len, self.trained.seed, 1, training=True)
+        folder = config.checkpoint or str(self.trained.train(place, progress))
+        digest = _digest(folder)
+        found = _loaded(folder, digest, place.device, self.dtype)
+        if text.vocab_size > found.vocab_size:
+            raise InputError(
+                f"tokenizer {text.name!r} has {text.vocab_size} tokens and the model of {folder} "
+                f"{found.vocab_size}: give the --tokenizer it was trained with"
+            )
+        if config.finetune:
+            folder = str(self._finetune(found, digest, writer, place, progress))
+            digest = _digest(folder)
+            found = _loaded(folder, digest, place.device, self.dtype)
+        rows: list[Row] = []
+        for length, written in prompts.items():
+            samples = self._samples(digest, writer.path(self.task, length, config.sample_seed).stem, place)
+            known = sum(index in samples.found for index in range(len(written)))
+            task = progress.add(f"ask {self.title} at {length}", total=len(written), completed=known)
+            answers = ask(
+                self._evaluated(found), written, text, samples, rule=ruler.TASKS[self.task].score,
+                new_tokens=ruler.TASKS[self.task].new_tokens, place=place.device, dtype=self.dtype,
+                batch=max(1, BATCH_TOKENS[place.device.type] // length), advance=task.advance,
+            )  # fmt: skip
+            task.close()
+            rows += measured(answers, length, ruler.TASKS[self.task].new_tokens, config.finetune)
+        return self._outcome(found, text, rows, place, progress)
+
+    def _outcome(
+        self, found: Pretrained, text: Tokenizer, rows: list[Row], place: Place, progress: Progress
+    ) -> Outcome:
+        config, own = self.config, self.config.checkpoint is None
+        name, _, options = self.trained.attention.partition(":")
+        return Outcome(
+            identity=Identity(
+                family=FAMILY, task=self.task, model=config.size if own else found.name,
+                attention=name if own else found.attention, options=options if own else found.options,
+                params=found.params, train_len=found.train_len or config.train_len, eval_len=max(config.lengths),
+                seed=self.trained.seed,
+            ),
+            rows=rows,
+            corpus=length_gen.open_corpus(config, progress).name if own else "",
+            corpus_digest=self.source(progress),
+            tokenizer=text.name,
+            train_tokens=self.trained.training().tokens if own else 0,
+            backend=registry.method(name).backend_name(place.device.type) if own else found.backend,
+            tokens_per_s=None,
+            measured={"haystack": _sources(config).digests},
+        )  # fmt: skip
+
+    def _writer(self, progress: Progress) -> tuple[Tokenizer, Writer]:
+        """The model's tokenizer, and what writes prompts with it: with a BOS for models that are not ours."""
+        config = self.config
+        cache_dir = Path(platformdirs.user_cache_dir("sbeval"))
+        ours = config.checkpoint is None or pretrained.is_own(config.checkpoint)
+        if config.checkpoint is None or tokenizer.is_trained(config.tokenizer):
+            text = length_gen.open_corpus(config, progress).tokenizer
+        else:
+            text = tokenizer.load(config.tokenizer, cache_dir=cache_dir)
+        return text, Writer(text, _sources(config), cache_dir, prefix=() if ours else text.prefix)
+
+    def _prompts(self, writer: Writer, length: int, progress: Progress) -> list[Prompt]:
+        task = progress.add(f"write {self.task} at {length}", total=self.config.samples)
+        found = writer.prompts(self.task, length, self.config.sample_seed, self.config.samples, advance=task.advance)
+        task.close()
+        return found
+
+    @property
+    def _lesson_len(self) -> int:
+        """Tokens of the sequences that the model was trained on."""
+        spec = self.config.checkpoint
+        return (spec and checkpoint.training_length(Path(spec))) or self.config.train_len
+
+    def _finetune(self, found: Pretrained, digest: str, writer: Writer, place: Place, progress: Progress) -> Path:
+        """Train the model further on prompts, unless that is done, and return the checkpoint."""
+        config = self.config
+        assert isinstance(found.model, Decoder), "no other is fine-tuned"
+        length = self._lesson_len
+        batch = max(1, config.batch_tokens // length)
+        micro = config.micro_batch_tokens and min(batch, max(1, config.micro_batch_tokens // length))
+        steps = max(1, config.finetune // (batch * length))
+        training = TrainConfig(
+            steps=steps, batch=batch, length=length, micro_batch=micro, lr=config.finetune_lr,
+            schedule=config.schedule, warmup=max(1, steps // 20), seed=self.trained.seed, dtype=config.dtype,
+            sparse=True,
+        )  # fmt: skip
+        names = config.finetune_tasks
+        kinds = [writer.path(name, length, self.trained.seed, training=True).stem for name in names]
+        folder = place.checkpoint([digest, training, kinds])
+        each = -(-steps * batch // len(names))
+        written: list[list[Prompt]] = []
+        for name in names:
+            task = progress.add(f"write lessons {name} at {length}", total=each)
+            written.append(writer.prompts(name, length, self.trained.seed, each, training=True, advance=task.advance))
+            task.close()
+        lessons = [prompt for together in zip(*written, strict=True) for prompt in together]
+        trainer = Trainer(
+            found.model.config, training, Lessons(lessons, writer.tokenizer, length, batch), folder, place.device
+        )
+        if trainer.state.step == 0:
+            trainer.model.load_state_dict(found.model.state_dict())
+        task = progress.add(f"fine-tune {self.trained.title}", steps, completed=trainer.state.step)
+        trainer.run(task, log=place.logger(self))
+        task.close()
+        return folder
+
+    def _evaluated(self, found: Pretrained) -> Any:
+        """The model; with what only evaluation asks for when it was trained here."""
+        if self.config.checkpoint is not None:
+            return found.model
+        assert isinstance(found.model, Decoder)
+        return found.model.evaluated_as(self.trained.attention)
+
+    def _samples(self, digest: str, prompts: str, place: Place) -> Samples:
+        """What the model of this digest has answered; nothing when it has to be asked again."""
+        name = sweep.digest([digest, self.trained.attention, self.dtype, prompts])
+        path = place.results_dir / "samples" / f"{prompts}-{name}.jsonl"
+        if place.force and path not in place.emptied:
+            place.emptied.add(path)
+            path.unlink(missing_ok=True)
+        return Samples(path)
+
+
+def measured(answers: list[Answered], length: int, new_tokens: int, finetuned: int) -> list[Row]:
+    """Rows of one length: over all samples, and by the depth of the needle where there is one."""
+
+    def rows(chosen: list[Answered], **factors: int) -> list[Row]:
+        metrics = {
+            "score": ("1", [item.score for item in chosen]),
+            "greedy": ("1", [float(item.greedy) for item in chosen]),
+            "log_probability": ("nats", [item.log_probability for item in chosen]),
+        }
+        if not factors:
+            metrics["filled"] = ("1", [(item.tokens + new_tokens) / length for item in chosen])
+        means = {name: (unit, estimate.mean(np.array(values))) for name, (unit, values) in metrics.items()}
+        return [
+            Row(
+                metric=name, unit=unit, value=mean.value, stderr=mean.stderr, n=mean.n, length=length,
+                finetune_tokens=finetuned, **factors,
+            )
+            for name, (unit, mean) in means.items()
+        ]  # fmt: skip
+
+    found = rows(answers)
+    bins: dict[int, list[Answered]] = {}
+    for item in answers:
+        if item.depth is not None:
+            bins.setdefault(min(int(item.depth // BIN) * BIN, 100 - BIN), []).append(item)
+    for start, chosen in sorted(bins.items()):
+        found += rows(chosen, depth_start=start, depth_end=start + BIN)
+    return found
+
+
+def cells(config: Config) -> list[Cell]:
+    """The grid: every model with every task. InputError names what is not known."""
+    tasks = _tasks(config)
+    lessons = config.finetune_tasks or tuple(name for name in tasks if name not in FILES)
+    if config.finetune and not lessons:
+        raise InputError("--finetune needs a task other than qa: name one with --finetune-task")
+    if config.finetune and config.checkpoint is not None and not pretrained.is_own(config.checkpoint):
+        raise InputError(f"--finetune trains models of ours alone: give --finetune 0 for {config.checkpoint}")
+    found = []
+    for trained in length_gen.cells(config):
+        assert isinstance(trained.config, Config), "it replaces fields of what it is given"
+        for index, task in enumerate(tasks):
+            one = dataclasses.replace(
+                trained.config, tasks=(task,), finetune_tasks=lessons if config.finetune else (),
+            )  # fmt: skip
+            found.append(Cell(config=one, flops=_flops(trained, one, task, first=index == 0)))
+    return found
+
+
+def notes(config: Config) -> list[str]:
+    """What of RULER is not run for want of a file."""
+    return [] if config.tasks else [_lacks(name) for name in FILES if name not in _tasks(config)]
+
+
+def _tasks(config: Config) -> list[str]:
+    with_files = [name for name in ruler.TASKS if name not in FILES or getattr(config, FILES[name][0]) is not None]
+    return list(dict.fromkeys(config.tasks or with_files))
+
+
+def _lacks(name: str) -> str:
+    option, what = FILES[name]
+    return f"{name} is not run without its questions: give --{option} PATH to {what}"
+
+
+def _flops(trained: length_gen.Cell, config: Config, task: str, *, first: bool) -> float:
+    """FLOPs of a cell, roughly; the first of a model's trains it."""
+    if config.checkpoint is not None:
+        each = 2.0 * pretrained.likely_parameters(config.checkpoint)
+        per_token = dict.fromkeys((config.train_len, *config.lengths), each)
+        training = 3 * each * config.finetune
+    else:
+        shape = trained.model(length_gen._likely_vocabulary(config.tokenizer))
+        per_token = {length: model.flops_per_token(shape, length) for length in (config.train_len, *config.lengths)}
+        training = 3 * per_token[config.train_len] * (trained.training().tokens + config.finetune)
+    # a prompt is read twice, for what the model says and for the reference
+    asking = sum(2 * length * per_token[length] for length in config.lengths) * config.samples
+    return asking + (training if first else 0.0)
+
+
+def _sources(config: Config) -> Sources:
+    return _loaded_sources(config.essays, config.squad, config.hotpot)
+
+
+_loaded_sources = functools.lru_cache(maxsize=1)(haystack.load)
+
+
+def _digest(spec: str) -> str:
+    """What stands for the weights of a model in a folder; one of the hub is its name."""
+    folder = Path(spec)
+    if not folder.is_dir():
+        return spec
+    folder = checkpoint.find(folder) or folder
+    found = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        # the moments of an optimizer are no part of the model
+        if path.is_file() and path.name != "optimizer.safetensors":
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=2)
+def _loaded(spec: str, digest: str, place: torch.device, dtype: str) -> Pretrained:
+    """The model of cells that follow each other; the digest tells when another has come to the same place."""
+    return pretrained.load(spec, place, dtype)
+
+
+def summary(results: pd.DataFrame) -> Table:
+    """Table for the terminal: score and greedy accuracy by task and length, averaged over seeds, and their means."""
+    rows = results[results["metric"].isin(["score", "greedy"]) & results["depth_start"].isna()]
+    lengths = sorted(rows["length"].unique())
+    table = Table(title="Score of what is said (accuracy of greedy decoding of the reference) by length in tokens")
+    for name in ("attention", "task"):
+        table.add_column(name)
+    for length in lengths:
+        table.add_column(f"{length}", justify="right")
+    for (attention, options), group in rows.groupby(["attention", "options"]):
+        method = f"{attention}:{options}" if options else f"{attention}"
+        tasks = [*group.groupby("task")] + ([("mean", group)] if group["task"].nunique() > 1 else [])
+        for task, some in tasks:
+            means = some.groupby(["length", "metric"])["value"].mean()
+            table.add_row(method, str(task), *(f"{means[x, 'score']:.2f} ({means[x, 'greedy']:.2f})" for x in lengths))
+    return table

@@ -1,0 +1,321 @@
+"""What is asked of which model, what comes of it, and that a run that was stopped goes on where it was."""
+
+import contextlib
+import dataclasses
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+import pytest
+import torch
+from rich.console import Console
+
+from sbeval import checkpoint, cli, model, retrieval, ruler, sweep, table
+from sbeval.batches import NOTHING
+from sbeval.checkpoint import State
+from sbeval.errors import InputError
+from sbeval.lessons import Lessons
+from sbeval.model import Decoder
+from sbeval.prompts import Prompt, Writer
+from sbeval.retrieval import Answered, Samples
+from sbeval.tasks import needle
+from sbeval.tasks.needle import Cell, Config, Row, cells, measured
+from sbeval.tokenizer import Bytes
+
+TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setitem(model.SIZES, "tiny", TINY)
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
+    # which times the machine
+    monkeypatch.setattr(sweep, "describe_cost", lambda cells, place: "")
+    # answers are long, and what a model says has tests of its own
+    monkeypatch.setattr(
+        ruler, "TASKS", {name: dataclasses.replace(task, new_tokens=8) for name, task in ruler.TASKS.items()}
+    )
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for role in ("train0", "test0"):
+        (folder / f"{role}.txt").write_text(f"{role} says this and that. " * 9)
+    essay = tmp_path / "essay.txt"
+    essay.write_text("This is a sentence. Here is another one! Is it? It is the end, my friend. " * 20)
+    return Config(
+        attention=("rope",), size="tiny", train_len=8, eval_len=8, train_tokens=96, batch_tokens=16,
+        corpus=str(folder), essays=str(essay), tasks=("niah_single_2",), lengths=(768, 1024), samples=5,
+    )  # fmt: skip
+
+
+def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
+    found = cells(config)
+    place = sweep.Place(results_dir=results, device=CPU, force=force)
+    assert sweep.run(found, place, preset="quick", console=Console(file=io.StringIO()))
+    return found
+
+
+def save(folder: Path, attention: str = "stick_breaking", seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    decoder = Decoder(model.ModelConfig(vocab_size=257, attention=attention, **TINY))
+    checkpoint.save(folder, decoder, State(finished=True), training={"length": 768})
+    return folder
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Prompts that a model was asked, a number for each batch."""
+    counts: list[int] = []
+    add = Samples.add
+
+    def count(self: Samples, answers: Any) -> None:
+        counts.append(len(answers))
+        add(self, answers)
+
+    monkeypatch.setattr(Samples, "add", count)
+    return counts
+
+
+# the grid
+
+
+def test_every_model_is_asked_every_task_of_which_the_files_are_there(config: Config) -> None:
+    wide = dataclasses.replace(config, attention=("rope", "alibi"), tasks=())
+    found = cells(wide)
+    names = [name for name in ruler.TASKS if name not in ("qa_1", "qa_2")]
+    assert [(cell.trained.attention, cell.task) for cell in found] == [
+        (method, name) for method in ("rope", "alibi") for name in names
+    ]
+    # a model is trained once
+    assert found[0].flops > found[1].flops
+    assert needle.notes(wide) == [
+        "qa_1 is not run without its questions: give --squad PATH to SQuAD v2's dev-v2.0.json",
+        "qa_2 is not run without its questions: give --hotpot PATH to HotpotQA's hotpot_dev_distractor_v1.json",
+    ]
+    with_file = dataclasses.replace(wide, squad="dev.json")
+    assert len(cells(with_file)) == 24 and len(needle.notes(with_file)) == 1 and needle.notes(config) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tasks": ("niah_single_4",)}, "unknown needle task 'niah_single_4'; did you mean 'niah_single_"),
+        ({"tasks": ("qa_1",)}, "qa_1 is not run without its questions: give --squad PATH"),
+        ({"lengths": (511,)}, "--length must be 512 to 131072 tokens; got 511"),
+        ({"lengths": (1024, 131073)}, "got 131073"),
+        ({"samples": 0}, "1 sample or more"),
+        ({"finetune": 9, "finetune_tasks": ("qa_2",)}, "qa_2 cannot be fine-tuned on"),
+        ({"finetune": 9, "tasks": ("qa_1",), "squad": "x"}, "--finetune needs a task other than qa"),
+        (
+            {"finetune": 9, "checkpoint": "some/model"},
+            "--finetune trains models of ours alone: give --finetune 0 for some/model",
+        ),
+    ],
+)
+def test_mistakes_are_errors(config: Config, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        cells(dataclasses.replace(config, **change))
+
+
+def test_a_length_that_does_not_fit_is_said_before_training(config: Config, tmp_path: Path) -> None:
+    for change in ({"tasks": ("cwe",)}, {"finetune": 9, "train_len": 256, "eval_len": 256}):
+        with pytest.raises(InputError, match="does not fit"):
+            run(dataclasses.replace(config, **change), tmp_path / "results")
+    assert not list((tmp_path / "results" / "checkpoints").iterdir())
+
+
+# what comes of it
+
+
+def test_rows_are_by_length_and_depth(config: Config, tmp_path: Path) -> None:
+    (cell,) = run(config, tmp_path / "results")
+    rows = sweep.results_of([cell], tmp_path / "results")
+    whole, parts = rows[rows["depth_start"].isna()], rows[rows["depth_start"].notna()]
+    assert sorted(whole["metric"]) == sorted(2 * ["filled", "greedy", "log_probability", "score"])
+    assert set(whole["length"]) == {768, 1024} and (whole["n"] == 5).all() and (whole["eval_len"] == 1024).all()
+    assert (whole[whole["metric"] == "filled"]["value"].astype(float) > 0.95).all()
+    assert (whole[whole["metric"] == "log_probability"]["value"].astype(float) < -20).all()
+    assert (parts["depth_end"] - parts["depth_start"] == 10).all()
+    assert parts[parts["metric"] == "score"].groupby("length")["n"].sum().tolist() == [5, 5]
+
+
+def test_means_are_those_of_the_samples() -> None:
+    answers = [
+        Answered(index=n, depth=depth, tokens=90, score=n / 4, log_probability=-float(n), greedy=n == 3, said="")
+        for n, depth in enumerate((0, 9.99, 100, None))
+    ]
+    found = {(row.metric, row.depth_start): row for row in measured(answers, 100, 10, 7)}
+    assert found["score", None].value == pytest.approx(0.375) and found["score", None].n == 4
+    assert found["log_probability", 0].value == pytest.approx(-0.5) and found["greedy", None].value == 0.25
+    last = found["score", 90]
+    assert (last.value, last.n, last.depth_end, last.finetune_tokens) == (0.5, 1, 100, 7)
+    assert found["filled", None].value == 1 and len(found) == 4 + 2 * 3
+
+
+@pytest.mark.parametrize("attention", ["rope", "stick_breaking", "forgetting"])
+def test_answers_do_not_depend_on_the_batch(
+    attention: str, config: Config, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = dataclasses.replace(config, checkpoint=str(save(tmp_path / "model", attention)), lengths=(768,), samples=8)
+    found: list[dict[int, Answered]] = []
+    for batch in (1, 8):
+        asked.clear()
+        monkeypatch.setitem(needle.BATCH_TOKENS, "cpu", batch * 768)
+        run(given, tmp_path / f"results{batch}")
+        assert asked == [batch] * (8 // batch)
+        (path,) = (tmp_path / f"results{batch}" / "samples").iterdir()
+        found.append(Samples(path).found)
+    assert len({item.tokens for item in found[0].values()}) > 1
+    for index, one in found[0].items():
+        other = found[1][index]
+        assert other.log_probability == pytest.approx(one.log_probability, rel=1e-5)
+        assert dataclasses.replace(other, log_probability=0.0) == dataclasses.replace(one, log_probability=0.0)
+
+
+def test_a_run_that_was_stopped_goes_on_sample_by_sample(
+    config: Config, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(needle.BATCH_TOKENS, "cpu", 1024)
+    given = dataclasses.replace(config, checkpoint=str(save(tmp_path / "model")), lengths=(1024,))
+    run(given, tmp_path / "whole")
+    assert asked == [1] * 5
+    asked.clear()
+    say, said = retrieval.say, list[int]()
+
+    def stopped(*arguments: Any) -> list[str]:
+        said.append(1)
+        if len(said) == 3:
+            raise KeyboardInterrupt
+        return say(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(retrieval, "say", stopped)
+        run(given, tmp_path / "results")
+    assert asked == [1, 1] and not (tmp_path / "results" / "needle.csv").exists()
+    (path,) = (tmp_path / "results" / "samples").iterdir()
+    # what a writer that is killed leaves
+    path.write_bytes(path.read_bytes() + b'{"index": 2, "dep')
+    (cell,) = run(given, tmp_path / "results")
+    assert asked == [1] * 5
+    one, other = (sweep.results_of([cell], tmp_path / name).drop(columns="utc") for name in ("whole", "results"))
+    assert one.equals(other) and len(Samples(path).found) == 5
+    # more samples are asked for the rest alone
+    run(dataclasses.replace(given, samples=6), tmp_path / "results")
+    assert asked == [1] * 6
+    run(given, tmp_path / "results", force=True)
+    assert asked == [1] * 11
+
+
+def test_another_model_at_the_same_path_is_asked_again(config: Config, tmp_path: Path, asked: list[int]) -> None:
+    folder = save(tmp_path / "model")
+    given = dataclasses.replace(config, checkpoint=str(folder), lengths=(768,))
+    run(given, tmp_path / "results")
+    run(given, tmp_path / "results")
+    assert sum(asked) == 5
+    checkpoint.remove(folder)
+    save(folder, seed=1)
+    run(given, tmp_path / "results")
+    assert sum(asked) == 10
+
+
+def test_a_tokenizer_of_another_model_is_an_error(config: Config, tmp_path: Path) -> None:
+    given = dataclasses.replace(config, checkpoint=str(save(tmp_path / "model")), tokenizer="bpe:260", lengths=(2048,))
+    with pytest.raises(InputError, match=r"'bpe:260' has 260 tokens and the model of .* 257: give the --tokenizer"):
+        run(given, tmp_path / "results")
+
+
+# fine-tuning
+
+
+def test_lessons_are_prompts_of_no_test(
+    config: Config, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: dict[bool, list[Prompt]] = {False: [], True: []}
+    prompts = Writer.prompts
+
+    def keep(self: Writer, *arguments: Any, training: bool = False, **others: Any) -> list[Prompt]:
+        found = prompts(self, *arguments, training=training, **others)
+        written[training] += found
+        return found
+
+    monkeypatch.setattr(Writer, "prompts", keep)
+    given = dataclasses.replace(
+        config, checkpoint=str(save(tmp_path / "model")), tasks=("niah_single_1", "niah_single_2"), lengths=(768,),
+        finetune=768 * 12, batch_tokens=768 * 4,
+    )  # fmt: skip
+    found = run(given, tmp_path / "results")
+    tests, lessons = ({item.tokens.tobytes() for item in written[kind]} for kind in (False, True))
+    assert len(tests) == 10 and len(lessons) == 12 and not tests & lessons
+    values = [{value for item in written[kind] for value in item.references} for kind in (False, True)]
+    assert not values[0] & values[1]
+    # both tasks are asked of one model that was trained on both
+    assert len(list((tmp_path / "results" / "checkpoints").iterdir())) == 1 and sum(asked) == 10
+    rows = sweep.results_of(found, tmp_path / "results")
+    assert (rows["finetune_tokens"] == 768 * 12).all() and (rows["train_len"] == 768).all()
+
+
+def test_fine_tuning_starts_from_the_model_and_changes_it(config: Config, tmp_path: Path) -> None:
+    given = dataclasses.replace(
+        config, checkpoint=str(save(tmp_path / "model")), lengths=(768,), finetune=768 * 8, batch_tokens=768 * 4,
+        finetune_lr=1e-12,
+    )  # fmt: skip
+    (still,) = run(given, tmp_path / "results")
+    (tuned,) = run(dataclasses.replace(given, finetune_lr=1e-2), tmp_path / "results")
+    (plain,) = run(dataclasses.replace(given, finetune=0), tmp_path / "results")
+    found = [sweep.results_of([cell], tmp_path / "results").set_index("metric") for cell in (plain, still, tuned)]
+    first, same, other = (float(rows[rows["depth_start"].isna()]["value"]["log_probability"]) for rows in found)
+    assert same == pytest.approx(first, rel=1e-4) and other > first + 1
+
+
+def test_the_loss_is_on_the_answer_and_the_end() -> None:
+    def prompt(tokens: list[int], answer: list[int]) -> Prompt:
+        ids = [np.array(item, dtype=np.uint16) for item in (tokens, answer)]
+        return Prompt(tokens=ids[0], answer=ids[1], references=(), depth=None)
+
+    text = Bytes()
+    batch = Lessons([prompt([1, 2, 3], [4, 5]), prompt([1, 2, 3, 4], [5, 6, 7])], text, 6, 2)[0]
+    end, no = text.eos, NOTHING
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, end], [1, 2, 3, 4, 5, 6]]
+    assert batch.targets.tolist() == [[no, no, 4, 5, end, no], [no, no, no, 5, 6, 7]]
+
+
+# the command line
+
+
+def said(*arguments: object) -> tuple[int | str | None, str, str]:
+    out, error = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["sbeval", *map(str, arguments)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            cli.main()
+    return ended.value.code, out.getvalue(), error.getvalue()
+
+
+@pytest.fixture
+def command(config: Config, tmp_path: Path) -> Iterator[list[object]]:
+    yield [
+        "needle", "--device", "cpu", "--model", save(tmp_path / "model"), "--tokenizer", "bytes", "--finetune", 0,
+        "--samples", 2, "--length", 1024, "--essays", config.essays, "--results-dir", tmp_path / "results",
+    ]  # fmt: skip
+
+
+def test_a_command_leaves_table_and_figures(command: list[object], tmp_path: Path) -> None:
+    code, out, _ = said(*command, "--task", "niah_single_1", "--task", "niah_multiquery")
+    assert code == 0 and "niah_single_1" in out and "mean" in out and "is not run" not in out
+    for name in ("needle.png", "needle_depth.png"):
+        assert (tmp_path / "results" / "figures" / name).stat().st_size > 0
+    rows = table.read(tmp_path / "results" / "needle.csv", table.columns(Row))
+    assert set(rows["task"]) == {"niah_single_1", "niah_multiquery"} and rows["n"].max() == 2
+    # four needles have no one depth
+    assert rows[rows["task"] == "niah_multiquery"]["depth_start"].isna().all()
+
+
+def test_questions_that_are_missing_are_one_line(command: list[object]) -> None:
+    code, _, error = said(*command, "--task", "qa_1")
+    assert code == 2 and error.count("\n") == 1 and "give --squad PATH to SQuAD v2's dev-v2.0.json" in error
+    code, _, error = said(*command, "--task", "qa_2", "--hotpot", "nowhere.json")
+    assert code == 2 and error == "sbeval: cannot read nowhere.json: No such file or directory\n"
