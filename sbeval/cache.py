@@ -71,6 +71,10 @@ class Layer:
         slots[self._rows.slots] = packed[0]
         return slots.view(*size, *packed.shape[2:])
 
+    def grow(self, room: int) -> None:
+        """Add `room` slots to each row."""
+        self._kept = [torch.cat([x, x.new_zeros(len(x), room, *x.shape[2:])], 1) for x in self._kept]
+
     def reorder(self, order: Tensor) -> None:
         """Put row order[b] where row b is."""
         self._kept = [kept[order] for kept in self._kept]
@@ -89,6 +93,12 @@ class Cache:
         rows = self.rows
         rows.length = rows.length + 1 if rows.length else rows.longest
         assert rows.length <= rows.capacity
+
+    def grow(self, room: int) -> None:
+        """Make room for so many more tokens in each row."""
+        self.rows.capacity += room
+        for layer in self.layers:
+            layer.grow(room)
 
     def reorder(self, order: Tensor) -> None:
         """Put row order[b] where row b is, as beam search asks."""

@@ -344,6 +344,25 @@ def few_shot(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Our checkpoint folder.", metavar="CHECKPOINT")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, which must be new or empty.", metavar="OUT")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="That of training: bytes, bpe:SIZE with --corpus, a file, folder or name; none.")
+    ] = None,
+    corpus: CorpusSpec = None,
+    text_field: TextField = None,
+) -> None:
+    """Write a checkpoint as a Hugging Face model, which loads where sbeval.hf is imported."""
+    if not importlib.util.find_spec("transformers"):
+        raise InputError("export needs transformers: pip install 'sbeval[hf]'")
+    from sbeval import hf
+
+    hf.export(checkpoint, out, hf.tokenizer_of(tokenizer, corpus, text_field or "text"))
+    _say(str(out))
+
+
+@app.command()
 def table(
     family: Annotated[str, typer.Argument(help="few-shot")],
     format: Annotated[str, typer.Option(help="terminal, markdown, latex or csv.")] = "terminal",

@@ -1,4 +1,4 @@
-"""One decoder for every attention method: pre-norm RMSNorm, SwiGLU or GELU, grouped heads, no biases.
+"""One decoder for every attention method: pre-norm RMSNorm, SwiGLU or GELU, grouped heads; biases for loaded models.
 
 The multipliers m_emb, m_residual, m_width and attention_multiplier are those of the muP-style recipe behind the
 paper's 1B and 3B models (Shen et al. 2024, arXiv 2408.13359, table 4):
@@ -48,6 +48,11 @@ class ModelConfig:
     attention_multiplier: float | None = None  # scale of q . k, 1 / sqrt(head_dim) by default
     # of embeddings, and of what a head mixed: fused attention has none of its weights
     dropout: float = field(default=0.0, metadata=LATER)
+    # what some released models have: biases, and a GroupNorm of what each head mixed
+    qkv_bias: bool = field(default=False, metadata=LATER)
+    out_bias: bool = field(default=False, metadata=LATER)
+    mlp_bias: bool = field(default=False, metadata=LATER)
+    head_norm: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         choose("mlp", self.mlp, ("swiglu", "gelu"))
@@ -166,8 +171,9 @@ class Attention(nn.Module):
         self.heads, self.kv_heads, self.dim = config.heads, config.n_kv_heads, config.d_head
         self.dropout = config.dropout
         name, options = parse_attention(config.attention)
-        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.dim, bias=False)
-        self.out = nn.Linear(self.heads * self.dim, config.width, bias=False)
+        self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.dim, bias=config.qkv_bias)
+        self.out = nn.Linear(self.heads * self.dim, config.width, bias=config.out_bias)
+        self.norm = nn.GroupNorm(self.heads, self.heads * self.dim) if config.head_norm else None
         scale = self.dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         self.mixer = registry.method(name).Mixer(
             options, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, width=config.width, scale=scale
@@ -176,8 +182,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None, cache: Layer | None = None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.dim))
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
-        mixed = F.dropout(self.mixer(q, k, v, x, cu_seqlens, cache), self.dropout, self.training)
-        out: Tensor = self.out(mixed.flatten(2))
+        mixed = F.dropout(self.mixer(q, k, v, x, cu_seqlens, cache), self.dropout, self.training).flatten(2)
+        if self.norm is not None:
+            mixed = self.norm(mixed.flatten(0, 1)).view_as(mixed)
+        out: Tensor = self.out(mixed)
         return out
 
 
@@ -187,8 +195,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gated = config.mlp == "swiglu"
-        self.up = nn.Linear(config.width, (2 if self.gated else 1) * config.hidden, bias=False)
-        self.down = nn.Linear(config.hidden, config.width, bias=False)
+        self.up = nn.Linear(config.width, (2 if self.gated else 1) * config.hidden, bias=config.mlp_bias)
+        self.down = nn.Linear(config.hidden, config.width, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up(x)
@@ -243,6 +251,8 @@ class Decoder(nn.Module):
             elif isinstance(module, nn.Linear):
                 depth = math.sqrt(2 * self.config.layers) if name.endswith((".out", ".down")) else 1.0
                 nn.init.normal_(module.weight, std=std / math.sqrt(self.config.m_width) / depth)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, width) after the last norm. tokens: (B, T) int64.

@@ -1,4 +1,5 @@
-"""Models that are there already: a checkpoint folder of ours, or a causal language model of Hugging Face's.
+"""Models that are there already: a checkpoint folder of ours, a released stick-breaking model, or a causal language
+model of Hugging Face's.
 
 Weights are read from safetensors alone, and code that comes with a model is not run.
 """
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sbeval import checkpoint, device, registry
+from sbeval import checkpoint, device, registry, released
 from sbeval.errors import InputError
+from sbeval.model import Decoder
 from sbeval.perplexity import Predictor
 from sbeval.tokenizer import first_line
 
@@ -74,7 +76,9 @@ def is_own(spec: str) -> bool:
 
 def load(spec: str, place: torch.device, dtype: str) -> Pretrained:
     """The model at a path, or of that name on the Hugging Face hub; InputError when there is none that can be read."""
-    return _own(Path(spec), place) if is_own(spec) else _from_hub(spec, place, dtype)
+    if is_own(spec):
+        return _own(Path(spec), place)
+    return _from_hub(spec, place, dtype) if (folder := _released(spec)) is None else _read(spec, folder, place, dtype)
 
 
 def likely_parameters(spec: str) -> int:
@@ -84,12 +88,51 @@ def likely_parameters(spec: str) -> int:
 
 def _own(folder: Path, place: torch.device) -> Pretrained:
     model = checkpoint.load_model(folder, place).eval()
-    name, _, options = model.config.attention.partition(":")
+    return _decoder(model, folder.resolve().name, checkpoint.training_length(folder), place)
+
+
+def _decoder(model: Decoder, name: str, train_len: int | None, place: torch.device) -> Pretrained:
+    method, _, options = model.config.attention.partition(":")
     return Pretrained(
-        model=model, name=folder.resolve().name, attention=name, options=options, params=model.n_parameters(),
-        vocab_size=model.config.vocab_size, train_len=checkpoint.training_length(folder),
-        backend=registry.method(name).backend_name(place.type),
+        model=model, name=name, attention=method, options=options, params=model.n_parameters(),
+        vocab_size=model.config.vocab_size, train_len=train_len,
+        backend=registry.method(method).backend_name(place.type),
     )  # fmt: skip
+
+
+def _name(spec: str) -> str:
+    """What a table calls it: a folder's own name, or the hub's."""
+    return Path(spec).resolve().name if Path(spec).is_dir() else spec
+
+
+def _released(spec: str) -> Path | None:
+    """The folder of a released stick-breaking model, fetched where it is on the hub; None where it is another model."""
+    if (folder := Path(spec)).is_dir():
+        try:
+            config = json.loads((folder / "config.json").read_text())
+        # transformers, which is asked next, says what is wrong
+        except (OSError, ValueError):
+            return None
+        return folder if released.is_released(config) else None
+    try:
+        config = json.loads(Path(_hub().hf_hub_download(spec, "config.json")).read_text())
+        if not released.is_released(config):
+            return None
+        return Path(_hub().snapshot_download(spec, allow_patterns=list(released.FILES)))
+    except ImportError:
+        return None
+    # what it raises for a name that is unknown or out of reach
+    except (OSError, ValueError) as error:
+        raise InputError(f"no causal language model {spec!r}: {first_line(error)}") from None
+
+
+def _hub() -> Any:
+    return importlib.import_module("huggingface_hub")
+
+
+def _read(spec: str, folder: Path, place: torch.device, dtype: str) -> Pretrained:
+    model, train_len = released.load(folder, device.DTYPES[dtype])
+    return _decoder(model.to(place).eval(), _name(spec), train_len, place)
 
 
 def _from_hub(spec: str, place: torch.device, dtype: str) -> Pretrained:
@@ -97,6 +140,9 @@ def _from_hub(spec: str, place: torch.device, dtype: str) -> Pretrained:
         transformers = importlib.import_module("transformers")
     except ImportError:
         raise InputError(f"model {spec!r} needs transformers: pip install 'sbeval[hf]'") from None
+    # registers ours, as `sbeval export` writes them
+    from sbeval import hf
+
     try:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             spec, dtype=device.DTYPES[dtype], use_safetensors=True, trust_remote_code=False
@@ -105,9 +151,11 @@ def _from_hub(spec: str, place: torch.device, dtype: str) -> Pretrained:
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"no causal language model {spec!r}: {first_line(error)}") from None
     model = model.to(place).eval()
+    if isinstance(model, hf.SbevalForCausalLM):
+        return _decoder(model.decoder, _name(spec), model.config.train_len, place)
     text = model.config.get_text_config()
     return Pretrained(
-        model=HubModel(model), name=Path(spec).name if Path(spec).is_dir() else spec, attention="hf",
+        model=HubModel(model), name=_name(spec), attention="hf",
         options=str(text.model_type), params=sum(x.numel() for x in model.parameters()),
         vocab_size=text.vocab_size, train_len=getattr(text, "max_position_embeddings", None),
         backend=str(text._attn_implementation),

@@ -80,6 +80,10 @@ class Tokenizer(ABC):
         that they put before a text. A normalizer's text counts as it made it. InputError for other kinds of tokenizers.
         """
 
+    @abstractmethod
+    def library(self) -> tokenizers.Tokenizer:
+        """Return a tokenizer of the `tokenizers` library with the same ids, which adds no special tokens of its own."""
+
     def count_bytes(self, ids: npt.ArrayLike) -> int:
         """Count the bytes of UTF-8 text that the ids stand for: the sum of `byte_lengths`."""
         return int(self.byte_lengths(ids).sum())
@@ -101,6 +105,17 @@ class Bytes(Tokenizer):
 
     def byte_lengths(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
         return np.where(np.asarray(ids) == self.eos, 0, 1)
+
+    def library(self) -> tokenizers.Tokenizer:
+        # byte-level BPE spells printable bytes of Latin-1 as they are, and the others as the characters from 256 on
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        vocabulary = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([EOS])
+        return backend
 
 
 class Library(Tokenizer):
@@ -141,6 +156,10 @@ class Library(Tokenizer):
             )
         lengths: npt.NDArray[np.int64] = self._bytes[np.asarray(ids, dtype=np.int64)]
         return lengths
+
+    def library(self) -> tokenizers.Tokenizer:
+        stages = json.loads(self._backend.to_str())
+        return tokenizers.Tokenizer.from_str(json.dumps(stages | {"post_processor": None}))
 
     def save(self, path: Path) -> None:
         """Write the tokenizer as a tokenizer.json file, in one step."""

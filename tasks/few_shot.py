@@ -213,8 +213,7 @@ class Cell:
 
     def _length(self, found: Pretrained) -> int:
         """Tokens that the model reads at most; of one that isn't ours no more than its config says it can."""
-        checkpoint = self.config.checkpoint
-        own = checkpoint is None or pretrained.is_own(checkpoint)
+        own = isinstance(found.model, model.Decoder)
         return self.config.eval_len if own else min(self.config.eval_len, found.train_len or self.config.eval_len)
 
     def _text(self, found: Pretrained, progress: Progress) -> Any:

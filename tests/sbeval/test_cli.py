@@ -330,7 +330,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_ends_as_if_unbroken(tmp_
 HELP = """
 import sys
 from sbeval import cli
-for command in ([], ["length-gen"], ["mqrar"], ["needle"], ["plot"]):
+for command in ([], ["length-gen"], ["mqrar"], ["needle"], ["export"], ["plot"]):
     sys.argv = ["sbeval", *command, "--help"]
     try:
         cli.main()

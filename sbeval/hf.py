@@ -1,0 +1,263 @@
+"""Our models as models of Hugging Face's transformers.
+
+Importing this module registers them: then AutoModelForCausalLM.from_pretrained loads what `export` wrote, without code
+from the folder. Generation reads prompts packed, so that padding on the left changes nothing, and decodes with the
+cache of `sbeval.cache`. A forward pass makes a cache only where `use_cache=True` asks for it, as generate() does.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import platformdirs
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from sbeval import checkpoint, sources
+from sbeval.cache import Cache
+from sbeval.errors import InputError
+from sbeval.model import Decoder, ModelConfig
+from sbeval.tokenizer import Tokenizer, is_trained, load
+
+
+class SbevalConfig(PreTrainedConfig):
+    """`shape` holds the fields of a ModelConfig but for vocab_size and tied, which transformers keeps by its names.
+
+    train_len: tokens of the sequences that the model was trained on, None where that is not known.
+    """
+
+    model_type = "sbeval"
+    vocab_size: int = 0
+    shape: dict[str, Any] | None = None
+    train_len: int | None = None
+
+    @classmethod
+    def of(cls, shape: ModelConfig, **more: Any) -> "SbevalConfig":
+        """The config of a decoder."""
+        fields = dataclasses.asdict(shape)
+        more |= {"vocab_size": fields.pop("vocab_size"), "tie_word_embeddings": fields.pop("tied")}
+        return cls(shape=fields, **more)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The decoder's own config."""
+        return ModelConfig(vocab_size=self.vocab_size, tied=self.tie_word_embeddings, **(self.shape or {}))
+
+    # what tools ask of any model
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model_config.width
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.model_config.layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.model_config.heads
+
+    @property
+    def max_position_embeddings(self) -> int:
+        # most of our models have no such end, and then no such attribute
+        if not self.model_config.positions:
+            raise AttributeError("max_position_embeddings")
+        return self.model_config.positions
+
+
+class Past(Cache):
+    """A cache that grows, with the methods that generate() calls."""
+
+    reorder_cache = Cache.reorder
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.rows.length
+
+
+class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
+    config_class = SbevalConfig
+    base_model_prefix = "decoder"
+    _tied_weights_keys = {"decoder.head.weight": "decoder.embedding.weight"}
+    _no_split_modules = ["Block"]
+    _built = False
+
+    def __init__(self, config: SbevalConfig) -> None:
+        super().__init__(config)
+        self.decoder = Decoder(config.model_config)
+        self.post_init()  # type: ignore[no-untyped-call]  # theirs
+        self._built = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: a decoder draws its own. Asked again, weights are missing from a file."""
+        given = all(getattr(x, "_is_hf_initialized", False) for x in module.parameters(recurse=False))
+        if self._built and not given:
+            raise InputError(f"the model's files lack weights of a {type(module).__name__}")
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        # the first forward pass makes the cache
+        return False
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.embedding
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.embedding = cast(nn.Embedding, value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.decoder.head = new_embeddings
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Past | None = None,
+        labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:  # fmt: skip
+        """Logits (B, T, vocab_size) of input_ids (B, T), and with `labels` their mean loss, shifted by one.
+
+        attention_mask: (B, T) or, with a cache, (B, past + T); 0 at padding, left or right; with a cache left alone.
+        Logits at padding mean nothing.
+        """
+        if past_key_values is not None:
+            hidden = self._extend(input_ids, attention_mask, past_key_values)
+        elif use_cache:
+            hidden, past_key_values = self._begin(input_ids, attention_mask)
+        else:
+            hidden = self._whole(input_ids, attention_mask)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.decoder.logits(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        found = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]  # ours
+        return found.to_tuple() if return_dict is False else found
+
+    def _whole(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None or bool(mask.all()):
+            hidden: Tensor = self.decoder(tokens)
+            return hidden
+        real = mask.bool()
+        if self.decoder.positions is not None:
+            # packed, its rows would be one to the table of positions
+            return self._read(tokens, real, _lengths(real, "right"))[0]
+        lengths = torch.tensor(_lengths(real, "right"), device=tokens.device)
+        bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+        return _unpacked(self.decoder(tokens[real][None], bounds)[0], real)
+
+    def _begin(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Past]:
+        real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+        return self._read(tokens, real, _lengths(real))
+
+    def _read(self, tokens: Tensor, real: Tensor, lengths: list[int]) -> tuple[Tensor, Past]:
+        self._check_positions(max(lengths))
+        past = Past(lengths, room=0, layers=self.decoder.config.layers, device=tokens.device)
+        return _unpacked(self.decoder.extend(tokens[real][None], past)[0], real), past
+
+    def _extend(self, tokens: Tensor, mask: Tensor | None, past: Past) -> Tensor:
+        if not isinstance(past, Past):
+            raise InputError(f"past_key_values must be what this model returned; got a {type(past).__name__}")
+        if tokens.shape[1] > 1 and mask is not None and not bool(mask[:, -tokens.shape[1] :].all()):
+            raise InputError("what continues a cache can't be padded")
+        steps = []
+        for token in tokens.split(1, 1):
+            self._check_positions(past.rows.length + 1)
+            if past.rows.length == past.rows.capacity:
+                past.grow(max(64, past.rows.capacity // 4))
+            steps.append(self.decoder.extend(token, past))
+        return torch.cat(steps, 1)
+
+    def _check_positions(self, length: int) -> None:
+        if self.decoder.positions is not None and length > self.decoder.config.positions:
+            raise InputError(f"{length} tokens exceed the model's {self.decoder.config.positions} positions")
+
+
+def _lengths(real: Tensor, *also: str) -> list[int]:
+    """Tokens of each row, where what is not real stands on the left, or `also` on the right; InputError elsewhere."""
+    counts, places = real.sum(1), torch.arange(real.shape[1], device=real.device)
+    left = (real == (places >= real.shape[1] - counts[:, None])).all()
+    right = (real == (places < counts[:, None])).all()
+    on_left, on_right, *lengths = torch.cat([torch.stack([left, right]), counts]).tolist()
+    if not min(lengths):
+        raise InputError("a row has no tokens: its attention_mask is 0 everywhere")
+    if not on_left and not (also and on_right):
+        raise InputError(
+            "padding must be on the left where a cache is kept, and never within a row: padding_side='left'"
+        )
+    return lengths
+
+
+def _unpacked(hidden: Tensor, real: Tensor) -> Tensor:
+    """Hidden states (B, T, width) of those of all real tokens (N, width); 0 at padding."""
+    out = hidden.new_zeros(*real.shape, hidden.shape[-1])
+    out[real] = hidden
+    return out
+
+
+def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """The same tokenizer as transformers has them; there, text that spells a special token is that token."""
+    backend = tokenizer.library()
+    eos = backend.id_to_token(tokenizer.eos)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token=eos, padding_side="left")
+
+
+def tokenizer_of(spec: str | None, corpus: str | None, text_field: str) -> Tokenizer | None:
+    """The tokenizer that a user names, trained again (or found) where it comes from a corpus; None of `none`."""
+    if spec is None:
+        raise InputError(
+            "a checkpoint does not say its tokenizer: give the --tokenizer it was trained with, or --tokenizer none"
+        )
+    if spec == "none":
+        return None
+    if is_trained(spec) and corpus is None:
+        raise InputError(f"tokenizer {spec!r} is trained on a corpus: give that --corpus, or its tokenizer.json")
+
+    def texts() -> Iterator[str]:
+        assert corpus is not None
+        return (document.text for document in sources.source(corpus, text_field).documents("train"))
+
+    return load(spec, train_texts=texts, cache_dir=Path(platformdirs.user_cache_dir("sbeval")))
+
+
+def export(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
+    """Write a checkpoint as a folder that transformers reads; InputError where that would overwrite something.
+
+    tokenizer: that of the training texts; None for a model that was not trained on text.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} is there and not empty: name another folder")
+    decoder = checkpoint.load_model(folder)
+    size = decoder.config.vocab_size
+    if tokenizer is not None and tokenizer.vocab_size != size:
+        raise InputError(
+            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens and the model of {folder} {size}: "
+            "give the --tokenizer it was trained with"
+        )
+    fast = None if tokenizer is None else fast_tokenizer(tokenizer)
+    ends = {} if tokenizer is None else {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
+    model = SbevalForCausalLM(SbevalConfig.of(decoder.config, train_len=checkpoint.training_length(folder), **ends))
+    model.decoder.load_state_dict(decoder.state_dict())
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model.save_pretrained(partial)
+    if fast is not None:
+        fast.save_pretrained(partial)
+    # an empty folder of that name gives way
+    partial.rename(out)
+
+
+AutoConfig.register(SbevalConfig.model_type, SbevalConfig)
+AutoModelForCausalLM.register(SbevalConfig, SbevalForCausalLM)
