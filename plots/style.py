@@ -214,7 +214,7 @@ def title(axis: Axes, text: str) -> None:
 
 def heading(axis: Axes, text: str, columns: int) -> None:
     """Say above a row's first panel what the row of `columns` panels shows, in as many lines as that takes."""
-    text = textwrap.fill(text, 36 * columns)
+    text = textwrap.fill(text, 30 * columns)
     # keeps the place; the layout would move the panels beside it apart for the text itself
     axis.set_title("\n".join(" " for _ in text.splitlines()), loc="left", fontsize=TEXT_PT, pad=16)
     axis.annotate(
