@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sbeval.cache import Layer
+from sbeval.cache import Layer, through
 from sbeval.errors import InputError
 from sbeval.kernels import check, softmax
 
@@ -247,9 +247,7 @@ class Mixer(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
     ) -> Tensor:
-        starts = None
-        if cache is not None:
-            starts, (k, v) = cache.starts, cache.add(k, v)
+        starts, (k, v) = through(cache, k, v)
         weights = self.c, self.m, self.w1, self.b1, self.w2
         return attention(
             q, k, v, weights, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, threshold=self.threshold

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbeval.cache import Layer
+from sbeval.cache import Layer, through
 from sbeval.errors import InputError
 from sbeval.kernels import check, rope, softmax
 
@@ -116,10 +116,9 @@ class Mixer(nn.Module):
             raise InputError(f"gates need x of all {k.shape[1]} keys; it has {x.shape[1]} positions")
         gates = F.linear(x, self.gate.weight.to(x.dtype), self.gate.bias.to(x.dtype))
         log_f = F.logsigmoid(gates if gates.dtype == torch.float64 else gates.float())
-        starts, past = (None, 0) if cache is None else (cache.starts, cache.past)
         if self.options.rotary:
             turn = rope.Options(theta=self.options.theta)
-            q, k = rope.rotated(q, k, cu_seqlens, turn, starts=starts, past=past)
-        if cache is not None:
-            k, v, log_f = cache.add(k, v, log_f)
+            first, past = (None, 0) if cache is None else (cache.starts, cache.past)
+            q, k = rope.rotated(q, k, cu_seqlens, turn, starts=first, past=past)
+        starts, (k, v, log_f) = through(cache, k, v, log_f)
         return attention(q, k, v, log_f, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sbeval.cache import Layer
+from sbeval.cache import Layer, through
 from sbeval.kernels import softmax
 
 
@@ -56,7 +56,5 @@ class Mixer(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
     ) -> Tensor:
-        starts = None
-        if cache is not None:
-            starts, (k, v) = cache.starts, cache.add(k, v)
+        starts, (k, v) = through(cache, k, v)
         return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts)

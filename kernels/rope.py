@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sbeval.cache import Layer
+from sbeval.cache import Layer, through
 from sbeval.errors import InputError, choose
 from sbeval.kernels import check, softmax
 
@@ -245,12 +245,10 @@ class Mixer(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
     ) -> Tensor:
-        if cache is None:
-            return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, options=self.options)
-        if self.options.scaling == "dynamic_ntk":
-            # every token turns keys that came long before it
-            starts, (k, v) = cache.starts, cache.add(k, v)
+        if cache is None or self.options.scaling == "dynamic_ntk":
+            # there every token turns keys that came long before it
+            starts, (k, v) = through(cache, k, v)
             return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, options=self.options)
         q, k = rotated(q, k, cu_seqlens, self.options, starts=cache.starts, past=cache.past)
-        starts, (k, v) = cache.starts, cache.add(k, v)
+        starts, (k, v) = through(cache, k, v)
         return softmax.attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts)

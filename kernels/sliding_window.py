@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sbeval.cache import Layer
+from sbeval.cache import Layer, through
 from sbeval.errors import InputError
 from sbeval.kernels import check, rope, softmax
 
@@ -86,11 +86,10 @@ class Mixer(nn.Module):
     ) -> Tensor:
         if cache is None:
             return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, options=self.options)
-        starts = cache.starts
         if self.options.rotary:
             turn = rope.Options(theta=self.options.theta)
-            q, k = rope.rotated(q, k, cu_seqlens, turn, starts=starts, past=cache.past)
-        k, v = cache.add(k, v)
+            q, k = rope.rotated(q, k, cu_seqlens, turn, starts=cache.starts, past=cache.past)
+        starts, (k, v) = through(cache, k, v)
         return softmax.attention(
             q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, window=self.options.window
         )

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sbeval.cache import Layer
+from sbeval.cache import Layer, through
 from sbeval.errors import InputError, choose
 from sbeval.kernels import check
 
@@ -425,9 +425,7 @@ class Mixer(nn.Module):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
     ) -> Tensor:
-        starts = None
-        if cache is not None:
-            starts, (k, v) = cache.starts, cache.add(k, v)
+        starts, (k, v) = through(cache, k, v)
         out, remainder = attention(
             q, k, v, scale=self.scale, attend_current=self.options.attend_current, cu_seqlens=cu_seqlens,
             starts=starts, bias=self.logit_bias, epsilon=self.options.epsilon,

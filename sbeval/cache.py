@@ -80,6 +80,11 @@ class Layer:
         self._kept = [kept[order] for kept in self._kept]
 
 
+def through(layer: Layer | None, *new: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:
+    """The first slots of the rows and what `add` returns; without a cache None, and what is given."""
+    return (None, new) if layer is None else (layer.starts, layer.add(*new))
+
+
 class Cache:
     """What all layers keep of prompts of these lengths, with room for so many further tokens in each row."""
 
