@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import huggingface_hub
 import lm_eval.api.task
 import lm_eval.utils
 from datasets.exceptions import DatasetNotFoundError
@@ -29,7 +28,7 @@ from sbeval.errors import InputError
 from sbeval.lm import Adapter, HubText, PlainText
 from sbeval.tokenizer import first_line
 
-__all__ = ["Adapter", "Benchmark", "HubText", "PlainText", "Score", "hub_text", "load", "revision", "scores", "version"]
+__all__ = ["Adapter", "Benchmark", "HubText", "PlainText", "Score", "hub_text", "load", "scores", "version"]
 
 # folders of the definitions that suites use: reading those of all takes lm-eval ten seconds
 FOLDERS = (
@@ -116,14 +115,6 @@ def hub_text(spec: str) -> HubText:
     # what it raises for a name that is unknown or out of reach, and for files that it cannot read
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"no tokenizer with model {spec!r}: {first_line(error)}") from None
-
-
-def revision(name: str) -> str:
-    """The commit of a model on the hub, of which there is a copy afterwards."""
-    try:
-        return Path(huggingface_hub.hf_hub_download(name, "config.json")).parent.name
-    except (OSError, ValueError) as error:
-        raise InputError(f"no model {name!r} in a folder or on the hub: {first_line(error)}") from None
 
 
 def _find(name: str) -> tuple[Entry, dict[str, Entry]]:

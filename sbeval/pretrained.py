@@ -4,6 +4,7 @@ model of Hugging Face's.
 Weights are read from safetensors alone, and code that comes with a model is not run.
 """
 
+import hashlib
 import importlib
 import json
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from sbeval import checkpoint, device, registry, released
 from sbeval.errors import InputError
 from sbeval.model import Decoder
 from sbeval.perplexity import Predictor
-from sbeval.tokenizer import first_line
+from sbeval.tokenizer import Tokenizer, first_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,14 @@ class Pretrained:
     vocab_size: int
     train_len: int | None
     backend: str
+
+    def check_tokenizer(self, text: Tokenizer, spec: str) -> None:
+        """InputError when a tokenizer has more tokens than the model, which `spec` names."""
+        if text.vocab_size > self.vocab_size:
+            raise InputError(
+                f"tokenizer {text.name!r} has {text.vocab_size} tokens and the model of {spec} {self.vocab_size}: "
+                "give the --tokenizer it was trained with"
+            )
 
 
 class HubModel(nn.Module):
@@ -79,6 +88,27 @@ def load(spec: str, place: torch.device, dtype: str) -> Pretrained:
     if is_own(spec):
         return _own(Path(spec), place)
     return _from_hub(spec, place, dtype) if (folder := _released(spec)) is None else _read(spec, folder, place, dtype)
+
+
+def digest(spec: str) -> str:
+    """What stands for a model's weights: sixteen hexadecimal digits for those in a folder, on the hub their commit.
+
+    Of a model on the hub there is a copy of its config afterwards; InputError when there is no such model.
+    """
+    folder = Path(spec)
+    if not folder.is_dir():
+        try:
+            return Path(_hub().hf_hub_download(spec, "config.json")).parent.name
+        except (OSError, ValueError) as error:
+            raise InputError(f"no model {spec!r} in a folder or on the hub: {first_line(error)}") from None
+    folder = checkpoint.find(folder) or folder
+    found = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        # the moments of an optimizer are no part of the model
+        if path.is_file() and path.name != "optimizer.safetensors":
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]
 
 
 def likely_parameters(spec: str) -> int:

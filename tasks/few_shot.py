@@ -10,7 +10,6 @@ benchmarks. An item is a prompt and some continuations, of which the likeliest c
 
 import dataclasses
 import functools
-import hashlib
 import importlib
 import re
 from dataclasses import dataclass, field
@@ -18,17 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import platformdirs
 import torch
 from rich.table import Table
 
-from sbeval import model, pretrained, registry, scores, sweep, tokenizer
+from sbeval import model, pretrained, scores, sweep
 from sbeval.answers import Answers
 from sbeval.errors import InputError, choose
 from sbeval.pretrained import Pretrained
 from sbeval.progress import Progress
 from sbeval.sweep import Outcome, Place
-from sbeval.table import Identity, Measurement
+from sbeval.table import Measurement
 from sbeval.tasks import length_gen
 
 FAMILY = "few_shot"
@@ -97,23 +95,18 @@ class Config(length_gen.Config):
             raise InputError(f"--data-dir {self.data_dir} is no folder")
 
 
-def _preset(name: str, **options: Any) -> Config:
-    """Trained as length-gen's preset says, and read to the length that it trains at."""
-    trained = {
-        entry.name: getattr(length_gen.PRESETS[name], entry.name) for entry in dataclasses.fields(length_gen.Config)
-    }
-    return Config(**{**trained, "eval_len": trained["train_len"], "window": (), **options})
-
-
 PRESETS = {
     # a model of 1.3 M parameters and a few items, which say that everything works and nothing else
-    "quick": _preset("quick", limit=20),
-    "small": _preset("small", suites=("linguistic", "commonsense")),
-    "h200": _preset(
-        "h200", suites=("linguistic", "commonsense"), attention=("stick_breaking", "rope", "alibi", "forgetting")
+    "quick": length_gen.preset(Config, "quick", limit=20),
+    "small": length_gen.preset(Config, "small", suites=("linguistic", "commonsense")),
+    "h200": length_gen.preset(
+        Config,
+        "h200",
+        suites=("linguistic", "commonsense"),
+        attention=("stick_breaking", "rope", "alibi", "forgetting"),
     ),
     # the released 1B and 3B models' suite; of which models, --model says
-    "paper": _preset("paper", suites=("paper",), attention=("stick_breaking", "rope"), eval_len=4096),
+    "paper": length_gen.preset(Config, "paper", suites=("paper",), attention=("stick_breaking", "rope"), eval_len=4096),
 }
 
 
@@ -144,9 +137,7 @@ class Cell:
 
     def source(self, progress: Progress) -> str:
         """Digests of the model, or of the text that it is trained on, and of the items."""
-        checkpoint = self.config.checkpoint
-        made_of = length_gen.open_corpus(self.config, progress).digest if checkpoint is None else _digest(checkpoint)
-        return f"{made_of}-{self._benchmark().digest}"
+        return f"{self.trained.origin(progress)[1]}-{self._benchmark().digest}"
 
     def run(self, place: Place, progress: Progress) -> Outcome:
         """Train, unless a checkpoint has it, and ask everything that has no answer yet."""
@@ -154,32 +145,21 @@ class Cell:
         benchmark = self._benchmark()
         config = self.config
         folder = config.checkpoint or str(self.trained.train(place, progress))
-        digest = _digest(folder)
+        digest = pretrained.digest(folder)
         found = _loaded(folder, digest, place.device, self.dtype)
+        subject = self.trained.subject(found, place)
         answers = self._answers(digest, place)
         adapter = _harness().Adapter(
-            self._evaluated(found), self._text(found, progress), length=self._length(found), place=place.device,
+            subject.model, self._text(found, progress), length=self._length(found), place=place.device,
             dtype=self.dtype, batch_tokens=BATCH_TOKENS[place.device.type], answers=answers,
             begin=functools.partial(progress.add, f"ask {self.title}"),
         )  # fmt: skip
         measured = _harness().scores(benchmark, adapter, config.limit)
         answers.close()
-        name, _, options = self.trained.attention.partition(":")
-        own = config.checkpoint is None
-        return Outcome(
-            identity=Identity(
-                family=FAMILY, task=benchmark.name, model=config.size if own else found.name,
-                attention=name if own else found.attention, options=options if own else found.options,
-                params=found.params, train_len=found.train_len or config.train_len, eval_len=adapter.length,
-                seed=self.trained.seed,
-            ),
-            rows=[self._row(score, benchmark, adapter.cut) for score in measured],
-            corpus=length_gen.open_corpus(config, progress).name if own else "",
-            corpus_digest=self.source(progress),
-            tokenizer=config.tokenizer,
-            train_tokens=self.trained.training().tokens if own else 0,
-            backend=registry.method(name).backend_name(place.device.type) if own else found.backend,
-            tokens_per_s=None,
+        return length_gen.outcome(
+            subject, [self._row(score, benchmark, adapter.cut) for score in measured], family=FAMILY,
+            task=benchmark.name, eval_len=adapter.length, seed=self.trained.seed,
+            corpus=self.trained.origin(progress)[0], corpus_digest=self.source(progress), tokenizer=config.tokenizer,
             measured={"lm_eval": _harness().version(), "requests_cut": adapter.cut, "model_digest": digest},
         )  # fmt: skip
 
@@ -204,13 +184,6 @@ class Cell:
             path.unlink(missing_ok=True)
         return Answers(path)
 
-    def _evaluated(self, found: Pretrained) -> Any:
-        """The model; with what only evaluation asks for when it was trained here."""
-        if self.config.checkpoint is not None:
-            return found.model
-        assert isinstance(found.model, model.Decoder)
-        return found.model.evaluated_as(self.trained.attention)
-
     def _length(self, found: Pretrained) -> int:
         """Tokens that the model reads at most; of one that isn't ours no more than its config says it can."""
         own = isinstance(found.model, model.Decoder)
@@ -221,15 +194,8 @@ class Cell:
         config = self.config
         if config.checkpoint is not None and not pretrained.is_own(config.checkpoint):
             return _harness().hub_text(config.checkpoint)
-        if config.checkpoint is None or tokenizer.is_trained(config.tokenizer):
-            ours = length_gen.open_corpus(config, progress).tokenizer
-        else:
-            ours = tokenizer.load(config.tokenizer, cache_dir=Path(platformdirs.user_cache_dir("sbeval")))
-        if ours.vocab_size > found.vocab_size:
-            raise InputError(
-                f"tokenizer {ours.name!r} has {ours.vocab_size} tokens and the model of {config.checkpoint} "
-                f"{found.vocab_size}: give the --tokenizer it was trained with"
-            )
+        ours = length_gen.open_tokenizer(config, progress)
+        found.check_tokenizer(ours, str(config.checkpoint))
         return _harness().PlainText(ours)
 
 
@@ -247,18 +213,15 @@ def cells(config: Config) -> list[Cell]:
         _parse(task)
     found = []
     for trained in models:
+        assert isinstance(trained.config, Config), "it replaces fields of what it is given"
         for index, task in enumerate(tasks):
-            one = dataclasses.replace(config, **_fields(trained.config), tasks=(task,), suites=(), models=())
+            one = dataclasses.replace(trained.config, tasks=(task,), suites=(), models=())
             # the first of a model's cells trains it
             flops = (trained.flops if index == 0 and one.checkpoint is None else 0.0) + _asking(
                 trained, task, config.limit
             )
             found.append(Cell(config=one, flops=flops))
     return found
-
-
-def _fields(config: length_gen.Config) -> dict[str, Any]:
-    return {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(length_gen.Config)}
 
 
 def _asking(trained: length_gen.Cell, task: str, limit: int | None) -> float:
@@ -277,20 +240,6 @@ def _parse(task: str) -> tuple[str, int | None]:
     if not name or (colon and not re.fullmatch("[0-9]{1,3}", shots)):
         raise InputError(f"a task is a name, or name:examples such as mmlu:5; got {task!r}")
     return name, int(shots) if colon else None
-
-
-def _digest(spec: str) -> str:
-    """Sixteen hexadecimal digits that stand for the weights of a model in a folder; of one on the hub its revision."""
-    folder = Path(spec)
-    if not folder.is_dir():
-        return str(_harness().revision(spec))
-    found = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        # the moments of an optimizer are no part of the model
-        if path.is_file() and path.name != "optimizer.safetensors":
-            with path.open("rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,26 +9,27 @@ tokens still predicts well with `eval_len` tokens of context. Every method train
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 import platformdirs
 from rich.table import Table
 
-from sbeval import corpus, model, perplexity, pretrained, registry
+from sbeval import corpus, model, perplexity, pretrained, registry, tokenizer
 from sbeval.batches import Batches
 from sbeval.corpus import Corpus
 from sbeval.errors import InputError, choose
 from sbeval.estimate import Estimate
-from sbeval.model import ModelConfig
+from sbeval.model import Decoder, ModelConfig
 from sbeval.perplexity import PositionLosses, Predictor, Rolling
+from sbeval.pretrained import Pretrained
 from sbeval.progress import Progress
 from sbeval.sweep import LATER, Outcome, Place, timing
 from sbeval.table import Identity, Measurement
-from sbeval.tokenizer import Ids
+from sbeval.tokenizer import Ids, Tokenizer
 from sbeval.train import TrainConfig, Trained, Trainer
 
 FAMILY = "length_gen"
@@ -142,6 +143,15 @@ PRESETS = {
 }  # fmt: skip
 
 
+Kind = TypeVar("Kind", bound=Config)
+
+
+def preset(kind: Callable[..., Kind], name: str, **options: Any) -> Kind:
+    """A preset of a family that asks of models trained as the preset `name` says, and read to their training length."""
+    trained = {entry.name: getattr(PRESETS[name], entry.name) for entry in dataclasses.fields(Config)}
+    return kind(**{**trained, "eval_len": trained["train_len"], "window": (), **options})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
     """A model to evaluate, and what its rows say of it."""
@@ -207,13 +217,9 @@ class Cell:
 
     def training(self) -> TrainConfig:
         config = self.config
-        batch = max(1, config.batch_tokens // config.train_len)
-        micro = config.micro_batch_tokens and max(1, config.micro_batch_tokens // config.train_len)
-        steps = max(1, config.train_tokens // (batch * config.train_len))
-        return TrainConfig(
-            steps=steps, batch=batch, length=config.train_len, micro_batch=micro and min(micro, batch), lr=config.lr,
-            schedule=config.schedule, warmup=max(1, steps // 20), seed=self.seed, dtype=config.dtype,
-        )  # fmt: skip
+        return training_config(
+            config, tokens=config.train_tokens, length=config.train_len, lr=config.lr, seed=self.seed
+        )
 
     def source(self, progress: Progress) -> str:
         """Digest of the tokenized corpus."""
@@ -225,11 +231,32 @@ class Cell:
         # before training: a corpus without documents this long is the user's to change
         windows = _windows(text, self.config)
         subject = self._trained(text, place, progress) if self.config.checkpoint is None else self._loaded(text, place)
-        return self._outcome(text, subject, self._measured(text, windows, subject, place, progress))
+        return outcome(
+            subject, self._measured(text, windows, subject, place, progress), family=FAMILY, task=text.name,
+            eval_len=self.config.eval_len, seed=self.seed, corpus=text.name, corpus_digest=text.digest,
+            tokenizer=text.tokenizer.name, measured=subject.measured,
+        )  # fmt: skip
 
     def train(self, place: Place, progress: Progress) -> Path:
         """Train, unless that is done, and return the checkpoint from which `run` goes on."""
         return self._train(open_corpus(self.config, progress), place, progress)[0]
+
+    def origin(self, progress: Progress) -> tuple[str, str]:
+        """Name and digest of the text that the model is trained on; of one that is there no name, and its digest."""
+        if self.config.checkpoint is not None:
+            return "", pretrained.digest(self.config.checkpoint)
+        text = open_corpus(self.config, progress)
+        return text.name, text.digest
+
+    def subject(self, found: Pretrained, place: Place) -> Subject:
+        """The model as it is evaluated; one that was trained here with what only evaluation asks for."""
+        if self.config.checkpoint is None:
+            assert isinstance(found.model, Decoder)
+            return self._made(found.model, place)
+        return Subject(
+            model=found.model, name=found.name, attention=found.attention, options=found.options, params=found.params,
+            train_len=found.train_len or self.config.train_len, backend=found.backend,
+        )  # fmt: skip
 
     def _train(self, text: Corpus, place: Place, progress: Progress) -> tuple[Path, Trained]:
         trained_as = model.trained_attention(self.attention)
@@ -243,29 +270,25 @@ class Cell:
         task.close()
         return folder, trained
 
-    def _trained(self, text: Corpus, place: Place, progress: Progress) -> Subject:
-        _, trained = self._train(text, place, progress)
+    def _made(self, trained: Decoder, place: Place) -> Subject:
         name, _, options = self.attention.partition(":")
-        evaluated = trained.model.evaluated_as(self.attention)
+        evaluated = trained.evaluated_as(self.attention)
         return Subject(
             model=evaluated, name=self.config.size, attention=name, options=options, params=evaluated.n_parameters(),
             train_len=self.config.train_len, train_tokens=self.training().tokens,
-            backend=registry.method(name).backend_name(place.device.type), tokens_per_s=trained.tokens_per_second,
-            measured=timing(trained),
+            backend=registry.method(name).backend_name(place.device.type),
         )  # fmt: skip
+
+    def _trained(self, text: Corpus, place: Place, progress: Progress) -> Subject:
+        _, trained = self._train(text, place, progress)
+        made = self._made(trained.model, place)
+        return dataclasses.replace(made, tokens_per_s=trained.tokens_per_second, measured=timing(trained))
 
     def _loaded(self, text: Corpus, place: Place) -> Subject:
         assert self.config.checkpoint is not None
         found = pretrained.load(self.config.checkpoint, place.device, self.config.dtype)
-        if text.tokenizer.vocab_size > found.vocab_size:
-            raise InputError(
-                f"tokenizer {text.tokenizer.name!r} has {text.tokenizer.vocab_size} tokens and the model of "
-                f"{self.config.checkpoint} {found.vocab_size}: give the --tokenizer it was trained with"
-            )
-        return Subject(
-            model=found.model, name=found.name, attention=found.attention, options=found.options, params=found.params,
-            train_len=found.train_len or self.config.train_len, backend=found.backend,
-        )  # fmt: skip
+        found.check_tokenizer(text.tokenizer, self.config.checkpoint)
+        return self.subject(found, place)
 
     def _measured(
         self, text: Corpus, windows: list[tuple[int, Ids]], subject: Subject, place: Place, progress: Progress
@@ -290,22 +313,33 @@ class Cell:
             found += windowed_rows(whole, length)
         return found
 
-    def _outcome(self, text: Corpus, subject: Subject, measured: list[Row]) -> Outcome:
-        return Outcome(
-            identity=Identity(
-                family=FAMILY, task=text.name, model=subject.name, attention=subject.attention,
-                options=subject.options, params=subject.params, train_len=subject.train_len,
-                eval_len=self.config.eval_len, seed=self.seed,
-            ),
-            rows=measured,
-            corpus=text.name,
-            corpus_digest=text.digest,
-            tokenizer=text.tokenizer.name,
-            train_tokens=subject.train_tokens,
-            backend=subject.backend,
-            tokens_per_s=subject.tokens_per_s,
-            measured=subject.measured,
-        )  # fmt: skip
+
+def training_config(
+    config: Config, *, tokens: int, length: int, lr: float, seed: int, sparse: bool = False
+) -> TrainConfig:
+    """How a model is trained on so many tokens, `length` at a time."""
+    batch = max(1, config.batch_tokens // length)
+    micro = config.micro_batch_tokens and max(1, config.micro_batch_tokens // length)
+    steps = max(1, tokens // (batch * length))
+    return TrainConfig(
+        steps=steps, batch=batch, length=length, micro_batch=micro and min(micro, batch), lr=lr,
+        schedule=config.schedule, warmup=max(1, steps // 20), seed=seed, dtype=config.dtype, sparse=sparse,
+    )  # fmt: skip
+
+
+def outcome(
+    subject: Subject, rows: Sequence[Measurement], *, family: str, task: str, eval_len: int, seed: int, corpus: str,
+    corpus_digest: str, tokenizer: str, measured: Mapping[str, object],
+) -> Outcome:  # fmt: skip
+    """What a finished cell found of a model."""
+    return Outcome(
+        identity=Identity(
+            family=family, task=task, model=subject.name, attention=subject.attention, options=subject.options,
+            params=subject.params, train_len=subject.train_len, eval_len=eval_len, seed=seed,
+        ),
+        rows=rows, corpus=corpus, corpus_digest=corpus_digest, tokenizer=tokenizer, train_tokens=subject.train_tokens,
+        backend=subject.backend, tokens_per_s=subject.tokens_per_s, measured=measured,
+    )  # fmt: skip
 
 
 def cells(config: Config) -> list[Cell]:
@@ -361,6 +395,13 @@ def open_corpus(config: Config, progress: Progress) -> Corpus:
     )  # fmt: skip
     task.close()
     return text
+
+
+def open_tokenizer(config: Config, progress: Progress) -> Tokenizer:
+    """The tokenizer of a config's models; one that is trained on the corpus comes with it."""
+    if config.checkpoint is None or tokenizer.is_trained(config.tokenizer):
+        return open_corpus(config, progress).tokenizer
+    return tokenizer.load(config.tokenizer, cache_dir=Path(platformdirs.user_cache_dir("sbeval")))
 
 
 def _windows(text: Corpus, config: Config) -> list[tuple[int, Ids]]:

@@ -14,10 +14,8 @@ begins at another sentence, and qa, whose questions are given, is left out.
 
 import dataclasses
 import functools
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +23,7 @@ import platformdirs
 import torch
 from rich.table import Table
 
-from sbeval import checkpoint, estimate, haystack, model, pretrained, registry, ruler, sweep, tokenizer
+from sbeval import checkpoint, estimate, haystack, model, pretrained, ruler, sweep
 from sbeval.errors import InputError, choose
 from sbeval.haystack import Sources
 from sbeval.lessons import Lessons
@@ -35,10 +33,10 @@ from sbeval.progress import Progress
 from sbeval.prompts import LONGEST, SHORTEST, Prompt, Writer
 from sbeval.retrieval import Answered, Samples, ask
 from sbeval.sweep import Outcome, Place
-from sbeval.table import Identity, Measurement
+from sbeval.table import Measurement
 from sbeval.tasks import length_gen
 from sbeval.tokenizer import Tokenizer
-from sbeval.train import TrainConfig, Trainer
+from sbeval.train import Trainer
 
 FAMILY = "needle"
 # tokens of prompts that are read together
@@ -95,31 +93,23 @@ class Config(length_gen.Config):
             raise InputError(f"{lessons[0]} cannot be fine-tuned on: its questions are those of the test")
 
 
-def _preset(name: str, **options: Any) -> Config:
-    """Trained as length-gen's preset says."""
-    trained = {
-        entry.name: getattr(length_gen.PRESETS[name], entry.name) for entry in dataclasses.fields(length_gen.Config)
-    }
-    return Config(**{**trained, "eval_len": trained["train_len"], "window": (), **options})
-
-
 PRESETS = {
     # 1.3 M parameters: all steps in minutes on two cores, and too little training to find a needle
-    "quick": _preset(
-        "quick", tokenizer="bpe:1024", train_len=512, eval_len=512, train_tokens=50 * 4096, batch_tokens=4096,
+    "quick": length_gen.preset(
+        Config, "quick", tokenizer="bpe:1024", train_len=512, eval_len=512, train_tokens=50 * 4096, batch_tokens=4096,
         tasks=("niah_single_1",), lengths=(512, 1024, 2048), samples=20, finetune=100 * 4096, finetune_lr=3e-3,
     ),
-    "small": _preset(
-        "small", lengths=(1024, 2048, 4096, 8192, 16384), samples=100, finetune=200 * 131072
+    "small": length_gen.preset(
+        Config, "small", lengths=(1024, 2048, 4096, 8192, 16384), samples=100, finetune=200 * 131072
     ),
     # the models of length-gen's preset of this name, and two methods more
-    "h200": _preset(
-        "h200", attention=("stick_breaking", "rope", "alibi", "forgetting"),
+    "h200": length_gen.preset(
+        Config, "h200", attention=("stick_breaking", "rope", "alibi", "forgetting"),
         lengths=(1024, 2048, 4096, 8192, 16384), samples=100, finetune=200 * 131072,
     ),
     # RULER as published: all tasks, 500 samples, 4k to 128k, nothing fine-tuned
-    "paper": _preset(
-        "paper", attention=("stick_breaking", "rope"), lengths=tuple(4096 << octave for octave in range(6)),
+    "paper": length_gen.preset(
+        Config, "paper", attention=("stick_breaking", "rope"), lengths=tuple(4096 << octave for octave in range(6)),
     ),
 }  # fmt: skip
 
@@ -156,9 +146,7 @@ class Cell:
 
     def source(self, progress: Progress) -> str:
         """Digests of the text that the model is trained on, or of the model, and of what prompts are filled with."""
-        spec = self.config.checkpoint
-        made_of = length_gen.open_corpus(self.config, progress).digest if spec is None else _digest(spec)
-        return f"{made_of}-{sweep.digest(_sources(self.config).digests)}"
+        return f"{self.trained.origin(progress)[1]}-{sweep.digest(_sources(self.config).digests)}"
 
     def run(self, place: Place, progress: Progress) -> Outcome:
         """Write the prompts, train unless a checkpoint has it, and ask everything that has no answer yet."""
@@ -169,50 +157,29 @@ class Cell:
         for name in config.finetune_tasks:
             writer.prompts(name, self._lesson_len, self.trained.seed, 1, training=True)
         folder = config.checkpoint or str(self.trained.train(place, progress))
-        digest = _digest(folder)
+        digest = pretrained.digest(folder)
         found = _loaded(folder, digest, place.device, self.dtype)
-        if text.vocab_size > found.vocab_size:
-            raise InputError(
-                f"tokenizer {text.name!r} has {text.vocab_size} tokens and the model of {folder} "
-                f"{found.vocab_size}: give the --tokenizer it was trained with"
-            )
+        found.check_tokenizer(text, folder)
         if config.finetune:
             folder = str(self._finetune(found, digest, writer, place, progress))
-            digest = _digest(folder)
+            digest = pretrained.digest(folder)
             found = _loaded(folder, digest, place.device, self.dtype)
+        subject = self.trained.subject(found, place)
         rows: list[Row] = []
         for length, written in prompts.items():
             samples = self._samples(digest, writer.path(self.task, length, config.sample_seed).stem, place)
             known = sum(index in samples.found for index in range(len(written)))
             task = progress.add(f"ask {self.title} at {length}", total=len(written), completed=known)
             answers = ask(
-                self._evaluated(found), written, text, samples, rule=ruler.TASKS[self.task].score,
+                subject.model, written, text, samples, rule=ruler.TASKS[self.task].score,
                 new_tokens=ruler.TASKS[self.task].new_tokens, place=place.device, dtype=self.dtype,
                 batch=max(1, BATCH_TOKENS[place.device.type] // length), advance=task.advance,
             )  # fmt: skip
             task.close()
             rows += measured(answers, length, ruler.TASKS[self.task].new_tokens, config.finetune)
-        return self._outcome(found, text, rows, place, progress)
-
-    def _outcome(
-        self, found: Pretrained, text: Tokenizer, rows: list[Row], place: Place, progress: Progress
-    ) -> Outcome:
-        config, own = self.config, self.config.checkpoint is None
-        name, _, options = self.trained.attention.partition(":")
-        return Outcome(
-            identity=Identity(
-                family=FAMILY, task=self.task, model=config.size if own else found.name,
-                attention=name if own else found.attention, options=options if own else found.options,
-                params=found.params, train_len=found.train_len or config.train_len, eval_len=max(config.lengths),
-                seed=self.trained.seed,
-            ),
-            rows=rows,
-            corpus=length_gen.open_corpus(config, progress).name if own else "",
-            corpus_digest=self.source(progress),
-            tokenizer=text.name,
-            train_tokens=self.trained.training().tokens if own else 0,
-            backend=registry.method(name).backend_name(place.device.type) if own else found.backend,
-            tokens_per_s=None,
+        return length_gen.outcome(
+            subject, rows, family=FAMILY, task=self.task, eval_len=max(config.lengths), seed=self.trained.seed,
+            corpus=self.trained.origin(progress)[0], corpus_digest=self.source(progress), tokenizer=text.name,
             measured={"haystack": _sources(config).digests},
         )  # fmt: skip
 
@@ -221,10 +188,7 @@ class Cell:
         config = self.config
         cache_dir = Path(platformdirs.user_cache_dir("sbeval"))
         ours = config.checkpoint is None or pretrained.is_own(config.checkpoint)
-        if config.checkpoint is None or tokenizer.is_trained(config.tokenizer):
-            text = length_gen.open_corpus(config, progress).tokenizer
-        else:
-            text = tokenizer.load(config.tokenizer, cache_dir=cache_dir)
+        text = length_gen.open_tokenizer(config, progress)
         return text, Writer(text, _sources(config), cache_dir, prefix=() if ours else text.prefix)
 
     def _prompts(self, writer: Writer, length: int, progress: Progress) -> list[Prompt]:
@@ -244,40 +208,27 @@ class Cell:
         config = self.config
         assert isinstance(found.model, Decoder), "no other is fine-tuned"
         length = self._lesson_len
-        batch = max(1, config.batch_tokens // length)
-        micro = config.micro_batch_tokens and min(batch, max(1, config.micro_batch_tokens // length))
-        steps = max(1, config.finetune // (batch * length))
-        training = TrainConfig(
-            steps=steps, batch=batch, length=length, micro_batch=micro, lr=config.finetune_lr,
-            schedule=config.schedule, warmup=max(1, steps // 20), seed=self.trained.seed, dtype=config.dtype,
-            sparse=True,
-        )  # fmt: skip
+        training = length_gen.training_config(
+            config, tokens=config.finetune, length=length, lr=config.finetune_lr, seed=self.trained.seed, sparse=True
+        )
         names = config.finetune_tasks
         kinds = [writer.path(name, length, self.trained.seed, training=True).stem for name in names]
         folder = place.checkpoint([digest, training, kinds])
-        each = -(-steps * batch // len(names))
+        each = -(-training.steps * training.batch // len(names))
         written: list[list[Prompt]] = []
         for name in names:
             task = progress.add(f"write lessons {name} at {length}", total=each)
             written.append(writer.prompts(name, length, self.trained.seed, each, training=True, advance=task.advance))
             task.close()
         lessons = [prompt for together in zip(*written, strict=True) for prompt in together]
-        trainer = Trainer(
-            found.model.config, training, Lessons(lessons, writer.tokenizer, length, batch), folder, place.device
-        )
+        batches = Lessons(lessons, writer.tokenizer, length, training.batch)
+        trainer = Trainer(found.model.config, training, batches, folder, place.device)
         if trainer.state.step == 0:
             trainer.model.load_state_dict(found.model.state_dict())
-        task = progress.add(f"fine-tune {self.trained.title}", steps, completed=trainer.state.step)
+        task = progress.add(f"fine-tune {self.trained.title}", training.steps, completed=trainer.state.step)
         trainer.run(task, log=place.logger(self))
         task.close()
         return folder
-
-    def _evaluated(self, found: Pretrained) -> Any:
-        """The model; with what only evaluation asks for when it was trained here."""
-        if self.config.checkpoint is not None:
-            return found.model
-        assert isinstance(found.model, Decoder)
-        return found.model.evaluated_as(self.trained.attention)
 
     def _samples(self, digest: str, prompts: str, place: Place) -> Samples:
         """What the model of this digest has answered; nothing when it has to be asked again."""
@@ -373,21 +324,6 @@ def _sources(config: Config) -> Sources:
 
 
 _loaded_sources = functools.lru_cache(maxsize=1)(haystack.load)
-
-
-def _digest(spec: str) -> str:
-    """What stands for the weights of a model in a folder; one of the hub is its name."""
-    folder = Path(spec)
-    if not folder.is_dir():
-        return spec
-    folder = checkpoint.find(folder) or folder
-    found = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        # the moments of an optimizer are no part of the model
-        if path.is_file() and path.name != "optimizer.safetensors":
-            with path.open("rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=2)
