@@ -42,17 +42,29 @@ class Place:
     tensorboard: Path | None = None
     world: World = ALONE
     shard: bool = False  # spread weights and optimizer over the processes of `world` while training
-    emptied: set[Path] = field(default_factory=set)  # folders of which `force` has removed what another run left
+    emptied: set[Path] = field(default_factory=set)  # of which `force` has removed what another run left
 
     def checkpoint(self, key: object) -> Path:
         """Folder of the model whose training `key` describes in full; with `force` what it held is removed."""
         folder = self.results_dir / "checkpoints" / digest(key)
-        if self.force and folder not in self.emptied:
-            self.emptied.add(folder)
+        if self._begins_anew(folder):
             if self.world.leads:
                 checkpoint.remove(folder)
             distributed.wait(self.world)
         return folder
+
+    def kept(self, *parts: str) -> Path:
+        """A file that a run which was stopped may have left in the results folder; with `force` it is removed."""
+        path = self.results_dir.joinpath(*parts)
+        if self._begins_anew(path):
+            path.unlink(missing_ok=True)
+        return path
+
+    def _begins_anew(self, path: Path) -> bool:
+        first = self.force and path not in self.emptied
+        if first:
+            self.emptied.add(path)
+        return first
 
     def logger(self, cell: "Cell") -> Callable[[int, dict[str, float]], None] | None:
         """What writes a cell's training to TensorBoard, None unless that was asked for."""

@@ -178,11 +178,7 @@ class Cell:
     def _answers(self, digest: str, place: Place) -> Answers:
         """What the model of this digest has answered; nothing when it has to be asked again."""
         name = sweep.digest([digest, self.config.attention, self.dtype])
-        path = place.results_dir / "answers" / f"{name}.sqlite"
-        if place.force and path not in place.emptied:
-            place.emptied.add(path)
-            path.unlink(missing_ok=True)
-        return Answers(path)
+        return Answers(place.kept("answers", f"{name}.sqlite"))
 
     def _length(self, found: Pretrained) -> int:
         """Tokens that the model reads at most; of one that isn't ours no more than its config says it can."""

@@ -233,11 +233,7 @@ class Cell:
     def _samples(self, digest: str, prompts: str, place: Place) -> Samples:
         """What the model of this digest has answered; nothing when it has to be asked again."""
         name = sweep.digest([digest, self.trained.attention, self.dtype, prompts])
-        path = place.results_dir / "samples" / f"{prompts}-{name}.jsonl"
-        if place.force and path not in place.emptied:
-            place.emptied.add(path)
-            path.unlink(missing_ok=True)
-        return Samples(path)
+        return Samples(place.kept("samples", f"{prompts}-{name}.jsonl"))
 
 
 def measured(answers: list[Answered], length: int, new_tokens: int, finetuned: int) -> list[Row]:
