@@ -17,15 +17,12 @@ from itertools import groupby, islice
 from typing import Any, Protocol, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from torch import Tensor
 
-from sbeval import device, perplexity
+from sbeval import perplexity
 from sbeval.answers import Answers, key
 from sbeval.errors import InputError
 from sbeval.generate import Generator, generate
@@ -257,37 +254,10 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         # a table of positions may end at `length`
         return min(-(-length // PAD) * PAD, max(self.length, length))
 
-    @torch.inference_mode()
     def _forward(self, rows: Sequence[tuple[int, ...]], wanted: Sequence[tuple[int, Sequence[int]]]) -> list[Score]:
         """Scores of (row, targets): the targets are what follows the row's last tokens."""
-        tokens = np.zeros((len(rows), self._padded(len(rows[0]))), dtype=np.int64)
-        for index, row in enumerate(rows):
-            tokens[index, : len(row)] = row
-        counts = np.array([len(targets) for _, targets in wanted])
-        row_of = np.repeat([index for index, _ in wanted], counts)
-        positions = np.concatenate(
-            [np.arange(len(rows[index]) - len(targets), len(rows[index])) for index, targets in wanted]
-        )
-        targets = np.concatenate([np.asarray(targets, dtype=np.int64) for _, targets in wanted])
-        chances, greedy = self._chances(
-            *(torch.from_numpy(x).to(self.place) for x in (tokens, row_of, positions, targets))
-        )
-        starts = np.cumsum(counts) - counts
-        sums = np.add.reduceat(chances, starts)
-        return list(zip(sums.tolist(), np.logical_and.reduceat(greedy, starts).tolist(), strict=True))
-
-    def _chances(
-        self, tokens: Tensor, rows: Tensor, positions: Tensor, targets: Tensor
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-        """Log-probability of each target after its position of its row, and whether it is the likeliest token."""
-        chances, greedy = [], []
-        with device.autocast(self.place, self.dtype):
-            hidden = self.model(tokens)[rows, positions]
-            for part, wanted in zip(hidden.split(perplexity.CHUNK), targets.split(perplexity.CHUNK), strict=True):
-                logits = self.model.logits(part).float()
-                chances.append(-F.cross_entropy(logits, wanted, reduction="none"))
-                greedy.append(logits.argmax(-1) == wanted)
-        return torch.cat(chances).double().cpu().numpy(), torch.cat(greedy).cpu().numpy()
+        width = self._padded(len(rows[0]))
+        return perplexity.endings(self.model, rows, wanted, place=self.place, dtype=self.dtype, width=width)
 
 
 def batched(things: Iterable[bytes], size: int) -> Iterator[list[bytes]]:

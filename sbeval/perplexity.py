@@ -121,6 +121,38 @@ def window_losses(model: Predictor, windows: Tensor, dtype: str) -> Tensor:
     return torch.cat(parts, 1)
 
 
+@torch.inference_mode()
+def endings(
+    model: Predictor, rows: Sequence[Sequence[int]], wanted: Sequence[tuple[int, Sequence[int]]], *,
+    place: torch.device, dtype: str, width: int | None = None,
+) -> list[tuple[float, bool]]:  # fmt: skip
+    """For each (index of a row, targets) the log-probability in nats of the targets, and whether all are the likeliest.
+
+    The targets are what follows the row's last tokens, one each. Rows are padded to `width` at their end, by default to
+    the longest, where nothing that is scored can see it. The head runs at scored positions alone.
+    """
+    tokens = np.zeros((len(rows), width or max(map(len, rows))), dtype=np.int64)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+    counts = np.array([len(targets) for _, targets in wanted])
+    row_of = np.repeat([index for index, _ in wanted], counts)
+    ends = [len(rows[index]) for index, _ in wanted]
+    places = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
+    targets = np.concatenate([np.asarray(targets, dtype=np.int64) for _, targets in wanted])
+    there, row_at, column_at, following = (torch.from_numpy(x).to(place) for x in (tokens, row_of, places, targets))
+    chances, likeliest = [], []
+    with device.autocast(place, dtype):
+        hidden = model(there)[row_at, column_at]
+        for part, of_part in zip(hidden.split(CHUNK), following.split(CHUNK), strict=True):
+            logits = model.logits(part).float()
+            chances.append(-F.cross_entropy(logits, of_part, reduction="none"))
+            likeliest.append(logits.argmax(-1) == of_part)
+    starts = np.cumsum(counts) - counts
+    sums = np.add.reduceat(torch.cat(chances).double().cpu().numpy(), starts)
+    whole = np.logical_and.reduceat(torch.cat(likeliest).cpu().numpy(), starts)
+    return list(zip(sums.tolist(), whole.tolist(), strict=True))
+
+
 def measure(
     model: Predictor,
     windows: Sequence[tuple[int, Tokens]],

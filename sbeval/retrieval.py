@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from sbeval import device
+from sbeval import perplexity
 from sbeval.generate import Generator, generate
 from sbeval.perplexity import Predictor
 from sbeval.prompts import Prompt
@@ -50,33 +49,17 @@ def score(said: str, references: Sequence[str], rule: str) -> float:
     return float(any(found)) if rule == "part" else sum(found) / len(found)
 
 
-@torch.inference_mode()
 def teacher_forced(
     model: Predictor, prompts: Sequence[Prompt], place: torch.device, dtype: str, batch: int
 ) -> list[tuple[float, bool]]:
-    """Log-probability of each reference answer, and whether all its tokens are the likeliest.
-
-    Rows of a batch are padded at their end, where nothing that is scored can see it.
-    """
+    """Log-probability of each reference answer, and whether all its tokens are the likeliest."""
     found: list[tuple[float, bool]] = []
     for start in range(0, len(prompts), batch):
-        rows = prompts[start : start + batch]
+        asked = prompts[start : start + batch]
         # the last token is only predicted
-        texts = [np.concatenate([row.tokens, row.answer[:-1]]).astype(np.int64) for row in rows]
-        tokens = torch.zeros(len(rows), max(map(len, texts)), dtype=torch.int64)
-        for number, text in enumerate(texts):
-            tokens[number, : len(text)] = torch.from_numpy(text)
-        lengths = torch.tensor([len(row.answer) for row in rows])
-        row = torch.arange(len(rows)).repeat_interleave(lengths)
-        ends = [torch.arange(len(text) - len(item.answer), len(text)) for text, item in zip(texts, rows, strict=True)]
-        column = torch.cat(ends)
-        target = torch.from_numpy(np.concatenate([row.answer for row in rows]).astype(np.int64)).to(place)
-        with device.autocast(place, dtype):
-            hidden = model(tokens.to(place))
-            logits = model.logits(hidden[row.to(place), column.to(place)]).float()
-        losses = F.cross_entropy(logits, target, reduction="none").double().cpu().split(lengths.tolist())
-        right = (logits.argmax(-1) == target).cpu().split(lengths.tolist())
-        found += [(-float(loss.sum()), bool(hit.all())) for loss, hit in zip(losses, right, strict=True)]
+        rows = [np.concatenate([prompt.tokens, prompt.answer[:-1]]).tolist() for prompt in asked]
+        answers = [(index, prompt.answer.tolist()) for index, prompt in enumerate(asked)]
+        found += perplexity.endings(model, rows, answers, place=place, dtype=dtype)
     return found
 
 
