@@ -64,7 +64,7 @@ def best_rates(table: pd.DataFrame) -> pd.DataFrame:
     by = ["attention", "options", "kv_pairs", "n_back", *ALWAYS, *others(table)]
     kept = []
     for key, rows in table.groupby(by, dropna=False):
-        if (rates := _ranking(rows)) is not None:
+        if (rates := ranking(rows)) is not None:
             rows = rows[rows["lr"] == rates[0]]
         if rows["lr"].nunique() > 1:
             found = ", ".join(f"{rate:g}" for rate in sorted(rows["lr"].unique()))
@@ -77,8 +77,8 @@ def best_rates(table: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["metric"] == "accuracy"]
 
 
-def _ranking(rows: pd.DataFrame) -> list[float] | None:
-    """Learning rates, the best first; None without validation accuracy."""
+def ranking(rows: pd.DataFrame) -> list[float] | None:
+    """Learning rates of one setting, the best first (see `best_rates`); None without validation accuracy."""
     validation = rows[(rows["metric"] == "validation_accuracy") & (rows["split"] == "all")]
     if validation.empty:
         return None

@@ -94,9 +94,9 @@ class Outcome:
 
     identity: Identity
     rows: Sequence[Measurement]
-    corpus: str
-    corpus_digest: str
-    tokenizer: str
+    corpus: str = ""
+    corpus_digest: str = ""
+    tokenizer: str = ""
     train_tokens: int
     backend: str
     tokens_per_s: float | None

@@ -30,6 +30,7 @@ from sbeval.model import IGNORE, Decoder
 from sbeval.progress import Progress
 from sbeval.recall import Examples, Recall, generate, label
 from sbeval.sweep import Outcome, Place, timing
+from sbeval.synthetic import TEST_SEED, predict
 from sbeval.table import Identity, Measurement
 from sbeval.tasks import mqrar
 from sbeval.train import Trained
@@ -168,7 +169,7 @@ class Cell:
         subject = self._loaded(place) if self.config.checkpoint else self._trained(place, progress)
         shape, config = subject.model.config, self.config
         task = Recall(vocab_size=shape.vocab_size, seq_len=config.seq_len, kv_pairs=config.kv_pairs)
-        examples = generate(task, mqrar.TEST_SEED, torch.arange(config.test_rows, device=place.device))
+        examples = generate(task, TEST_SEED, torch.arange(config.test_rows, device=place.device))
         sizes: dict[str, Any] = {
             "kv_pairs": task.kv_pairs, "seq_len": task.seq_len, "vocab_size": task.vocab_size, "width": shape.width,
             "layers": shape.layers, "heads": shape.heads, "lr": subject.lr,
@@ -177,7 +178,7 @@ class Cell:
         drawn = chosen(examples, config.example)
         found = [
             Row(metric="accuracy", unit="1", value=score.value, stderr=score.stderr, n=score.n, **factors, **sizes)
-            for score, factors in mqrar.accuracies(examples, mqrar.predict(subject.model, examples, config.dtype))
+            for score, factors in mqrar.accuracies(examples, predict(subject.model, examples, config.dtype))
             if "split" in factors
         ]
         found += [Row(**row, **sizes) for row in shares(subject.model.eval(), examples, task)]
@@ -206,9 +207,6 @@ class Cell:
                 seed=config.seeds[0],
             ),
             rows=found,
-            corpus="",
-            corpus_digest="",
-            tokenizer="",
             train_tokens=trained.state.step * config.batch * config.seq_len if trained else 0,
             backend=registry.method(name).backend_name(place.device.type),
             tokens_per_s=trained.tokens_per_second if trained else None,

@@ -14,7 +14,8 @@ figures stand beside ours. How PaTH trained is not known here: learning rates, b
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +24,16 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sbeval import counter, estimate, model, registry
-from sbeval.checkpoint import State
+from sbeval import counter, estimate, model, synthetic
 from sbeval.errors import InputError
 from sbeval.estimate import Estimate
 from sbeval.model import IGNORE, Decoder, ModelConfig
 from sbeval.progress import Progress
 from sbeval.published import FLIP_FLOP, FLIP_FLOP_SOURCE
-from sbeval.sweep import Outcome, Place, timing
-from sbeval.table import Identity, Measurement
-from sbeval.tasks.mqrar import METHODS, TEST_SEED, TRAIN_SEED, VALIDATION_SEED, predict
-from sbeval.train import TrainConfig, Trained, Trainer
+from sbeval.sweep import Outcome, Place
+from sbeval.synthetic import METHODS, TEST_SEED, TRAIN_SEED, VALIDATION_SEED, Scores, predict
+from sbeval.table import Measurement
+from sbeval.train import TrainConfig, Trained
 
 FAMILY = "flip_flop"
 # tokens: the bits 0 and 1, then the instructions
@@ -204,20 +204,15 @@ class Cell:
 
     def run(self, place: Place, progress: Progress) -> Outcome:
         """Train until no validation error is left, none fewer came for long, or out of steps; then test."""
-        config, training = self.config, self.training()
+        config = self.config
         validation = self._examples(config.p_ignore, VALIDATION_SEED, max(1, config.test_rows // 3), place)
         # validation decides when training ends
         ending = [config.p_ignore, config.stop_error, config.patience, len(validation.tokens)]
-        folder = place.checkpoint([FAMILY, self.model(), training, *ending])
-        trainer = Trainer(self.model(), training, Batches(config, place.device), folder, place.device)
-
-        def decided(decoder: Decoder, state: State) -> bool:
-            state.scores.append((state.step, self._error(decoder, validation).value))
-            return status(config, state.scores) != "budget"
-
-        task = progress.add(f"train {self.title}", total=training.steps, completed=trainer.state.step)
-        trained = trainer.run(task, stop=decided, log=place.logger(self))
-        task.close()
+        folder = place.checkpoint([FAMILY, self.model(), self.training(), *ending])
+        trained = synthetic.train(
+            self, folder, Batches(config, place.device), lambda decoder: self._error(decoder, validation).value,
+            functools.partial(status, config), place, progress,
+        )  # fmt: skip
         found = self._rows(trained.model, validation, "validation", config.p_ignore)[:1]
         for test, p_ignore in zip(TESTS, (config.p_ignore, config.p_sparse, config.p_dense), strict=True):
             found += self._rows(
@@ -254,24 +249,7 @@ class Cell:
         }  # fmt: skip
 
     def _outcome(self, found: list[Row], place: Place, trained: Trained | None = None) -> Outcome:
-        config = self.config
-        name, _, options = self.attention.partition(":")
-        with torch.device("meta"):
-            params = Decoder(self.model()).n_parameters()
-        return Outcome(
-            identity=Identity(
-                family=FAMILY, task=FAMILY, model=f"{config.layers}x{config.width}", attention=name, options=options,
-                params=params, train_len=config.seq_len, eval_len=config.seq_len, seed=config.seeds[0],
-            ),
-            rows=found,
-            corpus="",
-            corpus_digest="",
-            tokenizer="",
-            train_tokens=trained.state.step * config.batch * config.seq_len if trained else 0,
-            backend=registry.method(name).backend_name(place.device.type),
-            tokens_per_s=trained.tokens_per_second if trained else None,
-            measured={"validation_error": trained.state.scores, **timing(trained)} if trained else {},
-        )  # fmt: skip
+        return synthetic.outcome(self, found, place, "validation_error", trained)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +265,7 @@ class Batches:
         return generate(config.seq_len, config.p_ignore, TRAIN_SEED + config.seeds[0], rows)
 
 
-def status(config: Config, scores: Sequence[tuple[int, float]]) -> str:
+def status(config: Config, scores: Scores) -> str:
     """How training stands after these looks at validation, (step, error rate): `solved`, `plateau` or `budget`."""
     if not scores:
         return "budget"

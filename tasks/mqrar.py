@@ -19,7 +19,7 @@ For keys 1 2 and values 5 ... 8, N = 2, with labels under the tokens (loss and l
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,25 +28,22 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sbeval import counter, device, estimate, model, registry
-from sbeval.checkpoint import State
+from sbeval import counter, estimate, model, synthetic
 from sbeval.errors import InputError
 from sbeval.estimate import Estimate
-from sbeval.model import IGNORE, Decoder, ModelConfig
+from sbeval.model import IGNORE, ModelConfig
 from sbeval.progress import Progress
 from sbeval.recall import Examples, Recall, generate, label
-from sbeval.sweep import LATER, Outcome, Place, timing
-from sbeval.table import Identity, Measurement
-from sbeval.train import Batch, TrainConfig, Trained, Trainer
+from sbeval.sweep import LATER, Outcome, Place
+from sbeval.synthetic import METHODS, TEST_SEED, TRAIN_SEED, VALIDATION_SEED, Scores, predict
+from sbeval.table import Measurement
+from sbeval.train import TrainConfig, Trained
 
 __all__ = ["Examples", "Recall", "generate", "label"]
 
 FAMILY = "mqrar"
-# the author's test seed; validation and training draw elsewhere
-TEST_SEED, VALIDATION_SEED, TRAIN_SEED = 10, 1 << 40, 1 << 41
 # a stream that no example draws from: the order of a stored set
 ORDER = 1 << 20
-EVAL_ROWS = 256
 # accuracy that counts as progress
 GAIN = 0.005
 
@@ -143,7 +140,6 @@ class Config:
         )  # fmt: skip
 
 
-METHODS = ("stick_breaking", "rope", "nope", "alibi", "forgetting")
 # the author's: four from 1e-4 to 1e-2, evenly in the logarithm
 RATES = (1e-4, 4.64e-4, 2.15e-3, 1e-2)
 # the author's length and width at a vocabulary that decides cells in seconds; the paper's is 8192
@@ -249,22 +245,16 @@ class Cell:
 
     def trained(self, place: Place, progress: Progress) -> Trained:
         """Train until solved, without progress or out of steps, unless a checkpoint has that model."""
-        config, training = self.config, self.training()
+        config = self.config
         validation = self._validation(place)
         # validation decides when training ends
         ending = [config.stop_accuracy, config.patience, len(validation.tokens)]
-        folder = place.checkpoint([self.model(), training, self.task, config.stored_rows, *ending])
-        trainer = Trainer(self.model(), training, Batches(self, place.device), folder, place.device)
-
-        def decided(decoder: Decoder, state: State) -> bool:
-            correct = predict(decoder, validation, config.dtype)
-            state.scores.append((state.step, _accuracy(validation, correct)))
-            return status(config, state.scores) != "budget"
-
-        task = progress.add(f"train {self.title}", total=training.steps, completed=trainer.state.step)
-        trained = trainer.run(task, stop=decided, log=place.logger(self))
-        task.close()
-        return trained
+        folder = place.checkpoint([self.model(), self.training(), self.task, config.stored_rows, *ending])
+        return synthetic.train(
+            self, folder, Batches(self, place.device),
+            lambda decoder: _accuracy(validation, predict(decoder, validation, config.dtype)),
+            functools.partial(status, config), place, progress,
+        )  # fmt: skip
 
     def _validation(self, place: Place) -> Examples:
         return _held_out(self.task, VALIDATION_SEED, max(1, self.config.test_rows // 3), place.device)
@@ -297,27 +287,10 @@ class Cell:
         }  # fmt: skip
 
     def _outcome(self, found: list[Row], place: Place, trained: Trained | None = None) -> Outcome:
-        name, _, options = self.attention.partition(":")
-        config = self.config
-        with torch.device("meta"):
-            params = Decoder(self.model()).n_parameters()
-        return Outcome(
-            identity=Identity(
-                family=FAMILY, task=FAMILY, model=f"{config.layers}x{config.widths[0]}", attention=name,
-                options=options, params=params, train_len=config.seq_len, eval_len=config.seq_len, seed=config.seeds[0],
-            ),
-            rows=found,
-            corpus="",
-            corpus_digest="",
-            tokenizer="",
-            train_tokens=trained.state.step * config.batch * config.seq_len if trained else 0,
-            backend=registry.method(name).backend_name(place.device.type),
-            tokens_per_s=trained.tokens_per_second if trained else None,
-            measured={"validation_accuracy": trained.state.scores, **timing(trained)} if trained else {},
-        )  # fmt: skip
+        return synthetic.outcome(self, found, place, "validation_accuracy", trained)
 
 
-def status(config: Config, scores: Sequence[tuple[int, float]]) -> str:
+def status(config: Config, scores: Scores) -> str:
     """How training stands after these looks at validation, (step, accuracy): `solved`, `plateau`, or `budget` while
     neither is so."""
     best, since = 0.0, 0
@@ -363,21 +336,6 @@ def _held_out(task: Recall, seed: int, rows: int, place: torch.device) -> Exampl
 
 def _accuracy(examples: Examples, correct: Tensor) -> float:
     return correct[examples.targets != IGNORE].float().mean().item()
-
-
-@torch.inference_mode()
-def predict(decoder: Decoder, examples: Batch, dtype: str) -> Tensor:
-    """Whether the most likely token is the label, (B, L) bool; false where there is no label."""
-    decoder.eval()
-    with device.autocast(examples.tokens.device, dtype):
-        parts = []
-        for tokens, targets in zip(examples.tokens.split(EVAL_ROWS), examples.targets.split(EVAL_ROWS), strict=True):
-            correct = torch.zeros_like(targets, dtype=torch.bool)
-            scored = targets != IGNORE
-            correct[scored] = decoder.logits(decoder(tokens)[scored]).argmax(-1) == targets[scored]
-            parts.append(correct)
-    decoder.train()
-    return torch.cat(parts)
 
 
 def accuracies(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, dict[str, Any]]]:
@@ -435,6 +393,9 @@ def more(config: Config, results: pd.DataFrame | None) -> list[Cell]:
 
 
 def _best_rate(cell: Cell, seed: int, results: pd.DataFrame) -> float | None:
+    # the rule of the figure, which needs matplotlib
+    from sbeval.plots.mqrar import ranking
+
     name, _, options = cell.attention.partition(":")
     config = cell.config
     mine = results[
@@ -442,11 +403,8 @@ def _best_rate(cell: Cell, seed: int, results: pd.DataFrame) -> float | None:
         & (results["kv_pairs"] == config.kv_pairs[0]) & (results["width"] == config.widths[0])
         & (results["n_back"] == config.n_back[0])
     ]  # fmt: skip
-    by_rate = {metric: rows.set_index("lr")["value"] for metric, rows in mine.groupby("metric")}
-    if "validation_accuracy" not in by_rate:
-        return None
-    scores, steps = by_rate["validation_accuracy"], by_rate["steps"]
-    return float(max(scores.index, key=lambda rate: (scores[rate], -steps[rate], -rate)))
+    rates = ranking(mine)
+    return rates[0] if rates else None
 
 
 def _settings(config: Config) -> list[Cell]:

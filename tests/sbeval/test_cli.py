@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sbeval import cli, table
+from sbeval import cli, synthetic, table
 from sbeval.tasks import length_gen, mqrar
 from sbeval.train import Trainer
 
@@ -117,7 +117,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         pytest.fail("it went on to train")
 
-    for module in (length_gen, mqrar):
+    for module in (length_gen, synthetic):
         monkeypatch.setattr(module, "Trainer", refuse)
 
 

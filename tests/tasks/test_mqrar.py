@@ -21,6 +21,7 @@ from sbeval.errors import InputError
 from sbeval.model import IGNORE
 from sbeval.progress import Progress
 from sbeval.sweep import Place
+from sbeval.synthetic import TEST_SEED, VALIDATION_SEED
 from sbeval.tasks import mqrar
 from sbeval.tasks.mqrar import Examples, Recall, generate
 
@@ -172,9 +173,7 @@ def test_training_validation_and_test_draw_apart() -> None:
         return mqrar.Batches(cell, torch.device("cpu"))
 
     task = batches(0, "rope").task
-    held_out = [
-        mqrar._held_out(task, seed, 64, torch.device("cpu")) for seed in (mqrar.TEST_SEED, mqrar.VALIDATION_SEED)
-    ]
+    held_out = [mqrar._held_out(task, seed, 64, torch.device("cpu")) for seed in (TEST_SEED, VALIDATION_SEED)]
     apart = [batches(0, "rope")[0], batches(1, "rope")[0], *held_out]
     for one, other in itertools.combinations(apart, 2):
         assert one.tokens.shape == other.tokens.shape and not torch.equal(one.tokens, other.tokens)
@@ -308,7 +307,7 @@ def test_how_training_stands() -> None:
 def found(rate: float, validation: float, steps: int, test: float, seed: int = 0) -> list[dict[str, object]]:
     same = {
         "attention": "rope", "options": "", "seed": seed, "kv_pairs": 8, "width": 64, "n_back": 1, "lr": rate,
-        "vocab_size": 128,
+        "vocab_size": 128, "split": "all",
     }  # fmt: skip
     values = {"validation_accuracy": validation, "steps": steps, "accuracy": test}
     return [same | {"metric": metric, "value": value} for metric, value in values.items()]

@@ -1,0 +1,88 @@
+"""What families have in common whose examples are generated: seeds, training until a look at validation ends it, and
+what a finished cell says of its model."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sbeval import device, registry, sweep
+from sbeval.checkpoint import State
+from sbeval.model import IGNORE, Decoder, ModelConfig
+from sbeval.progress import Progress
+from sbeval.sweep import Outcome, Place, timing
+from sbeval.table import Identity, Measurement
+from sbeval.train import Batch, Batches, TrainConfig, Trained, Trainer
+
+METHODS = ("stick_breaking", "rope", "nope", "alibi", "forgetting")
+# the test seed is that of the public code of the paper's first author; validation and training draw elsewhere
+TEST_SEED, VALIDATION_SEED, TRAIN_SEED = 10, 1 << 40, 1 << 41
+EVAL_ROWS = 256
+
+# looks at validation: (step, score)
+Scores = Sequence[tuple[int, float]]
+
+
+class Cell(sweep.Cell, Protocol):
+    """A cell that trains one model."""
+
+    @property
+    def attention(self) -> str: ...
+
+    def model(self) -> ModelConfig: ...
+
+    def training(self) -> TrainConfig: ...
+
+
+def train(
+    cell: Cell, folder: Path, batches: Batches, look: Callable[[Decoder], float], status: Callable[[Scores], str],
+    place: Place, progress: Progress,
+) -> Trained:  # fmt: skip
+    """Train until `status` of all looks says anything but `budget`, or out of steps, unless `folder` has that model."""
+    training = cell.training()
+    trainer = Trainer(cell.model(), training, batches, folder, place.device)
+
+    def decided(decoder: Decoder, state: State) -> bool:
+        state.scores.append((state.step, look(decoder)))
+        return status(state.scores) != "budget"
+
+    task = progress.add(f"train {cell.title}", total=training.steps, completed=trainer.state.step)
+    trained = trainer.run(task, stop=decided, log=place.logger(cell))
+    task.close()
+    return trained
+
+
+def outcome(cell: Cell, rows: Sequence[Measurement], place: Place, looks: str, trained: Trained | None) -> Outcome:
+    """What a cell found; without a model, what it says instead. looks: what the run file calls those at validation."""
+    shape, training = cell.model(), cell.training()
+    name, _, options = cell.attention.partition(":")
+    with torch.device("meta"):
+        params = Decoder(shape).n_parameters()
+    return Outcome(
+        identity=Identity(
+            family=cell.family, task=cell.family, model=f"{shape.layers}x{shape.width}", attention=name,
+            options=options, params=params, train_len=training.length, eval_len=training.length, seed=training.seed,
+        ),
+        rows=rows,
+        train_tokens=trained.state.step * training.batch * training.length if trained else 0,
+        backend=registry.method(name).backend_name(place.device.type),
+        tokens_per_s=trained.tokens_per_second if trained else None,
+        measured={looks: trained.state.scores, **timing(trained)} if trained else {},
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def predict(decoder: Decoder, examples: Batch, dtype: str) -> Tensor:
+    """Whether the most likely token is the label, (B, L) bool; false where there is no label."""
+    decoder.eval()
+    with device.autocast(examples.tokens.device, dtype):
+        parts = []
+        for tokens, targets in zip(examples.tokens.split(EVAL_ROWS), examples.targets.split(EVAL_ROWS), strict=True):
+            correct = torch.zeros_like(targets, dtype=torch.bool)
+            scored = targets != IGNORE
+            correct[scored] = decoder.logits(decoder(tokens)[scored]).argmax(-1) == targets[scored]
+            parts.append(correct)
+    decoder.train()
+    return torch.cat(parts)
