@@ -75,8 +75,7 @@ def _tests(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]
     for place, (method, look) in enumerate(looks.items()):
         spread = style.spread(style.method(rows, method), ["test"]).set_index("test").reindex(list(TESTS)).dropna()
         x = np.array([list(TESTS).index(str(test)) for test in spread.index]) - 0.4 + (place + 0.5) * width
-        low, high = spread["low"].clip(lower=0), spread["high"].clip(upper=1)
-        axis.vlines(x, low, high, color=look.colour, linewidth=1.2)
+        style.bars(axis, x, spread, look, width=1.2)
         axis.plot(x, spread["mean"], label=look.label, **look.line() | {"linestyle": "none"})
         if method[0] in FLIP_FLOP and not method[1]:
             published = [FLIP_FLOP[method[0]][str(test)] for test in spread.index]
@@ -111,14 +110,7 @@ def _distances(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.L
     style.label(axis, "instructions since the write (sparse test)", "")
     rows = numbers(rows, ["distance_start", "distance_end"])
     rows = rows.assign(x=np.sqrt(rows["distance_start"] * (rows["distance_end"] - 1)))
-    spreads = []
-    for method, look in looks.items():
-        spread = style.spread(style.method(rows, method), ["x"])
-        axis.plot(spread["x"], spread["mean"], label=look.label, **look.line())
-        axis.fill_between(
-            spread["x"], spread["low"].clip(lower=0), spread["high"], color=look.colour, alpha=0.2, linewidth=0
-        )
-        spreads.append(spread)
+    spreads = style.bands(axis, rows, looks)
     style.ticks(axis, sorted(rows["distance_start"].unique()))
     return spreads
 

@@ -118,7 +118,7 @@ def _overall(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Loo
         spread = style.spread(style.method(rows, method), [x])
         # with a single number of pairs the methods would lie on one another
         at = spread[x] * 2 ** (_dodge(place, len(looks)) if len(counts) == 1 else 0)
-        _bars(axis, at, spread, look)
+        style.bars(axis, at, spread, look)
         axis.plot(at, spread["mean"], label=look.label, **look.line())
         spreads.append(spread)
     style.ticks(axis, counts)
@@ -145,7 +145,7 @@ def _pairs(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]
             middle = counts.index(count) + _dodge(place, len(looks))
             ats = spread["split"].map({"fresh": middle - half, "stale": middle + half})
             axis.plot(ats, spread["mean"], color=look.colour, linewidth=1.0, zorder=2)
-            _bars(axis, ats, spread, look)
+            style.bars(axis, ats, spread, look)
             for at, split, mean in zip(ats, spread["split"], spread["mean"], strict=True):
                 axis.plot([at], [mean], label=f"{look.label}, {split}", **look.line() | _fill(split, look.colour))
             spreads.append(spread)
@@ -157,11 +157,6 @@ def _pairs(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]
     dot: dict[str, Any] = {"color": style.MARK, "marker": "o", "markersize": 4, "linestyle": "none"}
     style.key(axis, [Line2D([], [], label=KINDS[kind], **dot | _fill(kind, style.MARK)) for kind in KINDS])
     return spreads
-
-
-def _bars(axis: Axes, x: "pd.Series[float]", spread: pd.DataFrame, look: style.Look) -> None:
-    """Draw the spread as upright bars, within what an accuracy can be."""
-    axis.vlines(x, spread["low"].clip(lower=0), spread["high"].clip(upper=1), color=look.colour, linewidth=1.0)
 
 
 def _fill(kind: str, colour: str) -> dict[str, Any]:

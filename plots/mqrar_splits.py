@@ -56,12 +56,4 @@ def _lines(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]
     if rows.empty:
         axis.set_axis_off()
         return []
-    rows = rows[rows["n"] >= FEWEST]
-    spreads = []
-    for method, look in looks.items():
-        spread = style.spread(style.method(rows, method), ["x"])
-        low, high = spread["low"].clip(lower=0), spread["high"].clip(upper=1)
-        axis.plot(spread["x"], spread["mean"], label=look.label, **look.line())
-        axis.fill_between(spread["x"], low, high, color=look.colour, alpha=0.2, linewidth=0)
-        spreads.append(spread)
-    return spreads
+    return style.bands(axis, rows[rows["n"] >= FEWEST], looks)

@@ -37,12 +37,7 @@ def draw(table: pd.DataFrame) -> Figure:
     """
     table = rows(table)
     looks = style.looks(table)
-    grids = [
-        (f"{title}{': ' if title else ''}{name}", some[some["metric"] == metric])
-        for title, some in style.panels(table, ALWAYS, OTHERS)
-        for metric, name in METRICS.items()
-        if (some["metric"] == metric).any()
-    ]
+    grids = settings(table)
     heights = [math.ceil((1 + some["task"].nunique()) / ACROSS) for _, some in grids]
     figure, lines = style.grid(sum(heights), ACROSS)
     axes = [axis for line in lines for axis in line]
@@ -57,6 +52,16 @@ def draw(table: pd.DataFrame) -> Figure:
             axis.set_axis_off()
     style.finish(figure, [look.handle() for look in looks.values()], style.explain(spreads, "bars", "samples"))
     return figure
+
+
+def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Title and rows of each setting and metric of a table."""
+    return [
+        (f"{title}{': ' if title else ''}{name}", some[some["metric"] == metric])
+        for title, some in style.panels(table, ALWAYS, OTHERS)
+        for metric, name in METRICS.items()
+        if (some["metric"] == metric).any()
+    ]
 
 
 def rows(table: pd.DataFrame) -> pd.DataFrame:
@@ -80,17 +85,13 @@ def mean(some: pd.DataFrame) -> pd.DataFrame:
 
 
 def _lines(axis: Axes, task: str, some: pd.DataFrame, looks: dict[style.Method, style.Look]) -> list[pd.DataFrame]:
-    axis.annotate(
-        task, (0.5, 1.0), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points", ha="center",
-        fontsize=style.SMALL_PT,
-    )  # fmt: skip
+    style.subtitle(axis, task)
     spreads = []
     for method, look in looks.items():
         spread = style.spread(style.method(some, method), ["length"])
         if spread.empty:
             continue
-        low, high = spread["low"].clip(lower=0), spread["high"].clip(upper=1)
-        axis.vlines(spread["length"], low, high, color=look.colour, linewidth=1.0)
+        style.bars(axis, spread["length"], spread, look)
         axis.plot(spread["length"], spread["mean"], label=look.label, **look.line())
         spreads.append(spread)
     if spreads:

@@ -9,14 +9,12 @@ from matplotlib.figure import Figure
 
 from sbeval.errors import InputError
 from sbeval.plots import style
+from sbeval.plots.needle import ALWAYS, METRICS, OTHERS, TABLE, settings
 from sbeval.table import numbers
 
-TABLE = "needle"
-ALWAYS = ("model", "train_len", "finetune_tokens")
-OTHERS = ("tokenizer", "preset", "corpus", "train_tokens", "dtype")
 FACTORS = ("length", "depth_start", "depth_end")
 COLUMNS = ("attention", "options", "seed", "task", "metric", "value", *FACTORS, *ALWAYS, *OTHERS)
-METRICS = {"score": "score of what is said", "greedy": "greedy decoding is right"}
+__all__ = ["COLUMNS", "TABLE", "draw"]
 # readable in grey and by colour-blind readers
 COLOURS = "viridis"
 
@@ -31,12 +29,7 @@ def draw(table: pd.DataFrame) -> Figure:
         raise InputError("there are no rows with a depth to draw: tasks with a single needle have them")
     table = numbers(table, [*FACTORS, "train_len", "finetune_tokens"])
     looks = style.looks(table)
-    grids = [
-        (f"{title}{': ' if title else ''}{name}", some[some["metric"] == metric])
-        for title, some in style.panels(table, ALWAYS, OTHERS)
-        for metric, name in METRICS.items()
-        if (some["metric"] == metric).any()
-    ]
+    grids = settings(table)
     figure, axes = style.grid(len(grids), len(looks))
     for row, (title, some) in enumerate(grids):
         for column, (method, look) in enumerate(looks.items()):
@@ -56,10 +49,7 @@ def _map(axis: Axes, some: pd.DataFrame, label: str, *, first: bool) -> None:
     if some.empty:
         axis.set_axis_off()
         return
-    axis.annotate(
-        label, (0.5, 1.0), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points", ha="center",
-        fontsize=style.SMALL_PT,
-    )  # fmt: skip
+    style.subtitle(axis, label)
     lengths = sorted(some["length"].unique())
     width = int((some["depth_end"] - some["depth_start"]).iloc[0])
     starts = range(0, 100, width)

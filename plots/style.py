@@ -223,6 +223,31 @@ def heading(axis: Axes, text: str, columns: int) -> None:
     ).set_in_layout(False)  # fmt: skip
 
 
+def subtitle(axis: Axes, text: str) -> None:
+    """Say above a panel, in small print, which of its row it is."""
+    axis.annotate(
+        text, (0.5, 1.0), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points", ha="center",
+        fontsize=SMALL_PT,
+    )  # fmt: skip
+
+
+def bars(axis: Axes, x: Any, spread: pd.DataFrame, look: Look, width: float = 1.0) -> None:
+    """Draw a spread as upright bars, within 0 and 1: what is drawn is a share."""
+    axis.vlines(x, spread["low"].clip(lower=0), spread["high"].clip(upper=1), color=look.colour, linewidth=width)
+
+
+def bands(axis: Axes, rows: pd.DataFrame, looks: dict[Method, Look]) -> list[pd.DataFrame]:
+    """Draw a line of `value` by `x` and a band, within 0 and 1, for each method; return their spreads."""
+    spreads = []
+    for of, look in looks.items():
+        found = spread(method(rows, of), ["x"])
+        axis.plot(found["x"], found["mean"], label=look.label, **look.line())
+        low, high = found["low"].clip(lower=0), found["high"].clip(upper=1)
+        axis.fill_between(found["x"], low, high, color=look.colour, alpha=0.2, linewidth=0)
+        spreads.append(found)
+    return spreads
+
+
 def finish(figure: Figure, handles: Sequence[Any], note: str) -> None:
     """Put the legend above the panels, where it covers no data, and the note below them."""
     lines = math.ceil(len(handles) / 4)
