@@ -27,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from sbeval import checkpoint, sources
 from sbeval.cache import Cache
 from sbeval.errors import InputError
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder, ModelConfig, padded_vocabulary
 from sbeval.tokenizer import Tokenizer, is_trained, load
 
 
@@ -240,7 +240,7 @@ def export(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
         raise InputError(f"{out} is there and not empty: name another folder")
     decoder = checkpoint.load_model(folder)
     size = decoder.config.vocab_size
-    if tokenizer is not None and tokenizer.vocab_size != size:
+    if tokenizer is not None and size not in (tokenizer.vocab_size, padded_vocabulary(tokenizer.vocab_size)):
         raise InputError(
             f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens and the model of {folder} {size}: "
             "give the --tokenizer it was trained with"

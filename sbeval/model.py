@@ -104,6 +104,14 @@ SIZES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def padded_vocabulary(tokens: int) -> int:
+    """Size of the embedding that is trained for a tokenizer of so many tokens.
+
+    A product of odd size leaves the tensor cores' fast path; surplus tokens never occur, and are never predicted.
+    """
+    return tokens if tokens < 1024 else -(-tokens // 64) * 64
+
+
 def named(size: str, *, vocab_size: int, attention: str) -> ModelConfig:
     """Config of the size called `size`; InputError offers the nearest name."""
     return ModelConfig(vocab_size=vocab_size, attention=attention, **SIZES[choose("model size", size, SIZES)])

@@ -211,8 +211,7 @@ class Cell:
         return train + sum(model.flops_per_token(shape, length) * tokens for length, tokens in read.items())
 
     def model(self, vocab_size: int) -> ModelConfig:
-        # a product of odd size leaves the tensor cores' fast path; surplus tokens never occur, and are never predicted
-        padded = vocab_size if vocab_size < 1024 else -(-vocab_size // 64) * 64
+        padded = model.padded_vocabulary(vocab_size)
         return model.named(self.config.size, vocab_size=padded, attention=self.attention)
 
     def training(self) -> TrainConfig:

@@ -159,6 +159,17 @@ def test_tokenizers_that_do_not_fit_are_errors(saved: Path, tmp_path: Path) -> N
     assert hf.tokenizer_of("none", None, "text") is None and not (tmp_path / "out").exists()
 
 
+def test_a_vocabulary_that_training_padded_is_that_of_its_tokenizer(tmp_path: Path) -> None:
+    ours = tokenizer.Bytes()
+    ours.vocab_size = 1030
+    checkpoint.save(tmp_path / "padded", decoder(vocab_size=1088), checkpoint.State())
+    hf.export(tmp_path / "padded", tmp_path / "out", ours)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 1088
+    checkpoint.save(tmp_path / "other", decoder(vocab_size=1152), checkpoint.State())
+    with pytest.raises(InputError, match="'bytes' has 1030 tokens and the model of .* 1152"):
+        hf.export(tmp_path / "other", tmp_path / "out2", ours)
+
+
 def test_the_command(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "below" / "out"
     cli.export(saved, out, tokenizer="bytes")
