@@ -162,7 +162,7 @@ class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
         return self._read(tokens, real, _lengths(real))
 
     def _read(self, tokens: Tensor, real: Tensor, lengths: list[int]) -> tuple[Tensor, Past]:
-        self._check_positions(max(lengths))
+        self.decoder.check_positions(max(lengths))
         past = Past(lengths, room=0, layers=self.decoder.config.layers, device=tokens.device)
         return _unpacked(self.decoder.extend(tokens[real][None], past)[0], real), past
 
@@ -173,15 +173,11 @@ class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
             raise InputError("what continues a cache can't be padded")
         steps = []
         for token in tokens.split(1, 1):
-            self._check_positions(past.rows.length + 1)
+            self.decoder.check_positions(past.rows.length + 1)
             if past.rows.length == past.rows.capacity:
                 past.grow(max(64, past.rows.capacity // 4))
             steps.append(self.decoder.extend(token, past))
         return torch.cat(steps, 1)
-
-    def _check_positions(self, length: int) -> None:
-        if self.decoder.positions is not None and length > self.decoder.config.positions:
-            raise InputError(f"{length} tokens exceed the model's {self.decoder.config.positions} positions")
 
 
 def _lengths(real: Tensor, *also: str) -> list[int]:

@@ -270,8 +270,7 @@ class Decoder(nn.Module):
         """
         x = self.embedding(tokens) * self.config.m_emb
         if self.positions is not None:
-            if tokens.shape[1] > self.config.positions:
-                raise InputError(f"{tokens.shape[1]} tokens exceed the model's {self.config.positions} positions")
+            self.check_positions(tokens.shape[1])
             x = x + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         x = F.dropout(x, self.config.dropout, self.training)
         if cu_seqlens is not None:
@@ -304,6 +303,11 @@ class Decoder(nn.Module):
         cache.advance()
         out: Tensor = self.norm(x)
         return out
+
+    def check_positions(self, length: int) -> None:
+        """InputError when a row of so many tokens goes past a learned table of positions."""
+        if self.positions is not None and length > self.config.positions:
+            raise InputError(f"{length} tokens exceed the model's {self.config.positions} positions")
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., vocab_size) of hidden states (..., width)."""
