@@ -5,7 +5,8 @@ SDPA's backends and FlexAttention. Every contender is first compared with the fl
 the same heads, then timed. FLOPs are those of causal attention, 4 B H D T S / 2 forward and 3.5 times that with
 backward, skipped tiles included.
 
-`model`: optimizer steps and evaluation passes of the named model sizes, stick-breaking beside RoPE.
+`model`: optimizer steps and evaluation passes of the named model sizes, stick-breaking beside RoPE. `sbeval.skipping`
+has the third, of kernels on what a trained model computes.
 """
 
 import importlib
@@ -121,7 +122,7 @@ def _authors(problem: Problem, place: torch.device) -> Run:
     return run
 
 
-def _sdpa(backend: SDPBackend) -> Callable[[Problem, torch.device], Run]:
+def sdpa(backend: SDPBackend) -> Callable[[Problem, torch.device], Run]:
     def build(problem: Problem, place: torch.device) -> Run:
         if problem.bounds or problem.queries not in (1, problem.keys):
             raise InputError("SDPA takes whole sequences")
@@ -154,8 +155,8 @@ def _bounds(problem: Problem, place: torch.device) -> Tensor | None:
 
 CONTENDERS = (
     Contender("stick_breaking", "triton", _ours),
-    Contender("softmax", "flash", _sdpa(SDPBackend.FLASH_ATTENTION)),
-    Contender("softmax", "cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION)),
+    Contender("softmax", "flash", sdpa(SDPBackend.FLASH_ATTENTION)),
+    Contender("softmax", "cudnn", sdpa(SDPBackend.CUDNN_ATTENTION)),
     Contender("softmax", "flex", _flex),
     Contender("stick_breaking", "fla", _fla),
     Contender("stick_breaking", "authors", _authors),
@@ -201,7 +202,7 @@ def kernel(
     found: Sequence[Problem], place: torch.device, dtype: str, results_dir: Path, say: Callable[[str], None]
 ) -> Table:
     """Time every contender on every problem, keep the rows in kernel.csv, and return a table for the terminal."""
-    _needs_gpu(place)
+    needs_gpu(place)
     shown = Table(title=f"Attention kernels on {device.describe(place)}, {dtype}")
     for name in ("step", "problem", "kernel", "ms", "TFLOP/s", "GB/s", "peak MB", "error"):
         shown.add_column(name, justify="right" if name not in ("step", "problem", "kernel") else "left")
@@ -219,7 +220,7 @@ def kernel(
                 reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
                 skipped.setdefault(f"{contender.attention} by {contender.backend}, {reason}", _title(problem))
                 continue
-            _keep(contender.attention, contender.backend, "kernel", rows, place, dtype, results_dir, problem)
+            keep(contender.attention, contender.backend, "kernel", rows, place, dtype, results_dir, problem)
             values = {row.metric: row.value for row in rows}
             shown.add_row(
                 problem.step, _title(problem), f"{contender.attention} {contender.backend}",
@@ -240,14 +241,12 @@ def _title(problem: Problem) -> str:
     return f"{problem.batch}x{problem.keys} {problem.heads}{group}x{problem.head_dim}{packed}{skips}"
 
 
-def _needs_gpu(place: torch.device) -> None:
+def needs_gpu(place: torch.device) -> None:
     if place.type != "cuda":
         raise InputError(f"benchmarks need a GPU; this device is {place.type}")
 
 
 def _time(contender: Contender, problem: Problem, place: torch.device, dtype: torch.dtype) -> Iterator[Row]:
-    from triton.testing import do_bench
-
     yield _row(problem, "relative_error", "1", _error(contender, problem, place, dtype))
     attend = contender.build(problem, place)
     inputs = problem.draw(place, dtype)
@@ -268,21 +267,26 @@ def _time(contender: Contender, problem: Problem, place: torch.device, dtype: to
     step()
     torch.cuda.synchronize(place)
     peak = torch.cuda.max_memory_allocated(place) - before
-    if problem.step == "decode":
-        # a token is decoded from a captured graph: what launching costs is left out for all alike
-        step = _captured(step)
-    low, middle, high = do_bench(step, warmup=20, rep=100, quantiles=[0.2, 0.5, 0.8])
-    yield _row(problem, "time", "ms", middle)
-    yield _row(problem, "time_q20", "ms", low)
-    yield _row(problem, "time_q80", "ms", high)
+    times = timed(step, decodes=problem.step == "decode")
+    for name, ms in times.items():
+        yield _row(problem, name, "ms", ms)
     yield _row(problem, "peak_memory", "MB", peak / 1e6)
     if problem.step == "decode":
-        yield _row(problem, "bandwidth", "GB/s", problem.cache_bytes / middle / 1e6)
+        yield _row(problem, "bandwidth", "GB/s", problem.cache_bytes / times["time"] / 1e6)
     else:
-        yield _row(problem, "throughput", "TFLOP/s", problem.flops / middle / 1e9)
+        yield _row(problem, "throughput", "TFLOP/s", problem.flops / times["time"] / 1e9)
 
 
-def _captured(step: Callable[[], object]) -> Callable[[], object]:
+def timed(step: Callable[[], object], *, decodes: bool = False) -> dict[str, float]:
+    """Median of a step's times in ms, `time`, with its quantiles. A token is decoded from a captured graph: what
+    launching costs is left out for all alike."""
+    from triton.testing import do_bench
+
+    low, middle, high = do_bench(captured(step) if decodes else step, warmup=20, rep=100, quantiles=[0.2, 0.5, 0.8])
+    return {"time": middle, "time_q20": low, "time_q80": high}
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
     with torch.no_grad():
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -321,7 +325,7 @@ def _row(problem: Problem, metric: str, unit: str, value: float) -> Row:
     )  # fmt: skip
 
 
-def _keep(
+def keep(
     attention: str, backend: str, family: str, rows: Sequence[Row], place: torch.device, dtype: str, results_dir: Path,
     config: object, *, model: str = "", params: int = 0,
 ) -> None:  # fmt: skip
@@ -369,14 +373,14 @@ def model(
     found: Sequence[ModelProblem], attentions: Sequence[str], place: torch.device, dtype: str, results_dir: Path
 ) -> Table:
     """Time optimizer steps and evaluation passes, keep the rows in model.csv, and return a table for the terminal."""
-    _needs_gpu(place)
+    needs_gpu(place)
     shown = Table(title=f"Models on {device.describe(place)}, {dtype}")
     for name in ("size", "length", "attention", "train tokens/s", "utilisation", "evaluate tokens/s"):
         shown.add_column(name, justify="left" if name in ("size", "attention") else "right")
     for problem in found:
         for attention in attentions:
             rows, params, backend = _time_model(problem, attention, place, dtype)
-            _keep(
+            keep(
                 attention, backend, "model", rows, place, dtype, results_dir, problem, model=problem.size, params=params
             )
             values = {(row.step, row.metric): row.value for row in rows}

@@ -508,6 +508,33 @@ def bench_model(
     _say(str(results_dir / "model.csv"))
 
 
+@bench.command("skipping")
+def bench_skipping(
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint folder of a stick-breaking model.")],
+    corpus: Annotated[
+        str, typer.Option(help="Text to read: stdlib, a file or folder, or hf:NAME[:CONFIG].")
+    ] = "stdlib",
+    tokenizer: Annotated[str, typer.Option(help="The model's: bytes, bpe:SIZE, or a Hugging Face name.")] = "bytes",
+    length: Lengths = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Block skipping on what a trained model computes: forward and decoding, layer by layer, beside softmax."""
+    from sbeval import device as devices
+    from sbeval import skipping, sweep
+    from sbeval.tasks import length_gen
+
+    place = devices.pick(device)
+    config = length_gen.Config(corpus=corpus, tokenizer=tokenizer)
+    with sweep.progress_of(sweep.Place(results_dir=results_dir, device=place)) as progress:
+        text = length_gen.open_corpus(config, progress)
+    lengths = sorted(length or (2048, 4096, 8192, 16384, 32768, 65536))
+    shown = skipping.measure(checkpoint, text.test, lengths, place, devices.pick_dtype(dtype, place), results_dir)
+    Console().print(shown)
+    _draw(results_dir, ["skipping"])
+
+
 def _draw(results_dir: Path, names: list[str], formats: Sequence[str] = ("png", "pdf")) -> None:
     from sbeval.draw import draw_figures
 

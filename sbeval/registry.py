@@ -42,6 +42,7 @@ FIGURES = {
     "mqrar_splits": "sbeval.plots.mqrar_splits",
     "needle": "sbeval.plots.needle",
     "needle_depth": "sbeval.plots.needle_depth",
+    "skipping": "sbeval.plots.skipping",
 }
 # figures that can also be a page to hover over
 PAGES = {"attention_map": "sbeval.plots.attention_map_page"}
