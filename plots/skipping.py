@@ -11,7 +11,7 @@ from sbeval.plots import style
 
 TABLE = "skipping"
 COLUMNS = (
-    "model", "attention", "backend", "metric", "value", "step", "batch", "keys", "layer", "epsilon", "device",
+    "model", "params", "attention", "backend", "metric", "value", "step", "batch", "keys", "layer", "epsilon", "device",
 )  # fmt: skip
 
 
@@ -20,7 +20,7 @@ def totals(table: pd.DataFrame) -> pd.DataFrame:
     rows = table[table["metric"] == "time"]
     skips = rows["epsilon"].fillna(0) > 0
     rows = rows.assign(options=rows["backend"].where(~skips, "skipping"))
-    by = ["model", "attention", "options", "step", "batch", "keys", "device"]
+    by = ["model", "params", "attention", "options", "step", "batch", "keys", "device"]
     return rows.groupby(by)["value"].sum().reset_index()
 
 
@@ -36,7 +36,8 @@ def draw(table: pd.DataFrame) -> Figure:
     )
     figure, axes = style.grid(len(models), len(panels), share_y=False)
     for line, model in zip(axes, models, strict=True):
-        style.heading(line[0], f"All layers of the {model} model", len(panels))
+        params = rows.loc[rows["model"] == model, "params"].iloc[0]
+        style.heading(line[0], f"All layers of a model of {params / 1e6:.0f} M parameters ({model})", len(panels))
         for axis, (step, batch) in zip(line, panels, strict=True):
             text = "forward" if step == "forward" else "one token"
             style.label(axis, "tokens" if step == "forward" else "keys in the cache", f"{text} (ms)")

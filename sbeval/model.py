@@ -244,6 +244,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.positions = nn.Embedding(config.positions, config.width) if config.positions else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self._compiled: list[Any] | None = None
         self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self._initialise()
@@ -275,10 +276,14 @@ class Decoder(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         if cu_seqlens is not None:
             x = x.flatten(0, 1)[None]
-        for block in self.blocks:
+        for block in self._compiled if self.training and self._compiled else self.blocks:
             x = block(x, cu_seqlens)
         out: Tensor = self.norm(x).view(*tokens.shape, -1)
         return out
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks for training; evaluation, whose lengths vary, runs them as they are."""
+        self._compiled = [torch.compile(block) for block in self.blocks]
 
     def begin(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Cache]:
         """Hidden states (B, width) of the last token of each prompt, and a cache with `room` for further tokens."""

@@ -100,8 +100,8 @@ def measure(
         raise InputError(
             f"skipping is stick-breaking's; {checkpoint} attends with {found.attention or 'something else'}"
         )
-    shown = Table(title=f"{found.name} on {device.describe(place)}, {dtype}: ms in all layers")
-    for name in ("step", "tokens", *(f"{attention} {backend}" for attention, backend, *_ in CONTENDERS), "reach"):
+    shown = Table(title=f"{found.params / 1e6:.0f} M parameters on {device.describe(place)}, {dtype}: ms in all layers")
+    for name in ("step", "tokens", *(_name(contender) for contender in CONTENDERS), "reach"):
         shown.add_column(name, justify="left" if name == "step" else "right")
     for length in lengths:
         document, start = text.windows(length)[0]
@@ -137,6 +137,10 @@ CONTENDERS = (
     Contender("softmax", "flash", 0.0, SDPBackend.FLASH_ATTENTION),
     Contender("softmax", "cudnn", 0.0, SDPBackend.CUDNN_ATTENTION),
 )
+
+
+def _name(contender: Contender) -> str:
+    return "skipping" if contender.epsilon else f"{contender.attention} {contender.backend}"
 
 
 def _problem(contender: Contender, step: str, batch: int, layer: Captured) -> Problem:

@@ -166,12 +166,19 @@ class Loss(nn.Module):
             return self.model.sparse_loss(tokens, targets, cu_seqlens, self.capacity)
         return self.score(self.model(tokens, cu_seqlens), targets)
 
-    def compile_parts(self) -> None:
-        """Compile each block, and what follows the last, one by one."""
-        for block in self.model.blocks:
-            block.compile()
-        # eager, it would hold the logits several times in float32
-        self.score = torch.compile(self.model.score)
+    def compile_parts(self, *, in_place: bool) -> None:
+        """Compile a block, whose code all share, and what follows the last: a compiled whole takes many times as long.
+
+        in_place: so that whoever calls a block runs what is compiled, and not in training alone.
+        """
+        if in_place:
+            for block in self.model.blocks:
+                block.compile()
+        else:
+            self.model.compile_blocks()
+        # eager, it would hold the logits several times in float32; where few positions are scored their number varies
+        if not self.sparse:
+            self.score = torch.compile(self.model.score)
 
 
 class Trainer:
@@ -323,20 +330,16 @@ class Trainer:
     def _prepare(self) -> nn.Module:
         """The loss, compiled on a GPU; on a CPU compiling a small model would take longer than it saves."""
         loss = Loss(self.model, self.config.sparse, self.config.capacity)
-        compiled = self.place.type == "cuda"
+        if self.replays:
+            # a small model's kernels are shorter than their launches
+            loss.compile(mode="reduce-overhead")
+        elif self.place.type == "cuda":
+            # a shard's weights are gathered by hooks of its block
+            loss.compile_parts(in_place=self.shard)
         if self.shard:
             from sbeval import sharded
 
-            # a compiled whole could not gather a block's weights when the block runs
-            if compiled:
-                loss.compile_parts()
             sharded.shard(loss, self.model.blocks)
-        elif self.replays:
-            # a small model's kernels are shorter than their launches
-            loss.compile(mode="reduce-overhead")
-        elif compiled:
-            # where the number of scored positions varies, the head stays outside
-            (self.model if self.config.sparse else loss).compile()
         return loss
 
     def _restore(self) -> None:

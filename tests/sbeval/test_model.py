@@ -1,5 +1,6 @@
 """The decoder: sizes, the forward pass written out by hand, causality, packing, losses, and specs of attention."""
 
+import functools
 import math
 from typing import Any
 
@@ -372,3 +373,26 @@ def test_flops_are_those_of_the_products(changes: dict[str, Any], monkeypatch: p
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens, tokens)
     assert flops_per_token(model.config, 2 * 24) * tokens.numel() == counter.get_total_flops()
+
+
+# compiling warns of what torch does inside itself
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("attention", ["stick_breaking", "rope"])
+def test_blocks_share_what_is_compiled_and_evaluation_does_without(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = torch._dynamo.utils.counters
+    torch.compiler.reset()
+    counts.clear()
+    torch.manual_seed(0)
+    model = Decoder(named("quick", vocab_size=257, attention=attention))
+    tokens = torch.randint(257, (2, 40))
+    plain = model(tokens)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        model.compile_blocks()
+    assert torch.allclose(model(tokens), plain, atol=1e-6)
+    assert counts["stats"]["unique_graphs"] == 1 < len(model.blocks)
+    model.eval()(tokens[:, :33])
+    assert counts["stats"]["unique_graphs"] == 1
+    assert len(list(model.parameters())) == len(model.state_dict()) - 1
