@@ -310,19 +310,16 @@ def _flex(
     attend = cast(Callable[..., Tensor], flex_attention) if compiling else _compiled_flex()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
+    # heads beyond 128, rounded up to 256, leave shared memory for one stage of keys and values
+    options: dict[str, Any] = {"fwd_num_stages": 1} if q.shape[-1] > 128 else {}
+    # the kernel for decoding holds all queries of a group at once: with many it compiles for minutes, or not at all. An
+    # `if`, since the compiler takes no comparison of a length that it does not know for an option
+    if t * group > 16:
+        options["FORCE_USE_FLEX_ATTENTION"] = True
+    score_mod = None if bias is None else score
     out = attend(
-        q,
-        k,
-        v,
-        score_mod=None if bias is None else score,
-        block_mask=mask,
-        scale=scale,
-        enable_gqa=group > 1,
-        # the kernel for decoding holds all queries of a group at once: with many it compiles for minutes, or not at all
-        # and heads beyond 128, rounded up to 256, leave shared memory for one stage of keys and values
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": t * group > 16}
-        | ({"fwd_num_stages": 1} if q.shape[-1] > 128 else {}),
-    )
+        q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=group > 1, kernel_options=options
+    )  # fmt: skip
     return out.transpose(1, 2)
 
 

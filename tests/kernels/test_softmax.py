@@ -343,6 +343,25 @@ def test_flex_path_without_a_gpu(
     assert ran
 
 
+# compiling warns of what torch does inside itself
+@pytest.mark.filterwarnings("default")
+def test_flex_takes_no_unknown_length_for_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax, "_backend", lambda *_: "flex")
+    options: list[dict[str, object]] = []
+
+    def note(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        nodes = [node for node in graph.graph.nodes if "flex_attention" in str(node.target)]
+        options.extend(given for node in nodes for given in node.args if isinstance(given, dict))
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(alibi.attention, fullgraph=True, backend=note)
+    # the second length makes it a symbol
+    for t in (200, 150):
+        compiled(*draw(1, t, 200, 4, 2, 16), scale=0.3)
+    assert len(options) == 2 and all(isinstance(x, bool | str | int) for given in options for x in given.values())
+
+
 @pytest.mark.parametrize(
     ("starts", "message"),
     [
