@@ -22,8 +22,9 @@ TABLE = "length_gen"
 ALWAYS = ("model", "train_len", "corpus")
 OTHERS = ("task", "eval_len", "tokenizer", "preset", "train_tokens", "dtype")
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *ALWAYS, *OTHERS, "context_length")
-# perplexities further apart than this are drawn on a logarithmic axis
-WIDE = 8
+# perplexities further apart than this are drawn on a logarithmic axis, and no panel shows more than this many times
+# what the best method has in the end: one that is lost would flatten all others
+WIDE, SHOWN = 4, 8
 # a line with more points than this has markers on some of them
 MARKED = 12
 # of the options of sliding_window, which the table leaves out at its default
@@ -54,29 +55,42 @@ def draw(table: pd.DataFrame) -> Figure:
         raise InputError("there are no rows with metric 'perplexity' and a context length to draw")
     table = numbers(table, ["context_length"])
     table = table.assign(x=table["context_length"], end=table["context_length"])
-    return panels(table, "context length (tokens)", "perplexity (per token)", wide=lambda low, high: high > WIDE * low)
+    return panels(
+        table, "context length (tokens)", "perplexity (per token)", wide=lambda low, high: high > WIDE * low,
+        ceiling=lambda best: SHOWN * best,
+    )  # fmt: skip
 
 
-def panels(table: pd.DataFrame, x: str, y: str, wide: Callable[[float, float], bool]) -> Figure:
+def panels(
+    table: pd.DataFrame, x: str, y: str, wide: Callable[[float, float], bool], ceiling: Callable[[float], float]
+) -> Figure:
     """Draw lines of `value` by `x`, a method each, in rows and columns of panels; `end` is the last token of a point.
 
-    `wide` says of the lowest and the highest value of a row of panels whether its axis is logarithmic.
+    `wide` says of the lowest and the highest value of a row of panels whether its axis is logarithmic, `ceiling` of the
+    lowest that a method has in the end up to where it is shown.
     """
     columns = groups(table)
     rows = style.panels(table, ALWAYS, OTHERS)
     figure, axes = style.grid(len(rows), len(columns))
     spreads: list[pd.DataFrame] = []
+    beyond: dict[str, None] = {}
     for (title, of_row), line in zip(rows, axes, strict=True):
         style.title(line[0], title)
+        top = ceiling(float(of_row.loc[of_row["x"] == of_row["x"].max(), "value"].min()))
         for axis, column in zip(line, columns, strict=True):
-            spreads += _lines(axis, of_row, column)
-            if axis.axison and wide(of_row["value"].min(), of_row["value"].max()):
+            drawn = _lines(axis, of_row, column)
+            spreads += drawn.values()
+            beyond |= {column.looks[name].label: None for name, found in drawn.items() if found["high"].max() > top}
+            if axis.axison and wide(of_row["value"].min(), min(top, of_row["value"].max())):
                 style.decades(axis)
+        if of_row["value"].max() > top:
+            line[0].set_ylim(top=top)
         for axis in line:
             style.label(axis, x if line is axes[-1] else "", y if axis is line[0] else "")
     for axis, column in zip(axes[0], columns, strict=True):
         style.column(axis, column.title, [look.handle() for look in column.looks.values()])
-    style.note_below(figure, style.explain(spreads, "bands", "documents"))
+    cut = f" {', '.join(beyond)} {'leaves' if len(beyond) == 1 else 'leave'} the panels." if beyond else ""
+    style.note_below(figure, style.explain(spreads, "bands", "documents") + cut)
     return figure
 
 
@@ -130,14 +144,14 @@ def _shades(ranks: dict[style.Method, tuple[str, float, str]]) -> dict[style.Met
     }  # fmt: skip
 
 
-def _lines(axis: Axes, rows: pd.DataFrame, column: Column) -> list[pd.DataFrame]:
-    """Draw a line and a band for each method; a panel without rows of its own stays out."""
+def _lines(axis: Axes, rows: pd.DataFrame, column: Column) -> dict[style.Method, pd.DataFrame]:
+    """Draw a line and a band for each method; a panel without rows of its own stays out. Returns their spreads."""
     lines = {method: found for method in column.looks if len(found := style.method(rows, method))}
     if not lines.keys() & column.own.keys():
         axis.set_axis_off()
-        return []
+        return {}
     train_len = int(rows["train_len"].iloc[0])
-    spreads = []
+    spreads = {}
     for place, (method, found) in enumerate(lines.items()):
         spread, look = style.spread(found, ["x"]), column.looks[method]
         # of many points every few have a marker, not where another method has its own
@@ -145,7 +159,7 @@ def _lines(axis: Axes, rows: pd.DataFrame, column: Column) -> list[pd.DataFrame]
         marked = (place * every // len(lines), every)
         axis.plot(spread["x"], spread["mean"], label=look.label, markevery=marked, **look.line())
         axis.fill_between(spread["x"], spread["low"], spread["high"], color=look.colour, alpha=0.2, linewidth=0)
-        spreads.append(spread)
+        spreads[method] = spread
     style.octaves(axis, min(rows["x"].min(), train_len), max(rows["end"].max(), train_len), train_len, most=6)
     style.training_length(axis, train_len)
     return spreads

@@ -31,7 +31,10 @@ def draw(table: pd.DataFrame) -> Figure:
     table = smoothed(table.assign(end=table["position_end"] - 1))
     first = FIRST_SHOWN * np.minimum(table["train_len"], table["end"].max())
     shown = table[table["end"] > first].assign(x=lambda rows: np.sqrt(rows["position_start"] * rows["end"]))
-    return length_gen.panels(shown, "position in the document (tokens)", "loss (nats per token)", wide=lambda *_: False)
+    return length_gen.panels(
+        shown, "position in the document (tokens)", "loss (nats per token)", wide=lambda *_: False,
+        ceiling=lambda best: best + math.log(length_gen.SHOWN),
+    )  # fmt: skip
 
 
 def smoothed(table: pd.DataFrame) -> pd.DataFrame:

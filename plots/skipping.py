@@ -13,6 +13,8 @@ TABLE = "skipping"
 COLUMNS = (
     "model", "params", "attention", "backend", "metric", "value", "step", "batch", "keys", "layer", "epsilon", "device",
 )  # fmt: skip
+# times further apart than this are drawn on a logarithmic axis
+WIDE = 4
 
 
 def totals(table: pd.DataFrame) -> pd.DataFrame:
@@ -47,7 +49,10 @@ def draw(table: pd.DataFrame) -> Figure:
                 of_method = style.method(chosen, method).sort_values("keys")
                 axis.plot(of_method["keys"], of_method["value"], **look.line())
             style.octaves(axis, chosen["keys"].min(), chosen["keys"].max(), chosen["keys"].max(), most=4)
-            style.decades(axis)
+            if chosen["value"].max() > WIDE * chosen["value"].min():
+                style.decades(axis)
+            else:
+                axis.set_ylim(bottom=0)
     handles = [look.handle() for look in looks.values()]
     note = f"Medians; on the model's own queries, keys and values. {', '.join(sorted(rows['device'].unique()))}."
     style.finish(figure, handles, note)

@@ -150,6 +150,17 @@ def test_perplexities_far_apart_are_drawn_logarithmically(last: float, scale: st
     assert figure.axes[0].get_yscale() == scale
 
 
+def test_a_method_that_is_lost_leaves_the_panel_and_is_named() -> None:
+    last = 50.0
+    figure = length_gen.draw(table(cell("alibi"), cell("rope", (45, 44, 46, 399)), cell("nope", (45, 44, 46, 9000))))
+    assert figure.axes[0].get_ylim()[1] == 8 * last
+    assert figure.get_supxlabel().endswith("NoPE leaves the panels.")
+    both = length_gen.draw(table(cell("alibi"), cell("rope", (45, 44, 46, 500)), cell("nope", (45, 44, 46, 9000))))
+    assert both.get_supxlabel().endswith("RoPE, NoPE leave the panels.")
+    inside = length_gen.draw(table(cell("alibi"), cell("rope", (45, 44, 46, 390), stderr=1.0)))
+    assert inside.axes[0].get_ylim()[1] > 390 and "leave" not in inside.get_supxlabel()
+
+
 def test_seeds_are_averaged_with_a_band_from_lowest_to_highest() -> None:
     cells = [cell("rope", (40, 40, 40, 40 + seed), seed=seed) for seed in (0, 1, 5)]
     figure = length_gen.draw(table(*cells))

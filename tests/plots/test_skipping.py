@@ -1,0 +1,47 @@
+"""The skipping figure adds up what all layers take, and tells skipping from visiting all keys."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sbeval.errors import InputError
+from sbeval.plots import skipping
+
+
+def table(far: float = 2.0) -> pd.DataFrame:
+    rows = []
+    for attention, backend, epsilon, ms in (
+        ("stick_breaking", "triton", 0.0, 3.0),
+        ("stick_breaking", "triton", 1e-7, 1.0),
+        ("softmax", "cudnn", 0.0, far),
+    ):
+        for step, batch in (("forward", 1), ("decode", 1), ("decode", 32)):
+            for keys in (2048, 16384):
+                for layer in range(4):
+                    common = {
+                        "model": "m", "params": 25_000_000, "attention": attention, "backend": backend, "step": step,
+                        "batch": batch, "keys": keys, "layer": layer, "epsilon": epsilon, "device": "a GPU",
+                    }  # fmt: skip
+                    rows.append(common | {"metric": "time", "value": ms * layer})
+                    rows.append(common | {"metric": "reach", "value": 1e6})
+    return pd.DataFrame(rows)
+
+
+def test_times_of_all_layers() -> None:
+    figure = skipping.draw(table())
+    assert [axis.get_xlabel() for axis in figure.axes] == ["tokens", "keys in the cache", "keys in the cache"]
+    for axis in figure.axes:
+        drawn = [np.asarray(line.get_ydata()).tolist() for line in axis.lines]
+        assert sorted(drawn) == [[6.0, 6.0], [12.0, 12.0], [18.0, 18.0]]
+        assert axis.get_yscale() == "linear" and axis.get_ylim()[0] == 0
+    labels = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert labels == {"stick-breaking (skipping)", "stick-breaking (triton)", "softmax (cudnn)"}
+
+
+def test_times_far_apart_are_drawn_logarithmically() -> None:
+    assert skipping.draw(table(far=20.0)).axes[0].get_yscale() == "log"
+
+
+def test_nothing_to_draw_is_said() -> None:
+    with pytest.raises(InputError, match="no rows with the metric time"):
+        skipping.draw(table().query("metric == 'reach'"))
