@@ -230,9 +230,6 @@ class Work:
     progress: Progress | None = None
 
     def __call__(self, cell: Cell) -> Done:
-        if self.place.device.type == "cuda":
-            # compiled code of the last cell's model is of no use, and there is a limit to how much is kept
-            torch.compiler.reset()
         if self.progress is not None:
             return run_cell(cell, self.place, self.preset, self.progress)
         sys.argv = list(self.argv)

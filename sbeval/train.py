@@ -153,6 +153,24 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
             signal.signal(sign, handler)
 
 
+# what the compiler holds code for: a model, and what makes other code of it
+_held: set[tuple[ModelConfig, object]] = set()
+
+
+def _make_room(model: ModelConfig, variant: object) -> None:
+    """Forget compiled code of other models: it is of no use, and past a limit nothing more would be compiled.
+
+    Models that differ in their weights alone share it, so a sweep over learning rates and seeds compiles once.
+    """
+    # not above: it takes seconds, and on a CPU nothing is compiled
+    from torch._dynamo import config
+
+    if any(model != other for other, _ in _held) or len(_held | {(model, variant)}) > config.recompile_limit:
+        torch.compiler.reset()
+        _held.clear()
+    _held.add((model, variant))
+
+
 class Loss(nn.Module):
     """A model's loss as a module, which is what compiles and what is spread over processes."""
 
@@ -330,6 +348,9 @@ class Trainer:
     def _prepare(self) -> nn.Module:
         """The loss, compiled on a GPU; on a CPU compiling a small model would take longer than it saves."""
         loss = Loss(self.model, self.config.sparse, self.config.capacity)
+        if self.place.type == "cuda":
+            part = self.config.micro_batch or self.config.batch
+            _make_room(self.model.config, (part, self.config.length, self.config.sparse, self.config.capacity))
         if self.replays:
             # a small model's kernels are shorter than their launches
             loss.compile(mode="reduce-overhead")

@@ -414,10 +414,11 @@ def _settings(config: Config) -> list[Cell]:
         Cell(
             config=dataclasses.replace(config, attention=(spec,), kv_pairs=(pairs,), n_back=(n_back,), widths=(width,))
         )
+        # models that compile to the same code follow each other
+        for spec in methods
+        for width in dict.fromkeys(config.widths)
         for pairs in dict.fromkeys(config.kv_pairs)
         for n_back in dict.fromkeys(config.n_back)
-        for width in dict.fromkeys(config.widths)
-        for spec in methods
     ]
 
 

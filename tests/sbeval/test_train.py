@@ -22,9 +22,18 @@ from sbeval import checkpoint
 from sbeval.batches import Batch
 from sbeval.checkpoint import State
 from sbeval.errors import InputError
-from sbeval.model import IGNORE, Decoder, ModelConfig
+from sbeval.model import IGNORE, Decoder, ModelConfig, named
 from sbeval.progress import Progress
-from sbeval.train import Batches, DivergedError, TrainConfig, Trained, Trainer, learning_rate, optimizer_for
+from sbeval.train import (
+    Batches,
+    DivergedError,
+    TrainConfig,
+    Trained,
+    Trainer,
+    _make_room,
+    learning_rate,
+    optimizer_for,
+)
 
 VOCABULARY = 31
 CPU = torch.device("cpu")
@@ -461,3 +470,17 @@ if __name__ == "__main__":
         Calls(int(sys.argv[2]), lambda: _wait(int(sys.argv[2]))),
         checkpoint_seconds=float(sys.argv[3]),
     )
+
+
+def test_compiled_code_is_kept_for_one_model_and_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    resets: list[int] = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    monkeypatch.setattr("sbeval.train._held", set())
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
+    rope, nope = (named("quick", vocab_size=257, attention=name) for name in ("rope", "nope"))
+    for model, variant, known in (
+        (rope, 1, 0), (rope, 1, 0), (rope, 2, 0), (rope, 3, 0), (rope, 2, 0), (rope, 4, 1), (rope, 1, 1), (nope, 1, 2),
+        (rope, 1, 3),
+    ):  # fmt: skip
+        _make_room(model, variant)
+        assert len(resets) == known, (model.attention, variant)
