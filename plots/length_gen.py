@@ -15,7 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sbeval.errors import InputError
+from sbeval.plots import chart as charts
 from sbeval.plots import style
+from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.table import numbers
 
 TABLE = "length_gen"
@@ -28,6 +30,7 @@ WIDE = 8
 MARKED = 12
 # of the options of sliding_window, which the table leaves out at its default
 WINDOW = 512
+X, Y = "context length (tokens)", "perplexity (per token)"
 SCALINGS = {"linear": "linear", "ntk": "NTK", "dynamic_ntk": "dynamic NTK", "yarn": "YaRN", "llama3": "Llama 3"}
 REFERENCES = (("stick_breaking", ""), ("rope", ""))
 
@@ -48,13 +51,31 @@ class Column:
 
 def draw(table: pd.DataFrame) -> Figure:
     """Draw P(l), the perplexity over the first l tokens of a document, by l."""
+    return panels(shown(table), X, Y, wide=_wide)
+
+
+def chart(table: pd.DataFrame) -> Chart:
+    """The same, to hover over."""
+    groups = panel_groups(shown(table), X, Y, wide=_wide)
+    sentence = (
+        "Perplexity per token over the first l tokens of unseen documents, by l: does a method still predict past the "
+        "length it was trained at? Lower is better."
+    )
+    return Chart("Perplexity by context length", sentence, groups, explained(groups))
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that are drawn: `x` is the context length."""
     # perplexity over windows of whole documents has no context length
     table = table[(table["metric"] == "perplexity") & table["context_length"].notna()]
     if table.empty:
         raise InputError("there are no rows with metric 'perplexity' and a context length to draw")
     table = numbers(table, ["context_length"])
-    table = table.assign(x=table["context_length"], end=table["context_length"])
-    return panels(table, "context length (tokens)", "perplexity (per token)", wide=lambda low, high: high > WIDE * low)
+    return table.assign(x=table["context_length"], end=table["context_length"])
+
+
+def _wide(low: float, high: float) -> bool:
+    return high > WIDE * low
 
 
 def panels(table: pd.DataFrame, x: str, y: str, wide: Callable[[float, float], bool]) -> Figure:
@@ -78,6 +99,27 @@ def panels(table: pd.DataFrame, x: str, y: str, wide: Callable[[float, float], b
         style.column(axis, column.title, [look.handle() for look in column.looks.values()])
     style.note_below(figure, style.explain(spreads, "bands", "documents"))
     return figure
+
+
+def panel_groups(table: pd.DataFrame, x: str, y: str, wide: Callable[[float, float], bool]) -> list[Group]:
+    """What `panels` draws, to hover over: a group for each panel, which has a legend of its own."""
+    columns = groups(table)
+    found = []
+    for title, rows in style.panels(table, ALWAYS, OTHERS):
+        decades = wide(rows["value"].min(), rows["value"].max())
+        for column in columns:
+            lines = charts.lines(rows, column.looks)
+            if not {line.look.label for line in lines} & {look.label for look in column.own.values()}:
+                continue
+            marks = [int(rows["train_len"].iloc[0])]
+            panel = Lines(title=column.title, x=x, y=y, lines=lines, decades=decades, marks=marks)
+            found.append(Group(title, [panel]))
+    return found
+
+
+def explained(groups: list[Group]) -> str:
+    """What the bands of these panels are."""
+    return style.explain(charts.spreads(groups), "bands", "documents")
 
 
 def groups(table: pd.DataFrame) -> list[Column]:
