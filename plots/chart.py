@@ -244,6 +244,15 @@ def lines(
     return found
 
 
+def bare(values: Mapping[style.Method, "pd.Series[float]"], looks: Mapping[style.Method, style.Look]) -> list[Line]:
+    """The line of each method that has values, by their index, without intervals."""
+    return [
+        Line(looks[method], pd.DataFrame({"x": list(of.index), "mean": of, "low": of, "high": of, "seeds": 1}))
+        for method, of in values.items()
+        if len(of)
+    ]
+
+
 def spreads(groups: Sequence[Group]) -> list[pd.DataFrame]:
     """The points of all lines, as `style.explain` takes them."""
     panels = [panel for group in groups for panel in group.panels]

@@ -77,10 +77,10 @@ def chart(table: pd.DataFrame) -> Chart:
     for title, rows in style.panels(best, ALWAYS, OTHERS):
         lines = charts.lines(rows.assign(test=rows["test"].map(TESTS)), looks, by="test", share=True)
         both, names = lines + _published(looks), list(TESTS.values())
-        panels = [Lines(title="", x="test set", y=Y, lines=both, names=names, decades=True, floor=LINEAR)]
+        panels = [Lines(title="by test set", x="test set", y=Y, lines=both, names=names, decades=True, floor=LINEAR)]
         if len(far := _of_setting(finest, rows)):
             distances = charts.lines(_far(far), looks, share=True)
-            panels.append(Lines(title="", x=X, y=Y, lines=distances, decades=True, floor=LINEAR))
+            panels.append(Lines(title="by distance", x=X, y=Y, lines=distances, decades=True, floor=LINEAR))
             lines += distances
         spreads += [line.points for line in lines]
         groups.append(Group(title, panels))

@@ -8,14 +8,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sbeval.errors import InputError
+from sbeval.plots import chart as charts
 from sbeval.plots import style
-from sbeval.plots.chart import Chart, Group, Line, Lines
+from sbeval.plots.chart import Chart, Group, Lines
 
 TABLE = "kernel"
 COLUMNS = (
     "attention", "backend", "metric", "value", "step", "batch", "queries", "keys", "heads", "kv_heads", "head_dim",
     "sequences", "epsilon", "device",
 )  # fmt: skip
+NAMES = {"forward": "forward", "forward_backward": "forward + backward"}
 STEPS = {"forward": "forward (TFLOP/s)", "forward_backward": "forward + backward (TFLOP/s)"}
 
 
@@ -58,9 +60,8 @@ def chart(table: pd.DataFrame) -> Chart:
         for step, text in STEPS.items():
             of_step = rows[(rows["head_dim"] == size) & (rows["step"] == step)]
             found = {method: best(style.method(of_step, method), "queries") for method in looks}
-            lines = [Line(looks[method], points(line)) for method, line in found.items() if len(line)]
-            if lines:
-                panels.append(Lines(title="", x="tokens of a sequence", y=text, lines=lines, from_zero=True))
+            if lines := charts.bare(found, looks):
+                panels.append(Lines(title=NAMES[step], x="tokens of a sequence", y=text, lines=lines, from_zero=True))
         groups.append(Group(f"Heads of size {size:g}", panels))
     sentence = (
         "Throughput in TFLOP/s of causal attention over whole sequences, all keys visited: stick-breaking's kernel "
@@ -73,11 +74,6 @@ def chart(table: pd.DataFrame) -> Chart:
 def best(rows: pd.DataFrame, by: str) -> "pd.Series[float]":
     """The highest value of each `by`: of several batch sizes the one that fills the device best."""
     return rows.groupby(by)["value"].max()
-
-
-def points(line: "pd.Series[float]") -> pd.DataFrame:
-    """Values without an interval, as a line of a chart has them."""
-    return pd.DataFrame({"x": list(line.index), "mean": list(line), "low": list(line), "high": list(line), "seeds": 1})
 
 
 def _throughput(table: pd.DataFrame) -> pd.DataFrame:

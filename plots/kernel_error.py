@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sbeval.errors import InputError
+from sbeval.plots import chart as charts
 from sbeval.plots import kernel, style
-from sbeval.plots.chart import Chart, Group, Line, Lines
+from sbeval.plots.chart import Chart, Group, Lines
 
 TABLE = kernel.TABLE
 COLUMNS = kernel.COLUMNS
@@ -46,13 +47,12 @@ def chart(table: pd.DataFrame) -> Chart:
         for step, text in kernel.STEPS.items():
             of_step = of_size[of_size["step"] == step]
             found = {method: style.method(of_step, method).set_index("throughput")["error"] for method in looks}
-            lines = [Line(looks[method], kernel.points(line)) for method, line in found.items() if len(line)]
-            if lines:
-                panels.append(
-                    Lines(
-                        title="", x=text, y="relative error", lines=lines, octaves=False, joined=False, from_zero=True
-                    )  # fmt: skip
-                )
+            points = charts.bare(found, looks)
+            panel = Lines(
+                title=kernel.NAMES[step], x=text, y="relative error", lines=points, octaves=False, joined=False,
+                from_zero=True,
+            )  # fmt: skip
+            panels += [panel] if points else []
         groups.append(Group(f"Heads of size {size:g}", panels))
     sentence = (
         "Relative error of the output against float64 at 2048 tokens (1 is all wrong), by throughput in TFLOP/s at the "

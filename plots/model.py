@@ -4,8 +4,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sbeval.errors import InputError
-from sbeval.plots import kernel, style
-from sbeval.plots.chart import Chart, Group, Line, Lines
+from sbeval.plots import chart as charts
+from sbeval.plots import style
+from sbeval.plots.chart import Chart, Group, Lines
 
 TABLE = "model"
 SETTING = ("batch", "queries", "dtype", "device")
@@ -44,10 +45,9 @@ def chart(table: pd.DataFrame) -> Chart:
         panels = []
         sizes = list(dict.fromkeys(of_setting["model"]))
         for step, text in STEPS.items():
-            found = {method: _line(of_setting, step, method) for method in looks}
-            lines = [Line(looks[method], kernel.points(line)) for method, line in found.items() if len(line)]
-            if lines:
-                panels.append(Lines(title="", x="model", y=text, lines=lines, names=sizes, from_zero=True))
+            name, found = text.partition(" (")[0], {method: _line(of_setting, step, method) for method in looks}
+            if lines := charts.bare(found, looks):
+                panels.append(Lines(title=name, x="model", y=text, lines=lines, names=sizes, from_zero=True))
         groups.append(Group(title, panels))
     sentence = "Tokens per second of whole models, in training and in evaluation, by size. Higher is better."
     return Chart("Speed of models", sentence, groups, "One run each.")

@@ -56,7 +56,7 @@ def chart(table: pd.DataFrame) -> Chart:
             "distance to the answer (positions)": _far(rows[by_distance.loc[rows.index]]),
         }
         panels = [
-            Lines(title="", x=x, y="accuracy", lines=lines, octaves="distance" in x)
+            Lines(title=f"by {x.partition(' (')[0]}", x=x, y="accuracy", lines=lines, octaves="distance" in x)
             for x, part in kinds.items()
             if (lines := charts.lines(part[part["n"] >= FEWEST], looks, share=True))
         ]

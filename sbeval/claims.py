@@ -72,7 +72,7 @@ CLAIMS = (
         text="On few-shot benchmarks stick-breaking is competitive with RoPE.",
         source=f"{PAPER}, abstract and table 2, models of 1 B and 3 B parameters",
         rule="Average score of the benchmarks that both have, stick-breaking's less RoPE's. Agrees: the interval lies "
-        f"above -{POINTS:g} point. Disagrees: below it. {LARGE}.",
+        f"above −{POINTS:g} point. Disagrees: below it. {LARGE}.",
         table="few_shot", command="sbeval few-shot", figure="few_shot", judge=rules.few_shot,
     ),
 )  # fmt: skip

@@ -121,9 +121,9 @@ def _finding(each: Finding, charts: dict[str, Chart]) -> str:
         found += f' <span class="soft">{_text(f"{judged.reason[:1].upper()}{judged.reason[1:]}.")}</span>'
     sign = f'<span aria-hidden="true">{SIGNS[judged.verdict]}</span> {judged.verdict}'
     return (
-        f'<tr><th scope="row">{_text(claim.text)}</th><td>{found}</td>'
-        f'<td><span class="verdict {judged.verdict.split()[0]}">{sign}</span><details><summary>Rule</summary>'
-        f'<p class="soft">{_text(claim.rule)} Source: {_text(claim.source)}.</p></details></td></tr>\n'
+        f'<tr><th scope="row">{_text(claim.text)} <details><summary>Rule</summary><p class="soft">{_text(claim.rule)} '
+        f"Source: {_text(claim.source)}.</p></details></th><td>{found}</td>"
+        f'<td class="verdict {judged.verdict.split()[0]}">{sign}</td></tr>\n'
     )
 
 

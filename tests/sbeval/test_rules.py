@@ -142,7 +142,7 @@ def times(ours: Sequence[float], **common: Any) -> pd.DataFrame:
     [
         ((20, 30), AGREES, ""),
         ((5, 6), DISAGREES, ""),
-        ((5, 20), UNDECIDED, "it depends on the head size"),
+        ((5, 20), UNDECIDED, "it depends on the head size or the device"),
         ((10, 10), UNDECIDED, "the interval includes both"),
     ],
 )
@@ -151,6 +151,14 @@ def test_kernels(ours: Sequence[float], verdict: str, reason: str) -> None:
     judged = rules.kernel_speed("forward", pd.concat([short, times(ours)]))
     assert (judged.verdict, judged.reason) == (verdict, reason) and "16384 tokens" in judged.found
     assert f"{10 / ours[0]:.2f} [" in judged.found
+
+
+def test_a_kernel_is_compared_on_the_same_device() -> None:
+    other = times((1.0, 1.0), device="a faster card").query("backend == 'triton'")
+    judged = rules.kernel_speed("forward", pd.concat([times((20.0, 30.0)), other]))
+    assert judged.verdict == AGREES and "faster" not in judged.found
+    both = pd.concat([times((20.0, 30.0)), times((5.0, 5.0), device="a faster card")])
+    assert rules.kernel_speed("forward", both).verdict == UNDECIDED
 
 
 def needles(stick: float, rope: float, **common: Any) -> pd.DataFrame:
