@@ -92,10 +92,10 @@ def _lead(judged: list[Finding], tables: dict[str, pd.DataFrame]) -> str:
     counts = {verdict: sum(each.judged.verdict == verdict for each in judged) for verdict in SIGNS}
     numbers = sum(len(table) for table in tables.values())
     cells = sum(table["cell"].nunique() for table in tables.values())
-    newest = max(str(table["utc"].max()) for table in tables.values())[:10]
+    newest = max((str(utc) for table in tables.values() for utc in table["utc"]), default="")[:10]
     return (
-        f"<p>Of {len(judged)} claims of <i>Scaling Stick-Breaking Attention</i> (Tan et al., ICLR 2025, arXiv "
-        f"2410.17980) the results here agree with {counts[AGREES]}, disagree with {counts[DISAGREES]} and leave "
+        f"<p>Of {len(judged)} claims about stick-breaking attention (Tan et al., ICLR 2025, arXiv 2410.17980) the "
+        f"results here agree with {counts[AGREES]}, disagree with {counts[DISAGREES]} and leave "
         f"{counts[UNDECIDED]} undecided. {numbers:,} numbers of {cells:,} runs, the newest of {escape(newest)}.</p>"
     )
 

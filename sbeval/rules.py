@@ -26,9 +26,13 @@ def lengths(table: pd.DataFrame) -> Judged:
     train_len, read = LENGTHS
     rows = length_gen.shown(table)
     rows = rows[(rows["train_len"] == train_len) & rows["x"].isin(LENGTHS)]
-    if set(LENGTHS) - set(rows["x"]):
+    setting = [*length_gen.ALWAYS, *length_gen.OTHERS]
+    rows = rows[
+        rows.groupby(["attention", "options", *setting], dropna=False)["x"].transform("nunique") == len(LENGTHS)
+    ]
+    if rows.empty:
         raise InputError(f"no model trained at {train_len} tokens was read to {read}")
-    rows = nearest(rows, [*length_gen.ALWAYS, *length_gen.OTHERS])
+    rows = nearest(rows, setting)
     ends = {name: [method(rows[rows["x"] == at], of) for at in LENGTHS] for name, of in METHODS.items()}
     changes = {name: difference(logarithm(end), logarithm(start), "documents") for name, (start, end) in ends.items()}
     said = " and ".join(

@@ -61,6 +61,9 @@ def test_the_nearest_setting_decides() -> None:
     small = lengths((40, 80), (40, 40), model="25m", params=25 * 10**6)
     judged = rules.lengths(pd.concat([small, lengths((20, 20), (20, 40))]))
     assert judged.verdict == AGREES and "from 20.0 to 20.0" in judged.found and "1 B parameters" in judged.found
+    # a larger model that was not read so far says nothing of it
+    short = lengths((30, 30), (30, 60), model="3b", params=3 * 10**9).query("context_length == 2048")
+    assert rules.lengths(pd.concat([small, lengths((20, 20), (20, 40)), short])) == judged
 
 
 @pytest.mark.parametrize(
