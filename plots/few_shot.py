@@ -8,12 +8,15 @@ from matplotlib.lines import Line2D
 
 from sbeval import scores
 from sbeval.errors import InputError
+from sbeval.plots import chart as charts
 from sbeval.plots import style
+from sbeval.plots.chart import Chart, Group, Lines
 
 TABLE = "few_shot"
 COLUMNS = (*scores.COLUMNS, "corpus")
 # scores in this order down the page take so much of it each
 ROW_IN = 0.34
+GUESSING = style.Look("guessing", charts.GREY, "p", ())
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -21,18 +24,9 @@ def draw(table: pd.DataFrame) -> Figure:
 
     A tick marks the score of guessing. A score whose interval holds it tells nothing.
     """
-    chosen = scores.headline(table)
-    chosen = chosen[[scores.METRICS[metric] for metric in chosen["metric"]]]
-    if chosen.empty:
-        raise InputError("there are no scores in percent to draw")
-    # a model from elsewhere is its own method
-    chosen = chosen.assign(
-        options=chosen["options"].where(chosen["attention"] != "hf", chosen["model"]),
-        model=chosen["model"].where(chosen["attention"] != "hf", ""),
-    )
-    chosen[["value", "stderr", "chance"]] *= 100
+    chosen = _percent(table)
     looks = style.looks(chosen)
-    panels = style.panels(chosen, ("model", "train_len", "corpus"), ("train_tokens", "eval_len"))
+    panels = _panels(chosen)
     counts = [rows["benchmark"].nunique() for _, rows in panels]
     layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)
     figure = Figure(figsize=(style.WIDTH_IN, ROW_IN * sum(counts) + 0.8 * len(counts) + 0.6), layout=layout)
@@ -44,6 +38,47 @@ def draw(table: pd.DataFrame) -> Figure:
     guess = Line2D([], [], label="guessing", color=style.MARK, marker="|", markersize=10, linestyle="")
     style.finish(figure, [*(_handle(look) for look in looks.values()), guess], style.explain(spreads, "bars", "items"))
     return figure
+
+
+def chart(table: pd.DataFrame) -> Chart:
+    """The same, to hover over."""
+    chosen = _percent(table)
+    looks = style.looks(chosen)
+    groups: list[Group] = []
+    spreads: list[pd.DataFrame] = []
+    for title, rows in _panels(chosen):
+        names = [f"{row.benchmark} {row.metric}" for row in rows.itertuples()]
+        lines = charts.lines(rows.assign(benchmark=names), looks, by="benchmark")
+        spreads += [line.points for line in lines]
+        guess = rows.assign(x=names).groupby("x", as_index=False)["chance"].first().dropna()
+        if len(guess):
+            guess = guess.assign(mean=guess["chance"], low=guess["chance"], high=guess["chance"], seeds=1)
+            lines.append(charts.Line(GUESSING, guess))
+        groups.append(Group(title, [Lines(title="", x="benchmark", y="score (%)", lines=lines, across=True)]))
+    sentence = (
+        "Score in percent of each benchmark (examples in the prompt in brackets) beside that of guessing; a score "
+        "whose interval holds that of guessing tells nothing. Higher is better."
+    )
+    return Chart("Few-shot benchmarks", sentence, groups, style.explain(spreads, "bars", "items"))
+
+
+def _percent(table: pd.DataFrame) -> pd.DataFrame:
+    """The scores that are drawn, in percent."""
+    chosen = scores.headline(table)
+    chosen = chosen[[scores.METRICS[metric] for metric in chosen["metric"]]]
+    if chosen.empty:
+        raise InputError("there are no scores in percent to draw")
+    # a model from elsewhere is its own method
+    chosen = chosen.assign(
+        options=chosen["options"].where(chosen["attention"] != "hf", chosen["model"]),
+        model=chosen["model"].where(chosen["attention"] != "hf", ""),
+    )
+    chosen[["value", "stderr", "chance"]] *= 100
+    return chosen
+
+
+def _panels(chosen: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    return style.panels(chosen, ("model", "train_len", "corpus"), ("train_tokens", "eval_len"))
 
 
 def _panel(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]) -> list[pd.DataFrame]:

@@ -10,7 +10,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from sbeval.errors import InputError
+from sbeval.plots import chart as charts
 from sbeval.plots import style
+from sbeval.plots.chart import Chart, Group, Line, Lines
 from sbeval.published import FLIP_FLOP, FLIP_FLOP_SOURCE
 from sbeval.table import numbers
 
@@ -24,6 +26,7 @@ COLUMNS = (
 TESTS = {"in_distribution": "in distribution", "sparse": "sparse", "dense": "dense"}
 # from here down the axis is linear to 0, so that an error rate of 0 has a place
 LINEAR = 1e-6
+X, Y = "instructions since the write (sparse test)", "error rate (share of reads)"
 PUBLISHED: dict[str, Any] = {"marker": "*", "markersize": 9, "linestyle": "none", "markeredgecolor": "black"}
 PUBLISHED_LABEL = f"published at 512 tokens ({FLIP_FLOP_SOURCE})"
 
@@ -48,17 +51,14 @@ def draw(table: pd.DataFrame) -> Figure:
     """Draw a row for each setting. Left: error rate by test set. Right: in the sparse test by distance to the write."""
     best = best_rates(numbers(table, ["lr", "seq_len"]))
     looks = style.looks(best)
-    finest = table[(table["metric"] == "error_rate") & (table["test"] == "sparse") & table["distance_start"].notna()]
-    finest = finest.merge(best[["attention", "options", "lr", *ALWAYS, *OTHERS]].drop_duplicates())
+    finest = _finest(table, best)
     panels = style.panels(best, ALWAYS, OTHERS)
     figure, axes = style.pairs(len(panels), share_y=True)
     spreads = []
     for (title, rows), (left, right) in zip(panels, axes, strict=True):
         style.title(left, title)
         spreads += _tests(left, rows, looks)
-        keys = [*ALWAYS, *OTHERS]
-        mine = finest.merge(rows[keys].drop_duplicates(), on=keys)
-        spreads += _distances(right, mine, looks)
+        spreads += _distances(right, _of_setting(finest, rows), looks)
         _log(left, max(rows["value"].max(), max(max(rates.values()) for rates in FLIP_FLOP.values())))
     star = Line2D([], [], label=PUBLISHED_LABEL, color="0.7", **PUBLISHED)
     style.finish(
@@ -67,8 +67,61 @@ def draw(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def chart(table: pd.DataFrame) -> Chart:
+    """The same, to hover over."""
+    best = best_rates(numbers(table, ["lr", "seq_len"]))
+    looks = style.looks(best)
+    finest = _finest(table, best)
+    groups: list[Group] = []
+    spreads: list[pd.DataFrame] = []
+    for title, rows in style.panels(best, ALWAYS, OTHERS):
+        lines = charts.lines(rows.assign(test=rows["test"].map(TESTS)), looks, by="test", share=True)
+        both, names = lines + _published(looks), list(TESTS.values())
+        panels = [Lines(title="by test set", x="test set", y=Y, lines=both, names=names, decades=True, floor=LINEAR)]
+        if len(far := _of_setting(finest, rows)):
+            distances = charts.lines(_far(far), looks, share=True)
+            panels.append(Lines(title="by distance", x=X, y=Y, lines=distances, decades=True, floor=LINEAR))
+            lines += distances
+        spreads += [line.points for line in lines]
+        groups.append(Group(title, panels))
+    sentence = (
+        "Share of reads that do not return the bit last written, by test set, beside published rates (stars), and in "
+        f"the sparse test by distance to the write. Lower is better; rates below {LINEAR:g} are drawn there."
+    )
+    note = style.explain(spreads, "bars and bands", "sequences")
+    return Chart("Flip-flop language", sentence, groups, f"{note} Stars: {PUBLISHED_LABEL}.")
+
+
+def _published(looks: dict[style.Method, style.Look]) -> list[Line]:
+    """Published rates, in the colour of the method where that is here."""
+    colours = {name: look.colour for (name, options), look in looks.items() if not options}
+    return [
+        Line(
+            style.Look(f"{style.NAMES.get(name, name)}, published", colours.get(name, charts.GREY), "*", ()),
+            pd.DataFrame([{"x": TESTS[t], "mean": v, "low": v, "high": v, "seeds": 1} for t, v in rates.items()]),
+        )
+        for name, rates in FLIP_FLOP.items()
+    ]
+
+
+def _finest(table: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the sparse test by distance, at the learning rates of `best`."""
+    finest = table[(table["metric"] == "error_rate") & (table["test"] == "sparse") & table["distance_start"].notna()]
+    return finest.merge(best[["attention", "options", "lr", *ALWAYS, *OTHERS]].drop_duplicates())
+
+
+def _of_setting(finest: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    keys = [*ALWAYS, *OTHERS]
+    return finest.merge(rows[keys].drop_duplicates(), on=keys)
+
+
+def _far(rows: pd.DataFrame) -> pd.DataFrame:
+    rows = numbers(rows, ["distance_start", "distance_end"])
+    return rows.assign(x=np.sqrt(rows["distance_start"] * (rows["distance_end"] - 1)))
+
+
 def _tests(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]) -> list[pd.DataFrame]:
-    style.label(axis, "test set", "error rate (share of reads)")
+    style.label(axis, "test set", Y)
     others = [name for name in FLIP_FLOP if all(name != method for method, _ in looks)]
     width = 0.8 / (len(looks) + len(others))
     spreads = []
@@ -107,9 +160,8 @@ def _distances(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.L
     if rows.empty:
         axis.set_axis_off()
         return []
-    style.label(axis, "instructions since the write (sparse test)", "")
-    rows = numbers(rows, ["distance_start", "distance_end"])
-    rows = rows.assign(x=np.sqrt(rows["distance_start"] * (rows["distance_end"] - 1)))
+    style.label(axis, X, "")
+    rows = _far(rows)
     spreads = style.bands(axis, rows, looks)
     style.ticks(axis, sorted(rows["distance_start"].unique()))
     return spreads

@@ -8,13 +8,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sbeval.errors import InputError
+from sbeval.plots import chart as charts
 from sbeval.plots import style
+from sbeval.plots.chart import Chart, Group, Lines
 
 TABLE = "kernel"
 COLUMNS = (
     "attention", "backend", "metric", "value", "step", "batch", "queries", "keys", "heads", "kv_heads", "head_dim",
     "sequences", "epsilon", "device",
 )  # fmt: skip
+NAMES = {"forward": "forward", "forward_backward": "forward + backward"}
 STEPS = {"forward": "forward (TFLOP/s)", "forward_backward": "forward + backward (TFLOP/s)"}
 
 
@@ -27,9 +30,7 @@ def dense(table: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame) -> Figure:
     """Draw throughput against length, one line a kernel."""
-    rows = dense(table, "throughput")
-    if rows.empty:
-        raise InputError("no rows with the metric throughput of whole sequences")
+    rows = _throughput(table)
     looks = style.looks(rows)
     sizes = sorted(rows["head_dim"].unique())
     figure, axes = style.pairs(len(sizes))
@@ -40,10 +41,43 @@ def draw(table: pd.DataFrame) -> Figure:
             of_step = rows[(rows["head_dim"] == size) & (rows["step"] == step)]
             axis.set_xscale("log", base=2)
             for method, look in looks.items():
-                line = style.method(of_step, method).groupby("queries")["value"].max()
+                line = best(style.method(of_step, method), "queries")
                 axis.plot(line.index, line, label=look.label, **look.line())
             axis.set_ylim(0, 1.1 * max(of_step["value"].max(), 1))
             style.ticks(axis, sorted(of_step["queries"].unique()))
     handles = [Line2D([], [], label=look.label, **look.line()) for look in looks.values()]
     style.finish(figure, handles, f"Causal attention, medians; {', '.join(sorted(rows['device'].unique()))}.")
     return figure
+
+
+def chart(table: pd.DataFrame) -> Chart:
+    """The same, to hover over."""
+    rows = _throughput(table)
+    looks = style.looks(rows)
+    groups = []
+    for size in sorted(rows["head_dim"].unique()):
+        panels = []
+        for step, text in STEPS.items():
+            of_step = rows[(rows["head_dim"] == size) & (rows["step"] == step)]
+            found = {method: best(style.method(of_step, method), "queries") for method in looks}
+            if lines := charts.bare(found, looks):
+                panels.append(Lines(title=NAMES[step], x="tokens of a sequence", y=text, lines=lines, from_zero=True))
+        groups.append(Group(f"Heads of size {size:g}", panels))
+    sentence = (
+        "Throughput in TFLOP/s of causal attention over whole sequences, all keys visited: stick-breaking's kernel "
+        "beside softmax's in the same run. Higher is better."
+    )
+    note = f"Medians of timings; {', '.join(sorted(rows['device'].unique()))}."
+    return Chart("Throughput of attention kernels", sentence, groups, note)
+
+
+def best(rows: pd.DataFrame, by: str) -> "pd.Series[float]":
+    """The highest value of each `by`: of several batch sizes the one that fills the device best."""
+    return rows.groupby(by)["value"].max()
+
+
+def _throughput(table: pd.DataFrame) -> pd.DataFrame:
+    rows = dense(table, "throughput")
+    if rows.empty:
+        raise InputError("no rows with the metric throughput of whole sequences")
+    return rows

@@ -1,4 +1,4 @@
-"""Error of attention kernels against their throughput, from kernel.csv: up and left is better in both.
+"""Error of attention kernels against their throughput, from kernel.csv: down and right is better in both.
 
 Relative error of the output against float64 at 2048 tokens; throughput at the longest dense length.
 """
@@ -8,7 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sbeval.errors import InputError
+from sbeval.plots import chart as charts
 from sbeval.plots import kernel, style
+from sbeval.plots.chart import Chart, Group, Lines
 
 TABLE = kernel.TABLE
 COLUMNS = kernel.COLUMNS
@@ -16,13 +18,7 @@ COLUMNS = kernel.COLUMNS
 
 def draw(table: pd.DataFrame) -> Figure:
     """Draw one point a kernel, one panel a step."""
-    keys = ["attention", "options", "step", "head_dim", "queries"]
-    speed = kernel.dense(table, "throughput")[[*keys, "value"]].rename(columns={"value": "throughput"})
-    error = kernel.dense(table, "relative_error")[[*keys, "value"]].rename(columns={"value": "error"})
-    rows = speed.merge(error, on=keys)
-    if rows.empty:
-        raise InputError("no rows with the metrics throughput and relative_error of whole sequences")
-    rows = rows[rows["queries"] == rows.groupby(["attention", "options", "step"])["queries"].transform("max")]
+    rows = _points(table)
     looks = style.looks(rows)
     figure, [axes] = style.pairs(1)
     for axis, (step, text) in zip(axes, kernel.STEPS.items(), strict=True):
@@ -39,3 +35,37 @@ def draw(table: pd.DataFrame) -> Figure:
     handles = [Line2D([], [], label=look.label, **look.line()) for look in looks.values()]
     style.finish(figure, handles, "Numbers at the points are head sizes. Error against float64 at 2048 tokens.")
     return figure
+
+
+def chart(table: pd.DataFrame) -> Chart:
+    """The same, to hover over."""
+    rows = _points(table)
+    looks = style.looks(rows)
+    groups = []
+    for size, of_size in rows.groupby("head_dim"):
+        panels = []
+        for step, text in kernel.STEPS.items():
+            of_step = of_size[of_size["step"] == step]
+            found = {method: style.method(of_step, method).set_index("throughput")["error"] for method in looks}
+            points = charts.bare(found, looks)
+            panel = Lines(
+                title=kernel.NAMES[step], x=text, y="relative error", lines=points, octaves=False, joined=False,
+                from_zero=True,
+            )  # fmt: skip
+            panels += [panel] if points else []
+        groups.append(Group(f"Heads of size {size:g}", panels))
+    sentence = (
+        "Relative error of the output against float64 at 2048 tokens (1 is all wrong), by throughput in TFLOP/s at the "
+        "longest sequence. Down and right is better."
+    )
+    return Chart("Error of attention kernels", sentence, groups, "Medians of timings.")
+
+
+def _points(table: pd.DataFrame) -> pd.DataFrame:
+    keys = ["attention", "options", "step", "head_dim", "queries"]
+    speed = kernel.dense(table, "throughput")[[*keys, "value"]].rename(columns={"value": "throughput"})
+    error = kernel.dense(table, "relative_error")[[*keys, "value"]].rename(columns={"value": "error"})
+    rows = speed.merge(error, on=keys)
+    if rows.empty:
+        raise InputError("no rows with the metrics throughput and relative_error of whole sequences")
+    return rows[rows["queries"] == rows.groupby(["attention", "options", "step"])["queries"].transform("max")]

@@ -15,7 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sbeval.errors import InputError
+from sbeval.plots import chart as charts
 from sbeval.plots import style
+from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.table import numbers
 
 TABLE = "length_gen"
@@ -47,27 +49,59 @@ class Column:
         return self.beside | self.own
 
 
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What axes are called. `wide` says of the lowest and the highest value of a row of panels whether y is
+    logarithmic, `ceiling` of the lowest that a method has in the end up to where it goes."""
+
+    x: str
+    y: str
+    wide: Callable[[float, float], bool]
+    ceiling: Callable[[float], float]
+
+    def top(self, rows: pd.DataFrame) -> float:
+        """The highest value that is shown of a row of panels; infinite where none is left out."""
+        top = self.ceiling(float(rows.loc[rows["x"] == rows["x"].max(), "value"].min()))
+        return top if rows["value"].max() > top else math.inf
+
+    def decades(self, rows: pd.DataFrame) -> bool:
+        return self.wide(rows["value"].min(), min(self.top(rows), rows["value"].max()))
+
+
+SCALE = Scale(
+    "context length (tokens)", "perplexity (per token)", lambda low, high: high > WIDE * low, lambda best: SHOWN * best
+)
+
+
 def draw(table: pd.DataFrame) -> Figure:
     """Draw P(l), the perplexity over the first l tokens of a document, by l."""
+    return panels(shown(table), SCALE)
+
+
+def chart(table: pd.DataFrame) -> Chart:
+    """The same, to hover over."""
+    groups = panel_groups(shown(table), SCALE)
+    sentence = (
+        "Perplexity per token over the first l tokens of unseen documents, by l: does a method still predict past the "
+        "length it was trained at? Lower is better."
+    )
+    return Chart("Perplexity by context length", sentence, groups, explained(groups))
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows that are drawn: `x` is the context length."""
     # perplexity over windows of whole documents has no context length
     table = table[(table["metric"] == "perplexity") & table["context_length"].notna()]
     if table.empty:
         raise InputError("there are no rows with metric 'perplexity' and a context length to draw")
     table = numbers(table, ["context_length"])
-    table = table.assign(x=table["context_length"], end=table["context_length"])
-    return panels(
-        table, "context length (tokens)", "perplexity (per token)", wide=lambda low, high: high > WIDE * low,
-        ceiling=lambda best: SHOWN * best,
-    )  # fmt: skip
+    return table.assign(x=table["context_length"], end=table["context_length"])
 
 
-def panels(
-    table: pd.DataFrame, x: str, y: str, wide: Callable[[float, float], bool], ceiling: Callable[[float], float]
-) -> Figure:
+def panels(table: pd.DataFrame, scale: Scale) -> Figure:
     """Draw lines of `value` by `x`, a method each, in rows and columns of panels; `end` is the last token of a point.
 
-    `wide` says of the lowest and the highest value of a row of panels whether its axis is logarithmic, `ceiling` of the
-    lowest that a method has in the end up to where it is shown.
+    A line that leaves its panel is named below.
     """
     columns = groups(table)
     rows = style.panels(table, ALWAYS, OTHERS)
@@ -76,22 +110,45 @@ def panels(
     beyond: dict[str, None] = {}
     for (title, of_row), line in zip(rows, axes, strict=True):
         style.title(line[0], title)
-        top = ceiling(float(of_row.loc[of_row["x"] == of_row["x"].max(), "value"].min()))
+        top = scale.top(of_row)
         for axis, column in zip(line, columns, strict=True):
             drawn = _lines(axis, of_row, column)
             spreads += drawn.values()
             beyond |= {column.looks[name].label: None for name, found in drawn.items() if found["high"].max() > top}
-            if axis.axison and wide(of_row["value"].min(), min(top, of_row["value"].max())):
+            if axis.axison and scale.decades(of_row):
                 style.decades(axis)
-        if of_row["value"].max() > top:
+        if top < math.inf:
             line[0].set_ylim(top=top)
         for axis in line:
-            style.label(axis, x if line is axes[-1] else "", y if axis is line[0] else "")
+            style.label(axis, scale.x if line is axes[-1] else "", scale.y if axis is line[0] else "")
     for axis, column in zip(axes[0], columns, strict=True):
         style.column(axis, column.title, [look.handle() for look in column.looks.values()])
     cut = f" {', '.join(beyond)} {'leaves' if len(beyond) == 1 else 'leave'} the panels." if beyond else ""
     style.note_below(figure, style.explain(spreads, "bands", "documents") + cut)
     return figure
+
+
+def panel_groups(table: pd.DataFrame, scale: Scale) -> list[Group]:
+    """What `panels` draws, to hover over: a group for each panel, which has a legend of its own."""
+    columns = groups(table)
+    found = []
+    for title, rows in style.panels(table, ALWAYS, OTHERS):
+        for column in columns:
+            lines = charts.lines(rows, column.looks)
+            if not {line.look.label for line in lines} & {look.label for look in column.own.values()}:
+                continue
+            marks = [int(rows["train_len"].iloc[0])]
+            panel = Lines(
+                title=column.title, x=scale.x, y=scale.y, lines=lines, decades=scale.decades(rows), marks=marks,
+                top=scale.top(rows),
+            )  # fmt: skip
+            found.append(Group(title, [panel]))
+    return found
+
+
+def explained(groups: list[Group]) -> str:
+    """What the bands of these panels are."""
+    return style.explain(charts.spreads(groups), "bands", "documents")
 
 
 def groups(table: pd.DataFrame) -> list[Column]:

@@ -12,29 +12,46 @@ from matplotlib.figure import Figure
 
 from sbeval.errors import InputError
 from sbeval.plots import length_gen
+from sbeval.plots.chart import Chart
 from sbeval.plots.length_gen import ALWAYS, OTHERS, TABLE
 from sbeval.table import numbers
 
 FACTORS = ("position_start", "position_end")
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *ALWAYS, *OTHERS, *FACTORS)
-__all__ = ["COLUMNS", "TABLE", "draw", "smoothed"]
+__all__ = ["COLUMNS", "TABLE", "chart", "draw", "smoothed"]
 # under every method the first tokens of a document are hard to predict: shown, they would set the scale
 FIRST_SHOWN = 1 / 16
+SCALE = length_gen.Scale(
+    "position in the document (tokens)", "loss (nats per token)", lambda *_: False,
+    lambda best: best + math.log(length_gen.SHOWN),
+)  # fmt: skip
 
 
 def draw(table: pd.DataFrame) -> Figure:
     """Draw the smoothed L(i) at the bins' geometric middles, from a sixteenth of the training length on."""
+    return length_gen.panels(_shown(table), SCALE)
+
+
+def chart(table: pd.DataFrame) -> Chart:
+    """The same, to hover over."""
+    groups = length_gen.panel_groups(_shown(table), SCALE)
+    sentence = (
+        "Mean loss, in nats per token, of the token at a position given all before it, smoothed over neighbouring "
+        "bins: a line that rises past the training length shows a context that confuses. Lower is better."
+    )
+    return Chart("Loss by position", sentence, groups, length_gen.explained(groups))
+
+
+def _shown(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["metric"] == "loss"]
     if table.empty:
         raise InputError("there are no rows with metric 'loss' to draw")
     table = numbers(table, FACTORS)
     table = smoothed(table.assign(end=table["position_end"] - 1))
     first = FIRST_SHOWN * np.minimum(table["train_len"], table["end"].max())
-    shown = table[table["end"] > first].assign(x=lambda rows: np.sqrt(rows["position_start"] * rows["end"]))
-    return length_gen.panels(
-        shown, "position in the document (tokens)", "loss (nats per token)", wide=lambda *_: False,
-        ceiling=lambda best: best + math.log(length_gen.SHOWN),
-    )  # fmt: skip
+    table = table.assign(x=np.sqrt(table["position_start"] * table["end"]))
+    shown: pd.DataFrame = table[table["end"] > first]
+    return shown
 
 
 def smoothed(table: pd.DataFrame) -> pd.DataFrame:

@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sbeval.errors import InputError
+from sbeval.plots import chart as charts
 from sbeval.plots import style
+from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.table import numbers
 
 TABLE = "mqrar"
@@ -36,9 +38,7 @@ def draw(table: pd.DataFrame) -> Figure:
     Of several learning rates the one with the best validation accuracy is drawn. Where an older value than the last is
     asked for, what is varied is how old.
     """
-    table = best_rates(table)
-    if not (table["split"] == "all").any():
-        raise InputError("there are no rows with metric 'accuracy' and split 'all' to draw")
+    table = _best(table)
     looks = style.looks(table)
     panels = _panels(table)
     figure, axes = style.pairs(len(panels), share_y=True)
@@ -49,6 +49,34 @@ def draw(table: pd.DataFrame) -> Figure:
         spreads += _pairs(right, rows[rows["split"].isin(list(KINDS))], looks, x)
     style.finish(figure, [look.handle() for look in looks.values()], style.explain(spreads, "bars", "sequences"))
     return figure
+
+
+def chart(table: pd.DataFrame) -> Chart:
+    """The same, to hover over, in a panel for each split."""
+    table = _best(table)
+    looks = style.looks(table)
+    groups = []
+    for title, rows, x in _panels(table):
+        chance = {f"chance, 1/{size - size // 2}": 1 / (size - size // 2) for size in sorted(set(rows["vocab_size"]))}
+        panels = [
+            Lines(title=name, x=AXES[x], y="accuracy", lines=lines, levels=chance)
+            for split, name in ({"all": "all queries"} | KINDS).items()
+            if (lines := charts.lines(rows[rows["split"] == split], looks, by=x, share=True))
+        ]
+        groups.append(Group(title, panels))
+    sentence = (
+        "Share of queries for which the latest value of the key is returned (1 is all), by the number of key-value "
+        "pairs in the sequence. What older values of a key cost is the difference between fresh and stale."
+    )
+    note = style.explain(charts.spreads(groups), "bars and bands", "sequences")
+    return Chart("Associative recall by number of pairs", sentence, groups, note)
+
+
+def _best(table: pd.DataFrame) -> pd.DataFrame:
+    table = best_rates(table)
+    if not (table["split"] == "all").any():
+        raise InputError("there are no rows with metric 'accuracy' and split 'all' to draw")
+    return table
 
 
 def best_rates(table: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sbeval.errors import InputError
+from sbeval.plots import chart as charts
 from sbeval.plots import style
+from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.table import numbers
 
 TABLE = "needle"
@@ -46,12 +48,37 @@ def draw(table: pd.DataFrame) -> Figure:
         first = sum(heights[:number]) * ACROSS
         panels = axes[first : first + heights[number] * ACROSS]
         style.heading(panels[0], title, ACROSS)
-        for axis, (task, part) in zip(panels, [("mean", mean(some)), *some.groupby("task")], strict=False):
-            spreads += _lines(axis, str(task), part, looks)
+        for axis, (task, part) in zip(panels, _parts(some), strict=False):
+            spreads += _lines(axis, task, part, looks)
         for axis in panels[1 + some["task"].nunique() :]:
             axis.set_axis_off()
     style.finish(figure, [look.handle() for look in looks.values()], style.explain(spreads, "bars", "samples"))
     return figure
+
+
+def chart(table: pd.DataFrame) -> Chart:
+    """The same, to hover over."""
+    table = rows(table)
+    looks = style.looks(table)
+    groups = []
+    for title, some in settings(table):
+        marks = [int(length) for length in some["train_len"].unique()]
+        panels = [
+            Lines(title=task, x="length (tokens)", y="score", lines=lines, marks=marks)
+            for task, part in _parts(some)
+            if (lines := charts.lines(part, looks, by="length", share=True))
+        ]
+        groups.append(Group(title, panels))
+    sentence = (
+        "Share of what was hidden in a text that is found again (1 is all), by the length of text and answer in "
+        "tokens, for each of RULER's tasks and as the mean of them. Higher is better."
+    )
+    return Chart("Needles in haystacks", sentence, groups, style.explain(charts.spreads(groups), "bands", "samples"))
+
+
+def _parts(some: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """What has a panel: the mean over tasks, then each task."""
+    return [("mean", mean(some)), *((str(task), part) for task, part in some.groupby("task"))]
 
 
 def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

@@ -9,12 +9,13 @@ from matplotlib.figure import Figure
 
 from sbeval.errors import InputError
 from sbeval.plots import style
+from sbeval.plots.chart import Chart, Group, Heat
 from sbeval.plots.needle import ALWAYS, METRICS, OTHERS, TABLE, settings
 from sbeval.table import numbers
 
 FACTORS = ("length", "depth_start", "depth_end")
 COLUMNS = ("attention", "options", "seed", "task", "metric", "value", *FACTORS, *ALWAYS, *OTHERS)
-__all__ = ["COLUMNS", "TABLE", "draw"]
+__all__ = ["COLUMNS", "TABLE", "chart", "draw"]
 # readable in grey and by colour-blind readers
 COLOURS = "viridis"
 
@@ -24,10 +25,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
     A cell is the mean over seeds and over the tasks that have one needle; white is no sample.
     """
-    table = table[table["metric"].isin(list(METRICS)) & table["depth_start"].notna()]
-    if table.empty:
-        raise InputError("there are no rows with a depth to draw: tasks with a single needle have them")
-    table = numbers(table, [*FACTORS, "train_len", "finetune_tokens"])
+    table = _by_depth(table)
     looks = style.looks(table)
     grids = settings(table)
     figure, axes = style.grid(len(grids), len(looks))
@@ -39,9 +37,46 @@ def draw(table: pd.DataFrame) -> Figure:
     colours = ScalarMappable(Normalize(0, 1), COLOURS)
     bar = figure.colorbar(colours, ax=[axis for line in axes for axis in line], fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=style.SMALL_PT)
-    tasks = ", ".join(sorted(table["task"].unique()))
-    style.note_below(figure, f"Mean of {tasks}; the dashed line is the training length.")
+    style.note_below(figure, f"{_mean_of(table)}; the dashed line is the training length.")
     return figure
+
+
+def chart(table: pd.DataFrame) -> Chart:
+    """The same, to hover over."""
+    table = _by_depth(table)
+    looks = style.looks(table)
+    groups = [
+        Group(title, [
+            Heat(title=look.label, x="length (tokens)", y="depth (%)", value="score", table=_pivot(mine))
+            for method, look in looks.items()
+            if len(mine := style.method(some, method))
+        ])
+        for title, some in settings(table)
+    ]  # fmt: skip
+    sentence = (
+        "Share of needles that are found (1 is all), by the length of text and answer in tokens and by the depth in "
+        "the text, in percent, at which the needle stands; blank is no sample."
+    )
+    lengths = ", ".join(f"{length:g}" for length in sorted(table["train_len"].unique()))
+    return Chart("Needles by depth", sentence, groups, f"{_mean_of(table)}. Trained at length {lengths}.")
+
+
+def _by_depth(table: pd.DataFrame) -> pd.DataFrame:
+    table = table[table["metric"].isin(list(METRICS)) & table["depth_start"].notna()]
+    if table.empty:
+        raise InputError("there are no rows with a depth to draw: tasks with a single needle have them")
+    return numbers(table, [*FACTORS, "train_len", "finetune_tokens"])
+
+
+def _mean_of(table: pd.DataFrame) -> str:
+    return f"Mean of {', '.join(sorted(table['task'].unique()))}"
+
+
+def _pivot(some: pd.DataFrame) -> pd.DataFrame:
+    """Mean by depth, down, and length; a depth without samples is empty."""
+    width = int((some["depth_end"] - some["depth_start"]).iloc[0])
+    values = some.pivot_table(index="depth_start", columns="length", values="value")
+    return values.reindex(range(0, 100, width))
 
 
 def _map(axis: Axes, some: pd.DataFrame, label: str, *, first: bool) -> None:
@@ -50,11 +85,9 @@ def _map(axis: Axes, some: pd.DataFrame, label: str, *, first: bool) -> None:
         axis.set_axis_off()
         return
     style.subtitle(axis, label)
+    values = _pivot(some)
     lengths = sorted(some["length"].unique())
-    width = int((some["depth_end"] - some["depth_start"]).iloc[0])
-    starts = range(0, 100, width)
-    values = some.pivot_table(index="depth_start", columns="length", values="value").reindex(starts)
-    axis.pcolormesh(np.arange(len(lengths) + 1), [*starts, 100], values.to_numpy(), cmap=COLOURS, vmin=0, vmax=1)
+    axis.pcolormesh(np.arange(len(lengths) + 1), [*values.index, 100], values.to_numpy(), cmap=COLOURS, vmin=0, vmax=1)
     axis.set_xticks(np.arange(len(lengths)) + 0.5, [f"{length / 1024:g}k" for length in lengths])
     axis.set_ylim(100, 0)
     # between the last length that was trained on and the first that was not

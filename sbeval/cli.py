@@ -458,6 +458,17 @@ def plot(
         _say(str(path))
 
 
+@app.command()
+def report(
+    out: Annotated[Path | None, typer.Option(help="File to write; results/report.html.", metavar="PATH")] = None,
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Write one HTML page of all results: the paper's claims beside them, figures to hover over; needs no torch."""
+    from sbeval.report import write
+
+    _say(str(write(results_dir, out, say=_say)))
+
+
 bench = typer.Typer(help="Time kernels and models beside their peers, on a GPU.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 Lengths = Annotated[list[int] | None, typer.Option(help="Tokens of a sequence; repeat for several.", min=1)]
@@ -506,6 +517,7 @@ def bench_model(
     )
     Console().print(shown)
     _say(str(results_dir / "model.csv"))
+    _draw(results_dir, ["model"])
 
 
 @bench.command("skipping")

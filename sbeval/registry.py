@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure as MatplotlibFigure
 
+    from sbeval.plots.chart import Chart
+
 ATTENTION = {
     "alibi": "sbeval.kernels.alibi",
     "fire": "sbeval.kernels.fire",
@@ -38,6 +40,7 @@ FIGURES = {
     "kernel_error": "sbeval.plots.kernel_error",
     "length_gen": "sbeval.plots.length_gen",
     "loss_by_position": "sbeval.plots.loss_by_position",
+    "model": "sbeval.plots.model",
     "mqrar": "sbeval.plots.mqrar",
     "mqrar_splits": "sbeval.plots.mqrar_splits",
     "needle": "sbeval.plots.needle",
@@ -80,7 +83,13 @@ class Figure(Protocol):
     def draw(self, table: "pd.DataFrame") -> "MatplotlibFigure": ...
 
 
-class Page(Protocol):
+class Charted(Protocol):
+    """A module of `plots/` that gives what a page shows of a figure's table: a figure's own, or that of its page."""
+
+    def chart(self, table: "pd.DataFrame") -> "Chart": ...
+
+
+class Page(Charted, Protocol):
     """A module of `plots/` that makes a page of HTML of a figure's table."""
 
     def page(self, table: "pd.DataFrame") -> str: ...
@@ -112,3 +121,8 @@ def figure(name: str) -> Figure:
 def page(name: str) -> Page:
     """Import what makes the page of the figure `name`, which is one of PAGES."""
     return cast(Page, importlib.import_module(PAGES[name]))
+
+
+def charted(name: str) -> Charted:
+    """Import what gives the chart of the figure `name`."""
+    return cast(Charted, importlib.import_module(PAGES.get(name) or FIGURES[choose("figure", name, FIGURES)]))

@@ -1,0 +1,72 @@
+"""Tokens per second of whole models, from model.csv: optimizer steps on the left, evaluation on the right."""
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from sbeval.errors import InputError
+from sbeval.plots import chart as charts
+from sbeval.plots import style
+from sbeval.plots.chart import Chart, Group, Lines
+
+TABLE = "model"
+SETTING = ("batch", "queries", "dtype", "device")
+COLUMNS = ("attention", "options", "model", "params", "metric", "value", "step", *SETTING)
+STEPS = {"train": "training (tokens/s)", "evaluate": "evaluation (tokens/s)"}
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw throughput by size of the model, a row for each setting."""
+    rows = _throughput(table)
+    looks = style.looks(rows)
+    settings = _settings(rows)
+    figure, axes = style.pairs(len(settings))
+    for (title, of_setting), pair in zip(settings, axes, strict=True):
+        style.title(pair[0], title)
+        sizes = list(dict.fromkeys(of_setting["model"]))
+        for axis, (step, text) in zip(pair, STEPS.items(), strict=True):
+            style.label(axis, "model", text)
+            for method, look in looks.items():
+                line = _line(of_setting, step, method)
+                axis.plot([sizes.index(size) for size in line.index], line, label=look.label, **look.line())
+            axis.set_xticks(range(len(sizes)), sizes)
+            axis.set_xlim(-0.5, len(sizes) - 0.5)
+            axis.set_ylim(bottom=0)
+    devices = ", ".join(sorted(rows["device"].unique()))
+    style.finish(figure, [look.handle() for look in looks.values()], f"One run each; {devices}.")
+    return figure
+
+
+def chart(table: pd.DataFrame) -> Chart:
+    """The same, to hover over."""
+    rows = _throughput(table)
+    looks = style.looks(rows)
+    groups = []
+    for title, of_setting in _settings(rows):
+        panels = []
+        sizes = list(dict.fromkeys(of_setting["model"]))
+        for step, text in STEPS.items():
+            name, found = text.partition(" (")[0], {method: _line(of_setting, step, method) for method in looks}
+            if lines := charts.bare(found, looks):
+                panels.append(Lines(title=name, x="model", y=text, lines=lines, names=sizes, from_zero=True))
+        groups.append(Group(title, panels))
+    sentence = "Tokens per second of whole models, in training and in evaluation, by size. Higher is better."
+    return Chart("Speed of models", sentence, groups, "One run each.")
+
+
+def _throughput(table: pd.DataFrame) -> pd.DataFrame:
+    rows = table[(table["metric"] == "throughput") & table["step"].isin(list(STEPS))]
+    if rows.empty:
+        raise InputError("there are no rows with metric 'throughput' of a model")
+    return rows.sort_values("params", kind="stable")
+
+
+def _settings(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    return [
+        (f"{batch:g} sequences of {queries:g} tokens, {dtype}, {device}", part)
+        for (batch, queries, dtype, device), part in rows.groupby(list(SETTING))
+    ]
+
+
+def _line(rows: pd.DataFrame, step: str, method: style.Method) -> "pd.Series[float]":
+    """Tokens per second by model, the smallest first."""
+    return style.method(rows[rows["step"] == step], method).groupby("model", sort=False)["value"].max()

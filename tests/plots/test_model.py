@@ -1,0 +1,45 @@
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sbeval.errors import InputError
+from sbeval.plots import model
+
+COMMON: dict[str, Any] = {
+    "options": "", "metric": "throughput", "batch": 4, "queries": 4096, "dtype": "bfloat16", "device": "a card",
+}  # fmt: skip
+SIZES = {"350m": 350, "1b": 1000}
+
+
+def table() -> pd.DataFrame:
+    return pd.DataFrame(
+        COMMON | {"attention": name, "model": size, "params": params, "step": step, "value": value * scale / params}
+        for name, value in (("rope", 2000), ("stick_breaking", 1000))
+        for size, params in SIZES.items()
+        for step, scale in (("train", 1), ("evaluate", 3))
+    )
+
+
+def test_speed_stands_by_size_from_the_smallest_on() -> None:
+    left, right = model.draw(table()).axes
+    assert [text.get_text() for text in left.get_xticklabels()] == ["350m", "1b"]
+    for axis, scale in ((left, 1), (right, 3)):
+        found = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axis.get_lines()}
+        rates = [scale / 0.35, scale]
+        assert found == {"stick-breaking": pytest.approx(rates), "RoPE": pytest.approx([2 * rate for rate in rates])}
+
+
+def test_the_page_has_the_same_numbers() -> None:
+    (group,) = model.chart(table()).groups
+    assert group.title == "4 sequences of 4096 tokens, bfloat16, a card"
+    train, evaluate = (panel.rows() for panel in group.panels)
+    assert train[train["method"] == "RoPE"]["training (tokens/s)"].tolist() == pytest.approx([2 / 0.35, 2])
+    assert evaluate[evaluate["method"] == "RoPE"]["model"].tolist() == ["350m", "1b"]
+    assert group.panels[0].plotly()["layout"]["xaxis"]["categoryarray"] == ["350m", "1b"]
+
+
+def test_a_table_without_throughput_is_an_error() -> None:
+    with pytest.raises(InputError, match="no rows with metric 'throughput'"):
+        model.draw(table().assign(metric="mfu"))
