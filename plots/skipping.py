@@ -7,7 +7,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sbeval.errors import InputError
+from sbeval.plots import chart as charts
 from sbeval.plots import style
+from sbeval.plots.chart import Chart, Group, Lines
 
 TABLE = "skipping"
 COLUMNS = (
@@ -15,50 +17,84 @@ COLUMNS = (
 )  # fmt: skip
 # times further apart than this are drawn on a logarithmic axis
 WIDE = 4
-
-
-def totals(table: pd.DataFrame) -> pd.DataFrame:
-    """Time in all layers of each contender; `options` tells skipping and whose kernel apart."""
-    rows = table[table["metric"] == "time"]
-    skips = rows["epsilon"].fillna(0) > 0
-    rows = rows.assign(options=rows["backend"].where(~skips, "skipping"))
-    by = ["model", "params", "attention", "options", "step", "batch", "keys", "device"]
-    return rows.groupby(by)["value"].sum().reset_index()
+LABELS = {"forward": ("tokens", "forward (ms)"), "decode": ("keys in the cache", "one token (ms)")}
 
 
 def draw(table: pd.DataFrame) -> Figure:
     """Draw time against tokens, one line a kernel."""
     rows = totals(table)
-    if rows.empty:
-        raise InputError("no rows with the metric time")
     looks = style.looks(rows)
-    models, panels = (
-        sorted(rows["model"].unique()),
-        sorted({*zip(rows["step"], rows["batch"], strict=True)}, key=_order),
-    )
-    figure, axes = style.grid(len(models), len(panels), share_y=False)
-    for line, model in zip(axes, models, strict=True):
-        params = rows.loc[rows["model"] == model, "params"].iloc[0]
-        style.heading(line[0], f"All layers of a model of {params / 1e6:.0f} M parameters ({model})", len(panels))
+    groups, panels = _models(rows), _panels(rows)
+    figure, axes = style.grid(len(groups), len(panels), share_y=False)
+    for line, (title, of_model) in zip(axes, groups, strict=True):
+        style.heading(line[0], title, len(panels))
         for axis, (step, batch) in zip(line, panels, strict=True):
-            text = "forward" if step == "forward" else "one token"
-            style.label(axis, "tokens" if step == "forward" else "keys in the cache", f"{text} (ms)")
-            style.subtitle(axis, "a whole sequence" if step == "forward" else f"decoding, batch {batch}")
-            chosen = rows[(rows["model"] == model) & (rows["step"] == step) & (rows["batch"] == batch)]
+            style.label(axis, *LABELS[step])
+            style.subtitle(axis, _name(step, batch))
+            chosen = of_model[(of_model["step"] == step) & (of_model["batch"] == batch)]
             for method, look in looks.items():
-                of_method = style.method(chosen, method).sort_values("keys")
+                of_method = style.method(chosen, method)
                 axis.plot(of_method["keys"], of_method["value"], **look.line())
             style.octaves(axis, chosen["keys"].min(), chosen["keys"].max(), chosen["keys"].max(), most=4)
-            if chosen["value"].max() > WIDE * chosen["value"].min():
+            if _wide(chosen):
                 style.decades(axis)
             else:
                 axis.set_ylim(bottom=0)
-    handles = [look.handle() for look in looks.values()]
-    note = f"Medians; on the model's own queries, keys and values. {', '.join(sorted(rows['device'].unique()))}."
-    style.finish(figure, handles, note)
+    style.finish(figure, [look.handle() for look in looks.values()], _note(rows))
     return figure
 
 
-def _order(panel: tuple[str, int]) -> tuple[bool, int]:
-    step, batch = panel
-    return step != "forward", batch
+def chart(table: pd.DataFrame) -> Chart:
+    """The same, to hover over."""
+    rows = totals(table)
+    looks = style.looks(rows)
+    groups = []
+    for title, of_model in _models(rows):
+        panels = []
+        for step, batch in _panels(of_model):
+            chosen = of_model[(of_model["step"] == step) & (of_model["batch"] == batch)]
+            found = {method: style.method(chosen, method).set_index("keys")["value"] for method in looks}
+            x, y = LABELS[step]
+            lines = charts.bare(found, looks)
+            panels.append(Lines(title=_name(step, batch), x=x, y=y, lines=lines, decades=_wide(chosen)))
+        groups.append(Group(title, panels))
+    sentence = (
+        "Milliseconds of attention in all layers of a trained model, on its own queries, keys and values: what does "
+        "it save to stop where the stick is used up? Lower is better."
+    )
+    return Chart("Block skipping on a trained model", sentence, groups, _note(rows))
+
+
+def totals(table: pd.DataFrame) -> pd.DataFrame:
+    """Time in all layers of each contender, by keys; `options` tells skipping and whose kernel apart."""
+    rows = table[table["metric"] == "time"]
+    if rows.empty:
+        raise InputError("no rows with the metric time")
+    skips = rows["epsilon"].fillna(0) > 0
+    rows = rows.assign(options=rows["backend"].where(~skips, "skipping"))
+    by = ["model", "params", "attention", "options", "step", "batch", "keys", "device"]
+    return rows.groupby(by)["value"].sum().reset_index().sort_values("keys")
+
+
+def _models(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    return [
+        (f"All layers of a model of {part['params'].iloc[0] / 1e6:.0f} M parameters ({model})", part)
+        for model, part in rows.groupby("model")
+    ]
+
+
+def _panels(rows: pd.DataFrame) -> list[tuple[str, int]]:
+    """Step and batch of each panel, whole sequences first."""
+    return sorted({*zip(rows["step"], rows["batch"], strict=True)}, key=lambda panel: (panel[0] == "decode", panel[1]))
+
+
+def _name(step: str, batch: int) -> str:
+    return "a whole sequence" if step == "forward" else f"decoding, batch {batch}"
+
+
+def _wide(rows: pd.DataFrame) -> bool:
+    return bool(rows["value"].max() > WIDE * rows["value"].min())
+
+
+def _note(rows: pd.DataFrame) -> str:
+    return f"Medians; {', '.join(sorted(rows['device'].unique()))}."

@@ -42,6 +42,14 @@ def test_times_far_apart_are_drawn_logarithmically() -> None:
     assert skipping.draw(table(far=20.0)).axes[0].get_yscale() == "log"
 
 
+def test_the_page_has_the_same_numbers() -> None:
+    (group,) = skipping.chart(table()).groups
+    assert group.title == "All layers of a model of 25 M parameters (m)"
+    assert [panel.title for panel in group.panels] == ["a whole sequence", "decoding, batch 1", "decoding, batch 32"]
+    rows = group.panels[0].rows()
+    assert rows[rows["method"] == "stick-breaking (skipping)"]["forward (ms)"].tolist() == [6.0, 6.0]
+
+
 def test_nothing_to_draw_is_said() -> None:
     with pytest.raises(InputError, match="no rows with the metric time"):
         skipping.draw(table().query("metric == 'reach'"))
