@@ -128,7 +128,7 @@ class Lines:
         if self.from_zero:
             y |= {"rangemode": "tozero"}
         if self.decades:
-            y |= {"type": "log", "dtick": "D2" if self._narrow() else 1, "exponentformat": "power"}
+            y |= {"type": "log"} | (_ones_twos_fives() if self._narrow() else {"dtick": 1, "exponentformat": "power"})
         if self.top < math.inf:
             low = min(line.points["low"].min() for line in self.lines)
             y |= {"range": [math.log10(value) if self.decades else value for value in (low, self.top)]}
@@ -296,6 +296,12 @@ def _octaves(values: Sequence[float]) -> dict[str, Any]:
         step = math.ceil((last - first + 1) / MOST_TICKS)
         few = [2.0**exponent for exponent in range(last, first - 1, -step)][::-1]
     return {"tickvals": few, "ticktext": [plain(value) for value in few]}
+
+
+def _ones_twos_fives() -> dict[str, Any]:
+    """Plain labels at 1, 2 and 5 times powers of ten."""
+    ticks = [float(f"{first}e{power}") for power in range(-9, 10) for first in (1, 2, 5)]
+    return {"tickvals": ticks, "ticktext": [plain(value) for value in ticks]}
 
 
 def _level(*, x: float | None = None, y: float | None = None, text: str = "") -> dict[str, Any]:

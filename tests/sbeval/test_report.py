@@ -115,8 +115,19 @@ def attention_map(run: Row, place: int) -> Iterator[Row]:
         }  # fmt: skip
 
 
+def skipping(run: Row, place: int) -> Iterator[Row]:
+    backend = "cudnn" if place else "triton"
+    run |= {
+        "model": "m", "params": 10**7, "batch": 1, "attention": "softmax" if place else "stick_breaking",
+        "backend": backend, "metric": "time", "layer": 0, "stderr": "",
+    }  # fmt: skip
+    for step, keys in itertools.product(("forward", "decode"), (4096, 16384)):
+        for epsilon in (0.0, 1e-7)[: 1 if place else 2]:
+            yield run | {"step": step, "task": step, "keys": keys, "epsilon": epsilon, "value": 1.0 + place}
+
+
 FAMILIES = {each.__name__: each for each in (
-    attention_map, few_shot, flip_flop, kernel, length_gen, model, mqrar, needle
+    attention_map, few_shot, flip_flop, kernel, length_gen, model, mqrar, needle, skipping
 )}  # fmt: skip
 
 
@@ -127,7 +138,7 @@ def tables(folder: Path, families: Sequence[str] = tuple(FAMILIES), seeds: Seque
         rows: list[Row] = []
         # one kernel of each kind, timed once
         for place, (method, seed) in enumerate(itertools.product(METHODS, seeds)):
-            if name in ("kernel", "model", "attention_map") and (seed or place > 2 * len(seeds)):
+            if name in ("kernel", "model", "attention_map", "skipping") and (seed or place > 2 * len(seeds)):
                 continue
             cell = f"{name}-{method}-{seed}"
             run = COMMON | {"family": name, "attention": method, "seed": seed, "cell": cell, "stderr": 0.05, "task": ""}
