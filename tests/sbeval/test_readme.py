@@ -1,0 +1,74 @@
+"""Every command that the README and docs/ show is one that runs: to its end where it reads tables, else to its plan."""
+
+import dataclasses
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sbeval import checkpoint, cli
+from sbeval.checkpoint import State
+from sbeval.model import Decoder, named
+from sbeval.train import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+# commands that read result tables and are done in seconds
+AT_ONCE = ("plot", "report", "table", "compare", "doctor", "export")
+
+
+def commands() -> list[str]:
+    """What follows `sbeval` in every indented line."""
+    found = []
+    for page in PAGES:
+        for line in re.findall(r"^    (.+)$", page.read_text(), re.M):
+            found += re.findall(r"(?:^|&& |-m )sbeval (.+?)(?= && |$)", line)
+    return found
+
+
+# what the commands name, and what stands for it here
+STANDS_FOR = {"shawntan/stickbreaking-3b": "CHECKPOINT", "bpe:8192": "bytes"}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the commands name: tables of all families, books, items, questions, checkpoints."""
+    home = tmp_path_factory.mktemp("home")
+    for results in ("results/quick", "results"):
+        shutil.copytree(ROOT / results, home / "results", dirs_exist_ok=True)
+    (home / "books").mkdir()
+    for index in range(4):
+        (home / "books" / f"{index}.txt").write_text(f"Chapter {index}. " + "It was a dark night. " * 2000)
+    torch.manual_seed(0)
+    model = Decoder(named("quick", vocab_size=257, attention="stick_breaking"))
+    training = dataclasses.asdict(TrainConfig(steps=1, batch=1, length=64, lr=1e-3))
+    for folder in ("results/checkpoints/DIGEST", "NAME_OR_FOLDER", "CHECKPOINT"):
+        checkpoint.save(home / folder, model, State(losses=[1.0], finished=True), training=training)
+    (home / "items").mkdir()
+    (home / "dev-v2.0.json").write_text(json.dumps({"data": [{"paragraphs": [
+        {"context": "Ada wrote.", "qas": [{"question": "Who?", "answers": [{"text": "Ada"}], "is_impossible": False}]}
+    ]}]}))  # fmt: skip
+    return home
+
+
+def test_there_are_commands() -> None:
+    found = commands()
+    assert len(found) > 15 and {"length-gen --preset quick", "report"} <= set(found)
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(commands()))
+def test_a_command_of_the_readme_runs(command: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [STANDS_FOR.get(word, word) for word in shlex.split(command)]
+    if arguments[0] not in AT_ONCE and "--dry-run" not in arguments:
+        arguments.append("--dry-run")
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["sbeval", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code in (None, 0)
