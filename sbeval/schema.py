@@ -144,7 +144,7 @@ def _options(section: str, given: Mapping[str, object], kind: type[Any], known: 
     hints = get_type_hints(kind)
     found = {}
     for name, value in given.items():
-        choose(f"option of {section}", name, known)
+        choose(f"option of {section}", name, (*known, "preset"))
         found[name] = _value(f"{section}.{name}", value, hints[name])
     return found
 

@@ -23,7 +23,7 @@ from sbeval import checkpoint, device, distributed, provenance, table
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError
 from sbeval.executor import Executor, Lost
-from sbeval.graph import Graph, Step, steps
+from sbeval.graph import Graph, Step, needs, steps
 from sbeval.progress import Progress, Task
 from sbeval.table import Identity, Measurement, Provenance
 from sbeval.train import DivergedError, Trained
@@ -326,6 +326,8 @@ class _Course:
             self.say(f"{finished} cells are finished already; --force runs them again")
         self.say(describe_cost(pending, self.work.place))
         begin = self.graph.add(pending)
+        if not all(is_cell(step) for step in begin):
+            _check(pending, self.progress)
         if self.overall:
             self.overall.extend(len(pending))
         for family in dict.fromkeys(cell.family for cell in cells):
@@ -356,7 +358,10 @@ class _Course:
 
     def following(self, family: str) -> list[Step]:
         """What can begin of the cells that follow those of a family, once these are done."""
-        return self.begin(self.more.pop(family)()) if family in self.more and not self.left[family] else []
+        if self.left[family] or family not in self.more:
+            return []
+        cells = self.more.pop(family)()
+        return self.begin(cells) if cells else []
 
     def say(self, line: str) -> None:
         self.console.print(line, soft_wrap=True, markup=False, highlight=False)
@@ -385,6 +390,14 @@ def _pending(cells: Sequence[Cell], place: Place, progress: Progress) -> list[Ce
     if place.force:
         return list(cells)
     return [cell for cell in cells if cell in missing or _source_of_run(cell, place) != cell.source(progress)]
+
+
+def _check(cells: Sequence[Cell], progress: Progress) -> None:
+    """InputError where something cannot be asked, before a model is trained for it; all models are asked the same."""
+    first: dict[str, tuple[Step, ...]] = {}
+    for cell in cells:
+        if hasattr(cell, "check") and first.setdefault(cell.family, needs(cell)) == needs(cell):
+            cast(Checks, cell).check(progress)
 
 
 def _source_of_run(cell: Cell, place: Place) -> str:

@@ -11,6 +11,7 @@ benchmarks. An item is a prompt and some continuations, of which the likeliest c
 import dataclasses
 import functools
 import importlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ class Config(length_gen.Config):
             choose("suite", suite, SUITES)
         if self.limit is not None and self.limit < 1:
             raise InputError(f"limit must be at least 1, or left out; got {self.limit}")
-        if self.data_dir is not None and not Path(self.data_dir).is_dir():
+        if self.data_dir is not None and not os.path.isdir(self.data_dir):
             raise InputError(f"--data-dir {self.data_dir} is no folder")
 
 
