@@ -52,10 +52,12 @@ def text(study: str) -> str:
     try:
         return Path(study).read_text(encoding="utf-8")
     except FileNotFoundError:
-        known = ", ".join(names())
-        raise InputError(f"no study {study!r}: give {known} or the path of a file, written as one of these") from None
+        try:
+            return choose("study", study, names())
+        except InputError as error:
+            raise InputError(f"{error}, or the path of a file written as one of these") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {study}: {error}") from None
+        raise InputError(f"cannot read {study}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read(study: str, changes: Iterable[str] = ()) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Place:
     def checkpoint(self, key: object) -> Path:
         """Folder of the model whose training `key` describes in full; with `force` what it held is removed."""
         folder = self.results_dir / "checkpoints" / digest(key)
-        if self._begins_anew(folder):
+        if self.begins_anew(folder):
             if self.world.leads:
                 checkpoint.remove(folder)
             distributed.wait(self.world)
@@ -57,11 +57,12 @@ class Place:
     def kept(self, *parts: str) -> Path:
         """A file that a run which was stopped may have left in the results folder; with `force` it is removed."""
         path = self.results_dir.joinpath(*parts)
-        if self._begins_anew(path):
+        if self.begins_anew(path):
             path.unlink(missing_ok=True)
         return path
 
-    def _begins_anew(self, path: Path) -> bool:
+    def begins_anew(self, path: Path) -> bool:
+        """Whether what another run left there is to be removed: once, with `force`."""
         first = self.force and path not in self.emptied
         if first:
             self.emptied.add(path)
@@ -294,7 +295,7 @@ def run(
     errors = CELL_ERRORS if len(families) < 2 else (*CELL_ERRORS, InputError)
     with progress_of(place) as progress:
         work = Work(place, presets, errors, tuple(sys.argv), progress if executor.alone else None)
-        overall = None if executor.alone else progress.add("steps", total=0)
+        overall = None if executor.alone else progress.add("cells", total=0)
         course = _Course(work, console, progress, dict(more or {}), overall)
         for step, done in executor.run(work, course.begin(cells), course.then):
             course.keep(step, work.failure(step, "failed", done.reason) if isinstance(done, Lost) else done)

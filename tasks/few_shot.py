@@ -191,7 +191,8 @@ class Cell:
     def _answers(self, digest: str, place: Place) -> Answers:
         """What the model of this digest has answered; nothing when it has to be asked again."""
         name = sweep.digest([digest, self.config.attention, self.dtype])
-        return Answers(place.kept("answers", f"{name}.sqlite"))
+        path = place.results_dir / "answers" / f"{name}.sqlite"
+        return Answers(path, anew=place.begins_anew(path))
 
     def _length(self, found: Pretrained) -> int:
         """Tokens that the model reads at most; of one that isn't ours no more than its config says it can."""

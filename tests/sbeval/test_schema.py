@@ -28,6 +28,13 @@ def test_studies_of_the_package_have_cells(name: str) -> None:
     assert {part.family for part in found} >= set(registry.TASKS) - {"few_shot"}
 
 
+def test_the_study_of_the_readme_can_be_read(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    found = parts(readme.split("```yaml\n")[1].split("```")[0], tmp_path=tmp_path)
+    assert set(found) == {"length_gen", "needle", "mqrar"}
+    assert all(registry.task(name).cells(part.config) for name, part in found.items())
+
+
 def test_a_section_without_options_is_the_preset(tmp_path: Path) -> None:
     found = parts("mqrar:\nflip_flop: {preset: small}\nattention_map: {}\n", tmp_path=tmp_path)
     assert list(found) == ["mqrar", "flip_flop", "attention_map"]
@@ -110,7 +117,9 @@ def test_mistakes_are_one_line(text: str, said: str, tmp_path: Path) -> None:
 
 
 def test_a_study_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no study 'quik': give h200, paper, quick or the path of a file"):
+    with pytest.raises(
+        InputError, match="unknown study 'quik'; did you mean 'quick'. known: h200, paper, quick, or the path"
+    ):
         schema.read("quik")
     with pytest.raises(InputError, match="cannot read .*: .*directory"):
         schema.read(str(tmp_path))
