@@ -242,11 +242,11 @@ class Work:
     progress: Progress | None = None
 
     def __call__(self, step: Step) -> Done:
-        if self.progress is not None:
-            return self._done(step, self.progress)
         if self.place.device.type == "cuda":
             # compiled code of the last step's model is of no use, and there is a limit to how much is kept
             torch.compiler.reset()
+        if self.progress is not None:
+            return self._done(step, self.progress)
         sys.argv = list(self.argv)
         with Progress(Console(quiet=True, force_terminal=False)) as progress:
             return self._done(step, progress)
