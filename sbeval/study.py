@@ -12,6 +12,7 @@ from rich.console import Console
 
 from sbeval import provenance, registry, sweep
 from sbeval.draw import draw_figures
+from sbeval.errors import InputError
 from sbeval.executor import Executor
 from sbeval.schema import Part
 from sbeval.sweep import Cell, Place
@@ -56,10 +57,22 @@ def run(parts: Sequence[Part], place: Place, console: Console, executor: Executo
     everything = {part.family: [*cells(part), *further(part, place.results_dir)] for part in parts}
     if place.world.leads:
         for family, found in everything.items():
-            _show(family, found, place.results_dir, console)
+            complete &= _shown(family, found, place.results_dir, console, alone=len(parts) == 1)
         if not complete:
-            _say_failures([cell for found in everything.values() for cell in found], place.results_dir, console)
+            _say_failed([cell for found in everything.values() for cell in found], place.results_dir, console)
     return complete
+
+
+def _shown(family: str, found: Sequence[Cell], results_dir: Path, console: Console, *, alone: bool) -> bool:
+    """Show what a family found; of several, one whose table cannot be drawn is said and hides no other."""
+    try:
+        _show(family, found, results_dir, console)
+    except InputError as error:
+        if alone:
+            raise
+        say(console, f"{family}: {error}")
+        return False
+    return True
 
 
 def _show(family: str, found: Sequence[Cell], results_dir: Path, console: Console) -> None:
@@ -82,11 +95,12 @@ def _show(family: str, found: Sequence[Cell], results_dir: Path, console: Consol
         say(console, str(file))
 
 
-def _say_failures(found: Sequence[Cell], results_dir: Path, console: Console) -> None:
+def _say_failed(found: Sequence[Cell], results_dir: Path, console: Console) -> None:
     records = {cell: results_dir / "runs" / f"{sweep.cell_id(cell)}.json" for cell in found}
     read = {cell: provenance.read_run(path) for cell, path in records.items() if path.exists()}
     failed = {cell: record["reason"] for cell, record in read.items() if record["status"] == "failed"}
-    say(console, f"{len(failed)} of {len(found)} cells failed; the same command tries them again:")
+    if failed:
+        say(console, f"{len(failed)} of {len(found)} cells failed; the same command tries them again:")
     for cell, reason in failed.items():
         say(console, f"  {sweep.cell_id(cell)}: {reason}")
 
