@@ -23,15 +23,19 @@ def key(question: str, tokens: Sequence[int]) -> bytes:
 
 
 class Answers:
-    """Answers, JSON each, by key; in memory alone when there is no path."""
+    """Answers, JSON each, by key; in memory alone when there is no path. anew: forget those that are there."""
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, *, anew: bool = False) -> None:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
             # another process may be writing answers of the same model
             self._file = sqlite3.connect(path or ":memory:", timeout=60)
             self._file.execute("CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer TEXT) WITHOUT ROWID")
+            if anew:
+                # not by removing the file, which another process may have open
+                with self._file:
+                    self._file.execute("DELETE FROM answers")
         except sqlite3.DatabaseError as error:
             raise InputError(f"{path} holds no answers of a model ({error}); remove it") from None
 

@@ -24,12 +24,14 @@ from sbeval.model import Decoder, ModelConfig
 
 @dataclass(slots=True, kw_only=True)
 class State:
-    """Where a training run stands: the loss of every step done (nats/token), the seconds they took, and (step, score)
-    of each look at held-out data."""
+    """Where a training run stands: the loss of every step done (nats/token), the seconds they took, (step, score) of
+    each look at held-out data, and the speed where it was last measured: tokens/s, and model FLOP utilisation."""
 
     losses: list[float] = field(default_factory=list)
     scores: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
+    tokens_per_second: float | None = None
+    mfu: float | None = None
     finished: bool = False
 
     @property

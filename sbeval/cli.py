@@ -3,17 +3,18 @@
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from sbeval.errors import InputError, choose
+from sbeval.errors import SEEDS, InputError, choose
 
 if TYPE_CHECKING:
     from sbeval.executor import Executor
+    from sbeval.schema import Part
     from sbeval.sweep import Place
 
 app = typer.Typer(
@@ -29,7 +30,7 @@ Attention = Annotated[
     typer.Option("--attention", help="Method, with options as name:key=value,...; repeat for several.", metavar="SPEC"),
 ]
 Seed = Annotated[
-    list[int] | None, typer.Option(help="Seed of weights and data; repeat for several.", min=0, max=2**31 - 1)
+    list[int] | None, typer.Option(help="Seed of weights and data; repeat for several.", min=0, max=SEEDS[-1])
 ]
 Preset = Annotated[
     str | None,
@@ -252,10 +253,6 @@ def attention_map(
         seeds=seed,
     )  # fmt: skip
     _family("attention_map", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
-    if not dry_run and importlib.util.find_spec("plotly"):
-        _draw(results_dir, ["attention_map"], ["html"])
-    elif not dry_run:
-        _say("no page to hover over: that needs pip install 'sbeval[html]', then sbeval plot attention-map")
 
 
 @app.command("flip-flop")
@@ -438,6 +435,44 @@ def needle(
     _family("needle", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
 
 
+@app.command("run")
+def run_study(
+    study: Annotated[str, typer.Argument(help="quick, h200, paper, or a YAML file written as one of these.")],
+    change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Another value than the study's: needle.samples=20; repeat.", metavar="OPTION=VALUE"
+        ),
+    ] = None,
+    executor: ExecutorKind = "local",
+    workers: Workers = None,
+    address: Address = None,
+    gpus_per_cell: GpusPerCell = 0.0,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+    force: Force = False,
+    dry_run: DryRun = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the study's file, to write another from, and stop.")
+    ] = False,
+) -> None:
+    """A whole study: train each model once, run every family on it, and go on where a stopped run was."""
+    from sbeval import device as devices
+    from sbeval import distributed, schema, sweep
+    from sbeval.executor import Executor
+
+    if show:
+        print(schema.text(study), end="")
+        return
+    if distributed.size() > 1:
+        raise InputError("a study runs in one process: start it without torchrun, with --workers or --executor ray")
+    how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    where = devices.pick(device)
+    parts = schema.parts(schema.read(study, change or ()), lambda said: devices.pick_dtype(dtype or said, where))
+    _run(parts, sweep.Place(results_dir=results_dir, device=where, force=force), how, dry_run=dry_run, name=study)
+
+
 @app.command()
 def plot(
     figure: Annotated[
@@ -547,10 +582,10 @@ def bench_skipping(
     _draw(results_dir, ["skipping"])
 
 
-def _draw(results_dir: Path, names: list[str], formats: Sequence[str] = ("png", "pdf")) -> None:
+def _draw(results_dir: Path, names: list[str]) -> None:
     from sbeval.draw import draw_figures
 
-    for path in draw_figures(results_dir, names, formats):
+    for path in draw_figures(results_dir, names):
         _say(str(path))
 
 
@@ -565,10 +600,11 @@ def _family(
 ) -> None:  # fmt: skip
     """Run one family: preset and options to config, config to cells, cells to table and figure; `only` trains."""
     from sbeval import device as devices
-    from sbeval import distributed, registry, sweep
+    from sbeval import distributed, registry, study, sweep
+    from sbeval.schema import Part
 
     module = registry.task(name)
-    if distributed.size() > 1 and not hasattr(module.Cell, "train"):
+    if distributed.size() > 1 and name != "length_gen":
         raise InputError(f"{name.replace('_', '-')} runs in one process: start it without torchrun")
     where = devices.pick(distributed.local_device(device))
     preset = preset or ("quick" if where.type == "cpu" else "small")
@@ -580,30 +616,31 @@ def _family(
         dtype=devices.pick_dtype(dtype, where),
         **changes,
     )
-    cells, more = module.cells(config), getattr(module, "more", None)
-    for line in module.notes(config) if hasattr(module, "notes") else ():
-        _say(line)
+    part = Part(family=name, preset=preset, config=config)
     with distributed.joined(where) as world:
         place = sweep.Place(
             results_dir=results_dir, device=where, force=force, tensorboard=tensorboard, world=world, shard=shard
         )
-        if dry_run:
-            return _dry_run(cells, more(config, None) if more else [], place)
-        if only:
-            _resumable(lambda: sweep.train(cells, place, console=_console(place)), force)
-            return
+        if only and not dry_run:
+            _resumable(lambda: sweep.train(study.cells(part), place, console=_console(place)), force)
+        else:
+            _run([part], place, how or sweep.HERE, dry_run=dry_run)
 
-        def run(part: list[Any]) -> bool:
-            return sweep.run(part, place, preset=preset, console=_console(place), executor=how or sweep.HERE)
 
-        complete = _resumable(lambda: run(cells), force)
-        # what is worth more seeds follows from what the first found
-        then = more(config, sweep.results_of(cells, results_dir)) if more else []
-        if then:
-            complete &= _resumable(lambda: run(then), force)
-        _show(module, [*cells, *then], place)
-        if not complete:
+def _run(parts: "list[Part]", place: "Place", how: "Executor", *, dry_run: bool, name: str | None = None) -> None:
+    """Run what has no result yet, or say what that would cost: of a study, which has a name, as a table."""
+    from sbeval import plan, study
+
+    console = _console(place)
+    for line in study.notes(parts):
+        study.say(console, line)
+    if not dry_run:
+        if not _resumable(lambda: study.run(parts, place, console, how), place.force):
             raise typer.Exit(1)
+    elif name is None:
+        plan.list_cells(parts[0], place, console)
+    else:
+        console.print(plan.table(f"Study {name}", parts, place))
 
 
 def _console(place: "Place") -> Console:
@@ -618,36 +655,6 @@ def _resumable(work: Callable[[], bool], force: bool) -> bool:
         then = "starts over" if force else "goes on from there"
         print(f"sbeval: stopped; what is done is kept, and the same command {then}", file=sys.stderr)
         raise typer.Exit(130) from None
-
-
-def _dry_run(cells: list[Any], later: list[Any], place: "Place") -> None:
-    from sbeval import sweep
-
-    if not place.world.leads:
-        return
-    pending = cells if place.force else sweep.unfinished(cells, place.results_dir)
-    for cell in cells:
-        _say(f"{sweep.cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in pending else '  finished'}")
-    _say(sweep.describe_cost(pending, place))
-    if later:
-        flops = sum(cell.flops for cell in later)
-        _say(f"then {len(later)} cells at what rates turn out best, at most {flops:.1e} FLOPs")
-
-
-def _show(module: Any, cells: list[Any], place: "Place") -> None:
-    from sbeval import registry, sweep
-    from sbeval.draw import draw_figures
-
-    table = place.results_dir / f"{module.FAMILY}.csv"
-    if not place.world.leads or not table.exists():
-        return
-    results = sweep.found(sweep.results_of(cells, place.results_dir))
-    if not len(results):
-        return _say(str(table))
-    Console().print(module.summary(results))
-    figures = [name for name in registry.FIGURES if registry.figure(name).TABLE == module.FAMILY]
-    for path in (table, *draw_figures(place.results_dir, figures, ["png", "pdf"])):
-        _say(str(path))
 
 
 def main() -> None:

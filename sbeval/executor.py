@@ -27,6 +27,8 @@ GRACE_S = 30
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+# what can begin when an item is done
+Then = Callable[[Item], Sequence[Item]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,15 +58,20 @@ class Executor:
         """Whether the work runs in this process."""
         return self.kind == "local" and (self.workers or 1) == 1
 
-    def run(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[tuple[Item, Result | "Lost"]]:
+    def run(
+        self, work: Callable[[Item], Result], items: Sequence[Item], then: Then[Item] | None = None
+    ) -> Iterator[tuple[Item, Result | "Lost"]]:
         """Yield each item with what `work` makes of it, or Lost where its worker died again and again.
 
+        `then` is asked what can begin now when what came of an item has been taken; that comes before what waits.
         What `work` raises is raised here, and ends the others. Where this is not this process alone, `work` and items
         must be picklable.
         """
         if self.alone:
-            return ((item, work(item)) for item in items)
-        return _in_ray(work, items, self) if self.kind == "ray" else _in_pool(work, items, self.workers or 1)
+            return _here(work, items, then)
+        if self.kind == "ray":
+            return _in_ray(work, items, self, then)
+        return _in_pool(work, items, self.workers or 1, then)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +81,25 @@ class Lost:
     reason: str
 
 
+def _here(
+    work: Callable[[Item], Result], items: Sequence[Item], then: Then[Item] | None
+) -> Iterator[tuple[Item, Result | Lost]]:
+    waiting = list(reversed(items))
+    while waiting:
+        item = waiting.pop()
+        yield item, work(item)
+        waiting.extend(reversed(then(item) if then else ()))
+
+
 def _in_pool(
-    work: Callable[[Item], Result], items: Sequence[Item], workers: int
+    work: Callable[[Item], Result], items: Sequence[Item], workers: int, then: Then[Item] | None
 ) -> Iterator[tuple[Item, Result | Lost]]:
     """Run in processes. When one dies, all that were at work begin again in a new pool, for it is not known whose died:
     one at a time, so that the next death is of the right one."""
     waiting = [(item, 0) for item in reversed(items)]
     while waiting:
         begun: dict[Future[Result], tuple[Item, int]] = {}
-        with _pool(min(workers, len(waiting))) as pool:
+        with _pool(workers if then else min(workers, len(waiting))) as pool:
             died = False
             while begun or (waiting and not died):
                 # no more than are at work, so that those which wait are not blamed
@@ -95,12 +112,14 @@ def _in_pool(
                     item, deaths = begun.pop(future)
                     if not isinstance(future.exception(), BrokenProcessPool):
                         yield item, future.result()
-                        continue
-                    died = True
-                    if deaths < RETRIES:
+                    elif deaths < RETRIES:
+                        died = True
                         waiting.append((item, deaths + 1))
+                        continue
                     else:
+                        died = True
                         yield item, Lost(f"its process died {deaths + 1} times; is the machine short of memory?")
+                    waiting.extend((new, 0) for new in reversed(then(item) if then else ()))
 
 
 def _guarded(work: Callable[[Item], Result], item: Item) -> Result:
@@ -163,7 +182,7 @@ def _begin(driver: int, workers: int) -> None:
 
 
 def _in_ray(
-    work: Callable[[Item], Result], items: Sequence[Item], how: Executor
+    work: Callable[[Item], Result], items: Sequence[Item], how: Executor, then: Then[Item] | None
 ) -> Iterator[tuple[Item, Result | Lost]]:
     try:
         import ray
@@ -172,23 +191,24 @@ def _in_ray(
         raise InputError("--executor ray needs the ray package: pip install 'sbeval[ray]'") from None
     with _cluster(ray, how), _terminable():
 
-        def call(item: Item) -> Result:
+        def call(work: Callable[[Item], Result], item: Item) -> Result:
             return work(item)
 
         # a task that raises is not run again, one whose worker dies is
         task: Any = ray.remote(max_retries=RETRIES, num_cpus=1, num_gpus=how.gpus_per_cell)(call)
-        pending = {task.remote(item): item for item in items}
+        # `work` goes with each item: it may know more by then
+        pending = {task.remote(work, item): item for item in items}
         while pending:
             (ready,), _ = ray.wait(list(pending), num_returns=1)
             item = pending.pop(ready)
             try:
                 result = ray.get(ready)
             except (WorkerCrashedError, OutOfMemoryError) as error:
-                yield item, Lost(str(error).splitlines()[0])
-                continue
+                result = Lost(str(error).splitlines()[0])
             except RayTaskError as error:
                 raise error.cause from None
             yield item, result
+            pending |= {task.remote(work, new): new for new in (then(item) if then else ())}
 
 
 @contextmanager

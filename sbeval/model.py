@@ -8,6 +8,7 @@ paper's 1B and 3B models (Shen et al. 2024, arXiv 2408.13359, table 4):
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -363,6 +364,13 @@ class Decoder(nn.Module):
     def n_parameters(self) -> int:
         """Parameters, those shared by embedding and head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+@functools.cache
+def n_parameters(config: ModelConfig) -> int:
+    """Parameters of a model of this shape, without its weights."""
+    with torch.device("meta"):
+        return Decoder(config).n_parameters()
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:

@@ -57,6 +57,10 @@ class Task:
         self._said_at = self._state.get_time()
         self._said_percent = self._state.percentage
 
+    def extend(self, steps: int) -> None:
+        """Add to the steps there are."""
+        self._bars.update(self._state.id, total=(self._state.total or 0) + steps)
+
     def advance(self, steps: int = 1, status: str = "") -> None:
         """Count steps done. `status`, such as `loss 2.13, 12.3k tokens/s`, is shown until the next one is given."""
         self._bars.update(self._state.id, advance=steps, status=status or self._state.fields["status"])

@@ -84,13 +84,30 @@ def source(spec: str, field: str) -> Source:
     return _files(path, field)
 
 
-def _stdlib(folder: Path) -> Source:
+def size(spec: str) -> int | None:
+    """Bytes of the files that a specification names, without reading them; None where these are not here."""
+    if spec.startswith("hf:"):
+        return None
+    folder, names = Path(sysconfig.get_paths()["stdlib"]), []
+    if spec == "stdlib":
+        names = _modules(folder)
+    elif (path := Path(spec)).exists():
+        folder = path if path.is_dir() else path.parent
+        names = _chosen(path, folder)[0]
+    return sum((folder / name).stat().st_size for name in names) or None
+
+
+def _modules(folder: Path) -> list[str]:
     files: list[str] = []
     for parent, folders, names in os.walk(folder):
         # not entered: site-packages can be far larger than all the rest
         folders[:] = [inner for inner in folders if inner not in NO_SOURCE]
         files.extend((Path(parent) / name).relative_to(folder).as_posix() for name in names if name.endswith(".py"))
-    files.sort()
+    return sorted(files)
+
+
+def _stdlib(folder: Path) -> Source:
+    files = _modules(folder)
 
     def documents(role: Role) -> Iterator[Document]:
         for name in files:

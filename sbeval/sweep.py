@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 import pandas as pd
 import torch
@@ -23,7 +23,8 @@ from sbeval import checkpoint, device, distributed, provenance, table
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError
 from sbeval.executor import Executor, Lost
-from sbeval.progress import Progress
+from sbeval.graph import Graph, Step, needs, steps
+from sbeval.progress import Progress, Task
 from sbeval.table import Identity, Measurement, Provenance
 from sbeval.train import DivergedError, Trained
 
@@ -47,7 +48,7 @@ class Place:
     def checkpoint(self, key: object) -> Path:
         """Folder of the model whose training `key` describes in full; with `force` what it held is removed."""
         folder = self.results_dir / "checkpoints" / digest(key)
-        if self._begins_anew(folder):
+        if self.begins_anew(folder):
             if self.world.leads:
                 checkpoint.remove(folder)
             distributed.wait(self.world)
@@ -56,11 +57,12 @@ class Place:
     def kept(self, *parts: str) -> Path:
         """A file that a run which was stopped may have left in the results folder; with `force` it is removed."""
         path = self.results_dir.joinpath(*parts)
-        if self._begins_anew(path):
+        if self.begins_anew(path):
             path.unlink(missing_ok=True)
         return path
 
-    def _begins_anew(self, path: Path) -> bool:
+    def begins_anew(self, path: Path) -> bool:
+        """Whether what another run left there is to be removed: once, with `force`."""
         first = self.force and path not in self.emptied
         if first:
             self.emptied.add(path)
@@ -103,25 +105,15 @@ class Outcome:
     measured: Mapping[str, object] = field(default_factory=dict)
 
 
-class Cell(Protocol):
-    """One point of a sweep, a frozen dataclass: its fields are all that its numbers depend on."""
+class Cell(Step, Protocol):
+    """One point of a sweep: its fields are all that its numbers depend on."""
 
     @property
     def family(self) -> str: ...
 
     @property
-    def title(self) -> str: ...
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
     def row(self) -> type[Measurement]:
         """The class of its rows."""
-
-    @property
-    def flops(self) -> float:
-        """Floating-point operations of the whole cell, roughly."""
 
     def source(self, progress: Progress) -> str:
         """Digest of the text that the cell reads, empty when it reads none."""
@@ -129,8 +121,8 @@ class Cell(Protocol):
     def run(self, place: Place, progress: Progress) -> Outcome: ...
 
 
-class Trains(Cell, Protocol):
-    """A cell that can stop when its model is trained."""
+class Training(Step, Protocol):
+    """What leaves a model that cells evaluate; it is equal for all cells of that model."""
 
     def train(self, place: Place, progress: Progress) -> Path:
         """Train, unless that is done, and return the checkpoint folder."""
@@ -140,6 +132,13 @@ class Trains(Cell, Protocol):
 FAILED = ("diverged", "failed")
 # what a cell's own sizes and numbers can cause: a device short of memory, a kernel that does not fit, an overflow
 CELL_ERRORS = (RuntimeError, MemoryError, ArithmeticError)
+
+
+class Checks(Cell, Protocol):
+    """A cell that can say before anything is trained what is the user's to change."""
+
+    def check(self, progress: Progress) -> None:
+        """InputError where the text, its documents or what is asked cannot do."""
 
 
 class Reports(Cell, Protocol):
@@ -190,16 +189,26 @@ def found(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[~rows["status"].isin(FAILED)] if "status" in rows else rows
 
 
-def describe_cost(cells: Sequence[Cell], place: Place) -> str:
-    """What the cells will cost, in words: FLOPs and a rough time from a matrix product timed just now."""
+def is_cell(step: Step) -> TypeGuard[Cell]:
+    """Whether a step has rows, unlike a training."""
+    return hasattr(step, "row")
+
+
+def seconds(parts: Sequence[Step], place: Place) -> list[float]:
+    """How long each step will take, roughly, by a matrix product timed just now."""
+    speeds = {dtype: device.measured_flops(place.device, dtype) for dtype in {step.dtype for step in parts}}
+    share = EFFICIENCY[place.device.type] * place.world.size
+    return [step.flops / speeds[step.dtype] / share for step in parts]
+
+
+def describe_cost(cells: Sequence[Step], place: Place) -> str:
+    """What the cells will cost, in words: FLOPs and a rough time; what several need is counted once."""
     if not cells:
         return "nothing to run"
-    flops = sum(cell.flops for cell in cells)
-    speeds = {dtype: device.measured_flops(place.device, dtype) for dtype in {cell.dtype for cell in cells}}
-    seconds = sum(cell.flops / speeds[cell.dtype] for cell in cells) / EFFICIENCY[place.device.type] / place.world.size
+    parts = steps(cells)
     return (
-        f"{len(cells)} cell{'s' if len(cells) > 1 else ''} to run, {flops:.1e} FLOPs: "
-        f"roughly {_words(seconds)} on {device.describe(place.device)}"
+        f"{len(cells)} cell{'s' if len(cells) > 1 else ''} to run, {sum(step.flops for step in parts):.1e} FLOPs: "
+        f"roughly {_words(sum(seconds(parts, place)))} on {device.describe(place.device)}"
     )
 
 
@@ -213,72 +222,158 @@ def _words(seconds: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a cell leaves: its run file, and its rows if there are any. `how` is empty or one of FAILED."""
+    """What a step leaves: of a cell its run file, and its rows if there are any. `how` is empty or one of FAILED."""
 
-    record: dict[str, Any]
-    rows: pd.DataFrame | None
+    record: dict[str, Any] | None = None
+    rows: pd.DataFrame | None = None
     how: str = ""
+    reason: str = ""
+    emptied: frozenset[Path] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Runs cells wherever they are sent, and says nothing there unless `speaks`."""
+    """Runs steps wherever they are sent, and says nothing there unless `progress` is given."""
 
     place: Place
-    preset: str
+    presets: Mapping[str, str]
+    errors: tuple[type[Exception], ...]
     argv: tuple[str, ...]
     progress: Progress | None = None
 
-    def __call__(self, cell: Cell) -> Done:
+    def __call__(self, step: Step) -> Done:
         if self.progress is not None:
-            return run_cell(cell, self.place, self.preset, self.progress)
+            return self._done(step, self.progress)
         sys.argv = list(self.argv)
         with Progress(Console(quiet=True, force_terminal=False)) as progress:
-            return run_cell(cell, self.place, self.preset, progress)
+            return self._done(step, progress)
+
+    def _done(self, step: Step, progress: Progress) -> Done:
+        try:
+            done = self._attempt(step, progress)
+        except self.errors as error:
+            if self.place.device.type == "cuda":
+                torch.cuda.empty_cache()
+            done = self.failure(step, *_mishap(error))
+        # elsewhere `place` is a copy
+        return dataclasses.replace(done, emptied=frozenset(self.place.emptied))
+
+    def _attempt(self, step: Step, progress: Progress) -> Done:
+        if is_cell(step):
+            return run_cell(step, self.place, self.presets[step.family], progress)
+        cast(Training, step).train(self.place, progress)
+        return Done()
+
+    def failure(self, step: Step, how: str, reason: str) -> Done:
+        """What a step leaves that failed."""
+        if not is_cell(step):
+            return Done(how=how, reason=reason)
+        reports: Reports | None = cast(Reports, step) if hasattr(step, "failed") else None
+        outcome = reports.failed(how, self.place) if reports else None
+        origin = _origin(step, self.place, self.presets[step.family], outcome)
+        record = provenance.run_record(config=step, provenance=origin, status="failed", reason=reason)
+        return Done(record, table.frame(outcome.identity, outcome.rows, origin) if outcome else None, how, reason)
 
 
-def run(cells: Sequence[Cell], place: Place, *, preset: str, console: Console, executor: Executor = HERE) -> bool:
+def run(
+    cells: Sequence[Cell], place: Place, *, preset: str | Mapping[str, str], console: Console,
+    executor: Executor = HERE, more: Mapping[str, Callable[[], Sequence[Cell]]] | None = None,
+) -> bool:  # fmt: skip
     """Run what has no result yet, or one from another text; True when every cell has one now.
 
-    A cell whose loss diverges, or that ends in an error of its own sizes, is recorded as such, and the sweep goes on.
+    A cell whose loss diverges, or that ends in an error of its own sizes, is recorded as such, and the sweep goes on;
+    of several families also one that ends in an error of the user's. What several cells need is done before them.
+    preset: of all cells, or of each family. more: by family, the cells that follow when those given are done.
     """
     for folder in ("runs", "checkpoints"):
         table.prepare(place.results_dir / folder)
-    failed = False
+    families = dict.fromkeys(cell.family for cell in cells)
+    presets = dict.fromkeys(families, preset) if isinstance(preset, str) else preset
+    errors = CELL_ERRORS if len(families) < 2 else (*CELL_ERRORS, InputError)
     with progress_of(place) as progress:
-        pending = _pending(cells, place, progress)
-        # no process writes what another has yet to look at
-        distributed.wait(place.world)
-        if len(pending) < len(cells):
-            finished = f"{len(cells) - len(pending)} of {len(cells)}"
-            console.print(f"{finished} cells are finished already; --force runs them again", soft_wrap=True)
-        console.print(describe_cost(pending, place), highlight=False, soft_wrap=True)
-        work = Work(place, preset, tuple(sys.argv), progress if executor.alone else None)
-        overall = None if executor.alone else progress.add("cells", total=len(pending))
-        for cell, done in executor.run(work, pending):
-            if isinstance(done, Lost):
-                done = _failure(cell, place, preset, "failed", done.reason)
-            if place.world.leads:
-                _keep(cell, done, place)
-            if done.how:
-                failed = True
-                said = f"{cell.title}: {done.record['reason']}; recorded as {done.how}, going on with the next"
-                console.print(said, soft_wrap=True, markup=False, highlight=False)
-            if overall:
-                overall.advance(status=cell.title)
+        work = Work(place, presets, errors, tuple(sys.argv), progress if executor.alone else None)
+        overall = None if executor.alone else progress.add("cells", total=0)
+        course = _Course(work, console, progress, dict(more or {}), overall)
+        for step, done in executor.run(work, course.begin(cells), course.then):
+            course.keep(step, work.failure(step, "failed", done.reason) if isinstance(done, Lost) else done)
         if overall:
             overall.close()
-    return not failed
+    return not course.failed
 
 
-def train(cells: Sequence[Trains], place: Place, *, console: Console) -> bool:
-    """Train the models of the cells and say where each is; `run` with the same cells then evaluates them."""
+@dataclass(slots=True)
+class _Course:
+    """A run as the driver sees it: what comes of each step is kept, and what waited for it begins."""
+
+    work: Work
+    console: Console
+    progress: Progress
+    more: dict[str, Callable[[], Sequence[Cell]]]
+    overall: Task | None
+    failed: bool = False
+    graph: Graph = field(default_factory=Graph)
+    left: dict[str, set[Step]] = field(default_factory=dict)  # the cells of each family that are not done
+
+    def begin(self, cells: Sequence[Cell]) -> list[Step]:
+        """What can begin of these cells, and of those that follow where these are done already."""
+        pending = _pending(cells, self.work.place, self.progress)
+        # no process writes what another has yet to look at
+        distributed.wait(self.work.place.world)
+        if len(pending) < len(cells):
+            finished = f"{len(cells) - len(pending)} of {len(cells)}"
+            self.say(f"{finished} cells are finished already; --force runs them again")
+        self.say(describe_cost(pending, self.work.place))
+        begin = self.graph.add(pending)
+        if not all(is_cell(step) for step in begin):
+            _check(pending, self.progress)
+        if self.overall:
+            self.overall.extend(len(pending))
+        for family in dict.fromkeys(cell.family for cell in cells):
+            self.left[family] = {cell for cell in pending if cell.family == family}
+            begin += self.following(family)
+        return begin
+
+    def keep(self, step: Step, done: Done) -> None:
+        """Write what a step leaves, and of those that cannot begin without it that they failed."""
+        place = self.work.place
+        place.emptied.update(done.emptied)
+        lost = [other for other in self.graph.lost(step) if is_cell(other)] if done.how else []
+        left = [(other, self.work.failure(other, done.how, f"{step.title}: {done.reason}")) for other in lost]
+        for cell, what in [(step, done), *left] if is_cell(step) else left:
+            if place.world.leads:
+                _keep(cell, what, place)
+            self.left[cell.family].discard(cell)
+            if self.overall:
+                self.overall.advance(status=cell.title)
+        if done.how:
+            self.failed = True
+            recorded = f"{len(lost)} cells that need it recorded" if lost else "recorded"
+            self.say(f"{step.title}: {done.reason}; {recorded} as {done.how}, going on with the next")
+
+    def then(self, step: Step) -> list[Step]:
+        """What can begin after a step."""
+        return self.graph.done(step) + [new for family in self.left.copy() for new in self.following(family)]
+
+    def following(self, family: str) -> list[Step]:
+        """What can begin of the cells that follow those of a family, once these are done."""
+        if self.left[family] or family not in self.more:
+            return []
+        cells = self.more.pop(family)()
+        return self.begin(cells) if cells else []
+
+    def say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def train(cells: Sequence[Cell], place: Place, *, console: Console) -> bool:
+    """Train the models that the cells need and say where each is; `run` with the same cells then evaluates them."""
     table.prepare(place.results_dir / "checkpoints")
-    console.print(describe_cost(cells, place), highlight=False, soft_wrap=True)
+    needed = [step for step in steps(cells) if not is_cell(step)]
+    console.print(describe_cost(needed, place), highlight=False, soft_wrap=True)
     with progress_of(place) as progress:
-        for cell in cells:
-            folder = cell.train(place, progress)
-            console.print(f"{cell.title}: {folder}", highlight=False, soft_wrap=True, markup=False)
+        for step in needed:
+            folder = cast(Training, step).train(place, progress)
+            console.print(f"{step.title}: {folder}", highlight=False, soft_wrap=True, markup=False)
     return True
 
 
@@ -295,6 +390,14 @@ def _pending(cells: Sequence[Cell], place: Place, progress: Progress) -> list[Ce
     return [cell for cell in cells if cell in missing or _source_of_run(cell, place) != cell.source(progress)]
 
 
+def _check(cells: Sequence[Cell], progress: Progress) -> None:
+    """InputError where something cannot be asked, before a model is trained for it; all models are asked the same."""
+    first: dict[str, tuple[Step, ...]] = {}
+    for cell in cells:
+        if hasattr(cell, "check") and first.setdefault(cell.family, needs(cell)) == needs(cell):
+            cast(Checks, cell).check(progress)
+
+
 def _source_of_run(cell: Cell, place: Place) -> str:
     """Digest of the text behind a finished cell, from its run file: a row never stands without one."""
     return str(provenance.read_run(place.results_dir / "runs" / f"{cell_id(cell)}.json")["corpus_digest"])
@@ -303,17 +406,10 @@ def _source_of_run(cell: Cell, place: Place) -> str:
 def run_cell(cell: Cell, place: Place, preset: str, progress: Progress) -> Done:
     """Run one cell and gather what it leaves, wherever this is."""
     start = time.perf_counter()
-    try:
-        outcome = cell.run(place, progress)
-        # the last step can be the one that goes wrong
-        if not all(math.isfinite(row.value) for row in outcome.rows):
-            raise DivergedError("what was measured is no finite number")
-    except DivergedError as error:
-        return _failure(cell, place, preset, "diverged", str(error))
-    except CELL_ERRORS as error:
-        if place.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return _failure(cell, place, preset, "failed", f"{type(error).__name__}: {error}")
+    outcome = cell.run(place, progress)
+    # the last step can be the one that goes wrong
+    if not all(math.isfinite(row.value) for row in outcome.rows):
+        raise DivergedError("what was measured is no finite number")
     origin = _origin(cell, place, preset, outcome)
     record = provenance.run_record(
         config=cell, provenance=origin, status="finished", corpus_digest=outcome.corpus_digest,
@@ -322,12 +418,11 @@ def run_cell(cell: Cell, place: Place, preset: str, progress: Progress) -> Done:
     return Done(record, table.frame(outcome.identity, outcome.rows, origin))
 
 
-def _failure(cell: Cell, place: Place, preset: str, how: str, reason: str) -> Done:
-    reports: Reports | None = cast(Reports, cell) if hasattr(cell, "failed") else None
-    outcome = reports.failed(how, place) if reports else None
-    origin = _origin(cell, place, preset, outcome)
-    record = provenance.run_record(config=cell, provenance=origin, status="failed", reason=reason)
-    return Done(record, table.frame(outcome.identity, outcome.rows, origin) if outcome else None, how)
+def _mishap(error: Exception) -> tuple[str, str]:
+    """How a step failed, one of FAILED, and why."""
+    if isinstance(error, DivergedError):
+        return "diverged", str(error)
+    return "failed", str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
 
 
 def _origin(cell: Cell, place: Place, preset: str, outcome: Outcome | None) -> Provenance:
@@ -340,7 +435,8 @@ def _origin(cell: Cell, place: Place, preset: str, outcome: Outcome | None) -> P
 
 
 def _keep(cell: Cell, done: Done, place: Place) -> None:
-    # first the run file: a row never stands without it
+    assert done.record is not None, "a cell has a run file"
+    # before its rows, which never stand without it
     provenance.write_run(place.results_dir / "runs" / f"{cell_id(cell)}.json", done.record)
     if done.rows is not None:
         table.write(place.results_dir / f"{cell.family}.csv", done.rows)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sbeval import device, registry, sweep
+from sbeval import device, model, registry, sweep
 from sbeval.checkpoint import State
 from sbeval.model import IGNORE, Decoder, ModelConfig
 from sbeval.progress import Progress
@@ -58,12 +58,11 @@ def outcome(cell: Cell, rows: Sequence[Measurement], place: Place, looks: str, t
     """What a cell found; without a model, what it says instead. looks: what the run file calls those at validation."""
     shape, training = cell.model(), cell.training()
     name, _, options = cell.attention.partition(":")
-    with torch.device("meta"):
-        params = Decoder(shape).n_parameters()
     return Outcome(
         identity=Identity(
             family=cell.family, task=cell.family, model=f"{shape.layers}x{shape.width}", attention=name,
-            options=options, params=params, train_len=training.length, eval_len=training.length, seed=training.seed,
+            options=options, params=model.n_parameters(shape), train_len=training.length, eval_len=training.length,
+            seed=training.seed,
         ),
         rows=rows,
         train_tokens=trained.state.step * training.batch * training.length if trained else 0,

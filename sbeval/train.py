@@ -106,7 +106,7 @@ class Trained:
 
     model: Decoder
     state: State
-    tokens_per_second: float | None  # median of this process's stretches; None when there was nothing left to do
+    tokens_per_second: float | None  # median of the stretches of the process that trained last
     mfu: float | None  # model FLOP utilisation: against the datasheet's peak, None where that is not known
 
 
@@ -370,6 +370,7 @@ class Trainer:
             checkpoint.restore(saved, self.model, None if self.state.finished else self.optimizer)
 
     def _save(self) -> None:
+        self._measure()
         if self.folder is not None:
             training = dataclasses.asdict(self.config)
             if self.shard and not self.state.finished:
@@ -399,13 +400,19 @@ class Trainer:
         recent = statistics.fmean(self.state.losses[-self.config.log_every :])
         return f"loss {recent:.3f}, {self.speeds[-1]:,.0f} tokens/s"
 
-    def _result(self) -> Trained:
+    def _measure(self) -> None:
+        """Note the speed, if anything was trained here."""
+        if not self.speeds:
+            return
         # the first stretch includes compilation
-        speed = statistics.median(self.speeds[1:] or self.speeds) if self.speeds else None
+        speed = statistics.median(self.speeds[1:] or self.speeds)
         peak = device.peak_flops(self.place)
         flops = 3 * flops_per_token(self.model.config, self.config.length)
-        mfu = speed * flops / (peak * self.world.size) if speed and peak and self.config.dtype == "bfloat16" else None
-        return Trained(self._whole().eval(), self.state, speed, mfu)
+        self.state.tokens_per_second = speed
+        self.state.mfu = speed * flops / (peak * self.world.size) if peak and self.config.dtype == "bfloat16" else None
+
+    def _result(self) -> Trained:
+        return Trained(self._whole().eval(), self.state, self.state.tokens_per_second, self.state.mfu)
 
 
 def _part_of(cu_seqlens: Tensor | None, rows: slice, shape: torch.Size) -> Tensor | None:

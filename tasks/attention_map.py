@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sbeval import checkpoint, estimate, model, pretrained, registry
-from sbeval.errors import InputError
+from sbeval.errors import InputError, check_swept
 from sbeval.model import IGNORE, Decoder
 from sbeval.progress import Progress
 from sbeval.recall import Examples, Recall, generate, label
@@ -91,6 +91,7 @@ class Config:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        check_swept(self, "attention", "seeds")
         if self.example < 0:
             raise InputError(f"--example must be at least 0; got {self.example}")
         self.recall(self.attention[0], self.seeds[0])
@@ -150,11 +151,19 @@ class Cell:
         return Row
 
     @property
+    def needs(self) -> tuple[mqrar.Cell, ...]:
+        """The cell of mqrar that trains its model, unless that is there."""
+        return () if self.config.checkpoint else (self._recall,)
+
+    @property
     def flops(self) -> float:
         config = self.config
         if config.checkpoint:
-            return 2.0 * pretrained.likely_parameters(config.checkpoint[0]) * config.test_rows * config.seq_len
-        return self._recall.flops
+            each = 2.0 * pretrained.likely_parameters(config.checkpoint[0])
+        else:
+            each = model.flops_per_token(self._recall.model(), config.seq_len)
+        # once for what is predicted, once for the weights
+        return 2 * each * config.test_rows * config.seq_len
 
     @property
     def _recall(self) -> mqrar.Cell:

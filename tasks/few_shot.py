@@ -11,8 +11,9 @@ benchmarks. An item is a prompt and some continuations, of which the likeliest c
 import dataclasses
 import functools
 import importlib
+import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ class Config(length_gen.Config):
             choose("suite", suite, SUITES)
         if self.limit is not None and self.limit < 1:
             raise InputError(f"limit must be at least 1, or left out; got {self.limit}")
-        if self.data_dir is not None and not Path(self.data_dir).is_dir():
+        if self.data_dir is not None and not os.path.isdir(self.data_dir):
             raise InputError(f"--data-dir {self.data_dir} is no folder")
 
 
@@ -116,7 +117,6 @@ class Cell:
 
     config: Config
     family: str = FAMILY
-    flops: float = field(default=0.0, compare=False)
 
     @property
     def trained(self) -> length_gen.Cell:
@@ -135,9 +135,22 @@ class Cell:
     def row(self) -> type[Row]:
         return Row
 
+    @property
+    def needs(self) -> tuple[length_gen.Training, ...]:
+        """The training of its model, unless that is there."""
+        return self.trained.needs
+
+    @property
+    def flops(self) -> float:
+        return _asking(self.trained, self.config.tasks[0], self.config.limit)
+
     def source(self, progress: Progress) -> str:
         """Digests of the model, or of the text that it is trained on, and of the items."""
         return f"{self.trained.origin(progress)[1]}-{self._benchmark().digest}"
+
+    def check(self, progress: Progress) -> None:
+        """InputError where the items are not there, or lm-eval is not."""
+        self._benchmark()
 
     def run(self, place: Place, progress: Progress) -> Outcome:
         """Train, unless a checkpoint has it, and ask everything that has no answer yet."""
@@ -178,7 +191,8 @@ class Cell:
     def _answers(self, digest: str, place: Place) -> Answers:
         """What the model of this digest has answered; nothing when it has to be asked again."""
         name = sweep.digest([digest, self.config.attention, self.dtype])
-        return Answers(place.kept("answers", f"{name}.sqlite"))
+        path = place.results_dir / "answers" / f"{name}.sqlite"
+        return Answers(path, anew=place.begins_anew(path))
 
     def _length(self, found: Pretrained) -> int:
         """Tokens that the model reads at most; of one that isn't ours no more than its config says it can."""
@@ -210,13 +224,9 @@ def cells(config: Config) -> list[Cell]:
     found = []
     for trained in models:
         assert isinstance(trained.config, Config), "it replaces fields of what it is given"
-        for index, task in enumerate(tasks):
+        for task in tasks:
             one = dataclasses.replace(trained.config, tasks=(task,), suites=(), models=())
-            # the first of a model's cells trains it
-            flops = (trained.flops if index == 0 and one.checkpoint is None else 0.0) + _asking(
-                trained, task, config.limit
-            )
-            found.append(Cell(config=one, flops=flops))
+            found.append(Cell(config=one))
     return found
 
 
@@ -227,7 +237,7 @@ def _asking(trained: length_gen.Cell, task: str, limit: int | None) -> float:
     read = tokens * (requests if limit is None else min(requests, 4 * limit))
     if trained.config.checkpoint is not None:
         return 2.0 * pretrained.likely_parameters(trained.config.checkpoint) * read
-    return read * model.flops_per_token(trained.model(length_gen._likely_vocabulary(trained.config.tokenizer)), tokens)
+    return read * model.flops_per_token(trained.model(length_gen.likely_vocabulary(trained.config.tokenizer)), tokens)
 
 
 def _parse(task: str) -> tuple[str, int | None]:

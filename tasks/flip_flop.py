@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sbeval import counter, estimate, model, synthetic
-from sbeval.errors import InputError
+from sbeval.errors import InputError, check_swept
 from sbeval.estimate import Estimate
 from sbeval.model import IGNORE, Decoder, ModelConfig
 from sbeval.progress import Progress
@@ -125,6 +125,7 @@ class Config:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        check_swept(self, "attention", "seeds", "lrs")
         for name in ("heads", "batch", "steps", "test_rows", "check_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -188,6 +189,10 @@ class Cell:
             vocab_size=VOCABULARY, width=config.width, layers=config.layers, heads=config.heads,
             hidden=4 * config.width, attention=self.attention, mlp="gelu", tied=True,
         )  # fmt: skip
+
+    @property
+    def leaves(self) -> ModelConfig:
+        return self.model()
 
     def training(self) -> TrainConfig:
         config = self.config

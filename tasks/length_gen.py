@@ -21,7 +21,7 @@ from rich.table import Table
 from sbeval import corpus, model, perplexity, pretrained, registry, tokenizer
 from sbeval.batches import Batches
 from sbeval.corpus import Corpus
-from sbeval.errors import InputError, choose
+from sbeval.errors import InputError, check_swept, choose
 from sbeval.estimate import Estimate
 from sbeval.model import Decoder, ModelConfig
 from sbeval.perplexity import PositionLosses, Predictor, Rolling
@@ -79,6 +79,7 @@ class Config:
     checkpoint: str | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
+        check_swept(self, "attention", "seeds")
         choose("model size", self.size, model.SIZES)
         choose("packing", self.packing, ("stream", "documents"))
         for name in ("train_len", "train_tokens", "batch_tokens", "documents", "windows"):
@@ -144,12 +145,58 @@ PRESETS = {
 
 
 Kind = TypeVar("Kind", bound=Config)
+# what of a config the training of its models depends on
+TRAINING = (
+    "attention", "seeds", "size", "train_len", "train_tokens", "batch_tokens", "micro_batch_tokens", "lr", "schedule",
+    "packing", "corpus", "tokenizer", "text_field", "corpus_tokens", "dtype",
+)  # fmt: skip
 
 
 def preset(kind: Callable[..., Kind], name: str, **options: Any) -> Kind:
     """A preset of a family that asks of models trained as the preset `name` says, and read to their training length."""
     trained = {entry.name: getattr(PRESETS[name], entry.name) for entry in dataclasses.fields(Config)}
     return kind(**{**trained, "eval_len": trained["train_len"], "window": (), **options})
+
+
+def without_evaluation(kind: type[Kind], config: Config, *others: str) -> Kind:
+    """The config of one method and seed with the training options and those named; the rest is as no cell asks it, so
+    that all cells of one model give the same."""
+    kept = {name: getattr(config, name) for name in (*TRAINING, *others)}
+    if config.checkpoint is None:
+        kept["attention"] = (model.trained_attention(config.attention[0]),)
+    return kind(**kept, eval_len=config.train_len)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """The training of one model, for cells of any family that evaluate it."""
+
+    config: Config
+
+    @property
+    def cell(self) -> "Cell":
+        return Cell(config=self.config)
+
+    @property
+    def title(self) -> str:
+        return f"train {self.cell.title}"
+
+    @property
+    def dtype(self) -> str:
+        return self.config.dtype
+
+    @property
+    def flops(self) -> float:
+        return 3 * model.flops_per_token(self.leaves, self.config.train_len) * self.cell.training().tokens
+
+    @property
+    def leaves(self) -> ModelConfig:
+        """The model's shape, without a look at its tokenizer."""
+        return self.cell.model(likely_vocabulary(self.config.tokenizer))
+
+    def train(self, place: Place, progress: Progress) -> Path:
+        """Train, unless that is done, and return the checkpoint folder."""
+        return self.cell.train(place, progress)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +245,13 @@ class Cell:
         return Row
 
     @property
+    def needs(self) -> tuple[Training, ...]:
+        """The training of its model, unless that is there."""
+        if self.config.checkpoint is not None:
+            return ()
+        return (Training(config=without_evaluation(Config, self.config)),)
+
+    @property
     def flops(self) -> float:
         config = self.config
         # whole documents are read in windows too: as if they were of the length to evaluate to
@@ -206,9 +260,8 @@ class Cell:
             read[length] = read.get(length, 0) + config.documents * config.eval_len
         if config.checkpoint is not None:
             return 2.0 * pretrained.likely_parameters(config.checkpoint) * sum(read.values())
-        shape = self.model(_likely_vocabulary(config.tokenizer))
-        train = 3 * model.flops_per_token(shape, config.train_len) * self.training().tokens
-        return train + sum(model.flops_per_token(shape, length) * tokens for length, tokens in read.items())
+        shape = self.model(likely_vocabulary(config.tokenizer))
+        return sum(model.flops_per_token(shape, length) * tokens for length, tokens in read.items())
 
     def model(self, vocab_size: int) -> ModelConfig:
         padded = model.padded_vocabulary(vocab_size)
@@ -223,6 +276,10 @@ class Cell:
     def source(self, progress: Progress) -> str:
         """Digest of the tokenized corpus."""
         return open_corpus(self.config, progress).digest
+
+    def check(self, progress: Progress) -> None:
+        """InputError where the corpus has no documents this long."""
+        _windows(open_corpus(self.config, progress), self.config)
 
     def run(self, place: Place, progress: Progress) -> Outcome:
         """Train, unless a checkpoint has it, and evaluate."""
@@ -419,7 +476,7 @@ def _batch(place: Place, length: int) -> int:
     return max(1, EVAL_TOKENS[place.device.type] // length)
 
 
-def _likely_vocabulary(tokenizer: str) -> int:
+def likely_vocabulary(tokenizer: str) -> int:
     """Vocabulary size for an estimate of cost, without loading the tokenizer."""
     if tokenizer == "bytes":
         return 257

@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sbeval import counter, estimate, model, synthetic
-from sbeval.errors import InputError
+from sbeval.errors import InputError, check_swept
 from sbeval.estimate import Estimate
 from sbeval.model import IGNORE, ModelConfig
 from sbeval.progress import Progress
@@ -118,6 +118,7 @@ class Config:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        check_swept(self, "attention", "seeds", "kv_pairs", "widths", "lrs", "n_back")
         for name in ("heads", "batch", "steps", "test_rows", "check_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -220,6 +221,10 @@ class Cell:
             attention=self.attention, mlp="gelu", tied=True, positions=config.seq_len if config.positions else 0,
             init_std=config.init_std, dropout=config.dropout,
         )  # fmt: skip
+
+    @property
+    def leaves(self) -> ModelConfig:
+        return self.model()
 
     def training(self) -> TrainConfig:
         config = self.config

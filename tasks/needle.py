@@ -14,7 +14,7 @@ begins at another sentence, and qa, whose questions are given, is left out.
 
 import dataclasses
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from sbeval import checkpoint, estimate, haystack, model, pretrained, ruler, swe
 from sbeval.errors import InputError, choose
 from sbeval.haystack import Sources
 from sbeval.lessons import Lessons
-from sbeval.model import Decoder
+from sbeval.model import Decoder, ModelConfig
 from sbeval.pretrained import Pretrained
 from sbeval.progress import Progress
 from sbeval.prompts import LONGEST, SHORTEST, Prompt, Writer
@@ -115,12 +115,43 @@ PRESETS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """The fine-tuning of one model, for all tasks that it is asked."""
+
+    config: Config
+
+    @property
+    def cell(self) -> "Cell":
+        return Cell(config=dataclasses.replace(self.config, tasks=self.config.finetune_tasks[:1]))
+
+    @property
+    def title(self) -> str:
+        return f"fine-tune {self.cell.trained.title}"
+
+    @property
+    def dtype(self) -> str:
+        return self.config.dtype
+
+    @property
+    def flops(self) -> float:
+        return 3 * self.cell.flops_per_token(self.config.train_len) * self.config.finetune
+
+    @property
+    def leaves(self) -> ModelConfig:
+        """The model's shape, without a look at its tokenizer."""
+        return self.cell.trained.model(length_gen.likely_vocabulary(self.config.tokenizer))
+
+    def train(self, place: Place, progress: Progress) -> Path:
+        """Train and fine-tune, unless that is done, and return the checkpoint folder."""
+        return self.cell.train(place, progress)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """One model and task: a config of one task, and of one checkpoint or one method and seed."""
 
     config: Config
     family: str = FAMILY
-    flops: float = field(default=0.0, compare=False)
 
     @property
     def trained(self) -> length_gen.Cell:
@@ -144,26 +175,53 @@ class Cell:
     def row(self) -> type[Row]:
         return Row
 
+    @property
+    def needs(self) -> tuple[length_gen.Training | Tuning, ...]:
+        """The training of its model, unless that is there, and its fine-tuning."""
+        if not self.config.finetune:
+            return self.trained.needs
+        tuned = length_gen.without_evaluation(
+            Config, self.config, "checkpoint", "finetune", "finetune_lr", "finetune_tasks", "essays", "squad", "hotpot"
+        )
+        return (*self.trained.needs, Tuning(config=tuned))
+
+    @property
+    def flops(self) -> float:
+        # a prompt is read twice, for what the model says and for the reference
+        config = self.config
+        return sum(2 * length * self.flops_per_token(length) for length in config.lengths) * config.samples
+
+    def flops_per_token(self, length: int) -> float:
+        """FLOPs of reading a token, roughly."""
+        if self.config.checkpoint is not None:
+            return 2.0 * pretrained.likely_parameters(self.config.checkpoint)
+        shape = self.trained.model(length_gen.likely_vocabulary(self.config.tokenizer))
+        return model.flops_per_token(shape, length)
+
     def source(self, progress: Progress) -> str:
         """Digests of the text that the model is trained on, or of the model, and of what prompts are filled with."""
         return f"{self.trained.origin(progress)[1]}-{sweep.digest(_sources(self.config).digests)}"
+
+    def check(self, progress: Progress) -> None:
+        """InputError where a prompt of the test or of fine-tuning does not fit its length."""
+        self._fits(self._writer(progress)[1])
+
+    def train(self, place: Place, progress: Progress) -> Path:
+        """Train and fine-tune, unless that is done, and return the checkpoint folder."""
+        text, writer = self._writer(progress)
+        return Path(self._model(text, writer, place, progress))
 
     def run(self, place: Place, progress: Progress) -> Outcome:
         """Write the prompts, train unless a checkpoint has it, and ask everything that has no answer yet."""
         config = self.config
         text, writer = self._writer(progress)
         # before training: a length that a prompt does not fit is the user's to change
+        self._fits(writer)
         prompts = {length: self._prompts(writer, length, progress) for length in config.lengths}
-        for name in config.finetune_tasks:
-            writer.prompts(name, self._lesson_len, self.trained.seed, 1, training=True)
-        folder = config.checkpoint or str(self.trained.train(place, progress))
+        folder = self._model(text, writer, place, progress)
         digest = pretrained.digest(folder)
         found = _loaded(folder, digest, place.device, self.dtype)
         found.check_tokenizer(text, folder)
-        if config.finetune:
-            folder = str(self._finetune(found, digest, writer, place, progress))
-            digest = pretrained.digest(folder)
-            found = _loaded(folder, digest, place.device, self.dtype)
         subject = self.trained.subject(found, place)
         rows: list[Row] = []
         for length, written in prompts.items():
@@ -190,6 +248,22 @@ class Cell:
         ours = config.checkpoint is None or pretrained.is_own(config.checkpoint)
         text = length_gen.open_tokenizer(config, progress)
         return text, Writer(text, _sources(config), cache_dir, prefix=() if ours else text.prefix)
+
+    def _fits(self, writer: Writer) -> None:
+        for length in self.config.lengths:
+            writer.prompts(self.task, length, self.config.sample_seed, 1)
+        for name in self.config.finetune_tasks:
+            writer.prompts(name, self._lesson_len, self.trained.seed, 1, training=True)
+
+    def _model(self, text: Tokenizer, writer: Writer, place: Place, progress: Progress) -> str:
+        """Where the model is that is asked, trained and fine-tuned if it is not yet."""
+        folder = self.config.checkpoint or str(self.trained.train(place, progress))
+        if not self.config.finetune:
+            return folder
+        digest = pretrained.digest(folder)
+        found = _loaded(folder, digest, place.device, self.dtype)
+        found.check_tokenizer(text, folder)
+        return str(self._finetune(found, digest, writer, place, progress))
 
     def _prompts(self, writer: Writer, length: int, progress: Progress) -> list[Prompt]:
         task = progress.add(f"write {self.task} at {length}", total=self.config.samples)
@@ -277,11 +351,11 @@ def cells(config: Config) -> list[Cell]:
     found = []
     for trained in length_gen.cells(config):
         assert isinstance(trained.config, Config), "it replaces fields of what it is given"
-        for index, task in enumerate(tasks):
+        for task in tasks:
             one = dataclasses.replace(
                 trained.config, tasks=(task,), finetune_tasks=lessons if config.finetune else (),
             )  # fmt: skip
-            found.append(Cell(config=one, flops=_flops(trained, one, task, first=index == 0)))
+            found.append(Cell(config=one))
     return found
 
 
@@ -298,21 +372,6 @@ def _tasks(config: Config) -> list[str]:
 def _lacks(name: str) -> str:
     option, what = FILES[name]
     return f"{name} is not run without its questions: give --{option} PATH to {what}"
-
-
-def _flops(trained: length_gen.Cell, config: Config, task: str, *, first: bool) -> float:
-    """FLOPs of a cell, roughly; the first of a model's trains it."""
-    if config.checkpoint is not None:
-        each = 2.0 * pretrained.likely_parameters(config.checkpoint)
-        per_token = dict.fromkeys((config.train_len, *config.lengths), each)
-        training = 3 * each * config.finetune
-    else:
-        shape = trained.model(length_gen._likely_vocabulary(config.tokenizer))
-        per_token = {length: model.flops_per_token(shape, length) for length in (config.train_len, *config.lengths)}
-        training = 3 * per_token[config.train_len] * (trained.training().tokens + config.finetune)
-    # a prompt is read twice, for what the model says and for the reference
-    asking = sum(2 * length * per_token[length] for length in config.lengths) * config.samples
-    return asking + (training if first else 0.0)
 
 
 def _sources(config: Config) -> Sources:

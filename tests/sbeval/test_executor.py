@@ -51,6 +51,19 @@ def test_in_this_process_in_order() -> None:
     assert Executor().alone and not Executor(workers=2).alone and not Executor(kind="ray").alone
 
 
+def test_what_an_item_lets_begin_comes_before_what_waits() -> None:
+    taken: list[int] = []
+
+    def then(number: int) -> list[int]:
+        # asked only when what came of the item was taken
+        assert taken[-1] == number
+        return [10 * number, 10 * number + 1] if number < 10 else []
+
+    for number, _ in Executor().run(square, [1, 2], then):
+        taken.append(number)
+    assert taken == [1, 10, 11, 2, 20, 21]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sbeval import provenance, sweep, table
+from sbeval import graph, provenance, sweep, table
 from sbeval.errors import InputError
 from sbeval.progress import Progress
 from sbeval.sweep import LATER, Outcome, Place
@@ -76,7 +76,7 @@ def test_cost_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     cells = length_gen.cells(length_gen.Config())
     place = Place(results_dir=Path("results"), device=torch.device("cpu"))
     said = sweep.describe_cost(cells, place)
-    hours = sum(cell.flops for cell in cells) / 0.5e9 / 3600
+    hours = sum(step.flops for step in graph.steps(cells)) / 0.5e9 / 3600
     assert said.startswith("2 cells to run, ") and f"roughly {hours:.1f} h on cpu" in said
     assert sweep.describe_cost([], place) == "nothing to run"
 

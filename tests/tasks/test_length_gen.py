@@ -172,7 +172,7 @@ def test_the_nanogpt_baseline_learns_from_the_same_tokens_in_the_same_order() ->
 
 def test_windows_of_whole_documents_cost_too() -> None:
     once, more = (cells(Config(window=window))[0].flops for window in ((), (256, 4096)))
-    assert 1 < more / once < 2
+    assert 2 < more / once < 3
 
 
 def split_of(*lengths: int) -> Split:
@@ -228,8 +228,8 @@ def test_one_training_serves_every_evaluation(
     longer = run(dataclasses.replace(config, eval_len=64), results, progress)
     said = capsys.readouterr().err
     assert "evaluate rope" in said and "train rope" not in said
-    # nothing was left to train
-    assert longer.tokens_per_s is None and longer.measured["losses"] == first.measured["losses"]
+    # the checkpoint knows at what speed it was trained
+    assert longer.tokens_per_s == first.tokens_per_s and longer.measured["losses"] == first.measured["losses"]
     assert longer.identity.eval_len == 64 and len(list((results / "checkpoints").glob("[!.]*"))) == 1
     forced = run(config, results, progress, force=True)
     assert forced.tokens_per_s is not None and forced.rows == first.rows
@@ -269,7 +269,7 @@ def test_what_only_evaluation_sees_shares_a_training(config: Config, tmp_path: P
     results = tmp_path / "results"
     plain = run(config, results, progress)
     scaled = run(dataclasses.replace(config, attention=("rope:scaling=linear,factor=4.0",)), results, progress)
-    assert scaled.tokens_per_s is None and scaled.identity.options == "scaling=linear,factor=4.0"
+    assert scaled.tokens_per_s == plain.tokens_per_s and scaled.identity.options == "scaling=linear,factor=4.0"
     assert len(list((results / "checkpoints").glob("[!.]*"))) == 1
     assert scaled.rows != plain.rows
 

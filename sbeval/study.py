@@ -1,0 +1,109 @@
+"""Families together: their cells in one graph on one executor, then every family's table and figures.
+
+A command of one family runs a study of that family alone.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from sbeval import provenance, registry, sweep
+from sbeval.draw import draw_figures
+from sbeval.errors import InputError
+from sbeval.executor import Executor
+from sbeval.schema import Part
+from sbeval.sweep import Cell, Place
+
+
+def cells(part: Part) -> list[Cell]:
+    """The cells that a part begins with."""
+    found: list[Cell] = registry.task(part.family).cells(part.config)
+    return found
+
+
+def further(part: Part, results_dir: Path | None) -> list[Cell]:
+    """The cells that follow from what the first found. Without results, as many as there can be, for an estimate."""
+    module = registry.task(part.family)
+    if not hasattr(module, "more"):
+        return []
+    results = None if results_dir is None else sweep.results_of(cells(part), results_dir)
+    found: list[Cell] = module.more(part.config, results)
+    return found
+
+
+def notes(parts: Sequence[Part]) -> list[str]:
+    """What is not run, and why: of the families that run, and of a study the other families."""
+    found: list[str] = []
+    for part in parts:
+        module = registry.task(part.family)
+        found += module.notes(part.config) if hasattr(module, "notes") else []
+    left = [name for name in registry.TASKS if name not in {part.family for part in parts}]
+    if len(parts) > 1 and left:
+        found.append(f"left out: {', '.join(left)}; a section in the study, or --set {left[0]}.preset=quick, adds it")
+    return found
+
+
+def run(parts: Sequence[Part], place: Place, console: Console, executor: Executor = sweep.HERE) -> bool:
+    """Run what has no result yet, then print, draw and say what there is; True when every cell has a result."""
+    complete = sweep.run(
+        [cell for part in parts for cell in cells(part)], place, console=console, executor=executor,
+        preset={part.family: part.preset for part in parts},
+        # what is worth more seeds follows from what the first found
+        more={part.family: functools.partial(further, part, place.results_dir) for part in parts},
+    )  # fmt: skip
+    everything = {part.family: [*cells(part), *further(part, place.results_dir)] for part in parts}
+    if place.world.leads:
+        for family, found in everything.items():
+            complete &= _shown(family, found, place.results_dir, console, alone=len(parts) == 1)
+        if not complete:
+            _say_failed([cell for found in everything.values() for cell in found], place.results_dir, console)
+    return complete
+
+
+def _shown(family: str, found: Sequence[Cell], results_dir: Path, console: Console, *, alone: bool) -> bool:
+    """Show what a family found; of several, one whose table cannot be drawn is said and hides no other."""
+    try:
+        _show(family, found, results_dir, console)
+    except InputError as error:
+        if alone:
+            raise
+        say(console, f"{family}: {error}")
+        return False
+    return True
+
+
+def _show(family: str, found: Sequence[Cell], results_dir: Path, console: Console) -> None:
+    """Print a family's table, and draw its figures and, if that is installed, its pages."""
+    module, path = registry.task(family), results_dir / f"{family}.csv"
+    if not path.exists():
+        return
+    results = sweep.found(sweep.results_of(found, results_dir))
+    if not len(results):
+        return say(console, str(path))
+    console.print(module.summary(results))
+    figures = [name for name in registry.FIGURES if registry.figure(name).TABLE == family]
+    pages = [name for name in figures if name in registry.PAGES]
+    files = [path, *draw_figures(results_dir, figures, ["png", "pdf"])]
+    if pages and importlib.util.find_spec("plotly"):
+        files += draw_figures(results_dir, pages, ["html"])
+    elif pages:
+        say(console, f"no page to hover over: pip install 'sbeval[html]', then sbeval plot {family.replace('_', '-')}")
+    for file in files:
+        say(console, str(file))
+
+
+def _say_failed(found: Sequence[Cell], results_dir: Path, console: Console) -> None:
+    records = {cell: results_dir / "runs" / f"{sweep.cell_id(cell)}.json" for cell in found}
+    read = {cell: provenance.read_run(path) for cell, path in records.items() if path.exists()}
+    failed = {cell: record["reason"] for cell, record in read.items() if record["status"] == "failed"}
+    if failed:
+        say(console, f"{len(failed)} of {len(found)} cells failed; the same command tries them again:")
+    for cell, reason in failed.items():
+        say(console, f"  {sweep.cell_id(cell)}: {reason}")
+
+
+def say(console: Console, line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True, markup=False)
