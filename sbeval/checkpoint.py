@@ -74,6 +74,10 @@ def _partial(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
 def _begin(folder: Path) -> Path:
     partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
@@ -87,7 +91,7 @@ def _complete(
     """Write the config beside the tensors and give all of it its name."""
     config = {"model": dataclasses.asdict(model), "state": dataclasses.asdict(state), "training": training}
     (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    old = folder.with_name(f".{folder.name}.old")
+    old = _old(folder)
     if folder.exists():
         # without `folder`, `old` is all there is
         shutil.rmtree(old, ignore_errors=True)
@@ -98,16 +102,22 @@ def _complete(
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint, and the one it was about to replace, if there is any."""
-    for path in (folder.with_name(f".{folder.name}.old"), folder):
+    for path in (_old(folder), folder):
         # first what makes it one: stopped half way, the rest is none
         (path / "config.json").unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
 
 
+def tidy(folder: Path) -> None:
+    """Remove what a writer that was killed left beside a checkpoint; no other writes to it meanwhile."""
+    shutil.rmtree(_partial(folder), ignore_errors=True)
+    if (folder / "config.json").is_file():
+        shutil.rmtree(_old(folder), ignore_errors=True)
+
+
 def find(folder: Path) -> Path | None:
     """The complete checkpoint at `folder`: itself, or the one it was about to replace when the writer was stopped."""
-    old = folder.with_name(f".{folder.name}.old")
-    return next((path for path in (folder, old) if (path / "config.json").is_file()), None)
+    return next((path for path in (folder, _old(folder)) if (path / "config.json").is_file()), None)
 
 
 def load_state(folder: Path) -> State:

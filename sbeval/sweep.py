@@ -9,7 +9,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Protocol, cast
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from sbeval import checkpoint, device, distributed, provenance, table
@@ -30,6 +32,8 @@ from sbeval.train import DivergedError, Trained
 # what a small model reaches of the speed of a large matrix product: a guess, good enough for an estimate
 EFFICIENCY = {"cpu": 0.35, "cuda": 0.25}
 HERE = Executor()
+# seconds between looks at a lock that another holds
+POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +48,27 @@ class Place:
     shard: bool = False  # spread weights and optimizer over the processes of `world` while training
     emptied: set[Path] = field(default_factory=set)  # of which `force` has removed what another run left
 
-    def checkpoint(self, key: object) -> Path:
-        """Folder of the model whose training `key` describes in full; with `force` what it held is removed."""
+    @contextmanager
+    def checkpoint(self, key: object, progress: Progress) -> Iterator[Path]:
+        """Folder of the model whose training `key` describes in full; with `force` what it held is removed.
+
+        While the block runs no other command trains this model: a second one waits, and finds it trained.
+        """
         folder = self.results_dir / "checkpoints" / digest(key)
-        if self._begins_anew(folder):
+        lock = FileLock(table.prepare(folder.parent) / f".{folder.name}.lock")
+        try:
+            said = False
+            while distributed.anywhere(self.world.leads and not _taken(lock), self.world, self.device):
+                if not said:
+                    progress.say(f"another process trains {folder}: waiting for it")
+                said = True
+                time.sleep(POLL_S)
             if self.world.leads:
-                checkpoint.remove(folder)
+                (checkpoint.remove if self._begins_anew(folder) else checkpoint.tidy)(folder)
             distributed.wait(self.world)
-        return folder
+            yield folder
+        finally:
+            lock.release()
 
     def kept(self, *parts: str) -> Path:
         """A file that a run which was stopped may have left in the results folder; with `force` it is removed."""
@@ -101,6 +118,14 @@ class Outcome:
     backend: str
     tokens_per_s: float | None
     measured: Mapping[str, object] = field(default_factory=dict)
+
+
+def _taken(lock: FileLock) -> bool:
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return False
+    return True
 
 
 class Cell(Protocol):

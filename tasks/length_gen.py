@@ -261,12 +261,12 @@ class Cell:
         trained_as = model.trained_attention(self.attention)
         shape = dataclasses.replace(self.model(text.tokenizer.vocab_size), attention=trained_as)
         training = self.training()
-        folder = place.checkpoint([shape, training, text.digest, self.config.packing])
         batches = Batches(text.train, training.length, training.batch, self.seed, self.config.packing)
-        trainer = Trainer(shape, training, batches, folder, place.device, place.world, shard=place.shard)
-        task = progress.add(f"train {trained_as} seed {self.seed}", training.steps, completed=trainer.state.step)
-        trained = trainer.run(task, log=place.logger(self))
-        task.close()
+        with place.checkpoint([shape, training, text.digest, self.config.packing], progress) as folder:
+            trainer = Trainer(shape, training, batches, folder, place.device, place.world, shard=place.shard)
+            task = progress.add(f"train {trained_as} seed {self.seed}", training.steps, completed=trainer.state.step)
+            trained = trainer.run(task, log=place.logger(self))
+            task.close()
         return folder, trained
 
     def _made(self, trained: Decoder, place: Place) -> Subject:

@@ -213,7 +213,6 @@ class Cell:
         )
         names = config.finetune_tasks
         kinds = [writer.path(name, length, self.trained.seed, training=True).stem for name in names]
-        folder = place.checkpoint([digest, training, kinds])
         each = -(-training.steps * training.batch // len(names))
         written: list[list[Prompt]] = []
         for name in names:
@@ -222,12 +221,13 @@ class Cell:
             task.close()
         lessons = [prompt for together in zip(*written, strict=True) for prompt in together]
         batches = Lessons(lessons, writer.tokenizer, length, training.batch)
-        trainer = Trainer(found.model.config, training, batches, folder, place.device)
-        if trainer.state.step == 0:
-            trainer.model.load_state_dict(found.model.state_dict())
-        task = progress.add(f"fine-tune {self.trained.title}", training.steps, completed=trainer.state.step)
-        trainer.run(task, log=place.logger(self))
-        task.close()
+        with place.checkpoint([digest, training, kinds], progress) as folder:
+            trainer = Trainer(found.model.config, training, batches, folder, place.device)
+            if trainer.state.step == 0:
+                trainer.model.load_state_dict(found.model.state_dict())
+            task = progress.add(f"fine-tune {self.trained.title}", training.steps, completed=trainer.state.step)
+            trainer.run(task, log=place.logger(self))
+            task.close()
         return folder
 
     def _samples(self, digest: str, prompts: str, place: Place) -> Samples:

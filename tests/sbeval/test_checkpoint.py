@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sbeval import checkpoint
-from sbeval.checkpoint import State, find, load_model, load_state, remove, restore, save
+from sbeval.checkpoint import State, find, load_model, load_state, remove, restore, save, tidy
 from sbeval.errors import InputError
 from sbeval.model import Decoder, ModelConfig
 from sbeval.train import TrainConfig, optimizer_for
@@ -206,6 +206,18 @@ def test_what_is_removed_is_gone(saved: Path, monkeypatch: pytest.MonkeyPatch) -
     remove(saved)
     assert not list(saved.parent.iterdir())
     remove(saved)
+
+
+def test_what_a_killed_writer_left_is_tidied(saved: Path) -> None:
+    old, partial = saved.with_name(".run.old"), saved.with_name(".run.partial")
+    shutil.copytree(saved, old)
+    shutil.copytree(saved, partial)
+    tidy(saved)
+    assert list(saved.parent.iterdir()) == [saved]
+    # between the renames the old one is all there is
+    saved.rename(old)
+    tidy(saved)
+    assert find(saved) == old
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
