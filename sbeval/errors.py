@@ -16,3 +16,8 @@ def choose(kind: str, given: str, options: Iterable[str]) -> str:
     near = difflib.get_close_matches(given.replace("-", "_"), names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise InputError(f"unknown {kind} {given!r}; {hint}known: {', '.join(names)}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -24,9 +24,8 @@ from lm_eval.tasks._index import Entry
 from transformers import AutoTokenizer
 
 from sbeval import items
-from sbeval.errors import InputError
+from sbeval.errors import InputError, first_line
 from sbeval.lm import Adapter, HubText, PlainText
-from sbeval.tokenizer import first_line
 
 __all__ = ["Adapter", "Benchmark", "HubText", "PlainText", "Score", "hub_text", "load", "scores", "version"]
 

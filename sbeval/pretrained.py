@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sbeval import checkpoint, device, registry, released
-from sbeval.errors import InputError
+from sbeval.errors import InputError, first_line
 from sbeval.model import Decoder
 from sbeval.perplexity import Predictor
-from sbeval.tokenizer import Tokenizer, first_line
+from sbeval.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

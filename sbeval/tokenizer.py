@@ -24,7 +24,7 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, first_line
 
 EOS = "<|endoftext|>"
 # what other makers call the token that ends a document; only asked for where no config beside tokenizer.json says it
@@ -267,11 +267,6 @@ def _from_transformers(spec: str) -> Library:
     if loaded.eos_token_id is None:
         raise InputError(f"tokenizer {spec!r} names no eos token, which has to end a document: choose another")
     return Library(backend, name=spec, eos=loaded.eos_token_id)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error, for a message of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _first(texts: Iterable[str], characters: int) -> Iterator[str]:

@@ -30,13 +30,16 @@ FULL = os.environ.get("SBEVAL_FAULTS") == "full"
 KILLS = 50 if FULL else 6
 RECALL = (
     "mqrar --device cpu --vocab-size 32 --seq-len 16 --kv-pairs 2 --width 16 --batch 4 --steps 20 --test-rows 12 "
-    "--lr 1e-3 --lr 3e-3"
+    "--lr 3e-3"
 )
 TRAIN = (
     "train --device cpu --attention stick_breaking --attention rope --train-len 16 --train-tokens 800 "
     "--batch-tokens 32 --corpus {texts}"
 )
-NEEDLE = "needle --device cpu --checkpoint {model} --tokenizer bytes --finetune 0 --task niah_single_1 --samples 4 --length 640"
+NEEDLE = (
+    "needle --device cpu --checkpoint {model} --tokenizer bytes --finetune 0 --task niah_single_1 --samples 4 "
+    "--length 640"
+)
 # columns of when and on what
 WHEN = ["utc", "device"]
 
