@@ -10,7 +10,8 @@ import hashlib
 import json
 import shutil
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -21,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sbeval import distributed
-from sbeval.distributed import World
-from sbeval.errors import InputError, first_line
+from sbeval.distributed import ALONE, World
+from sbeval.errors import InputError, first_line, storing
 from sbeval.model import Decoder, ModelConfig
 
 AGAIN = "remove its folder to train again"
@@ -48,17 +49,25 @@ def save(
     folder: Path, model: Decoder, state: State, optimizer: torch.optim.Optimizer | None = None,
     training: Mapping[str, object] | None = None,
 ) -> None:  # fmt: skip
-    """Write a checkpoint in place of whatever `folder` holds. `training` says for readers how the model is trained."""
-    partial = _begin(folder)
+    """Write a checkpoint in place of whatever `folder` holds. `training` says for readers how the model is trained.
+
+    InputError, and nothing changed, when the disk does not take it.
+    """
     weights = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
     if model.config.tied:
         del weights["head.weight"]
-    save_file(weights, partial / "model.safetensors")
+    tensors = {"model.safetensors": weights}
     if optimizer is not None:
         moments = {name: x.contiguous() for name, x in _optimizer_tensors(model, optimizer).items()}
-        save_file(moments, partial / "optimizer.safetensors")
-    files = {path.name: _sha256(path) for path in sorted(partial.iterdir())}
-    _complete(folder, partial, model.config, state, training, files)
+        tensors["optimizer.safetensors"] = moments
+    with _written(folder) as partial:
+        for name, some in tensors.items():
+            try:
+                save_file(some, partial / name)
+            except SafetensorError as error:
+                raise OSError(first_line(error)) from None
+        files = {name: _sha256(partial / name) for name in tensors}
+        _complete(folder, partial, model.config, state, training, files)
 
 
 def save_sharded(
@@ -68,15 +77,12 @@ def save_sharded(
     """The same of a model that is sharded and still trains; all processes must call."""
     from sbeval import sharded
 
-    partial = _partial(folder)
-    if world.leads:
-        _begin(folder)
-    distributed.wait(world)
-    mine = sharded.save(partial / "shards", _all_tensors(model, optimizer), world)
-    files = distributed.merged({f"shards/{path.name}": _sha256(path) for path in mine}, world)
-    if world.leads:
-        _complete(folder, partial, model.config, state, training, files)
-    distributed.wait(world)
+    with _written(folder, world) as partial:
+        mine = sharded.save(partial / "shards", _all_tensors(model, optimizer), world)
+        files = distributed.merged({f"shards/{path.name}": _sha256(path) for path in mine}, world)
+        if world.leads:
+            _complete(folder, partial, model.config, state, training, files)
+        distributed.wait(world)
 
 
 def _partial(folder: Path) -> Path:
@@ -87,11 +93,19 @@ def _old(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-def _begin(folder: Path) -> Path:
+@contextmanager
+def _written(folder: Path, world: World = ALONE) -> Iterator[Path]:
+    """The folder to write into, which takes the place of `folder` in the block; on an error it is removed."""
     partial = _partial(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
+    with storing(folder):
+        try:
+            if world.leads:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            distributed.wait(world)
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _complete(
@@ -99,7 +113,7 @@ def _complete(
     files: Mapping[str, str],
 ) -> None:  # fmt: skip
     """Write the config beside the tensors and give all of it its name."""
-    config = {
+    config: dict[str, object] = {
         "model": dataclasses.asdict(model), "state": dataclasses.asdict(state), "training": training, "files": files
     }  # fmt: skip
     config["digest"] = _digest(config)
@@ -140,7 +154,7 @@ def load_state(folder: Path) -> State:
 
 def training_length(folder: Path) -> int | None:
     """Tokens of the sequences that the model of a checkpoint was trained on; None where the folder does not say."""
-    length = _read_config(folder).training.get("length")
+    length = (_read_config(folder).training or {}).get("length")
     return length if isinstance(length, int) else None
 
 
@@ -220,8 +234,8 @@ class _Config:
 
     model: ModelConfig
     state: State
-    training: Mapping[str, Any]
-    files: Mapping[str, str] | None
+    training: dict[str, Any] | None
+    files: dict[str, str] | None
 
 
 def _read_config(folder: Path) -> _Config:
@@ -239,19 +253,20 @@ def _read_config(folder: Path) -> _Config:
         raise InputError(f"{path} is damaged: it does not say what was written; {AGAIN}")
     try:
         model, state = _typed(ModelConfig, config["model"]), _typed(State, config["state"])
+        state.losses = [float(loss) for loss in state.losses]
         # JSON has no tuples
-        state.scores = [(step, score) for step, score in state.scores]
-        if unknown := set(config) - {"model", "state", "training", "files"}:
-            raise ValueError(f"unknown: {min(unknown)}")
-    except (KeyError, TypeError, ValueError) as error:
+        state.scores = [(int(step), float(score)) for step, score in state.scores]
+        rest = {name: config[name] for name in config if name not in ("model", "state")}
+        return _typed(_Config, {"training": None, "files": None} | rest | {"model": model, "state": state})
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path} is not the config of a checkpoint ({type(error).__name__}: {error})") from None
-    return _Config(model, state, config.get("training") or {}, config.get("files"))
 
 
 def _typed(kind: type[Part], given: Mapping[str, Any]) -> Part:
-    """A dataclass from JSON; TypeError where a field has a value of another type than it declares."""
+    """A dataclass from JSON; TypeError for a field that it does not have, or of another type than it declares."""
     hints = get_type_hints(kind)
-    made = kind(**given)
+    if not isinstance(given, Mapping) or (unknown := [name for name in given if name not in hints]):
+        raise TypeError(f"unknown {unknown[0]!r}" if isinstance(given, Mapping) else f"no object: {given!r}")
     for name, value in given.items():
         options = get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
         known = tuple(get_origin(option) or option for option in options)
@@ -259,7 +274,7 @@ def _typed(kind: type[Part], given: Mapping[str, Any]) -> Part:
         whole = isinstance(value, int) and float in known
         if not (isinstance(value, known) or whole) or (isinstance(value, bool) and bool not in known):
             raise TypeError(f"{name} is {value!r}")
-    return made
+    return kind(**given)
 
 
 def _sha256(path: Path) -> str:

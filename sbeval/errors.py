@@ -1,7 +1,13 @@
 """Errors that a user can put right: one line that says what was given and what would do."""
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+# what a disk says that is full, read-only, not ours or broken; libraries that say it in words give no number
+STORAGE = (None, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 class InputError(ValueError):
@@ -16,6 +22,20 @@ def choose(kind: str, given: str, options: Iterable[str]) -> str:
     near = difflib.get_close_matches(given.replace("-", "_"), names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise InputError(f"unknown {kind} {given!r}; {hint}known: {', '.join(names)}")
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Make one line for the user of what a disk says that does not take what is written to `path` in the block."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in STORAGE:
+            raise
+        raise InputError(
+            f"cannot write {path}: {error.strerror or first_line(error)}; "
+            "what is finished is kept: put that right and give the same command again"
+        ) from None
 
 
 def first_line(error: BaseException) -> str:

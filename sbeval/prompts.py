@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from sbeval import ruler, sweep
 from sbeval.errors import InputError
 from sbeval.haystack import Sources, Tables
 from sbeval.ruler import Draft, Sample, Setting
-from sbeval.table import replacing
+from sbeval.table import locked, replacing
 from sbeval.tokenizer import Ids, Tokenizer
 
 # changes with anything that makes other prompts
@@ -55,8 +54,7 @@ class Writer:
     ) -> list[Prompt]:  # fmt: skip
         """The first `count` prompts of a task at a length in tokens; InputError where the smallest does not fit."""
         path = self.path(task, length, seed, training)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with locked(path):
             found = _read(path)
             if len(found) < count:
                 found += self._write(task, range(len(found), count), length, seed, training, advance)

@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, storing
 from sbeval.table import Provenance, replacing
 
 SOURCE = Path(__file__).resolve().parent
@@ -95,7 +95,8 @@ def write_run(path: Path, record: Mapping[str, object]) -> None:
 
     Dataclasses become objects, Paths and sets text and sorted lists, arrays and tensors lists; NaN and infinity null.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(_layout(_plain(record)) + "\n", encoding="utf-8")
 

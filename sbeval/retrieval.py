@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from sbeval import perplexity
+from sbeval.errors import storing
 from sbeval.generate import Generator, generate
 from sbeval.perplexity import Predictor
 from sbeval.prompts import Prompt
@@ -78,8 +79,9 @@ class Samples:
             path.write_bytes(b"".join(line + b"\n" for line in whole))
 
     def add(self, answers: Sequence[Answered]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        with storing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with storing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in answers))
         self.found.update((item.index, item) for item in answers)
 

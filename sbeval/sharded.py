@@ -51,8 +51,11 @@ def spread_as(x: Tensor, like: Tensor) -> Tensor:
 
 def save(folder: Path, tensors: dict[str, Tensor], world: World) -> list[Path]:
     """Write tensors into `folder`, each process its part, and return the files of this one. All must call."""
-    with _alone_too():
-        write_state(tensors, storage_writer=FileSystemWriter(folder))
+    try:
+        with _alone_too():
+            write_state(tensors, storage_writer=FileSystemWriter(folder))
+    except CheckpointException as error:
+        raise OSError(str(error).strip()) from None
     return [*folder.glob(f"__{world.rank}_*"), *([folder / ".metadata"] if world.leads else [])]
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from sbeval import checkpoint, device, distributed, provenance, table
 from sbeval.distributed import ALONE, World
-from sbeval.errors import InputError
+from sbeval.errors import InputError, storing
 from sbeval.executor import Executor, Lost
 from sbeval.progress import Progress
 from sbeval.table import Identity, Measurement, Provenance
@@ -121,10 +121,11 @@ class Outcome:
 
 
 def _taken(lock: FileLock) -> bool:
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        return False
+    with storing(Path(lock.lock_file)):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return False
     return True
 
 

@@ -21,7 +21,7 @@ from sbeval.train import TrainConfig, optimizer_for
 
 SHAPE: dict[str, Any] = {"vocab_size": 20, "width": 16, "layers": 1, "heads": 2, "hidden": 24}
 # the changes to the file system that one save makes
-CHANGES = 9
+CHANGES = 10
 
 
 def build(**changes: Any) -> tuple[Decoder, torch.optim.AdamW]:
@@ -281,7 +281,7 @@ def test_a_config_that_is_not_json(content: bytes, saved: Path) -> None:
         ({"model": SHAPE | {"width": 16.0}, "state": {}}, "TypeError: width is 16.0"),
         ({"model": SHAPE | {"tied": 1}, "state": {}}, "TypeError: tied is 1"),
         ({"model": SHAPE, "state": {"losses": 3}}, "TypeError: losses is 3"),
-        ({"model": SHAPE, "state": {}, "modle": {}}, "unknown: modle"),
+        ({"model": SHAPE, "state": {}, "modle": {}}, "unknown 'modle'"),
         ({"model": SHAPE, "state": {"epoch": 1}}, "epoch"),
         ({"model": SHAPE, "state": {"scores": [1]}}, "TypeError"),
     ],
