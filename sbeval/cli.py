@@ -381,6 +381,22 @@ def table(
 
 
 @app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Results folder.", metavar="A")],
+    second: Annotated[Path, typer.Argument(help="Another.", metavar="B")],
+    format: Annotated[str, typer.Option(help="terminal, markdown or csv.")] = "terminal",
+) -> None:
+    """Set two results folders side by side: differences with intervals, rows only in one; needs no torch."""
+    from sbeval.compare import render
+
+    shown = render(first, second, format)
+    if isinstance(shown, str):
+        print(shown)
+    else:
+        Console().print(shown, soft_wrap=False)
+
+
+@app.command()
 def needle(
     preset: Preset = None,
     task: Annotated[
