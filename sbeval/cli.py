@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from sbeval.errors import InputError, choose
 
@@ -381,6 +382,19 @@ def table(
 
 
 @app.command()
+def doctor(device: Device = None, results_dir: ResultsDir = Path("results")) -> None:
+    """Say what this machine can do: devices, attention methods, optional packages, which presets fit."""
+    from sbeval import device as devices
+    from sbeval.doctor import examine
+
+    report = examine(devices.pick(device), results_dir)
+    for section in report.sections:
+        _print_table(section.title, section.headings, section.rows)
+    if not report.able:
+        raise typer.Exit(1)
+
+
+@app.command()
 def compare(
     first: Annotated[Path, typer.Argument(help="Results folder.", metavar="A")],
     second: Annotated[Path, typer.Argument(help="Another.", metavar="B")],
@@ -529,6 +543,20 @@ def _draw(results_dir: Path, names: list[str], formats: Sequence[str] = ("png", 
 
     for path in draw_figures(results_dir, names, formats):
         _say(str(path))
+
+
+def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table in a terminal; elsewhere plain lines whose columns are in line, however wide."""
+    console = Console()
+    if console.is_terminal:
+        shown = Table(*headings, title=title)
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown, markup=False)
+        return
+    widths = [max(len(row[place]) for row in (headings, *rows)) for place in range(len(headings))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (headings, *rows))
+    _say("\n".join([title, *(f"  {line.rstrip()}" for line in lines), ""]))
 
 
 def _say(line: object) -> None:

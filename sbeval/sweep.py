@@ -222,19 +222,25 @@ def describe_cost(cells: Sequence[Cell], place: Place) -> str:
         return "nothing to run"
     flops = sum(cell.flops for cell in cells)
     speeds = {dtype: device.measured_flops(place.device, dtype) for dtype in {cell.dtype for cell in cells}}
-    seconds = sum(cell.flops / speeds[cell.dtype] for cell in cells) / EFFICIENCY[place.device.type] / place.world.size
+    words = in_words(seconds(cells, speeds, place.device) / place.world.size)
     return (
         f"{len(cells)} cell{'s' if len(cells) > 1 else ''} to run, {flops:.1e} FLOPs: "
-        f"roughly {_words(seconds)} on {device.describe(place.device)}"
+        f"roughly {words} on {device.describe(place.device)}"
     )
 
 
-def _words(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 5400:
-        return f"{round(seconds / 60)} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.0f} days"
+def seconds(cells: Sequence[Cell], speeds: Mapping[str, float], place: torch.device) -> float:
+    """Roughly the seconds that cells take, from the FLOP/s of a matrix product in each dtype."""
+    return sum(cell.flops / speeds[cell.dtype] for cell in cells) / EFFICIENCY[place.type]
+
+
+def in_words(time_s: float) -> str:
+    """A time for people."""
+    if time_s < 90:
+        return f"{max(1, round(time_s))} s"
+    if time_s < 5400:
+        return f"{round(time_s / 60)} min"
+    return f"{time_s / 3600:.1f} h" if time_s < 172800 else f"{time_s / 86400:.0f} days"
 
 
 @dataclass(frozen=True, slots=True)

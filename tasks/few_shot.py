@@ -227,7 +227,7 @@ def _asking(trained: length_gen.Cell, task: str, limit: int | None) -> float:
     read = tokens * (requests if limit is None else min(requests, 4 * limit))
     if trained.config.checkpoint is not None:
         return 2.0 * pretrained.likely_parameters(trained.config.checkpoint) * read
-    return read * model.flops_per_token(trained.model(length_gen._likely_vocabulary(trained.config.tokenizer)), tokens)
+    return read * model.flops_per_token(trained.model(length_gen.likely_vocabulary(trained.config.tokenizer)), tokens)
 
 
 def _parse(task: str) -> tuple[str, int | None]:

@@ -206,7 +206,7 @@ class Cell:
             read[length] = read.get(length, 0) + config.documents * config.eval_len
         if config.checkpoint is not None:
             return 2.0 * pretrained.likely_parameters(config.checkpoint) * sum(read.values())
-        shape = self.model(_likely_vocabulary(config.tokenizer))
+        shape = self.model(likely_vocabulary(config.tokenizer))
         train = 3 * model.flops_per_token(shape, config.train_len) * self.training().tokens
         return train + sum(model.flops_per_token(shape, length) * tokens for length, tokens in read.items())
 
@@ -419,7 +419,7 @@ def _batch(place: Place, length: int) -> int:
     return max(1, EVAL_TOKENS[place.device.type] // length)
 
 
-def _likely_vocabulary(tokenizer: str) -> int:
+def likely_vocabulary(tokenizer: str) -> int:
     """Vocabulary size for an estimate of cost, without loading the tokenizer."""
     if tokenizer == "bytes":
         return 257

@@ -307,7 +307,7 @@ def _flops(trained: length_gen.Cell, config: Config, task: str, *, first: bool) 
         per_token = dict.fromkeys((config.train_len, *config.lengths), each)
         training = 3 * each * config.finetune
     else:
-        shape = trained.model(length_gen._likely_vocabulary(config.tokenizer))
+        shape = trained.model(length_gen.likely_vocabulary(config.tokenizer))
         per_token = {length: model.flops_per_token(shape, length) for length in (config.train_len, *config.lengths)}
         training = 3 * per_token[config.train_len] * (trained.training().tokens + config.finetune)
     # a prompt is read twice, for what the model says and for the reference

@@ -132,7 +132,7 @@ def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_times_in_words(seconds: float, words: str) -> None:
-    assert sweep._words(seconds) == words
+    assert sweep.in_words(seconds) == words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
