@@ -595,7 +595,8 @@ def _family(
         if dry_run:
             return _dry_run(cells, more(config, None) if more else [], place)
         if only:
-            _resumable(lambda: sweep.train(cells, place, console=_console(place)), force)
+            if not _resumable(lambda: sweep.train(cells, place, console=_console(place)), force):
+                raise typer.Exit(1)
             return
 
         def run(part: list[Any]) -> bool:

@@ -10,7 +10,7 @@ differences), else normal from both standard errors as if they were independent,
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +166,7 @@ def _said(one: Compared) -> list[str]:
     return said
 
 
-def _method(row: dict[str, Any]) -> str:
+def _method(row: Mapping[Any, Any]) -> str:
     return ":".join(part for part in (row["attention"], row["options"]) if part)
 
 

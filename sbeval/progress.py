@@ -67,6 +67,10 @@ class Task:
         if self._bars.disable and self._due():
             self._say()
 
+    def say(self, line: str) -> None:
+        """Print a line, above the bars where there are any."""
+        _print(self._bars, line)
+
     def close(self) -> None:
         """End the task, finished or not, with a line that says how far it came; with none if nothing was to do."""
         self._bars.remove_task(self._state.id)

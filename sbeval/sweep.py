@@ -307,14 +307,23 @@ def run(cells: Sequence[Cell], place: Place, *, preset: str, console: Console, e
 
 
 def train(cells: Sequence[Trains], place: Place, *, console: Console) -> bool:
-    """Train the models of the cells and say where each is; `run` with the same cells then evaluates them."""
+    """Train the models of the cells and say where each is; `run` with the same cells then evaluates them.
+
+    True unless one diverged or ended in an error of its own sizes, which is said.
+    """
     table.prepare(place.results_dir / "checkpoints")
     console.print(describe_cost(cells, place), highlight=False, soft_wrap=True)
+    # of several processes one may fail alone, and the others would wait for it
+    errors = (DivergedError,) if place.world.size > 1 else CELL_ERRORS
+    failed = False
     with progress_of(place) as progress:
         for cell in cells:
-            folder = cell.train(place, progress)
-            console.print(f"{cell.title}: {folder}", highlight=False, soft_wrap=True, markup=False)
-    return True
+            try:
+                said = str(cell.train(place, progress))
+            except errors as error:
+                failed, said = True, f"{error}; going on with the next"
+            console.print(f"{cell.title}: {said}", highlight=False, soft_wrap=True, markup=False)
+    return not failed
 
 
 def progress_of(place: Place) -> Progress:
@@ -393,5 +402,6 @@ def timing(trained: Trained) -> dict[str, object]:
         "train_seconds": trained.state.seconds,
         "train_time": str(timedelta(seconds=round(trained.state.seconds))),
         "mfu": trained.mfu,
+        "sequences_at_a_time": trained.rows,
         "losses": [round(loss, 4) for loss in trained.state.losses],
     }

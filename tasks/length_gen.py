@@ -297,7 +297,7 @@ class Cell:
         task = progress.add(f"evaluate {self.title} to {config.eval_len}", total=len(windows))
         losses = perplexity.measure(
             subject.model, windows, text.tokenizer.byte_lengths, batch=_batch(place, config.eval_len),
-            advance=task.advance, **how,
+            advance=task.advance, say=task.say, **how,
         )  # fmt: skip
         task.close()
         found = rows(losses, subject.train_len)
@@ -306,7 +306,7 @@ class Cell:
             task = progress.add(f"evaluate {self.title} in windows of {length}", total=sum(map(len, documents)))
             whole = perplexity.rolling(
                 subject.model, documents, text.tokenizer.decode, window=length, prefix=text.tokenizer.eos,
-                batch=_batch(place, length), advance=task.advance, **how,
+                batch=_batch(place, length), advance=task.advance, say=task.say, **how,
             )  # fmt: skip
             task.close()
             found += windowed_rows(whole, length)
