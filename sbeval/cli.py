@@ -43,6 +43,9 @@ Dtype = Annotated[str | None, typer.Option(help="Matrix products: float32, bfloa
 ResultsDir = Annotated[Path, typer.Option(help="Where tables, run files, checkpoints and figures go.")]
 Force = Annotated[bool, typer.Option("--force", help="Run cells again that have a result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the grid with its cost and stop.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with a model of Hugging Face.")
+]
 Size = Annotated[str | None, typer.Option(help="Model: quick, 25m, 60m, nanogpt-60m, 125m, 350m, 1b, 3b.")]
 TrainLen = Annotated[int | None, typer.Option(help="Tokens of a training sequence.")]
 TrainTokens = Annotated[int | None, typer.Option(help="Tokens to train on.")]
@@ -95,6 +98,7 @@ def length_gen(
     checkpoint: Annotated[
         str | None, typer.Option(help="Evaluate this model: our checkpoint folder, or a Hugging Face folder or name.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -108,6 +112,7 @@ def length_gen(
         micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, documents=documents, windows=windows,
         window=window, checkpoint=checkpoint, attention=attention, seeds=seed,
+        trust_remote_code=trust_remote_code or None,
     )  # fmt: skip
     _family("length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
 
@@ -306,6 +311,7 @@ def few_shot(
         list[str] | None,
         typer.Option("--model", help="Our checkpoint folder, or a Hugging Face folder or name; repeat for several."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of JSONL files with the items, instead of the hub.", metavar="DIR")
     ] = None,
@@ -340,6 +346,7 @@ def few_shot(
         eval_len=eval_len or train_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
         micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
+        trust_remote_code=trust_remote_code or None,
     )  # fmt: skip
     _family("few_shot", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
 
@@ -435,6 +442,7 @@ def needle(
             "--checkpoint", "--model", help="Ask this model: our checkpoint folder, or a Hugging Face folder or name."
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     attention: Attention = None,
     seed: Seed = None,
     size: Size = None,
@@ -464,6 +472,7 @@ def needle(
         train_len=train_len, eval_len=train_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
         micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
+        trust_remote_code=trust_remote_code or None,
     )  # fmt: skip
     _family("needle", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
 
@@ -618,8 +627,11 @@ def _console(place: "Place") -> Console:
 
 
 def _resumable(work: Callable[[], bool], force: bool) -> bool:
+    from sbeval.executor import terminable
+
     try:
-        return work()
+        with terminable():
+            return work()
     except KeyboardInterrupt:
         then = "starts over" if force else "goes on from there"
         print(f"sbeval: stopped; what is done is kept, and the same command {then}", file=sys.stderr)

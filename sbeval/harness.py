@@ -107,10 +107,10 @@ def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
     )  # fmt: skip
 
 
-def hub_text(spec: str) -> HubText:
+def hub_text(spec: str, trust_remote_code: bool = False) -> HubText:
     """The tokenizer of a Hugging Face folder or name."""
     try:
-        return HubText(AutoTokenizer.from_pretrained(spec))
+        return HubText(AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code))
     # what it raises for a name that is unknown or out of reach, and for files that it cannot read
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"no tokenizer with model {spec!r}: {first_line(error)}") from None

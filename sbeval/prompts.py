@@ -6,6 +6,7 @@ tokens(BOS if the tokenizer has one, prompt with the beginning of the answer) + 
 import functools
 import io
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from sbeval import ruler, sweep
-from sbeval.errors import InputError
+from sbeval.errors import InputError, first_line
 from sbeval.haystack import Sources, Tables
 from sbeval.ruler import Draft, Sample, Setting
 from sbeval.table import locked, replacing
@@ -198,10 +199,13 @@ def _keep(path: Path, prompts: Sequence[Prompt]) -> None:
 def _read(path: Path) -> list[Prompt]:
     if not path.exists():
         return []
-    with np.load(io.BytesIO(path.read_bytes())) as stored:
-        tokens = np.split(stored["tokens"], stored["ends"][:-1])
-        answers = np.split(stored["answers"], stored["answer_ends"][:-1])
-        meta = json.loads(stored["meta"].tobytes())
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as stored:
+            tokens = np.split(stored["tokens"], stored["ends"][:-1])
+            answers = np.split(stored["answers"], stored["answer_ends"][:-1])
+            meta = json.loads(stored["meta"].tobytes())
+    except (ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} can't be read: {first_line(error)}; remove it to write the prompts again") from None
     return [
         Prompt(tokens=ids, answer=answer, references=tuple(references), depth=depth)
         for ids, answer, (references, depth) in zip(tokens, answers, meta, strict=True)

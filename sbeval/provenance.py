@@ -107,7 +107,7 @@ def read_run(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"no run file {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read the run file {path}: {error}") from None
     if not isinstance(record, dict):
         raise InputError(f"the run file {path} holds no JSON object")

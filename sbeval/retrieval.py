@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from sbeval import perplexity
-from sbeval.errors import storing
+from sbeval.errors import InputError, storing
 from sbeval.generate import Generator, generate
 from sbeval.perplexity import Predictor
 from sbeval.prompts import Prompt
@@ -74,7 +74,12 @@ class Samples:
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         # a writer that was stopped leaves a line without its end
         whole = lines[:-1]
-        self.found = {item.index: item for item in (Answered(**json.loads(line)) for line in whole)}
+        for number, line in enumerate(whole, 1):
+            try:
+                item = Answered(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{path}:{number}: {error}; remove that line") from None
+            self.found[item.index] = item
         if lines and lines[-1]:
             path.write_bytes(b"".join(line + b"\n" for line in whole))
 

@@ -258,7 +258,8 @@ def _from_transformers(spec: str) -> Library:
     except ImportError:
         raise InputError(f"tokenizer {spec!r} needs transformers: pip install 'sbeval[hf]'") from None
     try:
-        loaded: Any = transformers.AutoTokenizer.from_pretrained(spec)
+        # code that comes with it has no part in the fast form that is read here
+        loaded: Any = transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
     # what it raises for a name that is unknown or out of reach, and for files that it cannot read
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"unknown tokenizer {spec!r} (or bytes, or bpe:N): {first_line(error)}") from None

@@ -77,6 +77,8 @@ class Config:
     window: tuple[int, ...] = field(default=(), metadata=LATER)
     # a model to evaluate instead of training `size`: our checkpoint folder, or a Hugging Face folder or name
     checkpoint: str | None = field(default=None, metadata=LATER)
+    # whether to run the code that comes with it
+    trust_remote_code: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         choose("model size", self.size, model.SIZES)
@@ -285,7 +287,9 @@ class Cell:
 
     def _loaded(self, text: Corpus, place: Place) -> Subject:
         assert self.config.checkpoint is not None
-        found = pretrained.load(self.config.checkpoint, place.device, self.config.dtype)
+        found = pretrained.load(
+            self.config.checkpoint, place.device, self.config.dtype, trust_remote_code=self.config.trust_remote_code
+        )
         found.check_tokenizer(text.tokenizer, self.config.checkpoint)
         return self.subject(found, place)
 

@@ -158,12 +158,12 @@ class Cell:
             writer.prompts(name, self._lesson_len, self.trained.seed, 1, training=True)
         folder = config.checkpoint or str(self.trained.train(place, progress))
         digest = pretrained.digest(folder)
-        found = _loaded(folder, digest, place.device, self.dtype)
+        found = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
         found.check_tokenizer(text, folder)
         if config.finetune:
             folder = str(self._finetune(found, digest, writer, place, progress))
             digest = pretrained.digest(folder)
-            found = _loaded(folder, digest, place.device, self.dtype)
+            found = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
         subject = self.trained.subject(found, place)
         rows: list[Row] = []
         for length, written in prompts.items():
@@ -323,9 +323,9 @@ _loaded_sources = functools.lru_cache(maxsize=1)(haystack.load)
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(spec: str, digest: str, place: torch.device, dtype: str) -> Pretrained:
+def _loaded(spec: str, digest: str, place: torch.device, dtype: str, trust: bool) -> Pretrained:
     """The model of cells that follow each other; the digest tells when another has come to the same place."""
-    return pretrained.load(spec, place, dtype)
+    return pretrained.load(spec, place, dtype, trust_remote_code=trust)
 
 
 def summary(results: pd.DataFrame) -> Table:

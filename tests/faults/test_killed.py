@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +51,13 @@ class Forks:
     def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
         self.process, self.log = process, log
 
-    def run(self, command: str, results: Path, delay: float | None = None) -> int:
-        """The exit code of a command that is killed after `delay` seconds."""
+    def run(self, command: str, results: Path, meanwhile: Callable[[int], None] = lambda child: None) -> int:
+        """The exit code of a command; `meanwhile` is called with the number of its process."""
         assert self.process.stdin is not None and self.process.stdout is not None
         words = [*shlex.split(command), "--results-dir", str(results)]
         self.process.stdin.write(json.dumps(words) + "\n")
         self.process.stdin.flush()
-        child = int(self.process.stdout.readline())
-        if delay is not None:
-            time.sleep(delay)
-            # it may have come to its end
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+        meanwhile(int(self.process.stdout.readline()))
         return int(self.process.stdout.readline())
 
     def finish(self, command: str, results: Path) -> float:
@@ -69,6 +65,13 @@ class Forks:
         start = time.perf_counter()
         assert self.run(command, results) == 0, self.log.read_text()
         return time.perf_counter() - start
+
+
+def kill(delay: float, child: int) -> None:
+    time.sleep(delay)
+    # it may have come to its end
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +161,8 @@ def test_a_command_killed_at_random_moments_ends_as_if_unbroken(
     while kills < KILLS:
         results, cells, code = tmp_path / f"{rounds}", set[str](), -1
         while code != 0:
-            code = forks.run(command, results, moments.uniform(0, seconds / 2) if kills < KILLS else None)
+            delay = moments.uniform(0, seconds / 2)
+            code = forks.run(command, results, *([partial(kill, delay)] if kills < KILLS else []))
             assert code in (0, -signal.SIGKILL), forks.log.read_text()
             kills += code != 0
             cells = assert_whole(results, family, expected, cells)
@@ -166,6 +170,31 @@ def test_a_command_killed_at_random_moments_ends_as_if_unbroken(
         assert left(results) == left(unbroken)
         rounds += 1
     print(f"{family}: {seconds:.1f} s, {kills} kills over {rounds} results")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_evaluation_that_is_told_to_stop_says_how_to_go_on(
+    sent: signal.Signals, forks: Forks, model: Path, tmp_path: Path
+) -> None:
+    command, results = NEEDLE.format(model=model), tmp_path / "stopped"
+    forks.finish(command, tmp_path / "unbroken")
+
+    def stop(child: int) -> None:
+        deadline = time.monotonic() + 60
+        while not list(results.glob("samples/*.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(child, sent)
+
+    assert forks.run(command, results, stop) == 130
+    said = forks.log.read_text()
+    stopped = "sbeval: stopped; what is done is kept, and the same command goes on from there"
+    assert said.splitlines()[-1] == stopped and "Traceback" not in said, said
+    assert not (results / "needle.csv").exists()
+    before = next(results.glob("samples/*.jsonl")).read_text()
+    forks.finish(command, results)
+    # what was answered is not asked again
+    assert next(results.glob("samples/*.jsonl")).read_text().startswith(before)
+    pd.testing.assert_frame_equal(rows(results, "needle"), rows(tmp_path / "unbroken", "needle"), check_exact=True)
 
 
 class Eager(Trainer):
