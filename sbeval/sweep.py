@@ -55,7 +55,7 @@ class Place:
         While the block runs no other command trains this model: a second one waits, and finds it trained.
         """
         folder = self.results_dir / "checkpoints" / digest(key)
-        lock = FileLock(table.prepare(folder.parent) / f".{folder.name}.lock")
+        lock = FileLock(table.prepare(self.results_dir / "locks") / f"{folder.name}.lock")
         try:
             said = False
             while distributed.anywhere(self.world.leads and not _taken(lock), self.world, self.device):

@@ -1,7 +1,7 @@
 """Commands are killed (SIGKILL) at random moments and given again: no row is lost, doubled or torn, and the end is that
 of an unbroken run.
 
-SBEVAL_FAULTS=full kills each command 50 times instead of 6. A process that has imported everything forks a child for
+SBEVAL_FAULTS=full kills each command 50 times instead of 4. A process that has imported everything forks a child for
 each command, so that a kill costs no import; what needs no disk (timing a matrix product, figures) is left out.
 """
 
@@ -22,13 +22,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from sbeval import checkpoint, provenance, table
 from sbeval.model import Decoder
 from sbeval.train import TrainConfig, Trainer, optimizer_for
 
 FULL = os.environ.get("SBEVAL_FAULTS") == "full"
-KILLS = 50 if FULL else 6
+KILLS = 50 if FULL else 4
 RECALL = (
     "mqrar --device cpu --vocab-size 32 --seq-len 16 --kv-pairs 2 --width 16 --batch 4 --steps 20 --test-rows 12 "
     "--lr 3e-3"
@@ -37,8 +38,9 @@ TRAIN = (
     "train --device cpu --attention stick_breaking --attention rope --train-len 16 --train-tokens 800 "
     "--batch-tokens 32 --corpus {texts}"
 )
+TRAIN_ONE = TRAIN.replace("--attention rope ", "")
 NEEDLE = (
-    "needle --device cpu --checkpoint {model} --tokenizer bytes --finetune 0 --task niah_single_1 --samples 4 "
+    "needle --device cpu --checkpoint {model} --tokenizer bytes --finetune 0 --task niah_single_1 --samples 3 "
     "--length 640"
 )
 # columns of when and on what
@@ -102,7 +104,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(forks: Forks, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder."""
     results = tmp_path_factory.mktemp("model")
-    forks.finish(TRAIN.format(texts=texts).replace("--attention rope", ""), results)
+    forks.finish(TRAIN_ONE.format(texts=texts), results)
     (folder,) = (path for path in (results / "checkpoints").iterdir() if path.is_dir())
     return folder
 
@@ -172,12 +174,19 @@ def test_a_command_killed_at_random_moments_ends_as_if_unbroken(
     print(f"{family}: {seconds:.1f} s, {kills} kills over {rounds} results")
 
 
+@pytest.fixture(scope="module")
+def answered(forks: Forks, model: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The rows of an evaluation that nothing stopped."""
+    results = tmp_path_factory.mktemp("answered")
+    forks.finish(NEEDLE.format(model=model), results)
+    return rows(results, "needle")
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_evaluation_that_is_told_to_stop_says_how_to_go_on(
-    sent: signal.Signals, forks: Forks, model: Path, tmp_path: Path
+    sent: signal.Signals, forks: Forks, model: Path, answered: pd.DataFrame, tmp_path: Path
 ) -> None:
     command, results = NEEDLE.format(model=model), tmp_path / "stopped"
-    forks.finish(command, tmp_path / "unbroken")
 
     def stop(child: int) -> None:
         deadline = time.monotonic() + 60
@@ -194,7 +203,27 @@ def test_an_evaluation_that_is_told_to_stop_says_how_to_go_on(
     forks.finish(command, results)
     # what was answered is not asked again
     assert next(results.glob("samples/*.jsonl")).read_text().startswith(before)
-    pd.testing.assert_frame_equal(rows(results, "needle"), rows(tmp_path / "unbroken", "needle"), check_exact=True)
+    pd.testing.assert_frame_equal(rows(results, "needle"), answered, check_exact=True)
+
+
+def test_a_command_waits_for_a_model_that_another_process_trains(
+    forks: Forks, texts: Path, model: Path, tmp_path: Path
+) -> None:
+    """Here that process is the test's; `model` was trained by the same command."""
+    lock = FileLock(table.prepare(tmp_path / "locks") / f"{model.name}.lock")
+    lock.acquire()
+
+    def release(child: int) -> None:
+        deadline = time.monotonic() + 60
+        while "waiting for it" not in forks.log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not (tmp_path / "checkpoints" / model.name).exists()
+        lock.release()
+
+    assert forks.run(TRAIN_ONE.format(texts=texts), tmp_path, release) == 0
+    folder = tmp_path / "checkpoints" / model.name
+    assert f"another process trains {folder}: waiting for it" in forks.log.read_text().splitlines()
+    assert (folder / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
 class Eager(Trainer):
