@@ -44,7 +44,7 @@ NEEDLE = (
     "--length 640"
 )
 # columns of when and on what
-WHEN = ["utc", "device"]
+WHEN = ["utc", "device", "commit"]
 
 
 class Forks:
