@@ -240,7 +240,8 @@ def _load(path: Path, required: Iterable[str]) -> pd.DataFrame:
     """Read the cells as text and check the shape of the file and its common columns."""
     header, rows, lines = _parse(path)
     if missing := [name for name in required if name not in header]:
-        raise InputError(f"{path} has no column {', '.join(map(repr, missing))}; it has: {', '.join(header)}")
+        names = ", ".join(name if name.isprintable() else repr(name) for name in header)
+        raise InputError(f"{path} has no column {', '.join(map(repr, missing))}; it has: {names}")
     text = pd.DataFrame(rows, columns=header, dtype=str)
     for name, kind in _guess(text).items():
         for line, cell in zip(lines, text[name], strict=True):
