@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, storing
 
 
 def key(question: str, tokens: Sequence[int]) -> bytes:
@@ -26,8 +26,10 @@ class Answers:
     """Answers, JSON each, by key; in memory alone when there is no path. anew: forget those that are there."""
 
     def __init__(self, path: Path | None = None, *, anew: bool = False) -> None:
+        self._path = path
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            with storing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
         try:
             # another process may be writing answers of the same model
             self._file = sqlite3.connect(path or ":memory:", timeout=60)
@@ -48,8 +50,15 @@ class Answers:
     def keep(self, answers: Mapping[bytes, Any]) -> None:
         """Write answers; when this returns a kill does not lose them."""
         rows = [(one, json.dumps(answer)) for one, answer in answers.items()]
-        with self._file:
-            self._file.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+        try:
+            with self._file:
+                self._file.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
+        # a full or read-only disk; what was kept before stays
+        except sqlite3.OperationalError as error:
+            raise InputError(
+                f"cannot write {self._path}: {error}; "
+                "what is answered is kept: put that right and give the same command again"
+            ) from None
 
     def close(self) -> None:
         self._file.close()

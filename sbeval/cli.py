@@ -3,12 +3,13 @@
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from sbeval.errors import SEEDS, InputError, choose
 
@@ -43,6 +44,9 @@ Dtype = Annotated[str | None, typer.Option(help="Matrix products: float32, bfloa
 ResultsDir = Annotated[Path, typer.Option(help="Where tables, run files, checkpoints and figures go.")]
 Force = Annotated[bool, typer.Option("--force", help="Run cells again that have a result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the grid with its cost and stop.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with a model of Hugging Face.")
+]
 Size = Annotated[str | None, typer.Option(help="Model: quick, 25m, 60m, nanogpt-60m, 125m, 350m, 1b, 3b.")]
 TrainLen = Annotated[int | None, typer.Option(help="Tokens of a training sequence.")]
 TrainTokens = Annotated[int | None, typer.Option(help="Tokens to train on.")]
@@ -95,6 +99,7 @@ def length_gen(
     checkpoint: Annotated[
         str | None, typer.Option(help="Evaluate this model: our checkpoint folder, or a Hugging Face folder or name.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -108,6 +113,7 @@ def length_gen(
         micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, documents=documents, windows=windows,
         window=window, checkpoint=checkpoint, attention=attention, seeds=seed,
+        trust_remote_code=trust_remote_code or None,
     )  # fmt: skip
     _family("length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
 
@@ -302,6 +308,7 @@ def few_shot(
         list[str] | None,
         typer.Option("--model", help="Our checkpoint folder, or a Hugging Face folder or name; repeat for several."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder of JSONL files with the items, instead of the hub.", metavar="DIR")
     ] = None,
@@ -336,6 +343,7 @@ def few_shot(
         eval_len=eval_len or train_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
         micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
+        trust_remote_code=trust_remote_code or None,
     )  # fmt: skip
     _family("few_shot", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
 
@@ -378,6 +386,35 @@ def table(
 
 
 @app.command()
+def doctor(device: Device = None, results_dir: ResultsDir = Path("results")) -> None:
+    """Say what this machine can do: devices, attention methods, optional packages, which presets fit."""
+    from sbeval import device as devices
+    from sbeval.doctor import examine
+
+    report = examine(devices.pick(device), results_dir)
+    for section in report.sections:
+        _print_table(section.title, section.headings, section.rows)
+    if not report.able:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Results folder.", metavar="A")],
+    second: Annotated[Path, typer.Argument(help="Another.", metavar="B")],
+    format: Annotated[str, typer.Option(help="terminal, markdown or csv.")] = "terminal",
+) -> None:
+    """Set two results folders side by side: differences with intervals, rows only in one; needs no torch."""
+    from sbeval.compare import render
+
+    shown = render(first, second, format)
+    if isinstance(shown, str):
+        print(shown)
+    else:
+        Console().print(shown, soft_wrap=False)
+
+
+@app.command()
 def needle(
     preset: Preset = None,
     task: Annotated[
@@ -402,6 +439,7 @@ def needle(
             "--checkpoint", "--model", help="Ask this model: our checkpoint folder, or a Hugging Face folder or name."
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     attention: Attention = None,
     seed: Seed = None,
     size: Size = None,
@@ -431,6 +469,7 @@ def needle(
         train_len=train_len, eval_len=train_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
         micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
+        trust_remote_code=trust_remote_code or None,
     )  # fmt: skip
     _family("needle", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
 
@@ -589,6 +628,20 @@ def _draw(results_dir: Path, names: list[str]) -> None:
         _say(str(path))
 
 
+def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table in a terminal; elsewhere plain lines whose columns are in line, however wide."""
+    console = Console()
+    if console.is_terminal:
+        shown = Table(*headings, title=title)
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown, markup=False)
+        return
+    widths = [max(len(row[place]) for row in (headings, *rows)) for place in range(len(headings))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (headings, *rows))
+    _say("\n".join([title, *(f"  {line.rstrip()}" for line in lines), ""]))
+
+
 def _say(line: object) -> None:
     Console().print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -621,10 +674,10 @@ def _family(
         place = sweep.Place(
             results_dir=results_dir, device=where, force=force, tensorboard=tensorboard, world=world, shard=shard
         )
-        if only and not dry_run:
-            _resumable(lambda: sweep.train(study.cells(part), place, console=_console(place)), force)
-        else:
+        if not only or dry_run:
             _run([part], place, how or sweep.HERE, dry_run=dry_run)
+        elif not _resumable(lambda: sweep.train(study.cells(part), place, console=_console(place)), force):
+            raise typer.Exit(1)
 
 
 def _run(parts: "list[Part]", place: "Place", how: "Executor", *, dry_run: bool, name: str | None = None) -> None:
@@ -649,8 +702,11 @@ def _console(place: "Place") -> Console:
 
 
 def _resumable(work: Callable[[], bool], force: bool) -> bool:
+    from sbeval.executor import terminable
+
     try:
-        return work()
+        with terminable():
+            return work()
     except KeyboardInterrupt:
         then = "starts over" if force else "goes on from there"
         print(f"sbeval: stopped; what is done is kept, and the same command {then}", file=sys.stderr)

@@ -11,11 +11,11 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock
 
 from sbeval import sources
-from sbeval.errors import InputError
+from sbeval.errors import InputError, storing
 from sbeval.sources import ROLES, Document, Role, Source
+from sbeval.table import locked
 from sbeval.tokenizer import Ids, Library, Tokenizer, is_trained
 from sbeval.tokenizer import load as load_tokenizer
 from sbeval.tokenizer import read as read_tokenizer
@@ -122,8 +122,7 @@ def open(
     definition = tokenizer if is_trained(tokenizer) else load_tokenizer(tokenizer, cache_dir=cache_dir).digest
     key = sources.digest(str(FORMAT), source.digest, definition, str(max_tokens))
     folder = cache_dir / "corpora" / key
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with locked(folder):
         if not folder.exists():
             _build(folder, source, tokenizer, cache_dir, max_tokens, progress or (lambda tokens: None))
     return _read_store(folder, name or source.name, tokenizer, cache_dir)
@@ -162,24 +161,28 @@ def _build(
     unfinished = folder.with_suffix(".unfinished")
     # the lock is ours, so a folder that is there was left by a process that was killed
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
     try:
+        with storing(folder):
+            unfinished.mkdir()
         tokenizer = load_tokenizer(
             spec, train_texts=lambda: (document.text for document in source.documents("train")), cache_dir=cache_dir
         )
         if is_trained(spec):
             cast(Library, tokenizer).save(unfinished / "tokenizer.json")
         limits = {"train": max_tokens, "test": source.test_tokens if max_tokens else None}
-        digests = [
-            _write_split(unfinished, role, source.documents(role), tokenizer, limits[role], progress) for role in ROLES
-        ]
+        with storing(folder):
+            digests = [
+                _write_split(unfinished, role, source.documents(role), tokenizer, limits[role], progress)
+                for role in ROLES
+            ]
         meta = {
             "source": source.name,
             "tokenizer": tokenizer.digest,
             "digest": sources.digest(tokenizer.digest, *digests),
         }
-        (unfinished / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        unfinished.rename(folder)
+        with storing(folder):
+            (unfinished / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -89,6 +89,15 @@ def anywhere(flag: bool, world: World, place: torch.device) -> bool:
     return flag if world.size == 1 else bool(summed(np.array([flag], dtype=np.float64), world, place)[0])
 
 
+def merged(mine: dict[str, str], world: World) -> dict[str, str]:
+    """The entries of all processes, on each of them."""
+    if world.size == 1:
+        return mine
+    parts: list[dict[str, str]] = [{}] * world.size
+    dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether processes hold parts of the parameters instead of all of each."""
     # a DTensor, whose import takes a second that nothing else needs

@@ -138,7 +138,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(os.getpid(), workers)
     )
     try:
-        with _terminable():
+        with terminable():
             yield pool
     except BaseException:
         for process in list((pool._processes or {}).values()):
@@ -149,8 +149,8 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """Make SIGTERM what Ctrl-C is, so that workers do not outlive the driver."""
+def terminable() -> Iterator[None]:
+    """Make SIGTERM what Ctrl-C is, so that what stops says so, and workers do not outlive their driver."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -189,7 +189,7 @@ def _in_ray(
         from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
     except ImportError:
         raise InputError("--executor ray needs the ray package: pip install 'sbeval[ray]'") from None
-    with _cluster(ray, how), _terminable():
+    with _cluster(ray, how), terminable():
 
         def call(work: Callable[[Item], Result], item: Item) -> Result:
             return work(item)

@@ -24,9 +24,8 @@ from lm_eval.tasks._index import Entry
 from transformers import AutoTokenizer
 
 from sbeval import items
-from sbeval.errors import InputError
+from sbeval.errors import InputError, first_line
 from sbeval.lm import Adapter, HubText, PlainText
-from sbeval.tokenizer import first_line
 
 __all__ = ["Adapter", "Benchmark", "HubText", "PlainText", "Score", "hub_text", "load", "scores", "version"]
 
@@ -108,10 +107,10 @@ def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
     )  # fmt: skip
 
 
-def hub_text(spec: str) -> HubText:
+def hub_text(spec: str, trust_remote_code: bool = False) -> HubText:
     """The tokenizer of a Hugging Face folder or name."""
     try:
-        return HubText(AutoTokenizer.from_pretrained(spec))
+        return HubText(AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code))
     # what it raises for a name that is unknown or out of reach, and for files that it cannot read
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"no tokenizer with model {spec!r}: {first_line(error)}") from None

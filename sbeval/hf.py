@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import platformdirs
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -26,7 +27,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sbeval import checkpoint, sources
 from sbeval.cache import Cache
-from sbeval.errors import InputError
+from sbeval.errors import InputError, first_line, storing
 from sbeval.model import Decoder, ModelConfig, padded_vocabulary
 from sbeval.tokenizer import Tokenizer, is_trained, load
 
@@ -246,13 +247,19 @@ def export(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
     model = SbevalForCausalLM(SbevalConfig.of(decoder.config, train_len=checkpoint.training_length(folder), **ends))
     model.decoder.load_state_dict(decoder.state_dict())
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    if fast is not None:
-        fast.save_pretrained(partial)
-    # an empty folder of that name gives way
-    partial.rename(out)
+    with storing(out):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            model.save_pretrained(partial)
+            if fast is not None:
+                fast.save_pretrained(partial)
+            # an empty folder of that name gives way
+            partial.rename(out)
+        except SafetensorError as error:
+            raise OSError(first_line(error)) from None
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 AutoConfig.register(SbevalConfig.model_type, SbevalConfig)

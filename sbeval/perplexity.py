@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sbeval import device, distributed, estimate
+from sbeval import device, distributed, estimate, memory
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError
 from sbeval.estimate import Estimate, Floats
@@ -162,20 +162,23 @@ def measure(
     dtype: str,
     batch: int = 1,
     advance: Callable[[int], None] = lambda _: None,
+    say: Callable[[str], None] = print,
     world: World = ALONE,
 ) -> PositionLosses:
     """Losses by position of (document, tokens) windows, all of one length n + 1; windows of one document are averaged.
 
-    count_bytes: bytes of each token of an array. batch: windows a forward pass. advance: told how many are done. Of
+    count_bytes: bytes of each token of an array. batch: windows a forward pass, fewer where memory ends,
+    which `say` is told. advance: told how many are done. Of
     several processes each takes a share of the windows, and all get all losses.
     """
     tokens = np.stack([window for _, window in windows]).astype(np.int64)
     losses = np.zeros((len(windows), tokens.shape[1] - 1))
-    mine = np.arange(world.rank, len(windows), world.size)
-    for start in range(0, len(mine), batch):
-        rows = mine[start : start + batch]
+
+    def read(rows: Sequence[int]) -> None:
         losses[rows] = window_losses(model, torch.from_numpy(tokens[rows]).to(place), dtype).cpu().numpy()
         advance(len(rows) * world.size)
+
+    memory.in_parts(range(len(windows))[world.rank :: world.size], batch, read, say)
     losses = distributed.summed(losses, world, place)
     size = np.cumsum(np.stack([count_bytes(window[1:]) for window in tokens]), 1).astype(np.float64)
     document = np.array([index for index, _ in windows])
@@ -205,6 +208,7 @@ def rolling(
     dtype: str,
     batch: int = 1,
     advance: Callable[[int], None] = lambda _: None,
+    say: Callable[[str], None] = print,
     world: World = ALONE,
 ) -> Rolling:
     """Loss of whole documents as lm-eval's `loglikelihood_rolling` has it: see `disjoint`.
@@ -213,12 +217,16 @@ def rolling(
     """
     parts = [(index, *part) for index, tokens in enumerate(documents) for part in disjoint(tokens, window, prefix)]
     losses = np.zeros(len(documents))
-    for rows in list(_of_one_length(parts, batch))[world.rank :: world.size]:
+
+    def read(rows: Sequence[int]) -> None:
         tokens = torch.from_numpy(np.stack([parts[row][1] for row in rows])).to(place)
         each = window_losses(model, tokens, dtype).double().cpu().numpy()
         found = [line[-parts[row][2] :].sum() for row, line in zip(rows, each, strict=True)]
         np.add.at(losses, [parts[row][0] for row in rows], found)
         advance(sum(parts[row][2] for row in rows) * world.size)
+
+    for rows in list(_of_one_length(parts, batch))[world.rank :: world.size]:
+        memory.in_parts(rows, batch, read, say)
     texts = [decode(tokens) for tokens in documents]
     counts = ([len(x) for x in documents], [len(re.split(r"\s+", x)) for x in texts], [len(x.encode()) for x in texts])
     return Rolling(distributed.summed(losses, world, place), *(np.array(count, dtype=np.float64) for count in counts))

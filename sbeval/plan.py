@@ -81,7 +81,7 @@ def lines(parts: Sequence[Part], place: Place) -> list[Line]:
     }
     shares = _shares(todo)
     every = [step for share in shares.values() for step in share]
-    seconds = dict(zip(every, sweep.seconds(every, place), strict=True))
+    seconds = dict(zip(every, sweep.seconds(every, sweep.speeds(every, place.device), place.device), strict=True))
     found = [Line("text", disk=_text([step for step in every if isinstance(step, Training)]))]
     for name, share in shares.items():
         parameters = [model.n_parameters(cast(Leaves, step).leaves) for step in share if hasattr(step, "leaves")]

@@ -1,7 +1,7 @@
 """Models that are there already: a checkpoint folder of ours, a released stick-breaking model, or a causal language
 model of Hugging Face's.
 
-Weights are read from safetensors alone, and code that comes with a model is not run.
+Weights are read from safetensors alone, and code that comes with a model is not run unless the user says so.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from sbeval import checkpoint, device, registry, released
-from sbeval.errors import InputError
+from sbeval.errors import InputError, first_line
 from sbeval.model import Decoder
 from sbeval.perplexity import Predictor
-from sbeval.tokenizer import Tokenizer, first_line
+from sbeval.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,15 +79,17 @@ def is_own(spec: str) -> bool:
     """Whether `spec` is a checkpoint folder of ours."""
     try:
         return {"model", "state"} <= set(json.loads((Path(spec) / "config.json").read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
-def load(spec: str, place: torch.device, dtype: str) -> Pretrained:
+def load(spec: str, place: torch.device, dtype: str, *, trust_remote_code: bool = False) -> Pretrained:
     """The model at a path, or of that name on the Hugging Face hub; InputError when there is none that can be read."""
     if is_own(spec):
         return _own(Path(spec), place)
-    return _from_hub(spec, place, dtype) if (folder := _released(spec)) is None else _read(spec, folder, place, dtype)
+    if (folder := _released(spec)) is None:
+        return _from_hub(spec, place, dtype, trust_remote_code)
+    return _read(spec, folder, place, dtype)
 
 
 def digest(spec: str) -> str:
@@ -141,7 +143,7 @@ def _released(spec: str) -> Path | None:
         try:
             config = json.loads((folder / "config.json").read_text())
         # transformers, which is asked next, says what is wrong
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         return folder if released.is_released(config) else None
     try:
@@ -165,7 +167,7 @@ def _read(spec: str, folder: Path, place: torch.device, dtype: str) -> Pretraine
     return _decoder(model.to(place).eval(), _name(spec), train_len, place)
 
 
-def _from_hub(spec: str, place: torch.device, dtype: str) -> Pretrained:
+def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: bool) -> Pretrained:
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
@@ -175,10 +177,14 @@ def _from_hub(spec: str, place: torch.device, dtype: str) -> Pretrained:
 
     try:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            spec, dtype=device.DTYPES[dtype], use_safetensors=True, trust_remote_code=False
+            spec, dtype=device.DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code
         )
-    # what it raises for a name that is unknown or out of reach, and for files that it cannot read
+    # what it raises for a name that is unknown or out of reach, for files that it cannot read, and for code
     except (OSError, ValueError, KeyError) as error:
+        if "custom code" in str(error):
+            raise InputError(
+                f"model {spec!r} comes with code of its own, which is not run; --trust-remote-code runs it"
+            ) from None
         raise InputError(f"no causal language model {spec!r}: {first_line(error)}") from None
     model = model.to(place).eval()
     if isinstance(model, hf.SbevalForCausalLM):

@@ -46,6 +46,10 @@ class Progress:
         """Start a task of `total` steps, None if unknown; `completed` of them were done before (resumed work)."""
         return Task(self._bars, self._bars.add_task(description, total=total, completed=completed, status=""))
 
+    def say(self, line: str) -> None:
+        """Print a line, above the bars where there are any."""
+        _print(self._bars, line)
+
 
 class Task:
     """One line of a Progress."""
@@ -67,6 +71,10 @@ class Task:
         if self._bars.disable and self._due():
             self._say()
 
+    def say(self, line: str) -> None:
+        """Print a line, above the bars where there are any."""
+        _print(self._bars, line)
+
     def close(self) -> None:
         """End the task, finished or not, with a line that says how far it came; with none if nothing was to do."""
         self._bars.remove_task(self._state.id)
@@ -83,7 +91,11 @@ class Task:
 
     def _say(self) -> None:
         self._said_at, self._said_percent = self._state.get_time(), self._state.percentage
-        self._bars.console.print(_line(self._state), markup=False, highlight=False, soft_wrap=True)
+        _print(self._bars, _line(self._state))
+
+
+def _print(bars: progress.Progress, line: str) -> None:
+    bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _line(task: progress.Task) -> str:

@@ -6,18 +6,18 @@ tokens(BOS if the tokenizer has one, prompt with the beginning of the answer) + 
 import functools
 import io
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from sbeval import ruler, sweep
-from sbeval.errors import InputError
+from sbeval.errors import InputError, first_line
 from sbeval.haystack import Sources, Tables
 from sbeval.ruler import Draft, Sample, Setting
-from sbeval.table import replacing
+from sbeval.table import locked, replacing
 from sbeval.tokenizer import Ids, Tokenizer
 
 # changes with anything that makes other prompts
@@ -55,8 +55,7 @@ class Writer:
     ) -> list[Prompt]:  # fmt: skip
         """The first `count` prompts of a task at a length in tokens; InputError where the smallest does not fit."""
         path = self.path(task, length, seed, training)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with locked(path):
             found = _read(path)
             if len(found) < count:
                 found += self._write(task, range(len(found), count), length, seed, training, advance)
@@ -200,10 +199,13 @@ def _keep(path: Path, prompts: Sequence[Prompt]) -> None:
 def _read(path: Path) -> list[Prompt]:
     if not path.exists():
         return []
-    with np.load(io.BytesIO(path.read_bytes())) as stored:
-        tokens = np.split(stored["tokens"], stored["ends"][:-1])
-        answers = np.split(stored["answers"], stored["answer_ends"][:-1])
-        meta = json.loads(stored["meta"].tobytes())
+    try:
+        with np.load(io.BytesIO(path.read_bytes())) as stored:
+            tokens = np.split(stored["tokens"], stored["ends"][:-1])
+            answers = np.split(stored["answers"], stored["answer_ends"][:-1])
+            meta = json.loads(stored["meta"].tobytes())
+    except (ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} can't be read: {first_line(error)}; remove it to write the prompts again") from None
     return [
         Prompt(tokens=ids, answer=answer, references=tuple(references), depth=depth)
         for ids, answer, (references, depth) in zip(tokens, answers, meta, strict=True)

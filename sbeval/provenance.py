@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, storing
 from sbeval.table import Provenance, replacing
 
 SOURCE = Path(__file__).resolve().parent
@@ -95,7 +95,8 @@ def write_run(path: Path, record: Mapping[str, object]) -> None:
 
     Dataclasses become objects, Paths and sets text and sorted lists, arrays and tensors lists; NaN and infinity null.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(_layout(_plain(record)) + "\n", encoding="utf-8")
 
@@ -106,7 +107,7 @@ def read_run(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"no run file {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read the run file {path}: {error}") from None
     if not isinstance(record, dict):
         raise InputError(f"the run file {path} holds no JSON object")

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from sbeval import perplexity
+from sbeval.errors import InputError, storing
 from sbeval.generate import Generator, generate
 from sbeval.perplexity import Predictor
 from sbeval.prompts import Prompt
@@ -73,13 +74,19 @@ class Samples:
         lines = path.read_bytes().split(b"\n") if path.exists() else []
         # a writer that was stopped leaves a line without its end
         whole = lines[:-1]
-        self.found = {item.index: item for item in (Answered(**json.loads(line)) for line in whole)}
+        for number, line in enumerate(whole, 1):
+            try:
+                item = Answered(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{path}:{number}: {error}; remove that line") from None
+            self.found[item.index] = item
         if lines and lines[-1]:
             path.write_bytes(b"".join(line + b"\n" for line in whole))
 
     def add(self, answers: Sequence[Answered]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        with storing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with storing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in answers))
         self.found.update((item.index, item) for item in answers)
 

@@ -350,10 +350,9 @@ def _cwe(key: str, setting: Setting) -> Draft:
         return found
 
     spelt = setting.tables.kept("words", lambda: [f" {word}" for word in vocabulary])
-    # an entry has three tokens at least
-    places = setting.tables.kept(
-        f"places {setting.length}", lambda: [f" {place}." for place in range(1, setting.length // 3)]
-    )
+    # an entry has three tokens at least; the smallest prompt is written at any length, to say that it does not fit
+    count = max(setting.length // 3, 10 * seldom[0] + 1)
+    places = setting.tables.kept(f"places {count}", lambda: [f" {place}." for place in range(1, count)])
     example = rng.sample(range(len(vocabulary)), shown)
     listed = _numbered([vocabulary[index] for index in entries(example, often, rng)])
     answered = " " + _numbered([vocabulary[index] for index in example[:10]]) + "\n"
@@ -388,7 +387,8 @@ def _fwe(key: str, setting: Setting) -> Draft:
     head, tail = setting.tables.around(config["template"] + config["answer_prefix"])
     rng = random.Random(key)
     coded: dict[str, None] = {}
-    while len(coded) < setting.length // 50:
+    # the answer is three of them, after the first
+    while len(coded) < max(4, setting.length // 50):
         coded["".join(rng.choices(string.ascii_lowercase, k=6))] = None
     vocabulary = ["...", *list(coded)[1:]]
     spelt = setting.tables.new([f" {word}" for word in vocabulary])

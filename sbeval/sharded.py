@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as write_state
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sbeval.distributed import World
 from sbeval.errors import InputError
 
 
@@ -48,10 +49,14 @@ def spread_as(x: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def save(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors into `folder`, each process its part. All processes must call."""
-    with _alone_too():
-        write_state(tensors, storage_writer=FileSystemWriter(folder))
+def save(folder: Path, tensors: dict[str, Tensor], world: World) -> list[Path]:
+    """Write tensors into `folder`, each process its part, and return the files of this one. All must call."""
+    try:
+        with _alone_too():
+            write_state(tensors, storage_writer=FileSystemWriter(folder))
+    except CheckpointException as error:
+        raise OSError(str(error).strip()) from None
+    return [*folder.glob(f"__{world.rank}_*"), *([folder / ".metadata"] if world.leads else [])]
 
 
 def load(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -40,8 +40,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, cast
 import pyarrow as pa  # type: ignore[import-untyped]  # it ships no types
 import pyarrow.parquet as pq  # type: ignore[import-untyped]  # likewise
 
-from sbeval.errors import InputError
-from sbeval.tokenizer import first_line
+from sbeval.errors import InputError, first_line
 
 Role = Literal["train", "test"]
 ROLES: tuple[Role, Role] = ("train", "test")

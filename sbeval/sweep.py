@@ -9,7 +9,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import Any, Protocol, TypeGuard, cast
 
 import pandas as pd
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from sbeval import checkpoint, device, distributed, provenance, table
 from sbeval.distributed import ALONE, World
-from sbeval.errors import InputError
+from sbeval.errors import InputError, storing
 from sbeval.executor import Executor, Lost
 from sbeval.graph import Graph, Step, needs, steps
 from sbeval.progress import Progress, Task
@@ -31,6 +33,8 @@ from sbeval.train import DivergedError, Trained
 # what a small model reaches of the speed of a large matrix product: a guess, good enough for an estimate
 EFFICIENCY = {"cpu": 0.35, "cuda": 0.25}
 HERE = Executor()
+# seconds between looks at a lock that another holds
+POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +49,27 @@ class Place:
     shard: bool = False  # spread weights and optimizer over the processes of `world` while training
     emptied: set[Path] = field(default_factory=set)  # of which `force` has removed what another run left
 
-    def checkpoint(self, key: object) -> Path:
-        """Folder of the model whose training `key` describes in full; with `force` what it held is removed."""
+    @contextmanager
+    def checkpoint(self, key: object, progress: Progress) -> Iterator[Path]:
+        """Folder of the model whose training `key` describes in full; with `force` what it held is removed.
+
+        While the block runs no other command trains this model: a second one waits, and finds it trained.
+        """
         folder = self.results_dir / "checkpoints" / digest(key)
-        if self.begins_anew(folder):
+        lock = FileLock(table.prepare(self.results_dir / "locks") / f"{folder.name}.lock")
+        try:
+            said = False
+            while distributed.anywhere(self.world.leads and not _taken(lock), self.world, self.device):
+                if not said:
+                    progress.say(f"another process trains {folder}: waiting for it")
+                said = True
+                time.sleep(POLL_S)
             if self.world.leads:
-                checkpoint.remove(folder)
+                (checkpoint.remove if self.begins_anew(folder) else checkpoint.tidy)(folder)
             distributed.wait(self.world)
-        return folder
+            yield folder
+        finally:
+            lock.release()
 
     def kept(self, *parts: str) -> Path:
         """A file that a run which was stopped may have left in the results folder; with `force` it is removed."""
@@ -103,6 +120,15 @@ class Outcome:
     backend: str
     tokens_per_s: float | None
     measured: Mapping[str, object] = field(default_factory=dict)
+
+
+def _taken(lock: FileLock) -> bool:
+    with storing(Path(lock.lock_file)):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            return False
+    return True
 
 
 class Cell(Step, Protocol):
@@ -194,11 +220,14 @@ def is_cell(step: Step) -> TypeGuard[Cell]:
     return hasattr(step, "row")
 
 
-def seconds(parts: Sequence[Step], place: Place) -> list[float]:
-    """How long each step will take, roughly, by a matrix product timed just now."""
-    speeds = {dtype: device.measured_flops(place.device, dtype) for dtype in {step.dtype for step in parts}}
-    share = EFFICIENCY[place.device.type] * place.world.size
-    return [step.flops / speeds[step.dtype] / share for step in parts]
+def speeds(parts: Sequence[Step], place: torch.device) -> dict[str, float]:
+    """FLOP/s of a matrix product timed just now, in each dtype of the steps."""
+    return {dtype: device.measured_flops(place, dtype) for dtype in {step.dtype for step in parts}}
+
+
+def seconds(parts: Sequence[Step], speeds: Mapping[str, float], place: torch.device) -> list[float]:
+    """How long one process takes for each step, roughly."""
+    return [step.flops / speeds[step.dtype] / EFFICIENCY[place.type] for step in parts]
 
 
 def describe_cost(cells: Sequence[Step], place: Place) -> str:
@@ -206,18 +235,20 @@ def describe_cost(cells: Sequence[Step], place: Place) -> str:
     if not cells:
         return "nothing to run"
     parts = steps(cells)
+    time_s = sum(seconds(parts, speeds(parts, place.device), place.device)) / place.world.size
     return (
         f"{len(cells)} cell{'s' if len(cells) > 1 else ''} to run, {sum(step.flops for step in parts):.1e} FLOPs: "
-        f"roughly {_words(sum(seconds(parts, place)))} on {device.describe(place.device)}"
+        f"roughly {in_words(time_s)} on {device.describe(place.device)}"
     )
 
 
-def _words(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    if seconds < 5400:
-        return f"{round(seconds / 60)} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 172800 else f"{seconds / 86400:.0f} days"
+def in_words(time_s: float) -> str:
+    """A time for people."""
+    if time_s < 90:
+        return f"{max(1, round(time_s))} s"
+    if time_s < 5400:
+        return f"{round(time_s / 60)} min"
+    return f"{time_s / 3600:.1f} h" if time_s < 172800 else f"{time_s / 86400:.0f} days"
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,15 +397,24 @@ class _Course:
 
 
 def train(cells: Sequence[Cell], place: Place, *, console: Console) -> bool:
-    """Train the models that the cells need and say where each is; `run` with the same cells then evaluates them."""
+    """Train the models that the cells need and say where each is; `run` with the same cells then evaluates them.
+
+    True unless one diverged or ended in an error of its own sizes, which is said.
+    """
     table.prepare(place.results_dir / "checkpoints")
     needed = [step for step in steps(cells) if not is_cell(step)]
     console.print(describe_cost(needed, place), highlight=False, soft_wrap=True)
+    # of several processes one may fail alone, and the others would wait for it
+    errors = (DivergedError,) if place.world.size > 1 else CELL_ERRORS
+    failed = False
     with progress_of(place) as progress:
         for step in needed:
-            folder = cast(Training, step).train(place, progress)
-            console.print(f"{step.title}: {folder}", highlight=False, soft_wrap=True, markup=False)
-    return True
+            try:
+                said = str(cast(Training, step).train(place, progress))
+            except errors as error:
+                failed, said = True, f"{error}; going on with the next"
+            console.print(f"{step.title}: {said}", highlight=False, soft_wrap=True, markup=False)
+    return not failed
 
 
 def progress_of(place: Place) -> Progress:
@@ -454,5 +494,6 @@ def timing(trained: Trained) -> dict[str, object]:
         "train_seconds": trained.state.seconds,
         "train_time": str(timedelta(seconds=round(trained.state.seconds))),
         "mfu": trained.mfu,
+        "sequences_at_a_time": trained.rows,
         "losses": [round(loss, 4) for loss in trained.state.losses],
     }

@@ -21,7 +21,7 @@ from uuid import uuid4
 import pandas as pd
 from filelock import FileLock
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, storing
 
 # for `field(metadata=LATER)`: what came after results, which are without it
 LATER = {"later": True}
@@ -120,7 +120,7 @@ def write(path: Path, new: pd.DataFrame) -> None:
     twice = new[new.duplicated(keys)]
     assert twice.empty, f"two rows for one number: {twice.iloc[0].to_dict()}"
     text = pd.DataFrame({name: [_cell(value) for value in new[name]] for name in new.columns}, dtype=str)
-    with FileLock(f"{path}.lock"):
+    with locked(path):
         if path.exists():
             old = _load(path, required=columns(Measurement))
             kept = old[~old["cell"].isin(set(text["cell"]))]
@@ -175,15 +175,29 @@ def prepare(results_dir: Path) -> Path:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`. What is written there takes the place of `path` at the end, whole and
-    flushed to disk; on an error it is removed and `path` stays as it was."""
+    flushed to disk; on an error it is removed and `path` stays as it was. InputError for a disk that takes no more."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    with storing(path):
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock beside a file, whose folder is made, for the length of the block; InputError as `replacing`."""
+    lock = FileLock(f"{path}.lock")
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        lock.release()
 
 
 def _names(part: Any) -> list[str]:
@@ -226,7 +240,8 @@ def _load(path: Path, required: Iterable[str]) -> pd.DataFrame:
     """Read the cells as text and check the shape of the file and its common columns."""
     header, rows, lines = _parse(path)
     if missing := [name for name in required if name not in header]:
-        raise InputError(f"{path} has no column {', '.join(map(repr, missing))}; it has: {', '.join(header)}")
+        names = ", ".join(name if name.isprintable() else repr(name) for name in header)
+        raise InputError(f"{path} has no column {', '.join(map(repr, missing))}; it has: {names}")
     text = pd.DataFrame(rows, columns=header, dtype=str)
     for name, kind in _guess(text).items():
         for line, cell in zip(lines, text[name], strict=True):

@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, first_line, storing
+from sbeval.table import replacing
 
 EOS = "<|endoftext|>"
 # what other makers call the token that ends a document; only asked for where no config beside tokenizer.json says it
@@ -163,9 +163,9 @@ class Library(Tokenizer):
 
     def save(self, path: Path) -> None:
         """Write the tokenizer as a tokenizer.json file, in one step."""
-        temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-        self._backend.save(str(temporary))
-        os.replace(temporary, path)
+        # the library's own `save` says of a full disk only that something failed
+        with replacing(path) as temporary:
+            temporary.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
 
 
 def load(spec: str, *, train_texts: Callable[[], Iterable[str]] | None = None, cache_dir: Path) -> Tokenizer:
@@ -227,7 +227,8 @@ def _cached(spec: str, size: int, texts: Iterable[str], cache_dir: Path) -> Libr
     path = cache_dir / "tokenizers" / digest.hexdigest()[:16] / "tokenizer.json"
     if not path.exists():
         trained = _train(kept, size, spec)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         trained.save(path)
     return read(path, name=spec)
 
@@ -257,7 +258,8 @@ def _from_transformers(spec: str) -> Library:
     except ImportError:
         raise InputError(f"tokenizer {spec!r} needs transformers: pip install 'sbeval[hf]'") from None
     try:
-        loaded: Any = transformers.AutoTokenizer.from_pretrained(spec)
+        # code that comes with it has no part in the fast form that is read here
+        loaded: Any = transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
     # what it raises for a name that is unknown or out of reach, and for files that it cannot read
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"unknown tokenizer {spec!r} (or bytes, or bpe:N): {first_line(error)}") from None
@@ -267,11 +269,6 @@ def _from_transformers(spec: str) -> Library:
     if loaded.eos_token_id is None:
         raise InputError(f"tokenizer {spec!r} names no eos token, which has to end a document: choose another")
     return Library(backend, name=spec, eos=loaded.eos_token_id)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error, for a message of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _first(texts: Iterable[str], characters: int) -> Iterator[str]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sbeval import checkpoint, counter, device, distributed
+from sbeval import checkpoint, counter, device, distributed, memory
 from sbeval.checkpoint import State
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError, choose
@@ -108,6 +108,7 @@ class Trained:
     state: State
     tokens_per_second: float | None  # median of the stretches of the process that trained last
     mfu: float | None  # model FLOP utilisation: against the datasheet's peak, None where that is not known
+    rows: int  # sequences of a forward pass of a process: fewer than asked for where memory ended
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -216,6 +217,8 @@ class Trainer:
         self.model = Decoder(model).to(place)
         self.state = State()
         self.speeds: list[float] = []  # tokens/s between looks at the loss
+        self.rows = config.micro_batch or config.batch // world.size  # sequences of a forward pass
+        self.say: Callable[[str], None] = print
         # whether a GPU replays the graph of a forward and backward pass
         self.replays = place.type == "cuda" and config.capacity is not None and world.size == 1
         self.loss = self._prepare()
@@ -240,7 +243,7 @@ class Trainer:
         end. Raises DivergedError when the loss is no number, and KeyboardInterrupt once the step in hand is done,
         looked at and saved.
         """
-        saved = time.perf_counter()
+        saved, self.say = time.perf_counter(), task.say
         self.model.train()
         with _deferred_interrupt() as interrupted:
             ended = self._anywhere(interrupted.is_set())
@@ -295,11 +298,21 @@ class Trainer:
             group["lr"] = rate / group["divisor"]
         tokens, targets = self._moved(batch.tokens), self._moved(batch.targets)
         cu_seqlens = None if batch.cu_seqlens is None else self._moved(batch.cu_seqlens)
-        # gradients are averaged over processes, and what is wanted is their sum
-        count = (targets != IGNORE).sum() / self.world.size
         if self.model.config.dropout:
             # a run that goes on from a checkpoint drops what it would have dropped
             torch.manual_seed(counter.key(self.config.seed, 0, step))
+        found: list[Tensor] = []
+        while not memory.enough(lambda: found.append(self._accumulate(tokens, targets, cu_seqlens))):
+            self._halve()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return found[0]
+
+    def _accumulate(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Add up the gradients of a batch, a part at a time; its loss."""
+        # gradients are averaged over processes, and what is wanted is their sum
+        count = (targets != IGNORE).sum() / self.world.size
         total = torch.zeros((), device=self.place)
         parts = self._parts(len(tokens))
         for part in parts:
@@ -312,17 +325,37 @@ class Trainer:
                     loss = self.loss(tokens[part], targets[part], within) / count
                 loss.backward()
             total += loss.detach()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         return total
+
+    def _halve(self) -> None:
+        """From here on run half as many sequences at a time: gradients are summed, so that only rounding changes.
+
+        torch.OutOfMemoryError says what may fit where that would be another run, or cannot be.
+        """
+        self.optimizer.zero_grad()
+        length, fewer = self.config.length, -(-self.rows // 2)
+        what = f"out of memory at {self.rows} sequences of {length} tokens at a time"
+        if self.rows == 1:
+            raise torch.OutOfMemoryError(f"{what}: nothing smaller is left to try")
+        if self.model.config.dropout:
+            raise torch.OutOfMemoryError(f"{what}; fewer would drop others: give a batch of {fewer} or less")
+        if self.world.size > 1:
+            # the others have not run out
+            raise torch.OutOfMemoryError(f"{what}: give --micro-batch-tokens {fewer * length} or less")
+        self.rows = fewer
+        if self.place.type == "cuda":
+            # graphs that were captured hold the memory of their shapes
+            torch.compiler.reset()
+            self.loss = self._prepare()
+        self.say(
+            f"{what}: going on with {fewer}, the same run but for rounding (--micro-batch-tokens {fewer * length})"
+        )
 
     def _parts(self, rows: int) -> list[slice]:
         """The rows of a batch that this process runs, a forward pass at a time."""
         share = rows // self.world.size
         first, end = self.world.rank * share, (self.world.rank + 1) * share
-        size = self.config.micro_batch or share
-        return [slice(start, min(start + size, end)) for start in range(first, end, size)]
+        return [slice(start, min(start + self.rows, end)) for start in range(first, end, self.rows)]
 
     def _moved(self, x: Tensor) -> Tensor:
         # from pinned memory a copy does not wait for what the GPU still has to do; some batches are drawn on the GPU
@@ -412,7 +445,7 @@ class Trainer:
         self.state.mfu = speed * flops / (peak * self.world.size) if peak and self.config.dtype == "bfloat16" else None
 
     def _result(self) -> Trained:
-        return Trained(self._whole().eval(), self.state, self.state.tokens_per_second, self.state.mfu)
+        return Trained(self._whole().eval(), self.state, self.state.tokens_per_second, self.state.mfu, self.rows)
 
 
 def _part_of(cu_seqlens: Tensor | None, rows: slice, shape: torch.Size) -> Tensor | None:

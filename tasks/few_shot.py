@@ -159,7 +159,7 @@ class Cell:
         config = self.config
         folder = config.checkpoint or str(self.trained.train(place, progress))
         digest = pretrained.digest(folder)
-        found = _loaded(folder, digest, place.device, self.dtype)
+        found = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
         subject = self.trained.subject(found, place)
         answers = self._answers(digest, place)
         adapter = _harness().Adapter(
@@ -203,7 +203,7 @@ class Cell:
         """The model's tokenizer; InputError when it cannot be that."""
         config = self.config
         if config.checkpoint is not None and not pretrained.is_own(config.checkpoint):
-            return _harness().hub_text(config.checkpoint)
+            return _harness().hub_text(config.checkpoint, config.trust_remote_code)
         ours = length_gen.open_tokenizer(config, progress)
         found.check_tokenizer(ours, str(config.checkpoint))
         return _harness().PlainText(ours)
@@ -249,9 +249,9 @@ def _parse(task: str) -> tuple[str, int | None]:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(spec: str, digest: str, place: torch.device, dtype: str) -> Pretrained:
+def _loaded(spec: str, digest: str, place: torch.device, dtype: str, trust: bool) -> Pretrained:
     """The model of the cells that follow each other; the digest tells when another has come to the same place."""
-    return pretrained.load(spec, place, dtype)
+    return pretrained.load(spec, place, dtype, trust_remote_code=trust)
 
 
 def _harness() -> Any:

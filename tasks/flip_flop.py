@@ -213,11 +213,11 @@ class Cell:
         validation = self._examples(config.p_ignore, VALIDATION_SEED, max(1, config.test_rows // 3), place)
         # validation decides when training ends
         ending = [config.p_ignore, config.stop_error, config.patience, len(validation.tokens)]
-        folder = place.checkpoint([FAMILY, self.model(), self.training(), *ending])
-        trained = synthetic.train(
-            self, folder, Batches(config, place.device), lambda decoder: self._error(decoder, validation).value,
-            functools.partial(status, config), place, progress,
-        )  # fmt: skip
+        with place.checkpoint([FAMILY, self.model(), self.training(), *ending], progress) as folder:
+            trained = synthetic.train(
+                self, folder, Batches(config, place.device), lambda decoder: self._error(decoder, validation).value,
+                functools.partial(status, config), place, progress,
+            )  # fmt: skip
         found = self._rows(trained.model, validation, "validation", config.p_ignore)[:1]
         for test, p_ignore in zip(TESTS, (config.p_ignore, config.p_sparse, config.p_dense), strict=True):
             found += self._rows(

@@ -77,6 +77,8 @@ class Config:
     window: tuple[int, ...] = field(default=(), metadata=LATER)
     # a model to evaluate instead of training `size`: our checkpoint folder, or a Hugging Face folder or name
     checkpoint: str | None = field(default=None, metadata=LATER)
+    # whether to run the code that comes with it
+    trust_remote_code: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         check_swept(self, "attention", "seeds")
@@ -318,12 +320,12 @@ class Cell:
         trained_as = model.trained_attention(self.attention)
         shape = dataclasses.replace(self.model(text.tokenizer.vocab_size), attention=trained_as)
         training = self.training()
-        folder = place.checkpoint([shape, training, text.digest, self.config.packing])
         batches = Batches(text.train, training.length, training.batch, self.seed, self.config.packing)
-        trainer = Trainer(shape, training, batches, folder, place.device, place.world, shard=place.shard)
-        task = progress.add(f"train {trained_as} seed {self.seed}", training.steps, completed=trainer.state.step)
-        trained = trainer.run(task, log=place.logger(self))
-        task.close()
+        with place.checkpoint([shape, training, text.digest, self.config.packing], progress) as folder:
+            trainer = Trainer(shape, training, batches, folder, place.device, place.world, shard=place.shard)
+            task = progress.add(f"train {trained_as} seed {self.seed}", training.steps, completed=trainer.state.step)
+            trained = trainer.run(task, log=place.logger(self))
+            task.close()
         return folder, trained
 
     def _made(self, trained: Decoder, place: Place) -> Subject:
@@ -342,7 +344,9 @@ class Cell:
 
     def _loaded(self, text: Corpus, place: Place) -> Subject:
         assert self.config.checkpoint is not None
-        found = pretrained.load(self.config.checkpoint, place.device, self.config.dtype)
+        found = pretrained.load(
+            self.config.checkpoint, place.device, self.config.dtype, trust_remote_code=self.config.trust_remote_code
+        )
         found.check_tokenizer(text.tokenizer, self.config.checkpoint)
         return self.subject(found, place)
 
@@ -354,7 +358,7 @@ class Cell:
         task = progress.add(f"evaluate {self.title} to {config.eval_len}", total=len(windows))
         losses = perplexity.measure(
             subject.model, windows, text.tokenizer.byte_lengths, batch=_batch(place, config.eval_len),
-            advance=task.advance, **how,
+            advance=task.advance, say=task.say, **how,
         )  # fmt: skip
         task.close()
         found = rows(losses, subject.train_len)
@@ -363,7 +367,7 @@ class Cell:
             task = progress.add(f"evaluate {self.title} in windows of {length}", total=sum(map(len, documents)))
             whole = perplexity.rolling(
                 subject.model, documents, text.tokenizer.decode, window=length, prefix=text.tokenizer.eos,
-                batch=_batch(place, length), advance=task.advance, **how,
+                batch=_batch(place, length), advance=task.advance, say=task.say, **how,
             )  # fmt: skip
             task.close()
             found += windowed_rows(whole, length)

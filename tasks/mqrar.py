@@ -254,12 +254,13 @@ class Cell:
         validation = self._validation(place)
         # validation decides when training ends
         ending = [config.stop_accuracy, config.patience, len(validation.tokens)]
-        folder = place.checkpoint([self.model(), self.training(), self.task, config.stored_rows, *ending])
-        return synthetic.train(
-            self, folder, Batches(self, place.device),
-            lambda decoder: _accuracy(validation, predict(decoder, validation, config.dtype)),
-            functools.partial(status, config), place, progress,
-        )  # fmt: skip
+        key = [self.model(), self.training(), self.task, config.stored_rows, *ending]
+        with place.checkpoint(key, progress) as folder:
+            return synthetic.train(
+                self, folder, Batches(self, place.device),
+                lambda decoder: _accuracy(validation, predict(decoder, validation, config.dtype)),
+                functools.partial(status, config), place, progress,
+            )  # fmt: skip
 
     def _validation(self, place: Place) -> Examples:
         return _held_out(self.task, VALIDATION_SEED, max(1, self.config.test_rows // 3), place.device)

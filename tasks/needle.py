@@ -220,7 +220,7 @@ class Cell:
         prompts = {length: self._prompts(writer, length, progress) for length in config.lengths}
         folder = self._model(text, writer, place, progress)
         digest = pretrained.digest(folder)
-        found = _loaded(folder, digest, place.device, self.dtype)
+        found = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
         found.check_tokenizer(text, folder)
         subject = self.trained.subject(found, place)
         rows: list[Row] = []
@@ -261,7 +261,7 @@ class Cell:
         if not self.config.finetune:
             return folder
         digest = pretrained.digest(folder)
-        found = _loaded(folder, digest, place.device, self.dtype)
+        found = _loaded(folder, digest, place.device, self.dtype, self.config.trust_remote_code)
         found.check_tokenizer(text, folder)
         return str(self._finetune(found, digest, writer, place, progress))
 
@@ -287,7 +287,6 @@ class Cell:
         )
         names = config.finetune_tasks
         kinds = [writer.path(name, length, self.trained.seed, training=True).stem for name in names]
-        folder = place.checkpoint([digest, training, kinds])
         each = -(-training.steps * training.batch // len(names))
         written: list[list[Prompt]] = []
         for name in names:
@@ -296,12 +295,13 @@ class Cell:
             task.close()
         lessons = [prompt for together in zip(*written, strict=True) for prompt in together]
         batches = Lessons(lessons, writer.tokenizer, length, training.batch)
-        trainer = Trainer(found.model.config, training, batches, folder, place.device)
-        if trainer.state.step == 0:
-            trainer.model.load_state_dict(found.model.state_dict())
-        task = progress.add(f"fine-tune {self.trained.title}", training.steps, completed=trainer.state.step)
-        trainer.run(task, log=place.logger(self))
-        task.close()
+        with place.checkpoint([digest, training, kinds], progress) as folder:
+            trainer = Trainer(found.model.config, training, batches, folder, place.device)
+            if trainer.state.step == 0:
+                trainer.model.load_state_dict(found.model.state_dict())
+            task = progress.add(f"fine-tune {self.trained.title}", training.steps, completed=trainer.state.step)
+            trainer.run(task, log=place.logger(self))
+            task.close()
         return folder
 
     def _samples(self, digest: str, prompts: str, place: Place) -> Samples:
@@ -382,9 +382,9 @@ _loaded_sources = functools.lru_cache(maxsize=1)(haystack.load)
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(spec: str, digest: str, place: torch.device, dtype: str) -> Pretrained:
+def _loaded(spec: str, digest: str, place: torch.device, dtype: str, trust: bool) -> Pretrained:
     """The model of cells that follow each other; the digest tells when another has come to the same place."""
-    return pretrained.load(spec, place, dtype)
+    return pretrained.load(spec, place, dtype, trust_remote_code=trust)
 
 
 def summary(results: pd.DataFrame) -> Table:

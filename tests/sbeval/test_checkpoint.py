@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from sbeval import checkpoint
-from sbeval.checkpoint import State, find, load_model, load_state, remove, restore, save
+from sbeval.checkpoint import State, find, load_model, load_state, remove, restore, save, tidy
 from sbeval.errors import InputError
 from sbeval.model import Decoder, ModelConfig
 from sbeval.train import TrainConfig, optimizer_for
 
 SHAPE: dict[str, Any] = {"vocab_size": 20, "width": 16, "layers": 1, "heads": 2, "hidden": 24}
 # the changes to the file system that one save makes
-CHANGES = 9
+CHANGES = 10
 
 
 def build(**changes: Any) -> tuple[Decoder, torch.optim.AdamW]:
@@ -55,6 +55,13 @@ def refused(act: Callable[[], object], *, names: Path) -> str:
     message = str(caught.value)
     assert "\n" not in message and str(names) in message
     return message
+
+
+def unseal(folder: Path, **changes: Any) -> None:
+    """Make it a checkpoint from before there were digests, with a change of the model's config."""
+    config = json.loads((folder / "config.json").read_text())
+    kept = {name: value for name, value in config.items() if name not in ("files", "digest")}
+    (folder / "config.json").write_text(json.dumps(kept | {"model": kept["model"] | changes}))
 
 
 @pytest.fixture
@@ -208,6 +215,18 @@ def test_what_is_removed_is_gone(saved: Path, monkeypatch: pytest.MonkeyPatch) -
     remove(saved)
 
 
+def test_what_a_killed_writer_left_is_tidied(saved: Path) -> None:
+    old, partial = saved.with_name(".run.old"), saved.with_name(".run.partial")
+    shutil.copytree(saved, old)
+    shutil.copytree(saved, partial)
+    tidy(saved)
+    assert list(saved.parent.iterdir()) == [saved]
+    # between the renames the old one is all there is
+    saved.rename(old)
+    tidy(saved)
+    assert find(saved) == old
+
+
 @pytest.mark.parametrize("size", [0, 4, 100, -1])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
 def test_files_cut_short(name: str, size: int, saved: Path) -> None:
@@ -217,13 +236,32 @@ def test_files_cut_short(name: str, size: int, saved: Path) -> None:
     assert "remove its folder to train again" in message
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "config.json"])
+def test_a_flipped_bit_anywhere_is_named(name: str, saved: Path) -> None:
+    """In a tensor's values too, which safetensors itself does not check."""
+    path = saved / name
+    whole = path.read_bytes()
+    for place in range(0, len(whole), max(1, len(whole) // 50)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        refused(lambda: restore(saved, *build()), names=path)
+    path.write_bytes(whole)
+    restore(saved, *build())
+
+
+def test_a_checkpoint_from_before_digests_is_read(saved: Path) -> None:
+    model = load_model(saved)
+    unseal(saved)
+    assert same(load_model(saved).state_dict(), model.state_dict())
+    assert load_state(saved).losses == [3.0, 2.0, 1.0]
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
 def test_files_that_are_missing(name: str, saved: Path) -> None:
     (saved / name).unlink()
     refused(lambda: restore(saved, *build()), names=saved / name)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"model": ', b"\xff\xfe{}", b"not json"])
+@pytest.mark.parametrize("content", [b"", b'{"model": ', b"\xff\xfe{}", b"not json", b"[" * 100_000], ids=len)
 def test_a_config_that_is_not_json(content: bytes, saved: Path) -> None:
     (saved / "config.json").write_bytes(content)
     assert "is not JSON" in refused(lambda: load_model(saved), names=saved / "config.json")
@@ -240,6 +278,10 @@ def test_a_config_that_is_not_json(content: bytes, saved: Path) -> None:
         ({"model": {"vocab_size": 5}, "state": {}}, "width"),
         ({"model": SHAPE | {"width": 0}, "state": {}}, "width must be at least 1; got 0"),
         ({"model": SHAPE | {"width": "wide"}, "state": {}}, "TypeError"),
+        ({"model": SHAPE | {"width": 16.0}, "state": {}}, "TypeError: width is 16.0"),
+        ({"model": SHAPE | {"tied": 1}, "state": {}}, "TypeError: tied is 1"),
+        ({"model": SHAPE, "state": {"losses": 3}}, "TypeError: losses is 3"),
+        ({"model": SHAPE, "state": {}, "modle": {}}, "unknown 'modle'"),
         ({"model": SHAPE, "state": {"epoch": 1}}, "epoch"),
         ({"model": SHAPE, "state": {"scores": [1]}}, "TypeError"),
     ],
@@ -256,21 +298,23 @@ def test_a_config_of_something_else(content: object, reason: str, saved: Path) -
     [
         ({"vocab_size": 21}, "size mismatch for embedding.weight"),
         ({"positions": 4}, 'Missing key.* "positions.weight"'),
-        ({"layers": 2}, "blocks.1"),
+        ({"layers": 2}, "it has 1 layers, not 2"),
+        # would take all memory, or forever
+        ({"vocab_size": 1 << 50}, "size mismatch"),
+        ({"layers": 1 << 50}, "it has 1 layers"),
         ({"tied": True, "width": 32}, "size mismatch"),
     ],
     ids=str,
 )
 def test_weights_that_do_not_fit(changes: dict[str, Any], what: str, saved: Path) -> None:
-    path = saved / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"model": config["model"] | changes}))
+    unseal(saved, **changes)
     with pytest.raises(InputError, match=f"does not fit its config: .*{what}"):
         load_model(saved)
     refused(lambda: load_model(saved), names=saved / "model.safetensors")
 
 
 def test_moments_that_do_not_fit(saved: Path, tmp_path: Path) -> None:
+    unseal(saved)
     model, optimizer = build(hidden=30)
     train(model, optimizer)
     save(tmp_path / "other", model, State(), optimizer)
@@ -296,7 +340,10 @@ class Trap:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "config.json"])
 @pytest.mark.parametrize("dump", [pickle.dump, torch.save])
-def test_nothing_is_unpickled(name: str, dump: Callable[..., None], saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sealed", [True, False])
+def test_nothing_is_unpickled(name: str, dump: Callable[..., None], sealed: bool, saved: Path, tmp_path: Path) -> None:
+    if not sealed:
+        unseal(saved)
     with (saved / name).open("wb") as file:
         dump(Trap(tmp_path / "sprung"), file)
 

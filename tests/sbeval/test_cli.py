@@ -349,7 +349,7 @@ def test_help_answers_without_heavy_imports() -> None:
         assert any(option in line for line in text), option
 
 
-PLOT_WITHOUT_TORCH = """
+WITHOUT_TORCH = """
 import sys
 
 class Blocker:
@@ -367,12 +367,21 @@ def test_plot_draws_from_tables_where_torch_cannot_be_imported(results: Path) ->
     shutil.rmtree(results / "figures")
     command = ["plot", "mqrar", "length-gen", "--format", "png", "--results-dir", str(results)]
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PLOT_WITHOUT_TORCH, *command], capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", "-c", WITHOUT_TORCH, *command], capture_output=True, text=True, check=False
     )
     files = [results / "figures" / name for name in ("mqrar.png", "length_gen.png")]
     assert (done.returncode, done.stdout.split()) == (0, [str(file) for file in files]), done.stderr
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     assert len(list((results / "figures").iterdir())) == 2
+
+
+def test_compare_needs_no_torch(results: Path) -> None:
+    command = ["compare", str(results), str(results), "--format", "markdown"]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT_TORCH, *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("numbers in both, 0 apart by more than the interval") == 2
 
 
 # mistakes

@@ -127,8 +127,15 @@ def test_shards_that_are_cut_short_are_said(tmp_path: Path) -> None:
     # from outside no pickle is read
     with pytest.raises(InputError, match="a sharded model that is still training"):
         checkpoint.load_model(tmp_path / "saved")
+    for path in sorted((tmp_path / "saved" / "shards").iterdir()):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
+        # before its index, a pickle, is read
+        with pytest.raises(InputError, match=f"{path} can't be read: it is damaged.*; remove its folder"):
+            checkpoint.restore(tmp_path / "saved", other, again)
+        path.write_bytes(whole)
     (tmp_path / "saved" / "shards" / ".metadata").unlink()
-    with pytest.raises(InputError, match="shards can't be read: .*; remove the checkpoint to train again"):
+    with pytest.raises(InputError, match="metadata can't be read: No such file .*; remove its folder to train again"):
         checkpoint.restore(tmp_path / "saved", other, again)
 
 

@@ -4,6 +4,8 @@ import dataclasses
 import io
 import math
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +84,39 @@ def test_cost_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_force_empties_a_checkpoint(tmp_path: Path) -> None:
-    place = Place(results_dir=tmp_path, device=torch.device("cpu"))
-    folder = place.checkpoint(["key"])
-    folder.mkdir(parents=True)
-    (folder / "config.json").touch()
-    assert place.checkpoint(["key"]) == folder and folder.exists()
-    assert dataclasses.replace(place, force=True).checkpoint(["key"]) == folder and not folder.exists()
+    place, progress = Place(results_dir=tmp_path, device=torch.device("cpu")), Progress(Console(quiet=True))
+    with place.checkpoint(["key"], progress) as folder:
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+    with place.checkpoint(["key"], progress) as again:
+        assert again == folder and folder.exists()
+    forced = dataclasses.replace(place, force=True)
+    with forced.checkpoint(["key"], progress) as again:
+        assert again == folder and not folder.exists()
+        folder.mkdir()
+    # once
+    with forced.checkpoint(["key"], progress):
+        assert folder.exists()
+
+
+def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "POLL_S", 0.01)
+    place, console = Place(results_dir=tmp_path, device=torch.device("cpu")), Console(file=io.StringIO(), width=200)
+    order: list[str] = []
+
+    def second() -> None:
+        with place.checkpoint(["key"], Progress(console)):
+            order.append("second")
+
+    with place.checkpoint(["key"], Progress(console)) as folder:
+        other = threading.Thread(target=second)
+        other.start()
+        time.sleep(0.1)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == f"another process trains {folder}: waiting for it\n"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +132,7 @@ def test_force_empties_a_checkpoint(tmp_path: Path) -> None:
     ],
 )
 def test_times_in_words(seconds: float, words: str) -> None:
-    assert sweep._words(seconds) == words
+    assert sweep.in_words(seconds) == words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

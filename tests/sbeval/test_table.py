@@ -140,6 +140,7 @@ DAMAGE: dict[str, tuple[Callable[[str], str], str]] = {
     "conflict": (lambda text: text.replace("toy,", "<<<<<<< HEAD\ntoy,", 1), r"toy\.csv:2: 1 cells where"),
     "open quote": (lambda text: text[:-1] + ',"\n\n', r"toy\.csv:4: .*mend or remove"),
     "no column": (lambda text: text.replace("cell", "sell", 1), "has no column 'cell'; it has: family, task, "),
+    "a line in a name": (lambda text: text.replace(",cell,", ',"ce\nll",', 1), r"has no column 'cell'.*'ce\\nll'"),
     "twice": (lambda text: text.replace("task", "family", 1), "column 'family' stands there twice"),
     "empty": (lambda text: "", "is empty"),
 }

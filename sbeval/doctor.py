@@ -1,0 +1,233 @@
+"""What this machine can do: devices, attention methods, optional packages, and which presets fit into memory."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+
+from sbeval import device, perplexity, provenance, registry, sweep
+from sbeval.errors import first_line
+from sbeval.graph import steps
+from sbeval.model import Decoder, ModelConfig
+from sbeval.tasks import attention_map, length_gen
+from sbeval.train import TrainConfig
+
+# module, name on the index, what for
+PACKAGES = (
+    ("fla", "fla-core", "a peer in `sbeval bench kernel`"),
+    ("stickbreaking_attention", "stickbreaking-attention", "the authors' kernel, a peer there"),
+    ("transformers", "transformers", "models and tokenizers of Hugging Face: sbeval[hf]"),
+    ("datasets", "datasets", "corpora of Hugging Face: sbeval[hf]"),
+    ("lm_eval", "lm_eval", "few-shot and needle: sbeval[few-shot]"),
+    ("wonderwords", "wonderwords", "needle: sbeval[needle]"),
+    ("ray", "ray", "--executor ray: sbeval[ray]"),
+    ("plotly", "plotly", "figures as pages: sbeval[html]"),
+    ("tensorboard", "tensorboard", "--tensorboard: sbeval[tensorboard]"),
+)
+GIB = 1 << 30
+# seconds for a package to be imported
+PATIENCE_S = 120
+# of free memory, what the framework leaves to tensors
+USABLE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A table of the report."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All of it, and whether anything can run."""
+
+    sections: list[Section]
+    able: bool
+
+
+def examine(place: torch.device, results_dir: Path) -> Report:
+    """Look at everything; memory and times are those of `place`. Takes some seconds, most of them for imports."""
+    free, total = memory(place)
+    methods, presets = list(_methods(place)), list(_presets(place, int(USABLE * free)))
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    return Report(
+        [
+            Section("Versions", ("package", "version"), list(_versions())),
+            Section("Devices", ("device", "name", "free GiB", "of", "TFLOP/s"), [_device(one) for one in devices]),
+            Section(f"Attention on {place}", ("method", "backend", "runs"), methods),
+            Section("Optional packages", ("package", "here", "what for"), [_package(*each) for each in PACKAGES]),
+            Section("Folders", ("folder", "path", "free GiB"), list(_folders(results_dir))),
+            Section(
+                f"Presets on {place} ({free / GIB:.1f} of {total / GIB:.1f} GiB free; memory and time are estimates)",
+                ("family", "preset", "model", "training GiB", "evaluation GiB", "verdict", "time"),
+                presets,
+            ),
+        ],
+        able=any(runs == "yes" for *_, runs in methods) and any(row[5] != "too large" for row in presets),
+    )
+
+
+def memory(place: torch.device) -> tuple[int, int]:
+    """Free and total memory of a device in bytes; of the CPU what the system says is available."""
+    if place.type == "cuda":
+        free, total = torch.cuda.mem_get_info(place)
+        return int(free), int(total)
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    info = Path("/proc/meminfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), total)
+    return free, total
+
+
+def training_bytes(shape: ModelConfig, tokens: int, dtype: str, scored: int) -> int:
+    """Memory of training, roughly: 16 bytes a parameter (weights, gradients, Adam's two moments, float32 each) and,
+    where products are in half precision, a copy of weights of `e` bytes; for each of `tokens` tokens of a forward pass
+    and layer what the backward pass reads (the residual stream and its norm twice in float32, and in `e` bytes queries,
+    keys, values, the mixed heads, and of the MLP its inner values three times); for each of `scored` tokens its logits
+    in `e` bytes, and in float32 with their gradient.
+    """
+    size = 4 if dtype == "float32" else 2
+    parameters = _parameters(shape) * (16 + (size if size < 4 else 0))
+    heads = (2 * shape.heads + 2 * shape.n_kv_heads) * shape.d_head
+    activations = shape.layers * (4 * 4 * shape.width + size * (heads + 3 * shape.hidden))
+    return parameters + tokens * activations + scored * shape.vocab_size * (size + 8)
+
+
+def evaluation_bytes(shape: ModelConfig, tokens: int, dtype: str) -> int:
+    """Memory of evaluation, roughly: 4 bytes a parameter; for each of `tokens` tokens of a forward pass one layer's
+    values at a time; for a chunk of tokens its logits in `dtype` and in float32 twice."""
+    size = 4 if dtype == "float32" else 2
+    layer = 3 * 4 * shape.width + size * ((2 * shape.heads + 2 * shape.n_kv_heads) * shape.d_head + 3 * shape.hidden)
+    logits = min(tokens, perplexity.CHUNK) * shape.vocab_size * (size + 8)
+    return 4 * _parameters(shape) + tokens * layer + logits
+
+
+@functools.cache
+def _parameters(shape: ModelConfig) -> int:
+    with torch.device("meta"):
+        return Decoder(shape).n_parameters()
+
+
+def verdict(shape: ModelConfig, training: TrainConfig, eval_tokens: int, free: int, option: str) -> str:
+    """Whether a model fits into `free` bytes: `fits`, `needs ...` the largest part of a batch that does, `too large`.
+
+    option: what sets the tokens of a forward pass, empty where nothing does: there a batch is halved as it runs.
+    """
+    if evaluation_bytes(shape, eval_tokens, training.dtype) > free:
+        return "too large"
+    rows = whole = training.micro_batch or training.batch
+    while rows and _training(shape, training, rows) > free:
+        rows //= 2
+    if rows == whole:
+        return "fits"
+    if not rows or (shape.dropout and not option):
+        return "too large"
+    return f"needs {option} {rows * training.length}" if option else f"fits {rows} of {whole} rows at a time"
+
+
+def _training(shape: ModelConfig, training: TrainConfig, rows: int) -> int:
+    tokens = rows * training.length
+    scored = min(tokens, training.capacity or tokens)
+    return training_bytes(shape, tokens, training.dtype, scored)
+
+
+def _versions() -> Iterator[tuple[str, ...]]:
+    yield from provenance.versions().items()
+    yield "CUDA of torch", str(torch.version.cuda or "none")
+
+
+def _device(place: torch.device) -> tuple[str, ...]:
+    free, total = memory(place)
+    dtype = device.pick_dtype(None, place)
+    speed = f"{device.measured_flops(place, dtype) / 1e12:.2f} in {dtype}"
+    return str(place), device.describe(place), f"{free / GIB:.1f}", f"{total / GIB:.1f}", speed
+
+
+def _methods(place: torch.device) -> Iterator[tuple[str, ...]]:
+    """A small model of each method takes one step, so that what it needs is there."""
+    for name in registry.ATTENTION:
+        shape = ModelConfig(vocab_size=64, width=64, layers=1, heads=1, hidden=64, attention=name)
+        tokens = torch.arange(64, device=place)[None]
+        try:
+            with device.autocast(place, device.pick_dtype(None, place)):
+                Decoder(shape).to(place).loss(tokens, tokens).backward()
+            runs = "yes"
+        # what a kernel that does not fit, or a compiler that is not there, raises
+        except (RuntimeError, ImportError, OSError) as error:
+            runs = f"no: {first_line(error)}"
+        yield name, registry.method(name).backend_name(place.type), runs
+
+
+def _package(module: str, name: str, use: str) -> tuple[str, ...]:
+    """Whether a package can be imported, tried in a process of its own: it may change or end the one that tries."""
+    if importlib.util.find_spec(module) is None:
+        return name, "no", use
+    command = [sys.executable, "-W", "ignore", "-c", f"import {module}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        return name, f"broken: no end of its import in {PATIENCE_S} s", use
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        return name, f"broken: {said[-1] if said else f'its import ends with {done.returncode}'}", use
+    try:
+        return name, importlib.metadata.version(name), use
+    except importlib.metadata.PackageNotFoundError:
+        return name, "yes", use
+
+
+def _folders(results_dir: Path) -> Iterator[tuple[str, ...]]:
+    for name, path in (("cache", Path(platformdirs.user_cache_dir("sbeval"))), ("results", results_dir.absolute())):
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        writable = "" if os.access(there, os.W_OK) else ", not writable"
+        yield name, f"{path}{writable}", f"{shutil.disk_usage(there).free / GIB:.1f}"
+
+
+def _presets(place: torch.device, free: int) -> Iterator[tuple[str, ...]]:
+    dtype = device.pick_dtype(None, place)
+    speeds = {dtype: device.measured_flops(place, dtype)}
+    for family in registry.TASKS:
+        module = registry.task(family)
+        for name, preset in module.PRESETS.items():
+            config: Any = dataclasses.replace(preset, dtype=dtype)
+            # lm-eval's items are not looked at: there it is the time of training
+            cells: Any = length_gen.cells(config) if family == "few_shot" else module.cells(config)
+            found = [_sizes(cell.config, cell, place) for cell in cells]
+            shape, training, tokens, option = max(
+                found, key=lambda one: _training(one[0], one[1], one[1].micro_batch or one[1].batch)
+            )
+            whole = _training(shape, training, training.micro_batch or training.batch)
+            yield (
+                family.replace("_", "-"), name, f"{_parameters(shape) / 1e6:.1f} M", f"{whole / GIB:.2f}",
+                f"{evaluation_bytes(shape, tokens, dtype) / GIB:.2f}", verdict(shape, training, tokens, free, option),
+                sweep.in_words(sum(sweep.seconds(steps(cells), speeds, place))),
+            )  # fmt: skip
+
+
+def _sizes(config: Any, cell: Any, place: torch.device) -> tuple[ModelConfig, TrainConfig, int, str]:
+    """Model, training, tokens of an evaluation's forward pass, and the option for those of training."""
+    if isinstance(config, length_gen.Config):
+        one = length_gen.Cell(config=config)
+        longest = max(
+            config.eval_len, *config.window, *getattr(config, "lengths", ()), length_gen.EVAL_TOKENS[place.type]
+        )
+        shape = one.model(length_gen.likely_vocabulary(config.tokenizer))
+        return shape, one.training(), longest, "--micro-batch-tokens"
+    if isinstance(config, attention_map.Config):
+        cell = config.recall(config.attention[0], config.seeds[0])
+    training = cell.training()
+    return cell.model(), training, min(cell.config.test_rows, 256) * training.length, ""

@@ -1,0 +1,250 @@
+"""A disk that is full or becomes read-only: one line, nothing torn, and the same command goes on where there is room.
+
+The disk is a small tmpfs, which only root can mount.
+"""
+
+import contextlib
+import io
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from sbeval import checkpoint, cli, corpus, distributed, provenance, sweep, synthetic, table
+from sbeval.answers import Answers
+from sbeval.checkpoint import State
+from sbeval.errors import InputError
+from sbeval.model import Decoder, ModelConfig
+from sbeval.retrieval import Answered, Samples
+from sbeval.train import TrainConfig, Trainer, optimizer_for
+
+RECALL = (
+    "mqrar", "--device", "cpu", "--vocab-size", "32", "--seq-len", "16", "--kv-pairs", "2", "--width", "16",
+    "--batch", "4", "--steps", "20", "--test-rows", "12",
+)  # fmt: skip
+FULL, READ_ONLY = "No space left on device", "Read-only file system"
+PAGE = 4096
+
+
+def mount(*arguments: object) -> None:
+    done = subprocess.run(["mount", *map(str, arguments)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of two megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    try:
+        mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", folder)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path, free: int) -> Path:
+    """Leave `free` pages of the disk."""
+    ballast = disk / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb") as file:
+        while True:
+            file.write(bytes(PAGE))
+            file.flush()
+    with ballast.open("rb+") as file:
+        file.truncate(max(0, ballast.stat().st_size // PAGE - free) * PAGE)
+    return ballast
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    """Exit code and last line of what went wrong."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["sbeval", *map(str, arguments)])
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+            cli.main()
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code, said.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at training is saved; figures, which need most room, have a test of their own."""
+
+    class Eager(Trainer):
+        def __init__(self, model: Any, config: TrainConfig, *arguments: Any, **options: Any) -> None:
+            super().__init__(model, config, *arguments, **options)
+            object.__setattr__(self.config, "checkpoint_seconds", 0.0)
+
+    monkeypatch.setattr(synthetic, "Trainer", Eager)
+    monkeypatch.setattr("sbeval.draw.draw_figures", lambda *_: [])
+    monkeypatch.setattr("sbeval.device.measured_flops", lambda *_: 1e10)
+
+
+def rows(results: Path) -> pd.DataFrame:
+    return table.read(results / "mqrar.csv").drop(columns="utc")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    """The rows of a run on a disk with room."""
+    results = tmp_path_factory.mktemp("unbroken")
+    assert run(*RECALL, "--results-dir", results)[0] == 0
+    return rows(results)
+
+
+def assert_one_line(code: int, said: str, reason: str) -> None:
+    lines = [line for line in said.splitlines() if line.startswith("sbeval: ")]
+    assert code == 2 and "Traceback" not in said, said
+    assert len(lines) == 1 and lines[0].startswith("sbeval: cannot write ") and reason in lines[0], said
+
+
+def assert_nothing_torn(results: Path) -> None:
+    """What is there can be read, and no half file is left over."""
+    assert not list(results.rglob("*.tmp")) and not list(results.rglob("*.partial"))
+    if (results / "mqrar.csv").exists():
+        for cell in table.finished(results / "mqrar.csv"):
+            provenance.read_run(results / "runs" / f"{cell}.json")
+    for folder in results.glob("checkpoints/*"):
+        found = checkpoint.find(folder)
+        if found is not None:
+            checkpoint.load_model(found)
+
+
+# what is written when the disk is found full, its name, and the pages that it finds: some, but too few
+WRITERS = (
+    (checkpoint, "save", "checkpoints/", 1),
+    (provenance, "write_run", "runs/mqrar", 0),
+    (table, "write", "mqrar.csv", 1),
+)
+
+
+@pytest.mark.parametrize(("owner", "name", "file", "free"), WRITERS, ids=["checkpoint", "run", "table"])
+def test_a_sweep_on_a_disk_that_fills_goes_on_when_there_is_room(
+    owner: Any, name: str, file: str, free: int, disk: Path, unbroken: pd.DataFrame
+) -> None:
+    """Full before the first call of what writes, then before the second; then there is room."""
+    results, write = disk / "results", getattr(owner, name)
+    for calls in (1, 2):
+        left = [None] * calls
+
+        def filling(*arguments: Any, left: list[None] = left) -> None:
+            left.pop()
+            if not left:
+                fill(disk, free)
+            write(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, filling)
+            code, said = run(*RECALL, "--results-dir", results)
+        assert_one_line(code, said, FULL)
+        assert f"cannot write {results}/{file}" in said
+        (disk / "ballast").unlink()
+        assert_nothing_torn(results)
+    assert run(*RECALL, "--results-dir", results)[0] == 0
+    pd.testing.assert_frame_equal(rows(results), unbroken, check_exact=True)
+
+
+def test_results_that_become_read_only_in_the_middle(
+    disk: Path, unbroken: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+    keep = sweep._keep
+
+    def protecting(*arguments: Any) -> None:
+        if kept:
+            mount("-o", "remount,ro", disk)
+        kept.append(arguments)
+        keep(*arguments)
+
+    monkeypatch.setattr(sweep, "_keep", protecting)
+    results = disk / "results"
+    code, said = run(*RECALL, "--results-dir", results)
+    assert_one_line(code, said, READ_ONLY)
+    assert len(kept) == 2 and len(table.finished(results / "mqrar.csv")) == 1
+    # while it is so
+    code, said = run(*RECALL, "--results-dir", results)
+    assert code == 2 and "cannot write to the results folder" in said
+    monkeypatch.undo()
+    mount("-o", "remount,rw", disk)
+    assert_nothing_torn(results)
+    assert run(*RECALL, "--results-dir", results)[0] == 0
+    pd.testing.assert_frame_equal(rows(results), unbroken, check_exact=True)
+
+
+def model_and_optimizer() -> tuple[Decoder, torch.optim.AdamW]:
+    model = Decoder(ModelConfig(vocab_size=64, width=64, layers=2, heads=2, hidden=96))
+    optimizer = optimizer_for(model, TrainConfig(steps=1, batch=1, length=8, lr=0.1))
+    model.loss(torch.arange(8)[None], torch.arange(8)[None]).backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def save(path: Path) -> None:
+    model, optimizer = model_and_optimizer()
+    checkpoint.save(path, model, State(losses=[1.0]), optimizer)
+
+
+def save_sharded(path: Path) -> None:
+    model, optimizer = model_and_optimizer()
+    checkpoint.save_sharded(path, model, State(losses=[1.0]), optimizer, distributed.ALONE)
+
+
+def tokenize(path: Path) -> None:
+    corpus.open(str(path.parents[1] / "texts"), tokenizer="bytes", cache_dir=path)
+
+
+def train_tokenizer(path: Path) -> None:
+    corpus.open(str(path.parents[1] / "texts"), tokenizer="bpe:260", cache_dir=path)
+
+
+def answer(path: Path) -> None:
+    file = Answers(path / "answers.sqlite")
+    try:
+        for number in range(200):
+            file.keep({bytes([number]): "x" * 10_000})
+    finally:
+        file.close()
+
+
+def sample(path: Path) -> None:
+    samples = Samples(path / "samples.jsonl")
+    for number in range(200):
+        said = Answered(index=number, depth=0.0, tokens=1, score=1.0, log_probability=0.0, greedy=True, said="x" * 9000)
+        samples.add([said])
+
+
+def draw(path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure()
+    try:
+        figure.text(0.5, 0.5, "all that fits")
+        for suffix in ("png", "pdf"):
+            with table.replacing(path.with_suffix(f".{suffix}")) as temporary:
+                figure.savefig(temporary, format=suffix, dpi=1000)
+    finally:
+        plt.close(figure)
+
+
+@pytest.mark.parametrize("write", [save, save_sharded, tokenize, train_tokenizer, answer, sample, draw])
+def test_everything_that_is_written_says_that_the_disk_is_full(
+    write: Callable[[Path], None], disk: Path, tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("train", "test"):
+        (texts / f"{name}.txt").write_text("of which there is much " * 2000)
+    fill(disk, 6)
+    with pytest.raises(InputError, match=r"^cannot write .*; what is .* kept: put that right") as caught:
+        write(disk / "place")
+    assert "\n" not in str(caught.value)
+    # what failed has left room for others
+    assert not [path for path in disk.rglob("*") if path.suffix in (".tmp", ".partial", ".unfinished")]
