@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sbeval import checkpoint, cli
+from sbeval import checkpoint, cli, schema
 from sbeval.checkpoint import State
 from sbeval.model import Decoder, named
 from sbeval.train import TrainConfig
@@ -27,7 +27,7 @@ def commands() -> list[str]:
     found = []
     for page in PAGES:
         for line in re.findall(r"^    (.+)$", page.read_text(), re.M):
-            found += re.findall(r"(?:^|&& |-m )sbeval (.+?)(?= && |$)", line)
+            found += re.findall(r"(?:^|&& |-m )sbeval (.+?)(?= && | > |$)", line)
     return found
 
 
@@ -39,6 +39,7 @@ STANDS_FOR = {"shawntan/stickbreaking-3b": "CHECKPOINT", "bpe:8192": "bytes"}
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the commands name: tables of all families, books, items, questions, checkpoints."""
     home = tmp_path_factory.mktemp("home")
+    # of families that have no other, those of the study `quick`
     for results in ("results/quick", "results"):
         shutil.copytree(ROOT / results, home / "results", dirs_exist_ok=True)
     (home / "books").mkdir()
@@ -50,6 +51,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in ("results/checkpoints/DIGEST", "NAME_OR_FOLDER", "CHECKPOINT"):
         checkpoint.save(home / folder, model, State(losses=[1.0], finished=True), training=training)
     (home / "items").mkdir()
+    (home / "mine.yaml").write_text(schema.text("h200"))
+    shutil.copytree(ROOT / "results" / "quick", home / "other")
     (home / "dev-v2.0.json").write_text(json.dumps({"data": [{"paragraphs": [
         {"context": "Ada wrote.", "qas": [{"question": "Who?", "answers": [{"text": "Ada"}], "is_impossible": False}]}
     ]}]}))  # fmt: skip
@@ -64,7 +67,7 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize("command", dict.fromkeys(commands()))
 def test_a_command_of_the_readme_runs(command: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [STANDS_FOR.get(word, word) for word in shlex.split(command)]
-    if arguments[0] not in AT_ONCE and "--dry-run" not in arguments:
+    if arguments[0] not in AT_ONCE and not {"--dry-run", "--show"} & set(arguments):
         arguments.append("--dry-run")
     monkeypatch.chdir(home)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
