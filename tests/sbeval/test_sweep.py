@@ -64,10 +64,14 @@ def test_a_later_option_at_its_default_changes_no_name() -> None:
 
 
 def test_committed_results_are_those_of_the_presets() -> None:
-    """`sbeval ... --preset h200` finds the committed cells finished: no option behind them has changed its meaning."""
-    lengths = dataclasses.replace(length_gen.PRESETS["h200"], dtype="bfloat16", corpus="books")
+    """The README's command finds the committed cells finished: no option behind them has changed its meaning."""
+    scaled = [f"rope:scaling=ntk,factor={factor}" for factor in (2, 4, 8, 16)]
+    lengths = dataclasses.replace(
+        length_gen.PRESETS["figure5"], attention=("stick_breaking", "rope", "nope", "alibi", "forgetting", *scaled),
+        documents=16, windows=1, window=(2048,), dtype="bfloat16", corpus="books",
+    )  # fmt: skip
     cells = length_gen.cells(lengths)
-    assert len(cells) == 2
+    assert len(cells) == 18
     assert sweep.unfinished(cells, RESULTS) == []
     assert all((RESULTS / "runs" / f"{sweep.cell_id(cell)}.json").is_file() for cell in cells)
 

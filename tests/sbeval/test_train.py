@@ -476,11 +476,12 @@ def test_compiled_code_is_kept_for_one_model_and_up_to_a_limit(monkeypatch: pyte
     resets: list[int] = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
     monkeypatch.setattr("sbeval.train._held", set())
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 3)
     rope, nope = (named("quick", vocab_size=257, attention=name) for name in ("rope", "nope"))
-    for model, variant, known in (
+    steps = (
         (rope, 1, 0), (rope, 1, 0), (rope, 2, 0), (rope, 3, 0), (rope, 2, 0), (rope, 4, 1), (rope, 1, 1), (nope, 1, 2),
         (rope, 1, 3),
-    ):  # fmt: skip
-        _make_room(model, variant)
-        assert len(resets) == known, (model.attention, variant)
+    )  # fmt: skip
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for model, variant, known in steps:
+            _make_room(model, variant)
+            assert len(resets) == known, (model.attention, variant)
