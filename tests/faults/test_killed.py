@@ -1,7 +1,7 @@
 """Commands are killed (SIGKILL) at random moments and given again: no row is lost, doubled or torn, and the end is that
 of an unbroken run.
 
-SBEVAL_FAULTS=full kills each command 50 times instead of 3. A process that has imported everything forks a child for
+SBEVAL_FAULTS=full kills each command 50 times instead of 2. A process that has imported everything forks a child for
 each command, so that a kill costs no import; what needs no disk (timing a matrix product, figures) is left out.
 """
 
@@ -29,7 +29,7 @@ from sbeval.model import Decoder
 from sbeval.train import TrainConfig, Trainer, optimizer_for
 
 FULL = os.environ.get("SBEVAL_FAULTS") == "full"
-KILLS = 50 if FULL else 3
+KILLS = 50 if FULL else 2
 RECALL = (
     "mqrar --device cpu --vocab-size 32 --seq-len 16 --kv-pairs 2 --width 16 --batch 4 --steps 20 --test-rows 12 "
     "--lr 3e-3"

@@ -220,14 +220,14 @@ def test_portable_path_stops_when_the_stick_is_used_up() -> None:
     assert len(everything) == 16
 
 
-@pytest.mark.parametrize("bounds", [None, (0, 40, 41, 90)])
+@pytest.mark.parametrize("bounds", [None, (0, 40, 41, 70)])
 def test_same_inputs_give_the_same_bits(bounds: tuple[int, ...] | None, backend: str) -> None:
-    case = Case(90 if not GPU else 1000, heads=4, groups=2, dim=32)
+    case = Case(70 if not GPU else 1000, heads=2, groups=1, dim=32)
     if bounds:
         case = replace(case, bounds=(*bounds[:-1], case.t))
     inputs = tuple(x.requires_grad_() for x in case.draw(torch.float32, PLACE))
     results = []
-    for _ in range(3):
+    for _ in range(2 if not GPU else 5):
         out, rest = attention(*inputs, cu_seqlens=case.cu_seqlens(PLACE), backend=backend)
         results.append((out, rest, *torch.autograd.grad(out.square().sum() + rest.sum(), inputs)))
     for again in results[1:]:
@@ -298,14 +298,13 @@ def test_bounds_are_for_decoding(backend: str) -> None:
         attention(q.detach(), k, v, bias=torch.zeros(3, device=PLACE), backend=backend)
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_heads_in_chunks_give_the_same(chunk: int, monkeypatch: Any) -> None:
-    """Backward keeps the states of as many heads at a time as fit; one at a time is the same sum."""
+def test_heads_in_chunks_give_the_same(monkeypatch: Any) -> None:
+    """Backward keeps the states of as many heads at a time as fit; two at a time are the same sum."""
     if not GPU:
         monkeypatch.setattr(stick_breaking, "pick_backend", lambda *_: "triton")
     from sbeval.kernels import stick_breaking_triton
 
-    inputs = tuple(x.requires_grad_() for x in Case(70, batch=2, heads=6, groups=3).draw(torch.float32, PLACE))
+    inputs = tuple(x.requires_grad_() for x in Case(70, heads=3, groups=3).draw(torch.float32, PLACE))
 
     def gradients() -> tuple[Tensor, ...]:
         out, rest = attention(*inputs, backend="triton")
@@ -314,9 +313,9 @@ def test_heads_in_chunks_give_the_same(chunk: int, monkeypatch: Any) -> None:
     wanted = gradients()
     options = stick_breaking_triton.tiles("query", 16, torch.float32)
     slots = options["BLOCK_M"] // options["BLOCK_N"] * 3 + 2
-    one = slots * 2 * options["BLOCK_M"] * 4 * 2
-    assert one * 6 < stick_breaking_triton.STATE_BYTES
-    monkeypatch.setattr(stick_breaking_triton, "STATE_BYTES", one * chunk)
+    one = slots * 2 * options["BLOCK_M"] * 4
+    assert one * 3 < stick_breaking_triton.STATE_BYTES
+    monkeypatch.setattr(stick_breaking_triton, "STATE_BYTES", one * 2)
     assert all(torch.equal(a, b) for a, b in zip(gradients(), wanted, strict=True))
 
 

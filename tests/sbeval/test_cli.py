@@ -291,7 +291,7 @@ def test_a_cell_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path: Path) 
 
 def test_ctrl_c_keeps_what_is_done_and_the_same_command_ends_as_if_unbroken(tmp_path: Path) -> None:
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
-    command = (*RECALL, "--steps", "250")
+    command = (*RECALL, "--steps", "150")
     process = subprocess.Popen(
         [sys.executable, "-m", "sbeval", *command, "--results-dir", str(broken)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -310,7 +310,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_ends_as_if_unbroken(tmp_
     assert len(first) == 1
     states = [json.loads(path.read_text())["state"] for path in (broken / "checkpoints").glob("*/config.json")]
     assert sorted(state["finished"] for state in states) == [False, True]
-    assert all(0 < len(state["losses"]) < 250 for state in states if not state["finished"])
+    assert all(0 < len(state["losses"]) < 150 for state in states if not state["finished"])
     done = run(*command, "--results-dir", broken)
     assert done.code == 0 and "1 of 2 cells are finished already" in done.out
     # progress goes on where it stood
@@ -321,7 +321,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_ends_as_if_unbroken(tmp_
     pd.testing.assert_frame_equal(one, other, check_exact=True)
     for cell in set(one["cell"]):
         losses = [record(folder, cell)["measured"]["losses"] for folder in (broken, unbroken)]
-        assert len(losses[0]) == 250 and losses[0] == losses[1]
+        assert len(losses[0]) == 150 and losses[0] == losses[1]
 
 
 # help and figures need little
