@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels are interpreted; that, and how many threads there are, has to be said before imports."""
+"""Without a GPU, Triton kernels are interpreted: that, and how many threads there are, is said before imports."""
 
 import os
 
