@@ -5,7 +5,16 @@ import os
 # tests run in two processes, and start others: each with threads for all cores would wait for the others'
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what takes long where another test does nearly the same; SBEVAL_TESTS=full runs everything."""
+    if os.environ.get("SBEVAL_TESTS") != "full":
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: SBEVAL_TESTS=full runs it"))

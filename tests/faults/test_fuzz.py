@@ -1,6 +1,6 @@
 """Anything at all in a table, a checkpoint or the options of a generator: what can be used, or an error of one line.
 
-SBEVAL_FAULTS=full tries 10,000 cases of each instead of 25.
+SBEVAL_TESTS=full tries 10,000 cases of each instead of 25.
 """
 
 import csv
@@ -28,7 +28,7 @@ from sbeval.tasks import flip_flop
 from sbeval.tokenizer import Bytes
 from sbeval.train import TrainConfig, optimizer_for
 
-FULL = os.environ.get("SBEVAL_FAULTS") == "full"
+FULL = os.environ.get("SBEVAL_TESTS") == "full"
 fuzzed = settings(
     max_examples=10_000 if FULL else 25, deadline=None, derandomize=not FULL,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -1,7 +1,7 @@
 """Commands are killed (SIGKILL) at random moments and given again: no row is lost, doubled or torn, and the end is that
 of an unbroken run.
 
-SBEVAL_FAULTS=full kills each command 50 times instead of 2. A process that has imported everything forks a child for
+SBEVAL_TESTS=full kills each command 50 times instead of 2. A process that has imported everything forks a child for
 each command, so that a kill costs no import; what needs no disk (timing a matrix product, figures) is left out.
 """
 
@@ -28,7 +28,7 @@ from sbeval import checkpoint, provenance, table
 from sbeval.model import Decoder
 from sbeval.train import TrainConfig, Trainer, optimizer_for
 
-FULL = os.environ.get("SBEVAL_FAULTS") == "full"
+FULL = os.environ.get("SBEVAL_TESTS") == "full"
 KILLS = 50 if FULL else 2
 RECALL = (
     "mqrar --device cpu --vocab-size 32 --seq-len 16 --kv-pairs 2 --width 16 --batch 4 --steps 20 --test-rows 12 "
@@ -149,7 +149,13 @@ def left(results: Path) -> dict[str, Any]:
     return {"weights": weights, "losses": losses, "answers": answers, "folders": folders}
 
 
-@pytest.mark.parametrize(("family", "command"), [("mqrar", RECALL), ("train", TRAIN), ("needle", NEEDLE)])
+@pytest.mark.parametrize(
+    ("family", "command"),
+    [
+        ("mqrar", RECALL),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (("train", TRAIN), ("needle", NEEDLE))),
+    ],
+)
 def test_a_command_killed_at_random_moments_ends_as_if_unbroken(
     family: str, command: str, forks: Forks, texts: Path, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -182,7 +188,7 @@ def answered(forks: Forks, model: Path, tmp_path_factory: pytest.TempPathFactory
     return rows(results, "needle")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_evaluation_that_is_told_to_stop_says_how_to_go_on(
     sent: signal.Signals, forks: Forks, model: Path, answered: pd.DataFrame, tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
     python tests/kernels/compile_kernels.py [80 90 100]
 
 for these architectures. A process of its own, since the tests' interprets the kernels. Fails where the common forward
-kernel spills.
+kernel spills on sm_90.
 """
 
 import re
@@ -104,8 +104,8 @@ def main() -> None:
                 registers, stack = usage(compiled.asm["cubin"])
                 variant = f"{name:16} {architecture:>3} {dtype!s:14} {dim:>3} {packed!s:6}"
                 print(f"{variant} {registers:>9} {stack:>5} {compiled.metadata.shared:>6}", flush=True)
-                if (name, dtype, dim) == ("forward", torch.bfloat16, 64) and stack > STACK:
-                    sys.exit(f"forward has {stack} bytes of stack on sm_{architecture}, more than {STACK}: it spills")
+                if (name, dtype, dim, architecture) == ("forward", torch.bfloat16, 64, 90) and stack > STACK:
+                    sys.exit(f"forward has {stack} bytes of stack on sm_90, more than {STACK}: it spills")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def losses_of(folder: Path) -> list[float]:
     return checkpoint.load_state(folder).losses
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("first", "then"), [pytest.param(2, 1, marks=pytest.mark.slow), (1, 2)])
 def test_processes_train_what_one_trains(first: int, then: int, tmp_path: Path) -> None:
     work(tmp_path / "one", -1, distributed.ALONE)
     start(tmp_path / "many", first, stop_at=4)

@@ -132,6 +132,7 @@ def test_a_ray_cluster_of_two_workers_that_are_killed_in_the_middle(tmp_path: Pa
     assert sweep.unfinished(cells, broken.results_dir) == []
 
 
+@pytest.mark.slow
 def test_processes_that_die_begin_again_and_one_that_always_does_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

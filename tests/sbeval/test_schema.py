@@ -1,6 +1,7 @@
 """What a study file may hold, and that every mistake in it is one line that says where it is and what would do."""
 
 import dataclasses
+import os
 import random
 from pathlib import Path
 from types import UnionType
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 from sbeval import registry, schema
 from sbeval.errors import InputError
 from sbeval.tasks import few_shot, length_gen, mqrar, needle
+
+# 10,000 documents and more
+FULL = os.environ.get("SBEVAL_TESTS") == "full"
 
 
 def parts(text: str, *changes: str, tmp_path: Path) -> dict[str, schema.Part]:
@@ -179,7 +183,7 @@ def document(draw: random.Random, words: list[str]) -> dict[str, Any]:
     return found
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500 if FULL else 50, deadline=None)
 @given(words=st.lists(TEXTS, min_size=3, max_size=12), seed=st.integers(0, 1 << 30))
 def test_any_document_is_read_or_an_error_of_the_users(words: list[str], seed: int) -> None:
     """10,000 documents: 20 to an example, of its words."""
@@ -192,7 +196,7 @@ def test_any_document_is_read_or_an_error_of_the_users(words: list[str], seed: i
             assert str(error)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000 if FULL else 100, deadline=None)
 @given(text=st.text(alphabet="mqrar:{}[],- \n\t\"'&*!|>%@#?0e.~", max_size=60))
 def test_any_text_is_read_or_an_error_of_the_users(text: str) -> None:
     try:

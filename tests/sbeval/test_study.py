@@ -154,6 +154,7 @@ def test_a_study_that_is_killed_goes_on_and_trains_nothing_again(study: Path, tm
     assert "train rope seed 0" not in err and len(records(tmp_path)) == 7
 
 
+@pytest.mark.slow
 def test_cells_at_once_with_force_train_their_model_once_again(study: Path, tmp_path: Path) -> None:
     lengths = "\n".join(study.read_text().splitlines()[:3]).replace(", alibi]}", "]}")
     (tmp_path / "lengths.yaml").write_text(lengths)

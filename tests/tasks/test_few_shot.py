@@ -264,6 +264,7 @@ def test_a_command_leaves_table_and_figure(command: list[object], tmp_path: Path
     assert code == 0 and "| model stick_breaking |" in out and "| chance | 29.2 | 50.0 | 39.6 |" in out
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_request_by_request(command: list[object], tmp_path: Path, asked: list[int]) -> None:
     """One row a batch and a pause after each: killed in the middle, and what was answered is there."""
     slow = (
