@@ -70,6 +70,15 @@ class Problem:
         return 4 * self.batch * self.heads * self.head_dim * pairs * (3.5 if self.step == "forward_backward" else 1)
 
     @property
+    def factors(self) -> dict[str, Any]:
+        """What a row says of the problem."""
+        return {
+            "step": self.step, "batch": self.batch, "queries": self.queries, "keys": self.keys, "heads": self.heads,
+            "kv_heads": self.kv_heads, "head_dim": self.head_dim, "sequences": max(1, len(self.bounds) - 1),
+            "epsilon": self.epsilon,
+        }  # fmt: skip
+
+    @property
     def cache_bytes(self) -> float:
         """What decoding has to read: keys and values in 16 bits."""
         return 4.0 * self.batch * self.keys * self.kv_heads * self.head_dim
@@ -318,11 +327,7 @@ def _error(contender: Contender, problem: Problem, place: torch.device, dtype: t
 
 
 def _row(problem: Problem, metric: str, unit: str, value: float) -> Row:
-    return Row(
-        metric=metric, unit=unit, value=value, n=1, step=problem.step, batch=problem.batch, queries=problem.queries,
-        keys=problem.keys, heads=problem.heads, kv_heads=problem.kv_heads, head_dim=problem.head_dim,
-        sequences=max(1, len(problem.bounds) - 1), epsilon=problem.epsilon,
-    )  # fmt: skip
+    return Row(metric=metric, unit=unit, value=value, n=1, **problem.factors)
 
 
 def keep(

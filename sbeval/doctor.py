@@ -1,7 +1,6 @@
 """What this machine can do: devices, attention methods, optional packages, and which presets fit into memory."""
 
 import dataclasses
-import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -19,7 +18,7 @@ import torch
 from sbeval import device, perplexity, provenance, registry, sweep
 from sbeval.errors import first_line
 from sbeval.graph import steps
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder, ModelConfig, n_parameters
 from sbeval.tasks import attention_map, length_gen
 from sbeval.train import TrainConfig
 
@@ -101,7 +100,7 @@ def training_bytes(shape: ModelConfig, tokens: int, dtype: str, scored: int) -> 
     in `e` bytes, and in float32 with their gradient.
     """
     size = 4 if dtype == "float32" else 2
-    parameters = _parameters(shape) * (16 + (size if size < 4 else 0))
+    parameters = n_parameters(shape) * (16 + (size if size < 4 else 0))
     heads = (2 * shape.heads + 2 * shape.n_kv_heads) * shape.d_head
     activations = shape.layers * (4 * 4 * shape.width + size * (heads + 3 * shape.hidden))
     return parameters + tokens * activations + scored * shape.vocab_size * (size + 8)
@@ -113,13 +112,7 @@ def evaluation_bytes(shape: ModelConfig, tokens: int, dtype: str) -> int:
     size = 4 if dtype == "float32" else 2
     layer = 3 * 4 * shape.width + size * ((2 * shape.heads + 2 * shape.n_kv_heads) * shape.d_head + 3 * shape.hidden)
     logits = min(tokens, perplexity.CHUNK) * shape.vocab_size * (size + 8)
-    return 4 * _parameters(shape) + tokens * layer + logits
-
-
-@functools.cache
-def _parameters(shape: ModelConfig) -> int:
-    with torch.device("meta"):
-        return Decoder(shape).n_parameters()
+    return 4 * n_parameters(shape) + tokens * layer + logits
 
 
 def verdict(shape: ModelConfig, training: TrainConfig, eval_tokens: int, free: int, option: str) -> str:
@@ -212,7 +205,7 @@ def _presets(place: torch.device, free: int) -> Iterator[tuple[str, ...]]:
             )
             whole = _training(shape, training, training.micro_batch or training.batch)
             yield (
-                family.replace("_", "-"), name, f"{_parameters(shape) / 1e6:.1f} M", f"{whole / GIB:.2f}",
+                family.replace("_", "-"), name, f"{n_parameters(shape) / 1e6:.1f} M", f"{whole / GIB:.2f}",
                 f"{evaluation_bytes(shape, tokens, dtype) / GIB:.2f}", verdict(shape, training, tokens, free, option),
                 sweep.in_words(sum(sweep.seconds(steps(cells), speeds, place))),
             )  # fmt: skip

@@ -182,8 +182,4 @@ def _run(contender: Contender, problem: Problem, layer: Captured) -> Callable[[]
 
 
 def _row(problem: Problem, layer: int, metric: str, unit: str, value: float, *, head: int | None = None) -> Row:
-    return Row(
-        metric=metric, unit=unit, value=value, n=1, step=problem.step, batch=problem.batch, queries=problem.queries,
-        keys=problem.keys, heads=problem.heads, kv_heads=problem.kv_heads, head_dim=problem.head_dim, sequences=1,
-        epsilon=problem.epsilon, layer=layer, head=head,
-    )  # fmt: skip
+    return Row(metric=metric, unit=unit, value=value, n=1, layer=layer, head=head, **problem.factors)

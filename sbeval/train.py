@@ -167,9 +167,13 @@ def _make_room(model: ModelConfig, variant: object) -> None:
     from torch._dynamo import config
 
     if any(model != other for other, _ in _held) or len(_held | {(model, variant)}) > config.recompile_limit:
-        torch.compiler.reset()
-        _held.clear()
+        _forget()
     _held.add((model, variant))
+
+
+def _forget() -> None:
+    torch.compiler.reset()
+    _held.clear()
 
 
 class Loss(nn.Module):
@@ -345,7 +349,7 @@ class Trainer:
         self.rows = fewer
         if self.place.type == "cuda":
             # graphs that were captured hold the memory of their shapes
-            torch.compiler.reset()
+            _forget()
             self.loss = self._prepare()
         self.say(
             f"{what}: going on with {fewer}, the same run but for rounding (--micro-batch-tokens {fewer * length})"
@@ -382,8 +386,7 @@ class Trainer:
         """The loss, compiled on a GPU; on a CPU compiling a small model would take longer than it saves."""
         loss = Loss(self.model, self.config.sparse, self.config.capacity)
         if self.place.type == "cuda":
-            part = self.config.micro_batch or self.config.batch
-            _make_room(self.model.config, (part, self.config.length, self.config.sparse, self.config.capacity))
+            _make_room(self.model.config, (self.rows, self.config.length, self.config.sparse, self.config.capacity))
         if self.replays:
             # a small model's kernels are shorter than their launches
             loss.compile(mode="reduce-overhead")

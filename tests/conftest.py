@@ -1,6 +1,7 @@
 """Without a GPU, Triton kernels are interpreted: that, and how many threads there are, is said before imports."""
 
 import os
+from pathlib import Path
 
 # tests run in two processes, and start others: each with threads for all cores would wait for the others'
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,3 +19,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: SBEVAL_TESTS=full runs it"))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of four short documents to train on and four to test on."""
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(4):
+        for role in ("train", "test"):
+            words = (f"{role} {number}: the {i * (number + 3) % 17}th word; " for i in range(20))
+            (folder / f"{role}{number}.txt").write_text("".join(words))
+    return folder

@@ -91,16 +91,6 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    for number in range(4):
-        for role in ("train", "test"):
-            words = (f"{role} {number}: the {i * (number + 3) % 17}th word; " for i in range(20))
-            (folder / f"{role}{number}.txt").write_text("".join(words))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def model(forks: Forks, texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder."""
     results = tmp_path_factory.mktemp("model")

@@ -88,16 +88,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    for number in range(4):
-        for role in ("train", "test"):
-            words = (f"{role} {number}: the {i * (number + 3) % 17}th word; " for i in range(20))
-            (folder / f"{role}{number}.txt").write_text("".join(words))
-    return folder
-
-
-@pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Kept:
     results = tmp_path_factory.mktemp("kept") / "results"
     lengths = run(*LENGTHS, "--corpus", texts, "--results-dir", results)
