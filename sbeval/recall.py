@@ -76,15 +76,17 @@ class Recall:
     def slots(self) -> int:
         return (self.seq_len - 2 * self.kv_pairs) // 2
 
-    def scored(self, batch: int) -> int:
+    def scored(self, batch: int, kv_pairs: int | None = None) -> int:
         """Positions of a batch that can be scored: a bound that its rows exceed less often than once in 1e20 batches.
+
+        kv_pairs: of a task with so many instead.
 
         The N queries, and keys repeated in the prefix, whose number in a batch is nearly normal around its mean and, at
         most, as wide as Poisson's.
         """
         if self.filler == "any":
             return batch * self.seq_len
-        pairs = self.kv_pairs
+        pairs = kv_pairs or self.kv_pairs
         # rounding can take it below 0
         repeats = batch * max(0.0, pairs - self.keys * (1 - (1 - 1 / self.keys) ** pairs)) * self.score_prefix
         return batch * pairs + min(batch * (pairs - 1), int(repeats + 10 * repeats**0.5) + 32)

@@ -1,9 +1,11 @@
 """What families have in common whose examples are generated: seeds, training until a look at validation ends it, and
 what a finished cell says of its model."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +22,10 @@ METHODS = ("stick_breaking", "rope", "nope", "alibi", "forgetting")
 # the test seed is that of the public code of the paper's first author; validation and training draw elsewhere
 TEST_SEED, VALIDATION_SEED, TRAIN_SEED = 10, 1 << 40, 1 << 41
 EVAL_ROWS = 256
+# steps whose examples are drawn together: a GPU takes as many launches to draw those of one
+AHEAD = 16
 
+Examples = TypeVar("Examples", bound=Batch)
 # looks at validation: (step, score)
 Scores = Sequence[tuple[int, float]]
 
@@ -34,6 +39,23 @@ class Cell(sweep.Cell, Protocol):
     def model(self) -> ModelConfig: ...
 
     def training(self) -> TrainConfig: ...
+
+
+class Drawn(Generic[Examples]):
+    """Training batches of a step's `rows`, as `generate` makes them: a dataclass of tensors that have a row each."""
+
+    def __init__(self, rows: Callable[[int], Tensor], generate: Callable[[Tensor], Examples]) -> None:
+        self._rows, self._generate = rows, generate
+        self._together = functools.lru_cache(maxsize=1)(self._draw)
+
+    def __getitem__(self, step: int) -> Examples:
+        return self._together(step // AHEAD)[step % AHEAD]
+
+    def _draw(self, number: int) -> list[Examples]:
+        rows = [self._rows(step) for step in range(number * AHEAD, (number + 1) * AHEAD)]
+        drawn: Any = self._generate(torch.cat(rows))
+        parts = [getattr(drawn, field.name).split([len(part) for part in rows]) for field in dataclasses.fields(drawn)]
+        return [type(drawn)(*tensors) for tensors in zip(*parts, strict=True)]
 
 
 def train(

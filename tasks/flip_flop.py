@@ -31,7 +31,7 @@ from sbeval.model import IGNORE, Decoder, ModelConfig
 from sbeval.progress import Progress
 from sbeval.published import FLIP_FLOP, FLIP_FLOP_SOURCE
 from sbeval.sweep import Outcome, Place
-from sbeval.synthetic import METHODS, TEST_SEED, TRAIN_SEED, VALIDATION_SEED, Scores, predict
+from sbeval.synthetic import METHODS, TEST_SEED, TRAIN_SEED, VALIDATION_SEED, Drawn, Scores, predict
 from sbeval.table import Measurement
 from sbeval.train import TrainConfig, Trained
 
@@ -215,7 +215,7 @@ class Cell:
         ending = [config.p_ignore, config.stop_error, config.patience, len(validation.tokens)]
         with place.checkpoint([FAMILY, self.model(), self.training(), *ending], progress) as folder:
             trained = synthetic.train(
-                self, folder, Batches(config, place.device), lambda decoder: self._error(decoder, validation).value,
+                self, folder, batches(config, place.device), lambda decoder: self._error(decoder, validation).value,
                 functools.partial(status, config), place, progress,
             )  # fmt: skip
         found = self._rows(trained.model, validation, "validation", config.p_ignore)[:1]
@@ -257,17 +257,13 @@ class Cell:
         return synthetic.outcome(self, found, place, "validation_error", trained)
 
 
-@dataclass(frozen=True, slots=True)
-class Batches:
+def batches(config: Config, device: torch.device) -> Drawn[Examples]:
     """Training batches: new examples at every step."""
 
-    config: Config
-    device: torch.device
+    def rows(step: int) -> Tensor:
+        return torch.arange(step * config.batch, (step + 1) * config.batch, device=device)
 
-    def __getitem__(self, step: int) -> Examples:
-        config = self.config
-        rows = torch.arange(step * config.batch, (step + 1) * config.batch, device=self.device)
-        return generate(config.seq_len, config.p_ignore, TRAIN_SEED + config.seeds[0], rows)
+    return Drawn(rows, functools.partial(generate, config.seq_len, config.p_ignore, TRAIN_SEED + config.seeds[0]))
 
 
 def status(config: Config, scores: Scores) -> str:

@@ -231,8 +231,13 @@ class Cell:
         return TrainConfig(
             steps=config.steps, batch=config.batch, length=config.seq_len, lr=config.lrs[0], schedule=config.schedule,
             warmup=max(1, config.steps // 20), weight_decay=config.weight_decay, seed=config.seeds[0],
-            dtype=config.dtype, sparse=True, capacity=self.task.scored(config.batch), check_every=config.check_every,
+            dtype=config.dtype, sparse=True, capacity=self._room(), check_every=config.check_every,
         )  # fmt: skip
+
+    def _room(self) -> int:
+        """Room for scored positions, in two sizes whatever the pairs are: each is compiled code of its own."""
+        half = max(1, self.task.seq_len // 8)
+        return self.task.scored(self.config.batch, min(-(-self.task.kv_pairs // half) * half, self.task.seq_len // 4))
 
     def source(self, progress: Progress) -> str:
         """Nothing is read."""
@@ -311,16 +316,14 @@ def status(config: Config, scores: Scores) -> str:
     return "plateau" if config.patience and step - since >= config.patience else "budget"
 
 
-class Batches:
+class Batches(synthetic.Drawn[Examples]):
     """Training batches of a cell: new examples at every step, or those of its stored set in an order of each epoch."""
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
         self.task, self.device, self.config = cell.task, device, cell.config
         self.seed = TRAIN_SEED + cell.config.seeds[0]
         self._order = functools.lru_cache(maxsize=2)(self._shuffled)
-
-    def __getitem__(self, step: int) -> Examples:
-        return generate(self.task, self.seed, self.rows(step))
+        super().__init__(self.rows, functools.partial(generate, self.task, self.seed))
 
     def rows(self, step: int) -> Tensor:
         """Numbers of the examples of a step."""

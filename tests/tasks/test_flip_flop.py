@@ -61,7 +61,7 @@ def test_a_row_is_the_same_beside_whichever_others() -> None:
     some = generate(32, 0.5, 7, torch.tensor([3, 11]))
     assert torch.equal(every.tokens[[3, 11]], some.tokens) and torch.equal(every.targets[[3, 11]], some.targets)
     assert not torch.equal(every.tokens, generate(32, 0.5, 8, torch.arange(20)).tokens)
-    batches = flip_flop.Batches(TINY, torch.device("cpu"))
+    batches = flip_flop.batches(TINY, torch.device("cpu"))
     assert torch.equal(batches[2].tokens, batches[2].tokens) and not torch.equal(batches[2].tokens, batches[3].tokens)
 
 

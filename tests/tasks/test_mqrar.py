@@ -165,6 +165,19 @@ def test_training_never_draws_the_same_batch_twice() -> None:
     fresh = mqrar.Batches(cell, torch.device("cpu"))
     assert torch.equal(fresh[5].tokens, fresh[5].tokens)
     assert not torch.equal(fresh[5].tokens, fresh[6].tokens)
+    # several steps are drawn together
+    again = mqrar.Batches(cell, torch.device("cpu"))
+    for step in (40, 3, 17, 16, 5):
+        drawn = generate(cell.task, again.seed, again.rows(step))
+        for name in ("tokens", "targets", "stale", "distance"):
+            assert torch.equal(getattr(again[step], name), getattr(drawn, name)), (step, name)
+
+
+def test_sweeps_over_pairs_share_compiled_code() -> None:
+    cells = mqrar.cells(mqrar.PRESETS["h200"])
+    capacities = {cell.task.kv_pairs: cell.training().capacity for cell in cells}
+    assert all((capacities[pairs] or 0) >= Recall(vocab_size=1024, kv_pairs=pairs).scored(64) for pairs in capacities)
+    assert len(set(capacities.values())) == 2
 
 
 def test_training_validation_and_test_draw_apart() -> None:
