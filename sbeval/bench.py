@@ -410,7 +410,9 @@ def _time_model(
     tokens = torch.randint(0, shape.vocab_size, (problem.batch, problem.length), device=place)
     targets = tokens.roll(-1, 1)
     targets[:, -1] = IGNORE
-    trainer = Trainer(shape, config, _Drawn(tokens, targets), None, place)
+    # a CPU takes minutes to draw a billion weights, and which they are does not matter here
+    with place:
+        trainer = Trainer(shape, config, _Drawn(tokens, targets), None, place)
     with Progress() as progress:
         task = progress.add(f"train {problem.size} {attention}", total=problem.steps)
         trained = trainer.run(task)
