@@ -410,34 +410,52 @@ def _state_slot(i_m, n_past, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _chunk(n_chunk, n_slots, n_all, SLOTS, n_sequences, VARLEN: tl.constexpr):
+    """Key-value heads that a launch of backward works on, i_launch * n_chunk and on, and the slots of one.
+
+    What packed sequences take only the device knows: as many heads as fit the room that is there. The launches that are
+    then left have nothing to do.
+    """
+    if VARLEN:
+        used = tl.maximum(tl.load(SLOTS + n_sequences), 1)
+        n_chunk = tl.minimum(tl.cast(n_slots, tl.int64) * n_chunk // used, n_all).to(tl.int32)
+        n_slots = used
+    return n_chunk, n_slots
+
+
+@triton.jit
 def query_kernel(
     Q, K, V, BIAS, O, RESIDUAL, REMAINDER, STOP, DO, DREMAINDER, DQ, DBIAS, STATE, DELTA, REACH, CU_SEQLENS, BLOCKS,
     FORWARD_BLOCKS, SLOTS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    first_group, n_chunk, n_heads, n_queries, n_keys, n_blocks, n_forward_blocks, n_key_blocks, n_sequences, n_slots,
-    scale,
+    i_launch, n_chunk, n_batch, n_heads, n_queries, n_keys, n_blocks, n_forward_blocks, n_key_blocks, n_sequences,
+    n_slots, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FORWARD_M: tl.constexpr, CURRENT: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """First pass of backward, one query tile of one head a program: dq, and the state at each key tile.
 
-    Heads are those of `n_chunk` key-value heads of the batch, from `first_group` on. O, RESIDUAL, DO, DQ: (B, T, H, D)
-    contiguous; REMAINDER, DREMAINDER: (B, T, H) float32; STATE: (heads, slots, 2, BLOCK_M) float32: stick left and sum
-    of g before a key tile; DELTA: (heads, 2, T) float32; REACH: (heads, key tiles) int32, zeros: one more than the
-    latest query tile that goes no further than this key tile; DBIAS: (B, H, tiles) float32.
+    Heads are those of the launch, see `_chunk`. O, RESIDUAL, DO, DQ: (B, T, H, D) contiguous; REMAINDER, DREMAINDER:
+    (B, T, H) float32; STATE: (heads of a launch, slots, 2, BLOCK_M) float32: stick left and sum of g before a key tile;
+    DELTA: (B, H, 2, T) float32; REACH: (B, H, key tiles) int32, zeros: one more than the latest query tile that goes no
+    further than this key tile; DBIAS: (B, H, tiles) float32.
     """
     pid = tl.program_id(0)
+    n_groups = n_heads // GROUP
+    n_chunk, n_slots = _chunk(n_chunk, n_slots, n_batch * n_groups, SLOTS, n_sequences, VARLEN)
     i_head = pid % (n_chunk * GROUP)
     i_tile = n_blocks - 1 - pid // (n_chunk * GROUP)
+    i_bg = i_launch * n_chunk + i_head // GROUP
+    if (i_tile < 0) | (i_bg >= n_batch * n_groups):
+        return
     i_m, i_s, start, n_q, n_k = _locate(i_tile, BLOCKS, CU_SEQLENS, n_queries, n_keys, n_sequences, VARLEN)
-    n_groups = n_heads // GROUP
-    i_bg = first_group + i_head // GROUP
     i_b = (i_bg // n_groups).to(tl.int64)
     i_g = i_bg % n_groups
     i_h = i_g * GROUP + i_head % GROUP
+    i_bh = i_b * n_heads + i_h
     if i_m < 0:
         if BIAS is not None:
-            tl.store(DBIAS + (i_b * n_heads + i_h) * n_blocks + i_tile, 0.0)
+            tl.store(DBIAS + i_bh * n_blocks + i_tile, 0.0)
         return
     o_d = tl.arange(0, BLOCK_D)
     o_key = _key_order(BLOCK_N)
@@ -455,7 +473,7 @@ def query_kernel(
         i_forward += tl.load(FORWARD_BLOCKS + i_s)
         i_key_tile = tl.load(CU_SEQLENS + i_s) // BLOCK_N + i_s
     p_state = STATE + slot * (2 * BLOCK_M) + tl.arange(0, BLOCK_M)
-    low = tl.load(STOP + (i_b * n_heads + i_h) * n_forward_blocks + i_forward) // BLOCK_N
+    low = tl.load(STOP + i_bh * n_forward_blocks + i_forward) // BLOCK_N
     b_bias = 0.0
     if BIAS is not None:
         b_bias = tl.load(BIAS + i_h) * 1.4426950408889634
@@ -470,7 +488,7 @@ def query_kernel(
         b_o += tl.load(RESIDUAL + p_rows, mask=m_rows, other=0.0).to(tl.float32)
     b_delta = tl.sum(b_o * b_do.to(tl.float32), axis=1)
     b_drem = tl.load(REMAINDER + rows, mask=m_m, other=0.0) * tl.load(DREMAINDER + rows, mask=m_m, other=0.0)
-    p_delta = DELTA + i_head.to(tl.int64) * 2 * n_queries + start + o_m
+    p_delta = DELTA + i_bh * 2 * n_queries + start + o_m
     tl.store(p_delta, b_delta, mask=m_m)
     tl.store(p_delta + n_queries, b_drem, mask=m_m)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -501,9 +519,9 @@ def query_kernel(
             b_dq += _product(b_dz.to(b_k.dtype), b_k, EXACT)
     # in log2 units the scale had a factor that the gradient has not
     tl.store(DQ + p_rows, (b_dq * (scale * 0.6931471805599453)).to(DQ.dtype.element_ty), mask=m_rows)
-    tl.atomic_max(REACH + i_head.to(tl.int64) * n_key_blocks + i_key_tile + low, i_m + 1, sem="relaxed")
+    tl.atomic_max(REACH + i_bh * n_key_blocks + i_key_tile + low, i_m + 1, sem="relaxed")
     if BIAS is not None:
-        tl.store(DBIAS + (i_b * n_heads + i_h) * n_blocks + i_tile, tl.sum(b_dbias, 0))
+        tl.store(DBIAS + i_bh * n_blocks + i_tile, tl.sum(b_dbias, 0))
 
 
 @triton.jit
@@ -532,8 +550,8 @@ def _load_state(
 def key_kernel(
     Q, K, V, BIAS, STOP, DO, DK, DV, STATE, DELTA, REACH, CU_SEQLENS, BLOCKS, FORWARD_BLOCKS, SLOTS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    first_group, n_chunk, n_heads, n_queries, n_keys, n_blocks, n_forward_blocks, n_key_blocks, n_sequences, n_slots,
-    scale,
+    i_launch, n_chunk, n_batch, n_heads, n_queries, n_keys, n_blocks, n_forward_blocks, n_key_blocks, n_sequences,
+    n_slots, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     FORWARD_M: tl.constexpr, CURRENT: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -542,14 +560,18 @@ def key_kernel(
     BLOCKS counts key tiles here; the rest is as in query_kernel.
     """
     pid = tl.program_id(0)
+    n_groups = n_heads // GROUP
+    n_chunk, n_slots = _chunk(n_chunk, n_slots, n_batch * n_groups, SLOTS, n_sequences, VARLEN)
     i_chunk = pid % n_chunk
+    i_bg = i_launch * n_chunk + i_chunk
+    if i_bg >= n_batch * n_groups:
+        return
     # the oldest keys, seen by most queries, first
     i_n, i_s, start, n_q, n_k = _locate(pid // n_chunk, BLOCKS, CU_SEQLENS, n_queries, n_keys, n_sequences, VARLEN)
     if i_n < 0:
         return
-    n_groups = n_heads // GROUP
-    i_b = ((first_group + i_chunk) // n_groups).to(tl.int64)
-    i_g = (first_group + i_chunk) % n_groups
+    i_b = (i_bg // n_groups).to(tl.int64)
+    i_g = i_bg % n_groups
     o_d = tl.arange(0, BLOCK_D)
     o_m = tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + _key_order(BLOCK_N)
@@ -573,11 +595,12 @@ def key_kernel(
         i_key_tile = tl.load(CU_SEQLENS + i_s) // BLOCK_N + i_s
     for i_member in range(GROUP):
         i_h = i_g * GROUP + i_member
+        i_bh = i_b * n_heads + i_h
         i_head = (i_chunk * GROUP + i_member).to(tl.int64)
         reach = 0
         for i in range(0, i_n + 1, 128):
             o_tile = i + tl.arange(0, 128)
-            p_reach = REACH + i_head * n_key_blocks + i_key_tile + o_tile
+            p_reach = REACH + i_bh * n_key_blocks + i_key_tile + o_tile
             reach = tl.maximum(reach, tl.max(tl.load(p_reach, mask=o_tile <= i_n, other=0), 0))
         # nobody sees the last key alone
         last = tl.where(i_n * BLOCK_N < n_k - 1 + CURRENT, tl.minimum(n_tiles, reach), 0)
@@ -586,8 +609,8 @@ def key_kernel(
             b_bias = tl.load(BIAS + i_h) * 1.4426950408889634
         P_Q = Q + i_b * stride_qb + start * stride_qt + i_h * stride_qh
         P_DO = DO + ((i_b * n_queries + start) * n_heads + i_h) * D
-        p_delta = DELTA + i_head * 2 * n_queries + start
-        p_stop = STOP + (i_b * n_heads + i_h) * n_forward_blocks + i_forward
+        p_delta = DELTA + i_bh * 2 * n_queries + start
+        p_stop = STOP + i_bh * n_forward_blocks + i_forward
         for part in tl.static_range(3):
             # diagonal tiles, whole ones, the short one at the end
             if part == 0:
@@ -732,23 +755,24 @@ def backward(
     chunk = STATE_BYTES // (n_slots * 2 * block_m * 4 * group)
     chunk = min(max(1, chunk), batch * groups)
     state = torch.empty((chunk * group, n_slots, 2, block_m), dtype=torch.float32, device=q.device)
-    delta = torch.empty((chunk * group, 2, n_queries), dtype=torch.float32, device=q.device)
-    for first in range(0, batch * groups, chunk):
-        n_chunk = min(chunk, batch * groups - first)
-        reach = torch.zeros((n_chunk * group, n_key_blocks), dtype=torch.int32, device=q.device)
+    delta = torch.empty((batch, heads, 2, n_queries), dtype=torch.float32, device=q.device)
+    reach = torch.zeros((batch, heads, n_key_blocks), dtype=torch.int32, device=q.device)
+    for launch in range(triton.cdiv(batch * groups, chunk)):
+        # at most
+        together = chunk if cu_seqlens is None else batch * groups
         sizes = (
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], first, n_chunk, heads, n_queries, n_keys, n_blocks,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], launch, chunk, batch, heads, n_queries, n_keys, n_blocks,
             stop.shape[2], n_key_blocks, n_sequences, n_slots, scale * LOG2_E,
         )  # fmt: skip
         constants = {
             "GROUP": group, "D": dim, "FORWARD_M": tiles("forward", dim, q.dtype)["BLOCK_M"],
             "CURRENT": int(attend_current), "VARLEN": cu_seqlens is not None, "EXACT": q.dtype == torch.float32,
         }  # fmt: skip
-        query_kernel[(n_blocks * n_chunk * group,)](
+        query_kernel[(n_blocks * together * group,)](
             q, k, v, bias, out, residual if residual.numel() else None, remainder, stop, dout, dremainder, dq, dbias,
             state, delta, reach, cu_seqlens, blocks, forward_blocks, slots, *sizes, **constants, **options,
         )  # fmt: skip
-        key_kernel[(n_key_blocks * n_chunk,)](
+        key_kernel[(n_key_blocks * together,)](
             q, k, v, bias, stop, dout, dk, dv, state, delta, reach, cu_seqlens, key_blocks, forward_blocks, slots,
             *sizes, **constants, **key_options,
         )  # fmt: skip
