@@ -6,7 +6,7 @@
 Without positional encoding, as the paper's FoX with the Llama architecture; `rotary=true` rotates as in `rope`. The
 gates' biases start at 0, the default of the authors' code.
 
-    B, T, S, H, G, D    batch, queries, keys, query heads, key-value heads (G divides H), head size (at most 255)
+    B, T, S, H, G, D    batch, queries, keys, query heads, key-value heads (G divides H), head size
     q: (B, T, H, D)     k, v: (B, S, G, D)     the queries are the last T of the S positions
     log_f: (B, S, H)    logarithms of the gates of all S positions, none positive
     cu_seqlens: int32 (N + 1,), bounds of N sequences packed into one row; then B = 1 and S = T
@@ -16,6 +16,7 @@ both float32, so that differences are as exact far from the start as near it. No
 c_i in row i is 0, since softmax ignores what all its logits share, and that of c_j is minus the sum of column j of the
 logits' gradient. A dimension more, 1 in every query and 0 in every key, adds nothing to a logit, and the gradient of
 those zeros is that very sum; any fused kernel computes it with the gradients of k, and nothing adds in random order.
+Heads of the largest size, 256, have no room for it: there the bias has the gradient, which a GPU sums in random order.
 """
 
 from dataclasses import dataclass
@@ -54,16 +55,15 @@ def attention(
     size, heads = q.shape[3], q.shape[2]
     if log_f.shape != (*k.shape[:2], heads):
         raise InputError(f"log_f must be of shape {(*k.shape[:2], heads)}; its shape is {tuple(log_f.shape)}")
-    if size == check.MAX_HEAD_SIZE:
-        raise InputError(f"q has heads of size {size}; forgetting attention takes at most {size - 1}")
     scale = size**-0.5 if scale is None else scale
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     total = log_f.double().cumsum(1)
-    if torch.is_grad_enabled() and log_f.requires_grad:
+    if torch.is_grad_enabled() and log_f.requires_grad and size < check.MAX_HEAD_SIZE:
         q, k, v = _routed(q, k, v, total, scale)
+        total = total.detach()
     # (H, B * S), flat: position p of batch entry b in head h is at (h * B + b) * S + p
-    total = total.detach().permute(2, 0, 1)
-    whole = total.round()
+    total = total.permute(2, 0, 1)
+    whole = total.detach().round()
     (batch, s), whole, rest = k.shape[:2], whole.flatten().to(exact), (total - whole).flatten().to(exact)
 
     def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

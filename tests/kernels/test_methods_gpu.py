@@ -64,6 +64,7 @@ def with_grads(run: Callable[..., Tensor], tensors: list[Tensor], above: Tensor,
         ((2, 1, 200, 6, 2, 8), None),
         ((2, 100, 300, 4, 2, 128), None),
         ((1, 200, 200, 4, 2, 64), (0, 0, 17, 18, 18, 83, 200, 200)),
+        ((2, 150, 150, 2, 1, 256), None),
     ],
 )
 def test_as_near_as_the_dtype(
