@@ -661,7 +661,7 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
         size = 64 if block_d <= 64 else 32 if block_d == 128 else 16
         block_m, block_n, warps, stages = 16 if kernel == "decode" else size, min(size, 32), 4, 1
     elif kernel == "decode":
-        block_m, block_n, warps, stages = 16, 64 if block_d <= 128 else 32, 1, 3
+        block_m, block_n, warps, stages = (16, 64, 4, 4) if block_d == 128 else (16, 64 if block_d <= 64 else 32, 1, 3)
     elif block_d == 256:
         block_m, block_n, warps, stages = 64, 32, 4, 2 if kernel == "forward" else 1
     elif kernel == "forward":
