@@ -65,10 +65,12 @@ def attention(
     total = total.permute(2, 0, 1)
     whole = total.detach().round()
     (batch, s), whole, rest = k.shape[:2], whole.flatten().to(exact), (total - whole).flatten().to(exact)
+    # that of the query's own sum is 0
+    at_query = rest.detach()
 
     def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         row = (h * batch + b) * s
-        return (whole[row + i] - whole[row + j]) + (rest[row + i] - rest[row + j])
+        return (whole[row + i] - whole[row + j]) + (at_query[row + i] - rest[row + j])
 
     out = softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, starts=starts, backend=backend, bias=bias)
     return out[..., :size]

@@ -72,10 +72,10 @@ def attention(
     """Attend causally in memory linear in T and S; returns (B, T, H, D) in the dtype of q.
 
     scale: multiplies q . k, D ** -0.5 when None; it does not touch the bias. bias: what it reads may have a gradient,
-    slowly: dense on a CPU, by atomic sums on a GPU. window: how many keys a query sees, itself and those just before it, from 1 on; all when None. starts: int32
-    (B,), the first key that each row of a cache has, for few queries, without gradient and on one path everywhere.
-    backend: one of BACKENDS, or None for the fastest that is correct. InputError for inputs that `check.inputs` refuses
-    and for a backend that cannot serve them.
+    slowly: dense on a CPU, by atomic sums on a GPU, where it may read such a tensor once. window: how many keys a query
+    sees, itself and those just before it, from 1 on; all when None. starts: int32 (B,), the first key that each row of
+    a cache has, for few queries, without gradient and on one path everywhere. backend: one of BACKENDS, or None for the
+    fastest that is correct. InputError for inputs that `check.inputs` refuses and for a backend that cannot serve them.
     """
     check.inputs(q, k, v, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
