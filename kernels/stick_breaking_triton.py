@@ -667,7 +667,7 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     elif kernel == "forward":
         block_m, block_n, warps, stages = 128 if block_d <= 64 else 64, 64, 4, 2
     else:
-        block_m, block_n, warps, stages = 64, 64, 4, 2
+        block_m, block_n, warps, stages = 64, 64, 4, 3 if block_d <= 64 else 2
     options = {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     if kernel in ("forward", "decode"):
         options["LOOK"] = 2 if dtype == torch.float32 else 16
