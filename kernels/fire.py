@@ -87,17 +87,20 @@ def attention(
     c, m, w1, b1, w2 = (x.detach().to(exact) for x in weights)
     first = softmax.starts(s, cu_seqlens, q.device)
     place = torch.arange(s, device=q.device)
-    top = _psi(place.to(exact), c)
     bottom = _psi(torch.maximum((place - first).to(exact), (m * threshold).abs()), c) + EPSILON
     # by head, so that a logit's weights are found by its head alone
     w1_flat, b1_flat, w2_flat = w1.repeat(len(w2)), b1.repeat(len(w2)), w2.flatten()
+
+    def top(i: Tensor, j: Tensor) -> Tensor:
+        # computed, since a table would be read for every pair, and a GPU's tiles of that do not fit shared memory
+        return _psi((i - j).clamp(min=0).to(exact), c)
 
     def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if starts is not None:
             # (B, T, S) of a cache, whose rows count positions from their own starts
             at = (i - starts[b])[:, 0]
-            return _mlp(top[(i - j).clamp(min=0)] / bottom[at], w1, b1, w2)
-        u = top[(i - j).clamp(min=0)] / bottom[i]
+            return _mlp(top(i, j) / bottom[at], w1, b1, w2)
+        u = top(i, j) / bottom[i]
         if h.ndim:
             # many logits at a time, on the CPU
             return _mlp(u, w1, b1, w2)
