@@ -108,21 +108,31 @@ def looks_of(methods: Iterable[Method]) -> dict[Method, Look]:
     """Give each method its look, in the order of the legend.
 
     The first of a named method's options has the method's own look; further ones, and methods not in NAMES, have
-    the next free.
+    the next free. Options that the others of a method only add to are not repeated.
     """
+    methods = set(methods)
     places = {name: place for place, name in enumerate(NAMES)}
-    free = itertools.count(len(NAMES))
+    absent = [place for name, place in places.items() if name not in {other for other, _ in methods}]
+    free = itertools.chain(range(len(NAMES), len(COLOURS)), absent, itertools.count(len(COLOURS)))
     found: dict[Method, Look] = {}
-    for name, options in sorted(set(methods), key=lambda pair: (places.get(pair[0], len(NAMES)), pair)):
+    for name, options in sorted(methods, key=lambda pair: (places.get(pair[0], len(NAMES)), pair)):
         first = all(name != other for other, _ in found)
         place = places[name] if first and name in places else next(free)
         found[name, options] = Look(
-            label=NAMES.get(name, name.replace("_", " ")) + (f" ({options})" if options else ""),
+            label=_label(name, options, [other for method, other in methods if method == name]),
             colour=COLOURS[place % len(COLOURS)],
             marker=MARKERS[place % len(MARKERS)],
             dashes=DASHES[place % len(DASHES)],
         )
     return found
+
+
+def _label(name: str, options: str, all_options: Sequence[str]) -> str:
+    each = [set(other.split(",")) for other in all_options]
+    common = set.intersection(*each)
+    if len(each) > 1 and common in each:
+        options = ",".join(option for option in options.split(",") if option not in common)
+    return NAMES.get(name, name.replace("_", " ")) + (f" ({options})" if options else "")
 
 
 def method(rows: pd.DataFrame, of: Method) -> pd.DataFrame:
@@ -250,7 +260,9 @@ def bands(axis: Axes, rows: pd.DataFrame, looks: dict[Method, Look]) -> list[pd.
 
 def finish(figure: Figure, handles: Sequence[Any], note: str) -> None:
     """Put the legend above the panels, where it covers no data, and the note below them."""
-    lines = math.ceil(len(handles) / 4)
+    # about so wide are a handle and a letter
+    widest = 0.55 + 0.065 * max(len(handle.get_label()) for handle in handles)
+    lines = math.ceil(len(handles) / max(1, min(4, int(figure.get_figwidth() / widest))))
     columns = math.ceil(len(handles) / lines)
     figure.legend(
         handles=handles, loc="outside upper center", ncols=columns, fontsize=TEXT_PT, frameon=False, handlelength=3

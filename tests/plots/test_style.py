@@ -1,0 +1,22 @@
+"""How methods look and what legends call them, whatever else a figure has."""
+
+from sbeval.plots import style
+
+
+def test_options_that_all_of_a_method_share_are_not_repeated() -> None:
+    labels = {pair: look.label for pair, look in style.looks_of(
+        [("stick_breaking", "logit_scale=1.5"), ("stick_breaking", "logit_scale=1.5,logit_bias=-3.0")]
+    ).items()}  # fmt: skip
+    assert labels["stick_breaking", "logit_scale=1.5"] == "stick-breaking"
+    assert labels["stick_breaking", "logit_scale=1.5,logit_bias=-3.0"] == "stick-breaking (logit_bias=-3.0)"
+    # without one that has these alone, or with no other, they tell something
+    for options in (["scaling=ntk,factor=2.0", "scaling=ntk,factor=4.0"], ["window=512"]):
+        looks = style.looks_of(("rope", each) for each in options)
+        assert [look.label for look in looks.values()] == [f"RoPE ({each})" for each in options]
+
+
+def test_as_many_methods_as_there_are_colours_differ_in_theirs() -> None:
+    methods = [("rope", ""), ("alibi", ""), *(("stick_breaking", f"logit_bias={bias}") for bias in range(-8, 0))]
+    looks = style.looks_of(methods)
+    assert len({look.colour for look in looks.values()}) == len(style.COLOURS) == len(methods)
+    assert looks["rope", ""] == style.looks_of([("rope", "")])["rope", ""]
