@@ -22,10 +22,10 @@ STEPS = {"forward": "forward (TFLOP/s)", "forward_backward": "forward + backward
 
 
 def dense(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The rows of one metric for whole sequences, all keys visited; `options` is whose kernel it was."""
+    """The rows of one metric for whole sequences, all keys visited; `options` is whose kernel it was, if not ours."""
     plain = (table["kv_heads"] == table["heads"]) & (table["queries"] == table["keys"]) & (table["sequences"] == 1)
     rows = table[plain & (table["epsilon"].fillna(0) == 0) & (table["metric"] == metric)]
-    return rows.assign(options=rows["backend"])
+    return rows.assign(options=rows["backend"].where(rows["backend"] != "triton", ""))
 
 
 def draw(table: pd.DataFrame) -> Figure:

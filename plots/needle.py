@@ -35,7 +35,7 @@ ACROSS = 4
 def draw(table: pd.DataFrame) -> Figure:
     """Draw the table: for each model setting and each of the two metrics the mean over tasks, then each task.
 
-    The mean is over the tasks that all methods of the setting have at all of a length.
+    The mean is over the tasks that all methods of the setting have.
     """
     table = rows(table)
     looks = style.looks(table)
@@ -78,7 +78,19 @@ def chart(table: pd.DataFrame) -> Chart:
 
 def _parts(some: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """What has a panel: the mean over tasks, then each task."""
-    return [("mean", mean(some)), *((str(task), part) for task, part in some.groupby("task"))]
+    shared = common(some)
+    tasks = sorted(shared["task"].unique())
+    name = "mean" if len(tasks) == some["task"].nunique() else f"mean of {', '.join(tasks)}"
+    return [(name, mean(shared)), *((str(task), part) for task, part in some.groupby("task"))]
+
+
+def common(some: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the tasks that every method has, so that a mean over them compares like with like; all rows where
+    there is no such task."""
+    methods = some.groupby(["attention", "options"]).ngroups
+    has = some.drop_duplicates(["attention", "options", "task"])["task"].value_counts()
+    shared = some["task"].isin(has.index[has == methods])
+    return some[shared] if shared.any() else some
 
 
 def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from sbeval.errors import InputError
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Heat
-from sbeval.plots.needle import ALWAYS, METRICS, OTHERS, TABLE, settings
+from sbeval.plots.needle import ALWAYS, METRICS, OTHERS, TABLE, common, settings
 from sbeval.table import numbers
 
 FACTORS = ("length", "depth_start", "depth_end")
@@ -23,7 +23,8 @@ COLOURS = "viridis"
 def draw(table: pd.DataFrame) -> Figure:
     """Draw the table: a row for each setting and metric, in it a map for each method.
 
-    A cell is the mean over seeds and over the tasks that have one needle; white is no sample.
+    A cell is the mean over seeds and over the tasks that have one needle and that every method was asked; white is no
+    sample.
     """
     table = _by_depth(table)
     looks = style.looks(table)
@@ -65,7 +66,7 @@ def _by_depth(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["metric"].isin(list(METRICS)) & table["depth_start"].notna()]
     if table.empty:
         raise InputError("there are no rows with a depth to draw: tasks with a single needle have them")
-    return numbers(table, [*FACTORS, "train_len", "finetune_tokens"])
+    return common(numbers(table, [*FACTORS, "train_len", "finetune_tokens"]))
 
 
 def _mean_of(table: pd.DataFrame) -> str:

@@ -66,12 +66,12 @@ def chart(table: pd.DataFrame) -> Chart:
 
 
 def totals(table: pd.DataFrame) -> pd.DataFrame:
-    """Time in all layers of each contender, by keys; `options` tells skipping and whose kernel apart."""
+    """Time in all layers of each contender, by keys; `options` tells skipping and whose kernel it was, if not ours."""
     rows = table[table["metric"] == "time"]
     if rows.empty:
         raise InputError("no rows with the metric time")
     skips = rows["epsilon"].fillna(0) > 0
-    rows = rows.assign(options=rows["backend"].where(~skips, "skipping"))
+    rows = rows.assign(options=rows["backend"].where(rows["backend"] != "triton", "").where(~skips, "skipping"))
     by = ["model", "params", "attention", "options", "step", "batch", "keys", "device"]
     return rows.groupby(by)["value"].sum().reset_index().sort_values("keys")
 

@@ -260,14 +260,25 @@ def bands(axis: Axes, rows: pd.DataFrame, looks: dict[Method, Look]) -> list[pd.
 
 def finish(figure: Figure, handles: Sequence[Any], note: str) -> None:
     """Put the legend above the panels, where it covers no data, and the note below them."""
-    # about so wide are a handle and a letter
-    widest = 0.55 + 0.065 * max(len(handle.get_label()) for handle in handles)
-    lines = math.ceil(len(handles) / max(1, min(4, int(figure.get_figwidth() / widest))))
-    columns = math.ceil(len(handles) / lines)
     figure.legend(
-        handles=handles, loc="outside upper center", ncols=columns, fontsize=TEXT_PT, frameon=False, handlelength=3
-    )
+        handles=handles, loc="outside upper center", ncols=_columns(handles, 4, figure.get_figwidth()),
+        fontsize=TEXT_PT, frameon=False, handlelength=3,
+    )  # fmt: skip
     note_below(figure, note)
+
+
+def _columns(handles: Sequence[Any], most: int, width_in: float) -> int:
+    """How many columns of a legend fit a width, at most; it fills them one after the other."""
+    for columns in range(min(most, len(handles)), 1, -1):
+        lines = math.ceil(len(handles) / columns)
+        # about so wide are a handle and a letter
+        widths = [
+            0.55 + 0.06 * max(len(handle.get_label()) for handle in handles[start : start + lines])
+            for start in range(0, len(handles), lines)
+        ]
+        if sum(widths) <= width_in:
+            return len(widths)
+    return 1
 
 
 def note_below(figure: Figure, text: str) -> None:
@@ -284,7 +295,7 @@ def column(axis: Axes, name: str, handles: Sequence[Any]) -> None:
         loc="lower left",
         bbox_to_anchor=(0.0, 1.0),
         bbox_transform=above,
-        ncols=1 if len(handles) < 4 else 2,
+        ncols=1 if len(handles) < 4 else _columns(handles, 2, 2.9),
         fontsize=SMALL_PT,
         frameon=False,
         handlelength=2.6,

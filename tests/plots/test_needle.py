@@ -70,6 +70,12 @@ def test_bars_are_intervals_and_that_of_a_mean_is_narrower() -> None:
     assert height("mean") == pytest.approx(2 * 1.96 * 0.05 / 2**0.5, rel=1e-3)
 
 
+def test_a_mean_compares_methods_on_the_same_tasks() -> None:
+    figure = needle.draw(pd.DataFrame(rows() + [row for row in rows(attention="alibi") if row["task"] == "vt"]))
+    shared = panel(figure, "mean of vt")
+    assert line(shared, "RoPE") == line(shared, "ALiBi") == pytest.approx({1024: 0.5, 2048: 0.25})
+
+
 def test_a_mean_is_of_all_tasks_or_is_none() -> None:
     table = pd.DataFrame(rows())
     table = table[(table["task"] != "cwe") | (table["length"] != 2048)]
@@ -83,15 +89,19 @@ def test_settings_and_metrics_have_panels_of_their_own() -> None:
 
 
 def test_a_map_has_depth_by_length() -> None:
-    figure = needle_depth.draw(pd.DataFrame(depths() + depths(task="cwe", value=0.0) + depths(attention="alibi")))
+    table = depths() + depths(task="cwe", value=0.0) + depths(attention="alibi")
+    # a task that one method alone was asked would raise or lower its mean
+    figure = needle_depth.draw(pd.DataFrame(table + depths(task="fwe", value=1.0)))
+    alone = needle_depth.draw(pd.DataFrame(depths() + depths(task="cwe", value=0.0)))
     (mesh,) = [item for item in panel(figure, "ALiBi").collections if isinstance(item, QuadMesh)]
     values: Any = np.ma.filled(np.ma.asarray(mesh.get_array(), dtype=float), np.nan)
     # bins without a sample are there, and empty
     wanted = np.full((10, 2), np.nan)
     wanted[[0, 1, 9]] = np.array([[0, 0], [10 / 1024, 10 / 2048], [90 / 1024, 90 / 2048]])
     np.testing.assert_allclose(values.reshape(10, 2), wanted)
-    (both,) = [item for item in panel(figure, "RoPE").collections if isinstance(item, QuadMesh)]
-    assert np.ma.asarray(both.get_array()).reshape(10, 2)[9, 0] == pytest.approx(45 / 1024)
+    for drawn, wanted_there in ((figure, 90 / 1024), (alone, 45 / 1024)):
+        (found,) = [item for item in panel(drawn, "RoPE").collections if isinstance(item, QuadMesh)]
+        assert np.ma.asarray(found.get_array()).reshape(10, 2)[9, 0] == pytest.approx(wanted_there)
     low, high = panel(figure, "RoPE").get_ylim()
     assert (low, high) == (100, 0)
     assert [text.get_text() for text in panel(figure, "RoPE").get_xticklabels()] == ["1k", "2k"]

@@ -35,7 +35,7 @@ def test_times_of_all_layers() -> None:
         assert sorted(drawn) == [[6.0, 6.0], [12.0, 12.0], [18.0, 18.0]]
         assert axis.get_yscale() == "linear" and axis.get_ylim()[0] == 0
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert labels == {"stick-breaking (skipping)", "stick-breaking (triton)", "softmax (cudnn)"}
+    assert labels == {"stick-breaking (skipping)", "stick-breaking", "softmax (cudnn)"}
 
 
 def test_times_far_apart_are_drawn_logarithmically() -> None:
