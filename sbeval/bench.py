@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sbeval import device, provenance, sweep, table
+from sbeval import device, provenance, table
+from sbeval.cell import digest_of
 from sbeval.errors import InputError, choose
 from sbeval.kernels import softmax, stick_breaking
 from sbeval.model import IGNORE, SIZES, Decoder, flops_per_token, named
@@ -336,7 +337,7 @@ def keep(
 ) -> None:  # fmt: skip
     """Write the run file, then the rows."""
     step = rows[0].step
-    cell = f"{family}-{step}-{attention}-{backend}-{sweep.digest([attention, backend, dtype, model, config])}"
+    cell = f"{family}-{step}-{attention}-{backend}-{digest_of([attention, backend, dtype, model, config])}"
     origin = provenance.collect(
         cell=cell, preset="", corpus="", tokenizer="", train_tokens=0, dtype=dtype, device=str(place),
         device_name=device.describe(place), backend=backend,

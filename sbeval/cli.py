@@ -15,8 +15,8 @@ from sbeval.errors import SEEDS, InputError, choose
 
 if TYPE_CHECKING:
     from sbeval.executor import Executor
+    from sbeval.place import Place
     from sbeval.schema import Part
-    from sbeval.sweep import Place
 
 app = typer.Typer(
     help="Evaluate stick-breaking attention and its rivals (Tan et al., ICLR 2025, arXiv 2410.17980).",
@@ -498,8 +498,9 @@ def run_study(
 ) -> None:
     """A whole study: train each model once, run every family on it, and go on where a stopped run was."""
     from sbeval import device as devices
-    from sbeval import distributed, schema, sweep
+    from sbeval import distributed, schema
     from sbeval.executor import Executor
+    from sbeval.place import Place
 
     if show:
         print(schema.text(study), end="")
@@ -509,7 +510,7 @@ def run_study(
     how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
     where = devices.pick(device)
     parts = schema.parts(schema.read(study, change or ()), lambda said: devices.pick_dtype(dtype or said, where))
-    _run(parts, sweep.Place(results_dir=results_dir, device=where, force=force), how, dry_run=dry_run, name=study)
+    _run(parts, Place(results_dir=results_dir, device=where, force=force), how, dry_run=dry_run, name=study)
 
 
 @app.command()
@@ -609,11 +610,12 @@ def bench_skipping(
     """Block skipping on what a trained model computes: forward and decoding, layer by layer, beside softmax."""
     from sbeval import device as devices
     from sbeval import skipping, sweep
+    from sbeval.place import Place
     from sbeval.tasks import length_gen
 
     place = devices.pick(device)
     config = length_gen.Config(corpus=corpus, tokenizer=tokenizer)
-    with sweep.progress_of(sweep.Place(results_dir=results_dir, device=place)) as progress:
+    with sweep.progress_of(Place(results_dir=results_dir, device=place)) as progress:
         text = length_gen.open_corpus(config, progress)
     lengths = sorted(length or (2048, 4096, 8192, 16384, 32768, 65536))
     shown = skipping.measure(checkpoint, text.test, lengths, place, devices.pick_dtype(dtype, place), results_dir)
@@ -654,6 +656,7 @@ def _family(
     """Run one family: preset and options to config, config to cells, cells to table and figure; `only` trains."""
     from sbeval import device as devices
     from sbeval import distributed, registry, study, sweep
+    from sbeval.place import Place
     from sbeval.schema import Part
 
     module = registry.task(name)
@@ -671,7 +674,7 @@ def _family(
     )
     part = Part(family=name, preset=preset, config=config)
     with distributed.joined(where) as world:
-        place = sweep.Place(
+        place = Place(
             results_dir=results_dir, device=where, force=force, tensorboard=tensorboard, world=world, shard=shard
         )
         if not only or dry_run:

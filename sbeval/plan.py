@@ -9,10 +9,11 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from sbeval import device, graph, model, sources, study, sweep
+from sbeval.cell import Cell, cell_id, is_cell
 from sbeval.graph import Step
 from sbeval.model import ModelConfig
+from sbeval.place import Place
 from sbeval.schema import Part
-from sbeval.sweep import Cell, Place
 from sbeval.tasks.length_gen import Training, likely_vocabulary
 
 # bytes of text to a token that joins several
@@ -49,10 +50,10 @@ def list_cells(part: Part, place: Place, console: Console) -> None:
     cells = study.cells(part)
     pending = cells if place.force else sweep.unfinished(cells, place.results_dir)
     for step in graph.steps(pending):
-        if not sweep.is_cell(step):
+        if not is_cell(step):
             study.say(console, f"{step.title}  {step.flops:.1e} FLOPs")
     for cell in cells:
-        study.say(console, f"{sweep.cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in pending else '  finished'}")
+        study.say(console, f"{cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in pending else '  finished'}")
     study.say(console, sweep.describe_cost(pending, place))
     if later := study.further(part, None):
         flops = sum(cell.flops for cell in later)
@@ -104,7 +105,7 @@ def _shares(todo: Mapping[str, Sequence[Cell]]) -> dict[str, list[Step]]:
         for step in graph.steps(cells):
             if step not in seen:
                 seen.add(step)
-                shares[family if sweep.is_cell(step) else "training"].append(step)
+                shares[family if is_cell(step) else "training"].append(step)
     return shares
 
 

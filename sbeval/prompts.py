@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sbeval import ruler, sweep
+from sbeval import ruler
+from sbeval.cell import digest_of
 from sbeval.errors import InputError, first_line
 from sbeval.haystack import Sources, Tables
 from sbeval.ruler import Draft, Sample, Setting
@@ -76,7 +77,7 @@ class Writer:
             training,
             self.sources.digests.get(filled, ""),
         ]
-        return self.cache_dir / "needle" / f"{task}-{length}-{sweep.digest(key)}.npz"
+        return self.cache_dir / "needle" / f"{task}-{length}-{digest_of(key)}.npz"
 
     def _write(
         self, task: str, indices: range, length: int, seed: int, training: bool, advance: Callable[[int], None]

@@ -11,11 +11,12 @@ from pathlib import Path
 from rich.console import Console
 
 from sbeval import provenance, registry, sweep
+from sbeval.cell import Cell, cell_id
 from sbeval.draw import draw_figures
 from sbeval.errors import InputError
 from sbeval.executor import Executor
+from sbeval.place import Place
 from sbeval.schema import Part
-from sbeval.sweep import Cell, Place
 
 
 def cells(part: Part) -> list[Cell]:
@@ -96,13 +97,13 @@ def _show(family: str, found: Sequence[Cell], results_dir: Path, console: Consol
 
 
 def _say_failed(found: Sequence[Cell], results_dir: Path, console: Console) -> None:
-    records = {cell: results_dir / "runs" / f"{sweep.cell_id(cell)}.json" for cell in found}
+    records = {cell: results_dir / "runs" / f"{cell_id(cell)}.json" for cell in found}
     read = {cell: provenance.read_run(path) for cell, path in records.items() if path.exists()}
     failed = {cell: record["reason"] for cell, record in read.items() if record["status"] == "failed"}
     if failed:
         say(console, f"{len(failed)} of {len(found)} cells failed; the same command tries them again:")
     for cell, reason in failed.items():
-        say(console, f"  {sweep.cell_id(cell)}: {reason}")
+        say(console, f"  {cell_id(cell)}: {reason}")
 
 
 def say(console: Console, line: str) -> None:

@@ -4,200 +4,33 @@ cell -> build or load the model, train, evaluate -> results/runs/<cell>.json -> 
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, cast
+from typing import Any, cast
 
 import pandas as pd
 import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 
-from sbeval import checkpoint, device, distributed, provenance, table
-from sbeval.distributed import ALONE, World
-from sbeval.errors import InputError, storing
+from sbeval import device, distributed, provenance, table
+from sbeval.cell import FAILED, Cell, Checks, Outcome, Reports, Training, cell_id, is_cell
+from sbeval.errors import InputError
 from sbeval.executor import Executor, Lost
 from sbeval.graph import Graph, Step, needs, steps
+from sbeval.place import Place
 from sbeval.progress import Progress, Task
-from sbeval.table import Identity, Measurement, Provenance
-from sbeval.train import DivergedError, Trained
+from sbeval.table import Provenance
+from sbeval.train import DivergedError
 
 # what a small model reaches of the speed of a large matrix product: a guess, good enough for an estimate
 EFFICIENCY = {"cpu": 0.35, "cuda": 0.25}
 HERE = Executor()
-# seconds between looks at a lock that another holds
-POLL_S = 0.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a sweep runs and where its results go; nothing here changes a number beyond rounding."""
-
-    results_dir: Path
-    device: torch.device
-    force: bool = False  # train and evaluate again what is there already
-    tensorboard: Path | None = None
-    world: World = ALONE
-    shard: bool = False  # spread weights and optimizer over the processes of `world` while training
-    emptied: set[Path] = field(default_factory=set)  # of which `force` has removed what another run left
-
-    @contextmanager
-    def checkpoint(self, key: object, progress: Progress) -> Iterator[Path]:
-        """Folder of the model whose training `key` describes in full; with `force` what it held is removed.
-
-        While the block runs no other command trains this model: a second one waits, and finds it trained.
-        """
-        folder = self.results_dir / "checkpoints" / digest(key)
-        lock = FileLock(table.prepare(self.results_dir / "locks") / f"{folder.name}.lock")
-        try:
-            said = False
-            while distributed.anywhere(self.world.leads and not _taken(lock), self.world, self.device):
-                if not said:
-                    progress.say(f"another process trains {folder}: waiting for it")
-                said = True
-                time.sleep(POLL_S)
-            if self.world.leads:
-                (checkpoint.remove if self.begins_anew(folder) else checkpoint.tidy)(folder)
-            distributed.wait(self.world)
-            yield folder
-        finally:
-            lock.release()
-
-    def kept(self, *parts: str) -> Path:
-        """A file that a run which was stopped may have left in the results folder; with `force` it is removed."""
-        path = self.results_dir.joinpath(*parts)
-        if self.begins_anew(path):
-            path.unlink(missing_ok=True)
-        return path
-
-    def begins_anew(self, path: Path) -> bool:
-        """Whether what another run left there is to be removed: once, with `force`."""
-        first = self.force and path not in self.emptied
-        if first:
-            self.emptied.add(path)
-        return first
-
-    def logger(self, cell: "Cell") -> Callable[[int, dict[str, float]], None] | None:
-        """What writes a cell's training to TensorBoard, None unless that was asked for."""
-        if self.tensorboard is None or not self.world.leads:
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError("--tensorboard needs the tensorboard package: pip install 'sbeval[tensorboard]'") from None
-        folder = self.tensorboard / cell_id(cell)
-        try:
-            writer = SummaryWriter(folder)
-        except OSError as error:
-            raise InputError(f"cannot write TensorBoard logs to {folder}: {error.strerror}") from None
-
-        def log(step: int, numbers: dict[str, float]) -> None:
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step)
-            writer.flush()
-
-        return log
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What a finished cell found."""
-
-    identity: Identity
-    rows: Sequence[Measurement]
-    corpus: str = ""
-    corpus_digest: str = ""
-    tokenizer: str = ""
-    train_tokens: int
-    backend: str
-    tokens_per_s: float | None
-    measured: Mapping[str, object] = field(default_factory=dict)
-
-
-def _taken(lock: FileLock) -> bool:
-    with storing(Path(lock.lock_file)):
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            return False
-    return True
-
-
-class Cell(Step, Protocol):
-    """One point of a sweep: its fields are all that its numbers depend on."""
-
-    @property
-    def family(self) -> str: ...
-
-    @property
-    def row(self) -> type[Measurement]:
-        """The class of its rows."""
-
-    def source(self, progress: Progress) -> str:
-        """Digest of the text that the cell reads, empty when it reads none."""
-
-    def run(self, place: Place, progress: Progress) -> Outcome: ...
-
-
-class Training(Step, Protocol):
-    """What leaves a model that cells evaluate; it is equal for all cells of that model."""
-
-    def train(self, place: Place, progress: Progress) -> Path:
-        """Train, unless that is done, and return the checkpoint folder."""
-
-
-# `status` of the rows of a cell that found nothing
-FAILED = ("diverged", "failed")
 # what a cell's own sizes and numbers can cause: a device short of memory, a kernel that does not fit, an overflow
 CELL_ERRORS = (RuntimeError, MemoryError, ArithmeticError)
-
-
-class Checks(Cell, Protocol):
-    """A cell that can say before anything is trained what is the user's to change."""
-
-    def check(self, progress: Progress) -> None:
-        """InputError where the text, its documents or what is asked cannot do."""
-
-
-class Reports(Cell, Protocol):
-    """A cell whose failure is a row of its table too."""
-
-    def failed(self, how: str, place: Place) -> Outcome:
-        """What the table says; `how` is one of FAILED."""
-
-
-# for `field(metadata=LATER)`: an option that came after results; at its default it leaves the ids of cells as they were
-LATER = table.LATER
-
-
-def digest(key: object) -> str:
-    """Ten hexadecimal digits that stand for a configuration."""
-    text = json.dumps(key, sort_keys=True, default=_plain)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def _plain(value: object) -> Any:
-    assert dataclasses.is_dataclass(value) and not isinstance(value, type), value
-    # what does not make two of them differ is no part of which it is
-    values = {entry: getattr(value, entry.name) for entry in dataclasses.fields(value) if entry.compare}
-    return {
-        entry.name: item
-        for entry, item in values.items()
-        if not (entry.metadata.get("later") and item == entry.default)
-    }
-
-
-def cell_id(cell: Cell) -> str:
-    """Name of a cell in tables and of its run file: readable first, then what tells it from all others."""
-    return f"{cell.family}-{cell.title.replace(' ', '-').replace(':', '-')}-{digest(cell)}"
 
 
 def unfinished(cells: Sequence[Cell], results_dir: Path) -> list[Cell]:
@@ -213,11 +46,6 @@ def unfinished(cells: Sequence[Cell], results_dir: Path) -> list[Cell]:
 def found(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows without those that say that a cell found nothing."""
     return rows[~rows["status"].isin(FAILED)] if "status" in rows else rows
-
-
-def is_cell(step: Step) -> TypeGuard[Cell]:
-    """Whether a step has rows, unlike a training."""
-    return hasattr(step, "row")
 
 
 def speeds(parts: Sequence[Step], place: torch.device) -> dict[str, float]:
@@ -486,14 +314,3 @@ def results_of(cells: Sequence[Cell], results_dir: Path) -> pd.DataFrame:
     """The rows that the table of these cells' family holds of them."""
     rows = table.read(results_dir / f"{cells[0].family}.csv", table.required(cells[0].row))
     return rows[rows["cell"].isin([cell_id(cell) for cell in cells])]
-
-
-def timing(trained: Trained) -> dict[str, object]:
-    """What a run file says about training."""
-    return {
-        "train_seconds": trained.state.seconds,
-        "train_time": str(timedelta(seconds=round(trained.state.seconds))),
-        "mfu": trained.mfu,
-        "sequences_at_a_time": trained.rows,
-        "losses": [round(loss, 4) for loss in trained.state.losses],
-    }

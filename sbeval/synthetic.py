@@ -10,11 +10,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from sbeval import device, model, registry, sweep
+from sbeval import device, model, registry
+from sbeval.cell import Cell, Outcome, timing
 from sbeval.checkpoint import State
 from sbeval.model import IGNORE, Decoder, ModelConfig
+from sbeval.place import Place
 from sbeval.progress import Progress
-from sbeval.sweep import Outcome, Place, timing
 from sbeval.table import Identity, Measurement
 from sbeval.train import Batch, Batches, TrainConfig, Trained, Trainer
 
@@ -30,7 +31,7 @@ Examples = TypeVar("Examples", bound=Batch)
 Scores = Sequence[tuple[int, float]]
 
 
-class Cell(sweep.Cell, Protocol):
+class Trains(Cell, Protocol):
     """A cell that trains one model."""
 
     @property
@@ -59,7 +60,7 @@ class Drawn(Generic[Examples]):
 
 
 def train(
-    cell: Cell, folder: Path, batches: Batches, look: Callable[[Decoder], float], status: Callable[[Scores], str],
+    cell: Trains, folder: Path, batches: Batches, look: Callable[[Decoder], float], status: Callable[[Scores], str],
     place: Place, progress: Progress,
 ) -> Trained:  # fmt: skip
     """Train until `status` of all looks says anything but `budget`, or out of steps, unless `folder` has that model."""
@@ -76,7 +77,7 @@ def train(
     return trained
 
 
-def outcome(cell: Cell, rows: Sequence[Measurement], place: Place, looks: str, trained: Trained | None) -> Outcome:
+def outcome(cell: Trains, rows: Sequence[Measurement], place: Place, looks: str, trained: Trained | None) -> Outcome:
     """What a cell found; without a model, what it says instead. looks: what the run file calls those at validation."""
     shape, training = cell.model(), cell.training()
     name, _, options = cell.attention.partition(":")

@@ -25,11 +25,12 @@ from rich.table import Table
 from torch import Tensor
 
 from sbeval import checkpoint, estimate, model, pretrained, registry
+from sbeval.cell import Outcome, timing
 from sbeval.errors import InputError, check_swept
 from sbeval.model import IGNORE, Decoder
+from sbeval.place import Place
 from sbeval.progress import Progress
 from sbeval.recall import Examples, Recall, generate, label
-from sbeval.sweep import Outcome, Place, timing
 from sbeval.synthetic import TEST_SEED, predict
 from sbeval.table import Identity, Measurement
 from sbeval.tasks import mqrar

@@ -21,12 +21,13 @@ import pandas as pd
 import torch
 from rich.table import Table
 
-from sbeval import model, pretrained, scores, sweep
+from sbeval import model, pretrained, scores
 from sbeval.answers import Answers
+from sbeval.cell import Outcome, digest_of
 from sbeval.errors import InputError, choose
+from sbeval.place import Place
 from sbeval.pretrained import Pretrained
 from sbeval.progress import Progress
-from sbeval.sweep import Outcome, Place
 from sbeval.table import Measurement
 from sbeval.tasks import length_gen
 
@@ -190,7 +191,7 @@ class Cell:
 
     def _answers(self, digest: str, place: Place) -> Answers:
         """What the model of this digest has answered; nothing when it has to be asked again."""
-        name = sweep.digest([digest, self.config.attention, self.dtype])
+        name = digest_of([digest, self.config.attention, self.dtype])
         path = place.results_dir / "answers" / f"{name}.sqlite"
         return Answers(path, anew=place.begins_anew(path))
 

@@ -25,12 +25,13 @@ from rich.table import Table
 from torch import Tensor
 
 from sbeval import counter, estimate, model, synthetic
+from sbeval.cell import Outcome
 from sbeval.errors import InputError, check_swept
 from sbeval.estimate import Estimate
 from sbeval.model import IGNORE, Decoder, ModelConfig
+from sbeval.place import Place
 from sbeval.progress import Progress
 from sbeval.published import FLIP_FLOP, FLIP_FLOP_SOURCE
-from sbeval.sweep import Outcome, Place
 from sbeval.synthetic import METHODS, TEST_SEED, TRAIN_SEED, VALIDATION_SEED, Drawn, Scores, predict
 from sbeval.table import Measurement
 from sbeval.train import TrainConfig, Trained

@@ -20,15 +20,16 @@ from rich.table import Table
 
 from sbeval import corpus, model, perplexity, pretrained, registry, tokenizer
 from sbeval.batches import Batches
+from sbeval.cell import Outcome, timing
 from sbeval.corpus import Corpus
 from sbeval.errors import InputError, check_swept, choose
 from sbeval.estimate import Estimate
 from sbeval.model import Decoder, ModelConfig
 from sbeval.perplexity import PositionLosses, Predictor, Rolling
+from sbeval.place import Place
 from sbeval.pretrained import Pretrained
 from sbeval.progress import Progress
-from sbeval.sweep import LATER, Outcome, Place, timing
-from sbeval.table import Identity, Measurement
+from sbeval.table import LATER, Identity, Measurement
 from sbeval.tokenizer import Ids, Tokenizer
 from sbeval.train import TrainConfig, Trained, Trainer
 

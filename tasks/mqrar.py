@@ -29,14 +29,15 @@ from rich.table import Table
 from torch import Tensor
 
 from sbeval import counter, estimate, model, synthetic
+from sbeval.cell import Outcome
 from sbeval.errors import InputError, check_swept
 from sbeval.estimate import Estimate
 from sbeval.model import IGNORE, ModelConfig
+from sbeval.place import Place
 from sbeval.progress import Progress
 from sbeval.recall import Examples, Recall, generate, label
-from sbeval.sweep import LATER, Outcome, Place
 from sbeval.synthetic import METHODS, TEST_SEED, TRAIN_SEED, VALIDATION_SEED, Scores, predict
-from sbeval.table import Measurement
+from sbeval.table import LATER, Measurement
 from sbeval.train import TrainConfig, Trained
 
 __all__ = ["Examples", "Recall", "generate", "label"]

@@ -23,16 +23,17 @@ import platformdirs
 import torch
 from rich.table import Table
 
-from sbeval import checkpoint, estimate, haystack, model, pretrained, ruler, sweep
+from sbeval import checkpoint, estimate, haystack, model, pretrained, ruler
+from sbeval.cell import Outcome, digest_of
 from sbeval.errors import InputError, choose
 from sbeval.haystack import Sources
 from sbeval.lessons import Lessons
 from sbeval.model import Decoder, ModelConfig
+from sbeval.place import Place
 from sbeval.pretrained import Pretrained
 from sbeval.progress import Progress
 from sbeval.prompts import LONGEST, SHORTEST, Prompt, Writer
 from sbeval.retrieval import Answered, Samples, ask
-from sbeval.sweep import Outcome, Place
 from sbeval.table import Measurement
 from sbeval.tasks import length_gen
 from sbeval.tokenizer import Tokenizer
@@ -200,7 +201,7 @@ class Cell:
 
     def source(self, progress: Progress) -> str:
         """Digests of the text that the model is trained on, or of the model, and of what prompts are filled with."""
-        return f"{self.trained.origin(progress)[1]}-{sweep.digest(_sources(self.config).digests)}"
+        return f"{self.trained.origin(progress)[1]}-{digest_of(_sources(self.config).digests)}"
 
     def check(self, progress: Progress) -> None:
         """InputError where a prompt of the test or of fine-tuning does not fit its length."""
@@ -306,7 +307,7 @@ class Cell:
 
     def _samples(self, digest: str, prompts: str, place: Place) -> Samples:
         """What the model of this digest has answered; nothing when it has to be asked again."""
-        name = sweep.digest([digest, self.trained.attention, self.dtype, prompts])
+        name = digest_of([digest, self.trained.attention, self.dtype, prompts])
         return Samples(place.kept("samples", f"{prompts}-{name}.jsonl"))
 
 

@@ -15,9 +15,10 @@ import torch
 from rich.console import Console
 
 from sbeval import sweep
+from sbeval.cell import Cell, cell_id
 from sbeval.errors import InputError
 from sbeval.executor import Executor, Lost
-from sbeval.sweep import Cell, Place
+from sbeval.place import Place
 from sbeval.tasks import mqrar
 
 CPU = torch.device("cpu")
@@ -89,7 +90,7 @@ class Deadly(Place):
     """A place where each cell's process is killed once, at step 20, and every look at training leaves a line."""
 
     def logger(self, cell: Cell) -> Callable[[int, dict[str, float]], None]:
-        looks = self.results_dir / f"looks-{sweep.cell_id(cell)}"
+        looks = self.results_dir / f"looks-{cell_id(cell)}"
 
         def log(step: int, numbers: dict[str, float]) -> None:
             with looks.open("a") as file:
@@ -124,7 +125,7 @@ def test_a_ray_cluster_of_two_workers_that_are_killed_in_the_middle(tmp_path: Pa
         ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     for cell in cells:
         # killed at 20 after it had saved at 10, from where another went on
-        looks = (broken.results_dir / f"looks-{sweep.cell_id(cell)}").read_text().split()
+        looks = (broken.results_dir / f"looks-{cell_id(cell)}").read_text().split()
         assert looks == ["10", "20", "20", "30", "40"]
     assert sweep.run(cells, whole, **options)
     pd.testing.assert_frame_equal(results(cells, broken.results_dir), results(cells, whole.results_dir))

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from sbeval import graph, sweep
+from sbeval import graph
+from sbeval.cell import is_cell
 from sbeval.graph import Graph, Step
 from sbeval.tasks import attention_map, length_gen, mqrar, needle
 
@@ -60,7 +61,7 @@ def test_what_cells_share_costs_once() -> None:
     asked = length_gen.preset(needle.Config, "quick", tasks=("vt", "cwe"), finetune=4096, attention=("rope",))
     cells = needle.cells(asked)
     steps = graph.steps(cells)
-    assert [sweep.is_cell(step) for step in steps] == [False, False, True, True]
+    assert [is_cell(step) for step in steps] == [False, False, True, True]
     training, tuning = steps[:2]
     assert training.flops / tuning.flops == pytest.approx(asked.train_tokens / 4096)
     alone = length_gen.cells(dataclasses.replace(LENGTHS, attention=("rope",)))

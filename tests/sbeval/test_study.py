@@ -19,6 +19,7 @@ import torch
 from sbeval import cli, model, plan, schema, sources, sweep, table
 from sbeval import study as studies
 from sbeval.errors import InputError
+from sbeval.place import Place
 from sbeval.tasks import length_gen, needle
 from sbeval.train import Trainer
 
@@ -125,7 +126,7 @@ def test_a_plan_adds_up(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sbeval.device.measured_flops", lambda *_: 1e9)
     monkeypatch.setitem(sweep.EFFICIENCY, "cpu", 0.5)
     parts = schema.parts(schema.read(str(study)), lambda said: "float32")
-    place = sweep.Place(results_dir=tmp_path, device=torch.device("cpu"))
+    place = Place(results_dir=tmp_path, device=torch.device("cpu"))
     lines = {line.name: line for line in plan.lines(parts, place)}
     shape = length_gen.cells(parts[0].config)[0].model(257)
     weights = 2 * model.n_parameters(shape)

@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 
 from sbeval import graph, provenance, sweep, table
+from sbeval.cell import Outcome, cell_id, digest_of
 from sbeval.errors import InputError
+from sbeval.place import Place
 from sbeval.progress import Progress
-from sbeval.sweep import LATER, Outcome, Place
-from sbeval.table import Identity, Measurement
+from sbeval.table import LATER, Identity, Measurement
 from sbeval.tasks import length_gen
 from sbeval.train import DivergedError
 
@@ -39,14 +40,14 @@ def test_any_change_of_a_config_is_another_cell(name: str, value: Any) -> None:
     config = length_gen.Config(attention=("rope",))
     first, again = (length_gen.cells(config)[0] for _ in range(2))
     other = length_gen.cells(dataclasses.replace(config, **{name: value}))[0]
-    assert sweep.cell_id(first) == sweep.cell_id(again) != sweep.cell_id(other)
-    assert sweep.cell_id(first).startswith("length_gen-rope-seed-0-")
+    assert cell_id(first) == cell_id(again) != cell_id(other)
+    assert cell_id(first).startswith("length_gen-rope-seed-0-")
 
 
 def test_another_method_leaves_finished_cells_their_names() -> None:
     one = length_gen.cells(length_gen.Config(attention=("rope",)))
     two = length_gen.cells(length_gen.Config(attention=("stick_breaking", "rope"), seeds=(1, 0)))
-    assert {sweep.cell_id(cell) for cell in one} <= {sweep.cell_id(cell) for cell in two}
+    assert {cell_id(cell) for cell in one} <= {cell_id(cell) for cell in two}
 
 
 def test_a_later_option_at_its_default_changes_no_name() -> None:
@@ -59,8 +60,8 @@ def test_a_later_option_at_its_default_changes_no_name() -> None:
         lr: float = 0.1
         new: int | None = dataclasses.field(default=None, metadata=LATER)
 
-    assert sweep.digest(Before()) == sweep.digest(After()) != sweep.digest(After(new=1))
-    assert sweep.digest(Before(lr=0.2)) != sweep.digest(Before())
+    assert digest_of(Before()) == digest_of(After()) != digest_of(After(new=1))
+    assert digest_of(Before(lr=0.2)) != digest_of(Before())
 
 
 def test_committed_results_are_those_of_the_presets() -> None:
@@ -73,7 +74,7 @@ def test_committed_results_are_those_of_the_presets() -> None:
     cells = length_gen.cells(lengths)
     assert len(cells) == 18
     assert sweep.unfinished(cells, RESULTS) == []
-    assert all((RESULTS / "runs" / f"{sweep.cell_id(cell)}.json").is_file() for cell in cells)
+    assert all((RESULTS / "runs" / f"{cell_id(cell)}.json").is_file() for cell in cells)
 
 
 def test_cost_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +105,7 @@ def test_force_empties_a_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "POLL_S", 0.01)
+    monkeypatch.setattr("sbeval.place.POLL_S", 0.01)
     place, console = Place(results_dir=tmp_path, device=torch.device("cpu")), Console(file=io.StringIO(), width=200)
     order: list[str] = []
 
@@ -185,7 +186,7 @@ def run(cells: list[Cell], results: Path, **options: Any) -> tuple[bool, str]:
 
 
 def status(cell: Cell, results: Path) -> tuple[str, str]:
-    record = provenance.read_run(results / "runs" / f"{sweep.cell_id(cell)}.json")
+    record = provenance.read_run(results / "runs" / f"{cell_id(cell)}.json")
     return record["status"], record["reason"]
 
 
@@ -196,7 +197,7 @@ def test_a_cell_that_diverges_is_recorded_and_leaves_no_row(tmp_path: Path) -> N
     assert status(bad, tmp_path) == ("failed", "the loss is nan at step 7")
     assert status(worse, tmp_path) == ("failed", "what was measured is no finite number")
     assert status(good, tmp_path) == ("finished", "")
-    assert set(table.read(tmp_path / "fake.csv")["cell"]) == {sweep.cell_id(good)}
+    assert set(table.read(tmp_path / "fake.csv")["cell"]) == {cell_id(good)}
     # only those that failed are tried again
     assert sweep.unfinished([bad, worse, good], tmp_path) == [bad, worse]
     complete, said = run([good], tmp_path)

@@ -10,9 +10,9 @@ from rich.console import Console
 from sbeval import sweep, table
 from sbeval.errors import InputError
 from sbeval.model import Decoder, ModelConfig
+from sbeval.place import Place
 from sbeval.progress import Progress
 from sbeval.recall import Recall, generate
-from sbeval.sweep import Place
 from sbeval.tasks import attention_map
 from sbeval.weights import attention_weights
 

@@ -20,10 +20,12 @@ import torch
 from rich.console import Console
 
 from sbeval import checkpoint, cli, harness, model, sweep, table
+from sbeval.cell import cell_id
 from sbeval.checkpoint import State
 from sbeval.errors import InputError
 from sbeval.lm import Adapter
 from sbeval.model import Decoder
+from sbeval.place import Place
 from sbeval.tasks import few_shot
 from sbeval.tasks.few_shot import Cell, Config, Row, cells
 
@@ -70,7 +72,7 @@ def config(tmp_path: Path, items: Path, monkeypatch: pytest.MonkeyPatch) -> Conf
 
 def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
     found = cells(config)
-    place = sweep.Place(results_dir=results, device=CPU, force=force)
+    place = Place(results_dir=results, device=CPU, force=force)
     assert sweep.run(found, place, preset="quick", console=Console(file=io.StringIO()))
     return found
 
@@ -108,19 +110,19 @@ def test_every_model_is_asked_every_task(config: Config) -> None:
     # a model is trained once
     assert found[0].needs == found[3].needs != found[4].needs and len(found[0].needs) == 1
     assert found[0].flops > 10 * found[1].flops and found[0].config.suites == ()
-    assert found[0].title == "rope seed 0 mmlu:5" and len({sweep.cell_id(cell) for cell in found}) == len(found)
+    assert found[0].title == "rope seed 0 mmlu:5" and len({cell_id(cell) for cell in found}) == len(found)
 
 
 def test_what_else_is_asked_is_no_part_of_a_cells_name(config: Config) -> None:
     (alone,) = cells(config)
     last = cells(dataclasses.replace(config, tasks=("arc_easy", "copa")))[1]
-    assert sweep.cell_id(alone) == sweep.cell_id(last)
+    assert cell_id(alone) == cell_id(last)
 
 
 def test_the_model_is_length_gens(config: Config, tmp_path: Path) -> None:
     (cell,) = run(config, tmp_path / "results")
-    with sweep.progress_of(sweep.Place(results_dir=tmp_path, device=CPU)) as progress:
-        trained = cell.trained.train(sweep.Place(results_dir=tmp_path / "results", device=CPU), progress)
+    with sweep.progress_of(Place(results_dir=tmp_path, device=CPU)) as progress:
+        trained = cell.trained.train(Place(results_dir=tmp_path / "results", device=CPU), progress)
     assert [path.name for path in (tmp_path / "results" / "checkpoints").iterdir()] == [trained.name]
 
 

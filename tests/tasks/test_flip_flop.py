@@ -13,8 +13,8 @@ from rich.console import Console
 from sbeval import sweep, table
 from sbeval.errors import InputError
 from sbeval.model import IGNORE
+from sbeval.place import Place
 from sbeval.plots.flip_flop import best_rates
-from sbeval.sweep import Place
 from sbeval.tasks import flip_flop
 from sbeval.tasks.flip_flop import READ, SKIP, WRITE, Config, Examples, errors, generate
 

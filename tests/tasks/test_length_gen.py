@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from sbeval import checkpoint, model, tokenizer
+from sbeval.cell import Outcome, cell_id
 from sbeval.corpus import Split
 from sbeval.errors import InputError
 from sbeval.perplexity import PositionLosses
+from sbeval.place import Place
 from sbeval.progress import Progress
-from sbeval.sweep import Outcome, Place, cell_id
 from sbeval.tasks import length_gen
 from sbeval.tasks.length_gen import Config, Row, cells, rows
 

@@ -17,10 +17,11 @@ from rich.console import Console
 from torch import Tensor
 
 from sbeval import recall, sweep, table
+from sbeval.cell import cell_id
 from sbeval.errors import InputError
 from sbeval.model import IGNORE
+from sbeval.place import Place
 from sbeval.progress import Progress
-from sbeval.sweep import Place
 from sbeval.synthetic import TEST_SEED, VALIDATION_SEED
 from sbeval.tasks import mqrar
 from sbeval.tasks.mqrar import Examples, Recall, generate
@@ -350,7 +351,7 @@ def test_a_cell_that_diverges_has_a_row_that_says_so(tmp_path: Path) -> None:
     assert not sweep.run([cell], place, preset="quick", console=Console(quiet=True))
     rows = table.read(tmp_path / "mqrar.csv")
     assert rows[["metric", "value", "status"]].to_numpy().tolist() == [["solved", 0.0, "diverged"]]
-    assert "the loss is nan" in (tmp_path / "runs" / f"{sweep.cell_id(cell)}.json").read_text()
+    assert "the loss is nan" in (tmp_path / "runs" / f"{cell_id(cell)}.json").read_text()
     assert mqrar.summary(rows).row_count == 1
     # such a cell is tried again
     assert sweep.unfinished([cell], tmp_path) == [cell]

@@ -20,6 +20,7 @@ from sbeval.checkpoint import State
 from sbeval.errors import InputError
 from sbeval.lessons import Lessons
 from sbeval.model import Decoder
+from sbeval.place import Place
 from sbeval.prompts import Prompt, Writer
 from sbeval.retrieval import Answered, Samples
 from sbeval.tasks import length_gen, needle
@@ -54,7 +55,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
     found = cells(config)
-    place = sweep.Place(results_dir=results, device=CPU, force=force)
+    place = Place(results_dir=results, device=CPU, force=force)
     assert sweep.run(found, place, preset="quick", console=Console(file=io.StringIO()))
     return found
 
