@@ -1,6 +1,7 @@
 """Without a GPU, Triton kernels are interpreted: that, and how many threads there are, is said before imports."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # tests run in two processes, and start others: each with threads for all cores would wait for the others'
@@ -30,3 +31,17 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
             words = (f"{role} {number}: the {i * (number + 3) % 17}th word; " for i in range(20))
             (folder / f"{role}{number}.txt").write_text("".join(words))
     return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home folder, so that nothing is read from or written to the user's."""
+    import matplotlib
+
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        # fonts are listed once a machine
+        patch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())
+        patch.setenv("HOME", str(folder))
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        yield folder

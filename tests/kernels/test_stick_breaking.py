@@ -298,23 +298,26 @@ def test_bounds_are_for_decoding(backend: str) -> None:
         attention(q.detach(), k, v, bias=torch.zeros(3, device=PLACE), backend=backend)
 
 
-def test_heads_in_chunks_give_the_same(monkeypatch: Any) -> None:
-    """Backward keeps the states of as many heads at a time as fit; two at a time are the same sum."""
+@pytest.mark.parametrize(("heads", "bounds"), [(3, None), (5, (0, 70, 70))], ids=str)
+def test_heads_in_chunks_give_the_same(heads: int, bounds: tuple[int, ...] | None, monkeypatch: Any) -> None:
+    """Backward keeps the states of as many heads at a time as fit; here two of three, or of packed sequences, where the
+    device counts what they take, three of five."""
     if not GPU:
         monkeypatch.setattr(stick_breaking, "pick_backend", lambda *_: "triton")
     from sbeval.kernels import stick_breaking_triton
 
-    inputs = tuple(x.requires_grad_() for x in Case(70, heads=3, groups=3).draw(torch.float32, PLACE))
+    inputs = tuple(x.requires_grad_() for x in Case(70, heads=heads, groups=heads).draw(torch.float32, PLACE))
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32, device=PLACE)
 
     def gradients() -> tuple[Tensor, ...]:
-        out, rest = attention(*inputs, backend="triton")
+        out, rest = attention(*inputs, cu_seqlens=cu_seqlens, backend="triton")
         return torch.autograd.grad(out.square().sum() + rest.sum(), inputs)
 
     wanted = gradients()
     options = stick_breaking_triton.tiles("query", 16, torch.float32)
     slots = options["BLOCK_M"] // options["BLOCK_N"] * 3 + 2
     one = slots * 2 * options["BLOCK_M"] * 4
-    assert one * 3 < stick_breaking_triton.STATE_BYTES
+    assert one * heads < stick_breaking_triton.STATE_BYTES
     monkeypatch.setattr(stick_breaking_triton, "STATE_BYTES", one * 2)
     assert all(torch.equal(a, b) for a, b in zip(gradients(), wanted, strict=True))
 

@@ -9,11 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import pandas as pd
 import pytest
 import torch
@@ -22,6 +20,7 @@ from sbeval import cli, synthetic, table
 from sbeval.tasks import length_gen, mqrar
 from sbeval.train import Trainer
 
+pytestmark = pytest.mark.usefixtures("home")
 RECALL = (
     "mqrar", "--device", "cpu", "--vocab-size", "32", "--seq-len", "16", "--kv-pairs", "2", "--width", "16",
     "--batch", "4", "--steps", "12", "--test-rows", "30",
@@ -73,18 +72,6 @@ def assert_one_line(done: Done, *parts: str) -> None:
     assert done.code == 2 and len(said) == 1 and said[0].startswith("sbeval: "), done
     for part in parts:
         assert part in said[0], (part, said[0])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home folder, so that nothing is read from or written to the user's."""
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        # fonts are listed once a machine
-        patch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())
-        patch.setenv("HOME", str(folder))
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pytest
 import torch
 
@@ -23,6 +22,7 @@ from sbeval.place import Place
 from sbeval.tasks import length_gen, needle
 from sbeval.train import Trainer
 
+pytestmark = pytest.mark.usefixtures("home")
 STUDY = """
 models: {{attention: [rope, alibi], train_len: 16, train_tokens: 128, batch_tokens: 32, corpus: {corpus}}}
 length_gen: {{eval_len: 64, documents: 3, attention: [rope, "rope:scaling=ntk,factor=4", alibi]}}
@@ -39,17 +39,6 @@ def run(*arguments: object) -> tuple[Any, str, str]:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             cli.main()
     return ended.value.code, out.getvalue(), err.getvalue()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home folder, so that nothing is read from or written to the user's."""
-    folder = tmp_path_factory.mktemp("home")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())
-        patch.setenv("HOME", str(folder))
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        yield folder
 
 
 @pytest.fixture(autouse=True)
