@@ -253,10 +253,12 @@ def _read(path: Path, group: str | None, _: int) -> dict[str | None, list[Item]]
 
 
 def digest(tasks: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits that stand for the items that tasks score and their versions."""
+    """Sixteen hexadecimal digits that stand for tasks' versions, the items they score, and those that examples in prompts
+    come from."""
     found = hashlib.sha256()
     for name, task in tasks.items():
         found.update(f"{name} {task.VERSION}\n".encode())
-        for item in task.eval_docs:
+        examples = task.fewshot_docs() if task.config.num_fewshot else ()
+        for item in (*task.eval_docs, *examples):
             found.update(json.dumps(item, sort_keys=True, default=str).encode())
     return found.hexdigest()[:16]

@@ -132,7 +132,7 @@ def _decoder(model: Decoder, name: str, train_len: int | None, place: torch.devi
     )  # fmt: skip
 
 
-def _name(spec: str) -> str:
+def name(spec: str) -> str:
     """What a table calls it: a folder's own name, or the hub's."""
     return Path(spec).resolve().name if Path(spec).is_dir() else spec
 
@@ -164,7 +164,7 @@ def _hub() -> Any:
 
 def _read(spec: str, folder: Path, place: torch.device, dtype: str) -> Pretrained:
     model, train_len = released.load(folder, device.DTYPES[dtype])
-    return _decoder(model.to(place).eval(), _name(spec), train_len, place)
+    return _decoder(model.to(place).eval(), name(spec), train_len, place)
 
 
 def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: bool) -> Pretrained:
@@ -188,10 +188,10 @@ def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: boo
         raise InputError(f"no causal language model {spec!r}: {first_line(error)}") from None
     model = model.to(place).eval()
     if isinstance(model, hf.SbevalForCausalLM):
-        return _decoder(model.decoder, _name(spec), model.config.train_len, place)
+        return _decoder(model.decoder, name(spec), model.config.train_len, place)
     text = model.config.get_text_config()
     return Pretrained(
-        model=HubModel(model), name=_name(spec), attention="hf",
+        model=HubModel(model), name=name(spec), attention="hf",
         options=str(text.model_type), params=sum(x.numel() for x in model.parameters()),
         vocab_size=text.vocab_size, train_len=getattr(text, "max_position_embeddings", None),
         backend=str(text._attn_implementation),

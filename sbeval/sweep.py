@@ -183,8 +183,7 @@ class _Course:
             self.say(f"{finished} cells are finished already; --force runs them again")
         self.say(describe_cost(pending, self.work.place))
         begin = self.graph.add(pending)
-        if not all(is_cell(step) for step in begin):
-            _check(pending, self.progress)
+        _check(pending, self.progress)
         if self.overall:
             self.overall.extend(len(pending))
         for family in dict.fromkeys(cell.family for cell in cells):
@@ -259,7 +258,7 @@ def _pending(cells: Sequence[Cell], place: Place, progress: Progress) -> list[Ce
 
 
 def _check(cells: Sequence[Cell], progress: Progress) -> None:
-    """InputError where something cannot be asked, before a model is trained for it; all models are asked the same."""
+    """InputError where something cannot be asked, before anything runs; all models are asked the same."""
     first: dict[str, tuple[Step, ...]] = {}
     for cell in cells:
         if hasattr(cell, "check") and first.setdefault(cell.family, needs(cell)) == needs(cell):

@@ -96,6 +96,10 @@ class Config(length_gen.Config):
         if self.data_dir is not None and not os.path.isdir(self.data_dir):
             raise InputError(f"--data-dir {self.data_dir} is no folder")
 
+    @property
+    def trains(self) -> bool:
+        return self.checkpoint is None and not self.models
+
 
 PRESETS = {
     # a model of 1.3 M parameters and a few items, which say that everything works and nothing else
@@ -146,8 +150,12 @@ class Cell:
         return _asking(self.trained, self.config.tasks[0], self.config.limit)
 
     def source(self, progress: Progress) -> str:
-        """Digests of the model, or of the text that it is trained on, and of the items."""
-        return f"{self.trained.origin(progress)[1]}-{self._benchmark().digest}"
+        """Digests of the model and its tokenizer, or of the text that it is trained on, and of the items."""
+        given = self.config.checkpoint
+        # other models come with a tokenizer, which counts as theirs
+        ours = given is not None and pretrained.is_own(given)
+        text = [length_gen.open_tokenizer(self.config, progress).digest] if ours else []
+        return "-".join([self.trained.origin(progress)[1], *text, self._benchmark().digest])
 
     def check(self, progress: Progress) -> None:
         """InputError where the items are not there, or lm-eval is not."""
@@ -213,7 +221,11 @@ class Cell:
 def cells(config: Config) -> list[Cell]:
     """The grid: every model with every benchmark. InputError names what is not known."""
     if config.models:
-        loaded = [dataclasses.replace(config, checkpoint=spec, models=()) for spec in dict.fromkeys(config.models)]
+        specs = list(dict.fromkeys(config.models))
+        names = [pretrained.name(spec) for spec in specs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"two models are called {twice[0]!r}, and a table could not tell them apart: rename one")
+        loaded = [dataclasses.replace(config, checkpoint=spec, models=()) for spec in specs]
         models = [cell for one in loaded for cell in length_gen.cells(one)]
     else:
         models = length_gen.cells(config)

@@ -93,11 +93,16 @@ class Config:
                 raise InputError(f"{name} must be at least 1, or left out; got {amount}")
         if short := [length for length in self.window if length < 1]:
             raise InputError(f"--window must be at least 1; got {short[0]}")
-        if self.eval_len < self.train_len:
+        if self.trains and self.eval_len < self.train_len:
             raise InputError(
                 f"--eval-len {self.eval_len} is shorter than --train-len {self.train_len}: nothing to generalise to; "
                 f"give --eval-len {self.train_len} or more"
             )
+
+    @property
+    def trains(self) -> bool:
+        """Whether models are trained, unless they are there, rather than given."""
+        return self.checkpoint is None
 
 
 # the methods of the paper's figure 5; of its factors and windows we know that of NTK and 512, the others are ours

@@ -37,7 +37,7 @@ from sbeval.retrieval import Answered, Samples, ask
 from sbeval.table import Measurement
 from sbeval.tasks import length_gen
 from sbeval.tokenizer import Tokenizer
-from sbeval.train import Trainer
+from sbeval.train import TrainConfig, Trainer
 
 FAMILY = "needle"
 # tokens of prompts that are read together
@@ -200,8 +200,11 @@ class Cell:
         return model.flops_per_token(shape, length)
 
     def source(self, progress: Progress) -> str:
-        """Digests of the text that the model is trained on, or of the model, and of what prompts are filled with."""
-        return f"{self.trained.origin(progress)[1]}-{digest_of(_sources(self.config).digests)}"
+        """Digests of the text that the model is trained on, or of the model and its tokenizer, and of what prompts are
+        filled with."""
+        given = self.config.checkpoint is not None
+        text = [length_gen.open_tokenizer(self.config, progress).digest] if given else []
+        return "-".join([self.trained.origin(progress)[1], *text, digest_of(_sources(self.config).digests)])
 
     def check(self, progress: Progress) -> None:
         """InputError where a prompt of the test or of fine-tuning does not fit its length."""
@@ -235,7 +238,8 @@ class Cell:
                 batch=max(1, BATCH_TOKENS[place.device.type] // length), advance=task.advance,
             )  # fmt: skip
             task.close()
-            rows += measured(answers, length, ruler.TASKS[self.task].new_tokens, config.finetune)
+            tuned = self._tuning().tokens if config.finetune else 0
+            rows += measured(answers, length, ruler.TASKS[self.task].new_tokens, tuned)
         return length_gen.outcome(
             subject, rows, family=FAMILY, task=self.task, eval_len=max(config.lengths), seed=self.trained.seed,
             corpus=self.trained.origin(progress)[0], corpus_digest=self.source(progress), tokenizer=text.name,
@@ -278,15 +282,18 @@ class Cell:
         spec = self.config.checkpoint
         return (spec and checkpoint.training_length(Path(spec))) or self.config.train_len
 
+    def _tuning(self) -> TrainConfig:
+        config = self.config
+        return length_gen.training_config(
+            config, tokens=config.finetune, length=self._lesson_len, lr=config.finetune_lr, seed=self.trained.seed,
+            sparse=True,
+        )  # fmt: skip
+
     def _finetune(self, found: Pretrained, digest: str, writer: Writer, place: Place, progress: Progress) -> Path:
         """Train the model further on prompts, unless that is done, and return the checkpoint."""
-        config = self.config
         assert isinstance(found.model, Decoder), "no other is fine-tuned"
-        length = self._lesson_len
-        training = length_gen.training_config(
-            config, tokens=config.finetune, length=length, lr=config.finetune_lr, seed=self.trained.seed, sparse=True
-        )
-        names = config.finetune_tasks
+        training, names = self._tuning(), self.config.finetune_tasks
+        length = training.length
         kinds = [writer.path(name, length, self.trained.seed, training=True).stem for name in names]
         each = -(-training.steps * training.batch // len(names))
         written: list[list[Prompt]] = []
@@ -344,11 +351,11 @@ def measured(answers: list[Answered], length: int, new_tokens: int, finetuned: i
 def cells(config: Config) -> list[Cell]:
     """The grid: every model with every task. InputError names what is not known."""
     tasks = _tasks(config)
+    if _asked_as_it_is(config):
+        config = dataclasses.replace(config, finetune=0)
     lessons = config.finetune_tasks or tuple(name for name in tasks if name not in FILES)
     if config.finetune and not lessons:
         raise InputError("--finetune needs a task other than qa: name one with --finetune-task")
-    if config.finetune and config.checkpoint is not None and not pretrained.is_own(config.checkpoint):
-        raise InputError(f"--finetune trains models of ours alone: give --finetune 0 for {config.checkpoint}")
     found = []
     for trained in length_gen.cells(config):
         assert isinstance(trained.config, Config), "it replaces fields of what it is given"
@@ -361,8 +368,17 @@ def cells(config: Config) -> list[Cell]:
 
 
 def notes(config: Config) -> list[str]:
-    """What of RULER is not run for want of a file."""
-    return [] if config.tasks else [_lacks(name) for name in FILES if name not in _tasks(config)]
+    """What of RULER is not run for want of a file, and that a model is not fine-tuned."""
+    found = [] if config.tasks else [_lacks(name) for name in FILES if name not in _tasks(config)]
+    if _asked_as_it_is(config):
+        found.append(f"{config.checkpoint} is asked as it is: checkpoint folders of ours alone are fine-tuned")
+    return found
+
+
+def _asked_as_it_is(config: Config) -> bool:
+    """Whether presets' fine-tuning is not for this model."""
+    given = config.checkpoint
+    return bool(config.finetune) and given is not None and not pretrained.is_own(given)
 
 
 def _tasks(config: Config) -> list[str]:

@@ -141,6 +141,13 @@ def test_mistakes_are_errors(config: Config, change: dict[str, Any], said: str) 
         cells(dataclasses.replace(config, **change))
 
 
+def test_models_of_one_name_are_an_error(config: Config, tmp_path: Path) -> None:
+    specs = [str(save(tmp_path / one / "model", seed)) for seed, one in enumerate("ab")]
+    with pytest.raises(InputError, match="two models are called 'model', .* rename one"):
+        cells(dataclasses.replace(config, models=tuple(specs)))
+    assert len(cells(dataclasses.replace(config, models=(specs[0], specs[0])))) == 1
+
+
 def test_presets_ask_what_they_say() -> None:
     assert {task for suite in few_shot.SUITES.values() for task in suite} >= {"blimp", "mmlu:5", "race", "gsm8k:5"}
     assert few_shot.PRESETS["h200"].suites == ("linguistic", "commonsense")
@@ -207,6 +214,39 @@ def test_other_items_are_asked(config: Config, items: Path, tmp_path: Path, aske
     run(given, tmp_path / "results")
     # those that were answered are not asked again
     assert sum(asked) == 24 and (sweep.results_of([cell], tmp_path / "results")["n"] == 12).all()
+
+
+def test_other_examples_in_prompts_are_other_items(
+    config: Config, items: Path, tmp_path: Path, asked: list[int]
+) -> None:
+    folder = tmp_path / "items"
+    folder.mkdir()
+    text = (items / "arc_easy_test.jsonl").read_text()
+    (folder / "arc_easy_test.jsonl").write_text(text)
+    given = dataclasses.replace(config, data_dir=str(folder), tasks=("arc_easy:2",), eval_len=512)
+    run(given, tmp_path / "results")
+    count = sum(asked)
+    harness.load.cache_clear()
+    lines = text.splitlines(keepends=True)
+    # those that are set aside for examples
+    (folder / "arc_easy_test.jsonl").write_text("".join(line.replace("What", "Which") for line in lines[:32]))
+    with (folder / "arc_easy_test.jsonl").open("a") as file:
+        file.writelines(lines[32:])
+    run(given, tmp_path / "results")
+    assert sum(asked) == 2 * count
+
+
+def test_items_that_are_missing_are_said_before_any_is_asked(config: Config, tmp_path: Path, asked: list[int]) -> None:
+    given = dataclasses.replace(config, models=(str(save(tmp_path / "model", 0)),), tasks=("copa", "race"))
+    with pytest.raises(InputError, match="race"):
+        run(given, tmp_path / "results")
+    assert not asked
+
+
+def test_a_given_model_may_read_less_than_others_are_trained_on(config: Config) -> None:
+    with pytest.raises(InputError, match="--eval-len 4 is shorter than --train-len 8"):
+        dataclasses.replace(config, eval_len=4)
+    assert dataclasses.replace(config, eval_len=4, models=("some/model",)).eval_len == 4
 
 
 def test_force_asks_again(config: Config, tmp_path: Path, asked: list[int]) -> None:

@@ -112,15 +112,17 @@ def test_every_model_is_asked_every_task_of_which_the_files_are_there(config: Co
         ({"samples": 0}, "1 sample or more"),
         ({"finetune": 9, "finetune_tasks": ("qa_2",)}, "qa_2 cannot be fine-tuned on"),
         ({"finetune": 9, "tasks": ("qa_1",), "squad": "x"}, "--finetune needs a task other than qa"),
-        (
-            {"finetune": 9, "checkpoint": "some/model"},
-            "--finetune trains models of ours alone: give --finetune 0 for some/model",
-        ),
     ],
 )
 def test_mistakes_are_errors(config: Config, change: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         cells(dataclasses.replace(config, **change))
+
+
+def test_a_model_of_others_is_asked_as_it_is(config: Config) -> None:
+    given = dataclasses.replace(config, finetune=9, checkpoint="some/model")
+    assert [cell.config.finetune for cell in cells(given)] == [0]
+    assert needle.notes(given) == ["some/model is asked as it is: checkpoint folders of ours alone are fine-tuned"]
 
 
 def test_a_length_that_does_not_fit_is_said_before_training(config: Config, tmp_path: Path) -> None:
@@ -224,6 +226,15 @@ def test_another_model_at_the_same_path_is_asked_again(config: Config, tmp_path:
     assert sum(asked) == 10
 
 
+def test_a_given_model_with_another_tokenizer_is_another(config: Config, tmp_path: Path) -> None:
+    given = dataclasses.replace(config, checkpoint=str(save(tmp_path / "model")))
+    with sweep.progress_of(Place(results_dir=tmp_path, device=CPU)) as progress:
+        bytes_, bpe = (
+            cells(dataclasses.replace(given, tokenizer=name))[0].source(progress) for name in ("bytes", "bpe:260")
+        )
+    assert bytes_ != bpe
+
+
 def test_a_tokenizer_of_another_model_is_an_error(config: Config, tmp_path: Path) -> None:
     given = dataclasses.replace(config, checkpoint=str(save(tmp_path / "model")), tokenizer="bpe:260", lengths=(2048,))
     with pytest.raises(InputError, match=r"'bpe:260' has 260 tokens and the model of .* 257: give the --tokenizer"):
@@ -261,8 +272,9 @@ def test_lessons_are_prompts_of_no_test(
 
 
 def test_fine_tuning_starts_from_the_model_and_changes_it(config: Config, tmp_path: Path) -> None:
+    # what was trained is whole steps
     given = dataclasses.replace(
-        config, checkpoint=str(save(tmp_path / "model")), lengths=(768,), finetune=768 * 8, batch_tokens=768 * 4,
+        config, checkpoint=str(save(tmp_path / "model")), lengths=(768,), finetune=768 * 8 + 5, batch_tokens=768 * 4,
         finetune_lr=1e-12,
     )  # fmt: skip
     (still,) = run(given, tmp_path / "results")
@@ -271,6 +283,7 @@ def test_fine_tuning_starts_from_the_model_and_changes_it(config: Config, tmp_pa
     found = [sweep.results_of([cell], tmp_path / "results").set_index("metric") for cell in (plain, still, tuned)]
     first, same, other = (float(rows[rows["depth_start"].isna()]["value"]["log_probability"]) for rows in found)
     assert same == pytest.approx(first, rel=1e-4) and other > first + 1
+    assert [set(rows["finetune_tokens"]) for rows in found] == [{0}, {768 * 8}, {768 * 8}]
 
 
 def test_the_loss_is_on_the_answer_and_the_end() -> None:
