@@ -160,6 +160,12 @@ def training_length(folder: Path) -> int | None:
     return length if isinstance(length, int) else None
 
 
+def training_tokenizer(folder: Path) -> str | None:
+    """Digest of the tokenizer that the model of a checkpoint was trained with; None where the folder does not say."""
+    digest = (_read_config(folder).training or {}).get("tokenizer")
+    return digest if isinstance(digest, str) else None
+
+
 def load_model(folder: Path, device: torch.device | str = "cpu") -> Decoder:
     """Build the model of a checkpoint folder; InputError names a file that is missing, damaged or does not fit."""
     config = _read_config(folder).model

@@ -253,8 +253,7 @@ def _read(path: Path, group: str | None, _: int) -> dict[str | None, list[Item]]
 
 
 def digest(tasks: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits that stand for tasks' versions, the items they score, and those that examples in prompts
-    come from."""
+    """Sixteen hexadecimal digits that stand for tasks' versions, their items, and those that examples come from."""
     found = hashlib.sha256()
     for name, task in tasks.items():
         found.update(f"{name} {task.VERSION}\n".encode())

@@ -24,7 +24,8 @@ from sbeval.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pretrained:
-    """A model with what a table says of it. `train_len` is None where its files do not say it."""
+    """A model with what a table says of it, and the digest of its tokenizer. `train_len` and `tokenizer` are None where
+    its files do not say it."""
 
     model: Predictor
     name: str
@@ -34,13 +35,19 @@ class Pretrained:
     vocab_size: int
     train_len: int | None
     backend: str
+    tokenizer: str | None = None
 
     def check_tokenizer(self, text: Tokenizer, spec: str) -> None:
-        """InputError when a tokenizer has more tokens than the model, which `spec` names."""
+        """InputError when a tokenizer has more tokens than the model, which `spec` names, or is not its own."""
         if text.vocab_size > self.vocab_size:
             raise InputError(
                 f"tokenizer {text.name!r} has {text.vocab_size} tokens and the model of {spec} {self.vocab_size}: "
                 "give the --tokenizer it was trained with"
+            )
+        if self.tokenizer not in (None, text.digest):
+            raise InputError(
+                f"the model of {spec} was trained with another tokenizer than {text.name!r}: give the --tokenizer, and "
+                "for bpe:SIZE the --corpus, that it was trained with"
             )
 
 
@@ -120,15 +127,18 @@ def likely_parameters(spec: str) -> int:
 
 def _own(folder: Path, place: torch.device) -> Pretrained:
     model = checkpoint.load_model(folder, place).eval()
-    return _decoder(model, folder.resolve().name, checkpoint.training_length(folder), place)
+    tokenizer = checkpoint.training_tokenizer(folder)
+    return _decoder(model, folder.resolve().name, checkpoint.training_length(folder), place, tokenizer)
 
 
-def _decoder(model: Decoder, name: str, train_len: int | None, place: torch.device) -> Pretrained:
+def _decoder(
+    model: Decoder, name: str, train_len: int | None, place: torch.device, tokenizer: str | None = None
+) -> Pretrained:
     method, _, options = model.config.attention.partition(":")
     return Pretrained(
         model=model, name=name, attention=method, options=options, params=model.n_parameters(),
         vocab_size=model.config.vocab_size, train_len=train_len,
-        backend=registry.method(method).backend_name(place.type),
+        backend=registry.method(method).backend_name(place.type), tokenizer=tokenizer,
     )  # fmt: skip
 
 

@@ -209,15 +209,16 @@ class Trainer:
 
     def __init__(
         self, model: ModelConfig, config: TrainConfig, batches: Batches, folder: Path | None, place: torch.device,
-        world: World = ALONE, *, shard: bool = False,
+        world: World = ALONE, *, shard: bool = False, tokenizer: str | None = None,
     ) -> None:  # fmt: skip
+        """tokenizer: digest of what the model's tokens come from, for who loads it."""
         if shard and world.size == 1:
             raise InputError("one process has nothing to shard: start several with torchrun --nproc-per-node")
         if config.batch % world.size:
             raise InputError(f"{world.size} processes cannot share a batch of {config.batch} sequences evenly")
         torch.manual_seed(config.seed)
         self.config, self.batches, self.folder, self.place, self.world = config, batches, folder, place, world
-        self.shard = shard
+        self.shard, self.tokenizer = shard, tokenizer
         self.model = Decoder(model).to(place)
         self.state = State()
         self.speeds: list[float] = []  # tokens/s between looks at the loss
@@ -408,7 +409,7 @@ class Trainer:
     def _save(self) -> None:
         self._measure()
         if self.folder is not None:
-            training = dataclasses.asdict(self.config)
+            training = dataclasses.asdict(self.config) | {"tokenizer": self.tokenizer}
             if self.shard and not self.state.finished:
                 checkpoint.save_sharded(self.folder, self.model, self.state, self.optimizer, self.world, training)
                 return

@@ -328,7 +328,10 @@ class Cell:
         training = self.training()
         batches = Batches(text.train, training.length, training.batch, self.seed, self.config.packing)
         with place.checkpoint([shape, training, text.digest, self.config.packing], progress) as folder:
-            trainer = Trainer(shape, training, batches, folder, place.device, place.world, shard=place.shard)
+            trainer = Trainer(
+                shape, training, batches, folder, place.device, place.world, shard=place.shard,
+                tokenizer=text.tokenizer.digest,
+            )  # fmt: skip
             task = progress.add(f"train {trained_as} seed {self.seed}", training.steps, completed=trainer.state.step)
             trained = trainer.run(task, log=place.logger(self))
             task.close()

@@ -304,7 +304,8 @@ class Cell:
         lessons = [prompt for together in zip(*written, strict=True) for prompt in together]
         batches = Lessons(lessons, writer.tokenizer, length, training.batch)
         with place.checkpoint([digest, training, kinds], progress) as folder:
-            trainer = Trainer(found.model.config, training, batches, folder, place.device)
+            tokenizer = writer.tokenizer.digest
+            trainer = Trainer(found.model.config, training, batches, folder, place.device, tokenizer=tokenizer)
             if trainer.state.step == 0:
                 trainer.model.load_state_dict(found.model.state_dict())
             task = progress.add(f"fine-tune {self.trained.title}", training.steps, completed=trainer.state.step)

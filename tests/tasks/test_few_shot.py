@@ -263,6 +263,16 @@ def test_a_tokenizer_of_another_model_is_an_error(config: Config, tmp_path: Path
         run(given, tmp_path / "results")
 
 
+def test_a_tokenizer_of_a_smaller_vocabulary_is_an_error_too(config: Config, tmp_path: Path) -> None:
+    trained = dataclasses.replace(config, tokenizer="bpe:270")
+    run(trained, tmp_path / "results")
+    (folder,) = (tmp_path / "results" / "checkpoints").iterdir()
+    given = dataclasses.replace(trained, models=(str(folder),))
+    with pytest.raises(InputError, match="was trained with another tokenizer than 'bytes': give the --tokenizer"):
+        run(dataclasses.replace(given, tokenizer="bytes"), tmp_path / "results")
+    run(given, tmp_path / "results")
+
+
 def test_evaluation_alone_changes_the_model(config: Config, tmp_path: Path) -> None:
     specs = ("rope", "rope:scaling=linear,factor=4.0,train_len=8")
     found = run(dataclasses.replace(config, attention=specs), tmp_path / "results")
