@@ -335,7 +335,14 @@ def few_shot(
     dry_run: DryRun = False,
     tensorboard: TensorBoard = None,
 ) -> None:
-    """Benchmarks through lm-eval, of models that length-gen trains or of any others: how do they compare?"""
+    """Benchmarks through lm-eval, of models that length-gen trains or of any others: how do they compare?
+
+    Models of others are asked as the preset paper says, unless another is named.
+    """
+    from sbeval import pretrained
+
+    if checkpoint and not any(map(pretrained.is_own, checkpoint)):
+        preset = preset or "paper"
     given = dict(
         # tasks that are named are all that is asked
         tasks=task, suites=suite or ([] if task else None), models=checkpoint,

@@ -63,9 +63,13 @@ def describe_cost(cells: Sequence[Step], place: Place) -> str:
     if not cells:
         return "nothing to run"
     parts = steps(cells)
+    count = f"{len(cells)} cell{'s' if len(cells) > 1 else ''} to run"
+    if not any(step.flops for step in parts):
+        # a model of the hub, whose size is not known before it is here
+        return f"{count}, at a cost that is not known yet"
     time_s = sum(seconds(parts, speeds(parts, place.device), place.device)) / place.world.size
     return (
-        f"{len(cells)} cell{'s' if len(cells) > 1 else ''} to run, {sum(step.flops for step in parts):.1e} FLOPs: "
+        f"{count}, {sum(step.flops for step in parts):.1e} FLOPs: "
         f"roughly {in_words(time_s)} on {device.describe(place.device)}"
     )
 

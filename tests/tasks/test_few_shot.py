@@ -316,6 +316,14 @@ def test_a_command_leaves_table_and_figure(command: list[object], tmp_path: Path
     assert code == 0 and "| model stick_breaking |" in out and "| chance | 29.2 | 50.0 | 39.6 |" in out
 
 
+def test_a_model_of_others_is_asked_what_the_paper_asks(tmp_path: Path) -> None:
+    given = ["few-shot", "--device", "cpu", "--model", "some/model", "--results-dir", tmp_path, "--dry-run"]
+    code, out = said(*given)
+    assert code == 0 and "gsm8k-5" in out and "12 cells to run, at a cost that is not known yet" in out
+    code, out = said(*given, "--preset", "quick")
+    assert code == 0 and "3 cells to run" in out
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_request_by_request(command: list[object], tmp_path: Path, asked: list[int]) -> None:
     """One row a batch and a pause after each: killed in the middle, and what was answered is there."""
