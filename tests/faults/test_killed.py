@@ -272,5 +272,24 @@ def _code(main: Any) -> int:
     return 0
 
 
+@pytest.mark.slow
+def test_a_ray_driver_that_is_killed_goes_on(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    seeds = " ".join(f"--seed {seed}" for seed in range(3))
+    command = f"{RECALL} --attention rope --steps 300 {seeds} --executor ray --workers 2 --results-dir {tmp_path}"
+    words = [sys.executable, "-m", "sbeval", *shlex.split(command)]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as driver:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "mqrar.csv").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        driver.kill()
+    before = set(rows(tmp_path, "mqrar")["cell"])
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    found = table.read(tmp_path / "mqrar.csv")
+    cells = {path.stem for path in (tmp_path / "runs").iterdir()}
+    assert before and before <= cells == set(found["cell"]) and len(cells) == 3
+    assert len(found[found["metric"] == "solved"]) == 3
+
+
 if __name__ == "__main__":
     serve(Path(sys.argv[1]))
