@@ -361,8 +361,15 @@ def cells(config: Config) -> list[Cell]:
 
 
 def notes(config: Config) -> list[str]:
-    """What of RULER is not run for want of a file."""
-    return [] if config.tasks else [_lacks(name) for name in FILES if name not in _tasks(config)]
+    """What of RULER is not run for want of a file, and which files are there for nothing."""
+    absent = {name: option for name, (option, _) in FILES.items() if name not in _tasks(config)}
+    if not config.tasks:
+        return [_lacks(name) for name in absent]
+    return [
+        f"--{option} is not used: {name} is not among the tasks that are asked; give --task {name} too"
+        for name, option in absent.items()
+        if getattr(config, option) is not None
+    ]
 
 
 def _tasks(config: Config) -> list[str]:
