@@ -102,17 +102,22 @@ def test_every_model_is_asked_every_task_of_which_the_files_are_there(config: Co
     assert len(cells(with_file)) == 24 and len(needle.notes(with_file)) == 1 and needle.notes(config) == []
 
 
-def test_a_file_that_no_task_asks_for_is_said(config: Config) -> None:
-    for tasks, options, unused in (
-        (("niah_single_1",), {"squad": "f"}, [("squad", "qa_1")]),
-        (("vt", "qa_1"), {"squad": "f", "hotpot": "f"}, [("hotpot", "qa_2")]),
-        (("qa_1",), {"squad": "f"}, []),
-        ((), {"squad": "f", "hotpot": "f"}, []),
-    ):
-        assert needle.notes(dataclasses.replace(config, tasks=tasks, **options)) == [
-            f"--{option} is not used: {task} is not among the tasks that are asked; give --task {task} too"
-            for option, task in unused
-        ]
+@pytest.mark.parametrize(
+    ("tasks", "squad", "hotpot", "unused"),
+    [
+        (("niah_single_1",), "f", None, [("squad", "qa_1")]),
+        (("vt", "qa_1"), "f", "f", [("hotpot", "qa_2")]),
+        (("qa_1",), "f", None, []),
+        ((), "f", "f", []),
+    ],
+)
+def test_a_file_that_no_task_asks_for_is_said(
+    tasks: tuple[str, ...], squad: str, hotpot: str | None, unused: list[tuple[str, str]], config: Config
+) -> None:
+    assert needle.notes(dataclasses.replace(config, tasks=tasks, squad=squad, hotpot=hotpot)) == [
+        f"--{option} is not used: {task} is not among the tasks that are asked; give --task {task} too"
+        for option, task in unused
+    ]
 
 
 @pytest.mark.parametrize(
