@@ -362,14 +362,7 @@ def cells(config: Config) -> list[Cell]:
 
 def notes(config: Config) -> list[str]:
     """What of RULER is not run for want of a file, and which files are there for nothing."""
-    absent = {name: option for name, (option, _) in FILES.items() if name not in _tasks(config)}
-    if not config.tasks:
-        return [_lacks(name) for name in absent]
-    return [
-        f"--{option} is not used: {name} is not among the tasks that are asked; give --task {name} too"
-        for name, option in absent.items()
-        if getattr(config, option) is not None
-    ]
+    return _about_files(config)
 
 
 def _tasks(config: Config) -> list[str]:
@@ -380,6 +373,17 @@ def _tasks(config: Config) -> list[str]:
 def _lacks(name: str) -> str:
     option, what = FILES[name]
     return f"{name} is not run without its questions: give --{option} PATH to {what}"
+
+
+def _about_files(config: Config) -> list[str]:
+    absent = {name: option for name, (option, _) in FILES.items() if name not in _tasks(config)}
+    if not config.tasks:
+        return [_lacks(name) for name in absent]
+    return [
+        f"--{option} is not used: {name} is not among the tasks that are asked; give --task {name} too"
+        for name, option in absent.items()
+        if getattr(config, option) is not None
+    ]
 
 
 def _sources(config: Config) -> Sources:
