@@ -15,19 +15,9 @@ from sbeval.table import numbers
 TABLE = "needle"
 ALWAYS = ("model", "train_len", "finetune_tokens")
 OTHERS = ("tokenizer", "preset", "corpus", "train_tokens", "dtype")
-COLUMNS = (
-    "attention",
-    "options",
-    "seed",
-    "task",
-    "metric",
-    "value",
-    "stderr",
-    "length",
-    "depth_start",
-    *ALWAYS,
-    *OTHERS,
-)
+# what cells that say the same have in common
+SAME = ("attention", "options", "seed", "task", "metric", "length", *ALWAYS, *OTHERS)
+COLUMNS = ("cell", "value", "stderr", "n", "depth_start", *SAME)
 METRICS = {"score": "score of what is said", "greedy": "greedy decoding is right"}
 ACROSS = 4
 
@@ -108,7 +98,18 @@ def rows(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["metric"].isin(list(METRICS)) & table["depth_start"].isna()]
     if table.empty:
         raise InputError("there are no rows with metric 'score' or 'greedy' over all depths to draw")
-    return numbers(table, ["length", "train_len", "finetune_tokens"])
+    return largest(numbers(table, ["length", "train_len", "finetune_tokens"]))
+
+
+def largest(table: pd.DataFrame) -> pd.DataFrame:
+    """Of rows that differ in nothing but their cell, those of the cell with most samples; of equal ones, the first.
+
+    A run with more --samples, or with another --length too, leaves a cell of its own beside that of the run before.
+    """
+    samples = table.groupby([*SAME, "cell"])["n"].transform("sum")
+    order = samples.sort_values(ascending=False, kind="stable").index
+    kept = table.loc[order, [*SAME, "cell"]].drop_duplicates([*SAME])
+    return table.merge(kept, on=[*SAME, "cell"])
 
 
 def mean(some: pd.DataFrame) -> pd.DataFrame:

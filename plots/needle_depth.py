@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from sbeval.errors import InputError
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Heat
-from sbeval.plots.needle import ALWAYS, METRICS, OTHERS, TABLE, common, settings
+from sbeval.plots.needle import METRICS, SAME, TABLE, common, largest, settings
 from sbeval.table import numbers
 
-FACTORS = ("length", "depth_start", "depth_end")
-COLUMNS = ("attention", "options", "seed", "task", "metric", "value", *FACTORS, *ALWAYS, *OTHERS)
+DEPTHS = ("depth_start", "depth_end")
+COLUMNS = ("cell", "value", "n", *DEPTHS, *SAME)
 __all__ = ["COLUMNS", "TABLE", "chart", "draw"]
 # readable in grey and by colour-blind readers
 COLOURS = "viridis"
@@ -66,7 +66,7 @@ def _by_depth(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["metric"].isin(list(METRICS)) & table["depth_start"].notna()]
     if table.empty:
         raise InputError("there are no rows with a depth to draw: tasks with a single needle have them")
-    return common(numbers(table, [*FACTORS, "train_len", "finetune_tokens"]))
+    return common(largest(numbers(table, [*DEPTHS, "length", "train_len", "finetune_tokens"])))
 
 
 def _mean_of(table: pd.DataFrame) -> str:

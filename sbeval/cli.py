@@ -425,7 +425,11 @@ def compare(
 def needle(
     preset: Preset = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="niah_single_1, ..., vt, cwe, fwe, qa_1, qa_2; repeat. All of RULER's 13.")
+        list[str] | None,
+        typer.Option(
+            help="niah_single_1, ..., vt, cwe, fwe, qa_1, qa_2; repeat. The preset's: quick asks niah_single_1, others "
+            "all 13."
+        ),
     ] = None,
     length: Annotated[
         list[int] | None, typer.Option(help="Tokens of prompt and answer, 512 to 131072; repeat.")

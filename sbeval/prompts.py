@@ -22,7 +22,7 @@ from sbeval.table import locked, replacing
 from sbeval.tokenizer import Ids, Tokenizer
 
 # changes with anything that makes other prompts
-FORMAT = 1
+FORMAT = 2
 SHORTEST, LONGEST = 512, 131072
 # prompts that are encoded together
 GROUP = 32
@@ -90,6 +90,9 @@ class Writer:
             budget = length - ruler.TASKS[task].new_tokens
             fitted = fit(drafts, budget, self._encode, functools.partial(_misfit, task, length, budget, training))
             samples = [sample for sample, _ in fitted]
+            for one, (_, ids) in zip(drafts, fitted, strict=True):
+                if one.largest is not None and budget - len(ids) > one.largest:
+                    raise _underfilled(task, length, budget, training, len(ids))
             for (sample, ids), answer in zip(fitted, self._answers(samples), strict=True):
                 found.append(Prompt(tokens=ids, answer=answer, references=sample.references, depth=sample.depth))
             advance(len(group))
@@ -182,6 +185,18 @@ def _misfit(task: str, length: int, budget: int, training: bool, least: int) -> 
     return InputError(
         f"{task} does not fit {length} tokens: its smallest prompt has {least}, and {length - budget} are generated; "
         f"{more}"
+    )
+
+
+def _underfilled(task: str, length: int, budget: int, training: bool, most: int) -> InputError:
+    # other samples have a little less
+    filled = 95 * (most + length - budget) // 12800 * 128
+    fewer = f"give --length {filled} or less, or leave {task} out"
+    if training:
+        fewer = f"name others with --finetune-task, or train at --train-len {filled} or less"
+    return InputError(
+        f"{task} cannot fill {length} tokens: with every word it has, its prompt has {most}, and {length - budget} are "
+        f"generated; {fewer}"
     )
 
 

@@ -26,8 +26,10 @@ Templates are read from the installed lm_eval. Its port departs from NVIDIA/RULE
 Departures of ours: the essay is Walden (Henry David Thoreau, 1854; public domain; Project Gutenberg's text 205 without
 its table of contents), for RULER's own are under copyright, or a file of the user's; sentences end by a rule (. ! or ?
 before a capital), not by nltk's model; the worked example of vt, at most 500 tokens upstream, has at most a third of L
-where that is less and five lines of noise fit. Where RULER's references have no order, teacher forcing takes that in
-which they stand (values of one key, common words); between them stands what a worked example has, else a comma.
+where that is less and five lines of noise fit; where all words of wonderwords do not fill L in cwe (131072 tokens with
+some tokenizers), NVIDIA draws from a longer list, and here that is an error, for the list is not at hand. Where RULER's
+references have no order, teacher forcing takes that in which they stand (values of one key, common words); between them
+stands what a worked example has, else a comma.
 """
 
 import ast
@@ -76,12 +78,14 @@ class Draft:
     """A sample of which the haystack is open: `least` to `most` units.
 
     tokens: of the prompt with so many units, but for an error that changes little from one number to the next.
+    largest: tokens of a unit at most, where fewer units than fill the length are an error; else None.
     """
 
     least: int
     most: int
     tokens: Callable[[int], int]
     write: Callable[[int], Sample]
+    largest: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,15 +201,16 @@ def _niah(niah: Niah, key: str, setting: Setting) -> Draft:
     sought = [place for place, (name, _) in enumerate(pairs) if name in asked]
     head, tail = setting.tables.around(_niah_template(niah, asked))
 
-    def sample(haystack: Sequence[Part], depths: Sequence[float]) -> Sample:
+    def sample(haystack: Sequence[Part], depths: Sequence[float], gap: str = "") -> Sample:
+        end = setting.tables.new([gap + tail.text]).part([0]) if gap else tail
         return Sample(
-            parts=[head, *haystack, tail], answer=" " + ", ".join(answers), references=answers,
+            parts=[head, *haystack, end], answer=" " + ", ".join(answers), references=answers,
             depth=depths[sought[0]] if len(sought) == 1 else None,
         )  # fmt: skip
 
     fixed = head.tokens + tail.tokens
     if niah.haystack == "essay":
-        return _in_essay(setting.tables.new([f" {text}" for text in needles]), fixed, rng, setting, sample)
+        return _in_essay(needles, fixed, rng, setting, sample)
     lines = _noise(setting) if niah.haystack == "noise" else _needles(niah, needle, rng, setting)
     added = setting.tables.new([f"\n{text}" for text in needles])
     sums = np.cumsum(lines.tokens)
@@ -254,14 +259,19 @@ def _niah_template(niah: Niah, asked: Sequence[str]) -> str:
 
 
 def _in_essay(
-    needles: Pieces, fixed: int, rng: random.Random, setting: Setting,
-    sample: Callable[[Sequence[Part], Sequence[float]], Sample],
+    needles: Sequence[str], fixed: int, rng: random.Random, setting: Setting,
+    sample: Callable[[Sequence[Part], Sequence[float], str], Sample],
 ) -> Draft:  # fmt: skip
-    """Needles after sentences of an essay, of which the units are words."""
+    """Needles after sentences of an essay, of which the units are words.
+
+    As upstream, needles and what stands before, between and after them are joined by spaces, also where that is empty.
+    """
     essay = setting.sources.essay
     words = setting.tables.kept("essay", lambda: [f" {word}" for word in essay.words])
     sums = setting.tables.sums("essay", words)
-    count = len(needles.texts)
+    count = len(needles)
+    # as they follow text, then as they follow nothing
+    added = setting.tables.new([f"{gap}{text}" for gap in (" ", "  ") for text in needles])
     depths = sorted(rng.sample(DEPTHS, count))
     first = rng.choice(essay.starts[: len(essay.starts) // 2]) if setting.training else 0
     # sentences before this sample's part of the essay
@@ -274,13 +284,14 @@ def _in_essay(
         for number, depth in enumerate(depths):
             sentence = int(sentences * (depth / 100))
             here = essay.starts[skipped + sentence] if sentence < sentences else first + units
-            haystack += [words.part(range(last, here)), needles.part(range(number, number + 1))]
+            haystack += [words.part(range(last, here)), added.part([number if last < here else count + number])]
             last = here
-        return sample(opened([*haystack, words.part(range(last, first + units))]), depths)
+        rest = words.part(range(last, first + units))
+        return sample(opened([*haystack, rest]), depths, "" if rest.indices else " ")
 
     return Draft(
         least=count, most=min(setting.length, len(essay.words) - first), write=write,
-        tokens=lambda units: fixed + int(needles.tokens.sum() + sums[first + units] - sums[first]),
+        tokens=lambda units: fixed + int(added.tokens[:count].sum() + sums[first + units] - sums[first]),
     )  # fmt: skip
 
 
@@ -360,6 +371,7 @@ def _cwe(key: str, setting: Setting) -> Draft:
     chosen = rng.sample(range(len(vocabulary)), len(vocabulary))
     sums = np.cumsum(spelt.tokens[chosen] * np.repeat(seldom, (10, len(chosen) - 10)))
     numbers = np.cumsum(places.tokens)
+    largest = seldom[1] * int(spelt.tokens.max() + places.tokens.max())
 
     def number(units: int) -> int:
         return 10 * seldom[0] + (units - 10) * seldom[1]
@@ -374,6 +386,7 @@ def _cwe(key: str, setting: Setting) -> Draft:
 
     return Draft(
         least=10, most=max(10, min(len(chosen), 10 + (len(numbers) - number(10)) // seldom[1])), write=write,
+        largest=largest,
         tokens=lambda units: head.tokens + tail.tokens + int(sums[units - 1] + numbers[: number(units)][-1]),
     )  # fmt: skip
 

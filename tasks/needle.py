@@ -369,8 +369,8 @@ def cells(config: Config) -> list[Cell]:
 
 
 def notes(config: Config) -> list[str]:
-    """What of RULER is not run for want of a file, and that a model is not fine-tuned."""
-    found = [] if config.tasks else [_lacks(name) for name in FILES if name not in _tasks(config)]
+    """What is not run for want of a file, which files are there for nothing, and that a model is not fine-tuned."""
+    found = _about_files(config)
     if _asked_as_it_is(config):
         found.append(f"{config.checkpoint} is asked as it is: checkpoint folders of ours alone are fine-tuned")
     return found
@@ -390,6 +390,17 @@ def _tasks(config: Config) -> list[str]:
 def _lacks(name: str) -> str:
     option, what = FILES[name]
     return f"{name} is not run without its questions: give --{option} PATH to {what}"
+
+
+def _about_files(config: Config) -> list[str]:
+    absent = {name: option for name, (option, _) in FILES.items() if name not in _tasks(config)}
+    if not config.tasks:
+        return [_lacks(name) for name in absent]
+    return [
+        f"--{option} is not used: {name} is not among the tasks that are asked; give --task {name} too"
+        for name, option in absent.items()
+        if getattr(config, option) is not None
+    ]
 
 
 def _sources(config: Config) -> Sources:

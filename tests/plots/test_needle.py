@@ -14,7 +14,7 @@ COMMON: dict[str, Any] = {
     "model": "25m", "options": "", "params": 25_000_000, "train_len": 1024, "train_tokens": 10**8, "eval_len": 2048,
     "seed": 0, "n": 100, "stderr": 0.05, "corpus": "books", "tokenizer": "bpe:8192", "preset": "h200",
     "dtype": "bfloat16", "finetune_tokens": 1000, "depth_start": np.nan, "depth_end": np.nan, "metric": "score",
-    "attention": "rope", "task": "vt", "length": 1024,
+    "attention": "rope", "task": "vt", "length": 1024, "cell": "one",
 }  # fmt: skip
 SCORES = {("vt", 1024): 0.5, ("vt", 2048): 0.25, ("cwe", 1024): 0.9, ("cwe", 2048): 0.75}
 
@@ -82,6 +82,25 @@ def test_a_mean_is_of_all_tasks_or_is_none() -> None:
     assert line(panel(needle.draw(table), "mean"), "RoPE") == pytest.approx({1024: 0.7})
 
 
+def test_of_cells_that_say_the_same_that_with_most_samples_is_drawn() -> None:
+    fewer = rows(n=30, stderr=0.09, cell="few", value=0.0)
+    # the same samples, asked again with another length beside: the evaluation is longer, and no number differs
+    again = [row | {"cell": "more", "eval_len": 4096} for row in rows() if row["length"] == 1024]
+    table = pd.DataFrame(fewer + rows() + again)
+    alone = pd.DataFrame(rows())
+    for shown in (needle.rows(table), needle.rows(table.iloc[::-1])):
+        columns = ["task", "length", "value", "stderr"]
+        found, wanted = (
+            item[columns].sort_values(columns).reset_index(drop=True) for item in (shown, needle.rows(alone))
+        )
+        pd.testing.assert_frame_equal(found, wanted)
+        pd.testing.assert_frame_equal(needle.mean(shown), needle.mean(needle.rows(alone)))
+    assert line(panel(needle.draw(table), "vt"), "RoPE") == pytest.approx({1024: 0.5, 2048: 0.25})
+    # methods, seeds and settings are none of that
+    others = rows(attention="alibi", cell="a") + rows(seed=1, cell="b") + rows(finetune_tokens=0, cell="c")
+    assert len(needle.rows(pd.DataFrame(rows() + others))) == 4 * len(rows())
+
+
 def test_settings_and_metrics_have_panels_of_their_own() -> None:
     figure = needle.draw(pd.DataFrame(rows() + rows(metric="greedy", value=0.3) + rows(finetune_tokens=0, value=0.2)))
     found = [line(axis, "RoPE")[1024] for axis in figure.axes if "mean" in names(axis)]
@@ -105,6 +124,17 @@ def test_a_map_has_depth_by_length() -> None:
     low, high = panel(figure, "RoPE").get_ylim()
     assert (low, high) == (100, 0)
     assert [text.get_text() for text in panel(figure, "RoPE").get_xticklabels()] == ["1k", "2k"]
+
+
+def test_a_map_is_of_the_cell_with_most_samples() -> None:
+    # a bin in which the smaller cell, of other samples, has more of them is the larger one's too
+    fewer = depths(cell="few", n=40, value=1.0)[:2] + depths(cell="few", n=101, value=1.0)[2:3]
+    drawn: list[Any] = []
+    for table in (depths(), fewer + depths()):
+        figure = needle_depth.draw(pd.DataFrame(table))
+        (mesh,) = [item for item in panel(figure, "RoPE").collections if isinstance(item, QuadMesh)]
+        drawn.append(np.ma.filled(np.ma.asarray(mesh.get_array(), dtype=float), np.nan))
+    np.testing.assert_array_equal(drawn[1], drawn[0])
 
 
 @pytest.mark.parametrize(("figure", "said"), [(needle, "no rows with metric"), (needle_depth, "no rows with a depth")])

@@ -1,4 +1,5 @@
-"""Every command that the README and docs/ show is one that runs: to its end where it reads tables, else to its plan."""
+"""Every command that the README and docs/ show is one that runs: to its end where it reads tables, else to its plan.
+Every file that the pages link to is there."""
 
 import dataclasses
 import json
@@ -18,6 +19,7 @@ from sbeval.train import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+LINKING = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "kernels" / "NOTES.md"]
 # commands that read result tables and are done in seconds
 AT_ONCE = ("plot", "report", "table", "compare", "doctor", "export")
 
@@ -57,6 +59,23 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"context": "Ada wrote.", "qas": [{"question": "Who?", "answers": [{"text": "Ada"}], "is_impossible": False}]}
     ]}]}))  # fmt: skip
     return home
+
+
+def links(page: Path) -> list[str]:
+    """Targets of links and images that are no addresses, without what stands behind a #."""
+    found = re.findall(r"\]\(([^)\s]+)|(?:src|href)=\"([^\"]+)\"", page.read_text())
+    targets = [(one or other).partition("#")[0] for one, other in found]
+    return [target for target in targets if target and not re.match(r"[a-z]+:", target)]
+
+
+@pytest.mark.parametrize("page", LINKING, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_point_to_files_that_are_there(page: Path) -> None:
+    assert [target for target in links(page) if not (page.parent / target).exists()] == []
+
+
+def test_there_are_links() -> None:
+    found = {page.name: links(page) for page in LINKING}
+    assert "../sbeval/ruler.py" in found["tasks.md"] and "results/quick/figures/needle.png" in found["README.md"]
 
 
 def test_there_are_commands() -> None:

@@ -153,6 +153,19 @@ def test_lessons_that_do_not_fit_are_put_right_by_other_options(small: Writer) -
         small.prompts("vt", 512, 42, 1, training=True)
 
 
+def test_words_that_run_out_before_the_length_are_an_error(small: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ruler.words("noun")[:300]
+    monkeypatch.setattr(ruler, "words", lambda *kinds: few)
+    with pytest.raises(InputError, match="cwe cannot fill 32768 tokens: with every word it has, its prompt") as caught:
+        small.prompts("cwe", 32768, 42, 2)
+    length = int(re.findall(r"give --length (\d+) or less, or leave cwe out", str(caught.value))[0])
+    for prompt in small.prompts("cwe", length, 42, 2):
+        # three times the longest word and its number
+        assert 0 <= length - NEW_TOKENS["cwe"] - len(prompt.tokens) <= 3 * (max(map(len, few)) + len(" 1000. "))
+    with pytest.raises(InputError, match=r"name others with --finetune-task, or train at --train-len \d+ or less"):
+        small.prompts("cwe", 32768, 42, 1, training=True)
+
+
 # one sample
 
 
@@ -285,6 +298,31 @@ def test_an_essay_is_whole_but_for_its_needles(small: Writer) -> None:
     before, needle, after = re.split(r"(One of the special magic numbers for [^:]*: \d+\.)", text)
     assert needle and f"{before}{after.lstrip()}".split() == small.sources.essay.words[:300]
     assert not before or re.search(r"[.!?][\"'”’)\]]* $", before)
+
+
+@pytest.mark.parametrize(
+    ("task", "depths", "wanted"),
+    [
+        ("niah_single_2", [0], "\n ONE {} {} {}\n"),
+        ("niah_single_2", [50], "\n{} ONE {} {}\n"),
+        ("niah_single_2", [100], "\n{} {} {} ONE \n"),
+        ("niah_multiquery", [0, 2, 97, 100], "\n ONE  ONE {} {} ONE {} ONE \n"),
+    ],
+)  # fmt: skip
+def test_needles_are_joined_to_an_essay_by_spaces_as_rulers(
+    task: str, depths: list[int], wanted: str, writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands before, between and after needles is joined with them, also where it is empty: two spaces then."""
+    (tmp_path / "essay.txt").write_text("This is one. Here is another! Is it?")
+    three = Writer(writer.tokenizer, haystack.load(str(tmp_path / "essay.txt"), None, None), tmp_path)
+    monkeypatch.setattr(ruler, "DEPTHS", depths)
+    sample = ruler.draft(task, 0, setting(three)).write(8)
+    text = re.sub(r"One of the special magic numbers for \S+ is: \d{7}\.", "ONE", sample.prompt)
+    context = text.split("afterwards.")[1].split("What ")[0]
+    assert context == wanted.format("This is one.", "Here is another!", "Is it?")
+    assert three._encode([sample])[0].tolist() == three.tokenizer.encode(sample.prompt).tolist()
+    # written in parts where the tokenizer allows it, as any other
+    assert prompts._apart(sample)
 
 
 def test_variables_are_rulers(small: Writer) -> None:

@@ -166,11 +166,14 @@ def test_a_kernel_is_compared_on_the_same_device() -> None:
 
 def needles(stick: float, rope: float, **common: Any) -> pd.DataFrame:
     rows = [
-        {"attention": name, "task": task, "length": length, "value": value if length > 2048 else 1.0}
+        {
+            "attention": name, "task": task, "length": length, "value": value if length > 2048 else 1.0,
+            "cell": f"{name} {task}",
+        }
         for name, value in ((STICK, stick), (ROPE, rope))
         for task in ("vt", "cwe")
         for length in (2048, 4096, 8192)
-    ]
+    ]  # fmt: skip
     return frame(rows, **{"metric": "score", "depth_start": None, "finetune_tokens": 0, "stderr": 0.02} | common)
 
 

@@ -103,6 +103,24 @@ def test_every_model_is_asked_every_task_of_which_the_files_are_there(config: Co
 
 
 @pytest.mark.parametrize(
+    ("tasks", "squad", "hotpot", "unused"),
+    [
+        (("niah_single_1",), "f", None, [("squad", "qa_1")]),
+        (("vt", "qa_1"), "f", "f", [("hotpot", "qa_2")]),
+        (("qa_1",), "f", None, []),
+        ((), "f", "f", []),
+    ],
+)
+def test_a_file_that_no_task_asks_for_is_said(
+    tasks: tuple[str, ...], squad: str, hotpot: str | None, unused: list[tuple[str, str]], config: Config
+) -> None:
+    assert needle.notes(dataclasses.replace(config, tasks=tasks, squad=squad, hotpot=hotpot)) == [
+        f"--{option} is not used: {task} is not among the tasks that are asked; give --task {task} too"
+        for option, task in unused
+    ]
+
+
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"tasks": ("niah_single_4",)}, "unknown needle task 'niah_single_4'; did you mean 'niah_single_"),
@@ -327,6 +345,16 @@ def test_a_command_leaves_table_and_figures(command: list[object], tmp_path: Pat
     assert set(rows["task"]) == {"niah_single_1", "niah_multiquery"} and rows["n"].max() == 2
     # four needles have no one depth
     assert rows[rows["task"] == "niah_multiquery"]["depth_start"].isna().all()
+
+
+def test_help_says_which_tasks_a_preset_asks() -> None:
+    code, out, _ = said("needle", "--help")
+    words = " ".join(word for word in out.split() if word != "│")
+    assert code == 0 and "The preset's: quick asks niah_single_1, others all 13." in words
+    assert {name: preset.tasks for name, preset in needle.PRESETS.items() if preset.tasks} == {
+        "quick": ("niah_single_1",)
+    }
+    assert len(ruler.TASKS) == 13
 
 
 def test_questions_that_are_missing_are_one_line(command: list[object]) -> None:
