@@ -266,12 +266,12 @@ def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: boo
     model = model.to(place).eval()
     if isinstance(model, hf.SbevalForCausalLM):
         return _decoder(model.decoder, _name(spec), model.config.train_len, place)
-    text = model.config.get_text_config()
+    text, positions = model.config.get_text_config(), _positions(model)
     return Pretrained(
         model=HubModel(model), name=_name(spec), attention="hf",
         options=str(text.model_type), params=sum(x.numel() for x in model.parameters()),
-        vocab_size=text.vocab_size, train_len=getattr(text, "max_position_embeddings", None),
-        backend=str(text._attn_implementation), positions=_positions(model),
+        vocab_size=text.vocab_size, train_len=getattr(text, "max_position_embeddings", positions),
+        backend=str(text._attn_implementation), positions=positions,
     )  # fmt: skip
 
 
