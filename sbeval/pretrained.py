@@ -74,6 +74,8 @@ class HubModel(nn.Module):
         self.body, self.head = model.base_model, model.get_output_embeddings()
         if self.head is None or self.body is model:
             raise InputError(f"{type(model).__name__} has no body and head of its own: not supported")
+        # some keep hidden states in float32
+        self.dtype: torch.dtype = model.dtype
         # as their generate() asks
         self.placed = "position_ids" in inspect.signature(model.forward).parameters
         shape = model.config.get_text_config()
@@ -85,7 +87,7 @@ class HubModel(nn.Module):
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.head(hidden)
+        logits: Tensor = self.head(hidden.to(self.dtype))
         return self._changed(logits, self.factor)
 
     def begin(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, dict[str, Any]]:
@@ -126,7 +128,7 @@ class HubModel(nn.Module):
         InputError where logits are changed by more than a factor and the cap.
         """
         tokens = torch.arange(8, device=model.device)[None]
-        hidden = self(tokens)
+        hidden = self(tokens).to(self.dtype)
         # largest logits of a token: 0.1 to 100
         sizes = torch.logspace(-1, 2, 8, device=hidden.device)[:, None]
         scale: Tensor = sizes / self.head(hidden).float().abs().amax(-1, keepdim=True)

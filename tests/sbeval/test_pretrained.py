@@ -67,11 +67,18 @@ def test_continuations_are_those_of_transformers(name: str) -> None:
 # logits
 
 
+def test_logits_of_bfloat16_are_the_models_own() -> None:
+    # which keeps its hidden states in float32
+    found, wanted = both(build("Mamba").bfloat16(), 10.0)
+    torch.testing.assert_close(found.float(), wanted)
+
+
 def both(model: Any, size: float) -> tuple[Tensor, Tensor]:
     """Logits in two steps and the model's own, where the largest of the head is about `size`."""
     tokens = torch.arange(20, 40)[None]
     with torch.inference_mode():
-        largest = model.get_output_embeddings()(model.base_model(tokens).last_hidden_state).abs().max()
+        hidden = model.base_model(tokens).last_hidden_state.to(model.dtype)
+        largest = model.get_output_embeddings()(hidden).abs().max()
         model.get_output_embeddings().weight *= size / largest
         hub = HubModel(model)
         return hub.logits(hub(tokens)), model(tokens).logits
