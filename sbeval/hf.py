@@ -81,6 +81,8 @@ class Past(Cache):
     """A cache that grows, with the methods that generate() calls."""
 
     reorder_cache = Cache.reorder
+    # it grows
+    is_compileable = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.rows.length
@@ -91,6 +93,8 @@ class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "decoder"
     _tied_weights_keys = {"decoder.head.weight": "decoder.embedding.weight"}
     _no_split_modules = ["Block"]
+    # a cache can't give tokens back: generate() then refuses what guesses some ahead
+    _is_stateful = True
     _built = False
 
     def __init__(self, config: SbevalConfig) -> None:
@@ -123,17 +127,30 @@ class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
         self.decoder.head = new_embeddings
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Past | None = None,
-        labels: Tensor | None = None, use_cache: bool | None = None, logits_to_keep: int | Tensor = 0,
-        return_dict: bool | None = None,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        past_key_values: Past | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0, return_dict: bool | None = None, position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None, output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:  # fmt: skip
         """Logits (B, T, vocab_size) of input_ids (B, T), and with `labels` their mean loss, shifted by one.
 
         attention_mask: (B, T) or, with a cache, (B, past + T); 0 at padding, left or right; with a cache left alone.
-        Logits at padding mean nothing.
+        Logits at padding mean nothing. position_ids: (B, T) or (1, T), those that each row's tokens have anyway.
+        InputError for the arguments after it.
         """
+        if inputs_embeds is not None or output_attentions or output_hidden_states:
+            raise InputError(
+                "inputs_embeds, output_attentions and output_hidden_states are not supported by this model"
+            )
+        if input_ids is None:
+            raise InputError("this model needs input_ids")
         if past_key_values is not None:
-            hidden = self._extend(input_ids, attention_mask, past_key_values)
+            _check_past(input_ids, attention_mask, past_key_values)
+        if position_ids is not None:
+            _check_places(position_ids, input_ids, attention_mask, past_key_values)
+        if past_key_values is not None:
+            hidden = self._extend(input_ids, past_key_values)
         elif use_cache:
             hidden, past_key_values = self._begin(input_ids, attention_mask)
         else:
@@ -167,11 +184,7 @@ class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
         past = Past(lengths, room=0, layers=self.decoder.config.layers, device=tokens.device)
         return _unpacked(self.decoder.extend(tokens[real][None], past)[0], real), past
 
-    def _extend(self, tokens: Tensor, mask: Tensor | None, past: Past) -> Tensor:
-        if not isinstance(past, Past):
-            raise InputError(f"past_key_values must be what this model returned; got a {type(past).__name__}")
-        if tokens.shape[1] > 1 and mask is not None and not bool(mask[:, -tokens.shape[1] :].all()):
-            raise InputError("what continues a cache can't be padded")
+    def _extend(self, tokens: Tensor, past: Past) -> Tensor:
         steps = []
         for token in tokens.split(1, 1):
             self.decoder.check_positions(past.rows.length + 1)
@@ -179,6 +192,28 @@ class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
                 past.grow(max(64, past.rows.capacity // 4))
             steps.append(self.decoder.extend(token, past))
         return torch.cat(steps, 1)
+
+
+def _check_past(tokens: Tensor, mask: Tensor | None, past: Past) -> None:
+    """InputError where tokens can't continue a cache."""
+    if not isinstance(past, Past):
+        raise InputError(f"past_key_values must be what this model returned; got a {type(past).__name__}")
+    if len(tokens) != len(past.rows.starts):
+        raise InputError(f"past_key_values has {len(past.rows.starts)} rows and input_ids {len(tokens)}")
+    if not tokens.shape[1]:
+        raise InputError(f"past_key_values has {past.rows.length} tokens of each row: input_ids has none after them")
+    if tokens.shape[1] > 1 and mask is not None and not bool(mask[:, -tokens.shape[1] :].all()):
+        raise InputError("what continues a cache can't be padded")
+
+
+def _check_places(given: Tensor, tokens: Tensor, mask: Tensor | None, past: Past | None) -> None:
+    """InputError where position_ids are not the number of tokens before each in its row."""
+    real = torch.ones_like(tokens, dtype=torch.bool) if mask is None or past is not None else mask.bool()
+    wanted = real.cumsum(1) - 1 + (0 if past is None else past.rows.next_places())
+    if given.shape[-1] != tokens.shape[1] or bool(((given != wanted) & real).any()):
+        raise InputError(
+            "position_ids must count each row's tokens from 0, a cache's included and padding not: leave them out"
+        )
 
 
 def _lengths(real: Tensor, *also: str) -> list[int]:

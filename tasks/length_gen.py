@@ -357,6 +357,7 @@ class Cell:
             self.config.checkpoint, place.device, self.config.dtype, trust_remote_code=self.config.trust_remote_code
         )
         found.check_tokenizer(text.tokenizer, self.config.checkpoint)
+        found.check_length(max((self.config.eval_len, *self.config.window)), self.config.checkpoint)
         return self.subject(found, place)
 
     def _measured(

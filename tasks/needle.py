@@ -226,6 +226,7 @@ class Cell:
         digest = pretrained.digest(folder)
         found = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
         found.check_tokenizer(text, folder)
+        found.check_length(max(config.lengths), folder)
         subject = self.trained.subject(found, place)
         rows: list[Row] = []
         for length, written in prompts.items():

@@ -224,9 +224,72 @@ def test_a_cache_goes_on_token_by_token_and_several_at_a_time() -> None:
         model(torch.randint(257, (2, 21)), past_key_values=past)
 
 
-def test_caches_of_others_are_an_error() -> None:
+def test_generation_goes_on_from_the_cache_that_it_returned() -> None:
+    model, batch = wrapped(), padded(PROMPTS)
+    how: dict[str, Any] = {"do_sample": False, "eos_token_id": None}
+    wanted = model.generate(**batch, max_new_tokens=9, **how)
+    first = model.generate(**batch, max_new_tokens=4, return_dict_in_generate=True, **how)
+    mask = torch.cat([batch["attention_mask"], torch.ones(len(PROMPTS), 4, dtype=torch.long)], 1)
+    past = first.past_key_values
+    found = model.generate(first.sequences, attention_mask=mask, past_key_values=past, max_new_tokens=5, **how)
+    assert torch.equal(found, wanted)
+    # a further turn
+    tokens = torch.cat([found, torch.randint(EOS, (len(PROMPTS), 3))], 1)
+    mask = torch.cat([mask, torch.ones(len(PROMPTS), 8, dtype=torch.long)], 1)
+    again = model.generate(tokens, attention_mask=mask, past_key_values=past, max_new_tokens=5, **how)
+    assert torch.equal(again, model.generate(tokens, attention_mask=mask, max_new_tokens=5, **how))
+
+
+def test_caches_that_do_not_fit_are_errors() -> None:
+    model = wrapped()
     with pytest.raises(InputError, match="got a DynamicCache"):
-        wrapped()(torch.tensor([[1]]), past_key_values=DynamicCache())
+        model(torch.tensor([[1]]), past_key_values=DynamicCache())
+    past = model(torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+    with pytest.raises(InputError, match="past_key_values has 1 rows and input_ids 2"):
+        model(torch.tensor([[1], [2]]), past_key_values=past)
+    with pytest.raises(InputError, match="has 3 tokens of each row: input_ids has none after them"):
+        model.generate(torch.tensor([[1]]), past_key_values=past, max_new_tokens=1)
+
+
+def test_assisted_generation_is_an_error() -> None:
+    model = wrapped()
+    for how in ({"assistant_model": wrapped()}, {"prompt_lookup_num_tokens": 2}):
+        with pytest.raises(ValueError, match="assisted generation is not supported with .* SbevalForCausalLM"):
+            model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=4, do_sample=False, **how)
+
+
+# arguments
+
+
+@torch.inference_mode()
+def test_positions_are_those_that_tokens_have_anyway() -> None:
+    model, tokens = wrapped(), torch.randint(EOS, (2, 9))
+    wanted, places = model(tokens).logits, torch.arange(9)[None]
+    for given in (places, places.expand(2, 9)):
+        assert torch.equal(model(tokens, position_ids=given).logits, wanted)
+    batch = padded(PROMPTS)
+    counted = batch["attention_mask"].cumsum(1) - 1
+    assert torch.equal(model(**batch, position_ids=counted).logits, model(**batch).logits)
+    past = model(**batch, use_cache=True).past_key_values
+    model(torch.ones(len(PROMPTS), 2).long(), past_key_values=past, position_ids=counted[:, -1:] + torch.tensor([1, 2]))
+    for given in (places + 1, places[:, :4], places.expand(2, 9).flip(1)):
+        with pytest.raises(InputError, match="position_ids must count each row's tokens from 0"):
+            model(tokens, position_ids=given)
+    with pytest.raises(InputError, match="position_ids must count"):
+        model(torch.ones(len(PROMPTS), 1).long(), past_key_values=past, position_ids=counted[:, -1:] + 1)
+
+
+def test_what_is_not_supported_is_one_error() -> None:
+    model, tokens = wrapped(), torch.tensor([[1, 2, 3]])
+    assert model(tokens, output_hidden_states=False, output_attentions=None).logits.shape == (1, 3, 257)
+    said = "inputs_embeds, output_attentions and output_hidden_states are not supported"
+    for given in ({"output_hidden_states": True}, {"output_attentions": True}, {"inputs_embeds": torch.ones(1, 3, 32)}):
+        with pytest.raises(ValueError, match=said):
+            model(tokens, **given)
+        with pytest.raises(ValueError, match=said):
+            model.generate(tokens, **given, max_new_tokens=2, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="needs input_ids"):
+        model()
 
 
 # padding and loss

@@ -340,3 +340,20 @@ def test_checkpoints_that_will_not_do(config: Config, tmp_path: Path, progress: 
     small = hub_folder(tmp_path / "small", 280)
     with pytest.raises(InputError, match="has 300 tokens and the model of .* 280"):
         run(dataclasses.replace(config, checkpoint=str(small)), tmp_path / "results", progress)
+
+
+@pytest.mark.parametrize("window", [(), (40,)])
+def test_lengths_past_a_table_of_positions_are_an_error(
+    window: tuple[int, ...], config: Config, tmp_path: Path, progress: Progress
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = hub_folder(tmp_path / "gpt2", 300)
+    size = 32 if window else 31
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, n_positions=size)).save_pretrained(
+        folder
+    )
+    with pytest.raises(
+        InputError, match=f"has a table of {size} positions and can't read {40 if window else 32} tokens"
+    ):
+        run(dataclasses.replace(config, checkpoint=str(folder), window=window), tmp_path / "results", progress)

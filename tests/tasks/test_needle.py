@@ -259,6 +259,16 @@ def test_a_tokenizer_of_another_model_is_an_error(config: Config, tmp_path: Path
         run(given, tmp_path / "results")
 
 
+def test_lengths_past_a_table_of_positions_are_an_error(config: Config, tmp_path: Path, asked: list[int]) -> None:
+    decoder = Decoder(model.ModelConfig(vocab_size=257, attention="nope", positions=800, **TINY))
+    checkpoint.save(tmp_path / "model", decoder, State(finished=True), training={"length": 768})
+    with pytest.raises(
+        InputError, match="has a table of 800 positions and can't read 1024 tokens: ask for 800 at most"
+    ):
+        run(dataclasses.replace(config, checkpoint=str(tmp_path / "model")), tmp_path / "results")
+    assert not asked, "shorter prompts too"
+
+
 # fine-tuning
 
 
