@@ -181,8 +181,8 @@ def load(spec: str, place: torch.device, dtype: str, *, trust_remote_code: bool 
 
 
 def digest(spec: str) -> str:
-    """What stands for a model's weights and the tokenizer beside them: sixteen hexadecimal digits for those in a folder,
-    on the hub their commit.
+    """What stands for a model's weights and its tokenizer: sixteen hexadecimal digits for those in a folder, on the hub
+    their commit.
 
     Of a model on the hub there is a copy of its config afterwards; InputError when there is no such model.
     """
