@@ -339,10 +339,10 @@ def few_shot(
 
     Models of others are asked as the preset paper says, unless another is named.
     """
-    from sbeval import pretrained
+    if checkpoint and preset is None:
+        from sbeval import pretrained
 
-    if checkpoint and not any(map(pretrained.is_own, checkpoint)):
-        preset = preset or "paper"
+        preset = None if any(map(pretrained.is_own, checkpoint)) else "paper"
     given = dict(
         # tasks that are named are all that is asked
         tasks=task, suites=suite or ([] if task else None), models=checkpoint,

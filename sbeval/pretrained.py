@@ -29,8 +29,7 @@ CACHES = ("past_key_values", "cache_params")
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # architectures of transformers with a table of positions that is no parameter, and what their configs call its length
 FIXED = {"codegen": "n_positions", "ctrl": "n_positions", "gptj": "n_positions", "mpt": "max_seq_len"}
-
-
+# what a tokenizer of theirs is read from
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 
 
@@ -211,7 +210,7 @@ def likely_parameters(spec: str) -> int:
 def _own(folder: Path, place: torch.device) -> Pretrained:
     model = checkpoint.load_model(folder, place).eval()
     tokenizer = checkpoint.training_tokenizer(folder)
-    return _decoder(model, folder.resolve().name, checkpoint.training_length(folder), place, tokenizer)
+    return _decoder(model, name(str(folder)), checkpoint.training_length(folder), place, tokenizer)
 
 
 def _decoder(

@@ -208,7 +208,11 @@ class Cell:
 
     def check(self, progress: Progress) -> None:
         """InputError where a prompt of the test or of fine-tuning does not fit its length."""
-        self._fits(self._writer(progress)[1])
+        _, writer = self._writer(progress)
+        for length in self.config.lengths:
+            writer.prompts(self.task, length, self.config.sample_seed, 1)
+        for name in self.config.finetune_tasks:
+            writer.prompts(name, self._lesson_len, self.trained.seed, 1, training=True)
 
     def train(self, place: Place, progress: Progress) -> Path:
         """Train and fine-tune, unless that is done, and return the checkpoint folder."""
@@ -219,8 +223,6 @@ class Cell:
         """Write the prompts, train unless a checkpoint has it, and ask everything that has no answer yet."""
         config = self.config
         text, writer = self._writer(progress)
-        # before training: a length that a prompt does not fit is the user's to change
-        self._fits(writer)
         prompts = {length: self._prompts(writer, length, progress) for length in config.lengths}
         folder = self._model(text, writer, place, progress)
         digest = pretrained.digest(folder)
@@ -254,12 +256,6 @@ class Cell:
         ours = config.checkpoint is None or pretrained.is_own(config.checkpoint)
         text = length_gen.open_tokenizer(config, progress)
         return text, Writer(text, _sources(config), cache_dir, prefix=() if ours else text.prefix)
-
-    def _fits(self, writer: Writer) -> None:
-        for length in self.config.lengths:
-            writer.prompts(self.task, length, self.config.sample_seed, 1)
-        for name in self.config.finetune_tasks:
-            writer.prompts(name, self._lesson_len, self.trained.seed, 1, training=True)
 
     def _model(self, text: Tokenizer, writer: Writer, place: Place, progress: Progress) -> str:
         """Where the model is that is asked, trained and fine-tuned if it is not yet."""
