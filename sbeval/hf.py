@@ -29,6 +29,7 @@ from sbeval import checkpoint, sources
 from sbeval.cache import Cache
 from sbeval.errors import InputError, first_line, storing
 from sbeval.model import Decoder, ModelConfig, padded_vocabulary
+from sbeval.pretrained import check_same
 from sbeval.tokenizer import Tokenizer, is_trained, load
 
 
@@ -277,6 +278,8 @@ def export(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
             f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens and the model of {folder} {size}: "
             "give the --tokenizer it was trained with"
         )
+    if tokenizer is not None:
+        check_same(checkpoint.training_tokenizer(folder), tokenizer, str(folder))
     fast = None if tokenizer is None else fast_tokenizer(tokenizer)
     ends = {} if tokenizer is None else {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
     model = SbevalForCausalLM(SbevalConfig.of(decoder.config, train_len=checkpoint.training_length(folder), **ends))

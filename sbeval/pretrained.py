@@ -56,11 +56,7 @@ class Pretrained:
                 f"tokenizer {text.name!r} has {text.vocab_size} tokens and the model of {spec} {self.vocab_size}: "
                 "give the --tokenizer it was trained with"
             )
-        if self.tokenizer not in (None, text.digest):
-            raise InputError(
-                f"the model of {spec} was trained with another tokenizer than {text.name!r}: give the --tokenizer, and "
-                "for bpe:SIZE the --corpus, that it was trained with"
-            )
+        check_same(self.tokenizer, text, spec)
 
     def check_length(self, length: int, spec: str) -> None:
         """InputError when so many tokens are more than the model, which `spec` names, has positions for."""
@@ -69,6 +65,15 @@ class Pretrained:
                 f"the model of {spec} has a table of {self.positions} positions and can't read {length} tokens: "
                 f"ask for {self.positions} at most"
             )
+
+
+def check_same(trained: str | None, text: Tokenizer, spec: str) -> None:
+    """InputError when a tokenizer is not the one whose digest the model that `spec` names knows, if it knows one."""
+    if trained not in (None, text.digest):
+        raise InputError(
+            f"the model of {spec} was trained with another tokenizer than {text.name!r}: give the --tokenizer, and "
+            "for bpe:SIZE the --corpus, that it was trained with"
+        )
 
 
 class HubModel(nn.Module):

@@ -171,8 +171,8 @@ class Cell:
         return self.config.recall(self.config.attention[0], self.config.seeds[0])
 
     def source(self, progress: Progress) -> str:
-        """Nothing is read."""
-        return ""
+        """Digest of a model that is there already; nothing else is read."""
+        return pretrained.digest(self.config.checkpoint[0]) if self.config.checkpoint else ""
 
     def run(self, place: Place, progress: Progress) -> Outcome:
         """Train the model, or load it, and measure where it looks."""
@@ -193,7 +193,7 @@ class Cell:
         ]
         found += [Row(**row, **sizes) for row in shares(subject.model.eval(), examples, task)]
         found += [Row(**row, **sizes) for row in example_rows(subject.model, examples.tokens[drawn], task)]
-        return self._outcome(subject, found, place, drawn)
+        return self._outcome(subject, found, place, drawn, self.source(progress))
 
     def _trained(self, place: Place, progress: Progress) -> Subject:
         config = self.config
@@ -207,7 +207,7 @@ class Cell:
         length = checkpoint.training_length(folder) or self.config.seq_len
         return Subject(model=found, name=folder.resolve().name, train_len=length)
 
-    def _outcome(self, subject: Subject, found: list[Row], place: Place, drawn: int) -> Outcome:
+    def _outcome(self, subject: Subject, found: list[Row], place: Place, drawn: int, source: str) -> Outcome:
         config, trained = self.config, subject.trained
         name, _, options = subject.model.config.attention.partition(":")
         return Outcome(
@@ -216,7 +216,7 @@ class Cell:
                 params=subject.model.n_parameters(), train_len=subject.train_len, eval_len=config.seq_len,
                 seed=config.seeds[0],
             ),
-            rows=found,
+            rows=found, corpus_digest=source,
             train_tokens=trained.state.step * config.batch * config.seq_len if trained else 0,
             backend=registry.method(name).backend_name(place.device.type),
             tokens_per_s=trained.tokens_per_second if trained else None,

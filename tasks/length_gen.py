@@ -282,8 +282,9 @@ class Cell:
         )
 
     def source(self, progress: Progress) -> str:
-        """Digest of the tokenized corpus."""
-        return open_corpus(self.config, progress).digest
+        """Digest of the tokenized corpus, after that of a model that is there already."""
+        text, given = open_corpus(self.config, progress).digest, self.config.checkpoint
+        return text if given is None else f"{pretrained.digest(given)}-{text}"
 
     def check(self, progress: Progress) -> None:
         """InputError where the corpus has no documents this long."""
@@ -297,7 +298,7 @@ class Cell:
         subject = self._trained(text, place, progress) if self.config.checkpoint is None else self._loaded(text, place)
         return outcome(
             subject, self._measured(text, windows, subject, place, progress), family=FAMILY, task=text.name,
-            eval_len=self.config.eval_len, seed=self.seed, corpus=text.name, corpus_digest=text.digest,
+            eval_len=self.config.eval_len, seed=self.seed, corpus=text.name, corpus_digest=self.source(progress),
             tokenizer=text.tokenizer.name, measured=subject.measured,
         )  # fmt: skip
 

@@ -156,6 +156,9 @@ def test_tokenizers_that_do_not_fit_are_errors(saved: Path, tmp_path: Path) -> N
     checkpoint.save(tmp_path / "other", decoder(vocab_size=300), checkpoint.State())
     with pytest.raises(InputError, match="'bytes' has 257 tokens and the model of .* 300"):
         hf.export(tmp_path / "other", tmp_path / "out", tokenizer.Bytes())
+    checkpoint.save(tmp_path / "knows", decoder(), checkpoint.State(), training={"tokenizer": "another"})
+    with pytest.raises(InputError, match="was trained with another tokenizer than 'bytes'"):
+        hf.export(tmp_path / "knows", tmp_path / "out", tokenizer.Bytes())
     assert hf.tokenizer_of("none", None, "text") is None and not (tmp_path / "out").exists()
 
 

@@ -1,5 +1,6 @@
 """Where the targets are, against one pass from the left; how much weight falls on them, against sums one by one."""
 
+import dataclasses
 from pathlib import Path
 
 import pandas as pd
@@ -135,6 +136,15 @@ def test_a_checkpoint_is_looked_into_as_the_trained_model_was(results: Path) -> 
     for metric in ("share", "accuracy", "weight", "token"):
         ours, theirs = (sorted(part.loc[part["metric"] == metric, "value"]) for part in (found, mine))
         assert ours == pytest.approx(theirs, abs=1e-6)
+    # other weights may come to the same path
+    progress = Progress(Console(quiet=True))
+    assert outcome.corpus_digest == cell.source(progress) != ""
+    other = dataclasses.replace(cell, config=dataclasses.replace(config, checkpoint=(str(_other(folder)),)))
+    assert other.source(progress) != cell.source(progress)
+
+
+def _other(folder: Path) -> Path:
+    return next(other for other in folder.parent.iterdir() if other != folder and other.name[0] != ".")
 
 
 def _config(folder: Path) -> str:

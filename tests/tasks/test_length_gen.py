@@ -292,6 +292,19 @@ def test_our_checkpoint_is_evaluated_as_when_it_was_trained(config: Config, tmp_
     assert found == {(window, *kind) for window in (8, 20) for kind in kinds}
 
 
+def test_another_model_at_the_same_path_is_another_source(config: Config, tmp_path: Path, progress: Progress) -> None:
+    run(config, tmp_path / "results", progress)
+    (folder,) = (tmp_path / "results" / "checkpoints").glob("[!.]*")
+    (cell,) = length_gen.cells(dataclasses.replace(config, checkpoint=str(folder)))
+    before = cell.source(progress)
+    assert run(cell.config, tmp_path / "results", progress).corpus_digest == before
+    decoder = checkpoint.load_model(folder)
+    with torch.no_grad():
+        decoder.norm.weight.add_(1)
+    checkpoint.save(folder, decoder, checkpoint.State(finished=True))
+    assert cell.source(progress) != before
+
+
 def hub_folder(folder: Path, vocab_size: int) -> Path:
     """A small random Llama with a BPE tokenizer, in transformers' layout."""
     from transformers import LlamaConfig, LlamaForCausalLM
