@@ -22,7 +22,7 @@ OTHERS = ("task", "width", "layers", "heads", "train_len", "eval_len", "preset",
 # what came later: in tables that have it, it tells settings apart
 LATER = (
     "slot_power", "filler", "distinct", "key_pool", "score_prefix", "positions", "dropout", "stored_rows", "batch",
-    "max_steps",
+    "max_steps", "optimizer",
 )  # fmt: skip
 AXES = {"kv_pairs": "key-value pairs", "n_back": "n, where the n-th last value is asked for"}
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", "kv_pairs", "lr", "split", *ALWAYS, *OTHERS)
@@ -89,6 +89,7 @@ def best_rates(table: pd.DataFrame) -> pd.DataFrame:
     wanted = table["metric"].isin(["accuracy", "validation_accuracy", "steps"])
     table = numbers(table[wanted], ["kv_pairs", "vocab_size", "lr"])
     table = table.assign(n_back=table["n_back"].fillna(1) if "n_back" in table else 1)
+    table = table.assign(optimizer=table["optimizer"].fillna("adamw") if "optimizer" in table else "adamw")
     by = ["attention", "options", "kv_pairs", "n_back", *ALWAYS, *others(table)]
     kept = []
     for key, rows in table.groupby(by, dropna=False):

@@ -25,6 +25,7 @@ from sbeval import distributed
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError, first_line, storing
 from sbeval.model import Decoder, ModelConfig
+from sbeval.optimizer import kept
 
 AGAIN = "remove its folder to train again"
 Part = TypeVar("Part")
@@ -323,10 +324,11 @@ def _optimizer_tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict
 def _restore_optimizer(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
     path = folder / "optimizer.safetensors"
     tensors = _read_tensors(folder, path.name)
-    spread = distributed.is_sharded(model)
+    spread, names = distributed.is_sharded(model), kept(optimizer)
     for name, parameter in model.named_parameters():
         state: dict[str, Tensor] = {}
-        for key, shape in (("step", torch.Size()), ("exp_avg", parameter.shape), ("exp_avg_sq", parameter.shape)):
+        for key in names[parameter]:
+            shape = torch.Size() if key == "step" else parameter.shape
             found = tensors.get(f"{key}.{name}")
             if found is None or found.shape != shape:
                 given = "none" if found is None else f"shape {tuple(found.shape)}"

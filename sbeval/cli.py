@@ -193,7 +193,8 @@ def mqrar(
     batch: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine, power or constant.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW weight decay.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, or muon: that for matrices inside the blocks.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
     stop_accuracy: Annotated[float | None, typer.Option(help="Validation accuracy at which training ends.")] = None,
     patience: Annotated[
         int | None, typer.Option(help="Steps without progress after which training ends; 0: never.")
@@ -217,8 +218,9 @@ def mqrar(
         kv_pairs=kv_pairs, widths=width, lrs=lr, n_back=n_back, vocab_size=vocab_size, seq_len=seq_len,
         slot_power=slot_power, filler=filler, distinct=distinct, key_pool=key_pool, score_prefix=score_prefix,
         layers=layers, heads=heads, positions=positions, logit_scale=logit_scale, dropout=dropout, init_std=init_std,
-        stored_rows=stored_rows, batch=batch, steps=steps, schedule=schedule, weight_decay=weight_decay,
-        stop_accuracy=stop_accuracy, patience=patience, test_rows=test_rows, attention=attention, seeds=seed,
+        stored_rows=stored_rows, batch=batch, steps=steps, schedule=schedule, optimizer=optimizer,
+        weight_decay=weight_decay, stop_accuracy=stop_accuracy, patience=patience, test_rows=test_rows,
+        attention=attention, seeds=seed,
     )  # fmt: skip
     how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
     _family("mqrar", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)

@@ -1,4 +1,4 @@
-"""Train one model: AdamW, warm-up, cosine or power schedule, gradient accumulation and clipping, exact resume.
+"""Train one model: AdamW or Muon, warm-up, cosine or power schedule, gradient accumulation and clipping, exact resume.
 
 Of several processes each runs its share of a step's sequences. A loss is summed over scored tokens and divided by their
 number in the whole step, so that gradients and losses are those of one process.
@@ -25,6 +25,7 @@ from sbeval.checkpoint import State
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError, choose
 from sbeval.model import IGNORE, Decoder, ModelConfig, flops_per_token
+from sbeval.optimizer import OPTIMIZERS, optimizer_for
 from sbeval.progress import Task
 from sbeval.table import LATER
 
@@ -51,6 +52,7 @@ class TrainConfig:
     decay: float = 0.1
     power_a: float = 4.0
     power_b: float = -0.51
+    optimizer: str = field(default="adamw", metadata=LATER)
     weight_decay: float = 0.1
     beta_1: float = 0.9
     beta_2: float = 0.95
@@ -67,6 +69,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         choose("schedule", self.schedule, SCHEDULES)
+        choose("optimizer", self.optimizer, OPTIMIZERS)
         choose("dtype", self.dtype, device.DTYPES)
         for name in ("steps", "batch", "length", "lr", "log_every", "clip"):
             if not getattr(self, name) > 0:
@@ -124,19 +127,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     tokens = (min(step, start) + 1) * config.batch * config.length
     rate = min(config.lr, config.batch * config.power_a * tokens**config.power_b)
     return float(rate * config.final_lr ** (max(0, step - start) / max(1, config.steps - start)))
-
-
-def optimizer_for(model: Decoder, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices alone, and their learning rate divided by m_width (muP) inside the blocks."""
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        is_matrix = parameter.ndim >= 2 and not name.endswith("bias")
-        divisor = model.config.m_width if is_matrix and name.startswith("blocks.") else 1.0
-        groups.setdefault((config.weight_decay if is_matrix else 0.0, divisor), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": params, "weight_decay": decay, "divisor": divisor} for (decay, divisor), params in groups.items()],
-        lr=config.lr, betas=(config.beta_1, config.beta_2), eps=config.eps, fused=True,
-    )  # fmt: skip
 
 
 @contextmanager
@@ -214,6 +204,8 @@ class Trainer:
         """tokenizer: digest of what the model's tokens come from, for who loads it."""
         if shard and world.size == 1:
             raise InputError("one process has nothing to shard: start several with torchrun --nproc-per-node")
+        if shard and config.optimizer == "muon":
+            raise InputError("muon needs whole matrices: train with adamw, or without --shard")
         if config.batch % world.size:
             raise InputError(f"{world.size} processes cannot share a batch of {config.batch} sequences evenly")
         torch.manual_seed(config.seed)

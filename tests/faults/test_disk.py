@@ -20,8 +20,9 @@ from sbeval.answers import Answers
 from sbeval.checkpoint import State
 from sbeval.errors import InputError
 from sbeval.model import Decoder, ModelConfig
+from sbeval.optimizer import optimizer_for
 from sbeval.retrieval import Answered, Samples
-from sbeval.train import TrainConfig, Trainer, optimizer_for
+from sbeval.train import TrainConfig, Trainer
 
 RECALL = (
     "mqrar", "--device", "cpu", "--vocab-size", "32", "--seq-len", "16", "--kv-pairs", "2", "--width", "16",
@@ -179,7 +180,7 @@ def test_results_that_become_read_only_in_the_middle(
     pd.testing.assert_frame_equal(rows(results), unbroken, check_exact=True)
 
 
-def model_and_optimizer() -> tuple[Decoder, torch.optim.AdamW]:
+def model_and_optimizer() -> tuple[Decoder, torch.optim.Optimizer]:
     model = Decoder(ModelConfig(vocab_size=64, width=64, layers=2, heads=2, hidden=96))
     optimizer = optimizer_for(model, TrainConfig(steps=1, batch=1, length=8, lr=0.1))
     model.loss(torch.arange(8)[None], torch.arange(8)[None]).backward()

@@ -22,11 +22,12 @@ from sbeval.checkpoint import State
 from sbeval.corpus import Split
 from sbeval.errors import InputError
 from sbeval.model import IGNORE, Decoder, ModelConfig
+from sbeval.optimizer import optimizer_for
 from sbeval.prompts import Writer
 from sbeval.recall import Recall
 from sbeval.tasks import flip_flop
 from sbeval.tokenizer import Bytes
-from sbeval.train import TrainConfig, optimizer_for
+from sbeval.train import TrainConfig
 
 FULL = os.environ.get("SBEVAL_TESTS") == "full"
 fuzzed = settings(
@@ -120,7 +121,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained() -> tuple[Decoder, State, torch.optim.AdamW]:
+def trained() -> tuple[Decoder, State, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = Decoder(ModelConfig(vocab_size=8, width=4, layers=1, heads=1, hidden=4, tied=True))
     optimizer = optimizer_for(model, TrainConfig(steps=1, batch=1, length=4, lr=0.1))

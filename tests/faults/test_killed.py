@@ -26,7 +26,8 @@ from filelock import FileLock
 
 from sbeval import checkpoint, provenance, table
 from sbeval.model import Decoder
-from sbeval.train import TrainConfig, Trainer, optimizer_for
+from sbeval.optimizer import optimizer_for
+from sbeval.train import TrainConfig, Trainer
 
 FULL = os.environ.get("SBEVAL_TESTS") == "full"
 KILLS = 50 if FULL else 2

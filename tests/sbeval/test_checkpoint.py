@@ -17,14 +17,15 @@ from sbeval import checkpoint
 from sbeval.checkpoint import State, find, load_model, load_state, remove, restore, save, tidy
 from sbeval.errors import InputError
 from sbeval.model import Decoder, ModelConfig
-from sbeval.train import TrainConfig, optimizer_for
+from sbeval.optimizer import optimizer_for
+from sbeval.train import TrainConfig
 
 SHAPE: dict[str, Any] = {"vocab_size": 20, "width": 16, "layers": 1, "heads": 2, "hidden": 24}
 # the changes to the file system that one save makes
 CHANGES = 10
 
 
-def build(**changes: Any) -> tuple[Decoder, torch.optim.AdamW]:
+def build(**changes: Any) -> tuple[Decoder, torch.optim.Optimizer]:
     model = Decoder(ModelConfig(**(SHAPE | changes)))
     return model, optimizer_for(model, TrainConfig(steps=3, batch=2, length=6, lr=0.1))
 
@@ -38,7 +39,7 @@ def train(model: Decoder, optimizer: torch.optim.Optimizer) -> None:
 
 
 @functools.cache
-def trained() -> tuple[Decoder, torch.optim.AdamW]:
+def trained() -> tuple[Decoder, torch.optim.Optimizer]:
     model, optimizer = build()
     train(model, optimizer)
     return model, optimizer

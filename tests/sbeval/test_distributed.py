@@ -19,8 +19,9 @@ from sbeval.batches import Batch
 from sbeval.distributed import World
 from sbeval.errors import InputError
 from sbeval.model import IGNORE, Decoder, ModelConfig
+from sbeval.optimizer import optimizer_for
 from sbeval.progress import Progress
-from sbeval.train import TrainConfig, Trainer, optimizer_for
+from sbeval.train import TrainConfig, Trainer
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(vocab_size=31, width=16, layers=2, heads=2, hidden=24, init_std=0.2)

@@ -23,6 +23,7 @@ from sbeval.batches import Batch
 from sbeval.checkpoint import State
 from sbeval.errors import InputError
 from sbeval.model import IGNORE, Decoder, ModelConfig, named
+from sbeval.optimizer import optimizer_for
 from sbeval.progress import Progress
 from sbeval.train import (
     Batches,
@@ -32,7 +33,6 @@ from sbeval.train import (
     Trainer,
     _make_room,
     learning_rate,
-    optimizer_for,
 )
 
 VOCABULARY = 31
