@@ -21,8 +21,8 @@ ALWAYS = ("model", "vocab_size", "seq_len")
 OTHERS = ("task", "width", "layers", "heads", "train_len", "eval_len", "preset", "dtype")
 # what came later: in tables that have it, it tells settings apart
 LATER = (
-    "slot_power", "filler", "distinct", "key_pool", "score_prefix", "positions", "dropout", "stored_rows", "batch",
-    "max_steps", "optimizer",
+    "optimizer", "slot_power", "filler", "distinct", "key_pool", "score_prefix", "positions", "dropout", "stored_rows",
+    "batch", "max_steps",
 )  # fmt: skip
 AXES = {"kv_pairs": "key-value pairs", "n_back": "n, where the n-th last value is asked for"}
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", "kv_pairs", "lr", "split", *ALWAYS, *OTHERS)
@@ -89,7 +89,7 @@ def best_rates(table: pd.DataFrame) -> pd.DataFrame:
     wanted = table["metric"].isin(["accuracy", "validation_accuracy", "steps"])
     table = numbers(table[wanted], ["kv_pairs", "vocab_size", "lr"])
     table = table.assign(n_back=table["n_back"].fillna(1) if "n_back" in table else 1)
-    table = table.assign(optimizer=table["optimizer"].fillna("adamw") if "optimizer" in table else "adamw")
+    table = table.assign(optimizer=table["optimizer"].fillna("").replace("", "adamw") if "optimizer" in table else "adamw")
     by = ["attention", "options", "kv_pairs", "n_back", *ALWAYS, *others(table)]
     kept = []
     for key, rows in table.groupby(by, dropna=False):
@@ -148,7 +148,8 @@ def _overall(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Loo
         # with a single number of pairs the methods would lie on one another
         at = spread[x] * 2 ** (_dodge(place, len(looks)) if len(counts) == 1 else 0)
         style.bars(axis, at, spread, look)
-        axis.plot(at, spread["mean"], label=look.label, **look.line())
+        # the first method on top of those that it is as good as
+        axis.plot(at, spread["mean"], label=look.label, zorder=3 - place / len(looks), **look.line())
         spreads.append(spread)
     style.ticks(axis, counts)
     if len(counts) == 1:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ PHRASES = {
     "dropout": "dropout {}",
     "stored_rows": "{:.0f} stored rows",
     "batch": "batch {:.0f}",
+    "optimizer": "trained with {}",
     "max_steps": "{:.0f} steps at most",
     "finetune_tokens": "{:,.0f} tokens of fine-tuning",
 }
@@ -218,18 +220,21 @@ def label(axis: Axes, x: str, y: str) -> None:
 
 
 def title(axis: Axes, text: str) -> None:
-    """Say above a row's first panel what the row shows."""
-    axis.set_title(text, loc="left", fontsize=TEXT_PT, fontweight="bold", pad=16)
+    """Say above the first panel of a row as wide as a page what the row shows."""
+    _above(axis, textwrap.wrap(text, 100))
 
 
 def heading(axis: Axes, text: str, columns: int) -> None:
     """Say above a row's first panel what the row of `columns` panels shows, in as many lines as that takes."""
-    text = textwrap.fill(text, 30 * columns)
+    _above(axis, textwrap.wrap(text, 30 * columns))
+
+
+def _above(axis: Axes, lines: Sequence[str]) -> None:
     # keeps the place; the layout would move the panels beside it apart for the text itself
-    axis.set_title("\n".join(" " for _ in text.splitlines()), loc="left", fontsize=TEXT_PT, pad=16)
+    axis.set_title("\n".join(" " for _ in lines), loc="left", fontsize=TEXT_PT, pad=16)
     axis.annotate(
-        text, (0.0, 1.0), xycoords="axes fraction", xytext=(0, 16), textcoords="offset points", fontsize=TEXT_PT,
-        fontweight="bold", annotation_clip=False,
+        "\n".join(lines), (0.0, 1.0), xycoords="axes fraction", xytext=(0, 16), textcoords="offset points",
+        fontsize=TEXT_PT, fontweight="bold", annotation_clip=False,
     ).set_in_layout(False)  # fmt: skip
 
 
@@ -367,4 +372,5 @@ def training_length(axis: Axes, length: int) -> None:
 def _title(rows: pd.DataFrame, names: Sequence[str]) -> str:
     single = {name: rows[name].iloc[0] for name in names if rows[name].nunique() == 1 and str(rows[name].iloc[0])}
     words = ", ".join(PHRASES[name].format(value) for name, value in single.items())
+    words = re.sub(r"\b1 (head|layer)s", r"1 \1", words)
     return words[:1].upper() + words[1:]

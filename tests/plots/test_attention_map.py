@@ -75,7 +75,8 @@ def test_panels_hold_the_weights_and_the_marks() -> None:
         assert axis.texts[0].get_text() == (
             f"layer {layer}, head {head}: {0.25 * layer:.2f} on latest, {0.125 * layer:.2f} on stale"
         )
-    assert "stick-breaking" in panels[0].get_title(loc="left") and "accuracy 0.50" in panels[0].get_title(loc="left")
+    said = [text.get_text() for text in panels[0].texts]
+    assert any("stick-breaking" in text and "accuracy 0.50" in text for text in said)
 
 
 def test_of_several_seeds_the_first_is_drawn() -> None:

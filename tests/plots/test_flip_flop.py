@@ -88,7 +88,7 @@ def test_settings_have_a_row_each() -> None:
     rows = pd.concat([cell("rope", rates(0.2, 0.2, 0.2), 0.1), cell("rope", rates(0.2, 0.2, 0.2), 0.1, seq_len=128)])
     figure = flip_flop.draw(rows.reset_index(drop=True))
     assert len(figure.axes) == 4
-    titles = [axis.get_title(loc="left") for axis in figure.axes[::2]]
+    titles = [axis.texts[0].get_text() for axis in figure.axes[::2]]
     assert titles == ["1x64 model, sequences of 128 tokens", "1x64 model, sequences of 512 tokens"]
 
 

@@ -77,7 +77,7 @@ def test_accuracy_by_pairs_with_the_chance_level() -> None:
     figure.draw_without_rendering()
     assert [tick.get_text() for tick in left.get_xticklabels()] == ["4", "8", "16"]
     assert (left.get_xlabel(), left.get_ylabel()) == ("key-value pairs", "accuracy (all queries)")
-    assert left.get_title(loc="left") == "Two_layers model, vocabulary of 65, sequences of 64 tokens"
+    assert left.texts[0].get_text() == "Two_layers model, vocabulary of 65, sequences of 64 tokens"
     assert left.get_ylim() == right.get_ylim()
     assert figure.get_supxlabel() == "One seed; bars: 95 % interval over sequences."
 
@@ -143,7 +143,7 @@ def test_settings_are_never_mixed_in_a_panel() -> None:
     figure = mqrar.draw(
         table(cell("rope", 4, 0.3), cell("rope", 4, 0.4, vocab_size=1024), cell("rope", 4, 0.5, width=64))
     )
-    titles = [axis.get_title(loc="left") for axis in figure.axes[::2]]
+    titles = [axis.texts[0].get_text() for axis in figure.axes[::2]]
     assert titles == [
         "Two_layers model, vocabulary of 65, sequences of 64 tokens, width 32",
         "Two_layers model, vocabulary of 65, sequences of 64 tokens, width 64",
@@ -156,7 +156,7 @@ def test_settings_are_never_mixed_in_a_panel() -> None:
 def test_sequences_that_grow_with_the_pairs_share_a_panel() -> None:
     figure = mqrar.draw(table(*(cell("rope", pairs, 0.5, seq_len=8 * pairs, eval_len=8 * pairs) for pairs in (4, 8))))
     assert len(figure.axes) == 2
-    assert figure.axes[0].get_title(loc="left") == "Two_layers model, vocabulary of 65"
+    assert figure.axes[0].texts[0].get_text() == "Two_layers model, vocabulary of 65"
 
 
 def test_without_splits_the_right_panel_is_empty() -> None:
@@ -200,7 +200,7 @@ def test_what_came_later_tells_settings_apart() -> None:
     fillers = [cell("rope", 4, score, filler=filler) for filler, score in (("any", 0.3), ("value", 0.4))]
     figure = mqrar.draw(table(*fillers))
     assert [ys(lines(axis)["RoPE"][0]) for axis in figure.axes[::2]] == [[0.3], [0.4]]
-    assert figure.axes[0].get_title(loc="left").endswith(", filler: any")
+    assert figure.axes[0].texts[0].get_text().endswith(", filler: any")
 
 
 def test_older_values_are_drawn_by_their_age() -> None:
@@ -212,4 +212,4 @@ def test_older_values_are_drawn_by_their_age() -> None:
     (rope,) = lines(by_age)["RoPE"]
     assert (xs(rope), ys(rope)) == ([1, 2, 4], [1.0, 0.5, 0.25])
     assert by_age.get_xlabel() == "n, where the n-th last value is asked for"
-    assert by_age.get_title(loc="left").endswith("4 key-value pairs")
+    assert by_age.texts[0].get_text().endswith("4 key-value pairs")

@@ -42,7 +42,7 @@ def test_by_stale_values_and_by_distance() -> None:
 
 def test_a_row_of_panels_for_each_number_of_pairs() -> None:
     figure = mqrar_splits.draw(pd.DataFrame(rows("rope") + rows("rope", kv_pairs=16)))
-    titles = [axis.get_title(loc="left") for axis in figure.axes[::2]]
+    titles = [axis.texts[0].get_text() for axis in figure.axes[::2]]
     assert [title.split(",")[0] for title in titles] == ["8 key-value pairs", "16 key-value pairs"]
 
 
