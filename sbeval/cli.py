@@ -53,6 +53,7 @@ TrainTokens = Annotated[int | None, typer.Option(help="Tokens to train on.")]
 BatchTokens = Annotated[int | None, typer.Option(help="Tokens of one optimizer step.")]
 MicroBatchTokens = Annotated[int | None, typer.Option(help="Tokens of one forward pass; all of a step's.")]
 Lr = Annotated[float | None, typer.Option(help="Peak learning rate.")]
+Optimizer = Annotated[str | None, typer.Option(help="adamw, or muon: that for matrices inside the blocks.")]
 Schedule = Annotated[str | None, typer.Option(help="cosine, power or constant.")]
 Packing = Annotated[str | None, typer.Option(help="stream, or documents: no attention across documents.")]
 CorpusSpec = Annotated[str | None, typer.Option("--corpus", help="stdlib, a file or folder, or hf:NAME[:CONFIG].")]
@@ -193,7 +194,7 @@ def mqrar(
     batch: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine, power or constant.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw, or muon: that for matrices inside the blocks.")] = None,
+    optimizer: Optimizer = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
     stop_accuracy: Annotated[float | None, typer.Option(help="Validation accuracy at which training ends.")] = None,
     patience: Annotated[
@@ -243,6 +244,7 @@ def attention_map(
     lr: Lr = None,
     batch: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
+    optimizer: Optimizer = None,
     test_rows: Annotated[int | None, typer.Option(help="Test examples.")] = None,
     example: Annotated[
         int | None, typer.Option(help="Draw the first fitting test example from this number on.")
@@ -257,8 +259,8 @@ def attention_map(
     """Where a model looks when a variable was assigned again: attention weights, drawn and measured."""
     given = dict(
         checkpoint=checkpoint, kv_pairs=kv_pairs, vocab_size=vocab_size, seq_len=seq_len, width=width, layers=layers,
-        heads=heads, lr=lr, batch=batch, steps=steps, test_rows=test_rows, example=example, attention=attention,
-        seeds=seed,
+        heads=heads, lr=lr, batch=batch, steps=steps, optimizer=optimizer, test_rows=test_rows, example=example,
+        attention=attention, seeds=seed,
     )  # fmt: skip
     _family("attention_map", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
 
