@@ -90,7 +90,8 @@ def best_rates(table: pd.DataFrame) -> pd.DataFrame:
     table = numbers(table[wanted], ["kv_pairs", "vocab_size", "lr"])
     table = table.assign(n_back=table["n_back"].fillna(1) if "n_back" in table else 1)
     # what came before there was a choice
-    table = table.assign(optimizer=table["optimizer"].replace("", "adamw") if "optimizer" in table else "adamw")
+    optimizer = table["optimizer"].fillna("").replace("", "adamw") if "optimizer" in table else "adamw"
+    table = table.assign(optimizer=optimizer)
     by = ["attention", "options", "kv_pairs", "n_back", *ALWAYS, *others(table)]
     kept = []
     for key, rows in table.groupby(by, dropna=False):

@@ -203,6 +203,15 @@ def test_what_came_later_tells_settings_apart() -> None:
     assert figure.axes[0].texts[0].get_text().endswith(", filler: any")
 
 
+def test_rows_from_before_there_was_a_choice_of_optimizer_are_adamws() -> None:
+    before = [cell("rope", 4, 0.3), cell("rope", 8, 0.2, optimizer="")]
+    later = [cell("rope", 4, 0.9, optimizer="muon"), cell("rope", 16, 0.1, optimizer="adamw")]
+    adamw, muon = mqrar.draw(table(*before, *later)).axes[::2]
+    assert ys(lines(adamw)["RoPE"][0]) == [0.3, 0.2, 0.1] and ys(lines(muon)["RoPE"][0]) == [0.9]
+    assert adamw.texts[0].get_text().endswith(", trained with adamw")
+    assert muon.texts[0].get_text().endswith(", trained with muon")
+
+
 def test_older_values_are_drawn_by_their_age() -> None:
     ages = [cell("rope", 4, 1 / n, n_back=n, heads=2) for n in (1, 2, 4)]
     pairs = [cell("rope", pairs, 0.9) for pairs in (4, 8)]

@@ -286,6 +286,23 @@ def test_training_ends_when_validation_says_so(tmp_path: Path) -> None:
     assert (found["accuracy", "all"].n, found["validation_accuracy", "all"].n) == (12, 4)
 
 
+def test_the_optimizer_makes_another_cell_and_its_rows_say_so(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"kv_pairs": (2,), "widths": (16,), "vocab_size": 32, "seq_len": 16, "test_rows": 12}
+    place = Place(results_dir=tmp_path, device=torch.device("cpu"))
+    losses = {}
+    for optimizer in ("adamw", "muon"):
+        (cell,) = mqrar.cells(
+            mqrar.Config(attention=("rope",), batch=2, steps=3, optimizer=optimizer, init_std=0.5, **sizes)
+        )
+        with Progress() as progress:
+            outcome = cell.run(place, progress)
+        assert {row.optimizer for row in outcome.rows if isinstance(row, mqrar.Row)} == {optimizer}
+        losses[cell_id(cell)] = outcome.measured["losses"]
+    # the first loss is before any update
+    adamw, muon = (np.asarray(found) for found in losses.values())
+    assert adamw[0] == muon[0] and (adamw[1:] != muon[1:]).all()
+
+
 def test_grid_of_cells() -> None:
     config = mqrar.Config(
         attention=("rope", "rope:theta=10000", "stick_breaking:remainder=none"), seeds=(0, 1), kv_pairs=(4, 8)
