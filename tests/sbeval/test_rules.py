@@ -11,6 +11,7 @@ from sbeval import rules
 from sbeval.claims import CLAIMS
 from sbeval.findings import AGREES, DISAGREES, UNDECIDED, Judged, findings
 from sbeval.published import SOLVED_TOKENS
+from sbeval.tasks import mqrar
 
 Row = dict[str, Any]
 COMMON: Row = {
@@ -83,7 +84,12 @@ def test_within_the_training_length(stick: float, stderr: float, params: int, ve
 
 
 def recall(solved: dict[tuple[str, int], float], **common: Any) -> pd.DataFrame:
-    rows = [{"attention": name, "kv_pairs": pairs, "value": value} for (name, pairs), value in solved.items()]
+    # as `sbeval mqrar` writes them
+    specs = {name: mqrar.cells(mqrar.Config(attention=(name,)))[0].attention for name, _ in solved}
+    rows = [
+        {"attention": name, "options": specs[name].partition(":")[2], "kv_pairs": pairs, "value": value}
+        for (name, pairs), value in solved.items()
+    ]
     sizes = {"vocab_size": 8192, "seq_len": 768, "width": 256, "layers": 2, "heads": 1, "lr": 1e-3}
     return frame(rows, **{"metric": "accuracy", "split": "all", "train_tokens": SOLVED_TOKENS} | sizes | common)
 
