@@ -5,7 +5,7 @@ from functools import partial
 from sbeval import rules
 from sbeval.findings import FAR, Claim
 from sbeval.published import AUTHORS_KERNEL, PAPER, SOLVED, SOLVED_ACCURACY, SOLVED_AT, SPEED, WIKITEXT
-from sbeval.rules import BILLION, NOTHING, POINTS, RISE
+from sbeval.rules import BILLION, LEARNED, NOTHING, POINTS, RISE
 
 KERNEL_RULE = (
     "Ratio of throughputs of whole sequences, nothing skipped, at the longest that both have in the same table, for "
@@ -39,6 +39,14 @@ CLAIMS = (
         f"{SOLVED['stick_breaking']} pairs, RoPE {SOLVED['rope']} and not {SOLVED['stick_breaking']}. Disagrees: one "
         "of the three is otherwise. A failure counts from a quarter of the paper's training tokens on.",
         table="mqrar", command="sbeval mqrar --preset paper", figure="mqrar", judge=rules.recall,
+    ),
+    Claim(
+        text="Where a variable was assigned again, RoPE attends to stale assignments too, stick-breaking less.",
+        source=f"{PAPER}, figure 4",
+        rule="Mean weight on stale values over queries whose key has some, in the head with the most on the latest, "
+        f"stick-breaking's less RoPE's, of models that answer {LEARNED} of these queries. Agrees: the interval lies "
+        "below 0. Disagrees: above.",
+        table="attention_map", command="sbeval attention-map", figure="attention_map", judge=rules.distraction,
     ),
     Claim(
         text=f"Training with stick-breaking reaches {100 * SPEED:.0f} % of the tokens a second of softmax with "

@@ -6,7 +6,7 @@ from sbeval import scores
 from sbeval.errors import InputError
 from sbeval.findings import AGREES, DISAGREES, FAR, METHODS, UNDECIDED, Judged, nearest, size, too_small, verdict
 from sbeval.intervals import Interval, below, difference, interval, logarithm, method, percent
-from sbeval.plots import kernel, length_gen, mqrar, needle
+from sbeval.plots import attention_map, kernel, length_gen, mqrar, needle
 from sbeval.published import LENGTHS, SOLVED, SOLVED_ACCURACY, SOLVED_AT, SOLVED_TOKENS, SPEED
 
 # a perplexity that is higher by less has not risen
@@ -17,7 +17,9 @@ NOTHING = 0.05
 POINTS = 1.0
 BILLION = 1e9
 KERNELS = ["triton", "flash"]
-# what recall has stick-breaking's logits times, as the author's code does
+# a model that answers fewer of the queries with stale values has not learned to
+LEARNED = 0.95
+# in tasks of recall stick-breaking has the scale of the author's code, unless told otherwise
 SCALED = "logit_scale=1.5"
 TIMES = ["time", "time_q20", "time_q80"]
 STICK, ROPE = METHODS.values()
@@ -65,8 +67,7 @@ def within(table: pd.DataFrame) -> Judged:
 def recall(table: pd.DataFrame) -> Judged:
     """Which numbers of key-value pairs are solved?"""
     rows = mqrar.best_rates(table)
-    rows = rows[(rows["split"] == "all") & (rows["n_back"] == 1)]
-    rows = rows.assign(options=rows["options"].mask(rows["options"] == SCALED, ""))
+    rows = _plain(rows[(rows["split"] == "all") & (rows["n_back"] == 1)])
     same = (rows[list(SOLVED_AT)] == pd.Series(SOLVED_AT)).all(axis=1)
     by = [*mqrar.ALWAYS, *(name for name in mqrar.others(rows) if name != "preset")]
     mine = nearest(rows[same] if same.any() else rows, by)
@@ -105,6 +106,30 @@ def _solved(rows: pd.DataFrame, name: str) -> str:
     best = f"solves {max(solved)} pairs" if solved else "solves none"
     accuracy = f"accuracy with {most}: {means[most].text('{:.3f}'.format)}, {means[most].over}"
     return f"{name[:1].upper()}{name[1:]} {best} of up to {most} ({accuracy})."
+
+
+def distraction(table: pd.DataFrame) -> Judged:
+    """Does less of stick-breaking's attention fall on stale values, in the head that looks at the latest ones most?"""
+    stale = (table["metric"] == "accuracy") & (table["split"] == "stale")
+    learned = table.loc[stale & (table["value"] >= LEARNED), "cell"]
+    if learned.empty:
+        raise InputError(f"no model answers {LEARNED} of the queries with stale values")
+    shares = _plain(table[(table["metric"] == "share") & table["cell"].isin(learned)])
+    latest = shares[shares["target"] == "latest"]
+    heads = latest.loc[latest.groupby("cell")["value"].idxmax(), ["cell", "layer", "head"]]
+    rows = nearest(shares[shares["target"] == "stale"].merge(heads), [*attention_map.SETTING, "model"])
+    stick, rope = method(rows, STICK), method(rows, ROPE)
+    less = difference(stick, rope, "sequences")
+    found = (
+        f"Weight on stale values: stick-breaking {stick['value'].mean():.3f}, RoPE {rope['value'].mean():.3f}; "
+        f"difference {less.text('{:+.3f}'.format)} ({less.over}; {rows['kv_pairs'].iloc[0]} pairs, model "
+        f"{rows['model'].iloc[0]})."
+    )
+    return verdict(below(less, 0.0), found)
+
+
+def _plain(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows.assign(options=rows["options"].mask(rows["options"] == SCALED, ""))
 
 
 def training_speed(table: pd.DataFrame) -> Judged:

@@ -9,6 +9,7 @@ import pytest
 
 from sbeval import rules
 from sbeval.claims import CLAIMS
+from sbeval.errors import InputError
 from sbeval.findings import AGREES, DISAGREES, UNDECIDED, Judged, findings
 from sbeval.published import SOLVED_TOKENS
 from sbeval.tasks import mqrar
@@ -121,6 +122,35 @@ def test_what_recall_lacks_is_said() -> None:
         "Stick-breaking solves 192 pairs of up to 192 (accuracy with 192: 1.000, 95 % over sequences). RoPE solves "
         "none of up to 192 (accuracy with 192: 0.500, 95 % over sequences). Vocabulary 1024, 768 tokens."
     )
+
+
+def maps(stick: float, rope: float, *, accuracy: float = 1.0, stderr: float = 0.01) -> pd.DataFrame:
+    """Weights of two heads on stale values: the first looks elsewhere, the second at the latest value."""
+    rows = []
+    for name, options, stale in ((STICK, "logit_scale=1.5", stick), (ROPE, "", rope)):
+        of: Row = {"attention": name, "options": options, "cell": name}
+        rows.append(of | {"metric": "accuracy", "split": "stale", "value": accuracy})
+        for head, shares in enumerate(((0.1, 0.9), (0.6, stale)), 1):
+            for target, value in zip(("latest", "stale"), shares, strict=True):
+                where: Row = {"metric": "share", "layer": 1, "head": head, "target": target, "split": "stale"}
+                rows.append(of | where | {"value": value, "stderr": stderr})
+    return frame(rows, vocab_size=65, seq_len=64, kv_pairs=16, model="2x100")
+
+
+@pytest.mark.parametrize(
+    ("stick", "rope", "stderr", "verdict"),
+    [(0.1, 0.3, 0.01, AGREES), (0.3, 0.1, 0.01, DISAGREES), (0.1, 0.3, 0.2, UNDECIDED)],
+)
+def test_distraction(stick: float, rope: float, stderr: float, verdict: str) -> None:
+    judged = rules.distraction(maps(stick, rope, stderr=stderr))
+    assert judged.verdict == verdict
+    sign = "−" if stick < rope else "+"
+    assert f"stick-breaking {stick:.3f}, RoPE {rope:.3f}; difference {sign}{abs(stick - rope):.3f}" in judged.found
+
+
+def test_models_that_have_not_learned_it_say_nothing_of_distraction() -> None:
+    with pytest.raises(InputError, match="no model answers 0.95 of the queries with stale values"):
+        rules.distraction(maps(0.1, 0.3, accuracy=0.9))
 
 
 @pytest.mark.parametrize(
