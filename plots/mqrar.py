@@ -22,7 +22,7 @@ OTHERS = ("task", "width", "layers", "heads", "train_len", "eval_len", "preset",
 # what came later: in tables that have it, it tells settings apart
 LATER = (
     "optimizer", "slot_power", "filler", "distinct", "key_pool", "score_prefix", "positions", "dropout", "stored_rows",
-    "batch", "max_steps",
+    "batch", "max_steps", "schedule", "weight_decay", "init_std", "stop_accuracy", "patience",
 )  # fmt: skip
 AXES = {"kv_pairs": "key-value pairs", "n_back": "n, where the n-th last value is asked for"}
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", "kv_pairs", "lr", "split", *ALWAYS, *OTHERS)

@@ -67,6 +67,11 @@ PHRASES = {
     "batch": "batch {:.0f}",
     "optimizer": "trained with {}",
     "max_steps": "{:.0f} steps at most",
+    "schedule": "{} schedule",
+    "weight_decay": "weight decay {}",
+    "init_std": "weights from N(0, {}²)",
+    "stop_accuracy": "stopped at {}",
+    "patience": "patience {:.0f}",
     "finetune_tokens": "{:,.0f} tokens of fine-tuning",
 }
 TEXT_PT, SMALL_PT = 8, 7
@@ -158,7 +163,10 @@ def spread(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 def explain(spreads: Iterable[pd.DataFrame], shape: str, sample: str) -> str:
     """Say in a sentence what the bands or bars (`shape`) of a figure show; `sample` is what one seed is a mean over."""
-    rows = pd.concat(list(spreads))
+    # a table can have too few sequences for a point
+    rows = pd.concat([pd.DataFrame(columns=["seeds"]), *spreads])
+    if rows.empty:
+        return ""
     counts = sorted(int(count) for count in rows["seeds"].unique())
     if counts == [1] and not (rows["high"] > rows["low"]).any():
         return "One seed."

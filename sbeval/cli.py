@@ -68,7 +68,7 @@ Workers = Annotated[
     int | None, typer.Option(help="Cells at once: processes that share the device, or Ray's CPUs here.")
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join, as host:port or auto.")]
-GpusPerCell = Annotated[float, typer.Option(help="GPUs of a Ray task, such as 0.25.")]
+GpusPerCell = Annotated[float | None, typer.Option(help="GPUs of a Ray task, such as 0.25; one where there are any.")]
 
 
 @app.command("length-gen")
@@ -204,7 +204,7 @@ def mqrar(
     executor: ExecutorKind = "local",
     workers: Workers = None,
     address: Address = None,
-    gpus_per_cell: GpusPerCell = 0.0,
+    gpus_per_cell: GpusPerCell = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -257,6 +257,12 @@ def attention_map(
     tensorboard: TensorBoard = None,
 ) -> None:
     """Where a model looks when a variable was assigned again: attention weights, drawn and measured."""
+    decided = {
+        "--attention": attention, "--vocab-size": vocab_size, "--width": width, "--layers": layers, "--heads": heads,
+        "--lr": lr, "--batch": batch, "--steps": steps, "--optimizer": optimizer,
+    }  # fmt: skip
+    if checkpoint and (surplus := [name for name, value in decided.items() if value is not None]):
+        raise InputError(f"{' and '.join(surplus)}: a --checkpoint decides that already")
     given = dict(
         checkpoint=checkpoint, kv_pairs=kv_pairs, vocab_size=vocab_size, seq_len=seq_len, width=width, layers=layers,
         heads=heads, lr=lr, batch=batch, steps=steps, optimizer=optimizer, test_rows=test_rows, example=example,
@@ -282,7 +288,7 @@ def flip_flop(
     executor: ExecutorKind = "local",
     workers: Workers = None,
     address: Address = None,
-    gpus_per_cell: GpusPerCell = 0.0,
+    gpus_per_cell: GpusPerCell = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -501,7 +507,7 @@ def run_study(
     executor: ExecutorKind = "local",
     workers: Workers = None,
     address: Address = None,
-    gpus_per_cell: GpusPerCell = 0.0,
+    gpus_per_cell: GpusPerCell = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),

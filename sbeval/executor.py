@@ -4,6 +4,7 @@ A worker that dies (killed, out of memory, a lost host) costs what it had in han
 work that leaves checkpoints goes on from the last. Results come back as they are ready, in any order.
 """
 
+import math
 import multiprocessing
 import os
 import signal
@@ -35,20 +36,20 @@ Then = Callable[[Item], Sequence[Item]]
 class Executor:
     """How to run. workers: processes that share this machine and its GPU, or the CPUs of a local Ray cluster; None is
     this process alone (`local`), or all that Ray finds. address: of a running Ray cluster. gpus_per_cell: share of a
-    GPU that a Ray task takes; 0 without GPUs."""
+    GPU that a Ray task takes; None is a whole one where there are any."""
 
     kind: str = "local"
     workers: int | None = None
     address: str | None = None
-    gpus_per_cell: float = 0.0
+    gpus_per_cell: float | None = None
 
     def __post_init__(self) -> None:
         choose("executor", self.kind, KINDS)
         if self.workers is not None and self.workers < 1:
             raise InputError(f"--workers must be at least 1; got {self.workers}")
-        if not 0 <= self.gpus_per_cell:
+        if self.gpus_per_cell is not None and not 0 <= self.gpus_per_cell < math.inf:
             raise InputError(f"--gpus-per-cell must be at least 0; got {self.gpus_per_cell}")
-        if self.kind == "local" and (self.address or self.gpus_per_cell):
+        if self.kind == "local" and (self.address or self.gpus_per_cell is not None):
             raise InputError("--address and --gpus-per-cell are for --executor ray")
         if self.address and self.workers:
             raise InputError("--workers starts a Ray cluster here and --address joins another: give one of them")
@@ -195,7 +196,7 @@ def _in_ray(
             return work(item)
 
         # a task that raises is not run again, one whose worker dies is
-        task: Any = ray.remote(max_retries=RETRIES, num_cpus=1, num_gpus=how.gpus_per_cell)(call)
+        task: Any = ray.remote(max_retries=RETRIES, num_cpus=1, num_gpus=_share(ray, how))(call)
         # `work` goes with each item: it may know more by then
         pending = {task.remote(work, item): item for item in items}
         while pending:
@@ -209,6 +210,16 @@ def _in_ray(
                 raise error.cause from None
             yield item, result
             pending |= {task.remote(work, new): new for new in (then(item) if then else ())}
+
+
+def _share(ray: Any, how: Executor) -> float:
+    """Share of a GPU that a task takes. InputError where there are too few: it would wait for ever."""
+    there = float(ray.cluster_resources().get("GPU", 0))
+    if how.gpus_per_cell is None:
+        return min(1.0, there)
+    if how.gpus_per_cell > there:
+        raise InputError(f"--gpus-per-cell {how.gpus_per_cell:g} is more than the Ray cluster has: {there:g} GPUs")
+    return how.gpus_per_cell
 
 
 @contextmanager

@@ -62,6 +62,10 @@ class Recall:
             raise InputError(f"{self.kv_pairs} distinct keys cannot be drawn from key_pool {self.keys}")
         if self.n_back < 1:
             raise InputError(f"n_back must be at least 1; got {self.n_back}")
+        if self.n_back > self.most_values:
+            raise InputError(
+                f"n_back must be at most {self.most_values}, the values that a key can have; got {self.n_back}"
+            )
 
     @property
     def half(self) -> int:
@@ -71,6 +75,16 @@ class Recall:
     @property
     def keys(self) -> int:
         return self.half - 1 if self.key_pool is None else self.key_pool
+
+    @property
+    def most_values(self) -> int:
+        """Values that a key can have had at most when it is asked for."""
+        if self.filler == "any":
+            return self.seq_len // 2
+        before = 1 if "keys" in self.distinct else self.kv_pairs
+        # each query but the last assigns, unless every key is asked for once
+        once = {"keys", "queries"} <= set(self.distinct)
+        return before if self.filler == "padding" or once else before + self.kv_pairs - 1
 
     @property
     def slots(self) -> int:

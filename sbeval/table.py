@@ -239,6 +239,8 @@ def _cell(value: Any, kind: Kind | None = None) -> str:
 def _load(path: Path, required: Iterable[str]) -> pd.DataFrame:
     """Read the cells as text and check the shape of the file and its common columns."""
     header, rows, lines = _parse(path)
+    if not set(columns(Measurement)) & set(header):
+        raise InputError(f"{path} is no table of sbeval: it has none of its columns")
     if missing := [name for name in required if name not in header]:
         names = ", ".join(name if name.isprintable() else repr(name) for name in header)
         raise InputError(f"{path} has no column {', '.join(map(repr, missing))}; it has: {names}")

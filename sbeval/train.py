@@ -72,8 +72,10 @@ class TrainConfig:
         choose("optimizer", self.optimizer, OPTIMIZERS)
         choose("dtype", self.dtype, device.DTYPES)
         for name in ("steps", "batch", "length", "lr", "log_every", "clip"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be above 0; got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight_decay must be at least 0; got {self.weight_decay}")
         if self.micro_batch is not None and not 0 < self.micro_batch <= self.batch:
             raise InputError(f"micro_batch must be 1 to {self.batch} (the batch); got {self.micro_batch}")
 
@@ -309,7 +311,7 @@ class Trainer:
     def _accumulate(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """Add up the gradients of a batch, a part at a time; its loss."""
         # gradients are averaged over processes, and what is wanted is their sum
-        count = (targets != IGNORE).sum() / self.world.size
+        count = (targets != IGNORE).sum().clamp(min=1) / self.world.size
         total = torch.zeros((), device=self.place)
         parts = self._parts(len(tokens))
         for part in parts:

@@ -182,6 +182,15 @@ class Cell:
         """Train the model, or load it, and measure where it looks."""
         subject = self._loaded(place) if self.config.checkpoint else self._trained(place, progress)
         shape, config = subject.model.config, self.config
+        if config.checkpoint and shape.vocab_size <= config.seq_len:
+            raise InputError(
+                f"the model of {config.checkpoint[0]} has a vocabulary of {shape.vocab_size}, which --seq-len "
+                f"{config.seq_len} must be below: it was trained on sequences of {subject.train_len}"
+            )
+        if subject.train_len != config.seq_len:
+            progress.say(
+                f"{subject.name} was trained on sequences of {subject.train_len} and is looked into at {config.seq_len}"
+            )
         task = Recall(vocab_size=shape.vocab_size, seq_len=config.seq_len, kv_pairs=config.kv_pairs)
         examples = generate(task, TEST_SEED, torch.arange(config.test_rows, device=place.device))
         sizes: dict[str, Any] = {

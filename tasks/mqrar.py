@@ -81,6 +81,11 @@ class Row(Measurement):
     batch: int | None = field(default=None, metadata=LATER)
     max_steps: int | None = field(default=None, metadata=LATER)
     optimizer: str | None = field(default=None, metadata=LATER)
+    schedule: str | None = field(default=None, metadata=LATER)
+    weight_decay: float | None = field(default=None, metadata=LATER)
+    init_std: float | None = field(default=None, metadata=LATER)
+    stop_accuracy: float | None = field(default=None, metadata=LATER)
+    patience: int | None = field(default=None, metadata=LATER)
     status: str | None = field(default=None, metadata=LATER)
 
 
@@ -127,6 +132,9 @@ class Config:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.patience < 0:
             raise InputError(f"patience must be at least 0; got {self.patience}")
+        # above 1 it is never reached
+        if not self.stop_accuracy >= 0:
+            raise InputError(f"stop_accuracy must be at least 0; got {self.stop_accuracy}")
         if self.stored_rows and self.stored_rows < self.batch:
             raise InputError(f"stored_rows must be 0 or at least the batch {self.batch}; got {self.stored_rows}")
         for pairs in self.kv_pairs:
@@ -158,7 +166,8 @@ PRESETS = {
     # sizes at which two cores see the task learned in minutes
     "quick": Config(),
     "small": Config(
-        kv_pairs=(32,), widths=(128,), lrs=(1e-3,), vocab_size=1024, seq_len=768, batch=64, steps=6000, check_every=250
+        kv_pairs=(32,), widths=(128,), lrs=(1e-3,), vocab_size=1024, seq_len=768, batch=64, steps=6000,
+        optimizer="muon", check_every=250,
     ),
     "h200": H200,
     # does a learned bias, starting at so much, make stick-breaking learn sooner?
@@ -172,7 +181,9 @@ PRESETS = {
         H200, kv_pairs=(32,), n_back=(1, 2, 3, 4), heads=2, key_pool=8, lrs=(5e-4, 1e-3, 2e-3),
     ),
     # the author's public code: 64 epochs of 100,000 rows, up to 4.9e9 tokens a cell. Unlike there dropout falls on what
-    # attention returns, not on its weights, and a GPU multiplies in bfloat16 (--dtype float32 for the author's)
+    # attention returns, not on its weights, and a GPU multiplies in bfloat16 (--dtype float32 for the author's).
+    # What is known of the optimizer is AdamW, its decay, rates and a cosine: warm-up, where the cosine ends, betas and
+    # clipping are this project's
     "paper": Config(
         kv_pairs=(32, 64, 128, 192), widths=(256,), lrs=RATES, vocab_size=8192, seq_len=768, dropout=0.1,
         stored_rows=100_000, batch=256, steps=25_000, check_every=250,
@@ -300,7 +311,8 @@ class Cell:
             "key_pool": task.keys, "n_back": task.n_back, "score_prefix": str(task.score_prefix).lower(),
             "positions": "learned" if config.positions else "none", "dropout": config.dropout,
             "stored_rows": config.stored_rows, "batch": config.batch, "max_steps": config.steps,
-            "optimizer": config.optimizer,
+            "optimizer": config.optimizer, "schedule": config.schedule, "weight_decay": config.weight_decay,
+            "init_std": config.init_std, "stop_accuracy": config.stop_accuracy, "patience": config.patience,
         }  # fmt: skip
 
     def _outcome(self, found: list[Row], place: Place, trained: Trained | None = None) -> Outcome:

@@ -52,6 +52,11 @@ def test_points_of_a_few_queries_are_left_out() -> None:
     assert line(mqrar_splits.draw(table).axes[0], "RoPE")[0] == [0, 1]
 
 
+def test_with_few_queries_everywhere_there_are_no_points() -> None:
+    left, right = mqrar_splits.draw(pd.DataFrame(rows("rope")).assign(n=mqrar_splits.FEWEST - 1)).axes
+    assert [len(np.asarray(one.get_xdata())) for axis in (left, right) for one in axis.get_lines()] == [0, 0]
+
+
 def test_nothing_to_draw_is_said() -> None:
     table = pd.DataFrame(rows("rope"))
     with pytest.raises(InputError, match="no rows with stale_values or distance_start"):

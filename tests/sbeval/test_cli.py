@@ -241,6 +241,8 @@ def test_attention_map_leaves_a_table_figures_and_a_page(tmp_path: Path) -> None
     for suffix in ("png", "pdf", "html"):
         assert (tmp_path / "figures" / f"attention_map.{suffix}").stat().st_size > 1000
     assert_one_line(run("attention-map", "--checkpoint", tmp_path), "--checkpoint", "no checkpoint folder")
+    decided = run("attention-map", "--checkpoint", tmp_path, "--attention", "rope", "--width", "7")
+    assert_one_line(decided, "--attention and --width: a --checkpoint decides that already")
 
 
 def test_flip_flop_leaves_a_table_and_a_figure(tmp_path: Path) -> None:

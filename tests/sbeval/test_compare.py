@@ -162,5 +162,5 @@ def test_mistakes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown format 'latex'"):
         compare.render(tmp_path / "a", tmp_path / "a", "latex")
     (tmp_path / "a" / "notes.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match=r"notes\.csv has no column 'family'"):
+    with pytest.raises(InputError, match=r"notes\.csv is no table of sbeval"):
         compare.render(tmp_path / "a", tmp_path / "a", "csv")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -17,7 +18,7 @@ from rich.console import Console
 from sbeval import sweep
 from sbeval.cell import Cell, cell_id
 from sbeval.errors import InputError
-from sbeval.executor import Executor, Lost
+from sbeval.executor import Executor, Lost, _share
 from sbeval.place import Place
 from sbeval.tasks import mqrar
 
@@ -78,6 +79,18 @@ def test_what_an_item_lets_begin_comes_before_what_waits() -> None:
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Executor(**options)
+
+
+@pytest.mark.parametrize(("share", "there", "taken"), [(None, 0, 0.0), (None, 8, 1.0), (0.25, 8, 0.25), (0.0, 8, 0.0)])
+def test_the_share_of_a_gpu_that_a_ray_task_takes(share: float | None, there: int, taken: float) -> None:
+    cluster = SimpleNamespace(cluster_resources=lambda: {"CPU": 2, "GPU": there})
+    assert _share(cluster, Executor(kind="ray", gpus_per_cell=share)) == taken
+
+
+def test_a_share_that_no_cluster_has_is_said() -> None:
+    cluster = SimpleNamespace(cluster_resources=lambda: {"CPU": 2})
+    with pytest.raises(InputError, match="--gpus-per-cell 0.5 is more than the Ray cluster has: 0 GPUs"):
+        _share(cluster, Executor(kind="ray", gpus_per_cell=0.5))
 
 
 def test_ray_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,11 +36,12 @@ def tasks(pick: st.DrawFn) -> Recall:
     pairs = pick(st.integers(1, 12))
     length = 2 * pick(st.integers(2 * pairs, 2 * pairs + 20))
     vocab = pick(st.integers(length + 1, 4 * length))
-    return Recall(
+    task = Recall(
         vocab_size=vocab, seq_len=length, kv_pairs=pairs, filler=pick(st.sampled_from(recall.FILLERS)),
-        distinct=tuple(pick(st.sets(st.sampled_from(recall.DISTINCT)))), n_back=pick(st.integers(1, 3)),
+        distinct=tuple(pick(st.sets(st.sampled_from(recall.DISTINCT)))),
         key_pool=pick(st.none() | st.integers(pairs, vocab // 2 - 1)), score_prefix=pick(st.booleans()),
     )  # fmt: skip
+    return dataclasses.replace(task, n_back=pick(st.integers(1, min(3, task.most_values))))
 
 
 def by_hand(task: Recall, row: list[int]) -> tuple[list[int], list[int], list[int]]:
@@ -254,11 +255,34 @@ def test_each_accuracy_is_over_its_own_positions() -> None:
         ({"key_pool": 4096}, "key_pool must be 1 to 4095 (the keys); got 4096"),
         ({"key_pool": 31, "distinct": ("keys",)}, "32 distinct keys cannot be drawn from key_pool 31"),
         ({"n_back": 0}, "n_back must be at least 1; got 0"),
+        # all pairs and all queries but the last could be of one key
+        ({"kv_pairs": 4, "n_back": 8}, "n_back must be at most 7, the values that a key can have; got 8"),
+        ({"kv_pairs": 4, "n_back": 5, "distinct": ("keys",)}, "n_back must be at most 4,"),
+        ({"kv_pairs": 4, "n_back": 2, "distinct": ("keys", "queries")}, "n_back must be at most 1,"),
+        ({"kv_pairs": 4, "n_back": 5, "filler": "padding"}, "n_back must be at most 4,"),
     ],
 )
 def test_impossible_sizes(sizes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         Recall(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("distinct", "filler"), [((), "value"), (("keys",), "value"), (("keys", "queries"), "value"), ((), "padding")]
+)
+def test_the_oldest_value_that_can_be_asked_for_is_asked_for(distinct: tuple[str, ...], filler: str) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 64, "seq_len": 8, "kv_pairs": 2, "filler": filler, "distinct": distinct}
+    keys = 2 if "keys" in distinct else 1
+    task = Recall(key_pool=keys, n_back=Recall(**sizes).most_values, **sizes)
+    assert (draw(task, 500).targets != IGNORE).any()
+
+
+def test_a_batch_without_labels_teaches_nothing(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"kv_pairs": (2,), "widths": (16,), "vocab_size": 64, "seq_len": 8, "test_rows": 200}
+    (cell,) = mqrar.cells(mqrar.Config(attention=("rope",), n_back=(3,), batch=1, steps=3, **sizes))
+    with Progress() as progress:
+        outcome = cell.run(Place(results_dir=tmp_path, device=torch.device("cpu")), progress)
+    assert outcome.measured["losses"] == [0.0] * 3
 
 
 def test_the_extremes_of_the_slot_law_can_be_drawn() -> None:
