@@ -61,7 +61,7 @@ class ModelConfig:
             if (size := getattr(self, name)) is not None and size < 1:
                 raise InputError(f"{name} must be at least 1; got {size}")
         if self.init_std is not None and not 0 < self.init_std < math.inf:
-            raise InputError(f"init_std must be above 0; got {self.init_std}")
+            raise InputError(f"init_std must be above 0 and finite; got {self.init_std}")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be at least 0 and below 1; got {self.dropout}")
         if self.positions < 0:

@@ -73,9 +73,9 @@ class TrainConfig:
         choose("dtype", self.dtype, device.DTYPES)
         for name in ("steps", "batch", "length", "lr", "log_every", "clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be above 0; got {getattr(self, name)}")
+                raise InputError(f"{name} must be above 0 and finite; got {getattr(self, name)}")
         if not 0 <= self.weight_decay < math.inf:
-            raise InputError(f"weight_decay must be at least 0; got {self.weight_decay}")
+            raise InputError(f"weight_decay must be at least 0 and finite; got {self.weight_decay}")
         if self.micro_batch is not None and not 0 < self.micro_batch <= self.batch:
             raise InputError(f"micro_batch must be 1 to {self.batch} (the batch); got {self.micro_batch}")
 

@@ -357,8 +357,8 @@ def test_specs_that_will_not_do(spec: str, message: str) -> None:
         ({"kv_heads": -2}, "kv_heads must be at least 1; got -2"),
         ({"head_dim": 0}, "head_dim must be at least 1; got 0"),
         ({"positions": -1}, "positions must be at least 0; got -1"),
-        ({"init_std": -1.0}, "init_std must be above 0; got -1"),
-        ({"init_std": math.inf}, "init_std must be above 0; got inf"),
+        ({"init_std": -1.0}, "init_std must be above 0 and finite; got -1"),
+        ({"init_std": math.inf}, "init_std must be above 0 and finite; got inf"),
     ],
 )
 def test_shapes_that_will_not_do(changes: dict[str, Any], message: str) -> None:
