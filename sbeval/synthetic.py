@@ -42,16 +42,6 @@ class Trains(Cell, Protocol):
     def training(self) -> TrainConfig: ...
 
 
-C = TypeVar("C", bound=Trains)
-
-
-def built(cells: list[C]) -> list[C]:
-    """These cells; InputError where a method cannot have heads of a model's size, before any of them runs."""
-    for cell in cells:
-        model.n_parameters(cell.model())
-    return cells
-
-
 class Drawn(Generic[Examples]):
     """Training batches of a step's `rows`, as `generate` makes them: a dataclass of tensors that have a row each."""
 

@@ -294,16 +294,14 @@ def errors(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, dict
 
 
 def cells(config: Config) -> list[Cell]:
-    """The grid, seeds outermost. InputError names a method or option that is not known, or heads it cannot have."""
+    """The grid, seeds outermost. InputError names a method or option that is not known."""
     methods = dict.fromkeys(model.canonical_attention(spec) for spec in config.attention)
-    return synthetic.built(
-        [
-            Cell(config=dataclasses.replace(config, attention=(spec,), seeds=(seed,), lrs=(lr,)))
-            for seed in dict.fromkeys(config.seeds)
-            for lr in dict.fromkeys(config.lrs)
-            for spec in methods
-        ]
-    )
+    return [
+        Cell(config=dataclasses.replace(config, attention=(spec,), seeds=(seed,), lrs=(lr,)))
+        for seed in dict.fromkeys(config.seeds)
+        for lr in dict.fromkeys(config.lrs)
+        for spec in methods
+    ]
 
 
 def summary(results: pd.DataFrame) -> Table:

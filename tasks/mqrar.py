@@ -391,18 +391,16 @@ def accuracies(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, 
 def cells(config: Config) -> list[Cell]:
     """The grid; of several learning rates and seeds, every rate with the first seed. `more` has the rest.
 
-    InputError names a method or option that is not known, or heads that a method cannot have.
+    InputError names a method or option that is not known.
     """
     seeds = dict.fromkeys(config.seeds)
     first = list(seeds)[: 1 if len(set(config.lrs)) > 1 else None]
-    return synthetic.built(
-        [
-            dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,)))
-            for seed in first
-            for cell in _settings(config)
-            for rate in dict.fromkeys(config.lrs)
-        ]
-    )
+    return [
+        dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,)))
+        for seed in first
+        for cell in _settings(config)
+        for rate in dict.fromkeys(config.lrs)
+    ]
 
 
 def more(config: Config, results: pd.DataFrame | None) -> list[Cell]:

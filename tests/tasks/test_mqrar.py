@@ -337,11 +337,6 @@ def test_grid_of_cells() -> None:
     assert len(cells) == len(set(cells)) == 8
 
 
-def test_heads_that_a_method_cannot_have_are_said_before_any_cell_runs() -> None:
-    with pytest.raises(InputError, match="heads have size 63; RoPE .* needs an even size"):
-        mqrar.cells(mqrar.Config(attention=("nope", "rope"), widths=(64, 63)))
-
-
 def test_a_stored_set_is_seen_once_an_epoch_in_another_order() -> None:
     (cell,) = mqrar.cells(mqrar.Config(attention=("rope",), batch=4, stored_rows=10))
     batches = mqrar.Batches(cell, torch.device("cpu"))
