@@ -196,7 +196,8 @@ def rotated(
     starts: int32 (B,), where position 0 of each row of a cache is, k beginning `past` slots into it.
     """
     t, s, size = q.shape[1], k.shape[1], q.shape[3]
-    _check_even(size)
+    if size % 2:
+        raise InputError(f"q has heads of size {size}; RoPE turns pairs of dimensions and needs an even size")
     places = torch.arange(s, device=q.device)
     length = torch.full((1,), s, device=q.device)
     if cu_seqlens is not None:
@@ -233,17 +234,11 @@ def backend_name(device_type: str) -> str:
     return softmax.backend_name(device_type)
 
 
-def _check_even(size: int) -> None:
-    if size % 2:
-        raise InputError(f"heads have size {size}; RoPE turns pairs of dimensions and needs an even size")
-
-
 class Mixer(nn.Module):
     """RoPE as the model uses it: see `registry.Method`."""
 
     def __init__(self, options: Options, *, heads: int, kv_heads: int, head_dim: int, width: int, scale: float) -> None:
         super().__init__()
-        _check_even(head_dim)
         self.scale = scale
         self.options = options
 
