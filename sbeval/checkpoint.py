@@ -222,11 +222,10 @@ def _restore_shards(folder: Path, model: Decoder, optimizer: torch.optim.Optimiz
     for name in _read_config(folder).files or {}:
         _verify(folder, name)
     if optimizer is not None:
-        for parameter in model.parameters():
+        for parameter, names in kept(optimizer).items():
             optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
+                name: torch.zeros((), device=parameter.device) if name == "step" else torch.zeros_like(parameter)
+                for name in names
             }
     sharded.load(folder / "shards", _all_tensors(model, optimizer))
 

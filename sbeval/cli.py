@@ -193,7 +193,7 @@ def mqrar(
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="cosine, power or constant.")] = None,
+    schedule: Schedule = None,
     optimizer: Optimizer = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
     stop_accuracy: Annotated[float | None, typer.Option(help="Validation accuracy at which training ends.")] = None,
@@ -257,17 +257,14 @@ def attention_map(
     tensorboard: TensorBoard = None,
 ) -> None:
     """Where a model looks when a variable was assigned again: attention weights, drawn and measured."""
-    decided = {
-        "--attention": attention, "--vocab-size": vocab_size, "--width": width, "--layers": layers, "--heads": heads,
-        "--lr": lr, "--batch": batch, "--steps": steps, "--optimizer": optimizer,
-    }  # fmt: skip
-    if checkpoint and (surplus := [name for name, value in decided.items() if value is not None]):
-        raise InputError(f"{' and '.join(surplus)}: a --checkpoint decides that already")
     given = dict(
         checkpoint=checkpoint, kv_pairs=kv_pairs, vocab_size=vocab_size, seq_len=seq_len, width=width, layers=layers,
         heads=heads, lr=lr, batch=batch, steps=steps, optimizer=optimizer, test_rows=test_rows, example=example,
         attention=attention, seeds=seed,
     )  # fmt: skip
+    decided = ("attention", "vocab_size", "width", "layers", "heads", "lr", "batch", "steps", "optimizer")
+    if checkpoint and (surplus := [f"--{name.replace('_', '-')}" for name in decided if given[name] is not None]):
+        raise InputError(f"{' and '.join(surplus)}: a --checkpoint decides that already")
     _family("attention_map", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
 
 

@@ -195,8 +195,7 @@ class Cell:
         examples = generate(task, TEST_SEED, torch.arange(config.test_rows, device=place.device))
         sizes: dict[str, Any] = {
             "kv_pairs": task.kv_pairs, "seq_len": task.seq_len, "vocab_size": task.vocab_size, "width": shape.width,
-            "layers": shape.layers, "heads": shape.heads, "lr": subject.lr,
-            "optimizer": subject.optimizer,
+            "layers": shape.layers, "heads": shape.heads, "lr": subject.lr, "optimizer": subject.optimizer,
         }  # fmt: skip
         # before the work: an example that is not there is the user's to change
         drawn = chosen(examples, config.example)

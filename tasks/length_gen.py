@@ -283,8 +283,7 @@ class Cell:
 
     def source(self, progress: Progress) -> str:
         """Digest of the tokenized corpus, after that of a model that is there already."""
-        text, given = open_corpus(self.config, progress).digest, self.config.checkpoint
-        return text if given is None else f"{pretrained.digest(given)}-{text}"
+        return self._source(open_corpus(self.config, progress))
 
     def check(self, progress: Progress) -> None:
         """InputError where the corpus has no documents this long."""
@@ -298,7 +297,7 @@ class Cell:
         subject = self._trained(text, place, progress) if self.config.checkpoint is None else self._loaded(text, place)
         return outcome(
             subject, self._measured(text, windows, subject, place, progress), family=FAMILY, task=text.name,
-            eval_len=self.config.eval_len, seed=self.seed, corpus=text.name, corpus_digest=self.source(progress),
+            eval_len=self.config.eval_len, seed=self.seed, corpus=text.name, corpus_digest=self._source(text),
             tokenizer=text.tokenizer.name, measured=subject.measured,
         )  # fmt: skip
 
@@ -312,6 +311,10 @@ class Cell:
             return "", pretrained.digest(self.config.checkpoint)
         text = open_corpus(self.config, progress)
         return text.name, text.digest
+
+    def _source(self, text: Corpus) -> str:
+        given = self.config.checkpoint
+        return text.digest if given is None else f"{pretrained.digest(given)}-{text.digest}"
 
     def subject(self, found: Pretrained, place: Place) -> Subject:
         """The model as it is evaluated; one that was trained here with what only evaluation asks for."""
