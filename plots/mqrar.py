@@ -32,7 +32,7 @@ KINDS = {"fresh": "fresh: the key's first value", "stale": "stale: the key had a
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Draw the table, one row of panels for each setting in which the same number of pairs was measured.
+    """Draw the table, one row of panels for each setting, those with the most rows first.
 
     Left: accuracy over all queries, with the chance level. Right: queries for fresh values beside those for stale ones.
     Of several learning rates the one with the best validation accuracy is drawn. Where an older value than the last is
@@ -40,7 +40,7 @@ def draw(table: pd.DataFrame) -> Figure:
     """
     table = _best(table)
     looks = style.looks(table)
-    panels = _panels(table)
+    panels = settings(table)
     figure, axes = style.pairs(len(panels), share_y=True)
     spreads: list[pd.DataFrame] = []
     for (title, rows, x), (left, right) in zip(panels, axes, strict=True):
@@ -56,7 +56,7 @@ def chart(table: pd.DataFrame) -> Chart:
     table = _best(table)
     looks = style.looks(table)
     groups = []
-    for title, rows, x in _panels(table):
+    for title, rows, x in settings(table):
         chance = {f"chance, 1/{size - size // 2}": 1 / (size - size // 2) for size in sorted(set(rows["vocab_size"]))}
         panels = [
             Lines(title=name, x=AXES[x], y="accuracy", lines=lines, levels=chance)
@@ -127,8 +127,8 @@ def others(table: pd.DataFrame) -> list[str]:
     return [*OTHERS, *(name for name in LATER if name in table)]
 
 
-def _panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, str]]:
-    """Title, rows, and the column that is varied."""
+def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, str]]:
+    """Title and rows of each setting, and the column that is varied in it; those with the most rows first."""
     setting = [*ALWAYS, *others(table), "kv_pairs"]
     by_age = table.groupby(setting, dropna=False)["n_back"].transform("nunique") > 1
     found = []
@@ -138,7 +138,7 @@ def _panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, str]]:
     if len(rows := table[by_age]):
         panels = style.panels(rows, (*ALWAYS, "kv_pairs"), others(table), within=["n_back"])
         found += [(title, part, "n_back") for title, part in panels]
-    return found
+    return sorted(found, key=lambda setting: -len(setting[1]))
 
 
 def _overall(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look], x: str) -> list[pd.DataFrame]:

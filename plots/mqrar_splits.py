@@ -1,6 +1,6 @@
 """Multi-query repeated associative recall: accuracy by what makes a query hard.
 
-Left: how many values its key has had before. Right: how far back its answer was assigned.
+First: how many values its key has had before. Then: how far back its answer was assigned.
 """
 
 import numpy as np
@@ -19,28 +19,41 @@ TABLE = "mqrar"
 COLUMNS = (*mqrar.COLUMNS, "n", "stale_values", "distance_start", "distance_end")
 # queries of a seed without which a point is noise
 FEWEST = 10
+# what a column of panels is
+VARIED = {"kv_pairs": "{:g} pairs", "n_back": "{:g}-back"}
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Draw the table, one row of panels for each setting and number of pairs, at the best learning rate of each method.
+    """Draw the table, two rows of panels for each setting, at the best learning rate of each method.
 
-    Distances are drawn at the geometric middle of their bin.
+    A column is a number of pairs, or how old a value is asked for; a single column is drawn as a row. Distances are
+    drawn at the geometric middle of their bin.
     """
     table, by_age, by_distance = _best(table)
     looks = style.looks(table)
-    panels = style.panels(table, ("kv_pairs", *mqrar.ALWAYS), [*mqrar.others(table), "n_back"])
-    figure, axes = style.pairs(len(panels), share_y=True)
+    settings = mqrar.settings(table)
+    columns = max(rows[x].nunique() for _, rows, x in settings)
+    figure, axes = style.grid(2 * len(settings), columns) if columns > 1 else style.grid(len(settings), 2)
+    places = [([left], [right]) for left, right in axes] if columns == 1 else zip(axes[::2], axes[1::2], strict=True)
     spreads: list[pd.DataFrame] = []
-    for (title, rows), (left, right) in zip(panels, axes, strict=True):
-        style.title(left, title)
-        style.label(left, "earlier values of the key", "accuracy")
-        style.label(right, "distance to the answer (positions)", "accuracy")
-        spreads += _lines(left, _older(rows[by_age.loc[rows.index]]), looks)
-        left.xaxis.set_major_locator(MaxNLocator(integer=True))
-        far = _far(rows[by_distance.loc[rows.index]])
-        spreads += _lines(right, far, looks)
-        if len(far):
-            style.octaves(right, far["distance_start"].min(), far["distance_end"].max(), far["distance_start"].min())
+    for (title, rows, x), (above, below) in zip(settings, places, strict=True):
+        style.heading(above[0], title, max(2, columns))
+        parts = [(varied, part) for varied, part in rows.groupby(x)]
+        for axis in (*above[len(parts) :], *below[len(parts) :]):
+            axis.set_axis_off()
+        for (varied, part), upper, lower in zip(parts, above, below, strict=False):
+            style.subtitle(upper, VARIED[x].format(varied))
+            first = upper is above[0]
+            style.label(upper, "earlier values of the key", "accuracy" if first else "")
+            style.label(lower, "distance to the answer (positions)", "accuracy" if first else "")
+            spreads += _lines(upper, _older(part[by_age.loc[part.index]]), looks)
+            upper.xaxis.set_major_locator(MaxNLocator(integer=True))
+            far = _far(part[by_distance.loc[part.index]])
+            spreads += _lines(lower, far, looks)
+            if len(far):
+                style.octaves(
+                    lower, far["distance_start"].min(), far["distance_end"].max(), far["distance_start"].min()
+                )
     style.finish(figure, [look.handle() for look in looks.values()], style.explain(spreads, "bands", "sequences"))
     return figure
 
@@ -50,15 +63,15 @@ def chart(table: pd.DataFrame) -> Chart:
     table, by_age, by_distance = _best(table)
     looks = style.looks(table)
     groups = []
-    for title, rows in style.panels(table, ("kv_pairs", *mqrar.ALWAYS), [*mqrar.others(table), "n_back"]):
-        kinds = {
-            "earlier values of the key": _older(rows[by_age.loc[rows.index]]),
-            "distance to the answer (positions)": _far(rows[by_distance.loc[rows.index]]),
-        }
+    for title, rows, x in mqrar.settings(table):
         panels = [
-            Lines(title=f"by {x.partition(' (')[0]}", x=x, y="accuracy", lines=lines, octaves="distance" in x)
-            for x, part in kinds.items()
-            if (lines := charts.lines(part[part["n"] >= FEWEST], looks, share=True))
+            Lines(title=f"{VARIED[x].format(varied)}: {name}", x=name, y="accuracy", lines=lines, octaves=octaves)
+            for varied, part in rows.groupby(x)
+            for name, points, octaves in (
+                ("earlier values of the key", _older(part[by_age.loc[part.index]]), False),
+                ("distance to the answer (positions)", _far(part[by_distance.loc[part.index]]), True),
+            )
+            if (lines := charts.lines(points[points["n"] >= FEWEST], looks, share=True))
         ]
         groups.append(Group(title, panels))
     sentence = (

@@ -214,10 +214,10 @@ def test_rows_from_before_there_was_a_choice_of_optimizer_are_adamws() -> None:
 
 def test_older_values_are_drawn_by_their_age() -> None:
     ages = [cell("rope", 4, 1 / n, n_back=n, heads=2) for n in (1, 2, 4)]
-    pairs = [cell("rope", pairs, 0.9) for pairs in (4, 8)]
+    pairs = [cell("rope", pairs, 0.9) for pairs in (4, 8, 16, 32)]
     # a table has an empty cell where the column came later
     by_pairs, by_age = (mqrar.draw(table(*pairs, *ages)).axes[index] for index in (0, 2))
-    assert (xs(lines(by_pairs)["RoPE"][0]), by_pairs.get_xlabel()) == ([4, 8], "key-value pairs")
+    assert (xs(lines(by_pairs)["RoPE"][0]), by_pairs.get_xlabel()) == ([4, 8, 16, 32], "key-value pairs")
     (rope,) = lines(by_age)["RoPE"]
     assert (xs(rope), ys(rope)) == ([1, 2, 4], [1.0, 0.5, 0.25])
     assert by_age.get_xlabel() == "n, where the n-th last value is asked for"

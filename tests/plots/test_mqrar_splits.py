@@ -29,8 +29,13 @@ def line(axis: Axes, label: str) -> tuple[list[float], list[float]]:
     return x, y
 
 
+def drawn(table: pd.DataFrame) -> list[Axes]:
+    """The panels that show something."""
+    return [axis for axis in mqrar_splits.draw(table).axes if axis.axison]
+
+
 def test_by_stale_values_and_by_distance() -> None:
-    left, right = mqrar_splits.draw(pd.DataFrame(rows("rope") + rows("nope"))).axes
+    left, right = drawn(pd.DataFrame(rows("rope") + rows("nope")))
     x, y = line(left, "RoPE")
     assert x == [0, 1, 2] and y == pytest.approx([1, 1 / 2, 1 / 3])
     x, y = line(right, "NoPE")
@@ -40,20 +45,25 @@ def test_by_stale_values_and_by_distance() -> None:
     assert right.get_xlabel() == "distance to the answer (positions)"
 
 
-def test_a_row_of_panels_for_each_number_of_pairs() -> None:
-    figure = mqrar_splits.draw(pd.DataFrame(rows("rope") + rows("rope", kv_pairs=16)))
-    titles = [axis.texts[0].get_text() for axis in figure.axes[::2]]
-    assert [title.split(",")[0] for title in titles] == ["8 key-value pairs", "16 key-value pairs"]
+def test_a_column_of_panels_for_each_number_of_pairs_and_two_rows_for_a_setting() -> None:
+    pairs = rows("rope") + rows("rope", kv_pairs=16)
+    figure = mqrar_splits.draw(pd.DataFrame(pairs + rows("rope", seq_len=128)))
+    titles = [[text.get_text() for text in axis.texts] for axis in figure.axes]
+    # the setting with the most rows comes first
+    assert titles[0][0].startswith("2x32 model") and "sequences of 64 tokens" in titles[0][0]
+    assert [text[-1:] for text in titles[:4]] == [["8 pairs"], ["16 pairs"], [], []]
+    assert "sequences of 128 tokens" in titles[4][0] and titles[4][-1] == "8 pairs"
+    assert [axis.axison for axis in figure.axes] == [True] * 5 + [False, True, False]
 
 
 def test_points_of_a_few_queries_are_left_out() -> None:
     table = pd.DataFrame(rows("rope"))
     table.loc[table["stale_values"] == 2, "n"] = mqrar_splits.FEWEST - 1
-    assert line(mqrar_splits.draw(table).axes[0], "RoPE")[0] == [0, 1]
+    assert line(drawn(table)[0], "RoPE")[0] == [0, 1]
 
 
 def test_with_few_queries_everywhere_there_are_no_points() -> None:
-    left, right = mqrar_splits.draw(pd.DataFrame(rows("rope")).assign(n=mqrar_splits.FEWEST - 1)).axes
+    left, right = drawn(pd.DataFrame(rows("rope")).assign(n=mqrar_splits.FEWEST - 1))
     assert [len(np.asarray(one.get_xdata())) for axis in (left, right) for one in axis.get_lines()] == [0, 0]
 
 
