@@ -37,7 +37,7 @@ CLAIMS = (
         rule=f"Mean accuracy over seeds of at least {SOLVED_ACCURACY} at the learning rate that validation chose, "
         f"vocabulary {SOLVED_AT['vocab_size']}, {SOLVED_AT['seq_len']} tokens. Agrees: stick-breaking solves "
         f"{SOLVED['stick_breaking']} pairs, RoPE {SOLVED['rope']} and not {SOLVED['stick_breaking']}. Disagrees: one "
-        "of the three is otherwise. A failure counts from a quarter of the paper's training tokens on.",
+        "of the three is otherwise. A failure counts from the paper's training tokens on.",
         table="mqrar", command="sbeval mqrar --preset paper", figure="mqrar", judge=rules.recall,
     ),
     Claim(

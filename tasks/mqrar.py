@@ -154,8 +154,8 @@ class Config:
 
 # the author's: four from 1e-4 to 1e-2, evenly in the logarithm
 RATES = (1e-4, 4.64e-4, 2.15e-3, 1e-2)
-# the author's length and width, at an eighth of the paper's vocabulary and with Muon, by which plateaus end sooner: a
-# cell is decided within 300 M tokens
+# the author's length and width, at an eighth of the paper's vocabulary and with Muon, by which plateaus end sooner:
+# within 300 M tokens for stick-breaking and forgetting, not for softmax past 32 pairs
 H200 = Config(
     attention=METHODS, seeds=(0, 1, 2), kv_pairs=(32, 64, 96, 128, 160, 192), widths=(256,),
     lrs=(2.5e-4, 5e-4, 1e-3, 2e-3), vocab_size=1024, seq_len=768, batch=64, steps=6000, schedule="constant",
