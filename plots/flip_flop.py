@@ -97,11 +97,16 @@ def _published(looks: dict[style.Method, style.Look]) -> list[Line]:
     colours = {name: look.colour for (name, options), look in looks.items() if not options}
     return [
         Line(
-            style.Look(f"{style.NAMES.get(name, name)}, published", colours.get(name, charts.GREY), "*", ()),
+            style.Look(f"{_name(name)}, published", colours.get(name, charts.GREY), "*", ()),
             pd.DataFrame([{"x": TESTS[t], "mean": v, "low": v, "high": v, "seeds": 1} for t, v in rates.items()]),
         )
         for name, rates in FLIP_FLOP.items()
     ]
+
+
+def _name(name: str) -> str:
+    """What a method is called whose figures were published, ours or not."""
+    return {"path": "PaTH"}.get(name, style.NAMES.get(name, name))
 
 
 def _finest(table: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
@@ -137,9 +142,9 @@ def _tests(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]
     for place, name in enumerate(others, start=len(looks)):
         at = np.arange(len(TESTS)) - 0.4 + (place + 0.5) * width
         published = [FLIP_FLOP[name][test] for test in TESTS]
-        axis.plot(at, published, color="0.7", label=f"{style.NAMES.get(name, name)}, published", **PUBLISHED)
+        axis.plot(at, published, color="0.7", label=f"{_name(name)}, published", **PUBLISHED)
         axis.annotate(
-            style.NAMES.get(name, name), (at[0], published[0]), (0, -13 if published[0] else 7),
+            _name(name), (at[0], published[0]), (0, -13 if published[0] else 7),
             textcoords="offset points", ha="center", fontsize=style.SMALL_PT, color=style.MARK,
         )  # fmt: skip
     chances = {test: _chance(rows, test) for test in TESTS}

@@ -24,6 +24,8 @@ LATER = (
     "optimizer", "slot_power", "filler", "distinct", "key_pool", "score_prefix", "positions", "dropout", "stored_rows",
     "batch", "max_steps", "schedule", "weight_decay", "init_std", "stop_accuracy", "patience",
 )  # fmt: skip
+# what a reader asks first of two settings
+NAMED = ("optimizer", "positions", "max_steps", "patience")
 AXES = {"kv_pairs": "key-value pairs", "n_back": "n, where the n-th last value is asked for"}
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", "kv_pairs", "lr", "split", *ALWAYS, *OTHERS)
 CHANCE: dict[str, Any] = {"color": style.MARK, "linewidth": 1.0, "linestyle": ":"}
@@ -133,10 +135,10 @@ def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, str]]:
     by_age = table.groupby(setting, dropna=False)["n_back"].transform("nunique") > 1
     found = []
     if len(rows := table[~by_age]):
-        panels = style.panels(rows, ALWAYS, [*others(table), "n_back"], within=["kv_pairs"])
+        panels = style.panels(rows, ALWAYS, [*others(table), "n_back"], within=["kv_pairs"], named=NAMED)
         found += [(title, part, "kv_pairs") for title, part in panels]
     if len(rows := table[by_age]):
-        panels = style.panels(rows, (*ALWAYS, "kv_pairs"), others(table), within=["n_back"])
+        panels = style.panels(rows, (*ALWAYS, "kv_pairs"), others(table), within=["n_back"], named=NAMED)
         found += [(title, part, "n_back") for title, part in panels]
     return sorted(found, key=lambda setting: -len(setting[1]))
 

@@ -179,12 +179,13 @@ def explain(spreads: Iterable[pd.DataFrame], shape: str, sample: str) -> str:
 
 
 def panels(
-    table: pd.DataFrame, always: Sequence[str], others: Sequence[str], within: Sequence[str] = ()
-) -> list[tuple[str, pd.DataFrame]]:
+    table: pd.DataFrame, always: Sequence[str], others: Sequence[str], within: Sequence[str] = (), *,
+    named: Sequence[str] = (),
+) -> list[tuple[str, pd.DataFrame]]:  # fmt: skip
     """Split a table into the rows of each panel and its title.
 
     A column of `always` or `others` splits when it has several values for the same value of `within`. Titles name the
-    columns of `always`, and of `others` those that are needed to tell panels apart.
+    columns of `always`, and of `others` those that split and are `named` or needed to tell panels apart.
     """
     counts = (
         table.groupby(list(within))[[*always, *others]].nunique().max()
@@ -193,11 +194,12 @@ def panels(
     )
     split = [name for name in (*always, *others) if counts[name] > 1]
     groups = [rows for _, rows in table.groupby(split, dropna=False)] if split else [table]
-    named = list(always)
+    told = [*always, *(name for name in split if name in named)]
     for name in others:
-        if name in split and len(table[[*named, name]].drop_duplicates()) > len(table[named].drop_duplicates()):
-            named.append(name)
-    return [(_title(rows, named), rows) for rows in groups]
+        apart = len(table[told].drop_duplicates())
+        if name in split and name not in told and len(table[[*told, name]].drop_duplicates()) > apart:
+            told.append(name)
+    return [(_title(rows, told), rows) for rows in groups]
 
 
 def pairs(rows: int, *, share_y: bool = False) -> tuple[Figure, list[tuple[Axes, Axes]]]:

@@ -61,7 +61,7 @@ def test_our_rates_stand_beside_the_published_ones() -> None:
     assert ys(found["RoPE, published"]) == list(FLIP_FLOP["rope"].values())
     assert xs(found["RoPE, published"]) == xs(found["RoPE"])
     # published methods that we do not have in the table, and none for what was not published
-    assert {"stick-breaking, published", "forgetting, published", "path, published"} <= set(found)
+    assert {"stick-breaking, published", "forgetting, published", "PaTH, published"} <= set(found)
     assert "NoPE, published" not in found and "NoPE" in found
     # a rate of 0 is on the axis
     assert left.get_yscale() == "symlog" and left.get_ylim()[0] < 0 < left.get_ylim()[1]

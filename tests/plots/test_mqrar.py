@@ -222,3 +222,12 @@ def test_older_values_are_drawn_by_their_age() -> None:
     assert (xs(rope), ys(rope)) == ([1, 2, 4], [1.0, 0.5, 0.25])
     assert by_age.get_xlabel() == "n, where the n-th last value is asked for"
     assert by_age.texts[0].get_text().endswith("4 key-value pairs")
+
+
+def test_a_title_says_how_models_were_trained_where_less_would_tell_panels_apart() -> None:
+    paths = [cell("rope", 4, 0.9, preset="h200", optimizer="muon", patience=3000)]
+    paths += [cell("rope", 4, 0.3, preset="logit_bias", optimizer="adamw", patience=1000)]
+    titles = [axis.texts[0].get_text() for axis in mqrar.draw(table(*paths)).axes[::2]]
+    assert [title.split("tokens, ")[1].replace("\n", " ") for title in titles] == [
+        "trained with muon, patience 3000", "trained with adamw, patience 1000",
+    ]  # fmt: skip
