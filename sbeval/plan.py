@@ -48,16 +48,22 @@ class Line:
 def list_cells(part: Part, place: Place, console: Console) -> None:
     """Print what each cell of a family costs, and all that are to run."""
     cells = study.cells(part)
+    later = study.further(part, None)
     pending = cells if place.force else sweep.unfinished(cells, place.results_dir)
+    if later and not pending:
+        # what the first found says which these are
+        cells = [*cells, *study.further(part, place.results_dir)]
+        pending, later = sweep.unfinished(cells, place.results_dir), []
     for step in graph.steps(pending):
         if not is_cell(step):
             study.say(console, f"{step.title}  {step.flops:.1e} FLOPs")
     for cell in cells:
         study.say(console, f"{cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in pending else '  finished'}")
     study.say(console, sweep.describe_cost(pending, place))
-    if later := study.further(part, None):
+    if later:
         flops = sum(cell.flops for cell in later)
-        study.say(console, f"then {len(later)} cells at what rates turn out best, at most {flops:.1e} FLOPs")
+        count = f"{len(later)} cell{'s' if len(later) > 1 else ''}"
+        study.say(console, f"then {count} at what rates turn out best, at most {flops:.1e} FLOPs")
 
 
 def table(title: str, parts: Sequence[Part], place: Place) -> Table:

@@ -218,6 +218,18 @@ def test_dry_run_says_the_grid_and_its_cost_and_writes_nothing(results: Path, tm
     assert done.code == 0 and "2 cells to run" in done.out and not (tmp_path / "new").exists()
 
 
+def test_a_dry_run_lists_further_seeds_once_it_is_known_at_which_rate(tmp_path: Path) -> None:
+    sweep = (*RECALL, "--attention", "rope", "--lr", "1e-3", "--lr", "2e-3", "--seed", "0", "--seed", "1")
+    first = run(*sweep[:-2], "--results-dir", tmp_path)
+    assert first.code == 0 and "2 cells to run" in first.out
+    *cells, cost = run(*sweep, "--results-dir", tmp_path, "--dry-run").out.splitlines()
+    assert [cell.endswith("finished") for cell in cells] == [True, True, False]
+    assert "-seed-1-" in cells[-1] and cost.startswith("1 cell to run, ")
+    # all begin again, and what is best may change
+    *_, cost, then = run(*sweep, "--results-dir", tmp_path, "--dry-run", "--force").out.splitlines()
+    assert cost.startswith("2 cells to run, ") and then.startswith("then 1 cell at what rates turn out best")
+
+
 def test_a_method_that_comes_later_leaves_the_others_alone(results: Path) -> None:
     runs = {path: path.stat().st_mtime_ns for path in (results / "runs").iterdir()}
     rows = (results / "mqrar.csv").read_text().splitlines()
