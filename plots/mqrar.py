@@ -29,6 +29,8 @@ NAMED = ("optimizer", "positions", "max_steps", "patience")
 AXES = {"kv_pairs": "key-value pairs", "n_back": "n, where the n-th last value is asked for"}
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", "kv_pairs", "lr", "split", *ALWAYS, *OTHERS)
 CHANCE: dict[str, Any] = {"color": style.MARK, "linewidth": 1.0, "linestyle": ":"}
+# how training ended
+ENDS = {"solved": "solved", "plateau": "without progress", "budget": "out of steps"}
 # a recalled value is fresh when it is its key's first, stale when the key had another before
 KINDS = {"fresh": "fresh: the key's first value", "stale": "stale: the key had another"}
 
@@ -40,25 +42,26 @@ def draw(table: pd.DataFrame) -> Figure:
     Of several learning rates the one with the best validation accuracy is drawn. Where an older value than the last is
     asked for, what is varied is how old.
     """
-    table = _best(table)
-    looks = style.looks(table)
-    panels = settings(table)
+    drawn = _best(table)
+    looks = style.looks(drawn)
+    panels = settings(drawn)
     figure, axes = style.pairs(len(panels), share_y=True)
     spreads: list[pd.DataFrame] = []
     for (title, rows, x), (left, right) in zip(panels, axes, strict=True):
         style.title(left, title)
         spreads += _overall(left, rows[rows["split"] == "all"], looks, x)
         spreads += _pairs(right, rows[rows["split"].isin(list(KINDS))], looks, x)
-    style.finish(figure, [look.handle() for look in looks.values()], style.explain(spreads, "bars", "sequences"))
+    note = style.explain(spreads, "bars", "sequences") + _ended(table, drawn)
+    style.finish(figure, [look.handle() for look in looks.values()], note)
     return figure
 
 
 def chart(table: pd.DataFrame) -> Chart:
     """The same, to hover over, in a panel for each split."""
-    table = _best(table)
-    looks = style.looks(table)
+    drawn = _best(table)
+    looks = style.looks(drawn)
     groups = []
-    for title, rows, x in settings(table):
+    for title, rows, x in settings(drawn):
         chance = {f"chance, 1/{size - size // 2}": 1 / (size - size // 2) for size in sorted(set(rows["vocab_size"]))}
         panels = [
             Lines(title=name, x=AXES[x], y="accuracy", lines=lines, levels=chance)
@@ -70,8 +73,18 @@ def chart(table: pd.DataFrame) -> Chart:
         "Share of queries for which the latest value of the key is returned (1 is all), by the number of key-value "
         "pairs in the sequence. What older values of a key cost is the difference between fresh and stale."
     )
-    note = style.explain(charts.spreads(groups), "bars and bands", "sequences")
+    note = style.explain(charts.spreads(groups), "bars and bands", "sequences") + _ended(table, drawn)
     return Chart("Associative recall by number of pairs", sentence, groups, note)
+
+
+def _ended(table: pd.DataFrame, drawn: pd.DataFrame) -> str:
+    """How the training of the models that are drawn ended, where the table says it: not solved is not refuted."""
+    if not {"cell", "status"} <= set(table):
+        return ""
+    solved = table[(table["metric"] == "solved") & table["cell"].isin(drawn["cell"])]
+    counts = solved.drop_duplicates("cell")["status"].value_counts()
+    found = [f"{counts[how]} {words}" for how, words in ENDS.items() if how in counts]
+    return f" Training ended: {', '.join(found)}." if found else ""
 
 
 def _best(table: pd.DataFrame) -> pd.DataFrame:

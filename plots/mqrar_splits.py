@@ -37,7 +37,7 @@ def draw(table: pd.DataFrame) -> Figure:
     places = [([left], [right]) for left, right in axes] if columns == 1 else zip(axes[::2], axes[1::2], strict=True)
     spreads: list[pd.DataFrame] = []
     for (title, rows, x), (above, below) in zip(settings, places, strict=True):
-        style.heading(above[0], title, max(2, columns))
+        style.title(above[0], title)
         parts = [(varied, part) for varied, part in rows.groupby(x)]
         for axis in (*above[len(parts) :], *below[len(parts) :]):
             axis.set_axis_off()

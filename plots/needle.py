@@ -37,7 +37,7 @@ def draw(table: pd.DataFrame) -> Figure:
     for number, (title, some) in enumerate(grids):
         first = sum(heights[:number]) * ACROSS
         panels = axes[first : first + heights[number] * ACROSS]
-        style.heading(panels[0], title, ACROSS)
+        style.title(panels[0], title)
         for axis, (task, part) in zip(panels, _parts(some), strict=False):
             spreads += _lines(axis, task, part, looks)
         for axis in panels[1 + some["task"].nunique() :]:

@@ -34,7 +34,7 @@ def draw(table: pd.DataFrame) -> Figure:
         for column, (method, look) in enumerate(looks.items()):
             axis = axes[row][column]
             _map(axis, style.method(some, method), look.label, first=column == 0)
-        style.heading(axes[row][0], title, len(looks))
+        style.title(axes[row][0], title)
     colours = ScalarMappable(Normalize(0, 1), COLOURS)
     bar = figure.colorbar(colours, ax=[axis for line in axes for axis in line], fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=style.SMALL_PT)

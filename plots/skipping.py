@@ -27,7 +27,7 @@ def draw(table: pd.DataFrame) -> Figure:
     groups, panels = _models(rows), _panels(rows)
     figure, axes = style.grid(len(groups), len(panels), share_y=False)
     for line, (title, of_model) in zip(axes, groups, strict=True):
-        style.heading(line[0], title, len(panels))
+        style.title(line[0], title)
         for axis, (step, batch) in zip(line, panels, strict=True):
             style.label(axis, *LABELS[step])
             style.subtitle(axis, _name(step, batch))

@@ -230,16 +230,9 @@ def label(axis: Axes, x: str, y: str) -> None:
 
 
 def title(axis: Axes, text: str) -> None:
-    """Say above the first panel of a row as wide as a page what the row shows."""
-    _above(axis, textwrap.wrap(text, 100))
-
-
-def heading(axis: Axes, text: str, columns: int) -> None:
-    """Say above a row's first panel what the row of `columns` panels shows, in as many lines as that takes."""
-    _above(axis, textwrap.wrap(text, 30 * columns))
-
-
-def _above(axis: Axes, lines: Sequence[str]) -> None:
+    """Say above the first panel of a row what the row shows, in as many lines as that takes."""
+    # about as many bold letters fit an inch
+    lines = textwrap.wrap(text, round(13.5 * axis.figure.bbox.width / axis.figure.dpi))
     # keeps the place; the layout would move the panels beside it apart for the text itself
     axis.set_title("\n".join(" " for _ in lines), loc="left", fontsize=TEXT_PT, pad=16)
     axis.annotate(
@@ -298,7 +291,9 @@ def _columns(handles: Sequence[Any], most: int, width_in: float) -> int:
 
 def note_below(figure: Figure, text: str) -> None:
     """Say below the panels what they leave open."""
-    figure.supxlabel(text, x=0.01, ha="left", fontsize=SMALL_PT, color=MARK)
+    # about as many letters fit an inch
+    lines = textwrap.fill(text, round(20 * figure.get_figwidth()))
+    figure.supxlabel(lines, x=0.01, ha="left", fontsize=SMALL_PT, color=MARK)
 
 
 def column(axis: Axes, name: str, handles: Sequence[Any]) -> None:

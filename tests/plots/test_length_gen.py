@@ -28,6 +28,11 @@ COMMON: dict[str, Any] = {
 LENGTHS = (128, 256, 512, 1024)
 
 
+def note(figure: Figure) -> str:
+    """What stands below the panels, in one line."""
+    return figure.get_supxlabel().replace("\n", " ")
+
+
 def cell(attention: str, values: tuple[float, ...] = (45, 44, 46, 50), **common: Any) -> list[dict[str, Any]]:
     same = COMMON | {"attention": attention, "metric": "perplexity"} | common
     return [
@@ -154,11 +159,11 @@ def test_a_method_that_is_lost_leaves_the_panel_and_is_named() -> None:
     last = 50.0
     figure = length_gen.draw(table(cell("alibi"), cell("rope", (45, 44, 46, 399)), cell("nope", (45, 44, 46, 9000))))
     assert figure.axes[0].get_ylim()[1] == 8 * last
-    assert figure.get_supxlabel().endswith("NoPE leaves the panels.")
+    assert note(figure).endswith("NoPE leaves the panels.")
     both = length_gen.draw(table(cell("alibi"), cell("rope", (45, 44, 46, 500)), cell("nope", (45, 44, 46, 9000))))
-    assert both.get_supxlabel().endswith("RoPE, NoPE leave the panels.")
+    assert note(both).endswith("RoPE, NoPE leave the panels.")
     inside = length_gen.draw(table(cell("alibi"), cell("rope", (45, 44, 46, 390), stderr=1.0)))
-    assert inside.axes[0].get_ylim()[1] > 390 and "leave" not in inside.get_supxlabel()
+    assert inside.axes[0].get_ylim()[1] > 390 and "leave" not in note(inside)
 
 
 def test_seeds_are_averaged_with_a_band_from_lowest_to_highest() -> None:
@@ -167,22 +172,22 @@ def test_seeds_are_averaged_with_a_band_from_lowest_to_highest() -> None:
     (axis,) = figure.axes
     assert ys(lines(axis)["RoPE"])[-1] == 42
     assert band(axis) == (40, 45)
-    assert figure.get_supxlabel() == "Mean of 3 seeds; bands: lowest to highest seed."
+    assert note(figure) == "Mean of 3 seeds; bands: lowest to highest seed."
 
 
 def test_one_seed_has_the_interval_over_documents() -> None:
     figure = length_gen.draw(table(cell("rope", stderr=0.5)))
     assert band(figure.axes[0]) == pytest.approx((44 - 0.98, 50 + 0.98))
-    assert figure.get_supxlabel() == "One seed; bands: 95 % interval over documents."
+    assert note(figure) == "One seed; bands: 95 % interval over documents."
     without = length_gen.draw(table(cell("rope", stderr=math.nan)))
     assert band(without.axes[0]) == (44, 50)
-    assert without.get_supxlabel() == "One seed."
+    assert note(without) == "One seed."
 
 
 def test_the_note_covers_mixed_numbers_of_seeds() -> None:
     figure = length_gen.draw(table(cell("rope"), cell("rope", seed=1), cell("alibi")))
     expected = "Mean of up to 2 seeds; bands: lowest to highest seed; for one seed, 95 % interval over documents."
-    assert figure.get_supxlabel() == expected
+    assert note(figure) == expected
 
 
 def test_settings_are_never_mixed_in_a_panel() -> None:
@@ -195,7 +200,7 @@ def test_settings_are_never_mixed_in_a_panel() -> None:
         {"eval_len": 2048},
     ]
     figure = length_gen.draw(table(*(cell("rope", **setting) for setting in settings), cell("nope")))
-    titles = [axis.texts[0].get_text() for axis in figure.axes]
+    titles = [axis.texts[0].get_text().replace("\n", " ") for axis in figure.axes]
     assert len(titles) == len(set(titles)) == len(settings)
     assert "Small model, trained at length 512, books, evaluated to 1024 tokens, 1,000,000 training tokens" in titles
     for axis in figure.axes:

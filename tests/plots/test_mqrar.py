@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sbeval.errors import InputError
@@ -26,6 +27,11 @@ COMMON: dict[str, Any] = {
     "heads": 1,
     "lr": 1e-3,
 }
+
+
+def note(figure: Figure) -> str:
+    """What stands below the panels, in one line."""
+    return figure.get_supxlabel().replace("\n", " ")
 
 
 def cell(attention: str, kv_pairs: int, score: float, validation: float | None = None, **common: Any) -> pd.DataFrame:
@@ -79,7 +85,7 @@ def test_accuracy_by_pairs_with_the_chance_level() -> None:
     assert (left.get_xlabel(), left.get_ylabel()) == ("key-value pairs", "accuracy (all queries)")
     assert left.texts[0].get_text() == "Two_layers model, vocabulary of 65, sequences of 64 tokens"
     assert left.get_ylim() == right.get_ylim()
-    assert figure.get_supxlabel() == "One seed; bars: 95 % interval over sequences."
+    assert note(figure) == "One seed; bars: 95 % interval over sequences."
 
 
 def test_fresh_beside_stale() -> None:
@@ -231,3 +237,16 @@ def test_a_title_says_how_models_were_trained_where_less_would_tell_panels_apart
     assert [title.split("tokens, ")[1].replace("\n", " ") for title in titles] == [
         "trained with muon, patience 3000", "trained with adamw, patience 1000",
     ]  # fmt: skip
+
+
+def test_how_training_ended_is_said_where_the_table_has_it() -> None:
+    ended = {"a": "solved", "b": "plateau", "c": "plateau"}
+    scores = [cell("rope", 4 + at, 0.9, cell=name) for at, name in enumerate(ended)]
+    ends = [
+        COMMON | {"attention": "rope", "metric": "solved", "cell": name, "status": how, "value": 0.0, "kv_pairs": 4}
+        for name, how in ended.items()
+    ]
+    figure = mqrar.draw(table(*scores, pd.DataFrame(ends)))
+    assert note(figure).endswith(" Training ended: 1 solved, 2 without progress.")
+    assert mqrar.chart(table(*scores, pd.DataFrame(ends))).note.endswith("2 without progress.")
+    assert "Training" not in note(mqrar.draw(table(*scores)))
