@@ -122,7 +122,7 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
         for axis in line:
             style.label(axis, scale.x if line is axes[-1] else "", scale.y if axis is line[0] else "")
     for axis, column in zip(axes[0], columns, strict=True):
-        style.column(axis, column.title, [look.handle() for look in column.looks.values()])
+        style.column(axis, column.title, [look.handle() for look in column.looks.values()], axes[0][0])
     cut = f" {', '.join(beyond)} {'leaves' if len(beyond) == 1 else 'leave'} the panels." if beyond else ""
     style.note_below(figure, style.explain(spreads, "bands", "documents") + cut)
     return figure

@@ -231,8 +231,8 @@ def label(axis: Axes, x: str, y: str) -> None:
 
 def title(axis: Axes, text: str) -> None:
     """Say above the first panel of a row what the row shows, in as many lines as that takes."""
-    # about as many bold letters fit an inch
-    lines = textwrap.wrap(text, round(13.5 * axis.figure.bbox.width / axis.figure.dpi))
+    # about as many bold letters fit an inch, of which labels of the axes take one
+    lines = textwrap.wrap(text, round(15 * (axis.figure.bbox.width / axis.figure.dpi - 1)))
     # keeps the place; the layout would move the panels beside it apart for the text itself
     axis.set_title("\n".join(" " for _ in lines), loc="left", fontsize=TEXT_PT, pad=16)
     axis.annotate(
@@ -296,9 +296,10 @@ def note_below(figure: Figure, text: str) -> None:
     figure.supxlabel(lines, x=0.01, ha="left", fontsize=SMALL_PT, color=MARK)
 
 
-def column(axis: Axes, name: str, handles: Sequence[Any]) -> None:
-    """Head a column of panels, above its first and that one's title, with its name and its legend."""
-    above = axis.transAxes + ScaledTranslation(0, 30 / 72, axis.figure.dpi_scale_trans)
+def column(axis: Axes, name: str, handles: Sequence[Any], titled: Axes) -> None:
+    """Head a column of panels, above its first, with its name and its legend; the row's title stands on `titled`."""
+    lines = titled.get_title(loc="left").count("\n") + 1
+    above = axis.transAxes + ScaledTranslation(0, (20 + 10 * lines) / 72, axis.figure.dpi_scale_trans)
     legend = axis.legend(
         handles=handles,
         title=name,

@@ -82,7 +82,12 @@ def test_few_methods_have_one_panel() -> None:
     assert labels(axis) == ["stick-breaking", "RoPE"] == list(lines(axis))
     assert xs(lines(axis)["RoPE"]) == [128, 256, 512, 1024] and ys(lines(axis)["RoPE"]) == [45, 44, 60, 90]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("context length (tokens)", "perplexity (per token)")
-    assert axis.texts[0].get_text() == "Small model, trained at length 256, books"
+    assert axis.texts[0].get_text().replace("\n", " ") == "Small model, trained at length 256, books"
+    # the title takes two lines here, and what heads the column stands above both
+    figure.draw_without_rendering()
+    legend = axis.get_legend()
+    assert legend and "\n" in axis.texts[0].get_text()
+    assert legend.get_window_extent().y0 > axis.texts[0].get_window_extent().y1
 
 
 def test_schemes_factors_and_windows_have_a_column_and_training_lengths_a_row() -> None:
