@@ -19,6 +19,7 @@ TABLE = "mqrar"
 COLUMNS = (*mqrar.COLUMNS, "n", "stale_values", "distance_start", "distance_end")
 # queries of a seed without which a point is noise
 FEWEST = 10
+AGE, DISTANCE = "earlier values of the key", "distance to the answer (positions)"
 # what a column of panels is
 VARIED = {"kv_pairs": "{:g} pairs", "n_back": "{:g}-back"}
 
@@ -29,7 +30,7 @@ def draw(table: pd.DataFrame) -> Figure:
     A column is a number of pairs, or how old a value is asked for; a single column is drawn as a row. Distances are
     drawn at the geometric middle of their bin.
     """
-    table, by_age, by_distance = _best(table)
+    table = _best(table)
     looks = style.looks(table)
     settings = mqrar.settings(table)
     columns = max(rows[x].nunique() for _, rows, x in settings)
@@ -43,13 +44,11 @@ def draw(table: pd.DataFrame) -> Figure:
             axis.set_axis_off()
         for (varied, part), upper, lower in zip(parts, above, below, strict=False):
             style.subtitle(upper, VARIED[x].format(varied))
-            first = upper is above[0]
-            style.label(upper, "earlier values of the key", "accuracy" if first else "")
-            style.label(lower, "distance to the answer (positions)", "accuracy" if first else "")
-            spreads += _lines(upper, _older(part[by_age.loc[part.index]]), looks)
+            style.label(upper, AGE, "accuracy" if upper is above[0] else "")
+            style.label(lower, DISTANCE, "accuracy" if lower is below[0] else "")
+            far = _far(part)
+            spreads += _lines(upper, _older(part), looks) + _lines(lower, far, looks)
             upper.xaxis.set_major_locator(MaxNLocator(integer=True))
-            far = _far(part[by_distance.loc[part.index]])
-            spreads += _lines(lower, far, looks)
             if len(far):
                 style.octaves(
                     lower, far["distance_start"].min(), far["distance_end"].max(), far["distance_start"].min()
@@ -60,17 +59,14 @@ def draw(table: pd.DataFrame) -> Figure:
 
 def chart(table: pd.DataFrame) -> Chart:
     """The same, to hover over."""
-    table, by_age, by_distance = _best(table)
+    table = _best(table)
     looks = style.looks(table)
     groups = []
     for title, rows, x in mqrar.settings(table):
         panels = [
             Lines(title=f"{VARIED[x].format(varied)}: {name}", x=name, y="accuracy", lines=lines, octaves=octaves)
             for varied, part in rows.groupby(x)
-            for name, points, octaves in (
-                ("earlier values of the key", _older(part[by_age.loc[part.index]]), False),
-                ("distance to the answer (positions)", _far(part[by_distance.loc[part.index]]), True),
-            )
+            for name, points, octaves in ((AGE, _older(part), False), (DISTANCE, _far(part), True))
             if (lines := charts.lines(points[points["n"] >= FEWEST], looks, share=True))
         ]
         groups.append(Group(title, panels))
@@ -82,22 +78,23 @@ def chart(table: pd.DataFrame) -> Chart:
     return Chart("Associative recall by what makes a query hard", sentence, groups, note)
 
 
-def _best(table: pd.DataFrame) -> tuple[pd.DataFrame, "pd.Series[bool]", "pd.Series[bool]"]:
-    """The rows at the best learning rates, and which of them are by earlier values, and by distance."""
+def _best(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows at the best learning rates."""
     table = mqrar.best_rates(table)
-    by_age, by_distance = (_has(table, name) for name in ("stale_values", "distance_start"))
-    if not (by_age | by_distance).any():
+    if not (_has(table, "stale_values") | _has(table, "distance_start")).any():
         raise InputError("there are no rows with stale_values or distance_start to draw")
-    return table, by_age, by_distance
+    return table
 
 
 def _older(rows: pd.DataFrame) -> pd.DataFrame:
-    rows = numbers(rows, ["stale_values"])
+    """The rows by how many values the key had before."""
+    rows = numbers(rows[_has(rows, "stale_values")], ["stale_values"])
     return rows.assign(x=rows["stale_values"])
 
 
 def _far(rows: pd.DataFrame) -> pd.DataFrame:
-    rows = numbers(rows, ["distance_start", "distance_end"])
+    """The rows by distance."""
+    rows = numbers(rows[_has(rows, "distance_start")], ["distance_start", "distance_end"])
     return rows.assign(x=np.sqrt(rows["distance_start"] * (rows["distance_end"] - 1)))
 
 

@@ -47,13 +47,8 @@ class Line:
 
 def list_cells(part: Part, place: Place, console: Console) -> None:
     """Print what each cell of a family costs, and all that are to run."""
-    cells = study.cells(part)
-    later = study.further(part, None)
+    cells, later = _known(part, place)
     pending = cells if place.force else sweep.unfinished(cells, place.results_dir)
-    if later and not pending:
-        # what the first found says which these are
-        cells = [*cells, *study.further(part, place.results_dir)]
-        pending, later = sweep.unfinished(cells, place.results_dir), []
     for step in graph.steps(pending):
         if not is_cell(step):
             study.say(console, f"{step.title}  {step.flops:.1e} FLOPs")
@@ -64,6 +59,16 @@ def list_cells(part: Part, place: Place, console: Console) -> None:
         flops = sum(cell.flops for cell in later)
         count = f"{len(later)} cell{'s' if len(later) > 1 else ''}"
         study.say(console, f"then {count} at what rates turn out best, at most {flops:.1e} FLOPs")
+
+
+def _known(part: Part, place: Place) -> tuple[list[Cell], list[Cell]]:
+    """The cells that are known, and as many as follow from what they will find: which, the first say when all are
+    finished."""
+    cells = study.cells(part)
+    later = study.further(part, None)
+    if not later or place.force or sweep.unfinished(cells, place.results_dir):
+        return cells, later
+    return [*cells, *study.further(part, place.results_dir)], []
 
 
 def table(title: str, parts: Sequence[Part], place: Place) -> Table:
@@ -82,7 +87,7 @@ def table(title: str, parts: Sequence[Part], place: Place) -> Table:
 
 def lines(parts: Sequence[Part], place: Place) -> list[Line]:
     """Lines of the training that cells share, of the text that they read, and of each family."""
-    cells = {part.family: [*study.cells(part), *study.further(part, None)] for part in parts}
+    cells = {part.family: [cell for some in _known(part, place) for cell in some] for part in parts}
     todo = {
         family: found if place.force else sweep.unfinished(found, place.results_dir) for family, found in cells.items()
     }
