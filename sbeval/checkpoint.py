@@ -8,6 +8,7 @@ SHA-256 of every file and of itself: what a disk or a copy has changed is named,
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import types
 from collections.abc import Iterator, Mapping
@@ -147,7 +148,7 @@ def tidy(folder: Path) -> None:
 
 def find(folder: Path) -> Path | None:
     """The complete checkpoint at `folder`: itself, or the one it was about to replace when the writer was stopped."""
-    return next((path for path in (folder, _old(folder)) if (path / "config.json").is_file()), None)
+    return next((path for path in (folder, _old(folder)) if os.path.isfile(path / "config.json")), None)
 
 
 def load_state(folder: Path) -> State:

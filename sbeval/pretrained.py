@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,7 +192,7 @@ def digest(spec: str) -> str:
     Of a model on the hub there is a copy of its config afterwards; InputError when there is no such model.
     """
     folder = Path(spec)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         try:
             return Path(_hub().hf_hub_download(spec, "config.json")).parent.name
         except (OSError, ValueError) as error:
@@ -232,12 +233,13 @@ def _decoder(
 
 def name(spec: str) -> str:
     """What a table calls it: a folder's own name, or the hub's."""
-    return Path(spec).resolve().name if Path(spec).is_dir() else spec
+    # os.path says no of what cannot be a path, where Path raises
+    return Path(spec).resolve().name if os.path.isdir(spec) else spec
 
 
 def _released(spec: str) -> Path | None:
     """The folder of a released stick-breaking model, fetched where it is on the hub; None where it is another model."""
-    if (folder := Path(spec)).is_dir():
+    if os.path.isdir(folder := Path(spec)):
         try:
             config = json.loads((folder / "config.json").read_text())
         # transformers, which is asked next, says what is wrong

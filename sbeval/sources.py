@@ -78,7 +78,7 @@ def source(spec: str, field: str) -> Source:
     if spec.startswith("hf:"):
         return _hub(spec.removeprefix("hf:"), field)
     path = Path(spec)
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"no corpus {spec!r}: give stdlib, an existing file or folder, or hf:NAME[:CONFIG]")
     return _files(path, field)
 
@@ -90,7 +90,7 @@ def size(spec: str) -> int | None:
     folder, names = Path(sysconfig.get_paths()["stdlib"]), []
     if spec == "stdlib":
         names = _modules(folder)
-    elif (path := Path(spec)).exists():
+    elif os.path.exists(path := Path(spec)):
         folder = path if path.is_dir() else path.parent
         names = _chosen(path, folder)[0]
     return sum((folder / name).stat().st_size for name in names) or None

@@ -181,12 +181,12 @@ def load(spec: str, *, train_texts: Callable[[], Iterable[str]] | None = None, c
             raise InputError(f"tokenizer {spec!r} is trained on a corpus and none is given: name a tokenizer.json file")
         return _cached(spec, _size(spec), train_texts(), cache_dir)
     path = Path(spec)
-    if path.is_file():
+    if os.path.isfile(path):
         return read(path, name=spec)
-    if path.is_dir() and not (path / "tokenizer_config.json").exists() and (path / "tokenizer.json").exists():
+    if os.path.isdir(path) and not (path / "tokenizer_config.json").exists() and (path / "tokenizer.json").exists():
         return read(path / "tokenizer.json", name=spec)
     # the empty specification would be the folder that we are in
-    if spec and (path.is_dir() or HUB_NAME.fullmatch(spec)):
+    if spec and (os.path.isdir(path) or HUB_NAME.fullmatch(spec)):
         return _from_transformers(spec)
     raise InputError(f"unknown tokenizer {spec!r}: bytes, bpe:N, a tokenizer.json file or its folder, or a hub name")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sbeval import checkpoint, pretrained
+from sbeval import checkpoint, pretrained, sources, tokenizer
 from sbeval.errors import InputError
 from sbeval.generate import generate
 from sbeval.model import Decoder, ModelConfig
@@ -171,3 +171,12 @@ def test_a_digest_is_of_weights_and_tokenizer(tmp_path: Path) -> None:
     first = pretrained.digest(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{ }")
     assert len({plain, first, pretrained.digest(str(tmp_path))}) == 3
+
+
+def test_a_name_that_no_disk_takes_is_no_folder(tmp_path: Path) -> None:
+    long = "9" * 5000
+    assert pretrained.name(long) == long and not pretrained.is_own(long) and sources.size(long) is None
+    with pytest.raises(InputError, match="no corpus '999"):
+        sources.source(long, "text")
+    with pytest.raises(InputError, match="unknown tokenizer '/999"):
+        tokenizer.load(f"/{long}", cache_dir=tmp_path)
