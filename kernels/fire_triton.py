@@ -20,7 +20,7 @@ Forward is FlashAttention's (Dao, arXiv 2307.08691); backward is in two passes w
 tile finds dq and the sums, one for a key tile dk and dv, each in one order. Same inputs, same bits.
 
     C: () float32, |c|      RATE: (T,) float32, log(2) / bottom of each query
-    TABLE: (1 + 3 H, 2 U) float32, U = 2^(LEVELS - 1) from K on; see `pieces`
+    TABLE: (1 + 3 H, WIDTH) float32, WIDTH the power of two above K; see `pieces`
 
 Variable grammar: i_ index, o_ offsets, p_ pointers, m_ masks, b_ block values.
 """
@@ -78,31 +78,30 @@ def _reach(b_i, b_j, c, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _bend(b_bias, b_slope, b_u, p_kink, p_bend, FIRST: tl.constexpr, END: tl.constexpr, SLOPE: tl.constexpr):
-    for k in tl.static_range(FIRST, END):
-        b_above = b_u - tl.load(p_kink + k)
-        bend = tl.load(p_bend + k)
-        b_bias += bend * tl.maximum(b_above, 0.0)
-        if SLOPE:
-            b_slope += tl.where(b_above > 0.0, bend, 0.0)
+def _bend(b_bias, b_slope, b_u, p_kink, p_bend, SLOPE: tl.constexpr):
+    """Add what one kink does to the bias and, with SLOPE, to its derivative."""
+    b_above = b_u - tl.load(p_kink)
+    bend = tl.load(p_bend)
+    b_bias += bend * tl.maximum(b_above, 0.0)
+    if SLOPE:
+        b_slope += tl.where(b_above > 0.0, bend, 0.0)
     return b_bias, b_slope
 
 
 @triton.jit
-def _bias(b_u, below, count, TABLE, i_h, n_heads, LEVELS: tl.constexpr, SLOPE: tl.constexpr):
+def _bias(b_u, below, count, TABLE, i_h, n_heads, WIDTH: tl.constexpr, SLOPE: tl.constexpr):
     """Bias, in log2 units, and with SLOPE its derivative by u, of a tile with `count` kinks above `below` in it."""
-    W: tl.constexpr = 1 << LEVELS
     p_kink = TABLE + below
-    p_bend = TABLE + (1 + i_h) * W + below
-    slope = tl.load(TABLE + (1 + n_heads + i_h) * W + below)
-    b_bias = b_u * slope + tl.load(TABLE + (1 + 2 * n_heads + i_h) * W + below)
+    p_bend = TABLE + (1 + i_h) * WIDTH + below
+    slope = tl.load(TABLE + (1 + n_heads + i_h) * WIDTH + below)
+    b_bias = b_u * slope + tl.load(TABLE + (1 + 2 * n_heads + i_h) * WIDTH + below)
     b_slope = slope
     if SLOPE:
         b_slope = tl.zeros_like(b_u) + slope
-    # branches, each for as many as all before it; a loop's keys would not be loaded ahead around another loop
-    for level in tl.static_range(LEVELS):
-        if count > 1 << level >> 1:
-            b_bias, b_slope = _bend(b_bias, b_slope, b_u, p_kink, p_bend, 1 << level >> 1, 1 << level, SLOPE)
+    # a loop within a branch: around another loop keys would not be loaded ahead
+    if count > 0:
+        for k in range(count):
+            b_bias, b_slope = _bend(b_bias, b_slope, b_u, p_kink + k, p_bend + k, SLOPE)
     return b_bias, b_slope
 
 
@@ -111,7 +110,7 @@ def forward_kernel(
     Q, K, V, C, RATE, TABLE, O, LSE, CU_SEQLENS, BLOCKS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     n_batch, n_heads, n_queries, n_keys, n_blocks, n_sequences, scale,
-    GROUP: tl.constexpr, LEVELS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head a program, latest tiles first. O: (B, T, H, D) contiguous; LSE: (B, H, T) float32, the
@@ -136,7 +135,7 @@ def forward_kernel(
     c = tl.load(C)
     b_rate = tl.load(RATE + o_m, mask=m_m, other=0.0)
     fast, slow = tl.load(RATE + i_m * BLOCK_M), tl.load(RATE + last - (n_k - n_q))
-    b_kinks = tl.load(TABLE + tl.arange(0, 1 << LEVELS >> 1))
+    b_kinks = tl.load(TABLE + tl.arange(0, WIDTH))
     b_i = (o_m + (n_k - n_q)).to(tl.float32)
     b_q = _load(Q, o_m, o_d, stride_qt, n_q, D, True)
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
@@ -153,7 +152,7 @@ def forward_kernel(
             b_j = (o_n + o_key).to(tl.float32)
             _, b_reach = _reach(b_i[:, None], b_j[None, :], c, masked == 1)
             b_u = _log2(b_reach, EXACT) * b_rate[:, None]
-            b_bias, _ = _bias(b_u, below, some - below, TABLE, i_h, n_heads, LEVELS, False)
+            b_bias, _ = _bias(b_u, below, some - below, TABLE, i_h, n_heads, WIDTH, False)
             b_logit = _product(b_q, tl.trans(b_k), EXACT) * scale + b_bias
             if masked == 1:
                 b_logit = tl.where(b_i[:, None] >= b_j[None, :], b_logit, float("-inf"))
@@ -170,15 +169,11 @@ def forward_kernel(
 
 
 @triton.jit
-def _above(
-    b_sums, b_g, b_gu, b_u, p_kink, o_place, FIRST: tl.constexpr, END: tl.constexpr
-):  # fmt: skip
-    """Add the sums of g and g u over pairs above a kink to its row of b_sums (U, 2), o_place counting from `p_kink`."""
-    for k in tl.static_range(FIRST, END):
-        m_above = b_u > tl.load(p_kink + k)
-        b_pair = tl.join(tl.sum(tl.where(m_above, b_g, 0.0), 1), tl.sum(tl.where(m_above, b_gu, 0.0), 1))
-        b_sums += tl.where((o_place == k)[:, None], tl.sum(b_pair, 0)[None, :], 0.0)
-    return b_sums
+def _above(b_sums, b_g, b_gu, b_u, kink, m_unit):
+    """Add the sums of g and g u over pairs above a kink to its row of b_sums (WIDTH, 2), which m_unit marks."""
+    m_above = b_u > kink
+    b_pair = tl.join(tl.sum(tl.where(m_above, b_g, 0.0), 1), tl.sum(tl.where(m_above, b_gu, 0.0), 1))
+    return b_sums + tl.where(m_unit[:, None], tl.sum(b_pair, 0)[None, :], 0.0)
 
 
 @triton.jit
@@ -186,16 +181,15 @@ def query_kernel(
     Q, K, V, C, RATE, TABLE, O, LSE, DO, DQ, DELTA, DSUMS, DRATE, DC, CU_SEQLENS, BLOCKS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     n_batch, n_heads, n_queries, n_keys, n_blocks, n_sequences, scale,
-    GROUP: tl.constexpr, LEVELS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """First pass of backward, one query tile of one head a program: dq and what the bias needs.
 
     O, DO, DQ: (B, T, H, D) contiguous. DELTA, DRATE, DC: (B, H, T) float32: do . o, and the sums over keys of
-    g b'(u) u and of g b'(u) d / (1 + c d). DSUMS: (B, H, tiles, U + 1, 2) float32, zeros: for each kink the sums of g
-    and of g u over the tile's pairs above it, and over all pairs last.
+    g b'(u) u and of g b'(u) d / (1 + c d). DSUMS: (B, H, tiles, WIDTH + 1, 2) float32, zeros: for each kink the sums
+    of g and of g u over the tile's pairs above it, and over all pairs last.
     """
-    U: tl.constexpr = 1 << LEVELS >> 1
     pid = tl.program_id(0)
     i_h = pid % n_heads
     i_b = ((pid // n_heads) % n_batch).to(tl.int64)
@@ -208,7 +202,7 @@ def query_kernel(
     V += i_b * stride_vb + start * stride_vt + i_h // GROUP * stride_vh
     o_d = tl.arange(0, BLOCK_D)
     o_key = tl.arange(0, BLOCK_N)
-    o_unit = tl.arange(0, U)
+    o_unit = tl.arange(0, WIDTH)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < n_q
     first = i_m * BLOCK_M + n_k - n_q
@@ -235,8 +229,8 @@ def query_kernel(
     # sums over the keys so far, and what the kinks have got of them
     b_g_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
     b_gu_sum = tl.zeros([BLOCK_M], dtype=tl.float32)
-    b_sums = tl.zeros([U, 2], dtype=tl.float32)
-    below_before = first * 0 + U
+    b_sums = tl.zeros([WIDTH, 2], dtype=tl.float32)
+    below_before = first * 0 + WIDTH
     n_tiles = last // BLOCK_N + 1
     n_full = (first + 1) // BLOCK_N
     for masked in tl.static_range(2):
@@ -248,7 +242,7 @@ def query_kernel(
             b_j = (o_n + o_key).to(tl.float32)
             b_d, b_reach = _reach(b_i[:, None], b_j[None, :], c, masked == 1)
             b_u = _log2(b_reach, EXACT) * b_rate[:, None]
-            b_bias, b_slope = _bias(b_u, below, some - below, TABLE, i_h, n_heads, LEVELS, True)
+            b_bias, b_slope = _bias(b_u, below, some - below, TABLE, i_h, n_heads, WIDTH, True)
             b_p = _exp2(_product(b_q, tl.trans(b_k), EXACT) * scale + b_bias - b_lse[:, None])
             if masked == 1:
                 b_p = tl.where(b_i[:, None] >= b_j[None, :], b_p, 0.0)
@@ -262,19 +256,17 @@ def query_kernel(
                 m_entered = (o_unit >= below) & (o_unit < below_before)
                 b_sums += tl.where(m_entered[:, None], b_pair[None, :], 0.0)
                 below_before = below
-            for level in tl.static_range(LEVELS):
-                if some - below > 1 << level >> 1:
-                    b_sums = _above(
-                        b_sums, b_g, b_gu, b_u, TABLE + below, o_unit - below, 1 << level >> 1, 1 << level
-                    )  # fmt: skip
+            if some > below:
+                for k in range(below, some):
+                    b_sums = _above(b_sums, b_g, b_gu, b_u, tl.load(TABLE + k), o_unit == k)
             b_g_sum += tl.sum(b_g, 1)
             b_gu_sum += tl.sum(b_gu, 1)
     b_pair = tl.sum(tl.join(b_g_sum, b_gu_sum), 0)
     b_sums += tl.where((o_unit < below_before)[:, None], b_pair[None, :], 0.0)
     o_pair = tl.arange(0, 2)
-    p_sums = DSUMS + ((i_b * n_heads + i_h) * n_blocks + i_tile) * (2 * U + 2)
+    p_sums = DSUMS + ((i_b * n_heads + i_h) * n_blocks + i_tile) * (2 * WIDTH + 2)
     tl.store(p_sums + o_unit[:, None] * 2 + o_pair[None, :], b_sums)
-    tl.store(p_sums + 2 * U + o_pair, b_pair)
+    tl.store(p_sums + 2 * WIDTH + o_pair, b_pair)
     # in log2 units the scale and the slopes had a factor that the gradients have not
     tl.store(DQ + p_rows, (b_dq * (scale * 0.6931471805599453)).to(DQ.dtype.element_ty), mask=m_rows)
     tl.store(DRATE + i_row, b_drate * 0.6931471805599453, mask=m_m)
@@ -286,7 +278,7 @@ def key_kernel(
     Q, K, V, C, RATE, TABLE, LSE, DO, DELTA, DK, DV, CU_SEQLENS, BLOCKS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     n_batch, n_heads, n_queries, n_keys, n_blocks, n_sequences, scale,
-    GROUP: tl.constexpr, LEVELS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    GROUP: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, VARLEN: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Second pass of backward, one key tile of one key-value head a program: dk and dv, (B, S, G, D) contiguous.
@@ -309,31 +301,28 @@ def key_kernel(
     past = n_k - n_q
     RATE += start
     c = tl.load(C)
-    b_kinks = tl.load(TABLE + tl.arange(0, 1 << LEVELS >> 1))
+    b_kinks = tl.load(TABLE + tl.arange(0, WIDTH))
     b_j = o_n.to(tl.float32)
     b_k = _load(K + i_b * stride_kb + start * stride_kt + i_g * stride_kh, o_n, o_d, stride_kt, n_k, D, True)
     b_v = _load(V + i_b * stride_vb + start * stride_vt + i_g * stride_vh, o_n, o_d, stride_vt, n_k, D, True)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    # query tiles from the first that sees a key of this tile; those on the diagonal and the short last need a mask
+    # query tiles from the first that sees a key of this tile; those on the diagonal need a mask
     n_tiles = (n_q + BLOCK_M - 1) // BLOCK_M
     first = tl.maximum(i_n * BLOCK_N - past, 0) // BLOCK_M
     n_diagonal = tl.minimum((tl.maximum(i_n * BLOCK_N + BLOCK_N - 1 - past, 0) + BLOCK_M - 1) // BLOCK_M, n_tiles)
-    n_whole = tl.maximum(n_q // BLOCK_M, n_diagonal)
     for i_member in range(GROUP):
         i_h = i_g * GROUP + i_member
         P_Q = Q + i_b * stride_qb + start * stride_qt + i_h * stride_qh
         P_DO = DO + ((i_b * n_queries + start) * n_heads + i_h) * D
         row = (i_b * n_heads + i_h) * n_queries + start
-        for part in tl.static_range(3):
-            begin = first if part == 0 else n_diagonal if part == 1 else n_whole
-            end = n_diagonal if part == 0 else n_whole if part == 1 else n_tiles
-            for i_m in range(begin, end):
+        for masked in tl.static_range(2):
+            for i_m in range(n_diagonal if masked == 0 else first, n_tiles if masked == 0 else n_diagonal):
                 o_row = i_m * BLOCK_M + o_m
                 m_row = o_row < n_q
                 last = tl.minimum(i_m * BLOCK_M + BLOCK_M, n_q) - 1
-                b_q = _load(P_Q, o_row, o_d, stride_qt, n_q, D, part != 1)
-                b_do = _load(P_DO, o_row, o_d, n_heads * D, n_q, D, part != 1)
+                b_q = _load(P_Q, o_row, o_d, stride_qt, n_q, D, True)
+                b_do = _load(P_DO, o_row, o_d, n_heads * D, n_q, D, True)
                 b_rate = tl.load(RATE + o_row, mask=m_row, other=0.0)
                 b_lse = tl.load(LSE + row + o_row, mask=m_row, other=float("inf"))
                 b_delta = tl.load(DELTA + row + o_row, mask=m_row, other=0.0)
@@ -342,11 +331,11 @@ def key_kernel(
                     tl.load(RATE + last), tl.load(RATE + i_m * BLOCK_M),
                 )  # fmt: skip
                 b_i = (o_row + past).to(tl.float32)
-                _, b_reach = _reach(b_i[None, :], b_j[:, None], c, part != 1)
+                _, b_reach = _reach(b_i[None, :], b_j[:, None], c, masked == 1)
                 b_u = _log2(b_reach, EXACT) * b_rate[None, :]
-                b_bias, _ = _bias(b_u, below, some - below, TABLE, i_h, n_heads, LEVELS, False)
+                b_bias, _ = _bias(b_u, below, some - below, TABLE, i_h, n_heads, WIDTH, False)
                 b_p = _exp2(_product(b_k, tl.trans(b_q), EXACT) * scale + b_bias - b_lse[None, :])
-                if part != 1:
+                if masked == 1:
                     b_p = tl.where(b_i[None, :] >= b_j[:, None], b_p, 0.0)
                 b_dv += _product(b_p.to(b_do.dtype), b_do, EXACT)
                 b_g = b_p * (_product(b_v, tl.trans(b_do), EXACT) - b_delta[None, :])
@@ -372,22 +361,16 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
-def levels(units: int) -> int:
-    """LEVELS of a network with so many hidden units."""
-    return max(1, (units - 1).bit_length() + 1)
-
-
 def table_shape(w2: Tensor) -> tuple[int, int]:
     """Shape of TABLE for the network's last layer (H, K)."""
-    return 1 + 3 * w2.shape[0], 1 << levels(w2.shape[1])
+    return 1 + 3 * w2.shape[0], 1 << w2.shape[1].bit_length()
 
 
 def pieces(w1: Tensor, b1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
     """TABLE of the network sum_m w2_hm relu(w1_m u + b1_m), and the order (K,) that sorts its units by their kinks.
 
-    Rows of 2 U: the kinks, rising; then for each head what each kink bends; the slope of the segment above so many
-    kinks; and where its line would be at u = 0, all but the kinks in log2 units. Past their ends kinks are at infinity
-    and bend nothing.
+    Its rows: the kinks, rising; then for each head what each kink bends; the slope of the segment above so many kinks;
+    and where its line would be at u = 0. All but the kinks are in log2 units. Past the last, kinks are at infinity.
     """
     units = len(w1)
     w1, b1, w2 = w1.double(), b1.double(), w2.double()
@@ -427,7 +410,7 @@ def forward(
         q, k, v, c, math.log(2) / bottom, table, out, lse, cu_seqlens, blocks,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         batch, heads, n_queries, k.shape[1], n_blocks, n_sequences, scale * LOG2_E,
-        GROUP=heads // k.shape[2], LEVELS=levels(len(w1)), D=dim, VARLEN=cu_seqlens is not None,
+        GROUP=heads // k.shape[2], WIDTH=table.shape[1], D=dim, VARLEN=cu_seqlens is not None,
         EXACT=q.dtype == torch.float32, **options,
     )  # fmt: skip
     return out, lse, table, order
@@ -442,7 +425,6 @@ def backward(
     batch, n_queries, heads, dim = q.shape
     n_keys, groups = k.shape[1:3]
     options, key_options = tiles("query", dim, q.dtype), tiles("key", dim, q.dtype)
-    units = 1 << levels(len(w1)) >> 1
     dq = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((batch, n_keys, groups, dim), dtype=q.dtype, device=q.device) for _ in range(2))
     n_blocks, n_key_blocks = triton.cdiv(n_queries, options["BLOCK_M"]), triton.cdiv(n_keys, key_options["BLOCK_N"])
@@ -453,11 +435,11 @@ def backward(
         blocks = _cumulative(_blocks(cu_seqlens, options["BLOCK_M"]))
         key_blocks = _cumulative(_blocks(cu_seqlens, key_options["BLOCK_N"]))
     delta, drate, dc = torch.empty((3, batch, heads, n_queries), dtype=torch.float32, device=q.device)
-    dsums = torch.zeros((batch, heads, n_blocks, units + 1, 2), dtype=torch.float32, device=q.device)
+    dsums = torch.zeros((batch, heads, n_blocks, table.shape[1] + 1, 2), dtype=torch.float32, device=q.device)
     rate = math.log(2) / bottom
     strides = *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     constants = {
-        "GROUP": heads // groups, "LEVELS": levels(len(w1)), "D": dim, "VARLEN": cu_seqlens is not None,
+        "GROUP": heads // groups, "WIDTH": table.shape[1], "D": dim, "VARLEN": cu_seqlens is not None,
         "EXACT": q.dtype == torch.float32,
     }  # fmt: skip
     query_kernel[(n_blocks * batch * heads,)](
@@ -477,7 +459,7 @@ def backward(
 def _network_gradients(
     sums: Tensor, order: Tensor, w1: Tensor, b1: Tensor, w2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of w1, b1 and w2 for the sums of g and g u above each kink, (H, U + 1, 2), over all pairs last."""
+    """Gradients of w1, b1 and w2 for the sums of g and g u above each kink, (H, WIDTH + 1, 2), over all pairs last."""
     everything = sums[:, -1:]
     above = torch.empty_like(sums[:, : len(w1)])
     above[:, order] = sums[:, : len(w1)]
