@@ -354,10 +354,10 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
         block_m, block_n, warps, stages = size, min(size, 32), 4, 1
     elif block_d == 256:
         block_m, block_n, warps, stages = 64, 32, 4, 2 if kernel == "forward" else 1
-    elif kernel == "forward":
-        block_m, block_n, warps, stages = 128, 64, 8, 2
+    elif kernel == "query":
+        block_m, block_n, warps, stages = 64, 32, 4, 2
     else:
-        block_m, block_n, warps, stages = 64, 64, 4, 2
+        block_m, block_n, warps, stages = 32 if kernel == "key" and block_d == 128 else 64, 64, 4, 2
     return {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
