@@ -94,6 +94,11 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def split(drawn: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, fire.Weights]:
+    q, k, v, c, m, w1, b1, w2 = drawn
+    return q, k, v, (c, m, w1, b1, w2)
+
+
 def error(found: Tensor, wanted: Tensor, least: float = 1e-2) -> float:
     """Relative error of the whole tensor; where what is wanted is less than `least` (of an element), as if it were."""
     found, wanted = found.detach().double(), wanted.detach().double()
@@ -179,9 +184,9 @@ def test_same_inputs_give_the_same_bits(bounds: tuple[int, ...] | None, backend:
 
 
 def test_inputs_may_be_strided(backend: str) -> None:
-    weights = tuple(Case(40).draw(torch.float32)[3:])
+    weights = split(Case(40).draw(torch.float32))[3]
     q, k, v = torch.randn(2, 40, 6, 32, device=PLACE).split((2, 2, 2), 2)
-    wanted = fire.attention(*(x.contiguous() for x in (q, k, v)), weights, backend=backend)
+    wanted = fire.attention(q.contiguous(), k.contiguous(), v.contiguous(), weights, backend=backend)
     assert torch.equal(fire.attention(q, k, v, weights, backend=backend), wanted)
     q, k, v = (x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v))
     assert torch.equal(fire.attention(q, k, v, weights, backend=backend), wanted)
@@ -189,13 +194,15 @@ def test_inputs_may_be_strided(backend: str) -> None:
 
 def test_a_row_of_a_cache_counts_from_its_start(backend: str) -> None:
     case = Case(1, s=70, batch=2, heads=4, groups=2)
-    q, k, v, *rest = case.draw(torch.float32)
-    weights, starts = tuple(rest), torch.tensor([0, 23], dtype=torch.int32, device=PLACE)
+    q, k, v, weights = split(case.draw(torch.float32))
+    starts = torch.tensor([0, 23], dtype=torch.int32, device=PLACE)
     with torch.no_grad():
         found = fire.attention(q, k, v, weights, starts=starts, backend=backend, threshold=40.0)
         for b, start in enumerate(starts.tolist()):
-            row = q[b : b + 1], k[b : b + 1, start:], v[b : b + 1, start:]
-            wanted = fire.attention(*row, weights, backend=backend, threshold=40.0)
+            rows = slice(b, b + 1)
+            wanted = fire.attention(
+                q[rows], k[rows, start:], v[rows, start:], weights, backend=backend, threshold=40.0
+            )  # fmt: skip
             assert error(found[b], wanted[0]) <= 1e-5
 
 
@@ -221,8 +228,7 @@ def test_compiles_whole() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    q, k, v, *rest = Case(8).draw(torch.float32)
-    weights = rest[0], rest[1], rest[2], rest[3], rest[4]
+    q, k, v, weights = split(Case(8).draw(torch.float32))
     with pytest.raises(InputError, match="weights are of 2 heads; q has 4"):
         fire.attention(q.repeat_interleave(2, 2), k, v, weights)
     with pytest.raises(InputError, match="unknown backend of fire 'flex'"):
