@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from rich.table import Table
 
-from sbeval import model, pretrained, scores
+from sbeval import epochs, model, pretrained, scores
 from sbeval.answers import Answers
 from sbeval.cell import Outcome, digest_of
 from sbeval.errors import InputError, choose
@@ -278,4 +278,6 @@ def _harness() -> Any:
 
 def summary(results: pd.DataFrame) -> Table:
     """Table for the terminal: models by benchmarks, with their average."""
-    return scores.terminal(scores.table(results))
+    shown = scores.terminal(scores.table(results))
+    shown.caption = epochs.caution(results) or None
+    return shown

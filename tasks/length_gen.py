@@ -375,7 +375,10 @@ class Cell:
             train_len=training.length, train_tokens=state.step * training.batch * training.length,
             unique_tokens=epoch_tokens(text.train, training.length), status=_status(state.held_out),
             backend=registry.method(name).backend_name(place.device.type),
-            measured={"held_out": state.held_out, "ended_by": self._ended_by(state, training)},
+            measured={
+                "held_out": [(step, round(loss, 4)) for step, loss in state.held_out],
+                "ended_by": self._ended_by(state, training),
+            },
         )  # fmt: skip
 
     def _ended_by(self, state: State, training: TrainConfig) -> str:
