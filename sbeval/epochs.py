@@ -5,6 +5,7 @@ gain (Muennighoff et al. 2023, arXiv 2305.16264). A model that learns its text b
 text that rises again while that on training text falls.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import pandas as pd
@@ -75,7 +76,6 @@ def caution(rows: pd.DataFrame, name: Callable[[Method], str] | None = None) -> 
 
 def _methods(rows: pd.DataFrame) -> dict[Method, float]:
     """The methods of rows, and the most epochs of each."""
-    epochs = pd.to_numeric(rows["epochs"]) if "epochs" in rows else pd.Series(float("nan"), index=rows.index)
-    methods = [(str(attention), str(options)) for attention, options in rows[["attention", "options"]].to_numpy()]
-    most = epochs.groupby(methods).max() if methods else epochs
-    return {method: float(most[method]) for method in sorted(set(methods))}
+    most = rows.assign(epochs=pd.to_numeric(rows["epochs"]) if "epochs" in rows else math.nan)
+    found = most.groupby(["attention", "options"])["epochs"].max().reset_index()
+    return {(str(name), str(options)): float(epochs) for name, options, epochs in found.to_numpy()}
