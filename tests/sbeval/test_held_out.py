@@ -41,4 +41,4 @@ def test_rows_are_filled_up_with_nothing_to_score(packed: bool) -> None:
     assert found.cu_seqlens is None or found.cu_seqlens.tolist() == [0, 2, 4, 8, 12, 16]
     assert found.cu_seqlens is None or found.cu_seqlens.dtype == torch.int32
     same = Rows(tokens, tokens + 1, bounds).filled(3)
-    assert torch.equal(same.tokens, tokens) and (bounds is None or torch.equal(same.cu_seqlens, bounds))
+    assert torch.equal(same.tokens, tokens) and torch.equal(same.targets, tokens + 1)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbeval import checkpoint, model, tokenizer
+from sbeval import checkpoint, held_out, model, tokenizer
 from sbeval.batches import Batches
 from sbeval.cell import Outcome, cell_id
 from sbeval.corpus import Split
@@ -297,7 +297,8 @@ def test_a_presets_tokens_end_at_four_epochs(packing: str, config: Config, tmp_p
     outcome = run(config, tmp_path / "results", progress)
     steps = 4 * unique // 16
     assert (outcome.train_tokens, outcome.unique_tokens) == (steps * 16, unique)
-    assert outcome.epochs == pytest.approx(steps * 16 / unique, abs=1e-4) and 3.9 < outcome.epochs <= 4
+    assert outcome.epochs == pytest.approx(steps * 16 / unique, abs=1e-4)
+    assert outcome.epochs is not None and 3.9 < outcome.epochs <= 4
     assert len(outcome.measured["losses"]) == steps and outcome.measured["ended_by"] == "max_epochs"  # type: ignore[arg-type]
     # the schedule is that of so many steps
     (cell,) = cells(config)
@@ -343,7 +344,7 @@ def test_held_out_loss_is_that_of_the_same_windows_for_every_method(
         # by hand, on the windows that are there: text that no split shares
         text = length_gen.open_corpus(config, progress)
         training = cells(config)[0].training(text)
-        _, windows = length_gen.held_out.plan(training.tokens, 8)
+        _, windows = held_out.plan(training.tokens, 8)
         batch = Batches(text.valid, 8, 1, 0, "stream").spread(windows)
         decoder = checkpoint.load_model(folder).eval()
         with torch.inference_mode():
