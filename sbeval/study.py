@@ -50,9 +50,12 @@ def notes(parts: Sequence[Part]) -> list[str]:
 
 def cautions(parts: Sequence[Part], place: Place) -> list[str]:
     """What to say of how often models will read their text, before they do; texts are opened."""
+    configs = [part.config for part in parts if isinstance(part.config, length_gen.Config) and part.config.trains]
+    # of families that share models the text is opened once, which can take a second
+    different = {length_gen.trained_on(config): config for config in configs}
     with sweep.progress_of(place) as progress:
-        configs = [part.config for part in parts if isinstance(part.config, length_gen.Config)]
-        return list(dict.fromkeys(line for config in configs for line in length_gen.cautions(config, progress)))
+        found = [line for config in different.values() for line in length_gen.cautions(config, progress)]
+    return list(dict.fromkeys(found))
 
 
 def train(part: Part, place: Place, console: Console) -> bool:

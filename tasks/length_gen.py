@@ -524,10 +524,13 @@ def _status(looks: epochs.Looks) -> str:
     return epochs.OVERFIT if epochs.overfits(looks) else ""
 
 
+def trained_on(config: Config) -> tuple[object, ...]:
+    """What models of a config have in common, whatever their method and seed."""
+    return tuple(getattr(config, name) for name in TRAINING if name not in ("attention", "seeds"))
+
+
 def cautions(config: Config, progress: Progress) -> list[str]:
     """What to say, before models train, of how often they will read their text, and of held-out text; often nothing."""
-    if not config.trains:
-        return []
     text = open_corpus(config, progress)
     asked, trained = (cells(config)[0].training(of).tokens for of in (None, text))
     found = epochs.notice(text.name, epoch_tokens(text.train, config.train_len), asked, trained)
