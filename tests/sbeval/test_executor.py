@@ -18,8 +18,9 @@ from rich.console import Console
 from sbeval import sweep
 from sbeval.cell import Cell, cell_id
 from sbeval.errors import InputError
-from sbeval.executor import Executor, Lost, _share
+from sbeval.executor import Executor, _share
 from sbeval.place import Place
+from sbeval.pool import Lost
 from sbeval.tasks import mqrar
 
 CPU = torch.device("cpu")
@@ -151,7 +152,7 @@ def test_processes_that_die_begin_again_and_one_that_always_does_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.setattr("sbeval.executor.RETRIES", 1)
+    monkeypatch.setattr("sbeval.pool.RETRIES", 1)
     for times in (1, 2):
         folder = tmp_path / f"{times}"
         folder.mkdir()
