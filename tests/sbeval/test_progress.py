@@ -1,3 +1,4 @@
+import functools
 import io
 import re
 from typing import Any
@@ -145,7 +146,7 @@ def test_tasks_of_other_processes_are_shown_here(clock: Clock) -> None:
     console, out = plain(clock)
     with Progress(console) as shown:
         heard = Heard(shown)
-        first, second = (Telling(lambda message, worker=worker: heard(worker, message)) for worker in (0, 1))
+        first, second = (Telling(functools.partial(heard, worker)) for worker in (0, 1))
         with first, second:
             task, other = first.add("train a", total=10), second.add("train b", total=None)
             other.advance(7)
