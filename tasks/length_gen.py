@@ -28,6 +28,7 @@ from sbeval.corpus import Corpus
 from sbeval.errors import InputError, check_swept, choose
 from sbeval.estimate import Estimate
 from sbeval.model import Decoder, ModelConfig
+from sbeval.optimizer import OPTIMIZERS
 from sbeval.perplexity import PositionLosses, Predictor, Rolling
 from sbeval.place import Place
 from sbeval.pretrained import Pretrained
@@ -86,6 +87,7 @@ class Config:
     max_epochs: float | None = field(default=epochs.MAX_EPOCHS, metadata=LATER)
     # looks at held-out loss without a new lowest after which training ends; 0: it goes on
     patience: int = field(default=0, metadata=LATER)
+    optimizer: str = field(default="adamw", metadata=LATER)
     # whether to run the code that comes with it
     trust_remote_code: bool = field(default=False, compare=False)
 
@@ -93,6 +95,7 @@ class Config:
         check_swept(self, "attention", "seeds")
         choose("model size", self.size, model.SIZES)
         choose("packing", self.packing, ("stream", "documents"))
+        choose("optimizer", self.optimizer, OPTIMIZERS)
         for name in ("train_len", "train_tokens", "batch_tokens", "documents", "windows"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -167,8 +170,8 @@ PRESETS = {
 Kind = TypeVar("Kind", bound=Config)
 # what of a config the training of its models depends on
 TRAINING = (
-    "attention", "seeds", "size", "train_len", "train_tokens", "batch_tokens", "micro_batch_tokens", "lr", "schedule",
-    "packing", "corpus", "tokenizer", "text_field", "corpus_tokens", "dtype", "max_epochs", "patience",
+    "attention", "seeds", "size", "train_len", "train_tokens", "batch_tokens", "micro_batch_tokens", "lr", "optimizer",
+    "schedule", "packing", "corpus", "tokenizer", "text_field", "corpus_tokens", "dtype", "max_epochs", "patience",
 )  # fmt: skip
 
 
@@ -435,7 +438,8 @@ def training_config(
     steps = max(1, tokens // (batch * length))
     return TrainConfig(
         steps=steps, batch=batch, length=length, micro_batch=micro and min(micro, batch), lr=lr,
-        schedule=config.schedule, warmup=max(1, steps // 20), seed=seed, dtype=config.dtype, sparse=sparse,
+        schedule=config.schedule, warmup=max(1, steps // 20), optimizer=config.optimizer, seed=seed,
+        dtype=config.dtype, sparse=sparse,
     )  # fmt: skip
 
 
