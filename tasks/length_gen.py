@@ -381,6 +381,7 @@ class Cell:
             measured={
                 "held_out": [(step, round(loss, 4)) for step, loss in state.held_out],
                 "ended_by": self._ended_by(state, training),
+                **({"corpus_versions": dict(text.versions)} if text.versions else {}),
             },
         )  # fmt: skip
 
