@@ -42,7 +42,8 @@ def draw(table: pd.DataFrame) -> Figure:
             spreads += _lines(axis, task, part, looks)
         for axis in panels[1 + some["task"].nunique() :]:
             axis.set_axis_off()
-    style.finish(figure, [look.handle() for look in looks.values()], style.explain(spreads, "bars", "samples"))
+    note = style.with_caution(style.explain(spreads, "bars", "samples"), table, looks)
+    style.finish(figure, [look.handle() for look in looks.values()], note)
     return figure
 
 
@@ -63,7 +64,8 @@ def chart(table: pd.DataFrame) -> Chart:
         "Share of what was hidden in a text that is found again (1 is all), by the length of text and answer in "
         "tokens, for each of RULER's tasks and as the mean of them. Higher is better."
     )
-    return Chart("Needles in haystacks", sentence, groups, style.explain(charts.spreads(groups), "bands", "samples"))
+    note = style.with_caution(style.explain(charts.spreads(groups), "bands", "samples"), table, looks)
+    return Chart("Needles in haystacks", sentence, groups, note)
 
 
 def _parts(some: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

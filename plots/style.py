@@ -17,6 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
+from sbeval import epochs
+
 # the place in this table fixes a method's colour, marker and dashes in every figure
 NAMES = {
     "stick_breaking": "stick-breaking",
@@ -176,6 +178,11 @@ def explain(spreads: Iterable[pd.DataFrame], shape: str, sample: str) -> str:
     several = f"{counts[-1]}" if counts[0] == counts[-1] else f"up to {counts[-1]}"
     alone = f"; for one seed, {single}" if counts[0] == 1 else ""
     return f"Mean of {several} seeds; {shape}: lowest to highest seed{alone}."
+
+
+def with_caution(note: str, rows: pd.DataFrame, looks: dict[Method, Look]) -> str:
+    """Add to a note which of the models of these rows overfit, or read their text too often."""
+    return " ".join(filter(None, [note, epochs.caution(rows, lambda method: looks[method].label)]))
 
 
 def panels(

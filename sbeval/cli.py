@@ -49,14 +49,22 @@ TrustRemoteCode = Annotated[
 ]
 Size = Annotated[str | None, typer.Option(help="Model: quick, 25m, 60m, nanogpt-60m, 125m, 350m, 1b, 3b.")]
 TrainLen = Annotated[int | None, typer.Option(help="Tokens of a training sequence.")]
-TrainTokens = Annotated[int | None, typer.Option(help="Tokens to train on.")]
+TrainTokens = Annotated[int | None, typer.Option(help="Tokens to train on; a preset's end at --max-epochs.")]
+MaxEpochs = Annotated[
+    float | None, typer.Option(help="Passes over the text at most: 4 of a preset; no bound on --train-tokens.")
+]
+Patience = Annotated[
+    int | None, typer.Option(help="Looks at held-out loss without a new lowest after which training ends; 0: never.")
+]
 BatchTokens = Annotated[int | None, typer.Option(help="Tokens of one optimizer step.")]
 MicroBatchTokens = Annotated[int | None, typer.Option(help="Tokens of one forward pass; all of a step's.")]
 Lr = Annotated[float | None, typer.Option(help="Peak learning rate.")]
 Optimizer = Annotated[str | None, typer.Option(help="adamw, or muon: that for matrices inside the blocks.")]
 Schedule = Annotated[str | None, typer.Option(help="cosine, power or constant.")]
 Packing = Annotated[str | None, typer.Option(help="stream, or documents: no attention across documents.")]
-CorpusSpec = Annotated[str | None, typer.Option("--corpus", help="stdlib, a file or folder, or hf:NAME[:CONFIG].")]
+CorpusSpec = Annotated[
+    str | None, typer.Option("--corpus", help="python, stdlib, a file or folder, or hf:NAME[:CONFIG].")
+]
 TokenizerSpec = Annotated[
     str | None, typer.Option("--tokenizer", help="bytes, bpe:SIZE, or a Hugging Face name or folder.")
 ]
@@ -65,7 +73,7 @@ CorpusTokens = Annotated[int | None, typer.Option(help="Train tokens to keep of 
 TensorBoard = Annotated[Path | None, typer.Option(help="Folder for TensorBoard logs.", metavar="DIR")]
 ExecutorKind = Annotated[str, typer.Option(help="local, or ray.")]
 Workers = Annotated[
-    int | None, typer.Option(help="Cells at once: processes that share the device, or Ray's CPUs here.")
+    int | None, typer.Option(help="Cells at once: processes that share cores and GPUs out, or Ray's CPUs here.")
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join, as host:port or auto.")]
 GpusPerCell = Annotated[float | None, typer.Option(help="GPUs of a Ray task, such as 0.25; one where there are any.")]
@@ -80,9 +88,12 @@ def length_gen(
     train_len: TrainLen = None,
     eval_len: Annotated[int | None, typer.Option(help="Tokens of context to evaluate to.")] = None,
     train_tokens: TrainTokens = None,
+    max_epochs: MaxEpochs = None,
+    patience: Patience = None,
     batch_tokens: BatchTokens = None,
     micro_batch_tokens: MicroBatchTokens = None,
     lr: Lr = None,
+    optimizer: Optimizer = None,
     schedule: Schedule = None,
     packing: Packing = None,
     corpus: CorpusSpec = None,
@@ -101,6 +112,10 @@ def length_gen(
         str | None, typer.Option(help="Evaluate this model: our checkpoint folder, or a Hugging Face folder or name.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
+    executor: ExecutorKind = "local",
+    workers: Workers = None,
+    address: Address = None,
+    gpus_per_cell: GpusPerCell = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -111,12 +126,15 @@ def length_gen(
     """Train at one length, evaluate the loss at every position far past it."""
     given = dict(
         size=size, train_len=train_len, eval_len=eval_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
-        micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
+        micro_batch_tokens=micro_batch_tokens, lr=lr, optimizer=optimizer, schedule=schedule, packing=packing,
+        corpus=corpus,
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, documents=documents, windows=windows,
         window=window, checkpoint=checkpoint, attention=attention, seeds=seed,
         trust_remote_code=trust_remote_code or None,
+        max_epochs=max_epochs, patience=patience,
     )  # fmt: skip
-    _family("length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+    how = _how(executor, workers, address, gpus_per_cell)
+    _family("length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
 
 
 @app.command()
@@ -127,9 +145,12 @@ def train(
     size: Size = None,
     train_len: TrainLen = None,
     train_tokens: TrainTokens = None,
+    max_epochs: MaxEpochs = None,
+    patience: Patience = None,
     batch_tokens: BatchTokens = None,
     micro_batch_tokens: MicroBatchTokens = None,
     lr: Lr = None,
+    optimizer: Optimizer = None,
     schedule: Schedule = None,
     packing: Packing = None,
     corpus: CorpusSpec = None,
@@ -149,8 +170,10 @@ def train(
     """Train the models that length-gen with the same options evaluates; under torchrun, on several GPUs."""
     given = dict(
         size=size, train_len=train_len, eval_len=train_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
-        micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
+        micro_batch_tokens=micro_batch_tokens, lr=lr, optimizer=optimizer, schedule=schedule, packing=packing,
+        corpus=corpus,
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
+        max_epochs=max_epochs, patience=patience,
     )  # fmt: skip
     _family(
         "length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, only=True,
@@ -213,8 +236,6 @@ def mqrar(
     tensorboard: TensorBoard = None,
 ) -> None:
     """Multi-query repeated associative recall: does each use of a variable return its latest value?"""
-    from sbeval.executor import Executor
-
     given = dict(
         kv_pairs=kv_pairs, widths=width, lrs=lr, n_back=n_back, vocab_size=vocab_size, seq_len=seq_len,
         slot_power=slot_power, filler=filler, distinct=distinct, key_pool=key_pool, score_prefix=score_prefix,
@@ -223,7 +244,7 @@ def mqrar(
         weight_decay=weight_decay, stop_accuracy=stop_accuracy, patience=patience, test_rows=test_rows,
         attention=attention, seeds=seed,
     )  # fmt: skip
-    how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    how = _how(executor, workers, address, gpus_per_cell)
     _family("mqrar", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
 
 
@@ -249,6 +270,10 @@ def attention_map(
     example: Annotated[
         int | None, typer.Option(help="Draw the first fitting test example from this number on.")
     ] = None,
+    executor: ExecutorKind = "local",
+    workers: Workers = None,
+    address: Address = None,
+    gpus_per_cell: GpusPerCell = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -265,7 +290,10 @@ def attention_map(
     decided = ("attention", "vocab_size", "width", "layers", "heads", "lr", "batch", "steps", "optimizer")
     if checkpoint and (surplus := [f"--{name.replace('_', '-')}" for name in decided if given[name] is not None]):
         raise InputError(f"{' and '.join(surplus)}: a --checkpoint decides that already")
-    _family("attention_map", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+    how = _how(executor, workers, address, gpus_per_cell)
+    _family(
+        "attention_map", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how
+    )
 
 
 @app.command("flip-flop")
@@ -294,13 +322,11 @@ def flip_flop(
     tensorboard: TensorBoard = None,
 ) -> None:
     """Flip-flop language: write, read and ignore one bit; is every read the bit last written?"""
-    from sbeval.executor import Executor
-
     given = dict(
         lrs=lr, seq_len=seq_len, p_ignore=p_ignore, layers=layers, heads=heads, width=width, batch=batch, steps=steps,
         test_rows=test_rows, attention=attention, seeds=seed,
     )  # fmt: skip
-    how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    how = _how(executor, workers, address, gpus_per_cell)
     _family("flip_flop", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
 
 
@@ -326,15 +352,22 @@ def few_shot(
     train_len: TrainLen = None,
     eval_len: Annotated[int | None, typer.Option(help="Tokens that a model reads at most.")] = None,
     train_tokens: TrainTokens = None,
+    max_epochs: MaxEpochs = None,
+    patience: Patience = None,
     batch_tokens: BatchTokens = None,
     micro_batch_tokens: MicroBatchTokens = None,
     lr: Lr = None,
+    optimizer: Optimizer = None,
     schedule: Schedule = None,
     packing: Packing = None,
     corpus: CorpusSpec = None,
     tokenizer: TokenizerSpec = None,
     text_field: TextField = None,
     corpus_tokens: CorpusTokens = None,
+    executor: ExecutorKind = "local",
+    workers: Workers = None,
+    address: Address = None,
+    gpus_per_cell: GpusPerCell = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -355,11 +388,14 @@ def few_shot(
         tasks=task, suites=suite or ([] if task else None), models=checkpoint,
         data_dir=None if data_dir is None else str(data_dir), limit=limit, size=size, train_len=train_len,
         eval_len=eval_len or train_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
-        micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
+        micro_batch_tokens=micro_batch_tokens, lr=lr, optimizer=optimizer, schedule=schedule, packing=packing,
+        corpus=corpus,
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
         trust_remote_code=trust_remote_code or None,
+        max_epochs=max_epochs, patience=patience,
     )  # fmt: skip
-    _family("few_shot", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+    how = _how(executor, workers, address, gpus_per_cell)
+    _family("few_shot", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
 
 
 @app.command()
@@ -463,15 +499,22 @@ def needle(
     size: Size = None,
     train_len: TrainLen = None,
     train_tokens: TrainTokens = None,
+    max_epochs: MaxEpochs = None,
+    patience: Patience = None,
     batch_tokens: BatchTokens = None,
     micro_batch_tokens: MicroBatchTokens = None,
     lr: Lr = None,
+    optimizer: Optimizer = None,
     schedule: Schedule = None,
     packing: Packing = None,
     corpus: CorpusSpec = None,
     tokenizer: TokenizerSpec = None,
     text_field: TextField = None,
     corpus_tokens: CorpusTokens = None,
+    executor: ExecutorKind = "local",
+    workers: Workers = None,
+    address: Address = None,
+    gpus_per_cell: GpusPerCell = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -485,11 +528,14 @@ def needle(
         tasks=task, lengths=length, samples=samples, sample_seed=sample_seed, finetune=finetune,
         finetune_tasks=finetune_task, finetune_lr=finetune_lr, **files, checkpoint=checkpoint, size=size,
         train_len=train_len, eval_len=train_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
-        micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
+        micro_batch_tokens=micro_batch_tokens, lr=lr, optimizer=optimizer, schedule=schedule, packing=packing,
+        corpus=corpus,
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
         trust_remote_code=trust_remote_code or None,
+        max_epochs=max_epochs, patience=patience,
     )  # fmt: skip
-    _family("needle", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+    how = _how(executor, workers, address, gpus_per_cell)
+    _family("needle", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
 
 
 @app.command("run")
@@ -517,7 +563,6 @@ def run_study(
     """A whole study: train each model once, run every family on it, and go on where a stopped run was."""
     from sbeval import device as devices
     from sbeval import distributed, schema
-    from sbeval.executor import Executor
     from sbeval.place import Place
 
     if show:
@@ -525,7 +570,7 @@ def run_study(
         return
     if distributed.size() > 1:
         raise InputError("a study runs in one process: start it without torchrun, with --workers or --executor ray")
-    how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    how = _how(executor, workers, address, gpus_per_cell)
     where = devices.pick(device)
     parts = schema.parts(schema.read(study, change or ()), lambda said: devices.pick_dtype(dtype or said, where))
     _run(parts, Place(results_dir=results_dir, device=where, force=force), how, dry_run=dry_run, name=study)
@@ -617,7 +662,7 @@ def bench_model(
 def bench_skipping(
     checkpoint: Annotated[str, typer.Option(help="Checkpoint folder of a stick-breaking model.")],
     corpus: Annotated[
-        str, typer.Option(help="Text to read: stdlib, a file or folder, or hf:NAME[:CONFIG].")
+        str, typer.Option(help="Text to read: python, stdlib, a file or folder, or hf:NAME[:CONFIG].")
     ] = "stdlib",
     tokenizer: Annotated[str, typer.Option(help="The model's: bytes, bpe:SIZE, or a Hugging Face name.")] = "bytes",
     length: Lengths = None,
@@ -666,6 +711,16 @@ def _say(line: object) -> None:
     Console().print(line, highlight=False, soft_wrap=True, markup=False)
 
 
+def _how(kind: str, workers: int | None, address: str | None, gpus_per_cell: float | None) -> "Executor":
+    from sbeval import distributed
+    from sbeval.executor import Executor
+
+    how = Executor(kind=kind, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    if distributed.size() > 1 and not how.alone:
+        raise InputError("--workers and --executor ray start processes of their own: leave them out, or torchrun")
+    return how
+
+
 def _family(
     name: str, preset: str | None, given: dict[str, Any], device: str | None, dtype: str | None, results_dir: Path,
     tensorboard: Path | None, *, force: bool, dry_run: bool, only: bool = False, shard: bool = False,
@@ -675,7 +730,7 @@ def _family(
     from sbeval import device as devices
     from sbeval import distributed, registry, study, sweep
     from sbeval.place import Place
-    from sbeval.schema import Part
+    from sbeval.schema import Part, uncut
 
     module = registry.task(name)
     if distributed.size() > 1 and name != "length_gen":
@@ -688,7 +743,7 @@ def _family(
     config = dataclasses.replace(
         module.PRESETS[choose("preset", preset, module.PRESETS)],
         dtype=devices.pick_dtype(dtype, where),
-        **changes,
+        **uncut(changes),
     )
     part = Part(family=name, preset=preset, config=config)
     with distributed.joined(where) as world:
@@ -697,7 +752,7 @@ def _family(
         )
         if not only or dry_run:
             _run([part], place, how or sweep.HERE, dry_run=dry_run)
-        elif not _resumable(lambda: sweep.train(study.cells(part), place, console=_console(place)), force):
+        elif not _resumable(lambda: study.train(part, place, _console(place)), force):
             raise typer.Exit(1)
 
 
@@ -712,7 +767,7 @@ def _run(parts: "list[Part]", place: "Place", how: "Executor", *, dry_run: bool,
         if not _resumable(lambda: study.run(parts, place, console, how), place.force):
             raise typer.Exit(1)
     elif name is None:
-        plan.list_cells(parts[0], place, console)
+        plan.list_cells(parts[0], place, console, how)
     else:
         console.print(plan.table(f"Study {name}", parts, place))
 
@@ -723,7 +778,7 @@ def _console(place: "Place") -> Console:
 
 
 def _resumable(work: Callable[[], bool], force: bool) -> bool:
-    from sbeval.executor import terminable
+    from sbeval.pool import terminable
 
     try:
         with terminable():

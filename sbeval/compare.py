@@ -22,16 +22,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Terminal
 
 from sbeval.errors import InputError, choose
-from sbeval.table import OUTCOME, Measurement, columns, read
+from sbeval.table import OUTCOME, Measurement, read, required
 
 # what a run found, beside its number
 FOUND = ("status", "reads", "cut")
 # what tells rows apart only where nothing else does, in this order
-ORIGIN = ("backend", "dtype", "corpus", "tokenizer", "train_tokens", "preset", "device", "cell")
+ORIGIN = (
+    "backend", "dtype", "corpus", "tokenizer", "train_tokens", "unique_tokens", "epochs", "preset", "device", "cell",
+)  # fmt: skip
 # quantiles of Student's t for 1, 2, ... degrees of freedom; of more, the last is a little wide
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 NORMAL = 1.96
-COMMON = columns(Measurement)
+COMMON = required(Measurement)
 METHOD = ["task", "model", "attention", "options"]
 # columns that a line has its own place for
 NAMED = ("family", "attention", "options", "metric", "unit")

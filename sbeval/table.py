@@ -13,7 +13,7 @@ import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 from uuid import uuid4
@@ -60,13 +60,18 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where a row comes from. `cell` is the stem of its run file, results/runs/<cell>.json."""
+    """Where a row comes from. `cell` is the stem of its run file, results/runs/<cell>.json.
+
+    unique_tokens: those of an epoch of the text that a model is trained on, None where there is no such text.
+    """
 
     cell: str
     preset: str
     corpus: str
     tokenizer: str
     train_tokens: int
+    unique_tokens: int | None = field(default=None, metadata=LATER)
+    epochs: float | None = field(default=None, metadata=LATER)
     dtype: str
     device: str
     backend: str
@@ -91,7 +96,8 @@ def columns(row_type: type[Measurement]) -> tuple[str, ...]:
 
 def required(row_type: type[Measurement]) -> tuple[str, ...]:
     """Return the names of the columns without which a family's table cannot be read: all but those that came later."""
-    later = {field.name for field in fields(row_type) if LATER.items() <= field.metadata.items()}
+    parts = (Identity, row_type, Provenance)
+    later = {entry.name for part in parts for entry in fields(part) if LATER.items() <= entry.metadata.items()}
     return tuple(name for name in columns(row_type) if name not in later)
 
 
@@ -122,7 +128,7 @@ def write(path: Path, new: pd.DataFrame) -> None:
     text = pd.DataFrame({name: [_cell(value) for value in new[name]] for name in new.columns}, dtype=str)
     with locked(path):
         if path.exists():
-            old = _load(path, required=columns(Measurement))
+            old = _load(path, required=required(Measurement))
             kept = old[~old["cell"].isin(set(text["cell"]))]
             text = pd.concat([text, kept], ignore_index=True).fillna("")
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
@@ -201,7 +207,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _names(part: Any) -> list[str]:
-    return [field.name for field in fields(part)]
+    return [entry.name for entry in fields(part)]
 
 
 def _kinds(row_type: type[Measurement]) -> dict[str, Kind]:

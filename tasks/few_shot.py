@@ -13,7 +13,7 @@ import functools
 import importlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ import pandas as pd
 import torch
 from rich.table import Table
 
-from sbeval import model, pretrained, scores
+from sbeval import epochs, model, pretrained, scores
 from sbeval.answers import Answers
 from sbeval.cell import Outcome, digest_of
 from sbeval.errors import InputError, choose
 from sbeval.place import Place
 from sbeval.pretrained import Pretrained
 from sbeval.progress import Progress
-from sbeval.table import Measurement
+from sbeval.table import LATER, Measurement
 from sbeval.tasks import length_gen
 
 FAMILY = "few_shot"
@@ -64,7 +64,7 @@ SUITES = {
 class Row(Measurement):
     """Factors: part of the benchmark (empty: all of it), what lm-eval took from an answer before scoring it, examples
     in a prompt, version of lm-eval's task, score of guessing, where the items come from (`hub` or `files`), and in how
-    many requests the beginning was cut to fit eval_len."""
+    many requests the beginning was cut to fit eval_len. status: `overfit`, or empty."""
 
     part: str = ""
     filter: str = ""
@@ -73,6 +73,7 @@ class Row(Measurement):
     chance: float | None = None
     items: str
     cut: int
+    status: str = field(default="", metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +170,7 @@ class Cell:
         folder = config.checkpoint or str(self.trained.train(place, progress))
         digest = pretrained.digest(folder)
         found = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
-        subject = self.trained.subject(found, place)
+        subject = self.trained.subject(found, folder, place, progress)
         answers = self._answers(digest, place)
         adapter = _harness().Adapter(
             subject.model, self._text(found, progress), length=self._length(found), place=place.device,
@@ -277,4 +278,6 @@ def _harness() -> Any:
 
 def summary(results: pd.DataFrame) -> Table:
     """Table for the terminal: models by benchmarks, with their average."""
-    return scores.terminal(scores.table(results))
+    shown = scores.terminal(scores.table(results))
+    shown.caption = epochs.caution(results) or None
+    return shown

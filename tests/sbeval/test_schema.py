@@ -205,3 +205,19 @@ def test_any_text_is_read_or_an_error_of_the_users(text: str) -> None:
         assert "study" in str(error)
     else:
         assert found is None or isinstance(found, str | list | dict)
+
+
+def test_tokens_that_a_study_asks_for_are_not_cut(tmp_path: Path) -> None:
+    def bounds(text: str, *changes: str) -> list[float | None]:
+        found = parts(text, *changes, tmp_path=tmp_path)
+        return [found[name].config.max_epochs for name in ("length_gen", "needle")]
+
+    plain = "models: {preset: quick}\nlength_gen:\nneedle:\n"
+    assert bounds(plain) == [4.0, 4.0]
+    assert bounds(plain, "models.train_tokens=4096") == [None, None]
+    assert bounds(plain, "needle.train_tokens=4096") == [4.0, None]
+    assert bounds(plain, "models.train_tokens=4096", "length_gen.max_epochs=8") == [8.0, None]
+    assert bounds(plain, "models.train_tokens=4096", "models.max_epochs=4") == [4.0, 4.0]
+    assert bounds(plain, "models.max_epochs=") == [None, None]
+    # the package's study is a preset, and its cells are called as they were
+    assert {part.config.max_epochs for part in schema.parts(schema.read("quick"), str)[:2]} == {4.0}
