@@ -227,6 +227,20 @@ def test_compiles_whole() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("bounds", [None, (0, 40, 41, 70)])
+def test_never_waits_for_the_device(bounds: tuple[int, ...] | None) -> None:
+    case = Case(70, heads=2, groups=1, bounds=bounds)
+    tensors, cu_seqlens = case.draw(torch.float32), case.cu_seqlens()
+    above = torch.randn_like(tensors[0])
+    results(fire.attention, tensors, above, case, cu_seqlens=cu_seqlens)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results(fire.attention, tensors, above, case, cu_seqlens=cu_seqlens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_wrong_arguments_are_named() -> None:
     q, k, v, weights = split(Case(8).draw(torch.float32))
     with pytest.raises(InputError, match="weights are of 2 heads; q has 4"):
