@@ -93,8 +93,6 @@ class Config(length_gen.Config):
             choose("suite", suite, SUITES)
         if self.limit is not None and self.limit < 1:
             raise InputError(f"limit must be at least 1, or left out; got {self.limit}")
-        if self.data_dir is not None and not os.path.isdir(self.data_dir):
-            raise InputError(f"--data-dir {self.data_dir} is no folder")
 
     @property
     def trains(self) -> bool:
@@ -219,7 +217,10 @@ class Cell:
 
 
 def cells(config: Config) -> list[Cell]:
-    """The grid: every model with every benchmark. InputError names what is not known."""
+    """The grid: every model with every benchmark. InputError names what is not known, or that `data_dir` is missing."""
+    # a config is a value, which a run file on another machine gives again: the disk is asked here
+    if config.data_dir is not None and not os.path.isdir(config.data_dir):
+        raise InputError(f"--data-dir {config.data_dir} is no folder")
     if config.models:
         specs = list(dict.fromkeys(config.models))
         names = [pretrained.name(spec) for spec in specs]
