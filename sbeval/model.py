@@ -369,7 +369,6 @@ class Decoder(nn.Module):
 
 
 @functools.cache
-@functools.cache
 def n_parameters(config: ModelConfig) -> int:
     """Parameters of a model of this shape, without its weights."""
     with torch.device("meta"):

@@ -156,7 +156,7 @@ def endings(
 def measure(
     model: Predictor,
     windows: Sequence[tuple[int, Tokens]],
-    count_bytes: Callable[[Tokens], Tokens],
+    byte_lengths: Callable[[Tokens], Tokens],
     *,
     place: torch.device,
     dtype: str,
@@ -167,9 +167,9 @@ def measure(
 ) -> PositionLosses:
     """Losses by position of (document, tokens) windows, all of one length n + 1; windows of one document are averaged.
 
-    count_bytes: bytes of each token of an array. batch: windows a forward pass, fewer where memory ends,
-    which `say` is told. advance: told how many are done. Of
-    several processes each takes a share of the windows, and all get all losses.
+    byte_lengths: bytes of each token of an array. batch: windows a forward pass, fewer where memory ends, which `say`
+    is told. advance: told how many are done. Of several processes each takes a share of the windows, and all get all
+    losses.
     """
     tokens = np.stack([window for _, window in windows]).astype(np.int64)
     losses = np.zeros((len(windows), tokens.shape[1] - 1))
@@ -180,7 +180,7 @@ def measure(
 
     memory.in_parts(range(len(windows))[world.rank :: world.size], batch, read, say)
     losses = distributed.summed(losses, world, place)
-    size = np.cumsum(np.stack([count_bytes(window[1:]) for window in tokens]), 1).astype(np.float64)
+    size = np.cumsum(np.stack([byte_lengths(window[1:]) for window in tokens]), 1).astype(np.float64)
     document = np.array([index for index, _ in windows])
     groups = [document == index for index in dict.fromkeys(document.tolist())]
     return PositionLosses(*(np.stack([values[group].mean(0) for group in groups]) for values in (losses, size)))

@@ -156,11 +156,6 @@ def numbers(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     return table
 
 
-def finished(path: Path) -> set[str]:
-    """Return the ids of the cells that have rows in the table; none when there is no table."""
-    return set(read(path, required=["cell"])["cell"]) if path.exists() else set()
-
-
 def prepare(results_dir: Path) -> Path:
     """Make the folder for results and return it; InputError when it cannot be made or written to."""
     try:

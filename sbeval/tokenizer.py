@@ -84,10 +84,6 @@ class Tokenizer(ABC):
     def library(self) -> tokenizers.Tokenizer:
         """Return a tokenizer of the `tokenizers` library with the same ids, which adds no special tokens of its own."""
 
-    def count_bytes(self, ids: npt.ArrayLike) -> int:
-        """Count the bytes of UTF-8 text that the ids stand for: the sum of `byte_lengths`."""
-        return int(self.byte_lengths(ids).sum())
-
 
 class Bytes(Tokenizer):
     """One id a byte."""
