@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sbeval import device, provenance, table
-from sbeval.cell import digest_of
+from sbeval.config import digest_of
 from sbeval.errors import InputError, choose
 from sbeval.kernels import softmax, stick_breaking
 from sbeval.model import IGNORE, SIZES, Decoder, flops_per_token, named

@@ -1,14 +1,12 @@
 """What a sweep is made of: cells, what they need, what they find, and what they are called."""
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
+from sbeval.config import digest_of
 from sbeval.graph import Step
 from sbeval.progress import Progress
 from sbeval.table import Identity, Measurement
@@ -71,23 +69,6 @@ class Reports(Cell, Protocol):
 
     def failed(self, how: str, place: "Place") -> Outcome:
         """What the table says; `how` is one of FAILED."""
-
-
-def digest_of(key: object) -> str:
-    """Ten hexadecimal digits that stand for a configuration."""
-    text = json.dumps(key, sort_keys=True, default=_plain)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def _plain(value: object) -> Any:
-    assert dataclasses.is_dataclass(value) and not isinstance(value, type), value
-    # what does not make two of them differ is no part of which it is
-    values = {entry: getattr(value, entry.name) for entry in dataclasses.fields(value) if entry.compare}
-    return {
-        entry.name: item
-        for entry, item in values.items()
-        if not (entry.metadata.get("later") and item == entry.default)
-    }
 
 
 def cell_id(cell: Cell) -> str:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from sbeval import registry
 from sbeval.cache import Cache, Layer
+from sbeval.config import LATER
 from sbeval.errors import InputError, choose
-from sbeval.table import LATER
 
 IGNORE = -100
 

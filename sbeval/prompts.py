@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from sbeval import ruler
-from sbeval.cell import digest_of
+from sbeval.config import digest_of
 from sbeval.errors import InputError, first_line
+from sbeval.files import locked, replacing
 from sbeval.haystack import Sources, Tables
 from sbeval.ruler import Draft, Sample, Setting
-from sbeval.table import locked, replacing
 from sbeval.tokenizer import Ids, Tokenizer
 
 # changes with anything that makes other prompts

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from sbeval import device, distributed, provenance, table
+from sbeval import device, distributed, files, provenance, table
 from sbeval.cell import FAILED, Cell, Checks, Outcome, Reports, Training, cell_id, is_cell
 from sbeval.errors import InputError
 from sbeval.executor import Executor, Lost
@@ -149,7 +149,7 @@ def run(
     preset: of all cells, or of each family. more: by family, the cells that follow when those given are done.
     """
     for folder in ("runs", "checkpoints"):
-        table.prepare(place.results_dir / folder)
+        files.prepare(place.results_dir / folder)
     families = dict.fromkeys(cell.family for cell in cells)
     presets = dict.fromkeys(families, preset) if isinstance(preset, str) else preset
     errors = CELL_ERRORS if len(families) < 2 else (*CELL_ERRORS, InputError)
@@ -232,7 +232,7 @@ def train(cells: Sequence[Cell], place: Place, *, console: Console) -> bool:
 
     True unless one diverged or ended in an error of its own sizes, which is said.
     """
-    table.prepare(place.results_dir / "checkpoints")
+    files.prepare(place.results_dir / "checkpoints")
     needed = [step for step in steps(cells) if not is_cell(step)]
     console.print(describe_cost(needed, place), highlight=False, soft_wrap=True)
     # of several processes one may fail alone, and the others would wait for it

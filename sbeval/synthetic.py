@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sbeval import device, model, registry
-from sbeval.cell import Cell, Outcome, timing
+from sbeval.cell import Cell, Outcome, cell_id, timing
 from sbeval.checkpoint import State
 from sbeval.model import IGNORE, Decoder, ModelConfig
 from sbeval.place import Place
@@ -72,7 +72,7 @@ def train(
         return status(state.scores) != "budget"
 
     task = progress.add(f"train {cell.title}", total=training.steps, completed=trainer.state.step)
-    trained = trainer.run(task, stop=decided, log=place.logger(cell))
+    trained = trainer.run(task, stop=decided, log=place.logger(cell_id(cell)))
     task.close()
     return trained
 

@@ -8,23 +8,18 @@ number when all its cells are numbers or empty; `numbers` checks those that a re
 import csv
 import io
 import math
-import os
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
-from uuid import uuid4
 
 import pandas as pd
-from filelock import FileLock
 
-from sbeval.errors import InputError, storing
-
-# for `field(metadata=LATER)`: what came after results, which are without it
-LATER = {"later": True}
+from sbeval.config import LATER
+from sbeval.errors import InputError
+from sbeval.files import locked, replacing
 
 INT = re.compile(r"[+-]?[0-9]{1,18}")
 FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -154,45 +149,6 @@ def numbers(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
             raise InputError(f"column {name!r} holds {'' if pd.isna(given) else given!r}, which is no number")
         table[name] = floats if (floats % 1).any() else floats.astype("int64")
     return table
-
-
-def prepare(results_dir: Path) -> Path:
-    """Make the folder for results and return it; InputError when it cannot be made or written to."""
-    try:
-        results_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the results folder {results_dir}: {error.strerror}") from None
-    if not os.access(results_dir, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write to the results folder {results_dir}; give another with --results-dir")
-    return results_dir
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`. What is written there takes the place of `path` at the end, whole and
-    flushed to disk; on an error it is removed and `path` stays as it was. InputError for a disk that takes no more."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    with storing(path):
-        try:
-            yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock beside a file, whose folder is made, for the length of the block; InputError as `replacing`."""
-    lock = FileLock(f"{path}.lock")
-    with storing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _names(part: Any) -> list[str]:

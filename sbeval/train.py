@@ -22,12 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sbeval import checkpoint, counter, device, distributed, memory
 from sbeval.checkpoint import State
+from sbeval.config import LATER
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError, choose
 from sbeval.model import IGNORE, Decoder, ModelConfig, flops_per_token
 from sbeval.optimizer import OPTIMIZERS, optimizer_for
 from sbeval.progress import Task
-from sbeval.table import LATER
 
 SCHEDULES = ("cosine", "power", "constant")
 

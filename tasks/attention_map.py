@@ -26,13 +26,14 @@ from torch import Tensor
 
 from sbeval import checkpoint, estimate, model, pretrained, registry
 from sbeval.cell import Outcome, timing
+from sbeval.config import LATER
 from sbeval.errors import InputError, check_swept
 from sbeval.model import IGNORE, Decoder
 from sbeval.place import Place
 from sbeval.progress import Progress
 from sbeval.recall import Examples, Recall, generate, label
 from sbeval.synthetic import TEST_SEED, predict
-from sbeval.table import LATER, Identity, Measurement
+from sbeval.table import Identity, Measurement
 from sbeval.tasks import mqrar
 from sbeval.train import Trained
 from sbeval.weights import attention_weights

@@ -23,7 +23,8 @@ from rich.table import Table
 
 from sbeval import model, pretrained, scores
 from sbeval.answers import Answers
-from sbeval.cell import Outcome, digest_of
+from sbeval.cell import Outcome
+from sbeval.config import digest_of
 from sbeval.errors import InputError, choose
 from sbeval.place import Place
 from sbeval.pretrained import Pretrained

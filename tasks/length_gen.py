@@ -20,7 +20,8 @@ from rich.table import Table
 
 from sbeval import corpus, model, perplexity, pretrained, registry, tokenizer
 from sbeval.batches import Batches
-from sbeval.cell import Outcome, timing
+from sbeval.cell import Outcome, cell_id, timing
+from sbeval.config import LATER
 from sbeval.corpus import Corpus
 from sbeval.errors import InputError, check_swept, choose
 from sbeval.estimate import Estimate
@@ -29,7 +30,7 @@ from sbeval.perplexity import PositionLosses, Predictor, Rolling
 from sbeval.place import Place
 from sbeval.pretrained import Pretrained
 from sbeval.progress import Progress
-from sbeval.table import LATER, Identity, Measurement
+from sbeval.table import Identity, Measurement
 from sbeval.tokenizer import Ids, Tokenizer
 from sbeval.train import TrainConfig, Trained, Trainer
 
@@ -337,7 +338,7 @@ class Cell:
                 tokenizer=text.tokenizer.digest,
             )  # fmt: skip
             task = progress.add(f"train {trained_as} seed {self.seed}", training.steps, completed=trainer.state.step)
-            trained = trainer.run(task, log=place.logger(self))
+            trained = trainer.run(task, log=place.logger(cell_id(self)))
             task.close()
         return folder, trained
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from sbeval import counter, estimate, model, synthetic
 from sbeval.cell import Outcome
+from sbeval.config import LATER
 from sbeval.errors import InputError, check_swept
 from sbeval.estimate import Estimate
 from sbeval.model import IGNORE, ModelConfig
@@ -37,7 +38,7 @@ from sbeval.place import Place
 from sbeval.progress import Progress
 from sbeval.recall import Examples, Recall, generate, label
 from sbeval.synthetic import METHODS, TEST_SEED, TRAIN_SEED, VALIDATION_SEED, Scores, predict
-from sbeval.table import LATER, Measurement
+from sbeval.table import Measurement
 from sbeval.train import TrainConfig, Trained
 
 __all__ = ["Examples", "Recall", "generate", "label"]

@@ -24,7 +24,8 @@ import torch
 from rich.table import Table
 
 from sbeval import checkpoint, estimate, haystack, model, pretrained, ruler
-from sbeval.cell import Outcome, digest_of
+from sbeval.cell import Outcome, cell_id
+from sbeval.config import digest_of
 from sbeval.errors import InputError, choose
 from sbeval.haystack import Sources
 from sbeval.lessons import Lessons
@@ -306,7 +307,7 @@ class Cell:
             if trainer.state.step == 0:
                 trainer.model.load_state_dict(found.model.state_dict())
             task = progress.add(f"fine-tune {self.trained.title}", training.steps, completed=trainer.state.step)
-            trainer.run(task, log=place.logger(self))
+            trainer.run(task, log=place.logger(cell_id(self)))
             task.close()
         return folder
 

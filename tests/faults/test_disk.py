@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sbeval import checkpoint, cli, corpus, distributed, provenance, sweep, synthetic, table
+from sbeval import checkpoint, cli, corpus, distributed, files, provenance, sweep, synthetic, table
 from sbeval.answers import Answers
 from sbeval.checkpoint import State
 from sbeval.errors import InputError
@@ -229,7 +229,7 @@ def draw(path: Path) -> None:
     try:
         figure.text(0.5, 0.5, "all that fits")
         for suffix in ("png", "pdf"):
-            with table.replacing(path.with_suffix(f".{suffix}")) as temporary:
+            with files.replacing(path.with_suffix(f".{suffix}")) as temporary:
                 figure.savefig(temporary, format=suffix, dpi=1000)
     finally:
         plt.close(figure)
@@ -244,7 +244,7 @@ def test_everything_that_is_written_says_that_the_disk_is_full(
     for name in ("train", "test"):
         (texts / f"{name}.txt").write_text("of which there is much " * 2000)
     fill(disk, 6)
-    with pytest.raises(InputError, match=r"^cannot write .*; what is .* kept: put that right") as caught:
+    with pytest.raises(InputError, match=r"^cannot write .*; what is .* kept: fix this") as caught:
         write(disk / "place")
     assert "\n" not in str(caught.value)
     # what failed has left room for others

@@ -24,7 +24,7 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
-from sbeval import checkpoint, provenance, table
+from sbeval import checkpoint, files, provenance, table
 from sbeval.model import Decoder
 from sbeval.optimizer import optimizer_for
 from sbeval.train import TrainConfig, Trainer
@@ -207,7 +207,7 @@ def test_a_command_waits_for_a_model_that_another_process_trains(
     forks: Forks, texts: Path, model: Path, tmp_path: Path
 ) -> None:
     """Here that process is the test's; `model` was trained by the same command."""
-    lock = FileLock(table.prepare(tmp_path / "locks") / f"{model.name}.lock")
+    lock = FileLock(files.prepare(tmp_path / "locks") / f"{model.name}.lock")
     lock.acquire()
 
     def release(child: int) -> None:

@@ -1,5 +1,4 @@
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from sbeval import table
+from sbeval import config, table
 from sbeval.errors import InputError
 
 IDENTITY = table.Identity(
@@ -196,31 +195,6 @@ def test_numbers_checks_what_a_reader_counts_on() -> None:
         table.numbers(frame, ["gap"])
 
 
-def test_prepare_makes_folders_or_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "a" / "b"
-    assert table.prepare(folder) == folder and folder.is_dir() and table.prepare(folder) == folder
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match="cannot make the results folder"):
-            table.prepare(path)
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(InputError, match="cannot write to the results folder"):
-        table.prepare(folder)
-
-
-def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), table.replacing(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with table.replacing(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
-
-
 WRITER = """
 import sys, time
 from dataclasses import replace
@@ -249,7 +223,7 @@ def test_two_processes_lose_nothing(tmp_path: Path) -> None:
 def test_a_table_from_before_a_column_came_is_read_and_added_to(tmp_path: Path) -> None:
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Wider(Row):
-        later: int | None = field(default=None, metadata=table.LATER)
+        later: int | None = field(default=None, metadata=config.LATER)
 
     assert table.columns(Wider) != table.required(Wider) and set(table.required(Wider)) == set(table.columns(Row))
     path = tmp_path / "toy.csv"
