@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sbeval.errors import InputError
-from sbeval.estimate import Floats
+from sbeval.statistics import Floats
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sbeval import device, distributed, estimate, memory
+from sbeval import device, distributed, memory, statistics
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError
-from sbeval.estimate import Estimate, Floats
+from sbeval.statistics import Estimate, Floats
 
 # tokens, of all windows together, whose logits are held at a time
 CHUNK = 4096
@@ -53,7 +53,7 @@ class PositionLosses:
 
     def mean(self, first: int, last: int) -> Estimate:
         """Mean loss at positions first ... last, both included."""
-        return estimate.mean(self.losses[:, first - 1 : last].mean(1))
+        return statistics.mean(self.losses[:, first - 1 : last].mean(1))
 
     def perplexity(self, length: int) -> Estimate:
         """P(l) = exp of the mean loss at positions 1 ... l; the standard error by the delta method."""
@@ -63,7 +63,7 @@ class PositionLosses:
 
     def bits_per_byte(self, length: int) -> Estimate:
         """Loss at positions 1 ... l in bits per byte of their text."""
-        return estimate.ratio(self.losses[:, :length].sum(1) / math.log(2), self.bytes[:, length - 1])
+        return statistics.ratio(self.losses[:, :length].sum(1) / math.log(2), self.bytes[:, length - 1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Rolling:
     def perplexity(self, per: str) -> Estimate:
         """exp of the loss per `token`, `word` or `byte` of all documents; the standard error by the delta method."""
         amounts = {"token": self.tokens, "word": self.words, "byte": self.bytes}[per]
-        mean = estimate.ratio(self.losses, amounts)
+        mean = statistics.ratio(self.losses, amounts)
         if mean.value > math.log(np.finfo(np.float64).max):
             raise InputError(f"the loss per {per} is {mean.value:.0f} nats: its exponential is no finite number")
         value = math.exp(mean.value)
@@ -89,7 +89,7 @@ class Rolling:
 
     def bits_per_byte(self) -> Estimate:
         """The loss in bits per byte of the documents."""
-        return estimate.ratio(self.losses / math.log(2), self.bytes)
+        return statistics.ratio(self.losses / math.log(2), self.bytes)
 
 
 def bins(length: int, per_octave: int = 4) -> list[tuple[int, int]]:

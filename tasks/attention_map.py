@@ -24,7 +24,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sbeval import checkpoint, estimate, model, pretrained, registry
+from sbeval import checkpoint, model, pretrained, registry, statistics
 from sbeval.cell import Outcome, timing
 from sbeval.config import LATER
 from sbeval.errors import InputError, check_swept
@@ -283,7 +283,7 @@ def shares(decoder: Decoder, examples: Examples, task: Recall) -> Iterator[dict[
     for layer in range(shape.layers):
         for head in range(shape.heads):
             for index, target in enumerate(TARGETS):
-                share = estimate.ratio(sums[layer, index, :, head], counts)
+                share = statistics.ratio(sums[layer, index, :, head], counts)
                 yield {
                     "metric": "share", "unit": "1", "value": share.value, "stderr": share.stderr, "n": share.n,
                     "layer": layer + 1, "head": head + 1, "target": target, "split": "stale",

@@ -24,14 +24,15 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sbeval import counter, estimate, model, synthetic
+from sbeval import counter, model, selection, statistics, synthetic
 from sbeval.cell import Outcome
 from sbeval.errors import InputError, check_swept
-from sbeval.estimate import Estimate
 from sbeval.model import IGNORE, Decoder, ModelConfig
 from sbeval.place import Place
 from sbeval.progress import Progress
 from sbeval.published import FLIP_FLOP, FLIP_FLOP_SOURCE
+from sbeval.selection import FLIP_FLOP_TESTS as TESTS
+from sbeval.statistics import Estimate
 from sbeval.synthetic import METHODS, TEST_SEED, TRAIN_SEED, VALIDATION_SEED, Drawn, Scores, predict
 from sbeval.table import Measurement
 from sbeval.train import TrainConfig, Trained
@@ -42,7 +43,6 @@ WRITE, READ, SKIP = 2, 3, 4
 VOCABULARY = 5
 # streams of random numbers
 INSTRUCTIONS, BITS = range(2)
-TESTS = ("in_distribution", "sparse", "dense")
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +290,7 @@ def errors(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, dict
     for where, factors in splits:
         wrong, count = ((mask & where).sum(1).double().cpu().numpy() for mask in (~correct, where))
         if count.any():
-            yield estimate.ratio(wrong, count), {"reads": int(count.sum()), **factors}
+            yield statistics.ratio(wrong, count), {"reads": int(count.sum()), **factors}
 
 
 def cells(config: Config) -> list[Cell]:
@@ -306,13 +306,11 @@ def cells(config: Config) -> list[Cell]:
 
 def summary(results: pd.DataFrame) -> Table:
     """Table for the terminal: error rates at the rate with the lowest validation error, and the published ones."""
-    from sbeval.plots.flip_flop import best_rates
-
     table = Table(title=f"Flip-flop error rates over reads, % (published: {FLIP_FLOP_SOURCE}, 512 tokens)")
     table.add_column("attention")
     for name in ("", "lr", *TESTS):
         table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
-    measured = best_rates(results) if (results["metric"] == "error_rate").any() else results[:0]
+    measured = selection.flip_flop_errors(results) if (results["metric"] == "error_rate").any() else results[:0]
     for (attention, options, lr), group in measured.groupby(["attention", "options", "lr"]):
         rates = {str(test): rows["value"].to_numpy() * 100 for test, rows in group.groupby("test")}
         name = f"{attention}:{options}" if options else f"{attention}"

@@ -24,12 +24,12 @@ from sbeval.cell import Outcome, cell_id, timing
 from sbeval.config import LATER
 from sbeval.corpus import Corpus
 from sbeval.errors import InputError, check_swept, choose
-from sbeval.estimate import Estimate
 from sbeval.model import Decoder, ModelConfig
 from sbeval.perplexity import PositionLosses, Predictor, Rolling
 from sbeval.place import Place
 from sbeval.pretrained import Pretrained
 from sbeval.progress import Progress
+from sbeval.statistics import Estimate
 from sbeval.table import Identity, Measurement
 from sbeval.tokenizer import Ids, Tokenizer
 from sbeval.train import TrainConfig, Trained, Trainer

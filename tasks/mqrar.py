@@ -28,15 +28,15 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sbeval import counter, estimate, model, synthetic
+from sbeval import counter, model, selection, statistics, synthetic
 from sbeval.cell import Outcome
 from sbeval.config import LATER
 from sbeval.errors import InputError, check_swept
-from sbeval.estimate import Estimate
 from sbeval.model import IGNORE, ModelConfig
 from sbeval.place import Place
 from sbeval.progress import Progress
 from sbeval.recall import Examples, Recall, generate, label
+from sbeval.statistics import Estimate
 from sbeval.synthetic import METHODS, TEST_SEED, TRAIN_SEED, VALIDATION_SEED, Scores, predict
 from sbeval.table import Measurement
 from sbeval.train import TrainConfig, Trained
@@ -386,7 +386,7 @@ def accuracies(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, 
     for where, factors in splits:
         if where.any():
             right, count = ((mask & where).sum(1).double().cpu().numpy() for mask in (correct, where))
-            yield estimate.ratio(right, count), factors
+            yield statistics.ratio(right, count), factors
 
 
 def cells(config: Config) -> list[Cell]:
@@ -421,9 +421,6 @@ def more(config: Config, results: pd.DataFrame | None) -> list[Cell]:
 
 
 def _best_rate(cell: Cell, seed: int, results: pd.DataFrame) -> float | None:
-    # the rule of the figure, which needs matplotlib
-    from sbeval.plots.mqrar import ranking
-
     name, _, options = cell.attention.partition(":")
     config = cell.config
     mine = results[
@@ -431,7 +428,7 @@ def _best_rate(cell: Cell, seed: int, results: pd.DataFrame) -> float | None:
         & (results["kv_pairs"] == config.kv_pairs[0]) & (results["width"] == config.widths[0])
         & (results["n_back"] == config.n_back[0])
     ]  # fmt: skip
-    rates = ranking(mine)
+    rates = selection.ranked_rates(mine)
     return rates[0] if rates else None
 
 

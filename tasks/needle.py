@@ -23,7 +23,7 @@ import platformdirs
 import torch
 from rich.table import Table
 
-from sbeval import checkpoint, estimate, haystack, model, pretrained, ruler
+from sbeval import checkpoint, haystack, model, pretrained, ruler, statistics
 from sbeval.cell import Outcome, cell_id
 from sbeval.config import digest_of
 from sbeval.errors import InputError, choose
@@ -328,7 +328,7 @@ def measured(answers: list[Answered], length: int, new_tokens: int, finetuned: i
         }
         if not factors:
             metrics["filled"] = ("1", [(item.tokens + new_tokens) / length for item in chosen])
-        means = {name: (unit, estimate.mean(np.array(values))) for name, (unit, values) in metrics.items()}
+        means = {name: (unit, statistics.mean(np.array(values))) for name, (unit, values) in metrics.items()}
         return [
             Row(
                 metric=name, unit=unit, value=mean.value, stderr=mean.stderr, n=mean.n, length=length,

@@ -14,7 +14,7 @@ from sbeval import sweep, table
 from sbeval.errors import InputError
 from sbeval.model import IGNORE
 from sbeval.place import Place
-from sbeval.plots.flip_flop import best_rates
+from sbeval.selection import flip_flop_errors
 from sbeval.tasks import flip_flop
 from sbeval.tasks.flip_flop import READ, SKIP, WRITE, Config, Examples, errors, generate
 
@@ -124,7 +124,7 @@ def test_the_summary_stands_beside_published_figures(results: Path) -> None:
     with console.capture() as shown:
         console.print(flip_flop.summary(rows))
     lines = shown.get().splitlines()
-    ours = best_rates(rows)
+    ours = flip_flop_errors(rows)
     assert ours.groupby("attention")["lr"].nunique().to_dict() == {"rope": 1, "stick_breaking": 1}
     mine = next(line for line in lines if "rope" in line and "here" in line)
     wanted = ours[(ours["attention"] == "rope") & (ours["test"] == "sparse")]["value"].item()
