@@ -56,7 +56,9 @@ Lr = Annotated[float | None, typer.Option(help="Peak learning rate.")]
 Optimizer = Annotated[str | None, typer.Option(help="adamw, or muon: that for matrices inside the blocks.")]
 Schedule = Annotated[str | None, typer.Option(help="cosine, power or constant.")]
 Packing = Annotated[str | None, typer.Option(help="stream, or documents: no attention across documents.")]
-CorpusSpec = Annotated[str | None, typer.Option("--corpus", help="stdlib, a file or folder, or hf:NAME[:CONFIG].")]
+CorpusSpec = Annotated[
+    str | None, typer.Option("--corpus", help="python, stdlib, a file or folder, or hf:NAME[:CONFIG].")
+]
 TokenizerSpec = Annotated[
     str | None, typer.Option("--tokenizer", help="bytes, bpe:SIZE, or a Hugging Face name or folder.")
 ]
@@ -617,7 +619,7 @@ def bench_model(
 def bench_skipping(
     checkpoint: Annotated[str, typer.Option(help="Checkpoint folder of a stick-breaking model.")],
     corpus: Annotated[
-        str, typer.Option(help="Text to read: stdlib, a file or folder, or hf:NAME[:CONFIG].")
+        str, typer.Option(help="Text to read: python, stdlib, a file or folder, or hf:NAME[:CONFIG].")
     ] = "stdlib",
     tokenizer: Annotated[str, typer.Option(help="The model's: bytes, bpe:SIZE, or a Hugging Face name.")] = "bytes",
     length: Lengths = None,

@@ -115,7 +115,7 @@ FIGURE_5 = (
 
 RECIPE = Config(
     size="60m", train_len=2048, eval_len=2048, train_tokens=800 * 131072, batch_tokens=131072, lr=2e-3,
-    tokenizer="bpe:8192", documents=64, windows=4,
+    corpus="python", tokenizer="bpe:8192", documents=64, windows=4,
 )  # fmt: skip
 
 PRESETS = {
@@ -124,18 +124,18 @@ PRESETS = {
     # 25 M parameters, 105 M tokens: one GPU of any kind
     "small": Config(
         size="25m", train_len=2048, eval_len=16384, train_tokens=800 * 131072, batch_tokens=131072,
-        micro_batch_tokens=32768, lr=2e-3, tokenizer="bpe:8192", documents=64,
+        micro_batch_tokens=32768, lr=2e-3, corpus="python", tokenizer="bpe:8192", documents=64,
     ),
     # the same model and budget without accumulation
     "h200": Config(
         size="25m", train_len=2048, eval_len=16384, train_tokens=800 * 131072, batch_tokens=131072, lr=2e-3,
-        tokenizer="bpe:8192", documents=64, windows=4,
+        corpus="python", tokenizer="bpe:8192", documents=64, windows=4,
     ),
     # the same, every method with two seeds, to 32 times the training length
     "figure5": Config(
         attention=(*FIGURE_5, "forgetting"), seeds=(0, 1), size="25m", train_len=2048, eval_len=65536,
-        train_tokens=800 * 131072, batch_tokens=131072, lr=2e-3, tokenizer="bpe:8192", documents=64, windows=2,
-        window=(2048, 16384, 65536),
+        train_tokens=800 * 131072, batch_tokens=131072, lr=2e-3, corpus="python", tokenizer="bpe:8192", documents=64,
+        windows=2, window=(2048, 16384, 65536),
     ),
     # the recipe at 60 M parameters and 105 M tokens, within its training length, and what nanoGPT's own makes of the
     # same tokens (AdamW at 6e-4 with betas 0.9 and 0.95, decay 0.1, clip 1, cosine to a tenth)
