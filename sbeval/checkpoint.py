@@ -26,7 +26,8 @@ from sbeval import distributed
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError, first_line
 from sbeval.files import sha256, storing
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.optimizer import kept
 
 AGAIN = "remove its folder to train again"

@@ -21,8 +21,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Terminal
 
 from sbeval.errors import InputError, choose
+from sbeval.rows import Measurement
 from sbeval.statistics import half_width
-from sbeval.table import OUTCOME, Measurement, columns, read
+from sbeval.table import OUTCOME, columns, read
 
 # what a run found, beside its number
 FOUND = ("status", "reads", "cut")

@@ -1,12 +1,31 @@
-"""Configurations: frozen dataclasses whose values name cells, checkpoints and what is kept of them."""
+"""Configurations: frozen dataclasses whose values name cells and checkpoints, and whose fields are the options."""
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 # for `field(metadata=LATER)`: marks a field added after results were published, left out of digests at its default
 LATER = {"later": True}
+# groups of options in `--help`
+TASK, MODEL, TRAINING, EVALUATION, DATA, RUN = "Task", "Model", "Training", "Evaluation", "Data", "Run"
+ATTENTION = "Method, with options as name:key=value,..."
+SEED = "Seed of weights and data."
+LR = "Peak learning rate."
+
+
+def option(
+    default: Any, group: str, help: str, *metadata: Mapping[str, Any], flag: str = "", metavar: str | None = None
+) -> Any:
+    """Declare a field of a config that is an option of its command too, which `help` describes.
+
+    metadata: marks of the field, such as LATER. flag: its flag where that is not its name, as `--seed` for `seeds`.
+    """
+    own = {"help": help, "group": group, "flag": flag, "metavar": metavar}
+    return dataclasses.field(
+        default=default, metadata={key: value for part in (*metadata, own) for key, value in part.items()}
+    )
 
 
 def digest_of(key: object) -> str:

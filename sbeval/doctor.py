@@ -18,7 +18,8 @@ import torch
 from sbeval import device, perplexity, provenance, registry, sweep
 from sbeval.errors import first_line
 from sbeval.graph import steps
-from sbeval.model import Decoder, ModelConfig, n_parameters
+from sbeval.model import Decoder, n_parameters
+from sbeval.model_config import ModelConfig
 from sbeval.tasks import attention_map, length_gen
 from sbeval.train import TrainConfig
 

@@ -28,7 +28,8 @@ from sbeval import checkpoint, sources
 from sbeval.cache import Cache
 from sbeval.errors import InputError, first_line
 from sbeval.files import new_folder, storing
-from sbeval.model import Decoder, ModelConfig, padded_vocabulary
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig, padded_vocabulary
 from sbeval.tokenizer import Tokenizer, check_same, is_trained, load
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from sbeval.errors import InputError
 from sbeval.files import replacing, storing
-from sbeval.table import Provenance
+from sbeval.rows import Provenance
 
 SOURCE = Path(__file__).resolve().parent
 PACKAGES = ("numpy", "sbeval", "torch", "triton")

@@ -17,8 +17,9 @@ from sbeval.files import prepare, replacing
 from sbeval.findings import AGREES, DISAGREES, UNDECIDED, Finding, findings
 from sbeval.plots import style
 from sbeval.plots.chart import SYMBOLS, Chart, Group, Panel, plain, readable
+from sbeval.rows import Measurement
 from sbeval.runs import Runs, gather
-from sbeval.table import Measurement, columns, read
+from sbeval.table import columns, read
 
 TITLE = "Stick-breaking attention: results"
 SIGNS = {AGREES: "✓", DISAGREES: "✗", UNDECIDED: "–"}

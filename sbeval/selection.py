@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from sbeval.errors import InputError
+from sbeval.published import FLIP_FLOP_TESTS
 from sbeval.table import numbers
 
 
@@ -40,7 +41,6 @@ MQRAR_LATER = (
     "batch", "max_steps", "schedule", "weight_decay", "init_std", "stop_accuracy", "patience",
 )  # fmt: skip
 FLIP_FLOP = Setting(("model", "seq_len"), ("task", "heads", "p_train", "preset", "dtype"))
-FLIP_FLOP_TESTS = ("in_distribution", "sparse", "dense")
 ATTENTION_MAP = ["task", "vocab_size", "seq_len", "kv_pairs"]
 
 

@@ -1,8 +1,8 @@
 """Result tables: tidy CSV files in long form, one number a row, that concurrent runs and torn files cannot damage.
 
-The columns are the fields of three dataclasses in this order: `Identity`, the family's own subclass of `Measurement`
-(whose added fields are the family's factors), `Provenance`. A factor's type is not in the file: on reading it is a
-number when all its cells are numbers or empty; `numbers` checks those that a reader counts on.
+The columns are the fields of three dataclasses in this order (see `sbeval.rows`): `Identity`, the family's own subclass
+of `Measurement`, whose added fields are the family's factors, `Provenance`. A factor's type is not in the file: on
+reading it is a number when all its cells are numbers or empty; `numbers` checks those that a reader counts on.
 """
 
 import csv
@@ -20,55 +20,12 @@ import pandas as pd
 from sbeval.config import LATER
 from sbeval.errors import InputError
 from sbeval.files import locked, replacing
+from sbeval.rows import Identity, Measurement, Provenance
 
 INT = re.compile(r"[+-]?[0-9]{1,18}")
 FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 # columns that do not say which number a row is: they differ when the same cell is run again
 OUTCOME = ("value", "stderr", "n", "commit", "torch", "triton", "utc")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """What was measured: the method, how it was trained and evaluated. Lengths are in tokens."""
-
-    family: str
-    task: str
-    model: str
-    attention: str
-    options: str
-    params: int
-    train_len: int
-    eval_len: int
-    seed: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """One number. `stderr` is its standard error over the `n` things that it is a mean of; None when it has none."""
-
-    metric: str
-    unit: str
-    value: float
-    stderr: float | None = None
-    n: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Provenance:
-    """Where a row comes from. `cell` is the stem of its run file, results/runs/<cell>.json."""
-
-    cell: str
-    preset: str
-    corpus: str
-    tokenizer: str
-    train_tokens: int
-    dtype: str
-    device: str
-    backend: str
-    commit: str
-    torch: str
-    triton: str
-    utc: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ from sbeval.checkpoint import State
 from sbeval.config import LATER
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError, choose
-from sbeval.model import IGNORE, Decoder, ModelConfig, flops_per_token
+from sbeval.model import IGNORE, Decoder
+from sbeval.model_config import ModelConfig, flops_per_token
 from sbeval.optimizer import OPTIMIZERS, optimizer_for
 from sbeval.progress import Task
 

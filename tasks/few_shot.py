@@ -21,15 +21,16 @@ import pandas as pd
 import torch
 from rich.table import Table
 
-from sbeval import model, pretrained, scores
+from sbeval import model, model_config, pretrained, scores
 from sbeval.answers import Answers
+from sbeval.cell import Cell as BaseCell
 from sbeval.cell import Outcome
 from sbeval.config import digest_of
 from sbeval.errors import InputError, choose
 from sbeval.place import Place
 from sbeval.pretrained import Pretrained
 from sbeval.progress import Progress
-from sbeval.table import Measurement
+from sbeval.rows import Measurement
 from sbeval.tasks import length_gen
 
 FAMILY = "few_shot"
@@ -116,7 +117,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class Cell(BaseCell):
     """One model and benchmark: a config of one task, and of one checkpoint or one method and seed."""
 
     config: Config
@@ -252,7 +253,8 @@ def _asking(trained: length_gen.Cell, task: str, limit: int | None) -> float:
     read = tokens * (requests if limit is None else min(requests, 4 * limit))
     if trained.config.checkpoint is not None:
         return 2.0 * pretrained.likely_parameters(trained.config.checkpoint) * read
-    return read * model.flops_per_token(trained.model(length_gen.likely_vocabulary(trained.config.tokenizer)), tokens)
+    shape = trained.model(length_gen.likely_vocabulary(trained.config.tokenizer))
+    return read * model_config.flops_per_token(shape, tokens)
 
 
 def _parse(task: str) -> tuple[str, int | None]:

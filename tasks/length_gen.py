@@ -18,19 +18,21 @@ import pandas as pd
 import platformdirs
 from rich.table import Table
 
-from sbeval import corpus, model, perplexity, pretrained, registry, tokenizer
+from sbeval import corpus, model_config, perplexity, pretrained, registry, tokenizer
 from sbeval.batches import Batches
-from sbeval.cell import Outcome, cell_id, timing
+from sbeval.cell import Cell as BaseCell
+from sbeval.cell import Outcome, TrainingStep, cell_id, timing
 from sbeval.config import LATER
 from sbeval.corpus import Corpus
 from sbeval.errors import InputError, check_swept, choose
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.perplexity import PositionLosses, Predictor, Rolling
 from sbeval.place import Place
 from sbeval.pretrained import Pretrained
 from sbeval.progress import Progress
+from sbeval.rows import Identity, Measurement
 from sbeval.statistics import Estimate
-from sbeval.table import Identity, Measurement
 from sbeval.tokenizer import Ids, Tokenizer
 from sbeval.train import TrainConfig, Trained, Trainer
 
@@ -84,7 +86,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_swept(self, "attention", "seeds")
-        choose("model size", self.size, model.SIZES)
+        choose("model size", self.size, model_config.SIZES)
         choose("packing", self.packing, ("stream", "documents"))
         for name in ("train_len", "train_tokens", "batch_tokens", "documents", "windows"):
             if getattr(self, name) < 1:
@@ -172,12 +174,12 @@ def without_evaluation(kind: type[Kind], config: Config, *others: str) -> Kind:
     that all cells of one model give the same."""
     kept = {name: getattr(config, name) for name in (*TRAINING, *others)}
     if config.checkpoint is None:
-        kept["attention"] = (model.trained_attention(config.attention[0]),)
+        kept["attention"] = (model_config.trained_attention(config.attention[0]),)
     return kind(**kept, eval_len=config.train_len)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
+class Training(TrainingStep):
     """The training of one model, for cells of any family that evaluate it."""
 
     config: Config
@@ -196,7 +198,7 @@ class Training:
 
     @property
     def flops(self) -> float:
-        return 3 * model.flops_per_token(self.leaves, self.config.train_len) * self.cell.training().tokens
+        return 3 * model_config.flops_per_token(self.leaves, self.config.train_len) * self.cell.training().tokens
 
     @property
     def leaves(self) -> ModelConfig:
@@ -225,7 +227,7 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class Cell(BaseCell):
     """One method and seed: a config whose `attention` and `seeds` have one entry each."""
 
     config: Config
@@ -270,11 +272,11 @@ class Cell:
         if config.checkpoint is not None:
             return 2.0 * pretrained.likely_parameters(config.checkpoint) * sum(read.values())
         shape = self.model(likely_vocabulary(config.tokenizer))
-        return sum(model.flops_per_token(shape, length) * tokens for length, tokens in read.items())
+        return sum(model_config.flops_per_token(shape, length) * tokens for length, tokens in read.items())
 
     def model(self, vocab_size: int) -> ModelConfig:
-        padded = model.padded_vocabulary(vocab_size)
-        return model.named(self.config.size, vocab_size=padded, attention=self.attention)
+        padded = model_config.padded_vocabulary(vocab_size)
+        return model_config.named(self.config.size, vocab_size=padded, attention=self.attention)
 
     def training(self) -> TrainConfig:
         config = self.config
@@ -328,7 +330,7 @@ class Cell:
         )  # fmt: skip
 
     def _train(self, text: Corpus, place: Place, progress: Progress) -> tuple[Path, Trained]:
-        trained_as = model.trained_attention(self.attention)
+        trained_as = model_config.trained_attention(self.attention)
         shape = dataclasses.replace(self.model(text.tokenizer.vocab_size), attention=trained_as)
         training = self.training()
         batches = Batches(text.train, training.length, training.batch, self.seed, self.config.packing)
@@ -425,7 +427,7 @@ def cells(config: Config) -> list[Cell]:
     if config.checkpoint is not None:
         own = config.tokenizer if pretrained.is_own(config.checkpoint) else config.checkpoint
         return [Cell(config=dataclasses.replace(config, attention=("",), seeds=(0,), tokenizer=own))]
-    methods = dict.fromkeys(model.canonical_attention(spec) for spec in config.attention)
+    methods = dict.fromkeys(model_config.canonical_attention(spec) for spec in config.attention)
     return [
         Cell(config=dataclasses.replace(config, attention=(spec,), seeds=(seed,)))
         for seed in dict.fromkeys(config.seeds)

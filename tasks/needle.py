@@ -23,19 +23,21 @@ import platformdirs
 import torch
 from rich.table import Table
 
-from sbeval import checkpoint, haystack, model, pretrained, ruler, statistics
-from sbeval.cell import Outcome, cell_id
+from sbeval import checkpoint, haystack, model_config, pretrained, ruler, statistics
+from sbeval.cell import Cell as BaseCell
+from sbeval.cell import Outcome, TrainingStep, cell_id
 from sbeval.config import digest_of
 from sbeval.errors import InputError, choose
 from sbeval.haystack import Sources
 from sbeval.lessons import Lessons
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.place import Place
 from sbeval.pretrained import Pretrained
 from sbeval.progress import Progress
 from sbeval.prompts import LONGEST, SHORTEST, Prompt, Writer
 from sbeval.retrieval import Answered, Samples, ask
-from sbeval.table import Measurement
+from sbeval.rows import Measurement
 from sbeval.tasks import length_gen
 from sbeval.tokenizer import Tokenizer
 from sbeval.train import TrainConfig, Trainer
@@ -117,7 +119,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tuning:
+class Tuning(TrainingStep):
     """The fine-tuning of one model, for all tasks that it is asked."""
 
     config: Config
@@ -149,7 +151,7 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class Cell(BaseCell):
     """One model and task: a config of one task, and of one checkpoint or one method and seed."""
 
     config: Config
@@ -198,7 +200,7 @@ class Cell:
         if self.config.checkpoint is not None:
             return 2.0 * pretrained.likely_parameters(self.config.checkpoint)
         shape = self.trained.model(length_gen.likely_vocabulary(self.config.tokenizer))
-        return model.flops_per_token(shape, length)
+        return model_config.flops_per_token(shape, length)
 
     def source(self, progress: Progress) -> str:
         """Digests of the text that the model is trained on, or of the model and its tokenizer, and of what prompts are

@@ -15,11 +15,12 @@ import pandas as pd
 import pytest
 import torch
 
-from sbeval import checkpoint, cli, corpus, distributed, files, provenance, sweep, synthetic, table
+from sbeval import checkpoint, cli, corpus, distributed, drawn, files, provenance, sweep, table
 from sbeval.answers import Answers
 from sbeval.checkpoint import State
 from sbeval.errors import InputError
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.optimizer import optimizer_for
 from sbeval.retrieval import Answered, Samples
 from sbeval.train import TrainConfig, Trainer
@@ -84,7 +85,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(model, config, *arguments, **options)
             object.__setattr__(self.config, "checkpoint_seconds", 0.0)
 
-    monkeypatch.setattr(synthetic, "Trainer", Eager)
+    monkeypatch.setattr(drawn, "Trainer", Eager)
     monkeypatch.setattr("sbeval.draw.draw_figures", lambda *_: [])
     monkeypatch.setattr("sbeval.device.measured_flops", lambda *_: 1e10)
 

@@ -235,7 +235,7 @@ def serve(log: Path) -> None:
     """Fork a child for each command on standard input; say its number, and its exit code when it has ended."""
     import torch._dynamo  # noqa: F401  # commands import this, and all below, when they run
 
-    from sbeval import cli, device, draw, registry, synthetic
+    from sbeval import cli, device, draw, drawn, registry
     from sbeval.tasks import length_gen, needle
 
     for figure in registry.FIGURES:
@@ -243,7 +243,7 @@ def serve(log: Path) -> None:
     registry.task("mqrar")
     device.measured_flops = lambda *_: 1e10
     draw.draw_figures = lambda *_: []
-    for module in (length_gen, synthetic, needle):
+    for module in (length_gen, drawn, needle):
         vars(module)["Trainer"] = Eager
     # an answer a batch
     needle.BATCH_TOKENS["cpu"] = 1

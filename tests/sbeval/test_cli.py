@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sbeval import cli, synthetic, table
+from sbeval import cli, drawn, table
 from sbeval.tasks import length_gen, mqrar
 from sbeval.train import Trainer
 
@@ -94,7 +94,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         pytest.fail("it went on to train")
 
-    for module in (length_gen, synthetic):
+    for module in (length_gen, drawn):
         monkeypatch.setattr(module, "Trainer", refuse)
 
 

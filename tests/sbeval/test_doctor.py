@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from sbeval import cli, doctor, registry
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.train import TrainConfig
 
 CPU = torch.device("cpu")

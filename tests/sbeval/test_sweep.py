@@ -14,11 +14,12 @@ import torch
 from rich.console import Console
 
 from sbeval import graph, provenance, sweep, table
+from sbeval.cell import Cell as BaseCell
 from sbeval.cell import Outcome, cell_id
 from sbeval.errors import InputError
 from sbeval.place import Place
 from sbeval.progress import Progress
-from sbeval.table import Identity, Measurement
+from sbeval.rows import Identity, Measurement
 from sbeval.tasks import length_gen
 from sbeval.train import DivergedError
 
@@ -132,7 +133,7 @@ class Found(Measurement):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class Cell(BaseCell):
     """A cell that finds `value`; without one it diverges."""
 
     title: str

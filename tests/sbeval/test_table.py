@@ -11,8 +11,9 @@ import pytest
 
 from sbeval import config, table
 from sbeval.errors import InputError
+from sbeval.rows import Identity, Measurement, Provenance
 
-IDENTITY = table.Identity(
+IDENTITY = Identity(
     family="toy",
     task="toy",
     model="tiny",
@@ -23,7 +24,7 @@ IDENTITY = table.Identity(
     eval_len=4096,
     seed=0,
 )
-PROVENANCE = table.Provenance(
+PROVENANCE = Provenance(
     cell="toy-a",
     preset="quick",
     corpus="",
@@ -41,7 +42,7 @@ PROVENANCE = table.Provenance(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row(table.Measurement):
+class Row(Measurement):
     position: int | None = None
     lr: float | None = None
     split: str = ""
@@ -105,7 +106,7 @@ def test_order_of_writing_does_not_matter(tmp_path: Path) -> None:
 
 def test_a_new_factor_leaves_old_rows_readable(tmp_path: Path) -> None:
     path = tmp_path / "toy.csv"
-    plain = table.Measurement(metric="loss", unit="nats/token", value=1.0, n=1)
+    plain = Measurement(metric="loss", unit="nats/token", value=1.0, n=1)
     table.write(path, table.frame(IDENTITY, [plain], replace(PROVENANCE, cell="old")))
     table.write(path, rows("new"))
     back = table.read(path)

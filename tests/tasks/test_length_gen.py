@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbeval import checkpoint, model, tokenizer
+from sbeval import checkpoint, model, model_config, tokenizer
 from sbeval.cell import Outcome, cell_id
 from sbeval.corpus import Split
 from sbeval.errors import InputError
@@ -28,7 +28,7 @@ TINY = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setitem(model.SIZES, "tiny", TINY)
+    monkeypatch.setitem(model_config.SIZES, "tiny", TINY)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
     folder = tmp_path / "texts"
     folder.mkdir()
