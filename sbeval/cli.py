@@ -67,7 +67,7 @@ CorpusTokens = Annotated[int | None, typer.Option(help="Train tokens to keep of 
 TensorBoard = Annotated[Path | None, typer.Option(help="Folder for TensorBoard logs.", metavar="DIR")]
 ExecutorKind = Annotated[str, typer.Option(help="local, or ray.")]
 Workers = Annotated[
-    int | None, typer.Option(help="Cells at once: processes that share the device, or Ray's CPUs here.")
+    int | None, typer.Option(help="Cells at once: processes that share cores and GPUs out, or Ray's CPUs here.")
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join, as host:port or auto.")]
 GpusPerCell = Annotated[float | None, typer.Option(help="GPUs of a Ray task, such as 0.25; one where there are any.")]
@@ -103,6 +103,10 @@ def length_gen(
         str | None, typer.Option(help="Evaluate this model: our checkpoint folder, or a Hugging Face folder or name.")
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
+    executor: ExecutorKind = "local",
+    workers: Workers = None,
+    address: Address = None,
+    gpus_per_cell: GpusPerCell = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -118,7 +122,8 @@ def length_gen(
         window=window, checkpoint=checkpoint, attention=attention, seeds=seed,
         trust_remote_code=trust_remote_code or None,
     )  # fmt: skip
-    _family("length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+    how = _how(executor, workers, address, gpus_per_cell)
+    _family("length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
 
 
 @app.command()
@@ -215,8 +220,6 @@ def mqrar(
     tensorboard: TensorBoard = None,
 ) -> None:
     """Multi-query repeated associative recall: does each use of a variable return its latest value?"""
-    from sbeval.executor import Executor
-
     given = dict(
         kv_pairs=kv_pairs, widths=width, lrs=lr, n_back=n_back, vocab_size=vocab_size, seq_len=seq_len,
         slot_power=slot_power, filler=filler, distinct=distinct, key_pool=key_pool, score_prefix=score_prefix,
@@ -225,7 +228,7 @@ def mqrar(
         weight_decay=weight_decay, stop_accuracy=stop_accuracy, patience=patience, test_rows=test_rows,
         attention=attention, seeds=seed,
     )  # fmt: skip
-    how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    how = _how(executor, workers, address, gpus_per_cell)
     _family("mqrar", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
 
 
@@ -251,6 +254,10 @@ def attention_map(
     example: Annotated[
         int | None, typer.Option(help="Draw the first fitting test example from this number on.")
     ] = None,
+    executor: ExecutorKind = "local",
+    workers: Workers = None,
+    address: Address = None,
+    gpus_per_cell: GpusPerCell = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -267,7 +274,10 @@ def attention_map(
     decided = ("attention", "vocab_size", "width", "layers", "heads", "lr", "batch", "steps", "optimizer")
     if checkpoint and (surplus := [f"--{name.replace('_', '-')}" for name in decided if given[name] is not None]):
         raise InputError(f"{' and '.join(surplus)}: a --checkpoint decides that already")
-    _family("attention_map", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+    how = _how(executor, workers, address, gpus_per_cell)
+    _family(
+        "attention_map", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how
+    )
 
 
 @app.command("flip-flop")
@@ -296,13 +306,11 @@ def flip_flop(
     tensorboard: TensorBoard = None,
 ) -> None:
     """Flip-flop language: write, read and ignore one bit; is every read the bit last written?"""
-    from sbeval.executor import Executor
-
     given = dict(
         lrs=lr, seq_len=seq_len, p_ignore=p_ignore, layers=layers, heads=heads, width=width, batch=batch, steps=steps,
         test_rows=test_rows, attention=attention, seeds=seed,
     )  # fmt: skip
-    how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    how = _how(executor, workers, address, gpus_per_cell)
     _family("flip_flop", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
 
 
@@ -337,6 +345,10 @@ def few_shot(
     tokenizer: TokenizerSpec = None,
     text_field: TextField = None,
     corpus_tokens: CorpusTokens = None,
+    executor: ExecutorKind = "local",
+    workers: Workers = None,
+    address: Address = None,
+    gpus_per_cell: GpusPerCell = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -361,7 +373,8 @@ def few_shot(
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
         trust_remote_code=trust_remote_code or None,
     )  # fmt: skip
-    _family("few_shot", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+    how = _how(executor, workers, address, gpus_per_cell)
+    _family("few_shot", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
 
 
 @app.command()
@@ -474,6 +487,10 @@ def needle(
     tokenizer: TokenizerSpec = None,
     text_field: TextField = None,
     corpus_tokens: CorpusTokens = None,
+    executor: ExecutorKind = "local",
+    workers: Workers = None,
+    address: Address = None,
+    gpus_per_cell: GpusPerCell = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
@@ -491,7 +508,8 @@ def needle(
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
         trust_remote_code=trust_remote_code or None,
     )  # fmt: skip
-    _family("needle", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+    how = _how(executor, workers, address, gpus_per_cell)
+    _family("needle", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
 
 
 @app.command("run")
@@ -519,7 +537,6 @@ def run_study(
     """A whole study: train each model once, run every family on it, and go on where a stopped run was."""
     from sbeval import device as devices
     from sbeval import distributed, schema
-    from sbeval.executor import Executor
     from sbeval.place import Place
 
     if show:
@@ -527,7 +544,7 @@ def run_study(
         return
     if distributed.size() > 1:
         raise InputError("a study runs in one process: start it without torchrun, with --workers or --executor ray")
-    how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    how = _how(executor, workers, address, gpus_per_cell)
     where = devices.pick(device)
     parts = schema.parts(schema.read(study, change or ()), lambda said: devices.pick_dtype(dtype or said, where))
     _run(parts, Place(results_dir=results_dir, device=where, force=force), how, dry_run=dry_run, name=study)
@@ -668,6 +685,16 @@ def _say(line: object) -> None:
     Console().print(line, highlight=False, soft_wrap=True, markup=False)
 
 
+def _how(kind: str, workers: int | None, address: str | None, gpus_per_cell: float | None) -> "Executor":
+    from sbeval import distributed
+    from sbeval.executor import Executor
+
+    how = Executor(kind=kind, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    if distributed.size() > 1 and not how.alone:
+        raise InputError("--workers and --executor ray start processes of their own: leave them out, or torchrun")
+    return how
+
+
 def _family(
     name: str, preset: str | None, given: dict[str, Any], device: str | None, dtype: str | None, results_dir: Path,
     tensorboard: Path | None, *, force: bool, dry_run: bool, only: bool = False, shard: bool = False,
@@ -714,7 +741,7 @@ def _run(parts: "list[Part]", place: "Place", how: "Executor", *, dry_run: bool,
         if not _resumable(lambda: study.run(parts, place, console, how), place.force):
             raise typer.Exit(1)
     elif name is None:
-        plan.list_cells(parts[0], place, console)
+        plan.list_cells(parts[0], place, console, how)
     else:
         console.print(plan.table(f"Study {name}", parts, place))
 
@@ -725,7 +752,7 @@ def _console(place: "Place") -> Console:
 
 
 def _resumable(work: Callable[[], bool], force: bool) -> bool:
-    from sbeval.executor import terminable
+    from sbeval.pool import terminable
 
     try:
         with terminable():

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from sbeval import device, graph, model, sources, study, sweep
 from sbeval.cell import Cell, Step, cell_id
+from sbeval.executor import Executor
 from sbeval.place import Place
 from sbeval.schema import Part
 from sbeval.tasks.length_gen import Training, likely_vocabulary
@@ -34,7 +35,7 @@ class Line:
     disk: float | None = 0.0
 
 
-def list_cells(part: Part, place: Place, console: Console) -> None:
+def list_cells(part: Part, place: Place, console: Console, executor: Executor = sweep.HERE) -> None:
     """Print what each cell of a family costs, and all that are to run."""
     cells, later = _known(part, place)
     pending = cells if place.force else sweep.unfinished(cells, place.results_dir)
@@ -43,7 +44,7 @@ def list_cells(part: Part, place: Place, console: Console) -> None:
             study.say(console, f"{step.title}  {step.flops:.1e} FLOPs")
     for cell in cells:
         study.say(console, f"{cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in pending else '  finished'}")
-    study.say(console, sweep.describe_cost(pending, place))
+    study.say(console, sweep.describe_cost(pending, place, sweep.at_once(executor, place)))
     if later:
         flops = sum(cell.flops for cell in later)
         count = f"{len(later)} cell{'s' if len(later) > 1 else ''}"

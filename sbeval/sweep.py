@@ -16,13 +16,14 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from sbeval import device, distributed, files, provenance, table
+from sbeval import device, distributed, files, pool, provenance, table
 from sbeval.cell import FAILED, Cell, Outcome, Step, TrainingStep, cell_id
 from sbeval.errors import InputError
-from sbeval.executor import Executor, Lost
+from sbeval.executor import Executor
 from sbeval.graph import Graph, steps
 from sbeval.place import Place
-from sbeval.progress import Progress, Task
+from sbeval.pool import Lost
+from sbeval.progress import Heard, Progress, Task, Telling
 from sbeval.rows import Provenance
 from sbeval.train import DivergedError
 
@@ -58,8 +59,16 @@ def seconds(parts: Sequence[Step], speeds: Mapping[str, float], place: torch.dev
     return [step.flops / speeds[step.dtype] / EFFICIENCY[place.type] for step in parts]
 
 
-def describe_cost(cells: Sequence[Step], place: Place) -> str:
-    """What the cells will cost, in words: FLOPs and a rough time; what several need is counted once."""
+def at_once(executor: Executor, place: Place) -> int:
+    """On how many GPUs of this machine its workers run cells: 1 of a CPU too, whose cores they share."""
+    return max(1, min(executor.workers or 1, len(device.spread(place.device))))
+
+
+def describe_cost(cells: Sequence[Step], place: Place, at_once: int = 1) -> str:
+    """What the cells will cost, in words: FLOPs and a rough time; what several need is counted once.
+
+    at_once: GPUs that share them out.
+    """
     if not cells:
         return "nothing to run"
     parts = steps(cells)
@@ -67,10 +76,12 @@ def describe_cost(cells: Sequence[Step], place: Place) -> str:
     if not any(step.flops for step in parts):
         # a model of the hub, whose size is not known before it is here
         return f"{count}, at a cost that is not known yet"
-    time_s = sum(seconds(parts, speeds(parts, place.device), place.device)) / place.world.size
+    at_once = min(at_once, len(cells)) * place.world.size
+    time_s = sum(seconds(parts, speeds(parts, place.device), place.device)) / at_once
+    devices = f"{at_once} x " if at_once > 1 else ""
     return (
         f"{count}, {sum(step.flops for step in parts):.1e} FLOPs: "
-        f"roughly {in_words(time_s)} on {device.describe(place.device)}"
+        f"roughly {in_words(time_s)} on {devices}{device.describe(place.device)}"
     )
 
 
@@ -96,7 +107,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Runs steps wherever they are sent, and says nothing there unless `progress` is given."""
+    """Runs steps wherever they are sent, and shows them on `progress`, where one is given, else tells of them."""
 
     place: Place
     presets: Mapping[str, str]
@@ -108,7 +119,8 @@ class Work:
         if self.progress is not None:
             return self._done(step, self.progress)
         sys.argv = list(self.argv)
-        with Progress(Console(quiet=True, force_terminal=False)) as progress:
+        device.use(self.place.device)
+        with Telling(pool.tell) as progress:
             return self._done(step, progress)
 
     def _done(self, step: Step, progress: Progress) -> Done:
@@ -148,16 +160,22 @@ def run(
     of several families also one that ends in an error of the user's. What several cells need is done before them.
     preset: of all cells, or of each family. more: by family, the cells that follow when those given are done.
     """
+    if executor.kind == "ray" and place.device.index is not None:
+        raise InputError(f"--device {place.device}: a Ray task sees the GPU alone that Ray gives it; give cuda or cpu")
     for folder in ("runs", "checkpoints"):
         files.prepare(place.results_dir / folder)
     families = dict.fromkeys(cell.family for cell in cells)
     presets = dict.fromkeys(families, preset) if isinstance(preset, str) else preset
-    errors = CELL_ERRORS if len(families) < 2 else (*CELL_ERRORS, InputError)
+    errors = _errors(place) if len(families) < 2 else (*_errors(place), InputError)
+    gpus = device.spread(place.device)
     with progress_of(place) as progress:
         work = Work(place, presets, errors, tuple(sys.argv), progress if executor.alone else None)
         overall = None if executor.alone else progress.add("cells", total=0)
-        course = _Course(work, console, progress, dict(more or {}), overall)
-        for step, done in executor.run(work, course.begin(cells), course.then):
+        course = _Course(work, console, progress, dict(more or {}), overall, at_once(executor, place))
+        first = course.begin(cells)
+        if executor.alone and min(len(gpus), len(first)) > 1:
+            course.say(f"1 of {len(gpus)} GPUs is used; --workers {len(gpus)} spreads the cells over all of them")
+        for step, done in executor.run(work, first, course.then, gpus=gpus, hear=Heard(progress)):
             course.keep(step, work.failure(step, "failed", done.reason) if isinstance(done, Lost) else done)
         if overall:
             overall.close()
@@ -173,6 +191,7 @@ class _Course:
     progress: Progress
     more: dict[str, Callable[[], Sequence[Cell]]]
     overall: Task | None
+    at_once: int = 1
     failed: bool = False
     graph: Graph = field(default_factory=Graph)
     left: dict[str, set[Step]] = field(default_factory=dict)  # the cells of each family that are not done
@@ -185,7 +204,7 @@ class _Course:
         if len(pending) < len(cells):
             finished = f"{len(cells) - len(pending)} of {len(cells)}"
             self.say(f"{finished} cells are finished already; --force runs them again")
-        self.say(describe_cost(pending, self.work.place))
+        self.say(describe_cost(pending, self.work.place, self.at_once))
         begin = self.graph.add(pending)
         _check(pending, self.progress)
         if self.overall:
@@ -235,9 +254,7 @@ def train(cells: Sequence[Cell], place: Place, *, console: Console) -> bool:
     files.prepare(place.results_dir / "checkpoints")
     needed = [step for step in steps(cells) if isinstance(step, TrainingStep)]
     console.print(describe_cost(needed, place), highlight=False, soft_wrap=True)
-    # of several processes one may fail alone, and the others would wait for it
-    errors = (DivergedError,) if place.world.size > 1 else CELL_ERRORS
-    failed = False
+    errors, failed = _errors(place), False
     with progress_of(place) as progress:
         for step in needed:
             try:
@@ -246,6 +263,11 @@ def train(cells: Sequence[Cell], place: Place, *, console: Console) -> bool:
                 failed, said = True, f"{error}; going on with the next"
             console.print(f"{step.title}: {said}", highlight=False, soft_wrap=True, markup=False)
     return not failed
+
+
+def _errors(place: Place) -> tuple[type[Exception], ...]:
+    """What ends a cell and not the sweep. Of several processes one may fail alone, and the others would wait for it."""
+    return (DivergedError,) if place.world.size > 1 else CELL_ERRORS
 
 
 def progress_of(place: Place) -> Progress:

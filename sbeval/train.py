@@ -227,9 +227,7 @@ class Trainer:
         self._restore()
         if not shard and world.size > 1:
             ours = [place] if place.type == "cuda" else None
-            self.loss = DistributedDataParallel(
-                self.loss, device_ids=ours, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.loss = DistributedDataParallel(self.loss, device_ids=ours, gradient_as_bucket_view=True)
 
     def run(
         self,

@@ -16,7 +16,9 @@ from rich.console import Console
 from sbeval import graph, provenance, sweep, table
 from sbeval.cell import Cell as BaseCell
 from sbeval.cell import Outcome, cell_id
+from sbeval.distributed import World
 from sbeval.errors import InputError
+from sbeval.executor import Executor
 from sbeval.place import Place
 from sbeval.progress import Progress
 from sbeval.rows import Identity, Measurement
@@ -198,6 +200,63 @@ def test_a_finished_cell_is_run_again_when_its_text_is_another(tmp_path: Path, m
     assert "1 of 1 cells are finished already" in run([cell], tmp_path)[1]
     monkeypatch.setattr(Cell, "source", lambda self, progress: "another")
     assert run([cell], tmp_path)[1].startswith("1 cell to run")
+
+
+def test_of_several_processes_none_goes_on_alone_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflow(*_: object) -> None:
+        raise RuntimeError("a kernel that does not fit")
+
+    monkeypatch.setattr(Cell, "run", overflow)
+    monkeypatch.setattr("sbeval.distributed.wait", lambda world: None)
+    cells = [Cell(title="first"), Cell(title="second")]
+    complete, said = run(cells, tmp_path)
+    assert not complete and said.count("a kernel that does not fit; recorded as failed") == 2
+    # the others would wait for it in the cell that it has left
+    with pytest.raises(RuntimeError, match="does not fit"):
+        run(cells, tmp_path, world=World(1, 2))
+
+
+def test_workers_are_given_the_gpus_and_idle_ones_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr("sbeval.device.describe", lambda place: "GPU")
+    monkeypatch.setattr("sbeval.device.measured_flops", lambda *_: 1e6)
+    monkeypatch.setitem(sweep.EFFICIENCY, "cuda", 0.1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    given: list[Any] = []
+
+    def note(work: sweep.Work, items: Any, *rest: Any, gpus: Any, hear: Any) -> Any:
+        given.append((work.place.device, gpus))
+        return iter([])
+
+    monkeypatch.setattr(Executor, "run", lambda self, *rest, **options: note(*rest, **options))
+    cells = [Cell(title=name) for name in "abcdefgh"]
+
+    def said(device: str, workers: int | None, cells: list[Cell] = cells) -> str:
+        console = Console(file=io.StringIO(), width=200)
+        place = Place(results_dir=tmp_path, device=torch.device(device))
+        sweep.run(cells, place, preset="quick", console=console, executor=Executor(workers=workers))
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    idle = "1 of 4 GPUs is used; --workers 4 spreads the cells over all of them"
+    assert said("cuda", None).splitlines()[1:] == [idle] and "roughly 80 s on GPU" in said("cuda", None)
+    assert "GPUs" not in said("cuda", None, cells[:1])
+    for workers, time_and_place in ((2, "40 s on 2 x GPU"), (4, "20 s on 4 x GPU"), (8, "20 s on 4 x GPU")):
+        assert said("cuda", workers).endswith(f"roughly {time_and_place}\n")
+    assert said("cuda", 4, cells[:2]).endswith("roughly 10 s on 2 x GPU\n")
+    # pinned to one
+    assert said("cuda:1", 4).endswith("roughly 80 s on GPU\n") and said("cuda:1", None).count("\n") == 1
+    assert {place: gpus for place, gpus in given} == {
+        torch.device("cuda"): ["0", "1", "2", "3"], torch.device("cuda:1"): [],
+    }  # fmt: skip
+
+
+def test_a_ray_task_has_no_gpu_of_a_number(tmp_path: Path) -> None:
+    place = Place(results_dir=tmp_path, device=torch.device("cuda:1"))
+    with pytest.raises(InputError, match="--device cuda:1: a Ray task sees the GPU alone that Ray gives it"):
+        sweep.run([Cell(title="a")], place, preset="quick", console=Console(quiet=True), executor=Executor(kind="ray"))
 
 
 @pytest.mark.parametrize("column", ["seed", "size", "cell"])
