@@ -37,7 +37,7 @@ def draw(table: pd.DataFrame) -> Figure:
         style.title(axis, title)
         spreads += _panel(axis, rows, looks)
     guess = Line2D([], [], label="guessing", color=style.MARK, marker="|", markersize=10, linestyle="")
-    note = statistics.explain(spreads, "bars", "items")
+    note = style.with_caution(statistics.explain(spreads, "bars", "items"), chosen, looks)
     style.finish(figure, [*(_handle(look) for look in looks.values()), guess], note)
     return figure
 
@@ -61,7 +61,8 @@ def chart(table: pd.DataFrame) -> Chart:
         "Score in percent of each benchmark (examples in the prompt in brackets) beside that of guessing; a score "
         "whose interval holds that of guessing tells nothing. Higher is better."
     )
-    return Chart("Few-shot benchmarks", sentence, groups, statistics.explain(spreads, "bars", "items"))
+    note = style.with_caution(statistics.explain(spreads, "bars", "items"), chosen, looks)
+    return Chart("Few-shot benchmarks", sentence, groups, note)
 
 
 def _percent(table: pd.DataFrame) -> pd.DataFrame:

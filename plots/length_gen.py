@@ -84,7 +84,7 @@ def chart(table: pd.DataFrame) -> Chart:
         "Perplexity per token over the first l tokens of unseen documents, by l: does a method still predict past the "
         "length it was trained at? Lower is better."
     )
-    return Chart("Perplexity by context length", sentence, groups, explained(groups))
+    return Chart("Perplexity by context length", sentence, groups, explained(groups, table))
 
 
 def panels(table: pd.DataFrame, scale: Scale) -> Figure:
@@ -113,7 +113,8 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
     for axis, column in zip(axes[0], columns, strict=True):
         style.column(axis, column.title, [look.handle() for look in column.looks.values()], axes[0][0])
     cut = f" {', '.join(beyond)} {'leaves' if len(beyond) == 1 else 'leave'} the panels." if beyond else ""
-    style.note_below(figure, statistics.explain(spreads, "bands", "documents") + cut)
+    said = statistics.explain(spreads, "bands", "documents") + cut
+    style.note_below(figure, style.with_caution(said, table, _names(columns)))
     return figure
 
 
@@ -135,9 +136,15 @@ def panel_groups(table: pd.DataFrame, scale: Scale) -> list[Group]:
     return found
 
 
-def explained(groups: list[Group]) -> str:
-    """What the bands of these panels are."""
-    return statistics.explain(charts.spreads(groups), "bands", "documents")
+def explained(found: list[Group], table: pd.DataFrame) -> str:
+    """What the bands of these panels are, and what to know of the models."""
+    said = statistics.explain(charts.spreads(found), "bands", "documents")
+    return style.with_caution(said, table, _names(groups(table)))
+
+
+def _names(columns: list[Column]) -> dict[Method, style.Look]:
+    """The look of each method, its own before that beside others."""
+    return {method: look for column in columns for method, look in column.looks.items()}
 
 
 def groups(table: pd.DataFrame) -> list[Column]:

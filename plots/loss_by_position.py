@@ -40,7 +40,7 @@ def chart(table: pd.DataFrame) -> Chart:
         "Mean loss, in nats per token, of the token at a position given all before it, smoothed over neighbouring "
         "bins: a line that rises past the training length shows a context that confuses. Lower is better."
     )
-    return Chart("Loss by position", sentence, groups, length_gen.explained(groups))
+    return Chart("Loss by position", sentence, groups, length_gen.explained(groups, _shown(table)))
 
 
 def _shown(table: pd.DataFrame) -> pd.DataFrame:

@@ -39,7 +39,8 @@ def draw(table: pd.DataFrame) -> Figure:
             spreads += _lines(axis, task, part, looks)
         for axis in panels[1 + some["task"].nunique() :]:
             axis.set_axis_off()
-    style.finish(figure, [look.handle() for look in looks.values()], statistics.explain(spreads, "bars", "samples"))
+    note = style.with_caution(statistics.explain(spreads, "bars", "samples"), table, looks)
+    style.finish(figure, [look.handle() for look in looks.values()], note)
     return figure
 
 
@@ -60,7 +61,7 @@ def chart(table: pd.DataFrame) -> Chart:
         "Share of what was hidden in a text that is found again (1 is all), by the length of text and answer in "
         "tokens, for each of RULER's tasks and as the mean of them. Higher is better."
     )
-    note = statistics.explain(charts.spreads(groups), "bands", "samples")
+    note = style.with_caution(statistics.explain(charts.spreads(groups), "bands", "samples"), table, looks)
     return Chart("Needles in haystacks", sentence, groups, note)
 
 

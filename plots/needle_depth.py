@@ -40,7 +40,8 @@ def draw(table: pd.DataFrame) -> Figure:
     colours = ScalarMappable(Normalize(0, 1), COLOURS)
     bar = figure.colorbar(colours, ax=[axis for line in axes for axis in line], fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=style.SMALL_PT)
-    style.note_below(figure, f"{_mean_of(table)}; the dashed line is the training length.")
+    note = f"{_mean_of(table)}; the dashed line is the training length."
+    style.note_below(figure, style.with_caution(note, table, looks))
     return figure
 
 
@@ -61,7 +62,8 @@ def chart(table: pd.DataFrame) -> Chart:
         "the text, in percent, at which the needle stands; blank is no sample."
     )
     lengths = ", ".join(f"{length:g}" for length in sorted(table["train_len"].unique()))
-    return Chart("Needles by depth", sentence, groups, f"{_mean_of(table)}. Trained at length {lengths}.")
+    note = style.with_caution(f"{_mean_of(table)}. Trained at length {lengths}.", table, looks)
+    return Chart("Needles by depth", sentence, groups, note)
 
 
 def _by_depth(table: pd.DataFrame) -> pd.DataFrame:

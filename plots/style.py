@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from sbeval import statistics
+from sbeval import epochs, statistics
 from sbeval.statistics import Method
 
 # the place in this table fixes a method's colour, marker and dashes in every figure
@@ -141,6 +141,11 @@ def _label(name: str, options: str, all_options: Sequence[str]) -> str:
     if len(each) > 1 and common in each:
         options = ",".join(option for option in options.split(",") if option not in common)
     return NAMES.get(name, name.replace("_", " ")) + (f" ({options})" if options else "")
+
+
+def with_caution(note: str, rows: pd.DataFrame, looks: dict[Method, Look]) -> str:
+    """Add to a note which of the models of these rows overfit, or read their text too often."""
+    return " ".join(filter(None, [note, epochs.caution(rows, lambda method: looks[method].label)]))
 
 
 def panels(

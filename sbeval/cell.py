@@ -30,6 +30,8 @@ class Outcome:
     corpus_digest: str = ""
     tokenizer: str = ""
     train_tokens: int
+    unique_tokens: int | None = None
+    epochs: float | None = None
     backend: str
     tokens_per_s: float | None
     measured: Mapping[str, object] = field(default_factory=dict)

@@ -37,10 +37,12 @@ Part = TypeVar("Part")
 @dataclass(slots=True, kw_only=True)
 class State:
     """Where a training run stands: the loss of every step done (nats/token), the seconds they took, (step, score) of
-    each look at held-out data, and the speed where it was last measured: tokens/s, and model FLOP utilisation."""
+    each look at validation data, (step, nats/token) of each at held-out text, and the speed where it was last measured:
+    tokens/s, and model FLOP utilisation."""
 
     losses: list[float] = field(default_factory=list)
     scores: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     tokens_per_second: float | None = None
     mfu: float | None = None
@@ -267,6 +269,7 @@ def _read_config(folder: Path) -> _Config:
         state.losses = [float(loss) for loss in state.losses]
         # JSON has no tuples
         state.scores = [(int(step), float(score)) for step, score in state.scores]
+        state.held_out = [(int(step), float(loss)) for step, loss in state.held_out]
         rest = {name: config[name] for name in config if name not in ("model", "state")}
         return _typed(_Config, {"training": None, "files": None} | rest | {"model": model, "state": state})
     except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -49,7 +49,13 @@ TrustRemoteCode = Annotated[
 ]
 Size = Annotated[str | None, typer.Option(help="Model: quick, 25m, 60m, nanogpt-60m, 125m, 350m, 1b, 3b.")]
 TrainLen = Annotated[int | None, typer.Option(help="Tokens of a training sequence.")]
-TrainTokens = Annotated[int | None, typer.Option(help="Tokens to train on.")]
+TrainTokens = Annotated[int | None, typer.Option(help="Tokens to train on; a preset's end at --max-epochs.")]
+MaxEpochs = Annotated[
+    float | None, typer.Option(help="Passes over the text at most: 4 of a preset; no bound on --train-tokens.")
+]
+Patience = Annotated[
+    int | None, typer.Option(help="Looks at held-out loss without a new lowest after which training ends; 0: never.")
+]
 BatchTokens = Annotated[int | None, typer.Option(help="Tokens of one optimizer step.")]
 MicroBatchTokens = Annotated[int | None, typer.Option(help="Tokens of one forward pass; all of a step's.")]
 Lr = Annotated[float | None, typer.Option(help="Peak learning rate.")]
@@ -82,6 +88,8 @@ def length_gen(
     train_len: TrainLen = None,
     eval_len: Annotated[int | None, typer.Option(help="Tokens of context to evaluate to.")] = None,
     train_tokens: TrainTokens = None,
+    max_epochs: MaxEpochs = None,
+    patience: Patience = None,
     batch_tokens: BatchTokens = None,
     micro_batch_tokens: MicroBatchTokens = None,
     lr: Lr = None,
@@ -121,6 +129,7 @@ def length_gen(
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, documents=documents, windows=windows,
         window=window, checkpoint=checkpoint, attention=attention, seeds=seed,
         trust_remote_code=trust_remote_code or None,
+        max_epochs=max_epochs, patience=patience,
     )  # fmt: skip
     how = _how(executor, workers, address, gpus_per_cell)
     _family("length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
@@ -134,6 +143,8 @@ def train(
     size: Size = None,
     train_len: TrainLen = None,
     train_tokens: TrainTokens = None,
+    max_epochs: MaxEpochs = None,
+    patience: Patience = None,
     batch_tokens: BatchTokens = None,
     micro_batch_tokens: MicroBatchTokens = None,
     lr: Lr = None,
@@ -158,6 +169,7 @@ def train(
         size=size, train_len=train_len, eval_len=train_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
         micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
+        max_epochs=max_epochs, patience=patience,
     )  # fmt: skip
     _family(
         "length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, only=True,
@@ -336,6 +348,8 @@ def few_shot(
     train_len: TrainLen = None,
     eval_len: Annotated[int | None, typer.Option(help="Tokens that a model reads at most.")] = None,
     train_tokens: TrainTokens = None,
+    max_epochs: MaxEpochs = None,
+    patience: Patience = None,
     batch_tokens: BatchTokens = None,
     micro_batch_tokens: MicroBatchTokens = None,
     lr: Lr = None,
@@ -372,6 +386,7 @@ def few_shot(
         micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
         trust_remote_code=trust_remote_code or None,
+        max_epochs=max_epochs, patience=patience,
     )  # fmt: skip
     how = _how(executor, workers, address, gpus_per_cell)
     _family("few_shot", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
@@ -478,6 +493,8 @@ def needle(
     size: Size = None,
     train_len: TrainLen = None,
     train_tokens: TrainTokens = None,
+    max_epochs: MaxEpochs = None,
+    patience: Patience = None,
     batch_tokens: BatchTokens = None,
     micro_batch_tokens: MicroBatchTokens = None,
     lr: Lr = None,
@@ -507,6 +524,7 @@ def needle(
         micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
         tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
         trust_remote_code=trust_remote_code or None,
+        max_epochs=max_epochs, patience=patience,
     )  # fmt: skip
     how = _how(executor, workers, address, gpus_per_cell)
     _family("needle", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
@@ -704,7 +722,7 @@ def _family(
     from sbeval import device as devices
     from sbeval import distributed, registry, study, sweep
     from sbeval.place import Place
-    from sbeval.schema import Part
+    from sbeval.schema import Part, uncut
 
     module = registry.task(name)
     if distributed.size() > 1 and name != "length_gen":
@@ -717,7 +735,7 @@ def _family(
     config = dataclasses.replace(
         module.PRESETS[choose("preset", preset, module.PRESETS)],
         dtype=devices.pick_dtype(dtype, where),
-        **changes,
+        **uncut(changes),
     )
     part = Part(family=name, preset=preset, config=config)
     with distributed.joined(where) as world:
@@ -726,7 +744,7 @@ def _family(
         )
         if not only or dry_run:
             _run([part], place, how or sweep.HERE, dry_run=dry_run)
-        elif not _resumable(lambda: sweep.train(study.cells(part), place, console=_console(place)), force):
+        elif not _resumable(lambda: study.train(part, place, _console(place)), force):
             raise typer.Exit(1)
 
 

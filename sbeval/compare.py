@@ -23,13 +23,15 @@ from rich.table import Table as Terminal
 from sbeval.errors import InputError, choose
 from sbeval.rows import Measurement
 from sbeval.statistics import half_width
-from sbeval.table import OUTCOME, columns, read
+from sbeval.table import OUTCOME, read, required
 
 # what a run found, beside its number
 FOUND = ("status", "reads", "cut")
 # what tells rows apart only where nothing else does, in this order
-ORIGIN = ("backend", "dtype", "corpus", "tokenizer", "train_tokens", "preset", "device", "cell")
-COMMON = columns(Measurement)
+ORIGIN = (
+    "backend", "dtype", "corpus", "tokenizer", "train_tokens", "unique_tokens", "epochs", "preset", "device", "cell",
+)  # fmt: skip
+COMMON = required(Measurement)
 METHOD = ["task", "model", "attention", "options"]
 # columns that a line has its own place for
 NAMED = ("family", "attention", "options", "metric", "unit")

@@ -36,6 +36,8 @@ def collect(
     device: str,
     backend: str,
     device_name: str | None = None,
+    unique_tokens: int | None = None,
+    epochs: float | None = None,
 ) -> Provenance:
     """Complete the provenance columns of a cell's rows with commit, versions and time.
 
@@ -48,6 +50,8 @@ def collect(
         corpus=corpus,
         tokenizer=tokenizer,
         train_tokens=train_tokens,
+        unique_tokens=unique_tokens,
+        epochs=epochs,
         dtype=dtype,
         device=device_name or name_of(device),
         backend=backend,

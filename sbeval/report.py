@@ -19,7 +19,7 @@ from sbeval.plots import style
 from sbeval.plots.chart import SYMBOLS, Chart, Group, Panel, plain, readable
 from sbeval.rows import Measurement
 from sbeval.runs import Runs, gather
-from sbeval.table import columns, read
+from sbeval.table import read, required
 
 TITLE = "Stick-breaking attention: results"
 SIGNS = {AGREES: "✓", DISAGREES: "✗", UNDECIDED: "–"}
@@ -66,7 +66,7 @@ def _tables(results_dir: Path) -> dict[str, pd.DataFrame]:
     needed: dict[str, set[str]] = {}
     for name in registry.FIGURES:
         figure = registry.figure(name)
-        needed.setdefault(figure.TABLE, set(columns(Measurement))).update(figure.COLUMNS)
+        needed.setdefault(figure.TABLE, set(required(Measurement))).update(figure.COLUMNS)
     paths = {name: results_dir / f"{name}.csv" for name in needed}
     found = {name: read(path, sorted(needed[name])) for name, path in paths.items() if path.exists()}
     if not found:

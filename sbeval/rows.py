@@ -1,6 +1,8 @@
 """Rows of result tables: the columns of every family, which adds its factors in a subclass of `Measurement`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from sbeval.config import LATER
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +33,18 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where a row comes from. `cell` is the stem of its run file, results/runs/<cell>.json."""
+    """Where a row comes from. `cell` is the stem of its run file, results/runs/<cell>.json.
+
+    unique_tokens: those of an epoch of the text that a model is trained on, None where there is no such text.
+    """
 
     cell: str
     preset: str
     corpus: str
     tokenizer: str
     train_tokens: int
+    unique_tokens: int | None = field(default=None, metadata=LATER)
+    epochs: float | None = field(default=None, metadata=LATER)
     dtype: str
     device: str
     backend: str

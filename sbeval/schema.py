@@ -87,11 +87,17 @@ def parts(document: Mapping[str, object], dtype: Callable[[str | None], str]) ->
     preset = choose("preset of models", _value("models.preset", shared.pop("preset", "quick"), str), length_gen.PRESETS)
     trained = length_gen.PRESETS[preset]
     models = {name: getattr(trained, name) for name in length_gen.TRAINING if name != "dtype"}
-    models |= _options("models", shared, length_gen.Config, length_gen.TRAINING)
+    models |= uncut(_options("models", shared, length_gen.Config, length_gen.TRAINING))
     families = [name for name in document if name != "models"]
     if not families:
         raise InputError(f"nothing to run: a study has a section for each of its families: {', '.join(registry.TASKS)}")
     return [_part(name, _mapping(name, document[name]), preset, models, dtype) for name in families]
+
+
+def uncut(options: dict[str, Any]) -> dict[str, Any]:
+    """Options in which tokens that are asked for are trained on, however many epochs they are, unless that is said."""
+    asked = "train_tokens" in options and "max_epochs" not in options
+    return options | ({"max_epochs": None} if asked else {})
 
 
 def _part(
@@ -100,7 +106,7 @@ def _part(
     module = registry.task(family)
     preset = _value(f"{family}.preset", section.pop("preset", preset), str)
     base = module.PRESETS[choose(f"preset of {family}", preset, module.PRESETS)]
-    options = _options(family, section, type(base), [field.name for field in dataclasses.fields(base)])
+    options = uncut(_options(family, section, type(base), [field.name for field in dataclasses.fields(base)]))
     if isinstance(base, length_gen.Config):
         # what is not about length reads no further than it was trained to, if its preset was trained otherwise
         longer = family != length_gen.FAMILY and models["train_len"] != base.train_len

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 from rich.table import Table as Terminal
 
+from sbeval import epochs
 from sbeval.errors import InputError, choose
 from sbeval.statistics import half_width
 
@@ -85,7 +86,8 @@ def table(results: pd.DataFrame) -> Scores:
     named, rows = names(chosen), []
     for key, group in chosen.groupby(MODEL):
         found = {str(name): _cell(part, METRICS[metrics[str(name)]]) for name, part in group.groupby("benchmark")}
-        rows.append((named[key], [*(found.get(name) for name in benchmarks), _average(found, averaged)]))
+        mark = f" ({epochs.OVERFIT})" if epochs.overfit(group).any() else ""
+        rows.append((named[key] + mark, [*(found.get(name) for name in benchmarks), _average(found, averaged)]))
     chance = {
         str(name): Cell(100 * float(group["chance"].iloc[0]))
         for name, group in chosen.groupby("benchmark")

@@ -17,6 +17,7 @@ from sbeval.errors import InputError
 from sbeval.executor import Executor
 from sbeval.place import Place
 from sbeval.schema import Part
+from sbeval.tasks import length_gen
 
 
 def cells(part: Part) -> list[Cell]:
@@ -47,8 +48,24 @@ def notes(parts: Sequence[Part]) -> list[str]:
     return found
 
 
+def cautions(parts: Sequence[Part], place: Place) -> list[str]:
+    """What to say of how often models will read their text, before they do; texts are opened."""
+    with sweep.progress_of(place) as progress:
+        configs = [part.config for part in parts if isinstance(part.config, length_gen.Config)]
+        return list(dict.fromkeys(line for config in configs for line in length_gen.cautions(config, progress)))
+
+
+def train(part: Part, place: Place, console: Console) -> bool:
+    """Train the models that a part needs; True unless one ended in an error of its own."""
+    for line in cautions([part], place):
+        say(console, line)
+    return sweep.train(cells(part), place, console=console)
+
+
 def run(parts: Sequence[Part], place: Place, console: Console, executor: Executor = sweep.HERE) -> bool:
     """Run what has no result yet, then print, draw and say what there is; True when every cell has a result."""
+    for line in cautions(parts, place):
+        say(console, line)
     complete = sweep.run(
         [cell for part in parts for cell in cells(part)], place, console=console, executor=executor,
         preset={part.family: part.preset for part in parts},

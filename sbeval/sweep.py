@@ -323,7 +323,8 @@ def _origin(cell: Cell, place: Place, preset: str, outcome: Outcome | None) -> P
         cell=cell_id(cell), preset=preset, corpus=outcome.corpus if outcome else "",
         tokenizer=outcome.tokenizer if outcome else "", train_tokens=outcome.train_tokens if outcome else 0,
         dtype=cell.dtype, device=str(place.device), device_name=device.describe(place.device),
-        backend=outcome.backend if outcome else "",
+        backend=outcome.backend if outcome else "", unique_tokens=outcome.unique_tokens if outcome else None,
+        epochs=outcome.epochs if outcome else None,
     )  # fmt: skip
 
 

@@ -43,7 +43,8 @@ def columns(row_type: type[Measurement]) -> tuple[str, ...]:
 
 def required(row_type: type[Measurement]) -> tuple[str, ...]:
     """Return the names of the columns without which a family's table cannot be read: all but those that came later."""
-    later = {field.name for field in fields(row_type) if LATER.items() <= field.metadata.items()}
+    parts = (Identity, row_type, Provenance)
+    later = {entry.name for part in parts for entry in fields(part) if LATER.items() <= entry.metadata.items()}
     return tuple(name for name in columns(row_type) if name not in later)
 
 
@@ -74,7 +75,7 @@ def write(path: Path, new: pd.DataFrame) -> None:
     text = pd.DataFrame({name: [_cell(value) for value in new[name]] for name in new.columns}, dtype=str)
     with locked(path):
         if path.exists():
-            old = _load(path, required=columns(Measurement))
+            old = _load(path, required=required(Measurement))
             kept = old[~old["cell"].isin(set(text["cell"]))]
             text = pd.concat([text, kept], ignore_index=True).fillna("")
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
@@ -109,7 +110,7 @@ def numbers(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
 
 
 def _names(part: Any) -> list[str]:
-    return [field.name for field in fields(part)]
+    return [entry.name for entry in fields(part)]
 
 
 def _kinds(row_type: type[Measurement]) -> dict[str, Kind]:

@@ -13,7 +13,7 @@ import functools
 import importlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ import pandas as pd
 import torch
 from rich.table import Table
 
-from sbeval import model, model_config, pretrained, scores
+from sbeval import epochs, model, model_config, pretrained, scores
 from sbeval.answers import Answers
 from sbeval.cell import Cell as BaseCell
 from sbeval.cell import Outcome
-from sbeval.config import digest_of
+from sbeval.config import LATER, digest_of
 from sbeval.errors import InputError, choose
 from sbeval.place import Place
 from sbeval.pretrained import Pretrained
@@ -66,7 +66,7 @@ SUITES = {
 class Row(Measurement):
     """Factors: part of the benchmark (empty: all of it), what lm-eval took from an answer before scoring it, examples
     in a prompt, version of lm-eval's task, score of guessing, where the items come from (`hub` or `files`), and in how
-    many requests the beginning was cut to fit eval_len."""
+    many requests the beginning was cut to fit eval_len. status: `overfit`, or empty."""
 
     part: str = ""
     filter: str = ""
@@ -75,6 +75,7 @@ class Row(Measurement):
     chance: float | None = None
     items: str
     cut: int
+    status: str = field(default="", metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +170,7 @@ class Cell(BaseCell):
         folder = config.checkpoint or str(self.trained.train(place, progress))
         digest = pretrained.digest(folder)
         found = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
-        subject = self.trained.subject(found, place)
+        subject = self.trained.subject(found, folder, place, progress)
         answers = self._answers(digest, place)
         adapter = _harness().Adapter(
             subject.model, self._text(found, progress), length=self._length(found), place=place.device,
@@ -281,4 +282,6 @@ def _harness() -> Any:
 
 def summary(results: pd.DataFrame) -> Table:
     """Table for the terminal: models by benchmarks, with their average."""
-    return scores.terminal(scores.table(results))
+    shown = scores.terminal(scores.table(results))
+    shown.caption = epochs.caution(results) or None
+    return shown

@@ -8,20 +8,33 @@ tokens still predicts well with `eval_len` tokens of context. Every method train
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import pandas as pd
 import platformdirs
 from rich.table import Table
 
-from sbeval import corpus, model_config, perplexity, pretrained, registry, tokenizer
-from sbeval.batches import Batches
+from sbeval import (
+    checkpoint,
+    corpus,
+    epochs,
+    held_out,
+    model_config,
+    perplexity,
+    pretrained,
+    registry,
+    tokenizer,
+)
+from sbeval.batches import Batch, Batches, epoch_tokens
 from sbeval.cell import Cell as BaseCell
 from sbeval.cell import Outcome, TrainingStep, cell_id, timing
+from sbeval.checkpoint import State
 from sbeval.config import LATER
 from sbeval.corpus import Corpus
 from sbeval.errors import InputError, check_swept, choose
@@ -45,7 +58,7 @@ EVAL_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 17}
 class Row(Measurement):
     """Factors: positions position_start <= i < position_end of a loss; the context length l of a figure over positions
     1 ... l; the last k of them; the tokens of a disjoint window, and what a perplexity over such windows is per
-    (`token`, `word` or `byte`)."""
+    (`token`, `word` or `byte`). status: `overfit`, or empty."""
 
     position_start: int | None = None
     position_end: int | None = None
@@ -53,6 +66,7 @@ class Row(Measurement):
     last_k: int | None = None
     window: int | None = field(default=None, metadata=LATER)
     per: str | None = field(default=None, metadata=LATER)
+    status: str = field(default="", metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +95,10 @@ class Config:
     window: tuple[int, ...] = field(default=(), metadata=LATER)
     # a model to evaluate instead of training `size`: our checkpoint folder, or a Hugging Face folder or name
     checkpoint: str | None = field(default=None, metadata=LATER)
+    # passes over the training text at most; None: as many as train_tokens are
+    max_epochs: float | None = field(default=epochs.MAX_EPOCHS, metadata=LATER)
+    # looks at held-out loss without a new lowest after which training ends; 0: it goes on
+    patience: int = field(default=0, metadata=LATER)
     # whether to run the code that comes with it
     trust_remote_code: bool = field(default=False, compare=False)
 
@@ -94,6 +112,10 @@ class Config:
         for name in ("micro_batch_tokens", "corpus_tokens"):
             if (amount := getattr(self, name)) is not None and amount < 1:
                 raise InputError(f"{name} must be at least 1, or left out; got {amount}")
+        if self.max_epochs is not None and not 0 < self.max_epochs < math.inf:
+            raise InputError(f"max_epochs must be above 0 and finite; got {self.max_epochs}")
+        if self.patience < 0:
+            raise InputError(f"patience must be at least 0; got {self.patience}")
         if short := [length for length in self.window if length < 1]:
             raise InputError(f"--window must be at least 1; got {short[0]}")
         if self.trains and self.eval_len < self.train_len:
@@ -159,7 +181,7 @@ Kind = TypeVar("Kind", bound=Config)
 # what of a config the training of its models depends on
 TRAINING = (
     "attention", "seeds", "size", "train_len", "train_tokens", "batch_tokens", "micro_batch_tokens", "lr", "schedule",
-    "packing", "corpus", "tokenizer", "text_field", "corpus_tokens", "dtype",
+    "packing", "corpus", "tokenizer", "text_field", "corpus_tokens", "dtype", "max_epochs", "patience",
 )  # fmt: skip
 
 
@@ -222,6 +244,8 @@ class Subject:
     train_len: int
     backend: str
     train_tokens: int = 0  # 0 where it was not trained here
+    unique_tokens: int | None = None
+    status: str = ""
     tokens_per_s: float | None = None
     measured: Mapping[str, object] = field(default_factory=dict)
 
@@ -278,11 +302,14 @@ class Cell(BaseCell):
         padded = model_config.padded_vocabulary(vocab_size)
         return model_config.named(self.config.size, vocab_size=padded, attention=self.attention)
 
-    def training(self) -> TrainConfig:
-        config = self.config
-        return training_config(
-            config, tokens=config.train_tokens, length=config.train_len, lr=config.lr, seed=self.seed
-        )
+    def training(self, text: Corpus | None = None) -> TrainConfig:
+        """How its model is trained; without the text as if that were long enough."""
+        config, tokens = self.config, self.config.train_tokens
+        if text is not None and config.max_epochs is not None:
+            tokens = min(tokens, int(config.max_epochs * epoch_tokens(text.train, config.train_len)))
+        training = training_config(config, tokens=tokens, length=config.train_len, lr=config.lr, seed=self.seed)
+        looks, _ = held_out.plan(training.tokens, training.length)
+        return dataclasses.replace(training, patience=config.patience, look_every=-(-training.steps // looks))
 
     def source(self, progress: Progress) -> str:
         """Digest of the tokenized corpus, after that of a model that is there already."""
@@ -301,7 +328,7 @@ class Cell(BaseCell):
         return outcome(
             subject, self._measured(text, windows, subject, place, progress), family=FAMILY, task=text.name,
             eval_len=self.config.eval_len, seed=self.seed, corpus=text.name, corpus_digest=self._source(text),
-            tokenizer=text.tokenizer.name, measured=subject.measured,
+            tokenizer=text.tokenizer.name,
         )  # fmt: skip
 
     def train(self, place: Place, progress: Progress) -> Path:
@@ -319,44 +346,65 @@ class Cell(BaseCell):
         given = self.config.checkpoint
         return text.digest if given is None else f"{pretrained.digest(given)}-{text.digest}"
 
-    def subject(self, found: Pretrained, place: Place) -> Subject:
-        """The model as it is evaluated; one that was trained here with what only evaluation asks for."""
-        if self.config.checkpoint is None:
-            assert isinstance(found.model, Decoder)
-            return self._made(found.model, place)
+    def subject(self, found: Pretrained, trained: str, place: Place, progress: Progress) -> Subject:
+        """The model as it is evaluated; one that was trained here with what only evaluation asks for.
+
+        trained: checkpoint folder of its training on text, or what --checkpoint names.
+        """
+        if self.config.checkpoint is not None:
+            return self._given(found, trained)
+        assert isinstance(found.model, Decoder)
+        state = checkpoint.load_state(Path(trained))
+        return self._made(found.model, state, open_corpus(self.config, progress), place)
+
+    def _given(self, found: Pretrained, trained: str) -> Subject:
+        looks = checkpoint.load_state(Path(trained)).held_out if pretrained.is_own(trained) else []
         return Subject(
             model=found.model, name=found.name, attention=found.attention, options=found.options, params=found.params,
-            train_len=found.train_len or self.config.train_len, backend=found.backend,
+            train_len=found.train_len or self.config.train_len, backend=found.backend, status=_status(looks),
         )  # fmt: skip
 
     def _train(self, text: Corpus, place: Place, progress: Progress) -> tuple[Path, Trained]:
         trained_as = model_config.trained_attention(self.attention)
         shape = dataclasses.replace(self.model(text.tokenizer.vocab_size), attention=trained_as)
-        training = self.training()
+        training = self.training(text)
         batches = Batches(text.train, training.length, training.batch, self.seed, self.config.packing)
         with place.checkpoint([shape, training, text.digest, self.config.packing], progress) as folder:
             trainer = Trainer(
                 shape, training, batches, folder, place.device, place.world, shard=place.shard,
-                tokenizer=text.tokenizer.digest,
+                tokenizer=text.tokenizer.digest, held_out=_held_out(text, training, self.config.packing),
             )  # fmt: skip
             task = progress.add(f"train {trained_as} seed {self.seed}", training.steps, completed=trainer.state.step)
             trained = trainer.run(task, log=place.logger(cell_id(self)))
             task.close()
         return folder, trained
 
-    def _made(self, trained: Decoder, place: Place) -> Subject:
+    def _made(self, trained: Decoder, state: State, text: Corpus, place: Place) -> Subject:
+        training = self.training(text)
         name, _, options = self.attention.partition(":")
         evaluated = trained.evaluated_as(self.attention)
         return Subject(
             model=evaluated, name=self.config.size, attention=name, options=options, params=evaluated.n_parameters(),
-            train_len=self.config.train_len, train_tokens=self.training().tokens,
+            train_len=training.length, train_tokens=state.step * training.batch * training.length,
+            unique_tokens=epoch_tokens(text.train, training.length), status=_status(state.held_out),
             backend=registry.method(name).backend_name(place.device.type),
+            measured={
+                "held_out": [(step, round(loss, 4)) for step, loss in state.held_out],
+                "ended_by": self._ended_by(state, training),
+            },
         )  # fmt: skip
+
+    def _ended_by(self, state: State, training: TrainConfig) -> str:
+        """The option at whose bound training ended."""
+        if state.step < training.steps:
+            return "patience"
+        return "max_epochs" if training.steps < self.training().steps else "train_tokens"
 
     def _trained(self, text: Corpus, place: Place, progress: Progress) -> Subject:
         _, trained = self._train(text, place, progress)
-        made = self._made(trained.model, place)
-        return dataclasses.replace(made, tokens_per_s=trained.tokens_per_second, measured=timing(trained))
+        made = self._made(trained.model, trained.state, text, place)
+        measured = {**timing(trained), **made.measured}
+        return dataclasses.replace(made, tokens_per_s=trained.tokens_per_second, measured=measured)
 
     def _loaded(self, text: Corpus, place: Place) -> Subject:
         assert self.config.checkpoint is not None
@@ -365,7 +413,7 @@ class Cell(BaseCell):
         )
         found.check_tokenizer(text.tokenizer, self.config.checkpoint)
         found.check_length(max((self.config.eval_len, *self.config.window)), self.config.checkpoint)
-        return self.subject(found, place)
+        return self._given(found, self.config.checkpoint)
 
     def _measured(
         self, text: Corpus, windows: list[tuple[int, Ids]], subject: Subject, place: Place, progress: Progress
@@ -405,17 +453,20 @@ def training_config(
 
 
 def outcome(
-    subject: Subject, rows: Sequence[Measurement], *, family: str, task: str, eval_len: int, seed: int, corpus: str,
-    corpus_digest: str, tokenizer: str, measured: Mapping[str, object],
+    subject: Subject, rows: Sequence[Any], *, family: str, task: str, eval_len: int, seed: int, corpus: str,
+    corpus_digest: str, tokenizer: str, measured: Mapping[str, object] = MappingProxyType({}),
 ) -> Outcome:  # fmt: skip
-    """What a finished cell found of a model."""
+    """What a finished cell found of a model; its rows, of a class with a status, get the model's."""
+    unique = subject.unique_tokens
     return Outcome(
         identity=Identity(
             family=family, task=task, model=subject.name, attention=subject.attention, options=subject.options,
             params=subject.params, train_len=subject.train_len, eval_len=eval_len, seed=seed,
         ),
-        rows=rows, corpus=corpus, corpus_digest=corpus_digest, tokenizer=tokenizer, train_tokens=subject.train_tokens,
-        backend=subject.backend, tokens_per_s=subject.tokens_per_s, measured=measured,
+        rows=[dataclasses.replace(row, status=subject.status) for row in rows], corpus=corpus,
+        corpus_digest=corpus_digest, tokenizer=tokenizer, train_tokens=subject.train_tokens, unique_tokens=unique,
+        epochs=round(subject.train_tokens / unique, 4) if unique else None, backend=subject.backend,
+        tokens_per_s=subject.tokens_per_s, measured={**measured, **subject.measured},
     )  # fmt: skip
 
 
@@ -474,6 +525,33 @@ def open_corpus(config: Config, progress: Progress) -> Corpus:
     return text
 
 
+def _held_out(text: Corpus, training: TrainConfig, packing: str) -> Batch | None:
+    """Held-out text to look at while a model trains, the same for every method; None where there is too little."""
+    if not epoch_tokens(text.valid, training.length):
+        return None
+    _, windows = held_out.plan(training.tokens, training.length)
+    return Batches(text.valid, training.length, batch=1, seed=0, packing=packing).spread(windows)
+
+
+def _status(looks: epochs.Looks) -> str:
+    return epochs.OVERFIT if epochs.overfits(looks) else ""
+
+
+def cautions(config: Config, progress: Progress) -> list[str]:
+    """What to say, before models train, of how often they will read their text, and of held-out text; often nothing."""
+    if not config.trains:
+        return []
+    text = open_corpus(config, progress)
+    asked, trained = (cells(config)[0].training(of).tokens for of in (None, text))
+    found = epochs.notice(text.name, epoch_tokens(text.train, config.train_len), asked, trained)
+    if not epoch_tokens(text.valid, config.train_len):
+        found.append(
+            f"{text.name!r} has {len(text.valid.tokens):,} tokens of held-out text, less than a window of "
+            f"{config.train_len}: no loss on it is measured while models train, and whether they overfit is not known"
+        )
+    return found
+
+
 def open_tokenizer(config: Config, progress: Progress) -> Tokenizer:
     """The tokenizer of a config's models; one that is trained on the corpus comes with it."""
     if config.checkpoint is None or tokenizer.is_trained(config.tokenizer):
@@ -511,7 +589,10 @@ def summary(results: pd.DataFrame) -> Table:
     lengths = sorted(last["context_length"].unique())
     train_len = int(last["train_len"].iloc[0])
     k = int(last["last_k"].iloc[0])
-    table = Table(title=f"Loss of the last {k} tokens (nats/token) by context length; trained at {train_len}")
+    table = Table(
+        title=f"Loss of the last {k} tokens (nats/token) by context length; trained at {train_len}",
+        caption=epochs.caution(results) or None, caption_justify="left",
+    )  # fmt: skip
     table.add_column("attention")
     for length in lengths:
         table.add_column(f"{length}", justify="right", style="" if length <= train_len else "bold")

@@ -14,8 +14,9 @@ begins at another sentence, and qa, whose questions are given, is left out.
 
 import dataclasses
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,10 +24,10 @@ import platformdirs
 import torch
 from rich.table import Table
 
-from sbeval import checkpoint, haystack, model_config, pretrained, ruler, statistics
+from sbeval import checkpoint, epochs, haystack, model_config, pretrained, ruler, statistics
 from sbeval.cell import Cell as BaseCell
 from sbeval.cell import Outcome, TrainingStep, cell_id
-from sbeval.config import digest_of
+from sbeval.config import LATER, digest_of
 from sbeval.errors import InputError, choose
 from sbeval.haystack import Sources
 from sbeval.lessons import Lessons
@@ -57,12 +58,14 @@ FILES = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row(Measurement):
     """Factors: length of prompt and answer in tokens; depth_start <= depth < depth_end of the needle, in per cent (100
-    is in the last bin; empty: all samples); tokens of fine-tuning."""
+    is in the last bin; empty: all samples); tokens of fine-tuning. status: `overfit` where the model's training on text
+    was, or empty."""
 
     length: int
     depth_start: int | None = None
     depth_end: int | None = None
     finetune_tokens: int = 0
+    status: str = field(default="", metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,19 +223,20 @@ class Cell(BaseCell):
     def train(self, place: Place, progress: Progress) -> Path:
         """Train and fine-tune, unless that is done, and return the checkpoint folder."""
         text, writer = self._writer(progress)
-        return Path(self._model(text, writer, place, progress))
+        return Path(self._tuned(self._trained(place, progress), text, writer, place, progress))
 
     def run(self, place: Place, progress: Progress) -> Outcome:
         """Write the prompts, train unless a checkpoint has it, and ask everything that has no answer yet."""
         config = self.config
         text, writer = self._writer(progress)
         prompts = {length: self._prompts(writer, length, progress) for length in config.lengths}
-        folder = self._model(text, writer, place, progress)
+        trained = self._trained(place, progress)
+        folder = self._tuned(trained, text, writer, place, progress)
         digest = pretrained.digest(folder)
         found = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
         found.check_tokenizer(text, folder)
         found.check_length(max(config.lengths), folder)
-        subject = self.trained.subject(found, place)
+        subject = self.trained.subject(found, trained, place, progress)
         rows: list[Row] = []
         for length, written in prompts.items():
             samples = self._samples(digest, writer.path(self.task, length, config.sample_seed).stem, place)
@@ -260,9 +264,12 @@ class Cell(BaseCell):
         text = length_gen.open_tokenizer(config, progress)
         return text, Writer(text, _sources(config), cache_dir, prefix=() if ours else text.prefix)
 
-    def _model(self, text: Tokenizer, writer: Writer, place: Place, progress: Progress) -> str:
-        """Where the model is that is asked, trained and fine-tuned if it is not yet."""
-        folder = self.config.checkpoint or str(self.trained.train(place, progress))
+    def _trained(self, place: Place, progress: Progress) -> str:
+        """Where the model is, trained on text if it is not yet."""
+        return self.config.checkpoint or str(self.trained.train(place, progress))
+
+    def _tuned(self, folder: str, text: Tokenizer, writer: Writer, place: Place, progress: Progress) -> str:
+        """Where the model is that is asked, fine-tuned if it is not yet."""
         if not self.config.finetune:
             return folder
         digest = pretrained.digest(folder)
@@ -322,7 +329,7 @@ class Cell(BaseCell):
 def measured(answers: list[Answered], length: int, new_tokens: int, finetuned: int) -> list[Row]:
     """Rows of one length: over all samples, and by the depth of the needle where there is one."""
 
-    def rows(chosen: list[Answered], **factors: int) -> list[Row]:
+    def rows(chosen: list[Answered], **factors: Any) -> list[Row]:
         metrics = {
             "score": ("1", [item.score for item in chosen]),
             "greedy": ("1", [float(item.greedy) for item in chosen]),
@@ -420,7 +427,10 @@ def summary(results: pd.DataFrame) -> Table:
     """Table for the terminal: score and greedy accuracy by task and length, averaged over seeds, and their means."""
     rows = results[results["metric"].isin(["score", "greedy"]) & results["depth_start"].isna()]
     lengths = sorted(rows["length"].unique())
-    table = Table(title="Score of what is said (accuracy of greedy decoding of the reference) by length in tokens")
+    table = Table(
+        title="Score of what is said (accuracy of greedy decoding of the reference) by length in tokens",
+        caption=epochs.caution(results) or None, caption_justify="left",
+    )  # fmt: skip
     for name in ("attention", "task"):
         table.add_column(name)
     for length in lengths:
