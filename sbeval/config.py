@@ -16,15 +16,18 @@ LR = "Peak learning rate."
 
 
 def option(
-    default: Any, group: str, help: str, *metadata: Mapping[str, Any], flag: str = "", metavar: str | None = None
-) -> Any:
+    default: Any, group: str, help: str, *metadata: Mapping[str, Any], flag: str = "", metavar: str | None = None,
+    compare: bool = True,
+) -> Any:  # fmt: skip
     """Declare a field of a config that is an option of its command too, which `help` describes.
 
     metadata: marks of the field, such as LATER. flag: its flag where that is not its name, as `--seed` for `seeds`.
     """
     own = {"help": help, "group": group, "flag": flag, "metavar": metavar}
     return dataclasses.field(
-        default=default, metadata={key: value for part in (*metadata, own) for key, value in part.items()}
+        default=default,
+        compare=compare,
+        metadata={key: value for part in (*metadata, own) for key, value in part.items()},
     )
 
 

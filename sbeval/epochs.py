@@ -6,8 +6,11 @@ text that rises again while that on training text falls.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 # passes over the training text that a preset makes at most
 MAX_EPOCHS = 4.0
@@ -52,16 +55,22 @@ def notice(corpus: str, unique: int, asked: int, trained: int) -> list[str]:
     ]
 
 
-def overfit(rows: pd.DataFrame) -> "pd.Series[bool]":
+def overfit(rows: "pd.DataFrame") -> "pd.Series[bool]":
     """Which rows of a result table are of models that overfit; tables from before that was measured have none."""
+
+    import pandas as pd
+
     return rows["status"] == OVERFIT if "status" in rows else pd.Series(False, index=rows.index)
 
 
-def caution(rows: pd.DataFrame, name: Callable[[Method], str] | None = None) -> str:
+def caution(rows: "pd.DataFrame", name: Callable[[Method], str] | None = None) -> str:
     """What a reader of these rows must know of their models' training, in sentences; empty when it is nothing.
 
     name: what the reader knows a method, (attention, options), as.
     """
+
+    import pandas as pd
+
     name = name or (lambda method: ":".join(filter(None, method)))
     said = []
     if found := _methods(rows[overfit(rows)]):
@@ -73,8 +82,11 @@ def caution(rows: pd.DataFrame, name: Callable[[Method], str] | None = None) -> 
     return " ".join(said)
 
 
-def _methods(rows: pd.DataFrame) -> dict[Method, float]:
+def _methods(rows: "pd.DataFrame") -> dict[Method, float]:
     """The methods of rows, and the most epochs of each."""
+
+    import pandas as pd
+
     epochs = pd.to_numeric(rows["epochs"]) if "epochs" in rows else pd.Series(float("nan"), index=rows.index)
     methods = [(str(attention), str(options)) for attention, options in rows[["attention", "options"]].to_numpy()]
     most = epochs.groupby(methods).max() if methods else epochs

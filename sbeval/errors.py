@@ -26,7 +26,7 @@ def check_swept(config: object, *names: str) -> None:
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give one or more")
     if wrong := [seed for seed in getattr(config, "seeds", ()) if seed not in SEEDS]:
-        raise InputError(f"a seed must be 0 to {SEEDS[-1]}; got {wrong[0]}")
+        raise InputError(f"a seed (--seed) must be 0 to {SEEDS[-1]}; got {wrong[0]}")
 
 
 def first_line(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from sbeval.cell import Cell as BaseCell
 from sbeval.cell import Outcome, timing
 from sbeval.config import ATTENTION, EVALUATION, LATER, LR, MODEL, SEED, TASK, TRAINING, option
 from sbeval.errors import InputError, check_swept
+from sbeval.family import Family
 from sbeval.model_config import canonical_attention, flops_per_token
 from sbeval.recall import Recall
 from sbeval.rows import Identity, Measurement
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from sbeval.progress import Progress
     from sbeval.train import Trained
 
-FAMILY = "attention_map"
+NAME = "attention_map"
 # for `option(...)`: what a --checkpoint decides
 TRAINED = {"trained": True}
 
@@ -140,7 +141,7 @@ class Cell(BaseCell):
     """One model: a config whose swept fields have one entry each."""
 
     config: Config
-    family: str = FAMILY
+    family: str = NAME
 
     @property
     def title(self) -> str:
@@ -239,7 +240,7 @@ class Cell(BaseCell):
         name, _, options = subject.model.config.attention.partition(":")
         return Outcome(
             identity=Identity(
-                family=FAMILY, task=mqrar.FAMILY, model=subject.name, attention=name, options=options,
+                family=NAME, task=mqrar.NAME, model=subject.name, attention=name, options=options,
                 params=subject.model.n_parameters(), train_len=subject.train_len, eval_len=config.seq_len,
                 seed=config.seeds[0],
             ),
@@ -292,3 +293,17 @@ def summary(results: "pd.DataFrame") -> "Table":
                 f"{best}{where[1]:g}", *(f"{row[target]:.3f}" for target in TARGETS),
             )  # fmt: skip
     return table
+
+
+def _completed(given: dict[str, Any]) -> dict[str, Any]:
+    decided = [entry.name for entry in dataclasses.fields(Config) if entry.metadata.get("trained")]
+    if given.get("checkpoint") and (surplus := [f"--{name.replace('_', '-')}" for name in decided if name in given]):
+        raise InputError(f"{' and '.join(surplus)}: a --checkpoint decides that already")
+    return given
+
+
+FAMILY = Family(
+    name=NAME,
+    help="Where a model looks when a variable was assigned again: attention weights, drawn and measured.",
+    config=Config, presets=PRESETS, cells=cells, summary=summary, completed=_completed,
+)  # fmt: skip

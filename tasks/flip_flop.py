@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from sbeval.cell import Outcome
 from sbeval.config import ATTENTION, EVALUATION, LR, MODEL, SEED, TASK, TRAINING, option
 from sbeval.errors import InputError, check_swept
+from sbeval.family import Family
 from sbeval.model_config import ModelConfig, canonical_attention, flops_per_token
 from sbeval.published import FLIP_FLOP, FLIP_FLOP_SOURCE
 from sbeval.published import FLIP_FLOP_TESTS as TESTS
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from sbeval.progress import Progress
     from sbeval.train import TrainConfig
 
-FAMILY = "flip_flop"
+NAME = "flip_flop"
 # two bits and three instructions
 VOCABULARY = 5
 # what a run file calls the scores at validation
@@ -122,7 +123,7 @@ class Cell(Synthetic):
     """One method, learning rate and seed: a config whose swept fields have one entry each."""
 
     config: Config
-    family: str = FAMILY
+    family: str = NAME
 
     @property
     def attention(self) -> str:
@@ -174,7 +175,7 @@ class Cell(Synthetic):
         validation = self._examples(config.p_ignore, VALIDATION_SEED, max(1, config.test_rows // 3), place)
         # validation decides when training ends
         ending = [config.p_ignore, config.stop_error, config.patience, len(validation.tokens)]
-        with place.checkpoint([FAMILY, self.model(), self.training(), *ending], progress) as folder:
+        with place.checkpoint([NAME, self.model(), self.training(), *ending], progress) as folder:
             trained = drawn.train(
                 self, folder, batches(config.seq_len, config.p_ignore, config.seeds[0], config.batch, place.device),
                 lambda decoder: next(errors(validation, drawn.predict(decoder, validation, config.dtype)))[0].value,
@@ -265,3 +266,10 @@ def summary(results: "pd.DataFrame") -> "Table":
     for name, published in FLIP_FLOP.items():
         table.add_row(name, "published", "", *(f"{100 * published[test]:.3g}" for test in TESTS))
     return table
+
+
+FAMILY = Family(
+    name=NAME,
+    help="Flip-flop language: write, read and ignore one bit; is every read the bit last written?",
+    config=Config, presets=PRESETS, cells=cells, summary=summary, 
+)  # fmt: skip

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from sbeval.cell import Outcome
 from sbeval.config import ATTENTION, EVALUATION, LATER, LR, MODEL, SEED, TASK, TRAINING, option
 from sbeval.errors import InputError, check_swept
+from sbeval.family import Family
 from sbeval.model_config import ModelConfig, canonical_attention, flops_per_token
 from sbeval.recall import Recall
 from sbeval.rows import Measurement
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from sbeval.recall_data import Examples
     from sbeval.train import TrainConfig, Trained
 
-FAMILY = "mqrar"
+NAME = "mqrar"
 # what a run file calls the scores at validation
 SCORES = "validation_accuracy"
 # accuracy that counts as progress
@@ -196,7 +197,7 @@ class Cell(Synthetic):
     """One point of the sweep: a config whose swept fields have one entry each."""
 
     config: Config
-    family: str = FAMILY
+    family: str = NAME
 
     @property
     def attention(self) -> str:
@@ -429,3 +430,10 @@ def summary(results: "pd.DataFrame") -> "Table":
 def _span(values: "pd.Series[float]") -> str:
     several = f" ({values.min():.3f} to {values.max():.3f})" if len(values) > 1 else ""
     return f"{values.mean():.3f}{several}"
+
+
+FAMILY = Family(
+    name=NAME,
+    help="Multi-query repeated associative recall: does each use of a variable return its latest value?",
+    config=Config, presets=PRESETS, cells=cells, summary=summary, more=more,
+)  # fmt: skip

@@ -235,15 +235,30 @@ def serve(log: Path) -> None:
     """Fork a child for each command on standard input; say its number, and its exit code when it has ended."""
     import torch._dynamo  # noqa: F401  # commands import this, and all below, when they run
 
-    from sbeval import cli, device, draw, drawn, registry
-    from sbeval.tasks import length_gen, needle
+    from sbeval import (  # noqa: F401  # as above
+        cli,
+        corpus,
+        device,
+        draw,
+        drawn,
+        perplexity,
+        plan,
+        pretrained,
+        prompts,
+        recall_data,
+        registry,
+        retrieval,
+        study,
+        train,
+    )
+    from sbeval.tasks import needle
 
     for figure in registry.FIGURES:
         registry.figure(figure)
     registry.task("mqrar")
     device.measured_flops = lambda *_: 1e10
     draw.draw_figures = lambda *_: []
-    for module in (length_gen, drawn, needle):
+    for module in (train, drawn):
         vars(module)["Trainer"] = Eager
     # an answer a batch
     needle.BATCH_TOKENS["cpu"] = 1

@@ -1,5 +1,6 @@
 """Ids of committed cells: each run file's configuration, rebuilt, gives the name of that very file."""
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def test_committed_run_files_are_of_the_cells_that_their_configs_describe(family
 
 def _rebuilt(family: str, recorded: dict[str, Any]) -> str:
     """Id of the cell with the options that a run file records; options that it predates are at their default."""
-    module = registry.task(family)
+    module = importlib.import_module(registry.TASKS[family])
     options = {name: tuple(value) if isinstance(value, list) else value for name, value in recorded["config"].items()}
     assert recorded["family"] == family
     return cell_id(module.Cell(config=module.Config(**options)))

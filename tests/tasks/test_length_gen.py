@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbeval import checkpoint, model, model_config, tokenizer
+from sbeval import checkpoint, model, model_config, tokenizer, train
 from sbeval.cell import Outcome, cell_id
 from sbeval.corpus import Split
 from sbeval.errors import InputError
@@ -261,7 +261,7 @@ def test_a_text_that_changed_is_trained_on_again(config: Config, tmp_path: Path,
 def test_documents_too_short_are_said_before_training(
     config: Config, tmp_path: Path, progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(length_gen, "Trainer", None)
+    monkeypatch.setattr(train, "Trainer", None)
     with pytest.raises(InputError, match="no document of corpus 'texts' .* has 501 tokens .*use --eval-len"):
         run(dataclasses.replace(config, eval_len=500), tmp_path, progress)
 
