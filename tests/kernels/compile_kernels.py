@@ -2,8 +2,8 @@
 
     python tests/kernels/compile_kernels.py [80 90 100]
 
-for these architectures: all variants for sm_90, the common ones for the others. Not in the tests' own process, which
-interprets the kernels. Fails where the common forward kernel spills on sm_90.
+for these architectures: all variants for sm_90 and compile_gluon.py's, the common ones for the others. Not in the
+tests' own process, which interprets the kernels. Fails where the common forward kernel spills on sm_90.
 """
 
 import re
@@ -119,6 +119,8 @@ def main() -> None:
             print(f"{variant} {registers:>9} {stack:>5} {shared:>6}", flush=True)
             if case[:4] == ("forward", 90, torch.bfloat16, 64) and stack > STACK:
                 sys.exit(f"forward has {stack} bytes of stack on sm_90, more than {STACK}: it spills")
+    if 90 in architectures:
+        subprocess.run([sys.executable, Path(__file__).with_name("compile_gluon.py")], check=True)
 
 
 if __name__ == "__main__":
