@@ -2,9 +2,9 @@
 
     python tests/kernels/compile_kernels.py [80 90 100]
 
-for these architectures: all variants for sm_90 and compile_gluon.py's, the common ones for the others. Not in the tests'
-own process, which interprets the kernels. Fails where the common forward kernel spills on sm_90, and where ptxas warns that
-it could not overlap matrix products with anything else (C75xx).
+for these architectures: all variants for sm_90 and compile_gluon.py's, the common ones for the others. Not in the
+tests' own process, which interprets the kernels. Fails where the common forward kernel spills on sm_90, and where
+ptxas warns that it could not overlap matrix products with anything else (C75xx).
 """
 
 import contextlib
