@@ -22,13 +22,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sbeval import checkpoint, counter, device, distributed, epochs, memory
 from sbeval.checkpoint import State
+from sbeval.config import LATER, OPTIMIZERS
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError, choose
 from sbeval.held_out import Rows
-from sbeval.model import IGNORE, Decoder, ModelConfig, flops_per_token
-from sbeval.optimizer import OPTIMIZERS, optimizer_for
+from sbeval.model import IGNORE, Decoder
+from sbeval.model_config import ModelConfig, flops_per_token
+from sbeval.optimizer import optimizer_for
 from sbeval.progress import Task
-from sbeval.table import LATER
 
 SCHEDULES = ("cosine", "power", "constant")
 
@@ -232,9 +233,7 @@ class Trainer:
         self._restore()
         if not shard and world.size > 1:
             ours = [place] if place.type == "cuda" else None
-            self.loss = DistributedDataParallel(
-                self.loss, device_ids=ours, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.loss = DistributedDataParallel(self.loss, device_ids=ours, gradient_as_bucket_view=True)
 
     def run(
         self,

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbeval import checkpoint, held_out, model, tokenizer
-from sbeval.batches import Batches
+from sbeval import checkpoint, model, model_config, python_source, tokenizer, train
 from sbeval.cell import Outcome, cell_id
 from sbeval.corpus import Split
 from sbeval.errors import InputError
 from sbeval.perplexity import PositionLosses
 from sbeval.place import Place
 from sbeval.progress import Progress
+from sbeval.python_source import File
 from sbeval.tasks import length_gen
 from sbeval.tasks.length_gen import Config, Row, cells, rows
 from sbeval.train import Trainer
@@ -31,7 +31,7 @@ TINY = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setitem(model.SIZES, "tiny", TINY)
+    monkeypatch.setitem(model_config.SIZES, "tiny", TINY)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -267,7 +267,7 @@ def test_a_text_that_changed_is_trained_on_again(config: Config, tmp_path: Path,
 def test_documents_too_short_are_said_before_training(
     config: Config, tmp_path: Path, progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(length_gen, "Trainer", None)
+    monkeypatch.setattr(train, "Trainer", None)
     with pytest.raises(InputError, match="no document of corpus 'texts' .* has 501 tokens .*use --eval-len"):
         run(dataclasses.replace(config, eval_len=500), tmp_path, progress)
 
@@ -495,3 +495,26 @@ def test_lengths_past_a_table_of_positions_are_an_error(
         InputError, match=f"has a table of {size} positions and can't read {40 if window else 32} tokens"
     ):
         run(dataclasses.replace(config, checkpoint=str(folder), window=window), tmp_path / "results", progress)
+
+
+# the text of Python itself
+
+
+def test_a_run_says_of_which_versions_its_text_is(
+    config: Config, tmp_path: Path, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [File(role, f"{role}.py", tmp_path / "texts" / f"{role}0.txt") for role in ("test", "train")]
+    files.append(File("valid", "valid.py", tmp_path / "texts" / "train2.txt"))
+    monkeypatch.setattr(python_source, "installed", lambda: ({"python": "3.0", "some": "1.2"}, files))
+    found = run(dataclasses.replace(config, corpus="python"), tmp_path / "results", progress)
+    assert (found.corpus, found.measured["corpus_versions"]) == ("python", {"python": "3.0", "some": "1.2"})
+    assert "corpus_versions" not in run(config, tmp_path / "results", progress).measured
+
+
+def test_models_of_two_optimizers_are_two(config: Config, tmp_path: Path, progress: Progress) -> None:
+    muon = dataclasses.replace(config, optimizer="muon")
+    assert len({cell_id(cells(one)[0]) for one in (config, muon)}) == 2
+    losses = [run(one, tmp_path / "results", progress).measured["losses"] for one in (config, muon)]
+    assert losses[0] != losses[1]
+    with pytest.raises(InputError, match="optimizer"):
+        dataclasses.replace(config, optimizer="sgd")
