@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbeval import checkpoint, model, model_config, python_source, tokenizer, train
+from sbeval import checkpoint, held_out, model, model_config, python_source, tokenizer, train
+from sbeval.batches import Batches
 from sbeval.cell import Outcome, cell_id
 from sbeval.corpus import Split
 from sbeval.errors import InputError
