@@ -104,7 +104,7 @@ def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None
         ("mqrar: {filler: [a]}", r"mqrar.filler must be text; got \['a'\]"),
         ("mqrar: [steps]", r"mqrar must hold names with values, such as {samples: 20}; got \['steps'\]"),
         ("mqrar: {seeds: []}", "mqrar: seeds is empty: give one or more"),
-        ("mqrar: {seeds: [-1]}", "mqrar: a seed (--seed) must be 0 to 2147483647; got -1"),
+        ("mqrar: {seeds: [-1]}", r"mqrar: a seed \(--seed\) must be 0 to 2147483647; got -1"),
         ("needle: {samples: 0}", "needle: needle needs a length, 1 sample or more"),
         ("mqrar: {steps: 1, steps: 2}", "'steps' stands there twice"),
         ("mqrar: {}\nmqrar: {}", "'mqrar' stands there twice"),
