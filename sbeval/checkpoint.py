@@ -24,8 +24,10 @@ from torch import Tensor
 
 from sbeval import distributed
 from sbeval.distributed import ALONE, World
-from sbeval.errors import InputError, first_line, storing
-from sbeval.model import Decoder, ModelConfig
+from sbeval.errors import InputError, first_line
+from sbeval.files import sha256, storing
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.optimizer import kept
 
 AGAIN = "remove its folder to train again"
@@ -72,7 +74,7 @@ def save(
                 save_file(some, partial / name)
             except SafetensorError as error:
                 raise OSError(first_line(error)) from None
-        files = {name: _sha256(partial / name) for name in tensors}
+        files = {name: sha256(partial / name) for name in tensors}
         _complete(folder, partial, model.config, state, training, files)
 
 
@@ -85,7 +87,7 @@ def save_sharded(
 
     with _written(folder, world) as partial:
         mine = sharded.save(partial / "shards", _all_tensors(model, optimizer), world)
-        files = distributed.merged({f"shards/{path.name}": _sha256(path) for path in mine}, world)
+        files = distributed.merged({f"shards/{path.name}": sha256(path) for path in mine}, world)
         if world.leads:
             _complete(folder, partial, model.config, state, training, files)
         distributed.wait(world)
@@ -289,11 +291,6 @@ def _typed(kind: type[Part], given: Mapping[str, Any]) -> Part:
     return kind(**given)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _digest(config: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
@@ -302,7 +299,7 @@ def _verify(folder: Path, name: str) -> None:
     """InputError unless a file has the bytes that were written; one from before there were digests is believed."""
     files, path = _read_config(folder).files, folder / name
     try:
-        if files is not None and _sha256(path) != files.get(name):
+        if files is not None and sha256(path) != files.get(name):
             raise InputError(f"{path} can't be read: it is damaged, its bytes are not those written; {AGAIN}")
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}; {AGAIN}") from None

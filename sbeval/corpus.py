@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sbeval import sources
-from sbeval.errors import InputError, storing
+from sbeval.errors import InputError
+from sbeval.files import locked, storing
 from sbeval.python_source import Role
 from sbeval.sources import ROLES, Document, Source
-from sbeval.table import locked
 from sbeval.tokenizer import Ids, Library, Tokenizer, is_trained
 from sbeval.tokenizer import load as load_tokenizer
 from sbeval.tokenizer import read as read_tokenizer

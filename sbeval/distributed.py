@@ -16,7 +16,7 @@ from torch import nn
 
 from sbeval.device import use
 from sbeval.errors import InputError
-from sbeval.estimate import Floats
+from sbeval.statistics import Floats
 
 
 @dataclass(frozen=True, slots=True)

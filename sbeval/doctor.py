@@ -16,9 +16,11 @@ import platformdirs
 import torch
 
 from sbeval import device, perplexity, provenance, registry, sweep
-from sbeval.errors import first_line
+from sbeval.errors import InputError, first_line
 from sbeval.graph import steps
-from sbeval.model import Decoder, ModelConfig, n_parameters
+from sbeval.kernels import stick_breaking
+from sbeval.model import Decoder, n_parameters
+from sbeval.model_config import ModelConfig
 from sbeval.tasks import attention_map, length_gen
 from sbeval.train import TrainConfig
 
@@ -67,7 +69,7 @@ def examine(place: torch.device, results_dir: Path) -> Report:
         [
             Section("Versions", ("package", "version"), list(_versions())),
             Section("Devices", ("device", "name", "free GiB", "of", "TFLOP/s"), [_device(one) for one in devices]),
-            Section(f"Attention on {place}", ("method", "backend", "runs"), methods),
+            Section(f"Attention on {place}", ("method", "backend", "runs"), [*methods, _hopper(place)]),
             Section("Optional packages", ("package", "here", "what for"), [_package(*each) for each in PACKAGES]),
             Section("Folders", ("folder", "path", "free GiB"), list(_folders(results_dir))),
             Section(
@@ -165,6 +167,17 @@ def _methods(place: torch.device) -> Iterator[tuple[str, ...]]:
         yield name, registry.method(name).backend_name(place.type), runs
 
 
+def _hopper(place: torch.device) -> tuple[str, ...]:
+    """The kernels that stick-breaking takes where they run, asked for by name."""
+    q = torch.randn(1, 64, 1, 64, device=place, dtype=torch.bfloat16, requires_grad=True)
+    try:
+        stick_breaking.attention(q, q, q, backend="triton-hopper")[0].sum().backward()
+        runs = "yes"
+    except (InputError, RuntimeError, ImportError, OSError) as error:
+        runs = f"no: {first_line(error)}"
+    return "stick_breaking", "triton-hopper", runs
+
+
 def _package(module: str, name: str, use: str) -> tuple[str, ...]:
     """Whether a package can be imported, tried in a process of its own: it may change or end the one that tries."""
     if importlib.util.find_spec(module) is None:
@@ -194,11 +207,11 @@ def _presets(place: torch.device, free: int) -> Iterator[tuple[str, ...]]:
     dtype = device.pick_dtype(None, place)
     speeds = {dtype: device.measured_flops(place, dtype)}
     for family in registry.TASKS:
-        module = registry.task(family)
-        for name, preset in module.PRESETS.items():
+        task = registry.task(family)
+        for name, preset in task.presets.items():
             config: Any = dataclasses.replace(preset, dtype=dtype)
             # lm-eval's items are not looked at: there it is the time of training
-            cells: Any = length_gen.cells(config) if family == "few_shot" else module.cells(config)
+            cells: Any = length_gen.cells(config) if family == "few_shot" else task.cells(config)
             found = [_sizes(cell.config, cell, place) for cell in cells]
             shape, training, tokens, option = max(
                 found, key=lambda one: _training(one[0], one[1], one[1].micro_batch or one[1].batch)

@@ -7,8 +7,11 @@ text that rises again while that on training text falls.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 # passes over the training text that a preset makes at most
 MAX_EPOCHS = 4.0
@@ -53,16 +56,22 @@ def notice(corpus: str, unique: int, asked: int, trained: int) -> list[str]:
     ]
 
 
-def overfit(rows: pd.DataFrame) -> "pd.Series[bool]":
+def overfit(rows: "pd.DataFrame") -> "pd.Series[bool]":
     """Which rows of a result table are of models that overfit; tables from before that was measured have none."""
+
+    import pandas as pd
+
     return rows["status"] == OVERFIT if "status" in rows else pd.Series(False, index=rows.index)
 
 
-def caution(rows: pd.DataFrame, name: Callable[[Method], str] | None = None) -> str:
+def caution(rows: "pd.DataFrame", name: Callable[[Method], str] | None = None) -> str:
     """What a reader of these rows must know of their models' training, in sentences; empty when it is nothing.
 
     name: what the reader knows a method, (attention, options), as.
     """
+
+    import pandas as pd
+
     name = name or (lambda method: ":".join(filter(None, method)))
     said = []
     if found := _methods(rows[overfit(rows)]):
@@ -74,8 +83,10 @@ def caution(rows: pd.DataFrame, name: Callable[[Method], str] | None = None) -> 
     return " ".join(said)
 
 
-def _methods(rows: pd.DataFrame) -> dict[Method, float]:
+def _methods(rows: "pd.DataFrame") -> dict[Method, float]:
     """The methods of rows, and the most epochs of each."""
+    import pandas as pd
+
     most = rows.assign(epochs=pd.to_numeric(rows["epochs"]) if "epochs" in rows else math.nan)
     found = most.groupby(["attention", "options"])["epochs"].max().reset_index()
     return {(str(name), str(options)): float(epochs) for name, options, epochs in found.to_numpy()}

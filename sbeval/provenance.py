@@ -17,8 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from sbeval.errors import InputError, storing
-from sbeval.table import Provenance, replacing
+from sbeval.errors import InputError
+from sbeval.files import replacing, storing
+from sbeval.rows import Provenance
 
 SOURCE = Path(__file__).resolve().parent
 PACKAGES = ("numpy", "sbeval", "torch", "triton")

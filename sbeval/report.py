@@ -13,11 +13,13 @@ import pandas as pd
 from sbeval import page, registry
 from sbeval.claims import CLAIMS
 from sbeval.errors import InputError
+from sbeval.files import prepare, replacing
 from sbeval.findings import AGREES, DISAGREES, UNDECIDED, Finding, findings
 from sbeval.plots import style
 from sbeval.plots.chart import SYMBOLS, Chart, Group, Panel, plain, readable
+from sbeval.rows import Measurement
 from sbeval.runs import Runs, gather
-from sbeval.table import Measurement, prepare, read, replacing, required
+from sbeval.table import read, required
 
 TITLE = "Stick-breaking attention: results"
 SIGNS = {AGREES: "✓", DISAGREES: "✗", UNDECIDED: "–"}

@@ -10,21 +10,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
 from rich.console import Console
 
-from sbeval import device, distributed, pool, provenance, table
-from sbeval.cell import FAILED, Cell, Checks, Outcome, Reports, Training, cell_id, is_cell
+from sbeval import device, distributed, files, pool, provenance, table
+from sbeval.cell import FAILED, Cell, Outcome, Step, TrainingStep, cell_id
 from sbeval.errors import InputError
 from sbeval.executor import Executor
-from sbeval.graph import Graph, Step, needs, steps
+from sbeval.graph import Graph, steps
 from sbeval.place import Place
 from sbeval.pool import Lost
 from sbeval.progress import Heard, Progress, Task, Telling
-from sbeval.table import Provenance
+from sbeval.rows import Provenance
 from sbeval.train import DivergedError
 
 # what a small model reaches of the speed of a large matrix product: a guess, good enough for an estimate
@@ -134,17 +134,17 @@ class Work:
         return dataclasses.replace(done, emptied=frozenset(self.place.emptied))
 
     def _attempt(self, step: Step, progress: Progress) -> Done:
-        if is_cell(step):
+        if isinstance(step, Cell):
             return run_cell(step, self.place, self.presets[step.family], progress)
-        cast(Training, step).train(self.place, progress)
+        assert isinstance(step, TrainingStep), "what is no cell trains a model"
+        step.train(self.place, progress)
         return Done()
 
     def failure(self, step: Step, how: str, reason: str) -> Done:
         """What a step leaves that failed."""
-        if not is_cell(step):
+        if not isinstance(step, Cell):
             return Done(how=how, reason=reason)
-        reports: Reports | None = cast(Reports, step) if hasattr(step, "failed") else None
-        outcome = reports.failed(how, self.place) if reports else None
+        outcome = step.failed(how, self.place)
         origin = _origin(step, self.place, self.presets[step.family], outcome)
         record = provenance.run_record(config=step, provenance=origin, status="failed", reason=reason)
         return Done(record, table.frame(outcome.identity, outcome.rows, origin) if outcome else None, how, reason)
@@ -163,7 +163,7 @@ def run(
     if executor.kind == "ray" and place.device.index is not None:
         raise InputError(f"--device {place.device}: a Ray task sees the GPU alone that Ray gives it; give cuda or cpu")
     for folder in ("runs", "checkpoints"):
-        table.prepare(place.results_dir / folder)
+        files.prepare(place.results_dir / folder)
     families = dict.fromkeys(cell.family for cell in cells)
     presets = dict.fromkeys(families, preset) if isinstance(preset, str) else preset
     errors = _errors(place) if len(families) < 2 else (*_errors(place), InputError)
@@ -218,9 +218,9 @@ class _Course:
         """Write what a step leaves, and of those that cannot begin without it that they failed."""
         place = self.work.place
         place.emptied.update(done.emptied)
-        lost = [other for other in self.graph.lost(step) if is_cell(other)] if done.how else []
+        lost = [other for other in self.graph.lost(step) if isinstance(other, Cell)] if done.how else []
         left = [(other, self.work.failure(other, done.how, f"{step.title}: {done.reason}")) for other in lost]
-        for cell, what in [(step, done), *left] if is_cell(step) else left:
+        for cell, what in [(step, done), *left] if isinstance(step, Cell) else left:
             if place.world.leads:
                 _keep(cell, what, place)
             self.left[cell.family].discard(cell)
@@ -251,14 +251,14 @@ def train(cells: Sequence[Cell], place: Place, *, console: Console) -> bool:
 
     True unless one diverged or ended in an error of its own sizes, which is said.
     """
-    table.prepare(place.results_dir / "checkpoints")
-    needed = [step for step in steps(cells) if not is_cell(step)]
+    files.prepare(place.results_dir / "checkpoints")
+    needed = [step for step in steps(cells) if isinstance(step, TrainingStep)]
     console.print(describe_cost(needed, place), highlight=False, soft_wrap=True)
     errors, failed = _errors(place), False
     with progress_of(place) as progress:
         for step in needed:
             try:
-                said = str(cast(Training, step).train(place, progress))
+                said = str(step.train(place, progress))
             except errors as error:
                 failed, said = True, f"{error}; going on with the next"
             console.print(f"{step.title}: {said}", highlight=False, soft_wrap=True, markup=False)
@@ -287,8 +287,8 @@ def _check(cells: Sequence[Cell], progress: Progress) -> None:
     """InputError where something cannot be asked, before anything runs; all models are asked the same."""
     first: dict[str, tuple[Step, ...]] = {}
     for cell in cells:
-        if hasattr(cell, "check") and first.setdefault(cell.family, needs(cell)) == needs(cell):
-            cast(Checks, cell).check(progress)
+        if first.setdefault(cell.family, cell.needs) == cell.needs:
+            cell.check(progress)
 
 
 def _source_of_run(cell: Cell, place: Place) -> str:

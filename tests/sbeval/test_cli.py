@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sbeval import cli, synthetic, table
+from sbeval import cli, drawn, table, train
 from sbeval.tasks import length_gen, mqrar
 from sbeval.train import Trainer
 
@@ -94,7 +94,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         pytest.fail("it went on to train")
 
-    for module in (length_gen, synthetic):
+    for module in (train, drawn):
         monkeypatch.setattr(module, "Trainer", refuse)
 
 
@@ -502,7 +502,7 @@ def test_cuda_without_a_gpu(results: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("files", "parts"),
     [
-        (None, ["no corpus", "give stdlib, an existing file or folder, or hf:NAME"]),
+        (None, ["no corpus", "give python, stdlib, an existing file or folder, or hf:NAME"]),
         ({}, ["holds no file to read"]),
         ({"a.txt": b"", "b.txt": b" \n"}, ["holds no text"]),
         ({"a.txt": b"one document"}, ["train and a test split", "two documents or more"]),

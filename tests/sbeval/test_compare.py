@@ -13,20 +13,21 @@ from rich.console import Console
 from sbeval import compare, table
 from sbeval.compare import Compared
 from sbeval.errors import InputError
+from sbeval.rows import Identity, Measurement, Provenance
 
 RESULTS = Path(__file__).parents[2] / "results"
-IDENTITY = table.Identity(
+IDENTITY = Identity(
     family="toy", task="toy", model="tiny", attention="rope", options="", params=1000, train_len=256, eval_len=4096,
     seed=0,
 )  # fmt: skip
-PROVENANCE = table.Provenance(
+PROVENANCE = Provenance(
     cell="toy", preset="quick", corpus="books", tokenizer="bytes", train_tokens=10, dtype="float32", device="cpu",
     backend="torch", commit="0012e45", torch="2.11.0", triton="3.6.0", utc="2025-01-02T03:04:05Z",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row(table.Measurement):
+class Row(Measurement):
     position: int | None = None
     status: str = ""
 

@@ -20,7 +20,8 @@ from sbeval import checkpoint, distributed, perplexity, table
 from sbeval.batches import Batch
 from sbeval.distributed import World
 from sbeval.errors import InputError
-from sbeval.model import IGNORE, Decoder, ModelConfig
+from sbeval.model import IGNORE, Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.optimizer import optimizer_for
 from sbeval.progress import Progress
 from sbeval.train import TrainConfig, Trainer

@@ -56,8 +56,8 @@ def test_reading_past_the_training_length(
 def test_the_interval_is_over_seeds_where_there_are_several() -> None:
     tables = [lengths((40, end), (40, 80), seed=seed, stderr=5.0) for seed, end in enumerate((40, 40.4))]
     judged = rules.lengths(pd.concat(tables))
-    assert judged.verdict == AGREES and "from 40.0 to 40.2, +0 % [+0 %, +1 %]" in judged.found
-    assert "(2 seeds; 1 B parameters, 10 B training tokens)" in judged.found
+    assert judged.verdict == AGREES and "from 40.0 to 40.2, +0 % [−6 %, +7 %]" in judged.found
+    assert "(95 % over 2 seeds; 1 B parameters, 10 B training tokens)" in judged.found
 
 
 def test_the_nearest_setting_decides() -> None:

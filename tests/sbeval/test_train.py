@@ -24,7 +24,8 @@ from sbeval import checkpoint
 from sbeval.batches import Batch
 from sbeval.checkpoint import State
 from sbeval.errors import InputError
-from sbeval.model import IGNORE, Decoder, ModelConfig, named
+from sbeval.model import IGNORE, Decoder
+from sbeval.model_config import ModelConfig, named
 from sbeval.optimizer import optimizer_for
 from sbeval.progress import Progress
 from sbeval.train import (

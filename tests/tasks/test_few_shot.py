@@ -19,7 +19,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sbeval import checkpoint, cli, harness, model, sweep, table
+from sbeval import checkpoint, cli, harness, model_config, sweep, table
 from sbeval.cell import cell_id
 from sbeval.checkpoint import State
 from sbeval.errors import InputError
@@ -59,7 +59,7 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, items: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setitem(model.SIZES, "tiny", TINY)
+    monkeypatch.setitem(model_config.SIZES, "tiny", TINY)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -80,7 +80,7 @@ def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
 
 def save(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
-    decoder = Decoder(model.ModelConfig(vocab_size=257, attention="stick_breaking", **TINY))
+    decoder = Decoder(model_config.ModelConfig(vocab_size=257, attention="stick_breaking", **TINY))
     checkpoint.save(folder, decoder, State(finished=True), training={"length": 8})
     return folder
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbeval import checkpoint, held_out, model, python_source, tokenizer
+from sbeval import checkpoint, held_out, model, model_config, python_source, tokenizer, train
 from sbeval.batches import Batches
 from sbeval.cell import Outcome, cell_id
 from sbeval.corpus import Split
@@ -32,7 +32,7 @@ TINY = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setitem(model.SIZES, "tiny", TINY)
+    monkeypatch.setitem(model_config.SIZES, "tiny", TINY)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -268,7 +268,7 @@ def test_a_text_that_changed_is_trained_on_again(config: Config, tmp_path: Path,
 def test_documents_too_short_are_said_before_training(
     config: Config, tmp_path: Path, progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(length_gen, "Trainer", None)
+    monkeypatch.setattr(train, "Trainer", None)
     with pytest.raises(InputError, match="no document of corpus 'texts' .* has 501 tokens .*use --eval-len"):
         run(dataclasses.replace(config, eval_len=500), tmp_path, progress)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sbeval import checkpoint, cli, model, retrieval, ruler, sweep, table
+from sbeval import checkpoint, cli, model_config, retrieval, ruler, sweep, table
 from sbeval.batches import NOTHING
 from sbeval.cell import cell_id
 from sbeval.checkpoint import State
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setitem(model.SIZES, "tiny", TINY)
+    monkeypatch.setitem(model_config.SIZES, "tiny", TINY)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
     # which times the machine
     monkeypatch.setattr(sweep, "describe_cost", lambda cells, place: "")
@@ -65,7 +65,7 @@ def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
 
 def save(folder: Path, attention: str = "stick_breaking", seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    decoder = Decoder(model.ModelConfig(vocab_size=257, attention=attention, **TINY))
+    decoder = Decoder(model_config.ModelConfig(vocab_size=257, attention=attention, **TINY))
     checkpoint.save(folder, decoder, State(finished=True), training={"length": 768})
     return folder
 
@@ -263,7 +263,7 @@ def test_a_tokenizer_of_another_model_is_an_error(config: Config, tmp_path: Path
 
 
 def test_lengths_past_a_table_of_positions_are_an_error(config: Config, tmp_path: Path, asked: list[int]) -> None:
-    decoder = Decoder(model.ModelConfig(vocab_size=257, attention="nope", positions=800, **TINY))
+    decoder = Decoder(model_config.ModelConfig(vocab_size=257, attention="nope", positions=800, **TINY))
     checkpoint.save(tmp_path / "model", decoder, State(finished=True), training={"length": 768})
     with pytest.raises(
         InputError, match="has a table of 800 positions and can't read 1024 tokens: ask for 800 at most"
