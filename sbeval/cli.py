@@ -241,20 +241,21 @@ def bench_model(
     size: Annotated[list[str] | None, typer.Option(help="Model: 25m, 125m, 350m, 1b, ...; repeat.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 4096,
     batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 4,
+    head_dim: Annotated[list[int] | None, typer.Option(help="Size of a head; repeat for several.", min=1)] = None,
+    repeats: Annotated[int, typer.Option(help="Runs of each, in random order.", min=1)] = 5,
     attention: Attention = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Models: tokens per second of training and evaluation with each attention method."""
-    from sbeval import bench as benchmarks
+    """Models: tokens per second of training and evaluation with each attention method, softmax by two kernels."""
     from sbeval import device as devices
+    from sbeval import speed
 
     place = devices.pick(device)
-    found = [benchmarks.ModelProblem(size=name, length=length, batch=batch) for name in size or ("350m", "1b")]
-    shown = benchmarks.model(
-        found, attention or ("stick_breaking", "rope"), place, devices.pick_dtype(dtype, place), results_dir
-    )
+    found = speed.problems(size or ("350m", "1b"), head_dim or (64, 128), length=length, batch=batch)
+    peers = speed.peers(attention or ("stick_breaking", "rope"))
+    shown = speed.measure(found, peers, repeats, place, devices.pick_dtype(dtype, place), results_dir)
     Console().print(shown)
     _say(str(results_dir / "model.csv"))
     _draw(results_dir, ["model"])
@@ -272,7 +273,7 @@ def bench_skipping(
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Block skipping on what a trained model computes: forward and decoding, layer by layer, beside softmax."""
+    """Block skipping on what a trained model computes: training and decoding, layer by layer, beside softmax."""
     from sbeval import device as devices
     from sbeval import skipping, sweep
     from sbeval.place import Place
