@@ -5,6 +5,7 @@ gain (Muennighoff et al. 2023, arXiv 2305.16264). A model that learns its text b
 text that rises again while that on training text falls.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -57,7 +58,6 @@ def notice(corpus: str, unique: int, asked: int, trained: int) -> list[str]:
 
 def overfit(rows: "pd.DataFrame") -> "pd.Series[bool]":
     """Which rows of a result table are of models that overfit; tables from before that was measured have none."""
-
     import pandas as pd
 
     return rows["status"] == OVERFIT if "status" in rows else pd.Series(False, index=rows.index)
@@ -68,7 +68,6 @@ def caution(rows: "pd.DataFrame", name: Callable[[Method], str] | None = None) -
 
     name: what the reader knows a method, (attention, options), as.
     """
-
     import pandas as pd
 
     name = name or (lambda method: ":".join(filter(None, method)))
@@ -84,10 +83,8 @@ def caution(rows: "pd.DataFrame", name: Callable[[Method], str] | None = None) -
 
 def _methods(rows: "pd.DataFrame") -> dict[Method, float]:
     """The methods of rows, and the most epochs of each."""
-
     import pandas as pd
 
-    epochs = pd.to_numeric(rows["epochs"]) if "epochs" in rows else pd.Series(float("nan"), index=rows.index)
-    methods = [(str(attention), str(options)) for attention, options in rows[["attention", "options"]].to_numpy()]
-    most = epochs.groupby(methods).max() if methods else epochs
-    return {method: float(most[method]) for method in sorted(set(methods))}
+    most = rows.assign(epochs=pd.to_numeric(rows["epochs"]) if "epochs" in rows else math.nan)
+    found = most.groupby(["attention", "options"])["epochs"].max().reset_index()
+    return {(str(name), str(options)): float(epochs) for name, options, epochs in found.to_numpy()}

@@ -68,8 +68,7 @@ def _without_overfit(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """The rows that can decide a claim, and which methods have others; no model that overfits decides any."""
     found = epochs.overfit(table)
     methods = sorted({":".join(filter(None, pair)) for pair in table.loc[found, ["attention", "options"]].to_numpy()})
-    count = table.loc[found, "cell"].nunique()
-    return table[~found], f"{count} models that overfit left out ({', '.join(methods)})" if methods else ""
+    return table[~found], f"left out, as they overfit: models of {', '.join(methods)}" if methods else ""
 
 
 def verdict(answer: bool | None, found: str, *, far: str = "") -> Judged:

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import FrameType
@@ -83,13 +83,18 @@ def run(
 
 def tell(message: tuple[Any, ...]) -> None:
     """In a worker, say something small to who hears at the driver; elsewhere, and where nobody does, nothing."""
-    if _me is None:
-        return
-    number, ear = _me
-    said = pickle.dumps((number, message))
+    if _me is not None:
+        number, ear = _me
+        _say(ear, (number, message))
+
+
+def _say(ear: Connection, what: object) -> None:
+    said = pickle.dumps(what)
     # the system writes so much at once: nothing mixes with what others say, or is cut short by a kill
-    assert len(said) + 4 <= select.PIPE_BUF, message
-    ear.send_bytes(said)
+    assert len(said) + 4 <= select.PIPE_BUF, what
+    # a worker whose driver was killed has yet to save what it trains
+    with suppress(BrokenPipeError):
+        ear.send_bytes(said)
 
 
 @contextmanager
@@ -130,7 +135,7 @@ class _Worker:
         self.pool.shutdown()
         self.pool = self._pool()
         if self._ear is not None:
-            self._ear.send((self.number, None))
+            _say(self._ear, (self.number, None))
 
     def terminate(self) -> None:
         for process in list((self.pool._processes or {}).values()):
@@ -175,7 +180,7 @@ def _listening(hear: Hear | None) -> Iterator[Connection | None]:
     heard, ear = multiprocessing.Pipe(duplex=False)
 
     def listen() -> None:
-        # who speaks on is told when this ends early
+        # so that nobody who speaks on waits when this ends early
         with heard:
             while (said := heard.recv()) is not None:
                 hear(*said)
@@ -186,7 +191,7 @@ def _listening(hear: Hear | None) -> Iterator[Connection | None]:
         yield ear
     finally:
         with ear:
-            ear.send(None)
+            _say(ear, None)
             thread.join()
 
 

@@ -16,7 +16,9 @@ from sbeval.draw import draw_figures
 from sbeval.errors import InputError
 from sbeval.executor import Executor
 from sbeval.place import Place
+from sbeval.results import Results
 from sbeval.schema import Part
+from sbeval.tasks import length_gen
 
 
 def cells(part: Part) -> list[Cell]:
@@ -45,9 +47,12 @@ def notes(parts: Sequence[Part]) -> list[str]:
 
 def cautions(parts: Sequence[Part], place: Place) -> list[str]:
     """What to say of how often models will read their text, before they do; texts are opened."""
+    configs = [part.config for part in parts if isinstance(part.config, length_gen.Config) and part.config.trains]
+    # of families that share models the text is opened once, which can take a second
+    different = {length_gen.trained_on(config): config for config in configs}
     with sweep.progress_of(place) as progress:
-        lines = [registry.task(part.family).cautions(part.config, progress) for part in parts]
-    return list(dict.fromkeys(line for some in lines for line in some))
+        found = [line for config in different.values() for line in length_gen.cautions(config, progress)]
+    return list(dict.fromkeys(found))
 
 
 def train(part: Part, place: Place, console: Console) -> bool:
@@ -90,7 +95,7 @@ def _shown(family: str, found: Sequence[Cell], results_dir: Path, console: Conso
 
 def _show(family: str, found: Sequence[Cell], results_dir: Path, console: Console) -> None:
     """Print a family's table, and draw its figures and, if that is installed, its pages."""
-    path = results_dir / f"{family}.csv"
+    path = Results(results_dir).table(family)
     if not path.exists():
         return
     results = sweep.found(sweep.results_of(found, results_dir))
@@ -109,7 +114,7 @@ def _show(family: str, found: Sequence[Cell], results_dir: Path, console: Consol
 
 
 def _say_failed(found: Sequence[Cell], results_dir: Path, console: Console) -> None:
-    records = {cell: results_dir / "runs" / f"{cell_id(cell)}.json" for cell in found}
+    records = {cell: Results(results_dir).run_file(cell_id(cell)) for cell in found}
     read = {cell: provenance.read_run(path) for cell, path in records.items() if path.exists()}
     failed = {cell: record["reason"] for cell, record in read.items() if record["status"] == "failed"}
     if failed:

@@ -226,7 +226,7 @@ class Cell(BaseCell):
         from sbeval.answers import Answers
 
         name = digest_of([digest, self.config.attention, self.dtype])
-        path = place.results_dir / "answers" / f"{name}.sqlite"
+        path = place.results.answers(name)
         return Answers(path, anew=place.begins_anew(path))
 
     def _length(self, found: "Pretrained") -> int:
@@ -344,6 +344,6 @@ FAMILY = Family(
         "Benchmarks through lm-eval, of models that length-gen trains or of any others. Others are "
         "evaluated as the preset paper says, unless another is named."
     ),
-    config=Config, presets=PRESETS, cells=cells, summary=summary, cautions=length_gen.cautions, completed=_completed,
+    config=Config, presets=PRESETS, cells=cells, summary=summary, completed=_completed,
     preset=_preset,
 )  # fmt: skip

@@ -362,7 +362,7 @@ class Cell(BaseCell):
         from sbeval.retrieval import Samples
 
         name = digest_of([digest, self.trained.attention, self.dtype, prompts])
-        return Samples(place.kept("samples", f"{prompts}-{name}.jsonl"))
+        return Samples(place.kept(place.results.samples(f"{prompts}-{name}")))
 
 
 def measured(answers: "list[Answered]", length: int, new_tokens: int, finetuned: int) -> list[Row]:
@@ -506,6 +506,6 @@ FAMILY = Family(
         "RULER's needles in haystacks: does a model find what stands anywhere in a text longer than it "
         "was trained on?"
     ),
-    config=Config, presets=PRESETS, cells=cells, summary=summary, notes=notes, cautions=length_gen.cautions,
+    config=Config, presets=PRESETS, cells=cells, summary=summary, notes=notes, 
     completed=_completed,
 )  # fmt: skip

@@ -142,3 +142,12 @@ def test_a_map_is_of_the_cell_with_most_samples() -> None:
 def test_nothing_to_draw_is_said(figure: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         figure.draw(pd.DataFrame(rows(metric="log_probability") + depths(metric="log_probability")))
+
+
+def test_models_that_overfit_are_named() -> None:
+    table = pd.DataFrame(
+        rows(status="overfit") + depths(value=0.5, status="overfit") + rows(attention="alibi", status="")
+    )
+    said = "above its lowest): RoPE."
+    for figure in (needle, needle_depth):
+        assert said in figure.draw(table).get_supxlabel().replace("\n", " ") and said in figure.chart(table).note

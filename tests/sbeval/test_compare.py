@@ -64,6 +64,18 @@ def test_one_seed_has_the_interval_of_both_errors(tmp_path: Path) -> None:
     assert not numbers(tmp_path)["beyond"]
 
 
+def test_how_often_a_text_was_read_tells_no_numbers_apart(tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 1.0}, unique_tokens=1000, epochs=0.01)
+    write(tmp_path / "b", {0: 2.0}, unique_tokens=2000, epochs=0.005)
+    assert numbers(tmp_path)["difference"] == 1.0
+    # nor does a table from before that was known
+    path = tmp_path / "a" / "toy.csv"
+    pd.read_csv(path, dtype=str, keep_default_na=False).drop(columns=["unique_tokens", "epochs"]).to_csv(
+        path, index=False
+    )
+    assert numbers(tmp_path)["difference"] == 1.0
+
+
 def test_several_seeds_are_compared_pair_by_pair(tmp_path: Path) -> None:
     write(tmp_path / "a", {0: 1.0, 1: 5.0, 2: 9.0, 7: 100.0}, stderr=50.0)
     write(tmp_path / "b", {0: 1.1, 1: 5.3, 2: 9.2, 8: 100.0}, stderr=50.0)

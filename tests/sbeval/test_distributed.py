@@ -45,11 +45,16 @@ class Data:
 
 
 def work(folder: Path, stop_at: int, world: World, shard: bool = False, tied: bool = False) -> None:
-    config = TrainConfig(steps=12, batch=4, length=8, lr=0.01, warmup=2, log_every=3, micro_batch=1, eps=1e-3)
+    config = TrainConfig(
+        steps=12, batch=4, length=8, lr=0.01, warmup=2, log_every=3, micro_batch=1, eps=1e-3, look_every=3
+    )
+    # three rows, of which two processes cannot have as many each
+    whole = Data()[99]
+    held_out = Batch(tokens=whole.tokens[:3], targets=whole.targets[:3], cu_seqlens=None)
     with Progress(Console(file=io.StringIO())) as progress:
         try:
             model = dataclasses.replace(MODEL, tied=tied)
-            trainer = Trainer(model, config, Data(stop_at), folder, CPU, world, shard=shard)
+            trainer = Trainer(model, config, Data(stop_at), folder, CPU, world, shard=shard, held_out=held_out)
             trained = trainer.run(progress.add("train", 12))
         except KeyboardInterrupt:
             return
@@ -77,6 +82,12 @@ def losses_of(folder: Path) -> list[float]:
     return checkpoint.load_state(folder).losses
 
 
+def assert_same_looks(found: Path, wanted: Path) -> None:
+    found_looks, looks = (checkpoint.load_state(folder).held_out for folder in (found, wanted))
+    assert [step for step, _ in found_looks] == [step for step, _ in looks] == [3, 6, 9, 12]
+    assert [loss for _, loss in found_looks] == pytest.approx([loss for _, loss in looks], rel=1e-5)
+
+
 @pytest.mark.parametrize(("first", "then"), [pytest.param(2, 1, marks=pytest.mark.slow), (1, 2)])
 def test_processes_train_what_one_trains(first: int, then: int, tmp_path: Path) -> None:
     work(tmp_path / "one", -1, distributed.ALONE)
@@ -84,6 +95,7 @@ def test_processes_train_what_one_trains(first: int, then: int, tmp_path: Path) 
     assert 4 < len(losses_of(tmp_path / "many")) < 12
     start(tmp_path / "many", then)
     assert losses_of(tmp_path / "many") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+    assert_same_looks(tmp_path / "many", tmp_path / "one")
     one, many = (checkpoint.load_model(tmp_path / name) for name in ("one", "many"))
     for a, b in zip(one.parameters(), many.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -104,6 +116,7 @@ def test_a_sharded_model_goes_on_from_one_process_and_one_process_from_it(tmp_pa
     one = checkpoint.load_model(tmp_path / "one")
     for name in ("many", "sharded"):
         assert losses_of(tmp_path / name) == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+        assert_same_looks(tmp_path / name, tmp_path / "one")
         # whoever finishes leaves one plain file, and nothing of the optimizer
         assert not {"shards", "optimizer.safetensors"} & {path.name for path in (tmp_path / name).iterdir()}
         for a, b in zip(one.parameters(), checkpoint.load_model(tmp_path / name).parameters(), strict=True):

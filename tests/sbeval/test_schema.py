@@ -104,7 +104,7 @@ def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None
         ("mqrar: {filler: [a]}", r"mqrar.filler must be text; got \['a'\]"),
         ("mqrar: [steps]", r"mqrar must hold names with values, such as {samples: 20}; got \['steps'\]"),
         ("mqrar: {seeds: []}", "mqrar: seeds is empty: give one or more"),
-        ("mqrar: {seeds: [-1]}", "mqrar: a seed (--seed) must be 0 to 2147483647; got -1"),
+        ("mqrar: {seeds: [-1]}", r"mqrar: a seed \(--seed\) must be 0 to 2147483647; got -1"),
         ("needle: {samples: 0}", "needle: needle needs a length, 1 sample or more"),
         ("mqrar: {steps: 1, steps: 2}", "'steps' stands there twice"),
         ("mqrar: {}\nmqrar: {}", "'mqrar' stands there twice"),
@@ -206,3 +206,19 @@ def test_any_text_is_read_or_an_error_of_the_users(text: str) -> None:
         assert "study" in str(error)
     else:
         assert found is None or isinstance(found, str | list | dict)
+
+
+def test_tokens_that_a_study_asks_for_are_not_cut(tmp_path: Path) -> None:
+    def bounds(text: str, *changes: str) -> list[float | None]:
+        found = parts(text, *changes, tmp_path=tmp_path)
+        return [found[name].config.max_epochs for name in ("length_gen", "needle")]
+
+    plain = "models: {preset: quick}\nlength_gen:\nneedle:\n"
+    assert bounds(plain) == [4.0, 4.0]
+    assert bounds(plain, "models.train_tokens=4096") == [None, None]
+    assert bounds(plain, "needle.train_tokens=4096") == [4.0, None]
+    assert bounds(plain, "models.train_tokens=4096", "length_gen.max_epochs=8") == [8.0, None]
+    assert bounds(plain, "models.train_tokens=4096", "models.max_epochs=4") == [4.0, 4.0]
+    assert bounds(plain, "models.max_epochs=") == [None, None]
+    # the package's study is a preset, and its cells are called as they were
+    assert {part.config.max_epochs for part in schema.parts(schema.read("quick"), str)[:2]} == {4.0}

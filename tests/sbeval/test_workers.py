@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -116,3 +117,20 @@ def test_processes_of_torchrun_start_no_others(options: str, tmp_path: Path, mon
     assert code == 2 and err == (
         "sbeval: --workers and --executor ray start processes of their own: leave them out, or torchrun\n"
     )
+
+
+def test_workers_save_what_they_train_when_their_driver_is_killed(tmp_path: Path) -> None:
+    options = "--kv-pairs 2 --kv-pairs 4 --attention rope --steps 1000000 --patience 0 --stop-accuracy 1.1"
+    command = f"mqrar {RECALL.replace('--steps 4 ', '')} {options} --device cpu --workers 2 --results-dir {tmp_path}"
+    words, shown = [sys.executable, "-m", "sbeval", *command.split()], ""
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as driver:
+        assert driver.stderr is not None
+        # both are at work
+        while not all(f"train rope {pairs} pairs" in shown for pairs in (2, 4)):
+            shown += (line := driver.stderr.readline())
+            assert line, shown
+        driver.kill()
+        # workers have it open too
+        driver.stderr.read()
+    saved = [json.loads(path.read_text()) for path in tmp_path.glob("checkpoints/*/config.json")]
+    assert len(saved) == 2 and all(state["state"]["losses"] for state in saved)

@@ -28,6 +28,7 @@ from sbeval.model import Decoder
 from sbeval.place import Place
 from sbeval.tasks import few_shot
 from sbeval.tasks.few_shot import Cell, Config, Row, cells
+from sbeval.train import Trainer
 
 TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 CPU = torch.device("cpu")
@@ -357,3 +358,13 @@ def _answers(folder: Path) -> int:
         with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(path)) as file:
             return int(file.execute("SELECT count(*) FROM answers").fetchone()[0])
     return 0
+
+
+def test_rows_say_how_their_model_was_trained(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (Path(config.corpus) / "valid.txt").write_text("valid says this and that. " * 9)
+    losses = [3.0, 2.0]
+    monkeypatch.setattr(Trainer, "_held_out_loss", lambda self, batch: losses.pop() if losses else 2.5)
+    run(dataclasses.replace(config, train_tokens=640), tmp_path / "results")
+    rows = table.read(tmp_path / "results" / "few_shot.csv", table.columns(Row))
+    assert set(rows["status"]) == {"overfit"} and (rows["train_tokens"] == 640).all()
+    assert (rows["epochs"] - 640 / rows["unique_tokens"]).abs().max() < 1e-4

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from sbeval import checkpoint, cli, model_config, retrieval, ruler, sweep, table
 from sbeval.batches import NOTHING
+from sbeval.cell import cell_id
 from sbeval.checkpoint import State
 from sbeval.errors import InputError
 from sbeval.lessons import Lessons
@@ -26,6 +28,7 @@ from sbeval.retrieval import Answered, Samples
 from sbeval.tasks import length_gen, needle
 from sbeval.tasks.needle import Cell, Config, Row, cells, measured
 from sbeval.tokenizer import Bytes
+from sbeval.train import Trainer
 
 TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 CPU = torch.device("cpu")
@@ -36,7 +39,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setitem(model_config.SIZES, "tiny", TINY)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
     # which times the machine
-    monkeypatch.setattr(sweep, "describe_cost", lambda cells, place: "")
+    monkeypatch.setattr(sweep, "describe_cost", lambda *_: "")
     # answers are long, and what a model says has tests of its own
     monkeypatch.setattr(
         ruler, "TASKS", {name: dataclasses.replace(task, new_tokens=8) for name, task in ruler.TASKS.items()}
@@ -360,7 +363,7 @@ def test_a_command_leaves_table_and_figures(command: list[object], tmp_path: Pat
 def test_help_says_which_tasks_a_preset_asks() -> None:
     code, out, _ = said("needle", "--help")
     words = " ".join(word for word in out.split() if word != "│")
-    assert code == 0 and "The preset's: quick asks niah_single_1, others all 13." in words
+    assert code == 0 and "Default: all whose files are given. Repeat for several. [quick: niah_single_1]" in words
     assert {name: preset.tasks for name, preset in needle.PRESETS.items() if preset.tasks} == {
         "quick": ("niah_single_1",)
     }
@@ -372,3 +375,16 @@ def test_questions_that_are_missing_are_one_line(command: list[object]) -> None:
     assert code == 2 and error.count("\n") == 1 and "give --squad PATH to SQuAD v2's dev-v2.0.json" in error
     code, _, error = said(*command, "--task", "qa_2", "--hotpot", "nowhere.json")
     assert code == 2 and error == "sbeval: cannot read nowhere.json: No such file or directory\n"
+
+
+def test_rows_say_how_their_model_was_trained(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (Path(config.corpus) / "valid.txt").write_text("valid says this and that. " * 9)
+    losses = [3.0, 2.0]
+    monkeypatch.setattr(Trainer, "_held_out_loss", lambda self, batch: losses.pop() if losses else 2.5)
+    (cell,) = run(dataclasses.replace(config, train_tokens=640, lengths=(768,)), tmp_path / "results")
+    rows = table.read(tmp_path / "results" / "needle.csv", table.columns(Row))
+    assert set(rows["status"]) == {"overfit"} and (rows["train_tokens"] == 640).all()
+    assert (rows["epochs"] - 640 / rows["unique_tokens"]).abs().max() < 1e-4
+    record = json.loads((tmp_path / "results" / "runs" / f"{cell_id(cell)}.json").read_text())
+    assert record["measured"]["held_out"][0][1] == 2.0 and record["measured"]["ended_by"] == "train_tokens"
+    assert "above its lowest): rope." in str(needle.summary(rows).caption)
