@@ -13,6 +13,7 @@ TASK, MODEL, TRAINING, EVALUATION, DATA, RUN = "Task", "Model", "Training", "Eva
 ATTENTION = "Method, with options as name:key=value,..."
 SEED = "Seed of weights and data."
 LR = "Peak learning rate."
+OPTIMIZERS = ("adamw", "muon")
 
 
 def option(

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
+    from sbeval.progress import Progress
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
@@ -27,6 +29,8 @@ class Family:
     more: Callable[[Any, "pd.DataFrame | None"], Sequence[Cell]] | None = None
     # what is not run, and why
     notes: Callable[[Any], Sequence[str]] = lambda config: ()
+    # what to say before models train, of the texts that they read
+    cautions: Callable[[Any, "Progress"], Sequence[str]] = lambda config, progress: ()
     # options of a command, completed by those that follow from what was given
     completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: given
     # the preset that options are for where none is named, None for that of the device

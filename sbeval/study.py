@@ -18,7 +18,7 @@ from sbeval.executor import Executor
 from sbeval.place import Place
 from sbeval.results import Results
 from sbeval.schema import Part
-from sbeval.tasks import length_gen
+from sbeval.text_model import TextModel, trained_on
 
 
 def cells(part: Part) -> list[Cell]:
@@ -47,12 +47,16 @@ def notes(parts: Sequence[Part]) -> list[str]:
 
 def cautions(parts: Sequence[Part], place: Place) -> list[str]:
     """What to say of how often models will read their text, before they do; texts are opened."""
-    configs = [part.config for part in parts if isinstance(part.config, length_gen.Config) and part.config.trains]
     # of families that share models the text is opened once, which can take a second
-    different = {length_gen.trained_on(config): config for config in configs}
+    different = {
+        (*trained_on(part.config), getattr(part.config, "checkpoint", None))
+        if isinstance(part.config, TextModel)
+        else part.family: part
+        for part in parts
+    }
     with sweep.progress_of(place) as progress:
-        found = [line for config in different.values() for line in length_gen.cautions(config, progress)]
-    return list(dict.fromkeys(found))
+        lines = [registry.task(part.family).cautions(part.config, progress) for part in different.values()]
+    return list(dict.fromkeys(line for some in lines for line in some))
 
 
 def train(part: Part, place: Place, console: Console) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sbeval import epochs
-from sbeval.config import ATTENTION, DATA, LATER, LR, MODEL, SEED, option
+from sbeval.config import ATTENTION, DATA, LATER, LR, MODEL, OPTIMIZERS, SEED, option
 from sbeval.config import TRAINING as TRAIN
 from sbeval.errors import InputError, check_swept, choose
 from sbeval.model_config import SIZES
@@ -38,11 +38,13 @@ class TextModel:
     patience: int = option(
         0, TRAIN, "Held-out evaluations without a new lowest loss after which training ends; 0: never.", LATER
     )
+    optimizer: str = option("adamw", TRAIN, "adamw, or muon for the matrices inside the blocks.", LATER)
 
     def __post_init__(self) -> None:
         check_swept(self, "attention", "seeds")
         choose("model size", self.size, SIZES)
         choose("packing", self.packing, PACKINGS)
+        choose("optimizer", self.optimizer, OPTIMIZERS)
         for name in ("train_len", "train_tokens", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -57,6 +59,11 @@ class TextModel:
 
 # what of a config the training of its models depends on
 TRAINING = tuple(field.name for field in fields(TextModel))
+
+
+def trained_on(config: TextModel) -> tuple[object, ...]:
+    """What models of a config have in common, whatever their method and seed."""
+    return tuple(getattr(config, name) for name in TRAINING if name not in ("attention", "seeds"))
 
 
 def uncut(options: dict[str, Any]) -> dict[str, Any]:

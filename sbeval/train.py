@@ -22,13 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sbeval import checkpoint, counter, device, distributed, epochs, memory
 from sbeval.checkpoint import State
-from sbeval.config import LATER
+from sbeval.config import LATER, OPTIMIZERS
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError, choose
 from sbeval.held_out import Rows
 from sbeval.model import IGNORE, Decoder
 from sbeval.model_config import ModelConfig, flops_per_token
-from sbeval.optimizer import OPTIMIZERS, optimizer_for
+from sbeval.optimizer import optimizer_for
 from sbeval.progress import Task
 
 SCHEDULES = ("cosine", "power", "constant")

@@ -344,6 +344,6 @@ FAMILY = Family(
         "Benchmarks through lm-eval, of models that length-gen trains or of any others. Others are "
         "evaluated as the preset paper says, unless another is named."
     ),
-    config=Config, presets=PRESETS, cells=cells, summary=summary, completed=_completed,
+    config=Config, presets=PRESETS, cells=cells, summary=summary, cautions=length_gen.cautions, completed=_completed,
     preset=_preset,
 )  # fmt: skip

@@ -377,6 +377,7 @@ class Cell(BaseCell):
             measured={
                 "held_out": [(step, round(loss, 4)) for step, loss in state.held_out],
                 "ended_by": self._ended_by(state, training),
+                **({"corpus_versions": dict(text.versions)} if text.versions else {}),
             },
         )  # fmt: skip
 
@@ -440,7 +441,8 @@ def training_config(
     steps = max(1, tokens // (batch * length))
     return TrainConfig(
         steps=steps, batch=batch, length=length, micro_batch=micro and min(micro, batch), lr=lr,
-        schedule=config.schedule, warmup=max(1, steps // 20), seed=seed, dtype=config.dtype, sparse=sparse,
+        schedule=config.schedule, warmup=max(1, steps // 20), optimizer=config.optimizer, seed=seed,
+        dtype=config.dtype, sparse=sparse,
     )  # fmt: skip
 
 
@@ -538,15 +540,12 @@ def _status(looks: epochs.Looks) -> str:
     return epochs.OVERFIT if epochs.overfits(looks) else ""
 
 
-def trained_on(config: Config) -> tuple[object, ...]:
-    """What models of a config have in common, whatever their method and seed."""
-    return tuple(getattr(config, name) for name in TRAINING if name not in ("attention", "seeds"))
-
-
 def cautions(config: Config, progress: "Progress") -> list[str]:
     """What to say, before models train, of how often they will read their text, and of held-out text; often nothing."""
     from sbeval.batches import epoch_tokens
 
+    if not config.trains:
+        return []
     text = open_corpus(config, progress)
     asked, trained = (cells(config)[0].training(of).tokens for of in (None, text))
     found = epochs.notice(text.name, epoch_tokens(text.train, config.train_len), asked, trained)
@@ -617,5 +616,5 @@ def summary(results: "pd.DataFrame") -> "Table":
 FAMILY = Family(
     name=NAME,
     help="Train at one length, evaluate the loss at every position far past it.",
-    config=Config, presets=PRESETS, cells=cells, summary=summary, completed=uncut,
+    config=Config, presets=PRESETS, cells=cells, summary=summary, cautions=cautions, completed=uncut,
 )  # fmt: skip

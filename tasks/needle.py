@@ -506,6 +506,6 @@ FAMILY = Family(
         "RULER's needles in haystacks: does a model find what stands anywhere in a text longer than it "
         "was trained on?"
     ),
-    config=Config, presets=PRESETS, cells=cells, summary=summary, notes=notes, 
+    config=Config, presets=PRESETS, cells=cells, summary=summary, notes=notes, cautions=length_gen.cautions,
     completed=_completed,
 )  # fmt: skip

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbeval import checkpoint, held_out, model, model_config, tokenizer, train
+from sbeval import checkpoint, held_out, model, model_config, python_source, tokenizer, train
 from sbeval.batches import Batches
 from sbeval.cell import Outcome, cell_id
 from sbeval.corpus import Split
@@ -22,6 +22,7 @@ from sbeval.errors import InputError
 from sbeval.perplexity import PositionLosses
 from sbeval.place import Place
 from sbeval.progress import Progress
+from sbeval.python_source import File
 from sbeval.tasks import length_gen
 from sbeval.tasks.length_gen import Config, Row, cells, rows
 from sbeval.train import Trainer
@@ -495,3 +496,26 @@ def test_lengths_past_a_table_of_positions_are_an_error(
         InputError, match=f"has a table of {size} positions and can't read {40 if window else 32} tokens"
     ):
         run(dataclasses.replace(config, checkpoint=str(folder), window=window), tmp_path / "results", progress)
+
+
+# the text of Python itself
+
+
+def test_a_run_says_of_which_versions_its_text_is(
+    config: Config, tmp_path: Path, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [File(role, f"{role}.py", tmp_path / "texts" / f"{role}0.txt") for role in ("test", "train")]
+    files.append(File("valid", "valid.py", tmp_path / "texts" / "train2.txt"))
+    monkeypatch.setattr(python_source, "installed", lambda: ({"python": "3.0", "some": "1.2"}, files))
+    found = run(dataclasses.replace(config, corpus="python"), tmp_path / "results", progress)
+    assert (found.corpus, found.measured["corpus_versions"]) == ("python", {"python": "3.0", "some": "1.2"})
+    assert "corpus_versions" not in run(config, tmp_path / "results", progress).measured
+
+
+def test_models_of_two_optimizers_are_two(config: Config, tmp_path: Path, progress: Progress) -> None:
+    muon = dataclasses.replace(config, optimizer="muon")
+    assert len({cell_id(cells(one)[0]) for one in (config, muon)}) == 2
+    losses = [run(one, tmp_path / "results", progress).measured["losses"] for one in (config, muon)]
+    assert losses[0] != losses[1]
+    with pytest.raises(InputError, match="optimizer"):
+        dataclasses.replace(config, optimizer="sgd")
