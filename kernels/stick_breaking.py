@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from sbeval.cache import Layer, through
 from sbeval.errors import InputError, choose
-from sbeval.kernels import check
+from sbeval.kernels import check, hopper
 
 # rows and columns of the tiles of the portable path
 TILE = 128
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "triton-hopper")
 REMAINDERS = ("none", "value", "bias")
 
 
@@ -184,6 +184,10 @@ def _operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Output, remainder, and for the gradient what rounding took off a 16-bit output (empty otherwise) and where each
     query tile stopped (empty on the portable path)."""
+    if backend == "triton-hopper":
+        from sbeval.kernels import stick_breaking_hopper
+
+        return stick_breaking_hopper.forward(q, k, v, bias, cu_seqlens, scale, attend_current, epsilon)
     if backend == "triton":
         from sbeval.kernels import stick_breaking_triton
 
@@ -211,6 +215,10 @@ def _(
         from sbeval.kernels import stick_breaking_triton
 
         stop = stop.new_empty(stick_breaking_triton.stop_shape(q, cu_seqlens))
+    elif backend == "triton-hopper":
+        from sbeval.kernels import stick_breaking_hopper
+
+        stop = stop.new_empty(stick_breaking_hopper.stop_shape(q, cu_seqlens))
     return out, torch.empty(q.shape[:3], dtype=wide, device=q.device), residual, stop
 
 
@@ -221,12 +229,13 @@ def _backward_operator(
     epsilon: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and bias (empty without one)."""
-    if backend == "triton":
+    if backend != "torch":
         from sbeval.kernels import stick_breaking_triton
 
         return stick_breaking_triton.backward(
-            q, k, v, bias, out, remainder, residual, stop, dout, dremainder, cu_seqlens, scale, attend_current
-        )
+            q, k, v, bias, out, remainder, residual, stop, dout, dremainder, cu_seqlens, scale, attend_current,
+            stop_rows=64 if backend == "triton-hopper" else None,
+        )  # fmt: skip
     if residual.numel():
         out = out.float() + residual.float()
     tensors = (q, k, v, out, remainder, dout, dremainder)
@@ -270,7 +279,7 @@ def _decode_operator(
     attend_current: bool, epsilon: float, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output and remainder of the queries that end at `lengths` of keys from `starts` on, row by row; no gradient."""
-    if backend == "triton":
+    if backend != "torch":
         from sbeval.kernels import stick_breaking_triton
 
         return stick_breaking_triton.decode(q, k, v, bias, starts, lengths, scale, attend_current, epsilon)
@@ -299,15 +308,25 @@ def _check_epsilon(epsilon: float) -> None:
         raise InputError(f"epsilon is a share of the stick, at least 0 and less than 1; got {epsilon}")
 
 
-def pick_backend(q: Tensor, backend: str | None) -> str:
-    """What will run for queries like `q`: by default `triton` on a GPU in 16 or 32 bits, `torch` otherwise."""
-    supported = q.dtype in (torch.float16, torch.bfloat16, torch.float32)
+def pick_backend(q: Tensor, k: Tensor, backend: str | None) -> str:
+    """What will run for inputs like these: on a GPU in 16 or 32 bits `triton`, by default `triton-hopper` where that
+    can; `torch` otherwise. InputError where the one that was asked for can't."""
+    supported = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
     if backend is None:
-        return "triton" if q.is_cuda and supported else "torch"
+        if not supported:
+            return "torch"
+        return "triton" if _hopper_obstacle(q, k) else "triton-hopper"
     choose("backend of stick_breaking", backend, BACKENDS)
-    if backend == "triton" and not (q.is_cuda and supported):
-        raise ValueError(f"backend 'triton' needs float16, bfloat16 or float32 on a GPU; q is {q.dtype} on {q.device}")
+    if backend == "triton" and not supported:
+        raise InputError(f"backend 'triton' needs float16, bfloat16 or float32 on a GPU; q is {q.dtype} on {q.device}")
+    if backend == "triton-hopper" and (obstacle := _hopper_obstacle(q, k)):
+        raise InputError(f"backend 'triton-hopper' can't run: {obstacle}")
     return backend
+
+
+def _hopper_obstacle(q: Tensor, k: Tensor) -> str:
+    """Why `triton-hopper` can't run for inputs like these, in words; empty where it can."""
+    return hopper.obstacle(q.device) or hopper.inputs_obstacle(q, k)
 
 
 def backend_name(device_type: str) -> str:
@@ -358,7 +377,8 @@ def attention(
     scale: multiplies q . k, 1 / sqrt(D) by default. bias: (H,) float32, float64 for float64, added to the logits of
     each head; it has a gradient. epsilon: the stick below which older tiles are skipped; 0 visits all; by default half
     the spacing of numbers at 1 in the dtype that sums (2^-24, float64 2^-53), which changes the output by less than
-    rounding does. backend: `triton` (GPU), `torch` (anywhere) or None, the faster. Memory is linear in T.
+    rounding does. backend: `triton-hopper` (a Hopper GPU, 16 bits, heads of 64 or 128), `triton` (GPU), `torch`
+    (anywhere) or None, the fastest; few queries are decoded by `triton` on every GPU. Memory is linear in T.
 
     starts, lengths: int32 (B,), for a cache of keys: row b sees the keys starts[b] <= j < lengths[b], and its queries
     are the last T of those (where they are fewer, the first queries see nothing: output 0, remainder 1). No gradient.
@@ -372,12 +392,16 @@ def attention(
         epsilon = torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).eps / 2
     _check_epsilon(epsilon)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    backend = pick_backend(q, backend)
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
     bounded = starts is not None or lengths is not None
+    if bounded and backend == "triton-hopper":
+        raise InputError("backend 'triton-hopper' has no kernel for starts and lengths: 'triton' has")
+    # few queries are decoded, which the portable kernels do on every GPU
+    decodes = backend != "triton-hopper" and q.shape[1] <= min(FEW, k.shape[1] - 1)
+    backend = pick_backend(q, k, backend)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
     if bounded and differentiable:
         raise InputError("starts and lengths are for decoding, which has no gradient: use torch.no_grad, or cu_seqlens")
-    if bounded or (backend == "triton" and not differentiable and q.shape[1] <= min(FEW, k.shape[1] - 1)):
+    if bounded or (decodes and backend != "torch" and not differentiable):
         if bounded and starts is None:
             starts = torch.zeros(len(q), dtype=torch.int32, device=q.device)
         if bounded and lengths is None:

@@ -16,8 +16,9 @@ import platformdirs
 import torch
 
 from sbeval import device, perplexity, provenance, registry, sweep
-from sbeval.errors import first_line
+from sbeval.errors import InputError, first_line
 from sbeval.graph import steps
+from sbeval.kernels import stick_breaking
 from sbeval.model import Decoder, n_parameters
 from sbeval.model_config import ModelConfig
 from sbeval.tasks import attention_map, length_gen
@@ -68,7 +69,7 @@ def examine(place: torch.device, results_dir: Path) -> Report:
         [
             Section("Versions", ("package", "version"), list(_versions())),
             Section("Devices", ("device", "name", "free GiB", "of", "TFLOP/s"), [_device(one) for one in devices]),
-            Section(f"Attention on {place}", ("method", "backend", "runs"), methods),
+            Section(f"Attention on {place}", ("method", "backend", "runs"), [*methods, _hopper(place)]),
             Section("Optional packages", ("package", "here", "what for"), [_package(*each) for each in PACKAGES]),
             Section("Folders", ("folder", "path", "free GiB"), list(_folders(results_dir))),
             Section(
@@ -164,6 +165,17 @@ def _methods(place: torch.device) -> Iterator[tuple[str, ...]]:
         except (RuntimeError, ImportError, OSError) as error:
             runs = f"no: {first_line(error)}"
         yield name, registry.method(name).backend_name(place.type), runs
+
+
+def _hopper(place: torch.device) -> tuple[str, ...]:
+    """The kernels that stick-breaking takes where they run, asked for by name."""
+    q = torch.randn(1, 64, 1, 64, device=place, dtype=torch.bfloat16, requires_grad=True)
+    try:
+        stick_breaking.attention(q, q, q, backend="triton-hopper")[0].sum().backward()
+        runs = "yes"
+    except (InputError, RuntimeError, ImportError, OSError) as error:
+        runs = f"no: {first_line(error)}"
+    return "stick_breaking", "triton-hopper", runs
 
 
 def _package(module: str, name: str, use: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import torch
 
 from sbeval import cli, model, plan, schema, sources, sweep, table
 from sbeval import study as studies
+from sbeval.corpus import Corpus
 from sbeval.errors import InputError
 from sbeval.place import Place
 from sbeval.progress import Progress
@@ -103,13 +104,13 @@ def test_families_that_share_models_are_cautioned_once(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    ours = length_gen.cautions
+    ours = length_gen.open_corpus
 
-    def count(config: length_gen.Config, progress: Progress) -> list[str]:
+    def count(config: length_gen.Config, progress: Progress) -> Corpus:
         opened.append(config)
         return ours(config, progress)
 
-    monkeypatch.setattr(length_gen, "cautions", count)
+    monkeypatch.setattr(length_gen, "open_corpus", count)
     place = Place(results_dir=tmp_path, device=torch.device("cpu"))
     given = schema.parts(schema.read(str(study), ["models.train_tokens=4096"]), lambda said: said or "float32")
     found = studies.cautions(given, place)
