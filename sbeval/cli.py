@@ -14,6 +14,7 @@ from rich.table import Table
 from sbeval import options, registry
 from sbeval.errors import InputError, choose
 from sbeval.options import Common, Sweep, Training
+from sbeval.results import Results
 from sbeval.text_model import TextModel
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def table(
     from sbeval.table import read
 
     choose("table", family.replace("-", "_"), ["few_shot"])
-    shown = scores.render(read(results_dir / "few_shot.csv", required=scores.COLUMNS), format)
+    shown = scores.render(read(Results(results_dir).table("few_shot"), required=scores.COLUMNS), format)
     if isinstance(shown, str):
         print(shown)
     else:
@@ -256,7 +257,7 @@ def bench_model(
         found, attention or ("stick_breaking", "rope"), place, devices.pick_dtype(dtype, place), results_dir
     )
     Console().print(shown)
-    _say(str(results_dir / "model.csv"))
+    _say(str(Results(results_dir).table("model")))
     _draw(results_dir, ["model"])
 
 

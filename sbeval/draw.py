@@ -9,6 +9,7 @@ import matplotlib
 from sbeval import registry
 from sbeval.errors import InputError, choose
 from sbeval.files import prepare, replacing
+from sbeval.results import Results
 from sbeval.table import read
 
 # no dates and no versions in the files: drawn again from the same table they have the same bytes
@@ -36,10 +37,10 @@ def draw_figures(
             f"{min(flat)} cannot be drawn as html, only {', '.join(registry.PAGES)}; give --format png or pdf"
         )
     modules = {name: registry.figure(name) for name in names or registry.FIGURES}
-    folder = prepare(out_dir or results_dir / "figures")
+    folder = prepare(out_dir or Results(results_dir).figures)
     files = []
     for name, module in modules.items():
-        path = results_dir / f"{module.TABLE}.csv"
+        path = Results(results_dir).table(module.TABLE)
         if not names and not path.exists():
             say(f"{name}: left out, there is no {path}")
             continue

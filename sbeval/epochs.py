@@ -58,7 +58,6 @@ def notice(corpus: str, unique: int, asked: int, trained: int) -> list[str]:
 
 def overfit(rows: "pd.DataFrame") -> "pd.Series[bool]":
     """Which rows of a result table are of models that overfit; tables from before that was measured have none."""
-
     import pandas as pd
 
     return rows["status"] == OVERFIT if "status" in rows else pd.Series(False, index=rows.index)
@@ -69,7 +68,6 @@ def caution(rows: "pd.DataFrame", name: Callable[[Method], str] | None = None) -
 
     name: what the reader knows a method, (attention, options), as.
     """
-
     import pandas as pd
 
     name = name or (lambda method: ":".join(filter(None, method)))

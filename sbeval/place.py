@@ -15,6 +15,7 @@ from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError
 from sbeval.files import storing
 from sbeval.progress import Progress
+from sbeval.results import Results
 
 # seconds between looks at a lock that another holds
 POLL_S = 0.5
@@ -32,14 +33,18 @@ class Place:
     shard: bool = False  # spread weights and optimizer over the processes of `world` while training
     emptied: set[Path] = field(default_factory=set)  # of which `force` has removed what another run left
 
+    @property
+    def results(self) -> Results:
+        return Results(self.results_dir)
+
     @contextmanager
     def checkpoint(self, key: object, progress: Progress) -> Iterator[Path]:
         """Folder of the model whose training `key` describes in full; with `force` what it held is removed.
 
         While the block runs no other command trains this model: a second one waits, and finds it trained.
         """
-        folder = self.results_dir / "checkpoints" / digest_of(key)
-        lock = FileLock(files.prepare(self.results_dir / "locks") / f"{folder.name}.lock")
+        folder = self.results.checkpoints / digest_of(key)
+        lock = FileLock(files.prepare(self.results.locks) / f"{folder.name}.lock")
         try:
             said = False
             while distributed.anywhere(self.world.leads and not _taken(lock), self.world, self.device):
@@ -54,9 +59,8 @@ class Place:
         finally:
             lock.release()
 
-    def kept(self, *parts: str) -> Path:
+    def kept(self, path: Path) -> Path:
         """A file that a run which was stopped may have left in the results folder; with `force` it is removed."""
-        path = self.results_dir.joinpath(*parts)
         if self.begins_anew(path):
             path.unlink(missing_ok=True)
         return path

@@ -17,6 +17,7 @@ from sbeval.files import prepare, replacing
 from sbeval.findings import AGREES, DISAGREES, UNDECIDED, Finding, findings
 from sbeval.plots import style
 from sbeval.plots.chart import SYMBOLS, Chart, Group, Panel, plain, readable
+from sbeval.results import Results
 from sbeval.rows import Measurement
 from sbeval.runs import Runs, gather
 from sbeval.table import read, required
@@ -67,7 +68,7 @@ def _tables(results_dir: Path) -> dict[str, pd.DataFrame]:
     for name in registry.FIGURES:
         figure = registry.figure(name)
         needed.setdefault(figure.TABLE, set(required(Measurement))).update(figure.COLUMNS)
-    paths = {name: results_dir / f"{name}.csv" for name in needed}
+    paths = {name: Results(results_dir).table(name) for name in needed}
     found = {name: read(path, sorted(needed[name])) for name, path in paths.items() if path.exists()}
     if not found:
         raise InputError(f"there is no result table in {results_dir}; sbeval length-gen --preset quick makes one")

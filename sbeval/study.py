@@ -16,6 +16,7 @@ from sbeval.draw import draw_figures
 from sbeval.errors import InputError
 from sbeval.executor import Executor
 from sbeval.place import Place
+from sbeval.results import Results
 from sbeval.schema import Part
 from sbeval.text_model import TextModel, trained_on
 
@@ -98,7 +99,7 @@ def _shown(family: str, found: Sequence[Cell], results_dir: Path, console: Conso
 
 def _show(family: str, found: Sequence[Cell], results_dir: Path, console: Console) -> None:
     """Print a family's table, and draw its figures and, if that is installed, its pages."""
-    path = results_dir / f"{family}.csv"
+    path = Results(results_dir).table(family)
     if not path.exists():
         return
     results = sweep.found(sweep.results_of(found, results_dir))
@@ -117,7 +118,7 @@ def _show(family: str, found: Sequence[Cell], results_dir: Path, console: Consol
 
 
 def _say_failed(found: Sequence[Cell], results_dir: Path, console: Console) -> None:
-    records = {cell: results_dir / "runs" / f"{cell_id(cell)}.json" for cell in found}
+    records = {cell: Results(results_dir).run_file(cell_id(cell)) for cell in found}
     read = {cell: provenance.read_run(path) for cell, path in records.items() if path.exists()}
     failed = {cell: record["reason"] for cell, record in read.items() if record["status"] == "failed"}
     if failed:

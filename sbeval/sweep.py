@@ -24,6 +24,7 @@ from sbeval.graph import Graph, steps
 from sbeval.place import Place
 from sbeval.pool import Lost
 from sbeval.progress import Heard, Progress, Task, Telling
+from sbeval.results import Results
 from sbeval.rows import Provenance
 from sbeval.train import DivergedError
 
@@ -36,7 +37,7 @@ CELL_ERRORS = (RuntimeError, MemoryError, ArithmeticError)
 
 def unfinished(cells: Sequence[Cell], results_dir: Path) -> list[Cell]:
     """The cells without rows in their table; InputError when a table cannot be read or could not take their rows."""
-    paths = {results_dir / f"{cell.family}.csv": table.required(cell.row) for cell in cells}
+    paths = {Results(results_dir).table(cell.family): table.required(cell.row) for cell in cells}
     done: set[str] = set()
     for path, names in paths.items():
         if path.exists():
@@ -162,8 +163,8 @@ def run(
     """
     if executor.kind == "ray" and place.device.index is not None:
         raise InputError(f"--device {place.device}: a Ray task sees the GPU alone that Ray gives it; give cuda or cpu")
-    for folder in ("runs", "checkpoints"):
-        files.prepare(place.results_dir / folder)
+    for folder in (place.results.runs, place.results.checkpoints):
+        files.prepare(folder)
     families = dict.fromkeys(cell.family for cell in cells)
     presets = dict.fromkeys(families, preset) if isinstance(preset, str) else preset
     errors = _errors(place) if len(families) < 2 else (*_errors(place), InputError)
@@ -251,7 +252,7 @@ def train(cells: Sequence[Cell], place: Place, *, console: Console) -> bool:
 
     True unless one diverged or ended in an error of its own sizes, which is said.
     """
-    files.prepare(place.results_dir / "checkpoints")
+    files.prepare(place.results.checkpoints)
     needed = [step for step in steps(cells) if isinstance(step, TrainingStep)]
     console.print(describe_cost(needed, place), highlight=False, soft_wrap=True)
     errors, failed = _errors(place), False
@@ -293,7 +294,7 @@ def _check(cells: Sequence[Cell], progress: Progress) -> None:
 
 def _source_of_run(cell: Cell, place: Place) -> str:
     """Digest of the text behind a finished cell, from its run file: a row never stands without one."""
-    return str(provenance.read_run(place.results_dir / "runs" / f"{cell_id(cell)}.json")["corpus_digest"])
+    return str(provenance.read_run(place.results.run_file(cell_id(cell)))["corpus_digest"])
 
 
 def run_cell(cell: Cell, place: Place, preset: str, progress: Progress) -> Done:
@@ -331,12 +332,12 @@ def _origin(cell: Cell, place: Place, preset: str, outcome: Outcome | None) -> P
 def _keep(cell: Cell, done: Done, place: Place) -> None:
     assert done.record is not None, "a cell has a run file"
     # before its rows, which never stand without it
-    provenance.write_run(place.results_dir / "runs" / f"{cell_id(cell)}.json", done.record)
+    provenance.write_run(place.results.run_file(cell_id(cell)), done.record)
     if done.rows is not None:
-        table.write(place.results_dir / f"{cell.family}.csv", done.rows)
+        table.write(place.results.table(cell.family), done.rows)
 
 
 def results_of(cells: Sequence[Cell], results_dir: Path) -> pd.DataFrame:
     """The rows that the table of these cells' family holds of them."""
-    rows = table.read(results_dir / f"{cells[0].family}.csv", table.required(cells[0].row))
+    rows = table.read(Results(results_dir).table(cells[0].family), table.required(cells[0].row))
     return rows[rows["cell"].isin([cell_id(cell) for cell in cells])]

@@ -226,7 +226,7 @@ class Cell(BaseCell):
         from sbeval.answers import Answers
 
         name = digest_of([digest, self.config.attention, self.dtype])
-        path = place.results_dir / "answers" / f"{name}.sqlite"
+        path = place.results.answers(name)
         return Answers(path, anew=place.begins_anew(path))
 
     def _length(self, found: "Pretrained") -> int:

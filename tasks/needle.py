@@ -362,7 +362,7 @@ class Cell(BaseCell):
         from sbeval.retrieval import Samples
 
         name = digest_of([digest, self.trained.attention, self.dtype, prompts])
-        return Samples(place.kept("samples", f"{prompts}-{name}.jsonl"))
+        return Samples(place.kept(place.results.samples(f"{prompts}-{name}")))
 
 
 def measured(answers: "list[Answered]", length: int, new_tokens: int, finetuned: int) -> list[Row]:

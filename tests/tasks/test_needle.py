@@ -39,7 +39,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setitem(model_config.SIZES, "tiny", TINY)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
     # which times the machine
-    monkeypatch.setattr(sweep, "describe_cost", lambda cells, place: "")
+    monkeypatch.setattr(sweep, "describe_cost", lambda *_: "")
     # answers are long, and what a model says has tests of its own
     monkeypatch.setattr(
         ruler, "TASKS", {name: dataclasses.replace(task, new_tokens=8) for name, task in ruler.TASKS.items()}
@@ -363,7 +363,7 @@ def test_a_command_leaves_table_and_figures(command: list[object], tmp_path: Pat
 def test_help_says_which_tasks_a_preset_asks() -> None:
     code, out, _ = said("needle", "--help")
     words = " ".join(word for word in out.split() if word != "│")
-    assert code == 0 and "The preset's: quick asks niah_single_1, others all 13." in words
+    assert code == 0 and "Default: all whose files are given. Repeat for several. [quick: niah_single_1]" in words
     assert {name: preset.tasks for name, preset in needle.PRESETS.items() if preset.tasks} == {
         "quick": ("niah_single_1",)
     }
