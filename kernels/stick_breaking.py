@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sbeval.cache import Layer, through
 from sbeval.errors import InputError, choose
 from sbeval.kernels import check, hopper
+from sbeval.models.kv_cache import Layer, through
 
 # rows and columns of the tiles of the portable path
 TILE = 128

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import pandas as pd
 import seaborn as sns
 
-from sbeval import statistics
 from sbeval.plots import style
-from sbeval.statistics import Method
+from sbeval.tables import statistics
+from sbeval.tables.statistics import Method
 
 # plotly's name of each of matplotlib's markers, and a letter that looks like it
 SYMBOLS = {
