@@ -7,11 +7,11 @@ sequence and a batch.
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
+from sbeval.tables import statistics
 
 TABLE = "skipping"
 COLUMNS = (
