@@ -451,9 +451,9 @@ def backward(
         batch, heads, n_queries, n_keys, n_key_blocks, n_sequences, scale * LOG2_E, **constants, **key_options,
     )  # fmt: skip
     dw1, db1, dw2 = _network_gradients(dsums.sum((0, 2), dtype=torch.float64), order, w1, b1, w2)
-    # of every query's u = log(1 + c d) / bottom
-    dc, drate = dc.sum((0, 1)), drate.sum((0, 1))
-    return dq, dk, dv, (dc / bottom).sum().to(c.dtype), -drate / bottom, dw1, db1, dw2
+    # of every query's u = log(1 + c d) / bottom; in part the two cancel
+    dc, drate = (x.sum((0, 1), dtype=torch.float64) / bottom for x in (dc, drate))
+    return dq, dk, dv, dc.sum().to(c.dtype), -drate.to(bottom.dtype), dw1, db1, dw2
 
 
 def _network_gradients(

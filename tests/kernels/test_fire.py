@@ -12,10 +12,13 @@ from torch import Tensor
 from sbeval.errors import InputError
 from sbeval.kernels import fire, softmax
 
+# PyTorch's own kernel, which the blockwise path runs on a GPU, says so once where `poison` asks for determinism
+pytestmark = pytest.mark.filterwarnings("ignore:Memory Efficient attention defaults to a non-deterministic algorithm")
+
 GPU = torch.cuda.is_available()
 PLACE = torch.device("cuda" if GPU else "cpu")
 # relative error of the output and of the gradients of q, k and v; and of the weights', which are sums over the rows
-TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 2e-5), torch.bfloat16: (2e-2, 5e-2)}
+TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 5e-2)}
 NAMES = ("out", "dq", "dk", "dv", "dc", "dm", "dw1", "db1", "dw2")
 
 
