@@ -6,11 +6,11 @@ A row of panels a model: a whole sequence forward, then decoding one token again
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
+from sbeval.tables import statistics
 
 TABLE = "skipping"
 COLUMNS = (
