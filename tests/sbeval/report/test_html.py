@@ -81,7 +81,7 @@ def flip_flop(run: Row, place: int) -> Iterator[Row]:
 
 
 def model(run: Row, place: int) -> Iterator[Row]:
-    run |= {"metric": "throughput", "batch": 4, "queries": 4096, "stderr": ""}
+    run |= {"metric": "throughput", "batch": 4, "queries": 4096, "head_dim": 64, "stderr": ""}
     for size, params in (("350m", 35 * 10**7), ("1b", 10**9)):
         for step, scale in (("train", 1), ("evaluate", 3)):
             speed = scale * 1e14 / params / (1 + place / 10)
