@@ -229,13 +229,18 @@ def _backward_operator(
     epsilon: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and bias (empty without one)."""
-    if backend != "torch":
+    if backend == "triton-hopper":
+        from sbeval.kernels import stick_breaking_hopper_backward
+
+        return stick_breaking_hopper_backward.backward(
+            q, k, v, bias, out, remainder, residual, stop, dout, dremainder, cu_seqlens, scale, attend_current, epsilon
+        )
+    if backend == "triton":
         from sbeval.kernels import stick_breaking_triton
 
         return stick_breaking_triton.backward(
-            q, k, v, bias, out, remainder, residual, stop, dout, dremainder, cu_seqlens, scale, attend_current,
-            stop_rows=64 if backend == "triton-hopper" else None,
-        )  # fmt: skip
+            q, k, v, bias, out, remainder, residual, stop, dout, dremainder, cu_seqlens, scale, attend_current
+        )
     if residual.numel():
         out = out.float() + residual.float()
     tensors = (q, k, v, out, remainder, dout, dremainder)
