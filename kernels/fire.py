@@ -14,9 +14,9 @@ to its denominator, as in the listing in the paper's appendix. Positions i count
 
 Departure: the MLP has no bias after its last layer. It would be the same for all logits of a row: softmax ignores it.
 
-Output and the gradients of q, k and v come from the kernel that all biases run through. All logits share the few
-weights, and adding their gradients up one by one would be slow and in random order. So the backward pass makes the
-gradient of the logits again, some rows at a time, in plain torch, sums it over the batch and differentiates the bias.
+On a GPU this is a Triton kernel of its own, `fire_triton.py`. Elsewhere output and the gradients of q, k and v come
+from the path that all biases run through, and a second backward pass makes the gradient of the logits again, some rows
+at a time, sums it over the batch and differentiates the bias.
 """
 
 import math
@@ -30,12 +30,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sbeval.cache import Layer, through
-from sbeval.errors import InputError
+from sbeval.errors import InputError, choose
 from sbeval.kernels import check, softmax
 
 # c, m, w1, b1, w2
 Weights = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
+BACKENDS = ("torch", "triton")
 HIDDEN = 32
 EPSILON = 1e-6
 # elements of the largest tensor that the backward pass makes for the weights
@@ -77,43 +78,113 @@ def attention(
     backend: str | None = None,
     threshold: float = 512.0,
 ) -> Tensor:
-    """Compute the equation in linear memory; returns (B, T, H, D). See `softmax.attention` for arguments and errors."""
+    """Compute the equation in linear memory; returns (B, T, H, D). See `softmax.attention` for arguments and errors.
+
+    backend: `triton` (GPU), `torch` (anywhere) or None, the faster; what `starts` bounds runs as any method's.
+    """
     check.inputs(q, k, v, cu_seqlens)
     if weights[4].shape[0] != q.shape[2]:
         raise InputError(f"weights are of {weights[4].shape[0]} heads; q has {q.shape[2]}")
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    s, count = k.shape[1], weights[2].numel()
+    if starts is None and pick_backend(q, backend) == "triton":
+        return _fused(q, k, v, weights, scale, threshold, cu_seqlens)
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     c, m, w1, b1, w2 = (x.detach().to(exact) for x in weights)
-    first = softmax.starts(s, cu_seqlens, q.device)
-    place = torch.arange(s, device=q.device)
-    bottom = _psi(torch.maximum((place - first).to(exact), (m * threshold).abs()), c) + EPSILON
-    # by head, so that a logit's weights are found by its head alone
-    w1_flat, b1_flat, w2_flat = w1.repeat(len(w2)), b1.repeat(len(w2)), w2.flatten()
-
-    def top(i: Tensor, j: Tensor) -> Tensor:
-        # computed, since a table would be read for every pair, and a GPU's tiles of that do not fit shared memory
-        return _psi((i - j).clamp(min=0).to(exact), c)
+    bottom = _bottoms(k.shape[1], c, m, threshold, cu_seqlens)
 
     def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        if starts is not None:
-            # (B, T, S) of a cache, whose rows count positions from their own starts
-            at = (i - starts[b])[:, 0]
-            return _mlp(top(i, j) / bottom[at], w1, b1, w2)
-        u = top(i, j) / bottom[i]
-        if h.ndim:
-            # many logits at a time, on the CPU
-            return _mlp(u, w1, b1, w2)
-        total = torch.zeros_like(u)
-        for unit in range(count):
-            at = h * count + unit
-            total = total + w2_flat[at] * (w1_flat[at] * u + b1_flat[at]).relu()
-        return total
+        # rows of a cache count positions from their own starts, and each has its own bias, (B, T, S)
+        at = i if starts is None else (i - starts[b])[:, 0]
+        return _mlp(_psi((i - j).clamp(min=0).to(exact), c) / bottom[at], w1, b1, w2)
 
-    out = softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, starts=starts, backend=backend, bias=bias)
+    out = softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, starts=starts, backend="torch", bias=bias)
     if torch.is_grad_enabled() and any(x.requires_grad for x in weights):
         out = _learned(out, q.detach(), k.detach(), v.detach(), scale, threshold, cu_seqlens, weights)
     return out
+
+
+def pick_backend(q: Tensor, backend: str | None) -> str:
+    """What will run for queries like `q`: by default `triton` on a GPU in 16 or 32 bits, `torch` otherwise."""
+    supported = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    if backend is None:
+        return "triton" if supported else "torch"
+    if choose("backend of fire", backend, BACKENDS) == "triton" and not supported:
+        raise InputError(f"backend 'triton' needs float16, bfloat16 or float32 on a GPU; q is {q.dtype} on {q.device}")
+    return backend
+
+
+def _bottoms(length: int, c: Tensor, m: Tensor, threshold: float, cu_seqlens: Tensor | None) -> Tensor:
+    """Return psi(max(i, L)) of each position, counted in its sequence: (length,)."""
+    place = torch.arange(length, device=c.device) - softmax.starts(length, cu_seqlens, c.device)
+    return _psi(torch.maximum(place.to(c.dtype), (m * threshold).abs()), c) + EPSILON
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, weights: Weights, scale: float, threshold: float, cu_seqlens: Tensor | None
+) -> Tensor:
+    """Attend by the Triton kernel, which has gradients of the bottoms, through which those of c and m come."""
+    c, m, w1, b1, w2 = (x.float() for x in weights)
+    bottom = _bottoms(k.shape[1], c, m, threshold, cu_seqlens)[k.shape[1] - q.shape[1] :]
+    out, *_ = _operator(q, k, v, c.abs(), bottom, w1, b1, w2, cu_seqlens, scale)
+    return cast(Tensor, out)
+
+
+@torch.library.custom_op("sbeval::fire", mutates_args=())
+def _operator(
+    q: Tensor, k: Tensor, v: Tensor, c: Tensor, bottom: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
+    cu_seqlens: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output, and for the gradient what each softmax divides by and how the bias is laid out."""
+    from sbeval.kernels import fire_triton
+
+    return fire_triton.forward(q, k, v, c, bottom, w1, b1, w2, cu_seqlens, scale)
+
+
+@_operator.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, c: Tensor, bottom: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
+    cu_seqlens: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from sbeval.kernels import fire_triton
+
+    lse = bottom.new_empty((q.shape[0], q.shape[2], q.shape[1]))
+    table = bottom.new_empty(fire_triton.table_shape(w2))
+    order = torch.empty(w1.shape, dtype=torch.int64, device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse, table, order
+
+
+@torch.library.custom_op("sbeval::fire_backward", mutates_args=())
+def _backward_operator(
+    q: Tensor, k: Tensor, v: Tensor, c: Tensor, bottom: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, out: Tensor,
+    lse: Tensor, table: Tensor, order: Tensor, dout: Tensor, cu_seqlens: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, c, bottom, w1, b1 and w2."""
+    from sbeval.kernels import fire_triton
+
+    return fire_triton.backward(q, k, v, c, bottom, w1, b1, w2, out, lse, table, order, dout, cu_seqlens, scale)
+
+
+@_backward_operator.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, c: Tensor, bottom: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, out: Tensor,
+    lse: Tensor, table: Tensor, order: Tensor, dout: Tensor, cu_seqlens: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    rest = [torch.empty_like(x) for x in (c, bottom, w1, b1, w2)]
+    return dq, dk, dv, rest[0], rest[1], rest[2], rest[3], rest[4]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, cu_seqlens, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output, cu_seqlens)
+
+
+def _differentiate(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, cu_seqlens = ctx.saved_tensors
+    return *_backward_operator(*tensors, dout, cu_seqlens, ctx.scale), None, None
+
+
+_operator.register_autograd(_differentiate, setup_context=_save)
 
 
 def _psi(x: Tensor, c: Tensor) -> Tensor:
@@ -219,7 +290,7 @@ def _logits_gradient(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, scale: float
 
 def backend_name(device_type: str) -> str:
     """Name what runs on a device of this type, `cpu` or `cuda`."""
-    return softmax.backend_name(device_type, biased=True)
+    return "triton" if device_type == "cuda" else "torch"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,15 +18,16 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
+from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import style
+from sbeval.selection import ATTENTION_MAP
 from sbeval.table import numbers
 
 TABLE = "attention_map"
-SETTING = ("task", "vocab_size", "seq_len", "kv_pairs")
 COLUMNS = (
-    "attention", "options", "model", "seed", "cell", "metric", "value", *SETTING, "layers", "heads", "layer", "head",
-    "target", "split", "query", "key",
+    "attention", "options", "model", "seed", "cell", "metric", "value", *ATTENTION_MAP, "layers", "heads", "layer",
+    "head", "target", "split", "query", "key",
 )  # fmt: skip
 # how the two kinds of assignment are marked: matplotlib's and plotly's name of the shape, and the colour
 MARKS = {"latest": ("o", "circle-open", style.COLOURS[2]), "stale": ("s", "square-open", style.COLOURS[1])}
@@ -73,9 +74,9 @@ def models(table: pd.DataFrame) -> list[Model]:
         raise InputError("there are no rows with metric 'weight' to draw")
     looks = style.looks(table)
     found = []
-    for _, setting in table.groupby(list(SETTING)):
+    for _, setting in table.groupby(ATTENTION_MAP):
         for method, look in looks.items():
-            for name, rows in style.method(setting, method).groupby("model"):
+            for name, rows in statistics.method(setting, method).groupby("model"):
                 rows = rows[rows["seed"] == rows["seed"].min()]
                 for _, cell in rows.groupby("cell"):
                     found.append(_model(cell, look.label, str(name)))

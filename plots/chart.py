@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import pandas as pd
 import seaborn as sns
 
+from sbeval import statistics
 from sbeval.plots import style
+from sbeval.statistics import Method
 
 # plotly's name of each of matplotlib's markers, and a letter that looks like it
 SYMBOLS = {
@@ -234,13 +236,11 @@ class Heat:
         return {"data": [heat], "layout": axes}
 
 
-def lines(
-    rows: pd.DataFrame, looks: Mapping[style.Method, style.Look], by: str = "x", share: bool = False
-) -> list[Line]:
+def lines(rows: pd.DataFrame, looks: Mapping[Method, style.Look], by: str = "x", share: bool = False) -> list[Line]:
     """The line of each method that has rows, by column `by`; bands of a `share` stay within 0 and 1."""
     found = []
     for method, look in looks.items():
-        points = style.spread(style.method(rows, method), [by]).rename(columns={by: "x"})
+        points = statistics.spread(statistics.method(rows, method), [by]).rename(columns={by: "x"})
         if share:
             points = points.assign(low=points["low"].clip(lower=0), high=points["high"].clip(upper=1))
         if len(points):
@@ -248,7 +248,7 @@ def lines(
     return found
 
 
-def bare(values: Mapping[style.Method, "pd.Series[float]"], looks: Mapping[style.Method, style.Look]) -> list[Line]:
+def bare(values: Mapping[Method, "pd.Series[float]"], looks: Mapping[Method, style.Look]) -> list[Line]:
     """The line of each method that has values, by their index, without intervals."""
     return [
         Line(looks[method], pd.DataFrame({"x": list(of.index), "mean": of, "low": of, "high": of, "seeds": 1}))

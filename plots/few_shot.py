@@ -6,11 +6,12 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from sbeval import scores
+from sbeval import scores, statistics
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
+from sbeval.statistics import Method
 
 TABLE = "few_shot"
 COLUMNS = (*scores.COLUMNS, "corpus")
@@ -36,7 +37,8 @@ def draw(table: pd.DataFrame) -> Figure:
         style.title(axis, title)
         spreads += _panel(axis, rows, looks)
     guess = Line2D([], [], label="guessing", color=style.MARK, marker="|", markersize=10, linestyle="")
-    style.finish(figure, [*(_handle(look) for look in looks.values()), guess], style.explain(spreads, "bars", "items"))
+    note = style.with_caution(statistics.explain(spreads, "bars", "items"), chosen, looks)
+    style.finish(figure, [*(_handle(look) for look in looks.values()), guess], note)
     return figure
 
 
@@ -59,7 +61,8 @@ def chart(table: pd.DataFrame) -> Chart:
         "Score in percent of each benchmark (examples in the prompt in brackets) beside that of guessing; a score "
         "whose interval holds that of guessing tells nothing. Higher is better."
     )
-    return Chart("Few-shot benchmarks", sentence, groups, style.explain(spreads, "bars", "items"))
+    note = style.with_caution(statistics.explain(spreads, "bars", "items"), chosen, looks)
+    return Chart("Few-shot benchmarks", sentence, groups, note)
 
 
 def _percent(table: pd.DataFrame) -> pd.DataFrame:
@@ -81,15 +84,15 @@ def _panels(chosen: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return style.panels(chosen, ("model", "train_len", "corpus"), ("train_tokens", "eval_len"))
 
 
-def _panel(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]) -> list[pd.DataFrame]:
+def _panel(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> list[pd.DataFrame]:
     benchmarks = list(dict.fromkeys(rows.sort_values(["task", "shots"])["benchmark"]))
     heights = {name: index for index, name in enumerate(benchmarks)}
     spreads = []
     for place, (method, look) in enumerate(looks.items()):
-        mine = style.method(rows, method)
+        mine = statistics.method(rows, method)
         if mine.empty:
             continue
-        spread = style.spread(mine, ["benchmark"])
+        spread = statistics.spread(mine, ["benchmark"])
         y = [heights[name] + 0.6 * ((place + 0.5) / len(looks) - 0.5) for name in spread["benchmark"]]
         bars = [spread["mean"] - spread["low"], spread["high"] - spread["mean"]]
         axis.errorbar(

@@ -9,19 +9,20 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from sbeval.errors import InputError
+from sbeval import statistics
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Line, Lines
-from sbeval.published import FLIP_FLOP, FLIP_FLOP_SOURCE
+from sbeval.published import FLIP_FLOP as PUBLISHED_RATES
+from sbeval.published import FLIP_FLOP_SOURCE
+from sbeval.selection import FLIP_FLOP, flip_flop_errors
+from sbeval.statistics import Method
 from sbeval.table import numbers
 
 TABLE = "flip_flop"
-ALWAYS = ("model", "seq_len")
-OTHERS = ("task", "heads", "p_train", "preset", "dtype")
 COLUMNS = (
     "attention", "options", "seed", "metric", "value", "stderr", "lr", "test", "p_ignore", "reads", "distance_start",
-    "distance_end", *ALWAYS, *OTHERS,
+    "distance_end", *FLIP_FLOP.columns,
 )  # fmt: skip
 TESTS = {"in_distribution": "in distribution", "sparse": "sparse", "dense": "dense"}
 # from here down the axis is linear to 0, so that an error rate of 0 has a place
@@ -31,50 +32,34 @@ PUBLISHED: dict[str, Any] = {"marker": "*", "markersize": 9, "linestyle": "none"
 PUBLISHED_LABEL = f"published at 512 tokens ({FLIP_FLOP_SOURCE})"
 
 
-def best_rates(table: pd.DataFrame) -> pd.DataFrame:
-    """The error rates over all reads of each test, at each method's learning rate with the lowest validation error.
-
-    The lowest is that of the mean over seeds, of equals the smallest rate.
-    """
-    rows = table[(table["metric"] == "error_rate") & table["distance_start"].isna()]
-    if not rows["test"].isin(list(TESTS)).any():
-        raise InputError("there are no rows with metric 'error_rate' of a test")
-    kept = []
-    for _, group in rows.groupby(["attention", "options", *ALWAYS, *OTHERS], dropna=False):
-        validation = group[group["test"] == "validation"].groupby("lr")["value"].mean()
-        kept.append(group[group["lr"] == validation.idxmin()])
-    best = pd.concat(kept)
-    return best[best["test"].isin(list(TESTS))]
-
-
 def draw(table: pd.DataFrame) -> Figure:
     """Draw a row for each setting. Left: error rate by test set. Right: in the sparse test by distance to the write."""
-    best = best_rates(numbers(table, ["lr", "seq_len"]))
+    best = flip_flop_errors(numbers(table, ["lr", "seq_len"]))
     looks = style.looks(best)
     finest = _finest(table, best)
-    panels = style.panels(best, ALWAYS, OTHERS)
+    panels = style.panels(best, FLIP_FLOP.always, FLIP_FLOP.others)
     figure, axes = style.pairs(len(panels), share_y=True)
     spreads = []
     for (title, rows), (left, right) in zip(panels, axes, strict=True):
         style.title(left, title)
         spreads += _tests(left, rows, looks)
         spreads += _distances(right, _of_setting(finest, rows), looks)
-        _log(left, max(rows["value"].max(), max(max(rates.values()) for rates in FLIP_FLOP.values())))
+        _log(left, max(rows["value"].max(), max(max(rates.values()) for rates in PUBLISHED_RATES.values())))
     star = Line2D([], [], label=PUBLISHED_LABEL, color="0.7", **PUBLISHED)
     style.finish(
-        figure, [*(look.handle() for look in looks.values()), star], style.explain(spreads, "bars", "sequences")
+        figure, [*(look.handle() for look in looks.values()), star], statistics.explain(spreads, "bars", "sequences")
     )
     return figure
 
 
 def chart(table: pd.DataFrame) -> Chart:
     """The same, to hover over."""
-    best = best_rates(numbers(table, ["lr", "seq_len"]))
+    best = flip_flop_errors(numbers(table, ["lr", "seq_len"]))
     looks = style.looks(best)
     finest = _finest(table, best)
     groups: list[Group] = []
     spreads: list[pd.DataFrame] = []
-    for title, rows in style.panels(best, ALWAYS, OTHERS):
+    for title, rows in style.panels(best, FLIP_FLOP.always, FLIP_FLOP.others):
         lines = charts.lines(rows.assign(test=rows["test"].map(TESTS)), looks, by="test", share=True)
         both, names = lines + _published(looks), list(TESTS.values())
         panels = [Lines(title="by test set", x="test set", y=Y, lines=both, names=names, decades=True, floor=LINEAR)]
@@ -88,11 +73,11 @@ def chart(table: pd.DataFrame) -> Chart:
         "Share of reads that do not return the bit last written, by test set, beside published rates (stars), and in "
         f"the sparse test by distance to the write. Lower is better; rates below {LINEAR:g} are drawn there."
     )
-    note = style.explain(spreads, "bars and bands", "sequences")
+    note = statistics.explain(spreads, "bars and bands", "sequences")
     return Chart("Flip-flop language", sentence, groups, f"{note} Stars: {PUBLISHED_LABEL}.")
 
 
-def _published(looks: dict[style.Method, style.Look]) -> list[Line]:
+def _published(looks: dict[Method, style.Look]) -> list[Line]:
     """Published rates, in the colour of the method where that is here."""
     colours = {name: look.colour for (name, options), look in looks.items() if not options}
     return [
@@ -100,7 +85,7 @@ def _published(looks: dict[style.Method, style.Look]) -> list[Line]:
             style.Look(f"{_name(name)}, published", colours.get(name, charts.GREY), "*", ()),
             pd.DataFrame([{"x": TESTS[t], "mean": v, "low": v, "high": v, "seeds": 1} for t, v in rates.items()]),
         )
-        for name, rates in FLIP_FLOP.items()
+        for name, rates in PUBLISHED_RATES.items()
     ]
 
 
@@ -112,11 +97,11 @@ def _name(name: str) -> str:
 def _finest(table: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
     """Rows of the sparse test by distance, at the learning rates of `best`."""
     finest = table[(table["metric"] == "error_rate") & (table["test"] == "sparse") & table["distance_start"].notna()]
-    return finest.merge(best[["attention", "options", "lr", *ALWAYS, *OTHERS]].drop_duplicates())
+    return finest.merge(best[["attention", "options", "lr", *FLIP_FLOP.columns]].drop_duplicates())
 
 
 def _of_setting(finest: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    keys = [*ALWAYS, *OTHERS]
+    keys = FLIP_FLOP.columns
     return finest.merge(rows[keys].drop_duplicates(), on=keys)
 
 
@@ -125,23 +110,24 @@ def _far(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(x=np.sqrt(rows["distance_start"] * (rows["distance_end"] - 1)))
 
 
-def _tests(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]) -> list[pd.DataFrame]:
+def _tests(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> list[pd.DataFrame]:
     style.label(axis, "test set", Y)
-    others = [name for name in FLIP_FLOP if all(name != method for method, _ in looks)]
+    others = [name for name in PUBLISHED_RATES if all(name != method for method, _ in looks)]
     width = 0.8 / (len(looks) + len(others))
     spreads = []
     for place, (method, look) in enumerate(looks.items()):
-        spread = style.spread(style.method(rows, method), ["test"]).set_index("test").reindex(list(TESTS)).dropna()
+        spread = statistics.spread(statistics.method(rows, method), ["test"])
+        spread = spread.set_index("test").reindex(list(TESTS)).dropna()
         x = np.array([list(TESTS).index(str(test)) for test in spread.index]) - 0.4 + (place + 0.5) * width
         style.bars(axis, x, spread, look, width=1.2)
         axis.plot(x, spread["mean"], label=look.label, **look.line() | {"linestyle": "none"})
-        if method[0] in FLIP_FLOP and not method[1]:
-            published = [FLIP_FLOP[method[0]][str(test)] for test in spread.index]
+        if method[0] in PUBLISHED_RATES and not method[1]:
+            published = [PUBLISHED_RATES[method[0]][str(test)] for test in spread.index]
             axis.plot(x, published, color=look.colour, label=f"{look.label}, published", zorder=1, **PUBLISHED)
         spreads.append(spread.reset_index())
     for place, name in enumerate(others, start=len(looks)):
         at = np.arange(len(TESTS)) - 0.4 + (place + 0.5) * width
-        published = [FLIP_FLOP[name][test] for test in TESTS]
+        published = [PUBLISHED_RATES[name][test] for test in TESTS]
         axis.plot(at, published, color="0.7", label=f"{_name(name)}, published", **PUBLISHED)
         axis.annotate(
             _name(name), (at[0], published[0]), (0, -13 if published[0] else 7),
@@ -161,7 +147,7 @@ def _chance(rows: pd.DataFrame, test: str) -> str:
     return ", ".join(f"{p:g}" for p in sorted(rows.loc[rows["test"] == test, "p_ignore"].unique()))
 
 
-def _distances(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]) -> list[pd.DataFrame]:
+def _distances(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> list[pd.DataFrame]:
     if rows.empty:
         axis.set_axis_off()
         return []

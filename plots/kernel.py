@@ -7,10 +7,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
+from sbeval.selection import dense_kernels
 
 TABLE = "kernel"
 COLUMNS = (
@@ -19,13 +21,6 @@ COLUMNS = (
 )  # fmt: skip
 NAMES = {"forward": "forward", "forward_backward": "forward + backward"}
 STEPS = {"forward": "forward (TFLOP/s)", "forward_backward": "forward + backward (TFLOP/s)"}
-
-
-def dense(table: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """The rows of one metric for whole sequences, all keys visited; `options` is whose kernel it was, if not ours."""
-    plain = (table["kv_heads"] == table["heads"]) & (table["queries"] == table["keys"]) & (table["sequences"] == 1)
-    rows = table[plain & (table["epsilon"].fillna(0) == 0) & (table["metric"] == metric)]
-    return rows.assign(options=rows["backend"].where(rows["backend"] != "triton", ""))
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -41,7 +36,7 @@ def draw(table: pd.DataFrame) -> Figure:
             of_step = rows[(rows["head_dim"] == size) & (rows["step"] == step)]
             axis.set_xscale("log", base=2)
             for method, look in looks.items():
-                line = best(style.method(of_step, method), "queries")
+                line = best(statistics.method(of_step, method), "queries")
                 axis.plot(line.index, line, label=look.label, **look.line())
             axis.set_ylim(0, 1.1 * max(of_step["value"].max(), 1))
             style.ticks(axis, sorted(of_step["queries"].unique()))
@@ -59,7 +54,7 @@ def chart(table: pd.DataFrame) -> Chart:
         panels = []
         for step, text in STEPS.items():
             of_step = rows[(rows["head_dim"] == size) & (rows["step"] == step)]
-            found = {method: best(style.method(of_step, method), "queries") for method in looks}
+            found = {method: best(statistics.method(of_step, method), "queries") for method in looks}
             if lines := charts.bare(found, looks):
                 panels.append(Lines(title=NAMES[step], x="tokens of a sequence", y=text, lines=lines, from_zero=True))
         groups.append(Group(f"Heads of size {size:g}", panels))
@@ -77,7 +72,7 @@ def best(rows: pd.DataFrame, by: str) -> "pd.Series[float]":
 
 
 def _throughput(table: pd.DataFrame) -> pd.DataFrame:
-    rows = dense(table, "throughput")
+    rows = dense_kernels(table, "throughput")
     if rows.empty:
         raise InputError("no rows with the metric throughput of whole sequences")
     return rows

@@ -7,10 +7,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import kernel, style
 from sbeval.plots.chart import Chart, Group, Lines
+from sbeval.selection import dense_kernels
 
 TABLE = kernel.TABLE
 COLUMNS = kernel.COLUMNS
@@ -24,7 +26,7 @@ def draw(table: pd.DataFrame) -> Figure:
     for axis, (step, text) in zip(axes, kernel.STEPS.items(), strict=True):
         style.label(axis, text, "relative error of the output")
         for method, look in looks.items():
-            of_method = style.method(rows[rows["step"] == step], method)
+            of_method = statistics.method(rows[rows["step"] == step], method)
             for size, point in of_method.groupby("head_dim"):
                 axis.plot(point["throughput"], point["error"], **look.line() | {"linestyle": "none"})
                 for x, y in zip(point["throughput"], point["error"], strict=True):
@@ -46,7 +48,7 @@ def chart(table: pd.DataFrame) -> Chart:
         panels = []
         for step, text in kernel.STEPS.items():
             of_step = of_size[of_size["step"] == step]
-            found = {method: style.method(of_step, method).set_index("throughput")["error"] for method in looks}
+            found = {method: statistics.method(of_step, method).set_index("throughput")["error"] for method in looks}
             points = charts.bare(found, looks)
             panel = Lines(
                 title=kernel.NAMES[step], x=text, y="relative error", lines=points, octaves=False, joined=False,
@@ -63,8 +65,8 @@ def chart(table: pd.DataFrame) -> Chart:
 
 def _points(table: pd.DataFrame) -> pd.DataFrame:
     keys = ["attention", "options", "step", "head_dim", "queries"]
-    speed = kernel.dense(table, "throughput")[[*keys, "value"]].rename(columns={"value": "throughput"})
-    error = kernel.dense(table, "relative_error")[[*keys, "value"]].rename(columns={"value": "error"})
+    speed = dense_kernels(table, "throughput")[[*keys, "value"]].rename(columns={"value": "throughput"})
+    error = dense_kernels(table, "relative_error")[[*keys, "value"]].rename(columns={"value": "error"})
     rows = speed.merge(error, on=keys)
     if rows.empty:
         raise InputError("no rows with the metrics throughput and relative_error of whole sequences")

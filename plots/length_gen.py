@@ -14,16 +14,15 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sbeval.errors import InputError
+from sbeval import statistics
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.table import numbers
+from sbeval.selection import LENGTH_GEN, by_context
+from sbeval.statistics import Method
 
 TABLE = "length_gen"
-ALWAYS = ("model", "train_len", "corpus")
-OTHERS = ("task", "eval_len", "tokenizer", "preset", "train_tokens", "dtype")
-COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *ALWAYS, *OTHERS, "context_length")
+COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *LENGTH_GEN.columns, "context_length")
 # perplexities further apart than this are drawn on a logarithmic axis, and no panel shows more than this many times
 # what the best method has in the end: one that is lost would flatten all others
 WIDE, SHOWN = 4, 8
@@ -40,11 +39,11 @@ class Column:
     """Methods that share a column of panels; `beside` are shown for comparison."""
 
     title: str
-    own: dict[style.Method, style.Look]
-    beside: dict[style.Method, style.Look]
+    own: dict[Method, style.Look]
+    beside: dict[Method, style.Look]
 
     @property
-    def looks(self) -> dict[style.Method, style.Look]:
+    def looks(self) -> dict[Method, style.Look]:
         """All of them, in the order of the legend."""
         return self.beside | self.own
 
@@ -75,27 +74,17 @@ SCALE = Scale(
 
 def draw(table: pd.DataFrame) -> Figure:
     """Draw P(l), the perplexity over the first l tokens of a document, by l."""
-    return panels(shown(table), SCALE)
+    return panels(by_context(table), SCALE)
 
 
 def chart(table: pd.DataFrame) -> Chart:
     """The same, to hover over."""
-    groups = panel_groups(shown(table), SCALE)
+    groups = panel_groups(by_context(table), SCALE)
     sentence = (
         "Perplexity per token over the first l tokens of unseen documents, by l: does a method still predict past the "
         "length it was trained at? Lower is better."
     )
-    return Chart("Perplexity by context length", sentence, groups, explained(groups))
-
-
-def shown(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows that are drawn: `x` is the context length."""
-    # perplexity over windows of whole documents has no context length
-    table = table[(table["metric"] == "perplexity") & table["context_length"].notna()]
-    if table.empty:
-        raise InputError("there are no rows with metric 'perplexity' and a context length to draw")
-    table = numbers(table, ["context_length"])
-    return table.assign(x=table["context_length"], end=table["context_length"])
+    return Chart("Perplexity by context length", sentence, groups, explained(groups, table))
 
 
 def panels(table: pd.DataFrame, scale: Scale) -> Figure:
@@ -104,7 +93,7 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
     A line that leaves its panel is named below.
     """
     columns = groups(table)
-    rows = style.panels(table, ALWAYS, OTHERS)
+    rows = style.panels(table, LENGTH_GEN.always, LENGTH_GEN.others)
     figure, axes = style.grid(len(rows), len(columns))
     spreads: list[pd.DataFrame] = []
     beyond: dict[str, None] = {}
@@ -124,7 +113,8 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
     for axis, column in zip(axes[0], columns, strict=True):
         style.column(axis, column.title, [look.handle() for look in column.looks.values()], axes[0][0])
     cut = f" {', '.join(beyond)} {'leaves' if len(beyond) == 1 else 'leave'} the panels." if beyond else ""
-    style.note_below(figure, style.explain(spreads, "bands", "documents") + cut)
+    said = statistics.explain(spreads, "bands", "documents") + cut
+    style.note_below(figure, style.with_caution(said, table, _names(columns)))
     return figure
 
 
@@ -132,7 +122,7 @@ def panel_groups(table: pd.DataFrame, scale: Scale) -> list[Group]:
     """What `panels` draws, to hover over: a group for each panel, which has a legend of its own."""
     columns = groups(table)
     found = []
-    for title, rows in style.panels(table, ALWAYS, OTHERS):
+    for title, rows in style.panels(table, LENGTH_GEN.always, LENGTH_GEN.others):
         for column in columns:
             lines = charts.lines(rows, column.looks)
             if not {line.look.label for line in lines} & {look.label for look in column.own.values()}:
@@ -146,9 +136,15 @@ def panel_groups(table: pd.DataFrame, scale: Scale) -> list[Group]:
     return found
 
 
-def explained(groups: list[Group]) -> str:
-    """What the bands of these panels are."""
-    return style.explain(charts.spreads(groups), "bands", "documents")
+def explained(found: list[Group], table: pd.DataFrame) -> str:
+    """What the bands of these panels are, and what to know of the models."""
+    said = statistics.explain(charts.spreads(found), "bands", "documents")
+    return style.with_caution(said, table, _names(groups(table)))
+
+
+def _names(columns: list[Column]) -> dict[Method, style.Look]:
+    """The look of each method, its own before that beside others."""
+    return {method: look for column in columns for method, look in column.looks.items()}
 
 
 def groups(table: pd.DataFrame) -> list[Column]:
@@ -188,7 +184,7 @@ def _rest(settings: dict[str, str]) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def _shades(ranks: dict[style.Method, tuple[str, float, str]]) -> dict[style.Method, style.Look]:
+def _shades(ranks: dict[Method, tuple[str, float, str]]) -> dict[Method, style.Look]:
     """Looks of methods that have an order: from dark to light, each with its own marker and dashes."""
     colours = sns.color_palette("viridis", len(ranks)).as_hex()
     return {
@@ -201,16 +197,16 @@ def _shades(ranks: dict[style.Method, tuple[str, float, str]]) -> dict[style.Met
     }  # fmt: skip
 
 
-def _lines(axis: Axes, rows: pd.DataFrame, column: Column) -> dict[style.Method, pd.DataFrame]:
+def _lines(axis: Axes, rows: pd.DataFrame, column: Column) -> dict[Method, pd.DataFrame]:
     """Draw a line and a band for each method; a panel without rows of its own stays out. Returns their spreads."""
-    lines = {method: found for method in column.looks if len(found := style.method(rows, method))}
+    lines = {method: found for method in column.looks if len(found := statistics.method(rows, method))}
     if not lines.keys() & column.own.keys():
         axis.set_axis_off()
         return {}
     train_len = int(rows["train_len"].iloc[0])
     spreads = {}
     for place, (method, found) in enumerate(lines.items()):
-        spread, look = style.spread(found, ["x"]), column.looks[method]
+        spread, look = statistics.spread(found, ["x"]), column.looks[method]
         # of many points every few have a marker, not where another method has its own
         every = math.ceil(len(spread) / MARKED) or 1
         marked = (place * every // len(lines), every)

@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from sbeval.errors import InputError
 from sbeval.plots import length_gen
 from sbeval.plots.chart import Chart
-from sbeval.plots.length_gen import ALWAYS, OTHERS, TABLE
+from sbeval.plots.length_gen import TABLE
+from sbeval.selection import LENGTH_GEN
 from sbeval.table import numbers
 
 FACTORS = ("position_start", "position_end")
-COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *ALWAYS, *OTHERS, *FACTORS)
+COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *LENGTH_GEN.columns, *FACTORS)
 __all__ = ["COLUMNS", "TABLE", "chart", "draw", "smoothed"]
 # under every method the first tokens of a document are hard to predict: shown, they would set the scale
 FIRST_SHOWN = 1 / 16
@@ -39,7 +40,7 @@ def chart(table: pd.DataFrame) -> Chart:
         "Mean loss, in nats per token, of the token at a position given all before it, smoothed over neighbouring "
         "bins: a line that rises past the training length shows a context that confuses. Lower is better."
     )
-    return Chart("Loss by position", sentence, groups, length_gen.explained(groups))
+    return Chart("Loss by position", sentence, groups, length_gen.explained(groups, _shown(table)))
 
 
 def _shown(table: pd.DataFrame) -> pd.DataFrame:
@@ -56,7 +57,7 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
 
 def smoothed(table: pd.DataFrame) -> pd.DataFrame:
     """Average `value` over each bin and its neighbours; `stderr`, of sums that go together, is averaged so too."""
-    lines = ["attention", "options", "seed", *ALWAYS, *OTHERS]
+    lines = ["attention", "options", "seed", *LENGTH_GEN.columns]
     rows = table.sort_values([*lines, "position_start"])
     past = rows["position_start"] > rows["train_len"]
     keys = [rows[name] for name in lines] + [past]

@@ -3,10 +3,12 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
+from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
+from sbeval.statistics import Method
 
 TABLE = "model"
 SETTING = ("batch", "queries", "dtype", "device")
@@ -67,6 +69,6 @@ def _settings(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     ]
 
 
-def _line(rows: pd.DataFrame, step: str, method: style.Method) -> "pd.Series[float]":
+def _line(rows: pd.DataFrame, step: str, method: Method) -> "pd.Series[float]":
     """Tokens per second by model, the smallest first."""
-    return style.method(rows[rows["step"] == step], method).groupby("model", sort=False)["value"].max()
+    return statistics.method(rows[rows["step"] == step], method).groupby("model", sort=False)["value"].max()

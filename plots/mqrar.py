@@ -10,24 +10,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.table import numbers
+from sbeval.selection import MQRAR, recall_accuracy, recall_setting
+from sbeval.statistics import Method
 
 TABLE = "mqrar"
-ALWAYS = ("model", "vocab_size", "seq_len")
-OTHERS = ("task", "width", "layers", "heads", "train_len", "eval_len", "preset", "dtype")
-# what came later: in tables that have it, it tells settings apart
-LATER = (
-    "optimizer", "slot_power", "filler", "distinct", "key_pool", "score_prefix", "positions", "dropout", "stored_rows",
-    "batch", "max_steps", "schedule", "weight_decay", "init_std", "stop_accuracy", "patience",
-)  # fmt: skip
 # what a reader asks first of two settings
 NAMED = ("optimizer", "positions", "max_steps", "patience")
 AXES = {"kv_pairs": "key-value pairs", "n_back": "n, where the n-th last value is asked for"}
-COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", "kv_pairs", "lr", "split", *ALWAYS, *OTHERS)
+COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", "kv_pairs", "lr", "split", *MQRAR.columns)
 CHANCE: dict[str, Any] = {"color": style.MARK, "linewidth": 1.0, "linestyle": ":"}
 # how training ended
 ENDS = {"solved": "solved", "plateau": "without progress", "budget": "out of steps"}
@@ -51,7 +46,7 @@ def draw(table: pd.DataFrame) -> Figure:
         style.title(left, title)
         spreads += _overall(left, rows[rows["split"] == "all"], looks, x)
         spreads += _pairs(right, rows[rows["split"].isin(list(KINDS))], looks, x)
-    note = style.explain(spreads, "bars", "sequences") + _ended(table, drawn)
+    note = statistics.explain(spreads, "bars", "sequences") + _ended(table, drawn)
     style.finish(figure, [look.handle() for look in looks.values()], note)
     return figure
 
@@ -73,7 +68,7 @@ def chart(table: pd.DataFrame) -> Chart:
         "Share of queries for which the latest value of the key is returned (1 is all), by the number of key-value "
         "pairs in the sequence. What older values of a key cost is the difference between fresh and stale."
     )
-    note = style.explain(charts.spreads(groups), "bars and bands", "sequences") + _ended(table, drawn)
+    note = statistics.explain(charts.spreads(groups), "bars and bands", "sequences") + _ended(table, drawn)
     return Chart("Associative recall by number of pairs", sentence, groups, note)
 
 
@@ -88,80 +83,33 @@ def _ended(table: pd.DataFrame, drawn: pd.DataFrame) -> str:
 
 
 def _best(table: pd.DataFrame) -> pd.DataFrame:
-    table = best_rates(table)
+    table = recall_accuracy(table)
     if not (table["split"] == "all").any():
         raise InputError("there are no rows with metric 'accuracy' and split 'all' to draw")
     return table
 
 
-def best_rates(table: pd.DataFrame) -> pd.DataFrame:
-    """Return, for each method and setting, the accuracy rows of the learning rate with the best validation accuracy.
-
-    The best is that of the highest mean over the seeds that every rate has; of equals the one that took the fewest
-    steps, where the table says that, then the smallest. Where one rate was tried it stays; several without validation
-    accuracy are an InputError: the test score must not choose.
-    """
-    wanted = table["metric"].isin(["accuracy", "validation_accuracy", "steps"])
-    table = numbers(table[wanted], ["kv_pairs", "vocab_size", "lr"])
-    table = table.assign(n_back=table["n_back"].fillna(1) if "n_back" in table else 1)
-    # what came before there was a choice
-    optimizer = table["optimizer"].fillna("").replace("", "adamw") if "optimizer" in table else "adamw"
-    table = table.assign(optimizer=optimizer)
-    by = ["attention", "options", "kv_pairs", "n_back", *ALWAYS, *others(table)]
-    kept = []
-    for key, rows in table.groupby(by, dropna=False):
-        if (rates := ranking(rows)) is not None:
-            rows = rows[rows["lr"] == rates[0]]
-        if rows["lr"].nunique() > 1:
-            found = ", ".join(f"{rate:g}" for rate in sorted(rows["lr"].unique()))
-            raise InputError(
-                f"{key[0]} with {key[2]:g} key-value pairs has the learning rates {found} and no validation_accuracy "
-                "to choose by; run the cells again or leave one rate"
-            )
-        kept.append(rows)
-    rows = pd.concat(kept) if kept else table
-    return rows[rows["metric"] == "accuracy"]
-
-
-def ranking(rows: pd.DataFrame) -> list[float] | None:
-    """Learning rates of one setting, the best first (see `best_rates`); None without validation accuracy."""
-    validation = rows[(rows["metric"] == "validation_accuracy") & (rows["split"] == "all")]
-    if validation.empty:
-        return None
-    scores = validation.pivot_table("value", "seed", "lr")
-    # further seeds are run at the best rate alone
-    shared = scores.dropna() if scores.notna().all(axis=1).any() else scores
-    steps = rows[rows["metric"] == "steps"].groupby("lr")["value"].mean()
-    return sorted(
-        (float(rate) for rate in shared.columns), key=lambda rate: (-shared[rate].mean(), steps.get(rate, 0.0), rate)
-    )
-
-
-def others(table: pd.DataFrame) -> list[str]:
-    """The columns of a table that tell its settings apart, beside those that always do."""
-    return [*OTHERS, *(name for name in LATER if name in table)]
-
-
 def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, str]]:
     """Title and rows of each setting, and the column that is varied in it; those with the most rows first."""
-    setting = [*ALWAYS, *others(table), "kv_pairs"]
+    always, others = MQRAR.always, recall_setting(table).others
+    setting = [*always, *others, "kv_pairs"]
     by_age = table.groupby(setting, dropna=False)["n_back"].transform("nunique") > 1
     found = []
     if len(rows := table[~by_age]):
-        panels = style.panels(rows, ALWAYS, [*others(table), "n_back"], within=["kv_pairs"], named=NAMED)
+        panels = style.panels(rows, always, [*others, "n_back"], within=["kv_pairs"], named=NAMED)
         found += [(title, part, "kv_pairs") for title, part in panels]
     if len(rows := table[by_age]):
-        panels = style.panels(rows, (*ALWAYS, "kv_pairs"), others(table), within=["n_back"], named=NAMED)
+        panels = style.panels(rows, (*always, "kv_pairs"), others, within=["n_back"], named=NAMED)
         found += [(title, part, "n_back") for title, part in panels]
     return sorted(found, key=lambda setting: -len(setting[1]))
 
 
-def _overall(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look], x: str) -> list[pd.DataFrame]:
+def _overall(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look], x: str) -> list[pd.DataFrame]:
     style.label(axis, AXES[x], "accuracy (all queries)")
     counts = sorted(rows[x].unique())
     spreads = []
     for place, (method, look) in enumerate(looks.items()):
-        spread = style.spread(style.method(rows, method), [x])
+        spread = statistics.spread(statistics.method(rows, method), [x])
         # with a single number of pairs the methods would lie on one another
         at = spread[x] * 2 ** (_dodge(place, len(looks)) if len(counts) == 1 else 0)
         style.bars(axis, at, spread, look)
@@ -177,7 +125,7 @@ def _overall(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Loo
     return spreads
 
 
-def _pairs(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look], x: str) -> list[pd.DataFrame]:
+def _pairs(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look], x: str) -> list[pd.DataFrame]:
     """Draw fresh and stale accuracy of a method side by side, joined: the slope is what older values cost."""
     if rows.empty:
         axis.set_axis_off()
@@ -187,8 +135,8 @@ def _pairs(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]
     half = 0.2 / len(looks)
     spreads = []
     for place, (method, look) in enumerate(looks.items()):
-        for count, both in style.method(rows, method).groupby(x):
-            spread = style.spread(both, ["split"])
+        for count, both in statistics.method(rows, method).groupby(x):
+            spread = statistics.spread(both, ["split"])
             middle = counts.index(count) + _dodge(place, len(looks))
             ats = spread["split"].map({"fresh": middle - half, "stale": middle + half})
             axis.plot(ats, spread["mean"], color=look.colour, linewidth=1.0, zorder=2)

@@ -9,10 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import mqrar, style
 from sbeval.plots.chart import Chart, Group, Lines
+from sbeval.selection import recall_accuracy
+from sbeval.statistics import Method
 from sbeval.table import numbers
 
 TABLE = "mqrar"
@@ -53,7 +56,7 @@ def draw(table: pd.DataFrame) -> Figure:
                 style.octaves(
                     lower, far["distance_start"].min(), far["distance_end"].max(), far["distance_start"].min()
                 )
-    style.finish(figure, [look.handle() for look in looks.values()], style.explain(spreads, "bands", "sequences"))
+    style.finish(figure, [look.handle() for look in looks.values()], statistics.explain(spreads, "bands", "sequences"))
     return figure
 
 
@@ -74,13 +77,13 @@ def chart(table: pd.DataFrame) -> Chart:
         "Share of queries answered rightly (1 is all), by how many values the key had before and by how many positions "
         "back the answer stands."
     )
-    note = style.explain(charts.spreads(groups), "bands", "sequences")
+    note = statistics.explain(charts.spreads(groups), "bands", "sequences")
     return Chart("Associative recall by what makes a query hard", sentence, groups, note)
 
 
 def _best(table: pd.DataFrame) -> pd.DataFrame:
     """The rows at the best learning rates."""
-    table = mqrar.best_rates(table)
+    table = recall_accuracy(table)
     if not (_has(table, "stale_values") | _has(table, "distance_start")).any():
         raise InputError("there are no rows with stale_values or distance_start to draw")
     return table
@@ -102,7 +105,7 @@ def _has(table: pd.DataFrame, name: str) -> "pd.Series[bool]":
     return pd.to_numeric(table[name], errors="coerce").notna()
 
 
-def _lines(axis: Axes, rows: pd.DataFrame, looks: dict[style.Method, style.Look]) -> list[pd.DataFrame]:
+def _lines(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> list[pd.DataFrame]:
     """Draw a line and a band for each method; a panel without rows stays out."""
     if rows.empty:
         axis.set_axis_off()

@@ -6,18 +6,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sbeval.errors import InputError
+from sbeval import statistics
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.table import numbers
+from sbeval.selection import NEEDLE, NEEDLE_SAME, mean_over_tasks, needle_scores, shared_tasks
+from sbeval.statistics import Method
 
 TABLE = "needle"
-ALWAYS = ("model", "train_len", "finetune_tokens")
-OTHERS = ("tokenizer", "preset", "corpus", "train_tokens", "dtype")
-# what cells that say the same have in common
-SAME = ("attention", "options", "seed", "task", "metric", "length", *ALWAYS, *OTHERS)
-COLUMNS = ("cell", "value", "stderr", "n", "depth_start", *SAME)
+COLUMNS = ("cell", "value", "stderr", "n", "depth_start", *NEEDLE_SAME)
 METRICS = {"score": "score of what is said", "greedy": "greedy decoding is right"}
 ACROSS = 4
 
@@ -27,7 +24,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
     The mean is over the tasks that all methods of the setting have.
     """
-    table = rows(table)
+    table = needle_scores(table)
     looks = style.looks(table)
     grids = settings(table)
     heights = [math.ceil((1 + some["task"].nunique()) / ACROSS) for _, some in grids]
@@ -42,13 +39,14 @@ def draw(table: pd.DataFrame) -> Figure:
             spreads += _lines(axis, task, part, looks)
         for axis in panels[1 + some["task"].nunique() :]:
             axis.set_axis_off()
-    style.finish(figure, [look.handle() for look in looks.values()], style.explain(spreads, "bars", "samples"))
+    note = style.with_caution(statistics.explain(spreads, "bars", "samples"), table, looks)
+    style.finish(figure, [look.handle() for look in looks.values()], note)
     return figure
 
 
 def chart(table: pd.DataFrame) -> Chart:
     """The same, to hover over."""
-    table = rows(table)
+    table = needle_scores(table)
     looks = style.looks(table)
     groups = []
     for title, some in settings(table):
@@ -63,72 +61,33 @@ def chart(table: pd.DataFrame) -> Chart:
         "Share of what was hidden in a text that is found again (1 is all), by the length of text and answer in "
         "tokens, for each of RULER's tasks and as the mean of them. Higher is better."
     )
-    return Chart("Needles in haystacks", sentence, groups, style.explain(charts.spreads(groups), "bands", "samples"))
+    note = style.with_caution(statistics.explain(charts.spreads(groups), "bands", "samples"), table, looks)
+    return Chart("Needles in haystacks", sentence, groups, note)
 
 
 def _parts(some: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """What has a panel: the mean over tasks, then each task."""
-    shared = common(some)
+    shared = shared_tasks(some)
     tasks = sorted(shared["task"].unique())
     name = "mean" if len(tasks) == some["task"].nunique() else f"mean of {', '.join(tasks)}"
-    return [(name, mean(shared)), *((str(task), part) for task, part in some.groupby("task"))]
-
-
-def common(some: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the tasks that every method has, so that a mean over them compares like with like; all rows where
-    there is no such task."""
-    methods = some.groupby(["attention", "options"]).ngroups
-    has = some.drop_duplicates(["attention", "options", "task"])["task"].value_counts()
-    shared = some["task"].isin(has.index[has == methods])
-    return some[shared] if shared.any() else some
+    return [(name, mean_over_tasks(shared)), *((str(task), part) for task, part in some.groupby("task"))]
 
 
 def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Title and rows of each setting and metric of a table."""
     return [
         (f"{title}{': ' if title else ''}{name}", some[some["metric"] == metric])
-        for title, some in style.panels(table, ALWAYS, OTHERS)
+        for title, some in style.panels(table, NEEDLE.always, NEEDLE.others)
         for metric, name in METRICS.items()
         if (some["metric"] == metric).any()
     ]
 
 
-def rows(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows over all samples of the metrics that are drawn; InputError where there are none."""
-    table = table[table["metric"].isin(list(METRICS)) & table["depth_start"].isna()]
-    if table.empty:
-        raise InputError("there are no rows with metric 'score' or 'greedy' over all depths to draw")
-    return largest(numbers(table, ["length", "train_len", "finetune_tokens"]))
-
-
-def largest(table: pd.DataFrame) -> pd.DataFrame:
-    """Of rows that differ in nothing but their cell, those of the cell with most samples; of equal ones, the first.
-
-    A run with more --samples, or with another --length too, leaves a cell of its own beside that of the run before.
-    """
-    samples = table.groupby([*SAME, "cell"])["n"].transform("sum")
-    order = samples.sort_values(ascending=False, kind="stable").index
-    kept = table.loc[order, [*SAME, "cell"]].drop_duplicates([*SAME])
-    return table.merge(kept, on=[*SAME, "cell"])
-
-
-def mean(some: pd.DataFrame) -> pd.DataFrame:
-    """Mean over tasks for each method, seed and length, with its standard error; lengths at which a method lacks a task
-    stay out."""
-    by = ["attention", "options", "seed", "length", "train_len"]
-    some = some.assign(square=some["stderr"].fillna(0.0) ** 2)
-    found = some.groupby(by, as_index=False).agg(
-        value=("value", "mean"), square=("square", "sum"), tasks=("task", "nunique")
-    )
-    found["stderr"] = found["square"] ** 0.5 / found["tasks"]
-    return found[found["tasks"] == some["task"].nunique()]
-
-
-def _lines(axis: Axes, task: str, some: pd.DataFrame, looks: dict[style.Method, style.Look]) -> list[pd.DataFrame]:
+def _lines(axis: Axes, task: str, some: pd.DataFrame, looks: dict[Method, style.Look]) -> list[pd.DataFrame]:
     style.subtitle(axis, task)
     spreads = []
     for method, look in looks.items():
-        spread = style.spread(style.method(some, method), ["length"])
+        spread = statistics.spread(statistics.method(some, method), ["length"])
         if spread.empty:
             continue
         style.bars(axis, spread["length"], spread, look)

@@ -7,14 +7,16 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Heat
-from sbeval.plots.needle import METRICS, SAME, TABLE, common, largest, settings
+from sbeval.plots.needle import METRICS, TABLE, settings
+from sbeval.selection import NEEDLE_SAME, most_samples, shared_tasks
 from sbeval.table import numbers
 
 DEPTHS = ("depth_start", "depth_end")
-COLUMNS = ("cell", "value", "n", *DEPTHS, *SAME)
+COLUMNS = ("cell", "value", "n", *DEPTHS, *NEEDLE_SAME)
 __all__ = ["COLUMNS", "TABLE", "chart", "draw"]
 # readable in grey and by colour-blind readers
 COLOURS = "viridis"
@@ -33,12 +35,13 @@ def draw(table: pd.DataFrame) -> Figure:
     for row, (title, some) in enumerate(grids):
         for column, (method, look) in enumerate(looks.items()):
             axis = axes[row][column]
-            _map(axis, style.method(some, method), look.label, first=column == 0)
+            _map(axis, statistics.method(some, method), look.label, first=column == 0)
         style.title(axes[row][0], title)
     colours = ScalarMappable(Normalize(0, 1), COLOURS)
     bar = figure.colorbar(colours, ax=[axis for line in axes for axis in line], fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=style.SMALL_PT)
-    style.note_below(figure, f"{_mean_of(table)}; the dashed line is the training length.")
+    note = f"{_mean_of(table)}; the dashed line is the training length."
+    style.note_below(figure, style.with_caution(note, table, looks))
     return figure
 
 
@@ -50,7 +53,7 @@ def chart(table: pd.DataFrame) -> Chart:
         Group(title, [
             Heat(title=look.label, x="length (tokens)", y="depth (%)", value="score", table=_pivot(mine))
             for method, look in looks.items()
-            if len(mine := style.method(some, method))
+            if len(mine := statistics.method(some, method))
         ])
         for title, some in settings(table)
     ]  # fmt: skip
@@ -59,14 +62,15 @@ def chart(table: pd.DataFrame) -> Chart:
         "the text, in percent, at which the needle stands; blank is no sample."
     )
     lengths = ", ".join(f"{length:g}" for length in sorted(table["train_len"].unique()))
-    return Chart("Needles by depth", sentence, groups, f"{_mean_of(table)}. Trained at length {lengths}.")
+    note = style.with_caution(f"{_mean_of(table)}. Trained at length {lengths}.", table, looks)
+    return Chart("Needles by depth", sentence, groups, note)
 
 
 def _by_depth(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["metric"].isin(list(METRICS)) & table["depth_start"].notna()]
     if table.empty:
         raise InputError("there are no rows with a depth to draw: tasks with a single needle have them")
-    return common(largest(numbers(table, [*DEPTHS, "length", "train_len", "finetune_tokens"])))
+    return shared_tasks(most_samples(numbers(table, [*DEPTHS, "length", "train_len", "finetune_tokens"])))
 
 
 def _mean_of(table: pd.DataFrame) -> str:

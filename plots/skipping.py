@@ -6,6 +6,7 @@ A row of panels a model: a whole sequence forward, then decoding one token again
 import pandas as pd
 from matplotlib.figure import Figure
 
+from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
@@ -33,7 +34,7 @@ def draw(table: pd.DataFrame) -> Figure:
             style.subtitle(axis, _name(step, batch))
             chosen = of_model[(of_model["step"] == step) & (of_model["batch"] == batch)]
             for method, look in looks.items():
-                of_method = style.method(chosen, method)
+                of_method = statistics.method(chosen, method)
                 axis.plot(of_method["keys"], of_method["value"], **look.line())
             style.octaves(axis, chosen["keys"].min(), chosen["keys"].max(), chosen["keys"].max(), most=4)
             if _wide(chosen):
@@ -53,7 +54,7 @@ def chart(table: pd.DataFrame) -> Chart:
         panels = []
         for step, batch in _panels(of_model):
             chosen = of_model[(of_model["step"] == step) & (of_model["batch"] == batch)]
-            found = {method: style.method(chosen, method).set_index("keys")["value"] for method in looks}
+            found = {method: statistics.method(chosen, method).set_index("keys")["value"] for method in looks}
             x, y = LABELS[step]
             lines = charts.bare(found, looks)
             panels.append(Lines(title=_name(step, batch), x=x, y=y, lines=lines, decades=_wide(chosen)))

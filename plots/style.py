@@ -17,6 +17,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
+from sbeval import epochs, statistics
+from sbeval.statistics import Method
+
 # the place in this table fixes a method's colour, marker and dashes in every figure
 NAMES = {
     "stick_breaking": "stick-breaking",
@@ -77,8 +80,6 @@ PHRASES = {
 TEXT_PT, SMALL_PT = 8, 7
 WIDTH_IN, ROW_IN = 7.2, 2.3
 MARK = "0.35"
-
-Method = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,40 +143,9 @@ def _label(name: str, options: str, all_options: Sequence[str]) -> str:
     return NAMES.get(name, name.replace("_", " ")) + (f" ({options})" if options else "")
 
 
-def method(rows: pd.DataFrame, of: Method) -> pd.DataFrame:
-    """Return the rows of one method."""
-    return rows[(rows["attention"] == of[0]) & (rows["options"] == of[1])]
-
-
-def spread(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Average over seeds for each value of `by`: columns `by`, mean, low, high, seeds, sorted by `by`.
-
-    `low` and `high` are the lowest and the highest seed; for one seed, the 95 % interval of its standard error.
-    """
-    each = rows.groupby([*by, "seed"], as_index=False)[["value", "stderr"]].mean()
-    seeds = each.groupby(list(by))
-    result = seeds["value"].agg(mean="mean", low="min", high="max", seeds="count")
-    margin = 1.96 * seeds["stderr"].mean().fillna(0.0).where(result["seeds"] == 1, 0.0)
-    result["low"] -= margin
-    result["high"] += margin
-    return result.reset_index()
-
-
-def explain(spreads: Iterable[pd.DataFrame], shape: str, sample: str) -> str:
-    """Say in a sentence what the bands or bars (`shape`) of a figure show; `sample` is what one seed is a mean over."""
-    # a table can have too few sequences for a point
-    rows = pd.concat([pd.DataFrame(columns=["seeds"]), *spreads])
-    if rows.empty:
-        return ""
-    counts = sorted(int(count) for count in rows["seeds"].unique())
-    if counts == [1] and not (rows["high"] > rows["low"]).any():
-        return "One seed."
-    single = f"95 % interval over {sample}"
-    if counts[-1] == 1:
-        return f"One seed; {shape}: {single}."
-    several = f"{counts[-1]}" if counts[0] == counts[-1] else f"up to {counts[-1]}"
-    alone = f"; for one seed, {single}" if counts[0] == 1 else ""
-    return f"Mean of {several} seeds; {shape}: lowest to highest seed{alone}."
+def with_caution(note: str, rows: pd.DataFrame, looks: dict[Method, Look]) -> str:
+    """Add to a note which of the models of these rows overfit, or read their text too often."""
+    return " ".join(filter(None, [note, epochs.caution(rows, lambda method: looks[method].label)]))
 
 
 def panels(
@@ -258,7 +228,7 @@ def bands(axis: Axes, rows: pd.DataFrame, looks: dict[Method, Look]) -> list[pd.
     """Draw a line of `value` by `x` and a band, within 0 and 1, for each method; return their spreads."""
     spreads = []
     for of, look in looks.items():
-        found = spread(method(rows, of), ["x"])
+        found = statistics.spread(statistics.method(rows, of), ["x"])
         axis.plot(found["x"], found["mean"], label=look.label, **look.line())
         low, high = found["low"].clip(lower=0), found["high"].clip(upper=1)
         axis.fill_between(found["x"], low, high, color=look.colour, alpha=0.2, linewidth=0)

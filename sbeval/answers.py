@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from sbeval.errors import InputError, storing
+from sbeval.errors import InputError
+from sbeval.files import storing
 
 
 def key(question: str, tokens: Sequence[int]) -> bytes:
@@ -57,7 +58,7 @@ class Answers:
         except sqlite3.OperationalError as error:
             raise InputError(
                 f"cannot write {self._path}: {error}; "
-                "what is answered is kept: put that right and give the same command again"
+                "what is answered is kept: fix this and run the same command again to resume"
             ) from None
 
     def close(self) -> None:

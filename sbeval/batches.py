@@ -6,7 +6,8 @@ The stream of tokens is cut into disjoint windows of `length` inputs, whose targ
     tokens      t0 t1 t2 t3 | t4 t5 t6 t7
     targets     t1 t2 t3 t4 | t5 t6 t7 t8
 
-An epoch visits each window once, in an order of its own; what is left at the end of the stream is not seen.
+An epoch visits each window once, in an order of its own; what is left at the end of the stream is not seen. So it
+takes as many tokens whether sequences end with their documents or not.
 """
 
 import functools
@@ -37,6 +38,11 @@ class Batch:
     cu_seqlens: torch.Tensor | None
 
 
+def epoch_tokens(split: Split, length: int) -> int:
+    """Tokens of a split that an epoch trains on: all windows of `length` together."""
+    return max(0, len(split.tokens) - 1) // length * length
+
+
 class Batches:
     """The batches of a split: `batches[step]` for any step from 0 on, whatever was asked for before.
 
@@ -50,7 +56,7 @@ class Batches:
             raise InputError(
                 f"batches need length and batch of at least 1 and a seed of at least 0: {length=} {batch=} {seed=}"
             )
-        self.windows = (len(split.tokens) - 1) // length
+        self.windows = epoch_tokens(split, length) // length
         if self.windows < 1:
             raise InputError(
                 f"corpus {split.corpus!r} ({split.role}) has {len(split.tokens)} tokens, and one window takes "
@@ -65,7 +71,15 @@ class Batches:
         """Return the batch of a step; IndexError when it is negative."""
         if step < 0:
             raise IndexError(f"step {step} is before the first")
-        starts = [self._start(step * self._batch + row) for row in range(self._batch)]
+        return self._at([self._start(step * self._batch + row) for row in range(self._batch)])
+
+    def spread(self, count: int) -> Batch:
+        """Return `count` windows of even distance over the split, or all that there are: the same for every seed."""
+        chosen = np.linspace(0, self.windows - 1, min(count, self.windows)).round().astype(np.int64)
+        return self._at([int(window) * self._length for window in chosen])
+
+    def _at(self, starts: list[int]) -> Batch:
+        """Return the windows that start there in the stream."""
         windows = np.stack([self._split.tokens[start : start + self._length + 1] for start in starts]).astype(np.int64)
         # copies: both are of their own, and neither keeps the other alive
         tokens, targets = windows[:, :-1].copy(), windows[:, 1:].copy()

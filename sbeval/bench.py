@@ -24,12 +24,13 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sbeval import device, provenance, table
-from sbeval.cell import digest_of
+from sbeval.config import digest_of
 from sbeval.errors import InputError, choose
 from sbeval.kernels import softmax, stick_breaking
-from sbeval.model import IGNORE, SIZES, Decoder, flops_per_token, named
+from sbeval.model import IGNORE, Decoder
+from sbeval.model_config import SIZES, flops_per_token, named
 from sbeval.progress import Progress
-from sbeval.table import Identity, Measurement
+from sbeval.rows import Identity, Measurement
 from sbeval.train import TrainConfig, Trainer
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -1,29 +1,28 @@
-"""What a sweep is made of: cells, what they need, what they find, and what they are called."""
+"""What a sweep is made of: its steps, which need others, and the cells among them, which leave rows."""
 
-import dataclasses
-import hashlib
-import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING
 
-from sbeval.graph import Step
-from sbeval.progress import Progress
-from sbeval.table import Identity, Measurement
-from sbeval.train import Trained
+from sbeval.config import digest_of
+from sbeval.rows import Identity, Measurement
 
 if TYPE_CHECKING:
+    from sbeval.model_config import ModelConfig
     from sbeval.place import Place
+    from sbeval.progress import Progress
+    from sbeval.train import Trained
 
-# `status` of the rows of a cell that found nothing
+# `status` of the rows of a cell without a result
 FAILED = ("diverged", "failed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a finished cell found."""
+    """Result of a finished cell."""
 
     identity: Identity
     rows: Sequence[Measurement]
@@ -31,77 +30,93 @@ class Outcome:
     corpus_digest: str = ""
     tokenizer: str = ""
     train_tokens: int
+    unique_tokens: int | None = None
+    epochs: float | None = None
     backend: str
     tokens_per_s: float | None
     measured: Mapping[str, object] = field(default_factory=dict)
 
 
-class Cell(Step, Protocol):
-    """One point of a sweep: its fields are all that its numbers depend on."""
+class Step(ABC):
+    """Part of a sweep, a frozen dataclass. Steps that do the same are equal."""
+
+    __slots__ = ()
 
     @property
-    def family(self) -> str: ...
+    @abstractmethod
+    def title(self) -> str:
+        """Name for people."""
 
     @property
-    def row(self) -> type[Measurement]:
-        """The class of its rows."""
+    @abstractmethod
+    def dtype(self) -> str:
+        """What matrix products run in."""
 
-    def source(self, progress: Progress) -> str:
-        """Digest of the text that the cell reads, empty when it reads none."""
+    @property
+    @abstractmethod
+    def flops(self) -> float:
+        """Floating-point operations, roughly, without those of what it needs."""
 
-    def run(self, place: "Place", progress: Progress) -> Outcome: ...
+    @property
+    def needs(self) -> "tuple[Step, ...]":
+        """Steps that must be done before, in that order."""
+        return ()
+
+    @property
+    def leaves(self) -> "ModelConfig | None":
+        """Shape of the model whose checkpoint it leaves, without reading a tokenizer; None where it trains none."""
+        return None
 
 
-class Training(Step, Protocol):
-    """What leaves a model that cells evaluate; it is equal for all cells of that model."""
+class TrainingStep(Step):
+    """A training step; equal for all cells that evaluate its model."""
 
-    def train(self, place: "Place", progress: Progress) -> Path:
+    __slots__ = ()
+
+    @abstractmethod
+    def train(self, place: "Place", progress: "Progress") -> Path:
         """Train, unless that is done, and return the checkpoint folder."""
 
 
-class Checks(Cell, Protocol):
-    """A cell that can say before anything is trained what is the user's to change."""
+class Cell(Step):
+    """One point of a sweep: its fields are all that its numbers depend on."""
 
-    def check(self, progress: Progress) -> None:
-        """InputError where the text, its documents or what is asked cannot do."""
+    __slots__ = ()
 
+    @property
+    @abstractmethod
+    def family(self) -> str:
+        """Name of its task family and table."""
 
-class Reports(Cell, Protocol):
-    """A cell whose failure is a row of its table too."""
+    @property
+    @abstractmethod
+    def row(self) -> type[Measurement]:
+        """Class of its rows."""
 
-    def failed(self, how: str, place: "Place") -> Outcome:
-        """What the table says; `how` is one of FAILED."""
+    def source(self, progress: "Progress") -> str:
+        """Return the digest of the text that the cell reads, empty when it reads none."""
+        return ""
 
+    def check(self, progress: "Progress") -> None:
+        """Raise InputError, before anything is trained, where the text or its documents do not suffice."""
+        return None
 
-def digest_of(key: object) -> str:
-    """Ten hexadecimal digits that stand for a configuration."""
-    text = json.dumps(key, sort_keys=True, default=_plain)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    @abstractmethod
+    def run(self, place: "Place", progress: "Progress") -> Outcome:
+        """Train, unless a checkpoint has the model, and evaluate."""
 
-
-def _plain(value: object) -> Any:
-    assert dataclasses.is_dataclass(value) and not isinstance(value, type), value
-    # what does not make two of them differ is no part of which it is
-    values = {entry: getattr(value, entry.name) for entry in dataclasses.fields(value) if entry.compare}
-    return {
-        entry.name: item
-        for entry, item in values.items()
-        if not (entry.metadata.get("later") and item == entry.default)
-    }
+    def failed(self, how: str, place: "Place") -> Outcome | None:
+        """Return the rows of a cell that failed, if its table has such; `how` is one of FAILED."""
+        return None
 
 
 def cell_id(cell: Cell) -> str:
-    """Name of a cell in tables and of its run file: readable first, then what tells it from all others."""
+    """Return the name of a cell in tables and of its run file: readable first, then what tells it from all others."""
     return f"{cell.family}-{cell.title.replace(' ', '-').replace(':', '-')}-{digest_of(cell)}"
 
 
-def is_cell(step: Step) -> TypeGuard[Cell]:
-    """Whether a step has rows, unlike a training."""
-    return hasattr(step, "row")
-
-
-def timing(trained: Trained) -> dict[str, object]:
-    """What a run file says about training."""
+def timing(trained: "Trained") -> dict[str, object]:
+    """Return what a run file says about training."""
     return {
         "train_seconds": trained.state.seconds,
         "train_time": str(timedelta(seconds=round(trained.state.seconds))),

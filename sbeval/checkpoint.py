@@ -24,8 +24,10 @@ from torch import Tensor
 
 from sbeval import distributed
 from sbeval.distributed import ALONE, World
-from sbeval.errors import InputError, first_line, storing
-from sbeval.model import Decoder, ModelConfig
+from sbeval.errors import InputError, first_line
+from sbeval.files import sha256, storing
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.optimizer import kept
 
 AGAIN = "remove its folder to train again"
@@ -35,10 +37,12 @@ Part = TypeVar("Part")
 @dataclass(slots=True, kw_only=True)
 class State:
     """Where a training run stands: the loss of every step done (nats/token), the seconds they took, (step, score) of
-    each look at held-out data, and the speed where it was last measured: tokens/s, and model FLOP utilisation."""
+    each look at validation data, (step, nats/token) of each at held-out text, and the speed where it was last measured:
+    tokens/s, and model FLOP utilisation."""
 
     losses: list[float] = field(default_factory=list)
     scores: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
     seconds: float = 0.0
     tokens_per_second: float | None = None
     mfu: float | None = None
@@ -70,7 +74,7 @@ def save(
                 save_file(some, partial / name)
             except SafetensorError as error:
                 raise OSError(first_line(error)) from None
-        files = {name: _sha256(partial / name) for name in tensors}
+        files = {name: sha256(partial / name) for name in tensors}
         _complete(folder, partial, model.config, state, training, files)
 
 
@@ -83,7 +87,7 @@ def save_sharded(
 
     with _written(folder, world) as partial:
         mine = sharded.save(partial / "shards", _all_tensors(model, optimizer), world)
-        files = distributed.merged({f"shards/{path.name}": _sha256(path) for path in mine}, world)
+        files = distributed.merged({f"shards/{path.name}": sha256(path) for path in mine}, world)
         if world.leads:
             _complete(folder, partial, model.config, state, training, files)
         distributed.wait(world)
@@ -265,6 +269,7 @@ def _read_config(folder: Path) -> _Config:
         state.losses = [float(loss) for loss in state.losses]
         # JSON has no tuples
         state.scores = [(int(step), float(score)) for step, score in state.scores]
+        state.held_out = [(int(step), float(loss)) for step, loss in state.held_out]
         rest = {name: config[name] for name in config if name not in ("model", "state")}
         return _typed(_Config, {"training": None, "files": None} | rest | {"model": model, "state": state})
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -286,11 +291,6 @@ def _typed(kind: type[Part], given: Mapping[str, Any]) -> Part:
     return kind(**given)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _digest(config: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
@@ -299,7 +299,7 @@ def _verify(folder: Path, name: str) -> None:
     """InputError unless a file has the bytes that were written; one from before there were digests is believed."""
     files, path = _read_config(folder).files, folder / name
     try:
-        if files is not None and _sha256(path) != files.get(name):
+        if files is not None and sha256(path) != files.get(name):
             raise InputError(f"{path} can't be read: it is damaged, its bytes are not those written; {AGAIN}")
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}; {AGAIN}") from None

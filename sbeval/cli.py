@@ -11,7 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sbeval.errors import SEEDS, InputError, choose
+from sbeval import options, registry
+from sbeval.errors import InputError, choose
+from sbeval.options import Common, Sweep, Training
+from sbeval.text_model import TextModel
 
 if TYPE_CHECKING:
     from sbeval.executor import Executor
@@ -21,348 +24,57 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Evaluate stick-breaking attention and its rivals (Tan et al., ICLR 2025, arXiv 2410.17980).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
+# groups of commands in `--help`
+TASKS, RESULTS, TOOLS = "Tasks", "Results", "Tools"
+
 Attention = Annotated[
     list[str] | None,
     typer.Option("--attention", help="Method, with options as name:key=value,...; repeat for several.", metavar="SPEC"),
-]
-Seed = Annotated[
-    list[int] | None, typer.Option(help="Seed of weights and data; repeat for several.", min=0, max=SEEDS[-1])
-]
-Preset = Annotated[
-    str | None,
-    typer.Option(
-        help="quick (minutes on two cores), small (one GPU), h200, paper, or a task's own; quick on a CPU, else small."
-    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
 Dtype = Annotated[str | None, typer.Option(help="Matrix products: float32, bfloat16, float16; bfloat16 on a GPU.")]
 ResultsDir = Annotated[Path, typer.Option(help="Where tables, run files, checkpoints and figures go.")]
 Force = Annotated[bool, typer.Option("--force", help="Run cells again that have a result.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the grid with its cost and stop.")]
-TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run the Python code that comes with a model of Hugging Face.")
-]
-Size = Annotated[str | None, typer.Option(help="Model: quick, 25m, 60m, nanogpt-60m, 125m, 350m, 1b, 3b.")]
-TrainLen = Annotated[int | None, typer.Option(help="Tokens of a training sequence.")]
-TrainTokens = Annotated[int | None, typer.Option(help="Tokens to train on.")]
-BatchTokens = Annotated[int | None, typer.Option(help="Tokens of one optimizer step.")]
-MicroBatchTokens = Annotated[int | None, typer.Option(help="Tokens of one forward pass; all of a step's.")]
-Lr = Annotated[float | None, typer.Option(help="Peak learning rate.")]
-Optimizer = Annotated[str | None, typer.Option(help="adamw, or muon: that for matrices inside the blocks.")]
-Schedule = Annotated[str | None, typer.Option(help="cosine, power or constant.")]
-Packing = Annotated[str | None, typer.Option(help="stream, or documents: no attention across documents.")]
-CorpusSpec = Annotated[str | None, typer.Option("--corpus", help="stdlib, a file or folder, or hf:NAME[:CONFIG].")]
-TokenizerSpec = Annotated[
-    str | None, typer.Option("--tokenizer", help="bytes, bpe:SIZE, or a Hugging Face name or folder.")
+CorpusSpec = Annotated[
+    str | None, typer.Option("--corpus", help="python, stdlib, a file or folder, or hf:NAME[:CONFIG].")
 ]
 TextField = Annotated[str | None, typer.Option(help="Field of the text in JSONL and parquet.")]
-CorpusTokens = Annotated[int | None, typer.Option(help="Train tokens to keep of the corpus; all.")]
-TensorBoard = Annotated[Path | None, typer.Option(help="Folder for TensorBoard logs.", metavar="DIR")]
 ExecutorKind = Annotated[str, typer.Option(help="local, or ray.")]
 Workers = Annotated[
-    int | None, typer.Option(help="Cells at once: processes that share the device, or Ray's CPUs here.")
+    int | None, typer.Option(help="Cells at once: processes that share cores and GPUs out, or Ray's CPUs here.")
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join, as host:port or auto.")]
 GpusPerCell = Annotated[float | None, typer.Option(help="GPUs of a Ray task, such as 0.25; one where there are any.")]
 
 
-@app.command("length-gen")
-def length_gen(
-    preset: Preset = None,
-    attention: Attention = None,
-    seed: Seed = None,
-    size: Size = None,
-    train_len: TrainLen = None,
-    eval_len: Annotated[int | None, typer.Option(help="Tokens of context to evaluate to.")] = None,
-    train_tokens: TrainTokens = None,
-    batch_tokens: BatchTokens = None,
-    micro_batch_tokens: MicroBatchTokens = None,
-    lr: Lr = None,
-    schedule: Schedule = None,
-    packing: Packing = None,
-    corpus: CorpusSpec = None,
-    tokenizer: TokenizerSpec = None,
-    text_field: TextField = None,
-    corpus_tokens: CorpusTokens = None,
-    documents: Annotated[int | None, typer.Option(help="Test documents to evaluate on, at most.")] = None,
-    windows: Annotated[int | None, typer.Option(help="Disjoint windows of each document, at most.")] = None,
-    window: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Also perplexity as lm-eval has it, in disjoint windows of so many tokens; repeat for several."
-        ),
-    ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Evaluate this model: our checkpoint folder, or a Hugging Face folder or name.")
-    ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    results_dir: ResultsDir = Path("results"),
-    force: Force = False,
-    dry_run: DryRun = False,
-    tensorboard: TensorBoard = None,
-) -> None:
-    """Train at one length, evaluate the loss at every position far past it."""
-    given = dict(
-        size=size, train_len=train_len, eval_len=eval_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
-        micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
-        tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, documents=documents, windows=windows,
-        window=window, checkpoint=checkpoint, attention=attention, seeds=seed,
-        trust_remote_code=trust_remote_code or None,
-    )  # fmt: skip
-    _family("length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
+def _runs(name: str) -> Callable[[Sweep, dict[str, Any]], None]:
+    return lambda common, given: _family(name, common, given)
 
 
-@app.command()
-def train(
-    preset: Preset = None,
-    attention: Attention = None,
-    seed: Seed = None,
-    size: Size = None,
-    train_len: TrainLen = None,
-    train_tokens: TrainTokens = None,
-    batch_tokens: BatchTokens = None,
-    micro_batch_tokens: MicroBatchTokens = None,
-    lr: Lr = None,
-    schedule: Schedule = None,
-    packing: Packing = None,
-    corpus: CorpusSpec = None,
-    tokenizer: TokenizerSpec = None,
-    text_field: TextField = None,
-    corpus_tokens: CorpusTokens = None,
-    shard: Annotated[
-        bool, typer.Option("--shard", help="Spread weights and optimizer over the processes (FSDP2), not copies (DDP).")
-    ] = False,
-    device: Device = None,
-    dtype: Dtype = None,
-    results_dir: ResultsDir = Path("results"),
-    force: Force = False,
-    dry_run: DryRun = False,
-    tensorboard: TensorBoard = None,
-) -> None:
-    """Train the models that length-gen with the same options evaluates; under torchrun, on several GPUs."""
-    given = dict(
-        size=size, train_len=train_len, eval_len=train_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
-        micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
-        tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
-    )  # fmt: skip
-    _family(
-        "length_gen", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, only=True,
-        shard=shard,
+def _add_families() -> None:
+    for name in registry.TASKS:
+        family = registry.task(name)
+        options.command(
+            app, name.replace("_", "-"), family.config, family.presets, Sweep,
+            _runs(name), help=family.help, panel=TASKS,
+        )  # fmt: skip
+    options.command(
+        app, "train", TextModel, registry.task("length_gen").presets, Training,
+        lambda common, given: _train(common, given),
+        help="Train the models that length-gen with the same options evaluates; under torchrun, on several GPUs.",
+        panel=TASKS,
     )  # fmt: skip
 
 
-@app.command()
-def mqrar(
-    preset: Preset = None,
-    attention: Attention = None,
-    seed: Seed = None,
-    kv_pairs: Annotated[list[int] | None, typer.Option(help="Key-value pairs N; repeat for several.")] = None,
-    width: Annotated[list[int] | None, typer.Option(help="Width of the model; repeat for several.")] = None,
-    lr: Annotated[list[float] | None, typer.Option(help="Peak learning rate; repeat for several.")] = None,
-    n_back: Annotated[
-        list[int] | None, typer.Option(help="The answer is the N-th last value; repeat for several.")
-    ] = None,
-    vocab_size: Annotated[int | None, typer.Option(help="Tokens V: half are keys, half values.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Positions L of an example, at least 4 N.")] = None,
-    slot_power: Annotated[float | None, typer.Option(help="Exponent a of the slot law.")] = None,
-    filler: Annotated[str | None, typer.Option(help="Other positions: value, padding or any token.")] = None,
-    distinct: Annotated[
-        list[str] | None, typer.Option(help="Draw keys, values, queries without replacement; repeat for several.")
-    ] = None,
-    key_pool: Annotated[int | None, typer.Option(help="Keys to draw from; V/2 - 1.")] = None,
-    score_prefix: Annotated[bool | None, typer.Option(help="Score keys repeated in the prefix.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
-    positions: Annotated[bool | None, typer.Option(help="Add a learned table of absolute positions.")] = None,
-    logit_scale: Annotated[
-        float | None, typer.Option(help="Scale of stick-breaking's logits, times 1 / sqrt(head size); 1.5.")
-    ] = None,
-    dropout: Annotated[float | None, typer.Option(help="Dropout of embeddings and attention's output.")] = None,
-    init_std: Annotated[
-        float | None, typer.Option(help="Standard deviation of initial weights; 1 / sqrt(width).")
-    ] = None,
-    stored_rows: Annotated[
-        int | None, typer.Option(help="Train in epochs on so many stored examples; 0: new ones at every step.")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
-    schedule: Schedule = None,
-    optimizer: Optimizer = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
-    stop_accuracy: Annotated[float | None, typer.Option(help="Validation accuracy at which training ends.")] = None,
-    patience: Annotated[
-        int | None, typer.Option(help="Steps without progress after which training ends; 0: never.")
-    ] = None,
-    test_rows: Annotated[int | None, typer.Option(help="Test examples.")] = None,
-    executor: ExecutorKind = "local",
-    workers: Workers = None,
-    address: Address = None,
-    gpus_per_cell: GpusPerCell = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    results_dir: ResultsDir = Path("results"),
-    force: Force = False,
-    dry_run: DryRun = False,
-    tensorboard: TensorBoard = None,
-) -> None:
-    """Multi-query repeated associative recall: does each use of a variable return its latest value?"""
-    from sbeval.executor import Executor
-
-    given = dict(
-        kv_pairs=kv_pairs, widths=width, lrs=lr, n_back=n_back, vocab_size=vocab_size, seq_len=seq_len,
-        slot_power=slot_power, filler=filler, distinct=distinct, key_pool=key_pool, score_prefix=score_prefix,
-        layers=layers, heads=heads, positions=positions, logit_scale=logit_scale, dropout=dropout, init_std=init_std,
-        stored_rows=stored_rows, batch=batch, steps=steps, schedule=schedule, optimizer=optimizer,
-        weight_decay=weight_decay, stop_accuracy=stop_accuracy, patience=patience, test_rows=test_rows,
-        attention=attention, seeds=seed,
-    )  # fmt: skip
-    how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
-    _family("mqrar", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
+_add_families()
 
 
-@app.command("attention-map")
-def attention_map(
-    preset: Preset = None,
-    attention: Attention = None,
-    seed: Seed = None,
-    checkpoint: Annotated[
-        list[str] | None, typer.Option(help="Look into these models: checkpoint folders of mqrar; repeat for several.")
-    ] = None,
-    kv_pairs: Annotated[int | None, typer.Option(help="Key-value pairs N.")] = None,
-    vocab_size: Annotated[int | None, typer.Option(help="Tokens V: half are keys, half values.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Positions L of an example, at least 4 N.")] = None,
-    width: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
-    lr: Lr = None,
-    batch: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
-    optimizer: Optimizer = None,
-    test_rows: Annotated[int | None, typer.Option(help="Test examples.")] = None,
-    example: Annotated[
-        int | None, typer.Option(help="Draw the first fitting test example from this number on.")
-    ] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    results_dir: ResultsDir = Path("results"),
-    force: Force = False,
-    dry_run: DryRun = False,
-    tensorboard: TensorBoard = None,
-) -> None:
-    """Where a model looks when a variable was assigned again: attention weights, drawn and measured."""
-    given = dict(
-        checkpoint=checkpoint, kv_pairs=kv_pairs, vocab_size=vocab_size, seq_len=seq_len, width=width, layers=layers,
-        heads=heads, lr=lr, batch=batch, steps=steps, optimizer=optimizer, test_rows=test_rows, example=example,
-        attention=attention, seeds=seed,
-    )  # fmt: skip
-    decided = ("attention", "vocab_size", "width", "layers", "heads", "lr", "batch", "steps", "optimizer")
-    if checkpoint and (surplus := [f"--{name.replace('_', '-')}" for name in decided if given[name] is not None]):
-        raise InputError(f"{' and '.join(surplus)}: a --checkpoint decides that already")
-    _family("attention_map", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
-
-
-@app.command("flip-flop")
-def flip_flop(
-    preset: Preset = None,
-    attention: Attention = None,
-    seed: Seed = None,
-    lr: Annotated[list[float] | None, typer.Option(help="Peak learning rate; repeat for several.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of an example: half are instructions.")] = None,
-    p_ignore: Annotated[float | None, typer.Option(help="Chance that an instruction in training is `ignore`.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers of the model.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Attention heads.")] = None,
-    width: Annotated[int | None, typer.Option(help="Width of the model.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Examples of one optimizer step.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps at most.")] = None,
-    test_rows: Annotated[int | None, typer.Option(help="Examples of each test set.")] = None,
-    executor: ExecutorKind = "local",
-    workers: Workers = None,
-    address: Address = None,
-    gpus_per_cell: GpusPerCell = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    results_dir: ResultsDir = Path("results"),
-    force: Force = False,
-    dry_run: DryRun = False,
-    tensorboard: TensorBoard = None,
-) -> None:
-    """Flip-flop language: write, read and ignore one bit; is every read the bit last written?"""
-    from sbeval.executor import Executor
-
-    given = dict(
-        lrs=lr, seq_len=seq_len, p_ignore=p_ignore, layers=layers, heads=heads, width=width, batch=batch, steps=steps,
-        test_rows=test_rows, attention=attention, seeds=seed,
-    )  # fmt: skip
-    how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
-    _family("flip_flop", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run, how=how)
-
-
-@app.command("few-shot")
-def few_shot(
-    preset: Preset = None,
-    task: Annotated[
-        list[str] | None, typer.Option(help="Any task or group of lm-eval, or name:examples such as mmlu:5; repeat.")
-    ] = None,
-    suite: Annotated[list[str] | None, typer.Option(help="quick, linguistic, commonsense or paper; repeat.")] = None,
-    checkpoint: Annotated[
-        list[str] | None,
-        typer.Option("--model", help="Our checkpoint folder, or a Hugging Face folder or name; repeat for several."),
-    ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Folder of JSONL files with the items, instead of the hub.", metavar="DIR")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Items of each task at most.")] = None,
-    attention: Attention = None,
-    seed: Seed = None,
-    size: Size = None,
-    train_len: TrainLen = None,
-    eval_len: Annotated[int | None, typer.Option(help="Tokens that a model reads at most.")] = None,
-    train_tokens: TrainTokens = None,
-    batch_tokens: BatchTokens = None,
-    micro_batch_tokens: MicroBatchTokens = None,
-    lr: Lr = None,
-    schedule: Schedule = None,
-    packing: Packing = None,
-    corpus: CorpusSpec = None,
-    tokenizer: TokenizerSpec = None,
-    text_field: TextField = None,
-    corpus_tokens: CorpusTokens = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    results_dir: ResultsDir = Path("results"),
-    force: Force = False,
-    dry_run: DryRun = False,
-    tensorboard: TensorBoard = None,
-) -> None:
-    """Benchmarks through lm-eval, of models that length-gen trains or of any others: how do they compare?
-
-    Models of others are asked as the preset paper says, unless another is named.
-    """
-    if checkpoint and preset is None:
-        from sbeval import pretrained
-
-        preset = None if any(map(pretrained.is_own, checkpoint)) else "paper"
-    given = dict(
-        # tasks that are named are all that is asked
-        tasks=task, suites=suite or ([] if task else None), models=checkpoint,
-        data_dir=None if data_dir is None else str(data_dir), limit=limit, size=size, train_len=train_len,
-        eval_len=eval_len or train_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
-        micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
-        tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
-        trust_remote_code=trust_remote_code or None,
-    )  # fmt: skip
-    _family("few_shot", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
-
-
-@app.command()
+@app.command(rich_help_panel=TOOLS)
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="Our checkpoint folder.", metavar="CHECKPOINT")],
     out: Annotated[Path, typer.Argument(help="Folder to write, which must be new or empty.", metavar="OUT")],
@@ -381,7 +93,7 @@ def export(
     _say(str(out))
 
 
-@app.command()
+@app.command(rich_help_panel=RESULTS)
 def table(
     family: Annotated[str, typer.Argument(help="few-shot")],
     format: Annotated[str, typer.Option(help="terminal, markdown, latex or csv.")] = "terminal",
@@ -399,7 +111,7 @@ def table(
         Console().print(shown)
 
 
-@app.command()
+@app.command(rich_help_panel=TOOLS)
 def doctor(device: Device = None, results_dir: ResultsDir = Path("results")) -> None:
     """Say what this machine can do: devices, attention methods, optional packages, which presets fit."""
     from sbeval import device as devices
@@ -412,7 +124,7 @@ def doctor(device: Device = None, results_dir: ResultsDir = Path("results")) -> 
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=RESULTS)
 def compare(
     first: Annotated[Path, typer.Argument(help="Results folder.", metavar="A")],
     second: Annotated[Path, typer.Argument(help="Another.", metavar="B")],
@@ -428,71 +140,7 @@ def compare(
         Console().print(shown, soft_wrap=False)
 
 
-@app.command()
-def needle(
-    preset: Preset = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="niah_single_1, ..., vt, cwe, fwe, qa_1, qa_2; repeat. The preset's: quick asks niah_single_1, others "
-            "all 13."
-        ),
-    ] = None,
-    length: Annotated[
-        list[int] | None, typer.Option(help="Tokens of prompt and answer, 512 to 131072; repeat.")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(help="Prompts of each task and length.")] = None,
-    sample_seed: Annotated[int | None, typer.Option(help="Seed of the prompts; 42.", min=0)] = None,
-    finetune: Annotated[
-        int | None, typer.Option(help="Tokens of prompts to train on, at the training length, before asking.")
-    ] = None,
-    finetune_task: Annotated[list[str] | None, typer.Option(help="Tasks to train on; repeat. Those asked.")] = None,
-    finetune_lr: Annotated[float | None, typer.Option(help="Peak learning rate of that training.")] = None,
-    essays: Annotated[Path | None, typer.Option(help="Text to hide needles in: a file or folder. Walden.")] = None,
-    squad: Annotated[Path | None, typer.Option(help="SQuAD v2, dev-v2.0.json, for qa_1.")] = None,
-    hotpot: Annotated[Path | None, typer.Option(help="HotpotQA, hotpot_dev_distractor_v1.json, for qa_2.")] = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            "--checkpoint", "--model", help="Ask this model: our checkpoint folder, or a Hugging Face folder or name."
-        ),
-    ] = None,
-    trust_remote_code: TrustRemoteCode = False,
-    attention: Attention = None,
-    seed: Seed = None,
-    size: Size = None,
-    train_len: TrainLen = None,
-    train_tokens: TrainTokens = None,
-    batch_tokens: BatchTokens = None,
-    micro_batch_tokens: MicroBatchTokens = None,
-    lr: Lr = None,
-    schedule: Schedule = None,
-    packing: Packing = None,
-    corpus: CorpusSpec = None,
-    tokenizer: TokenizerSpec = None,
-    text_field: TextField = None,
-    corpus_tokens: CorpusTokens = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    results_dir: ResultsDir = Path("results"),
-    force: Force = False,
-    dry_run: DryRun = False,
-    tensorboard: TensorBoard = None,
-) -> None:
-    """RULER's needles in haystacks: does a model find what stands anywhere in a text longer than it was trained on?"""
-    files = {name: path and str(path) for name, path in (("essays", essays), ("squad", squad), ("hotpot", hotpot))}
-    given = dict(
-        tasks=task, lengths=length, samples=samples, sample_seed=sample_seed, finetune=finetune,
-        finetune_tasks=finetune_task, finetune_lr=finetune_lr, **files, checkpoint=checkpoint, size=size,
-        train_len=train_len, eval_len=train_len, train_tokens=train_tokens, batch_tokens=batch_tokens,
-        micro_batch_tokens=micro_batch_tokens, lr=lr, schedule=schedule, packing=packing, corpus=corpus,
-        tokenizer=tokenizer, text_field=text_field, corpus_tokens=corpus_tokens, attention=attention, seeds=seed,
-        trust_remote_code=trust_remote_code or None,
-    )  # fmt: skip
-    _family("needle", preset, given, device, dtype, results_dir, tensorboard, force=force, dry_run=dry_run)
-
-
-@app.command("run")
+@app.command("run", rich_help_panel=TASKS)
 def run_study(
     study: Annotated[str, typer.Argument(help="quick, h200, paper, or a YAML file written as one of these.")],
     change: Annotated[
@@ -517,7 +165,6 @@ def run_study(
     """A whole study: train each model once, run every family on it, and go on where a stopped run was."""
     from sbeval import device as devices
     from sbeval import distributed, schema
-    from sbeval.executor import Executor
     from sbeval.place import Place
 
     if show:
@@ -525,13 +172,13 @@ def run_study(
         return
     if distributed.size() > 1:
         raise InputError("a study runs in one process: start it without torchrun, with --workers or --executor ray")
-    how = Executor(kind=executor, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    how = _how(executor, workers, address, gpus_per_cell)
     where = devices.pick(device)
     parts = schema.parts(schema.read(study, change or ()), lambda said: devices.pick_dtype(dtype or said, where))
     _run(parts, Place(results_dir=results_dir, device=where, force=force), how, dry_run=dry_run, name=study)
 
 
-@app.command()
+@app.command(rich_help_panel=RESULTS)
 def plot(
     figure: Annotated[
         list[str] | None,
@@ -551,7 +198,7 @@ def plot(
         _say(str(path))
 
 
-@app.command()
+@app.command(rich_help_panel=RESULTS)
 def report(
     out: Annotated[Path | None, typer.Option(help="File to write; results/report.html.", metavar="PATH")] = None,
     results_dir: ResultsDir = Path("results"),
@@ -563,7 +210,7 @@ def report(
 
 
 bench = typer.Typer(help="Time kernels and models beside their peers, on a GPU.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
+app.add_typer(bench, name="bench", rich_help_panel=TOOLS)
 Lengths = Annotated[list[int] | None, typer.Option(help="Tokens of a sequence; repeat for several.", min=1)]
 
 
@@ -617,7 +264,7 @@ def bench_model(
 def bench_skipping(
     checkpoint: Annotated[str, typer.Option(help="Checkpoint folder of a stick-breaking model.")],
     corpus: Annotated[
-        str, typer.Option(help="Text to read: stdlib, a file or folder, or hf:NAME[:CONFIG].")
+        str, typer.Option(help="Text to read: python, stdlib, a file or folder, or hf:NAME[:CONFIG].")
     ] = "stdlib",
     tokenizer: Annotated[str, typer.Option(help="The model's: bytes, bpe:SIZE, or a Hugging Face name.")] = "bytes",
     length: Lengths = None,
@@ -666,39 +313,51 @@ def _say(line: object) -> None:
     Console().print(line, highlight=False, soft_wrap=True, markup=False)
 
 
-def _family(
-    name: str, preset: str | None, given: dict[str, Any], device: str | None, dtype: str | None, results_dir: Path,
-    tensorboard: Path | None, *, force: bool, dry_run: bool, only: bool = False, shard: bool = False,
-    how: "Executor | None" = None,
-) -> None:  # fmt: skip
+def _how(kind: str, workers: int | None, address: str | None, gpus_per_cell: float | None) -> "Executor":
+    from sbeval import distributed
+    from sbeval.executor import Executor
+
+    how = Executor(kind=kind, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    if distributed.size() > 1 and not how.alone:
+        raise InputError("--workers and --executor ray start processes of their own: leave them out, or torchrun")
+    return how
+
+
+def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = False, shard: bool = False) -> None:
     """Run one family: preset and options to config, config to cells, cells to table and figure; `only` trains."""
     from sbeval import device as devices
-    from sbeval import distributed, registry, study, sweep
+    from sbeval import distributed, study, sweep
     from sbeval.place import Place
     from sbeval.schema import Part
 
-    module = registry.task(name)
+    family = registry.task(name)
     if distributed.size() > 1 and name != "length_gen":
         raise InputError(f"{name.replace('_', '-')} runs in one process: start it without torchrun")
-    where = devices.pick(distributed.local_device(device))
-    preset = preset or ("quick" if where.type == "cpu" else "small")
-    changes = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in given.items() if value is not None
-    }
+    how = sweep.HERE
+    if isinstance(common, Sweep):
+        how = _how(common.executor, common.workers, common.address, common.gpus_per_cell)
+    where = devices.pick(distributed.local_device(common.device))
+    preset = common.preset or family.preset(given) or ("quick" if where.type == "cpu" else "small")
     config = dataclasses.replace(
-        module.PRESETS[choose("preset", preset, module.PRESETS)],
-        dtype=devices.pick_dtype(dtype, where),
-        **changes,
+        family.presets[choose("preset", preset, family.presets)],
+        **family.completed(given) | {"dtype": devices.pick_dtype(common.dtype, where)},
     )
     part = Part(family=name, preset=preset, config=config)
     with distributed.joined(where) as world:
         place = Place(
-            results_dir=results_dir, device=where, force=force, tensorboard=tensorboard, world=world, shard=shard
-        )
-        if not only or dry_run:
-            _run([part], place, how or sweep.HERE, dry_run=dry_run)
-        elif not _resumable(lambda: sweep.train(study.cells(part), place, console=_console(place)), force):
+            results_dir=common.results_dir, device=where, force=common.force, tensorboard=common.tensorboard,
+            world=world, shard=shard,
+        )  # fmt: skip
+        if not only or common.dry_run:
+            _run([part], place, how, dry_run=common.dry_run)
+        elif not _resumable(lambda: study.train(part, place, _console(place)), common.force):
             raise typer.Exit(1)
+
+
+def _train(common: Training, given: dict[str, Any]) -> None:
+    # evaluation is for other commands
+    follows = {"eval_len": given["train_len"]} if "train_len" in given else {}
+    _family("length_gen", common, given | follows, only=True, shard=common.shard)
 
 
 def _run(parts: "list[Part]", place: "Place", how: "Executor", *, dry_run: bool, name: str | None = None) -> None:
@@ -712,7 +371,7 @@ def _run(parts: "list[Part]", place: "Place", how: "Executor", *, dry_run: bool,
         if not _resumable(lambda: study.run(parts, place, console, how), place.force):
             raise typer.Exit(1)
     elif name is None:
-        plan.list_cells(parts[0], place, console)
+        plan.list_cells(parts[0], place, console, how)
     else:
         console.print(plan.table(f"Study {name}", parts, place))
 
@@ -723,7 +382,7 @@ def _console(place: "Place") -> Console:
 
 
 def _resumable(work: Callable[[], bool], force: bool) -> bool:
-    from sbeval.executor import terminable
+    from sbeval.pool import terminable
 
     try:
         with terminable():

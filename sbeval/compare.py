@@ -5,8 +5,7 @@ from: another machine, another version. Where a folder has several numbers that 
 of it as is needed (backend, dtype, text, ..., at last the cell) counts too. A column that one folder leaves empty, as
 tables from before it came do, tells nothing.
 
-The interval of a difference is 95 %: over the seeds that both have where they are several (Student's t over paired
-differences), else normal from both standard errors as if they were independent, which on the same test items is wide.
+The interval of a difference, paired by seed, is that of `sbeval.statistics`.
 """
 
 import math
@@ -22,16 +21,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Terminal
 
 from sbeval.errors import InputError, choose
-from sbeval.table import OUTCOME, Measurement, columns, read
+from sbeval.rows import Measurement
+from sbeval.statistics import half_width
+from sbeval.table import OUTCOME, read, required
 
 # what a run found, beside its number
 FOUND = ("status", "reads", "cut")
 # what tells rows apart only where nothing else does, in this order
-ORIGIN = ("backend", "dtype", "corpus", "tokenizer", "train_tokens", "preset", "device", "cell")
-# quantiles of Student's t for 1, 2, ... degrees of freedom; of more, the last is a little wide
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-NORMAL = 1.96
-COMMON = columns(Measurement)
+ORIGIN = (
+    "backend", "dtype", "corpus", "tokenizer", "train_tokens", "unique_tokens", "epochs", "preset", "device", "cell",
+)  # fmt: skip
+COMMON = required(Measurement)
 METHOD = ["task", "model", "attention", "options"]
 # columns that a line has its own place for
 NAMED = ("family", "attention", "options", "metric", "unit")
@@ -121,11 +121,7 @@ def _numbers(both: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 def _difference(group: pd.DataFrame, key: dict[str, Any]) -> list[Any]:
     first, second = (group[f"value_{side}"].to_numpy(dtype=float) for side in "AB")
     apart = second - first
-    if len(group) > 1:
-        quantile = STUDENT[min(len(group) - 1, len(STUDENT)) - 1]
-        half = quantile * float(apart.std(ddof=1)) / math.sqrt(len(group))
-    else:
-        half = NORMAL * math.hypot(*(float(group[f"stderr_{side}"].iloc[0]) for side in "AB"))
+    half = half_width(apart, math.hypot(*(float(group[f"stderr_{side}"].iloc[0]) for side in "AB")))
     a, b, difference = float(first.mean()), float(second.mean()), float(apart.mean())
     ratio = b / a if _is_rate(str(key["unit"])) and a else math.nan
     return [a, b, difference, half, ratio, bool(abs(difference) > half)]

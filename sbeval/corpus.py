@@ -4,7 +4,7 @@ import array
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -13,15 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from sbeval import sources
-from sbeval.errors import InputError, storing
-from sbeval.sources import ROLES, Document, Role, Source
-from sbeval.table import locked
+from sbeval.errors import InputError
+from sbeval.files import locked, storing
+from sbeval.python_source import Role
+from sbeval.sources import ROLES, Document, Source
 from sbeval.tokenizer import Ids, Library, Tokenizer, is_trained
 from sbeval.tokenizer import load as load_tokenizer
 from sbeval.tokenizer import read as read_tokenizer
 
 # part of a store's key: a store written in another way is not opened
-FORMAT = 1
+FORMAT = 2
 BATCH_CHARACTERS = 1 << 23
 
 
@@ -87,13 +88,19 @@ class Split:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Corpus:
-    """Two splits, and the tokenizer that made them. `digest` changes with any token of either split."""
+    """Three splits, and the tokenizer that made them. `digest` changes with any token of train or test.
+
+    `valid` is for held-out loss while a model trains and is reported nowhere else; it can be empty. `versions` are of
+    what the text is taken from, where that has any.
+    """
 
     name: str
     digest: str
     tokenizer: Tokenizer
     train: Split
+    valid: Split
     test: Split
+    versions: Mapping[str, str]
 
 
 def open(
@@ -109,9 +116,10 @@ def open(
     """Open a corpus, which is tokenized on the first time and kept in cache_dir/corpora/<digest>.
 
     `spec` is a specification of `sources`, `tokenizer` one of `sbeval.tokenizer`. Train ends with the document that
-    reaches `max_tokens`; test is whole, but for a dataset of the hub, where a limited train also means that test ends
-    with the document that reaches 2^22 tokens. `text_field` is the field of a row that holds the text. `name` replaces
-    the corpus's name in tables. `progress` is called with the number of tokens that were added since its last call.
+    reaches `max_tokens`; the others are whole, but for a dataset of the hub, where a limited train also means that test
+    ends with the document that reaches 2^22 tokens and valid with that which reaches 2^18. `text_field` is the field of
+    a row that holds the text. `name` replaces the corpus's name in tables. `progress` is called with the number of
+    tokens that were added since its last call.
 
     Files that change are noticed. A dataset of the hub that changes there is not: what was stored first stays.
     InputError for what cannot be read, holds no text or too little to split.
@@ -133,8 +141,8 @@ def _read_store(folder: Path, name: str, spec: str, cache_dir: Path) -> Corpus:
         tokenizer: Tokenizer = read_tokenizer(folder / "tokenizer.json", name=spec)
     else:
         tokenizer = load_tokenizer(spec, cache_dir=cache_dir)
-    train, test = (
-        Split(
+    splits = {
+        role: Split(
             corpus=name,
             role=role,
             tokens=np.load(folder / f"{role}.npy", mmap_mode="r"),
@@ -142,9 +150,9 @@ def _read_store(folder: Path, name: str, spec: str, cache_dir: Path) -> Corpus:
             documents=tuple(json.loads((folder / f"{role}_documents.json").read_text(encoding="utf-8"))),
         )
         for role in ROLES
-    )
+    }
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    return Corpus(name=name, digest=meta["digest"], tokenizer=tokenizer, train=train, test=test)
+    return Corpus(name=name, digest=meta["digest"], tokenizer=tokenizer, **splits, versions=meta["versions"])
 
 
 def _build(
@@ -169,16 +177,18 @@ def _build(
         )
         if is_trained(spec):
             cast(Library, tokenizer).save(unfinished / "tokenizer.json")
-        limits = {"train": max_tokens, "test": source.test_tokens if max_tokens else None}
+        limits = {"train": max_tokens, **source.limits} if max_tokens else {}
         with storing(folder):
-            digests = [
-                _write_split(unfinished, role, source.documents(role), tokenizer, limits[role], progress)
+            digests = {
+                role: _write_split(unfinished, role, source.documents(role), tokenizer, limits.get(role), progress)
                 for role in ROLES
-            ]
+            }
         meta = {
             "source": source.name,
             "tokenizer": tokenizer.digest,
-            "digest": sources.digest(tokenizer.digest, *digests),
+            # without valid, on which no number depends
+            "digest": sources.digest(tokenizer.digest, digests["train"], digests["test"]),
+            "versions": dict(source.versions),
         }
         with storing(folder):
             (unfinished / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")

@@ -62,14 +62,6 @@ def uniform(x: Tensor) -> Tensor:
     return _shift(x, 11).double().mul_(2.0**-53)
 
 
-def happens(x: Tensor, probability: float) -> Tensor:
-    """True with this probability, rounded to a multiple of 2^-63, from 64 random bits."""
-    assert 0 <= probability <= 1, probability
-    if probability == 1:
-        return torch.ones_like(x, dtype=torch.bool)
-    return _shift(x, 1) < int(math.ldexp(probability, 63))
-
-
 def shuffled(start: int, count: int, device: torch.device) -> Tensor:
     """A random order of 0 ... count - 1, int64; of equal bits, which hardly occur, the smaller number comes first."""
     return bits(start, torch.zeros(1, dtype=torch.int64, device=device), count)[0].sort(stable=True).indices

@@ -1,6 +1,10 @@
 """Where things run and how fast that place is."""
 
+import os
+import statistics
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -9,10 +13,12 @@ from sbeval.errors import InputError, choose
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # dense bfloat16 matrix products, TFLOP/s, by the vendor's datasheets
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "H800": 989, "L40S": 362, "B200": 2250}
+# timings of which an estimate takes the median, and the least seconds of one
+TIMINGS, TIMING_S = 9, 0.01
 
 
 def pick(name: str | None) -> torch.device:
-    """The device called `name` (`cpu`, `cuda`, `cuda:1`); None is the GPU if there is one."""
+    """The device called `name` (`cpu`, `cuda`, `cuda:1`), in use; None is the GPU if there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, colon, index = name.partition(":")
@@ -25,7 +31,9 @@ def pick(name: str | None) -> torch.device:
         )
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
-    return torch.device(name)
+    found = torch.device(name)
+    use(found)
+    return found
 
 
 def pick_dtype(name: str | None, device: torch.device) -> str:
@@ -33,6 +41,25 @@ def pick_dtype(name: str | None, device: torch.device) -> str:
     if name is None:
         return "bfloat16" if device.type == "cuda" else "float32"
     return choose("dtype", name, DTYPES)
+
+
+def use(device: torch.device) -> None:
+    """Make a GPU that is called by its number the current one, to which Triton launches wherever tensors are."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+
+
+def spread(device: torch.device) -> list[str]:
+    """The GPUs that processes can share out, as CUDA_VISIBLE_DEVICES calls each: all that are visible for `cuda`.
+
+    One that is called by its number is meant alone, and for a CPU there are none.
+    """
+    if device != torch.device("cuda"):
+        return []
+    visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
+    names = [str(index) for index in range(count)] if visible is None else visible.split(",")
+    # CUDA stops at the first name that it does not know
+    return [name.strip() for name in names[:count]]
 
 
 def describe(device: torch.device) -> str:
@@ -56,13 +83,35 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def measured_flops(device: torch.device, dtype: str) -> float:
-    """FLOP/s of a matrix product of middling size, measured now in under a second, to estimate costs from."""
+    """FLOP/s of a matrix product of middling size, measured now in a fraction of a second, to estimate costs from.
+
+    The median of several short timings. On a CPU of the processor time of one thread, times the threads there are: with
+    other work beside ours threads wait for each other, and the wall time of a product is many times what it needs.
+    """
     size = 4096 if device.type == "cuda" else 512
     a = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
-    times: list[float] = []
-    # the best of many: other work on the machine disturbs single ones
-    while sum(times) < 0.3 or len(times) < 5:
-        start = time.perf_counter()
+    with _clock(device) as (clock, threads):
+        return threads * 2 * size**3 / statistics.median(_timing(a, clock) for _ in range(TIMINGS))
+
+
+def _timing(a: torch.Tensor, clock: Callable[[], float]) -> float:
+    """Seconds of a product, over as many as the clock can tell."""
+    start, passed, count = clock(), 0.0, 0
+    while passed < TIMING_S:
         (a @ a)[0, 0].item()
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
+        passed, count = clock() - start, count + 1
+    return passed / count
+
+
+@contextmanager
+def _clock(device: torch.device) -> Iterator[tuple[Callable[[], float], int]]:
+    """What tells seconds, and how many threads of those that work each time stands for."""
+    if device.type == "cuda":
+        yield time.perf_counter, 1
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield time.thread_time, threads
+    finally:
+        torch.set_num_threads(threads)

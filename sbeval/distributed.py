@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from sbeval.device import use
 from sbeval.errors import InputError
-from sbeval.estimate import Floats
+from sbeval.statistics import Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,15 @@ def joined(place: torch.device) -> Iterator[World]:
     if size() == 1:
         yield ALONE
         return
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
+    use(place)
     # imported while a group exists, as DistributedDataParallel would, it keeps the group for good, and the threads of a
     # living group may still be giving tensors back when Python ends, which aborts the process
     importlib.import_module("torch._dynamo")
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    if place.type == "cuda":
+        # said here, it need not be guessed at the first barrier
+        dist.init_process_group("nccl", device_id=place)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     finally:

@@ -19,7 +19,8 @@ from sbeval import device, perplexity, provenance, registry, sweep
 from sbeval.errors import InputError, first_line
 from sbeval.graph import steps
 from sbeval.kernels import stick_breaking
-from sbeval.model import Decoder, ModelConfig, n_parameters
+from sbeval.model import Decoder, n_parameters
+from sbeval.model_config import ModelConfig
 from sbeval.tasks import attention_map, length_gen
 from sbeval.train import TrainConfig
 
@@ -206,11 +207,11 @@ def _presets(place: torch.device, free: int) -> Iterator[tuple[str, ...]]:
     dtype = device.pick_dtype(None, place)
     speeds = {dtype: device.measured_flops(place, dtype)}
     for family in registry.TASKS:
-        module = registry.task(family)
-        for name, preset in module.PRESETS.items():
+        task = registry.task(family)
+        for name, preset in task.presets.items():
             config: Any = dataclasses.replace(preset, dtype=dtype)
             # lm-eval's items are not looked at: there it is the time of training
-            cells: Any = length_gen.cells(config) if family == "few_shot" else module.cells(config)
+            cells: Any = length_gen.cells(config) if family == "few_shot" else task.cells(config)
             found = [_sizes(cell.config, cell, place) for cell in cells]
             shape, training, tokens, option = max(
                 found, key=lambda one: _training(one[0], one[1], one[1].micro_batch or one[1].batch)

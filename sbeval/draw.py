@@ -8,7 +8,8 @@ import matplotlib
 
 from sbeval import registry
 from sbeval.errors import InputError, choose
-from sbeval.table import prepare, read, replacing
+from sbeval.files import prepare, replacing
+from sbeval.table import read
 
 # no dates and no versions in the files: drawn again from the same table they have the same bytes
 FORMATS: dict[str, dict[str, Any]] = {

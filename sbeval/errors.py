@@ -1,13 +1,7 @@
 """Errors that a user can put right: one line that says what was given and what would do."""
 
 import difflib
-import errno
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-
-# what a disk says that is full, read-only, not ours or broken; libraries that say it in words give no number
-STORAGE = (None, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+from collections.abc import Iterable
 
 SEEDS = range(1 << 31)
 
@@ -32,21 +26,7 @@ def check_swept(config: object, *names: str) -> None:
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give one or more")
     if wrong := [seed for seed in getattr(config, "seeds", ()) if seed not in SEEDS]:
-        raise InputError(f"a seed must be 0 to {SEEDS[-1]}; got {wrong[0]}")
-
-
-@contextmanager
-def storing(path: Path) -> Iterator[None]:
-    """Make one line for the user of what a disk says that does not take what is written to `path` in the block."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in STORAGE:
-            raise
-        raise InputError(
-            f"cannot write {path}: {error.strerror or first_line(error)}; "
-            "what is finished is kept: put that right and give the same command again"
-        ) from None
+        raise InputError(f"a seed (--seed) must be 0 to {SEEDS[-1]}; got {wrong[0]}")
 
 
 def first_line(error: BaseException) -> str:

@@ -5,36 +5,21 @@ work that leaves checkpoints goes on from the last. Results come back as they ar
 """
 
 import math
-import multiprocessing
-import os
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
+from sbeval import pool
 from sbeval.errors import InputError, choose
+from sbeval.pool import RETRIES, Hear, Item, Lost, Result, Then, terminable
 
 KINDS = ("local", "ray")
-# times that an item is begun again after its worker died
-RETRIES = 3
-# seconds that a worker has to save what it trains when the driver ends
-GRACE_S = 30
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-# what can begin when an item is done
-Then = Callable[[Item], Sequence[Item]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Executor:
-    """How to run. workers: processes that share this machine and its GPU, or the CPUs of a local Ray cluster; None is
+    """How to run. workers: processes that share this machine and its GPUs, or the CPUs of a local Ray cluster; None is
     this process alone (`local`), or all that Ray finds. address: of a running Ray cluster. gpus_per_cell: share of a
     GPU that a Ray task takes; None is a whole one where there are any."""
 
@@ -60,26 +45,20 @@ class Executor:
         return self.kind == "local" and (self.workers or 1) == 1
 
     def run(
-        self, work: Callable[[Item], Result], items: Sequence[Item], then: Then[Item] | None = None
-    ) -> Iterator[tuple[Item, Result | "Lost"]]:
+        self, work: Callable[[Item], Result], items: Sequence[Item], then: Then[Item] | None = None, *,
+        gpus: Sequence[str] = (), hear: Hear | None = None,
+    ) -> Iterator[tuple[Item, Result | Lost]]:  # fmt: skip
         """Yield each item with what `work` makes of it, or Lost where its worker died again and again.
 
         `then` is asked what can begin now when what came of an item has been taken; that comes before what waits.
         What `work` raises is raised here, and ends the others. Where this is not this process alone, `work` and items
-        must be picklable.
+        must be picklable. gpus: see `pool.run`; Ray gives GPUs out itself. hear: told what `pool.tell` says in workers.
         """
         if self.alone:
             return _here(work, items, then)
         if self.kind == "ray":
             return _in_ray(work, items, self, then)
-        return _in_pool(work, items, self.workers or 1, then)
-
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """No result: the worker died each time, for this reason."""
-
-    reason: str
+        return pool.run(work, items, self.workers or 1, then, gpus=gpus, hear=hear)
 
 
 def _here(
@@ -90,96 +69,6 @@ def _here(
         item = waiting.pop()
         yield item, work(item)
         waiting.extend(reversed(then(item) if then else ()))
-
-
-def _in_pool(
-    work: Callable[[Item], Result], items: Sequence[Item], workers: int, then: Then[Item] | None
-) -> Iterator[tuple[Item, Result | Lost]]:
-    """Run in processes. When one dies, all that were at work begin again in a new pool, for it is not known whose died:
-    one at a time, so that the next death is of the right one."""
-    waiting = [(item, 0) for item in reversed(items)]
-    while waiting:
-        begun: dict[Future[Result], tuple[Item, int]] = {}
-        with _pool(workers if then else min(workers, len(waiting))) as pool:
-            died = False
-            while begun or (waiting and not died):
-                # no more than are at work, so that those which wait are not blamed
-                while waiting and not died and len(begun) < workers:
-                    if begun and (waiting[-1][1] or any(deaths for _, deaths in begun.values())):
-                        break
-                    item, deaths = waiting.pop()
-                    begun[pool.submit(_guarded, work, item)] = item, deaths
-                for future in wait(begun, return_when=FIRST_COMPLETED).done:
-                    item, deaths = begun.pop(future)
-                    if not isinstance(future.exception(), BrokenProcessPool):
-                        yield item, future.result()
-                    elif deaths < RETRIES:
-                        died = True
-                        waiting.append((item, deaths + 1))
-                        continue
-                    else:
-                        died = True
-                        yield item, Lost(f"its process died {deaths + 1} times; is the machine short of memory?")
-                    waiting.extend((new, 0) for new in reversed(then(item) if then else ()))
-
-
-def _guarded(work: Callable[[Item], Result], item: Item) -> Result:
-    """Work; a process that is told to stop does so once that is done, without a wait for its queue."""
-    try:
-        return work(item)
-    except KeyboardInterrupt:
-        os._exit(1)
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool that ends with the block: what runs then is told to stop, saves and does so."""
-    # a forked process could not use the GPU
-    pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin, initargs=(os.getpid(), workers)
-    )
-    try:
-        with terminable():
-            yield pool
-    except BaseException:
-        for process in list((pool._processes or {}).values()):
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Make SIGTERM what Ctrl-C is, so that what stops says so, and workers do not outlive their driver."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _begin(driver: int, workers: int) -> None:
-    """Take a share of the CPUs, and stop when the driver is gone without a word."""
-    import torch
-
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-
-    def watch() -> None:
-        while os.getppid() == driver:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _in_ray(

@@ -4,11 +4,13 @@ A rule speaks of plain stick-breaking and plain RoPE in the same setting. Of sev
 the paper's: the largest model, then the most training tokens.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
 
+from sbeval import epochs
 from sbeval.errors import InputError
 
 AGREES, DISAGREES, UNDECIDED = "agrees", "disagrees", "not decided"
@@ -19,7 +21,7 @@ FAR = 4
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What results show, in words with numbers, the verdict, and why there is none."""
+    """What results show, in words with numbers, the verdict, and why there is none or what it leaves out."""
 
     verdict: str
     found: str = ""
@@ -53,10 +55,20 @@ def findings(claims: Iterable[Claim], tables: Mapping[str, pd.DataFrame]) -> lis
 def _judge(claim: Claim, tables: Mapping[str, pd.DataFrame]) -> Judged:
     if claim.table not in tables:
         return Judged(UNDECIDED, reason=f"not measured here; {claim.command} does")
+    table, left_out = _without_overfit(tables[claim.table])
     try:
-        return claim.judge(tables[claim.table])
+        judged = claim.judge(table)
     except InputError as error:
-        return Judged(UNDECIDED, reason=str(error))
+        judged = Judged(UNDECIDED, reason=str(error))
+    reason = "; ".join(filter(None, [judged.reason, left_out]))
+    return dataclasses.replace(judged, reason=reason)
+
+
+def _without_overfit(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The rows that can decide a claim, and which methods have others; no model that overfits decides any."""
+    found = epochs.overfit(table)
+    methods = sorted({":".join(filter(None, pair)) for pair in table.loc[found, ["attention", "options"]].to_numpy()})
+    return table[~found], f"left out, as they overfit: models of {', '.join(methods)}" if methods else ""
 
 
 def verdict(answer: bool | None, found: str, *, far: str = "") -> Judged:

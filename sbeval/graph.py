@@ -11,39 +11,13 @@ What one cell alone needs it does itself, as part of its run.
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol, cast
 
-
-class Step(Protocol):
-    """Part of a sweep, a frozen dataclass."""
-
-    @property
-    def title(self) -> str: ...
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def flops(self) -> float:
-        """Floating-point operations, roughly, without those of what it needs."""
-
-
-class Needs(Step, Protocol):
-    """A step that comes after others."""
-
-    @property
-    def needs(self) -> tuple[Step, ...]:
-        """What must be done before, in that order. Steps that do the same are equal."""
-
-
-def needs(step: Step) -> tuple[Step, ...]:
-    """What a step needs."""
-    return cast(Needs, step).needs if hasattr(step, "needs") else ()
+from sbeval.cell import Step
 
 
 def steps(cells: Sequence[Step]) -> list[Step]:
     """The cells and all that they need, each once, in an order in which they can be done."""
-    return list(dict.fromkeys(step for cell in cells for step in (*needs(cell), cell)))
+    return list(dict.fromkeys(step for cell in cells for step in (*cell.needs, cell)))
 
 
 class Graph:
@@ -54,11 +28,11 @@ class Graph:
 
     def add(self, cells: Sequence[Step]) -> list[Step]:
         """Take cells in, and return the steps that can begin."""
-        count = Counter(need for cell in cells for need in needs(cell))
+        count = Counter(need for cell in cells for need in cell.needs)
         own, begin = set(cells), dict[Step, None]()
         for cell in cells:
             # what is a cell here is run as that
-            path = [*(need for need in needs(cell) if count[need] > 1 or need in own), cell]
+            path = [*(need for need in cell.needs if count[need] > 1 or need in own), cell]
             begin.setdefault(path[0])
             for first, second in pairwise(path):
                 after = self._after.setdefault(first, [])

@@ -6,7 +6,6 @@ cache of `sbeval.cache`. A forward pass makes a cache only where `use_cache=True
 """
 
 import dataclasses
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -27,10 +26,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sbeval import checkpoint, sources
 from sbeval.cache import Cache
-from sbeval.errors import InputError, first_line, storing
-from sbeval.model import Decoder, ModelConfig, padded_vocabulary
-from sbeval.pretrained import check_same
-from sbeval.tokenizer import Tokenizer, is_trained, load
+from sbeval.errors import InputError, first_line
+from sbeval.files import new_folder, storing
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig, padded_vocabulary
+from sbeval.tokenizer import Tokenizer, check_same, is_trained, load
 
 
 class SbevalConfig(PreTrainedConfig):
@@ -284,20 +284,13 @@ def export(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
     ends = {} if tokenizer is None else {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
     model = SbevalForCausalLM(SbevalConfig.of(decoder.config, train_len=checkpoint.training_length(folder), **ends))
     model.decoder.load_state_dict(decoder.state_dict())
-    partial = out.with_name(f".{out.name}.partial")
-    with storing(out):
+    with new_folder(out) as partial, storing(out):
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
             model.save_pretrained(partial)
             if fast is not None:
                 fast.save_pretrained(partial)
-            # an empty folder of that name gives way
-            partial.rename(out)
         except SafetensorError as error:
             raise OSError(first_line(error)) from None
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
 
 AutoConfig.register(SbevalConfig.model_type, SbevalConfig)

@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,158 +19,10 @@ from torch import Tensor, nn
 
 from sbeval import registry
 from sbeval.cache import Cache, Layer
-from sbeval.errors import InputError, choose
-from sbeval.table import LATER
+from sbeval.errors import InputError
+from sbeval.model_config import ModelConfig, parse_attention
 
 IGNORE = -100
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """Shape of a decoder. `attention` is a method with its options, `name` or `name:key=value,key=value`."""
-
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    hidden: int  # inner size of the MLP
-    kv_heads: int | None = None  # as many as heads by default
-    head_dim: int | None = None  # width / heads by default
-    attention: str = "stick_breaking"
-    mlp: str = "swiglu"  # or "gelu"
-    tied: bool = False
-    positions: int = 0  # length of a learned table of positions, counted from the start of a row; 0 is none
-    norm_eps: float = 1e-5
-    init_std: float | None = None  # 1 / sqrt(width) by default
-    m_emb: float = 1.0
-    m_residual: float = 1.0
-    m_width: float = 1.0
-    attention_multiplier: float | None = None  # scale of q . k, 1 / sqrt(head_dim) by default
-    # of embeddings, and of what a head mixed: fused attention has none of its weights
-    dropout: float = field(default=0.0, metadata=LATER)
-    # what some released models have: biases, and a GroupNorm of what each head mixed
-    qkv_bias: bool = field(default=False, metadata=LATER)
-    out_bias: bool = field(default=False, metadata=LATER)
-    mlp_bias: bool = field(default=False, metadata=LATER)
-    head_norm: bool = field(default=False, metadata=LATER)
-
-    def __post_init__(self) -> None:
-        choose("mlp", self.mlp, ("swiglu", "gelu"))
-        for name in ("vocab_size", "width", "layers", "heads", "hidden", "kv_heads", "head_dim"):
-            if (size := getattr(self, name)) is not None and size < 1:
-                raise InputError(f"{name} must be at least 1; got {size}")
-        if self.init_std is not None and not 0 < self.init_std < math.inf:
-            raise InputError(f"init_std must be above 0 and finite; got {self.init_std}")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout must be at least 0 and below 1; got {self.dropout}")
-        if self.positions < 0:
-            raise InputError(f"positions must be at least 0; got {self.positions}")
-        if self.head_dim is None and self.width % self.heads:
-            raise InputError(f"width {self.width} is no multiple of {self.heads} heads; give head_dim")
-        if self.heads % self.n_kv_heads:
-            raise InputError(f"{self.n_kv_heads} key-value heads do not divide {self.heads} heads")
-
-    @property
-    def n_kv_heads(self) -> int:
-        return self.heads if self.kv_heads is None else self.kv_heads
-
-    @property
-    def d_head(self) -> int:
-        return self.width // self.heads if self.head_dim is None else self.head_dim
-
-
-# shapes by name; parameters at a vocabulary of 257 (quick), 8,192 (25m, 60m), 50,304 (125m) or the paper's own
-SIZES: dict[str, dict[str, Any]] = {
-    # 1.3 M, for a laptop: a few minutes of training on two cores
-    "quick": {"width": 160, "layers": 4, "heads": 4, "hidden": 432, "tied": True},
-    "25m": {"width": 512, "layers": 8, "heads": 8, "hidden": 1024, "tied": True},
-    "60m": {"width": 640, "layers": 12, "heads": 10, "hidden": 1536, "tied": True},
-    # nanoGPT's shape (github.com/karpathy/nanoGPT) beside 60m: learned positions, GELU, and --attention nope; its
-    # LayerNorm without bias is an RMSNorm here
-    "nanogpt-60m": {
-        "width": 640, "layers": 12, "heads": 10, "hidden": 2560, "tied": True, "mlp": "gelu", "positions": 2048,
-        "init_std": 0.02,
-    },
-    "125m": {"width": 768, "layers": 12, "heads": 12, "hidden": 2048, "tied": True},
-    # the paper's 367.5 M parameters at 32,000 tokens of vocabulary
-    "350m": {"width": 1024, "layers": 24, "heads": 32, "hidden": 2730, "tied": False},
-    # arXiv 2408.13359, table 4; m_width of the 3b is width / 256, the table rounds it to 8
-    "1b": {
-        "width": 1536, "layers": 40, "heads": 24, "hidden": 4096, "tied": True,
-        "m_emb": 12.0, "m_residual": 0.22, "m_width": 6.0, "init_std": 0.1,
-    },
-    "3b": {
-        "width": 2304, "layers": 40, "heads": 36, "hidden": 9216, "tied": True,
-        "m_emb": 12.0, "m_residual": 0.22, "m_width": 9.0, "init_std": 0.1,
-    },
-}  # fmt: skip
-
-
-def padded_vocabulary(tokens: int) -> int:
-    """Size of the embedding that is trained for a tokenizer of so many tokens.
-
-    A product of odd size leaves the tensor cores' fast path; surplus tokens never occur, and are never predicted.
-    """
-    return tokens if tokens < 1024 else -(-tokens // 64) * 64
-
-
-def named(size: str, *, vocab_size: int, attention: str) -> ModelConfig:
-    """Config of the size called `size`; InputError offers the nearest name."""
-    return ModelConfig(vocab_size=vocab_size, attention=attention, **SIZES[choose("model size", size, SIZES)])
-
-
-def parse_attention(spec: str) -> tuple[str, Any]:
-    """Method name and its Options from `name` or `name:key=value,key=value`; InputError names what is unknown."""
-    name, _, text = spec.partition(":")
-    kinds = registry.method(name).Options
-    fields = {field.name: field for field in dataclasses.fields(kinds)}
-    values: dict[str, Any] = {}
-    for item in filter(None, text.split(",")):
-        key, equals, value = item.partition("=")
-        field = fields.get(key) if fields else None
-        if field is None:
-            if not fields:
-                raise InputError(f"attention {name!r} has no options; got {item!r}")
-            choose(f"option of attention {name!r}", key, fields)
-        if key in values:
-            raise InputError(f"option {key!r} of attention {name!r} is given twice in {spec!r}")
-        assert field is not None
-        if not equals:
-            raise InputError(f"option {key!r} of attention {name!r} needs a value: {name}:{key}=...")
-        values[key] = _convert(f"{name}:{key}", value, field.default)
-    return name, kinds(**values)
-
-
-def _convert(what: str, text: str, default: object) -> object:
-    """Read `text` as the kind of thing that `default` is; an option that is None by default is a number."""
-    if isinstance(default, bool):
-        return choose(what, text.lower(), ("true", "false")) == "true"
-    if isinstance(default, str):
-        return text
-    try:
-        return int(text) if isinstance(default, int) else float(text)
-    except ValueError:
-        raise InputError(f"{what} must be a number; got {text!r}") from None
-
-
-def canonical_attention(spec: str) -> str:
-    """The shortest spec that means the same: without options at their defaults, the others in the class's order."""
-    return _spec(*parse_attention(spec))
-
-
-def trained_attention(spec: str) -> str:
-    """The canonical spec whose training gives the weights for `spec`: without options that only evaluation asks for."""
-    name, options = parse_attention(spec)
-    return _spec(name, registry.trained_as(name, options))
-
-
-def _spec(name: str, options: Any) -> str:
-    text = ",".join(
-        f"{field.name}={str(value).lower() if isinstance(value, bool) else value}"
-        for field in dataclasses.fields(options)
-        if (value := getattr(options, field.name)) != field.default
-    )
-    return f"{name}:{text}" if text else name
 
 
 class Attention(nn.Module):
@@ -369,17 +220,7 @@ class Decoder(nn.Module):
 
 
 @functools.cache
-@functools.cache
 def n_parameters(config: ModelConfig) -> int:
     """Parameters of a model of this shape, without its weights."""
     with torch.device("meta"):
         return Decoder(config).n_parameters()
-
-
-def flops_per_token(config: ModelConfig, length: int) -> float:
-    """FLOPs of one forward pass per token at sequences of `length`: products, causal attention as half a square."""
-    width, inner = config.width, config.heads * config.d_head
-    projections = width * (2 * inner + 2 * config.n_kv_heads * config.d_head)
-    mlp = (3 if config.mlp == "swiglu" else 2) * width * config.hidden
-    attention = 2 * inner * (length / 2)
-    return 2 * (config.layers * (projections + mlp + attention) + width * config.vocab_size)

@@ -11,7 +11,6 @@ from sbeval.model import Decoder
 if TYPE_CHECKING:
     from sbeval.train import TrainConfig
 
-OPTIMIZERS = ("adamw", "muon")
 ADAMW_STATE, MUON_STATE = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 
 

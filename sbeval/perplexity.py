@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sbeval import device, distributed, estimate, memory
+from sbeval import device, distributed, memory, statistics
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError
-from sbeval.estimate import Estimate, Floats
+from sbeval.statistics import Estimate, Floats
 
 # tokens, of all windows together, whose logits are held at a time
 CHUNK = 4096
@@ -53,7 +53,7 @@ class PositionLosses:
 
     def mean(self, first: int, last: int) -> Estimate:
         """Mean loss at positions first ... last, both included."""
-        return estimate.mean(self.losses[:, first - 1 : last].mean(1))
+        return statistics.mean(self.losses[:, first - 1 : last].mean(1))
 
     def perplexity(self, length: int) -> Estimate:
         """P(l) = exp of the mean loss at positions 1 ... l; the standard error by the delta method."""
@@ -63,7 +63,7 @@ class PositionLosses:
 
     def bits_per_byte(self, length: int) -> Estimate:
         """Loss at positions 1 ... l in bits per byte of their text."""
-        return estimate.ratio(self.losses[:, :length].sum(1) / math.log(2), self.bytes[:, length - 1])
+        return statistics.ratio(self.losses[:, :length].sum(1) / math.log(2), self.bytes[:, length - 1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Rolling:
     def perplexity(self, per: str) -> Estimate:
         """exp of the loss per `token`, `word` or `byte` of all documents; the standard error by the delta method."""
         amounts = {"token": self.tokens, "word": self.words, "byte": self.bytes}[per]
-        mean = estimate.ratio(self.losses, amounts)
+        mean = statistics.ratio(self.losses, amounts)
         if mean.value > math.log(np.finfo(np.float64).max):
             raise InputError(f"the loss per {per} is {mean.value:.0f} nats: its exponential is no finite number")
         value = math.exp(mean.value)
@@ -89,7 +89,7 @@ class Rolling:
 
     def bits_per_byte(self) -> Estimate:
         """The loss in bits per byte of the documents."""
-        return estimate.ratio(self.losses / math.log(2), self.bytes)
+        return statistics.ratio(self.losses / math.log(2), self.bytes)
 
 
 def bins(length: int, per_octave: int = 4) -> list[tuple[int, int]]:
@@ -156,7 +156,7 @@ def endings(
 def measure(
     model: Predictor,
     windows: Sequence[tuple[int, Tokens]],
-    count_bytes: Callable[[Tokens], Tokens],
+    byte_lengths: Callable[[Tokens], Tokens],
     *,
     place: torch.device,
     dtype: str,
@@ -167,9 +167,9 @@ def measure(
 ) -> PositionLosses:
     """Losses by position of (document, tokens) windows, all of one length n + 1; windows of one document are averaged.
 
-    count_bytes: bytes of each token of an array. batch: windows a forward pass, fewer where memory ends,
-    which `say` is told. advance: told how many are done. Of
-    several processes each takes a share of the windows, and all get all losses.
+    byte_lengths: bytes of each token of an array. batch: windows a forward pass, fewer where memory ends, which `say`
+    is told. advance: told how many are done. Of several processes each takes a share of the windows, and all get all
+    losses.
     """
     tokens = np.stack([window for _, window in windows]).astype(np.int64)
     losses = np.zeros((len(windows), tokens.shape[1] - 1))
@@ -180,7 +180,7 @@ def measure(
 
     memory.in_parts(range(len(windows))[world.rank :: world.size], batch, read, say)
     losses = distributed.summed(losses, world, place)
-    size = np.cumsum(np.stack([count_bytes(window[1:]) for window in tokens]), 1).astype(np.float64)
+    size = np.cumsum(np.stack([byte_lengths(window[1:]) for window in tokens]), 1).astype(np.float64)
     document = np.array([index for index, _ in windows])
     groups = [document == index for index in dict.fromkeys(document.tolist())]
     return PositionLosses(*(np.stack([values[group].mean(0) for group in groups]) for values in (losses, size)))

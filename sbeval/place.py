@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from sbeval import checkpoint, distributed, table
-from sbeval.cell import Cell, cell_id, digest_of
+from sbeval import checkpoint, distributed, files
+from sbeval.config import digest_of
 from sbeval.distributed import ALONE, World
-from sbeval.errors import InputError, storing
+from sbeval.errors import InputError
+from sbeval.files import storing
 from sbeval.progress import Progress
 
 # seconds between looks at a lock that another holds
@@ -38,7 +39,7 @@ class Place:
         While the block runs no other command trains this model: a second one waits, and finds it trained.
         """
         folder = self.results_dir / "checkpoints" / digest_of(key)
-        lock = FileLock(table.prepare(self.results_dir / "locks") / f"{folder.name}.lock")
+        lock = FileLock(files.prepare(self.results_dir / "locks") / f"{folder.name}.lock")
         try:
             said = False
             while distributed.anywhere(self.world.leads and not _taken(lock), self.world, self.device):
@@ -67,23 +68,23 @@ class Place:
             self.emptied.add(path)
         return first
 
-    def logger(self, cell: Cell) -> Callable[[int, dict[str, float]], None] | None:
-        """What writes a cell's training to TensorBoard, None unless that was asked for."""
+    def logger(self, name: str) -> Callable[[int, dict[str, float]], None] | None:
+        """What writes the training of the cell of this id to TensorBoard, None unless that was asked for."""
         if self.tensorboard is None or not self.world.leads:
             return None
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise InputError("--tensorboard needs the tensorboard package: pip install 'sbeval[tensorboard]'") from None
-        folder = self.tensorboard / cell_id(cell)
+        folder = self.tensorboard / name
         try:
             writer = SummaryWriter(folder)
         except OSError as error:
             raise InputError(f"cannot write TensorBoard logs to {folder}: {error.strerror}") from None
 
         def log(step: int, numbers: dict[str, float]) -> None:
-            for name, value in numbers.items():
-                writer.add_scalar(name, value, step)
+            for metric, value in numbers.items():
+                writer.add_scalar(metric, value, step)
             writer.flush()
 
         return log

@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
 
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from sbeval import device, graph, model, sources, study, sweep
-from sbeval.cell import Cell, cell_id, is_cell
-from sbeval.graph import Step
-from sbeval.model import ModelConfig
+from sbeval.cell import Cell, Step, cell_id
+from sbeval.executor import Executor
 from sbeval.place import Place
 from sbeval.schema import Part
 from sbeval.tasks.length_gen import Training, likely_vocabulary
@@ -22,14 +20,6 @@ NOTE = (
     "Roughly, and at most: training can end before. Disk is for the weights of models, three times that for each while "
     "it trains, and for the tokens of the text; not for prompts, answers, tables and figures."
 )
-
-
-class Leaves(Step, Protocol):
-    """A step that leaves a checkpoint."""
-
-    @property
-    def leaves(self) -> ModelConfig:
-        """The shape of its model, without a look at a tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +35,16 @@ class Line:
     disk: float | None = 0.0
 
 
-def list_cells(part: Part, place: Place, console: Console) -> None:
+def list_cells(part: Part, place: Place, console: Console, executor: Executor = sweep.HERE) -> None:
     """Print what each cell of a family costs, and all that are to run."""
     cells, later = _known(part, place)
     pending = cells if place.force else sweep.unfinished(cells, place.results_dir)
     for step in graph.steps(pending):
-        if not is_cell(step):
+        if not isinstance(step, Cell):
             study.say(console, f"{step.title}  {step.flops:.1e} FLOPs")
     for cell in cells:
         study.say(console, f"{cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in pending else '  finished'}")
-    study.say(console, sweep.describe_cost(pending, place))
+    study.say(console, sweep.describe_cost(pending, place, sweep.at_once(executor, place)))
     if later:
         flops = sum(cell.flops for cell in later)
         count = f"{len(later)} cell{'s' if len(later) > 1 else ''}"
@@ -96,7 +86,7 @@ def lines(parts: Sequence[Part], place: Place) -> list[Line]:
     seconds = dict(zip(every, sweep.seconds(every, sweep.speeds(every, place.device), place.device), strict=True))
     found = [Line("text", disk=_text([step for step in every if isinstance(step, Training)]))]
     for name, share in shares.items():
-        parameters = [model.n_parameters(cast(Leaves, step).leaves) for step in share if hasattr(step, "leaves")]
+        parameters = [model.n_parameters(step.leaves) for step in share if step.leaves]
         left = len(todo.get(name, ()))
         found.append(
             Line(
@@ -116,7 +106,7 @@ def _shares(todo: Mapping[str, Sequence[Cell]]) -> dict[str, list[Step]]:
         for step in graph.steps(cells):
             if step not in seen:
                 seen.add(step)
-                shares[family if is_cell(step) else "training"].append(step)
+                shares[family if isinstance(step, Cell) else "training"].append(step)
     return shares
 
 

@@ -22,7 +22,7 @@ from sbeval import checkpoint, device, registry, released
 from sbeval.errors import InputError, first_line
 from sbeval.model import Decoder
 from sbeval.perplexity import Predictor
-from sbeval.tokenizer import Tokenizer
+from sbeval.tokenizer import Tokenizer, check_same
 
 # what models of transformers call their caches; the `state` of RWKV is not used, which there mixes the rows of a batch
 CACHES = ("past_key_values", "cache_params")
@@ -66,15 +66,6 @@ class Pretrained:
                 f"the model of {spec} has a table of {self.positions} positions and can't read {length} tokens: "
                 f"ask for {self.positions} at most"
             )
-
-
-def check_same(trained: str | None, text: Tokenizer, spec: str) -> None:
-    """InputError when a tokenizer is not the one whose digest the model that `spec` names knows, if it knows one."""
-    if trained not in (None, text.digest):
-        raise InputError(
-            f"the model of {spec} was trained with another tokenizer than {text.name!r}: give the --tokenizer, and "
-            "for bpe:SIZE the --corpus, that it was trained with"
-        )
 
 
 class HubModel(nn.Module):

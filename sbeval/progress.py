@@ -1,14 +1,19 @@
 """Progress of long work: bars with an estimate of the time left in a terminal, now and then a plain line elsewhere."""
 
+import itertools
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich import progress
 from rich.console import Console
 
 # a plain line is due after so many seconds, or sooner after so many percent, but not in quick succession
 PERIOD_S, STEP_PERCENT, PAUSE_S = 10.0, 10.0, 1.0
+# a task of another process tells of steps after so many seconds; characters of a line that it can say
+TELL_S, TOLD = 0.1, 800
 
 
 class Progress:
@@ -108,3 +113,79 @@ def _line(task: progress.Task) -> str:
 
 def _clock(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
+
+
+class Telling(Progress):
+    """Shows tasks where `tell` brings what becomes of them: on the `Heard` of another process."""
+
+    def __init__(self, tell: Callable[[tuple[Any, ...]], None]) -> None:
+        self._tell, self._numbers = tell, itertools.count()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close what an error left open."""
+        self._tell(("end",))
+
+    def add(self, description: str, total: int | None, completed: int = 0) -> Task:
+        number = next(self._numbers)
+        self._tell(("add", number, description[:TOLD], total, completed))
+        return _Told(self._tell, number)
+
+    def say(self, line: str) -> None:
+        self._tell(("say", line[:TOLD]))
+
+
+class _Told(Task):
+    """One line of a Progress of another process."""
+
+    def __init__(self, tell: Callable[[tuple[Any, ...]], None], number: int) -> None:
+        self._tell, self._number = tell, number
+        self._steps, self._told_at = 0, 0.0
+
+    def extend(self, steps: int) -> None:
+        self._tell(("extend", self._number, steps))
+
+    def advance(self, steps: int = 1, status: str = "") -> None:
+        self._steps, self._status = self._steps + steps, status
+        if time.monotonic() - self._told_at > TELL_S:
+            self._advance()
+
+    def say(self, line: str) -> None:
+        self._tell(("say", line[:TOLD]))
+
+    def close(self) -> None:
+        self._advance()
+        self._tell(("close", self._number))
+
+    def _advance(self) -> None:
+        if self._steps:
+            self._tell(("advance", self._number, self._steps, self._status[:TOLD]))
+        self._steps, self._told_at = 0, time.monotonic()
+
+
+class Heard:
+    """Shows on a Progress of this process what the tasks of others tell."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[int, dict[int, Task]] = {}
+
+    def __call__(self, worker: int, message: tuple[Any, ...] | None) -> None:
+        """Take a message of a worker, None when it died."""
+        tasks = self._tasks.setdefault(worker, {})
+        match message:
+            case ("add", number, description, total, completed):
+                tasks[number] = self._progress.add(description, total, completed)
+            case ("say", line):
+                self._progress.say(line)
+            case ("extend", number, steps):
+                tasks[number].extend(steps)
+            case ("advance", number, steps, status):
+                tasks[number].advance(steps, status)
+            case ("close", number):
+                tasks.pop(number).close()
+            case ("end",) | None:
+                for task in self._tasks.pop(worker).values():
+                    task.close()

@@ -14,16 +14,16 @@ from pathlib import Path
 import numpy as np
 
 from sbeval import ruler
-from sbeval.cell import digest_of
+from sbeval.config import digest_of
 from sbeval.errors import InputError, first_line
+from sbeval.files import locked, replacing
 from sbeval.haystack import Sources, Tables
+from sbeval.published import LONGEST
 from sbeval.ruler import Draft, Sample, Setting
-from sbeval.table import locked, replacing
 from sbeval.tokenizer import Ids, Tokenizer
 
 # changes with anything that makes other prompts
 FORMAT = 2
-SHORTEST, LONGEST = 512, 131072
 # prompts that are encoded together
 GROUP = 32
 # tokens by which the number of a longer prompt is trusted to be too many

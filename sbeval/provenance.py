@@ -17,8 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from sbeval.errors import InputError, storing
-from sbeval.table import Provenance, replacing
+from sbeval.errors import InputError
+from sbeval.files import replacing, storing
+from sbeval.rows import Provenance
 
 SOURCE = Path(__file__).resolve().parent
 PACKAGES = ("numpy", "sbeval", "torch", "triton")
@@ -35,6 +36,8 @@ def collect(
     device: str,
     backend: str,
     device_name: str | None = None,
+    unique_tokens: int | None = None,
+    epochs: float | None = None,
 ) -> Provenance:
     """Complete the provenance columns of a cell's rows with commit, versions and time.
 
@@ -47,6 +50,8 @@ def collect(
         corpus=corpus,
         tokenizer=tokenizer,
         train_tokens=train_tokens,
+        unique_tokens=unique_tokens,
+        epochs=epochs,
         dtype=dtype,
         device=device_name or name_of(device),
         backend=backend,

@@ -18,9 +18,17 @@ SPEED = 0.78
 # backward pass does not compile with these versions.
 AUTHORS_KERNEL = {64: 154 / 271, 128: 178 / 311}
 
+# Hsieh et al. 2024, arXiv 2404.06654: the tasks of RULER, and how few and many tokens a prompt and its answer can be
+RULER_TASKS = (
+    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
+    "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2",
+)  # fmt: skip
+SHORTEST, LONGEST = 512, 131072
+
 # PaTH (Yang et al. 2025, arXiv 2505.16381), table 1: error rates of flip-flop language modelling, models of 1 layer,
 # 2 heads and width 64, on tests in distribution, sparse and dense. `path` is their own method, which is not here.
 FLIP_FLOP_SOURCE = "PaTH, arXiv 2505.16381, table 1"
+FLIP_FLOP_TESTS = ("in_distribution", "sparse", "dense")
 FLIP_FLOP = {
     "rope": {"in_distribution": 0.069, "sparse": 0.403, "dense": 0.0001},
     "stick_breaking": {"in_distribution": 0.096, "sparse": 0.389, "dense": 0.0},

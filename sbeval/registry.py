@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure as MatplotlibFigure
 
+    from sbeval.family import Family
     from sbeval.plots.chart import Chart
 
 ATTENTION = {
@@ -108,9 +109,9 @@ def trained_as(name: str, options: Any) -> Any:
     return getattr(method(name), "trained_as", lambda given: given)(options)
 
 
-def task(name: str) -> Any:
+def task(name: str) -> "Family":
     """Import the task family `name`; InputError offers the nearest name."""
-    return importlib.import_module(TASKS[choose("task family", name, TASKS)])
+    return cast("Family", importlib.import_module(TASKS[choose("task family", name, TASKS)]).FAMILY)
 
 
 def figure(name: str) -> Figure:

@@ -28,7 +28,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sbeval.errors import InputError
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 
 KINDS = ("sb_dolomite", "stickbreaking", "moe_stickbreaking", "gpt_dolomite", "gpt_base", "sba")
 # all that is fetched of a repository on the hub

@@ -13,11 +13,13 @@ import pandas as pd
 from sbeval import page, registry
 from sbeval.claims import CLAIMS
 from sbeval.errors import InputError
+from sbeval.files import prepare, replacing
 from sbeval.findings import AGREES, DISAGREES, UNDECIDED, Finding, findings
 from sbeval.plots import style
 from sbeval.plots.chart import SYMBOLS, Chart, Group, Panel, plain, readable
+from sbeval.rows import Measurement
 from sbeval.runs import Runs, gather
-from sbeval.table import Measurement, columns, prepare, read, replacing
+from sbeval.table import read, required
 
 TITLE = "Stick-breaking attention: results"
 SIGNS = {AGREES: "✓", DISAGREES: "✗", UNDECIDED: "–"}
@@ -64,7 +66,7 @@ def _tables(results_dir: Path) -> dict[str, pd.DataFrame]:
     needed: dict[str, set[str]] = {}
     for name in registry.FIGURES:
         figure = registry.figure(name)
-        needed.setdefault(figure.TABLE, set(columns(Measurement))).update(figure.COLUMNS)
+        needed.setdefault(figure.TABLE, set(required(Measurement))).update(figure.COLUMNS)
     paths = {name: results_dir / f"{name}.csv" for name in needed}
     found = {name: read(path, sorted(needed[name])) for name, path in paths.items() if path.exists()}
     if not found:

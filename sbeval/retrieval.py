@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from sbeval import perplexity
-from sbeval.errors import InputError, storing
+from sbeval.errors import InputError
+from sbeval.files import storing
 from sbeval.generate import Generator, generate
 from sbeval.perplexity import Predictor
 from sbeval.prompts import Prompt

@@ -2,12 +2,11 @@
 
 import pandas as pd
 
-from sbeval import scores
+from sbeval import scores, selection
 from sbeval.errors import InputError
 from sbeval.findings import AGREES, DISAGREES, METHODS, UNDECIDED, Judged, nearest, size, too_small, verdict
-from sbeval.intervals import Interval, below, difference, interval, logarithm, method, percent
-from sbeval.plots import attention_map, kernel, length_gen, mqrar, needle
 from sbeval.published import LENGTHS, SOLVED, SOLVED_ACCURACY, SOLVED_AT, SOLVED_TOKENS, SPEED
+from sbeval.statistics import Interval, below, by_seed, difference, interval, logarithm, percent
 
 # a perplexity that is higher by less has not risen
 RISE = 0.02
@@ -28,16 +27,16 @@ STICK, ROPE = METHODS.values()
 def lengths(table: pd.DataFrame) -> Judged:
     """Does perplexity rise from the training length to eight times that?"""
     train_len, read = LENGTHS
-    rows = length_gen.shown(table)
+    rows = selection.by_context(table)
     rows = rows[(rows["train_len"] == train_len) & rows["x"].isin(LENGTHS)]
-    setting = [*length_gen.ALWAYS, *length_gen.OTHERS]
+    setting = selection.LENGTH_GEN.columns
     rows = rows[
         rows.groupby(["attention", "options", *setting], dropna=False)["x"].transform("nunique") == len(LENGTHS)
     ]
     if rows.empty:
         raise InputError(f"no model trained at {train_len} tokens was read to {read}")
     rows = nearest(rows, setting)
-    ends = {name: [method(rows[rows["x"] == at], of) for at in LENGTHS] for name, of in METHODS.items()}
+    ends = {name: [by_seed(rows[rows["x"] == at], of) for at in LENGTHS] for name, of in METHODS.items()}
     changes = {name: difference(logarithm(end), logarithm(start), "documents") for name, (start, end) in ends.items()}
     said = " and ".join(
         f"{name} from {start['value'].mean():.1f} to {end['value'].mean():.1f}, {changes[name].text(percent)}"
@@ -53,9 +52,9 @@ def lengths(table: pd.DataFrame) -> Judged:
 
 def within(table: pd.DataFrame) -> Judged:
     """Is perplexity at the training length as low as RoPE's?"""
-    rows = length_gen.shown(table)
-    rows = nearest(rows[rows["x"] == rows["train_len"]], [*length_gen.ALWAYS, *length_gen.OTHERS])
-    stick, rope = method(rows, STICK), method(rows, ROPE)
+    rows = selection.by_context(table)
+    rows = nearest(rows[rows["x"] == rows["train_len"]], selection.LENGTH_GEN.columns)
+    stick, rope = by_seed(rows, STICK), by_seed(rows, ROPE)
     change = difference(logarithm(stick), logarithm(rope), "documents")
     found = (
         f"Perplexity at {rows['x'].iloc[0]} tokens: stick-breaking {stick['value'].mean():.1f}, RoPE "
@@ -66,10 +65,10 @@ def within(table: pd.DataFrame) -> Judged:
 
 def recall(table: pd.DataFrame) -> Judged:
     """Which numbers of key-value pairs are solved?"""
-    rows = mqrar.best_rates(table)
+    rows = selection.recall_accuracy(table)
     rows = _plain(rows[(rows["split"] == "all") & (rows["n_back"] == 1)])
     same = (rows[list(SOLVED_AT)] == pd.Series(SOLVED_AT)).all(axis=1)
-    by = [*mqrar.ALWAYS, *(name for name in mqrar.others(rows) if name != "preset")]
+    by = [name for name in selection.recall_setting(rows).columns if name != "preset"]
     mine = nearest(rows[same] if same.any() else rows, by)
     found = " ".join(_solved(mine, name) for name in METHODS)
     found += f" Vocabulary {mine['vocab_size'].iloc[0]}, {mine['seq_len'].iloc[0]} tokens."
@@ -91,7 +90,7 @@ def _solves(rows: pd.DataFrame, of: tuple[str, str], pairs: int) -> bool | None:
     cell = rows[(rows["attention"] == of[0]) & (rows["kv_pairs"] == pairs)]
     if cell.empty:
         return None
-    if method(cell, of)["value"].mean() >= SOLVED_ACCURACY:
+    if by_seed(cell, of)["value"].mean() >= SOLVED_ACCURACY:
         return True
     return False if cell["train_tokens"].max() >= SOLVED_TOKENS else None
 
@@ -100,7 +99,7 @@ def _solved(rows: pd.DataFrame, name: str) -> str:
     of = METHODS[name]
     mine = rows[rows["attention"] == of[0]]
     counts = sorted(int(pairs) for pairs in mine["kv_pairs"].unique())
-    means = {pairs: interval(method(mine[mine["kv_pairs"] == pairs], of), "sequences") for pairs in counts}
+    means = {pairs: interval(by_seed(mine[mine["kv_pairs"] == pairs], of), "sequences") for pairs in counts}
     solved = [pairs for pairs, accuracy in means.items() if accuracy.mean >= SOLVED_ACCURACY]
     most = counts[-1]
     best = f"solves {max(solved)} pairs" if solved else "solves none"
@@ -117,8 +116,8 @@ def distraction(table: pd.DataFrame) -> Judged:
     shares = _plain(table[(table["metric"] == "share") & table["cell"].isin(learned)])
     latest = shares[shares["target"] == "latest"]
     heads = latest.loc[latest.groupby("cell")["value"].idxmax(), ["cell", "layer", "head"]]
-    rows = nearest(shares[shares["target"] == "stale"].merge(heads), [*attention_map.SETTING, "model"])
-    stick, rope = method(rows, STICK), method(rows, ROPE)
+    rows = nearest(shares[shares["target"] == "stale"].merge(heads), [*selection.ATTENTION_MAP, "model"])
+    stick, rope = by_seed(rows, STICK), by_seed(rows, ROPE)
     less = difference(stick, rope, "sequences")
     found = (
         f"Weight on stale values: stick-breaking {stick['value'].mean():.3f}, RoPE {rope['value'].mean():.3f}; "
@@ -136,7 +135,7 @@ def training_speed(table: pd.DataFrame) -> Judged:
     """What share of RoPE's tokens a second does training reach?"""
     rows = table[(table["metric"] == "throughput") & (table["step"] == "train")]
     rows = nearest(rows, ["model", "device", "dtype", "queries", "batch"])
-    stick, rope = method(rows, STICK)["value"].mean(), method(rows, ROPE)["value"].mean()
+    stick, rope = by_seed(rows, STICK)["value"].mean(), by_seed(rows, ROPE)["value"].mean()
     found = (
         f"{stick:,.0f} against {rope:,.0f} tokens/s: {100 * stick / rope:.0f} % (one run each, no interval; "
         f"{rows['model'].iloc[0]} model, {rows['queries'].iloc[0]} tokens a sequence, {rows['device'].iloc[0]})."
@@ -146,12 +145,12 @@ def training_speed(table: pd.DataFrame) -> Judged:
 
 def kernel_speed(step: str, table: pd.DataFrame) -> Judged:
     """Is stick-breaking's kernel slower than FlashAttention-2, at the longest sequence that both have on a device?"""
-    times = pd.concat(kernel.dense(table, metric) for metric in TIMES)
+    times = pd.concat(selection.dense_kernels(table, metric) for metric in TIMES)
     times = times[(times["step"] == step) & times["backend"].isin(KERNELS)]
     wide = times.pivot_table("value", ["device", "head_dim", "queries", "batch"], ["metric", "backend"])
     both = wide.reindex(columns=pd.MultiIndex.from_product([TIMES, KERNELS])).dropna()
     if both.empty:
-        raise InputError(f"no times of {kernel.NAMES[step]} of both this kernel and FlashAttention-2")
+        raise InputError(f"no times of {step.replace('_', ' + ')} of both this kernel and FlashAttention-2")
     # the shortest times of one over the longest of the other
     ends = zip(("mean", "low", "high"), TIMES, ("time", "time_q80", "time_q20"), strict=True)
     each = pd.DataFrame({name: both[flash, "flash"] / both[ours, "triton"] for name, flash, ours in ends})
@@ -169,11 +168,11 @@ def kernel_speed(step: str, table: pd.DataFrame) -> Judged:
 
 def retrieval(table: pd.DataFrame) -> Judged:
     """Is more found past the training length?"""
-    rows = needle.rows(table)
+    rows = selection.needle_scores(table)
     rows = rows[(rows["metric"] == "score") & (rows["length"] > rows["train_len"])]
-    rows = nearest(rows, [*needle.ALWAYS, *needle.OTHERS])
-    means = needle.mean(rows)
-    stick, rope = method(means, STICK), method(means, ROPE)
+    rows = nearest(rows, selection.NEEDLE.columns)
+    means = selection.mean_over_tasks(rows)
+    stick, rope = by_seed(means, STICK), by_seed(means, ROPE)
     gain = difference(stick, rope, "samples")
     lengths = ", ".join(f"{length}" for length in sorted(means["length"].unique()))
     found = (
@@ -198,7 +197,7 @@ def few_shot(table: pd.DataFrame) -> Judged:
         rows.loc[rows["attention"] == ROPE[0], "benchmark"]
     )
     rows = rows[rows["benchmark"].isin(shared)]
-    stick, rope = method(rows, STICK), method(rows, ROPE)
+    stick, rope = by_seed(rows, STICK), by_seed(rows, ROPE)
     gain = difference(stick, rope, "items")
     guess = rows.groupby("benchmark")["chance"].first().mean()
     found = (

@@ -25,6 +25,7 @@ import yaml
 from sbeval import registry
 from sbeval.errors import InputError, choose
 from sbeval.tasks import length_gen
+from sbeval.text_model import TRAINING, TextModel, uncut
 
 STUDIES = resources.files("sbeval") / "studies"
 NOTHING = ("", "~", "null")
@@ -86,8 +87,8 @@ def parts(document: Mapping[str, object], dtype: Callable[[str | None], str]) ->
     shared = _mapping("models", document.get("models"))
     preset = choose("preset of models", _value("models.preset", shared.pop("preset", "quick"), str), length_gen.PRESETS)
     trained = length_gen.PRESETS[preset]
-    models = {name: getattr(trained, name) for name in length_gen.TRAINING if name != "dtype"}
-    models |= _options("models", shared, length_gen.Config, length_gen.TRAINING)
+    models = {name: getattr(trained, name) for name in TRAINING if name != "dtype"}
+    models |= uncut(_options("models", shared, TextModel, TRAINING))
     families = [name for name in document if name != "models"]
     if not families:
         raise InputError(f"nothing to run: a study has a section for each of its families: {', '.join(registry.TASKS)}")
@@ -97,13 +98,13 @@ def parts(document: Mapping[str, object], dtype: Callable[[str | None], str]) ->
 def _part(
     family: str, section: dict[str, Any], preset: str, models: dict[str, Any], dtype: Callable[[str | None], str]
 ) -> Part:
-    module = registry.task(family)
+    presets = registry.task(family).presets
     preset = _value(f"{family}.preset", section.pop("preset", preset), str)
-    base = module.PRESETS[choose(f"preset of {family}", preset, module.PRESETS)]
-    options = _options(family, section, type(base), [field.name for field in dataclasses.fields(base)])
+    base = presets[choose(f"preset of {family}", preset, presets)]
+    options = uncut(_options(family, section, type(base), [field.name for field in dataclasses.fields(base)]))
     if isinstance(base, length_gen.Config):
         # what is not about length reads no further than it was trained to, if its preset was trained otherwise
-        longer = family != length_gen.FAMILY and models["train_len"] != base.train_len
+        longer = family != length_gen.NAME and models["train_len"] != base.train_len
         options = models | ({"eval_len": models["train_len"]} if longer else {}) | options
     options["dtype"] = dtype(options.get("dtype"))
     try:

@@ -1,7 +1,7 @@
 """Tables of few-shot scores as papers print them: a row a model, a column a benchmark, and the average.
 
 The score of a benchmark is its acc_norm where lm-eval has it, else acc, else an exact match; perplexities are shown and
-not averaged. Scores are in percent with the half-width of their 95 % interval; over seeds, of their mean. A row of its
+not averaged. Scores are in percent with the half-width of their 95 % interval (see `sbeval.statistics`). A row of its
 own says what guessing gives: a score whose interval holds it tells nothing.
 """
 
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import pandas as pd
 from rich.table import Table as Terminal
 
+from sbeval import epochs
 from sbeval.errors import InputError, choose
+from sbeval.statistics import half_width
 
 # in this order a benchmark's score is looked for; what is in percent and in the average
 METRICS = {
@@ -84,7 +86,8 @@ def table(results: pd.DataFrame) -> Scores:
     named, rows = names(chosen), []
     for key, group in chosen.groupby(MODEL):
         found = {str(name): _cell(part, METRICS[metrics[str(name)]]) for name, part in group.groupby("benchmark")}
-        rows.append((named[key], [*(found.get(name) for name in benchmarks), _average(found, averaged)]))
+        mark = f" ({epochs.OVERFIT})" if epochs.overfit(group).any() else ""
+        rows.append((named[key] + mark, [*(found.get(name) for name in benchmarks), _average(found, averaged)]))
     chance = {
         str(name): Cell(100 * float(group["chance"].iloc[0]))
         for name, group in chosen.groupby("benchmark")
@@ -95,11 +98,10 @@ def table(results: pd.DataFrame) -> Scores:
 
 
 def _cell(rows: pd.DataFrame, percent: bool) -> Cell:
-    """The mean over seeds, its error that of the items: the items are the same for every seed."""
+    """The mean over seeds and its interval."""
     scale = 100 if percent else 1
-    errors = rows["stderr"].dropna()
-    half = 1.96 * scale * float(errors.mean()) if len(errors) == len(rows) else None
-    return Cell(scale * float(rows["value"].mean()), half)
+    half = scale * half_width(rows["value"].to_numpy(dtype=float), float(rows["stderr"].iloc[0]))
+    return Cell(scale * float(rows["value"].mean()), None if math.isnan(half) else half)
 
 
 def _average(cells: dict[str, Cell], averaged: list[str]) -> Cell | None:

@@ -35,6 +35,12 @@ def keep_gradients(loss: nn.Module, stay: bool) -> None:
     loss.set_requires_gradient_sync(not stay)
 
 
+def spread_again(loss: nn.Module) -> None:
+    """Give up the weights that stay gathered until a backward pass, where none comes."""
+    assert isinstance(loss, FSDPModule)
+    loss.reshard()
+
+
 def whole(x: Tensor) -> Tensor:
     """The tensor of which this process may hold a part. All processes must ask."""
     return x.full_tensor() if isinstance(x, DTensor) else x

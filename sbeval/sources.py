@@ -2,25 +2,35 @@
 
 A specification is one of
 
+    python             the source of the Python that runs and of the distributions that sbeval needs: 6,200 documents,
+                       113 MB; `python_source` says what is left out
     stdlib             the source of the Python that runs, without tests: some 700 documents, 11 MB
     PATH               a file or a folder; text (a document a file), .jsonl or .json (a document a line), .parquet (a
                        document a row); each also as .gz, .bz2, .xz or .zst
     hf:NAME[:CONFIG]   a dataset of the hub, or of a local folder, streamed
 
-How documents are split into train and test:
+How documents are split into train, test and valid, the last for held-out loss while a model trains; n is the SHA-256
+of a document's name:
 
-    stdlib   by file: those whose relative path has a SHA-256 divisible by 8 are test
+    python   by distribution, see `python_source`
+    stdlib   by file: test where n is divisible by 8, valid where n % 32 is 1
     PATH     by names that start with `train` and with `test` (or `valid`, when there is no test): those of files, or of
              folders on the way to them; other files are left out then. A given file that starts with `train` stands
-             for itself alone, with the test files of its kind beside it. Without such names the first document is
-             train, the second test, and of the rest those whose name has a SHA-256 divisible by 10 are test
-    hf       the dataset's own splits train and test (or validation); with train alone as without names above
+             for itself alone, with the test files of its kind beside it. Names that start with `valid` beside these
+             are valid. Without such names the first document is train, the second test, and of the rest those with n
+             divisible by 10 are test
+    hf       the dataset's own splits train, test and validation; with validation and no test, the former is test; with
+             train alone as without names above
+
+    Where nothing is named valid it is drawn from train, after its first document: where n % 32 is 1.
 
 A folder that has .jsonl, .json or .parquet files is read for these alone, as a README beside them is no data. Hidden
 files are left out, and so are documents without text.
 """
 
 import bz2
+import dataclasses
+import functools
 import gzip
 import hashlib
 import importlib
@@ -28,25 +38,26 @@ import io
 import json
 import lzma
 import os
-import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import pyarrow as pa  # type: ignore[import-untyped]  # it ships no types
 import pyarrow.parquet as pq  # type: ignore[import-untyped]  # likewise
 
+from sbeval import python_source
 from sbeval.errors import InputError, first_line
+from sbeval.python_source import Role
 
-Role = Literal["train", "test"]
-ROLES: tuple[Role, Role] = ("train", "test")
-# how many test tokens of a hub dataset are stored at most when the train tokens are limited
-HUB_TEST_TOKENS = 1 << 22
-NO_SOURCE = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+ROLES: tuple[Role, ...] = ("train", "valid", "test")
+# how many test and valid tokens of a hub dataset are stored at most when the train tokens are limited
+HUB_TOKENS: Mapping[Role, int] = {"test": 1 << 22, "valid": 1 << 18}
+# one in so many documents is drawn for valid
+VALID = 32
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 TABLES = (".jsonl", ".json", ".parquet")
 
@@ -60,12 +71,16 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where texts come from. `digest` tells the texts apart; each call of `documents` reads a split from its start."""
+    """Where texts come from. `digest` tells the texts apart; each call of `documents` reads a split from its start.
+
+    limits: of tokens of a split, where that of train is limited. versions: of what the texts are taken from.
+    """
 
     name: str
     digest: str
     documents: Callable[[Role], Iterator[Document]]
-    test_tokens: int | None = None
+    limits: Mapping[Role, int] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def source(spec: str, field: str) -> Source:
@@ -74,12 +89,14 @@ def source(spec: str, field: str) -> Source:
     InputError when there is nothing of that name or no file in it; what the files hold is read later.
     """
     if spec == "stdlib":
-        return _stdlib(Path(sysconfig.get_paths()["stdlib"]))
+        return _stdlib(python_source.stdlib_folder())
+    if spec == "python":
+        return _python()
     if spec.startswith("hf:"):
         return _hub(spec.removeprefix("hf:"), field)
     path = Path(spec)
     if not os.path.exists(path):
-        raise InputError(f"no corpus {spec!r}: give stdlib, an existing file or folder, or hf:NAME[:CONFIG]")
+        raise InputError(f"no corpus {spec!r}: give python, stdlib, an existing file or folder, or hf:NAME[:CONFIG]")
     return _files(path, field)
 
 
@@ -87,36 +104,42 @@ def size(spec: str) -> int | None:
     """Bytes of the files that a specification names, without reading them; None where these are not here."""
     if spec.startswith("hf:"):
         return None
-    folder, names = Path(sysconfig.get_paths()["stdlib"]), []
+    if spec == "python":
+        return sum(file.path.stat().st_size for file in python_source.installed()[1])
+    folder, names = python_source.stdlib_folder(), []
     if spec == "stdlib":
-        names = _modules(folder)
+        names = python_source.stdlib_files(folder)
     elif os.path.exists(path := Path(spec)):
         folder = path if path.is_dir() else path.parent
         names = _chosen(path, folder)[0]
     return sum((folder / name).stat().st_size for name in names) or None
 
 
-def _modules(folder: Path) -> list[str]:
-    files: list[str] = []
-    for parent, folders, names in os.walk(folder):
-        # not entered: site-packages can be far larger than all the rest
-        folders[:] = [inner for inner in folders if inner not in NO_SOURCE]
-        files.extend((Path(parent) / name).relative_to(folder).as_posix() for name in names if name.endswith(".py"))
-    return sorted(files)
-
-
 def _stdlib(folder: Path) -> Source:
-    files = _modules(folder)
+    files = python_source.stdlib_files(folder)
 
     def documents(role: Role) -> Iterator[Document]:
         for name in files:
-            if (_number(name) % 8 == 0) == (role == "test"):
-                raw = (folder / name).read_bytes()
-                if _is_text(raw):
-                    yield Document(name, raw.decode())
+            number = _number(name)
+            if role == ("test" if number % 8 == 0 else "valid" if number % VALID == 1 else "train"):
+                yield Document(name, python_source.read(folder / name))
 
     parts = [_file_digest(folder / name) for name in files]
     return Source(name="stdlib", digest=digest(*files, *parts), documents=lambda role: _with_text(documents(role)))
+
+
+def _python() -> Source:
+    versions, files = python_source.installed()
+    # reads every file, which a corpus that is stored already does not need
+    select = functools.cache(lambda: list(python_source.select(files)))
+
+    def documents(role: Role) -> Iterator[Document]:
+        for file in select():
+            if file.role == role:
+                yield Document(file.name, python_source.without_licence(python_source.read(file.path)))
+
+    parts = [f"{file.role} {file.name} {_file_digest(file.path)}" for file in files]
+    return Source(name="python", digest=digest(*parts), documents=documents, versions=versions)
 
 
 def _files(path: Path, field: str) -> Source:
@@ -126,9 +149,9 @@ def _files(path: Path, field: str) -> Source:
         raise InputError(f"folder {path} holds no file to read")
 
     def documents(role: Role) -> Iterator[Document]:
-        files = splits[role] if splits else chosen
+        files = splits.get(role, splits["train"]) if splits else chosen
         found = _with_text(document for name in files for document in _read(folder / name, name, field))
-        return found if splits else _drawn(found, role)
+        return _drawn(found, role, splits or ())
 
     parts = [f"{name} {_file_digest(folder / name)}" for name in chosen]
     name = path.resolve().name if path.is_dir() else Path(_unpacked(path.name)).stem
@@ -147,9 +170,11 @@ def _chosen(path: Path, folder: Path) -> tuple[list[str], dict[Role, list[str]] 
         names = [name for name in names if _kind(name) == _kind(path.name)]
         train = [path.name] if _starts(path.name, "train") else []
     rest = [name for name in names if name not in train]
-    test = [name for name in rest if _starts(name, "test")] or [name for name in rest if _starts(name, "valid")]
-    if train and test:
-        return train + test, {"train": train, "test": test}
+    test, valid = ([name for name in rest if _starts(name, role)] for role in ("test", "valid"))
+    if train and test and valid:
+        return train + test + valid, {"train": train, "test": test, "valid": valid}
+    if train and (test or valid):
+        return train + (test or valid), {"train": train, "test": test or valid}
     return (names if path.is_dir() else [path.name]), None
 
 
@@ -159,18 +184,19 @@ def _hub(spec: str, field: str) -> Source:
 
     def documents(role: Role) -> Iterator[Document]:
         splits = _load_dataset(dataset, config)
-        tests = [name for name in ("test", "validation") if name in splits]
         if "train" not in splits:
             raise InputError(f"dataset {dataset!r} has no split train, only {', '.join(splits)}")
-        split = tests[0] if role == "test" and tests else "train"
+        held_out = [name for name in ("test", "validation") if name in splits]
+        named: dict[Role, str] = {"train": "train", **dict(zip(("test", "valid"), held_out, strict=False))}
+        split = named.get(role, "train")
         rows = enumerate(splits[split])
         found = _with_text(_document(f"{split}:{row}", values, field, dataset) for row, values in rows)
-        return found if tests else _drawn(found, role)
+        return _drawn(found, role, named if held_out else ())
 
     local = sorted(path for path in Path(dataset).rglob("*") if path.is_file())
     parts = [_file_digest(path) for path in local]
     name = f"{short}:{config}" if config else short
-    return Source(name=name, digest=digest("hf", spec, field, *parts), documents=documents, test_tokens=HUB_TEST_TOKENS)
+    return Source(name=name, digest=digest("hf", spec, field, *parts), documents=documents, limits=HUB_TOKENS)
 
 
 def _load_dataset(name: str, config: str) -> Mapping[str, Iterable[object]]:
@@ -189,11 +215,19 @@ def _with_text(documents: Iterable[Document]) -> Iterator[Document]:
     return (document for document in documents if document.text and not document.text.isspace())
 
 
-def _drawn(documents: Iterable[Document], role: Role) -> Iterator[Document]:
-    """Draw a split from documents that come without one (see the module)."""
+def _drawn(documents: Iterable[Document], role: Role, named: Collection[Role]) -> Iterator[Document]:
+    """Draw a split from documents in which those that have no name of their own are mixed (see the module)."""
+    if role != "train" and role in named:
+        yield from documents
+        return
     for index, document in enumerate(documents):
-        in_test = index == 1 if index < 2 else _number(document.name) % 10 == 0
-        if in_test == (role == "test"):
+        number = _number(document.name)
+        drawn: Role = "train"
+        if "test" not in named and (index == 1 or (index > 1 and number % 10 == 0)):
+            drawn = "test"
+        elif "valid" not in named and index > 0 and number % VALID == 1:
+            drawn = "valid"
+        if drawn == role:
             yield document
 
 

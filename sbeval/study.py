@@ -17,38 +17,58 @@ from sbeval.errors import InputError
 from sbeval.executor import Executor
 from sbeval.place import Place
 from sbeval.schema import Part
+from sbeval.text_model import TextModel, trained_on
 
 
 def cells(part: Part) -> list[Cell]:
     """The cells that a part begins with."""
-    found: list[Cell] = registry.task(part.family).cells(part.config)
-    return found
+    return list(registry.task(part.family).cells(part.config))
 
 
 def further(part: Part, results_dir: Path | None) -> list[Cell]:
     """The cells that follow from what the first found. Without results, as many as there can be, for an estimate."""
-    module = registry.task(part.family)
-    if not hasattr(module, "more"):
+    more = registry.task(part.family).more
+    if more is None:
         return []
-    results = None if results_dir is None else sweep.results_of(cells(part), results_dir)
-    found: list[Cell] = module.more(part.config, results)
-    return found
+    return list(more(part.config, None if results_dir is None else sweep.results_of(cells(part), results_dir)))
 
 
 def notes(parts: Sequence[Part]) -> list[str]:
     """What is not run, and why: of the families that run, and of a study the other families."""
     found: list[str] = []
     for part in parts:
-        module = registry.task(part.family)
-        found += module.notes(part.config) if hasattr(module, "notes") else []
+        found += registry.task(part.family).notes(part.config)
     left = [name for name in registry.TASKS if name not in {part.family for part in parts}]
     if len(parts) > 1 and left:
         found.append(f"left out: {', '.join(left)}; a section in the study, or --set {left[0]}.preset=quick, adds it")
     return found
 
 
+def cautions(parts: Sequence[Part], place: Place) -> list[str]:
+    """What to say of how often models will read their text, before they do; texts are opened."""
+    # of families that share models the text is opened once, which can take a second
+    different = {
+        (*trained_on(part.config), getattr(part.config, "checkpoint", None))
+        if isinstance(part.config, TextModel)
+        else part.family: part
+        for part in parts
+    }
+    with sweep.progress_of(place) as progress:
+        lines = [registry.task(part.family).cautions(part.config, progress) for part in different.values()]
+    return list(dict.fromkeys(line for some in lines for line in some))
+
+
+def train(part: Part, place: Place, console: Console) -> bool:
+    """Train the models that a part needs; True unless one ended in an error of its own."""
+    for line in cautions([part], place):
+        say(console, line)
+    return sweep.train(cells(part), place, console=console)
+
+
 def run(parts: Sequence[Part], place: Place, console: Console, executor: Executor = sweep.HERE) -> bool:
     """Run what has no result yet, then print, draw and say what there is; True when every cell has a result."""
+    for line in cautions(parts, place):
+        say(console, line)
     complete = sweep.run(
         [cell for part in parts for cell in cells(part)], place, console=console, executor=executor,
         preset={part.family: part.preset for part in parts},
@@ -78,13 +98,13 @@ def _shown(family: str, found: Sequence[Cell], results_dir: Path, console: Conso
 
 def _show(family: str, found: Sequence[Cell], results_dir: Path, console: Console) -> None:
     """Print a family's table, and draw its figures and, if that is installed, its pages."""
-    module, path = registry.task(family), results_dir / f"{family}.csv"
+    path = results_dir / f"{family}.csv"
     if not path.exists():
         return
     results = sweep.found(sweep.results_of(found, results_dir))
     if not len(results):
         return say(console, str(path))
-    console.print(module.summary(results))
+    console.print(registry.task(family).summary(results))
     figures = [name for name in registry.FIGURES if registry.figure(name).TABLE == family]
     pages = [name for name in figures if name in registry.PAGES]
     files = [path, *draw_figures(results_dir, figures, ["png", "pdf"])]

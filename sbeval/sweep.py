@@ -10,20 +10,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
 from rich.console import Console
 
-from sbeval import device, distributed, provenance, table
-from sbeval.cell import FAILED, Cell, Checks, Outcome, Reports, Training, cell_id, is_cell
+from sbeval import device, distributed, files, pool, provenance, table
+from sbeval.cell import FAILED, Cell, Outcome, Step, TrainingStep, cell_id
 from sbeval.errors import InputError
-from sbeval.executor import Executor, Lost
-from sbeval.graph import Graph, Step, needs, steps
+from sbeval.executor import Executor
+from sbeval.graph import Graph, steps
 from sbeval.place import Place
-from sbeval.progress import Progress, Task
-from sbeval.table import Provenance
+from sbeval.pool import Lost
+from sbeval.progress import Heard, Progress, Task, Telling
+from sbeval.rows import Provenance
 from sbeval.train import DivergedError
 
 # what a small model reaches of the speed of a large matrix product: a guess, good enough for an estimate
@@ -58,8 +59,16 @@ def seconds(parts: Sequence[Step], speeds: Mapping[str, float], place: torch.dev
     return [step.flops / speeds[step.dtype] / EFFICIENCY[place.type] for step in parts]
 
 
-def describe_cost(cells: Sequence[Step], place: Place) -> str:
-    """What the cells will cost, in words: FLOPs and a rough time; what several need is counted once."""
+def at_once(executor: Executor, place: Place) -> int:
+    """On how many GPUs of this machine its workers run cells: 1 of a CPU too, whose cores they share."""
+    return max(1, min(executor.workers or 1, len(device.spread(place.device))))
+
+
+def describe_cost(cells: Sequence[Step], place: Place, at_once: int = 1) -> str:
+    """What the cells will cost, in words: FLOPs and a rough time; what several need is counted once.
+
+    at_once: GPUs that share them out.
+    """
     if not cells:
         return "nothing to run"
     parts = steps(cells)
@@ -67,10 +76,12 @@ def describe_cost(cells: Sequence[Step], place: Place) -> str:
     if not any(step.flops for step in parts):
         # a model of the hub, whose size is not known before it is here
         return f"{count}, at a cost that is not known yet"
-    time_s = sum(seconds(parts, speeds(parts, place.device), place.device)) / place.world.size
+    at_once = min(at_once, len(cells)) * place.world.size
+    time_s = sum(seconds(parts, speeds(parts, place.device), place.device)) / at_once
+    devices = f"{at_once} x " if at_once > 1 else ""
     return (
         f"{count}, {sum(step.flops for step in parts):.1e} FLOPs: "
-        f"roughly {in_words(time_s)} on {device.describe(place.device)}"
+        f"roughly {in_words(time_s)} on {devices}{device.describe(place.device)}"
     )
 
 
@@ -96,7 +107,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Runs steps wherever they are sent, and says nothing there unless `progress` is given."""
+    """Runs steps wherever they are sent, and shows them on `progress`, where one is given, else tells of them."""
 
     place: Place
     presets: Mapping[str, str]
@@ -108,7 +119,8 @@ class Work:
         if self.progress is not None:
             return self._done(step, self.progress)
         sys.argv = list(self.argv)
-        with Progress(Console(quiet=True, force_terminal=False)) as progress:
+        device.use(self.place.device)
+        with Telling(pool.tell) as progress:
             return self._done(step, progress)
 
     def _done(self, step: Step, progress: Progress) -> Done:
@@ -122,17 +134,17 @@ class Work:
         return dataclasses.replace(done, emptied=frozenset(self.place.emptied))
 
     def _attempt(self, step: Step, progress: Progress) -> Done:
-        if is_cell(step):
+        if isinstance(step, Cell):
             return run_cell(step, self.place, self.presets[step.family], progress)
-        cast(Training, step).train(self.place, progress)
+        assert isinstance(step, TrainingStep), "what is no cell trains a model"
+        step.train(self.place, progress)
         return Done()
 
     def failure(self, step: Step, how: str, reason: str) -> Done:
         """What a step leaves that failed."""
-        if not is_cell(step):
+        if not isinstance(step, Cell):
             return Done(how=how, reason=reason)
-        reports: Reports | None = cast(Reports, step) if hasattr(step, "failed") else None
-        outcome = reports.failed(how, self.place) if reports else None
+        outcome = step.failed(how, self.place)
         origin = _origin(step, self.place, self.presets[step.family], outcome)
         record = provenance.run_record(config=step, provenance=origin, status="failed", reason=reason)
         return Done(record, table.frame(outcome.identity, outcome.rows, origin) if outcome else None, how, reason)
@@ -148,16 +160,22 @@ def run(
     of several families also one that ends in an error of the user's. What several cells need is done before them.
     preset: of all cells, or of each family. more: by family, the cells that follow when those given are done.
     """
+    if executor.kind == "ray" and place.device.index is not None:
+        raise InputError(f"--device {place.device}: a Ray task sees the GPU alone that Ray gives it; give cuda or cpu")
     for folder in ("runs", "checkpoints"):
-        table.prepare(place.results_dir / folder)
+        files.prepare(place.results_dir / folder)
     families = dict.fromkeys(cell.family for cell in cells)
     presets = dict.fromkeys(families, preset) if isinstance(preset, str) else preset
-    errors = CELL_ERRORS if len(families) < 2 else (*CELL_ERRORS, InputError)
+    errors = _errors(place) if len(families) < 2 else (*_errors(place), InputError)
+    gpus = device.spread(place.device)
     with progress_of(place) as progress:
         work = Work(place, presets, errors, tuple(sys.argv), progress if executor.alone else None)
         overall = None if executor.alone else progress.add("cells", total=0)
-        course = _Course(work, console, progress, dict(more or {}), overall)
-        for step, done in executor.run(work, course.begin(cells), course.then):
+        course = _Course(work, console, progress, dict(more or {}), overall, at_once(executor, place))
+        first = course.begin(cells)
+        if executor.alone and min(len(gpus), len(first)) > 1:
+            course.say(f"1 of {len(gpus)} GPUs is used; --workers {len(gpus)} spreads the cells over all of them")
+        for step, done in executor.run(work, first, course.then, gpus=gpus, hear=Heard(progress)):
             course.keep(step, work.failure(step, "failed", done.reason) if isinstance(done, Lost) else done)
         if overall:
             overall.close()
@@ -173,6 +191,7 @@ class _Course:
     progress: Progress
     more: dict[str, Callable[[], Sequence[Cell]]]
     overall: Task | None
+    at_once: int = 1
     failed: bool = False
     graph: Graph = field(default_factory=Graph)
     left: dict[str, set[Step]] = field(default_factory=dict)  # the cells of each family that are not done
@@ -185,7 +204,7 @@ class _Course:
         if len(pending) < len(cells):
             finished = f"{len(cells) - len(pending)} of {len(cells)}"
             self.say(f"{finished} cells are finished already; --force runs them again")
-        self.say(describe_cost(pending, self.work.place))
+        self.say(describe_cost(pending, self.work.place, self.at_once))
         begin = self.graph.add(pending)
         _check(pending, self.progress)
         if self.overall:
@@ -199,9 +218,9 @@ class _Course:
         """Write what a step leaves, and of those that cannot begin without it that they failed."""
         place = self.work.place
         place.emptied.update(done.emptied)
-        lost = [other for other in self.graph.lost(step) if is_cell(other)] if done.how else []
+        lost = [other for other in self.graph.lost(step) if isinstance(other, Cell)] if done.how else []
         left = [(other, self.work.failure(other, done.how, f"{step.title}: {done.reason}")) for other in lost]
-        for cell, what in [(step, done), *left] if is_cell(step) else left:
+        for cell, what in [(step, done), *left] if isinstance(step, Cell) else left:
             if place.world.leads:
                 _keep(cell, what, place)
             self.left[cell.family].discard(cell)
@@ -232,20 +251,23 @@ def train(cells: Sequence[Cell], place: Place, *, console: Console) -> bool:
 
     True unless one diverged or ended in an error of its own sizes, which is said.
     """
-    table.prepare(place.results_dir / "checkpoints")
-    needed = [step for step in steps(cells) if not is_cell(step)]
+    files.prepare(place.results_dir / "checkpoints")
+    needed = [step for step in steps(cells) if isinstance(step, TrainingStep)]
     console.print(describe_cost(needed, place), highlight=False, soft_wrap=True)
-    # of several processes one may fail alone, and the others would wait for it
-    errors = (DivergedError,) if place.world.size > 1 else CELL_ERRORS
-    failed = False
+    errors, failed = _errors(place), False
     with progress_of(place) as progress:
         for step in needed:
             try:
-                said = str(cast(Training, step).train(place, progress))
+                said = str(step.train(place, progress))
             except errors as error:
                 failed, said = True, f"{error}; going on with the next"
             console.print(f"{step.title}: {said}", highlight=False, soft_wrap=True, markup=False)
     return not failed
+
+
+def _errors(place: Place) -> tuple[type[Exception], ...]:
+    """What ends a cell and not the sweep. Of several processes one may fail alone, and the others would wait for it."""
+    return (DivergedError,) if place.world.size > 1 else CELL_ERRORS
 
 
 def progress_of(place: Place) -> Progress:
@@ -265,8 +287,8 @@ def _check(cells: Sequence[Cell], progress: Progress) -> None:
     """InputError where something cannot be asked, before anything runs; all models are asked the same."""
     first: dict[str, tuple[Step, ...]] = {}
     for cell in cells:
-        if hasattr(cell, "check") and first.setdefault(cell.family, needs(cell)) == needs(cell):
-            cast(Checks, cell).check(progress)
+        if first.setdefault(cell.family, cell.needs) == cell.needs:
+            cell.check(progress)
 
 
 def _source_of_run(cell: Cell, place: Place) -> str:
@@ -301,7 +323,8 @@ def _origin(cell: Cell, place: Place, preset: str, outcome: Outcome | None) -> P
         cell=cell_id(cell), preset=preset, corpus=outcome.corpus if outcome else "",
         tokenizer=outcome.tokenizer if outcome else "", train_tokens=outcome.train_tokens if outcome else 0,
         dtype=cell.dtype, device=str(place.device), device_name=device.describe(place.device),
-        backend=outcome.backend if outcome else "",
+        backend=outcome.backend if outcome else "", unique_tokens=outcome.unique_tokens if outcome else None,
+        epochs=outcome.epochs if outcome else None,
     )  # fmt: skip
 
 

@@ -1,110 +1,65 @@
-"""What families have in common whose examples are generated: seeds, training until a look at validation ends it, and
-what a finished cell says of its model."""
+"""Families whose examples are generated: one model a cell, trained until validation ends it."""
 
-import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from sbeval import device, model, registry
+from sbeval import registry
 from sbeval.cell import Cell, Outcome, timing
-from sbeval.checkpoint import State
-from sbeval.model import IGNORE, Decoder, ModelConfig
-from sbeval.place import Place
-from sbeval.progress import Progress
-from sbeval.table import Identity, Measurement
-from sbeval.train import Batch, Batches, TrainConfig, Trained, Trainer
+from sbeval.rows import Identity, Measurement
 
+if TYPE_CHECKING:
+    from sbeval.model_config import ModelConfig
+    from sbeval.place import Place
+    from sbeval.train import TrainConfig, Trained
+
+# methods that presets compare
 METHODS = ("stick_breaking", "rope", "nope", "alibi", "forgetting")
 # the test seed is that of the public code of the paper's first author; validation and training draw elsewhere
 TEST_SEED, VALIDATION_SEED, TRAIN_SEED = 10, 1 << 40, 1 << 41
-EVAL_ROWS = 256
-# steps whose examples are drawn together: a GPU takes as many launches to draw those of one
-AHEAD = 16
-
-Examples = TypeVar("Examples", bound=Batch)
-# looks at validation: (step, score)
+# validation while a model trains: (step, score)
 Scores = Sequence[tuple[int, float]]
 
 
-class Trains(Cell, Protocol):
-    """A cell that trains one model."""
+class Synthetic(Cell):
+    """A cell that trains one model on generated examples."""
+
+    __slots__ = ()
 
     @property
-    def attention(self) -> str: ...
+    @abstractmethod
+    def attention(self) -> str:
+        """Method and options."""
 
-    def model(self) -> ModelConfig: ...
+    @abstractmethod
+    def model(self) -> "ModelConfig":
+        """Return the shape of the model."""
 
-    def training(self) -> TrainConfig: ...
+    @abstractmethod
+    def training(self) -> "TrainConfig":
+        """Return how it is trained."""
 
+    @property
+    def leaves(self) -> "ModelConfig":
+        return self.model()
 
-class Drawn(Generic[Examples]):
-    """Training batches of a step's `rows`, as `generate` makes them: a dataclass of tensors that have a row each."""
+    def outcome(
+        self, rows: Sequence[Measurement], place: "Place", scores: str, trained: "Trained | None" = None
+    ) -> Outcome:
+        """Return the result of the cell, without a model that of a failure; scores: the run file's name of those."""
+        from sbeval import model
 
-    def __init__(self, rows: Callable[[int], Tensor], generate: Callable[[Tensor], Examples]) -> None:
-        self._rows, self._generate = rows, generate
-        self._together = functools.lru_cache(maxsize=1)(self._draw)
-
-    def __getitem__(self, step: int) -> Examples:
-        return self._together(step // AHEAD)[step % AHEAD]
-
-    def _draw(self, number: int) -> list[Examples]:
-        rows = [self._rows(step) for step in range(number * AHEAD, (number + 1) * AHEAD)]
-        drawn: Any = self._generate(torch.cat(rows))
-        parts = [getattr(drawn, field.name).split([len(part) for part in rows]) for field in dataclasses.fields(drawn)]
-        return [type(drawn)(*tensors) for tensors in zip(*parts, strict=True)]
-
-
-def train(
-    cell: Trains, folder: Path, batches: Batches, look: Callable[[Decoder], float], status: Callable[[Scores], str],
-    place: Place, progress: Progress,
-) -> Trained:  # fmt: skip
-    """Train until `status` of all looks says anything but `budget`, or out of steps, unless `folder` has that model."""
-    training = cell.training()
-    trainer = Trainer(cell.model(), training, batches, folder, place.device)
-
-    def decided(decoder: Decoder, state: State) -> bool:
-        state.scores.append((state.step, look(decoder)))
-        return status(state.scores) != "budget"
-
-    task = progress.add(f"train {cell.title}", total=training.steps, completed=trainer.state.step)
-    trained = trainer.run(task, stop=decided, log=place.logger(cell))
-    task.close()
-    return trained
-
-
-def outcome(cell: Trains, rows: Sequence[Measurement], place: Place, looks: str, trained: Trained | None) -> Outcome:
-    """What a cell found; without a model, what it says instead. looks: what the run file calls those at validation."""
-    shape, training = cell.model(), cell.training()
-    name, _, options = cell.attention.partition(":")
-    return Outcome(
-        identity=Identity(
-            family=cell.family, task=cell.family, model=f"{shape.layers}x{shape.width}", attention=name,
-            options=options, params=model.n_parameters(shape), train_len=training.length, eval_len=training.length,
-            seed=training.seed,
-        ),
-        rows=rows,
-        train_tokens=trained.state.step * training.batch * training.length if trained else 0,
-        backend=registry.method(name).backend_name(place.device.type),
-        tokens_per_s=trained.tokens_per_second if trained else None,
-        measured={looks: trained.state.scores, **timing(trained)} if trained else {},
-    )  # fmt: skip
-
-
-@torch.inference_mode()
-def predict(decoder: Decoder, examples: Batch, dtype: str) -> Tensor:
-    """Whether the most likely token is the label, (B, L) bool; false where there is no label."""
-    decoder.eval()
-    with device.autocast(examples.tokens.device, dtype):
-        parts = []
-        for tokens, targets in zip(examples.tokens.split(EVAL_ROWS), examples.targets.split(EVAL_ROWS), strict=True):
-            correct = torch.zeros_like(targets, dtype=torch.bool)
-            scored = targets != IGNORE
-            correct[scored] = decoder.logits(decoder(tokens)[scored]).argmax(-1) == targets[scored]
-            parts.append(correct)
-    decoder.train()
-    return torch.cat(parts)
+        shape, training = self.model(), self.training()
+        name, _, options = self.attention.partition(":")
+        return Outcome(
+            identity=Identity(
+                family=self.family, task=self.family, model=f"{shape.layers}x{shape.width}", attention=name,
+                options=options, params=model.n_parameters(shape), train_len=training.length,
+                eval_len=training.length, seed=training.seed,
+            ),
+            rows=rows,
+            train_tokens=trained.state.step * training.batch * training.length if trained else 0,
+            backend=registry.method(name).backend_name(place.device.type),
+            tokens_per_s=trained.tokens_per_second if trained else None,
+            measured={scores: trained.state.scores, **timing(trained)} if trained else {},
+        )  # fmt: skip

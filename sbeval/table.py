@@ -1,79 +1,31 @@
 """Result tables: tidy CSV files in long form, one number a row, that concurrent runs and torn files cannot damage.
 
-The columns are the fields of three dataclasses in this order: `Identity`, the family's own subclass of `Measurement`
-(whose added fields are the family's factors), `Provenance`. A factor's type is not in the file: on reading it is a
-number when all its cells are numbers or empty; `numbers` checks those that a reader counts on.
+The columns are the fields of three dataclasses in this order (see `sbeval.rows`): `Identity`, the family's own subclass
+of `Measurement`, whose added fields are the family's factors, `Provenance`. A factor's type is not in the file: on
+reading it is a number when all its cells are numbers or empty; `numbers` checks those that a reader counts on.
 """
 
 import csv
 import io
 import math
-import os
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
-from uuid import uuid4
 
 import pandas as pd
-from filelock import FileLock
 
-from sbeval.errors import InputError, storing
-
-# for `field(metadata=LATER)`: what came after results, which are without it
-LATER = {"later": True}
+from sbeval.config import LATER
+from sbeval.errors import InputError
+from sbeval.files import locked, replacing
+from sbeval.rows import Identity, Measurement, Provenance
 
 INT = re.compile(r"[+-]?[0-9]{1,18}")
 FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 # columns that do not say which number a row is: they differ when the same cell is run again
 OUTCOME = ("value", "stderr", "n", "commit", "torch", "triton", "utc")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """What was measured: the method, how it was trained and evaluated. Lengths are in tokens."""
-
-    family: str
-    task: str
-    model: str
-    attention: str
-    options: str
-    params: int
-    train_len: int
-    eval_len: int
-    seed: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
-    """One number. `stderr` is its standard error over the `n` things that it is a mean of; None when it has none."""
-
-    metric: str
-    unit: str
-    value: float
-    stderr: float | None = None
-    n: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Provenance:
-    """Where a row comes from. `cell` is the stem of its run file, results/runs/<cell>.json."""
-
-    cell: str
-    preset: str
-    corpus: str
-    tokenizer: str
-    train_tokens: int
-    dtype: str
-    device: str
-    backend: str
-    commit: str
-    torch: str
-    triton: str
-    utc: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +43,8 @@ def columns(row_type: type[Measurement]) -> tuple[str, ...]:
 
 def required(row_type: type[Measurement]) -> tuple[str, ...]:
     """Return the names of the columns without which a family's table cannot be read: all but those that came later."""
-    later = {field.name for field in fields(row_type) if LATER.items() <= field.metadata.items()}
+    parts = (Identity, row_type, Provenance)
+    later = {entry.name for part in parts for entry in fields(part) if LATER.items() <= entry.metadata.items()}
     return tuple(name for name in columns(row_type) if name not in later)
 
 
@@ -122,7 +75,7 @@ def write(path: Path, new: pd.DataFrame) -> None:
     text = pd.DataFrame({name: [_cell(value) for value in new[name]] for name in new.columns}, dtype=str)
     with locked(path):
         if path.exists():
-            old = _load(path, required=columns(Measurement))
+            old = _load(path, required=required(Measurement))
             kept = old[~old["cell"].isin(set(text["cell"]))]
             text = pd.concat([text, kept], ignore_index=True).fillna("")
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
@@ -156,52 +109,8 @@ def numbers(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     return table
 
 
-def finished(path: Path) -> set[str]:
-    """Return the ids of the cells that have rows in the table; none when there is no table."""
-    return set(read(path, required=["cell"])["cell"]) if path.exists() else set()
-
-
-def prepare(results_dir: Path) -> Path:
-    """Make the folder for results and return it; InputError when it cannot be made or written to."""
-    try:
-        results_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the results folder {results_dir}: {error.strerror}") from None
-    if not os.access(results_dir, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write to the results folder {results_dir}; give another with --results-dir")
-    return results_dir
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`. What is written there takes the place of `path` at the end, whole and
-    flushed to disk; on an error it is removed and `path` stays as it was. InputError for a disk that takes no more."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    with storing(path):
-        try:
-            yield temporary
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock beside a file, whose folder is made, for the length of the block; InputError as `replacing`."""
-    lock = FileLock(f"{path}.lock")
-    with storing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _names(part: Any) -> list[str]:
-    return [field.name for field in fields(part)]
+    return [entry.name for entry in fields(part)]
 
 
 def _kinds(row_type: type[Measurement]) -> dict[str, Kind]:

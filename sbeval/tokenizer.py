@@ -23,8 +23,8 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from sbeval.errors import InputError, first_line, storing
-from sbeval.table import replacing
+from sbeval.errors import InputError, first_line
+from sbeval.files import replacing, storing
 
 EOS = "<|endoftext|>"
 # what other makers call the token that ends a document; only asked for where no config beside tokenizer.json says it
@@ -83,10 +83,6 @@ class Tokenizer(ABC):
     @abstractmethod
     def library(self) -> tokenizers.Tokenizer:
         """Return a tokenizer of the `tokenizers` library with the same ids, which adds no special tokens of its own."""
-
-    def count_bytes(self, ids: npt.ArrayLike) -> int:
-        """Count the bytes of UTF-8 text that the ids stand for: the sum of `byte_lengths`."""
-        return int(self.byte_lengths(ids).sum())
 
 
 class Bytes(Tokenizer):
@@ -194,6 +190,15 @@ def load(spec: str, *, train_texts: Callable[[], Iterable[str]] | None = None, c
 def is_trained(spec: str) -> bool:
     """Say whether `spec` means a tokenizer that is trained on the corpus."""
     return spec.startswith("bpe:")
+
+
+def check_same(trained: str | None, given: Tokenizer, spec: str) -> None:
+    """InputError when a tokenizer is not the one whose digest the model that `spec` names knows, if it knows one."""
+    if trained not in (None, given.digest):
+        raise InputError(
+            f"the model of {spec} was trained with another tokenizer than {given.name!r}: give the --tokenizer, and "
+            "for bpe:SIZE the --corpus, that it was trained with"
+        )
 
 
 def read(path: Path, *, name: str) -> Library:

@@ -20,14 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sbeval import checkpoint, counter, device, distributed, memory
+from sbeval import checkpoint, counter, device, distributed, epochs, memory
 from sbeval.checkpoint import State
+from sbeval.config import LATER, OPTIMIZERS
 from sbeval.distributed import ALONE, World
 from sbeval.errors import InputError, choose
-from sbeval.model import IGNORE, Decoder, ModelConfig, flops_per_token
-from sbeval.optimizer import OPTIMIZERS, optimizer_for
+from sbeval.held_out import Rows
+from sbeval.model import IGNORE, Decoder
+from sbeval.model_config import ModelConfig, flops_per_token
+from sbeval.optimizer import optimizer_for
 from sbeval.progress import Task
-from sbeval.table import LATER
 
 SCHEDULES = ("cosine", "power", "constant")
 
@@ -65,6 +67,9 @@ class TrainConfig:
     capacity: int | None = field(default=None, metadata=LATER)
     log_every: int = 10  # steps between looks at the loss
     check_every: int = 0  # steps between questions whether to stop; 0 never asks
+    look_every: int = field(default=0, compare=False)  # steps between looks at held-out text; 0 never looks
+    # looks without a new lowest held-out loss after which training ends; 0 never ends it
+    patience: int = field(default=0, metadata=LATER)
     checkpoint_seconds: float = 120.0
 
     def __post_init__(self) -> None:
@@ -201,9 +206,10 @@ class Trainer:
 
     def __init__(
         self, model: ModelConfig, config: TrainConfig, batches: Batches, folder: Path | None, place: torch.device,
-        world: World = ALONE, *, shard: bool = False, tokenizer: str | None = None,
+        world: World = ALONE, *, shard: bool = False, tokenizer: str | None = None, held_out: Batch | None = None,
     ) -> None:  # fmt: skip
-        """tokenizer: digest of what the model's tokens come from, for who loads it."""
+        """tokenizer: digest of what the model's tokens come from, for who loads it. held_out: text to look at, at
+        multiples of `look_every` and at the end."""
         if shard and world.size == 1:
             raise InputError("one process has nothing to shard: start several with torchrun --nproc-per-node")
         if shard and config.optimizer == "muon":
@@ -213,6 +219,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config, self.batches, self.folder, self.place, self.world = config, batches, folder, place, world
         self.shard, self.tokenizer = shard, tokenizer
+        self.held_out = held_out if config.look_every else None
         self.model = Decoder(model).to(place)
         self.state = State()
         self.speeds: list[float] = []  # tokens/s between looks at the loss
@@ -226,9 +233,7 @@ class Trainer:
         self._restore()
         if not shard and world.size > 1:
             ours = [place] if place.type == "cuda" else None
-            self.loss = DistributedDataParallel(
-                self.loss, device_ids=ours, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.loss = DistributedDataParallel(self.loss, device_ids=ours, gradient_as_bucket_view=True)
 
     def run(
         self,
@@ -238,9 +243,9 @@ class Trainer:
     ) -> Trained:
         """Train to the last step, or until `stop` says so at a multiple of `check_every`.
 
-        `log` gets step and loss, lr, tokens_per_second at multiples of `log_every` and of `check_every`, and at the
-        end. Raises DivergedError when the loss is no number, and KeyboardInterrupt once the step in hand is done,
-        looked at and saved.
+        `log` gets step and loss, lr, tokens_per_second at multiples of `log_every`, `check_every` and `look_every`, and
+        at the end, with held_out_loss where that was looked at. Raises DivergedError when a loss is no number, and
+        KeyboardInterrupt once the step in hand is done, looked at and saved.
         """
         saved, self.say = time.perf_counter(), task.say
         self.model.train()
@@ -248,13 +253,14 @@ class Trainer:
             ended = self._anywhere(interrupted.is_set())
             while not self.state.finished and not ended:
                 if done := self._run_steps(self._next_look(), interrupted):
+                    self._look()
                     task.advance(done, status=self._status())
                     if log:
                         log(self.state.step, self._numbers())
-                    if not math.isfinite(self.state.losses[-1]):
-                        raise DivergedError(f"the loss is {self.state.losses[-1]} at step {self.state.step}")
+                    self._check_finite()
+                    self.state.finished = self._out_of_patience()
                     asks = self.config.check_every and self.state.step % self.config.check_every == 0
-                    self.state.finished = bool(stop and asks and stop(self.model, self.state))
+                    self.state.finished |= bool(stop and asks and stop(self.model, self.state))
                 self.state.finished |= self.state.step >= self.config.steps
                 due = time.perf_counter() - saved > self.config.checkpoint_seconds
                 ended = self._anywhere(interrupted.is_set())
@@ -269,9 +275,48 @@ class Trainer:
         return self._result()
 
     def _next_look(self) -> int:
-        """The step up to which to run before a look: the next multiple of either interval, or the end."""
-        step, intervals = self.state.step, (self.config.log_every, self.config.check_every)
+        """The step up to which to run before a look: the next multiple of an interval, or the end."""
+        step, looks = self.state.step, self.config.look_every if self.held_out else 0
+        intervals = (self.config.log_every, self.config.check_every, looks)
         return min(self.config.steps, *((step // every + 1) * every for every in intervals if every))
+
+    def _look(self) -> None:
+        """Note the loss on held-out text, if a look is due."""
+        step = self.state.step
+        if self.held_out and (step % self.config.look_every == 0 or step == self.config.steps):
+            self.state.held_out.append((step, self._held_out_loss(self.held_out)))
+
+    def _held_out_loss(self, batch: Batch) -> float:
+        """The mean over the scored tokens of held-out text, of which each process reads a share."""
+        on_gpu = self.place.type == "cuda"
+        # what is compiled is so for this many sequences, and where gradients are kept: else it would be once more
+        rows = Rows(batch.tokens, batch.targets, batch.cu_seqlens)
+        batch = rows.filled(self.world.size * (self.rows if on_gpu else 1))
+        loss = self.loss.module if isinstance(self.loss, DistributedDataParallel) else self.loss
+        total = torch.zeros((), dtype=torch.float64, device=self.place)
+        self.model.train(not self.model.config.dropout)
+        with torch.set_grad_enabled(on_gpu), device.autocast(self.place, self.config.dtype):
+            for part in self._parts(len(batch.tokens)):
+                within = _part_of(batch.cu_seqlens, part, batch.tokens.shape)
+                cu_seqlens = None if within is None else self._moved(within)
+                total += loss(self._moved(batch.tokens[part]), self._moved(batch.targets[part]), cu_seqlens).detach()
+        self.model.train()
+        if self.shard:
+            from sbeval import sharded
+
+            sharded.spread_again(loss)
+        mean = distributed.summed(total.cpu().numpy(), self.world, self.place) / int((batch.targets != IGNORE).sum())
+        return float(mean)
+
+    def _check_finite(self) -> None:
+        """DivergedError where the last loss is no number."""
+        held_out = [loss for _, loss in self.state.held_out[-1:]]
+        for name, loss in zip(("loss", "held-out loss"), (self.state.losses[-1], *held_out), strict=False):
+            if not math.isfinite(loss):
+                raise DivergedError(f"the {name} is {loss} at step {self.state.step}")
+
+    def _out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= epochs.looks_without_progress(self.state.held_out)
 
     def _run_steps(self, end: int, interrupted: threading.Event) -> int:
         """Run up to step `end`, or to the end of the step in which an interrupt comes; how many that were."""
@@ -425,11 +470,15 @@ class Trainer:
 
     def _numbers(self) -> dict[str, float]:
         rate = learning_rate(self.config, self.state.step - 1)
-        return {"loss": self.state.losses[-1], "lr": rate, "tokens_per_second": self.speeds[-1]}
+        numbers = {"loss": self.state.losses[-1], "lr": rate, "tokens_per_second": self.speeds[-1]}
+        if (looks := self.state.held_out) and looks[-1][0] == self.state.step:
+            numbers["held_out_loss"] = looks[-1][1]
+        return numbers
 
     def _status(self) -> str:
         recent = statistics.fmean(self.state.losses[-self.config.log_every :])
-        return f"loss {recent:.3f}, {self.speeds[-1]:,.0f} tokens/s"
+        held_out = "".join(f"held-out {loss:.3f}, " for _, loss in self.state.held_out[-1:])
+        return f"loss {recent:.3f}, {held_out}{self.speeds[-1]:,.0f} tokens/s"
 
     def _measure(self) -> None:
         """Note the speed, if anything was trained here."""

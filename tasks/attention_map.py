@@ -14,35 +14,34 @@ stale values is asked for. What a model does with it plays no part in the choice
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
-from rich.table import Table
-from torch import Tensor
-
-from sbeval import checkpoint, estimate, model, pretrained, registry
+from sbeval import registry
+from sbeval.cell import Cell as BaseCell
 from sbeval.cell import Outcome, timing
+from sbeval.config import ATTENTION, EVALUATION, LATER, LR, MODEL, SEED, TASK, TRAINING, option
 from sbeval.errors import InputError, check_swept
-from sbeval.model import IGNORE, Decoder
-from sbeval.place import Place
-from sbeval.progress import Progress
-from sbeval.recall import Examples, Recall, generate, label
-from sbeval.synthetic import TEST_SEED, predict
-from sbeval.table import LATER, Identity, Measurement
+from sbeval.family import Family
+from sbeval.model_config import canonical_attention, flops_per_token
+from sbeval.recall import Recall
+from sbeval.rows import Identity, Measurement
+from sbeval.synthetic import TEST_SEED
 from sbeval.tasks import mqrar
-from sbeval.train import Trained
-from sbeval.weights import attention_weights
 
-FAMILY = "attention_map"
-# weights that are computed at once
-CHUNK = 1 << 23
-# smaller weights of the example have no row: in the figure they cannot be told from 0
-LEAST = 0.001
-TARGETS = ("latest", "stale", "own", "other")
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+    from sbeval.model import Decoder
+    from sbeval.place import Place
+    from sbeval.progress import Progress
+    from sbeval.train import Trained
+
+NAME = "attention_map"
+# for `option(...)`: what a --checkpoint decides
+TRAINED = {"trained": True}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,39 +74,42 @@ class Row(Measurement):
 class Config:
     """Models to look into, trained as `sbeval mqrar` trains its, or checkpoints of either command."""
 
-    attention: tuple[str, ...] = ("stick_breaking", "rope")
-    seeds: tuple[int, ...] = (0,)
-    checkpoint: tuple[str, ...] = ()
-    vocab_size: int = 65
-    seq_len: int = 64
-    kv_pairs: int = 16
-    width: int = 100
-    layers: int = 2
-    heads: int = 1
-    lr: float = 3e-3
-    batch: int = 64
-    steps: int = 3000
-    optimizer: str = field(default="adamw", metadata=LATER)
-    stop_accuracy: float = 0.99
-    test_rows: int = 1000
-    example: int = 0  # number of the test example from which one to draw is looked for
+    attention: tuple[str, ...] = option(("stick_breaking", "rope"), MODEL, ATTENTION, TRAINED, metavar="SPEC")
+    seeds: tuple[int, ...] = option((0,), TRAINING, SEED, flag="--seed")
+    checkpoint: tuple[str, ...] = option((), MODEL, "Models to look into instead: checkpoint folders of mqrar.")
+    vocab_size: int = option(65, TASK, "Tokens V: half are keys, half values.", TRAINED)
+    seq_len: int = option(64, TASK, "Positions L of an example, at least 4 N.")
+    kv_pairs: int = option(16, TASK, "Key-value pairs N.")
+    width: int = option(100, MODEL, "Width of the model.", TRAINED)
+    layers: int = option(2, MODEL, "Layers of the model.", TRAINED)
+    heads: int = option(1, MODEL, "Attention heads.", TRAINED)
+    lr: float = option(3e-3, TRAINING, LR, TRAINED)
+    batch: int = option(64, TRAINING, "Examples of an optimizer step.", TRAINED)
+    steps: int = option(3000, TRAINING, "Optimizer steps at most.", TRAINED)
+    optimizer: str = option("adamw", TRAINING, "adamw, or muon for the matrices inside the blocks.", TRAINED, LATER)
+    stop_accuracy: float = option(0.99, TRAINING, "Validation accuracy at which training ends.", TRAINED)
+    test_rows: int = option(1000, EVALUATION, "Test examples.")
+    example: int = option(0, EVALUATION, "Draw the first test example from this number on that has a key to show.")
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         check_swept(self, "attention", "seeds")
         if self.example < 0:
             raise InputError(f"--example must be at least 0; got {self.example}")
-        self.recall(self.attention[0], self.seeds[0])
+        # checks what both have
+        self._mqrar(self.attention[0], self.seeds[0])
 
     def recall(self, spec: str, seed: int) -> mqrar.Cell:
         """The cell of `sbeval mqrar` that trains the model of a method and seed."""
-        config = mqrar.Config(
+        return mqrar.cells(self._mqrar(spec, seed))[0]
+
+    def _mqrar(self, spec: str, seed: int) -> mqrar.Config:
+        return mqrar.Config(
             attention=(spec,), seeds=(seed,), kv_pairs=(self.kv_pairs,), widths=(self.width,), lrs=(self.lr,),
             vocab_size=self.vocab_size, seq_len=self.seq_len, layers=self.layers, heads=self.heads, batch=self.batch,
             steps=self.steps, optimizer=self.optimizer, stop_accuracy=self.stop_accuracy,
             test_rows=self.test_rows, dtype=self.dtype,
         )  # fmt: skip
-        return mqrar.cells(config)[0]
 
 
 # 2 layers and d = 100 are the caption's of figure 4; V, L and N those of the author's public code
@@ -126,20 +128,20 @@ PRESETS = {
 class Subject:
     """A model to look into, and what its rows say of it."""
 
-    model: Decoder
+    model: "Decoder"
     name: str
     train_len: int
     lr: float | None = None
     optimizer: str | None = None
-    trained: Trained | None = None
+    trained: "Trained | None" = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class Cell(BaseCell):
     """One model: a config whose swept fields have one entry each."""
 
     config: Config
-    family: str = FAMILY
+    family: str = NAME
 
     @property
     def title(self) -> str:
@@ -164,9 +166,11 @@ class Cell:
     def flops(self) -> float:
         config = self.config
         if config.checkpoint:
+            from sbeval import pretrained
+
             each = 2.0 * pretrained.likely_parameters(config.checkpoint[0])
         else:
-            each = model.flops_per_token(self._recall.model(), config.seq_len)
+            each = flops_per_token(self._recall.model(), config.seq_len)
         # once for what is predicted, once for the weights
         return 2 * each * config.test_rows * config.seq_len
 
@@ -174,12 +178,18 @@ class Cell:
     def _recall(self) -> mqrar.Cell:
         return self.config.recall(self.config.attention[0], self.config.seeds[0])
 
-    def source(self, progress: Progress) -> str:
-        """Digest of a model that is there already; nothing else is read."""
+    def source(self, progress: "Progress") -> str:
+        """Return the digest of a pretrained model; nothing else is read."""
+        from sbeval import pretrained
+
         return pretrained.digest(self.config.checkpoint[0]) if self.config.checkpoint else ""
 
-    def run(self, place: Place, progress: Progress) -> Outcome:
+    def run(self, place: "Place", progress: "Progress") -> Outcome:
         """Train the model, or load it, and measure where it looks."""
+        from sbeval.attention_shares import chosen, example_rows, shares
+        from sbeval.drawn import predict
+        from sbeval.recall_data import accuracies, held_out
+
         subject = self._loaded(place) if self.config.checkpoint else self._trained(place, progress)
         shape, config = subject.model.config, self.config
         if config.checkpoint and shape.vocab_size <= config.seq_len:
@@ -192,7 +202,7 @@ class Cell:
                 f"{subject.name} was trained on sequences of {subject.train_len} and is looked into at {config.seq_len}"
             )
         task = Recall(vocab_size=shape.vocab_size, seq_len=config.seq_len, kv_pairs=config.kv_pairs)
-        examples = generate(task, TEST_SEED, torch.arange(config.test_rows, device=place.device))
+        examples = held_out(task, TEST_SEED, config.test_rows, place.device)
         sizes: dict[str, Any] = {
             "kv_pairs": task.kv_pairs, "seq_len": task.seq_len, "vocab_size": task.vocab_size, "width": shape.width,
             "layers": shape.layers, "heads": shape.heads, "lr": subject.lr, "optimizer": subject.optimizer,
@@ -201,14 +211,14 @@ class Cell:
         drawn = chosen(examples, config.example)
         found = [
             Row(metric="accuracy", unit="1", value=score.value, stderr=score.stderr, n=score.n, **factors, **sizes)
-            for score, factors in mqrar.accuracies(examples, predict(subject.model, examples, config.dtype))
+            for score, factors in accuracies(examples, predict(subject.model, examples, config.dtype))
             if "split" in factors
         ]
         found += [Row(**row, **sizes) for row in shares(subject.model.eval(), examples, task)]
         found += [Row(**row, **sizes) for row in example_rows(subject.model, examples.tokens[drawn], task)]
         return self._outcome(subject, found, place, drawn, self.source(progress))
 
-    def _trained(self, place: Place, progress: Progress) -> Subject:
+    def _trained(self, place: "Place", progress: "Progress") -> Subject:
         config = self.config
         trained = self._recall.trained(place, progress)
         name = f"{config.layers}x{config.width}"
@@ -217,18 +227,20 @@ class Cell:
             trained=trained,
         )  # fmt: skip
 
-    def _loaded(self, place: Place) -> Subject:
+    def _loaded(self, place: "Place") -> Subject:
+        from sbeval import checkpoint
+
         folder = Path(self.config.checkpoint[0])
         found = checkpoint.load_model(folder, place.device).eval()
         length = checkpoint.training_length(folder) or self.config.seq_len
         return Subject(model=found, name=folder.resolve().name, train_len=length)
 
-    def _outcome(self, subject: Subject, found: list[Row], place: Place, drawn: int, source: str) -> Outcome:
+    def _outcome(self, subject: Subject, found: list[Row], place: "Place", drawn: int, source: str) -> Outcome:
         config, trained = self.config, subject.trained
         name, _, options = subject.model.config.attention.partition(":")
         return Outcome(
             identity=Identity(
-                family=FAMILY, task=mqrar.FAMILY, model=subject.name, attention=name, options=options,
+                family=NAME, task=mqrar.NAME, model=subject.name, attention=name, options=options,
                 params=subject.model.n_parameters(), train_len=subject.train_len, eval_len=config.seq_len,
                 seed=config.seeds[0],
             ),
@@ -241,83 +253,17 @@ class Cell:
         )  # fmt: skip
 
 
-def targets(examples: Examples, task: Recall) -> tuple[Tensor, Tensor]:
-    """At which position stands the latest value of each query, at which the stale ones: bool (B, query, key) each."""
-    tokens = examples.tokens
-    position = torch.arange(tokens.shape[1], device=tokens.device)
-    before = torch.nn.functional.pad(tokens, (1, 0))[:, :-1]
-    assigned = (before[:, None] == tokens[:, :, None]) & (tokens >= task.half)[:, None]
-    assigned &= (position < position[:, None]) & (examples.targets != IGNORE)[:, :, None]
-    latest = assigned & (position == position[:, None] - examples.distance[:, :, None])
-    return latest, assigned & ~latest
-
-
-def chosen(examples: Examples, start: int) -> int:
-    """Number of the first example, from `start` on, that asks for a key with two or more stale values."""
-    fits = (examples.stale >= 2).any(1)
-    fits[:start] = False
-    if not fits.any():
-        raise InputError(
-            f"none of the test examples from number {start} on asks for a key with two stale values; "
-            "give a smaller --example, more --test-rows or more --kv-pairs"
-        )
-    return int(fits.long().argmax())
-
-
-def shares(decoder: Decoder, examples: Examples, task: Recall) -> Iterator[dict[str, Any]]:
-    """Mean weight on each target at the queries with stale values, by layer and head; the error is over examples."""
-    wanted = (examples.stale > 0).float()
-    shape, length = decoder.config, task.seq_len
-    rows = max(1, CHUNK // (shape.layers * shape.heads * length**2))
-    parts = []
-    for start in range(0, len(wanted), rows):
-        part = slice(start, start + rows)
-        weights = attention_weights(decoder, examples.tokens[part])
-        latest, stale = targets(_part(examples, part), task)
-        own = torch.eye(length, dtype=torch.bool, device=latest.device).expand_as(latest)
-        masks = torch.stack([latest, stale, own, ~(latest | stale | own)]).float()
-        # (layers, targets, B, H): sums over the keys of a target and the wanted queries
-        parts.append(torch.einsum("lbhij,tbij,bi->ltbh", weights, masks, wanted[part]))
-    sums, counts = torch.cat(parts, 2).double().cpu().numpy(), wanted.sum(1).double().cpu().numpy()
-    for layer in range(shape.layers):
-        for head in range(shape.heads):
-            for index, target in enumerate(TARGETS):
-                share = estimate.ratio(sums[layer, index, :, head], counts)
-                yield {
-                    "metric": "share", "unit": "1", "value": share.value, "stderr": share.stderr, "n": share.n,
-                    "layer": layer + 1, "head": head + 1, "target": target, "split": "stale",
-                }  # fmt: skip
-
-
-def _part(examples: Examples, rows: slice) -> Examples:
-    return Examples(examples.tokens[rows], examples.targets[rows], examples.stale[rows], examples.distance[rows])
-
-
-def example_rows(decoder: Decoder, tokens: Tensor, task: Recall) -> Iterator[dict[str, Any]]:
-    """The tokens of one example (L,), and the weights of every layer and head that are large enough to be seen."""
-    for position, token in enumerate(tokens.tolist()):
-        yield {"metric": "token", "unit": "1", "value": float(token), "n": 1, "key": position}
-    latest, stale = (mask[0].cpu() for mask in targets(label(task, tokens[None]), task))
-    weights = attention_weights(decoder, tokens[None])[:, 0].cpu()
-    # those of the targets always, so that the figure knows where they are
-    for index in ((weights >= LEAST) | latest | stale).nonzero().tolist():
-        layer, head, query, key = index
-        target = "latest" if latest[query, key] else "stale" if stale[query, key] else ""
-        yield {
-            "metric": "weight", "unit": "1", "value": round(max(0.0, weights[tuple(index)].item()), 4), "n": 1,
-            "layer": layer + 1, "head": head + 1, "query": query, "key": key, "target": target,
-        }  # fmt: skip
-
-
 def cells(config: Config) -> list[Cell]:
     """Every method with every seed, or the checkpoints. InputError names a method, option or folder not known."""
     if config.checkpoint:
+        from sbeval import pretrained
+
         for folder in config.checkpoint:
             if not pretrained.is_own(folder):
                 raise InputError(f"--checkpoint {folder}: no checkpoint folder of sbeval")
         one = dataclasses.replace(config, attention=("stick_breaking",), seeds=(0,))
         return [Cell(config=dataclasses.replace(one, checkpoint=(folder,))) for folder in config.checkpoint]
-    methods = dict.fromkeys(model.canonical_attention(spec) for spec in config.attention)
+    methods = dict.fromkeys(canonical_attention(spec) for spec in config.attention)
     return [
         Cell(config=dataclasses.replace(config, attention=(spec,), seeds=(seed,)))
         for seed in dict.fromkeys(config.seeds)
@@ -325,8 +271,12 @@ def cells(config: Config) -> list[Cell]:
     ]
 
 
-def summary(results: pd.DataFrame) -> Table:
+def summary(results: "pd.DataFrame") -> "Table":
     """Table for the terminal: where the weight of queries with stale values falls, by method, layer and head."""
+    from rich.table import Table
+
+    from sbeval.attention_shares import TARGETS
+
     table = Table(title="Attention weight at queries with stale values, mean over the test set")
     for name in ("attention", "accuracy", "layer", "head", *TARGETS):
         table.add_column(name, justify="left" if name == "attention" else "right", no_wrap=name != "attention")
@@ -343,3 +293,17 @@ def summary(results: pd.DataFrame) -> Table:
                 f"{best}{where[1]:g}", *(f"{row[target]:.3f}" for target in TARGETS),
             )  # fmt: skip
     return table
+
+
+def _completed(given: dict[str, Any]) -> dict[str, Any]:
+    decided = [entry.name for entry in dataclasses.fields(Config) if entry.metadata.get("trained")]
+    if given.get("checkpoint") and (surplus := [f"--{name.replace('_', '-')}" for name in decided if name in given]):
+        raise InputError(f"{' and '.join(surplus)}: a --checkpoint decides that already")
+    return given
+
+
+FAMILY = Family(
+    name=NAME,
+    help="Where a model looks when a variable was assigned again: attention weights, drawn and measured.",
+    config=Config, presets=PRESETS, cells=cells, summary=summary, completed=_completed,
+)  # fmt: skip

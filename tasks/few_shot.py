@@ -13,25 +13,33 @@ import functools
 import importlib
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
-from rich.table import Table
-
-from sbeval import model, pretrained, scores
-from sbeval.answers import Answers
-from sbeval.cell import Outcome, digest_of
+from sbeval import epochs, model_config
+from sbeval.cell import Cell as BaseCell
+from sbeval.cell import Outcome
+from sbeval.config import DATA, EVALUATION, LATER, MODEL, TASK, digest_of, option
 from sbeval.errors import InputError, choose
-from sbeval.place import Place
-from sbeval.pretrained import Pretrained
-from sbeval.progress import Progress
-from sbeval.table import Measurement
+from sbeval.family import Family
+from sbeval.rows import Measurement
 from sbeval.tasks import length_gen
+from sbeval.text_model import uncut
 
-FAMILY = "few_shot"
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from rich.table import Table
+
+    from sbeval.answers import Answers
+    from sbeval.place import Place
+    from sbeval.pretrained import Pretrained
+    from sbeval.progress import Progress
+
+
+NAME = "few_shot"
 # tokens of a forward pass, padding included
 BATCH_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}
 # requests and tokens of a benchmark, for an estimate of cost without its items
@@ -64,7 +72,7 @@ SUITES = {
 class Row(Measurement):
     """Factors: part of the benchmark (empty: all of it), what lm-eval took from an answer before scoring it, examples
     in a prompt, version of lm-eval's task, score of guessing, where the items come from (`hub` or `files`), and in how
-    many requests the beginning was cut to fit eval_len."""
+    many requests the beginning was cut to fit eval_len. status: `overfit`, or empty."""
 
     part: str = ""
     filter: str = ""
@@ -73,6 +81,7 @@ class Row(Measurement):
     chance: float | None = None
     items: str
     cut: int
+    status: str = field(default="", metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +89,24 @@ class Config(length_gen.Config):
     """Benchmarks of the models that length-gen trains with the same options, or of `models`. eval_len: tokens that a
     model reads at most."""
 
-    tasks: tuple[str, ...] = ()  # names, or name:examples
-    suites: tuple[str, ...] = ("quick",)
-    models: tuple[str, ...] = ()  # our checkpoint folders, Hugging Face folders or names
-    data_dir: str | None = None  # folder of JSONL files to read instead of the hub
-    limit: int | None = None  # items of each task at most
+    tasks: tuple[str, ...] = option(
+        (), TASK, "Any task or group of lm-eval, or name:examples such as mmlu:5.", flag="--task", metavar="NAME"
+    )
+    suites: tuple[str, ...] = option(("quick",), TASK, f"{', '.join(SUITES)}.", flag="--suite", metavar="NAME")
+    models: tuple[str, ...] = option(
+        (), MODEL, "Evaluate this model instead: our checkpoint folder, or a Hugging Face folder or name.",
+        flag="--model",
+    )  # fmt: skip
+    data_dir: str | None = option(
+        None, DATA, "Folder of JSONL files with the items. Default: the Hugging Face hub.", metavar="DIR"
+    )
+    limit: int | None = option(None, TASK, "Items of each task at most. Default: all.")
+    eval_len: int = option(4096, EVALUATION, "Tokens of a prompt and its completion at most.")
+    checkpoint: str | None = field(default=None, metadata=LATER)
+    # part of which cell it is, as published; benchmarks have no use for them
+    documents: int = 32
+    windows: int = 1
+    window: tuple[int, ...] = field(default=(), metadata=LATER)
 
     def __post_init__(self) -> None:
         # a slotted class is made anew, which zero-argument super does not know
@@ -93,8 +115,6 @@ class Config(length_gen.Config):
             choose("suite", suite, SUITES)
         if self.limit is not None and self.limit < 1:
             raise InputError(f"limit must be at least 1, or left out; got {self.limit}")
-        if self.data_dir is not None and not os.path.isdir(self.data_dir):
-            raise InputError(f"--data-dir {self.data_dir} is no folder")
 
     @property
     def trains(self) -> bool:
@@ -117,11 +137,11 @@ PRESETS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class Cell(BaseCell):
     """One model and benchmark: a config of one task, and of one checkpoint or one method and seed."""
 
     config: Config
-    family: str = FAMILY
+    family: str = NAME
 
     @property
     def trained(self) -> length_gen.Cell:
@@ -149,27 +169,31 @@ class Cell:
     def flops(self) -> float:
         return _asking(self.trained, self.config.tasks[0], self.config.limit)
 
-    def source(self, progress: Progress) -> str:
+    def source(self, progress: "Progress") -> str:
         """Digests of the model and its tokenizer, or of the text that it is trained on, and of the items."""
+        from sbeval import pretrained
+
         given = self.config.checkpoint
         # other models come with a tokenizer, which counts as theirs
         ours = given is not None and pretrained.is_own(given)
         text = [length_gen.open_tokenizer(self.config, progress).digest] if ours else []
         return "-".join([self.trained.origin(progress)[1], *text, self._benchmark().digest])
 
-    def check(self, progress: Progress) -> None:
+    def check(self, progress: "Progress") -> None:
         """InputError where the items are not there, or lm-eval is not."""
         self._benchmark()
 
-    def run(self, place: Place, progress: Progress) -> Outcome:
+    def run(self, place: "Place", progress: "Progress") -> Outcome:
         """Train, unless a checkpoint has it, and ask everything that has no answer yet."""
+        from sbeval import pretrained
+
         # before training: items that are not there are the user's to change
         benchmark = self._benchmark()
         config = self.config
         folder = config.checkpoint or str(self.trained.train(place, progress))
         digest = pretrained.digest(folder)
         found = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
-        subject = self.trained.subject(found, place)
+        subject = self.trained.subject(found, folder, place, progress)
         answers = self._answers(digest, place)
         adapter = _harness().Adapter(
             subject.model, self._text(found, progress), length=self._length(found), place=place.device,
@@ -179,7 +203,7 @@ class Cell:
         measured = _harness().scores(benchmark, adapter, config.limit)
         answers.close()
         return length_gen.outcome(
-            subject, [self._row(score, benchmark, adapter.cut) for score in measured], family=FAMILY,
+            subject, [self._row(score, benchmark, adapter.cut) for score in measured], family=NAME,
             task=benchmark.name, eval_len=adapter.length, seed=self.trained.seed,
             corpus=self.trained.origin(progress)[0], corpus_digest=self.source(progress), tokenizer=config.tokenizer,
             measured={"lm_eval": _harness().version(), "requests_cut": adapter.cut, "model_digest": digest},
@@ -197,19 +221,25 @@ class Cell:
         name, shots = _parse(self.config.tasks[0])
         return _harness().load(name, shots, None if self.config.data_dir is None else Path(self.config.data_dir))
 
-    def _answers(self, digest: str, place: Place) -> Answers:
+    def _answers(self, digest: str, place: "Place") -> "Answers":
         """What the model of this digest has answered; nothing when it has to be asked again."""
+        from sbeval.answers import Answers
+
         name = digest_of([digest, self.config.attention, self.dtype])
         path = place.results_dir / "answers" / f"{name}.sqlite"
         return Answers(path, anew=place.begins_anew(path))
 
-    def _length(self, found: Pretrained) -> int:
+    def _length(self, found: "Pretrained") -> int:
         """Tokens that the model reads at most; of one that isn't ours no more than its config says it can."""
+        from sbeval import model
+
         own = isinstance(found.model, model.Decoder)
         return self.config.eval_len if own else min(self.config.eval_len, found.train_len or self.config.eval_len)
 
-    def _text(self, found: Pretrained, progress: Progress) -> Any:
+    def _text(self, found: "Pretrained", progress: "Progress") -> Any:
         """The model's tokenizer; InputError when it cannot be that."""
+        from sbeval import pretrained
+
         config = self.config
         if config.checkpoint is not None and not pretrained.is_own(config.checkpoint):
             return _harness().hub_text(config.checkpoint, config.trust_remote_code)
@@ -219,7 +249,12 @@ class Cell:
 
 
 def cells(config: Config) -> list[Cell]:
-    """The grid: every model with every benchmark. InputError names what is not known."""
+    """The grid: every model with every benchmark. InputError names what is not known, or that `data_dir` is missing."""
+    from sbeval import pretrained
+
+    # a config is a value, which a run file on another machine gives again: the disk is asked here
+    if config.data_dir is not None and not os.path.isdir(config.data_dir):
+        raise InputError(f"--data-dir {config.data_dir} is no folder")
     if config.models:
         specs = list(dict.fromkeys(config.models))
         names = [pretrained.name(spec) for spec in specs]
@@ -245,12 +280,15 @@ def cells(config: Config) -> list[Cell]:
 
 def _asking(trained: length_gen.Cell, task: str, limit: int | None) -> float:
     """FLOPs of a benchmark, roughly."""
+    from sbeval import pretrained
+
     requests, tokens = LIKELY.get(task) or LIKELY.get(_parse(task)[0]) or (LIKELY_REQUESTS, LIKELY_TOKENS)
     # four choices an item
     read = tokens * (requests if limit is None else min(requests, 4 * limit))
     if trained.config.checkpoint is not None:
         return 2.0 * pretrained.likely_parameters(trained.config.checkpoint) * read
-    return read * model.flops_per_token(trained.model(length_gen.likely_vocabulary(trained.config.tokenizer)), tokens)
+    shape = trained.model(length_gen.likely_vocabulary(trained.config.tokenizer))
+    return read * model_config.flops_per_token(shape, tokens)
 
 
 def _parse(task: str) -> tuple[str, int | None]:
@@ -262,8 +300,10 @@ def _parse(task: str) -> tuple[str, int | None]:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(spec: str, digest: str, place: torch.device, dtype: str, trust: bool) -> Pretrained:
+def _loaded(spec: str, digest: str, place: "torch.device", dtype: str, trust: bool) -> "Pretrained":
     """The model of the cells that follow each other; the digest tells when another has come to the same place."""
+    from sbeval import pretrained
+
     return pretrained.load(spec, place, dtype, trust_remote_code=trust)
 
 
@@ -275,6 +315,35 @@ def _harness() -> Any:
         raise InputError(f"few-shot needs lm_eval ({error}): pip install 'sbeval[few-shot]'") from None
 
 
-def summary(results: pd.DataFrame) -> Table:
+def summary(results: "pd.DataFrame") -> "Table":
     """Table for the terminal: models by benchmarks, with their average."""
-    return scores.terminal(scores.table(results))
+    from sbeval import scores
+
+    shown = scores.terminal(scores.table(results))
+    shown.caption = epochs.caution(results) or None
+    return shown
+
+
+def _completed(given: dict[str, Any]) -> dict[str, Any]:
+    """No further than the models were trained, and tasks that are named instead of the preset's suites."""
+    follows = {"eval_len": given["train_len"]} if "train_len" in given else {}
+    return uncut(follows | ({"suites": ()} if "tasks" in given else {}) | given)
+
+
+def _preset(given: Mapping[str, Any]) -> str | None:
+    if not given.get("models"):
+        return None
+    from sbeval import pretrained
+
+    return None if any(map(pretrained.is_own, given["models"])) else "paper"
+
+
+FAMILY = Family(
+    name=NAME,
+    help=(
+        "Benchmarks through lm-eval, of models that length-gen trains or of any others. Others are "
+        "evaluated as the preset paper says, unless another is named."
+    ),
+    config=Config, presets=PRESETS, cells=cells, summary=summary, cautions=length_gen.cautions, completed=_completed,
+    preset=_preset,
+)  # fmt: skip

@@ -15,70 +15,34 @@ figures stand beside ours. How PaTH trained is not known here: learning rates, b
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
-from rich.table import Table
-from torch import Tensor
-
-from sbeval import counter, estimate, model, synthetic
 from sbeval.cell import Outcome
+from sbeval.config import ATTENTION, EVALUATION, LR, MODEL, SEED, TASK, TRAINING, option
 from sbeval.errors import InputError, check_swept
-from sbeval.estimate import Estimate
-from sbeval.model import IGNORE, Decoder, ModelConfig
-from sbeval.place import Place
-from sbeval.progress import Progress
+from sbeval.family import Family
+from sbeval.model_config import ModelConfig, canonical_attention, flops_per_token
 from sbeval.published import FLIP_FLOP, FLIP_FLOP_SOURCE
-from sbeval.synthetic import METHODS, TEST_SEED, TRAIN_SEED, VALIDATION_SEED, Drawn, Scores, predict
-from sbeval.table import Measurement
-from sbeval.train import TrainConfig, Trained
+from sbeval.published import FLIP_FLOP_TESTS as TESTS
+from sbeval.rows import Measurement
+from sbeval.synthetic import METHODS, TEST_SEED, VALIDATION_SEED, Scores, Synthetic
 
-FAMILY = "flip_flop"
-# tokens: the bits 0 and 1, then the instructions
-WRITE, READ, SKIP = 2, 3, 4
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+    from sbeval.flip_flop_data import Examples
+    from sbeval.model import Decoder
+    from sbeval.place import Place
+    from sbeval.progress import Progress
+    from sbeval.train import TrainConfig
+
+NAME = "flip_flop"
+# two bits and three instructions
 VOCABULARY = 5
-# streams of random numbers
-INSTRUCTIONS, BITS = range(2)
-TESTS = ("in_distribution", "sparse", "dense")
-
-
-@dataclass(frozen=True, slots=True)
-class Examples:
-    """A batch, (B, T) int64 each. targets: the bit at a read, else IGNORE; distance: instructions back to its write."""
-
-    tokens: Tensor
-    targets: Tensor
-    distance: Tensor
-
-    @property
-    def cu_seqlens(self) -> None:
-        """Examples are not packed."""
-
-
-def generate(length: int, p_ignore: float, seed: int, rows: Tensor) -> Examples:
-    """Examples number `rows`, (B,) int64, of a seed: the same on every device, that of `rows`."""
-    count = length // 2
-    draw = counter.uniform(counter.bits(counter.key(seed, INSTRUCTIONS), rows, count))
-    bits = counter.below(counter.bits(counter.key(seed, BITS), rows, count), 2)
-    instructions = torch.where(draw < p_ignore, SKIP, torch.where(draw < (1 + p_ignore) / 2, WRITE, READ))
-    instructions[:, 0], instructions[:, -1] = WRITE, READ
-    number = torch.arange(count, device=rows.device).expand_as(bits)
-    write = number.where(instructions == WRITE, 0).cummax(1).values
-    reads = instructions == READ
-    bits = bits.gather(1, write).where(reads, bits)
-    nowhere = torch.full_like(bits, IGNORE)
-
-    def interleaved(first: Tensor, second: Tensor) -> Tensor:
-        return torch.stack([first, second], 2).flatten(1)
-
-    return Examples(
-        tokens=interleaved(instructions, bits),
-        targets=interleaved(bits.where(reads, IGNORE), nowhere),
-        distance=interleaved((number - write).where(reads, 0), torch.zeros_like(bits)),
-    )
+# what a run file calls the scores at validation
+SCORES = "validation_error"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,24 +69,24 @@ class Row(Measurement):
 class Config:
     """A sweep over attention x learning rate x seed. Lengths are in tokens."""
 
-    attention: tuple[str, ...] = METHODS
-    seeds: tuple[int, ...] = (0, 1, 2)
-    lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    seq_len: int = 512
-    p_ignore: float = 0.8
-    p_sparse: float = 0.98
-    p_dense: float = 0.1
-    width: int = 64
-    layers: int = 1
-    heads: int = 2
-    batch: int = 64
-    steps: int = 10_000
-    schedule: str = "cosine"
-    weight_decay: float = 0.1
-    stop_error: float = 0.0  # of validation, in distribution: at or below it training ends
-    patience: int = 0  # steps without a better validation error after which training ends; 0 waits to the last
-    check_every: int = 250
-    test_rows: int = 10_000  # examples of each test
+    attention: tuple[str, ...] = option(METHODS, MODEL, ATTENTION, metavar="SPEC")
+    seeds: tuple[int, ...] = option((0, 1, 2), TRAINING, SEED, flag="--seed")
+    lrs: tuple[float, ...] = option((3e-4, 1e-3, 3e-3), TRAINING, LR, flag="--lr")
+    seq_len: int = option(512, TASK, "Tokens of an example, half of which are instructions.")
+    p_ignore: float = option(0.8, TASK, "Probability of `ignore` in training and in the test in distribution.")
+    p_sparse: float = option(0.98, TASK, "Probability of `ignore` in the sparse test.")
+    p_dense: float = option(0.1, TASK, "Probability of `ignore` in the dense test.")
+    width: int = option(64, MODEL, "Width of the model.")
+    layers: int = option(1, MODEL, "Layers of the model.")
+    heads: int = option(2, MODEL, "Attention heads.")
+    batch: int = option(64, TRAINING, "Examples of an optimizer step.")
+    steps: int = option(10_000, TRAINING, "Optimizer steps at most.")
+    schedule: str = option("cosine", TRAINING, "Learning rate schedule: cosine, power or constant.")
+    weight_decay: float = option(0.1, TRAINING, "Weight decay.")
+    stop_error: float = option(0.0, TRAINING, "Validation error, in distribution, at or below which training ends.")
+    patience: int = option(0, TRAINING, "Steps without a lower validation error after which training ends; 0: never.")
+    check_every: int = option(250, TRAINING, "Steps between validations.")
+    test_rows: int = option(10_000, EVALUATION, "Examples of each test.")
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -155,11 +119,11 @@ PRESETS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class Cell(Synthetic):
     """One method, learning rate and seed: a config whose swept fields have one entry each."""
 
     config: Config
-    family: str = FAMILY
+    family: str = NAME
 
     @property
     def attention(self) -> str:
@@ -181,7 +145,7 @@ class Cell:
     def flops(self) -> float:
         """Those of all steps, and of the tests: training may end before."""
         config = self.config
-        forward = model.flops_per_token(self.model(), config.seq_len)
+        forward = flops_per_token(self.model(), config.seq_len)
         return forward * (3 * self.training().tokens + len(TESTS) * config.test_rows * config.seq_len)
 
     def model(self) -> ModelConfig:
@@ -191,11 +155,9 @@ class Cell:
             hidden=4 * config.width, attention=self.attention, mlp="gelu", tied=True,
         )  # fmt: skip
 
-    @property
-    def leaves(self) -> ModelConfig:
-        return self.model()
+    def training(self) -> "TrainConfig":
+        from sbeval.train import TrainConfig
 
-    def training(self) -> TrainConfig:
         config = self.config
         return TrainConfig(
             steps=config.steps, batch=config.batch, length=config.seq_len, lr=config.lrs[0], schedule=config.schedule,
@@ -204,19 +166,19 @@ class Cell:
             check_every=config.check_every,
         )  # fmt: skip
 
-    def source(self, progress: Progress) -> str:
-        """Nothing is read."""
-        return ""
-
-    def run(self, place: Place, progress: Progress) -> Outcome:
+    def run(self, place: "Place", progress: "Progress") -> Outcome:
         """Train until no validation error is left, none fewer came for long, or out of steps; then test."""
+        from sbeval import drawn
+        from sbeval.flip_flop_data import batches, errors
+
         config = self.config
         validation = self._examples(config.p_ignore, VALIDATION_SEED, max(1, config.test_rows // 3), place)
         # validation decides when training ends
         ending = [config.p_ignore, config.stop_error, config.patience, len(validation.tokens)]
-        with place.checkpoint([FAMILY, self.model(), self.training(), *ending], progress) as folder:
-            trained = synthetic.train(
-                self, folder, batches(config, place.device), lambda decoder: self._error(decoder, validation).value,
+        with place.checkpoint([NAME, self.model(), self.training(), *ending], progress) as folder:
+            trained = drawn.train(
+                self, folder, batches(config.seq_len, config.p_ignore, config.seeds[0], config.batch, place.device),
+                lambda decoder: next(errors(validation, drawn.predict(decoder, validation, config.dtype)))[0].value,
                 functools.partial(status, config), place, progress,
             )  # fmt: skip
         found = self._rows(trained.model, validation, "validation", config.p_ignore)[:1]
@@ -225,19 +187,22 @@ class Cell:
                 trained.model, self._examples(p_ignore, TEST_SEED, config.test_rows, place), test, p_ignore
             )
         how = status(config, trained.state.scores)
-        return self._outcome([*found, self._ended(how)], place, trained)
+        return self.outcome([*found, self._ended(how)], place, SCORES, trained)
 
-    def failed(self, how: str, place: Place) -> Outcome:
-        """What the table says of a cell that diverged or failed."""
-        return self._outcome([self._ended(how)], place)
+    def failed(self, how: str, place: "Place") -> Outcome:
+        return self.outcome([self._ended(how)], place, SCORES)
 
-    def _examples(self, p_ignore: float, seed: int, rows: int, place: Place) -> Examples:
+    def _examples(self, p_ignore: float, seed: int, rows: int, place: "Place") -> "Examples":
+        import torch
+
+        from sbeval.flip_flop_data import generate
+
         return generate(self.config.seq_len, p_ignore, seed, torch.arange(rows, device=place.device))
 
-    def _error(self, decoder: Decoder, examples: Examples) -> Estimate:
-        return next(errors(examples, predict(decoder, examples, self.config.dtype)))[0]
+    def _rows(self, decoder: "Decoder", examples: "Examples", test: str, p_ignore: float) -> list[Row]:
+        from sbeval.drawn import predict
+        from sbeval.flip_flop_data import errors
 
-    def _rows(self, decoder: Decoder, examples: Examples, test: str, p_ignore: float) -> list[Row]:
         where: dict[str, Any] = {"test": test, "p_ignore": p_ignore} | self._sizes()
         return [
             Row(metric="error_rate", unit="1", value=found.value, stderr=found.stderr, n=found.n, **where, **factors)
@@ -254,18 +219,6 @@ class Cell:
             "heads": config.heads, "lr": config.lrs[0],
         }  # fmt: skip
 
-    def _outcome(self, found: list[Row], place: Place, trained: Trained | None = None) -> Outcome:
-        return synthetic.outcome(self, found, place, "validation_error", trained)
-
-
-def batches(config: Config, device: torch.device) -> Drawn[Examples]:
-    """Training batches: new examples at every step."""
-
-    def rows(step: int) -> Tensor:
-        return torch.arange(step * config.batch, (step + 1) * config.batch, device=device)
-
-    return Drawn(rows, functools.partial(generate, config.seq_len, config.p_ignore, TRAIN_SEED + config.seeds[0]))
-
 
 def status(config: Config, scores: Scores) -> str:
     """How training stands after these looks at validation, (step, error rate): `solved`, `plateau` or `budget`."""
@@ -278,24 +231,9 @@ def status(config: Config, scores: Scores) -> str:
     return "plateau" if config.patience and step - best >= config.patience else "budget"
 
 
-def errors(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, dict[str, Any]]]:
-    """Error rate over reads and the factors of its row: overall, then by distance in octaves; error over examples."""
-    scored = examples.targets != IGNORE
-    splits: list[tuple[Tensor, dict[str, Any]]] = [(scored, {})]
-    start = 1
-    while start < examples.tokens.shape[1] // 2:
-        inside = scored & (examples.distance >= start) & (examples.distance < 2 * start)
-        splits.append((inside, {"distance_start": start, "distance_end": 2 * start}))
-        start *= 2
-    for where, factors in splits:
-        wrong, count = ((mask & where).sum(1).double().cpu().numpy() for mask in (~correct, where))
-        if count.any():
-            yield estimate.ratio(wrong, count), {"reads": int(count.sum()), **factors}
-
-
 def cells(config: Config) -> list[Cell]:
     """The grid, seeds outermost. InputError names a method or option that is not known."""
-    methods = dict.fromkeys(model.canonical_attention(spec) for spec in config.attention)
+    methods = dict.fromkeys(canonical_attention(spec) for spec in config.attention)
     return [
         Cell(config=dataclasses.replace(config, attention=(spec,), seeds=(seed,), lrs=(lr,)))
         for seed in dict.fromkeys(config.seeds)
@@ -304,15 +242,17 @@ def cells(config: Config) -> list[Cell]:
     ]
 
 
-def summary(results: pd.DataFrame) -> Table:
+def summary(results: "pd.DataFrame") -> "Table":
     """Table for the terminal: error rates at the rate with the lowest validation error, and the published ones."""
-    from sbeval.plots.flip_flop import best_rates
+    from rich.table import Table
+
+    from sbeval import selection
 
     table = Table(title=f"Flip-flop error rates over reads, % (published: {FLIP_FLOP_SOURCE}, 512 tokens)")
     table.add_column("attention")
     for name in ("", "lr", *TESTS):
         table.add_column(name.replace("_", " "), justify="right", no_wrap=True)
-    measured = best_rates(results) if (results["metric"] == "error_rate").any() else results[:0]
+    measured = selection.flip_flop_errors(results) if (results["metric"] == "error_rate").any() else results[:0]
     for (attention, options, lr), group in measured.groupby(["attention", "options", "lr"]):
         rates = {str(test): rows["value"].to_numpy() * 100 for test, rows in group.groupby("test")}
         name = f"{attention}:{options}" if options else f"{attention}"
@@ -326,3 +266,10 @@ def summary(results: pd.DataFrame) -> Table:
     for name, published in FLIP_FLOP.items():
         table.add_row(name, "published", "", *(f"{100 * published[test]:.3g}" for test in TESTS))
     return table
+
+
+FAMILY = Family(
+    name=NAME,
+    help="Flip-flop language: write, read and ignore one bit; is every read the bit last written?",
+    config=Config, presets=PRESETS, cells=cells, summary=summary, 
+)  # fmt: skip

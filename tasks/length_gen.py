@@ -12,28 +12,39 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import pandas as pd
 import platformdirs
-from rich.table import Table
 
-from sbeval import corpus, model, perplexity, pretrained, registry, tokenizer
-from sbeval.batches import Batches
-from sbeval.cell import Outcome, timing
-from sbeval.corpus import Corpus
-from sbeval.errors import InputError, check_swept, choose
-from sbeval.estimate import Estimate
-from sbeval.model import Decoder, ModelConfig
-from sbeval.perplexity import PositionLosses, Predictor, Rolling
-from sbeval.place import Place
-from sbeval.pretrained import Pretrained
-from sbeval.progress import Progress
-from sbeval.table import LATER, Identity, Measurement
-from sbeval.tokenizer import Ids, Tokenizer
-from sbeval.train import TrainConfig, Trained, Trainer
+from sbeval import epochs, model_config, registry
+from sbeval.cell import Cell as BaseCell
+from sbeval.cell import Outcome, TrainingStep, cell_id, timing
+from sbeval.config import EVALUATION, LATER, MODEL, option
+from sbeval.errors import InputError
+from sbeval.family import Family
+from sbeval.model_config import ModelConfig
+from sbeval.rows import Identity, Measurement
+from sbeval.text_model import TRAINING, TextModel, uncut
 
-FAMILY = "length_gen"
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+    from sbeval.batches import Batch
+    from sbeval.checkpoint import State
+    from sbeval.corpus import Corpus
+    from sbeval.model import Decoder
+    from sbeval.perplexity import PositionLosses, Predictor, Rolling
+    from sbeval.place import Place
+    from sbeval.pretrained import Pretrained
+    from sbeval.progress import Progress
+    from sbeval.statistics import Estimate
+    from sbeval.tokenizer import Ids, Tokenizer
+    from sbeval.train import TrainConfig, Trained
+
+
+NAME = "length_gen"
 # tokens of evaluation windows that go through the model at once
 EVAL_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 17}
 
@@ -42,7 +53,7 @@ EVAL_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 17}
 class Row(Measurement):
     """Factors: positions position_start <= i < position_end of a loss; the context length l of a figure over positions
     1 ... l; the last k of them; the tokens of a disjoint window, and what a perplexity over such windows is per
-    (`token`, `word` or `byte`)."""
+    (`token`, `word` or `byte`). status: `overfit`, or empty."""
 
     position_start: int | None = None
     position_end: int | None = None
@@ -50,47 +61,33 @@ class Row(Measurement):
     last_k: int | None = None
     window: int | None = field(default=None, metadata=LATER)
     per: str | None = field(default=None, metadata=LATER)
+    status: str = field(default="", metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
+class Config(TextModel):
     """A sweep of attention methods and seeds. Lengths and amounts are in tokens."""
 
-    attention: tuple[str, ...] = ("stick_breaking", "rope")
-    seeds: tuple[int, ...] = (0,)
-    size: str = "quick"
-    train_len: int = 256
-    eval_len: int = 4096
-    train_tokens: int = 300 * 8 * 256
-    batch_tokens: int = 8 * 256
-    micro_batch_tokens: int | None = None
-    lr: float = 3e-3
-    schedule: str = "cosine"
-    packing: str = "stream"
-    corpus: str = "stdlib"
-    tokenizer: str = "bytes"
-    text_field: str = "text"
-    corpus_tokens: int | None = None  # how much of a streamed corpus to keep
-    documents: int = 32  # evaluation documents at most, the first that are long enough
-    windows: int = 1  # disjoint windows of each at most
-    dtype: str = "float32"
-    # lengths of the disjoint windows in which the first `documents` test documents, short ones too, are read whole
-    window: tuple[int, ...] = field(default=(), metadata=LATER)
-    # a model to evaluate instead of training `size`: our checkpoint folder, or a Hugging Face folder or name
-    checkpoint: str | None = field(default=None, metadata=LATER)
-    # whether to run the code that comes with it
-    trust_remote_code: bool = field(default=False, compare=False)
+    eval_len: int = option(4096, EVALUATION, "Tokens of context to evaluate up to.")
+    documents: int = option(32, EVALUATION, "Test documents at most: the first that are long enough.")
+    windows: int = option(1, EVALUATION, "Disjoint windows of each document at most.")
+    window: tuple[int, ...] = option(
+        (), EVALUATION, "Tokens of the disjoint windows of lm-eval's perplexity of whole documents.",
+        LATER,
+    )  # fmt: skip
+    checkpoint: str | None = option(
+        None, MODEL, "Evaluate this model instead: our checkpoint folder, or a Hugging Face folder or name.", LATER
+    )
+    trust_remote_code: bool = option(
+        False, MODEL, "Run the Python code that comes with a Hugging Face model.", compare=False
+    )
 
     def __post_init__(self) -> None:
-        check_swept(self, "attention", "seeds")
-        choose("model size", self.size, model.SIZES)
-        choose("packing", self.packing, ("stream", "documents"))
-        for name in ("train_len", "train_tokens", "batch_tokens", "documents", "windows"):
+        # zero-argument super does not work in a class with slots
+        TextModel.__post_init__(self)
+        for name in ("documents", "windows"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("micro_batch_tokens", "corpus_tokens"):
-            if (amount := getattr(self, name)) is not None and amount < 1:
-                raise InputError(f"{name} must be at least 1, or left out; got {amount}")
         if short := [length for length in self.window if length < 1]:
             raise InputError(f"--window must be at least 1; got {short[0]}")
         if self.trains and self.eval_len < self.train_len:
@@ -101,7 +98,7 @@ class Config:
 
     @property
     def trains(self) -> bool:
-        """Whether models are trained, unless they are there, rather than given."""
+        """Whether models are trained rather than given."""
         return self.checkpoint is None
 
 
@@ -114,7 +111,7 @@ FIGURE_5 = (
 
 RECIPE = Config(
     size="60m", train_len=2048, eval_len=2048, train_tokens=800 * 131072, batch_tokens=131072, lr=2e-3,
-    tokenizer="bpe:8192", documents=64, windows=4,
+    corpus="python", tokenizer="bpe:8192", documents=64, windows=4,
 )  # fmt: skip
 
 PRESETS = {
@@ -123,18 +120,18 @@ PRESETS = {
     # 25 M parameters, 105 M tokens: one GPU of any kind
     "small": Config(
         size="25m", train_len=2048, eval_len=16384, train_tokens=800 * 131072, batch_tokens=131072,
-        micro_batch_tokens=32768, lr=2e-3, tokenizer="bpe:8192", documents=64,
+        micro_batch_tokens=32768, lr=2e-3, corpus="python", tokenizer="bpe:8192", documents=64,
     ),
     # the same model and budget without accumulation
     "h200": Config(
         size="25m", train_len=2048, eval_len=16384, train_tokens=800 * 131072, batch_tokens=131072, lr=2e-3,
-        tokenizer="bpe:8192", documents=64, windows=4,
+        corpus="python", tokenizer="bpe:8192", documents=64, windows=4,
     ),
     # the same, every method with two seeds, to 32 times the training length
     "figure5": Config(
         attention=(*FIGURE_5, "forgetting"), seeds=(0, 1), size="25m", train_len=2048, eval_len=65536,
-        train_tokens=800 * 131072, batch_tokens=131072, lr=2e-3, tokenizer="bpe:8192", documents=64, windows=2,
-        window=(2048, 16384, 65536),
+        train_tokens=800 * 131072, batch_tokens=131072, lr=2e-3, corpus="python", tokenizer="bpe:8192", documents=64,
+        windows=2, window=(2048, 16384, 65536),
     ),
     # the recipe at 60 M parameters and 105 M tokens, within its training length, and what nanoGPT's own makes of the
     # same tokens (AdamW at 6e-4 with betas 0.9 and 0.95, decay 0.1, clip 1, cosine to a tenth)
@@ -153,11 +150,6 @@ PRESETS = {
 
 
 Kind = TypeVar("Kind", bound=Config)
-# what of a config the training of its models depends on
-TRAINING = (
-    "attention", "seeds", "size", "train_len", "train_tokens", "batch_tokens", "micro_batch_tokens", "lr", "schedule",
-    "packing", "corpus", "tokenizer", "text_field", "corpus_tokens", "dtype",
-)  # fmt: skip
 
 
 def preset(kind: Callable[..., Kind], name: str, **options: Any) -> Kind:
@@ -171,12 +163,12 @@ def without_evaluation(kind: type[Kind], config: Config, *others: str) -> Kind:
     that all cells of one model give the same."""
     kept = {name: getattr(config, name) for name in (*TRAINING, *others)}
     if config.checkpoint is None:
-        kept["attention"] = (model.trained_attention(config.attention[0]),)
+        kept["attention"] = (model_config.trained_attention(config.attention[0]),)
     return kind(**kept, eval_len=config.train_len)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Training:
+class Training(TrainingStep):
     """The training of one model, for cells of any family that evaluate it."""
 
     config: Config
@@ -195,14 +187,14 @@ class Training:
 
     @property
     def flops(self) -> float:
-        return 3 * model.flops_per_token(self.leaves, self.config.train_len) * self.cell.training().tokens
+        return 3 * model_config.flops_per_token(self.leaves, self.config.train_len) * self.cell.training().tokens
 
     @property
     def leaves(self) -> ModelConfig:
         """The model's shape, without a look at its tokenizer."""
         return self.cell.model(likely_vocabulary(self.config.tokenizer))
 
-    def train(self, place: Place, progress: Progress) -> Path:
+    def train(self, place: "Place", progress: "Progress") -> Path:
         """Train, unless that is done, and return the checkpoint folder."""
         return self.cell.train(place, progress)
 
@@ -211,7 +203,7 @@ class Training:
 class Subject:
     """A model to evaluate, and what its rows say of it."""
 
-    model: Predictor
+    model: "Predictor"
     name: str
     attention: str
     options: str
@@ -219,16 +211,18 @@ class Subject:
     train_len: int
     backend: str
     train_tokens: int = 0  # 0 where it was not trained here
+    unique_tokens: int | None = None
+    status: str = ""
     tokens_per_s: float | None = None
     measured: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class Cell(BaseCell):
     """One method and seed: a config whose `attention` and `seeds` have one entry each."""
 
     config: Config
-    family: str = FAMILY
+    family: str = NAME
 
     @property
     def attention(self) -> str:
@@ -261,6 +255,8 @@ class Cell:
 
     @property
     def flops(self) -> float:
+        from sbeval import pretrained
+
         config = self.config
         # whole documents are read in windows too: as if they were of the length to evaluate to
         read = {config.eval_len: config.documents * config.windows * config.eval_len}
@@ -269,104 +265,150 @@ class Cell:
         if config.checkpoint is not None:
             return 2.0 * pretrained.likely_parameters(config.checkpoint) * sum(read.values())
         shape = self.model(likely_vocabulary(config.tokenizer))
-        return sum(model.flops_per_token(shape, length) * tokens for length, tokens in read.items())
+        return sum(model_config.flops_per_token(shape, length) * tokens for length, tokens in read.items())
 
     def model(self, vocab_size: int) -> ModelConfig:
-        padded = model.padded_vocabulary(vocab_size)
-        return model.named(self.config.size, vocab_size=padded, attention=self.attention)
+        padded = model_config.padded_vocabulary(vocab_size)
+        return model_config.named(self.config.size, vocab_size=padded, attention=self.attention)
 
-    def training(self) -> TrainConfig:
-        config = self.config
-        return training_config(
-            config, tokens=config.train_tokens, length=config.train_len, lr=config.lr, seed=self.seed
-        )
+    def training(self, text: "Corpus | None" = None) -> "TrainConfig":
+        """How its model is trained; without the text as if that were long enough."""
+        from sbeval import held_out
+        from sbeval.batches import epoch_tokens
 
-    def source(self, progress: Progress) -> str:
+        config, tokens = self.config, self.config.train_tokens
+        if text is not None and config.max_epochs is not None:
+            tokens = min(tokens, int(config.max_epochs * epoch_tokens(text.train, config.train_len)))
+        training = training_config(config, tokens=tokens, length=config.train_len, lr=config.lr, seed=self.seed)
+        looks, _ = held_out.plan(training.tokens, training.length)
+        return dataclasses.replace(training, patience=config.patience, look_every=-(-training.steps // looks))
+
+    def source(self, progress: "Progress") -> str:
         """Digest of the tokenized corpus, after that of a model that is there already."""
         return self._source(open_corpus(self.config, progress))
 
-    def check(self, progress: Progress) -> None:
+    def check(self, progress: "Progress") -> None:
         """InputError where the corpus has no documents this long."""
         _windows(open_corpus(self.config, progress), self.config)
 
-    def run(self, place: Place, progress: Progress) -> Outcome:
+    def run(self, place: "Place", progress: "Progress") -> Outcome:
         """Train, unless a checkpoint has it, and evaluate."""
         text = open_corpus(self.config, progress)
         # before training: a corpus without documents this long is the user's to change
         windows = _windows(text, self.config)
         subject = self._trained(text, place, progress) if self.config.checkpoint is None else self._loaded(text, place)
         return outcome(
-            subject, self._measured(text, windows, subject, place, progress), family=FAMILY, task=text.name,
+            subject, self._measured(text, windows, subject, place, progress), family=NAME, task=text.name,
             eval_len=self.config.eval_len, seed=self.seed, corpus=text.name, corpus_digest=self._source(text),
-            tokenizer=text.tokenizer.name, measured=subject.measured,
+            tokenizer=text.tokenizer.name,
         )  # fmt: skip
 
-    def train(self, place: Place, progress: Progress) -> Path:
+    def train(self, place: "Place", progress: "Progress") -> Path:
         """Train, unless that is done, and return the checkpoint from which `run` goes on."""
         return self._train(open_corpus(self.config, progress), place, progress)[0]
 
-    def origin(self, progress: Progress) -> tuple[str, str]:
+    def origin(self, progress: "Progress") -> tuple[str, str]:
         """Name and digest of the text that the model is trained on; of one that is there no name, and its digest."""
+        from sbeval import pretrained
+
         if self.config.checkpoint is not None:
             return "", pretrained.digest(self.config.checkpoint)
         text = open_corpus(self.config, progress)
         return text.name, text.digest
 
-    def _source(self, text: Corpus) -> str:
+    def _source(self, text: "Corpus") -> str:
+        from sbeval import pretrained
+
         given = self.config.checkpoint
         return text.digest if given is None else f"{pretrained.digest(given)}-{text.digest}"
 
-    def subject(self, found: Pretrained, place: Place) -> Subject:
-        """The model as it is evaluated; one that was trained here with what only evaluation asks for."""
-        if self.config.checkpoint is None:
-            assert isinstance(found.model, Decoder)
-            return self._made(found.model, place)
+    def subject(self, found: "Pretrained", trained: str, place: "Place", progress: "Progress") -> Subject:
+        """The model as it is evaluated; one that was trained here with what only evaluation asks for.
+
+        trained: checkpoint folder of its training on text, or what --checkpoint names.
+        """
+        from sbeval import checkpoint
+        from sbeval.model import Decoder
+
+        if self.config.checkpoint is not None:
+            return self._given(found, trained)
+        assert isinstance(found.model, Decoder)
+        state = checkpoint.load_state(Path(trained))
+        return self._made(found.model, state, open_corpus(self.config, progress), place)
+
+    def _given(self, found: "Pretrained", trained: str) -> Subject:
+        from sbeval import checkpoint, pretrained
+
+        looks = checkpoint.load_state(Path(trained)).held_out if pretrained.is_own(trained) else []
         return Subject(
             model=found.model, name=found.name, attention=found.attention, options=found.options, params=found.params,
-            train_len=found.train_len or self.config.train_len, backend=found.backend,
+            train_len=found.train_len or self.config.train_len, backend=found.backend, status=_status(looks),
         )  # fmt: skip
 
-    def _train(self, text: Corpus, place: Place, progress: Progress) -> tuple[Path, Trained]:
-        trained_as = model.trained_attention(self.attention)
+    def _train(self, text: "Corpus", place: "Place", progress: "Progress") -> "tuple[Path, Trained]":
+        from sbeval.batches import Batches
+        from sbeval.train import Trainer
+
+        trained_as = model_config.trained_attention(self.attention)
         shape = dataclasses.replace(self.model(text.tokenizer.vocab_size), attention=trained_as)
-        training = self.training()
+        training = self.training(text)
         batches = Batches(text.train, training.length, training.batch, self.seed, self.config.packing)
         with place.checkpoint([shape, training, text.digest, self.config.packing], progress) as folder:
             trainer = Trainer(
                 shape, training, batches, folder, place.device, place.world, shard=place.shard,
-                tokenizer=text.tokenizer.digest,
+                tokenizer=text.tokenizer.digest, held_out=_held_out(text, training, self.config.packing),
             )  # fmt: skip
             task = progress.add(f"train {trained_as} seed {self.seed}", training.steps, completed=trainer.state.step)
-            trained = trainer.run(task, log=place.logger(self))
+            trained = trainer.run(task, log=place.logger(cell_id(self)))
             task.close()
         return folder, trained
 
-    def _made(self, trained: Decoder, place: Place) -> Subject:
+    def _made(self, trained: "Decoder", state: "State", text: "Corpus", place: "Place") -> Subject:
+        from sbeval.batches import epoch_tokens
+
+        training = self.training(text)
         name, _, options = self.attention.partition(":")
         evaluated = trained.evaluated_as(self.attention)
         return Subject(
             model=evaluated, name=self.config.size, attention=name, options=options, params=evaluated.n_parameters(),
-            train_len=self.config.train_len, train_tokens=self.training().tokens,
+            train_len=training.length, train_tokens=state.step * training.batch * training.length,
+            unique_tokens=epoch_tokens(text.train, training.length), status=_status(state.held_out),
             backend=registry.method(name).backend_name(place.device.type),
+            measured={
+                "held_out": [(step, round(loss, 4)) for step, loss in state.held_out],
+                "ended_by": self._ended_by(state, training),
+                **({"corpus_versions": dict(text.versions)} if text.versions else {}),
+            },
         )  # fmt: skip
 
-    def _trained(self, text: Corpus, place: Place, progress: Progress) -> Subject:
-        _, trained = self._train(text, place, progress)
-        made = self._made(trained.model, place)
-        return dataclasses.replace(made, tokens_per_s=trained.tokens_per_second, measured=timing(trained))
+    def _ended_by(self, state: "State", training: "TrainConfig") -> str:
+        """The option at whose bound training ended."""
+        if state.step < training.steps:
+            return "patience"
+        return "max_epochs" if training.steps < self.training().steps else "train_tokens"
 
-    def _loaded(self, text: Corpus, place: Place) -> Subject:
+    def _trained(self, text: "Corpus", place: "Place", progress: "Progress") -> Subject:
+        _, trained = self._train(text, place, progress)
+        made = self._made(trained.model, trained.state, text, place)
+        measured = {**timing(trained), **made.measured}
+        return dataclasses.replace(made, tokens_per_s=trained.tokens_per_second, measured=measured)
+
+    def _loaded(self, text: "Corpus", place: "Place") -> Subject:
+        from sbeval import pretrained
+
         assert self.config.checkpoint is not None
         found = pretrained.load(
             self.config.checkpoint, place.device, self.config.dtype, trust_remote_code=self.config.trust_remote_code
         )
         found.check_tokenizer(text.tokenizer, self.config.checkpoint)
         found.check_length(max((self.config.eval_len, *self.config.window)), self.config.checkpoint)
-        return self.subject(found, place)
+        return self._given(found, self.config.checkpoint)
 
     def _measured(
-        self, text: Corpus, windows: list[tuple[int, Ids]], subject: Subject, place: Place, progress: Progress
+        self, text: "Corpus", windows: "list[tuple[int, Ids]]", subject: Subject, place: "Place", progress: "Progress"
     ) -> list[Row]:
+        from sbeval import perplexity
+
         config = self.config
         how: Any = {"place": place.device, "dtype": config.dtype, "world": place.world}
         task = progress.add(f"evaluate {self.title} to {config.eval_len}", total=len(windows))
@@ -390,29 +432,35 @@ class Cell:
 
 def training_config(
     config: Config, *, tokens: int, length: int, lr: float, seed: int, sparse: bool = False
-) -> TrainConfig:
+) -> "TrainConfig":
     """How a model is trained on so many tokens, `length` at a time."""
+    from sbeval.train import TrainConfig
+
     batch = max(1, config.batch_tokens // length)
     micro = config.micro_batch_tokens and max(1, config.micro_batch_tokens // length)
     steps = max(1, tokens // (batch * length))
     return TrainConfig(
         steps=steps, batch=batch, length=length, micro_batch=micro and min(micro, batch), lr=lr,
-        schedule=config.schedule, warmup=max(1, steps // 20), seed=seed, dtype=config.dtype, sparse=sparse,
+        schedule=config.schedule, warmup=max(1, steps // 20), optimizer=config.optimizer, seed=seed,
+        dtype=config.dtype, sparse=sparse,
     )  # fmt: skip
 
 
 def outcome(
-    subject: Subject, rows: Sequence[Measurement], *, family: str, task: str, eval_len: int, seed: int, corpus: str,
-    corpus_digest: str, tokenizer: str, measured: Mapping[str, object],
+    subject: Subject, rows: Sequence[Any], *, family: str, task: str, eval_len: int, seed: int, corpus: str,
+    corpus_digest: str, tokenizer: str, measured: Mapping[str, object] = MappingProxyType({}),
 ) -> Outcome:  # fmt: skip
-    """What a finished cell found of a model."""
+    """What a finished cell found of a model; its rows, of a class with a status, get the model's."""
+    unique = subject.unique_tokens
     return Outcome(
         identity=Identity(
             family=family, task=task, model=subject.name, attention=subject.attention, options=subject.options,
             params=subject.params, train_len=subject.train_len, eval_len=eval_len, seed=seed,
         ),
-        rows=rows, corpus=corpus, corpus_digest=corpus_digest, tokenizer=tokenizer, train_tokens=subject.train_tokens,
-        backend=subject.backend, tokens_per_s=subject.tokens_per_s, measured=measured,
+        rows=[dataclasses.replace(row, status=subject.status) for row in rows], corpus=corpus,
+        corpus_digest=corpus_digest, tokenizer=tokenizer, train_tokens=subject.train_tokens, unique_tokens=unique,
+        epochs=round(subject.train_tokens / unique, 4) if unique else None, backend=subject.backend,
+        tokens_per_s=subject.tokens_per_s, measured={**measured, **subject.measured},
     )  # fmt: skip
 
 
@@ -421,10 +469,12 @@ def cells(config: Config) -> list[Cell]:
 
     InputError names a method or option that is not known.
     """
+    from sbeval import pretrained
+
     if config.checkpoint is not None:
         own = config.tokenizer if pretrained.is_own(config.checkpoint) else config.checkpoint
         return [Cell(config=dataclasses.replace(config, attention=("",), seeds=(0,), tokenizer=own))]
-    methods = dict.fromkeys(model.canonical_attention(spec) for spec in config.attention)
+    methods = dict.fromkeys(model_config.canonical_attention(spec) for spec in config.attention)
     return [
         Cell(config=dataclasses.replace(config, attention=(spec,), seeds=(seed,)))
         for seed in dict.fromkeys(config.seeds)
@@ -432,8 +482,10 @@ def cells(config: Config) -> list[Cell]:
     ]
 
 
-def rows(losses: PositionLosses, train_len: int) -> list[Row]:
+def rows(losses: "PositionLosses", train_len: int) -> list[Row]:
     """Every figure that follows from the losses by position."""
+    from sbeval import perplexity
+
     out = [
         _row("loss", "nats/token", losses.mean(first, last), position_start=first, position_end=last + 1)
         for first, last in perplexity.bins(losses.length)
@@ -448,7 +500,7 @@ def rows(losses: PositionLosses, train_len: int) -> list[Row]:
     return out
 
 
-def windowed_rows(losses: Rolling, window: int) -> list[Row]:
+def windowed_rows(losses: "Rolling", window: int) -> list[Row]:
     """Perplexity per token, word and byte of whole documents in windows of `window` tokens, and bits per byte."""
     return [
         *(_row("perplexity", "1", losses.perplexity(per), window=window, per=per) for per in ("token", "word", "byte")),
@@ -456,12 +508,14 @@ def windowed_rows(losses: Rolling, window: int) -> list[Row]:
     ]
 
 
-def _row(metric: str, unit: str, estimate: Estimate, **factors: Any) -> Row:
+def _row(metric: str, unit: str, estimate: "Estimate", **factors: Any) -> Row:
     return Row(metric=metric, unit=unit, value=estimate.value, stderr=estimate.stderr, n=estimate.n, **factors)
 
 
-def open_corpus(config: Config, progress: Progress) -> Corpus:
+def open_corpus(config: Config, progress: "Progress") -> "Corpus":
     """Open the corpus of a config; it is tokenized the first time."""
+    from sbeval import corpus
+
     task = progress.add(f"tokenize {config.corpus}", total=None)
     text = corpus.open(
         config.corpus, tokenizer=config.tokenizer, cache_dir=Path(platformdirs.user_cache_dir("sbeval")),
@@ -471,14 +525,48 @@ def open_corpus(config: Config, progress: Progress) -> Corpus:
     return text
 
 
-def open_tokenizer(config: Config, progress: Progress) -> Tokenizer:
+def _held_out(text: "Corpus", training: "TrainConfig", packing: str) -> "Batch | None":
+    """Held-out text to look at while a model trains, the same for every method; None where there is too little."""
+    from sbeval import held_out
+    from sbeval.batches import Batches, epoch_tokens
+
+    if not epoch_tokens(text.valid, training.length):
+        return None
+    _, windows = held_out.plan(training.tokens, training.length)
+    return Batches(text.valid, training.length, batch=1, seed=0, packing=packing).spread(windows)
+
+
+def _status(looks: epochs.Looks) -> str:
+    return epochs.OVERFIT if epochs.overfits(looks) else ""
+
+
+def cautions(config: Config, progress: "Progress") -> list[str]:
+    """What to say, before models train, of how often they will read their text, and of held-out text; often nothing."""
+    from sbeval.batches import epoch_tokens
+
+    if not config.trains:
+        return []
+    text = open_corpus(config, progress)
+    asked, trained = (cells(config)[0].training(of).tokens for of in (None, text))
+    found = epochs.notice(text.name, epoch_tokens(text.train, config.train_len), asked, trained)
+    if not epoch_tokens(text.valid, config.train_len):
+        found.append(
+            f"{text.name!r} has {len(text.valid.tokens):,} tokens of held-out text, less than a window of "
+            f"{config.train_len}: no loss on it is measured while models train, and whether they overfit is not known"
+        )
+    return found
+
+
+def open_tokenizer(config: Config, progress: "Progress") -> "Tokenizer":
     """The tokenizer of a config's models; one that is trained on the corpus comes with it."""
+    from sbeval import tokenizer
+
     if config.checkpoint is None or tokenizer.is_trained(config.tokenizer):
         return open_corpus(config, progress).tokenizer
     return tokenizer.load(config.tokenizer, cache_dir=Path(platformdirs.user_cache_dir("sbeval")))
 
 
-def _windows(text: Corpus, config: Config) -> list[tuple[int, Ids]]:
+def _windows(text: "Corpus", config: Config) -> "list[tuple[int, Ids]]":
     """(document, tokens) of the evaluation windows, eval_len + 1 tokens each."""
     chosen = text.test.windows(config.eval_len + 1, per_document=config.windows)
     kept = list(dict.fromkeys(document for document, _ in chosen))[: config.documents]
@@ -489,7 +577,7 @@ def _windows(text: Corpus, config: Config) -> list[tuple[int, Ids]]:
     ]
 
 
-def _batch(place: Place, length: int) -> int:
+def _batch(place: "Place", length: int) -> int:
     """Windows of `length` that go through the model at once."""
     return max(1, EVAL_TOKENS[place.device.type] // length)
 
@@ -502,13 +590,18 @@ def likely_vocabulary(tokenizer: str) -> int:
     return int(size) if size.isdecimal() else 32000
 
 
-def summary(results: pd.DataFrame) -> Table:
+def summary(results: "pd.DataFrame") -> "Table":
     """Table for the terminal: loss of the last k tokens at each context length, averaged over seeds."""
+    from rich.table import Table
+
     last = results[results["metric"] == "loss_last_k"]
     lengths = sorted(last["context_length"].unique())
     train_len = int(last["train_len"].iloc[0])
     k = int(last["last_k"].iloc[0])
-    table = Table(title=f"Loss of the last {k} tokens (nats/token) by context length; trained at {train_len}")
+    table = Table(
+        title=f"Loss of the last {k} tokens (nats/token) by context length; trained at {train_len}",
+        caption=epochs.caution(results) or None, caption_justify="left",
+    )  # fmt: skip
     table.add_column("attention")
     for length in lengths:
         table.add_column(f"{length}", justify="right", style="" if length <= train_len else "bold")
@@ -518,3 +611,10 @@ def summary(results: pd.DataFrame) -> Table:
             f"{attention}:{options}" if options else f"{attention}", *(f"{means[length]:.3f}" for length in lengths)
         )
     return table
+
+
+FAMILY = Family(
+    name=NAME,
+    help="Train at one length, evaluate the loss at every position far past it.",
+    config=Config, presets=PRESETS, cells=cells, summary=summary, cautions=cautions, completed=uncut,
+)  # fmt: skip

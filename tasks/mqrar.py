@@ -19,32 +19,31 @@ For keys 1 2 and values 5 ... 8, N = 2, with labels under the tokens (loss and l
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import torch
-from rich.table import Table
-from torch import Tensor
-
-from sbeval import counter, estimate, model, synthetic
 from sbeval.cell import Outcome
+from sbeval.config import ATTENTION, EVALUATION, LATER, LR, MODEL, SEED, TASK, TRAINING, option
 from sbeval.errors import InputError, check_swept
-from sbeval.estimate import Estimate
-from sbeval.model import IGNORE, ModelConfig
-from sbeval.place import Place
-from sbeval.progress import Progress
-from sbeval.recall import Examples, Recall, generate, label
-from sbeval.synthetic import METHODS, TEST_SEED, TRAIN_SEED, VALIDATION_SEED, Scores, predict
-from sbeval.table import LATER, Measurement
-from sbeval.train import TrainConfig, Trained
+from sbeval.family import Family
+from sbeval.model_config import ModelConfig, canonical_attention, flops_per_token
+from sbeval.recall import Recall
+from sbeval.rows import Measurement
+from sbeval.synthetic import METHODS, TEST_SEED, VALIDATION_SEED, Scores, Synthetic
 
-__all__ = ["Examples", "Recall", "generate", "label"]
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+    from torch import Tensor
 
-FAMILY = "mqrar"
-# a stream that no example draws from: the order of a stored set
-ORDER = 1 << 20
+    from sbeval.place import Place
+    from sbeval.progress import Progress
+    from sbeval.recall_data import Examples
+    from sbeval.train import TrainConfig, Trained
+
+NAME = "mqrar"
+# what a run file calls the scores at validation
+SCORES = "validation_accuracy"
 # accuracy that counts as progress
 GAIN = 0.005
 
@@ -94,35 +93,37 @@ class Config:
     """A sweep over attention x pairs x n-back x width x learning rate x seed; `sbeval.recall.Recall` has the task's
     options."""
 
-    attention: tuple[str, ...] = ("stick_breaking", "rope")
-    seeds: tuple[int, ...] = (0,)
-    kv_pairs: tuple[int, ...] = (8,)
-    widths: tuple[int, ...] = (64,)
-    lrs: tuple[float, ...] = (3e-3,)
-    n_back: tuple[int, ...] = (1,)
-    vocab_size: int = 128
-    seq_len: int = 64
-    slot_power: float = 0.01
-    filler: str = "value"
-    distinct: tuple[str, ...] = ()
-    key_pool: int | None = None
-    score_prefix: bool = True
-    layers: int = 2
-    heads: int = 1
-    positions: bool = False  # a learned table of absolute positions for every method
-    logit_scale: float = 1.5  # of stick-breaking, times 1 / sqrt(head size), where its own options do not say
-    dropout: float = 0.0
-    init_std: float | None = None  # 1 / sqrt(width) by default
-    stored_rows: int = 0  # train in epochs on so many rows; 0 draws new ones at every step
-    batch: int = 64
-    steps: int = 2000
-    schedule: str = "cosine"
-    optimizer: str = field(default="adamw", metadata=LATER)
-    weight_decay: float = 0.1
-    stop_accuracy: float = 0.99  # of validation, at which training ends
-    patience: int = 0  # steps without progress in validation after which training ends; 0 waits to the last
-    check_every: int = 100  # steps between looks at it
-    test_rows: int = 3000
+    attention: tuple[str, ...] = option(("stick_breaking", "rope"), MODEL, ATTENTION, metavar="SPEC")
+    seeds: tuple[int, ...] = option((0,), TRAINING, SEED, flag="--seed")
+    kv_pairs: tuple[int, ...] = option((8,), TASK, "Key-value pairs N.")
+    widths: tuple[int, ...] = option((64,), MODEL, "Width of the model.", flag="--width")
+    lrs: tuple[float, ...] = option((3e-3,), TRAINING, LR, flag="--lr")
+    n_back: tuple[int, ...] = option((1,), TASK, "The answer is the n-th last value.")
+    vocab_size: int = option(128, TASK, "Tokens V: half are keys, half values.")
+    seq_len: int = option(64, TASK, "Positions L of an example, at least 4 N.")
+    slot_power: float = option(0.01, TASK, "Exponent a of the slot law.")
+    filler: str = option("value", TASK, "Tokens at all other positions: value, padding or any.")
+    distinct: tuple[str, ...] = option((), TASK, "Draw keys, values or queries without replacement.")
+    key_pool: int | None = option(None, TASK, "Keys to draw from. Default: all V/2 - 1.")
+    score_prefix: bool = option(True, TASK, "Score keys that are repeated in the prefix.")
+    layers: int = option(2, MODEL, "Layers of the model.")
+    heads: int = option(1, MODEL, "Attention heads.")
+    positions: bool = option(False, MODEL, "Add a learned table of absolute positions, for every method.")
+    logit_scale: float = option(
+        1.5, MODEL, "Scale of stick-breaking's logits, times 1 / sqrt(head size), unless --attention gives one."
+    )
+    dropout: float = option(0.0, MODEL, "Dropout of embeddings and of attention's output.")
+    init_std: float | None = option(None, MODEL, "Standard deviation of the initial weights. Default: 1 / sqrt(width).")
+    stored_rows: int = option(0, TRAINING, "Train in epochs on this many stored examples; 0: new ones at every step.")
+    batch: int = option(64, TRAINING, "Examples of an optimizer step.")
+    steps: int = option(2000, TRAINING, "Optimizer steps at most.")
+    schedule: str = option("cosine", TRAINING, "Learning rate schedule: cosine, power or constant.")
+    optimizer: str = option("adamw", TRAINING, "adamw, or muon for the matrices inside the blocks.", LATER)
+    weight_decay: float = option(0.1, TRAINING, "Weight decay.")
+    stop_accuracy: float = option(0.99, TRAINING, "Validation accuracy at which training ends.")
+    patience: int = option(0, TRAINING, "Steps without progress in validation after which training ends; 0: never.")
+    check_every: int = option(100, TRAINING, "Steps between validations.")
+    test_rows: int = option(3000, EVALUATION, "Test examples.")
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -192,11 +193,11 @@ PRESETS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class Cell(Synthetic):
     """One point of the sweep: a config whose swept fields have one entry each."""
 
     config: Config
-    family: str = FAMILY
+    family: str = NAME
 
     @property
     def attention(self) -> str:
@@ -227,7 +228,7 @@ class Cell:
         shape, config = self.model(), self.config
         head = 2 * shape.width * shape.vocab_size
         scored = self.task.scored(config.batch) / (config.batch * config.seq_len)
-        return 3 * (model.flops_per_token(shape, config.seq_len) - (1 - scored) * head) * self.training().tokens
+        return 3 * (flops_per_token(shape, config.seq_len) - (1 - scored) * head) * self.training().tokens
 
     def model(self) -> ModelConfig:
         config, width = self.config, self.config.widths[0]
@@ -237,11 +238,9 @@ class Cell:
             init_std=config.init_std, dropout=config.dropout,
         )  # fmt: skip
 
-    @property
-    def leaves(self) -> ModelConfig:
-        return self.model()
+    def training(self) -> "TrainConfig":
+        from sbeval.train import TrainConfig
 
-    def training(self) -> TrainConfig:
         config = self.config
         return TrainConfig(
             steps=config.steps, batch=config.batch, length=config.seq_len, lr=config.lrs[0], schedule=config.schedule,
@@ -255,40 +254,43 @@ class Cell:
         half = max(1, self.task.seq_len // 8)
         return self.task.scored(self.config.batch, min(-(-self.task.kv_pairs // half) * half, self.task.seq_len // 4))
 
-    def source(self, progress: Progress) -> str:
-        """Nothing is read."""
-        return ""
-
-    def run(self, place: Place, progress: Progress) -> Outcome:
+    def run(self, place: "Place", progress: "Progress") -> Outcome:
         """Train until solved, without progress or out of steps, then test."""
+        from sbeval.drawn import predict
+        from sbeval.recall_data import held_out
+
         config, validation = self.config, self._validation(place)
         trained = self.trained(place, progress)
-        test = _held_out(self.task, TEST_SEED, config.test_rows, place.device)
+        test = held_out(self.task, TEST_SEED, config.test_rows, place.device)
         found = self._rows(validation, predict(trained.model, validation, config.dtype), "validation_accuracy")[:1]
         found += self._rows(test, predict(trained.model, test, config.dtype), "accuracy")
         found += self._ended(status(config, trained.state.scores), trained.state.step)
-        return self._outcome(found, place, trained)
+        return self.outcome(found, place, SCORES, trained)
 
-    def trained(self, place: Place, progress: Progress) -> Trained:
+    def trained(self, place: "Place", progress: "Progress") -> "Trained":
         """Train until solved, without progress or out of steps, unless a checkpoint has that model."""
+        from sbeval import drawn
+        from sbeval.recall_data import Batches, accuracy
+
         config = self.config
         validation = self._validation(place)
         # validation decides when training ends
         ending = [config.stop_accuracy, config.patience, len(validation.tokens)]
         key = [self.model(), self.training(), self.task, config.stored_rows, *ending]
         with place.checkpoint(key, progress) as folder:
-            return synthetic.train(
-                self, folder, Batches(self, place.device),
-                lambda decoder: _accuracy(validation, predict(decoder, validation, config.dtype)),
+            return drawn.train(
+                self, folder, Batches(self.task, config.seeds[0], config.batch, config.stored_rows, place.device),
+                lambda decoder: accuracy(validation, drawn.predict(decoder, validation, config.dtype)),
                 functools.partial(status, config), place, progress,
             )  # fmt: skip
 
-    def _validation(self, place: Place) -> Examples:
-        return _held_out(self.task, VALIDATION_SEED, max(1, self.config.test_rows // 3), place.device)
+    def _validation(self, place: "Place") -> "Examples":
+        from sbeval.recall_data import held_out
 
-    def failed(self, how: str, place: Place) -> Outcome:
-        """What the table says of a cell that diverged or failed."""
-        return self._outcome(self._ended(how), place)
+        return held_out(self.task, VALIDATION_SEED, max(1, self.config.test_rows // 3), place.device)
+
+    def failed(self, how: str, place: "Place") -> Outcome:
+        return self.outcome(self._ended(how), place, SCORES)
 
     def _ended(self, how: str, steps: int | None = None) -> list[Row]:
         solved = Row(metric="solved", unit="1", value=float(how == "solved"), n=1, status=how, **self._sizes())
@@ -296,7 +298,9 @@ class Cell:
             return [solved]
         return [solved, Row(metric="steps", unit="steps", value=steps, n=1, status=how, **self._sizes())]
 
-    def _rows(self, examples: Examples, correct: Tensor, metric: str) -> list[Row]:
+    def _rows(self, examples: "Examples", correct: "Tensor", metric: str) -> list[Row]:
+        from sbeval.recall_data import accuracies
+
         return [
             Row(metric=metric, unit="1", value=found.value, stderr=found.stderr, n=found.n, **self._sizes(), **factors)
             for found, factors in accuracies(examples, correct)
@@ -315,9 +319,6 @@ class Cell:
             "init_std": config.init_std, "stop_accuracy": config.stop_accuracy, "patience": config.patience,
         }  # fmt: skip
 
-    def _outcome(self, found: list[Row], place: Place, trained: Trained | None = None) -> Outcome:
-        return synthetic.outcome(self, found, place, "validation_accuracy", trained)
-
 
 def status(config: Config, scores: Scores) -> str:
     """How training stands after these looks at validation, (step, accuracy): `solved`, `plateau`, or `budget` while
@@ -332,60 +333,6 @@ def status(config: Config, scores: Scores) -> str:
     if accuracy >= config.stop_accuracy:
         return "solved"
     return "plateau" if config.patience and step - since >= config.patience else "budget"
-
-
-class Batches(synthetic.Drawn[Examples]):
-    """Training batches of a cell: new examples at every step, or those of its stored set in an order of each epoch."""
-
-    def __init__(self, cell: Cell, device: torch.device) -> None:
-        self.task, self.device, self.config = cell.task, device, cell.config
-        self.seed = TRAIN_SEED + cell.config.seeds[0]
-        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
-        super().__init__(self.rows, functools.partial(generate, self.task, self.seed))
-
-    def rows(self, step: int) -> Tensor:
-        """Numbers of the examples of a step."""
-        batch, stored = self.config.batch, self.config.stored_rows
-        if not stored:
-            return torch.arange(step * batch, (step + 1) * batch, device=self.device)
-        epoch, start = divmod(step * batch, stored)
-        rows = self._order(epoch)[start : start + batch]
-        missing = batch - len(rows)
-        return torch.cat([rows, self._order(epoch + 1)[:missing]]) if missing else rows
-
-    def _shuffled(self, epoch: int) -> Tensor:
-        return counter.shuffled(counter.key(self.seed, ORDER, epoch), self.config.stored_rows, self.device)
-
-
-def _held_out(task: Recall, seed: int, rows: int, place: torch.device) -> Examples:
-    return generate(task, seed, torch.arange(rows, device=place))
-
-
-def _accuracy(examples: Examples, correct: Tensor) -> float:
-    return correct[examples.targets != IGNORE].float().mean().item()
-
-
-def accuracies(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, dict[str, Any]]]:
-    """Accuracy over scored positions and the factors of its row: overall, by fresh or stale, stale values, distance.
-
-    The error is over examples, since the positions of one are not independent. A split without positions has no row.
-    """
-    scored = examples.targets != IGNORE
-    splits: list[tuple[Tensor, dict[str, Any]]] = [
-        (scored, {"split": "all"}),
-        (scored & (examples.stale == 0), {"split": "fresh"}),
-        (scored & (examples.stale > 0), {"split": "stale"}),
-    ]
-    splits += [(scored & (examples.stale == n), {"stale_values": n}) for n in range(int(examples.stale.max()) + 1)]
-    start = 1
-    while start < examples.tokens.shape[1]:
-        inside = (examples.distance >= start) & (examples.distance < 2 * start)
-        splits.append((scored & inside, {"distance_start": start, "distance_end": 2 * start}))
-        start *= 2
-    for where, factors in splits:
-        if where.any():
-            right, count = ((mask & where).sum(1).double().cpu().numpy() for mask in (correct, where))
-            yield estimate.ratio(right, count), factors
 
 
 def cells(config: Config) -> list[Cell]:
@@ -403,7 +350,7 @@ def cells(config: Config) -> list[Cell]:
     ]
 
 
-def more(config: Config, results: pd.DataFrame | None) -> list[Cell]:
+def more(config: Config, results: "pd.DataFrame | None") -> list[Cell]:
     """The further seeds, each at the rate with the best validation accuracy of the first seed; of equals, the rate that
     took the fewest steps. Nothing where every rate failed. Without results: at the first rate, for an estimate."""
     seeds = list(dict.fromkeys(config.seeds))
@@ -419,9 +366,8 @@ def more(config: Config, results: pd.DataFrame | None) -> list[Cell]:
     return found
 
 
-def _best_rate(cell: Cell, seed: int, results: pd.DataFrame) -> float | None:
-    # the rule of the figure, which needs matplotlib
-    from sbeval.plots.mqrar import ranking
+def _best_rate(cell: Cell, seed: int, results: "pd.DataFrame") -> float | None:
+    from sbeval import selection
 
     name, _, options = cell.attention.partition(":")
     config = cell.config
@@ -430,7 +376,7 @@ def _best_rate(cell: Cell, seed: int, results: pd.DataFrame) -> float | None:
         & (results["kv_pairs"] == config.kv_pairs[0]) & (results["width"] == config.widths[0])
         & (results["n_back"] == config.n_back[0])
     ]  # fmt: skip
-    rates = ranking(mine)
+    rates = selection.ranked_rates(mine)
     return rates[0] if rates else None
 
 
@@ -454,11 +400,13 @@ def _spec(config: Config, spec: str) -> str:
     name, _, options = spec.partition(":")
     if name == "stick_breaking" and "logit_scale=" not in options:
         spec = f"{name}:{options + ',' if options else ''}logit_scale={config.logit_scale}"
-    return model.canonical_attention(spec)
+    return canonical_attention(spec)
 
 
-def summary(results: pd.DataFrame) -> Table:
+def summary(results: "pd.DataFrame") -> "Table":
     """Table for the terminal: accuracy by method, pairs and rate, overall with lowest and highest seed, and split."""
+    from rich.table import Table
+
     # width and n-back where they vary: a terminal is narrow
     factors = {"kv_pairs": "pairs", "lr": "lr"}
     factors |= {name: name.replace("_", "-") for name in ("n_back", "width") if results[name].nunique() > 1}
@@ -482,3 +430,10 @@ def summary(results: pd.DataFrame) -> Table:
 def _span(values: "pd.Series[float]") -> str:
     several = f" ({values.min():.3f} to {values.max():.3f})" if len(values) > 1 else ""
     return f"{values.mean():.3f}{several}"
+
+
+FAMILY = Family(
+    name=NAME,
+    help="Multi-query repeated associative recall: does each use of a variable return its latest value?",
+    config=Config, presets=PRESETS, cells=cells, summary=summary, more=more,
+)  # fmt: skip

@@ -14,32 +14,40 @@ begins at another sentence, and qa, whose questions are given, is left out.
 
 import dataclasses
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pandas as pd
 import platformdirs
-import torch
-from rich.table import Table
 
-from sbeval import checkpoint, estimate, haystack, model, pretrained, ruler
-from sbeval.cell import Outcome, digest_of
+from sbeval import epochs, model_config
+from sbeval.cell import Cell as BaseCell
+from sbeval.cell import Outcome, TrainingStep, cell_id
+from sbeval.config import DATA, LATER, MODEL, TASK, TRAINING, digest_of, option
 from sbeval.errors import InputError, choose
-from sbeval.haystack import Sources
-from sbeval.lessons import Lessons
-from sbeval.model import Decoder, ModelConfig
-from sbeval.place import Place
-from sbeval.pretrained import Pretrained
-from sbeval.progress import Progress
-from sbeval.prompts import LONGEST, SHORTEST, Prompt, Writer
-from sbeval.retrieval import Answered, Samples, ask
-from sbeval.table import Measurement
+from sbeval.family import Family
+from sbeval.model_config import ModelConfig
+from sbeval.published import LONGEST, RULER_TASKS, SHORTEST
+from sbeval.rows import Measurement
 from sbeval.tasks import length_gen
-from sbeval.tokenizer import Tokenizer
-from sbeval.train import TrainConfig, Trainer
+from sbeval.text_model import uncut
 
-FAMILY = "needle"
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+    from rich.table import Table
+
+    from sbeval.haystack import Sources
+    from sbeval.place import Place
+    from sbeval.pretrained import Pretrained
+    from sbeval.progress import Progress
+    from sbeval.prompts import Prompt, Writer
+    from sbeval.retrieval import Answered, Samples
+    from sbeval.tokenizer import Tokenizer
+    from sbeval.train import TrainConfig
+
+
+NAME = "needle"
 # tokens of prompts that are read together
 BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}
 # depths are reported in bins of so many per cent
@@ -54,34 +62,51 @@ FILES = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row(Measurement):
     """Factors: length of prompt and answer in tokens; depth_start <= depth < depth_end of the needle, in per cent (100
-    is in the last bin; empty: all samples); tokens of fine-tuning."""
+    is in the last bin; empty: all samples); tokens of fine-tuning. status: `overfit` where the model's training on text
+    was, or empty."""
 
     length: int
     depth_start: int | None = None
     depth_end: int | None = None
     finetune_tokens: int = 0
+    status: str = field(default="", metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config(length_gen.Config):
     """Tasks and lengths for the models that length-gen trains with the same options, or for that of `checkpoint`."""
 
-    tasks: tuple[str, ...] = ()  # all of RULER's without
-    lengths: tuple[int, ...] = (512, 1024, 2048)
-    samples: int = 500  # of each task and length
-    sample_seed: int = 42
-    essays: str | None = None  # file or folder of text, for Walden
-    squad: str | None = None
-    hotpot: str | None = None
-    finetune: int = 0  # tokens
-    finetune_lr: float = 1e-3
-    finetune_tasks: tuple[str, ...] = ()  # those of `tasks` without
+    tasks: tuple[str, ...] = option(
+        (), TASK, f"{', '.join(RULER_TASKS)}. Default: all whose files are given.", flag="--task", metavar="NAME"
+    )
+    lengths: tuple[int, ...] = option(
+        (512, 1024, 2048), TASK, f"Tokens of prompt and answer, {SHORTEST} to {LONGEST}.", flag="--length"
+    )
+    samples: int = option(500, TASK, "Prompts of each task and length.")
+    sample_seed: int = option(42, TASK, "Seed of the prompts.")
+    essays: str | None = option(None, DATA, "File or folder of text to hide needles in. Default: Walden.")
+    squad: str | None = option(None, DATA, "SQuAD v2, dev-v2.0.json, for qa_1.")
+    hotpot: str | None = option(None, DATA, "HotpotQA, hotpot_dev_distractor_v1.json, for qa_2.")
+    finetune: int = option(0, TRAINING, "Tokens of prompts of the training length to fine-tune on before evaluation.")
+    finetune_lr: float = option(1e-3, TRAINING, "Peak learning rate of fine-tuning.")
+    finetune_tasks: tuple[str, ...] = option(
+        (), TRAINING, "Tasks to fine-tune on. Default: those evaluated.", flag="--finetune-task", metavar="NAME"
+    )
+    checkpoint: str | None = option(
+        None, MODEL, "Evaluate this model instead: our checkpoint folder, or a Hugging Face folder or name.", LATER,
+        flag="--checkpoint --model",
+    )  # fmt: skip
+    # part of which cell it is, as published; evaluation of prompts has no use for them
+    eval_len: int = 4096
+    documents: int = 32
+    windows: int = 1
+    window: tuple[int, ...] = field(default=(), metadata=LATER)
 
     def __post_init__(self) -> None:
         # a slotted class is made anew, which zero-argument super does not know
         length_gen.Config.__post_init__(self)
         for name in (*self.tasks, *self.finetune_tasks):
-            choose("needle task", name, ruler.TASKS)
+            choose("needle task", name, RULER_TASKS)
         if wrong := [length for length in self.lengths if not SHORTEST <= length <= LONGEST]:
             raise InputError(f"--length must be {SHORTEST} to {LONGEST} tokens; got {wrong[0]}")
         if not self.lengths or self.samples < 1 or self.finetune < 0 or not self.finetune_lr > 0:
@@ -116,7 +141,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tuning:
+class Tuning(TrainingStep):
     """The fine-tuning of one model, for all tasks that it is asked."""
 
     config: Config
@@ -142,17 +167,17 @@ class Tuning:
         """The model's shape, without a look at its tokenizer."""
         return self.cell.trained.model(length_gen.likely_vocabulary(self.config.tokenizer))
 
-    def train(self, place: Place, progress: Progress) -> Path:
+    def train(self, place: "Place", progress: "Progress") -> Path:
         """Train and fine-tune, unless that is done, and return the checkpoint folder."""
         return self.cell.train(place, progress)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class Cell(BaseCell):
     """One model and task: a config of one task, and of one checkpoint or one method and seed."""
 
     config: Config
-    family: str = FAMILY
+    family: str = NAME
 
     @property
     def trained(self) -> length_gen.Cell:
@@ -194,19 +219,21 @@ class Cell:
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs of reading a token, roughly."""
+        from sbeval import pretrained
+
         if self.config.checkpoint is not None:
             return 2.0 * pretrained.likely_parameters(self.config.checkpoint)
         shape = self.trained.model(length_gen.likely_vocabulary(self.config.tokenizer))
-        return model.flops_per_token(shape, length)
+        return model_config.flops_per_token(shape, length)
 
-    def source(self, progress: Progress) -> str:
+    def source(self, progress: "Progress") -> str:
         """Digests of the text that the model is trained on, or of the model and its tokenizer, and of what prompts are
         filled with."""
         given = self.config.checkpoint is not None
         text = [length_gen.open_tokenizer(self.config, progress).digest] if given else []
         return "-".join([self.trained.origin(progress)[1], *text, digest_of(_sources(self.config).digests)])
 
-    def check(self, progress: Progress) -> None:
+    def check(self, progress: "Progress") -> None:
         """InputError where a prompt of the test or of fine-tuning does not fit its length."""
         _, writer = self._writer(progress)
         for length in self.config.lengths:
@@ -214,22 +241,26 @@ class Cell:
         for name in self.config.finetune_tasks:
             writer.prompts(name, self._lesson_len, self.trained.seed, 1, training=True)
 
-    def train(self, place: Place, progress: Progress) -> Path:
+    def train(self, place: "Place", progress: "Progress") -> Path:
         """Train and fine-tune, unless that is done, and return the checkpoint folder."""
         text, writer = self._writer(progress)
-        return Path(self._model(text, writer, place, progress))
+        return Path(self._tuned(self._trained(place, progress), text, writer, place, progress))
 
-    def run(self, place: Place, progress: Progress) -> Outcome:
+    def run(self, place: "Place", progress: "Progress") -> Outcome:
         """Write the prompts, train unless a checkpoint has it, and ask everything that has no answer yet."""
+        from sbeval import pretrained, ruler
+        from sbeval.retrieval import ask
+
         config = self.config
         text, writer = self._writer(progress)
         prompts = {length: self._prompts(writer, length, progress) for length in config.lengths}
-        folder = self._model(text, writer, place, progress)
+        trained = self._trained(place, progress)
+        folder = self._tuned(trained, text, writer, place, progress)
         digest = pretrained.digest(folder)
         found = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
         found.check_tokenizer(text, folder)
         found.check_length(max(config.lengths), folder)
-        subject = self.trained.subject(found, place)
+        subject = self.trained.subject(found, trained, place, progress)
         rows: list[Row] = []
         for length, written in prompts.items():
             samples = self._samples(digest, writer.path(self.task, length, config.sample_seed).stem, place)
@@ -244,22 +275,30 @@ class Cell:
             tuned = self._tuning().tokens if config.finetune else 0
             rows += measured(answers, length, ruler.TASKS[self.task].new_tokens, tuned)
         return length_gen.outcome(
-            subject, rows, family=FAMILY, task=self.task, eval_len=max(config.lengths), seed=self.trained.seed,
+            subject, rows, family=NAME, task=self.task, eval_len=max(config.lengths), seed=self.trained.seed,
             corpus=self.trained.origin(progress)[0], corpus_digest=self.source(progress), tokenizer=text.name,
             measured={"haystack": _sources(config).digests},
         )  # fmt: skip
 
-    def _writer(self, progress: Progress) -> tuple[Tokenizer, Writer]:
+    def _writer(self, progress: "Progress") -> "tuple[Tokenizer, Writer]":
         """The model's tokenizer, and what writes prompts with it: with a BOS for models that are not ours."""
+        from sbeval import pretrained
+        from sbeval.prompts import Writer
+
         config = self.config
         cache_dir = Path(platformdirs.user_cache_dir("sbeval"))
         ours = config.checkpoint is None or pretrained.is_own(config.checkpoint)
         text = length_gen.open_tokenizer(config, progress)
         return text, Writer(text, _sources(config), cache_dir, prefix=() if ours else text.prefix)
 
-    def _model(self, text: Tokenizer, writer: Writer, place: Place, progress: Progress) -> str:
-        """Where the model is that is asked, trained and fine-tuned if it is not yet."""
-        folder = self.config.checkpoint or str(self.trained.train(place, progress))
+    def _trained(self, place: "Place", progress: "Progress") -> str:
+        """Where the model is, trained on text if it is not yet."""
+        return self.config.checkpoint or str(self.trained.train(place, progress))
+
+    def _tuned(self, folder: str, text: "Tokenizer", writer: "Writer", place: "Place", progress: "Progress") -> str:
+        """Where the model is that is asked, fine-tuned if it is not yet."""
+        from sbeval import pretrained
+
         if not self.config.finetune:
             return folder
         digest = pretrained.digest(folder)
@@ -267,7 +306,7 @@ class Cell:
         found.check_tokenizer(text, folder)
         return str(self._finetune(found, digest, writer, place, progress))
 
-    def _prompts(self, writer: Writer, length: int, progress: Progress) -> list[Prompt]:
+    def _prompts(self, writer: "Writer", length: int, progress: "Progress") -> "list[Prompt]":
         task = progress.add(f"write {self.task} at {length}", total=self.config.samples)
         found = writer.prompts(self.task, length, self.config.sample_seed, self.config.samples, advance=task.advance)
         task.close()
@@ -276,18 +315,26 @@ class Cell:
     @property
     def _lesson_len(self) -> int:
         """Tokens of the sequences that the model was trained on."""
+        from sbeval import checkpoint
+
         spec = self.config.checkpoint
         return (spec and checkpoint.training_length(Path(spec))) or self.config.train_len
 
-    def _tuning(self) -> TrainConfig:
+    def _tuning(self) -> "TrainConfig":
         config = self.config
         return length_gen.training_config(
             config, tokens=config.finetune, length=self._lesson_len, lr=config.finetune_lr, seed=self.trained.seed,
             sparse=True,
         )  # fmt: skip
 
-    def _finetune(self, found: Pretrained, digest: str, writer: Writer, place: Place, progress: Progress) -> Path:
+    def _finetune(
+        self, found: "Pretrained", digest: str, writer: "Writer", place: "Place", progress: "Progress"
+    ) -> Path:
         """Train the model further on prompts, unless that is done, and return the checkpoint."""
+        from sbeval.lessons import Lessons
+        from sbeval.model import Decoder
+        from sbeval.train import Trainer
+
         assert isinstance(found.model, Decoder), "no other is fine-tuned"
         training, names = self._tuning(), self.config.finetune_tasks
         length = training.length
@@ -306,20 +353,25 @@ class Cell:
             if trainer.state.step == 0:
                 trainer.model.load_state_dict(found.model.state_dict())
             task = progress.add(f"fine-tune {self.trained.title}", training.steps, completed=trainer.state.step)
-            trainer.run(task, log=place.logger(self))
+            trainer.run(task, log=place.logger(cell_id(self)))
             task.close()
         return folder
 
-    def _samples(self, digest: str, prompts: str, place: Place) -> Samples:
+    def _samples(self, digest: str, prompts: str, place: "Place") -> "Samples":
         """What the model of this digest has answered; nothing when it has to be asked again."""
+        from sbeval.retrieval import Samples
+
         name = digest_of([digest, self.trained.attention, self.dtype, prompts])
         return Samples(place.kept("samples", f"{prompts}-{name}.jsonl"))
 
 
-def measured(answers: list[Answered], length: int, new_tokens: int, finetuned: int) -> list[Row]:
+def measured(answers: "list[Answered]", length: int, new_tokens: int, finetuned: int) -> list[Row]:
     """Rows of one length: over all samples, and by the depth of the needle where there is one."""
+    import numpy as np
 
-    def rows(chosen: list[Answered], **factors: int) -> list[Row]:
+    from sbeval import statistics
+
+    def rows(chosen: "list[Answered]", **factors: Any) -> list[Row]:
         metrics = {
             "score": ("1", [item.score for item in chosen]),
             "greedy": ("1", [float(item.greedy) for item in chosen]),
@@ -327,7 +379,7 @@ def measured(answers: list[Answered], length: int, new_tokens: int, finetuned: i
         }
         if not factors:
             metrics["filled"] = ("1", [(item.tokens + new_tokens) / length for item in chosen])
-        means = {name: (unit, estimate.mean(np.array(values))) for name, (unit, values) in metrics.items()}
+        means = {name: (unit, statistics.mean(np.array(values))) for name, (unit, values) in metrics.items()}
         return [
             Row(
                 metric=name, unit=unit, value=mean.value, stderr=mean.stderr, n=mean.n, length=length,
@@ -375,12 +427,14 @@ def notes(config: Config) -> list[str]:
 
 def _asked_as_it_is(config: Config) -> bool:
     """Whether presets' fine-tuning is not for this model."""
+    from sbeval import pretrained
+
     given = config.checkpoint
     return bool(config.finetune) and given is not None and not pretrained.is_own(given)
 
 
 def _tasks(config: Config) -> list[str]:
-    with_files = [name for name in ruler.TASKS if name not in FILES or getattr(config, FILES[name][0]) is not None]
+    with_files = [name for name in RULER_TASKS if name not in FILES or getattr(config, FILES[name][0]) is not None]
     return list(dict.fromkeys(config.tasks or with_files))
 
 
@@ -400,24 +454,35 @@ def _about_files(config: Config) -> list[str]:
     ]
 
 
-def _sources(config: Config) -> Sources:
+def _sources(config: Config) -> "Sources":
     return _loaded_sources(config.essays, config.squad, config.hotpot)
 
 
-_loaded_sources = functools.lru_cache(maxsize=1)(haystack.load)
+@functools.lru_cache(maxsize=1)
+def _loaded_sources(essays: str | None, squad: str | None, hotpot: str | None) -> "Sources":
+    from sbeval import haystack
+
+    return haystack.load(essays, squad, hotpot)
 
 
 @functools.lru_cache(maxsize=2)
-def _loaded(spec: str, digest: str, place: torch.device, dtype: str, trust: bool) -> Pretrained:
+def _loaded(spec: str, digest: str, place: "torch.device", dtype: str, trust: bool) -> "Pretrained":
     """The model of cells that follow each other; the digest tells when another has come to the same place."""
+    from sbeval import pretrained
+
     return pretrained.load(spec, place, dtype, trust_remote_code=trust)
 
 
-def summary(results: pd.DataFrame) -> Table:
+def summary(results: "pd.DataFrame") -> "Table":
     """Table for the terminal: score and greedy accuracy by task and length, averaged over seeds, and their means."""
+    from rich.table import Table
+
     rows = results[results["metric"].isin(["score", "greedy"]) & results["depth_start"].isna()]
     lengths = sorted(rows["length"].unique())
-    table = Table(title="Score of what is said (accuracy of greedy decoding of the reference) by length in tokens")
+    table = Table(
+        title="Score of what is said (accuracy of greedy decoding of the reference) by length in tokens",
+        caption=epochs.caution(results) or None, caption_justify="left",
+    )  # fmt: skip
     for name in ("attention", "task"):
         table.add_column(name)
     for length in lengths:
@@ -429,3 +494,18 @@ def summary(results: pd.DataFrame) -> Table:
             means = some.groupby(["length", "metric"])["value"].mean()
             table.add_row(method, str(task), *(f"{means[x, 'score']:.2f} ({means[x, 'greedy']:.2f})" for x in lengths))
     return table
+
+
+def _completed(given: dict[str, Any]) -> dict[str, Any]:
+    return uncut(given | ({"eval_len": given["train_len"]} if "train_len" in given else {}))
+
+
+FAMILY = Family(
+    name=NAME,
+    help=(
+        "RULER's needles in haystacks: does a model find what stands anywhere in a text longer than it "
+        "was trained on?"
+    ),
+    config=Config, presets=PRESETS, cells=cells, summary=summary, notes=notes, cautions=length_gen.cautions,
+    completed=_completed,
+)  # fmt: skip

@@ -1,4 +1,8 @@
-"""Without a GPU, Triton kernels are interpreted: that, and how many threads there are, is said before imports."""
+"""Without a GPU, Triton kernels are interpreted: that, and how many threads there are, is said before imports.
+
+With one most of the time goes into compiling: kernels' tests are then dealt out singly to many processes, where without
+one a module's stay together, in two.
+"""
 
 import os
 from collections.abc import Iterator
@@ -10,12 +14,33 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-if not torch.cuda.is_available():
+GPU = torch.cuda.is_available()
+KERNELS = Path(__file__).parent / "kernels"
+# tests and a process of its own for each take 0.7 GB of the GPU's memory
+PROCESSES = 16
+
+if GPU:
+    # the processes of the tests keep all cores busy
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    return min(PROCESSES, len(os.sched_getaffinity(0))) if GPU else 2
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    if GPU and config.option.dist == "loadscope":
+        config.option.dist = "loadgroup"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what takes long where another test does nearly the same; SBEVAL_TESTS=full runs everything."""
+    for item in items:
+        if GPU and KERNELS not in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if os.environ.get("SBEVAL_TESTS") != "full":
         for item in items:
             if item.get_closest_marker("slow"):

@@ -15,11 +15,12 @@ import pandas as pd
 import pytest
 import torch
 
-from sbeval import checkpoint, cli, corpus, distributed, provenance, sweep, synthetic, table
+from sbeval import checkpoint, cli, corpus, distributed, drawn, files, provenance, sweep, table
 from sbeval.answers import Answers
 from sbeval.checkpoint import State
 from sbeval.errors import InputError
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.optimizer import optimizer_for
 from sbeval.retrieval import Answered, Samples
 from sbeval.train import TrainConfig, Trainer
@@ -84,7 +85,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(model, config, *arguments, **options)
             object.__setattr__(self.config, "checkpoint_seconds", 0.0)
 
-    monkeypatch.setattr(synthetic, "Trainer", Eager)
+    monkeypatch.setattr(drawn, "Trainer", Eager)
     monkeypatch.setattr("sbeval.draw.draw_figures", lambda *_: [])
     monkeypatch.setattr("sbeval.device.measured_flops", lambda *_: 1e10)
 
@@ -111,7 +112,7 @@ def assert_nothing_torn(results: Path) -> None:
     """What is there can be read, and no half file is left over."""
     assert not list(results.rglob("*.tmp")) and not list(results.rglob("*.partial"))
     if (results / "mqrar.csv").exists():
-        for cell in table.finished(results / "mqrar.csv"):
+        for cell in set(table.read(results / "mqrar.csv")["cell"]):
             provenance.read_run(results / "runs" / f"{cell}.json")
     for folder in results.glob("checkpoints/*"):
         found = checkpoint.find(folder)
@@ -169,7 +170,7 @@ def test_results_that_become_read_only_in_the_middle(
     results = disk / "results"
     code, said = run(*RECALL, "--results-dir", results)
     assert_one_line(code, said, READ_ONLY)
-    assert len(kept) == 2 and len(table.finished(results / "mqrar.csv")) == 1
+    assert len(kept) == 2 and table.read(results / "mqrar.csv")["cell"].nunique() == 1
     # while it is so
     code, said = run(*RECALL, "--results-dir", results)
     assert code == 2 and "cannot write to the results folder" in said
@@ -229,7 +230,7 @@ def draw(path: Path) -> None:
     try:
         figure.text(0.5, 0.5, "all that fits")
         for suffix in ("png", "pdf"):
-            with table.replacing(path.with_suffix(f".{suffix}")) as temporary:
+            with files.replacing(path.with_suffix(f".{suffix}")) as temporary:
                 figure.savefig(temporary, format=suffix, dpi=1000)
     finally:
         plt.close(figure)
@@ -244,7 +245,7 @@ def test_everything_that_is_written_says_that_the_disk_is_full(
     for name in ("train", "test"):
         (texts / f"{name}.txt").write_text("of which there is much " * 2000)
     fill(disk, 6)
-    with pytest.raises(InputError, match=r"^cannot write .*; what is .* kept: put that right") as caught:
+    with pytest.raises(InputError, match=r"^cannot write .*; what is .* kept: fix this") as caught:
         write(disk / "place")
     assert "\n" not in str(caught.value)
     # what failed has left room for others

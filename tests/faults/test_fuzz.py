@@ -16,15 +16,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sbeval import checkpoint, haystack, provenance, recall, ruler, table
+from sbeval import checkpoint, flip_flop_data, haystack, provenance, recall, recall_data, ruler, table
 from sbeval.batches import Batches
 from sbeval.checkpoint import State
 from sbeval.corpus import Split
 from sbeval.errors import InputError
-from sbeval.model import IGNORE, Decoder, ModelConfig
+from sbeval.model import IGNORE, Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.optimizer import optimizer_for
 from sbeval.prompts import Writer
 from sbeval.recall import Recall
+from sbeval.rows import Measurement
 from sbeval.tasks import flip_flop
 from sbeval.tokenizer import Bytes
 from sbeval.train import TrainConfig
@@ -74,7 +76,7 @@ def read_table(path: Path, content: bytes) -> None:
         copy = path.with_name("copy.csv")
         copy.unlink(missing_ok=True)
         names = [name for name in found.columns if name not in table.OUTCOME]
-        if set(table.columns(table.Measurement)) <= set(found.columns) and not found.duplicated(names).any():
+        if set(table.columns(Measurement)) <= set(found.columns) and not found.duplicated(names).any():
             rows = found[(found["cell"] != "")]
             if len(rows) and not any("\r" in str(cell) or "\0" in str(cell) for cell in rows.to_numpy().ravel()):
                 table.write(copy, rows)
@@ -223,12 +225,12 @@ def test_recall_of_any_options(options: dict[str, Any], seed: int, rows: list[in
     except InputError as error:
         one_line(error)
         return
-    found = recall.generate(task, seed, torch.tensor(rows))
+    found = recall_data.generate(task, seed, torch.tensor(rows))
     scored = found.targets != IGNORE
     assert found.tokens.shape == (len(rows), task.seq_len)
     assert 0 <= int(found.tokens.min()) and int(found.tokens.max()) < task.vocab_size
     assert bool((found.targets[scored] >= task.half).all())
-    assert torch.equal(found.tokens, recall.generate(task, seed, torch.tensor(rows)).tokens)
+    assert torch.equal(found.tokens, recall_data.generate(task, seed, torch.tensor(rows)).tokens)
 
 
 @fuzzed
@@ -242,13 +244,13 @@ def test_flip_flop_of_any_options(length: int, p_ignore: float, seed: int, row: 
     except InputError as error:
         one_line(error)
         return
-    found = flip_flop.generate(config.seq_len, config.p_ignore, seed, torch.tensor([row]))
+    found = flip_flop_data.generate(config.seq_len, config.p_ignore, seed, torch.tensor([row]))
     tokens, last = found.tokens[0].tolist(), None
     assert len(tokens) == length
     for place in range(0, length, 2):
-        if tokens[place] == flip_flop.WRITE:
+        if tokens[place] == flip_flop_data.WRITE:
             last = tokens[place + 1]
-        if tokens[place] == flip_flop.READ:
+        if tokens[place] == flip_flop_data.READ:
             assert found.targets[0, place].item() == tokens[place + 1] == last
 
 

@@ -24,7 +24,7 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
-from sbeval import checkpoint, provenance, table
+from sbeval import checkpoint, files, provenance, table
 from sbeval.model import Decoder
 from sbeval.optimizer import optimizer_for
 from sbeval.train import TrainConfig, Trainer
@@ -207,7 +207,7 @@ def test_a_command_waits_for_a_model_that_another_process_trains(
     forks: Forks, texts: Path, model: Path, tmp_path: Path
 ) -> None:
     """Here that process is the test's; `model` was trained by the same command."""
-    lock = FileLock(table.prepare(tmp_path / "locks") / f"{model.name}.lock")
+    lock = FileLock(files.prepare(tmp_path / "locks") / f"{model.name}.lock")
     lock.acquire()
 
     def release(child: int) -> None:
@@ -235,15 +235,30 @@ def serve(log: Path) -> None:
     """Fork a child for each command on standard input; say its number, and its exit code when it has ended."""
     import torch._dynamo  # noqa: F401  # commands import this, and all below, when they run
 
-    from sbeval import cli, device, draw, registry, synthetic
-    from sbeval.tasks import length_gen, needle
+    from sbeval import (  # noqa: F401  # as above
+        cli,
+        corpus,
+        device,
+        draw,
+        drawn,
+        perplexity,
+        plan,
+        pretrained,
+        prompts,
+        recall_data,
+        registry,
+        retrieval,
+        study,
+        train,
+    )
+    from sbeval.tasks import needle
 
     for figure in registry.FIGURES:
         registry.figure(figure)
     registry.task("mqrar")
     device.measured_flops = lambda *_: 1e10
     draw.draw_figures = lambda *_: []
-    for module in (length_gen, synthetic, needle):
+    for module in (train, drawn):
         vars(module)["Trainer"] = Eager
     # an answer a batch
     needle.BATCH_TOKENS["cpu"] = 1

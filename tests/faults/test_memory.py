@@ -21,7 +21,8 @@ from torch import Tensor
 from sbeval import cli, memory, perplexity, table, train
 from sbeval.batches import Batches
 from sbeval.corpus import Split
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.progress import Progress
 from sbeval.train import TrainConfig, Trained, Trainer
 

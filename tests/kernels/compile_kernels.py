@@ -3,124 +3,149 @@
     python tests/kernels/compile_kernels.py [80 90 100]
 
 for these architectures: all variants for sm_90 and compile_gluon.py's, the common ones for the others. Not in the
-tests' own process, which interprets the kernels. Fails where the common forward kernel spills on sm_90.
+tests' own process, which interprets the kernels. Fails where the common forward kernel spills on sm_90, and where
+ptxas warns that it could not overlap matrix products with anything else (C75xx).
 """
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sbeval.kernels import stick_breaking_triton as kernels
+from sbeval.kernels import fire_triton, stick_breaking_triton
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# types of pointers that are not those of q
 FLOAT32 = {"BIAS", "REMAINDER", "DREMAINDER", "DBIAS", "STATE", "DELTA"}
+FLOAT32 |= {"C", "RATE", "TABLE", "LSE", "DSUMS", "DRATE", "DC"}
 INT32 = {"STOP", "REACH", "CU_SEQLENS", "BLOCKS", "FORWARD_BLOCKS", "STARTS", "LENGTHS"}
-KERNELS = {"forward": kernels.forward_kernel, "query": kernels.query_kernel, "key": kernels.key_kernel}
+KERNELS: dict[str, tuple[ModuleType, str]] = {
+    **{f"stick_breaking {name}": (stick_breaking_triton, name) for name in ("forward", "query", "key", "decode")},
+    **{f"fire {name}": (fire_triton, name) for name in ("forward", "query", "key")},
+}
 ARCHITECTURES = (80, 90, 100)
 # bytes of stack that are no spill worth the name
 STACK = 16
 
 
-def variants(architecture: int) -> list[tuple[torch.dtype, int, bool]]:
-    """(dtype, head size, packed): the common sizes, and on sm_90 all code paths and the largest head."""
-    found = [
-        (torch.bfloat16, 64, False),
-        (torch.bfloat16, 128, True),
-        (torch.bfloat16, 256, False),
-        (torch.float16, 50, True),
-        (torch.float32, 64, True),
-        (torch.float32, 256, False),
-    ]
-    return found if architecture == 90 else found[:2]
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as some launch uses it. skip: with an epsilon, as in training."""
+
+    kernel: str
+    architecture: int
+    dtype: torch.dtype = torch.bfloat16
+    dim: int = 64
+    packed: bool = False
+    skip: bool = True
+
+    def __str__(self) -> str:
+        name = NAMES[self.dtype]
+        flags = "".join(flag if on else "-" for flag, on in (("p", self.packed), ("s", self.skip)))
+        return f"{self.kernel:24} {self.architecture:>3} {name} {self.dim:>3} {flags}"
 
 
-def compile_one(name: str, dtype: torch.dtype, dim: int, packed: bool, architecture: int) -> Any:
-    """Compile one kernel as the launcher would; the result has the cubin and its shared memory."""
-    kernel = KERNELS.get(name, kernels.forward_kernel)
-    options = kernels.tiles(name, dim, dtype)
-    launch = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+def variants(kernel: str, architecture: int) -> list[Variant]:
+    """The common sizes, and on sm_90 what else is launched in 16 bits, all code paths and the largest head."""
+    common = Variant(kernel, architecture)
+    found = [common, replace(common, dim=128, packed=True)]
+    if architecture != 90:
+        return found
+    found += [replace(common, packed=True), replace(common, dim=128)]
+    if kernel == "stick_breaking forward":
+        found += [replace(variant, skip=False) for variant in found]
+    found += [replace(common, dim=256), replace(common, dtype=torch.float16, dim=50, packed=True)]
+    return found + [replace(common, dtype=torch.float32, packed=True), replace(common, dtype=torch.float32, dim=256)]
+
+
+def constants(variant: Variant) -> dict[str, Any]:
+    """What is a constant in the launch of a variant; absent tensors are None."""
+    module, name = KERNELS[variant.kernel]
     decode = name == "decode"
-    constants: dict[str, Any] = {
-        "GROUP": 2, "PACK": 2 if decode else 1, "D": dim, "CURRENT": 0, "VARLEN": packed and not decode,
-        "BOUNDED": packed and decode, "SPLIT": decode, "SKIP": True, "EXACT": dtype == torch.float32,
-        "FORWARD_M": kernels.tiles("forward", dim, dtype)["BLOCK_M"], **options,
+    found: dict[str, Any] = {
+        "GROUP": 2, "PACK": 2 if decode else 1, "D": variant.dim, "CURRENT": 0, "WIDTH": 64,
+        "VARLEN": variant.packed and not decode, "BOUNDED": variant.packed and decode, "SPLIT": decode,
+        "SKIP": variant.skip, "EXACT": variant.dtype == torch.float32,
+        "FORWARD_M": module.tiles("forward", variant.dim, variant.dtype)["BLOCK_M"],
     }  # fmt: skip
-    absent = {"RESIDUAL"} if dtype == torch.float32 or decode else set()
-    absent |= set() if packed else {"CU_SEQLENS", "BLOCKS", "FORWARD_BLOCKS", "SLOTS", "STARTS", "LENGTHS", "BIAS"}
+    absent = {"RESIDUAL"} if variant.dtype == torch.float32 or decode else set()
+    absent |= set() if variant.packed else {"CU_SEQLENS", "BLOCKS", "FORWARD_BLOCKS", "SLOTS", "BIAS"}
     absent |= {"CU_SEQLENS", "BLOCKS", "STOP"} if decode else {"STARTS", "LENGTHS"}
-    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    constants |= dict.fromkeys(absent & set(kernel.arg_names))
+    absent |= {"STARTS", "LENGTHS"} if decode and not variant.packed else set()
+    return found | dict.fromkeys(absent)
+
+
+def compile_one(variant: Variant) -> tuple[Any, str]:
+    """Compile a kernel as the launcher would; also returns what ptxas says of it."""
+    module, name = KERNELS[variant.kernel]
+    kernel = getattr(module, f"{name.replace('decode', 'forward')}_kernel")
+    options = module.tiles(name, variant.dim, variant.dtype)
+    launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
+    values = {key: value for key, value in (constants(variant) | options).items() if key in kernel.arg_names}
     signature, aligned = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in ("scale", "epsilon"):
-            signature[name] = "fp32"
-        elif name.isupper():
-            signature[name] = "*" + _type(name, dtype, decode)
+    for index, argument in enumerate(kernel.arg_names):
+        if argument in values:
+            signature[argument] = "constexpr"
+        elif argument in ("scale", "epsilon"):
+            signature[argument] = "fp32"
+        elif argument.isupper():
+            signature[argument] = "*" + _type(argument, variant.dtype, name == "decode")
             aligned[(index,)] = [["tt.divisibility", 16]]
         else:
-            signature[name] = "i32"
-            if name.startswith("stride") and dim % 16 == 0:
+            signature[argument] = "i32"
+            if argument.startswith("stride") and variant.dim % 16 == 0:
                 aligned[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
+    source = ASTSource(kernel, signature, values, aligned)
+    # from a cache nothing would be said
+    knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        compiled = triton.compile(source, target=GPUTarget("cuda", variant.architecture, 32), options=launch)
+    return compiled, said.getvalue()
 
 
-def _type(name: str, dtype: torch.dtype, decode: bool) -> str:
-    if name in FLOAT32 or (decode and name == "O"):
+def _type(argument: str, dtype: torch.dtype, decode: bool) -> str:
+    if argument in FLOAT32 or (decode and argument == "O"):
         return "fp32"
-    return "i32" if name in INT32 else "i64" if name == "SLOTS" else NAMES[dtype]
+    return "i32" if argument in INT32 else "i64" if argument == "SLOTS" else NAMES[dtype]
 
 
-def usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack (where spills go) by the bundled cuobjdump."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found, text
-    return int(found[1]), int(found[2])
-
-
-def measured(case: tuple[str, int, torch.dtype, int, bool]) -> tuple[int, int, int]:
-    """Registers, bytes of stack and shared memory of a kernel."""
-    name, architecture, dtype, dim, packed = case
-    compiled = compile_one(name, dtype, dim, packed, architecture)
-    return *usage(compiled.asm["cubin"]), compiled.metadata.shared
+def measured(variant: Variant) -> tuple[int, int, int, str]:
+    """Registers, bytes of stack and of shared memory of a kernel, and the warning that it is serialised."""
+    compiled, said = compile_one(variant)
+    registers, stack = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes stack frame", said)
+    assert registers and stack, said
+    serialised = re.search(r"^.*C75\d\d.*$", said, re.M)
+    return int(registers[1]), int(stack[1]), compiled.metadata.shared, serialised[0] if serialised else ""
 
 
 def main() -> None:
-    print(f"{'kernel':16} {'sm':>3} {'dtype':14} {'D':>3} packed registers stack shared")
+    print(f"{'kernel':24} {'sm':>3} type   D  registers stack shared   (p: packed, s: skips)")
     architectures = [int(name) for name in sys.argv[1:]] or ARCHITECTURES
-    cases = [
-        (name, architecture, *variant)
-        for name in ("forward", "query", "key", "decode")
-        for architecture in architectures
-        for variant in variants(architecture)
-    ]
+    cases = [case for kernel in KERNELS for architecture in architectures for case in variants(kernel, architecture)]
+    failures = []
     with ProcessPoolExecutor() as pool:
-        for case, (registers, stack, shared) in zip(cases, pool.map(measured, cases), strict=True):
-            name, architecture, dtype, dim, packed = case
-            variant = f"{name:16} {architecture:>3} {dtype!s:14} {dim:>3} {packed!s:6}"
-            print(f"{variant} {registers:>9} {stack:>5} {shared:>6}", flush=True)
-            if case[:4] == ("forward", 90, torch.bfloat16, 64) and stack > STACK:
-                sys.exit(f"forward has {stack} bytes of stack on sm_90, more than {STACK}: it spills")
+        for variant, (registers, stack, shared, serialised) in zip(cases, pool.map(measured, cases), strict=True):
+            print(f"{variant} {registers:>9} {stack:>5} {shared:>6} {serialised}", flush=True)
+            if serialised:
+                failures.append(f"{variant}: {serialised}")
+            if variant == Variant("stick_breaking forward", 90) and stack > STACK:
+                failures.append(f"{variant}: {stack} bytes of stack, more than {STACK}: it spills")
     if 90 in architectures:
         subprocess.run([sys.executable, Path(__file__).with_name("compile_gluon.py")], check=True)
+    if failures:
+        sys.exit("\n".join(failures))
 
 
 if __name__ == "__main__":

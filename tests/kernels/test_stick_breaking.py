@@ -149,7 +149,12 @@ def test_portable_path_in_half_precision(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [*product(SMALL + LARGE, [torch.float32, torch.bfloat16]), *product(SMALL, [torch.float16])],
+    [
+        *product(SMALL + LARGE, [torch.bfloat16]),
+        # the small ones run in float32 above; what differs between head sizes from 64 on is the padding
+        *((case, torch.float32) for case in LARGE if case.dim not in (80, 100)),
+        *product(SMALL[::3], [torch.float16]),
+    ],
     ids=str,
 )
 def test_triton_on_the_gpu(case: Case, dtype: torch.dtype) -> None:

@@ -64,3 +64,10 @@ def test_models_have_panels_of_their_own() -> None:
 def test_perplexities_are_not_drawn() -> None:
     with pytest.raises(InputError, match="no scores in percent"):
         few_shot.draw(table(metric="word_perplexity"))
+
+
+def test_models_that_overfit_are_named() -> None:
+    rows = table(status="overfit")
+    assert "above its lowest): RoPE, ALiBi." not in few_shot.draw(table()).get_supxlabel()
+    assert "above its lowest): ALiBi, RoPE." in few_shot.draw(rows).get_supxlabel().replace("\n", " ")
+    assert "above its lowest): ALiBi, RoPE." in few_shot.chart(rows).note

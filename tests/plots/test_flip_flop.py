@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from sbeval.errors import InputError
 from sbeval.plots import flip_flop
 from sbeval.published import FLIP_FLOP
+from sbeval.selection import flip_flop_errors
 
 CHANCES = {"in_distribution": 0.8, "sparse": 0.98, "dense": 0.1}
 
@@ -80,7 +81,7 @@ def test_validation_chooses_the_learning_rate() -> None:
         ],
         ignore_index=True,
     )  # fmt: skip
-    best = flip_flop.best_rates(rows)
+    best = flip_flop_errors(rows)
     assert set(best["lr"]) == {1e-2} and len(best) == 3
 
 

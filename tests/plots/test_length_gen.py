@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sbeval.errors import InputError
-from sbeval.plots import length_gen, style
+from sbeval.plots import length_gen, loss_by_position, style
 
 COMMON: dict[str, Any] = {
     "task": "language",
@@ -244,3 +244,18 @@ def test_drawing_leaves_the_table_alone() -> None:
     before = rows.copy()
     length_gen.draw(rows)
     pd.testing.assert_frame_equal(rows, before)
+
+
+def test_the_note_names_models_that_overfit_and_those_of_many_epochs() -> None:
+    rows = table(
+        cell("rope", status="overfit", epochs=39.0), cell("rope", options="scaling=ntk,factor=2.0", epochs=3.0),
+        cell("stick_breaking", epochs=4.5),
+    )  # fmt: skip
+    said = (
+        "Overfit (held-out loss ended over 0.05 nats/token above its lowest): RoPE. "
+        "Trained for more than 4 epochs of the text: RoPE 39, stick-breaking 4.5."
+    )
+    assert said in note(length_gen.draw(rows)) and said in length_gen.chart(rows).note
+    losses = rows.assign(metric="loss", position_start=1, position_end=257)
+    assert said in note(loss_by_position.draw(losses)) and said in loss_by_position.chart(losses).note
+    assert "verfit" not in note(length_gen.draw(table(cell("rope"))))

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from sbeval.errors import InputError
 from sbeval.plots import needle, needle_depth
+from sbeval.selection import mean_over_tasks, needle_scores
 
 COMMON: dict[str, Any] = {
     "model": "25m", "options": "", "params": 25_000_000, "train_len": 1024, "train_tokens": 10**8, "eval_len": 2048,
@@ -88,17 +89,17 @@ def test_of_cells_that_say_the_same_that_with_most_samples_is_drawn() -> None:
     again = [row | {"cell": "more", "eval_len": 4096} for row in rows() if row["length"] == 1024]
     table = pd.DataFrame(fewer + rows() + again)
     alone = pd.DataFrame(rows())
-    for shown in (needle.rows(table), needle.rows(table.iloc[::-1])):
+    for shown in (needle_scores(table), needle_scores(table.iloc[::-1])):
         columns = ["task", "length", "value", "stderr"]
         found, wanted = (
-            item[columns].sort_values(columns).reset_index(drop=True) for item in (shown, needle.rows(alone))
+            item[columns].sort_values(columns).reset_index(drop=True) for item in (shown, needle_scores(alone))
         )
         pd.testing.assert_frame_equal(found, wanted)
-        pd.testing.assert_frame_equal(needle.mean(shown), needle.mean(needle.rows(alone)))
+        pd.testing.assert_frame_equal(mean_over_tasks(shown), mean_over_tasks(needle_scores(alone)))
     assert line(panel(needle.draw(table), "vt"), "RoPE") == pytest.approx({1024: 0.5, 2048: 0.25})
     # methods, seeds and settings are none of that
     others = rows(attention="alibi", cell="a") + rows(seed=1, cell="b") + rows(finetune_tokens=0, cell="c")
-    assert len(needle.rows(pd.DataFrame(rows() + others))) == 4 * len(rows())
+    assert len(needle_scores(pd.DataFrame(rows() + others))) == 4 * len(rows())
 
 
 def test_settings_and_metrics_have_panels_of_their_own() -> None:
@@ -141,3 +142,12 @@ def test_a_map_is_of_the_cell_with_most_samples() -> None:
 def test_nothing_to_draw_is_said(figure: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         figure.draw(pd.DataFrame(rows(metric="log_probability") + depths(metric="log_probability")))
+
+
+def test_models_that_overfit_are_named() -> None:
+    table = pd.DataFrame(
+        rows(status="overfit") + depths(value=0.5, status="overfit") + rows(attention="alibi", status="")
+    )
+    said = "above its lowest): RoPE."
+    for figure in (needle, needle_depth):
+        assert said in figure.draw(table).get_supxlabel().replace("\n", " ") and said in figure.chart(table).note

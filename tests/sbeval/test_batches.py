@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sbeval.batches import Batches
+from sbeval.batches import Batches, epoch_tokens
 from sbeval.corpus import Split
 from sbeval.errors import InputError
 
@@ -33,6 +33,25 @@ def test_an_epoch_is_every_window_once(packing: str) -> None:
         expected = torch.from_numpy(SPLIT.tokens[:80].astype(np.int64)).view(16, 5)
         assert sorted(rows.tolist()) == sorted(expected.tolist())
         assert rows.tolist() != expected.tolist()
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_an_epoch_takes_as_many_tokens_however_sequences_are_packed(packing: str) -> None:
+    batches = Batches(SPLIT, length=5, batch=16, seed=0, packing=packing)
+    assert epoch_tokens(SPLIT, 5) == 80 == batches[0].tokens.numel()
+    assert sorted(batches[0].tokens.tolist()) == sorted(batches[1].tokens.tolist())
+    assert [epoch_tokens(split_of(*lengths), 5) for lengths in ((), (4,), (5,), (9,), (10,))] == [0, 0, 5, 5, 10]
+
+
+def test_spread_windows_are_the_same_for_every_seed_and_of_even_distance() -> None:
+    first, other = (Batches(SPLIT, 5, batch, seed, "documents").spread(4) for batch, seed in ((1, 0), (3, 7)))
+    # of 16 windows the first, the sixth, the eleventh and the last
+    assert first.tokens.tolist() == [SPLIT.tokens[start : start + 5].tolist() for start in (0, 25, 50, 75)]
+    assert torch.equal(first.tokens, other.tokens) and torch.equal(first.targets, other.targets)
+    assert first.cu_seqlens is not None and first.cu_seqlens.tolist()[-1] == 20
+    for count in (1, 3, 15, 16, 17, 99):
+        rows = Batches(SPLIT, 5, 1, 0, "stream").spread(count).tokens.tolist()
+        assert len(rows) == len({tuple(row) for row in rows}) == min(count, 16)
 
 
 def test_targets_are_one_further_on() -> None:

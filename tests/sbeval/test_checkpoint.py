@@ -16,7 +16,8 @@ from torch import Tensor
 from sbeval import checkpoint
 from sbeval.checkpoint import State, find, load_model, load_state, remove, restore, save, tidy
 from sbeval.errors import InputError
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.optimizer import optimizer_for
 from sbeval.train import TrainConfig
 

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sbeval import cli, synthetic, table
+from sbeval import cli, drawn, table, train
 from sbeval.tasks import length_gen, mqrar
 from sbeval.train import Trainer
 
@@ -94,7 +94,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         pytest.fail("it went on to train")
 
-    for module in (length_gen, synthetic):
+    for module in (train, drawn):
         monkeypatch.setattr(module, "Trainer", refuse)
 
 
@@ -116,6 +116,45 @@ def test_length_gen_leaves_table_runs_and_figures(kept: Kept) -> None:
     assert "Loss of the last 4 tokens" in done.out and "stick_breaking" in done.out
     for file in ("length_gen.csv", "figures/length_gen.png", "figures/length_gen.pdf"):
         assert (folder / file).stat().st_size > 0 and str(folder / file) in done.out
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Path:
+    """A text of 300 tokens or so, and one of its kind that is held out."""
+    folder = tmp_path / "short"
+    folder.mkdir()
+    for name in ("train", "valid", "test"):
+        (folder / f"{name}.txt").write_text(f"{name} says this and that. " * 12)
+    return folder
+
+
+@pytest.mark.parametrize("command", ["length-gen", "train"])
+def test_a_presets_tokens_end_at_four_epochs_and_that_is_said(
+    command: str, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(length_gen.PRESETS, "quick", length_gen.Config(train_len=16, eval_len=64, batch_tokens=32))
+    where = ("--device", "cpu", "--attention", "rope", "--corpus", short, "--results-dir", tmp_path / "r")
+    done = run(command, *where)
+    assert done.code == 0, done
+    lines = [line for line in done.out.splitlines() if "epochs of 'short'" in line]
+    assert len(lines) == 1 and lines[0].startswith("614,400 training tokens are ")
+    assert "training ends after 4 epochs" in lines[0] and "another --corpus" in lines[0]
+    assert "held-out" in done.err
+    if command == "length-gen":
+        rows = table.read(tmp_path / "r" / "length_gen.csv", table.columns(length_gen.Row))
+        assert set(rows["epochs"]) == {4.0} and (rows["train_tokens"] == 4 * rows["unique_tokens"]).all()
+        (cell,) = cells(tmp_path / "r", "length_gen")
+        measured = record(tmp_path / "r", cell)["measured"]
+        assert measured["ended_by"] == "max_epochs" and len(measured["held_out"]) > 3
+        assert record(tmp_path / "r", cell)["provenance"]["epochs"] == 4.0
+    # nothing is left to train, nor to say, where tokens are asked for
+    again = run(command, *where, "--train-tokens", 1024)
+    assert again.code == 0 and "epochs of 'short'" not in again.out
+    many = run(command, *where, "--train-tokens", 2048)
+    (line,) = [line for line in many.out.splitlines() if "epochs of 'short'" in line]
+    assert many.code == 0 and "past 4 epochs" in line
+    bounded = run(command, *where, "--train-tokens", 2048, "--max-epochs", 2)
+    assert bounded.code == 0 and "training ends after 2 epochs" in bounded.out
 
 
 def test_mqrar_leaves_table_runs_and_figures(kept: Kept) -> None:
@@ -463,7 +502,7 @@ def test_cuda_without_a_gpu(results: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("files", "parts"),
     [
-        (None, ["no corpus", "give stdlib, an existing file or folder, or hf:NAME"]),
+        (None, ["no corpus", "give python, stdlib, an existing file or folder, or hf:NAME"]),
         ({}, ["holds no file to read"]),
         ({"a.txt": b"", "b.txt": b" \n"}, ["holds no text"]),
         ({"a.txt": b"one document"}, ["train and a test split", "two documents or more"]),

@@ -13,20 +13,21 @@ from rich.console import Console
 from sbeval import compare, table
 from sbeval.compare import Compared
 from sbeval.errors import InputError
+from sbeval.rows import Identity, Measurement, Provenance
 
 RESULTS = Path(__file__).parents[2] / "results"
-IDENTITY = table.Identity(
+IDENTITY = Identity(
     family="toy", task="toy", model="tiny", attention="rope", options="", params=1000, train_len=256, eval_len=4096,
     seed=0,
 )  # fmt: skip
-PROVENANCE = table.Provenance(
+PROVENANCE = Provenance(
     cell="toy", preset="quick", corpus="books", tokenizer="bytes", train_tokens=10, dtype="float32", device="cpu",
     backend="torch", commit="0012e45", torch="2.11.0", triton="3.6.0", utc="2025-01-02T03:04:05Z",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row(table.Measurement):
+class Row(Measurement):
     position: int | None = None
     status: str = ""
 
@@ -61,6 +62,18 @@ def test_one_seed_has_the_interval_of_both_errors(tmp_path: Path) -> None:
     assert found["interval"] == pytest.approx(1.96 * 0.5) and found["beyond"] and pd.isna(found["ratio"])
     write(tmp_path / "b", {0: 1.9}, stderr=0.4, device="another", commit="another")
     assert not numbers(tmp_path)["beyond"]
+
+
+def test_how_often_a_text_was_read_tells_no_numbers_apart(tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 1.0}, unique_tokens=1000, epochs=0.01)
+    write(tmp_path / "b", {0: 2.0}, unique_tokens=2000, epochs=0.005)
+    assert numbers(tmp_path)["difference"] == 1.0
+    # nor does a table from before that was known
+    path = tmp_path / "a" / "toy.csv"
+    pd.read_csv(path, dtype=str, keep_default_na=False).drop(columns=["unique_tokens", "epochs"]).to_csv(
+        path, index=False
+    )
+    assert numbers(tmp_path)["difference"] == 1.0
 
 
 def test_several_seeds_are_compared_pair_by_pair(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def texts(split: Split) -> list[str]:
 
 
 def both(opened: Corpus) -> list[str]:
-    return sorted(texts(opened.train) + texts(opened.test))
+    return sorted(texts(opened.train) + texts(opened.valid) + texts(opened.test))
 
 
 def opened(path: Path, cache: Path, **options: Any) -> Corpus:
@@ -59,7 +59,7 @@ def test_a_store_holds_documents_closed_by_eos(folder: Path, cache: Path) -> Non
     found = opened(folder, cache)
     assert both(found) == sorted(TEXTS)
     assert (found.name, found.tokenizer.name) == ("mine", "bytes")
-    for split in (found.train, found.test):
+    for split in (found.train, found.valid, found.test):
         assert isinstance(split.tokens, np.memmap)
         assert split.tokens.dtype == np.dtype("uint16")
         assert split.offsets.dtype == np.dtype("int64")
@@ -113,12 +113,12 @@ def test_a_change_makes_another_store(folder: Path, cache: Path) -> None:
 
 
 def test_max_tokens_ends_train_with_a_document(folder: Path, cache: Path) -> None:
-    (folder / "train.jsonl").write_text(ROWS)
-    (folder / "test.jsonl").write_text(ROWS)
+    for role in sources.ROLES:
+        (folder / f"{role}.jsonl").write_text(ROWS)
     found = opened(folder, cache, max_tokens=1000)
     assert found.train.offsets[-2] < 1000 <= found.train.offsets[-1]
     assert texts(found.train) == TEXTS[: len(found.train)]
-    assert texts(found.test) == TEXTS
+    assert texts(found.valid) == texts(found.test) == TEXTS
     assert len(opened(folder, cache).train) == 40
     with pytest.raises(InputError, match="max_tokens is at least 1"):
         opened(folder, cache, max_tokens=0)
@@ -126,11 +126,12 @@ def test_max_tokens_ends_train_with_a_document(folder: Path, cache: Path) -> Non
 
 def test_limited_train_limits_a_source_that_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     documents = [Document(str(number), text) for number, text in enumerate(TEXTS)]
-    endless = Source(name="x", digest="x", documents=lambda role: iter(documents), test_tokens=500)
+    endless = Source(name="x", digest="x", documents=lambda role: iter(documents), limits={"test": 500, "valid": 100})
     monkeypatch.setattr(sources, "source", lambda spec, field: endless)
     found = corpus.open("x", tokenizer="bytes", cache_dir=cache, max_tokens=1000)
     assert found.train.offsets[-2] < 1000 <= found.train.offsets[-1]
     assert found.test.offsets[-2] < 500 <= found.test.offsets[-1]
+    assert found.valid.offsets[-2] < 100 <= found.valid.offsets[-1]
     assert len(corpus.open("x", tokenizer="bytes", cache_dir=cache).test) == 40
 
 
@@ -155,7 +156,7 @@ def test_progress_counts_every_token(folder: Path, cache: Path) -> None:
     (folder / "all.jsonl").write_text(ROWS)
     steps: list[int] = []
     found = opened(folder, cache, progress=steps.append)
-    assert sum(steps) == len(found.train.tokens) + len(found.test.tokens)
+    assert sum(steps) == sum(len(split.tokens) for split in (found.train, found.valid, found.test))
     assert len(steps) == 40
 
 
@@ -176,6 +177,21 @@ def test_a_store_that_was_killed_is_built_again(folder: Path, cache: Path) -> No
     assert [path.suffix for path in sorted((cache / "corpora").iterdir())] == ["", ".lock"]
 
 
+def test_versions_of_the_text_are_kept_and_valid_is_no_part_of_the_digest(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def source(spec: str, field: str) -> Source:
+        texts = {"train": ["a"], "valid": [spec] * (spec != "none"), "test": ["b"]}
+        documents = {role: [Document(text, text) for text in found] for role, found in texts.items()}
+        return Source(name="x", digest=spec, documents=lambda role: iter(documents[role]), versions={"some": spec})
+
+    monkeypatch.setattr(sources, "source", source)
+    found = {spec: corpus.open(spec, tokenizer="bytes", cache_dir=cache) for spec in ("one", "two", "none")}
+    assert found["one"].versions == {"some": "one"}
+    assert {len(one.valid) for one in found.values()} == {0, 1}
+    assert len({one.digest for one in found.values()}) == 1
+
+
 def test_two_processes_build_one_store(folder: Path, cache: Path) -> None:
     (folder / "all.jsonl").write_text(ROWS)
     processes = [started(COUNT_BUILT, folder, cache) for _ in range(2)]
@@ -190,7 +206,7 @@ from pathlib import Path
 from sbeval import corpus
 built = []
 found = corpus.open(sys.argv[1], tokenizer="bytes", cache_dir=Path(sys.argv[2]), progress={progress})
-print(len(built), len(found.train) + len(found.test))
+print(len(built), len(found.train) + len(found.valid) + len(found.test))
 """
 DIE_HALFWAY = OPEN.format(progress="lambda tokens: os._exit(9)")
 COUNT_BUILT = OPEN.format(progress="built.append")

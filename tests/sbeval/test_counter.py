@@ -37,7 +37,6 @@ def test_frozen_values() -> None:
     assert unsigned(x[0]) + unsigned(x[1]) == GOLDEN_BITS
     assert counter.below(x, 1000).flatten().tolist() == [value * 1000 >> 64 for value in GOLDEN_BITS]
     assert counter.uniform(x).flatten().tolist() == [(value >> 11) / 2**53 for value in GOLDEN_BITS]
-    assert counter.happens(x, 0.5).flatten().tolist() == [value < 2**63 for value in GOLDEN_BITS]
     weights = tuple(1 / j for j in range(1, 13))
     taken = counter.chosen(counter.bits(counter.key(0, 0), torch.arange(3), 12), weights, 4)
     assert [row.nonzero().flatten().tolist() for row in taken] == GOLDEN_CHOICE
@@ -95,7 +94,6 @@ def test_edges_of_the_word() -> None:
     assert counter.below(x, 1000).tolist() == [0, 499, 500, 999]
     assert counter.below(x, 2**31 - 1).tolist() == [(value & counter.WORD) * (2**31 - 1) >> 64 for value in x.tolist()]
     assert counter.uniform(x).tolist() == [0.0, 0.5 - 2**-53, 0.5, 1 - 2**-53]
-    assert counter.happens(x, 0.0).tolist() == [False] * 4 and counter.happens(x, 1.0).tolist() == [True] * 4
     # the extremes of the exponential have logarithms too
     assert counter.chosen(x[None], (1.0, 1.0, 1.0, 1.0), 1).tolist() == [[False, False, False, True]]
 

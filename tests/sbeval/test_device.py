@@ -1,7 +1,10 @@
 """Devices and dtypes by name; names that will not do, in one line."""
 
+import contextlib
+import itertools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ def gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     """PyTorch sees so many GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     yield request.param
 
 
@@ -91,8 +95,77 @@ def test_peaks_are_the_datasheets(name: str, tera: int | None, monkeypatch: pyte
     assert device.peak_flops(CPU) is None
 
 
-def test_speed_is_measured_on_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    ticks = iter([0.0, 2.0, 10.0, 11.0, 20.0, 24.0, 30.0, 31.5, 40.0, 43.0])
-    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
-    # the fastest of five, which took 1 s
-    assert device.measured_flops(CPU, "float32") == 2 * 512**3
+@pytest.mark.parametrize(("name", "current"), [("cuda:1", [torch.device("cuda:1")]), ("cuda", []), ("cpu", [])])
+def test_a_gpu_by_number_is_the_current_one(
+    name: str, current: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton would launch on the first one, with pointers of another."""
+    used: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    device.pick(name)
+    assert used == current
+
+
+@pytest.mark.parametrize(
+    ("name", "visible", "count", "found"),
+    [
+        ("cuda", None, 4, ["0", "1", "2", "3"]),
+        ("cuda", "6,2", 2, ["6", "2"]),
+        ("cuda", "GPU-8f2a, GPU-11c0", 2, ["GPU-8f2a", "GPU-11c0"]),
+        # CUDA ends at the name that it does not know
+        ("cuda", "1,9,0", 1, ["1"]),
+        ("cuda", "3", 1, ["3"]),
+        ("cuda:1", None, 4, []),
+        ("cuda:0", "6,2", 2, []),
+        ("cpu", None, 4, []),
+    ],
+)
+def test_gpus_that_processes_share_out(
+    name: str, visible: str | None, count: int, found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert device.spread(torch.device(name)) == found
+
+
+@pytest.mark.parametrize("clock", ["thread_time", "perf_counter"])
+def test_speed_is_the_median_of_timings(clock: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds of single products: the first compiles, some are disturbed, one is too good to be true."""
+    seconds = [90.0, 2.0, 2.0, 40.0, 2.0, 0.1, 2.0, 40.0, 2.0]
+    assert len(seconds) == device.TIMINGS
+    # each timing begins at the end of the one before
+    ticks = [
+        tick for end, passed in zip(itertools.accumulate(seconds), seconds, strict=True) for tick in (end - passed, end)
+    ]
+    if clock == "perf_counter":
+        monkeypatch.setattr(device, "_clock", lambda _: contextlib.nullcontext((time.perf_counter, 1)))
+    monkeypatch.setattr(time, clock, iter(ticks).__next__)
+    threads = torch.get_num_threads() if clock == "thread_time" else 1
+    assert device.measured_flops(CPU, "float32") == pytest.approx(threads * 2 * 512**3 / 2)
+
+
+def test_short_products_are_timed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "thread_time", itertools.count(0, 0.004).__next__)
+    # of a clock that moves in steps of 4 ms, three products in 12 ms
+    assert device.measured_flops(CPU, "float32") == pytest.approx(torch.get_num_threads() * 2 * 512**3 / 0.004)
+
+
+def test_a_measurement_leaves_the_threads_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, during = torch.get_num_threads(), set[int]()
+    timed = device._timing
+
+    def note(*arguments: Any) -> float:
+        during.add(torch.get_num_threads())
+        return timed(*arguments)
+
+    monkeypatch.setattr(device, "_timing", note)
+    torch.set_num_threads(2)
+    try:
+        device.measured_flops(CPU, "float32")
+        assert during == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -8,17 +8,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
-from sbeval import checkpoint, distributed, perplexity
+from sbeval import checkpoint, distributed, perplexity, table
 from sbeval.batches import Batch
 from sbeval.distributed import World
 from sbeval.errors import InputError
-from sbeval.model import IGNORE, Decoder, ModelConfig
+from sbeval.model import IGNORE, Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.optimizer import optimizer_for
 from sbeval.progress import Progress
 from sbeval.train import TrainConfig, Trainer
@@ -42,11 +45,16 @@ class Data:
 
 
 def work(folder: Path, stop_at: int, world: World, shard: bool = False, tied: bool = False) -> None:
-    config = TrainConfig(steps=12, batch=4, length=8, lr=0.01, warmup=2, log_every=3, micro_batch=1, eps=1e-3)
+    config = TrainConfig(
+        steps=12, batch=4, length=8, lr=0.01, warmup=2, log_every=3, micro_batch=1, eps=1e-3, look_every=3
+    )
+    # three rows, of which two processes cannot have as many each
+    whole = Data()[99]
+    held_out = Batch(tokens=whole.tokens[:3], targets=whole.targets[:3], cu_seqlens=None)
     with Progress(Console(file=io.StringIO())) as progress:
         try:
             model = dataclasses.replace(MODEL, tied=tied)
-            trainer = Trainer(model, config, Data(stop_at), folder, CPU, world, shard=shard)
+            trainer = Trainer(model, config, Data(stop_at), folder, CPU, world, shard=shard, held_out=held_out)
             trained = trainer.run(progress.add("train", 12))
         except KeyboardInterrupt:
             return
@@ -74,6 +82,12 @@ def losses_of(folder: Path) -> list[float]:
     return checkpoint.load_state(folder).losses
 
 
+def assert_same_looks(found: Path, wanted: Path) -> None:
+    found_looks, looks = (checkpoint.load_state(folder).held_out for folder in (found, wanted))
+    assert [step for step, _ in found_looks] == [step for step, _ in looks] == [3, 6, 9, 12]
+    assert [loss for _, loss in found_looks] == pytest.approx([loss for _, loss in looks], rel=1e-5)
+
+
 @pytest.mark.parametrize(("first", "then"), [pytest.param(2, 1, marks=pytest.mark.slow), (1, 2)])
 def test_processes_train_what_one_trains(first: int, then: int, tmp_path: Path) -> None:
     work(tmp_path / "one", -1, distributed.ALONE)
@@ -81,6 +95,7 @@ def test_processes_train_what_one_trains(first: int, then: int, tmp_path: Path) 
     assert 4 < len(losses_of(tmp_path / "many")) < 12
     start(tmp_path / "many", then)
     assert losses_of(tmp_path / "many") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+    assert_same_looks(tmp_path / "many", tmp_path / "one")
     one, many = (checkpoint.load_model(tmp_path / name) for name in ("one", "many"))
     for a, b in zip(one.parameters(), many.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -101,6 +116,7 @@ def test_a_sharded_model_goes_on_from_one_process_and_one_process_from_it(tmp_pa
     one = checkpoint.load_model(tmp_path / "one")
     for name in ("many", "sharded"):
         assert losses_of(tmp_path / name) == pytest.approx(losses_of(tmp_path / "one"), rel=1e-5)
+        assert_same_looks(tmp_path / name, tmp_path / "one")
         # whoever finishes leaves one plain file, and nothing of the optimizer
         assert not {"shards", "optimizer.safetensors"} & {path.name for path in (tmp_path / name).iterdir()}
         for a, b in zip(one.parameters(), checkpoint.load_model(tmp_path / name).parameters(), strict=True):
@@ -149,6 +165,69 @@ def test_a_batch_is_shared_evenly() -> None:
     config = TrainConfig(steps=1, batch=4, length=8, lr=0.01)
     with pytest.raises(InputError, match="3 processes cannot share a batch of 4 sequences evenly"):
         Trainer(MODEL, config, Data(), None, CPU, World(0, 3))
+
+
+def length_gen(results: Path, corpus: Path, device: str, processes: int) -> str:
+    """What the command says where it is started alone, or by torchrun."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
+    options = (
+        f"length-gen --device {device} --dtype float32 --tokenizer bytes --size quick --attention stick_breaking "
+        "--attention rope --train-len 64 --eval-len 256 --train-tokens 5120 --batch-tokens 512 --documents 5 "
+        f"--window 128 --corpus {corpus} --results-dir {results}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", *(launcher if processes > 1 else []), "sbeval", *options.split()],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+SEVERAL = torch.cuda.device_count()
+on_gpus = pytest.mark.skipif(SEVERAL < 2, reason="needs several GPUs")
+
+
+@pytest.mark.parametrize(
+    ("device", "processes"),
+    [pytest.param("cpu", 2, marks=pytest.mark.slow), pytest.param("cuda", min(4, SEVERAL), marks=on_gpus)],
+)
+def test_a_model_is_evaluated_by_all_processes_as_by_one(device: str, processes: int, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    # five windows, which the processes cannot share evenly
+    for number, role in enumerate(("train", *5 * ["test"])):
+        words = (f"{role} {number}: the {i * (number + 3) % 17}th word; " for i in range(40))
+        (corpus / f"{role}{number}.txt").write_text("".join(words))
+    length_gen(tmp_path / "one", corpus, device, 1)
+    shutil.copytree(tmp_path / "one" / "checkpoints", tmp_path / "evaluated" / "checkpoints")
+    said = [length_gen(tmp_path / name, corpus, device, processes) for name in ("evaluated", "trained")]
+    assert "train rope seed 0: 100 %" in said[1] and not any("arning" in text for text in said), said
+    keys = ["attention", "metric", "position_start", "context_length", "window", "per"]
+    one, evaluated, trained = (
+        table.read(tmp_path / name / "length_gen.csv").sort_values(keys) for name in ("one", "evaluated", "trained")
+    )
+    assert len(one) > 60
+    # of a CPU its threads too, of which torchrun gives each process one, as we do here
+    for column in (*keys, "n", "train_tokens", "device"):
+        assert one[column].astype(str).tolist() == evaluated[column].astype(str).tolist(), column
+    for column in ("value", "stderr"):
+        np.testing.assert_allclose(evaluated[column], one[column], rtol=1e-4)
+    # at each step sums of gradients are rounded in another order
+    np.testing.assert_allclose(trained["value"], one["value"], rtol=1e-2)
+
+
+@pytest.mark.parametrize(("name", "backend"), [("cuda:1", "nccl"), ("cpu", "gloo")])
+def test_the_gpu_of_a_process_is_said_to_the_group(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first barrier guesses it, with a warning."""
+    place, begun = torch.device(name), list[Any]()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: begun.append(device))
+    monkeypatch.setattr(dist, "init_process_group", lambda *given, **options: begun.append((given, options)))
+    for call, result in (("get_rank", 1), ("get_world_size", 2), ("destroy_process_group", None)):
+        monkeypatch.setattr(dist, call, lambda result=result: result)
+    with distributed.joined(place) as world:
+        assert world == World(1, 2)
+    assert begun == ([place, (("nccl",), {"device_id": place})] if backend == "nccl" else [(("gloo",), {})])
 
 
 def test_a_model_is_evaluated_in_another_way() -> None:

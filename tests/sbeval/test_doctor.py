@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from sbeval import cli, doctor, registry
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.train import TrainConfig
 
 CPU = torch.device("cpu")
@@ -107,7 +108,7 @@ def test_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
         assert [method, "torch", "yes"] in lines
     assert "triton-hopper  no: backend 'triton-hopper' can't run: it needs a GPU, and this device is cpu" in out
     for family in registry.TASKS:
-        for preset in registry.task(family).PRESETS:
+        for preset in registry.task(family).presets:
             (line,) = [line for line in lines if line[:2] == [family.replace("_", "-"), preset]]
             assert line[3] == "M" and float(line[4]) > 0 and {"fits", "needs", "too"} & set(line)
     assert ["length-gen", "quick", "1.3", "M"] in [line[:4] for line in lines]

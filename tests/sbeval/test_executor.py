@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +15,13 @@ import torch
 from rich.console import Console
 
 from sbeval import sweep
-from sbeval.cell import Cell, cell_id
+from sbeval.cell import cell_id
 from sbeval.errors import InputError
-from sbeval.executor import Executor, Lost, _share
+from sbeval.executor import Executor, _share
 from sbeval.place import Place
 from sbeval.tasks import mqrar
 
 CPU = torch.device("cpu")
-# from where a new process can import this file
-ROOT = Path(__file__).parents[2]
 TINY = mqrar.Config(
     attention=("stick_breaking", "rope"), kv_pairs=(2,), widths=(16,), lrs=(1e-3,), vocab_size=32, seq_len=16, batch=2,
     steps=40, check_every=20, test_rows=12,
@@ -32,19 +29,6 @@ TINY = mqrar.Config(
 
 
 def square(number: int) -> int:
-    return number * number
-
-
-def fail(number: int) -> int:
-    raise InputError(f"{number} is no good")
-
-
-def die(folder: Path, times: int, number: int) -> int:
-    """Kill this process the first `times` times that the number 3 comes."""
-    deaths = len(list(folder.iterdir()))
-    if number == 3 and deaths < times:
-        (folder / f"{deaths}").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
     return number * number
 
 
@@ -102,8 +86,8 @@ def test_ray_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 class Deadly(Place):
     """A place where each cell's process is killed once, at step 20, and every look at training leaves a line."""
 
-    def logger(self, cell: Cell) -> Callable[[int, dict[str, float]], None]:
-        looks = self.results_dir / f"looks-{cell_id(cell)}"
+    def logger(self, name: str) -> Callable[[int, dict[str, float]], None]:
+        looks = self.results_dir / f"looks-{name}"
 
         def log(step: int, numbers: dict[str, float]) -> None:
             with looks.open("a") as file:
@@ -144,25 +128,3 @@ def test_a_ray_cluster_of_two_workers_that_are_killed_in_the_middle(tmp_path: Pa
     pd.testing.assert_frame_equal(results(cells, broken.results_dir), results(cells, whole.results_dir))
     # a driver that begins again finds them done
     assert sweep.unfinished(cells, broken.results_dir) == []
-
-
-@pytest.mark.slow
-def test_processes_that_die_begin_again_and_one_that_always_does_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.setattr("sbeval.executor.RETRIES", 1)
-    for times in (1, 2):
-        folder = tmp_path / f"{times}"
-        folder.mkdir()
-        found = dict(Executor(workers=2).run(partial(die, folder, times), [1, 2, 3, 4]))
-        lost = found.pop(3)
-        assert found == {1: 1, 2: 4, 4: 16}
-        assert lost == 9 if times == 1 else isinstance(lost, Lost)
-        assert len(list(folder.iterdir())) == times
-
-
-def test_an_error_of_the_users_ends_the_work_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT)
-    with pytest.raises(InputError, match="is no good"):
-        list(Executor(workers=2).run(fail, [1, 2, 3]))

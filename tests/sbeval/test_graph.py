@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import pytest
 
 from sbeval import graph
-from sbeval.cell import is_cell
-from sbeval.graph import Graph, Step
+from sbeval.cell import Cell, Step
+from sbeval.graph import Graph
 from sbeval.tasks import attention_map, length_gen, mqrar, needle
 
 LENGTHS = length_gen.Config(attention=("rope", "alibi"))
@@ -61,7 +61,7 @@ def test_what_cells_share_costs_once() -> None:
     asked = length_gen.preset(needle.Config, "quick", tasks=("vt", "cwe"), finetune=4096, attention=("rope",))
     cells = needle.cells(asked)
     steps = graph.steps(cells)
-    assert [is_cell(step) for step in steps] == [False, False, True, True]
+    assert [isinstance(step, Cell) for step in steps] == [False, False, True, True]
     training, tuning = steps[:2]
     assert training.flops / tuning.flops == pytest.approx(asked.train_tokens / 4096)
     alone = length_gen.cells(dataclasses.replace(LENGTHS, attention=("rope",)))

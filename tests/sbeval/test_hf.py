@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from sbeval import checkpoint, cli, hf, pretrained, registry, tokenizer
 from sbeval.errors import InputError
 from sbeval.generate import generate
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 
 CPU = torch.device("cpu")
 EOS = 256

@@ -34,8 +34,8 @@ def test_methods_have_what_the_model_asks_for(name: str) -> None:
 @pytest.mark.parametrize("name", registry.TASKS)
 def test_families_have_what_the_command_line_asks_for(name: str) -> None:
     family = registry.task(name)
-    assert name == family.FAMILY and "quick" in family.PRESETS
-    cells = family.cells(family.PRESETS["quick"])
+    assert name == family.name and "quick" in family.presets
+    cells = family.cells(family.presets["quick"])
     assert {cell.family for cell in cells} == {name} and all(cell.flops > 0 for cell in cells)
 
 

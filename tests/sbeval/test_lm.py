@@ -16,7 +16,8 @@ from torch import Tensor
 from sbeval.answers import Answers, key
 from sbeval.errors import InputError
 from sbeval.lm import Adapter, HubText, PlainText
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.pretrained import HubModel
 from sbeval.tokenizer import Bytes
 

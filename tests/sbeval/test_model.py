@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.kernels import nope
-from sbeval.model import IGNORE, SIZES, Decoder, ModelConfig, canonical_attention, flops_per_token, named
+from sbeval.model import IGNORE, Decoder
+from sbeval.model_config import SIZES, ModelConfig, canonical_attention, flops_per_token, named
 
 METHODS = sorted(registry.ATTENTION)
 VOCABULARY = 50

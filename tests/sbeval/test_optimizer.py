@@ -9,7 +9,8 @@ import torch
 from sbeval import checkpoint
 from sbeval.checkpoint import State
 from sbeval.errors import InputError
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.optimizer import kept, optimizer_for
 from sbeval.train import TrainConfig
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from sbeval import perplexity
-from sbeval.estimate import Floats
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.perplexity import PositionLosses, bins, lengths, measure, window_losses
+from sbeval.statistics import Floats
 from sbeval.tasks import length_gen
 
 VOCABULARY = 40

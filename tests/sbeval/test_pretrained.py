@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sbeval import checkpoint, pretrained, sources, tokenizer
 from sbeval.errors import InputError
 from sbeval.generate import generate
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.pretrained import HubModel
 
 transformers: Any = pytest.importorskip("transformers")

@@ -1,10 +1,12 @@
+import functools
 import io
 import re
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from sbeval.progress import Progress
+from sbeval.progress import Heard, Progress, Telling
 
 
 class Clock:
@@ -138,3 +140,54 @@ def test_an_error_inside_gets_out(clock: Clock) -> None:
     with pytest.raises(KeyboardInterrupt), Progress(console) as shown:
         shown.add("train", total=1)
         raise KeyboardInterrupt
+
+
+def test_tasks_of_other_processes_are_shown_here(clock: Clock) -> None:
+    console, out = plain(clock)
+    with Progress(console) as shown:
+        heard = Heard(shown)
+        first, second = (Telling(functools.partial(heard, worker)) for worker in (0, 1))
+        with first, second:
+            task, other = first.add("train a", total=10), second.add("train b", total=None)
+            other.advance(7)
+            clock.now += 12
+            task.advance(5, status="loss 2")
+            second.say("said at once")
+            task.extend(10)
+            clock.now += 3
+            task.close()
+            other.close()
+    assert said(out) == [
+        "train a: 50 %, 0:00:12 elapsed, loss 2", "said at once", "train a: 25 %, 0:00:15 elapsed, loss 2",
+        "train b: 7 done, 0:00:15 elapsed",
+    ]  # fmt: skip
+
+
+def test_many_small_steps_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    with Telling(told.append) as progress:
+        task = progress.add("ask", total=1000)
+        now = iter(range(10**6))
+        monkeypatch.setattr("time.monotonic", lambda: 1e6 + next(now) / 1000)
+        for step in range(1000):
+            task.advance(status=f"{step}")
+        task.close()
+    steps = [message for message in told if message[0] == "advance"]
+    assert 5 < len(steps) < 12 and sum(message[2] for message in steps) == 1000 and steps[-1][3] == "999"
+    assert told[0] == ("add", 0, "ask", 1000, 0) and told[-2:] == [("close", 0), ("end",)]
+
+
+def test_what_a_worker_left_open_goes_when_it_dies_or_fails(clock: Clock) -> None:
+    console, out = plain(clock)
+    with Progress(console) as shown:
+        heard = Heard(shown)
+        for worker, last in ((0, None), (1, ("end",))):
+            heard(worker, ("add", 0, f"train {worker}", 10, 0))
+            heard(worker, ("advance", 0, 4, ""))
+            assert len(shown._bars.tasks) == 1
+            heard(worker, last)
+            assert not shown._bars.tasks
+            # the number of a task begins anew in another process
+            heard(worker, ("add", 0, "again", 10, 10))
+            heard(worker, ("close", 0))
+    assert said(out) == ["train 0: 40 %, 0:00:00 elapsed", "train 1: 40 %, 0:00:00 elapsed"]

@@ -13,7 +13,7 @@ import pytest
 
 from sbeval import provenance
 from sbeval.errors import InputError
-from sbeval.table import Provenance
+from sbeval.rows import Provenance
 
 
 @dataclass(frozen=True)

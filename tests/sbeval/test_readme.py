@@ -14,7 +14,8 @@ import torch
 
 from sbeval import checkpoint, cli, schema
 from sbeval.checkpoint import State
-from sbeval.model import Decoder, named
+from sbeval.model import Decoder
+from sbeval.model_config import named
 from sbeval.train import TrainConfig
 
 ROOT = Path(__file__).parents[2]

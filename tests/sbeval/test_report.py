@@ -233,6 +233,18 @@ def test_a_line_its_table_and_its_words_hold_the_numbers_of_the_rows(results: Pa
     assert rows[rows["method"] == "RoPE"]["perplexity (per token)"].tolist() == [40.5, 41, 42, 44]
 
 
+def test_models_that_overfit_are_named_and_decide_nothing(text: str, tmp_path: Path) -> None:
+    folder = tables(tmp_path, ["length_gen"])
+    rows = pd.read_csv(folder / "length_gen.csv", dtype=str, keep_default_na=False)
+    rows.assign(status=rows["attention"].map(lambda name: "overfit" if name == "rope" else "")).to_csv(
+        folder / "length_gen.csv", index=False
+    )
+    marked = report.build(folder, say=pytest.fail)
+    # both claims of the table, and both of its figures
+    assert marked.count("Left out, as they overfit: models of rope") + marked.count("; left out, as they overfit") == 2
+    assert marked.count("above its lowest): RoPE.") == 2 and "verfit" not in text
+
+
 def test_text_of_tables_is_text(text: str) -> None:
     found = Page(text)
     assert "alibi<b>" not in text and not [tag for tag, _ in found.elements if tag == "b"]

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sbeval import model
 from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.prompts import Prompt
 from sbeval.retrieval import say, teacher_forced
 from sbeval.tokenizer import Bytes
@@ -28,7 +28,7 @@ PROMPTS = [prompt(b"a key is here: ", b"1234"), prompt(b"one", b"a longer answer
 @pytest.mark.parametrize("attention", ["stick_breaking", "rope", "alibi", "forgetting"])
 def test_log_probabilities_are_those_of_each_row_alone(attention: str) -> None:
     torch.manual_seed(0)
-    decoder = Decoder(model.ModelConfig(vocab_size=257, attention=attention, width=16, layers=2, heads=2, hidden=32))
+    decoder = Decoder(ModelConfig(vocab_size=257, attention=attention, width=16, layers=2, heads=2, hidden=32))
     found = teacher_forced(decoder, PROMPTS, CPU, "float32", batch=3)
     for item, (log_probability, greedy) in zip(PROMPTS, found, strict=True):
         text = torch.from_numpy(np.concatenate([item.tokens, item.answer]).astype(np.int64))

@@ -18,6 +18,7 @@ from sbeval import haystack, prompts, ruler, tokenizer
 from sbeval.errors import InputError
 from sbeval.haystack import Sources, Tables
 from sbeval.prompts import Prompt, Writer
+from sbeval.published import LONGEST, RULER_TASKS, SHORTEST
 from sbeval.retrieval import score
 from sbeval.ruler import Setting
 from sbeval.tokenizer import EOS, Library, Tokenizer
@@ -512,4 +513,4 @@ def test_prompts_that_are_written_in_parts_are_those_of_the_whole(writer: Writer
     assert part.ids.tolist() == [
         token for item in ("\nthree", " one", " one") for token in writer.tokenizer.encode(item)
     ]
-    assert prompts.SHORTEST == 512 and prompts.LONGEST == 131072
+    assert tuple(ruler.TASKS) == RULER_TASKS and (SHORTEST, LONGEST) == (512, 131072)

@@ -1,6 +1,7 @@
 """Each claim is decided by made-up tables as its rule says, and left open where the rows do not suffice."""
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from sbeval import rules
 from sbeval.claims import CLAIMS
 from sbeval.errors import InputError
-from sbeval.findings import AGREES, DISAGREES, UNDECIDED, Judged, findings
+from sbeval.findings import AGREES, DISAGREES, UNDECIDED, Claim, Judged, findings
 from sbeval.published import SOLVED_TOKENS
 from sbeval.tasks import mqrar
 
@@ -55,8 +56,8 @@ def test_reading_past_the_training_length(
 def test_the_interval_is_over_seeds_where_there_are_several() -> None:
     tables = [lengths((40, end), (40, 80), seed=seed, stderr=5.0) for seed, end in enumerate((40, 40.4))]
     judged = rules.lengths(pd.concat(tables))
-    assert judged.verdict == AGREES and "from 40.0 to 40.2, +0 % [+0 %, +1 %]" in judged.found
-    assert "(2 seeds; 1 B parameters, 10 B training tokens)" in judged.found
+    assert judged.verdict == AGREES and "from 40.0 to 40.2, +0 % [−6 %, +7 %]" in judged.found
+    assert "(95 % over 2 seeds; 1 B parameters, 10 B training tokens)" in judged.found
 
 
 def test_the_nearest_setting_decides() -> None:
@@ -269,3 +270,34 @@ def test_without_the_rows_nothing_is_decided() -> None:
     for claim, reason, part in cases:
         judged = findings([claim], {"length_gen": part})[0].judged
         assert judged.verdict == UNDECIDED and reason in judged.reason
+
+
+def test_no_claim_is_judged_by_a_model_that_overfits() -> None:
+    def judged(*tables: pd.DataFrame) -> Judged:
+        return findings(CLAIMS[:1], {"length_gen": pd.concat(tables).reset_index(drop=True)})[0].judged
+
+    good = lengths((20, 20), (20, 40), model="125m", params=125 * 10**6, cell="a", status="")
+    # larger, and so nearer to the paper's
+    memorised = lengths((40, 80), (40, 40), cell="b", status="overfit")
+    found = judged(good, memorised)
+    assert found.verdict == AGREES and "from 20.0 to 20.0" in found.found
+    assert found.reason == "left out, as they overfit: models of rope, stick_breaking"
+    assert judged(good) == rules.lengths(good) and judged(memorised.assign(status="")).verdict == DISAGREES
+    alone = judged(memorised)
+    assert alone.verdict == UNDECIDED and "left out, as they overfit" in alone.reason
+    # of one method alone: nothing is left to compare
+    one = good.assign(status=["overfit" if name == "rope" else "" for name in good["attention"]])
+    found = judged(one)
+    assert (
+        found.verdict == UNDECIDED
+        and "no setting has rows of both" in found.reason
+        and found.reason.endswith("of rope")
+    )
+
+
+@pytest.mark.parametrize("claim", [claim for claim in CLAIMS if claim.table in ("length_gen", "needle", "few_shot")])
+def test_a_table_of_overfit_models_alone_decides_nothing(claim: Claim) -> None:
+    rows = lengths((40, 80), (40, 40), cell="b", status="overfit", part="", filter="", shots=0, chance=0.5, n=9)
+    rows = rows.assign(depth_start=math.nan, length=4096, finetune_tokens=0)
+    (found,) = findings([claim], {claim.table: rows})
+    assert found.judged.verdict == UNDECIDED and "overfit: models of rope, stick_breaking" in found.judged.reason

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sbeval import registry, schema
 from sbeval.errors import InputError
 from sbeval.tasks import few_shot, length_gen, mqrar, needle
+from sbeval.text_model import TRAINING
 
 # 10,000 documents and more
 FULL = os.environ.get("SBEVAL_TESTS") == "full"
@@ -55,7 +56,7 @@ def test_families_of_text_models_share_what_models_says(tmp_path: Path) -> None:
     """
     found = parts(text, tmp_path=tmp_path)
     lengths, asked, benchmarks = (found[name].config for name in ("length_gen", "needle", "few_shot"))
-    shared = [{name: getattr(config, name) for name in length_gen.TRAINING} for config in (lengths, asked, benchmarks)]
+    shared = [{name: getattr(config, name) for name in TRAINING} for config in (lengths, asked, benchmarks)]
     assert shared[0] == shared[1] == {**shared[2], "attention": ("alibi",)}
     assert (lengths.lr, lengths.train_tokens, lengths.eval_len) == (3e-4, length_gen.PRESETS["h200"].train_tokens, 8192)
     # what else they have is their own preset's, and they read no further than they were trained to
@@ -68,7 +69,7 @@ def test_a_study_of_a_preset_names_its_cells_as_the_familys_command_does(tmp_pat
     found = parts("models: {preset: h200}\nneedle: {attention: [rope]}\nlength_gen:\n", tmp_path=tmp_path)
     for family, attention in (("needle", ("rope",)), ("length_gen", length_gen.PRESETS["h200"].attention)):
         module = registry.task(family)
-        assert found[family].config == dataclasses.replace(module.PRESETS["h200"], attention=attention)
+        assert found[family].config == dataclasses.replace(module.presets["h200"], attention=attention)
 
 
 def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None
         ("mqrar: {filler: [a]}", r"mqrar.filler must be text; got \['a'\]"),
         ("mqrar: [steps]", r"mqrar must hold names with values, such as {samples: 20}; got \['steps'\]"),
         ("mqrar: {seeds: []}", "mqrar: seeds is empty: give one or more"),
-        ("mqrar: {seeds: [-1]}", "mqrar: a seed must be 0 to 2147483647; got -1"),
+        ("mqrar: {seeds: [-1]}", r"mqrar: a seed \(--seed\) must be 0 to 2147483647; got -1"),
         ("needle: {samples: 0}", "needle: needle needs a length, 1 sample or more"),
         ("mqrar: {steps: 1, steps: 2}", "'steps' stands there twice"),
         ("mqrar: {}\nmqrar: {}", "'mqrar' stands there twice"),
@@ -149,7 +150,7 @@ KINDS: dict[Any, tuple[str, ...]] = {
     bool: ("true", "False"),
     str: ("rope", "alibi", "fire", "stdlib", "quick", "copa", "vt", "cosine", "value", "9" * 5000),
 }
-CONFIGS = {"models": length_gen.Config, **{name: registry.task(name).Config for name in registry.TASKS}}
+CONFIGS = {"models": length_gen.Config, **{name: registry.task(name).config for name in registry.TASKS}}
 OPTIONS = {section: {**get_type_hints(kind), "preset": str, "prest": str} for section, kind in CONFIGS.items()}
 TEXTS = st.text(max_size=6) | st.sampled_from(WORDS)
 
@@ -205,3 +206,19 @@ def test_any_text_is_read_or_an_error_of_the_users(text: str) -> None:
         assert "study" in str(error)
     else:
         assert found is None or isinstance(found, str | list | dict)
+
+
+def test_tokens_that_a_study_asks_for_are_not_cut(tmp_path: Path) -> None:
+    def bounds(text: str, *changes: str) -> list[float | None]:
+        found = parts(text, *changes, tmp_path=tmp_path)
+        return [found[name].config.max_epochs for name in ("length_gen", "needle")]
+
+    plain = "models: {preset: quick}\nlength_gen:\nneedle:\n"
+    assert bounds(plain) == [4.0, 4.0]
+    assert bounds(plain, "models.train_tokens=4096") == [None, None]
+    assert bounds(plain, "needle.train_tokens=4096") == [4.0, None]
+    assert bounds(plain, "models.train_tokens=4096", "length_gen.max_epochs=8") == [8.0, None]
+    assert bounds(plain, "models.train_tokens=4096", "models.max_epochs=4") == [4.0, 4.0]
+    assert bounds(plain, "models.max_epochs=") == [None, None]
+    # the package's study is a preset, and its cells are called as they were
+    assert {part.config.max_epochs for part in schema.parts(schema.read("quick"), str)[:2]} == {4.0}

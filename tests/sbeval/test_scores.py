@@ -10,6 +10,7 @@ from rich.table import Table
 
 from sbeval import scores
 from sbeval.errors import InputError
+from sbeval.tasks import few_shot
 
 COMMON: dict[str, Any] = {
     "model": "25m", "options": "", "params": 25_000_000, "train_len": 2048, "train_tokens": 10**8, "eval_len": 2048,
@@ -75,7 +76,7 @@ def test_seeds_are_averaged_and_the_larger_run_counts() -> None:
     ]
     found = by_name(scores.table(results(*more)))
     longer = found["25m rope (100 M tokens of 2048, read to 2048)"]
-    assert pair(longer["arc_easy (0) acc_norm"]) == pytest.approx((40.0, 9.8))
+    assert pair(longer["arc_easy (0) acc_norm"]) == pytest.approx((40.0, 127.1))
     assert found["25m rope (100 M tokens of 2048, read to 256)"]["arc_easy (0) acc_norm"] is not None
 
 
@@ -114,3 +115,12 @@ def test_what_cannot_be_shown_is_an_error() -> None:
         scores.table(results().query("part != ''"))
     with pytest.raises(InputError, match="unknown format 'html'"):
         scores.render(results(), "html")
+
+
+def test_a_model_that_overfits_is_marked_in_every_form() -> None:
+    rows = results().assign(status="")
+    rows.loc[rows["attention"] == "rope", "status"] = "overfit"
+    assert [name for name, _ in scores.table(rows).rows] == ["25m rope (overfit)", "25m stick_breaking", "chance"]
+    assert "| 25m rope (overfit) |" in str(scores.render(rows, "markdown"))
+    assert "above its lowest): rope." in str(few_shot.summary(rows).caption)
+    assert few_shot.summary(results()).caption is None

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from sbeval import corpus, skipping
 from sbeval.errors import InputError
 from sbeval.kernels import stick_breaking
-from sbeval.model import Decoder, named
+from sbeval.model import Decoder
+from sbeval.model_config import named
 
 
 @pytest.mark.parametrize("options", ["", ":logit_bias=-2,logit_scale=1.5", ":attend_current=true"])

@@ -15,7 +15,7 @@ import pyarrow as pa  # type: ignore[import-untyped]  # it ships no types
 import pyarrow.parquet as pq  # type: ignore[import-untyped]  # likewise
 import pytest
 
-from sbeval import sources
+from sbeval import python_source, sources
 from sbeval.errors import InputError
 from sbeval.sources import Document
 
@@ -26,6 +26,7 @@ ROWS = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumera
 class Found(NamedTuple):
     name: str
     train: list[Document]
+    valid: list[Document]
     test: list[Document]
 
 
@@ -38,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 def read(spec: object, text_field: str = "text") -> Found:
     source = sources.source(str(spec), text_field)
-    return Found(source.name, list(source.documents("train")), list(source.documents("test")))
+    return Found(source.name, *(list(source.documents(role)) for role in sources.ROLES))
 
 
 def names(documents: list[Document]) -> list[str]:
@@ -50,7 +51,7 @@ def texts(documents: list[Document]) -> list[str]:
 
 
 def both(found: Found) -> list[str]:
-    return sorted(texts(found.train + found.test))
+    return sorted(texts(found.train + found.valid + found.test))
 
 
 # the standard library
@@ -59,11 +60,13 @@ def both(found: Found) -> list[str]:
 def test_stdlib() -> None:
     found = read("stdlib")
     assert found.name == "stdlib"
-    assert 0.08 < len(found.test) / len(found.train + found.test) < 0.17
+    assert 0.08 < len(found.test) / len(found.train + found.valid + found.test) < 0.17
+    assert 0.01 < len(found.valid) / len(found.train) < 0.08
     assert sum(len(document.text) > 16384 for document in found.test) >= 10
-    read_names = set(names(found.train + found.test))
+    read_names = set(names(found.train + found.valid + found.test))
+    assert len(read_names) == len(found.train + found.valid + found.test)
     assert {"argparse.py", "json/decoder.py"} < read_names
-    assert not any(part in sources.NO_SOURCE for name in read_names for part in name.split("/"))
+    assert not any(part in python_source.NO_STDLIB for name in read_names for part in name.split("/"))
     folder = Path(sysconfig.get_paths()["stdlib"])
     for documents in (found.train, found.test):
         longest = max(documents, key=lambda document: len(document.text))
@@ -71,7 +74,7 @@ def test_stdlib() -> None:
 
 
 def test_stdlib_leaves_out_tests_and_other_encodings(tmp_path: Path) -> None:
-    kept = [f"module{i}.py" for i in range(40)] + ["email/mime.py"]
+    kept = [f"module{i}.py" for i in range(80)] + ["email/mime.py"]
     left = ["test/a.py", "idlelib/idle_test/a.py", "ctypes/tests/a.py", "site-packages/a.py", "notes.txt"]
     for name in (*kept, *left):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -79,9 +82,9 @@ def test_stdlib_leaves_out_tests_and_other_encodings(tmp_path: Path) -> None:
     (tmp_path / "latin.py").write_bytes(b"# -*- coding: latin-1 -*- \xe9")
     (tmp_path / "empty.py").write_text("")
     source = sources._stdlib(tmp_path)
-    train, test = (names(list(source.documents(role))) for role in sources.ROLES)
-    assert sorted(train + test) == sorted(kept)
-    assert test
+    train, valid, test = (names(list(source.documents(role))) for role in sources.ROLES)
+    assert sorted(train + valid + test) == sorted(kept)
+    assert test and valid
 
 
 # files
@@ -124,20 +127,21 @@ def test_a_readme_beside_tables_is_no_document(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "train", "test"),
+    ("files", "train", "valid", "test"),
     [
-        (["train_core.txt", "train_extra.txt", "test.txt", "valid.txt", "other.txt"], 2, ["test.txt"]),
-        (["Train.txt", "validation.txt"], 1, ["validation.txt"]),
-        (["train/a.txt", "train/b.txt", "test/a.txt"], 2, ["test/a.txt"]),
-        (["deep/train-0.txt", "deep/valid-0.txt", "deep/valid-1.txt"], 1, ["deep/valid-0.txt", "deep/valid-1.txt"]),
+        (["train_core.txt", "train_extra.txt", "test.txt", "valid.txt", "other.txt"], 2, ["valid.txt"], ["test.txt"]),
+        (["Train.txt", "validation.txt"], 1, [], ["validation.txt"]),
+        (["train/a.txt", "train/b.txt", "test/a.txt"], 2, [], ["test/a.txt"]),
+        (["deep/train-0.txt", "deep/valid-0.txt", "deep/valid-1.txt"], 1, [], ["deep/valid-0.txt", "deep/valid-1.txt"]),
     ],
 )
-def test_names_say_the_split(files: list[str], train: int, test: list[str], folder: Path) -> None:
+def test_names_say_the_split(files: list[str], train: int, valid: list[str], test: list[str], folder: Path) -> None:
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     found = read(folder)
     assert (names(found.test), texts(found.test)) == (test, test)
+    assert names(found.valid) == valid
     assert len(found.train) == train
 
 
@@ -155,7 +159,9 @@ def test_other_documents_are_drawn(folder: Path) -> None:
     found = read(path)
     assert found.name == "my.rows"
     assert 0.06 < len(found.test) / 400 < 0.15
-    assert set(names(found.train)).isdisjoint(names(found.test))
+    assert 0.01 < len(found.valid) / 400 < 0.06
+    assert set(names(found.train)).isdisjoint(names(found.test + found.valid))
+    assert set(names(found.valid)).isdisjoint(names(found.test))
     path.write_bytes(lzma.compress("".join(ROWS.splitlines(keepends=True)[:2]).encode()))
     two = read(path)
     assert (texts(two.train), texts(two.test)) == (TEXTS[:1], TEXTS[1:2])
@@ -209,7 +215,7 @@ def test_parquet_without_the_field(folder: Path) -> None:
 
 
 def test_paths_that_hold_nothing(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"no corpus '.*missing': give stdlib, .* or hf:NAME"):
+    with pytest.raises(InputError, match=r"no corpus '.*missing': give python, stdlib, .* or hf:NAME"):
         read(folder / "missing")
     with pytest.raises(InputError, match="mine holds no file to read"):
         read(folder)
@@ -247,9 +253,16 @@ def dataset(folder: Path, **splits: list[str]) -> str:
 def test_dataset_with_splits(second: str, folder: Path) -> None:
     spec = dataset(folder, train=TEXTS[:30], **{second: TEXTS[30:]})
     found = read(spec)
-    assert (texts(found.train), texts(found.test), found.name) == (TEXTS[:30], TEXTS[30:], "mine")
-    assert sources.source(spec, "text").test_tokens == sources.HUB_TEST_TOKENS
+    assert (texts(found.test), found.name) == (TEXTS[30:], "mine")
+    assert sorted(texts(found.train + found.valid)) == sorted(TEXTS[:30])
+    assert sources.source(spec, "text").limits == sources.HUB_TOKENS
     assert found.test[0].name == f"{second}:0"
+
+
+@pytest.mark.usefixtures("offline")
+def test_dataset_with_three_splits(folder: Path) -> None:
+    found = read(dataset(folder, train=TEXTS[:30], validation=TEXTS[30:35], test=TEXTS[35:]))
+    assert (texts(found.train), texts(found.valid), texts(found.test)) == (TEXTS[:30], TEXTS[30:35], TEXTS[35:])
 
 
 @pytest.mark.usefixtures("offline")

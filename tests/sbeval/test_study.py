@@ -17,8 +17,10 @@ import torch
 
 from sbeval import cli, model, plan, schema, sources, sweep, table
 from sbeval import study as studies
+from sbeval.corpus import Corpus
 from sbeval.errors import InputError
 from sbeval.place import Place
+from sbeval.progress import Progress
 from sbeval.tasks import length_gen, needle
 from sbeval.train import Trainer
 
@@ -96,6 +98,26 @@ def test_a_study_trains_each_model_once_and_leaves_what_its_families_do(
     before = checkpoints(tmp_path)
     code, out, _ = run(study, "--device", "cpu", "--results-dir", tmp_path)
     assert code == 0 and "7 of 7 cells are finished already" in out and checkpoints(tmp_path) == before
+
+
+def test_families_that_share_models_are_cautioned_once(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    ours = length_gen.open_corpus
+
+    def count(config: length_gen.Config, progress: Progress) -> Corpus:
+        opened.append(config)
+        return ours(config, progress)
+
+    monkeypatch.setattr(length_gen, "open_corpus", count)
+    place = Place(results_dir=tmp_path, device=torch.device("cpu"))
+    given = schema.parts(schema.read(str(study), ["models.train_tokens=4096"]), lambda said: said or "float32")
+    found = studies.cautions(given, place)
+    assert len(opened) == 1 and len(found) == 2 and "past 4 epochs" in found[0] and "of held-out text" in found[1]
+    # a model that is there already was trained before
+    there = ["length_gen.checkpoint=there", "needle.checkpoint=there"]
+    assert studies.cautions(schema.parts(schema.read(str(study), there), str), place) == []
 
 
 def test_a_dry_run_says_the_plan_and_writes_nothing(study: Path, tmp_path: Path) -> None:

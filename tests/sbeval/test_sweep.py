@@ -14,11 +14,14 @@ import torch
 from rich.console import Console
 
 from sbeval import graph, provenance, sweep, table
-from sbeval.cell import Outcome, cell_id, digest_of
+from sbeval.cell import Cell as BaseCell
+from sbeval.cell import Outcome, cell_id
+from sbeval.distributed import World
 from sbeval.errors import InputError
+from sbeval.executor import Executor
 from sbeval.place import Place
 from sbeval.progress import Progress
-from sbeval.table import LATER, Identity, Measurement
+from sbeval.rows import Identity, Measurement
 from sbeval.tasks import length_gen
 from sbeval.train import DivergedError
 
@@ -48,20 +51,6 @@ def test_another_method_leaves_finished_cells_their_names() -> None:
     one = length_gen.cells(length_gen.Config(attention=("rope",)))
     two = length_gen.cells(length_gen.Config(attention=("stick_breaking", "rope"), seeds=(1, 0)))
     assert {cell_id(cell) for cell in one} <= {cell_id(cell) for cell in two}
-
-
-def test_a_later_option_at_its_default_changes_no_name() -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Before:
-        lr: float = 0.1
-
-    @dataclasses.dataclass(frozen=True)
-    class After:
-        lr: float = 0.1
-        new: int | None = dataclasses.field(default=None, metadata=LATER)
-
-    assert digest_of(Before()) == digest_of(After()) != digest_of(After(new=1))
-    assert digest_of(Before(lr=0.2)) != digest_of(Before())
 
 
 def test_committed_results_are_those_of_the_presets() -> None:
@@ -146,7 +135,7 @@ class Found(Measurement):
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
+class Cell(BaseCell):
     """A cell that finds `value`; without one it diverges."""
 
     title: str
@@ -213,6 +202,63 @@ def test_a_finished_cell_is_run_again_when_its_text_is_another(tmp_path: Path, m
     assert run([cell], tmp_path)[1].startswith("1 cell to run")
 
 
+def test_of_several_processes_none_goes_on_alone_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflow(*_: object) -> None:
+        raise RuntimeError("a kernel that does not fit")
+
+    monkeypatch.setattr(Cell, "run", overflow)
+    monkeypatch.setattr("sbeval.distributed.wait", lambda world: None)
+    cells = [Cell(title="first"), Cell(title="second")]
+    complete, said = run(cells, tmp_path)
+    assert not complete and said.count("a kernel that does not fit; recorded as failed") == 2
+    # the others would wait for it in the cell that it has left
+    with pytest.raises(RuntimeError, match="does not fit"):
+        run(cells, tmp_path, world=World(1, 2))
+
+
+def test_workers_are_given_the_gpus_and_idle_ones_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr("sbeval.device.describe", lambda place: "GPU")
+    monkeypatch.setattr("sbeval.device.measured_flops", lambda *_: 1e6)
+    monkeypatch.setitem(sweep.EFFICIENCY, "cuda", 0.1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    given: list[Any] = []
+
+    def note(work: sweep.Work, items: Any, *rest: Any, gpus: Any, hear: Any) -> Any:
+        given.append((work.place.device, gpus))
+        return iter([])
+
+    monkeypatch.setattr(Executor, "run", lambda self, *rest, **options: note(*rest, **options))
+    cells = [Cell(title=name) for name in "abcdefgh"]
+
+    def said(device: str, workers: int | None, cells: list[Cell] = cells) -> str:
+        console = Console(file=io.StringIO(), width=200)
+        place = Place(results_dir=tmp_path, device=torch.device(device))
+        sweep.run(cells, place, preset="quick", console=console, executor=Executor(workers=workers))
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    idle = "1 of 4 GPUs is used; --workers 4 spreads the cells over all of them"
+    assert said("cuda", None).splitlines()[1:] == [idle] and "roughly 80 s on GPU" in said("cuda", None)
+    assert "GPUs" not in said("cuda", None, cells[:1])
+    for workers, time_and_place in ((2, "40 s on 2 x GPU"), (4, "20 s on 4 x GPU"), (8, "20 s on 4 x GPU")):
+        assert said("cuda", workers).endswith(f"roughly {time_and_place}\n")
+    assert said("cuda", 4, cells[:2]).endswith("roughly 10 s on 2 x GPU\n")
+    # pinned to one
+    assert said("cuda:1", 4).endswith("roughly 80 s on GPU\n") and said("cuda:1", None).count("\n") == 1
+    assert {place: gpus for place, gpus in given} == {
+        torch.device("cuda"): ["0", "1", "2", "3"], torch.device("cuda:1"): [],
+    }  # fmt: skip
+
+
+def test_a_ray_task_has_no_gpu_of_a_number(tmp_path: Path) -> None:
+    place = Place(results_dir=tmp_path, device=torch.device("cuda:1"))
+    with pytest.raises(InputError, match="--device cuda:1: a Ray task sees the GPU alone that Ray gives it"):
+        sweep.run([Cell(title="a")], place, preset="quick", console=Console(quiet=True), executor=Executor(kind="ray"))
+
+
 @pytest.mark.parametrize("column", ["seed", "size", "cell"])
 def test_a_table_without_a_column_is_said_before_anything_runs(
     column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -238,5 +284,5 @@ def test_tensorboard_without_its_package(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     place = Place(results_dir=tmp_path, device=torch.device("cpu"), tensorboard=tmp_path)
     with pytest.raises(InputError, match=r"pip install 'sbeval\[tensorboard\]'"):
-        place.logger(Cell(title="a"))
-    assert dataclasses.replace(place, tensorboard=None).logger(Cell(title="a")) is None
+        place.logger("a")
+    assert dataclasses.replace(place, tensorboard=None).logger("a") is None

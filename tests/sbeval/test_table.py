@@ -1,5 +1,4 @@
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +9,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from sbeval import table
+from sbeval import config, table
 from sbeval.errors import InputError
+from sbeval.rows import Identity, Measurement, Provenance
 
-IDENTITY = table.Identity(
+IDENTITY = Identity(
     family="toy",
     task="toy",
     model="tiny",
@@ -24,7 +24,7 @@ IDENTITY = table.Identity(
     eval_len=4096,
     seed=0,
 )
-PROVENANCE = table.Provenance(
+PROVENANCE = Provenance(
     cell="toy-a",
     preset="quick",
     corpus="",
@@ -42,7 +42,7 @@ PROVENANCE = table.Provenance(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row(table.Measurement):
+class Row(Measurement):
     position: int | None = None
     lr: float | None = None
     split: str = ""
@@ -91,7 +91,7 @@ def test_write_replaces_the_cell_and_keeps_the_rest(tmp_path: Path) -> None:
     back = table.read(path)
     assert len(back) == 4
     assert list(back[back["metric"] == "loss"]["value"]) == [3.0, 4.0]
-    assert table.finished(path) == {"a", "b"}
+    assert set(back["cell"]) == {"a", "b"}
 
 
 def test_order_of_writing_does_not_matter(tmp_path: Path) -> None:
@@ -106,12 +106,12 @@ def test_order_of_writing_does_not_matter(tmp_path: Path) -> None:
 
 def test_a_new_factor_leaves_old_rows_readable(tmp_path: Path) -> None:
     path = tmp_path / "toy.csv"
-    plain = table.Measurement(metric="loss", unit="nats/token", value=1.0, n=1)
+    plain = Measurement(metric="loss", unit="nats/token", value=1.0, n=1)
     table.write(path, table.frame(IDENTITY, [plain], replace(PROVENANCE, cell="old")))
     table.write(path, rows("new"))
     back = table.read(path)
     assert tuple(back.columns) == table.columns(Row)
-    assert back[back["cell"] == "old"]["position"].isna().all() and table.finished(path) == {"old", "new"}
+    assert back[back["cell"] == "old"]["position"].isna().all() and set(back["cell"]) == {"old", "new"}
 
 
 def test_values_must_be_finite(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_two_rows_for_one_number_are_refused(tmp_path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[str], str], str]] = {
-    "half a line": (lambda text: text[:-60], r"toy\.csv:4: \d+ cells where the header has 29"),
+    "half a line": (lambda text: text[:-60], r"toy\.csv:4: \d+ cells where the header has 31"),
     "half a word": (lambda text: text[:-4], r"toy\.csv:4: the last line has no end"),
     "no number": (lambda text: text.replace("5.0", "five"), r"toy\.csv:4: 'five' in column 'value' is no number"),
     "nan": (lambda text: text.replace("5.0", "nan"), r"toy\.csv:4: 'nan' in column 'value' is no number"),
@@ -157,7 +157,6 @@ def test_a_damaged_table_is_one_line_and_stays_as_it_is(tmp_path: Path, damage: 
     for attempt in (
         lambda: table.read(path, required=table.columns(Row)),
         lambda: table.write(path, rows("b")),
-        lambda: table.finished(path),
     ):
         with pytest.raises(InputError, match=message) as caught:
             attempt()
@@ -169,7 +168,6 @@ def test_a_damaged_table_is_one_line_and_stays_as_it_is(tmp_path: Path, damage: 
 def test_reading_what_is_no_table(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no table .*absent.csv"):
         table.read(tmp_path / "absent.csv")
-    assert table.finished(tmp_path / "absent.csv") == set()
     with pytest.raises(InputError, match="cannot read"):
         table.read(tmp_path)
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\n")
@@ -198,31 +196,6 @@ def test_numbers_checks_what_a_reader_counts_on() -> None:
         table.numbers(frame, ["gap"])
 
 
-def test_prepare_makes_folders_or_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "a" / "b"
-    assert table.prepare(folder) == folder and folder.is_dir() and table.prepare(folder) == folder
-    (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(InputError, match="cannot make the results folder"):
-            table.prepare(path)
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(InputError, match="cannot write to the results folder"):
-        table.prepare(folder)
-
-
-def test_replacing_is_all_or_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), table.replacing(path) as temporary:
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with table.replacing(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
-
-
 WRITER = """
 import sys, time
 from dataclasses import replace
@@ -243,16 +216,17 @@ def test_two_processes_lose_nothing(tmp_path: Path) -> None:
     table.write(path, rows("first"))
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name]) for name in "ab"]
     assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
-    assert table.finished(path) == {"first"} | {f"{name}-{index}" for name in "ab" for index in range(15)}
-    assert len(table.read(path)) == 31 * 3
+    back = table.read(path)
+    assert set(back["cell"]) == {"first"} | {f"{name}-{index}" for name in "ab" for index in range(15)}
+    assert len(back) == 31 * 3
 
 
 def test_a_table_from_before_a_column_came_is_read_and_added_to(tmp_path: Path) -> None:
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Wider(Row):
-        later: int | None = field(default=None, metadata=table.LATER)
+        later: int | None = field(default=None, metadata=config.LATER)
 
-    assert table.columns(Wider) != table.required(Wider) and set(table.required(Wider)) == set(table.columns(Row))
+    assert table.columns(Wider) != table.columns(Row) and table.required(Wider) == table.required(Row)
     path = tmp_path / "toy.csv"
     table.write(path, rows())
     assert len(table.read(path, table.required(Wider))) == 3
@@ -260,3 +234,19 @@ def test_a_table_from_before_a_column_came_is_read_and_added_to(tmp_path: Path) 
     table.write(path, table.frame(IDENTITY, [new], replace(PROVENANCE, cell="toy-b")))
     back = table.read(path, table.columns(Wider))
     assert len(back) == 4 and back.loc[back["later"].notna(), "cell"].tolist() == ["toy-b"]
+
+
+def test_a_table_from_before_there_were_epochs_is_read_and_added_to(tmp_path: Path) -> None:
+    path = tmp_path / "toy.csv"
+    table.write(path, rows())
+    old = pd.read_csv(path, dtype=str, keep_default_na=False).drop(columns=["unique_tokens", "epochs"])
+    old.to_csv(path, index=False)
+    assert len(table.read(path, table.required(Row))) == 3
+    new = Row(metric="loss", unit="nats/token", value=1.0, n=7)
+    origin = replace(PROVENANCE, cell="toy-b", unique_tokens=2048, epochs=2.5)
+    table.write(path, table.frame(IDENTITY, [new], origin))
+    back = table.read(path, table.columns(Row))
+    names = table.columns(Row)
+    assert names[names.index("train_tokens") :][:3] == ("train_tokens", "unique_tokens", "epochs")
+    known = back[back["epochs"].notna()]
+    assert len(back) == 4 and known[["cell", "unique_tokens", "epochs"]].to_numpy().tolist() == [["toy-b", 2048, 2.5]]

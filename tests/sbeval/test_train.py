@@ -1,8 +1,10 @@
 """Training: schedules, accumulation, what AdamW is told, and runs that are stopped and go on as if nothing had been."""
 
 import contextlib
+import dataclasses
 import functools
 import io
+import json
 import math
 import signal
 import subprocess
@@ -22,7 +24,8 @@ from sbeval import checkpoint
 from sbeval.batches import Batch
 from sbeval.checkpoint import State
 from sbeval.errors import InputError
-from sbeval.model import IGNORE, Decoder, ModelConfig, named
+from sbeval.model import IGNORE, Decoder
+from sbeval.model_config import ModelConfig, named
 from sbeval.optimizer import optimizer_for
 from sbeval.progress import Progress
 from sbeval.train import (
@@ -79,9 +82,10 @@ class Untouched:
 
 
 def trainer(
-    folder: Path | None = None, batches: Batches | None = None, model: ModelConfig = MODEL, **changes: Any
-) -> Trainer:
-    return Trainer(model, TrainConfig(**(RUN | changes)), batches or Data(), folder, CPU)
+    folder: Path | None = None, batches: Batches | None = None, model: ModelConfig = MODEL,
+    held_out: Batch | None = None, **changes: Any,
+) -> Trainer:  # fmt: skip
+    return Trainer(model, TrainConfig(**(RUN | changes)), batches or Data(), folder, CPU, held_out=held_out)
 
 
 def run(ready: Trainer, **options: Any) -> Trained:
@@ -113,6 +117,7 @@ def weights(trained: Trained) -> list[Tensor]:
 def assert_same_bits(found: Trained, wanted: Trained) -> None:
     assert found.state.losses == wanted.state.losses
     assert found.state.scores == wanted.state.scores
+    assert found.state.held_out == wanted.state.held_out
     assert all(torch.equal(a, b) for a, b in zip(weights(found), weights(wanted), strict=True))
 
 
@@ -329,6 +334,108 @@ def test_looks_are_at_multiples_of_either() -> None:
     logged: list[int] = []
     run(trainer(log_every=5, check_every=4), stop=score, log=lambda step, _: logged.append(step))
     assert logged == [4, 5, 8, 10, 12, 15, 16, 18]
+
+
+# held-out text
+
+HELD_OUT = Data()[99]
+
+
+@functools.cache
+def looked_at() -> Trained:
+    return run(trainer(held_out=HELD_OUT, look_every=5), stop=score)
+
+
+def test_held_out_text_is_looked_at_at_multiples_and_at_the_end() -> None:
+    found = looked_at()
+    assert [step for step, _ in found.state.held_out] == [5, 10, 15, 18]
+    # to look changes nothing
+    assert found.state.losses == unbroken().state.losses and found.state.scores == unbroken().state.scores
+    assert all(torch.equal(a, b) for a, b in zip(weights(found), weights(unbroken()), strict=True))
+    assert run(trainer(look_every=5)).state.held_out == run(trainer(held_out=HELD_OUT)).state.held_out == []
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_held_out_loss_is_the_mean_over_scored_tokens(packed: bool) -> None:
+    batch = Data(packed)[99]
+    found = run(trainer(held_out=batch, look_every=18, micro_batch=3))
+    with torch.inference_mode():
+        total = found.model.loss(batch.tokens, batch.targets, batch.cu_seqlens)
+    ((_, loss),) = found.state.held_out
+    assert loss == pytest.approx(total.item() / 17, rel=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_nothing_is_dropped_from_held_out_text(dropout: float) -> None:
+    model = dataclasses.replace(MODEL, dropout=dropout)
+    found = run(trainer(model=model, held_out=HELD_OUT, look_every=9))
+    with torch.inference_mode():
+        total = found.model.eval().loss(HELD_OUT.tokens, HELD_OUT.targets)
+    assert found.state.held_out[-1][1] == pytest.approx(total.item() / 17, rel=1e-5)
+    # and as much as ever from what is trained on
+    assert found.state.losses == train(model=model).state.losses
+
+
+@pytest.mark.parametrize("at", range(18))
+def test_a_run_interrupted_at_any_step_looks_at_the_same_text(at: int, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(trainer(tmp_path / "run", Calls(at, interrupt), held_out=HELD_OUT, look_every=5), stop=score)
+    again = trainer(tmp_path / "run", Calls(at, pytest.fail), held_out=HELD_OUT, look_every=5)
+    assert_same_bits(run(again, stop=score), looked_at())
+
+
+def test_a_run_interrupted_at_every_step_looks_at_the_same_text(tmp_path: Path) -> None:
+    for at in range(18):
+        with pytest.raises(KeyboardInterrupt):
+            run(trainer(tmp_path / "run", Calls(at, interrupt), held_out=HELD_OUT, look_every=5), stop=score)
+    assert_same_bits(run(trainer(tmp_path / "run", Untouched(), held_out=HELD_OUT, look_every=5)), looked_at())
+
+
+def rising(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Looks at held-out text find these losses, one after another."""
+    left = list(losses)
+    monkeypatch.setattr(Trainer, "_held_out_loss", lambda self, batch: left.pop(0))
+
+
+@pytest.mark.parametrize(("patience", "steps"), [(0, 18), (1, 6), (2, 12), (4, 16), (6, 18)])
+def test_patience_ends_training(patience: int, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = [3.0, 2.0, 2.1, 1.5, 1.6, 1.5, 1.9, 1.7, 1.6]
+    rising(monkeypatch, *losses)
+    found = run(trainer(tmp_path / "run", held_out=HELD_OUT, look_every=2, patience=patience))
+    assert found.state.step == steps and found.state.finished
+    assert found.state.held_out == [(2 * (place + 1), loss) for place, loss in enumerate(losses[: steps // 2])]
+    # it has ended, and does not go on
+    again = run(trainer(tmp_path / "run", Untouched(), held_out=HELD_OUT, look_every=2, patience=patience))
+    assert again.state == found.state
+
+
+def test_a_held_out_loss_that_is_no_number_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    rising(monkeypatch, 3.0, math.nan)
+    with pytest.raises(DivergedError, match="the held-out loss is nan at step 8"):
+        run(trainer(held_out=HELD_OUT, look_every=4))
+
+
+def test_held_out_loss_is_logged_and_shown_where_it_was_measured() -> None:
+    logged: dict[int, dict[str, float]] = {}
+    console = Console(file=io.StringIO(), width=200)
+    with Progress(console) as progress:
+        ready = trainer(held_out=HELD_OUT, look_every=8)
+        found = ready.run(task := progress.add("train", total=18), log=lambda step, now: logged.update({step: now}))
+        task.close()
+    looks = {step: now["held_out_loss"] for step, now in logged.items() if "held_out_loss" in now}
+    assert list(looks.items()) == found.state.held_out and set(logged) > set(looks) == {8, 16, 18}
+    assert f"held-out {looks[18]:.3f}, " in console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+
+
+def test_what_was_trained_before_there_was_held_out_text_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "run", Calls(11, interrupt))
+    path = tmp_path / "run" / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["state"]["held_out"], saved["digest"]
+    path.write_text(json.dumps(saved))
+    found = run(trainer(tmp_path / "run", held_out=HELD_OUT, look_every=5))
+    assert [step for step, _ in found.state.held_out] == [15, 18]
 
 
 def test_speed_is_that_of_the_process_that_trained(tmp_path: Path) -> None:

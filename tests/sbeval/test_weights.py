@@ -8,7 +8,8 @@ from torch import Tensor
 
 from sbeval import registry
 from sbeval.kernels import alibi, stick_breaking
-from sbeval.model import Decoder, ModelConfig, parse_attention
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig, parse_attention
 from sbeval.weights import attention_weights, mixed_weights
 
 HEADS, SIZE, LENGTH = 4, 8, 21

@@ -8,12 +8,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from sbeval import sweep, table
+from sbeval import attention_shares, sweep, table
 from sbeval.errors import InputError
-from sbeval.model import Decoder, ModelConfig
+from sbeval.model import Decoder
+from sbeval.model_config import ModelConfig
 from sbeval.place import Place
 from sbeval.progress import Progress
-from sbeval.recall import Recall, generate
+from sbeval.recall import Recall
+from sbeval.recall_data import generate
 from sbeval.tasks import attention_map
 from sbeval.weights import attention_weights
 
@@ -38,7 +40,7 @@ def by_hand(row: list[int], half: int) -> dict[int, list[int]]:
 
 def test_targets_are_the_values_of_the_key_asked_for() -> None:
     examples = generate(TASK, 3, torch.arange(30))
-    latest, stale = attention_map.targets(examples, TASK)
+    latest, stale = attention_shares.targets(examples, TASK)
     for row, is_latest, is_stale in zip(examples.tokens.tolist(), latest, stale, strict=True):
         wanted = by_hand(row, TASK.half)
         assert is_latest.nonzero().tolist() == [[i, places[-1]] for i, places in wanted.items()]
@@ -52,24 +54,24 @@ def test_the_example_is_the_first_that_fits() -> None:
         any(len(places) > 2 for places in by_hand(row, TASK.half).values()) for row in examples.tokens.tolist()
     ]  # fmt: skip
     first = fits.index(True)
-    assert attention_map.chosen(examples, 0) == first
-    assert attention_map.chosen(examples, first + 1) == fits.index(True, first + 1)
+    assert attention_shares.chosen(examples, 0) == first
+    assert attention_shares.chosen(examples, first + 1) == fits.index(True, first + 1)
     with pytest.raises(InputError, match="--example"):
-        attention_map.chosen(examples, 200)
+        attention_shares.chosen(examples, 200)
 
 
 @pytest.mark.parametrize("attention", ["rope", "stick_breaking:remainder=none"])
 def test_shares_are_sums_of_weights(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # several parts
-    monkeypatch.setattr(attention_map, "CHUNK", 4 * 2 * 2 * 32 * 32)
+    monkeypatch.setattr(attention_shares, "CHUNK", 4 * 2 * 2 * 32 * 32)
     torch.manual_seed(0)
     model = Decoder(ModelConfig(vocab_size=33, width=24, layers=2, heads=2, hidden=24, attention=attention)).eval()
     examples = generate(TASK, 3, torch.arange(10))
-    rows = {(r["layer"], r["head"], r["target"]): r for r in attention_map.shares(model, examples, TASK)}
-    assert len(rows) == 2 * 2 * len(attention_map.TARGETS)
+    rows = {(r["layer"], r["head"], r["target"]): r for r in attention_shares.shares(model, examples, TASK)}
+    assert len(rows) == 2 * 2 * len(attention_shares.TARGETS)
     weights = attention_weights(model, examples.tokens)
     for layer, head in ((1, 1), (1, 2), (2, 1), (2, 2)):
-        found: dict[str, list[float]] = {target: [] for target in attention_map.TARGETS}
+        found: dict[str, list[float]] = {target: [] for target in attention_shares.TARGETS}
         for row, tokens in enumerate(examples.tokens.tolist()):
             for query, places in by_hand(tokens, TASK.half).items():
                 line = weights[layer - 1, row, head - 1, query]
@@ -80,7 +82,7 @@ def test_shares_are_sums_of_weights(attention: str, monkeypatch: pytest.MonkeyPa
                     found["other"].append(float(line.sum() - line[places].sum() - line[query]))
         for target, values in found.items():
             assert rows[layer, head, target]["value"] == pytest.approx(sum(values) / len(values), abs=1e-5)
-    total = sum(rows[2, 1, target]["value"] for target in attention_map.TARGETS)
+    total = sum(rows[2, 1, target]["value"] for target in attention_shares.TARGETS)
     assert (total == pytest.approx(1)) == (attention == "rope")
 
 
@@ -88,7 +90,7 @@ def test_the_rows_of_an_example_are_its_weights() -> None:
     torch.manual_seed(0)
     model = Decoder(ModelConfig(vocab_size=33, width=24, layers=1, heads=2, hidden=24)).eval()
     tokens = generate(TASK, 3, torch.arange(1)).tokens[0]
-    rows = list(attention_map.example_rows(model, tokens, TASK))
+    rows = list(attention_shares.example_rows(model, tokens, TASK))
     assert [row["value"] for row in rows if row["metric"] == "token"] == tokens.tolist()
     dense = torch.zeros(1, 2, 32, 32)
     marks: dict[str, set[tuple[int, int]]] = {"latest": set(), "stale": set(), "": set()}
@@ -96,7 +98,7 @@ def test_the_rows_of_an_example_are_its_weights() -> None:
         if row["metric"] == "weight":
             dense[row["layer"] - 1, row["head"] - 1, row["query"], row["key"]] = row["value"]
             marks[row["target"]].add((row["query"], row["key"]))
-    assert (dense - attention_weights(model, tokens[None])[:, 0]).abs().max() < attention_map.LEAST
+    assert (dense - attention_weights(model, tokens[None])[:, 0]).abs().max() < attention_shares.LEAST
     wanted = by_hand(tokens.tolist(), TASK.half)
     assert marks["latest"] == {(i, places[-1]) for i, places in wanted.items()}
     assert marks["stale"] == {(i, j) for i, places in wanted.items() for j in places[:-1]}
@@ -159,6 +161,6 @@ def test_what_cannot_be_looked_into_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="kv_pairs"):
         attention_map.Config(kv_pairs=17)
     with pytest.raises(InputError, match="did you mean 'rope'"):
-        attention_map.Config(attention=("ropee",))
+        attention_map.cells(attention_map.Config(attention=("ropee",)))
     for config in attention_map.PRESETS.values():
         assert len(attention_map.cells(config)) == 2

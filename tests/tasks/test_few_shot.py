@@ -19,7 +19,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sbeval import checkpoint, cli, harness, model, sweep, table
+from sbeval import checkpoint, cli, harness, model_config, sweep, table
 from sbeval.cell import cell_id
 from sbeval.checkpoint import State
 from sbeval.errors import InputError
@@ -28,6 +28,7 @@ from sbeval.model import Decoder
 from sbeval.place import Place
 from sbeval.tasks import few_shot
 from sbeval.tasks.few_shot import Cell, Config, Row, cells
+from sbeval.train import Trainer
 
 TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, items: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setitem(model.SIZES, "tiny", TINY)
+    monkeypatch.setitem(model_config.SIZES, "tiny", TINY)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -79,7 +80,7 @@ def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
 
 def save(folder: Path, seed: int) -> Path:
     torch.manual_seed(seed)
-    decoder = Decoder(model.ModelConfig(vocab_size=257, attention="stick_breaking", **TINY))
+    decoder = Decoder(model_config.ModelConfig(vocab_size=257, attention="stick_breaking", **TINY))
     checkpoint.save(folder, decoder, State(finished=True), training={"length": 8})
     return folder
 
@@ -357,3 +358,13 @@ def _answers(folder: Path) -> int:
         with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(path)) as file:
             return int(file.execute("SELECT count(*) FROM answers").fetchone()[0])
     return 0
+
+
+def test_rows_say_how_their_model_was_trained(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (Path(config.corpus) / "valid.txt").write_text("valid says this and that. " * 9)
+    losses = [3.0, 2.0]
+    monkeypatch.setattr(Trainer, "_held_out_loss", lambda self, batch: losses.pop() if losses else 2.5)
+    run(dataclasses.replace(config, train_tokens=640), tmp_path / "results")
+    rows = table.read(tmp_path / "results" / "few_shot.csv", table.columns(Row))
+    assert set(rows["status"]) == {"overfit"} and (rows["train_tokens"] == 640).all()
+    assert (rows["epochs"] - 640 / rows["unique_tokens"]).abs().max() < 1e-4

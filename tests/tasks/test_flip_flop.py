@@ -12,11 +12,12 @@ from rich.console import Console
 
 from sbeval import sweep, table
 from sbeval.errors import InputError
+from sbeval.flip_flop_data import READ, SKIP, WRITE, Examples, batches, errors, generate
 from sbeval.model import IGNORE
 from sbeval.place import Place
-from sbeval.plots.flip_flop import best_rates
+from sbeval.selection import flip_flop_errors
 from sbeval.tasks import flip_flop
-from sbeval.tasks.flip_flop import READ, SKIP, WRITE, Config, Examples, errors, generate
+from sbeval.tasks.flip_flop import Config
 
 TINY = Config(
     attention=("rope", "stick_breaking"), seeds=(0,), lrs=(1e-3, 1e-2), seq_len=16, batch=4, steps=4, check_every=2,
@@ -61,8 +62,8 @@ def test_a_row_is_the_same_beside_whichever_others() -> None:
     some = generate(32, 0.5, 7, torch.tensor([3, 11]))
     assert torch.equal(every.tokens[[3, 11]], some.tokens) and torch.equal(every.targets[[3, 11]], some.targets)
     assert not torch.equal(every.tokens, generate(32, 0.5, 8, torch.arange(20)).tokens)
-    batches = flip_flop.batches(TINY, torch.device("cpu"))
-    assert torch.equal(batches[2].tokens, batches[2].tokens) and not torch.equal(batches[2].tokens, batches[3].tokens)
+    drawn = batches(TINY.seq_len, TINY.p_ignore, TINY.seeds[0], TINY.batch, torch.device("cpu"))
+    assert torch.equal(drawn[2].tokens, drawn[2].tokens) and not torch.equal(drawn[2].tokens, drawn[3].tokens)
 
 
 def test_error_rates_of_an_oracle_and_of_its_opposite() -> None:
@@ -124,7 +125,7 @@ def test_the_summary_stands_beside_published_figures(results: Path) -> None:
     with console.capture() as shown:
         console.print(flip_flop.summary(rows))
     lines = shown.get().splitlines()
-    ours = best_rates(rows)
+    ours = flip_flop_errors(rows)
     assert ours.groupby("attention")["lr"].nunique().to_dict() == {"rope": 1, "stick_breaking": 1}
     mine = next(line for line in lines if "rope" in line and "here" in line)
     wanted = ours[(ours["attention"] == "rope") & (ours["test"] == "sparse")]["value"].item()

@@ -8,27 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import platformdirs
 import pytest
 import torch
 from torch import Tensor
 
-from sbeval import checkpoint, model, tokenizer
+from sbeval import checkpoint, held_out, model, model_config, python_source, tokenizer, train
+from sbeval.batches import Batches
 from sbeval.cell import Outcome, cell_id
 from sbeval.corpus import Split
 from sbeval.errors import InputError
 from sbeval.perplexity import PositionLosses
 from sbeval.place import Place
 from sbeval.progress import Progress
+from sbeval.python_source import File
 from sbeval.tasks import length_gen
 from sbeval.tasks.length_gen import Config, Row, cells, rows
+from sbeval.train import Trainer
 
 TINY = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setitem(model.SIZES, "tiny", TINY)
+    monkeypatch.setitem(model_config.SIZES, "tiny", TINY)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -108,6 +112,9 @@ def test_eval_len_need_be_no_power_of_two() -> None:
         ({"eval_len": 255}, "--eval-len 255 is shorter than --train-len 256.*give --eval-len 256 or more"),
         ({"train_tokens": 0}, "train_tokens must be at least 1; got 0"),
         ({"windows": 0}, "windows must be at least 1; got 0"),
+        ({"max_epochs": 0.0}, "max_epochs must be above 0 and finite; got 0"),
+        ({"max_epochs": math.inf}, "max_epochs must be above 0 and finite; got inf"),
+        ({"patience": -1}, "patience must be at least 0; got -1"),
         ({"corpus_tokens": 0}, "corpus_tokens must be at least 1, or left out; got 0"),
         ({"size": "25b"}, "unknown model size '25b'; did you mean '25m'"),
         ({"packing": "streams"}, "unknown packing 'streams'; did you mean 'stream'"),
@@ -261,7 +268,7 @@ def test_a_text_that_changed_is_trained_on_again(config: Config, tmp_path: Path,
 def test_documents_too_short_are_said_before_training(
     config: Config, tmp_path: Path, progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(length_gen, "Trainer", None)
+    monkeypatch.setattr(train, "Trainer", None)
     with pytest.raises(InputError, match="no document of corpus 'texts' .* has 501 tokens .*use --eval-len"):
         run(dataclasses.replace(config, eval_len=500), tmp_path, progress)
 
@@ -273,6 +280,125 @@ def test_what_only_evaluation_sees_shares_a_training(config: Config, tmp_path: P
     assert scaled.tokens_per_s == plain.tokens_per_s and scaled.identity.options == "scaling=linear,factor=4.0"
     assert len(list((results / "checkpoints").glob("[!.]*"))) == 1
     assert scaled.rows != plain.rows
+
+
+# epochs, and held-out text
+
+
+def with_valid(config: Config) -> Config:
+    (Path(config.corpus) / "valid0.txt").write_text("valid 0 says this and that. " * 9)
+    return config
+
+
+@pytest.mark.parametrize("packing", ["stream", "documents"])
+def test_a_presets_tokens_end_at_four_epochs(packing: str, config: Config, tmp_path: Path, progress: Progress) -> None:
+    config = dataclasses.replace(with_valid(config), train_tokens=10**6, packing=packing)
+    # windows of 8 in three documents, each closed by one token more
+    unique = (sum(len(f"train {number} says this and that. " * (5 + number)) + 1 for number in range(3)) - 1) // 8 * 8
+    outcome = run(config, tmp_path / "results", progress)
+    steps = 4 * unique // 16
+    assert (outcome.train_tokens, outcome.unique_tokens) == (steps * 16, unique)
+    assert outcome.epochs == pytest.approx(steps * 16 / unique, abs=1e-4)
+    assert outcome.epochs is not None and 3.9 < outcome.epochs <= 4
+    assert len(outcome.measured["losses"]) == steps and outcome.measured["ended_by"] == "max_epochs"  # type: ignore[arg-type]
+    # the schedule is that of so many steps
+    (cell,) = cells(config)
+    text = length_gen.open_corpus(config, progress)
+    assert (cell.training(text).steps, cell.training(text).warmup) == (steps, steps // 20)
+    assert cell.training().tokens == 10**6
+    (line,) = length_gen.cautions(config, progress)
+    assert line.startswith("1,000,000 training tokens are ") and f"has {unique:,}: training ends after" in line
+    assert "another --corpus" in line
+
+
+def test_tokens_that_are_asked_for_are_trained_on(config: Config, tmp_path: Path, progress: Progress) -> None:
+    config = dataclasses.replace(with_valid(config), train_tokens=16 * 200, max_epochs=None)
+    outcome = run(config, tmp_path / "results", progress)
+    assert outcome.train_tokens == 3200 and outcome.epochs is not None and outcome.epochs > 4
+    assert outcome.measured["ended_by"] == "train_tokens"
+    (line,) = length_gen.cautions(config, progress)
+    assert "past 4 epochs" in line
+    assert length_gen.cautions(dataclasses.replace(config, train_tokens=960), progress) == []
+    # another cell, and the same one where it is the default
+    ids = [cell_id(cells(dataclasses.replace(config, max_epochs=most))[0]) for most in (None, 4.0, 8.0)]
+    assert len(set(ids)) == 3 and ids[1] == cell_id(cells(dataclasses.replace(config, max_epochs=4))[0])
+
+
+def test_ids_from_before_there_were_epochs_stay() -> None:
+    # of committed results
+    figure_5 = dataclasses.replace(
+        length_gen.PRESETS["figure5"], attention=("alibi",), corpus="books", documents=16, windows=1, window=(2048,),
+        seeds=(0,), dtype="bfloat16",
+    )  # fmt: skip
+    assert cell_id(cells(figure_5)[0]) == "length_gen-alibi-seed-0-88ebd501e5"
+
+
+def test_held_out_loss_is_that_of_the_same_windows_for_every_method(
+    config: Config, tmp_path: Path, progress: Progress
+) -> None:
+    config = dataclasses.replace(with_valid(config), train_tokens=16 * 40)
+    looks = []
+    for attention in ("rope", "alibi"):
+        outcome = run(dataclasses.replace(config, attention=(attention,)), tmp_path / "results", progress)
+        looks.append(outcome.measured["held_out"])
+        folder = max((tmp_path / "results" / "checkpoints").glob("[!.]*"), key=lambda path: path.stat().st_mtime)
+        # by hand, on the windows that are there: text that no split shares
+        text = length_gen.open_corpus(config, progress)
+        training = cells(config)[0].training(text)
+        _, windows = held_out.plan(training.tokens, 8)
+        batch = Batches(text.valid, 8, 1, 0, "stream").spread(windows)
+        decoder = checkpoint.load_model(folder).eval()
+        with torch.inference_mode():
+            loss = decoder.loss(batch.tokens, batch.targets).item() / batch.tokens.numel()
+        steps = [step for step, _ in looks[-1]]  # type: ignore[attr-defined]
+        assert steps[-1] == 40 and len(steps) == len(set(steps)) >= 3
+        assert looks[-1][-1][1] == pytest.approx(loss, abs=1e-4)  # type: ignore[index]
+    assert looks[0] != looks[1]
+    assert bytes(text.valid.document(0).tolist()).decode().startswith("valid 0 says")
+
+
+def test_without_held_out_text_that_is_said(config: Config, tmp_path: Path, progress: Progress) -> None:
+    (line,) = length_gen.cautions(config, progress)
+    assert "'texts' has 0 tokens of held-out text, less than a window of 8" in line
+    outcome = run(config, tmp_path / "results", progress)
+    assert outcome.measured["held_out"] == [] and all(row.status == "" for row in outcome.rows)  # type: ignore[attr-defined]
+
+
+def test_a_model_that_overfits_is_marked(
+    config: Config, tmp_path: Path, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = [3.0, 2.0, 2.2]
+    monkeypatch.setattr(Trainer, "_held_out_loss", lambda self, batch: losses.pop(0) if losses else 2.2)
+    config = dataclasses.replace(with_valid(config), train_tokens=16 * 40)
+    outcome = run(config, tmp_path / "results", progress)
+    assert {row.status for row in outcome.rows} == {"overfit"}  # type: ignore[attr-defined]
+    # whoever evaluates its checkpoint knows it too
+    (folder,) = (tmp_path / "results" / "checkpoints").glob("[!.]*")
+    given = run(dataclasses.replace(config, checkpoint=str(folder)), tmp_path / "other", progress)
+    assert {row.status for row in given.rows} == {"overfit"}  # type: ignore[attr-defined]
+    assert (given.train_tokens, given.unique_tokens, given.epochs) == (0, None, None)
+
+
+def test_patience_is_of_the_model_and_said_in_the_run_file(
+    config: Config, tmp_path: Path, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dataclasses.replace(with_valid(config), train_tokens=16 * 40)
+    assert run(config, tmp_path / "results", progress).measured["ended_by"] == "train_tokens"
+    monkeypatch.setattr(Trainer, "_held_out_loss", lambda self, batch: 2.0)
+    outcome = run(dataclasses.replace(config, patience=2), tmp_path / "results", progress)
+    found = outcome.measured["held_out"]
+    assert outcome.measured["ended_by"] == "patience" and [loss for _, loss in found] == [2.0] * 3  # type: ignore[attr-defined]
+    assert outcome.train_tokens == found[-1][0] * 16 < 640  # type: ignore[index]
+    assert len(list((tmp_path / "results" / "checkpoints").glob("[!.]*"))) == 2
+
+
+def test_the_terminals_table_says_which_overfit() -> None:
+    losses = PositionLosses(np.ones((2, 32)), np.cumsum(np.ones((2, 32)), 1))
+    found = pd.DataFrame([dataclasses.asdict(row) for row in rows(losses, train_len=8)])
+    found = pd.concat([found.assign(attention=name, status=how) for name, how in (("rope", "overfit"), ("nope", ""))])
+    found = found.assign(options="", train_len=8)
+    assert "above its lowest): rope." in str(length_gen.summary(found).caption)
+    assert length_gen.summary(found[found["status"] == ""]).caption is None
 
 
 # models that are there already
@@ -370,3 +496,26 @@ def test_lengths_past_a_table_of_positions_are_an_error(
         InputError, match=f"has a table of {size} positions and can't read {40 if window else 32} tokens"
     ):
         run(dataclasses.replace(config, checkpoint=str(folder), window=window), tmp_path / "results", progress)
+
+
+# the text of Python itself
+
+
+def test_a_run_says_of_which_versions_its_text_is(
+    config: Config, tmp_path: Path, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [File(role, f"{role}.py", tmp_path / "texts" / f"{role}0.txt") for role in ("test", "train")]
+    files.append(File("valid", "valid.py", tmp_path / "texts" / "train2.txt"))
+    monkeypatch.setattr(python_source, "installed", lambda: ({"python": "3.0", "some": "1.2"}, files))
+    found = run(dataclasses.replace(config, corpus="python"), tmp_path / "results", progress)
+    assert (found.corpus, found.measured["corpus_versions"]) == ("python", {"python": "3.0", "some": "1.2"})
+    assert "corpus_versions" not in run(config, tmp_path / "results", progress).measured
+
+
+def test_models_of_two_optimizers_are_two(config: Config, tmp_path: Path, progress: Progress) -> None:
+    muon = dataclasses.replace(config, optimizer="muon")
+    assert len({cell_id(cells(one)[0]) for one in (config, muon)}) == 2
+    losses = [run(one, tmp_path / "results", progress).measured["losses"] for one in (config, muon)]
+    assert losses[0] != losses[1]
+    with pytest.raises(InputError, match="optimizer"):
+        dataclasses.replace(config, optimizer="sgd")

@@ -16,15 +16,21 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
 
-from sbeval import recall, sweep, table
+from sbeval import recall, recall_data, sweep, table
 from sbeval.cell import cell_id
 from sbeval.errors import InputError
 from sbeval.model import IGNORE
 from sbeval.place import Place
 from sbeval.progress import Progress
+from sbeval.recall import Recall
+from sbeval.recall_data import Examples, generate
 from sbeval.synthetic import TEST_SEED, VALIDATION_SEED
 from sbeval.tasks import mqrar
-from sbeval.tasks.mqrar import Examples, Recall, generate
+
+
+def batches_of(cell: mqrar.Cell) -> recall_data.Batches:
+    config = cell.config
+    return recall_data.Batches(cell.task, config.seeds[0], config.batch, config.stored_rows, torch.device("cpu"))
 
 
 def draw(task: Recall, rows: int, seed: int = 0) -> Examples:
@@ -93,7 +99,7 @@ def test_the_example_of_the_docstring() -> None:
     task = Recall(vocab_size=16, seq_len=14, kv_pairs=2)
     # keys 1 and 2, values from 8 on
     row = [1, 10, 2, 8, 11, 9, 1, 11, 10, 10, 1, 8, 2, 9]
-    found = mqrar.label(task, torch.tensor([row]))
+    found = recall_data.label(task, torch.tensor([row]))
     scored = {i: label for i, label in enumerate(found.targets[0].tolist()) if label != IGNORE}
     assert scored == {6: 10, 10: 11, 12: 8}
     assert [found.stale[0, i].item() for i in scored] == [0, 1, 0]
@@ -164,11 +170,11 @@ def test_same_seed_same_bytes() -> None:
 
 def test_training_never_draws_the_same_batch_twice() -> None:
     cell = mqrar.cells(mqrar.PRESETS["quick"])[0]
-    fresh = mqrar.Batches(cell, torch.device("cpu"))
+    fresh = batches_of(cell)
     assert torch.equal(fresh[5].tokens, fresh[5].tokens)
     assert not torch.equal(fresh[5].tokens, fresh[6].tokens)
     # several steps are drawn together
-    again = mqrar.Batches(cell, torch.device("cpu"))
+    again = batches_of(cell)
     for step in (40, 3, 17, 16, 5):
         drawn = generate(cell.task, again.seed, again.rows(step))
         for name in ("tokens", "targets", "stale", "distance"):
@@ -183,12 +189,12 @@ def test_sweeps_over_pairs_share_compiled_code() -> None:
 
 
 def test_training_validation_and_test_draw_apart() -> None:
-    def batches(seed: int, attention: str) -> mqrar.Batches:
+    def batches(seed: int, attention: str) -> recall_data.Batches:
         (cell,) = mqrar.cells(mqrar.Config(attention=(attention,), seeds=(seed,)))
-        return mqrar.Batches(cell, torch.device("cpu"))
+        return batches_of(cell)
 
     task = batches(0, "rope").task
-    held_out = [mqrar._held_out(task, seed, 64, torch.device("cpu")) for seed in (TEST_SEED, VALIDATION_SEED)]
+    held_out = [recall_data.held_out(task, seed, 64, torch.device("cpu")) for seed in (TEST_SEED, VALIDATION_SEED)]
     apart = [batches(0, "rope")[0], batches(1, "rope")[0], *held_out]
     for one, other in itertools.combinations(apart, 2):
         assert one.tokens.shape == other.tokens.shape and not torch.equal(one.tokens, other.tokens)
@@ -200,7 +206,7 @@ def test_accuracy_of_an_oracle_and_of_a_wrong_answer() -> None:
     examples = draw(Recall(vocab_size=40, seq_len=32, kv_pairs=6), 200)
     scored = examples.targets != IGNORE
     for correct, wanted in ((scored, 1.0), (torch.zeros_like(scored), 0.0)):
-        found = {str(factors): estimate for estimate, factors in mqrar.accuracies(examples, correct)}
+        found = {str(factors): estimate for estimate, factors in recall_data.accuracies(examples, correct)}
         assert all(estimate.value == wanted for estimate in found.values())
     assert {"{'split': 'all'}", "{'split': 'fresh'}", "{'split': 'stale'}"} <= set(found)
 
@@ -209,7 +215,7 @@ def test_splits_add_up_and_errors_are_over_examples() -> None:
     examples = draw(Recall(vocab_size=40, seq_len=32, kv_pairs=6), 300)
     scored = examples.targets != IGNORE
     correct = scored & (torch.rand(scored.shape, generator=torch.Generator().manual_seed(1)) < 0.7)
-    found = list(mqrar.accuracies(examples, correct))
+    found = list(recall_data.accuracies(examples, correct))
     overall = found[0][0]
     assert overall.value == pytest.approx(int(correct.sum()) / int(scored.sum()), rel=1e-12)
     assert overall.n == 300
@@ -233,7 +239,7 @@ def test_each_accuracy_is_over_its_own_positions() -> None:
         **{("distance_start", 2**i): (distance >= 2**i) & (distance < 2 ** (i + 1)) for i in range(5)},
     }  # fmt: skip
     seen = set()
-    for accuracy, factors in mqrar.accuracies(examples, correct):
+    for accuracy, factors in recall_data.accuracies(examples, correct):
         name = next(iter(factors))
         where = masks[name, factors[name]]
         assert accuracy.value == pytest.approx(int((correct & where).sum()) / int(where.sum()), rel=1e-12)
@@ -339,7 +345,7 @@ def test_grid_of_cells() -> None:
 
 def test_a_stored_set_is_seen_once_an_epoch_in_another_order() -> None:
     (cell,) = mqrar.cells(mqrar.Config(attention=("rope",), batch=4, stored_rows=10))
-    batches = mqrar.Batches(cell, torch.device("cpu"))
+    batches = batches_of(cell)
     seen = torch.cat([batches.rows(step) for step in range(5)])
     first, second = seen[:10].tolist(), seen[10:].tolist()
     assert sorted(first) == sorted(second) == list(range(10)) and first != second

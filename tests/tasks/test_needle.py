@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from sbeval import checkpoint, cli, model, retrieval, ruler, sweep, table
+from sbeval import checkpoint, cli, model_config, retrieval, ruler, sweep, table
 from sbeval.batches import NOTHING
+from sbeval.cell import cell_id
 from sbeval.checkpoint import State
 from sbeval.errors import InputError
 from sbeval.lessons import Lessons
@@ -26,6 +28,7 @@ from sbeval.retrieval import Answered, Samples
 from sbeval.tasks import length_gen, needle
 from sbeval.tasks.needle import Cell, Config, Row, cells, measured
 from sbeval.tokenizer import Bytes
+from sbeval.train import Trainer
 
 TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 CPU = torch.device("cpu")
@@ -33,7 +36,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setitem(model.SIZES, "tiny", TINY)
+    monkeypatch.setitem(model_config.SIZES, "tiny", TINY)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
     # which times the machine
     monkeypatch.setattr(sweep, "describe_cost", lambda cells, place: "")
@@ -62,7 +65,7 @@ def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
 
 def save(folder: Path, attention: str = "stick_breaking", seed: int = 0) -> Path:
     torch.manual_seed(seed)
-    decoder = Decoder(model.ModelConfig(vocab_size=257, attention=attention, **TINY))
+    decoder = Decoder(model_config.ModelConfig(vocab_size=257, attention=attention, **TINY))
     checkpoint.save(folder, decoder, State(finished=True), training={"length": 768})
     return folder
 
@@ -260,7 +263,7 @@ def test_a_tokenizer_of_another_model_is_an_error(config: Config, tmp_path: Path
 
 
 def test_lengths_past_a_table_of_positions_are_an_error(config: Config, tmp_path: Path, asked: list[int]) -> None:
-    decoder = Decoder(model.ModelConfig(vocab_size=257, attention="nope", positions=800, **TINY))
+    decoder = Decoder(model_config.ModelConfig(vocab_size=257, attention="nope", positions=800, **TINY))
     checkpoint.save(tmp_path / "model", decoder, State(finished=True), training={"length": 768})
     with pytest.raises(
         InputError, match="has a table of 800 positions and can't read 1024 tokens: ask for 800 at most"
@@ -372,3 +375,16 @@ def test_questions_that_are_missing_are_one_line(command: list[object]) -> None:
     assert code == 2 and error.count("\n") == 1 and "give --squad PATH to SQuAD v2's dev-v2.0.json" in error
     code, _, error = said(*command, "--task", "qa_2", "--hotpot", "nowhere.json")
     assert code == 2 and error == "sbeval: cannot read nowhere.json: No such file or directory\n"
+
+
+def test_rows_say_how_their_model_was_trained(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (Path(config.corpus) / "valid.txt").write_text("valid says this and that. " * 9)
+    losses = [3.0, 2.0]
+    monkeypatch.setattr(Trainer, "_held_out_loss", lambda self, batch: losses.pop() if losses else 2.5)
+    (cell,) = run(dataclasses.replace(config, train_tokens=640, lengths=(768,)), tmp_path / "results")
+    rows = table.read(tmp_path / "results" / "needle.csv", table.columns(Row))
+    assert set(rows["status"]) == {"overfit"} and (rows["train_tokens"] == 640).all()
+    assert (rows["epochs"] - 640 / rows["unique_tokens"]).abs().max() < 1e-4
+    record = json.loads((tmp_path / "results" / "runs" / f"{cell_id(cell)}.json").read_text())
+    assert record["measured"]["held_out"][0][1] == 2.0 and record["measured"]["ended_by"] == "train_tokens"
+    assert "above its lowest): rope." in str(needle.summary(rows).caption)

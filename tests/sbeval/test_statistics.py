@@ -1,12 +1,13 @@
-"""Means, ratios and their standard errors, against the formulas and against leaving units out one at a time."""
+"""Means, ratios and their errors, against the formulas and against leaving units out one at a time; intervals."""
 
 import math
 import statistics
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from sbeval.estimate import Estimate, Floats, mean, ratio
+from sbeval.statistics import Estimate, Floats, difference, half_width, mean, ratio
 
 
 def draw(n: int) -> tuple[Floats, Floats]:
@@ -76,3 +77,22 @@ def test_a_single_unit_has_no_error() -> None:
     assert mean(np.array([2.5])) == Estimate(2.5, None, 1)
     assert ratio(np.array([1.0]), np.array([4.0])) == Estimate(0.25, None, 1)
     assert ratio(np.array([1.0, 0.0]), np.array([4.0, 0.0])) == Estimate(0.25, None, 1)
+
+
+def test_the_half_width_is_students_of_several_seeds_and_normal_of_one() -> None:
+    # 97.5 % quantiles from a table: 12.706 for one degree of freedom, 2.776 for four
+    assert half_width(np.array([0.10, 0.25]), math.nan) == pytest.approx(12.706 * 0.075, rel=1e-3)
+    values = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
+    assert half_width(values, 0.0) == pytest.approx(2.776 * statistics.stdev(values.tolist()) / 5**0.5, rel=2e-3)
+    assert half_width(np.array([3.0]), 0.5) == pytest.approx(1.96 * 0.5)
+    assert math.isnan(half_width(np.array([3.0]), math.nan))
+
+
+def test_a_difference_is_taken_seed_by_seed() -> None:
+    one = pd.DataFrame({"seed": [0, 1, 2], "value": [1.0, 5.0, 9.0], "stderr": 0.1})
+    two = pd.DataFrame({"seed": [0, 1, 3], "value": [0.9, 4.75, 0.0], "stderr": 0.1})
+    found = difference(one, two, "items")
+    assert found.over == "95 % over 2 seeds" and found.mean == pytest.approx(0.175)
+    assert (found.low, found.high) == pytest.approx((0.175 - 0.953, 0.175 + 0.953), abs=1e-3)
+    single = difference(one[:1], two[:1], "items")
+    assert single.over == "95 % over items" and single.high - single.mean == pytest.approx(1.96 * 0.1 * 2**0.5)

@@ -1,0 +1,51 @@
+"""Configurations: frozen dataclasses whose values name cells and checkpoints, and whose fields are the options."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# for `field(metadata=LATER)`: marks a field added after results were published, left out of digests at its default
+LATER = {"later": True}
+# groups of options in `--help`
+TASK, MODEL, TRAINING, EVALUATION, DATA, RUN = "Task", "Model", "Training", "Evaluation", "Data", "Run"
+ATTENTION = "Method, with options as name:key=value,..."
+SEED = "Seed of weights and data."
+LR = "Peak learning rate."
+OPTIMIZERS = ("adamw", "muon")
+
+
+def option(
+    default: Any, group: str, help: str, *metadata: Mapping[str, Any], flag: str = "", metavar: str | None = None,
+    compare: bool = True,
+) -> Any:  # fmt: skip
+    """Declare a field of a config that is an option of its command too, which `help` describes.
+
+    metadata: marks of the field, such as LATER. flag: its flag where that is not its name, as `--seed` for `seeds`.
+    """
+    own = {"help": help, "group": group, "flag": flag, "metavar": metavar}
+    return dataclasses.field(
+        default=default,
+        compare=compare,
+        metadata={key: value for part in (*metadata, own) for key, value in part.items()},
+    )
+
+
+def digest_of(key: object) -> str:
+    """Return ten hexadecimal digits that stand for a configuration: dataclasses, and what JSON knows, in any nesting.
+
+    Fields with `compare=False` are not part of the identity.
+    """
+    text = json.dumps(key, sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _plain(value: object) -> Any:
+    assert dataclasses.is_dataclass(value) and not isinstance(value, type), value
+    values = {entry: getattr(value, entry.name) for entry in dataclasses.fields(value) if entry.compare}
+    return {
+        entry.name: item
+        for entry, item in values.items()
+        if not (entry.metadata.get("later") and item == entry.default)
+    }

@@ -1,0 +1,97 @@
+"""Files that a kill, a full disk or a second process cannot damage: written whole or not at all, under a lock."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from filelock import FileLock
+
+from sbeval.errors import InputError, first_line
+
+# errors of a disk that is full, read-only, not ours or broken; libraries that wrap them in their own give no number
+STORAGE = (None, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Turn an error of the disk that `path` is written to in the block into an InputError of one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in STORAGE:
+            raise
+        raise InputError(
+            f"cannot write {path}: {error.strerror or first_line(error)}; "
+            "what is finished is kept: fix this and run the same command again to resume"
+        ) from None
+
+
+def prepare(results_dir: Path) -> Path:
+    """Make the folder for results and return it; InputError when it cannot be made or written to."""
+    try:
+        results_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the results folder {results_dir}: {error.strerror}") from None
+    if not os.access(results_dir, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to the results folder {results_dir}; give another with --results-dir")
+    return results_dir
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`, which replaces `path` at the end of the block, whole and flushed to disk.
+
+    On an error it is removed and `path` stays as it was. InputError for a disk that takes no more.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    with storing(path):
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `folder`, which gets that name at the end of the block; on an error it is removed.
+
+    `folder` must not exist, or be empty, and one process at a time may make it.
+    """
+    partial = folder.with_name(f".{folder.name}.partial")
+    # left by a process that was killed
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with storing(folder):
+            partial.mkdir(parents=True)
+        yield partial
+        with storing(folder):
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock beside a file, whose folder is made, for the length of the block; InputError as `replacing`."""
+    lock = FileLock(f"{path}.lock")
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,133 @@
+"""Commands from configs: a field of a config with help is an option of its command, and is described nowhere else."""
+
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import typer
+
+from sbeval.config import DATA, EVALUATION, MODEL, RUN, TASK, TRAINING, option
+
+# groups of options, in the order of `--help`
+GROUPS = (TASK, MODEL, TRAINING, EVALUATION, DATA, RUN)
+# values of a swept option that `--help` lists
+LISTED = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common:
+    """Options of every command that runs cells."""
+
+    preset: str | None = option(
+        None, RUN, "quick (minutes on two cores), small (one GPU), h200, paper, or one of the task's own. Default: "
+        "quick on a CPU, else small.",
+    )  # fmt: skip
+    device: str | None = option(None, RUN, "cpu, cuda or cuda:N. Default: the GPU if there is one.")
+    dtype: str | None = option(
+        None, RUN, "Of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU."
+    )
+    results_dir: Path = option(Path("results"), RUN, "Folder of tables, run files, checkpoints and figures.")
+    force: bool = option(False, RUN, "Run finished cells again.")
+    dry_run: bool = option(False, RUN, "Print the cells and their cost, and stop.")
+    tensorboard: Path | None = option(None, RUN, "Folder for TensorBoard logs.", metavar="DIR")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep(Common):
+    """Those of a command that can run several cells at once."""
+
+    executor: str = option("local", RUN, "local, or ray.")
+    workers: int | None = option(
+        None, RUN, "Cells to run at once: processes that share cores and GPUs, or Ray's CPUs on this machine."
+    )
+    address: str | None = option(None, RUN, "Ray cluster to join, as host:port or auto.")
+    gpus_per_cell: float | None = option(
+        None, RUN, "GPUs of a Ray task, such as 0.25. Default: one where there are any."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training(Common):
+    """Those of the command that trains alone."""
+
+    shard: bool = option(False, RUN, "Shard weights and optimizer over the processes (FSDP2) instead of copies (DDP).")
+
+
+Kind = TypeVar("Kind", bound=Common)
+
+
+def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> list[inspect.Parameter]:
+    """Return a keyword parameter for each field that is an option, as Typer reads them.
+
+    presets: by name, configs whose values hold where an option is not given: it is None then.
+    """
+    found, hints = [], get_type_hints(config)
+    for field in fields(config):
+        if "help" not in field.metadata:
+            continue
+        hint, help, default = hints[field.name], field.metadata["help"], None if presets else field.default
+        flags = (field.metadata["flag"] or f"--{field.name.replace('_', '-')}").split()
+        if isinstance(hint, types.UnionType):
+            (hint,) = (kind for kind in get_args(hint) if kind is not types.NoneType)
+        if get_args(hint):
+            hint, help = types.GenericAlias(list, get_args(hint)[:1]), f"{help} Repeat for several."
+        if hint is bool and presets:
+            flags = [f"{flag}/--no-{flag[2:]}" for flag in flags]
+        if presets and (values := _by_preset(field.name, presets)):
+            # in brackets that are no markup
+            help = f"{help} [dim]\\[{values}][/dim]"
+        info = typer.Option(
+            *flags, help=help, metavar=field.metadata["metavar"], rich_help_panel=field.metadata["group"],
+            show_default=not presets and hint is not bool,
+        )  # fmt: skip
+        assert default is not MISSING, "an option has a default"
+        kind: Any = hint | None if default is None else hint
+        annotation = Annotated[kind, info]
+        found.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    return found
+
+
+def _by_preset(name: str, presets: Mapping[str, Any]) -> str:
+    """Return what an option is by default, and in which presets it is something else; empty where it is nothing."""
+    names: dict[str, list[str]] = {}
+    for preset, config in presets.items():
+        names.setdefault(_text(getattr(config, name)), []).append(preset)
+    if list(names) == [""]:
+        return ""
+    most = max(names, key=lambda text: len(names[text]))
+    others = [f"{', '.join(of)}: {text or 'none'}" for text, of in names.items() if text != most]
+    return "; ".join([*([f"default: {most}"] if most else []), *others])
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        more = f", ... ({len(value)})" if len(value) > LISTED else ""
+        return ", ".join(map(_text, value[: LISTED // 2 if more else LISTED])) + more
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "" if value is None else str(value)
+
+
+def command(
+    app: typer.Typer, name: str, config: type[Any], presets: Mapping[str, Any], common: type[Kind],
+    run: Callable[[Kind, dict[str, Any]], None], *, help: str, panel: str,
+) -> None:  # fmt: skip
+    """Add a command whose options are those of a config and the common ones; `run` gets these, and those given."""
+    shared = {field.name for field in fields(common)}
+
+    def invoke(**values: Any) -> None:
+        rest = {key: value for key, value in values.items() if key not in shared and value is not None}
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in rest.items()}
+        run(common(**{key: values[key] for key in shared}), given)
+
+    both = [*parameters(config, presets), *parameters(common)]
+    both.sort(key=lambda one: GROUPS.index(get_args(one.annotation)[1].rich_help_panel))
+    invoke.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
+    app.command(name, help=help, rich_help_panel=panel)(invoke)

@@ -1,0 +1,54 @@
+"""Rows of result tables: the columns of every family, which adds its factors in a subclass of `Measurement`."""
+
+from dataclasses import dataclass, field
+
+from sbeval.config import LATER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What was measured: the method, how it was trained and evaluated. Lengths are in tokens."""
+
+    family: str
+    task: str
+    model: str
+    attention: str
+    options: str
+    params: int
+    train_len: int
+    eval_len: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One number. `stderr` is its standard error over the `n` things that it is a mean of; None when it has none."""
+
+    metric: str
+    unit: str
+    value: float
+    stderr: float | None = None
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a row comes from. `cell` is the stem of its run file, results/runs/<cell>.json.
+
+    unique_tokens: those of an epoch of the text that a model is trained on, None where there is no such text.
+    """
+
+    cell: str
+    preset: str
+    corpus: str
+    tokenizer: str
+    train_tokens: int
+    unique_tokens: int | None = field(default=None, metadata=LATER)
+    epochs: float | None = field(default=None, metadata=LATER)
+    dtype: str
+    device: str
+    backend: str
+    commit: str
+    torch: str
+    triton: str
+    utc: str
