@@ -72,7 +72,9 @@ def totals(table: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         raise InputError("no rows with the metric time")
     skips = rows["epsilon"].fillna(0) > 0
-    rows = rows.assign(options=rows["backend"].where(rows["backend"] != "triton", "").where(~skips, "skipping"))
+    rows = rows.assign(
+        options=rows["backend"].where(~rows["backend"].str.startswith("triton"), "").where(~skips, "skipping")
+    )
     by = ["model", "params", "attention", "options", "step", "batch", "keys", "device"]
     return rows.groupby(by)["value"].sum().reset_index().sort_values("keys")
 

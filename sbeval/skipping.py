@@ -113,8 +113,9 @@ def measure(
             for contender in CONTENDERS:
                 rows = _measured(contender, step, batch, layers, reached)
                 problem = _problem(contender, step, batch, layers[0])
+                backend = _backend(contender, step, layers[0])
                 bench.keep(
-                    contender.attention, contender.backend, "skipping", rows, place, dtype, results_dir, problem,
+                    contender.attention, backend, "skipping", rows, place, dtype, results_dir, problem,
                     model=found.name, params=found.params,
                 )  # fmt: skip
                 total.append(sum(row.value for row in rows if row.metric == "time"))
@@ -141,6 +142,13 @@ CONTENDERS = (
 
 def _name(contender: Contender) -> str:
     return "skipping" if contender.epsilon else f"{contender.attention} {contender.backend}"
+
+
+def _backend(contender: Contender, step: str, layer: Captured) -> str:
+    """Whose kernel runs: of stick-breaking's own the one that it picks, which decodes on every GPU by the portable."""
+    if contender.softmax is not None or step == "decode":
+        return contender.backend
+    return stick_breaking.pick_backend(layer.q, layer.k, None)
 
 
 def _problem(contender: Contender, step: str, batch: int, layer: Captured) -> Problem:

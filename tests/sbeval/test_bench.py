@@ -43,8 +43,8 @@ def test_a_benchmark_needs_a_gpu(tmp_path: Path) -> None:
 
 
 def test_error_is_measured_against_the_reference() -> None:
-    contender = bench.Contender("stick_breaking", "triton", bench._ours)
+    contender = bench.Contender("stick_breaking", "triton", bench._ours())
     assert bench._error(contender, DENSE, torch.device("cpu"), torch.float32) < 1e-5
-    wrong = bench.Contender("softmax", "triton", bench._ours)
+    wrong = bench.Contender("softmax", "triton", bench._ours())
     with pytest.raises(ArithmeticError, match="wrong by"):
         bench._error(wrong, DENSE, torch.device("cpu"), torch.float32)

@@ -193,6 +193,12 @@ def test_kernels(ours: Sequence[float], verdict: str, reason: str) -> None:
     assert f"{10 / ours[0]:.2f} [" in judged.found
 
 
+def test_the_kernel_that_a_device_takes_by_default_is_compared() -> None:
+    hopper = times((5.0, 6.0)).query("backend == 'triton'").replace({"backend": {"triton": "triton-hopper"}})
+    judged = rules.kernel_speed("forward", pd.concat([times((20.0, 30.0)), hopper]))
+    assert judged.verdict == DISAGREES and "2.00 [" in judged.found
+
+
 def test_a_kernel_is_compared_on_the_same_device() -> None:
     other = times((1.0, 1.0), device="a faster card").query("backend == 'triton'")
     judged = rules.kernel_speed("forward", pd.concat([times((20.0, 30.0)), other]))
