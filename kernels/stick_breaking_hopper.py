@@ -525,7 +525,7 @@ def _processors(device: torch.device) -> int:
 
 def stop_shape(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
     """Shape of what `forward` says of where it stopped: a number for each 64 queries."""
-    return q.shape[0], q.shape[2], triton.cdiv(q.shape[1], 64) + (0 if cu_seqlens is None else len(cu_seqlens) - 1)
+    return q.shape[0], q.shape[2], triton.cdiv(q.shape[1], 64) + (0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
 def forward(
