@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sbeval.cache import Layer, through
 from sbeval.errors import InputError, choose
 from sbeval.kernels import check, softmax
+from sbeval.models.kv_cache import Layer, through
 
 # c, m, w1, b1, w2
 Weights = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

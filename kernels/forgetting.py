@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sbeval.cache import Layer, through
 from sbeval.errors import InputError
 from sbeval.kernels import check, rope, softmax
+from sbeval.models.kv_cache import Layer, through
 
 
 def reference(

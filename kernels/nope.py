@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sbeval.cache import Layer, through
 from sbeval.kernels import softmax
+from sbeval.models.kv_cache import Layer, through
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -33,9 +33,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sbeval.cache import Layer, through
 from sbeval.errors import InputError, choose
 from sbeval.kernels import check, softmax
+from sbeval.models.kv_cache import Layer, through
 
 SCALINGS = ("none", "linear", "ntk", "dynamic_ntk", "yarn", "llama3")
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sbeval.cache import Layer, through
 from sbeval.errors import InputError
 from sbeval.kernels import check, rope, softmax
+from sbeval.models.kv_cache import Layer, through
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,9 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sbeval.cache import Layer, through
 from sbeval.errors import InputError, choose
 from sbeval.kernels import check, hopper
+from sbeval.models.kv_cache import Layer, through
 
 # rows and columns of the tiles of the portable path
 TILE = 128
@@ -314,13 +314,12 @@ def _check_epsilon(epsilon: float) -> None:
 
 
 def pick_backend(q: Tensor, k: Tensor, backend: str | None) -> str:
-    """What will run for inputs like these: on a GPU in 16 or 32 bits `triton`, by default `triton-hopper` where that
-    can; `torch` otherwise. InputError where the one that was asked for can't."""
+    """What will run for inputs like these: by default `triton` on a GPU in 16 or 32 bits, otherwise `torch`. InputError
+    where the one that was asked for can't."""
     supported = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
     if backend is None:
-        if not supported:
-            return "torch"
-        return "triton" if _hopper_obstacle(q, k) else "triton-hopper"
+        # `triton-hopper` only where it is asked for: a model that is compiled has not been trained with it yet
+        return "triton" if supported else "torch"
     choose("backend of stick_breaking", backend, BACKENDS)
     if backend == "triton" and not supported:
         raise InputError(f"backend 'triton' needs float16, bfloat16 or float32 on a GPU; q is {q.dtype} on {q.device}")
@@ -382,8 +381,8 @@ def attention(
     scale: multiplies q . k, 1 / sqrt(D) by default. bias: (H,) float32, float64 for float64, added to the logits of
     each head; it has a gradient. epsilon: the stick below which older tiles are skipped; 0 visits all; by default half
     the spacing of numbers at 1 in the dtype that sums (2^-24, float64 2^-53), which changes the output by less than
-    rounding does. backend: `triton-hopper` (a Hopper GPU, 16 bits, heads of 64 or 128), `triton` (GPU), `torch`
-    (anywhere) or None, the fastest; few queries are decoded by `triton` on every GPU. Memory is linear in T.
+    rounding does. backend: `triton` (GPU), `torch` (anywhere), `triton-hopper` (a faster forward pass: Hopper GPUs, 16
+    bits, heads of 64 or 128) or None: `triton` where it can run, else `torch`. Memory is linear in T.
 
     starts, lengths: int32 (B,), for a cache of keys: row b sees the keys starts[b] <= j < lengths[b], and its queries
     are the last T of those (where they are fewer, the first queries see nothing: output 0, remainder 1). No gradient.
@@ -400,7 +399,7 @@ def attention(
     bounded = starts is not None or lengths is not None
     if bounded and backend == "triton-hopper":
         raise InputError("backend 'triton-hopper' has no kernel for starts and lengths: 'triton' has")
-    # few queries are decoded, which the portable kernels do on every GPU
+    # few queries are decoded, by the portable kernels
     decodes = backend != "triton-hopper" and q.shape[1] <= min(FEW, k.shape[1] - 1)
     backend = pick_backend(q, k, backend)
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))

@@ -18,11 +18,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import style
-from sbeval.selection import ATTENTION_MAP
-from sbeval.table import numbers
+from sbeval.tables import statistics
+from sbeval.tables.selection import ATTENTION_MAP
+from sbeval.tables.table import numbers
 
 TABLE = "attention_map"
 COLUMNS = (

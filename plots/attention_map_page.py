@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sbeval import page as pages
 from sbeval.plots import style
 from sbeval.plots.attention_map import MARKS, NAMES, POWER, TICKS, Map, Model, models, note
 from sbeval.plots.chart import Chart, Group
+from sbeval.report import page as pages
 
 SIGNS = {"circle-open": "○", "square-open": "□"}
 

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import pandas as pd
 import seaborn as sns
 
-from sbeval import statistics
 from sbeval.plots import style
-from sbeval.statistics import Method
+from sbeval.tables import statistics
+from sbeval.tables.statistics import Method
 
 # plotly's name of each of matplotlib's markers, and a letter that looks like it
 SYMBOLS = {
@@ -75,7 +75,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One method: `points` has the columns POINT, as `style.spread` gives them."""
+    """One method: `points` has the columns POINT, as `statistics.spread` gives them."""
 
     look: style.Look
     points: pd.DataFrame
@@ -258,7 +258,7 @@ def bare(values: Mapping[Method, "pd.Series[float]"], looks: Mapping[Method, sty
 
 
 def spreads(groups: Sequence[Group]) -> list[pd.DataFrame]:
-    """The points of all lines, as `style.explain` takes them."""
+    """The points of all lines, as `statistics.explain` takes them."""
     panels = [panel for group in groups for panel in group.panels]
     return [line.points for panel in panels if isinstance(panel, Lines) for line in panel.lines]
 

@@ -6,15 +6,15 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from sbeval import scores, statistics
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.statistics import Method
+from sbeval.tables import few_shot, statistics
+from sbeval.tables.statistics import Method
 
 TABLE = "few_shot"
-COLUMNS = (*scores.COLUMNS, "corpus")
+COLUMNS = (*few_shot.COLUMNS, "corpus")
 # scores in this order down the page take so much of it each
 ROW_IN = 0.34
 GUESSING = style.Look("guessing", charts.GREY, "p", ())
@@ -67,8 +67,8 @@ def chart(table: pd.DataFrame) -> Chart:
 
 def _percent(table: pd.DataFrame) -> pd.DataFrame:
     """The scores that are drawn, in percent."""
-    chosen = scores.headline(table)
-    chosen = chosen[[scores.METRICS[metric] for metric in chosen["metric"]]]
+    chosen = few_shot.headline(table)
+    chosen = chosen[[few_shot.METRICS[metric] for metric in chosen["metric"]]]
     if chosen.empty:
         raise InputError("there are no scores in percent to draw")
     # a model from elsewhere is its own method

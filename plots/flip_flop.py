@@ -9,15 +9,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from sbeval import statistics
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Line, Lines
-from sbeval.published import FLIP_FLOP as PUBLISHED_RATES
-from sbeval.published import FLIP_FLOP_SOURCE
-from sbeval.selection import FLIP_FLOP, flip_flop_errors
-from sbeval.statistics import Method
-from sbeval.table import numbers
+from sbeval.tables import statistics
+from sbeval.tables.published import FLIP_FLOP as PUBLISHED_RATES
+from sbeval.tables.published import FLIP_FLOP_SOURCE
+from sbeval.tables.selection import FLIP_FLOP, flip_flop_errors
+from sbeval.tables.statistics import Method
+from sbeval.tables.table import numbers
 
 TABLE = "flip_flop"
 COLUMNS = (

@@ -7,12 +7,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.selection import dense_kernels
+from sbeval.tables import statistics
+from sbeval.tables.selection import dense_kernels
 
 TABLE = "kernel"
 COLUMNS = (

@@ -14,12 +14,12 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sbeval import statistics
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.selection import LENGTH_GEN, by_context
-from sbeval.statistics import Method
+from sbeval.tables import statistics
+from sbeval.tables.selection import LENGTH_GEN, by_context
+from sbeval.tables.statistics import Method
 
 TABLE = "length_gen"
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *LENGTH_GEN.columns, "context_length")

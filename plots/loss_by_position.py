@@ -14,8 +14,8 @@ from sbeval.errors import InputError
 from sbeval.plots import length_gen
 from sbeval.plots.chart import Chart
 from sbeval.plots.length_gen import TABLE
-from sbeval.selection import LENGTH_GEN
-from sbeval.table import numbers
+from sbeval.tables.selection import LENGTH_GEN
+from sbeval.tables.table import numbers
 
 FACTORS = ("position_start", "position_end")
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *LENGTH_GEN.columns, *FACTORS)

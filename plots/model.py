@@ -3,12 +3,12 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.statistics import Method
+from sbeval.tables import statistics
+from sbeval.tables.statistics import Method
 
 TABLE = "model"
 SETTING = ("batch", "queries", "dtype", "device")

@@ -10,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.selection import MQRAR, recall_accuracy, recall_setting
-from sbeval.statistics import Method
+from sbeval.tables import statistics
+from sbeval.tables.selection import MQRAR, recall_accuracy, recall_setting
+from sbeval.tables.statistics import Method
 
 TABLE = "mqrar"
 # what a reader asks first of two settings

@@ -9,14 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import mqrar, style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.selection import recall_accuracy
-from sbeval.statistics import Method
-from sbeval.table import numbers
+from sbeval.tables import statistics
+from sbeval.tables.selection import recall_accuracy
+from sbeval.tables.statistics import Method
+from sbeval.tables.table import numbers
 
 TABLE = "mqrar"
 COLUMNS = (*mqrar.COLUMNS, "n", "stale_values", "distance_start", "distance_end")

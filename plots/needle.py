@@ -6,12 +6,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sbeval import statistics
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.selection import NEEDLE, NEEDLE_SAME, mean_over_tasks, needle_scores, shared_tasks
-from sbeval.statistics import Method
+from sbeval.tables import statistics
+from sbeval.tables.selection import NEEDLE, NEEDLE_SAME, mean_over_tasks, needle_scores, shared_tasks
+from sbeval.tables.statistics import Method
 
 TABLE = "needle"
 COLUMNS = ("cell", "value", "stderr", "n", "depth_start", *NEEDLE_SAME)

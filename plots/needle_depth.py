@@ -7,13 +7,13 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Heat
 from sbeval.plots.needle import METRICS, TABLE, settings
-from sbeval.selection import NEEDLE_SAME, most_samples, shared_tasks
-from sbeval.table import numbers
+from sbeval.tables import statistics
+from sbeval.tables.selection import NEEDLE_SAME, most_samples, shared_tasks
+from sbeval.tables.table import numbers
 
 DEPTHS = ("depth_start", "depth_end")
 COLUMNS = ("cell", "value", "n", *DEPTHS, *NEEDLE_SAME)

@@ -6,11 +6,11 @@ A row of panels a model: a whole sequence forward, then decoding one token again
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sbeval import statistics
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
+from sbeval.tables import statistics
 
 TABLE = "skipping"
 COLUMNS = (
@@ -72,9 +72,7 @@ def totals(table: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         raise InputError("no rows with the metric time")
     skips = rows["epsilon"].fillna(0) > 0
-    rows = rows.assign(
-        options=rows["backend"].where(~rows["backend"].str.startswith("triton"), "").where(~skips, "skipping")
-    )
+    rows = rows.assign(options=rows["backend"].where(rows["backend"] != "triton", "").where(~skips, "skipping"))
     by = ["model", "params", "attention", "options", "step", "batch", "keys", "device"]
     return rows.groupby(by)["value"].sum().reset_index().sort_values("keys")
 

@@ -17,8 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from sbeval import epochs, statistics
-from sbeval.statistics import Method
+from sbeval.tables import epochs, statistics
+from sbeval.tables.statistics import Method
 
 # the place in this table fixes a method's colour, marker and dashes in every figure
 NAMES = {

@@ -1,6 +1,6 @@
 """`python -m sbeval`: the command line."""
 
-from sbeval.cli import main
+from sbeval.cli.main import main
 
 if __name__ == "__main__":
     main()

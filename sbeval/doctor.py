@@ -15,14 +15,18 @@ from typing import Any
 import platformdirs
 import torch
 
-from sbeval import device, perplexity, provenance, registry, sweep
+from sbeval import registry
 from sbeval.errors import InputError, first_line
-from sbeval.graph import steps
+from sbeval.evaluation import perplexity
 from sbeval.kernels import stick_breaking
-from sbeval.model import Decoder, n_parameters
-from sbeval.model_config import ModelConfig
+from sbeval.models.config import ModelConfig
+from sbeval.models.decoder import Decoder, n_parameters
+from sbeval.runtime import device
+from sbeval.sweep import scheduler
+from sbeval.sweep.graph import steps
+from sbeval.tables import provenance
 from sbeval.tasks import attention_map, length_gen
-from sbeval.train import TrainConfig
+from sbeval.training.trainer import TrainConfig
 
 # module, name on the index, what for
 PACKAGES = (
@@ -220,7 +224,7 @@ def _presets(place: torch.device, free: int) -> Iterator[tuple[str, ...]]:
             yield (
                 family.replace("_", "-"), name, f"{n_parameters(shape) / 1e6:.1f} M", f"{whole / GIB:.2f}",
                 f"{evaluation_bytes(shape, tokens, dtype) / GIB:.2f}", verdict(shape, training, tokens, free, option),
-                sweep.in_words(sum(sweep.seconds(steps(cells), speeds, place))),
+                scheduler.in_words(sum(scheduler.seconds(steps(cells), speeds, place))),
             )  # fmt: skip
 
 

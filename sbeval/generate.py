@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sbeval import device
 from sbeval.errors import InputError
+from sbeval.runtime import device
 
 Tokens = Sequence[int]
 

@@ -2,7 +2,7 @@
 
 Importing this module registers them: then AutoModelForCausalLM.from_pretrained loads what `export` wrote, without code
 from the folder. Generation reads prompts packed, so that padding on the left changes nothing, and decodes with the
-cache of `sbeval.cache`. A forward pass makes a cache only where `use_cache=True` asks for it, as generate() does.
+cache of `sbeval.models.kv_cache`. A forward pass makes a cache only where `use_cache=True` asks for it, as generate() does.
 """
 
 import dataclasses
@@ -24,13 +24,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from sbeval import checkpoint, sources
-from sbeval.cache import Cache
+from sbeval.data import sources
+from sbeval.data.tokenizer import Tokenizer, check_same, is_trained, load
 from sbeval.errors import InputError, first_line
-from sbeval.files import new_folder, storing
-from sbeval.model import Decoder
-from sbeval.model_config import ModelConfig, padded_vocabulary
-from sbeval.tokenizer import Tokenizer, check_same, is_trained, load
+from sbeval.models.config import ModelConfig, padded_vocabulary
+from sbeval.models.decoder import Decoder
+from sbeval.models.kv_cache import Cache
+from sbeval.runtime.files import new_folder, storing
+from sbeval.training import checkpoint
 
 
 class SbevalConfig(PreTrainedConfig):

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure as MatplotlibFigure
 
-    from sbeval.family import Family
     from sbeval.plots.chart import Chart
+    from sbeval.sweep.family import Family
 
 ATTENTION = {
     "alibi": "sbeval.kernels.alibi",
@@ -67,7 +67,7 @@ class Method(Protocol):
         normalised hidden state, for gates that depend on it; cu_seqlens: int32 (N + 1,) or None, the cumulative lengths
         of N sequences packed into one row (then B = 1 and S = T). `scale` multiplies q . k.
 
-        cache: a `sbeval.cache.Layer` when text is generated: q, k, v and x are of the new tokens alone, the prompts
+        cache: a `sbeval.models.kv_cache.Layer` when text is generated: q, k, v and x are of the new tokens alone, the prompts
         packed or then one token a row, and what later tokens need is what the mixer adds to it.
         """
 

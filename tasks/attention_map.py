@@ -19,25 +19,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sbeval import registry
-from sbeval.cell import Cell as BaseCell
-from sbeval.cell import Outcome, timing
 from sbeval.config import ATTENTION, EVALUATION, LATER, LR, MODEL, SEED, TASK, TRAINING, option
+from sbeval.data.recall import Recall
 from sbeval.errors import InputError, check_swept
-from sbeval.family import Family
-from sbeval.model_config import canonical_attention, flops_per_token
-from sbeval.recall import Recall
-from sbeval.rows import Identity, Measurement
-from sbeval.synthetic import TEST_SEED
+from sbeval.models.config import canonical_attention, flops_per_token
+from sbeval.sweep.cell import Cell as BaseCell
+from sbeval.sweep.cell import Outcome, timing
+from sbeval.sweep.family import Family
+from sbeval.tables.rows import Identity, Measurement
 from sbeval.tasks import mqrar
+from sbeval.tasks.synthetic import TEST_SEED
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from sbeval.model import Decoder
-    from sbeval.place import Place
-    from sbeval.progress import Progress
-    from sbeval.train import Trained
+    from sbeval.models.decoder import Decoder
+    from sbeval.runtime.progress import Progress
+    from sbeval.sweep.context import Place
+    from sbeval.training.trainer import Trained
 
 NAME = "attention_map"
 # for `option(...)`: what a --checkpoint decides
@@ -166,9 +166,9 @@ class Cell(BaseCell):
     def flops(self) -> float:
         config = self.config
         if config.checkpoint:
-            from sbeval import pretrained
+            from sbeval.pretrained import load
 
-            each = 2.0 * pretrained.likely_parameters(config.checkpoint[0])
+            each = 2.0 * load.likely_parameters(config.checkpoint[0])
         else:
             each = flops_per_token(self._recall.model(), config.seq_len)
         # once for what is predicted, once for the weights
@@ -180,15 +180,15 @@ class Cell(BaseCell):
 
     def source(self, progress: "Progress") -> str:
         """Return the digest of a pretrained model; nothing else is read."""
-        from sbeval import pretrained
+        from sbeval.pretrained import load
 
-        return pretrained.digest(self.config.checkpoint[0]) if self.config.checkpoint else ""
+        return load.digest(self.config.checkpoint[0]) if self.config.checkpoint else ""
 
     def run(self, place: "Place", progress: "Progress") -> Outcome:
         """Train the model, or load it, and measure where it looks."""
-        from sbeval.attention_shares import chosen, example_rows, shares
-        from sbeval.drawn import predict
-        from sbeval.recall_data import accuracies, held_out
+        from sbeval.tasks.attention_shares import chosen, example_rows, shares
+        from sbeval.tasks.drawn import predict
+        from sbeval.tasks.recall_data import accuracies, held_out
 
         subject = self._loaded(place) if self.config.checkpoint else self._trained(place, progress)
         shape, config = subject.model.config, self.config
@@ -228,7 +228,7 @@ class Cell(BaseCell):
         )  # fmt: skip
 
     def _loaded(self, place: "Place") -> Subject:
-        from sbeval import checkpoint
+        from sbeval.training import checkpoint
 
         folder = Path(self.config.checkpoint[0])
         found = checkpoint.load_model(folder, place.device).eval()
@@ -256,10 +256,10 @@ class Cell(BaseCell):
 def cells(config: Config) -> list[Cell]:
     """Every method with every seed, or the checkpoints. InputError names a method, option or folder not known."""
     if config.checkpoint:
-        from sbeval import pretrained
+        from sbeval.pretrained import load
 
         for folder in config.checkpoint:
-            if not pretrained.is_own(folder):
+            if not load.is_own(folder):
                 raise InputError(f"--checkpoint {folder}: no checkpoint folder of sbeval")
         one = dataclasses.replace(config, attention=("stick_breaking",), seeds=(0,))
         return [Cell(config=dataclasses.replace(one, checkpoint=(folder,))) for folder in config.checkpoint]
@@ -275,7 +275,7 @@ def summary(results: "pd.DataFrame") -> "Table":
     """Table for the terminal: where the weight of queries with stale values falls, by method, layer and head."""
     from rich.table import Table
 
-    from sbeval.attention_shares import TARGETS
+    from sbeval.tasks.attention_shares import TARGETS
 
     table = Table(title="Attention weight at queries with stale values, mean over the test set")
     for name in ("attention", "accuracy", "layer", "head", *TARGETS):

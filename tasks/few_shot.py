@@ -18,25 +18,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sbeval import epochs, model_config
-from sbeval.cell import Cell as BaseCell
-from sbeval.cell import Outcome
 from sbeval.config import DATA, EVALUATION, LATER, MODEL, TASK, digest_of, option
 from sbeval.errors import InputError, choose
-from sbeval.family import Family
-from sbeval.rows import Measurement
+from sbeval.models import config as model_config
+from sbeval.sweep.cell import Cell as BaseCell
+from sbeval.sweep.cell import Outcome
+from sbeval.sweep.family import Family
+from sbeval.tables import epochs
+from sbeval.tables.rows import Measurement
 from sbeval.tasks import length_gen
-from sbeval.text_model import uncut
+from sbeval.tasks.text_model import uncut
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
     from rich.table import Table
 
-    from sbeval.answers import Answers
-    from sbeval.place import Place
-    from sbeval.pretrained import Pretrained
-    from sbeval.progress import Progress
+    from sbeval.evaluation.response_cache import Answers
+    from sbeval.pretrained.load import Pretrained
+    from sbeval.runtime.progress import Progress
+    from sbeval.sweep.context import Place
 
 
 NAME = "few_shot"
@@ -171,11 +172,11 @@ class Cell(BaseCell):
 
     def source(self, progress: "Progress") -> str:
         """Digests of the model and its tokenizer, or of the text that it is trained on, and of the items."""
-        from sbeval import pretrained
+        from sbeval.pretrained import load
 
         given = self.config.checkpoint
         # other models come with a tokenizer, which counts as theirs
-        ours = given is not None and pretrained.is_own(given)
+        ours = given is not None and load.is_own(given)
         text = [length_gen.open_tokenizer(self.config, progress).digest] if ours else []
         return "-".join([self.trained.origin(progress)[1], *text, self._benchmark().digest])
 
@@ -185,13 +186,13 @@ class Cell(BaseCell):
 
     def run(self, place: "Place", progress: "Progress") -> Outcome:
         """Train, unless a checkpoint has it, and ask everything that has no answer yet."""
-        from sbeval import pretrained
+        from sbeval.pretrained import load
 
         # before training: items that are not there are the user's to change
         benchmark = self._benchmark()
         config = self.config
         folder = config.checkpoint or str(self.trained.train(place, progress))
-        digest = pretrained.digest(folder)
+        digest = load.digest(folder)
         found = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
         subject = self.trained.subject(found, folder, place, progress)
         answers = self._answers(digest, place)
@@ -223,25 +224,25 @@ class Cell(BaseCell):
 
     def _answers(self, digest: str, place: "Place") -> "Answers":
         """What the model of this digest has answered; nothing when it has to be asked again."""
-        from sbeval.answers import Answers
+        from sbeval.evaluation.response_cache import Answers
 
         name = digest_of([digest, self.config.attention, self.dtype])
-        path = place.results_dir / "answers" / f"{name}.sqlite"
+        path = place.results.answers(name)
         return Answers(path, anew=place.begins_anew(path))
 
     def _length(self, found: "Pretrained") -> int:
         """Tokens that the model reads at most; of one that isn't ours no more than its config says it can."""
-        from sbeval import model
+        from sbeval.models import decoder
 
-        own = isinstance(found.model, model.Decoder)
+        own = isinstance(found.model, decoder.Decoder)
         return self.config.eval_len if own else min(self.config.eval_len, found.train_len or self.config.eval_len)
 
     def _text(self, found: "Pretrained", progress: "Progress") -> Any:
         """The model's tokenizer; InputError when it cannot be that."""
-        from sbeval import pretrained
+        from sbeval.pretrained import load
 
         config = self.config
-        if config.checkpoint is not None and not pretrained.is_own(config.checkpoint):
+        if config.checkpoint is not None and not load.is_own(config.checkpoint):
             return _harness().hub_text(config.checkpoint, config.trust_remote_code)
         ours = length_gen.open_tokenizer(config, progress)
         found.check_tokenizer(ours, str(config.checkpoint))
@@ -250,14 +251,14 @@ class Cell(BaseCell):
 
 def cells(config: Config) -> list[Cell]:
     """The grid: every model with every benchmark. InputError names what is not known, or that `data_dir` is missing."""
-    from sbeval import pretrained
+    from sbeval.pretrained import load
 
     # a config is a value, which a run file on another machine gives again: the disk is asked here
     if config.data_dir is not None and not os.path.isdir(config.data_dir):
         raise InputError(f"--data-dir {config.data_dir} is no folder")
     if config.models:
         specs = list(dict.fromkeys(config.models))
-        names = [pretrained.name(spec) for spec in specs]
+        names = [load.name(spec) for spec in specs]
         if twice := [name for name in names if names.count(name) > 1]:
             raise InputError(f"two models are called {twice[0]!r}, and a table could not tell them apart: rename one")
         loaded = [dataclasses.replace(config, checkpoint=spec, models=()) for spec in specs]
@@ -280,13 +281,13 @@ def cells(config: Config) -> list[Cell]:
 
 def _asking(trained: length_gen.Cell, task: str, limit: int | None) -> float:
     """FLOPs of a benchmark, roughly."""
-    from sbeval import pretrained
+    from sbeval.pretrained import load
 
     requests, tokens = LIKELY.get(task) or LIKELY.get(_parse(task)[0]) or (LIKELY_REQUESTS, LIKELY_TOKENS)
     # four choices an item
     read = tokens * (requests if limit is None else min(requests, 4 * limit))
     if trained.config.checkpoint is not None:
-        return 2.0 * pretrained.likely_parameters(trained.config.checkpoint) * read
+        return 2.0 * load.likely_parameters(trained.config.checkpoint) * read
     shape = trained.model(length_gen.likely_vocabulary(trained.config.tokenizer))
     return read * model_config.flops_per_token(shape, tokens)
 
@@ -302,24 +303,24 @@ def _parse(task: str) -> tuple[str, int | None]:
 @functools.lru_cache(maxsize=1)
 def _loaded(spec: str, digest: str, place: "torch.device", dtype: str, trust: bool) -> "Pretrained":
     """The model of the cells that follow each other; the digest tells when another has come to the same place."""
-    from sbeval import pretrained
+    from sbeval.pretrained import load
 
-    return pretrained.load(spec, place, dtype, trust_remote_code=trust)
+    return load.load(spec, place, dtype, trust_remote_code=trust)
 
 
 def _harness() -> Any:
     """What needs lm-eval, which is slow to import and not everyone's."""
     try:
-        return importlib.import_module("sbeval.harness")
+        return importlib.import_module("sbeval.evaluation.lm_eval_tasks")
     except ImportError as error:
         raise InputError(f"few-shot needs lm_eval ({error}): pip install 'sbeval[few-shot]'") from None
 
 
 def summary(results: "pd.DataFrame") -> "Table":
     """Table for the terminal: models by benchmarks, with their average."""
-    from sbeval import scores
+    from sbeval.tables import few_shot
 
-    shown = scores.terminal(scores.table(results))
+    shown = few_shot.terminal(few_shot.table(results))
     shown.caption = epochs.caution(results) or None
     return shown
 
@@ -333,9 +334,9 @@ def _completed(given: dict[str, Any]) -> dict[str, Any]:
 def _preset(given: Mapping[str, Any]) -> str | None:
     if not given.get("models"):
         return None
-    from sbeval import pretrained
+    from sbeval.pretrained import load
 
-    return None if any(map(pretrained.is_own, given["models"])) else "paper"
+    return None if any(map(load.is_own, given["models"])) else "paper"
 
 
 FAMILY = Family(

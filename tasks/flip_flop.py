@@ -18,25 +18,25 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sbeval.cell import Outcome
 from sbeval.config import ATTENTION, EVALUATION, LR, MODEL, SEED, TASK, TRAINING, option
 from sbeval.errors import InputError, check_swept
-from sbeval.family import Family
-from sbeval.model_config import ModelConfig, canonical_attention, flops_per_token
-from sbeval.published import FLIP_FLOP, FLIP_FLOP_SOURCE
-from sbeval.published import FLIP_FLOP_TESTS as TESTS
-from sbeval.rows import Measurement
-from sbeval.synthetic import METHODS, TEST_SEED, VALIDATION_SEED, Scores, Synthetic
+from sbeval.models.config import ModelConfig, canonical_attention, flops_per_token
+from sbeval.sweep.cell import Outcome
+from sbeval.sweep.family import Family
+from sbeval.tables.published import FLIP_FLOP, FLIP_FLOP_SOURCE
+from sbeval.tables.published import FLIP_FLOP_TESTS as TESTS
+from sbeval.tables.rows import Measurement
+from sbeval.tasks.synthetic import METHODS, TEST_SEED, VALIDATION_SEED, Scores, Synthetic
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from sbeval.flip_flop_data import Examples
-    from sbeval.model import Decoder
-    from sbeval.place import Place
-    from sbeval.progress import Progress
-    from sbeval.train import TrainConfig
+    from sbeval.models.decoder import Decoder
+    from sbeval.runtime.progress import Progress
+    from sbeval.sweep.context import Place
+    from sbeval.tasks.flip_flop_data import Examples
+    from sbeval.training.trainer import TrainConfig
 
 NAME = "flip_flop"
 # two bits and three instructions
@@ -156,7 +156,7 @@ class Cell(Synthetic):
         )  # fmt: skip
 
     def training(self) -> "TrainConfig":
-        from sbeval.train import TrainConfig
+        from sbeval.training.trainer import TrainConfig
 
         config = self.config
         return TrainConfig(
@@ -168,8 +168,8 @@ class Cell(Synthetic):
 
     def run(self, place: "Place", progress: "Progress") -> Outcome:
         """Train until no validation error is left, none fewer came for long, or out of steps; then test."""
-        from sbeval import drawn
-        from sbeval.flip_flop_data import batches, errors
+        from sbeval.tasks import drawn
+        from sbeval.tasks.flip_flop_data import batches, errors
 
         config = self.config
         validation = self._examples(config.p_ignore, VALIDATION_SEED, max(1, config.test_rows // 3), place)
@@ -195,13 +195,13 @@ class Cell(Synthetic):
     def _examples(self, p_ignore: float, seed: int, rows: int, place: "Place") -> "Examples":
         import torch
 
-        from sbeval.flip_flop_data import generate
+        from sbeval.tasks.flip_flop_data import generate
 
         return generate(self.config.seq_len, p_ignore, seed, torch.arange(rows, device=place.device))
 
     def _rows(self, decoder: "Decoder", examples: "Examples", test: str, p_ignore: float) -> list[Row]:
-        from sbeval.drawn import predict
-        from sbeval.flip_flop_data import errors
+        from sbeval.tasks.drawn import predict
+        from sbeval.tasks.flip_flop_data import errors
 
         where: dict[str, Any] = {"test": test, "p_ignore": p_ignore} | self._sizes()
         return [
@@ -246,7 +246,7 @@ def summary(results: "pd.DataFrame") -> "Table":
     """Table for the terminal: error rates at the rate with the lowest validation error, and the published ones."""
     from rich.table import Table
 
-    from sbeval import selection
+    from sbeval.tables import selection
 
     table = Table(title=f"Flip-flop error rates over reads, % (published: {FLIP_FLOP_SOURCE}, 512 tokens)")
     table.add_column("attention")

@@ -17,31 +17,33 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import platformdirs
 
-from sbeval import epochs, model_config, registry
-from sbeval.cell import Cell as BaseCell
-from sbeval.cell import Outcome, TrainingStep, cell_id, timing
+from sbeval import registry
 from sbeval.config import EVALUATION, LATER, MODEL, option
 from sbeval.errors import InputError
-from sbeval.family import Family
-from sbeval.model_config import ModelConfig
-from sbeval.rows import Identity, Measurement
-from sbeval.text_model import TRAINING, TextModel, uncut
+from sbeval.models import config as model_config
+from sbeval.models.config import ModelConfig
+from sbeval.sweep.cell import Cell as BaseCell
+from sbeval.sweep.cell import Outcome, TrainingStep, cell_id, timing
+from sbeval.sweep.family import Family
+from sbeval.tables import epochs
+from sbeval.tables.rows import Identity, Measurement
+from sbeval.tasks.text_model import TRAINING, TextModel, uncut
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from sbeval.batches import Batch
-    from sbeval.checkpoint import State
-    from sbeval.corpus import Corpus
-    from sbeval.model import Decoder
-    from sbeval.perplexity import PositionLosses, Predictor, Rolling
-    from sbeval.place import Place
-    from sbeval.pretrained import Pretrained
-    from sbeval.progress import Progress
-    from sbeval.statistics import Estimate
-    from sbeval.tokenizer import Ids, Tokenizer
-    from sbeval.train import TrainConfig, Trained
+    from sbeval.data.corpus import Corpus
+    from sbeval.data.dataloader import Batch
+    from sbeval.data.tokenizer import Ids, Tokenizer
+    from sbeval.evaluation.perplexity import PositionLosses, Predictor, Rolling
+    from sbeval.models.decoder import Decoder
+    from sbeval.pretrained.load import Pretrained
+    from sbeval.runtime.progress import Progress
+    from sbeval.sweep.context import Place
+    from sbeval.tables.statistics import Estimate
+    from sbeval.training.checkpoint import State
+    from sbeval.training.trainer import TrainConfig, Trained
 
 
 NAME = "length_gen"
@@ -255,7 +257,7 @@ class Cell(BaseCell):
 
     @property
     def flops(self) -> float:
-        from sbeval import pretrained
+        from sbeval.pretrained import load
 
         config = self.config
         # whole documents are read in windows too: as if they were of the length to evaluate to
@@ -263,7 +265,7 @@ class Cell(BaseCell):
         for length in config.window:
             read[length] = read.get(length, 0) + config.documents * config.eval_len
         if config.checkpoint is not None:
-            return 2.0 * pretrained.likely_parameters(config.checkpoint) * sum(read.values())
+            return 2.0 * load.likely_parameters(config.checkpoint) * sum(read.values())
         shape = self.model(likely_vocabulary(config.tokenizer))
         return sum(model_config.flops_per_token(shape, length) * tokens for length, tokens in read.items())
 
@@ -273,8 +275,8 @@ class Cell(BaseCell):
 
     def training(self, text: "Corpus | None" = None) -> "TrainConfig":
         """How its model is trained; without the text as if that were long enough."""
-        from sbeval import held_out
-        from sbeval.batches import epoch_tokens
+        from sbeval.data.dataloader import epoch_tokens
+        from sbeval.training import held_out
 
         config, tokens = self.config, self.config.train_tokens
         if text is not None and config.max_epochs is not None:
@@ -309,26 +311,26 @@ class Cell(BaseCell):
 
     def origin(self, progress: "Progress") -> tuple[str, str]:
         """Name and digest of the text that the model is trained on; of one that is there no name, and its digest."""
-        from sbeval import pretrained
+        from sbeval.pretrained import load
 
         if self.config.checkpoint is not None:
-            return "", pretrained.digest(self.config.checkpoint)
+            return "", load.digest(self.config.checkpoint)
         text = open_corpus(self.config, progress)
         return text.name, text.digest
 
     def _source(self, text: "Corpus") -> str:
-        from sbeval import pretrained
+        from sbeval.pretrained import load
 
         given = self.config.checkpoint
-        return text.digest if given is None else f"{pretrained.digest(given)}-{text.digest}"
+        return text.digest if given is None else f"{load.digest(given)}-{text.digest}"
 
     def subject(self, found: "Pretrained", trained: str, place: "Place", progress: "Progress") -> Subject:
         """The model as it is evaluated; one that was trained here with what only evaluation asks for.
 
         trained: checkpoint folder of its training on text, or what --checkpoint names.
         """
-        from sbeval import checkpoint
-        from sbeval.model import Decoder
+        from sbeval.models.decoder import Decoder
+        from sbeval.training import checkpoint
 
         if self.config.checkpoint is not None:
             return self._given(found, trained)
@@ -337,17 +339,18 @@ class Cell(BaseCell):
         return self._made(found.model, state, open_corpus(self.config, progress), place)
 
     def _given(self, found: "Pretrained", trained: str) -> Subject:
-        from sbeval import checkpoint, pretrained
+        from sbeval.pretrained import load
+        from sbeval.training import checkpoint
 
-        looks = checkpoint.load_state(Path(trained)).held_out if pretrained.is_own(trained) else []
+        looks = checkpoint.load_state(Path(trained)).held_out if load.is_own(trained) else []
         return Subject(
             model=found.model, name=found.name, attention=found.attention, options=found.options, params=found.params,
             train_len=found.train_len or self.config.train_len, backend=found.backend, status=_status(looks),
         )  # fmt: skip
 
     def _train(self, text: "Corpus", place: "Place", progress: "Progress") -> "tuple[Path, Trained]":
-        from sbeval.batches import Batches
-        from sbeval.train import Trainer
+        from sbeval.data.dataloader import Batches
+        from sbeval.training.trainer import Trainer
 
         trained_as = model_config.trained_attention(self.attention)
         shape = dataclasses.replace(self.model(text.tokenizer.vocab_size), attention=trained_as)
@@ -364,7 +367,7 @@ class Cell(BaseCell):
         return folder, trained
 
     def _made(self, trained: "Decoder", state: "State", text: "Corpus", place: "Place") -> Subject:
-        from sbeval.batches import epoch_tokens
+        from sbeval.data.dataloader import epoch_tokens
 
         training = self.training(text)
         name, _, options = self.attention.partition(":")
@@ -394,10 +397,10 @@ class Cell(BaseCell):
         return dataclasses.replace(made, tokens_per_s=trained.tokens_per_second, measured=measured)
 
     def _loaded(self, text: "Corpus", place: "Place") -> Subject:
-        from sbeval import pretrained
+        from sbeval.pretrained import load
 
         assert self.config.checkpoint is not None
-        found = pretrained.load(
+        found = load.load(
             self.config.checkpoint, place.device, self.config.dtype, trust_remote_code=self.config.trust_remote_code
         )
         found.check_tokenizer(text.tokenizer, self.config.checkpoint)
@@ -407,7 +410,7 @@ class Cell(BaseCell):
     def _measured(
         self, text: "Corpus", windows: "list[tuple[int, Ids]]", subject: Subject, place: "Place", progress: "Progress"
     ) -> list[Row]:
-        from sbeval import perplexity
+        from sbeval.evaluation import perplexity
 
         config = self.config
         how: Any = {"place": place.device, "dtype": config.dtype, "world": place.world}
@@ -434,7 +437,7 @@ def training_config(
     config: Config, *, tokens: int, length: int, lr: float, seed: int, sparse: bool = False
 ) -> "TrainConfig":
     """How a model is trained on so many tokens, `length` at a time."""
-    from sbeval.train import TrainConfig
+    from sbeval.training.trainer import TrainConfig
 
     batch = max(1, config.batch_tokens // length)
     micro = config.micro_batch_tokens and max(1, config.micro_batch_tokens // length)
@@ -469,10 +472,10 @@ def cells(config: Config) -> list[Cell]:
 
     InputError names a method or option that is not known.
     """
-    from sbeval import pretrained
+    from sbeval.pretrained import load
 
     if config.checkpoint is not None:
-        own = config.tokenizer if pretrained.is_own(config.checkpoint) else config.checkpoint
+        own = config.tokenizer if load.is_own(config.checkpoint) else config.checkpoint
         return [Cell(config=dataclasses.replace(config, attention=("",), seeds=(0,), tokenizer=own))]
     methods = dict.fromkeys(model_config.canonical_attention(spec) for spec in config.attention)
     return [
@@ -484,7 +487,7 @@ def cells(config: Config) -> list[Cell]:
 
 def rows(losses: "PositionLosses", train_len: int) -> list[Row]:
     """Every figure that follows from the losses by position."""
-    from sbeval import perplexity
+    from sbeval.evaluation import perplexity
 
     out = [
         _row("loss", "nats/token", losses.mean(first, last), position_start=first, position_end=last + 1)
@@ -514,7 +517,7 @@ def _row(metric: str, unit: str, estimate: "Estimate", **factors: Any) -> Row:
 
 def open_corpus(config: Config, progress: "Progress") -> "Corpus":
     """Open the corpus of a config; it is tokenized the first time."""
-    from sbeval import corpus
+    from sbeval.data import corpus
 
     task = progress.add(f"tokenize {config.corpus}", total=None)
     text = corpus.open(
@@ -527,8 +530,8 @@ def open_corpus(config: Config, progress: "Progress") -> "Corpus":
 
 def _held_out(text: "Corpus", training: "TrainConfig", packing: str) -> "Batch | None":
     """Held-out text to look at while a model trains, the same for every method; None where there is too little."""
-    from sbeval import held_out
-    from sbeval.batches import Batches, epoch_tokens
+    from sbeval.data.dataloader import Batches, epoch_tokens
+    from sbeval.training import held_out
 
     if not epoch_tokens(text.valid, training.length):
         return None
@@ -542,7 +545,7 @@ def _status(looks: epochs.Looks) -> str:
 
 def cautions(config: Config, progress: "Progress") -> list[str]:
     """What to say, before models train, of how often they will read their text, and of held-out text; often nothing."""
-    from sbeval.batches import epoch_tokens
+    from sbeval.data.dataloader import epoch_tokens
 
     if not config.trains:
         return []
@@ -559,7 +562,7 @@ def cautions(config: Config, progress: "Progress") -> list[str]:
 
 def open_tokenizer(config: Config, progress: "Progress") -> "Tokenizer":
     """The tokenizer of a config's models; one that is trained on the corpus comes with it."""
-    from sbeval import tokenizer
+    from sbeval.data import tokenizer
 
     if config.checkpoint is None or tokenizer.is_trained(config.tokenizer):
         return open_corpus(config, progress).tokenizer

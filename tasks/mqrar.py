@@ -22,24 +22,24 @@ import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from sbeval.cell import Outcome
 from sbeval.config import ATTENTION, EVALUATION, LATER, LR, MODEL, SEED, TASK, TRAINING, option
+from sbeval.data.recall import Recall
 from sbeval.errors import InputError, check_swept
-from sbeval.family import Family
-from sbeval.model_config import ModelConfig, canonical_attention, flops_per_token
-from sbeval.recall import Recall
-from sbeval.rows import Measurement
-from sbeval.synthetic import METHODS, TEST_SEED, VALIDATION_SEED, Scores, Synthetic
+from sbeval.models.config import ModelConfig, canonical_attention, flops_per_token
+from sbeval.sweep.cell import Outcome
+from sbeval.sweep.family import Family
+from sbeval.tables.rows import Measurement
+from sbeval.tasks.synthetic import METHODS, TEST_SEED, VALIDATION_SEED, Scores, Synthetic
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
     from torch import Tensor
 
-    from sbeval.place import Place
-    from sbeval.progress import Progress
-    from sbeval.recall_data import Examples
-    from sbeval.train import TrainConfig, Trained
+    from sbeval.runtime.progress import Progress
+    from sbeval.sweep.context import Place
+    from sbeval.tasks.recall_data import Examples
+    from sbeval.training.trainer import TrainConfig, Trained
 
 NAME = "mqrar"
 # what a run file calls the scores at validation
@@ -90,7 +90,7 @@ class Row(Measurement):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A sweep over attention x pairs x n-back x width x learning rate x seed; `sbeval.recall.Recall` has the task's
+    """A sweep over attention x pairs x n-back x width x learning rate x seed; `sbeval.data.recall.Recall` has the task's
     options."""
 
     attention: tuple[str, ...] = option(("stick_breaking", "rope"), MODEL, ATTENTION, metavar="SPEC")
@@ -239,7 +239,7 @@ class Cell(Synthetic):
         )  # fmt: skip
 
     def training(self) -> "TrainConfig":
-        from sbeval.train import TrainConfig
+        from sbeval.training.trainer import TrainConfig
 
         config = self.config
         return TrainConfig(
@@ -256,8 +256,8 @@ class Cell(Synthetic):
 
     def run(self, place: "Place", progress: "Progress") -> Outcome:
         """Train until solved, without progress or out of steps, then test."""
-        from sbeval.drawn import predict
-        from sbeval.recall_data import held_out
+        from sbeval.tasks.drawn import predict
+        from sbeval.tasks.recall_data import held_out
 
         config, validation = self.config, self._validation(place)
         trained = self.trained(place, progress)
@@ -269,8 +269,8 @@ class Cell(Synthetic):
 
     def trained(self, place: "Place", progress: "Progress") -> "Trained":
         """Train until solved, without progress or out of steps, unless a checkpoint has that model."""
-        from sbeval import drawn
-        from sbeval.recall_data import Batches, accuracy
+        from sbeval.tasks import drawn
+        from sbeval.tasks.recall_data import Batches, accuracy
 
         config = self.config
         validation = self._validation(place)
@@ -285,7 +285,7 @@ class Cell(Synthetic):
             )  # fmt: skip
 
     def _validation(self, place: "Place") -> "Examples":
-        from sbeval.recall_data import held_out
+        from sbeval.tasks.recall_data import held_out
 
         return held_out(self.task, VALIDATION_SEED, max(1, self.config.test_rows // 3), place.device)
 
@@ -299,7 +299,7 @@ class Cell(Synthetic):
         return [solved, Row(metric="steps", unit="steps", value=steps, n=1, status=how, **self._sizes())]
 
     def _rows(self, examples: "Examples", correct: "Tensor", metric: str) -> list[Row]:
-        from sbeval.recall_data import accuracies
+        from sbeval.tasks.recall_data import accuracies
 
         return [
             Row(metric=metric, unit="1", value=found.value, stderr=found.stderr, n=found.n, **self._sizes(), **factors)
@@ -367,7 +367,7 @@ def more(config: Config, results: "pd.DataFrame | None") -> list[Cell]:
 
 
 def _best_rate(cell: Cell, seed: int, results: "pd.DataFrame") -> float | None:
-    from sbeval import selection
+    from sbeval.tables import selection
 
     name, _, options = cell.attention.partition(":")
     config = cell.config

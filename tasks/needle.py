@@ -1,6 +1,6 @@
 """Needles in haystacks: the 13 tasks of RULER (Hsieh et al. 2024, arXiv 2404.06654) at any length.
 
-A text of a given number of tokens hides something that the question after it asks for (see `sbeval.ruler`):
+A text of a given number of tokens hides something that the question after it asks for (see `sbeval.evaluation.ruler_tasks`):
 
     [...] The grass is green. [...] One of the special magic numbers for long-kayak is: 8231406. The grass is [...]
     What is the special magic number for long-kayak mentioned in the provided text? The special magic number for
@@ -20,31 +20,32 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from sbeval import epochs, model_config
-from sbeval.cell import Cell as BaseCell
-from sbeval.cell import Outcome, TrainingStep, cell_id
 from sbeval.config import DATA, LATER, MODEL, TASK, TRAINING, digest_of, option
 from sbeval.errors import InputError, choose
-from sbeval.family import Family
-from sbeval.model_config import ModelConfig
-from sbeval.published import LONGEST, RULER_TASKS, SHORTEST
-from sbeval.rows import Measurement
+from sbeval.models import config as model_config
+from sbeval.models.config import ModelConfig
+from sbeval.sweep.cell import Cell as BaseCell
+from sbeval.sweep.cell import Outcome, TrainingStep, cell_id
+from sbeval.sweep.family import Family
+from sbeval.tables import epochs
+from sbeval.tables.published import LONGEST, RULER_TASKS, SHORTEST
+from sbeval.tables.rows import Measurement
 from sbeval.tasks import length_gen
-from sbeval.text_model import uncut
+from sbeval.tasks.text_model import uncut
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
     from rich.table import Table
 
-    from sbeval.haystack import Sources
-    from sbeval.place import Place
-    from sbeval.pretrained import Pretrained
-    from sbeval.progress import Progress
-    from sbeval.prompts import Prompt, Writer
-    from sbeval.retrieval import Answered, Samples
-    from sbeval.tokenizer import Tokenizer
-    from sbeval.train import TrainConfig
+    from sbeval.data.tokenizer import Tokenizer
+    from sbeval.evaluation.ruler_prompts import Prompt, Writer
+    from sbeval.evaluation.ruler_scores import Answered, Samples
+    from sbeval.evaluation.ruler_texts import Sources
+    from sbeval.pretrained.load import Pretrained
+    from sbeval.runtime.progress import Progress
+    from sbeval.sweep.context import Place
+    from sbeval.training.trainer import TrainConfig
 
 
 NAME = "needle"
@@ -219,10 +220,10 @@ class Cell(BaseCell):
 
     def flops_per_token(self, length: int) -> float:
         """FLOPs of reading a token, roughly."""
-        from sbeval import pretrained
+        from sbeval.pretrained import load
 
         if self.config.checkpoint is not None:
-            return 2.0 * pretrained.likely_parameters(self.config.checkpoint)
+            return 2.0 * load.likely_parameters(self.config.checkpoint)
         shape = self.trained.model(length_gen.likely_vocabulary(self.config.tokenizer))
         return model_config.flops_per_token(shape, length)
 
@@ -248,15 +249,16 @@ class Cell(BaseCell):
 
     def run(self, place: "Place", progress: "Progress") -> Outcome:
         """Write the prompts, train unless a checkpoint has it, and ask everything that has no answer yet."""
-        from sbeval import pretrained, ruler
-        from sbeval.retrieval import ask
+        from sbeval.evaluation import ruler_tasks
+        from sbeval.evaluation.ruler_scores import ask
+        from sbeval.pretrained import load
 
         config = self.config
         text, writer = self._writer(progress)
         prompts = {length: self._prompts(writer, length, progress) for length in config.lengths}
         trained = self._trained(place, progress)
         folder = self._tuned(trained, text, writer, place, progress)
-        digest = pretrained.digest(folder)
+        digest = load.digest(folder)
         found = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
         found.check_tokenizer(text, folder)
         found.check_length(max(config.lengths), folder)
@@ -267,13 +269,13 @@ class Cell(BaseCell):
             known = sum(index in samples.found for index in range(len(written)))
             task = progress.add(f"ask {self.title} at {length}", total=len(written), completed=known)
             answers = ask(
-                subject.model, written, text, samples, rule=ruler.TASKS[self.task].score,
-                new_tokens=ruler.TASKS[self.task].new_tokens, place=place.device, dtype=self.dtype,
+                subject.model, written, text, samples, rule=ruler_tasks.TASKS[self.task].score,
+                new_tokens=ruler_tasks.TASKS[self.task].new_tokens, place=place.device, dtype=self.dtype,
                 batch=max(1, BATCH_TOKENS[place.device.type] // length), advance=task.advance,
             )  # fmt: skip
             task.close()
             tuned = self._tuning().tokens if config.finetune else 0
-            rows += measured(answers, length, ruler.TASKS[self.task].new_tokens, tuned)
+            rows += measured(answers, length, ruler_tasks.TASKS[self.task].new_tokens, tuned)
         return length_gen.outcome(
             subject, rows, family=NAME, task=self.task, eval_len=max(config.lengths), seed=self.trained.seed,
             corpus=self.trained.origin(progress)[0], corpus_digest=self.source(progress), tokenizer=text.name,
@@ -282,12 +284,12 @@ class Cell(BaseCell):
 
     def _writer(self, progress: "Progress") -> "tuple[Tokenizer, Writer]":
         """The model's tokenizer, and what writes prompts with it: with a BOS for models that are not ours."""
-        from sbeval import pretrained
-        from sbeval.prompts import Writer
+        from sbeval.evaluation.ruler_prompts import Writer
+        from sbeval.pretrained import load
 
         config = self.config
         cache_dir = Path(platformdirs.user_cache_dir("sbeval"))
-        ours = config.checkpoint is None or pretrained.is_own(config.checkpoint)
+        ours = config.checkpoint is None or load.is_own(config.checkpoint)
         text = length_gen.open_tokenizer(config, progress)
         return text, Writer(text, _sources(config), cache_dir, prefix=() if ours else text.prefix)
 
@@ -297,11 +299,11 @@ class Cell(BaseCell):
 
     def _tuned(self, folder: str, text: "Tokenizer", writer: "Writer", place: "Place", progress: "Progress") -> str:
         """Where the model is that is asked, fine-tuned if it is not yet."""
-        from sbeval import pretrained
+        from sbeval.pretrained import load
 
         if not self.config.finetune:
             return folder
-        digest = pretrained.digest(folder)
+        digest = load.digest(folder)
         found = _loaded(folder, digest, place.device, self.dtype, self.config.trust_remote_code)
         found.check_tokenizer(text, folder)
         return str(self._finetune(found, digest, writer, place, progress))
@@ -315,7 +317,7 @@ class Cell(BaseCell):
     @property
     def _lesson_len(self) -> int:
         """Tokens of the sequences that the model was trained on."""
-        from sbeval import checkpoint
+        from sbeval.training import checkpoint
 
         spec = self.config.checkpoint
         return (spec and checkpoint.training_length(Path(spec))) or self.config.train_len
@@ -331,9 +333,9 @@ class Cell(BaseCell):
         self, found: "Pretrained", digest: str, writer: "Writer", place: "Place", progress: "Progress"
     ) -> Path:
         """Train the model further on prompts, unless that is done, and return the checkpoint."""
-        from sbeval.lessons import Lessons
-        from sbeval.model import Decoder
-        from sbeval.train import Trainer
+        from sbeval.evaluation.ruler_lessons import Lessons
+        from sbeval.models.decoder import Decoder
+        from sbeval.training.trainer import Trainer
 
         assert isinstance(found.model, Decoder), "no other is fine-tuned"
         training, names = self._tuning(), self.config.finetune_tasks
@@ -359,17 +361,17 @@ class Cell(BaseCell):
 
     def _samples(self, digest: str, prompts: str, place: "Place") -> "Samples":
         """What the model of this digest has answered; nothing when it has to be asked again."""
-        from sbeval.retrieval import Samples
+        from sbeval.evaluation.ruler_scores import Samples
 
         name = digest_of([digest, self.trained.attention, self.dtype, prompts])
-        return Samples(place.kept("samples", f"{prompts}-{name}.jsonl"))
+        return Samples(place.kept(place.results.samples(f"{prompts}-{name}")))
 
 
 def measured(answers: "list[Answered]", length: int, new_tokens: int, finetuned: int) -> list[Row]:
     """Rows of one length: over all samples, and by the depth of the needle where there is one."""
     import numpy as np
 
-    from sbeval import statistics
+    from sbeval.tables import statistics
 
     def rows(chosen: "list[Answered]", **factors: Any) -> list[Row]:
         metrics = {
@@ -427,10 +429,10 @@ def notes(config: Config) -> list[str]:
 
 def _asked_as_it_is(config: Config) -> bool:
     """Whether presets' fine-tuning is not for this model."""
-    from sbeval import pretrained
+    from sbeval.pretrained import load
 
     given = config.checkpoint
-    return bool(config.finetune) and given is not None and not pretrained.is_own(given)
+    return bool(config.finetune) and given is not None and not load.is_own(given)
 
 
 def _tasks(config: Config) -> list[str]:
@@ -460,17 +462,17 @@ def _sources(config: Config) -> "Sources":
 
 @functools.lru_cache(maxsize=1)
 def _loaded_sources(essays: str | None, squad: str | None, hotpot: str | None) -> "Sources":
-    from sbeval import haystack
+    from sbeval.evaluation import ruler_texts
 
-    return haystack.load(essays, squad, hotpot)
+    return ruler_texts.load(essays, squad, hotpot)
 
 
 @functools.lru_cache(maxsize=2)
 def _loaded(spec: str, digest: str, place: "torch.device", dtype: str, trust: bool) -> "Pretrained":
     """The model of cells that follow each other; the digest tells when another has come to the same place."""
-    from sbeval import pretrained
+    from sbeval.pretrained import load
 
-    return pretrained.load(spec, place, dtype, trust_remote_code=trust)
+    return load.load(spec, place, dtype, trust_remote_code=trust)
 
 
 def summary(results: "pd.DataFrame") -> "Table":

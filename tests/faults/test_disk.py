@@ -15,15 +15,21 @@ import pandas as pd
 import pytest
 import torch
 
-from sbeval import checkpoint, cli, corpus, distributed, drawn, files, provenance, sweep, table
-from sbeval.answers import Answers
-from sbeval.checkpoint import State
+from sbeval.cli import main
+from sbeval.data import corpus
 from sbeval.errors import InputError
-from sbeval.model import Decoder
-from sbeval.model_config import ModelConfig
-from sbeval.optimizer import optimizer_for
-from sbeval.retrieval import Answered, Samples
-from sbeval.train import TrainConfig, Trainer
+from sbeval.evaluation.response_cache import Answers
+from sbeval.evaluation.ruler_scores import Answered, Samples
+from sbeval.models.config import ModelConfig
+from sbeval.models.decoder import Decoder
+from sbeval.runtime import distributed, files
+from sbeval.sweep import scheduler
+from sbeval.tables import provenance, table
+from sbeval.tasks import drawn
+from sbeval.training import checkpoint
+from sbeval.training.checkpoint import State
+from sbeval.training.optimizer import optimizer_for
+from sbeval.training.trainer import TrainConfig, Trainer
 
 RECALL = (
     "mqrar", "--device", "cpu", "--vocab-size", "32", "--seq-len", "16", "--kv-pairs", "2", "--width", "16",
@@ -70,7 +76,7 @@ def run(*arguments: object) -> tuple[int, str]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["sbeval", *map(str, arguments)])
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-            cli.main()
+            main.main()
     code = ended.value.code
     assert isinstance(code, int)
     return code, said.getvalue()
@@ -86,8 +92,8 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
             object.__setattr__(self.config, "checkpoint_seconds", 0.0)
 
     monkeypatch.setattr(drawn, "Trainer", Eager)
-    monkeypatch.setattr("sbeval.draw.draw_figures", lambda *_: [])
-    monkeypatch.setattr("sbeval.device.measured_flops", lambda *_: 1e10)
+    monkeypatch.setattr("sbeval.report.figures.draw_figures", lambda *_: [])
+    monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e10)
 
 
 def rows(results: Path) -> pd.DataFrame:
@@ -158,7 +164,7 @@ def test_results_that_become_read_only_in_the_middle(
     disk: Path, unbroken: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Any] = []
-    keep = sweep._keep
+    keep = scheduler._keep
 
     def protecting(*arguments: Any) -> None:
         if kept:
@@ -166,7 +172,7 @@ def test_results_that_become_read_only_in_the_middle(
         kept.append(arguments)
         keep(*arguments)
 
-    monkeypatch.setattr(sweep, "_keep", protecting)
+    monkeypatch.setattr(scheduler, "_keep", protecting)
     results = disk / "results"
     code, said = run(*RECALL, "--results-dir", results)
     assert_one_line(code, said, READ_ONLY)

@@ -16,20 +16,23 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sbeval import checkpoint, flip_flop_data, haystack, provenance, recall, recall_data, ruler, table
-from sbeval.batches import Batches
-from sbeval.checkpoint import State
-from sbeval.corpus import Split
+from sbeval.data import recall
+from sbeval.data.corpus import Split
+from sbeval.data.dataloader import Batches
+from sbeval.data.recall import Recall
+from sbeval.data.tokenizer import Bytes
 from sbeval.errors import InputError
-from sbeval.model import IGNORE, Decoder
-from sbeval.model_config import ModelConfig
-from sbeval.optimizer import optimizer_for
-from sbeval.prompts import Writer
-from sbeval.recall import Recall
-from sbeval.rows import Measurement
-from sbeval.tasks import flip_flop
-from sbeval.tokenizer import Bytes
-from sbeval.train import TrainConfig
+from sbeval.evaluation import ruler_tasks, ruler_texts
+from sbeval.evaluation.ruler_prompts import Writer
+from sbeval.models.config import ModelConfig
+from sbeval.models.decoder import IGNORE, Decoder
+from sbeval.tables import provenance, table
+from sbeval.tables.rows import Measurement
+from sbeval.tasks import flip_flop, flip_flop_data, recall_data
+from sbeval.training import checkpoint
+from sbeval.training.checkpoint import State
+from sbeval.training.optimizer import optimizer_for
+from sbeval.training.trainer import TrainConfig
 
 FULL = os.environ.get("SBEVAL_TESTS") == "full"
 fuzzed = settings(
@@ -290,13 +293,13 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Writer:
         )
     (folder / "squad.json").write_text(json.dumps({"data": squad}))
     (folder / "hotpot.json").write_text(json.dumps(hotpot))
-    sources = haystack.load(None, str(folder / "squad.json"), str(folder / "hotpot.json"))
+    sources = ruler_texts.load(None, str(folder / "squad.json"), str(folder / "hotpot.json"))
     return Writer(Bytes(), sources, folder)
 
 
 @fuzzed
 @given(
-    task=st.sampled_from(sorted(ruler.TASKS)), length=st.integers(0, 4096), seed=st.integers(0, 2**40),
+    task=st.sampled_from(sorted(ruler_tasks.TASKS)), length=st.integers(0, 4096), seed=st.integers(0, 2**40),
     index=st.integers(0, 2**20), training=st.booleans(),
 )  # fmt: skip
 def test_needles_of_any_length(task: str, length: int, seed: int, index: int, training: bool, writer: Writer) -> None:
@@ -305,6 +308,6 @@ def test_needles_of_any_length(task: str, length: int, seed: int, index: int, tr
     except InputError as error:
         one_line(error)
         return
-    assert len(prompt.tokens) + ruler.TASKS[task].new_tokens <= length
+    assert len(prompt.tokens) + ruler_tasks.TASKS[task].new_tokens <= length
     assert len(prompt.answer) and prompt.references
     assert all(reference in Bytes().decode(prompt.tokens) for reference in prompt.references) or task.startswith("qa")

@@ -24,10 +24,12 @@ import pandas as pd
 import pytest
 from filelock import FileLock
 
-from sbeval import checkpoint, files, provenance, table
-from sbeval.model import Decoder
-from sbeval.optimizer import optimizer_for
-from sbeval.train import TrainConfig, Trainer
+from sbeval.models.decoder import Decoder
+from sbeval.runtime import files
+from sbeval.tables import provenance, table
+from sbeval.training import checkpoint
+from sbeval.training.optimizer import optimizer_for
+from sbeval.training.trainer import TrainConfig, Trainer
 
 FULL = os.environ.get("SBEVAL_TESTS") == "full"
 KILLS = 50 if FULL else 2
@@ -235,30 +237,19 @@ def serve(log: Path) -> None:
     """Fork a child for each command on standard input; say its number, and its exit code when it has ended."""
     import torch._dynamo  # noqa: F401  # commands import this, and all below, when they run
 
-    from sbeval import (  # noqa: F401  # as above
-        cli,
-        corpus,
-        device,
-        draw,
-        drawn,
-        perplexity,
-        plan,
-        pretrained,
-        prompts,
-        recall_data,
-        registry,
-        retrieval,
-        study,
-        train,
-    )
-    from sbeval.tasks import needle
+    from sbeval import registry
+    from sbeval.cli import main as cli
+    from sbeval.report import figures
+    from sbeval.runtime import device
+    from sbeval.tasks import drawn, needle
+    from sbeval.training import trainer
 
     for figure in registry.FIGURES:
         registry.figure(figure)
     registry.task("mqrar")
     device.measured_flops = lambda *_: 1e10
-    draw.draw_figures = lambda *_: []
-    for module in (train, drawn):
+    figures.draw_figures = lambda *_: []
+    for module in (trainer, drawn):
         vars(module)["Trainer"] = Eager
     # an answer a batch
     needle.BATCH_TOKENS["cpu"] = 1

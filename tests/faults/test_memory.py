@@ -18,13 +18,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from sbeval import cli, memory, perplexity, table, train
-from sbeval.batches import Batches
-from sbeval.corpus import Split
-from sbeval.model import Decoder
-from sbeval.model_config import ModelConfig
-from sbeval.progress import Progress
-from sbeval.train import TrainConfig, Trained, Trainer
+from sbeval.cli import main
+from sbeval.data.corpus import Split
+from sbeval.data.dataloader import Batches
+from sbeval.evaluation import perplexity
+from sbeval.models.config import ModelConfig
+from sbeval.models.decoder import Decoder
+from sbeval.runtime import oom
+from sbeval.runtime.progress import Progress
+from sbeval.tables import table
+from sbeval.training import trainer as train
+from sbeval.training.trainer import TrainConfig, Trained, Trainer
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(vocab_size=64, width=16, layers=2, heads=2, hidden=24)
@@ -132,7 +136,7 @@ def test_parts_are_all_items_once() -> None:
                 raise torch.OutOfMemoryError
             taken.extend(part)
 
-        memory.in_parts(range(23), 16, work, lambda _: None)
+        oom.in_parts(range(23), 16, work, lambda _: None)
         assert taken == list(range(23))
 
 
@@ -140,10 +144,10 @@ def command(*arguments: object) -> tuple[object, str]:
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["sbeval", *map(str, arguments)])
-        patch.setattr("sbeval.draw.draw_figures", lambda *_: [])
-        patch.setattr("sbeval.device.measured_flops", lambda *_: 1e10)
+        patch.setattr("sbeval.report.figures.draw_figures", lambda *_: [])
+        patch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e10)
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            cli.main()
+            main.main()
     return ended.value.code, said.getvalue()
 
 

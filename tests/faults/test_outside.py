@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from sbeval import pretrained, prompts, provenance, tokenizer
+from sbeval.data import tokenizer
 from sbeval.errors import InputError
-from sbeval.retrieval import Samples
+from sbeval.evaluation import ruler_prompts
+from sbeval.evaluation.ruler_scores import Samples
+from sbeval.pretrained import load
+from sbeval.tables import provenance
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -51,11 +54,11 @@ def with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_code_of_a_model_runs_only_when_asked(with_code: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="comes with code of its own, which is not run; --trust-remote-code runs it"):
-        pretrained.load(str(with_code), CPU, "float32")
+        load.load(str(with_code), CPU, "float32")
     with pytest.raises(InputError):
         tokenizer.load(str(with_code), cache_dir=tmp_path)
     assert not (tmp_path / "mark").exists()
-    found = pretrained.load(str(with_code), CPU, "float32", trust_remote_code=True)
+    found = load.load(str(with_code), CPU, "float32", trust_remote_code=True)
     assert (tmp_path / "mark").exists() and found.vocab_size == 32
 
 
@@ -63,11 +66,11 @@ def test_weights_that_are_pickled_are_not_read(with_code: Path) -> None:
     config = json.loads((with_code / "config.json").read_text())
     del config["auto_map"]
     (with_code / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
-    assert pretrained.load(str(with_code), CPU, "float32").options == "llama"
+    assert load.load(str(with_code), CPU, "float32").options == "llama"
     (with_code / "model.safetensors").unlink()
     torch.save({}, with_code / "pytorch_model.bin")
     with pytest.raises(InputError, match="no causal language model"):
-        pretrained.load(str(with_code), CPU, "float32")
+        load.load(str(with_code), CPU, "float32")
 
 
 def test_prompts_in_the_cache_that_are_pickled_or_cut_short_are_named(tmp_path: Path) -> None:
@@ -75,11 +78,11 @@ def test_prompts_in_the_cache_that_are_pickled_or_cut_short_are_named(tmp_path: 
     for content in (b"", b"PK\3\4 cut", pickle.dumps([1])):
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"prompts\.npz can't be read: .*; remove it to write the prompts again"):
-            prompts._read(path)
+            ruler_prompts._read(path)
     with path.open("wb") as file:
         np.savez(file, tokens=np.array([{}], dtype=object))
     with pytest.raises(InputError, match="can't be read"):
-        prompts._read(path)
+        ruler_prompts._read(path)
 
 
 def test_answers_and_run_files_of_something_else_are_named(tmp_path: Path) -> None:
@@ -91,7 +94,7 @@ def test_answers_and_run_files_of_something_else_are_named(tmp_path: Path) -> No
     path.write_text("[" * 100_000)
     with pytest.raises(InputError, match="cannot read the run file"):
         provenance.read_run(path)
-    assert not pretrained.is_own(str(path.parent))
+    assert not load.is_own(str(path.parent))
 
 
 def test_nothing_in_the_source_reads_pickles_or_runs_text() -> None:

@@ -13,9 +13,9 @@ import numpy.typing as npt
 import pandas as pd
 import pytest
 
-from sbeval.draw import draw_figures
 from sbeval.errors import InputError
 from sbeval.plots import attention_map, attention_map_page
+from sbeval.report.figures import draw_figures
 
 TOKENS = [1, 7, 2, 5, 1, 8, 1, 6]
 SIZE = len(TOKENS)

@@ -9,8 +9,8 @@ from matplotlib.lines import Line2D
 
 from sbeval.errors import InputError
 from sbeval.plots import flip_flop
-from sbeval.published import FLIP_FLOP
-from sbeval.selection import flip_flop_errors
+from sbeval.tables.published import FLIP_FLOP
+from sbeval.tables.selection import flip_flop_errors
 
 CHANCES = {"in_distribution": 0.8, "sparse": 0.98, "dense": 0.1}
 

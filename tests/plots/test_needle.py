@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from sbeval.errors import InputError
 from sbeval.plots import needle, needle_depth
-from sbeval.selection import mean_over_tasks, needle_scores
+from sbeval.tables.selection import mean_over_tasks, needle_scores
 
 COMMON: dict[str, Any] = {
     "model": "25m", "options": "", "params": 25_000_000, "train_len": 1024, "train_tokens": 10**8, "eval_len": 2048,

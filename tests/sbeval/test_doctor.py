@@ -10,10 +10,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from sbeval import cli, doctor, registry
-from sbeval.model import Decoder
-from sbeval.model_config import ModelConfig
-from sbeval.train import TrainConfig
+from sbeval import doctor, registry
+from sbeval.cli import main
+from sbeval.models.config import ModelConfig
+from sbeval.models.decoder import Decoder
+from sbeval.training.trainer import TrainConfig
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(vocab_size=1000, width=64, layers=2, heads=4, kv_heads=2, hidden=96)
@@ -92,10 +93,10 @@ def test_memory_of_this_machine() -> None:
 
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
     monkeypatch.setattr(doctor, "PACKAGES", (("rich", "rich", "this table"),))
-    monkeypatch.setattr("sbeval.device.measured_flops", lambda *_: 1e12)
+    monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e12)
     monkeypatch.setattr(sys, "argv", ["sbeval", "doctor", "--device", "cpu"])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     return ended.value.code, capsys.readouterr().out
 
 
@@ -133,7 +134,7 @@ def test_a_method_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=60)
-    monkeypatch.setattr(cli, "Console", lambda: console)
-    cli._print_table("Title", ("a", "b"), [("1", "[x]")])
+    monkeypatch.setattr(main, "Console", lambda: console)
+    main._print_table("Title", ("a", "b"), [("1", "[x]")])
     assert isinstance(console.file, io.StringIO)
     assert "┃" in console.file.getvalue() and "[x]" in console.file.getvalue()

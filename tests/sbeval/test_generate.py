@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.generate import generate
-from sbeval.model import Decoder
-from sbeval.model_config import ModelConfig
-from sbeval.pretrained import HubModel
+from sbeval.models.config import ModelConfig
+from sbeval.models.decoder import Decoder
+from sbeval.pretrained.load import HubModel
 
 CPU = torch.device("cpu")
 VOCABULARY = 50

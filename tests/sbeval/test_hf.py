@@ -14,11 +14,15 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from sbeval import checkpoint, cli, hf, pretrained, registry, tokenizer
+from sbeval import hf, registry
+from sbeval.cli import main
+from sbeval.data import tokenizer
 from sbeval.errors import InputError
 from sbeval.generate import generate
-from sbeval.model import Decoder
-from sbeval.model_config import ModelConfig
+from sbeval.models.config import ModelConfig
+from sbeval.models.decoder import Decoder
+from sbeval.pretrained import load
+from sbeval.training import checkpoint
 
 CPU = torch.device("cpu")
 EOS = 256
@@ -176,7 +180,7 @@ def test_a_vocabulary_that_training_padded_is_that_of_its_tokenizer(tmp_path: Pa
 
 def test_the_command(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "below" / "out"
-    cli.export(saved, out, tokenizer="bytes")
+    main.export(saved, out, tokenizer="bytes")
     assert capsys.readouterr().out.strip().replace("\n", "").endswith(str(out))
     assert (out / "tokenizer.json").exists() and [path.name for path in out.parent.iterdir()] == ["out"]
 
@@ -346,7 +350,7 @@ def test_bfloat16(exported: Path, loaded: Any) -> None:
 
 
 def test_our_own_commands_take_it(exported: Path, saved: Path) -> None:
-    found, ours = pretrained.load(str(exported), CPU, "float32"), pretrained.load(str(saved), CPU, "float32")
+    found, ours = load.load(str(exported), CPU, "float32"), load.load(str(saved), CPU, "float32")
     assert dataclasses.replace(found, model=ours.model, name=ours.name) == ours
     tokens = torch.randint(257, (1, 9))
     assert torch.equal(found.model(tokens), ours.model(tokens))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sbeval import registry
-from sbeval.cell import cell_id
+from sbeval.sweep.cell import cell_id
 
 RESULTS = Path(__file__).parents[2] / "results"
 RUNS = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("**/runs/*.json"))}

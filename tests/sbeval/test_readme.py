@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sbeval import checkpoint, cli, schema
-from sbeval.checkpoint import State
-from sbeval.model import Decoder
-from sbeval.model_config import named
-from sbeval.train import TrainConfig
+from sbeval.cli import main
+from sbeval.models.config import named
+from sbeval.models.decoder import Decoder
+from sbeval.sweep import study_file
+from sbeval.training import checkpoint
+from sbeval.training.checkpoint import State
+from sbeval.training.trainer import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
@@ -54,7 +56,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in ("results/checkpoints/DIGEST", "NAME_OR_FOLDER", "CHECKPOINT"):
         checkpoint.save(home / folder, model, State(losses=[1.0], finished=True), training=training)
     (home / "items").mkdir()
-    (home / "mine.yaml").write_text(schema.text("h200"))
+    (home / "mine.yaml").write_text(study_file.text("h200"))
     shutil.copytree(ROOT / "results" / "quick", home / "other")
     (home / "dev-v2.0.json").write_text(json.dumps({"data": [{"paragraphs": [
         {"context": "Ada wrote.", "qas": [{"question": "Who?", "answers": [{"text": "Ada"}], "is_impossible": False}]}
@@ -93,5 +95,5 @@ def test_a_command_of_the_readme_runs(command: str, home: Path, monkeypatch: pyt
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "argv", ["sbeval", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert ended.value.code in (None, 0)

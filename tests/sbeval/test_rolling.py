@@ -10,11 +10,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from sbeval import perplexity
-from sbeval.model import Decoder
-from sbeval.model_config import ModelConfig
+from sbeval.data.tokenizer import Bytes
+from sbeval.evaluation import perplexity
+from sbeval.models.config import ModelConfig
+from sbeval.models.decoder import Decoder
 from sbeval.tasks import length_gen
-from sbeval.tokenizer import Bytes
 
 TEXTS = ["one two  three\nfour" * 3, "short", "x" * 16, "Ünïcode wörds, and more of them " * 4]
 CPU = torch.device("cpu")

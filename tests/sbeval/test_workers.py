@@ -11,7 +11,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from sbeval import cli, study, table
+from sbeval.cli import main
+from sbeval.sweep import study
+from sbeval.tables import table
 
 pytestmark = pytest.mark.usefixtures("home")
 # a family's command: as few steps as make a row, and more than one cell
@@ -37,7 +39,7 @@ def run(*arguments: object) -> tuple[Any, str, str]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["sbeval", *map(str, arguments)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
+            main.main()
     return ended.value.code, out.getvalue(), err.getvalue()
 
 

@@ -8,16 +8,17 @@ import pytest
 import torch
 from rich.console import Console
 
-from sbeval import attention_shares, sweep, table
+from sbeval.data.recall import Recall
 from sbeval.errors import InputError
-from sbeval.model import Decoder
-from sbeval.model_config import ModelConfig
-from sbeval.place import Place
-from sbeval.progress import Progress
-from sbeval.recall import Recall
-from sbeval.recall_data import generate
-from sbeval.tasks import attention_map
-from sbeval.weights import attention_weights
+from sbeval.models.attention_weights import attention_weights
+from sbeval.models.config import ModelConfig
+from sbeval.models.decoder import Decoder
+from sbeval.runtime.progress import Progress
+from sbeval.sweep import scheduler
+from sbeval.sweep.context import Place
+from sbeval.tables import table
+from sbeval.tasks import attention_map, attention_shares
+from sbeval.tasks.recall_data import generate
 
 TASK = Recall(vocab_size=33, seq_len=32, kv_pairs=8)
 TINY = attention_map.Config(
@@ -108,7 +109,7 @@ def test_the_rows_of_an_example_are_its_weights() -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     place = Place(results_dir=folder, device=torch.device("cpu"))
-    assert sweep.run(attention_map.cells(TINY), place, preset="quick", console=Console(quiet=True))
+    assert scheduler.run(attention_map.cells(TINY), place, preset="quick", console=Console(quiet=True))
     return folder
 
 

@@ -19,16 +19,21 @@ import pytest
 import torch
 from rich.console import Console
 
-from sbeval import checkpoint, cli, harness, model_config, sweep, table
-from sbeval.cell import cell_id
-from sbeval.checkpoint import State
+from sbeval.cli import main
 from sbeval.errors import InputError
-from sbeval.lm import Adapter
-from sbeval.model import Decoder
-from sbeval.place import Place
+from sbeval.evaluation import lm_eval_tasks
+from sbeval.evaluation.lm_eval_model import Adapter
+from sbeval.models import config as model_config
+from sbeval.models.decoder import Decoder
+from sbeval.sweep import scheduler
+from sbeval.sweep.cell import cell_id
+from sbeval.sweep.context import Place
+from sbeval.tables import table
 from sbeval.tasks import few_shot
 from sbeval.tasks.few_shot import Cell, Config, Row, cells
-from sbeval.train import Trainer
+from sbeval.training import checkpoint
+from sbeval.training.checkpoint import State
+from sbeval.training.trainer import Trainer
 
 TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 CPU = torch.device("cpu")
@@ -49,7 +54,7 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"question": f"What is {n}?", "choices": ["a", "number", "no", "thing"][: 3 + n % 2], "gold": 1}
         for n in range(40)
     ])  # fmt: skip
-    phenomena = [name.removeprefix("blimp_") for name in harness._index(False) if name.startswith("blimp_")]
+    phenomena = [name.removeprefix("blimp_") for name in lm_eval_tasks._index(False) if name.startswith("blimp_")]
     write("blimp", [
         {"uid": uid, "good": f"{uid} is good {n}", "bad": f"{uid} good is {n}"} for uid in phenomena for n in range(2)
     ])  # fmt: skip
@@ -74,7 +79,7 @@ def config(tmp_path: Path, items: Path, monkeypatch: pytest.MonkeyPatch) -> Conf
 def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
     found = cells(config)
     place = Place(results_dir=results, device=CPU, force=force)
-    assert sweep.run(found, place, preset="quick", console=Console(file=io.StringIO()))
+    assert scheduler.run(found, place, preset="quick", console=Console(file=io.StringIO()))
     return found
 
 
@@ -122,7 +127,7 @@ def test_what_else_is_asked_is_no_part_of_a_cells_name(config: Config) -> None:
 
 def test_the_model_is_length_gens(config: Config, tmp_path: Path) -> None:
     (cell,) = run(config, tmp_path / "results")
-    with sweep.progress_of(Place(results_dir=tmp_path, device=CPU)) as progress:
+    with scheduler.progress_of(Place(results_dir=tmp_path, device=CPU)) as progress:
         trained = cell.trained.train(Place(results_dir=tmp_path / "results", device=CPU), progress)
     assert [path.name for path in (tmp_path / "results" / "checkpoints").iterdir()] == [trained.name]
 
@@ -160,7 +165,7 @@ def test_presets_ask_what_they_say() -> None:
 
 def test_rows_are_lm_evals(config: Config, tmp_path: Path) -> None:
     (cell,) = run(dataclasses.replace(config, tasks=("arc_easy:2",)), tmp_path / "results")
-    rows = sweep.results_of([cell], tmp_path / "results")
+    rows = scheduler.results_of([cell], tmp_path / "results")
     assert set(rows["metric"]) == {"acc", "acc_norm"} and (rows["shots"] == 2).all()
     # 32 of 40 are set aside for examples; half of the rest have three choices
     assert (rows["n"] == 8).all() and rows["chance"].tolist() == pytest.approx([7 / 24] * 2)
@@ -174,7 +179,7 @@ def test_rows_are_lm_evals(config: Config, tmp_path: Path) -> None:
 
 def test_a_group_has_rows_of_its_parts(config: Config, tmp_path: Path) -> None:
     (cell,) = run(dataclasses.replace(config, tasks=("blimp",)), tmp_path / "results")
-    rows = sweep.results_of([cell], tmp_path / "results")
+    rows = scheduler.results_of([cell], tmp_path / "results")
     whole, parts = rows[rows["part"] == ""], rows[rows["part"] != ""]
     assert len(whole) == 1 and len(parts) == 67 and (rows["chance"] == 0.5).all() and (rows["metric"] == "acc").all()
     assert whole["value"].iloc[0] == pytest.approx(parts["value"].mean()) and whole["n"].iloc[0] == 134
@@ -182,7 +187,7 @@ def test_a_group_has_rows_of_its_parts(config: Config, tmp_path: Path) -> None:
 
 def test_a_likelihood_has_perplexity_and_accuracy(config: Config, tmp_path: Path) -> None:
     (cell,) = run(dataclasses.replace(config, tasks=("lambada_openai",), limit=4), tmp_path / "results")
-    rows = sweep.results_of([cell], tmp_path / "results").set_index("metric")
+    rows = scheduler.results_of([cell], tmp_path / "results").set_index("metric")
     assert set(rows.index) == {"acc", "perplexity"} and (rows["n"] == 4).all()
     # guessing has no score there
     assert float(rows["stderr"]["perplexity"]) > 0 and (rows["chance"] == "").all()
@@ -192,7 +197,7 @@ def test_another_model_at_the_same_path_is_asked_again(config: Config, tmp_path:
     folder = save(tmp_path / "model", 0)
     given = dataclasses.replace(config, models=(str(folder),))
     (cell,) = run(given, tmp_path / "results")
-    first, count = sweep.results_of([cell], tmp_path / "results"), sum(asked)
+    first, count = scheduler.results_of([cell], tmp_path / "results"), sum(asked)
     assert (first["attention"] == "stick_breaking").all() and (first["model"] == "model").all() and count == 24
     run(given, tmp_path / "results")
     assert sum(asked) == count
@@ -209,12 +214,12 @@ def test_other_items_are_asked(config: Config, items: Path, tmp_path: Path, aske
     (folder / "copa_val.jsonl").write_text("".join(lines[:10]))
     given = dataclasses.replace(config, data_dir=str(folder))
     (cell,) = run(given, tmp_path / "results")
-    assert sum(asked) == 20 and (sweep.results_of([cell], tmp_path / "results")["n"] == 10).all()
-    harness.load.cache_clear()
+    assert sum(asked) == 20 and (scheduler.results_of([cell], tmp_path / "results")["n"] == 10).all()
+    lm_eval_tasks.load.cache_clear()
     (folder / "copa_val.jsonl").write_text("".join(lines))
     run(given, tmp_path / "results")
     # those that were answered are not asked again
-    assert sum(asked) == 24 and (sweep.results_of([cell], tmp_path / "results")["n"] == 12).all()
+    assert sum(asked) == 24 and (scheduler.results_of([cell], tmp_path / "results")["n"] == 12).all()
 
 
 def test_other_examples_in_prompts_are_other_items(
@@ -227,7 +232,7 @@ def test_other_examples_in_prompts_are_other_items(
     given = dataclasses.replace(config, data_dir=str(folder), tasks=("arc_easy:2",), eval_len=512)
     run(given, tmp_path / "results")
     count = sum(asked)
-    harness.load.cache_clear()
+    lm_eval_tasks.load.cache_clear()
     lines = text.splitlines(keepends=True)
     # those that are set aside for examples
     (folder / "arc_easy_test.jsonl").write_text("".join(line.replace("What", "Which") for line in lines[:32]))
@@ -280,7 +285,7 @@ def test_evaluation_alone_changes_the_model(config: Config, tmp_path: Path) -> N
     assert len(list((tmp_path / "results" / "checkpoints").iterdir())) == 1
     # neither has answered for the other
     assert len(list((tmp_path / "results" / "answers").iterdir())) == 2
-    assert set(sweep.results_of(found, tmp_path / "results")["options"]) == {"", specs[1].partition(":")[2]}
+    assert set(scheduler.results_of(found, tmp_path / "results")["options"]) == {"", specs[1].partition(":")[2]}
 
 
 # the command line
@@ -291,7 +296,7 @@ def said(*arguments: object) -> tuple[int | str | None, str]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["sbeval", *map(str, arguments)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-            cli.main()
+            main.main()
     return ended.value.code, out.getvalue()
 
 
@@ -329,7 +334,7 @@ def test_a_model_of_others_is_asked_what_the_paper_asks(tmp_path: Path) -> None:
 def test_a_killed_run_goes_on_request_by_request(command: list[object], tmp_path: Path, asked: list[int]) -> None:
     """One row a batch and a pause after each: killed in the middle, and what was answered is there."""
     slow = (
-        "import sys, time; from sbeval import cli, lm; from sbeval.tasks import few_shot\n"
+        "import sys, time; from sbeval.cli import main as cli; from sbeval.evaluation import lm_eval_model as lm; from sbeval.tasks import few_shot\n"
         "few_shot.BATCH_TOKENS['cpu'] = 1\n"
         "keep = lm.Answers.keep\n"
         "def kept(self, answers): keep(self, answers); time.sleep(0.3)\n"

@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from sbeval import sweep, table
 from sbeval.errors import InputError
-from sbeval.flip_flop_data import READ, SKIP, WRITE, Examples, batches, errors, generate
-from sbeval.model import IGNORE
-from sbeval.place import Place
-from sbeval.selection import flip_flop_errors
+from sbeval.models.decoder import IGNORE
+from sbeval.sweep import scheduler
+from sbeval.sweep.context import Place
+from sbeval.tables import table
+from sbeval.tables.selection import flip_flop_errors
 from sbeval.tasks import flip_flop
 from sbeval.tasks.flip_flop import Config
+from sbeval.tasks.flip_flop_data import READ, SKIP, WRITE, Examples, batches, errors, generate
 
 TINY = Config(
     attention=("rope", "stick_breaking"), seeds=(0,), lrs=(1e-3, 1e-2), seq_len=16, batch=4, steps=4, check_every=2,
@@ -104,7 +105,7 @@ def test_when_training_ends() -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     place = Place(results_dir=folder, device=torch.device("cpu"))
-    assert sweep.run(flip_flop.cells(TINY), place, preset="quick", console=Console(quiet=True))
+    assert scheduler.run(flip_flop.cells(TINY), place, preset="quick", console=Console(quiet=True))
     return folder
 
 

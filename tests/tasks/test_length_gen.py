@@ -14,18 +14,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbeval import checkpoint, held_out, model, model_config, python_source, tokenizer, train
-from sbeval.batches import Batches
-from sbeval.cell import Outcome, cell_id
-from sbeval.corpus import Split
+from sbeval.data import python_source, tokenizer
+from sbeval.data.corpus import Split
+from sbeval.data.dataloader import Batches
+from sbeval.data.python_source import File
 from sbeval.errors import InputError
-from sbeval.perplexity import PositionLosses
-from sbeval.place import Place
-from sbeval.progress import Progress
-from sbeval.python_source import File
+from sbeval.evaluation.perplexity import PositionLosses
+from sbeval.models import config as model_config
+from sbeval.models import decoder as model
+from sbeval.runtime.progress import Progress
+from sbeval.sweep.cell import Outcome, cell_id
+from sbeval.sweep.context import Place
 from sbeval.tasks import length_gen
 from sbeval.tasks.length_gen import Config, Row, cells, rows
-from sbeval.train import Trainer
+from sbeval.training import checkpoint, held_out, trainer
+from sbeval.training.trainer import Trainer
 
 TINY = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 
@@ -268,7 +271,7 @@ def test_a_text_that_changed_is_trained_on_again(config: Config, tmp_path: Path,
 def test_documents_too_short_are_said_before_training(
     config: Config, tmp_path: Path, progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "Trainer", None)
+    monkeypatch.setattr(trainer, "Trainer", None)
     with pytest.raises(InputError, match="no document of corpus 'texts' .* has 501 tokens .*use --eval-len"):
         run(dataclasses.replace(config, eval_len=500), tmp_path, progress)
 

@@ -16,16 +16,18 @@ from hypothesis import strategies as st
 from rich.console import Console
 from torch import Tensor
 
-from sbeval import recall, recall_data, sweep, table
-from sbeval.cell import cell_id
+from sbeval.data import recall
+from sbeval.data.recall import Recall
 from sbeval.errors import InputError
-from sbeval.model import IGNORE
-from sbeval.place import Place
-from sbeval.progress import Progress
-from sbeval.recall import Recall
-from sbeval.recall_data import Examples, generate
-from sbeval.synthetic import TEST_SEED, VALIDATION_SEED
-from sbeval.tasks import mqrar
+from sbeval.models.decoder import IGNORE
+from sbeval.runtime.progress import Progress
+from sbeval.sweep import scheduler
+from sbeval.sweep.cell import cell_id
+from sbeval.sweep.context import Place
+from sbeval.tables import table
+from sbeval.tasks import mqrar, recall_data
+from sbeval.tasks.recall_data import Examples, generate
+from sbeval.tasks.synthetic import TEST_SEED, VALIDATION_SEED
 
 
 def batches_of(cell: mqrar.Cell) -> recall_data.Batches:
@@ -395,13 +397,13 @@ def test_a_cell_that_diverges_has_a_row_that_says_so(tmp_path: Path) -> None:
     )  # fmt: skip
     (cell,) = mqrar.cells(config)
     place = Place(results_dir=tmp_path, device=torch.device("cpu"))
-    assert not sweep.run([cell], place, preset="quick", console=Console(quiet=True))
+    assert not scheduler.run([cell], place, preset="quick", console=Console(quiet=True))
     rows = table.read(tmp_path / "mqrar.csv")
     assert rows[["metric", "value", "status"]].to_numpy().tolist() == [["solved", 0.0, "diverged"]]
     assert "the loss is nan" in (tmp_path / "runs" / f"{cell_id(cell)}.json").read_text()
     assert mqrar.summary(rows).row_count == 1
     # such a cell is tried again
-    assert sweep.unfinished([cell], tmp_path) == [cell]
+    assert scheduler.unfinished([cell], tmp_path) == [cell]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

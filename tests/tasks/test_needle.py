@@ -15,20 +15,25 @@ import pytest
 import torch
 from rich.console import Console
 
-from sbeval import checkpoint, cli, model_config, retrieval, ruler, sweep, table
-from sbeval.batches import NOTHING
-from sbeval.cell import cell_id
-from sbeval.checkpoint import State
+from sbeval.cli import main
+from sbeval.data.dataloader import NOTHING
+from sbeval.data.tokenizer import Bytes
 from sbeval.errors import InputError
-from sbeval.lessons import Lessons
-from sbeval.model import Decoder
-from sbeval.place import Place
-from sbeval.prompts import Prompt, Writer
-from sbeval.retrieval import Answered, Samples
+from sbeval.evaluation import ruler_scores, ruler_tasks
+from sbeval.evaluation.ruler_lessons import Lessons
+from sbeval.evaluation.ruler_prompts import Prompt, Writer
+from sbeval.evaluation.ruler_scores import Answered, Samples
+from sbeval.models import config as model_config
+from sbeval.models.decoder import Decoder
+from sbeval.sweep import scheduler
+from sbeval.sweep.cell import cell_id
+from sbeval.sweep.context import Place
+from sbeval.tables import table
 from sbeval.tasks import length_gen, needle
 from sbeval.tasks.needle import Cell, Config, Row, cells, measured
-from sbeval.tokenizer import Bytes
-from sbeval.train import Trainer
+from sbeval.training import checkpoint
+from sbeval.training.checkpoint import State
+from sbeval.training.trainer import Trainer
 
 TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 CPU = torch.device("cpu")
@@ -39,10 +44,12 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setitem(model_config.SIZES, "tiny", TINY)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
     # which times the machine
-    monkeypatch.setattr(sweep, "describe_cost", lambda cells, place: "")
+    monkeypatch.setattr(scheduler, "describe_cost", lambda *_: "")
     # answers are long, and what a model says has tests of its own
     monkeypatch.setattr(
-        ruler, "TASKS", {name: dataclasses.replace(task, new_tokens=8) for name, task in ruler.TASKS.items()}
+        ruler_tasks,
+        "TASKS",
+        {name: dataclasses.replace(task, new_tokens=8) for name, task in ruler_tasks.TASKS.items()},
     )
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -59,7 +66,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
     found = cells(config)
     place = Place(results_dir=results, device=CPU, force=force)
-    assert sweep.run(found, place, preset="quick", console=Console(file=io.StringIO()))
+    assert scheduler.run(found, place, preset="quick", console=Console(file=io.StringIO()))
     return found
 
 
@@ -90,7 +97,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_every_model_is_asked_every_task_of_which_the_files_are_there(config: Config) -> None:
     wide = dataclasses.replace(config, attention=("rope", "alibi"), tasks=())
     found = cells(wide)
-    names = [name for name in ruler.TASKS if name not in ("qa_1", "qa_2")]
+    names = [name for name in ruler_tasks.TASKS if name not in ("qa_1", "qa_2")]
     assert [(cell.trained.attention, cell.task) for cell in found] == [
         (method, name) for method in ("rope", "alibi") for name in names
     ]
@@ -158,7 +165,7 @@ def test_a_length_that_does_not_fit_is_said_before_training(config: Config, tmp_
 
 def test_rows_are_by_length_and_depth(config: Config, tmp_path: Path) -> None:
     (cell,) = run(config, tmp_path / "results")
-    rows = sweep.results_of([cell], tmp_path / "results")
+    rows = scheduler.results_of([cell], tmp_path / "results")
     whole, parts = rows[rows["depth_start"].isna()], rows[rows["depth_start"].notna()]
     assert sorted(whole["metric"]) == sorted(2 * ["filled", "greedy", "log_probability", "score"])
     assert set(whole["length"]) == {768, 1024} and (whole["n"] == 5).all() and (whole["eval_len"] == 1024).all()
@@ -209,7 +216,7 @@ def test_a_run_that_was_stopped_goes_on_sample_by_sample(
     run(given, tmp_path / "whole")
     assert asked == [1] * 5
     asked.clear()
-    say, said = retrieval.say, list[int]()
+    say, said = ruler_scores.say, list[int]()
 
     def stopped(*arguments: Any) -> list[str]:
         said.append(1)
@@ -218,7 +225,7 @@ def test_a_run_that_was_stopped_goes_on_sample_by_sample(
         return say(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(retrieval, "say", stopped)
+        patch.setattr(ruler_scores, "say", stopped)
         run(given, tmp_path / "results")
     assert asked == [1, 1] and not (tmp_path / "results" / "needle.csv").exists()
     (path,) = (tmp_path / "results" / "samples").iterdir()
@@ -226,7 +233,7 @@ def test_a_run_that_was_stopped_goes_on_sample_by_sample(
     path.write_bytes(path.read_bytes() + b'{"index": 2, "dep')
     (cell,) = run(given, tmp_path / "results")
     assert asked == [1] * 5
-    one, other = (sweep.results_of([cell], tmp_path / name).drop(columns="utc") for name in ("whole", "results"))
+    one, other = (scheduler.results_of([cell], tmp_path / name).drop(columns="utc") for name in ("whole", "results"))
     assert one.equals(other) and len(Samples(path).found) == 5
     # more samples are asked for the rest alone
     run(dataclasses.replace(given, samples=6), tmp_path / "results")
@@ -249,7 +256,7 @@ def test_another_model_at_the_same_path_is_asked_again(config: Config, tmp_path:
 
 def test_a_given_model_with_another_tokenizer_is_another(config: Config, tmp_path: Path) -> None:
     given = dataclasses.replace(config, checkpoint=str(save(tmp_path / "model")))
-    with sweep.progress_of(Place(results_dir=tmp_path, device=CPU)) as progress:
+    with scheduler.progress_of(Place(results_dir=tmp_path, device=CPU)) as progress:
         bytes_, bpe = (
             cells(dataclasses.replace(given, tokenizer=name))[0].source(progress) for name in ("bytes", "bpe:260")
         )
@@ -298,7 +305,7 @@ def test_lessons_are_prompts_of_no_test(
     assert not values[0] & values[1]
     # both tasks are asked of one model that was trained on both
     assert len(list((tmp_path / "results" / "checkpoints").iterdir())) == 1 and sum(asked) == 10
-    rows = sweep.results_of(found, tmp_path / "results")
+    rows = scheduler.results_of(found, tmp_path / "results")
     assert (rows["finetune_tokens"] == 768 * 12).all() and (rows["train_len"] == 768).all()
 
 
@@ -311,7 +318,7 @@ def test_fine_tuning_starts_from_the_model_and_changes_it(config: Config, tmp_pa
     (still,) = run(given, tmp_path / "results")
     (tuned,) = run(dataclasses.replace(given, finetune_lr=1e-2), tmp_path / "results")
     (plain,) = run(dataclasses.replace(given, finetune=0), tmp_path / "results")
-    found = [sweep.results_of([cell], tmp_path / "results").set_index("metric") for cell in (plain, still, tuned)]
+    found = [scheduler.results_of([cell], tmp_path / "results").set_index("metric") for cell in (plain, still, tuned)]
     first, same, other = (float(rows[rows["depth_start"].isna()]["value"]["log_probability"]) for rows in found)
     assert same == pytest.approx(first, rel=1e-4) and other > first + 1
     assert [set(rows["finetune_tokens"]) for rows in found] == [{0}, {768 * 8}, {768 * 8}]
@@ -337,7 +344,7 @@ def said(*arguments: object) -> tuple[int | str | None, str, str]:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["sbeval", *map(str, arguments)])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-            cli.main()
+            main.main()
     return ended.value.code, out.getvalue(), error.getvalue()
 
 
@@ -363,11 +370,11 @@ def test_a_command_leaves_table_and_figures(command: list[object], tmp_path: Pat
 def test_help_says_which_tasks_a_preset_asks() -> None:
     code, out, _ = said("needle", "--help")
     words = " ".join(word for word in out.split() if word != "│")
-    assert code == 0 and "The preset's: quick asks niah_single_1, others all 13." in words
+    assert code == 0 and "Default: all whose files are given. Repeat for several. [quick: niah_single_1]" in words
     assert {name: preset.tasks for name, preset in needle.PRESETS.items() if preset.tasks} == {
         "quick": ("niah_single_1",)
     }
-    assert len(ruler.TASKS) == 13
+    assert len(ruler_tasks.TASKS) == 13
 
 
 def test_questions_that_are_missing_are_one_line(command: list[object]) -> None:

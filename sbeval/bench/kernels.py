@@ -1,0 +1,448 @@
+"""Benchmarks of the attention kernels and of whole models, each beside its peers in the same run.
+
+`kernel`: stick-breaking's Triton kernels, whatever other stick-breaking kernels are installed, and softmax through
+SDPA's backends and FlexAttention. Every contender is first compared with the float64 reference on a short problem of
+the same heads, then timed. FLOPs are those of causal attention, 4 B H D T S / 2 forward and 3.5 times that with
+backward, skipped tiles included.
+
+`model`: optimizer steps and evaluation passes of the named model sizes, stick-breaking beside RoPE. `sbeval.bench.skipping`
+has the third, of kernels on what a trained model computes.
+"""
+
+import importlib
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sbeval.config import digest_of
+from sbeval.errors import InputError, choose
+from sbeval.kernels import softmax, stick_breaking
+from sbeval.models.config import SIZES, flops_per_token, named
+from sbeval.models.decoder import IGNORE, Decoder
+from sbeval.runtime import device
+from sbeval.runtime.progress import Progress
+from sbeval.tables import provenance, table
+from sbeval.tables.rows import Identity, Measurement
+from sbeval.training.trainer import TrainConfig, Trainer
+
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Measurement):
+    """Factors: the problem. `queries` of `keys` positions; `sequences` packed into a row; `epsilon` of skipping."""
+
+    step: str  # forward, forward_backward, decode; train, evaluate
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    sequences: int
+    epsilon: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Sizes of one kernel benchmark. `bounds`: cumulative lengths of packed sequences."""
+
+    step: str
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    bounds: tuple[int, ...] = ()
+    epsilon: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        lengths = [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
+        pairs = sum(n * n / 2 for n in lengths) if lengths else self.queries * (self.keys - self.queries / 2)
+        return 4 * self.batch * self.heads * self.head_dim * pairs * (3.5 if self.step == "forward_backward" else 1)
+
+    @property
+    def factors(self) -> dict[str, Any]:
+        """What a row says of the problem."""
+        return {
+            "step": self.step, "batch": self.batch, "queries": self.queries, "keys": self.keys, "heads": self.heads,
+            "kv_heads": self.kv_heads, "head_dim": self.head_dim, "sequences": max(1, len(self.bounds) - 1),
+            "epsilon": self.epsilon,
+        }  # fmt: skip
+
+    @property
+    def cache_bytes(self) -> float:
+        """What decoding has to read: keys and values in 16 bits."""
+        return 4.0 * self.batch * self.keys * self.kv_heads * self.head_dim
+
+    def draw(self, place: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        shapes = [(self.queries, self.heads), (self.keys, self.kv_heads), (self.keys, self.kv_heads)]
+        q, k, v = (torch.randn(self.batch, n, heads, self.head_dim, device=place, dtype=dtype) for n, heads in shapes)
+        return q, k, v
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """attention: what it computes; backend: whose kernel. `build` raises ImportError for what is not installed."""
+
+    attention: str
+    backend: str
+    build: Callable[[Problem, torch.device], Run]
+
+
+def _ours(backend: str | None = None) -> Callable[[Problem, torch.device], Run]:
+    def build(problem: Problem, place: torch.device) -> Run:
+        bounds = _bounds(problem, place)
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return stick_breaking.attention(q, k, v, cu_seqlens=bounds, epsilon=problem.epsilon, backend=backend)[0]
+
+        return run
+
+    return build
+
+
+def _fla(problem: Problem, place: torch.device) -> Run:
+    attend = importlib.import_module("fla.ops.stickbreaking_attn").parallel_stickbreaking_attn
+    bounds = _bounds(problem, place)
+    _plain(problem, "fla", packed=True)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out: Tensor = attend(q, k, v, scale=problem.head_dim**-0.5, cu_seqlens=bounds)[0]
+        return out
+
+    return run
+
+
+def _authors(problem: Problem, place: torch.device) -> Run:
+    attend = importlib.import_module("stickbreaking_attention.sb_attn").sb_attn
+    _plain(problem, "the authors' package")
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out: Tensor = attend(q, k, v, inv_temp=problem.head_dim**-0.5)[0]
+        return out.transpose(1, 2)
+
+    return run
+
+
+def sdpa(backend: SDPBackend) -> Callable[[Problem, torch.device], Run]:
+    def build(problem: Problem, place: torch.device) -> Run:
+        if problem.bounds or problem.queries not in (1, problem.keys):
+            raise InputError("SDPA takes whole sequences")
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(
+                    q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1]
+                ).transpose(1, 2)
+
+        return run
+
+    return build
+
+
+def _flex(problem: Problem, place: torch.device) -> Run:
+    bounds = _bounds(problem, place)
+    return lambda q, k, v: softmax.attention(q, k, v, cu_seqlens=bounds, backend="flex")
+
+
+def _plain(problem: Problem, who: str, *, packed: bool = False) -> None:
+    if problem.heads != problem.kv_heads or problem.queries != problem.keys or (problem.bounds and not packed):
+        raise InputError(f"{who} takes whole sequences without grouped heads{'' if packed else ' or packing'}")
+
+
+def _bounds(problem: Problem, place: torch.device) -> Tensor | None:
+    return torch.tensor(problem.bounds, dtype=torch.int32, device=place) if problem.bounds else None
+
+
+# whose failure ends the benchmark, but for what they say that they can't serve
+OURS = ("triton", "triton-hopper")
+CONTENDERS = (
+    *(Contender("stick_breaking", backend, _ours(backend)) for backend in OURS),
+    Contender("softmax", "flash", sdpa(SDPBackend.FLASH_ATTENTION)),
+    Contender("softmax", "cudnn", sdpa(SDPBackend.CUDNN_ATTENTION)),
+    Contender("softmax", "flex", _flex),
+    Contender("stick_breaking", "fla", _fla),
+    Contender("stick_breaking", "authors", _authors),
+)
+
+
+def problems(
+    lengths: Sequence[int], head_dims: Sequence[int], heads: int, caches: Sequence[int] = (16384, 65536)
+) -> list[Problem]:
+    """Dense lengths at 16,384 tokens a batch or one sequence; grouped heads; packed documents; decoding."""
+    found = []
+    for dim in head_dims:
+        for length in lengths:
+            batch = max(1, 16384 // length)
+            sizes: dict[str, Any] = {"batch": batch, "queries": length, "keys": length, "heads": heads, "head_dim": dim}
+            for step in ("forward", "forward_backward"):
+                found.append(Problem(step=step, kv_heads=heads, **sizes))
+        longest: dict[str, Any] = {
+            "batch": 1, "queries": lengths[-1], "keys": lengths[-1], "heads": heads, "head_dim": dim,
+        }  # fmt: skip
+        for step in ("forward", "forward_backward"):
+            found.append(Problem(step=step, kv_heads=max(1, heads // 4), **longest))
+            found.append(Problem(step=step, kv_heads=heads, bounds=_documents(lengths[-1]), **longest))
+            found.append(Problem(step=step, kv_heads=heads, epsilon=2.0**-24, **longest))
+        for batch in (1, 32):
+            for keys in caches:
+                cache: dict[str, Any] = {"batch": batch, "queries": 1, "keys": keys, "heads": heads, "head_dim": dim}
+                found.append(Problem(step="decode", kv_heads=max(1, heads // 4), **cache))
+    return found
+
+
+def _documents(length: int) -> tuple[int, ...]:
+    """Bounds of documents that fill a row; lengths are log-normal, half of them between 500 and 4000 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    bounds = [0]
+    while bounds[-1] < length:
+        drawn = math.exp(7.25 + 1.04 * float(torch.randn((), generator=generator)))
+        bounds.append(min(length, bounds[-1] + max(1, round(drawn))))
+    return tuple(bounds)
+
+
+def kernel(
+    found: Sequence[Problem], place: torch.device, dtype: str, results_dir: Path, say: Callable[[str], None]
+) -> Table:
+    """Time every contender on every problem, keep the rows in kernel.csv, and return a table for the terminal."""
+    needs_gpu(place)
+    shown = Table(title=f"Attention kernels on {device.describe(place)}, {dtype}")
+    for name in ("step", "problem", "kernel", "ms", "TFLOP/s", "GB/s", "peak MB", "error"):
+        shown.add_column(name, justify="right" if name not in ("step", "problem", "kernel") else "left")
+    skipped: dict[str, str] = {}
+    for contender in CONTENDERS:
+        for problem in found:
+            if problem.epsilon and contender.backend not in OURS:
+                continue
+            try:
+                rows = list(_time(contender, problem, place, device.DTYPES[dtype]))
+            # a peer is somebody else's code: whatever it raises is said, and the benchmark goes on
+            except Exception as error:
+                if contender.backend in OURS and not isinstance(error, InputError):
+                    raise
+                reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+                skipped.setdefault(f"{contender.attention} by {contender.backend}, {reason}", _title(problem))
+                continue
+            keep(contender.attention, contender.backend, "kernel", rows, place, dtype, results_dir, problem)
+            values = {row.metric: row.value for row in rows}
+            shown.add_row(
+                problem.step, _title(problem), f"{contender.attention} {contender.backend}",
+                *(f"{values[name]:{form}}" if name in values else "" for name, form in SHOWN.items()),
+            )  # fmt: skip
+    for reason, problem_title in skipped.items():
+        say(f"not measured: {reason} (first at {problem_title})")
+    return shown
+
+
+SHOWN = {"time": ".3f", "throughput": ".0f", "bandwidth": ".0f", "peak_memory": ".0f", "relative_error": ".1e"}
+
+
+def _title(problem: Problem) -> str:
+    group = "" if problem.heads == problem.kv_heads else f"/{problem.kv_heads}"
+    packed = f" in {len(problem.bounds) - 1} documents" if problem.bounds else ""
+    skips = f" epsilon {problem.epsilon:.0e}" if problem.epsilon else ""
+    return f"{problem.batch}x{problem.keys} {problem.heads}{group}x{problem.head_dim}{packed}{skips}"
+
+
+def needs_gpu(place: torch.device) -> None:
+    if place.type != "cuda":
+        raise InputError(f"benchmarks need a GPU; this device is {place.type}")
+
+
+def _time(contender: Contender, problem: Problem, place: torch.device, dtype: torch.dtype) -> Iterator[Row]:
+    yield _row(problem, "relative_error", "1", _error(contender, problem, place, dtype))
+    attend = contender.build(problem, place)
+    inputs = problem.draw(place, dtype)
+    step: Callable[[], object] = lambda: attend(*inputs)  # noqa: E731
+    if problem.step == "forward_backward":
+        for x in inputs:
+            x.requires_grad_()
+        dout = torch.randn_like(inputs[0])
+
+        def both() -> object:
+            return torch.autograd.grad(attend(*inputs), inputs, dout)
+
+        step = both
+    step()
+    torch.cuda.synchronize(place)
+    before = torch.cuda.memory_allocated(place)
+    torch.cuda.reset_peak_memory_stats(place)
+    step()
+    torch.cuda.synchronize(place)
+    peak = torch.cuda.max_memory_allocated(place) - before
+    times = timed(step, decodes=problem.step == "decode")
+    for name, ms in times.items():
+        yield _row(problem, name, "ms", ms)
+    yield _row(problem, "peak_memory", "MB", peak / 1e6)
+    if problem.step == "decode":
+        yield _row(problem, "bandwidth", "GB/s", problem.cache_bytes / times["time"] / 1e6)
+    else:
+        yield _row(problem, "throughput", "TFLOP/s", problem.flops / times["time"] / 1e9)
+
+
+def timed(step: Callable[[], object], *, decodes: bool = False) -> dict[str, float]:
+    """Median of a step's times in ms, `time`, with its quantiles. A token is decoded from a captured graph: what
+    launching costs is left out for all alike."""
+    from triton.testing import do_bench
+
+    low, middle, high = do_bench(captured(step) if decodes else step, warmup=20, rep=100, quantiles=[0.2, 0.5, 0.8])
+    return {"time": middle, "time_q20": low, "time_q80": high}
+
+
+def captured(step: Callable[[], object]) -> Callable[[], object]:
+    with torch.no_grad():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    return graph.replay
+
+
+def _error(contender: Contender, problem: Problem, place: torch.device, dtype: torch.dtype) -> float:
+    """Relative error of the output against float64 on standard normal inputs of at most 2048 tokens."""
+    length = min(2048, problem.keys)
+    bounds = (0, length // 3, length) if problem.bounds else ()
+    short = Problem(
+        step="forward", batch=1, queries=min(length, problem.queries), keys=length, heads=problem.heads,
+        kv_heads=problem.kv_heads, head_dim=problem.head_dim, bounds=bounds, epsilon=problem.epsilon,
+    )  # fmt: skip
+    q, k, v = short.draw(place, dtype)
+    packed = _bounds(short, place)
+    with torch.no_grad():
+        exact = [x.double() for x in (q, k, v)]
+        if contender.attention == "softmax":
+            wanted = softmax.reference(*exact, scale=short.head_dim**-0.5, cu_seqlens=packed)
+        else:
+            wanted = stick_breaking.reference(*exact, cu_seqlens=packed)[0]
+        found = contender.build(short, place)(q, k, v).double()
+    error = float((found - wanted).norm() / wanted.norm())
+    if not error < 0.05:
+        raise ArithmeticError(f"wrong by {error:.1e}")
+    return error
+
+
+def _row(problem: Problem, metric: str, unit: str, value: float) -> Row:
+    return Row(metric=metric, unit=unit, value=value, n=1, **problem.factors)
+
+
+def keep(
+    attention: str, backend: str, family: str, rows: Sequence[Row], place: torch.device, dtype: str, results_dir: Path,
+    config: object, *, model: str = "", params: int = 0,
+) -> None:  # fmt: skip
+    """Write the run file, then the rows."""
+    step = rows[0].step
+    cell = f"{family}-{step}-{attention}-{backend}-{digest_of([attention, backend, dtype, model, config])}"
+    origin = provenance.collect(
+        cell=cell, preset="", corpus="", tokenizer="", train_tokens=0, dtype=dtype, device=str(place),
+        device_name=device.describe(place), backend=backend,
+    )  # fmt: skip
+    provenance.write_run(
+        results_dir / "runs" / f"{cell}.json",
+        provenance.run_record(config=config, provenance=origin, status="finished"),
+    )
+    identity = Identity(
+        family=family, task=step, model=model, attention=attention, options="", params=params,
+        train_len=rows[0].queries, eval_len=rows[0].keys, seed=0,
+    )  # fmt: skip
+    table.write(results_dir / f"{family}.csv", table.frame(identity, rows, origin))
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """One batch of random tokens, whatever the step."""
+
+    tokens: Tensor
+    targets: Tensor
+    cu_seqlens: None = None
+
+    def __getitem__(self, step: int) -> "_Drawn":
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelProblem:
+    """Sizes of one model benchmark: a batch of sequences of `length` tokens, a vocabulary of 50,304."""
+
+    size: str
+    length: int
+    batch: int
+    steps: int = 40
+
+
+def model(
+    found: Sequence[ModelProblem], attentions: Sequence[str], place: torch.device, dtype: str, results_dir: Path
+) -> Table:
+    """Time optimizer steps and evaluation passes, keep the rows in model.csv, and return a table for the terminal."""
+    needs_gpu(place)
+    shown = Table(title=f"Models on {device.describe(place)}, {dtype}")
+    for name in ("size", "length", "attention", "train tokens/s", "utilisation", "evaluate tokens/s"):
+        shown.add_column(name, justify="left" if name in ("size", "attention") else "right")
+    for problem in found:
+        for attention in attentions:
+            rows, params, backend = _time_model(problem, attention, place, dtype)
+            keep(
+                attention, backend, "model", rows, place, dtype, results_dir, problem, model=problem.size, params=params
+            )
+            values = {(row.step, row.metric): row.value for row in rows}
+            shown.add_row(
+                problem.size, f"{problem.batch}x{problem.length}", attention,
+                f"{values['train', 'throughput']:,.0f}", f"{values.get(('train', 'mfu'), math.nan):.3f}",
+                f"{values['evaluate', 'throughput']:,.0f}",
+            )  # fmt: skip
+    return shown
+
+
+def _time_model(
+    problem: ModelProblem, attention: str, place: torch.device, dtype: str
+) -> tuple[list[Row], int, str]:  # fmt: skip
+    from triton.testing import do_bench
+
+    from sbeval import registry
+
+    choose("model size", problem.size, SIZES)
+    shape = named(problem.size, vocab_size=50304, attention=attention)
+    config = TrainConfig(steps=problem.steps, batch=problem.batch, length=problem.length, lr=1e-4, dtype=dtype)
+    tokens = torch.randint(0, shape.vocab_size, (problem.batch, problem.length), device=place)
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = IGNORE
+    # a CPU takes minutes to draw a billion weights, and which they are does not matter here
+    with place:
+        trainer = Trainer(shape, config, _Drawn(tokens, targets), None, place)
+    with Progress() as progress:
+        task = progress.add(f"train {problem.size} {attention}", total=problem.steps)
+        trained = trainer.run(task)
+        task.close()
+    assert trained.tokens_per_second is not None
+    decoder: Decoder = trained.model
+    with torch.no_grad(), device.autocast(place, dtype):
+        ms = statistics.median(do_bench(lambda: decoder(tokens), warmup=20, rep=100, return_mode="all"))
+
+    def row(step: str, metric: str, unit: str, value: float) -> Row:
+        return Row(
+            metric=metric, unit=unit, value=value, n=1, step=step, batch=problem.batch, queries=problem.length,
+            keys=problem.length, heads=shape.heads, kv_heads=shape.n_kv_heads, head_dim=shape.d_head, sequences=1,
+        )  # fmt: skip
+
+    rows = [row("train", "throughput", "tokens/s", trained.tokens_per_second)]
+    if trained.mfu is not None:
+        rows.append(row("train", "mfu", "1", trained.mfu))
+    per_second = tokens.numel() / ms * 1e3
+    rows.append(row("evaluate", "throughput", "tokens/s", per_second))
+    head = 2 * shape.width * shape.vocab_size
+    flops = flops_per_token(shape, problem.length) - head
+    rows.append(row("evaluate", "flops", "FLOP/s", per_second * flops))
+    name = attention.partition(":")[0]
+    return rows, decoder.n_parameters(), registry.method(name).backend_name(place.type)

@@ -1,0 +1,187 @@
+"""What block skipping saves on a trained model, on the queries, keys and values of every layer while it reads a text.
+
+A stick-breaking kernel that stops where less than epsilon of the stick is left is timed beside itself without skipping
+and beside softmax through SDPA, whose time does not depend on what it is given. `forward` is a whole sequence;
+`decode` is one query against a cache that ends before it: the last of the text, or of 32 rows the last 32.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich.table import Table
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from sbeval.bench import kernels
+from sbeval.bench.kernels import Problem
+from sbeval.data.corpus import Split
+from sbeval.errors import InputError
+from sbeval.kernels import stick_breaking
+from sbeval.models.decoder import Decoder
+from sbeval.pretrained import load
+from sbeval.runtime import device
+
+# half the distance from 1 to the next float32: the kernel's own default
+EPSILON = 2.0**-24
+DECODED = (1, 32)
+# queries whose reach is measured, the last of a sequence
+SAMPLE = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(kernels.Row):
+    """Factors: the problem, and the layer (from 0) and head that its inputs come from; no head is all of them."""
+
+    layer: int
+    head: int | None = None
+
+
+class Captured(NamedTuple):
+    """q (1, T, H, D), k and v (1, T, G, D) of one layer, and what its mixer does to logits."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    options: dict[str, Any]
+
+
+@torch.no_grad()
+def capture(model: Decoder, tokens: Tensor, dtype: str) -> list[Captured]:
+    """What every layer's attention is given when the model reads tokens (1, T)."""
+    found: list[Captured] = []
+
+    def keep(mixer: Any, inputs: tuple[Any, ...]) -> None:
+        q, k, v = (x.detach() for x in inputs[:3])
+        options = {"scale": mixer.scale, "bias": mixer.logit_bias, "attend_current": mixer.options.attend_current}
+        found.append(Captured(q, k, v, options))
+
+    mixers = [module for module in model.modules() if isinstance(module, stick_breaking.Mixer)]
+    hooks = [mixer.register_forward_pre_hook(keep) for mixer in mixers]
+    try:
+        with device.autocast(tokens.device, dtype):
+            model(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@torch.no_grad()
+def reach(captured: Captured, epsilon: float, sample: int = SAMPLE) -> Tensor:
+    """Keys that a query reads until less than epsilon of its stick is left, (H,): means over the last queries."""
+    q, k, _, options = captured
+    k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
+    length, count = k.shape[1], min(sample, q.shape[1])
+    z = torch.einsum("bthd,bshd->hts", q[:, -count:].float(), k.float()) * options["scale"]
+    if options["bias"] is not None:
+        z = z + options["bias"][:, None, None]
+    i, j = torch.arange(length - count, length, device=q.device)[:, None], torch.arange(length, device=q.device)
+    allowed = j <= i if options["attend_current"] else j < i
+    rest = F.logsigmoid(-z).masked_fill(~allowed, 0).flip(-1).cumsum(-1).flip(-1)
+    # what is left before key j is read, nearest first, is what keys after it left
+    before = F.pad(rest[..., 1:], (0, 1)).exp()
+    return ((before >= epsilon) & allowed).sum(-1).float().mean(-1)
+
+
+def measure(
+    checkpoint: str, text: Split, lengths: Sequence[int], place: torch.device, dtype: str, results_dir: Path
+) -> Table:
+    """Time every layer at every length, keep the rows in skipping.csv, and return a table for the terminal.
+
+    InputError when the model is none of stick-breaking's, or no document is long enough.
+    """
+    kernels.needs_gpu(place)
+    found = load.load(checkpoint, place, dtype)
+    if not isinstance(found.model, Decoder) or found.attention != "stick_breaking":
+        raise InputError(
+            f"skipping is stick-breaking's; {checkpoint} attends with {found.attention or 'something else'}"
+        )
+    shown = Table(title=f"{found.params / 1e6:.0f} M parameters on {device.describe(place)}, {dtype}: ms in all layers")
+    for name in ("step", "tokens", *(_name(contender) for contender in CONTENDERS), "reach"):
+        shown.add_column(name, justify="left" if name == "step" else "right")
+    for length in lengths:
+        document, start = text.windows(length)[0]
+        tokens = text.document(document)[start : start + length].astype(np.int64)
+        layers = capture(found.model, torch.from_numpy(tokens)[None].to(place), dtype)
+        reached = torch.stack([reach(layer, EPSILON) for layer in layers])
+        for step, batch in (("forward", 1), *(("decode", rows) for rows in DECODED)):
+            total = []
+            for contender in CONTENDERS:
+                rows = _measured(contender, step, batch, layers, reached)
+                problem = _problem(contender, step, batch, layers[0])
+                kernels.keep(
+                    contender.attention, contender.backend, "skipping", rows, place, dtype, results_dir, problem,
+                    model=found.name, params=found.params,
+                )  # fmt: skip
+                total.append(sum(row.value for row in rows if row.metric == "time"))
+            shown.add_row(f"{step} x {batch}", f"{length}", *(f"{ms:.3f}" for ms in total), f"{reached.mean():.0f}")
+    return shown
+
+
+class Contender(NamedTuple):
+    """softmax: SDPA's kernel, None for stick-breaking's own."""
+
+    attention: str
+    backend: str
+    epsilon: float
+    softmax: SDPBackend | None
+
+
+CONTENDERS = (
+    Contender("stick_breaking", "triton", 0.0, None),
+    Contender("stick_breaking", "triton", EPSILON, None),
+    Contender("softmax", "flash", 0.0, SDPBackend.FLASH_ATTENTION),
+    Contender("softmax", "cudnn", 0.0, SDPBackend.CUDNN_ATTENTION),
+)
+
+
+def _name(contender: Contender) -> str:
+    return "skipping" if contender.epsilon else f"{contender.attention} {contender.backend}"
+
+
+def _problem(contender: Contender, step: str, batch: int, layer: Captured) -> Problem:
+    return Problem(
+        step=step, batch=batch, queries=1 if step == "decode" else layer.q.shape[1], keys=layer.k.shape[1],
+        heads=layer.q.shape[2], kv_heads=layer.k.shape[2], head_dim=layer.q.shape[3], epsilon=contender.epsilon,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _measured(contender: Contender, step: str, batch: int, layers: Sequence[Captured], reached: Tensor) -> list[Row]:
+    """Times of each layer; of one that skips also what that changes in the output, and how far each head reaches."""
+    rows: list[Row] = []
+    for index, layer in enumerate(layers):
+        problem = _problem(contender, step, batch, layer)
+        row = functools.partial(_row, problem, index)
+        run = _run(contender, problem, layer)
+        rows += [row(name, "ms", ms) for name, ms in kernels.timed(run, decodes=step == "decode").items()]
+        if contender.epsilon:
+            skipped, dense = run(), _run(contender._replace(epsilon=0.0), problem, layer)()
+            rows.append(row("relative_error", "1", float((skipped - dense).norm() / dense.norm())))
+        if contender.epsilon and step == "forward":
+            rows += [row("reach", "tokens", keys, head=head) for head, keys in enumerate(reached[index].tolist())]
+    return rows
+
+
+def _run(contender: Contender, problem: Problem, layer: Captured) -> Callable[[], Tensor]:
+    """What is timed: attention on a layer's own inputs; decoding takes the last queries, one a row."""
+    q, k, v, options = layer
+    lengths = None
+    if problem.step == "decode":
+        q = q[0, -problem.batch :, None].contiguous()
+        k, v = (x.expand(problem.batch, -1, -1, -1).contiguous() for x in (k, v))
+        last = torch.arange(problem.keys - problem.batch, problem.keys, device=q.device, dtype=torch.int32)
+        lengths = last + 1
+    if contender.softmax is not None:
+        return functools.partial(kernels.sdpa(contender.softmax)(problem, q.device), q, k, v)
+    return lambda: stick_breaking.attention(q, k, v, lengths=lengths, epsilon=contender.epsilon, **options)[0]
+
+
+def _row(problem: Problem, layer: int, metric: str, unit: str, value: float, *, head: int | None = None) -> Row:
+    return Row(metric=metric, unit=unit, value=value, n=1, layer=layer, head=head, **problem.factors)

@@ -1,0 +1,409 @@
+"""The command line. Nothing heavy is imported before a command runs, so `--help` answers at once."""
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sbeval import registry
+from sbeval.cli import options
+from sbeval.cli.options import Common, Sweep, Training
+from sbeval.errors import InputError, choose
+from sbeval.tables.results import Results
+from sbeval.tasks.text_model import TextModel
+
+if TYPE_CHECKING:
+    from sbeval.sweep.context import Place
+    from sbeval.sweep.executor import Executor
+    from sbeval.sweep.study_file import Part
+
+app = typer.Typer(
+    help="Evaluate stick-breaking attention and its rivals (Tan et al., ICLR 2025, arXiv 2410.17980).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+# groups of commands in `--help`
+TASKS, RESULTS, TOOLS = "Tasks", "Results", "Tools"
+
+Attention = Annotated[
+    list[str] | None,
+    typer.Option("--attention", help="Method, with options as name:key=value,...; repeat for several.", metavar="SPEC"),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
+Dtype = Annotated[str | None, typer.Option(help="Matrix products: float32, bfloat16, float16; bfloat16 on a GPU.")]
+ResultsDir = Annotated[Path, typer.Option(help="Where tables, run files, checkpoints and figures go.")]
+Force = Annotated[bool, typer.Option("--force", help="Run cells again that have a result.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the grid with its cost and stop.")]
+CorpusSpec = Annotated[
+    str | None, typer.Option("--corpus", help="python, stdlib, a file or folder, or hf:NAME[:CONFIG].")
+]
+TextField = Annotated[str | None, typer.Option(help="Field of the text in JSONL and parquet.")]
+ExecutorKind = Annotated[str, typer.Option(help="local, or ray.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Cells at once: processes that share cores and GPUs out, or Ray's CPUs here.")
+]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join, as host:port or auto.")]
+GpusPerCell = Annotated[float | None, typer.Option(help="GPUs of a Ray task, such as 0.25; one where there are any.")]
+
+
+def _runs(name: str) -> Callable[[Sweep, dict[str, Any]], None]:
+    return lambda common, given: _family(name, common, given)
+
+
+def _add_families() -> None:
+    for name in registry.TASKS:
+        family = registry.task(name)
+        options.command(
+            app, name.replace("_", "-"), family.config, family.presets, Sweep,
+            _runs(name), help=family.help, panel=TASKS,
+        )  # fmt: skip
+    options.command(
+        app, "train", TextModel, registry.task("length_gen").presets, Training,
+        lambda common, given: _train(common, given),
+        help="Train the models that length-gen with the same options evaluates; under torchrun, on several GPUs.",
+        panel=TASKS,
+    )  # fmt: skip
+
+
+_add_families()
+
+
+@app.command(rich_help_panel=TOOLS)
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Our checkpoint folder.", metavar="CHECKPOINT")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, which must be new or empty.", metavar="OUT")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="That of training: bytes, bpe:SIZE with --corpus, a file, folder or name; none.")
+    ] = None,
+    corpus: CorpusSpec = None,
+    text_field: TextField = None,
+) -> None:
+    """Write a checkpoint as a Hugging Face model, which loads where sbeval.hf is imported."""
+    if not importlib.util.find_spec("transformers"):
+        raise InputError("export needs transformers: pip install 'sbeval[hf]'")
+    from sbeval import hf
+
+    hf.export(checkpoint, out, hf.tokenizer_of(tokenizer, corpus, text_field or "text"))
+    _say(str(out))
+
+
+@app.command(rich_help_panel=RESULTS)
+def table(
+    family: Annotated[str, typer.Argument(help="few-shot")],
+    format: Annotated[str, typer.Option(help="terminal, markdown, latex or csv.")] = "terminal",
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Print a table of models by benchmarks, as papers have it, from the result table alone; needs no torch."""
+    from sbeval.tables import few_shot
+    from sbeval.tables.table import read
+
+    choose("table", family.replace("-", "_"), ["few_shot"])
+    shown = few_shot.render(read(Results(results_dir).table("few_shot"), required=few_shot.COLUMNS), format)
+    if isinstance(shown, str):
+        print(shown)
+    else:
+        Console().print(shown)
+
+
+@app.command(rich_help_panel=TOOLS)
+def doctor(device: Device = None, results_dir: ResultsDir = Path("results")) -> None:
+    """Say what this machine can do: devices, attention methods, optional packages, which presets fit."""
+    from sbeval.doctor import examine
+    from sbeval.runtime import device as devices
+
+    report = examine(devices.pick(device), results_dir)
+    for section in report.sections:
+        _print_table(section.title, section.headings, section.rows)
+    if not report.able:
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=RESULTS)
+def compare(
+    first: Annotated[Path, typer.Argument(help="Results folder.", metavar="A")],
+    second: Annotated[Path, typer.Argument(help="Another.", metavar="B")],
+    format: Annotated[str, typer.Option(help="terminal, markdown or csv.")] = "terminal",
+) -> None:
+    """Set two results folders side by side: differences with intervals, rows only in one; needs no torch."""
+    from sbeval.tables.compare import render
+
+    shown = render(first, second, format)
+    if isinstance(shown, str):
+        print(shown)
+    else:
+        Console().print(shown, soft_wrap=False)
+
+
+@app.command("run", rich_help_panel=TASKS)
+def run_study(
+    study: Annotated[str, typer.Argument(help="quick, h200, paper, or a YAML file written as one of these.")],
+    change: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Another value than the study's: needle.samples=20; repeat.", metavar="OPTION=VALUE"
+        ),
+    ] = None,
+    executor: ExecutorKind = "local",
+    workers: Workers = None,
+    address: Address = None,
+    gpus_per_cell: GpusPerCell = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+    force: Force = False,
+    dry_run: DryRun = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the study's file, to write another from, and stop.")
+    ] = False,
+) -> None:
+    """A whole study: train each model once, run every family on it, and go on where a stopped run was."""
+    from sbeval.runtime import device as devices
+    from sbeval.runtime import distributed
+    from sbeval.sweep import study_file
+    from sbeval.sweep.context import Place
+
+    if show:
+        print(study_file.text(study), end="")
+        return
+    if distributed.size() > 1:
+        raise InputError("a study runs in one process: start it without torchrun, with --workers or --executor ray")
+    how = _how(executor, workers, address, gpus_per_cell)
+    where = devices.pick(device)
+    parts = study_file.parts(
+        study_file.read(study, change or ()), lambda said: devices.pick_dtype(dtype or said, where)
+    )
+    _run(parts, Place(results_dir=results_dir, device=where, force=force), how, dry_run=dry_run, name=study)
+
+
+@app.command(rich_help_panel=RESULTS)
+def plot(
+    figure: Annotated[
+        list[str] | None,
+        typer.Argument(help="Figures: attention-map, length-gen, mqrar, mqrar-splits, ...; all if none is named."),
+    ] = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help="png, pdf or html; repeat for several. png and pdf if not given.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the figures; results/figures.", metavar="DIR")] = None,
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Redraw figures from the result tables alone; needs no torch."""
+    from sbeval.report.figures import draw_figures
+
+    names = [name.replace("-", "_") for name in figure or []]
+    for path in draw_figures(results_dir, names, format or ("png", "pdf"), out, say=_say):
+        _say(str(path))
+
+
+@app.command(rich_help_panel=RESULTS)
+def report(
+    out: Annotated[Path | None, typer.Option(help="File to write; results/report.html.", metavar="PATH")] = None,
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Write one HTML page of all results: the paper's claims beside them, figures to hover over; needs no torch."""
+    from sbeval.report.html import write
+
+    _say(str(write(results_dir, out, say=_say)))
+
+
+bench = typer.Typer(help="Time kernels and models beside their peers, on a GPU.", no_args_is_help=True)
+app.add_typer(bench, name="bench", rich_help_panel=TOOLS)
+Lengths = Annotated[list[int] | None, typer.Option(help="Tokens of a sequence; repeat for several.", min=1)]
+
+
+@bench.command("kernel")
+def bench_kernel(
+    length: Lengths = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help="Size of a head; repeat for several.", min=1)] = None,
+    heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 12,
+    cache: Annotated[list[int] | None, typer.Option(help="Keys to decode against; repeat.", min=1)] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Attention kernels: time, throughput, memory and error of each, in one run."""
+    from sbeval.bench import kernels as benchmarks
+    from sbeval.runtime import device as devices
+
+    place = devices.pick(device)
+    found = benchmarks.problems(
+        sorted(length or (1024, 4096, 16384, 65536)), head_dim or (64, 128), heads, cache or (16384, 65536)
+    )
+    Console().print(benchmarks.kernel(found, place, devices.pick_dtype(dtype, place), results_dir, _say))
+    _draw(results_dir, ["kernel", "kernel_error"])
+
+
+@bench.command("model")
+def bench_model(
+    size: Annotated[list[str] | None, typer.Option(help="Model: 25m, 125m, 350m, 1b, ...; repeat.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 4096,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 4,
+    attention: Attention = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Models: tokens per second of training and evaluation with each attention method."""
+    from sbeval.bench import kernels as benchmarks
+    from sbeval.runtime import device as devices
+
+    place = devices.pick(device)
+    found = [benchmarks.ModelProblem(size=name, length=length, batch=batch) for name in size or ("350m", "1b")]
+    shown = benchmarks.model(
+        found, attention or ("stick_breaking", "rope"), place, devices.pick_dtype(dtype, place), results_dir
+    )
+    Console().print(shown)
+    _say(str(Results(results_dir).table("model")))
+    _draw(results_dir, ["model"])
+
+
+@bench.command("skipping")
+def bench_skipping(
+    checkpoint: Annotated[str, typer.Option(help="Checkpoint folder of a stick-breaking model.")],
+    corpus: Annotated[
+        str, typer.Option(help="Text to read: python, stdlib, a file or folder, or hf:NAME[:CONFIG].")
+    ] = "stdlib",
+    tokenizer: Annotated[str, typer.Option(help="The model's: bytes, bpe:SIZE, or a Hugging Face name.")] = "bytes",
+    length: Lengths = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    results_dir: ResultsDir = Path("results"),
+) -> None:
+    """Block skipping on what a trained model computes: forward and decoding, layer by layer, beside softmax."""
+    from sbeval.bench import skipping
+    from sbeval.runtime import device as devices
+    from sbeval.sweep import scheduler
+    from sbeval.sweep.context import Place
+    from sbeval.tasks import length_gen
+
+    place = devices.pick(device)
+    config = length_gen.Config(corpus=corpus, tokenizer=tokenizer)
+    with scheduler.progress_of(Place(results_dir=results_dir, device=place)) as progress:
+        text = length_gen.open_corpus(config, progress)
+    lengths = sorted(length or (2048, 4096, 8192, 16384, 32768, 65536))
+    shown = skipping.measure(checkpoint, text.test, lengths, place, devices.pick_dtype(dtype, place), results_dir)
+    Console().print(shown)
+    _draw(results_dir, ["skipping"])
+
+
+def _draw(results_dir: Path, names: list[str]) -> None:
+    from sbeval.report.figures import draw_figures
+
+    for path in draw_figures(results_dir, names):
+        _say(str(path))
+
+
+def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table in a terminal; elsewhere plain lines whose columns are in line, however wide."""
+    console = Console()
+    if console.is_terminal:
+        shown = Table(*headings, title=title)
+        for row in rows:
+            shown.add_row(*row)
+        console.print(shown, markup=False)
+        return
+    widths = [max(len(row[place]) for row in (headings, *rows)) for place in range(len(headings))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (headings, *rows))
+    _say("\n".join([title, *(f"  {line.rstrip()}" for line in lines), ""]))
+
+
+def _say(line: object) -> None:
+    Console().print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _how(kind: str, workers: int | None, address: str | None, gpus_per_cell: float | None) -> "Executor":
+    from sbeval.runtime import distributed
+    from sbeval.sweep.executor import Executor
+
+    how = Executor(kind=kind, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
+    if distributed.size() > 1 and not how.alone:
+        raise InputError("--workers and --executor ray start processes of their own: leave them out, or torchrun")
+    return how
+
+
+def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = False, shard: bool = False) -> None:
+    """Run one family: preset and options to config, config to cells, cells to table and figure; `only` trains."""
+    from sbeval.runtime import device as devices
+    from sbeval.runtime import distributed
+    from sbeval.sweep import scheduler, study
+    from sbeval.sweep.context import Place
+    from sbeval.sweep.study_file import Part
+
+    family = registry.task(name)
+    if distributed.size() > 1 and name != "length_gen":
+        raise InputError(f"{name.replace('_', '-')} runs in one process: start it without torchrun")
+    how = scheduler.HERE
+    if isinstance(common, Sweep):
+        how = _how(common.executor, common.workers, common.address, common.gpus_per_cell)
+    where = devices.pick(distributed.local_device(common.device))
+    preset = common.preset or family.preset(given) or ("quick" if where.type == "cpu" else "small")
+    config = dataclasses.replace(
+        family.presets[choose("preset", preset, family.presets)],
+        **family.completed(given) | {"dtype": devices.pick_dtype(common.dtype, where)},
+    )
+    part = Part(family=name, preset=preset, config=config)
+    with distributed.joined(where) as world:
+        place = Place(
+            results_dir=common.results_dir, device=where, force=common.force, tensorboard=common.tensorboard,
+            world=world, shard=shard,
+        )  # fmt: skip
+        if not only or common.dry_run:
+            _run([part], place, how, dry_run=common.dry_run)
+        elif not _resumable(lambda: study.train(part, place, _console(place)), common.force):
+            raise typer.Exit(1)
+
+
+def _train(common: Training, given: dict[str, Any]) -> None:
+    # evaluation is for other commands
+    follows = {"eval_len": given["train_len"]} if "train_len" in given else {}
+    _family("length_gen", common, given | follows, only=True, shard=common.shard)
+
+
+def _run(parts: "list[Part]", place: "Place", how: "Executor", *, dry_run: bool, name: str | None = None) -> None:
+    """Run what has no result yet, or say what that would cost: of a study, which has a name, as a table."""
+    from sbeval.sweep import plan, study
+
+    console = _console(place)
+    for line in study.notes(parts):
+        study.say(console, line)
+    if not dry_run:
+        if not _resumable(lambda: study.run(parts, place, console, how), place.force):
+            raise typer.Exit(1)
+    elif name is None:
+        plan.list_cells(parts[0], place, console, how)
+    else:
+        console.print(plan.table(f"Study {name}", parts, place))
+
+
+def _console(place: "Place") -> Console:
+    """Where to say things: of several processes one speaks."""
+    return Console(quiet=not place.world.leads)
+
+
+def _resumable(work: Callable[[], bool], force: bool) -> bool:
+    from sbeval.sweep.pool import terminable
+
+    try:
+        with terminable():
+            return work()
+    except KeyboardInterrupt:
+        then = "starts over" if force else "goes on from there"
+        print(f"sbeval: stopped; what is done is kept, and the same command {then}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def main() -> None:
+    """Run the command line; an error of the user's is one line and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"sbeval: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""Texts as tokens, and what generated examples are drawn by."""

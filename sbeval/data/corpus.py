@@ -1,0 +1,247 @@
+"""Corpora: the texts of a source, tokenized once into memory maps. `sources` says what a source can be."""
+
+import array
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from sbeval.data import sources
+from sbeval.data.python_source import Role
+from sbeval.data.sources import ROLES, Document, Source
+from sbeval.data.tokenizer import Ids, Library, Tokenizer, is_trained
+from sbeval.data.tokenizer import load as load_tokenizer
+from sbeval.data.tokenizer import read as read_tokenizer
+from sbeval.errors import InputError
+from sbeval.runtime.files import locked, storing
+
+# part of a store's key: a store written in another way is not opened
+FORMAT = 2
+BATCH_CHARACTERS = 1 << 23
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Split:
+    """Tokenized documents, one after another, each closed by the end-of-document token.
+
+    `tokens` is (n,) uint16 or uint32, mapped from the store; `offsets` is (documents + 1,) int64, where each starts.
+    """
+
+    corpus: str
+    role: Role
+    tokens: Ids
+    offsets: npt.NDArray[np.int64]
+    documents: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document without the one that closes it: (documents,)."""
+        return np.diff(self.offsets) - 1
+
+    def document(self, index: int) -> Ids:
+        """Return the tokens of a document without the one that closes it, as a view of the store."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        return self.tokens[self.offsets[index] : self.offsets[index + 1] - 1]
+
+    def windows(self, length: int, per_document: int = 1, minimum: int = 1) -> list[tuple[int, int]]:
+        """Choose the first disjoint windows of `length` tokens of each document that is long enough.
+
+        At most `per_document` each, as (document, start within it). InputError when they are fewer than `minimum`.
+        """
+        if min(length, per_document, minimum) < 1:
+            raise InputError(
+                f"windows need a length, a number per document and a minimum of at least 1, "
+                f"not {length}, {per_document} and {minimum}"
+            )
+        counts = np.minimum(self.lengths // length, per_document)
+        if counts.sum() < minimum:
+            raise InputError(self._too_short(length, per_document, minimum))
+        return [(document, start * length) for document, count in enumerate(counts) for start in range(count)]
+
+    def _too_short(self, length: int, per_document: int, minimum: int) -> str:
+        longest = int(self.lengths.max())
+        have = int(np.minimum(self.lengths // length, per_document).sum())
+        # the count only falls with the length: halve the range of lengths that may do; 0 when none does
+        enough, too_long = 0, length
+        while too_long - enough > 1:
+            middle = (enough + too_long) // 2
+            does = np.minimum(self.lengths // middle, per_document).sum() >= minimum
+            enough, too_long = (middle, too_long) if does else (enough, middle)
+        what = f"corpus {self.corpus!r} ({self.role})"
+        # the last token of a window is only predicted
+        remedy = f"use --eval-len {enough - 1} or less, or another --corpus" if enough > 1 else "use another --corpus"
+        window = f"{length} tokens (a context of {length - 1} and one to predict)"
+        if have == 0:
+            return f"no document of {what} has {window}; the longest has {longest}: {remedy}"
+        return f"{what} has {have} windows of {window}, not the {minimum} asked for: {remedy}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Corpus:
+    """Three splits, and the tokenizer that made them. `digest` changes with any token of train or test.
+
+    `valid` is for held-out loss while a model trains and is reported nowhere else; it can be empty. `versions` are of
+    what the text is taken from, where that has any.
+    """
+
+    name: str
+    digest: str
+    tokenizer: Tokenizer
+    train: Split
+    valid: Split
+    test: Split
+    versions: Mapping[str, str]
+
+
+def open(
+    spec: str = "stdlib",
+    *,
+    tokenizer: str,
+    cache_dir: Path,
+    max_tokens: int | None = None,
+    text_field: str = "text",
+    name: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Corpus:
+    """Open a corpus, which is tokenized on the first time and kept in cache_dir/corpora/<digest>.
+
+    `spec` is a specification of `sources`, `tokenizer` one of `sbeval.data.tokenizer`. Train ends with the document that
+    reaches `max_tokens`; the others are whole, but for a dataset of the hub, where a limited train also means that test
+    ends with the document that reaches 2^22 tokens and valid with that which reaches 2^18. `text_field` is the field of
+    a row that holds the text. `name` replaces the corpus's name in tables. `progress` is called with the number of
+    tokens that were added since its last call.
+
+    Files that change are noticed. A dataset of the hub that changes there is not: what was stored first stays.
+    InputError for what cannot be read, holds no text or too little to split.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError(f"a corpus of at most {max_tokens} tokens is empty: max_tokens is at least 1")
+    source = sources.source(spec, text_field)
+    definition = tokenizer if is_trained(tokenizer) else load_tokenizer(tokenizer, cache_dir=cache_dir).digest
+    key = sources.digest(str(FORMAT), source.digest, definition, str(max_tokens))
+    folder = cache_dir / "corpora" / key
+    with locked(folder):
+        if not folder.exists():
+            _build(folder, source, tokenizer, cache_dir, max_tokens, progress or (lambda tokens: None))
+    return _read_store(folder, name or source.name, tokenizer, cache_dir)
+
+
+def _read_store(folder: Path, name: str, spec: str, cache_dir: Path) -> Corpus:
+    if is_trained(spec):
+        tokenizer: Tokenizer = read_tokenizer(folder / "tokenizer.json", name=spec)
+    else:
+        tokenizer = load_tokenizer(spec, cache_dir=cache_dir)
+    splits = {
+        role: Split(
+            corpus=name,
+            role=role,
+            tokens=np.load(folder / f"{role}.npy", mmap_mode="r"),
+            offsets=np.load(folder / f"{role}_offsets.npy", mmap_mode="r"),
+            documents=tuple(json.loads((folder / f"{role}_documents.json").read_text(encoding="utf-8"))),
+        )
+        for role in ROLES
+    }
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    return Corpus(name=name, digest=meta["digest"], tokenizer=tokenizer, **splits, versions=meta["versions"])
+
+
+def _build(
+    folder: Path, source: Source, spec: str, cache_dir: Path, max_tokens: int | None, progress: Callable[[int], None]
+) -> None:
+    """Write a store. A partial one is seen by nobody: it gets its name when it is whole."""
+    if next(source.documents("train"), None) is None:
+        raise InputError(f"corpus {source.name!r} holds no text to train on")
+    if next(source.documents("test"), None) is None:
+        raise InputError(
+            f"corpus {source.name!r} has too little text for a train and a test split: "
+            "give two documents or more, or files whose names start with train and test"
+        )
+    unfinished = folder.with_suffix(".unfinished")
+    # the lock is ours, so a folder that is there was left by a process that was killed
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        with storing(folder):
+            unfinished.mkdir()
+        tokenizer = load_tokenizer(
+            spec, train_texts=lambda: (document.text for document in source.documents("train")), cache_dir=cache_dir
+        )
+        if is_trained(spec):
+            cast(Library, tokenizer).save(unfinished / "tokenizer.json")
+        limits = {"train": max_tokens, **source.limits} if max_tokens else {}
+        with storing(folder):
+            digests = {
+                role: _write_split(unfinished, role, source.documents(role), tokenizer, limits.get(role), progress)
+                for role in ROLES
+            }
+        meta = {
+            "source": source.name,
+            "tokenizer": tokenizer.digest,
+            # without valid, on which no number depends
+            "digest": sources.digest(tokenizer.digest, digests["train"], digests["test"]),
+            "versions": dict(source.versions),
+        }
+        with storing(folder):
+            (unfinished / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_split(
+    folder: Path,
+    role: Role,
+    documents: Iterator[Document],
+    tokenizer: Tokenizer,
+    limit: int | None,
+    progress: Callable[[int], None],
+) -> str:
+    """Write a split's three files as its documents come, and return the digest of its tokens."""
+    names: list[str] = []
+    offsets = array.array("q", [0])
+    digest = hashlib.sha256()
+    with (folder / f"{role}.npy").open("wb") as file:
+        _write_header(file, tokenizer.dtype, 0)
+        start = file.tell()
+        for document, ids in _encoded(documents, tokenizer):
+            closed = np.append(ids, ids.dtype.type(tokenizer.eos))
+            file.write(closed.data)
+            digest.update(closed.data)
+            names.append(document.name)
+            offsets.append(offsets[-1] + len(closed))
+            progress(len(closed))
+            if limit is not None and offsets[-1] >= limit:
+                break
+        file.seek(0)
+        _write_header(file, tokenizer.dtype, offsets[-1])
+        assert file.tell() == start, "numpy pads the header so that the count has room to grow"
+    np.save(folder / f"{role}_offsets.npy", np.array(offsets, dtype=np.int64))
+    (folder / f"{role}_documents.json").write_text(json.dumps(names), encoding="utf-8")
+    return digest.hexdigest()
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype[Any], count: int) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _encoded(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, Ids]]:
+    """Encode documents in batches that keep all cores busy and memory small."""
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARACTERS:
+            yield from zip(batch, tokenizer.encode_batch([item.text for item in batch]), strict=True)
+            batch, characters = [], 0
+    yield from zip(batch, tokenizer.encode_batch([item.text for item in batch]), strict=True)

@@ -1,0 +1,364 @@
+"""Tokenizers: raw bytes, byte-level BPE trained on a corpus, or one that Hugging Face's library can read.
+
+A specification is one of
+
+    bytes       ids 0..255 are the bytes of the text in UTF-8, 256 ends a document
+    bpe:N       byte-level BPE of N ids, trained on the first 64 million characters of the training texts
+    PATH, NAME  a tokenizer.json file, a tokenizer's folder, or its name on the Hugging Face hub
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from sbeval.errors import InputError, first_line
+from sbeval.runtime.files import replacing, storing
+
+EOS = "<|endoftext|>"
+# what other makers call the token that ends a document; only asked for where no config beside tokenizer.json says it
+EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+TRAINING_CHARACTERS = 64_000_000
+PARALLELISM = "TOKENIZERS_PARALLELISM"
+# the library needs some 350 bytes of memory a token while it encodes
+PIECE_CHARACTERS, GROUP_CHARACTERS = 1 << 18, 1 << 23
+# how SentencePiece's vocabularies spell a space and a byte
+SPACE, BYTE = "\u2581", re.compile("<0x[0-9A-F]{2}>")
+LINE_END = re.compile(r"(?<=\w)\n")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+Ids = npt.NDArray[np.uint16 | np.uint32]
+
+
+class Tokenizer(ABC):
+    """Text to ids and back. `digest` changes when the same text would get other ids; `eos` ends a document.
+
+    `prefix` are the ids that models which use the tokenizer expect before a text: its BOS, if it has one.
+    `cuts_at_spaces` says that a text cut before white space that follows other characters has the same ids in parts.
+    """
+
+    def __init__(self, *, name: str, definition: str, vocab_size: int, eos: int) -> None:
+        self.name = name
+        self.digest = hashlib.sha256(definition.encode()).hexdigest()[:16]
+        self.vocab_size = vocab_size
+        self.eos = eos
+        self.prefix: tuple[int, ...] = ()
+        self.cuts_at_spaces = True
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+    def encode(self, text: str) -> Ids:
+        """Encode one text: (n,) uint16 or, where the vocabulary exceeds 65536, uint32; (0,) for the empty text.
+
+        No special tokens are added, and their spelling inside the text is text like any other.
+        """
+        return self.encode_batch([text])[0]
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        """Encode many texts, each as `encode` would, on all cores."""
+
+    @abstractmethod
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """Decode ids, (n,) integers; eos stands for nothing, bytes that are not UTF-8 become U+FFFD."""
+
+    @abstractmethod
+    def byte_lengths(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Tell how many bytes of UTF-8 text each id stands for, (n,) int64 for (n,) integers; eos for 0.
+
+        Exact for bytes and byte-level BPE, also where a character is spread over ids. SentencePiece's count the space
+        that they put before a text. A normalizer's text counts as it made it. InputError for other kinds of tokenizers.
+        """
+
+    @abstractmethod
+    def library(self) -> tokenizers.Tokenizer:
+        """Return a tokenizer of the `tokenizers` library with the same ids, which adds no special tokens of its own."""
+
+
+class Bytes(Tokenizer):
+    """One id a byte."""
+
+    def __init__(self) -> None:
+        super().__init__(name="bytes", definition="bytes", vocab_size=257, eos=256)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        return [np.frombuffer(text.encode(), np.uint8).astype(self.dtype) for text in texts]
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        array = np.asarray(ids)
+        raw: bytes = array[array != self.eos].astype(np.uint8).tobytes()
+        return raw.decode(errors="replace")
+
+    def byte_lengths(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        return np.where(np.asarray(ids) == self.eos, 0, 1)
+
+    def library(self) -> tokenizers.Tokenizer:
+        # byte-level BPE spells printable bytes of Latin-1 as they are, and the others as the characters from 256 on
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        vocabulary = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([EOS])
+        return backend
+
+
+class Library(Tokenizer):
+    """A tokenizer of the `tokenizers` library."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, *, name: str, eos: int) -> None:
+        # cutting or padding is for those who make batches
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        definition = backend.to_str()
+        size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        super().__init__(name=name, definition=f"{eos} {definition}", vocab_size=size, eos=eos)
+        self._backend = backend
+        self.prefix = _prefix(backend)
+        stages = json.loads(definition)
+        self.cuts_at_spaces = _is_gpt2(stages)
+        spell = _spelling(stages["decoder"])
+        self._bytes = _byte_table(backend, size, eos, spell) if spell else None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
+        found: list[list[Ids]] = [[] for _ in texts]
+        for group in _groups(texts, PIECE_CHARACTERS if self.cuts_at_spaces else None):
+            with _all_cores():
+                encodings = self._backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            for (index, _), encoding in zip(group, encodings, strict=True):
+                found[index].append(np.array(encoding.ids, dtype=self.dtype))
+        return [np.concatenate(pieces) for pieces in found]
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        array = np.asarray(ids)
+        return str(self._backend.decode(array[array != self.eos].tolist(), skip_special_tokens=False))
+
+    def byte_lengths(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        if self._bytes is None:
+            raise InputError(
+                f"tokenizer {self.name!r} is neither byte-level nor SentencePiece's: no bytes for its tokens"
+            )
+        lengths: npt.NDArray[np.int64] = self._bytes[np.asarray(ids, dtype=np.int64)]
+        return lengths
+
+    def library(self) -> tokenizers.Tokenizer:
+        stages = json.loads(self._backend.to_str())
+        return tokenizers.Tokenizer.from_str(json.dumps(stages | {"post_processor": None}))
+
+    def save(self, path: Path) -> None:
+        """Write the tokenizer as a tokenizer.json file, in one step."""
+        # the library's own `save` says of a full disk only that something failed
+        with replacing(path) as temporary:
+            temporary.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+
+
+def load(spec: str, *, train_texts: Callable[[], Iterable[str]] | None = None, cache_dir: Path) -> Tokenizer:
+    """Load or train the tokenizer that `spec` names (see the module).
+
+    `bpe:N` calls `train_texts`, and keeps what it trained: cache_dir/tokenizers/<digest of N and text>/tokenizer.json.
+    InputError for a specification that names nothing, and for an N that is too small or more than the text gives.
+    """
+    if spec == "bytes":
+        return Bytes()
+    if is_trained(spec):
+        if train_texts is None:
+            raise InputError(f"tokenizer {spec!r} is trained on a corpus and none is given: name a tokenizer.json file")
+        return _cached(spec, _size(spec), train_texts(), cache_dir)
+    path = Path(spec)
+    if os.path.isfile(path):
+        return read(path, name=spec)
+    if os.path.isdir(path) and not (path / "tokenizer_config.json").exists() and (path / "tokenizer.json").exists():
+        return read(path / "tokenizer.json", name=spec)
+    # the empty specification would be the folder that we are in
+    if spec and (os.path.isdir(path) or HUB_NAME.fullmatch(spec)):
+        return _from_transformers(spec)
+    raise InputError(f"unknown tokenizer {spec!r}: bytes, bpe:N, a tokenizer.json file or its folder, or a hub name")
+
+
+def is_trained(spec: str) -> bool:
+    """Say whether `spec` means a tokenizer that is trained on the corpus."""
+    return spec.startswith("bpe:")
+
+
+def check_same(trained: str | None, given: Tokenizer, spec: str) -> None:
+    """InputError when a tokenizer is not the one whose digest the model that `spec` names knows, if it knows one."""
+    if trained not in (None, given.digest):
+        raise InputError(
+            f"the model of {spec} was trained with another tokenizer than {given.name!r}: give the --tokenizer, and "
+            "for bpe:SIZE the --corpus, that it was trained with"
+        )
+
+
+def read(path: Path, *, name: str) -> Library:
+    """Read a tokenizer.json file; InputError when it is none, or has no token that ends a document."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        # the library's own complaint is a bare Exception
+        json.loads(text)["model"]["vocab"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise InputError(f"{path} is no tokenizer.json file of the tokenizers library") from None
+    backend = tokenizers.Tokenizer.from_str(text)
+    known = [backend.token_to_id(token) for token in EOS_NAMES]
+    eos = next((number for number in known if number is not None), None)
+    if eos is None:
+        raise InputError(f"{path} has no end-of-document token ({', '.join(EOS_NAMES)}): give its folder with a config")
+    return Library(backend, name=name, eos=eos)
+
+
+def _size(spec: str) -> int:
+    number = spec.removeprefix("bpe:")
+    if not re.fullmatch(r"[0-9]{1,9}", number) or int(number) < 257:
+        raise InputError(f"tokenizer {spec!r}: the size after bpe: is a number of ids, at least 257 (bytes and eos)")
+    return int(number)
+
+
+def _cached(spec: str, size: int, texts: Iterable[str], cache_dir: Path) -> Library:
+    kept = list(_first(texts, TRAINING_CHARACTERS))
+    digest = hashlib.sha256(f"{size}\n".encode())
+    for text in kept:
+        digest.update(hashlib.sha256(text.encode()).digest())
+    path = cache_dir / "tokenizers" / digest.hexdigest()[:16] / "tokenizer.json"
+    if not path.exists():
+        trained = _train(kept, size, spec)
+        with storing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        trained.save(path)
+    return read(path, name=spec)
+
+
+def _train(texts: list[str], size: int, spec: str) -> Library:
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    with _all_cores():
+        backend.train_from_iterator(texts, trainer)
+    reached = backend.get_vocab_size()
+    if reached < size:
+        raise InputError(f"the training text gives a BPE of {reached} ids: use bpe:{reached} or less, not {spec}")
+    # the trainer gives its special tokens the first ids
+    return Library(backend, name=spec, eos=0)
+
+
+def _from_transformers(spec: str) -> Library:
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError:
+        raise InputError(f"tokenizer {spec!r} needs transformers: pip install 'sbeval[hf]'") from None
+    try:
+        # code that comes with it has no part in the fast form that is read here
+        loaded: Any = transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+    # what it raises for a name that is unknown or out of reach, and for files that it cannot read
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"unknown tokenizer {spec!r} (or bytes, or bpe:N): {first_line(error)}") from None
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(f"tokenizer {spec!r} has no fast form (tokenizer.json): choose another")
+    if loaded.eos_token_id is None:
+        raise InputError(f"tokenizer {spec!r} names no eos token, which has to end a document: choose another")
+    return Library(backend, name=spec, eos=loaded.eos_token_id)
+
+
+def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
+    left = characters
+    for text in texts:
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return
+
+
+def _groups(texts: Sequence[str], cut: int | None) -> Iterator[list[tuple[int, str]]]:
+    """Group pieces of the texts, each with the index of its text, so that a group does not take much memory."""
+    group: list[tuple[int, str]] = []
+    characters = 0
+    for index, text in enumerate(texts):
+        for piece in _pieces(text, cut):
+            group.append((index, piece))
+            characters += len(piece)
+            if characters >= GROUP_CHARACTERS:
+                yield group
+                group, characters = [], 0
+    if group:
+        yield group
+
+
+def _pieces(text: str, size: int | None) -> Iterator[str]:
+    """Cut a text before line ends that follow a letter, a digit or `_`: no word of GPT-2's pattern goes across."""
+    start = 0
+    while size is not None and (end := LINE_END.search(text, start + size)):
+        yield text[start : end.start()]
+        start = end.start()
+    yield text[start:]
+
+
+def _is_gpt2(stages: dict[str, Any]) -> bool:
+    """Say whether a text becomes words by GPT-2's pattern, and by nothing else."""
+    if stages["normalizer"] is not None or not all(token["special"] for token in stages["added_tokens"]):
+        return False
+    words = stages["pre_tokenizer"]
+    return words is not None and words["type"] == "ByteLevel" and words["use_regex"] and not words["add_prefix_space"]
+
+
+def _prefix(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The special tokens that the tokenizer's own post-processor puts before a text."""
+    plain, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    return tuple(whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)])
+
+
+def _spelling(decoder: dict[str, Any] | None) -> Callable[[str], int] | None:
+    """Choose by the decoder what counts the bytes of a token as the vocabulary spells it; None for unknown kinds."""
+    stages = [] if decoder is None else decoder.get("decoders", [decoder])
+    kinds = {stage["type"] for stage in stages}
+    if kinds == {"ByteLevel"}:
+        # one character for each byte
+        return len
+    if "Metaspace" in kinds or {"type": "Replace", "pattern": {"String": SPACE}, "content": " "} in stages:
+        return lambda token: 1 if BYTE.fullmatch(token) else len(token.replace(SPACE, " ").encode())
+    return None
+
+
+def _byte_table(
+    backend: tokenizers.Tokenizer, size: int, eos: int, spell: Callable[[str], int]
+) -> npt.NDArray[np.int64]:
+    """Tell the bytes that each id stands for: (size,) int64."""
+    lengths = np.zeros(size, dtype=np.int64)
+    for token, number in backend.get_vocab(with_added_tokens=False).items():
+        lengths[number] = spell(token)
+    # these are spelled as they are in the text
+    for number, added in backend.get_added_tokens_decoder().items():
+        lengths[number] = len(added.content.encode())
+    lengths[eos] = 0
+    return lengths
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Let the library use its threads inside the block, unless the environment says otherwise.
+
+    Outside of it the variable is set but empty, which means no threads: processes that fork later get no warning about
+    threads that did not come along, and no hang. Empty on entry therefore counts as unset.
+    """
+    given = os.environ.get(PARALLELISM, "")
+    os.environ[PARALLELISM] = given or "true"
+    try:
+        yield
+    finally:
+        os.environ[PARALLELISM] = given

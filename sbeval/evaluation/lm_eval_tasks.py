@@ -1,0 +1,208 @@
+"""lm-eval's tasks by name, and their scores of a model."""
+
+import contextlib
+import difflib
+import functools
+import importlib.metadata
+import io
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.api.task
+import lm_eval.utils
+from datasets.exceptions import DatasetNotFoundError
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry
+from transformers import AutoTokenizer
+
+from sbeval.errors import InputError, first_line
+from sbeval.evaluation import lm_eval_local
+from sbeval.evaluation.lm_eval_model import Adapter, HubText, PlainText
+
+__all__ = ["Adapter", "Benchmark", "HubText", "PlainText", "Score", "hub_text", "load", "scores", "version"]
+
+# folders of the definitions that suites use: reading those of all takes lm-eval ten seconds
+FOLDERS = (
+    "arc", "blimp", "gsm8k", "hellaswag", "lambada", "mmlu", "openbookqa", "piqa", "race", "sciq", "super_glue",
+    "wikitext", "winogrande", "wsc273",
+)  # fmt: skip
+# of a statistic that is no mean; lm-eval's habit of 100,000 takes minutes and moves an error by some percent
+BOOTSTRAPS = 1000
+# lm-eval's seed of the examples in prompts
+SEED = 1234
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """A task or group as lm-eval has it. digest: of the scored items and the tasks' versions. shots: examples in a
+    prompt."""
+
+    name: str
+    tasks: Mapping[str, Any]
+    groups: Mapping[str, Any]
+    shots: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One number. task: the benchmark's name or that of a part of it. stderr: lm-eval's, None where it has none.
+    chance: the score of guessing, where that is known."""
+
+    task: str
+    metric: str
+    filter: str
+    value: float
+    stderr: float | None
+    n: int
+    version: str
+    chance: float | None
+
+
+def version() -> str:
+    """The version of lm-eval."""
+    return importlib.metadata.version("lm_eval")
+
+
+@functools.lru_cache(maxsize=32)
+def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
+    """The benchmark `name`, with items from JSONL files in `folder` (see `sbeval.evaluation.lm_eval_local`) or from the hub.
+
+    shots: examples in a prompt, None for what the definition says. InputError for an unknown name and for items that
+    are not there.
+    """
+    entry, index = _find(name)
+    # a definition that says 0 means it; the local class looks for itself
+    overrides: dict[str, Any] = {} if shots is None else {"num_fewshot": shots}
+    if folder is not None:
+        overrides = {"class": lm_eval_local.local_task(folder, shots)}
+    try:
+        with _quiet():
+            built = TaskFactory().build(entry, overrides=overrides, registry=index)
+            found = TaskManager(include_defaults=False).load(built if isinstance(built, list) else [built])
+    # what `datasets` raises for a set that is unknown, out of reach or not in the cache
+    except (ConnectionError, FileNotFoundError, DatasetNotFoundError) as error:
+        raise InputError(
+            f"no items of task {name!r} from the hub ({first_line(error)}): give their folder with --data-dir"
+        ) from None
+    for task in found["tasks"].values():
+        if task.config.num_fewshot is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=SEED)
+    used = {int(task.config.num_fewshot) for task in found["tasks"].values()}
+    if shots is not None and used != {shots}:
+        raise InputError(f"task {name!r} is defined with {max(used)} examples in its prompt; give --task {name}")
+    with _quiet():
+        digest = lm_eval_local.digest(found["tasks"])
+    return Benchmark(
+        name=name, tasks=found["tasks"], groups=found.get("groups", {}), shots=max(used), digest=digest
+    )  # fmt: skip
+
+
+def hub_text(spec: str, trust_remote_code: bool = False) -> HubText:
+    """The tokenizer of a Hugging Face folder or name."""
+    try:
+        return HubText(AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code))
+    # what it raises for a name that is unknown or out of reach, and for files that it cannot read
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"no tokenizer with model {spec!r}: {first_line(error)}") from None
+
+
+def _find(name: str) -> tuple[Entry, dict[str, Entry]]:
+    known = _index(False)
+    if name not in known:
+        known = _index(True)
+    if name not in known:
+        # of its thousands of tasks no list is given
+        near = difflib.get_close_matches(name, [*_index(False), *known], n=3)
+        hint = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
+        raise InputError(f"lm-eval {version()} has no task {name!r}; {hint}`lm_eval ls tasks` lists all")
+    return known[name], known
+
+
+@functools.cache
+def _index(everything: bool) -> dict[str, Entry]:
+    root = Path(lm_eval.__file__).parent / "tasks"
+    folders = [root / folder for folder in FOLDERS]
+    with _quiet():
+        return dict(TaskManager(include_path=None if everything else folders, include_defaults=everything).task_index)
+
+
+def scores(benchmark: Benchmark, adapter: Adapter, limit: int | None) -> list[Score]:
+    """Scores of the model behind `adapter`: of the benchmark, then of its parts. limit: items of each part at most."""
+    loaded = {
+        "tasks": dict(benchmark.tasks), "groups": dict(benchmark.groups),
+        "group_map": {name: group.child_names for name, group in benchmark.groups.items()},
+    }  # fmt: skip
+    with _quiet():
+        found = evaluate(adapter, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
+    chances = {name: _chance(task) for name, task in benchmark.tasks.items()}
+    counts = {name: found["n-samples"][name]["effective"] for name in benchmark.tasks}
+    for name, group in benchmark.groups.items():
+        leaves = [task.task_name for task in group.get_all_tasks()]
+        counts[name] = sum(counts[leaf] for leaf in leaves)
+        parts = [(chance, counts[leaf]) for leaf in leaves if (chance := chances[leaf]) is not None]
+        chances[name] = sum(chance * count for chance, count in parts) / counts[name] if parts else None
+    names = sorted(found["results"], key=lambda name: (name != benchmark.name, name))
+    return [
+        score
+        for name in names
+        for score in _scores(name, found["results"][name], counts[name], str(found["versions"][name]), chances[name])
+    ]
+
+
+def _scores(name: str, numbers: Mapping[str, Any], n: int, version: str, chance: float | None) -> Iterator[Score]:
+    for column, value in numbers.items():
+        metric, comma, kind = column.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        error = numbers[f"{metric}_stderr,{kind}"]
+        yield Score(
+            task=name, metric=metric, filter="" if kind == "none" else kind, value=float(value),
+            stderr=None if error == "N/A" else float(error), n=n, version=version,
+            chance=chance if metric in ("acc", "acc_norm") else None,
+        )  # fmt: skip
+
+
+def _chance(task: Any) -> float | None:
+    """Accuracy of guessing among the choices of each item; None where there are none."""
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return None
+    choices = Counter(instance.doc_id for instance in task.instances)
+    return sum(1 / count for count in choices.values()) / len(choices)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the bars and warnings of lm-eval and datasets, and keep templates and processes in hand."""
+    logger, bar, templates = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm, lm_eval.utils.env
+    compiled = templates.from_string
+    level, bars = logger.level, datasets.is_progress_bar_enabled()
+    processes = os.environ.get("DISABLE_MULTIPROC")
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = lambda iterable, **_: iterable
+    # it compiles a task's few templates anew for every item, most of the time that small models take
+    templates.from_string = functools.lru_cache(maxsize=1024)(compiled)
+    # the bootstrap's pool of processes would be forked from one that holds a GPU
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+        lm_eval.api.task.tqdm, templates.from_string = bar, compiled
+        if bars:
+            datasets.enable_progress_bars()
+        if processes is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = processes

@@ -1,0 +1,132 @@
+"""How well a model answers prompts of RULER's tasks: what it says, and how likely it finds the right answer.
+
+Small models score near zero by what they say, so the answer is also put behind the prompt (teacher forcing):
+
+    log_probability   of the tokens of the reference answer, in nats, summed
+    greedy            1 where each of them is the likeliest, so that greedy decoding would say exactly that
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sbeval.data.tokenizer import Tokenizer
+from sbeval.errors import InputError
+from sbeval.evaluation import perplexity
+from sbeval.evaluation.perplexity import Predictor
+from sbeval.evaluation.ruler_prompts import Prompt
+from sbeval.generate import Generator, generate
+from sbeval.runtime.files import storing
+
+CONTROL = re.compile(r"[\x00-\x1f]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """What one sample gave. `tokens` are those of its prompt."""
+
+    index: int
+    depth: float | None
+    tokens: int
+    score: float
+    log_probability: float
+    greedy: bool
+    said: str
+
+
+def score(said: str, references: Sequence[str], rule: str) -> float:
+    """RULER's score of an answer: under `all` the fraction of references in it, under `part` 1 if any is there.
+
+    Control characters become line ends first, and case does not count.
+    """
+    text = CONTROL.sub("\n", said.strip()).strip().lower()
+    found = [reference.lower() in text for reference in references]
+    return float(any(found)) if rule == "part" else sum(found) / len(found)
+
+
+def teacher_forced(
+    model: Predictor, prompts: Sequence[Prompt], place: torch.device, dtype: str, batch: int
+) -> list[tuple[float, bool]]:
+    """Log-probability of each reference answer, and whether all its tokens are the likeliest."""
+    found: list[tuple[float, bool]] = []
+    for start in range(0, len(prompts), batch):
+        asked = prompts[start : start + batch]
+        # the last token is only predicted
+        rows = [np.concatenate([prompt.tokens, prompt.answer[:-1]]).tolist() for prompt in asked]
+        answers = [(index, prompt.answer.tolist()) for index, prompt in enumerate(asked)]
+        found += perplexity.endings(model, rows, answers, place=place, dtype=dtype)
+    return found
+
+
+class Samples:
+    """The answers of one model to the prompts of one task and length, in a file of a JSON object a line, each written
+    as it comes: what is there need not be asked again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[int, Answered] = {}
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+        # a writer that was stopped leaves a line without its end
+        whole = lines[:-1]
+        for number, line in enumerate(whole, 1):
+            try:
+                item = Answered(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{path}:{number}: {error}; remove that line") from None
+            self.found[item.index] = item
+        if lines and lines[-1]:
+            path.write_bytes(b"".join(line + b"\n" for line in whole))
+
+    def add(self, answers: Sequence[Answered]) -> None:
+        with storing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with storing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in answers))
+        self.found.update((item.index, item) for item in answers)
+
+
+def ask(
+    model: Any, prompts: Sequence[Prompt], tokenizer: Tokenizer, samples: Samples, *, rule: str, new_tokens: int,
+    place: torch.device, dtype: str, batch: int, advance: Callable[[int], None] = lambda done: None,
+) -> list[Answered]:  # fmt: skip
+    """Ask everything that has no answer yet, `batch` prompts at a time, and return the answers to all prompts.
+
+    model: a `Predictor` that is a `Generator` too. An answer ends with the token that ends a document.
+    """
+    left = [index for index in range(len(prompts)) if index not in samples.found]
+    for start in range(0, len(left), batch):
+        indices = left[start : start + batch]
+        chosen = [prompts[index] for index in indices]
+        likely = teacher_forced(model, chosen, place, dtype, batch)
+        said = say(model, chosen, tokenizer, new_tokens, place, dtype, batch)
+        samples.add(
+            [
+                Answered(
+                    index=index, depth=prompt.depth, tokens=len(prompt.tokens),
+                    score=score(text, prompt.references, rule), log_probability=log_probability, greedy=greedy,
+                    said=text,
+                )
+                for index, prompt, text, (log_probability, greedy) in zip(indices, chosen, said, likely, strict=True)
+            ]
+        )  # fmt: skip
+        advance(len(indices))
+    return [samples.found[index] for index in range(len(prompts))]
+
+
+def say(
+    model: Generator, prompts: Sequence[Prompt], tokenizer: Tokenizer, new_tokens: int, place: torch.device,
+    dtype: str, batch: int,
+) -> list[str]:  # fmt: skip
+    """What the model says after each prompt, greedily."""
+    found = generate(
+        model, [prompt.tokens.tolist() for prompt in prompts], new_tokens, place, dtype=dtype, batch=batch,
+        stop=lambda tokens: tokens[-1] == tokenizer.eos,
+    )  # fmt: skip
+    return [tokenizer.decode(np.array(tokens)) for tokens in found]

@@ -1,0 +1,301 @@
+"""What prompts are filled with: an essay, questions with their documents, and the tokens of pieces of text."""
+
+import functools
+import hashlib
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sbeval.data.tokenizer import Ids, Tokenizer
+from sbeval.errors import InputError
+
+Counted = npt.NDArray[np.int64]
+# the longest length is 131072 tokens, and a word has one at least
+ESSAY_WORDS = 131072
+# a sentence ends with such a word when the next begins with a capital
+ENDS, BEGINS = re.compile(r"[.!?][\"'”’)\]]*$"), re.compile(r"[\"'“‘(\[_]*[A-Z]")
+
+
+class Pieces:
+    """Texts that prompts are made of, each encoded once: (n,) numbers of tokens, and the tokens one after the other."""
+
+    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer) -> None:
+        self.texts, self._tokenizer = texts, tokenizer
+
+    @functools.cached_property
+    def _encoded(self) -> tuple[Ids, Counted]:
+        unique = list(dict.fromkeys(self.texts))
+        found = dict(zip(unique, self._tokenizer.encode_batch(unique), strict=True))
+        ids = [found[text] for text in self.texts]
+        return np.concatenate(ids), np.array([len(item) for item in ids], dtype=np.int64)
+
+    @functools.cached_property
+    def _starts(self) -> Counted:
+        return np.concatenate([[0], np.cumsum(self.tokens)])
+
+    @property
+    def tokens(self) -> Counted:
+        return self._encoded[1]
+
+    @functools.cached_property
+    def apart(self) -> tuple[bool, bool]:
+        """Whether all begin with white space, and whether none ends with it."""
+        return all(text[:1].isspace() for text in self.texts), not any(text[-1:].isspace() for text in self.texts)
+
+    def part(self, indices: Sequence[int]) -> "Part":
+        return Part(self, indices)
+
+    def ids(self, indices: Sequence[int]) -> Ids:
+        """The tokens of these texts, one after the other."""
+        ids, starts = self._encoded[0], self._starts
+        if isinstance(indices, range):
+            return ids[starts[indices.start] : starts[max(indices.start, indices.stop)]]
+        chosen = np.asarray(indices, dtype=np.int64)
+        lengths = self.tokens[chosen]
+        # where each text begins, repeated, and a count of tokens within it
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        found: Ids = ids[np.repeat(starts[chosen], lengths) + within]
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Some of the pieces, in an order."""
+
+    pieces: Pieces
+    indices: Sequence[int]
+
+    @property
+    def text(self) -> str:
+        return "".join([self.pieces.texts[index] for index in self.indices])
+
+    @property
+    def tokens(self) -> int:
+        return int(self.pieces.tokens[list(self.indices)].sum())
+
+    @property
+    def ids(self) -> Ids:
+        return self.pieces.ids(self.indices)
+
+
+class Tables:
+    """Pieces of one tokenizer; what is `kept` under a name is encoded once for all prompts."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._kept: dict[str, Pieces] = {}
+        self._sums: dict[str, Counted] = {}
+
+    def new(self, texts: Sequence[str]) -> Pieces:
+        return Pieces(texts, self.tokenizer)
+
+    def kept(self, name: str, texts: Callable[[], Sequence[str]]) -> Pieces:
+        if name not in self._kept:
+            self._kept[name] = self.new(texts())
+        return self._kept[name]
+
+    def sums(self, name: str, pieces: Pieces) -> Counted:
+        """Tokens of the first 0, 1, 2, ... pieces of what is kept under this name."""
+        if name not in self._sums:
+            self._sums[name] = np.concatenate([[0], np.cumsum(pieces.tokens)])
+        return self._sums[name]
+
+    def around(self, template: str) -> tuple[Part, Part]:
+        """What stands before and after {context}; white space before it is left to the context's first piece."""
+        head, tail = template.split("{context}")
+        return self.new([head.rstrip()]).part([0]), self.new([tail]).part([0])
+
+    def repeated(self, texts: Sequence[str]) -> Part:
+        """These texts, many of which are the same."""
+        unique = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+        return self.new(list(unique)).part([unique[text] for text in texts])
+
+    def woven(self, ones: Pieces, first: Sequence[int], others: Pieces, second: Sequence[int]) -> list[Part]:
+        """One of the first, one of the second, and so on, as one part of a table that has both."""
+        both = self.kept(f"{id(ones)} {id(others)}", lambda: [*ones.texts, *others.texts])
+        places = np.stack([np.asarray(first), np.asarray(second) + len(ones.texts)], axis=1).ravel()
+        return [both.part(places.tolist())]
+
+
+def opened(parts: Sequence[Part]) -> list[Part]:
+    """The same with a line end for the space before the first piece: a context begins on its own line."""
+    place = next(place for place, part in enumerate(parts) if len(part.indices))
+    part = parts[place]
+    first = "\n" + part.pieces.texts[part.indices[0]].removeprefix(" ")
+    begin = Pieces([first], part.pieces._tokenizer).part([0])
+    return [begin, part.pieces.part(part.indices[1:]), *parts[place + 1 :]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Essay:
+    """A text in words, repeated up to ESSAY_WORDS, and the index of the first word of each sentence."""
+
+    words: list[str]
+    starts: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A question, its answers, and its documents: those it needs, and others about the same."""
+
+    question: str
+    answers: tuple[str, ...]
+    needed: tuple[int, ...]
+    near: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Questions:
+    """Questions about documents, each of which is there once."""
+
+    path: str
+    documents: list[str]
+    asked: list[Asked]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sources:
+    """Everything that prompts are filled with; `digests` say what each is, the essay's under `essay`."""
+
+    essay: Essay
+    questions: dict[str, Questions | None]
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+def load(essays: str | None, squad: str | None, hotpot: str | None) -> Sources:
+    """Read the files; without `essays` the essay is Walden. InputError for what cannot be read."""
+    text = _walden() if essays is None else _essays(Path(essays))
+    found = {"squad": squad and _squad(Path(squad)), "hotpot": hotpot and _hotpot(Path(hotpot))}
+    questions = {name: value or None for name, value in found.items()}
+    digests = {"essay": _digest(text)}
+    for name, value in questions.items():
+        if value is not None:
+            digests[name] = _digest(json.dumps([value.documents, [(q.question, q.answers) for q in value.asked]]))
+    return Sources(essay=_essay(text), questions=questions, digests=digests)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _walden() -> str:
+    packed = resources.files("sbeval").joinpath("walden.txt.xz").read_bytes()
+    return lzma.decompress(packed).decode()
+
+
+def _essay(text: str) -> Essay:
+    words = text.split()
+    repeated = (words * -(-ESSAY_WORDS // len(words)))[: max(ESSAY_WORDS, len(words))]
+    starts = [0] + [
+        place for place in range(1, len(repeated)) if ENDS.search(repeated[place - 1]) and BEGINS.match(repeated[place])
+    ]
+    return Essay(repeated, starts)
+
+
+def _essays(path: Path) -> str:
+    """The text of a file, or of the .txt files and the `text` fields of the JSON files of a folder, in their order."""
+    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+    texts: list[str] = []
+    for file in files:
+        if file.suffix in (".json", ".jsonl"):
+            texts += [str(row["text"]) for row in _rows(file) if isinstance(row, dict) and "text" in row]
+        elif file == path or file.suffix in (".txt", ".md"):
+            texts.append(_read(file))
+    text = " ".join(texts)
+    if not text.split():
+        raise InputError(f"--essays {path} holds no text: give a text file, JSON with a field text, or a folder")
+    return text
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _rows(path: Path) -> list[Any]:
+    """The rows of a JSON file, one array or object, or of JSON lines."""
+    text = _read(path)
+    try:
+        if path.suffix == ".jsonl":
+            return [json.loads(line) for line in text.splitlines() if line.strip()]
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    return rows if isinstance(rows, list) else [rows]
+
+
+def _squad(path: Path) -> Questions:
+    """SQuAD v2 as published; or JSON lines of questions `title, ctx, question, answers, impossible`, beside which a
+    file with `contexts` for `questions` in its name has the texts, `id, text`."""
+    try:
+        triples = list(_published(_rows(path)) if path.suffix != ".jsonl" else _split(path))
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(f"--squad {path} is not SQuAD: {type(error).__name__} {error}") from None
+    documents = sorted({text for _, text, _ in triples})
+    places = {text: place for place, text in enumerate(documents)}
+    articles: dict[str, dict[int, None]] = {}
+    for title, text, _ in triples:
+        articles.setdefault(title, {})[places[text]] = None
+    asked = [
+        Asked(
+            question, tuple(answers), (places[text],),
+            tuple(other for other in articles[title] if other != places[text]),
+        )
+        for title, text, found in triples for question, answers in found if answers
+    ]  # fmt: skip
+    return _checked(Questions(str(path), documents, asked), "--squad")
+
+
+Triple = tuple[str, str, list[tuple[str, list[str]]]]
+
+
+def _published(rows: list[Any]) -> Iterator[Triple]:
+    for article in rows[0]["data"]:
+        for paragraph in article["paragraphs"]:
+            questions = [
+                (item["question"], [answer["text"] for answer in item["answers"]])
+                for item in paragraph["qas"]
+                if not item.get("is_impossible")
+            ]
+            yield article["title"], paragraph["context"], questions
+
+
+def _split(path: Path) -> Iterator[Triple]:
+    beside = path.with_name(path.name.replace("questions", "contexts"))
+    if beside == path or not beside.exists():
+        raise InputError(f"--squad {path} has no file of contexts beside it (its name with contexts for questions)")
+    texts = {row["id"]: row["text"] for row in _rows(beside)}
+    for row in _rows(path):
+        yield row["title"], texts[row["ctx"]], [] if row["impossible"] else [(row["question"], row["answers"])]
+
+
+def _hotpot(path: Path) -> Questions:
+    """HotpotQA's distractor setting: JSON as published, or a question a line."""
+    rows = _rows(path)
+    try:
+        texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in rows]
+        documents = sorted({text for found in texts for text in found})
+        places = {text: place for place, text in enumerate(documents)}
+        asked = [
+            Asked(row["question"], (row["answer"],), tuple(dict.fromkeys(places[text] for text in found)), ())
+            for row, found in zip(rows, texts, strict=True)
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"--hotpot {path} is not HotpotQA: {type(error).__name__} {error}") from None
+    return _checked(Questions(str(path), documents, asked), "--hotpot")
+
+
+def _checked(questions: Questions, option: str) -> Questions:
+    if not questions.asked:
+        raise InputError(f"{option} {questions.path} has no question with an answer")
+    return questions

@@ -1,0 +1,49 @@
+"""The attention weights of a model, read off the very mixers that it runs.
+
+Every method is linear in v, so that one-hot values give its weights, whatever its kernel does and without code of its
+own: position j has values of 1 in one dimension, a head's size of positions at a time. With all values 0 comes what
+does not depend on v (the learned remainder of stick-breaking), which is no weight and is taken off.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sbeval.models.decoder import Decoder
+
+
+@torch.inference_mode()
+def attention_weights(model: Decoder, tokens: Tensor) -> Tensor:
+    """Weights of every value in every output: (layers, B, H, T, T), query by key, float32; for short sequences.
+
+    Rows of a softmax sum to 1. Those of stick-breaking sum to 1 too where the remainder goes to the query's own value
+    (`remainder=value`), which then is the diagonal, and to 1 minus the remainder otherwise. tokens: (B, T) int64.
+    """
+    layers: list[nn.Module] = [block.attention.mixer for block in cast("Any", model.blocks)]
+    inputs: dict[nn.Module, tuple[Any, ...]] = {}
+
+    def keep(mixer: nn.Module, given: tuple[Any, ...]) -> None:
+        inputs[mixer] = given
+
+    hooks = [mixer.register_forward_pre_hook(keep) for mixer in layers]
+    try:
+        # not __call__: where the model is compiled, that would run past hooks
+        model.forward(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([mixed_weights(mixer, *inputs[mixer][:4]) for mixer in layers])
+
+
+def mixed_weights(mixer: nn.Module, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    """Weights (B, H, T, S) of one mixer; the arguments are those of its forward (see `registry.Method`)."""
+    positions, size = k.shape[1], v.shape[-1]
+    constant = mixer(q, k, torch.zeros_like(v), x)
+    parts = []
+    for start in range(0, positions, size):
+        hot = torch.eye(positions, device=v.device, dtype=v.dtype)[:, start : start + size]
+        hot = nn.functional.pad(hot, (0, size - hot.shape[1]))
+        parts.append(mixer(q, k, hot[None, :, None].expand_as(v).contiguous(), x) - constant)
+    weights: Tensor = torch.cat(parts, -1)[..., :positions].transpose(1, 2)
+    return weights.float()

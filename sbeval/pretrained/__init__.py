@@ -1,0 +1,1 @@
+"""Models that are loaded instead of trained."""

@@ -1,0 +1,1 @@
+"""The page of all results: claims, verdicts and figures."""

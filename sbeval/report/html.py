@@ -1,0 +1,229 @@
+"""The report: one HTML page of what the result tables show, with findings first. No torch is needed.
+
+Every figure of a table that is there, to hover over, with its numbers, the runs behind them and how to run them again.
+The same tables and run files make the same page.
+"""
+
+from collections.abc import Callable, Iterator
+from html import escape
+from pathlib import Path
+
+import pandas as pd
+
+from sbeval import registry
+from sbeval.errors import InputError
+from sbeval.plots import style
+from sbeval.plots.chart import SYMBOLS, Chart, Group, Panel, plain, readable
+from sbeval.report import page
+from sbeval.report.claims import CLAIMS
+from sbeval.report.findings import AGREES, DISAGREES, UNDECIDED, Finding, findings
+from sbeval.runtime.files import prepare, replacing
+from sbeval.tables.results import Results
+from sbeval.tables.rows import Measurement
+from sbeval.tables.run_files import Runs, gather
+from sbeval.tables.table import read, required
+
+TITLE = "Stick-breaking attention: results"
+SIGNS = {AGREES: "✓", DISAGREES: "✗", UNDECIDED: "–"}
+# panels of a group beyond which they are drawn small
+FEW = 4
+INSTALL = "pip install -c constraints.txt -e '.[html]'"
+
+
+def write(results_dir: Path, out: Path | None = None, say: Callable[[str], None] = print) -> Path:
+    """Write the report on the tables in `results_dir` to `out`, by default report.html there, in one step.
+
+    A figure whose table has nothing to draw is left out, which is said. InputError where there is no table at all.
+    """
+    out = out or results_dir / "report.html"
+    text = build(results_dir, say)
+    prepare(out.parent)
+    with replacing(out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return out
+
+
+def build(results_dir: Path, say: Callable[[str], None] = print) -> str:
+    """The page as HTML."""
+    tables = _tables(results_dir)
+    charts = _charts(tables, results_dir, say)
+    runs = {name: gather(table, results_dir / "runs") for name, table in tables.items()}
+    judged = findings(CLAIMS, tables)
+    sections = [_findings(judged, charts)]
+    sections += [_figure(name, chart, runs[registry.figure(name).TABLE]) for name, chart in charts.items()]
+    sections += [_all_runs(runs), _again(runs)]
+    links = {"findings": "Findings"} | {_id("figure", name): chart.heading for name, chart in charts.items()}
+    links |= {"runs": "Runs", "again": "Run it again"}
+    nav = "".join(f'<li><a href="#{name}">{escape(text)}</a></li>' for name, text in links.items())
+    body = (
+        '<a class="skip" href="#findings">Skip to the findings</a>\n'
+        f"<header><h1>{TITLE}</h1>{_lead(judged, tables)}</header>\n"
+        f'<nav aria-label="On this page"><ul>{nav}</ul></nav>\n<main>\n{"".join(sections)}</main>'
+    )
+    return page.document(TITLE, body)
+
+
+def _tables(results_dir: Path) -> dict[str, pd.DataFrame]:
+    """The tables that are there, by name."""
+    needed: dict[str, set[str]] = {}
+    for name in registry.FIGURES:
+        figure = registry.figure(name)
+        needed.setdefault(figure.TABLE, set(required(Measurement))).update(figure.COLUMNS)
+    paths = {name: Results(results_dir).table(name) for name in needed}
+    found = {name: read(path, sorted(needed[name])) for name, path in paths.items() if path.exists()}
+    if not found:
+        raise InputError(f"there is no result table in {results_dir}; sbeval length-gen --preset quick makes one")
+    return found
+
+
+def _charts(
+    tables: dict[str, pd.DataFrame], results_dir: Path, say: Callable[[str], None]
+) -> dict[str, Chart]:  # fmt: skip
+    charts = {}
+    # in the order of the claims that they show
+    order = list(dict.fromkeys([*(claim.table for claim in CLAIMS), *tables]))
+    shown = [name for name in registry.FIGURES if registry.figure(name).TABLE in tables]
+    for name in sorted(shown, key=lambda name: order.index(registry.figure(name).TABLE)):
+        table = registry.figure(name).TABLE
+        try:
+            charts[name] = registry.charted(name).chart(tables[table])
+        except InputError as error:
+            say(f"{name}: left out, {results_dir / table}.csv: {error}")
+    return charts
+
+
+def _lead(judged: list[Finding], tables: dict[str, pd.DataFrame]) -> str:
+    counts = {verdict: sum(each.judged.verdict == verdict for each in judged) for verdict in SIGNS}
+    numbers = sum(len(table) for table in tables.values())
+    cells = sum(table["cell"].nunique() for table in tables.values())
+    newest = max((str(utc) for table in tables.values() for utc in table["utc"]), default="")[:10]
+    return (
+        f"<p>Of {len(judged)} claims about stick-breaking attention (Tan et al., ICLR 2025, arXiv 2410.17980) the "
+        f"results here agree with {counts[AGREES]}, disagree with {counts[DISAGREES]} and leave "
+        f"{counts[UNDECIDED]} undecided. {numbers:,} numbers of {cells:,} runs, the newest of {escape(newest)}.</p>"
+    )
+
+
+def _findings(judged: list[Finding], charts: dict[str, Chart]) -> str:
+    rows = "".join(_finding(each, charts) for each in judged)
+    return (
+        '<section id="findings" aria-labelledby="findings-title"><h2 id="findings-title">Findings</h2>\n'
+        '<table class="findings"><caption>Each claim beside these results, with intervals in square brackets; the rule '
+        "says what decides it.</caption>\n"
+        '<thead><tr><th scope="col">Claimed</th><th scope="col">These results</th><th scope="col">Verdict</th></tr>'
+        f"</thead>\n<tbody>{rows}</tbody></table></section>\n"
+    )
+
+
+def _finding(each: Finding, charts: dict[str, Chart]) -> str:
+    claim, judged = each.claim, each.judged
+    found = _text(judged.found)
+    if found and claim.figure in charts:
+        heading = f'<span class="hidden">: {escape(charts[claim.figure].heading)}</span>'
+        found += f' <a href="#{_id("figure", claim.figure)}">Figure{heading}</a>'
+    if judged.reason:
+        found += f' <span class="soft">{_text(f"{judged.reason[:1].upper()}{judged.reason[1:]}.")}</span>'
+    sign = f'<span aria-hidden="true">{SIGNS[judged.verdict]}</span> {judged.verdict}'
+    return (
+        f'<tr><th scope="row">{_text(claim.text)} <details><summary>Rule</summary><p class="soft">{_text(claim.rule)} '
+        f"Source: {_text(claim.source)}.</p></details></th><td>{found}</td>"
+        f'<td class="verdict {judged.verdict.split()[0]}">{sign}</td></tr>\n'
+    )
+
+
+def _text(text: str) -> str:
+    """Escaped, with numbers kept on one line with their per cent."""
+    return escape(text).replace(" %", "&nbsp;%")
+
+
+def _figure(name: str, chart: Chart, runs: Runs) -> str:
+    groups = [group for group in chart.groups if group.panels]
+    drawn = "".join(_group(group, alone=len(groups) == 1) for group in groups)
+    here, table = _id("figure", name), registry.figure(name).TABLE
+    return (
+        f'<section id="{here}" aria-labelledby="{here}-title"><h2 id="{here}-title">{escape(chart.heading)}</h2>\n'
+        f'<p>{escape(chart.sentence)}</p>\n<figure aria-labelledby="{here}-title"><div class="groups">{drawn}</div>\n'
+        f"<figcaption>{escape(chart.note)}</figcaption></figure>\n"
+        f"<details><summary>Numbers of this figure</summary>{_numbers(chart.heading, groups)}</details>\n"
+        f'<p class="soft">{escape(runs.origin())}. <a href="#{_id("runs", table)}">Its runs in {table}.csv</a></p>\n'
+        f"<pre>{escape(chr(10).join(runs.commands))}</pre></section>\n"
+    )
+
+
+def _group(group: Group, *, alone: bool) -> str:
+    looks = {look.label: look for panel in group.panels for look in panel.looks()}
+    kinds = ["group"] + ["single"] * (len(group.panels) == 1 and not alone) + ["many"] * (len(group.panels) > FEW)
+    title = f"<h3>{escape(group.title)}</h3>" if group.title else ""
+    legend = "".join(_entry(look) for look in looks.values())
+    legend = f'<ul class="legend" aria-label="Shown methods">{legend}</ul>' if legend else ""
+    panels = "".join(map(_panel, group.panels))
+    return f'<div class="{" ".join(kinds)}">{title}{legend}<div class="panels">{panels}</div></div>\n'
+
+
+def _entry(look: style.Look) -> str:
+    name = escape(look.label)
+    return (
+        f'<li><button type="button" aria-pressed="true" data-name="{name}">'
+        f'<span aria-hidden="true" style="color:{readable(look)}">{SYMBOLS[look.marker][1]}</span> {name}</button></li>'
+    )
+
+
+def _panel(panel: Panel) -> str:
+    title = f"<h4>{escape(panel.title)}</h4>" if panel.title else ""
+    return f'<div class="panel">{title}{page.plot(panel.plotly(), panel.words(), panel.css)}</div>'
+
+
+def _numbers(heading: str, groups: list[Group]) -> str:
+    """A table for each panel."""
+    found = []
+    for group in groups:
+        for panel in group.panels:
+            rows = panel.rows()
+            names = [name for name in (heading, group.title, panel.title) if name]
+            found.append(_table(rows, ", ".join(names)))
+    return "".join(found)
+
+
+def _table(rows: pd.DataFrame, caption: str, name: str = "") -> str:
+    """Rows as they stand, the first column heading each; it scrolls where it is long."""
+    head = "".join(f'<th scope="col">{escape(str(column))}</th>' for column in rows.columns)
+    body = "".join(f"<tr>{''.join(_cells(row))}</tr>\n" for row in rows.itertuples(index=False, name=None))
+    caption = escape(caption)
+    return (
+        f'<div class="scroll"{f" id={name}" if name else ""} tabindex="0" role="region" aria-label="{caption}"><table>'
+        f"<caption>{caption}</caption><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>\n"
+    )
+
+
+def _cells(row: tuple[object, ...]) -> Iterator[str]:
+    yield f'<th scope="row">{escape(plain(row[0]))}</th>'
+    for value in row[1:]:
+        yield f"<td>{escape(value)}</td>" if isinstance(value, str) else f'<td class="number">{plain(value)}</td>'
+
+
+def _all_runs(runs: dict[str, Runs]) -> str:
+    # a link to what stands in a closed `details` opens it
+    tables = "".join(
+        f"<details><summary>{name}.csv: {len(each.cells)} runs</summary>"
+        f"{_table(each.cells, f'Runs of {name}.csv', _id('runs', name))}</details>\n"
+        for name, each in runs.items()
+    )
+    return (
+        '<section id="runs" aria-labelledby="runs-title"><h2 id="runs-title">Runs</h2>\n<p>The column '
+        "<code>cell</code> of a table names the run of a row. Its whole configuration, command line, loss curve and "
+        f"speed are in <code>runs/&lt;cell&gt;.json</code> beside the table.</p>\n{tables}</section>\n"
+    )
+
+
+def _again(runs: dict[str, Runs]) -> str:
+    commands = dict.fromkeys(command for each in runs.values() for command in each.commands)
+    lines = "\n".join([INSTALL, *commands, "sbeval report"])
+    return (
+        '<section id="again" aria-labelledby="again-title"><h2 id="again-title">Run it again</h2>\n<p>In a checkout of '
+        "the project, at the commit of a run for the same code. A run that has its rows is not run again unless "
+        f"<code>--force</code> says so.</p>\n<pre>{escape(lines)}</pre></section>\n"
+    )
+
+
+def _id(*parts: str) -> str:
+    return "-".join(parts).replace("_", "-")

@@ -1,0 +1,1 @@
+"""Cells, and how many of them are run."""

@@ -1,0 +1,148 @@
+"""What a study or the command of a family would run and what that would cost; nothing is opened or written."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from sbeval.data import sources
+from sbeval.models import decoder
+from sbeval.runtime import device
+from sbeval.sweep import graph, scheduler, study
+from sbeval.sweep.cell import Cell, Step, cell_id
+from sbeval.sweep.context import Place
+from sbeval.sweep.executor import Executor
+from sbeval.sweep.study_file import Part
+from sbeval.tasks.length_gen import Training, likely_vocabulary
+
+# bytes of text to a token that joins several
+TOKEN_BYTES = 3
+NOTE = (
+    "Roughly, and at most: training can end before. Disk is for the weights of models, three times that for each while "
+    "it trains, and for the tokens of the text; not for prompts, answers, tables and figures."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of the plan. models: those that are trained; disk: bytes, None where that is not known."""
+
+    name: str
+    cells: int = 0  # to run
+    finished: int = 0
+    models: int = 0
+    flops: float = 0.0
+    hours: float = 0.0
+    disk: float | None = 0.0
+
+
+def list_cells(part: Part, place: Place, console: Console, executor: Executor = scheduler.HERE) -> None:
+    """Print what each cell of a family costs, and all that are to run."""
+    cells, later = _known(part, place)
+    pending = cells if place.force else scheduler.unfinished(cells, place.results_dir)
+    for step in graph.steps(pending):
+        if not isinstance(step, Cell):
+            study.say(console, f"{step.title}  {step.flops:.1e} FLOPs")
+    for cell in cells:
+        study.say(console, f"{cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in pending else '  finished'}")
+    study.say(console, scheduler.describe_cost(pending, place, scheduler.at_once(executor, place)))
+    if later:
+        flops = sum(cell.flops for cell in later)
+        count = f"{len(later)} cell{'s' if len(later) > 1 else ''}"
+        study.say(console, f"then {count} at what rates turn out best, at most {flops:.1e} FLOPs")
+
+
+def _known(part: Part, place: Place) -> tuple[list[Cell], list[Cell]]:
+    """The cells that are known, and as many as follow from what they will find: which, the first say when all are
+    finished."""
+    cells = study.cells(part)
+    later = study.further(part, None)
+    if not later or place.force or scheduler.unfinished(cells, place.results_dir):
+        return cells, later
+    return [*cells, *study.further(part, place.results_dir)], []
+
+
+def table(title: str, parts: Sequence[Part], place: Place) -> Table:
+    """The families of a study by cells, models, FLOPs, hours on this device, and disk."""
+    on_gpu = place.device.type == "cuda"
+    shown = Table(title=f"{title} on {device.describe(place.device)}", caption=NOTE, caption_justify="left")
+    shown.add_column("")
+    for name in ("cells", "finished", "models", "FLOPs", "GPU hours" if on_gpu else "hours", "disk"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    found = lines(parts, place)
+    for line in found:
+        shown.add_row(*_words(line), end_section=line is found[-1])
+    shown.add_row(*_words(_all(found)))
+    return shown
+
+
+def lines(parts: Sequence[Part], place: Place) -> list[Line]:
+    """Lines of the training that cells share, of the text that they read, and of each family."""
+    cells = {part.family: [cell for some in _known(part, place) for cell in some] for part in parts}
+    todo = {
+        family: found if place.force else scheduler.unfinished(found, place.results_dir)
+        for family, found in cells.items()
+    }
+    shares = _shares(todo)
+    every = [step for share in shares.values() for step in share]
+    seconds = dict(
+        zip(every, scheduler.seconds(every, scheduler.speeds(every, place.device), place.device), strict=True)
+    )
+    found = [Line("text", disk=_text([step for step in every if isinstance(step, Training)]))]
+    for name, share in shares.items():
+        parameters = [decoder.n_parameters(step.leaves) for step in share if step.leaves]
+        left = len(todo.get(name, ()))
+        found.append(
+            Line(
+                name, cells=left, finished=len(cells.get(name, ())) - left, models=len(parameters),
+                flops=sum(step.flops for step in share), hours=sum(seconds[step] for step in share) / 3600,
+                disk=4.0 * sum(parameters),
+            )
+        )  # fmt: skip
+    return found
+
+
+def _shares(todo: Mapping[str, Sequence[Cell]]) -> dict[str, list[Step]]:
+    """The steps of each family, and under `training` those that leave models for any; each step once."""
+    shares: dict[str, list[Step]] = {name: [] for name in ("training", *todo)}
+    seen: set[Step] = set()
+    for family, cells in todo.items():
+        for step in graph.steps(cells):
+            if step not in seen:
+                seen.add(step)
+                shares[family if isinstance(step, Cell) else "training"].append(step)
+    return shares
+
+
+def _text(trainings: Sequence[Training]) -> float | None:
+    """Bytes of the tokens of all corpora in the cache; None when those of one are known only when it is read."""
+    total = 0.0
+    for corpus, tokenizer, limit in {
+        (c.corpus, c.tokenizer, c.corpus_tokens) for c in (one.config for one in trainings)
+    }:
+        size = sources.size(corpus)
+        if limit is None and size is None:
+            return None
+        tokens = limit or (size or 0) / (1 if tokenizer == "bytes" else TOKEN_BYTES)
+        total += tokens * (2 if likely_vocabulary(tokenizer) <= 1 << 16 else 4)
+    return total
+
+
+def _all(found: Sequence[Line]) -> Line:
+    disk = [line.disk for line in found]
+    return Line(
+        "all", sum(line.cells for line in found), sum(line.finished for line in found),
+        sum(line.models for line in found), sum(line.flops for line in found), sum(line.hours for line in found),
+        None if None in disk else sum(filter(None, disk)),
+    )  # fmt: skip
+
+
+def _words(line: Line) -> list[str]:
+    hours = f"{line.hours:.2f}" if line.hours < 100 else f"{line.hours:,.0f}"
+    disk = "unknown" if line.disk is None else decimal(round(line.disk)) if line.disk else ""
+    return [
+        line.name, *(f"{count or ''}" for count in (line.cells, line.finished, line.models)),
+        f"{line.flops:.1e}" if line.flops else "", hours if line.flops else "", disk,
+    ]  # fmt: skip

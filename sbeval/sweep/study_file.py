@@ -1,0 +1,185 @@
+"""Study files: options of the families' configs, read and checked by the annotations of those very classes.
+
+    models: {preset: quick, attention: [stick_breaking, rope]}     training options, for all families of text models
+    length_gen: {eval_len: 4096}                                   a family, with options over its preset
+    needle: {preset: quick, tasks: [niah_single_1], samples: 20}
+    mqrar:                                                         the preset as it is
+
+What `models` says, the training of its preset included, holds for `length_gen`, `needle` and `few_shot` where their own
+sections do not say otherwise. A section without a preset has that of `models`, which is `quick` where none is named.
+"""
+
+import dataclasses
+import math
+import re
+import reprlib
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from sbeval import registry
+from sbeval.errors import InputError, choose
+from sbeval.tasks import length_gen
+from sbeval.tasks.text_model import TRAINING, TextModel, uncut
+
+STUDIES = resources.files("sbeval") / "studies"
+NOTHING = ("", "~", "null")
+KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A family and what it is to run; `config` is of the family's own class."""
+
+    family: str
+    preset: str
+    config: Any
+
+
+def names() -> list[str]:
+    """The studies that come with the package."""
+    return sorted(file.name.removesuffix(".yaml") for file in STUDIES.iterdir() if file.name.endswith(".yaml"))
+
+
+def text(study: str) -> str:
+    """The file of a study, given its name or else its path."""
+    if study in names():
+        return (STUDIES / f"{study}.yaml").read_text(encoding="utf-8")
+    try:
+        return Path(study).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        try:
+            return choose("study", study, names())
+        except InputError as error:
+            raise InputError(f"{error}, or the path of a file written as one of these") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {study}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def read(study: str, changes: Iterable[str] = ()) -> dict[str, Any]:
+    """The document of a study, given its name or else the path of its file.
+
+    changes: `section.option=value`, in place of what the document says. InputError for what is no study.
+    """
+    document = _mapping(study, _parsed(study, text(study)))
+    for change in changes:
+        found = re.fullmatch(r"(\w+)\.(\w+)=(.*)", change, re.DOTALL)
+        if found is None:
+            raise InputError(f"--set takes SECTION.OPTION=VALUE, such as needle.samples=20; got {change!r}")
+        section, option, value = found.groups()
+        document[section] = _mapping(section, document.get(section)) | {option: _parsed(f"--set {change}", value)}
+    return document
+
+
+def parts(document: Mapping[str, object], dtype: Callable[[str | None], str]) -> list[Part]:
+    """What each family of a document is to run, in the document's order.
+
+    dtype: given what the document says of matrix products, if anything, what they run in. InputError names what is not
+    known, with the nearest that is, and what is of the wrong kind.
+    """
+    for name in document:
+        choose("section", name, ("models", *registry.TASKS))
+    shared = _mapping("models", document.get("models"))
+    preset = choose("preset of models", _value("models.preset", shared.pop("preset", "quick"), str), length_gen.PRESETS)
+    trained = length_gen.PRESETS[preset]
+    models = {name: getattr(trained, name) for name in TRAINING if name != "dtype"}
+    models |= uncut(_options("models", shared, TextModel, TRAINING))
+    families = [name for name in document if name != "models"]
+    if not families:
+        raise InputError(f"nothing to run: a study has a section for each of its families: {', '.join(registry.TASKS)}")
+    return [_part(name, _mapping(name, document[name]), preset, models, dtype) for name in families]
+
+
+def _part(
+    family: str, section: dict[str, Any], preset: str, models: dict[str, Any], dtype: Callable[[str | None], str]
+) -> Part:
+    presets = registry.task(family).presets
+    preset = _value(f"{family}.preset", section.pop("preset", preset), str)
+    base = presets[choose(f"preset of {family}", preset, presets)]
+    options = uncut(_options(family, section, type(base), [field.name for field in dataclasses.fields(base)]))
+    if isinstance(base, length_gen.Config):
+        # what is not about length reads no further than it was trained to, if its preset was trained otherwise
+        longer = family != length_gen.NAME and models["train_len"] != base.train_len
+        options = models | ({"eval_len": models["train_len"]} if longer else {}) | options
+    options["dtype"] = dtype(options.get("dtype"))
+    try:
+        return Part(family=family, preset=preset, config=dataclasses.replace(base, **options))
+    except InputError as error:
+        raise InputError(f"{family}: {error}") from None
+
+
+def _parsed(where: str, text: str) -> Any:
+    """Texts, lists and mappings: what a text means is for the annotations to say, not for YAML, to which 3e-4 is text
+    and `no` is false."""
+    try:
+        root = yaml.compose(text, Loader=yaml.BaseLoader)
+        for node in (root, *(value for _, value in root.value)) if isinstance(root, yaml.MappingNode) else ():
+            _refuse_doubles(where, node)
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise InputError(f"{where} is no study: it is nested too deep") from None
+
+
+def _refuse_doubles(where: str, node: Any) -> None:
+    """InputError when a mapping has a key twice, of which YAML keeps the last."""
+    keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise InputError(f"{where}: {twice[0]!r} stands there twice")
+
+
+def _mapping(path: str, given: object) -> dict[str, Any]:
+    """A copy of a section; one without anything in it is empty."""
+    if given is None or given in NOTHING:
+        return {}
+    if not isinstance(given, dict):
+        raise InputError(f"{path} must hold names with values, such as {{samples: 20}}; got {_said(given)}")
+    return dict(given)
+
+
+def _options(section: str, given: Mapping[str, object], kind: type[Any], known: Sequence[str]) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    found = {}
+    for name, value in given.items():
+        choose(f"option of {section}", name, (*known, "preset"))
+        found[name] = _value(f"{section}.{name}", value, hints[name])
+    return found
+
+
+def _value(path: str, given: object, hint: Any) -> Any:
+    """What is given, as the annotation of a config's field has it."""
+    if isinstance(hint, types.UnionType):
+        if given is None or given in NOTHING:
+            return None
+        (hint,) = (option for option in get_args(hint) if option is not types.NoneType)
+    if hint in KINDS:
+        if isinstance(given, str) and (found := _scalar(given, hint)) is not None:
+            return found
+        raise InputError(f"{path} must be {KINDS[hint]}; got {_said(given)}")
+    item = get_args(hint)[0]
+    if not isinstance(given, list):
+        raise InputError(f"{path} must be a list, each {KINDS[item]}; got {_said(given)}")
+    return tuple(_value(f"{path}[{index}]", one, item) for index, one in enumerate(given))
+
+
+def _scalar(text: str, kind: type) -> Any:
+    """The text as an int, a finite float, true or false, or itself; None when it is no such thing."""
+    if kind is str:
+        return text
+    if kind is bool:
+        return {"true": True, "false": False}.get(text.lower())
+    try:
+        number = kind(text)
+    except ValueError:
+        return None
+    return number if kind is int or math.isfinite(number) else None
+
+
+def _said(given: object) -> str:
+    return reprlib.repr(given)

@@ -1,0 +1,1 @@
+"""Result tables, and what is read off them; no torch."""

@@ -1,0 +1,198 @@
+"""Where numbers come from: the provenance columns of a row, and the run file of a cell with everything else.
+
+A run file is results/runs/<cell>.json. JSON has no NaN and no infinity: both are written as null.
+"""
+
+import functools
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from sbeval.errors import InputError
+from sbeval.runtime.files import replacing, storing
+from sbeval.tables.rows import Provenance
+
+SOURCE = Path(__file__).resolve().parents[1]
+PACKAGES = ("numpy", "sbeval", "torch", "triton")
+
+
+def collect(
+    *,
+    cell: str,
+    preset: str,
+    corpus: str,
+    tokenizer: str,
+    train_tokens: int,
+    dtype: str,
+    device: str,
+    backend: str,
+    device_name: str | None = None,
+    unique_tokens: int | None = None,
+    epochs: float | None = None,
+) -> Provenance:
+    """Complete the provenance columns of a cell's rows with commit, versions and time.
+
+    `device` is torch's name for it (`cpu`, `cuda:1`); the column says the card's name, `device_name` if given.
+    """
+    installed = versions()
+    return Provenance(
+        cell=cell,
+        preset=preset,
+        corpus=corpus,
+        tokenizer=tokenizer,
+        train_tokens=train_tokens,
+        unique_tokens=unique_tokens,
+        epochs=epochs,
+        dtype=dtype,
+        device=device_name or name_of(device),
+        backend=backend,
+        commit=commit(SOURCE),
+        torch=installed["torch"],
+        triton=installed["triton"],
+        utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+
+
+def run_record(
+    *,
+    config: object,
+    provenance: Provenance,
+    status: Literal["finished", "failed"],
+    reason: str = "",
+    corpus_digest: str = "",
+    wall_s: float | None = None,
+    tokens_per_s: float | None = None,
+    measured: Mapping[str, object] | None = None,
+) -> dict[str, Any]:
+    """Gather what a run file holds. `reason` says why a run failed; `measured` is free: a loss curve, memory, timings.
+
+    `wall_s` is in seconds, `tokens_per_s` counts trained tokens; None where nothing was trained.
+    """
+    assert (status == "failed") == bool(reason), "a failed run has a reason, a finished one has none"
+    return {
+        "status": status,
+        "reason": reason,
+        "provenance": provenance,
+        "config": config,
+        # the folder in front of the program's name is the machine's affair
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "versions": versions(),
+        "host": {"platform": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count()},
+        "device": provenance.device,
+        "corpus_digest": corpus_digest,
+        "wall_s": wall_s,
+        "tokens_per_s": tokens_per_s,
+        "measured": measured or {},
+    }
+
+
+def write_run(path: Path, record: Mapping[str, object]) -> None:
+    """Write a run file in one step, as JSON with one entry a line; the folder is made.
+
+    Dataclasses become objects, Paths and sets text and sorted lists, arrays and tensors lists; NaN and infinity null.
+    """
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(_layout(_plain(record)) + "\n", encoding="utf-8")
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Read a run file; InputError when it is missing or no JSON object."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"no run file {path}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read the run file {path}: {error}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"the run file {path} holds no JSON object")
+    return record
+
+
+@functools.cache
+def commit(folder: Path) -> str:
+    """Return the commit of the source in `folder`, with `+dirty` when tracked files differ from it.
+
+    It is looked up once, when the code that runs is still the code on disk. Result tables do not count as a difference:
+    the first cell of a sweep would mark all others. Outside git it is what SBEVAL_COMMIT says, else `unknown`; so it is
+    in a folder that git does not track, such as an environment that lies inside another project's checkout.
+    """
+    if not _git(folder, "ls-files", "--error-unmatch", "."):
+        return os.environ.get("SBEVAL_COMMIT", "unknown")
+    head = _git(folder, "rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return "unknown"
+    changed = _git(folder, "diff", "--name-only", "HEAD", "--", ":(top)", ":(top,exclude)results")
+    return head if changed == "" else f"{head}+dirty"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that numbers depend on; `none` for one that is not installed.
+
+    They come from the packages' metadata: nothing is imported.
+    """
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def name_of(device: str) -> str:
+    """Return the name of the card behind torch's device name, where torch is imported; otherwise `device` itself."""
+    torch = sys.modules.get("torch")
+    if torch is None or not device.startswith("cuda"):
+        return device
+    return str(torch.cuda.get_device_name(device))
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _plain(value: Any) -> Any:
+    """Turn a value into what JSON knows; TypeError where that would be a guess."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Path):
+        return value.as_posix()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return [_plain(item) for item in sorted(value)]
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    # numpy's and torch's scalars and arrays
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    raise TypeError(f"a {type(value).__name__} has no place in a run file")
+
+
+def _layout(value: Any, margin: str = "") -> str:
+    """Lay out objects one entry a line and keep lists on one: a loss curve is one line, not thousands."""
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, allow_nan=False, ensure_ascii=False)
+    inner = margin + "  "
+    entries = [f"{inner}{json.dumps(key, ensure_ascii=False)}: {_layout(item, inner)}" for key, item in value.items()]
+    return "{\n" + ",\n".join(entries) + f"\n{margin}}}"

@@ -1,0 +1,48 @@
+"""The layout of a results folder, known here alone.
+
+<family>.csv                     result tables
+runs/<cell>.json                 run files
+checkpoints/<digest>/            models, and locks/<digest>.lock while one is trained
+answers/<digest>.sqlite          what models answered, so that a run that was stopped does not ask again
+samples/<prompts>-<digest>.jsonl
+figures/<figure>.{png,pdf,html}
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Paths in a results folder; none of them need exist."""
+
+    folder: Path
+
+    def table(self, family: str) -> Path:
+        return self.folder / f"{family}.csv"
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    def run_file(self, cell: str) -> Path:
+        """Return the path of the run file of the cell of this id."""
+        return self.runs / f"{cell}.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def locks(self) -> Path:
+        return self.folder / "locks"
+
+    def answers(self, name: str) -> Path:
+        return self.folder / "answers" / f"{name}.sqlite"
+
+    def samples(self, name: str) -> Path:
+        return self.folder / "samples" / f"{name}.jsonl"
+
+    @property
+    def figures(self) -> Path:
+        return self.folder / "figures"

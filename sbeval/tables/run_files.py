@@ -1,0 +1,57 @@
+"""The runs behind a result table: what its rows and their run files say of where the numbers come from."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sbeval.tables.provenance import read_run
+
+COLUMNS = ("cell", "preset", "seed", "corpus", "dtype", "device", "commit", "torch", "triton", "utc")
+# what `origin` says of runs, in this order
+WORDS = {
+    "commit": "commit {}", "device": "{}", "dtype": "{}", "torch": "torch {}", "triton": "triton {}",
+    "python": "Python {}", "seed": "seed {}", "corpus": "{}",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """A row a cell, in the order of their names, and the command lines that made them."""
+
+    cells: pd.DataFrame
+    commands: list[str]
+
+    def origin(self) -> str:
+        """Where the numbers come from, in a line: what several runs differ in is a list."""
+        found = {name: [str(value) for value in sorted(set(self.cells[name])) if str(value)] for name in WORDS}
+        said = [WORDS[name].format(", ".join(values)) for name, values in found.items() if values]
+        return "; ".join([f"{len(self.cells)} run{'s' * (len(self.cells) > 1)}", *said])
+
+
+def gather(table: pd.DataFrame, folder: Path) -> Runs:
+    """The runs of a table, whose run files lie in `folder`. What a missing run file would say is empty."""
+    cells = table[list(COLUMNS)].drop_duplicates("cell").sort_values("cell")
+    records = [_record(folder / f"{cell}.json") for cell in cells["cell"]]
+    digests = [str(record.get("corpus_digest", "")) for record in records]
+    texts = zip(cells["corpus"], digests, strict=True)
+    commands = [command_line(record.get("argv", [])) for record in records]
+    cells = cells.assign(
+        corpus=[f"{corpus} ({digest})" if digest else corpus for corpus, digest in texts],
+        python=[str(record.get("versions", {}).get("python", "")) for record in records],
+    )
+    return Runs(cells, sorted({command for command in commands if command}))
+
+
+def command_line(argv: list[str]) -> str:
+    """A recorded command line as one types it; a module that was run says so."""
+    if not argv:
+        return ""
+    program = ["python", "-m", "sbeval"] if argv[0] == "__main__.py" else argv[:1]
+    return shlex.join([*program, *argv[1:]])
+
+
+def _record(path: Path) -> dict[str, Any]:
+    return read_run(path) if path.exists() else {}

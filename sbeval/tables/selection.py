@@ -1,0 +1,175 @@
+"""Which rows of a result table count: what figures draw, claims are decided by, and further seeds are trained for."""
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from sbeval.errors import InputError
+from sbeval.tables.published import FLIP_FLOP_TESTS
+from sbeval.tables.table import numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Columns that tell the settings of a family apart, in which its methods are compared.
+
+    Titles of figures name those of `always`, and of `others` those that differ.
+    """
+
+    always: tuple[str, ...]
+    others: tuple[str, ...]
+
+    @property
+    def columns(self) -> list[str]:
+        return [*self.always, *self.others]
+
+
+LENGTH_GEN = Setting(
+    ("model", "train_len", "corpus"), ("task", "eval_len", "tokenizer", "preset", "train_tokens", "dtype")
+)
+NEEDLE = Setting(("model", "train_len", "finetune_tokens"), ("tokenizer", "preset", "corpus", "train_tokens", "dtype"))
+NEEDLE_METRICS = ("score", "greedy")
+# columns that agree in rows of the same number
+NEEDLE_SAME = ["attention", "options", "seed", "task", "metric", "length", *NEEDLE.columns]
+MQRAR = Setting(
+    ("model", "vocab_size", "seq_len"),
+    ("task", "width", "layers", "heads", "train_len", "eval_len", "preset", "dtype"),
+)
+# columns that tables of older runs lack
+MQRAR_LATER = (
+    "optimizer", "slot_power", "filler", "distinct", "key_pool", "score_prefix", "positions", "dropout", "stored_rows",
+    "batch", "max_steps", "schedule", "weight_decay", "init_std", "stop_accuracy", "patience",
+)  # fmt: skip
+FLIP_FLOP = Setting(("model", "seq_len"), ("task", "heads", "p_train", "preset", "dtype"))
+ATTENTION_MAP = ["task", "vocab_size", "seq_len", "kv_pairs"]
+
+
+def by_context(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the perplexities of `length_gen` by context length, which is column `x`."""
+    # perplexity over windows of whole documents has no context length
+    table = table[(table["metric"] == "perplexity") & table["context_length"].notna()]
+    if table.empty:
+        raise InputError("there are no rows with metric 'perplexity' and a context length to draw")
+    table = numbers(table, ["context_length"])
+    return table.assign(x=table["context_length"], end=table["context_length"])
+
+
+def recall_setting(table: pd.DataFrame) -> Setting:
+    """Return the columns that tell the settings of a table of `mqrar` apart: an older one has fewer."""
+    return Setting(MQRAR.always, (*MQRAR.others, *(name for name in MQRAR_LATER if name in table)))
+
+
+def recall_accuracy(table: pd.DataFrame) -> pd.DataFrame:
+    """Return, for each method and setting of `mqrar`, the accuracies at the rate with the best validation accuracy.
+
+    The best is that of the highest mean over the seeds that every rate has; of equals the one that took the fewest
+    steps, where the table says that, then the smallest. Where one rate was tried it stays; several without validation
+    accuracy are an InputError: the test score must not choose.
+    """
+    wanted = table["metric"].isin(["accuracy", "validation_accuracy", "steps"])
+    table = numbers(table[wanted], ["kv_pairs", "vocab_size", "lr"])
+    table = table.assign(n_back=table["n_back"].fillna(1) if "n_back" in table else 1)
+    # runs from before there was a choice
+    optimizer = table["optimizer"].fillna("").replace("", "adamw") if "optimizer" in table else "adamw"
+    table = table.assign(optimizer=optimizer)
+    by = ["attention", "options", "kv_pairs", "n_back", *recall_setting(table).columns]
+    kept = []
+    for key, rows in table.groupby(by, dropna=False):
+        if (rates := ranked_rates(rows)) is not None:
+            rows = rows[rows["lr"] == rates[0]]
+        if rows["lr"].nunique() > 1:
+            found = ", ".join(f"{rate:g}" for rate in sorted(rows["lr"].unique()))
+            raise InputError(
+                f"{key[0]} with {key[2]:g} key-value pairs has the learning rates {found} and no validation_accuracy "
+                "to choose by; run the cells again or leave one rate"
+            )
+        kept.append(rows)
+    rows = pd.concat(kept) if kept else table
+    return rows[rows["metric"] == "accuracy"]
+
+
+def ranked_rates(rows: pd.DataFrame) -> list[float] | None:
+    """Return the learning rates of one setting, the best first (see `recall_accuracy`).
+
+    None without validation accuracy.
+    """
+    validation = rows[(rows["metric"] == "validation_accuracy") & (rows["split"] == "all")]
+    if validation.empty:
+        return None
+    scores = validation.pivot_table("value", "seed", "lr")
+    # further seeds are run at the best rate alone
+    shared = scores.dropna() if scores.notna().all(axis=1).any() else scores
+    steps = rows[rows["metric"] == "steps"].groupby("lr")["value"].mean()
+    return sorted(
+        (float(rate) for rate in shared.columns), key=lambda rate: (-shared[rate].mean(), steps.get(rate, 0.0), rate)
+    )
+
+
+def flip_flop_errors(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the error rates over all reads of each test of `flip_flop`, at the rate with the lowest validation error.
+
+    The lowest is that of the mean over seeds, of equals the smallest rate.
+    """
+    rows = table[(table["metric"] == "error_rate") & table["distance_start"].isna()]
+    if not rows["test"].isin(FLIP_FLOP_TESTS).any():
+        raise InputError("there are no rows with metric 'error_rate' of a test")
+    kept = []
+    for _, group in rows.groupby(["attention", "options", *FLIP_FLOP.columns], dropna=False):
+        validation = group[group["test"] == "validation"].groupby("lr")["value"].mean()
+        kept.append(group[group["lr"] == validation.idxmin()])
+    best = pd.concat(kept)
+    return best[best["test"].isin(FLIP_FLOP_TESTS)]
+
+
+def needle_scores(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the scores of `needle` over all samples of a task and length; InputError where there are none."""
+    table = table[table["metric"].isin(NEEDLE_METRICS) & table["depth_start"].isna()]
+    if table.empty:
+        raise InputError("there are no rows with metric 'score' or 'greedy' over all depths to draw")
+    return most_samples(numbers(table, ["length", "train_len", "finetune_tokens"]))
+
+
+def most_samples(table: pd.DataFrame) -> pd.DataFrame:
+    """Of rows that differ in nothing but their cell, return those of the cell with most samples; of equals, the first.
+
+    A run with more --samples, or with another --length too, leaves a cell of its own beside that of the run before.
+    """
+    samples = table.groupby([*NEEDLE_SAME, "cell"])["n"].transform("sum")
+    order = samples.sort_values(ascending=False, kind="stable").index
+    kept = table.loc[order, [*NEEDLE_SAME, "cell"]].drop_duplicates(NEEDLE_SAME)
+    return table.merge(kept, on=[*NEEDLE_SAME, "cell"])
+
+
+def shared_tasks(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the tasks that every method has, so that a mean over them compares like with like.
+
+    All rows where there is no such task.
+    """
+    methods = scores.groupby(["attention", "options"]).ngroups
+    has = scores.drop_duplicates(["attention", "options", "task"])["task"].value_counts()
+    shared = scores["task"].isin(has.index[has == methods])
+    return scores[shared] if shared.any() else scores
+
+
+def mean_over_tasks(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean over tasks for each method, seed and length, with its standard error.
+
+    Lengths at which a method lacks a task are left out.
+    """
+    by = ["attention", "options", "seed", "length", "train_len"]
+    scores = scores.assign(square=scores["stderr"].fillna(0.0) ** 2)
+    means = scores.groupby(by, as_index=False).agg(
+        value=("value", "mean"), square=("square", "sum"), tasks=("task", "nunique")
+    )
+    means["stderr"] = means["square"] ** 0.5 / means["tasks"]
+    return means[means["tasks"] == scores["task"].nunique()]
+
+
+def dense_kernels(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return the rows of one metric of `kernel` for whole sequences with all keys visited.
+
+    Column `options` is whose kernel it was, empty for ours.
+    """
+    plain = (table["kv_heads"] == table["heads"]) & (table["queries"] == table["keys"]) & (table["sequences"] == 1)
+    rows = table[plain & (table["epsilon"].fillna(0) == 0) & (table["metric"] == metric)]
+    return rows.assign(options=rows["backend"].where(rows["backend"] != "triton", ""))

@@ -1,0 +1,343 @@
+"""Checkpoints: a folder with model.safetensors, config.json and, while training goes on, optimizer.safetensors.
+
+While a sharded model trains, `shards` holds both instead, as torch.distributed.checkpoint writes them. A folder is
+written under another name and renamed when complete, so a reader finds all of it or nothing. config.json has the
+SHA-256 of every file and of itself: what a disk or a copy has changed is named, and never loaded.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sbeval.errors import InputError, first_line
+from sbeval.models.config import ModelConfig
+from sbeval.models.decoder import Decoder
+from sbeval.runtime import distributed
+from sbeval.runtime.distributed import ALONE, World
+from sbeval.runtime.files import sha256, storing
+from sbeval.training.optimizer import kept
+
+AGAIN = "remove its folder to train again"
+Part = TypeVar("Part")
+
+
+@dataclass(slots=True, kw_only=True)
+class State:
+    """Where a training run stands: the loss of every step done (nats/token), the seconds they took, (step, score) of
+    each look at validation data, (step, nats/token) of each at held-out text, and the speed where it was last measured:
+    tokens/s, and model FLOP utilisation."""
+
+    losses: list[float] = field(default_factory=list)
+    scores: list[tuple[int, float]] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    finished: bool = False
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+
+def save(
+    folder: Path, model: Decoder, state: State, optimizer: torch.optim.Optimizer | None = None,
+    training: Mapping[str, object] | None = None,
+) -> None:  # fmt: skip
+    """Write a checkpoint in place of whatever `folder` holds. `training` says for readers how the model is trained.
+
+    InputError, and nothing changed, when the disk does not take it.
+    """
+    weights = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
+    if model.config.tied:
+        del weights["head.weight"]
+    tensors = {"model.safetensors": weights}
+    if optimizer is not None:
+        moments = {name: x.contiguous() for name, x in _optimizer_tensors(model, optimizer).items()}
+        tensors["optimizer.safetensors"] = moments
+    with _written(folder) as partial:
+        for name, some in tensors.items():
+            try:
+                save_file(some, partial / name)
+            except SafetensorError as error:
+                raise OSError(first_line(error)) from None
+        files = {name: sha256(partial / name) for name in tensors}
+        _complete(folder, partial, model.config, state, training, files)
+
+
+def save_sharded(
+    folder: Path, model: Decoder, state: State, optimizer: torch.optim.Optimizer, world: World,
+    training: Mapping[str, object] | None = None,
+) -> None:  # fmt: skip
+    """The same of a model that is sharded and still trains; all processes must call."""
+    from sbeval.training import fsdp
+
+    with _written(folder, world) as partial:
+        mine = fsdp.save(partial / "shards", _all_tensors(model, optimizer), world)
+        files = distributed.merged({f"shards/{path.name}": sha256(path) for path in mine}, world)
+        if world.leads:
+            _complete(folder, partial, model.config, state, training, files)
+        distributed.wait(world)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+@contextmanager
+def _written(folder: Path, world: World = ALONE) -> Iterator[Path]:
+    """The folder to write into, which takes the place of `folder` in the block; on an error it is removed."""
+    partial = _partial(folder)
+    with storing(folder):
+        try:
+            if world.leads:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            distributed.wait(world)
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _complete(
+    folder: Path, partial: Path, model: ModelConfig, state: State, training: Mapping[str, object] | None,
+    files: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Write the config beside the tensors and give all of it its name."""
+    config: dict[str, object] = {
+        "model": dataclasses.asdict(model), "state": dataclasses.asdict(state), "training": training, "files": files
+    }  # fmt: skip
+    config["digest"] = _digest(config)
+    (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    old = _old(folder)
+    if folder.exists():
+        # without `folder`, `old` is all there is
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, and the one it was about to replace, if there is any."""
+    for path in (_old(folder), folder):
+        # first what makes it one: stopped half way, the rest is none
+        (path / "config.json").unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what a writer that was killed left beside a checkpoint; no other writes to it meanwhile."""
+    shutil.rmtree(_partial(folder), ignore_errors=True)
+    if (folder / "config.json").is_file():
+        shutil.rmtree(_old(folder), ignore_errors=True)
+
+
+def find(folder: Path) -> Path | None:
+    """The complete checkpoint at `folder`: itself, or the one it was about to replace when the writer was stopped."""
+    return next((path for path in (folder, _old(folder)) if os.path.isfile(path / "config.json")), None)
+
+
+def load_state(folder: Path) -> State:
+    """How far the run of a checkpoint has come; InputError names a config.json that is missing or garbled."""
+    return _read_config(folder).state
+
+
+def training_length(folder: Path) -> int | None:
+    """Tokens of the sequences that the model of a checkpoint was trained on; None where the folder does not say."""
+    length = (_read_config(folder).training or {}).get("length")
+    return length if isinstance(length, int) else None
+
+
+def training_tokenizer(folder: Path) -> str | None:
+    """Digest of the tokenizer that the model of a checkpoint was trained with; None where the folder does not say."""
+    digest = (_read_config(folder).training or {}).get("tokenizer")
+    return digest if isinstance(digest, str) else None
+
+
+def load_model(folder: Path, device: torch.device | str = "cpu") -> Decoder:
+    """Build the model of a checkpoint folder; InputError names a file that is missing, damaged or does not fit."""
+    config = _read_config(folder).model
+    if (folder / "shards").is_dir():
+        # its index is a pickle, which is read where a run goes on from its own and nowhere else
+        raise InputError(f"{folder} is of a sharded model that is still training: finish it with sbeval train")
+    weights = _read_tensors(folder, "model.safetensors")
+    if (layers := len({name.split(".")[1] for name in weights if name.startswith("blocks.")})) != config.layers:
+        raise InputError(
+            f"{folder / 'model.safetensors'} does not fit its config: it has {layers} layers, not {config.layers}"
+        )
+    try:
+        # without memory for weights that are replaced: a garbled size must not ask for all there is
+        with torch.device("meta"):
+            model = Decoder(config)
+    except (RuntimeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"{folder / 'config.json'} describes no model: {first_line(error)}") from None
+    _load_weights(folder, model, weights, assign=True)
+    if config.tied:
+        model.head.weight = model.embedding.weight
+    return model.to(device)
+
+
+def restore(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Load the weights, and the optimizer's moments when asked, into a model of the same config."""
+    if (folder / "shards").is_dir():
+        _restore_shards(folder, model, optimizer)
+        return
+    _load_weights(folder, model, _read_tensors(folder, "model.safetensors"))
+    if optimizer is not None:
+        _restore_optimizer(folder, model, optimizer)
+
+
+def _load_weights(folder: Path, model: Decoder, weights: dict[str, Tensor], *, assign: bool = False) -> None:
+    if model.config.tied and "embedding.weight" in weights:
+        weights["head.weight"] = weights["embedding.weight"]
+    if distributed.is_sharded(model):
+        from sbeval.training import fsdp
+
+        own = model.state_dict()
+        weights = {name: fsdp.spread_as(x, own[name]) if name in own else x for name, x in weights.items()}
+    try:
+        model.load_state_dict(weights, assign=assign)
+    except RuntimeError as error:
+        # below a heading, a line for each kind of misfit
+        first = str(error).splitlines()[1].strip()
+        raise InputError(f"{folder / 'model.safetensors'} does not fit its config: {first}") from None
+
+
+def _restore_shards(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None) -> None:
+    from sbeval.training import fsdp
+
+    for name in _read_config(folder).files or {}:
+        _verify(folder, name)
+    if optimizer is not None:
+        for parameter, names in kept(optimizer).items():
+            optimizer.state[parameter] = {
+                name: torch.zeros((), device=parameter.device) if name == "step" else torch.zeros_like(parameter)
+                for name in names
+            }
+    fsdp.load(folder / "shards", _all_tensors(model, optimizer))
+
+
+def _all_tensors(model: Decoder, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """Weights and moments by name, not copied; a weight that two layers share has one name."""
+    weights = {f"weight.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    return weights | ({} if optimizer is None else _optimizer_tensors(model, optimizer))
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    """What config.json says. `files` are digests by name; None in a checkpoint from before there were any."""
+
+    model: ModelConfig
+    state: State
+    training: dict[str, Any] | None
+    files: dict[str, str] | None
+
+
+def _read_config(folder: Path) -> _Config:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{folder} is no checkpoint: it has no config.json") from None
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}") from None
+    # what is nested too deep for the parser, too
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if isinstance(config, dict) and "digest" in config and config.pop("digest") != _digest(config):
+        raise InputError(f"{path} is damaged: it does not say what was written; {AGAIN}")
+    try:
+        model, state = _typed(ModelConfig, config["model"]), _typed(State, config["state"])
+        state.losses = [float(loss) for loss in state.losses]
+        # JSON has no tuples
+        state.scores = [(int(step), float(score)) for step, score in state.scores]
+        state.held_out = [(int(step), float(loss)) for step, loss in state.held_out]
+        rest = {name: config[name] for name in config if name not in ("model", "state")}
+        return _typed(_Config, {"training": None, "files": None} | rest | {"model": model, "state": state})
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{path} is not the config of a checkpoint ({type(error).__name__}: {error})") from None
+
+
+def _typed(kind: type[Part], given: Mapping[str, Any]) -> Part:
+    """A dataclass from JSON; TypeError for a field that it does not have, or of another type than it declares."""
+    hints = get_type_hints(kind)
+    if not isinstance(given, Mapping) or (unknown := [name for name in given if name not in hints]):
+        raise TypeError(f"unknown {unknown[0]!r}" if isinstance(given, Mapping) else f"no object: {given!r}")
+    for name, value in given.items():
+        options = get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
+        known = tuple(get_origin(option) or option for option in options)
+        # JSON writes 1.0 as it is, and by hand one writes 1
+        whole = isinstance(value, int) and float in known
+        if not (isinstance(value, known) or whole) or (isinstance(value, bool) and bool not in known):
+            raise TypeError(f"{name} is {value!r}")
+    return kind(**given)
+
+
+def _digest(config: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _verify(folder: Path, name: str) -> None:
+    """InputError unless a file has the bytes that were written; one from before there were digests is believed."""
+    files, path = _read_config(folder).files, folder / name
+    try:
+        if files is not None and sha256(path) != files.get(name):
+            raise InputError(f"{path} can't be read: it is damaged, its bytes are not those written; {AGAIN}")
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}; {AGAIN}") from None
+
+
+def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    _verify(folder, name)
+    try:
+        return load_file(folder / name)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / name} can't be read: {first_line(error)}; {AGAIN}") from None
+
+
+def _optimizer_tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{key}.{name}": value.detach()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _restore_optimizer(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+    path = folder / "optimizer.safetensors"
+    tensors = _read_tensors(folder, path.name)
+    spread, names = distributed.is_sharded(model), kept(optimizer)
+    for name, parameter in model.named_parameters():
+        state: dict[str, Tensor] = {}
+        for key in names[parameter]:
+            shape = torch.Size() if key == "step" else parameter.shape
+            found = tensors.get(f"{key}.{name}")
+            if found is None or found.shape != shape:
+                given = "none" if found is None else f"shape {tuple(found.shape)}"
+                raise InputError(f"{path} does not fit its model: {key} of {name} has {given}, not {tuple(shape)}")
+            state[key] = _as_parameter(found, parameter) if spread and shape else found.to(parameter.device)
+        optimizer.state[parameter] = state
+
+
+def _as_parameter(x: Tensor, parameter: Tensor) -> Tensor:
+    from sbeval.training import fsdp
+
+    return fsdp.spread_as(x, parameter)

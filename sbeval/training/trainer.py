@@ -1,0 +1,508 @@
+"""Train one model: AdamW or Muon, warm-up, cosine or power schedule, gradient accumulation and clipping, exact resume.
+
+Of several processes each runs its share of a step's sequences. A loss is summed over scored tokens and divided by their
+number in the whole step, so that gradients and losses are those of one process.
+"""
+
+import dataclasses
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sbeval.config import LATER, OPTIMIZERS
+from sbeval.data import counter_rng
+from sbeval.errors import InputError, choose
+from sbeval.models.config import ModelConfig, flops_per_token
+from sbeval.models.decoder import IGNORE, Decoder
+from sbeval.runtime import device, distributed, oom
+from sbeval.runtime.distributed import ALONE, World
+from sbeval.runtime.progress import Task
+from sbeval.tables import epochs
+from sbeval.training import checkpoint
+from sbeval.training.checkpoint import State
+from sbeval.training.held_out import Rows
+from sbeval.training.optimizer import optimizer_for
+
+SCHEDULES = ("cosine", "power", "constant")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How to train. A step is `batch` sequences of `length` tokens, run `micro_batch` at a time.
+
+    Schedules, after `warmup` steps from 0: `cosine` from lr to final_lr * lr; `power` is min(lr, batch a n^b) after n
+    tokens (Shen et al. 2024, arXiv 2408.13359), then over the last `decay` of the steps exponentially to final_lr of
+    where it stands; `constant`.
+    """
+
+    steps: int
+    batch: int
+    length: int
+    lr: float
+    micro_batch: int | None = None
+    schedule: str = "cosine"
+    warmup: int = 0
+    final_lr: float = 0.1
+    decay: float = 0.1
+    power_a: float = 4.0
+    power_b: float = -0.51
+    optimizer: str = field(default="adamw", metadata=LATER)
+    weight_decay: float = 0.1
+    beta_1: float = 0.9
+    beta_2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0
+    seed: int = 0
+    dtype: str = "float32"
+    sparse: bool = False  # run the head at scored positions only
+    # room for the scored positions of a forward pass, so that shapes are fixed and a GPU replays the step's graph
+    capacity: int | None = field(default=None, metadata=LATER)
+    log_every: int = 10  # steps between looks at the loss
+    check_every: int = 0  # steps between questions whether to stop; 0 never asks
+    look_every: int = field(default=0, compare=False)  # steps between looks at held-out text; 0 never looks
+    # looks without a new lowest held-out loss after which training ends; 0 never ends it
+    patience: int = field(default=0, metadata=LATER)
+    checkpoint_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        choose("schedule", self.schedule, SCHEDULES)
+        choose("optimizer", self.optimizer, OPTIMIZERS)
+        choose("dtype", self.dtype, device.DTYPES)
+        for name in ("steps", "batch", "length", "lr", "log_every", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be above 0 and finite; got {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight_decay must be at least 0 and finite; got {self.weight_decay}")
+        if self.micro_batch is not None and not 0 < self.micro_batch <= self.batch:
+            raise InputError(f"micro_batch must be 1 to {self.batch} (the batch); got {self.micro_batch}")
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch * self.length
+
+
+class Batch(Protocol):
+    """What one step learns from. tokens, targets: (B, T) int64; cu_seqlens: int32 (N + 1,) or None."""
+
+    @property
+    def tokens(self) -> Tensor: ...
+    @property
+    def targets(self) -> Tensor: ...
+    @property
+    def cu_seqlens(self) -> Tensor | None: ...
+
+
+class Batches(Protocol):
+    """Batches by step, the same for the same step whenever it is asked for."""
+
+    def __getitem__(self, step: int, /) -> Batch: ...
+
+
+class DivergedError(RuntimeError):
+    """The loss is no number any more."""
+
+
+@dataclass(slots=True)
+class Trained:
+    """A trained model and how training went."""
+
+    model: Decoder
+    state: State
+    tokens_per_second: float | None  # median of the stretches of the process that trained last
+    mfu: float | None  # model FLOP utilisation: against the datasheet's peak, None where that is not known
+    rows: int  # sequences of a forward pass of a process: fewer than asked for where memory ended
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Learning rate of step `step`, counted from 0."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "cosine":
+        done = (step - config.warmup) / max(1, config.steps - config.warmup)
+        return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+    start = int(config.steps * (1 - config.decay))
+    tokens = (min(step, start) + 1) * config.batch * config.length
+    rate = min(config.lr, config.batch * config.power_a * tokens**config.power_b)
+    return float(rate * config.final_lr ** (max(0, step - start) / max(1, config.steps - start)))
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Turn SIGINT and SIGTERM into an event, so that a step is never left half done."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {sign: signal.signal(sign, lambda *_: asked.set()) for sign in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+
+
+# what the compiler holds code for: a model, and what makes other code of it
+_held: set[tuple[ModelConfig, object]] = set()
+
+
+def _make_room(model: ModelConfig, variant: object) -> None:
+    """Forget compiled code of other models: it is of no use, and past a limit nothing more would be compiled.
+
+    Models that differ in their weights alone share it, so a sweep over learning rates and seeds compiles once.
+    """
+    # not above: it takes seconds, and on a CPU nothing is compiled
+    from torch._dynamo import config
+
+    if any(model != other for other, _ in _held) or len(_held | {(model, variant)}) > config.recompile_limit:
+        _forget()
+    _held.add((model, variant))
+
+
+def _forget() -> None:
+    torch.compiler.reset()
+    _held.clear()
+
+
+class Loss(nn.Module):
+    """A model's loss as a module, which is what compiles and what is spread over processes."""
+
+    def __init__(self, model: Decoder, sparse: bool, capacity: int | None) -> None:
+        super().__init__()
+        self.model, self.sparse, self.capacity = model, sparse, capacity
+        self.score = model.score
+
+    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        if self.sparse:
+            return self.model.sparse_loss(tokens, targets, cu_seqlens, self.capacity)
+        return self.score(self.model(tokens, cu_seqlens), targets)
+
+    def compile_parts(self, *, in_place: bool) -> None:
+        """Compile a block, whose code all share, and what follows the last: a compiled whole takes many times as long.
+
+        in_place: so that whoever calls a block runs what is compiled, and not in training alone.
+        """
+        if in_place:
+            for block in self.model.blocks:
+                block.compile()
+        else:
+            self.model.compile_blocks()
+        # eager, it would hold the logits several times in float32; where few positions are scored their number varies
+        if not self.sparse:
+            self.score = torch.compile(self.model.score)
+
+
+class Trainer:
+    """One training run; it goes on from the checkpoint in `folder` when there is one, to the same end."""
+
+    def __init__(
+        self, model: ModelConfig, config: TrainConfig, batches: Batches, folder: Path | None, place: torch.device,
+        world: World = ALONE, *, shard: bool = False, tokenizer: str | None = None, held_out: Batch | None = None,
+    ) -> None:  # fmt: skip
+        """tokenizer: digest of what the model's tokens come from, for who loads it. held_out: text to look at, at
+        multiples of `look_every` and at the end."""
+        if shard and world.size == 1:
+            raise InputError("one process has nothing to shard: start several with torchrun --nproc-per-node")
+        if shard and config.optimizer == "muon":
+            raise InputError("muon needs whole matrices: train with adamw, or without --shard")
+        if config.batch % world.size:
+            raise InputError(f"{world.size} processes cannot share a batch of {config.batch} sequences evenly")
+        torch.manual_seed(config.seed)
+        self.config, self.batches, self.folder, self.place, self.world = config, batches, folder, place, world
+        self.shard, self.tokenizer = shard, tokenizer
+        self.held_out = held_out if config.look_every else None
+        self.model = Decoder(model).to(place)
+        self.state = State()
+        self.speeds: list[float] = []  # tokens/s between looks at the loss
+        self.rows = config.micro_batch or config.batch // world.size  # sequences of a forward pass
+        self.say: Callable[[str], None] = print
+        # whether a GPU replays the graph of a forward and backward pass
+        self.replays = place.type == "cuda" and config.capacity is not None and world.size == 1
+        self.loss = self._prepare()
+        # sharding puts other parameters in the place of the model's
+        self.optimizer = optimizer_for(self.model, config)
+        self._restore()
+        if not shard and world.size > 1:
+            ours = [place] if place.type == "cuda" else None
+            self.loss = DistributedDataParallel(self.loss, device_ids=ours, gradient_as_bucket_view=True)
+
+    def run(
+        self,
+        task: Task,
+        stop: Callable[[Decoder, State], bool] | None = None,
+        log: Callable[[int, dict[str, float]], None] | None = None,
+    ) -> Trained:
+        """Train to the last step, or until `stop` says so at a multiple of `check_every`.
+
+        `log` gets step and loss, lr, tokens_per_second at multiples of `log_every`, `check_every` and `look_every`, and
+        at the end, with held_out_loss where that was looked at. Raises DivergedError when a loss is no number, and
+        KeyboardInterrupt once the step in hand is done, looked at and saved.
+        """
+        saved, self.say = time.perf_counter(), task.say
+        self.model.train()
+        with _deferred_interrupt() as interrupted:
+            ended = self._anywhere(interrupted.is_set())
+            while not self.state.finished and not ended:
+                if done := self._run_steps(self._next_look(), interrupted):
+                    self._look()
+                    task.advance(done, status=self._status())
+                    if log:
+                        log(self.state.step, self._numbers())
+                    self._check_finite()
+                    self.state.finished = self._out_of_patience()
+                    asks = self.config.check_every and self.state.step % self.config.check_every == 0
+                    self.state.finished |= bool(stop and asks and stop(self.model, self.state))
+                self.state.finished |= self.state.step >= self.config.steps
+                due = time.perf_counter() - saved > self.config.checkpoint_seconds
+                ended = self._anywhere(interrupted.is_set())
+                if self.state.finished or ended or self._anywhere(due):
+                    self._save()
+                    saved = time.perf_counter()
+                # one that came while we saved
+                ended = ended or self._anywhere(interrupted.is_set())
+            ended = ended or self._anywhere(interrupted.is_set())
+        if ended:
+            raise KeyboardInterrupt
+        return self._result()
+
+    def _next_look(self) -> int:
+        """The step up to which to run before a look: the next multiple of an interval, or the end."""
+        step, looks = self.state.step, self.config.look_every if self.held_out else 0
+        intervals = (self.config.log_every, self.config.check_every, looks)
+        return min(self.config.steps, *((step // every + 1) * every for every in intervals if every))
+
+    def _look(self) -> None:
+        """Note the loss on held-out text, if a look is due."""
+        step = self.state.step
+        if self.held_out and (step % self.config.look_every == 0 or step == self.config.steps):
+            self.state.held_out.append((step, self._held_out_loss(self.held_out)))
+
+    def _held_out_loss(self, batch: Batch) -> float:
+        """The mean over the scored tokens of held-out text, of which each process reads a share."""
+        on_gpu = self.place.type == "cuda"
+        # what is compiled is so for this many sequences, and where gradients are kept: else it would be once more
+        rows = Rows(batch.tokens, batch.targets, batch.cu_seqlens)
+        batch = rows.filled(self.world.size * (self.rows if on_gpu else 1))
+        loss = self.loss.module if isinstance(self.loss, DistributedDataParallel) else self.loss
+        total = torch.zeros((), dtype=torch.float64, device=self.place)
+        self.model.train(not self.model.config.dropout)
+        with torch.set_grad_enabled(on_gpu), device.autocast(self.place, self.config.dtype):
+            for part in self._parts(len(batch.tokens)):
+                within = _part_of(batch.cu_seqlens, part, batch.tokens.shape)
+                cu_seqlens = None if within is None else self._moved(within)
+                total += loss(self._moved(batch.tokens[part]), self._moved(batch.targets[part]), cu_seqlens).detach()
+        self.model.train()
+        if self.shard:
+            from sbeval.training import fsdp
+
+            fsdp.spread_again(loss)
+        mean = distributed.summed(total.cpu().numpy(), self.world, self.place) / int((batch.targets != IGNORE).sum())
+        return float(mean)
+
+    def _check_finite(self) -> None:
+        """DivergedError where the last loss is no number."""
+        held_out = [loss for _, loss in self.state.held_out[-1:]]
+        for name, loss in zip(("loss", "held-out loss"), (self.state.losses[-1], *held_out), strict=False):
+            if not math.isfinite(loss):
+                raise DivergedError(f"the {name} is {loss} at step {self.state.step}")
+
+    def _out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= epochs.looks_without_progress(self.state.held_out)
+
+    def _run_steps(self, end: int, interrupted: threading.Event) -> int:
+        """Run up to step `end`, or to the end of the step in which an interrupt comes; how many that were."""
+        start, first = time.perf_counter(), self.state.step
+        # losses stay on the device until here, so that it never waits for us
+        losses: list[Tensor] = []
+        # of several processes none stops alone
+        while first + len(losses) < end and not (self.world.size == 1 and interrupted.is_set()):
+            losses.append(self._step(first + len(losses)))
+        if losses:
+            mine = torch.stack(losses).double().cpu().numpy()
+            self.state.losses += (distributed.summed(mine, self.world, self.place) / self.world.size).tolist()
+            seconds = time.perf_counter() - start
+            self.state.seconds += seconds
+            self.speeds.append(len(losses) * self.config.batch * self.config.length / seconds)
+        return len(losses)
+
+    def _step(self, step: int) -> Tensor:
+        """One optimizer step; its loss, the mean over scored tokens (of several processes, the mean of theirs)."""
+        batch = self.batches[step]
+        rate = learning_rate(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate / group["divisor"]
+        tokens, targets = self._moved(batch.tokens), self._moved(batch.targets)
+        cu_seqlens = None if batch.cu_seqlens is None else self._moved(batch.cu_seqlens)
+        if self.model.config.dropout:
+            # a run that goes on from a checkpoint drops what it would have dropped
+            torch.manual_seed(counter_rng.key(self.config.seed, 0, step))
+        found: list[Tensor] = []
+        while not oom.enough(lambda: found.append(self._accumulate(tokens, targets, cu_seqlens))):
+            self._halve()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return found[0]
+
+    def _accumulate(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        """Add up the gradients of a batch, a part at a time; its loss."""
+        # gradients are averaged over processes, and what is wanted is their sum
+        count = (targets != IGNORE).sum().clamp(min=1) / self.world.size
+        total = torch.zeros((), device=self.place)
+        parts = self._parts(len(tokens))
+        for part in parts:
+            within = _part_of(cu_seqlens, part, tokens.shape) if part != slice(0, len(tokens)) else cu_seqlens
+            with self._gradients_stay(part != parts[-1]):
+                if self.replays:
+                    # what the last replay gave is used up
+                    torch.compiler.cudagraph_mark_step_begin()
+                with device.autocast(self.place, self.config.dtype):
+                    loss = self.loss(tokens[part], targets[part], within) / count
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def _halve(self) -> None:
+        """From here on run half as many sequences at a time: gradients are summed, so that only rounding changes.
+
+        torch.OutOfMemoryError says what may fit where that would be another run, or cannot be.
+        """
+        self.optimizer.zero_grad()
+        length, fewer = self.config.length, -(-self.rows // 2)
+        what = f"out of memory at {self.rows} sequences of {length} tokens at a time"
+        if self.rows == 1:
+            raise torch.OutOfMemoryError(f"{what}: nothing smaller is left to try")
+        if self.model.config.dropout:
+            raise torch.OutOfMemoryError(f"{what}; fewer would drop others: give a batch of {fewer} or less")
+        if self.world.size > 1:
+            # the others have not run out
+            raise torch.OutOfMemoryError(f"{what}: give --micro-batch-tokens {fewer * length} or less")
+        self.rows = fewer
+        if self.place.type == "cuda":
+            # graphs that were captured hold the memory of their shapes
+            _forget()
+            self.loss = self._prepare()
+        self.say(
+            f"{what}: going on with {fewer}, the same run but for rounding (--micro-batch-tokens {fewer * length})"
+        )
+
+    def _parts(self, rows: int) -> list[slice]:
+        """The rows of a batch that this process runs, a forward pass at a time."""
+        share = rows // self.world.size
+        first, end = self.world.rank * share, (self.world.rank + 1) * share
+        return [slice(start, min(start + self.rows, end)) for start in range(first, end, self.rows)]
+
+    def _moved(self, x: Tensor) -> Tensor:
+        # from pinned memory a copy does not wait for what the GPU still has to do; some batches are drawn on the GPU
+        pin = x.is_cpu and self.place.type == "cuda"
+        return (x.pin_memory() if pin else x).to(self.place, non_blocking=pin)
+
+    @contextmanager
+    def _gradients_stay(self, stay: bool) -> Iterator[None]:
+        """Keep gradients in this process until the last part of a step."""
+        if isinstance(self.loss, DistributedDataParallel) and stay:
+            with self.loss.no_sync():
+                yield
+            return
+        if self.shard:
+            from sbeval.training import fsdp
+
+            fsdp.keep_gradients(self.loss, stay)
+        yield
+
+    def _anywhere(self, flag: bool) -> bool:
+        return distributed.anywhere(flag, self.world, self.place)
+
+    def _prepare(self) -> nn.Module:
+        """The loss, compiled on a GPU; on a CPU compiling a small model would take longer than it saves."""
+        loss = Loss(self.model, self.config.sparse, self.config.capacity)
+        if self.place.type == "cuda":
+            _make_room(self.model.config, (self.rows, self.config.length, self.config.sparse, self.config.capacity))
+        if self.replays:
+            # a small model's kernels are shorter than their launches
+            loss.compile(mode="reduce-overhead")
+        elif self.place.type == "cuda":
+            # a shard's weights are gathered by hooks of its block
+            loss.compile_parts(in_place=self.shard)
+        if self.shard:
+            from sbeval.training import fsdp
+
+            fsdp.shard(loss, self.model.blocks)
+        return loss
+
+    def _restore(self) -> None:
+        saved = checkpoint.find(self.folder) if self.folder else None
+        if saved is not None:
+            self.state = checkpoint.load_state(saved)
+            checkpoint.restore(saved, self.model, None if self.state.finished else self.optimizer)
+
+    def _save(self) -> None:
+        self._measure()
+        if self.folder is not None:
+            training = dataclasses.asdict(self.config) | {"tokenizer": self.tokenizer}
+            if self.shard and not self.state.finished:
+                checkpoint.save_sharded(self.folder, self.model, self.state, self.optimizer, self.world, training)
+                return
+            model = self._whole()
+            if self.world.leads:
+                optimizer = None if self.state.finished else self.optimizer
+                checkpoint.save(self.folder, model, self.state, optimizer, training)
+        distributed.wait(self.world)
+
+    def _whole(self) -> Decoder:
+        """The model; of a sharded one a copy that every process has whole."""
+        if not self.shard:
+            return self.model
+        from sbeval.training import fsdp
+
+        model = Decoder(self.model.config).to(self.place)
+        model.load_state_dict({name: fsdp.whole(x) for name, x in self.model.state_dict().items()})
+        return model
+
+    def _numbers(self) -> dict[str, float]:
+        rate = learning_rate(self.config, self.state.step - 1)
+        numbers = {"loss": self.state.losses[-1], "lr": rate, "tokens_per_second": self.speeds[-1]}
+        if (looks := self.state.held_out) and looks[-1][0] == self.state.step:
+            numbers["held_out_loss"] = looks[-1][1]
+        return numbers
+
+    def _status(self) -> str:
+        recent = statistics.fmean(self.state.losses[-self.config.log_every :])
+        held_out = "".join(f"held-out {loss:.3f}, " for _, loss in self.state.held_out[-1:])
+        return f"loss {recent:.3f}, {held_out}{self.speeds[-1]:,.0f} tokens/s"
+
+    def _measure(self) -> None:
+        """Note the speed, if anything was trained here."""
+        if not self.speeds:
+            return
+        # the first stretch includes compilation
+        speed = statistics.median(self.speeds[1:] or self.speeds)
+        peak = device.peak_flops(self.place)
+        flops = 3 * flops_per_token(self.model.config, self.config.length)
+        self.state.tokens_per_second = speed
+        self.state.mfu = speed * flops / (peak * self.world.size) if peak and self.config.dtype == "bfloat16" else None
+
+    def _result(self) -> Trained:
+        return Trained(self._whole().eval(), self.state, self.state.tokens_per_second, self.state.mfu, self.rows)
+
+
+def _part_of(cu_seqlens: Tensor | None, rows: slice, shape: torch.Size) -> Tensor | None:
+    """The bounds that fall within `rows` of a batch; every row starts a sequence of its own."""
+    if cu_seqlens is None:
+        return None
+    start, end = rows.start * shape[1], min(rows.stop, shape[0]) * shape[1]
+    inside = (cu_seqlens >= start) & (cu_seqlens <= end)
+    part: Tensor = cu_seqlens.masked_select(inside) - start
+    return part

@@ -1,0 +1,75 @@
+"""Generated examples: drawn step by step, trained on until validation ends it, and predicted."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from sbeval.models.decoder import IGNORE, Decoder
+from sbeval.runtime import device
+from sbeval.runtime.progress import Progress
+from sbeval.sweep.cell import cell_id
+from sbeval.sweep.context import Place
+from sbeval.tasks.synthetic import Scores, Synthetic
+from sbeval.training.checkpoint import State
+from sbeval.training.trainer import Batch, Batches, Trained, Trainer
+
+EVAL_ROWS = 256
+# steps whose examples are drawn together: a GPU takes as many launches to draw those of one
+AHEAD = 16
+
+Examples = TypeVar("Examples", bound=Batch)
+
+
+class Drawn(Generic[Examples]):
+    """Training batches of a step's `rows`, as `generate` makes them: a dataclass of tensors that have a row each."""
+
+    def __init__(self, rows: Callable[[int], Tensor], generate: Callable[[Tensor], Examples]) -> None:
+        self._rows, self._generate = rows, generate
+        self._together = functools.lru_cache(maxsize=1)(self._draw)
+
+    def __getitem__(self, step: int) -> Examples:
+        return self._together(step // AHEAD)[step % AHEAD]
+
+    def _draw(self, number: int) -> list[Examples]:
+        rows = [self._rows(step) for step in range(number * AHEAD, (number + 1) * AHEAD)]
+        drawn: Any = self._generate(torch.cat(rows))
+        parts = [getattr(drawn, field.name).split([len(part) for part in rows]) for field in dataclasses.fields(drawn)]
+        return [type(drawn)(*tensors) for tensors in zip(*parts, strict=True)]
+
+
+def train(
+    cell: Synthetic, folder: Path, batches: Batches, look: Callable[[Decoder], float], status: Callable[[Scores], str],
+    place: Place, progress: Progress,
+) -> Trained:  # fmt: skip
+    """Train until `status` of all looks says anything but `budget`, or out of steps, unless `folder` has that model."""
+    training = cell.training()
+    trainer = Trainer(cell.model(), training, batches, folder, place.device)
+
+    def decided(decoder: Decoder, state: State) -> bool:
+        state.scores.append((state.step, look(decoder)))
+        return status(state.scores) != "budget"
+
+    task = progress.add(f"train {cell.title}", total=training.steps, completed=trainer.state.step)
+    trained = trainer.run(task, stop=decided, log=place.logger(cell_id(cell)))
+    task.close()
+    return trained
+
+
+@torch.inference_mode()
+def predict(decoder: Decoder, examples: Batch, dtype: str) -> Tensor:
+    """Whether the most likely token is the label, (B, L) bool; false where there is no label."""
+    decoder.eval()
+    with device.autocast(examples.tokens.device, dtype):
+        parts = []
+        for tokens, targets in zip(examples.tokens.split(EVAL_ROWS), examples.targets.split(EVAL_ROWS), strict=True):
+            correct = torch.zeros_like(targets, dtype=torch.bool)
+            scored = targets != IGNORE
+            correct[scored] = decoder.logits(decoder(tokens)[scored]).argmax(-1) == targets[scored]
+            parts.append(correct)
+    decoder.train()
+    return torch.cat(parts)

@@ -1,0 +1,65 @@
+"""Families whose examples are generated: one model a cell, trained until validation ends it."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sbeval import registry
+from sbeval.sweep.cell import Cell, Outcome, timing
+from sbeval.tables.rows import Identity, Measurement
+
+if TYPE_CHECKING:
+    from sbeval.models.config import ModelConfig
+    from sbeval.sweep.context import Place
+    from sbeval.training.trainer import TrainConfig, Trained
+
+# methods that presets compare
+METHODS = ("stick_breaking", "rope", "nope", "alibi", "forgetting")
+# the test seed is that of the public code of the paper's first author; validation and training draw elsewhere
+TEST_SEED, VALIDATION_SEED, TRAIN_SEED = 10, 1 << 40, 1 << 41
+# validation while a model trains: (step, score)
+Scores = Sequence[tuple[int, float]]
+
+
+class Synthetic(Cell):
+    """A cell that trains one model on generated examples."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def attention(self) -> str:
+        """Method and options."""
+
+    @abstractmethod
+    def model(self) -> "ModelConfig":
+        """Return the shape of the model."""
+
+    @abstractmethod
+    def training(self) -> "TrainConfig":
+        """Return how it is trained."""
+
+    @property
+    def leaves(self) -> "ModelConfig":
+        return self.model()
+
+    def outcome(
+        self, rows: Sequence[Measurement], place: "Place", scores: str, trained: "Trained | None" = None
+    ) -> Outcome:
+        """Return the result of the cell, without a model that of a failure; scores: the run file's name of those."""
+        from sbeval.models import decoder as model
+
+        shape, training = self.model(), self.training()
+        name, _, options = self.attention.partition(":")
+        return Outcome(
+            identity=Identity(
+                family=self.family, task=self.family, model=f"{shape.layers}x{shape.width}", attention=name,
+                options=options, params=model.n_parameters(shape), train_len=training.length,
+                eval_len=training.length, seed=training.seed,
+            ),
+            rows=rows,
+            train_tokens=trained.state.step * training.batch * training.length if trained else 0,
+            backend=registry.method(name).backend_name(place.device.type),
+            tokens_per_s=trained.tokens_per_second if trained else None,
+            measured={scores: trained.state.scores, **timing(trained)} if trained else {},
+        )  # fmt: skip

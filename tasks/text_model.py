@@ -1,0 +1,72 @@
+"""How text models are trained: the options that the families share whose cells evaluate the same models."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sbeval.config import ATTENTION, DATA, LATER, LR, MODEL, OPTIMIZERS, SEED, option
+from sbeval.config import TRAINING as TRAIN
+from sbeval.errors import InputError, check_swept, choose
+from sbeval.models.config import SIZES
+from sbeval.tables import epochs
+
+PACKINGS = ("documents", "stream")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextModel:
+    """Methods and seeds, the size of models, and the text and schedule of their training. Amounts are in tokens."""
+
+    attention: tuple[str, ...] = option(("stick_breaking", "rope"), MODEL, ATTENTION, metavar="SPEC")
+    seeds: tuple[int, ...] = option((0,), TRAIN, SEED, flag="--seed")
+    size: str = option("quick", MODEL, f"Size of the model: {', '.join(SIZES)}.")
+    train_len: int = option(256, TRAIN, "Tokens of a training sequence.")
+    train_tokens: int = option(300 * 8 * 256, TRAIN, "Tokens to train on; those of a preset end at --max-epochs.")
+    batch_tokens: int = option(8 * 256, TRAIN, "Tokens of an optimizer step.")
+    micro_batch_tokens: int | None = option(None, TRAIN, "Tokens of a forward pass. Default: all of a step.")
+    lr: float = option(3e-3, TRAIN, LR)
+    schedule: str = option("cosine", TRAIN, "Learning rate schedule: cosine, power or constant.")
+    packing: str = option("stream", TRAIN, "stream, or documents: no attention across documents.")
+    corpus: str = option("stdlib", DATA, "python, stdlib, a file or folder, or hf:NAME[:CONFIG].")
+    tokenizer: str = option("bytes", DATA, "bytes, bpe:SIZE, or a Hugging Face name or folder.")
+    text_field: str = option("text", DATA, "Field of the text in JSONL and parquet.")
+    corpus_tokens: int | None = option(None, DATA, "Training tokens to keep of the corpus. Default: all.")
+    dtype: str = "float32"
+    max_epochs: float | None = option(
+        epochs.MAX_EPOCHS, TRAIN, "Passes over the training text at most; --train-tokens alone lifts it.", LATER
+    )
+    patience: int = option(
+        0, TRAIN, "Held-out evaluations without a new lowest loss after which training ends; 0: never.", LATER
+    )
+    optimizer: str = option("adamw", TRAIN, "adamw, or muon for the matrices inside the blocks.", LATER)
+
+    def __post_init__(self) -> None:
+        check_swept(self, "attention", "seeds")
+        choose("model size", self.size, SIZES)
+        choose("packing", self.packing, PACKINGS)
+        choose("optimizer", self.optimizer, OPTIMIZERS)
+        for name in ("train_len", "train_tokens", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("micro_batch_tokens", "corpus_tokens"):
+            if (amount := getattr(self, name)) is not None and amount < 1:
+                raise InputError(f"{name} must be at least 1, or left out; got {amount}")
+        if self.max_epochs is not None and not 0 < self.max_epochs < math.inf:
+            raise InputError(f"max_epochs must be above 0 and finite; got {self.max_epochs}")
+        if self.patience < 0:
+            raise InputError(f"patience must be at least 0; got {self.patience}")
+
+
+# what of a config the training of its models depends on
+TRAINING = tuple(field.name for field in fields(TextModel))
+
+
+def trained_on(config: TextModel) -> tuple[object, ...]:
+    """What models of a config have in common, whatever their method and seed."""
+    return tuple(getattr(config, name) for name in TRAINING if name not in ("attention", "seeds"))
+
+
+def uncut(options: dict[str, Any]) -> dict[str, Any]:
+    """Options in which tokens that are asked for are trained on, however many epochs they are, unless that is said."""
+    asked = "train_tokens" in options and "max_epochs" not in options
+    return options | ({"max_epochs": None} if asked else {})

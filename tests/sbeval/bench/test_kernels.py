@@ -1,0 +1,50 @@
+"""What the benchmarks count, and what they refuse; they themselves need a GPU."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sbeval.bench import kernels
+from sbeval.bench.kernels import Problem
+from sbeval.errors import InputError
+
+DENSE = Problem(step="forward", batch=2, queries=100, keys=100, heads=4, kv_heads=4, head_dim=64)
+
+
+def test_flops_are_those_of_half_a_square() -> None:
+    assert DENSE.flops == 4 * 2 * 4 * 64 * 100 * 100 / 2
+    assert replace(DENSE, step="forward_backward").flops == 3.5 * DENSE.flops
+    # two sequences of half the length hold half the pairs
+    assert replace(DENSE, bounds=(0, 50, 100)).flops == DENSE.flops / 2
+    # the last of 100 queries sees all the keys
+    one = replace(DENSE, step="decode", queries=1)
+    assert one.flops == 4 * 2 * 4 * 64 * (100 - 0.5)
+    assert one.cache_bytes == 2 * 2 * 100 * 4 * 64 * 2
+
+
+def test_problems_cover_what_is_measured() -> None:
+    found = kernels.problems((1024, 16384), (64,), 12, caches=(4096,))
+    assert {problem.step for problem in found} == {"forward", "forward_backward", "decode"}
+    assert any(problem.kv_heads < problem.heads for problem in found)
+    assert any(problem.epsilon > 0 for problem in found)
+    packed = [problem for problem in found if problem.bounds]
+    assert packed and all(problem.bounds[-1] == 16384 and len(problem.bounds) > 2 for problem in packed)
+    assert all(b > a for a, b in zip(packed[0].bounds, packed[0].bounds[1:], strict=False))
+
+
+def test_a_benchmark_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="benchmarks need a GPU; this device is cpu"):
+        kernels.kernel([DENSE], torch.device("cpu"), "float32", tmp_path, print)
+    with pytest.raises(InputError, match="benchmarks need a GPU"):
+        kernels.model([], ("rope",), torch.device("cpu"), "float32", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_error_is_measured_against_the_reference() -> None:
+    contender = kernels.Contender("stick_breaking", "triton", kernels._ours())
+    assert kernels._error(contender, DENSE, torch.device("cpu"), torch.float32) < 1e-5
+    wrong = kernels.Contender("softmax", "triton", kernels._ours())
+    with pytest.raises(ArithmeticError, match="wrong by"):
+        kernels._error(wrong, DENSE, torch.device("cpu"), torch.float32)

@@ -1,0 +1,90 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import pytest
+
+from sbeval.errors import InputError
+from sbeval.report.figures import draw_figures
+
+MQRAR = """\
+family,task,model,attention,options,params,train_len,eval_len,seed,metric,unit,value,stderr,n,kv_pairs,seq_len,\
+vocab_size,width,layers,heads,lr,split,stale_values,distance_start,distance_end,cell,preset,corpus,tokenizer,train_tokens,dtype,device,backend,commit,torch,triton,utc
+mqrar,mqrar,tiny,rope,,9,64,64,0,accuracy,1,0.5,0.01,100,4,64,64,32,2,1,0.001,all,,,,a,quick,,,9,float32,cpu,torch,c,2,3,u
+mqrar,mqrar,tiny,rope,,9,64,64,0,accuracy,1,0.6,0.01,100,4,64,64,32,2,1,0.001,fresh,,,,a,quick,,,9,float32,cpu,torch,c,2,3,u
+mqrar,mqrar,tiny,rope,,9,64,64,0,accuracy,1,0.4,0.01,100,4,64,64,32,2,1,0.001,stale,,,,a,quick,,,9,float32,cpu,torch,c,2,3,u
+mqrar,mqrar,tiny,rope,,9,64,64,0,accuracy,1,0.4,0.01,100,4,64,64,32,2,1,0.001,,1,,,a,quick,,,9,float32,cpu,torch,c,2,3,u
+"""
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    (tmp_path / "mqrar.csv").write_text(MQRAR)
+    return tmp_path
+
+
+def test_figures_without_a_table_are_left_out_and_said(results: Path) -> None:
+    said: list[str] = []
+    files = draw_figures(results, say=said.append)
+    names = ["mqrar.png", "mqrar.pdf", "mqrar_splits.png", "mqrar_splits.pdf"]
+    assert files == [results / "figures" / name for name in names]
+    assert files[0].read_bytes().startswith(b"\x89PNG") and files[1].read_bytes().startswith(b"%PDF")
+    assert f"length_gen: left out, there is no {results / 'length_gen.csv'}" in said
+    assert not any(line.startswith("mqrar") for line in said)
+    assert sorted(path.name for path in (results / "figures").iterdir()) == sorted(names)
+
+
+def test_drawn_again_the_files_are_the_same(results: Path) -> None:
+    first = [file.read_bytes() for file in draw_figures(results, ["mqrar"], out_dir=results / "one")]
+    # a folder of another length, so that no path can hide in the files
+    second = [file.read_bytes() for file in draw_figures(results, ["mqrar"], out_dir=results / "another")]
+    assert first == second
+    assert b"Date" not in first[1] and matplotlib.__version__.encode() not in first[0] + first[1]
+
+
+def test_drawing_leaves_no_global_state(results: Path) -> None:
+    before = dict(matplotlib.rcParams)
+    draw_figures(results, ["mqrar"], ["png"])
+    assert plt.get_fignums() == [] and dict(matplotlib.rcParams) == before
+
+
+def test_what_cannot_be_drawn_is_said(results: Path) -> None:
+    with pytest.raises(InputError, match="no table .*length_gen.csv"):
+        draw_figures(results, ["length_gen"])
+    with pytest.raises(InputError, match="unknown format 'pngs'; did you mean 'png'"):
+        draw_figures(results, ["mqrar"], ["pngs"])
+    with pytest.raises(InputError, match="unknown figure 'mqar'; did you mean 'mqrar'"):
+        draw_figures(results, ["mqar"])
+    header = MQRAR.splitlines(keepends=True)[0]
+    (results / "mqrar.csv").write_text(header)
+    with pytest.raises(InputError, match="mqrar.csv: there are no rows"):
+        draw_figures(results)
+    (results / "mqrar.csv").write_text(header.replace("kv_pairs", "pairs"))
+    with pytest.raises(InputError, match="mqrar.csv has no column 'kv_pairs'"):
+        draw_figures(results, ["mqrar"])
+    (results / "file").touch()
+    with pytest.raises(InputError, match="cannot make the results folder"):
+        draw_figures(results, ["mqrar"], out_dir=results / "file")
+
+
+BLOCKED = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "triton"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocker())
+from pathlib import Path
+from sbeval.report.figures import draw_figures
+print(*draw_figures(Path(sys.argv[1]), ["mqrar"], ["png"]))
+"""
+
+
+def test_figures_are_drawn_where_torch_cannot_be_imported(results: Path) -> None:
+    command = [sys.executable, "-W", "error", "-c", BLOCKED, str(results)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, str(results / "figures" / "mqrar.png")), done.stderr

@@ -1,0 +1,291 @@
+"""Names of cells, costs, and what counts as finished."""
+
+import dataclasses
+import io
+import math
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from sbeval.errors import InputError
+from sbeval.runtime.distributed import World
+from sbeval.runtime.progress import Progress
+from sbeval.sweep import graph, scheduler
+from sbeval.sweep.cell import Cell as BaseCell
+from sbeval.sweep.cell import Outcome, cell_id
+from sbeval.sweep.context import Place
+from sbeval.sweep.executor import Executor
+from sbeval.tables import provenance, table
+from sbeval.tables.rows import Identity, Measurement
+from sbeval.tasks import length_gen
+from sbeval.training.trainer import DivergedError
+
+RESULTS = Path(__file__).parents[3] / "results"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", 1e-4),
+        ("train_len", 128),
+        ("corpus", "books"),
+        ("dtype", "bfloat16"),
+        ("seeds", (3,)),
+        ("packing", "documents"),
+    ],
+)
+def test_any_change_of_a_config_is_another_cell(name: str, value: Any) -> None:
+    config = length_gen.Config(attention=("rope",))
+    first, again = (length_gen.cells(config)[0] for _ in range(2))
+    other = length_gen.cells(dataclasses.replace(config, **{name: value}))[0]
+    assert cell_id(first) == cell_id(again) != cell_id(other)
+    assert cell_id(first).startswith("length_gen-rope-seed-0-")
+
+
+def test_another_method_leaves_finished_cells_their_names() -> None:
+    one = length_gen.cells(length_gen.Config(attention=("rope",)))
+    two = length_gen.cells(length_gen.Config(attention=("stick_breaking", "rope"), seeds=(1, 0)))
+    assert {cell_id(cell) for cell in one} <= {cell_id(cell) for cell in two}
+
+
+def test_committed_results_are_those_of_the_presets() -> None:
+    """The README's command finds the committed cells finished: no option behind them has changed its meaning."""
+    scaled = [f"rope:scaling=ntk,factor={factor}" for factor in (2, 4, 8, 16)]
+    lengths = dataclasses.replace(
+        length_gen.PRESETS["figure5"], attention=("stick_breaking", "rope", "nope", "alibi", "forgetting", *scaled),
+        documents=16, windows=1, window=(2048,), dtype="bfloat16", corpus="books",
+    )  # fmt: skip
+    cells = length_gen.cells(lengths)
+    assert len(cells) == 18
+    assert scheduler.unfinished(cells, RESULTS) == []
+    assert all((RESULTS / "runs" / f"{cell_id(cell)}.json").is_file() for cell in cells)
+
+
+def test_cost_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e9)
+    monkeypatch.setitem(scheduler.EFFICIENCY, "cpu", 0.5)
+    cells = length_gen.cells(length_gen.Config())
+    place = Place(results_dir=Path("results"), device=torch.device("cpu"))
+    said = scheduler.describe_cost(cells, place)
+    hours = sum(step.flops for step in graph.steps(cells)) / 0.5e9 / 3600
+    assert said.startswith("2 cells to run, ") and f"roughly {hours:.1f} h on cpu" in said
+    assert scheduler.describe_cost([], place) == "nothing to run"
+
+
+def test_force_empties_a_checkpoint(tmp_path: Path) -> None:
+    place, progress = Place(results_dir=tmp_path, device=torch.device("cpu")), Progress(Console(quiet=True))
+    with place.checkpoint(["key"], progress) as folder:
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+    with place.checkpoint(["key"], progress) as again:
+        assert again == folder and folder.exists()
+    forced = dataclasses.replace(place, force=True)
+    with forced.checkpoint(["key"], progress) as again:
+        assert again == folder and not folder.exists()
+        folder.mkdir()
+    # once
+    with forced.checkpoint(["key"], progress):
+        assert folder.exists()
+
+
+def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sbeval.sweep.context.POLL_S", 0.01)
+    place, console = Place(results_dir=tmp_path, device=torch.device("cpu")), Console(file=io.StringIO(), width=200)
+    order: list[str] = []
+
+    def second() -> None:
+        with place.checkpoint(["key"], Progress(console)):
+            order.append("second")
+
+    with place.checkpoint(["key"], Progress(console)) as folder:
+        other = threading.Thread(target=second)
+        other.start()
+        time.sleep(0.1)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == f"another process trains {folder}: waiting for it\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.1, "1 s"),
+        (89, "89 s"),
+        (90, "2 min"),
+        (5399, "90 min"),
+        (5400, "1.5 h"),
+        (172799, "48.0 h"),
+        (172800, "2 days"),
+    ],
+)
+def test_times_in_words(seconds: float, words: str) -> None:
+    assert scheduler.in_words(seconds) == words
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found(Measurement):
+    size: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Cell(BaseCell):
+    """A cell that finds `value`; without one it diverges."""
+
+    title: str
+    value: float | None = 1.0
+    text: str = ""
+    family: str = "fake"
+    dtype: str = "float32"
+    flops: float = 1e6
+
+    @property
+    def row(self) -> type[Found]:
+        return Found
+
+    def source(self, progress: Progress) -> str:
+        return self.text
+
+    def run(self, place: Place, progress: Progress) -> Outcome:
+        if self.value is None:
+            raise DivergedError("the loss is nan at step 7")
+        identity = Identity(
+            family=self.family, task="t", model="m", attention=self.title, options="", params=1, train_len=1,
+            eval_len=1, seed=0,
+        )  # fmt: skip
+        rows = [Found(metric="x", unit="1", value=self.value, n=1, size=3)]
+        return Outcome(
+            identity=identity, rows=rows, corpus="", corpus_digest=self.text, tokenizer="", train_tokens=0,
+            backend="torch", tokens_per_s=None,
+        )  # fmt: skip
+
+
+def run(cells: list[Cell], results: Path, **options: Any) -> tuple[bool, str]:
+    console = Console(file=io.StringIO(), width=200)
+    place = Place(results_dir=results, device=torch.device("cpu"), **options)
+    complete = scheduler.run(cells, place, preset="quick", console=console)
+    assert isinstance(console.file, io.StringIO)
+    return complete, console.file.getvalue()
+
+
+def status(cell: Cell, results: Path) -> tuple[str, str]:
+    record = provenance.read_run(results / "runs" / f"{cell_id(cell)}.json")
+    return record["status"], record["reason"]
+
+
+def test_a_cell_that_diverges_is_recorded_and_leaves_no_row(tmp_path: Path) -> None:
+    bad, worse, good = Cell(title="bad", value=None), Cell(title="worse", value=math.nan), Cell(title="good")
+    complete, said = run([bad, worse, good], tmp_path)
+    assert not complete and said.count("recorded as diverged, going on with the next") == 2
+    assert status(bad, tmp_path) == ("failed", "the loss is nan at step 7")
+    assert status(worse, tmp_path) == ("failed", "what was measured is no finite number")
+    assert status(good, tmp_path) == ("finished", "")
+    assert set(table.read(tmp_path / "fake.csv")["cell"]) == {cell_id(good)}
+    # only those that failed are tried again
+    assert scheduler.unfinished([bad, worse, good], tmp_path) == [bad, worse]
+    complete, said = run([good], tmp_path)
+    assert complete and "1 of 1 cells are finished already" in said and "nothing to run" in said
+    assert run([good], tmp_path, force=True)[1].startswith("1 cell to run")
+
+
+def test_a_finished_cell_is_run_again_when_its_text_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell(title="reads", text="one")
+    assert run([cell], tmp_path)[1].startswith("1 cell to run")
+    assert "1 of 1 cells are finished already" in run([cell], tmp_path)[1]
+    monkeypatch.setattr(Cell, "source", lambda self, progress: "another")
+    assert run([cell], tmp_path)[1].startswith("1 cell to run")
+
+
+def test_of_several_processes_none_goes_on_alone_after_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflow(*_: object) -> None:
+        raise RuntimeError("a kernel that does not fit")
+
+    monkeypatch.setattr(Cell, "run", overflow)
+    monkeypatch.setattr("sbeval.runtime.distributed.wait", lambda world: None)
+    cells = [Cell(title="first"), Cell(title="second")]
+    complete, said = run(cells, tmp_path)
+    assert not complete and said.count("a kernel that does not fit; recorded as failed") == 2
+    # the others would wait for it in the cell that it has left
+    with pytest.raises(RuntimeError, match="does not fit"):
+        run(cells, tmp_path, world=World(1, 2))
+
+
+def test_workers_are_given_the_gpus_and_idle_ones_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr("sbeval.runtime.device.describe", lambda place: "GPU")
+    monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e6)
+    monkeypatch.setitem(scheduler.EFFICIENCY, "cuda", 0.1)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    given: list[Any] = []
+
+    def note(work: scheduler.Work, items: Any, *rest: Any, gpus: Any, hear: Any) -> Any:
+        given.append((work.place.device, gpus))
+        return iter([])
+
+    monkeypatch.setattr(Executor, "run", lambda self, *rest, **options: note(*rest, **options))
+    cells = [Cell(title=name) for name in "abcdefgh"]
+
+    def said(device: str, workers: int | None, cells: list[Cell] = cells) -> str:
+        console = Console(file=io.StringIO(), width=200)
+        place = Place(results_dir=tmp_path, device=torch.device(device))
+        scheduler.run(cells, place, preset="quick", console=console, executor=Executor(workers=workers))
+        assert isinstance(console.file, io.StringIO)
+        return console.file.getvalue()
+
+    idle = "1 of 4 GPUs is used; --workers 4 spreads the cells over all of them"
+    assert said("cuda", None).splitlines()[1:] == [idle] and "roughly 80 s on GPU" in said("cuda", None)
+    assert "GPUs" not in said("cuda", None, cells[:1])
+    for workers, time_and_place in ((2, "40 s on 2 x GPU"), (4, "20 s on 4 x GPU"), (8, "20 s on 4 x GPU")):
+        assert said("cuda", workers).endswith(f"roughly {time_and_place}\n")
+    assert said("cuda", 4, cells[:2]).endswith("roughly 10 s on 2 x GPU\n")
+    # pinned to one
+    assert said("cuda:1", 4).endswith("roughly 80 s on GPU\n") and said("cuda:1", None).count("\n") == 1
+    assert {place: gpus for place, gpus in given} == {
+        torch.device("cuda"): ["0", "1", "2", "3"], torch.device("cuda:1"): [],
+    }  # fmt: skip
+
+
+def test_a_ray_task_has_no_gpu_of_a_number(tmp_path: Path) -> None:
+    place = Place(results_dir=tmp_path, device=torch.device("cuda:1"))
+    with pytest.raises(InputError, match="--device cuda:1: a Ray task sees the GPU alone that Ray gives it"):
+        scheduler.run(
+            [Cell(title="a")], place, preset="quick", console=Console(quiet=True), executor=Executor(kind="ray")
+        )
+
+
+@pytest.mark.parametrize("column", ["seed", "size", "cell"])
+def test_a_table_without_a_column_is_said_before_anything_runs(
+    column: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run([Cell(title="first")], tmp_path)
+    path = tmp_path / "fake.csv"
+    path.write_text(path.read_text().replace(f",{column},", ",other,", 1))
+    before = path.read_bytes()
+    monkeypatch.setattr(Cell, "run", None)
+    for force in (False, True):
+        with pytest.raises(InputError, match=f"has no column '{column}'"):
+            run([Cell(title="second")], tmp_path, force=force)
+    assert path.read_bytes() == before
+
+
+def test_results_are_those_of_the_cells_alone(tmp_path: Path) -> None:
+    cells = [Cell(title=name) for name in ("a", "b", "c")]
+    run(cells, tmp_path)
+    assert sorted(scheduler.results_of(cells[:2], tmp_path)["attention"]) == ["a", "b"]
+
+
+def test_tensorboard_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    place = Place(results_dir=tmp_path, device=torch.device("cpu"), tensorboard=tmp_path)
+    with pytest.raises(InputError, match=r"pip install 'sbeval\[tensorboard\]'"):
+        place.logger("a")
+    assert dataclasses.replace(place, tensorboard=None).logger("a") is None

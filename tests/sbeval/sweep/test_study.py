@@ -1,0 +1,250 @@
+"""Whole studies of tiny models: what they leave, how they go on where they were stopped, and that failures end none."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sbeval.cli import main
+from sbeval.data import sources
+from sbeval.data.corpus import Corpus
+from sbeval.errors import InputError
+from sbeval.models import decoder
+from sbeval.runtime.progress import Progress
+from sbeval.sweep import plan, scheduler, study_file
+from sbeval.sweep import study as studies
+from sbeval.sweep.context import Place
+from sbeval.tables import table
+from sbeval.tasks import length_gen, needle
+from sbeval.training.trainer import Trainer
+
+pytestmark = pytest.mark.usefixtures("home")
+STUDY = """
+models: {{attention: [rope, alibi], train_len: 16, train_tokens: 128, batch_tokens: 32, corpus: {corpus}}}
+length_gen: {{eval_len: 64, documents: 3, attention: [rope, "rope:scaling=ntk,factor=4", alibi]}}
+needle: {{tasks: [niah_single_1], lengths: [1024], samples: 1, finetune: 0, essays: {essay}}}
+flip_flop: {{seq_len: 16, width: 8, batch: 4, steps: 4, test_rows: 20}}
+"""
+RECALL = {"vocab_size": 32, "seq_len": 16, "kv_pairs": [2], "widths": [16], "batch": 4, "steps": 12, "test_rows": 30}
+
+
+def run(*arguments: object) -> tuple[Any, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["sbeval", "run", *map(str, arguments)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main.main()
+    return ended.value.code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the figures that were asked for; drawing them is tested with the families' commands."""
+    names: list[str] = []
+
+    def draw(folder: Path, figures: Sequence[str], formats: Sequence[str]) -> list[Path]:
+        names.extend(figures)
+        return []
+
+    monkeypatch.setattr(studies, "draw_figures", draw)
+    return names
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "texts").mkdir()
+    for role in ("train0", "test0", "test1", "test2"):
+        (folder / "texts" / f"{role}.txt").write_text(f"{role} says this and that. " * 9)
+    (folder / "essay.txt").write_text("This is a sentence. Here is another one! Is it? " * 30)
+    path = folder / "tiny.yaml"
+    path.write_text(STUDY.format(corpus=folder / "texts", essay=folder / "essay.txt"))
+    return path
+
+
+def checkpoints(results: Path) -> dict[str, int]:
+    """Finished models, and when they were written."""
+    return {
+        path.parent.name: path.stat().st_mtime_ns
+        for path in (results / "checkpoints").glob("[!.]*/config.json")
+        if json.loads(path.read_text())["state"]["finished"]
+    }
+
+
+def records(results: Path) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in (results / "runs").glob("*.json")}
+
+
+def test_a_study_trains_each_model_once_and_leaves_what_its_families_do(
+    study: Path, tmp_path: Path, drawn: list[str]
+) -> None:
+    code, out, _ = run(study, "--device", "cpu", "--results-dir", tmp_path)
+    assert code == 0, out
+    # rope, alibi and those of flip-flop
+    assert len(checkpoints(tmp_path)) == 4 and len(records(tmp_path)) == 3 + 2 + 2
+    for family, said in (("length_gen", "Loss of the last"), ("needle", "niah_single_1"), ("flip_flop", "published")):
+        assert set(table.read(tmp_path / f"{family}.csv")["preset"]) == {"quick"} and said in out
+        assert str(tmp_path / f"{family}.csv") in out
+    assert drawn == ["length_gen", "loss_by_position", "needle", "needle_depth", "flip_flop"]
+    # a model that is trained before says in every run file how fast that was
+    found = [record for name, record in records(tmp_path).items() if name.startswith("length_gen")]
+    assert all(record["tokens_per_s"] > 0 and len(record["measured"]["losses"]) == 4 for record in found)
+    before = checkpoints(tmp_path)
+    code, out, _ = run(study, "--device", "cpu", "--results-dir", tmp_path)
+    assert code == 0 and "7 of 7 cells are finished already" in out and checkpoints(tmp_path) == before
+
+
+def test_families_that_share_models_are_cautioned_once(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    ours = length_gen.open_corpus
+
+    def count(config: length_gen.Config, progress: Progress) -> Corpus:
+        opened.append(config)
+        return ours(config, progress)
+
+    monkeypatch.setattr(length_gen, "open_corpus", count)
+    place = Place(results_dir=tmp_path, device=torch.device("cpu"))
+    given = study_file.parts(study_file.read(str(study), ["models.train_tokens=4096"]), lambda said: said or "float32")
+    found = studies.cautions(given, place)
+    assert len(opened) == 1 and len(found) == 2 and "past 4 epochs" in found[0] and "of held-out text" in found[1]
+    # a model that is there already was trained before
+    there = ["length_gen.checkpoint=there", "needle.checkpoint=there"]
+    assert studies.cautions(study_file.parts(study_file.read(str(study), there), str), place) == []
+
+
+def test_a_dry_run_says_the_plan_and_writes_nothing(study: Path, tmp_path: Path) -> None:
+    code, out, err = run(study, "--set", "mqrar.preset=h200", "--device", "cpu", "--results-dir", tmp_path, "--dry-run")
+    assert (code, err) == (0, "") and not list(tmp_path.iterdir())
+    rows = {cells[1].strip(): cells for line in out.splitlines() if len(cells := line.split("│")) > 3}
+    # cells, then models; of the further seeds as many as there can be
+    counts = {name: (cells[2].strip(), cells[4].strip()) for name, cells in rows.items()}
+    assert counts == {
+        "text": ("", ""), "training": ("", "2"), "length_gen": ("3", ""), "needle": ("2", ""),
+        "flip_flop": ("2", "2"), "mqrar": ("180", "180"), "all": ("187", "184"),
+    }  # fmt: skip
+    assert "left out: attention_map, few_shot" in out
+
+
+def test_a_plan_adds_up(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e9)
+    monkeypatch.setitem(scheduler.EFFICIENCY, "cpu", 0.5)
+    parts = study_file.parts(study_file.read(str(study)), lambda said: "float32")
+    place = Place(results_dir=tmp_path, device=torch.device("cpu"))
+    lines = {line.name: line for line in plan.lines(parts, place)}
+    shape = length_gen.cells(parts[0].config)[0].model(257)
+    weights = 2 * decoder.n_parameters(shape)
+    assert lines["training"].disk == 4 * weights and lines["training"].models == 2
+    assert all(line.hours == pytest.approx(line.flops / 0.5e9 / 3600) for line in lines.values())
+    # bytes are kept in two each
+    files = sum(path.stat().st_size for path in (study.parent / "texts").iterdir())
+    assert lines["text"].disk == 2 * files == 2 * (sources.size(str(study.parent / "texts")) or 0)
+    monkeypatch.setattr(sources, "size", lambda spec: None)
+    assert {line.name: line for line in plan.lines(parts, place)}["text"].disk is None
+    assert "unknown" in plan._words(plan._all(plan.lines(parts, place)))
+
+
+def test_a_study_that_is_killed_goes_on_and_trains_nothing_again(study: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sbeval", "run", str(study), "--device", "cpu", "--results-dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+    while process.poll() is None and not (tmp_path / "length_gen.csv").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    before, finished = checkpoints(tmp_path), records(tmp_path)
+    assert before and not (tmp_path / "flip_flop.csv").exists()
+    code, out, err = run(study, "--device", "cpu", "--results-dir", tmp_path)
+    assert code == 0 and f"{len(finished)} of 7 cells are finished already" in out
+    assert before.items() <= checkpoints(tmp_path).items() and finished.items() <= records(tmp_path).items()
+    assert "train rope seed 0" not in err and len(records(tmp_path)) == 7
+
+
+@pytest.mark.slow
+def test_cells_at_once_with_force_train_their_model_once_again(study: Path, tmp_path: Path) -> None:
+    lengths = "\n".join(study.read_text().splitlines()[:3]).replace(", alibi]}", "]}")
+    (tmp_path / "lengths.yaml").write_text(lengths)
+    command = (tmp_path / "lengths.yaml", "--device", "cpu", "--results-dir", tmp_path)
+    assert run(*command)[0] == 0
+    before = checkpoints(tmp_path)
+    # both evaluations can be in other processes than the training, and neither removes what that left
+    code, out, _ = run(*command, "--workers", 2, "--force")
+    after = checkpoints(tmp_path)
+    assert code == 0 and "2 cells to run" in out
+    assert len(after) == 1 and before.keys() == after.keys() and before != after
+    assert len({record["tokens_per_s"] for record in records(tmp_path).values()}) == 1
+
+
+def test_a_training_that_fails_fails_all_that_needs_it_and_the_study_goes_on(study: Path, tmp_path: Path) -> None:
+    changes = ("--set", "models.lr=1e9", "--set", "models.attention=[rope]", "--set", "length_gen.attention=[rope]")
+    code, out, _ = run(study, *changes, "--device", "cpu", "--results-dir", tmp_path)
+    assert code == 1 and "2 cells that need it recorded as diverged, going on with the next" in out
+    failed = {name: record["reason"] for name, record in records(tmp_path).items() if record["status"] == "failed"}
+    assert {name.split("-")[0] for name in failed} == {"length_gen", "needle"}
+    assert all(reason.startswith("train rope seed 0: the loss is ") for reason in failed.values())
+    assert "2 of 4 cells failed; the same command tries them again:" in out
+    assert all(f"  {name}: {reason}" in out for name, reason in failed.items())
+    assert len(set(table.read(tmp_path / "flip_flop.csv")["cell"])) == 2
+
+
+def test_what_one_family_cannot_do_ends_no_study(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise InputError("no needle here")
+
+    monkeypatch.setattr(needle.Cell, "run", refuse)
+    code, out, _ = run(study, "--device", "cpu", "--results-dir", tmp_path)
+    assert code == 1 and "niah_single_1: no needle here; recorded as failed, going on with the next" in out
+    assert (tmp_path / "flip_flop.csv").exists() and not (tmp_path / "needle.csv").exists()
+    assert [record["reason"] for record in records(tmp_path).values() if record["status"] == "failed"] == 2 * [
+        "no needle here"
+    ]
+
+
+def test_what_is_the_users_to_change_is_said_before_anything_is_trained(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "run", None)
+    for change, said in (
+        ("length_gen.eval_len=500", "no document of corpus 'texts'"),
+        ("needle.tasks=[cwe]", "cwe does not fit 1024 tokens"),
+        ("needle.squad=nowhere.json", "cannot read nowhere.json"),
+    ):
+        code, _, err = run(study, "--set", change, "--device", "cpu", "--results-dir", tmp_path)
+        assert code == 2 and said in err.splitlines()[-1] and err.splitlines()[-1].startswith("sbeval: "), err
+    assert not list((tmp_path / "checkpoints").iterdir()) and not list((tmp_path / "runs").iterdir())
+
+
+def test_further_seeds_follow_when_the_rates_of_their_family_are_known(study: Path, tmp_path: Path) -> None:
+    options = [f"mqrar.{name}={json.dumps(value)}" for name, value in RECALL.items()]
+    options += ["mqrar.lrs=[1e-3, 1e9]", "mqrar.seeds=[0, 1]", "mqrar.attention=[rope]", "mqrar.check_every=6"]
+    (tmp_path / "recall.yaml").write_text(
+        "mqrar:\nflip_flop: {seq_len: 16, width: 8, batch: 4, steps: 4, test_rows: 20}\n"
+    )
+    command = (tmp_path / "recall.yaml", *(part for one in options for part in ("--set", one)), "--device", "cpu")
+    code, out, _ = run(*command, "--results-dir", tmp_path)
+    assert code == 1 and "1 of 5 cells failed" in out
+    rows = table.read(tmp_path / "mqrar.csv")
+    assert set(rows[rows["metric"] == "accuracy"][["lr", "seed"]].itertuples(index=False, name=None)) == {
+        (1e-3, 0), (1e-3, 1),
+    }  # fmt: skip
+
+
+def test_a_study_is_shown_to_write_another_from(tmp_path: Path) -> None:
+    code, out, _ = run("quick", "--show")
+    assert code == 0
+    (tmp_path / "mine.yaml").write_text(out)
+    assert study_file.read(str(tmp_path / "mine.yaml")) == study_file.read("quick")
+    code, _, err = run("quik", "--dry-run")
+    assert code == 2 and err.startswith(
+        "sbeval: unknown study 'quik'; did you mean 'quick'? known: h200, paper, quick, or"
+    )

@@ -1,0 +1,228 @@
+"""What a study file may hold, and that every mistake in it is one line that says where it is and what would do."""
+
+import dataclasses
+import os
+import random
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sbeval import registry
+from sbeval.errors import InputError
+from sbeval.sweep import study_file
+from sbeval.tasks import few_shot, length_gen, mqrar, needle
+from sbeval.tasks.text_model import TRAINING
+
+# 10,000 documents and more
+FULL = os.environ.get("SBEVAL_TESTS") == "full"
+
+
+def parts(text: str, *changes: str, tmp_path: Path) -> dict[str, study_file.Part]:
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    return {
+        part.family: part
+        for part in study_file.parts(study_file.read(str(path), changes), lambda said: said or "float32")
+    }
+
+
+@pytest.mark.parametrize("name", study_file.names())
+def test_studies_of_the_package_have_cells(name: str) -> None:
+    found = study_file.parts(study_file.read(name), lambda said: said or "float32")
+    assert all(registry.task(part.family).cells(part.config) for part in found)
+    assert {part.family for part in found} >= set(registry.TASKS) - {"few_shot"}
+
+
+def test_the_study_of_the_readme_can_be_read(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    found = parts(readme.split("```yaml\n")[1].split("```")[0], tmp_path=tmp_path)
+    assert set(found) == {"length_gen", "needle", "mqrar"}
+    assert all(registry.task(name).cells(part.config) for name, part in found.items())
+
+
+def test_a_section_without_options_is_the_preset(tmp_path: Path) -> None:
+    found = parts("mqrar:\nflip_flop: {preset: small}\nattention_map: {}\n", tmp_path=tmp_path)
+    assert list(found) == ["mqrar", "flip_flop", "attention_map"]
+    assert found["mqrar"].config == mqrar.PRESETS["quick"] and found["flip_flop"].preset == "small"
+
+
+def test_families_of_text_models_share_what_models_says(tmp_path: Path) -> None:
+    text = """
+        models: {preset: h200, attention: [alibi], lr: 3e-4, train_len: 1024}
+        length_gen: {eval_len: 8192}
+        needle: {preset: quick}
+        few_shot: {attention: [nope], eval_len: 4096}
+        mqrar: {preset: quick}
+    """
+    found = parts(text, tmp_path=tmp_path)
+    lengths, asked, benchmarks = (found[name].config for name in ("length_gen", "needle", "few_shot"))
+    shared = [{name: getattr(config, name) for name in TRAINING} for config in (lengths, asked, benchmarks)]
+    assert shared[0] == shared[1] == {**shared[2], "attention": ("alibi",)}
+    assert (lengths.lr, lengths.train_tokens, lengths.eval_len) == (3e-4, length_gen.PRESETS["h200"].train_tokens, 8192)
+    # what else they have is their own preset's, and they read no further than they were trained to
+    assert (asked.samples, asked.eval_len) == (needle.PRESETS["quick"].samples, 1024)
+    assert (benchmarks.suites, benchmarks.eval_len) == (few_shot.PRESETS["h200"].suites, 4096)
+    assert benchmarks.attention == ("nope",) and found["mqrar"].config.attention == mqrar.Config().attention
+
+
+def test_a_study_of_a_preset_names_its_cells_as_the_familys_command_does(tmp_path: Path) -> None:
+    found = parts("models: {preset: h200}\nneedle: {attention: [rope]}\nlength_gen:\n", tmp_path=tmp_path)
+    for family, attention in (("needle", ("rope",)), ("length_gen", length_gen.PRESETS["h200"].attention)):
+        module = registry.task(family)
+        assert found[family].config == dataclasses.replace(module.presets["h200"], attention=attention)
+
+
+def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None:
+    text = """
+        mqrar: {lrs: [3e-4, 1], key_pool: null, score_prefix: False, seeds: [0, 1], filler: any, distinct: []}
+        needle: {essays: ~, samples: 1_000, tokenizer: no}
+    """
+    found = parts(text, "mqrar.key_pool=7", "mqrar.kv_pairs=[2, 4]", "flip_flop.dtype=bfloat16", tmp_path=tmp_path)
+    config = found["mqrar"].config
+    assert config.lrs == (3e-4, 1.0) and isinstance(config.lrs[1], float) and config.score_prefix is False
+    assert (config.key_pool, config.kv_pairs, config.filler, config.distinct) == (7, (2, 4), "any", ())
+    asked = found["needle"].config
+    assert (asked.essays, asked.samples, asked.tokenizer) == (None, 1000, "no")
+    assert found["flip_flop"].config.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("needle: {samples: many}", "needle.samples must be an integer; got 'many'"),
+        ("needle: {sampels: 3}", "unknown option of needle 'sampels'; did you mean 'samples'?"),
+        ("needel: {}", "unknown section 'needel'; did you mean 'needle'?"),
+        ("models: {samples: 3}\nneedle:", "unknown option of models 'samples'; known: attention, "),
+        ("mqrar: {preset: quik}", "unknown preset of mqrar 'quik'; did you mean 'quick'?"),
+        ("models: {preset: figure5}\nmqrar:", "unknown preset of mqrar 'figure5'; known: h200, "),
+        ("mqrar: {attention: rope}", "mqrar.attention must be a list, each text; got 'rope'"),
+        ("mqrar: {lrs: [1e-3, fast]}", r"mqrar.lrs\[1\] must be a number; got 'fast'"),
+        ("mqrar: {lrs: [.nan]}", r"mqrar.lrs\[0\] must be a number; got '.nan'"),
+        ("mqrar: {positions: maybe}", "mqrar.positions must be true or false; got 'maybe'"),
+        ("mqrar: {steps: 1.5}", "mqrar.steps must be an integer; got '1.5'"),
+        ("mqrar: {steps: }", "mqrar.steps must be an integer; got ''"),
+        ("mqrar: {filler: [a]}", r"mqrar.filler must be text; got \['a'\]"),
+        ("mqrar: [steps]", r"mqrar must hold names with values, such as {samples: 20}; got \['steps'\]"),
+        ("mqrar: {seeds: []}", "mqrar: seeds is empty: give one or more"),
+        ("mqrar: {seeds: [-1]}", r"mqrar: a seed \(--seed\) must be 0 to 2147483647; got -1"),
+        ("needle: {samples: 0}", "needle: needle needs a length, 1 sample or more"),
+        ("mqrar: {steps: 1, steps: 2}", "'steps' stands there twice"),
+        ("mqrar: {}\nmqrar: {}", "'mqrar' stands there twice"),
+        ("models: {}", "nothing to run: a study has a section for each of its families"),
+        ("", "nothing to run"),
+        ("- mqrar", "must hold names with values"),
+        ("mqrar: {", "is no YAML: "),
+        ("[" * 600, "nested too deep"),
+    ],
+)
+def test_mistakes_are_one_line(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=said) as error:
+        parts(text, tmp_path=tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_study_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match="unknown study 'quik'; did you mean 'quick'. known: h200, paper, quick, or the path"
+    ):
+        study_file.read("quik")
+    with pytest.raises(InputError, match="cannot read .*: .*directory"):
+        study_file.read(str(tmp_path))
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="cannot read"):
+        study_file.read(str(tmp_path / "bytes.yaml"))
+    with pytest.raises(
+        InputError, match=r"--set takes SECTION.OPTION=VALUE, such as needle.samples=20; got 'samples=3'"
+    ):
+        study_file.read("quick", ["samples=3"])
+
+
+def test_what_yaml_can_be_told_to_run_is_text(tmp_path: Path) -> None:
+    text = "mqrar: {filler: !!python/object/apply:os.system [touch gone]}"
+    with pytest.raises(InputError, match="mqrar.filler must be text"):
+        parts(text, tmp_path=tmp_path)
+
+
+WORDS = ("", "null", "rope", "rope:theta=x", "alibi,", "quick", "nan", "1e999", "9" * 5000)
+KINDS: dict[Any, tuple[str, ...]] = {
+    int: ("1", "2", "8", "64", "512", "4096", "0", "-1", "9" * 400),
+    float: ("1e-3", "0.5", "1", "0", "-1", "1e300"),
+    bool: ("true", "False"),
+    str: ("rope", "alibi", "fire", "stdlib", "quick", "copa", "vt", "cosine", "value", "9" * 5000),
+}
+CONFIGS = {"models": length_gen.Config, **{name: registry.task(name).config for name in registry.TASKS}}
+OPTIONS = {section: {**get_type_hints(kind), "preset": str, "prest": str} for section, kind in CONFIGS.items()}
+TEXTS = st.text(max_size=6) | st.sampled_from(WORDS)
+
+
+def anything(draw: random.Random, words: list[str], depth: int = 0) -> Any:
+    if draw.random() < 0.6 or depth > 2:
+        return draw.choice(words)
+    parts = {draw.choice(words): anything(draw, words, depth + 1) for _ in range(draw.randrange(3))}
+    return parts if draw.random() < 0.2 else list(parts.values())
+
+
+def value(draw: random.Random, words: list[str], hint: Any) -> Any:
+    """Mostly of the kind that an option is."""
+    if draw.random() < 0.05:
+        return anything(draw, words)
+    if isinstance(hint, UnionType):
+        return value(draw, words, get_args(hint)[0]) if draw.random() < 0.7 else "null"
+    if hint in KINDS:
+        return draw.choice(KINDS[hint])
+    return [value(draw, words, get_args(hint)[0]) for _ in range(draw.choice((1, 1, 1, 2, 0)))]
+
+
+def document(draw: random.Random, words: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for section in (draw.choice(list(registry.TASKS)), *draw.sample(list(OPTIONS), draw.randrange(2))):
+        known = OPTIONS[section]
+        names = draw.sample(list(known), draw.randrange(4))
+        found[section] = {name: value(draw, words, known[name]) for name in names}
+        if draw.random() < 0.05:
+            found[draw.choice(words)] = anything(draw, words)
+    return found
+
+
+@settings(max_examples=500 if FULL else 50, deadline=None)
+@given(words=st.lists(TEXTS, min_size=3, max_size=12), seed=st.integers(0, 1 << 30))
+def test_any_document_is_read_or_an_error_of_the_users(words: list[str], seed: int) -> None:
+    """10,000 documents: 20 to an example, of its words."""
+    draw = random.Random(seed)
+    for _ in range(20):
+        try:
+            for part in study_file.parts(document(draw, words), lambda said: said or "float32"):
+                registry.task(part.family).cells(part.config)
+        except InputError as error:
+            assert str(error)
+
+
+@settings(max_examples=1000 if FULL else 100, deadline=None)
+@given(text=st.text(alphabet="mqrar:{}[],- \n\t\"'&*!|>%@#?0e.~", max_size=60))
+def test_any_text_is_read_or_an_error_of_the_users(text: str) -> None:
+    try:
+        found = study_file._parsed("study", text)
+    except InputError as error:
+        assert "study" in str(error)
+    else:
+        assert found is None or isinstance(found, str | list | dict)
+
+
+def test_tokens_that_a_study_asks_for_are_not_cut(tmp_path: Path) -> None:
+    def bounds(text: str, *changes: str) -> list[float | None]:
+        found = parts(text, *changes, tmp_path=tmp_path)
+        return [found[name].config.max_epochs for name in ("length_gen", "needle")]
+
+    plain = "models: {preset: quick}\nlength_gen:\nneedle:\n"
+    assert bounds(plain) == [4.0, 4.0]
+    assert bounds(plain, "models.train_tokens=4096") == [None, None]
+    assert bounds(plain, "needle.train_tokens=4096") == [4.0, None]
+    assert bounds(plain, "models.train_tokens=4096", "length_gen.max_epochs=8") == [8.0, None]
+    assert bounds(plain, "models.train_tokens=4096", "models.max_epochs=4") == [4.0, 4.0]
+    assert bounds(plain, "models.max_epochs=") == [None, None]
+    # the package's study is a preset, and its cells are called as they were
+    assert {part.config.max_epochs for part in study_file.parts(study_file.read("quick"), str)[:2]} == {4.0}

@@ -1,0 +1,179 @@
+"""Two folders side by side: which rows are the same, what a difference's interval is, what only one has."""
+
+import io
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from sbeval.errors import InputError
+from sbeval.tables import compare, table
+from sbeval.tables.compare import Compared
+from sbeval.tables.rows import Identity, Measurement, Provenance
+
+RESULTS = Path(__file__).parents[3] / "results"
+IDENTITY = Identity(
+    family="toy", task="toy", model="tiny", attention="rope", options="", params=1000, train_len=256, eval_len=4096,
+    seed=0,
+)  # fmt: skip
+PROVENANCE = Provenance(
+    cell="toy", preset="quick", corpus="books", tokenizer="bytes", train_tokens=10, dtype="float32", device="cpu",
+    backend="torch", commit="0012e45", torch="2.11.0", triton="3.6.0", utc="2025-01-02T03:04:05Z",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Measurement):
+    position: int | None = None
+    status: str = ""
+
+
+def write(
+    folder: Path, values: dict[int, float], *, unit: str = "1", stderr: float | None = None, **origin: Any
+) -> None:
+    """A cell for each seed, of one number at position 8."""
+    folder.mkdir(exist_ok=True)
+    identity = replace(IDENTITY, attention=origin.pop("attention", "rope"), options=origin.pop("options", ""))
+    for seed, value in values.items():
+        row = Row(metric="loss", unit=unit, value=value, stderr=stderr, n=9, position=8, status=f"{value}")
+        cell = replace(PROVENANCE, cell=f"{identity.attention}{identity.options}{seed}{origin}", **origin)
+        table.write(folder / "toy.csv", table.frame(replace(identity, seed=seed), [row], cell))
+
+
+def compared(tmp_path: Path) -> Compared:
+    (one,) = compare.compare(tmp_path / "a", tmp_path / "b")
+    return one
+
+
+def numbers(tmp_path: Path) -> dict[str, Any]:
+    (row,) = compared(tmp_path).both.to_dict("records")
+    return {str(name): value for name, value in row.items()}
+
+
+def test_one_seed_has_the_interval_of_both_errors(tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 1.0}, stderr=0.3)
+    write(tmp_path / "b", {0: 2.0}, stderr=0.4, device="another", commit="another")
+    found = numbers(tmp_path)
+    assert (found["A"], found["B"], found["difference"], found["seeds"]) == (1.0, 2.0, 1.0, 1)
+    assert found["interval"] == pytest.approx(1.96 * 0.5) and found["beyond"] and pd.isna(found["ratio"])
+    write(tmp_path / "b", {0: 1.9}, stderr=0.4, device="another", commit="another")
+    assert not numbers(tmp_path)["beyond"]
+
+
+def test_how_often_a_text_was_read_tells_no_numbers_apart(tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 1.0}, unique_tokens=1000, epochs=0.01)
+    write(tmp_path / "b", {0: 2.0}, unique_tokens=2000, epochs=0.005)
+    assert numbers(tmp_path)["difference"] == 1.0
+    # nor does a table from before that was known
+    path = tmp_path / "a" / "toy.csv"
+    pd.read_csv(path, dtype=str, keep_default_na=False).drop(columns=["unique_tokens", "epochs"]).to_csv(
+        path, index=False
+    )
+    assert numbers(tmp_path)["difference"] == 1.0
+
+
+def test_several_seeds_are_compared_pair_by_pair(tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 1.0, 1: 5.0, 2: 9.0, 7: 100.0}, stderr=50.0)
+    write(tmp_path / "b", {0: 1.1, 1: 5.3, 2: 9.2, 8: 100.0}, stderr=50.0)
+    found = numbers(tmp_path)
+    # differences 0.1, 0.3, 0.2: their standard deviation is 0.1
+    assert found["seeds"] == 3 and found["difference"] == pytest.approx(0.2)
+    assert found["interval"] == pytest.approx(4.30 * 0.1 / 3**0.5) and not found["beyond"]
+    assert [list(rows["seed"]) for rows in compared(tmp_path).only] == [[7], [8]]
+
+
+def test_without_errors_there_is_no_interval_and_no_mark(tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 4.0}, unit="ms")
+    write(tmp_path / "b", {0: 3.0}, unit="ms")
+    found = numbers(tmp_path)
+    assert pd.isna(found["interval"]) and not found["beyond"] and found["ratio"] == 0.75
+
+
+@pytest.mark.parametrize(("unit", "ratio"), [("TFLOP/s", 2.0), ("s", 2.0), ("nats/token", None), ("bits/byte", None)])
+def test_ratios_are_of_times_and_rates(unit: str, ratio: float | None, tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 1.0}, unit=unit)
+    write(tmp_path / "b", {0: 2.0}, unit=unit)
+    found = numbers(tmp_path)["ratio"]
+    assert found == ratio if ratio else pd.isna(found)
+
+
+def test_where_a_row_comes_from_counts_only_where_it_must(tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 1.0}, backend="triton")
+    write(tmp_path / "b", {0: 2.0}, backend="torch")
+    assert len(compared(tmp_path).both) == 1
+    # now one folder has both, and neither is the other
+    write(tmp_path / "b", {0: 3.0}, backend="triton")
+    one = compared(tmp_path)
+    assert one.both[["A", "B"]].to_numpy().tolist() == [[1.0, 3.0]]
+    assert len(one.only[0]) == 0 and one.only[1]["value"].tolist() == [2.0]
+
+
+def test_options_are_never_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 1.0})
+    write(tmp_path / "b", {0: 1.0}, options="theta=5.0")
+    one = compared(tmp_path)
+    assert one.both.empty and [len(rows) for rows in one.only] == [1, 1]
+
+
+def test_a_column_that_one_folder_has_empty_tells_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 1.0})
+    write(tmp_path / "b", {0: 1.5})
+    path = tmp_path / "b" / "toy.csv"
+    text = pd.read_csv(path, dtype=str, keep_default_na=False)
+    text.drop(columns="position").to_csv(path, index=False)
+    assert numbers(tmp_path)["difference"] == 0.5
+    text.assign(position="").to_csv(path, index=False)
+    assert numbers(tmp_path)["difference"] == 0.5
+    text.assign(position="8.0").to_csv(path, index=False)
+    assert numbers(tmp_path)["difference"] == 0.5
+    text.assign(position="9").to_csv(path, index=False)
+    assert compared(tmp_path).both.empty
+
+
+def test_committed_results_are_like_themselves(tmp_path: Path) -> None:
+    for one in compare.compare(RESULTS, RESULTS):
+        read = table.read(RESULTS / f"{one.family}.csv")
+        # every row is in one number, over seeds where there are several
+        assert one.both["seeds"].sum() == len(read) > 0
+        assert not one.both["beyond"].any() and (one.both["difference"] == 0).all()
+        assert all(rows.empty for rows in one.only)
+    shutil.copy(RESULTS / "mqrar.csv", tmp_path)
+    families = {one.family: one for one in compare.compare(RESULTS, tmp_path)}
+    assert len(families["kernel"].only[0]) == len(table.read(RESULTS / "kernel.csv"))
+    assert families["kernel"].both.empty and families["mqrar"].only[0].empty
+
+
+def test_what_is_shown(tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 1.0}, stderr=0.1, unit="s")
+    write(tmp_path / "b", {0: 2.0}, stderr=0.1, unit="s")
+    write(tmp_path / "a", {0: 1.0, 1: 3.0}, attention="stick_breaking", options="remainder=none")
+    write(tmp_path / "b", {0: 1.0, 2: 3.0}, attention="stick_breaking", options="remainder=none")
+    shown = compare.render(tmp_path / "a", tmp_path / "b", "markdown")
+    assert isinstance(shown, str)
+    assert "| rope | loss s |  | 1 | 2 | +1 ± 0.28 | 2.000 | * |" in shown.splitlines()
+    assert "toy: 2 numbers in both, 1 apart by more than the interval (*), 1 without an interval" in shown.splitlines()
+    assert "toy: 1 only in B (toy tiny stick_breaking:remainder=none: 1)" in shown.splitlines()
+    console = Console(file=io.StringIO(), width=120)
+    console.print(compare.render(tmp_path / "a", tmp_path / "b", "terminal"))
+    assert isinstance(console.file, io.StringIO)
+    assert "+1 ± 0.28" in console.file.getvalue() and "1 only in A" in console.file.getvalue()
+    text = compare.render(tmp_path / "a", tmp_path / "b", "csv")
+    assert isinstance(text, str)
+    rows = pd.read_csv(io.StringIO(text))
+    assert len(rows) == 4 and rows["A"].notna().sum() == 3 and rows["B"].notna().sum() == 3
+    assert rows.set_index("attention").loc["rope", "interval"] == pytest.approx(1.96 * 0.02**0.5)
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 1.0})
+    with pytest.raises(InputError, match="no-such-folder holds no result table"):
+        compare.render(tmp_path / "a", tmp_path / "no-such-folder", "csv")
+    with pytest.raises(InputError, match="unknown format 'latex'"):
+        compare.render(tmp_path / "a", tmp_path / "a", "latex")
+    (tmp_path / "a" / "notes.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match=r"notes\.csv is no table of sbeval"):
+        compare.render(tmp_path / "a", tmp_path / "a", "csv")

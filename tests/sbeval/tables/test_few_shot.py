@@ -1,0 +1,126 @@
+"""The table of few-shot scores, in each of its forms."""
+
+import io
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from sbeval.errors import InputError
+from sbeval.tables import few_shot as scores
+from sbeval.tasks import few_shot
+
+COMMON: dict[str, Any] = {
+    "model": "25m", "options": "", "params": 25_000_000, "train_len": 2048, "train_tokens": 10**8, "eval_len": 2048,
+    "seed": 0, "part": "", "filter": "", "shots": 0, "chance": 0.25, "n": 100, "stderr": 0.05,
+}  # fmt: skip
+
+
+def row(attention: str, task: str, metric: str, value: float, **others: Any) -> dict[str, Any]:
+    return COMMON | {"attention": attention, "task": task, "metric": metric, "value": value} | others
+
+
+def results(*more: dict[str, Any]) -> pd.DataFrame:
+    rows = [
+        *(row(name, "arc_easy", metric, value)
+          for name, value in (("rope", 0.3), ("stick_breaking", 0.4)) for metric in ("acc", "acc_norm")),
+        row("rope", "arc_easy", "acc_norm", 0.9, part="one_of_its_parts"),
+        row("rope", "copa", "acc", 0.5, chance=0.5, stderr=0.1),
+        row("stick_breaking", "copa", "acc", 0.7, chance=0.5, stderr=0.1),
+        row("rope", "wikitext", "word_perplexity", 80.0, chance=None, stderr=None),
+        row("rope", "wikitext", "bits_per_byte", 1.0, chance=None, stderr=None),
+        row("rope", "gsm8k", "exact_match", 0.02, chance=None, shots=5, filter="flexible-extract"),
+        row("rope", "gsm8k", "exact_match", 0.01, chance=None, shots=5, filter="strict-match"),
+        *more,
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def by_name(found: scores.Scores) -> dict[str, dict[str, scores.Cell | None]]:
+    return {name: dict(zip(found.headings, cells, strict=True)) for name, cells in found.rows}
+
+
+def pair(cell: scores.Cell | None) -> tuple[float, float | None]:
+    assert cell is not None
+    return cell.value, cell.half
+
+
+def test_a_benchmark_has_one_score() -> None:
+    found = scores.table(results())
+    assert found.headings == [
+        "arc_easy (0) acc_norm", "copa (0) acc", "wikitext (0) word_perplexity", "gsm8k (5) exact_match", "average",
+    ]  # fmt: skip
+    rope = by_name(found)["25m rope"]
+    assert pair(rope["gsm8k (5) exact_match"]) == pytest.approx((2.0, 9.8))
+    assert rope["wikitext (0) word_perplexity"] == scores.Cell(80.0, None)
+    chance = by_name(found)["chance"]
+    assert chance["copa (0) acc"] == scores.Cell(50.0) and chance["wikitext (0) word_perplexity"] is None
+
+
+def test_the_average_is_of_all_percentages_or_absent() -> None:
+    found = by_name(scores.table(results()))
+    average = found["25m rope"]["average"]
+    assert average is not None and average.value == pytest.approx((30 + 50 + 2) / 3)
+    assert average.half == pytest.approx(196 * (0.05**2 + 0.1**2 + 0.05**2) ** 0.5 / 3)
+    # of gsm8k the other has no score
+    assert found["25m stick_breaking"]["average"] is None and found["chance"]["average"] is None
+
+
+def test_seeds_are_averaged_and_the_larger_run_counts() -> None:
+    more = [
+        row("rope", "arc_easy", "acc_norm", 0.5, seed=1),
+        row("rope", "arc_easy", "acc_norm", 0.0, n=20),
+        row("rope", "arc_easy", "acc_norm", 0.9, eval_len=256),
+    ]
+    found = by_name(scores.table(results(*more)))
+    longer = found["25m rope (100 M tokens of 2048, read to 2048)"]
+    assert pair(longer["arc_easy (0) acc_norm"]) == pytest.approx((40.0, 127.1))
+    assert found["25m rope (100 M tokens of 2048, read to 256)"]["arc_easy (0) acc_norm"] is not None
+
+
+def test_markdown_latex_and_csv() -> None:
+    small = results()
+    small = small[small["task"].isin(["arc_easy", "copa"])]
+    assert scores.render(small, "markdown") == "\n".join(
+        [
+            "|  | arc_easy (0) acc_norm | copa (0) acc | average |",
+            "| --- | --- | --- | --- |",
+            "| 25m rope | 30.0 ± 9.8 | 50.0 ± 19.6 | 40.0 ± 11.0 |",
+            "| 25m stick_breaking | 40.0 ± 9.8 | 70.0 ± 19.6 | 55.0 ± 11.0 |",
+            "| chance | 25.0 | 50.0 | 37.5 |",
+        ]
+    )
+    latex = scores.render(small, "latex")
+    assert isinstance(latex, str) and r"25m stick\_breaking & 40.0 $\pm$ 9.8 & 70.0 $\pm$ 19.6" in latex
+    assert latex.startswith(r"\begin{tabular}{lrrr}") and latex.count(r"\\") == 4
+    plain = scores.render(small, "csv")
+    assert isinstance(plain, str)
+    read = pd.read_csv(io.StringIO(plain), index_col="model").T
+    assert read.loc["copa (0) acc ±", "25m rope"] == pytest.approx(19.6)
+    assert read["chance"].notna().tolist() == [True, False] * 3
+
+
+def test_in_a_terminal_models_stand_side_by_side() -> None:
+    shown = scores.render(results(), "terminal")
+    assert isinstance(shown, Table)
+    out = io.StringIO()
+    Console(file=out, width=120).print(shown)
+    assert "25m stick_breaking" in out.getvalue() and "70.0 ± 19.6" in out.getvalue()
+
+
+def test_what_cannot_be_shown_is_an_error() -> None:
+    with pytest.raises(InputError, match="no score of a whole benchmark"):
+        scores.table(results().query("part != ''"))
+    with pytest.raises(InputError, match="unknown format 'html'"):
+        scores.render(results(), "html")
+
+
+def test_a_model_that_overfits_is_marked_in_every_form() -> None:
+    rows = results().assign(status="")
+    rows.loc[rows["attention"] == "rope", "status"] = "overfit"
+    assert [name for name, _ in scores.table(rows).rows] == ["25m rope (overfit)", "25m stick_breaking", "chance"]
+    assert "| 25m rope (overfit) |" in str(scores.render(rows, "markdown"))
+    assert "above its lowest): rope." in str(few_shot.summary(rows).caption)
+    assert few_shot.summary(results()).caption is None

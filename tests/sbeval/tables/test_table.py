@@ -1,0 +1,253 @@
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from sbeval import config
+from sbeval.errors import InputError
+from sbeval.tables import table
+from sbeval.tables.rows import Identity, Measurement, Provenance
+
+IDENTITY = Identity(
+    family="toy",
+    task="toy",
+    model="tiny",
+    attention="rope",
+    options="",
+    params=1000,
+    train_len=256,
+    eval_len=4096,
+    seed=0,
+)
+PROVENANCE = Provenance(
+    cell="toy-a",
+    preset="quick",
+    corpus="",
+    tokenizer="",
+    train_tokens=10**12,
+    dtype="float32",
+    device="cpu",
+    backend="torch",
+    # seven digits, an exponent, leading zeros: text that a guess would take for a number
+    commit="0012e45",
+    torch="2.11.0",
+    triton="3.6.0",
+    utc="2025-01-02T03:04:05Z",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Measurement):
+    position: int | None = None
+    lr: float | None = None
+    split: str = ""
+
+
+def rows(cell: str = "toy-a", values: tuple[float, ...] = (0.1 + 0.2, 5.0), **identity: Any) -> pd.DataFrame:
+    measured = [
+        Row(metric="loss", unit="nats/token", value=value, n=7, position=index, split="all, 'both' \"kinds\"")
+        for index, value in enumerate(values)
+    ]
+    scored = Row(metric="accuracy", unit="1", value=1 / 3, stderr=1e-17, n=7, lr=3e-4)
+    return table.frame(replace(IDENTITY, **identity), [*measured, scored], replace(PROVENANCE, cell=cell))
+
+
+def test_columns_are_identity_then_measurement_then_provenance() -> None:
+    names = table.columns(Row)
+    assert names[:2] == ("family", "task") and names[8] == "seed"
+    assert names[9:17] == ("metric", "unit", "value", "stderr", "n", "position", "lr", "split")
+    assert names[17] == "cell" and names[-1] == "utc"
+    assert tuple(rows().columns) == names
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    path = tmp_path / "toy.csv"
+    table.write(path, rows())
+    back = table.read(path, required=table.columns(Row))
+    loss, accuracy = back[back["metric"] == "loss"], back[back["metric"] == "accuracy"].iloc[0]
+    assert list(loss["value"]) == [0.1 + 0.2, 5.0]
+    assert (accuracy["value"], accuracy["stderr"], accuracy["lr"]) == (1 / 3, 1e-17, 3e-4)
+    assert loss["stderr"].isna().all()
+    assert list(loss["position"]) == [0, 1] and str(back["position"].dtype) == "Int64" and accuracy["position"] is pd.NA
+    assert str(back["seed"].dtype) == "int64" and back["train_tokens"].iloc[0] == 10**12
+    assert set(back["commit"]) == {"0012e45"} and set(back["options"]) == {""} and set(back["corpus"]) == {""}
+    assert set(loss["split"]) == {"all, 'both' \"kinds\""}
+    # what was read can be written: the same bytes
+    first = path.read_bytes()
+    table.write(path, back)
+    assert path.read_bytes() == first
+
+
+def test_write_replaces_the_cell_and_keeps_the_rest(tmp_path: Path) -> None:
+    path = tmp_path / "toy.csv"
+    table.write(path, rows("b", (1.0, 2.0), seed=1))
+    table.write(path, rows("a", (3.0,)))
+    table.write(path, rows("b", (4.0,), seed=1))
+    back = table.read(path)
+    assert len(back) == 4
+    assert list(back[back["metric"] == "loss"]["value"]) == [3.0, 4.0]
+    assert set(back["cell"]) == {"a", "b"}
+
+
+def test_order_of_writing_does_not_matter(tmp_path: Path) -> None:
+    cells = [rows(f"cell-{seed}", seed=seed) for seed in (2, 10, 1)]
+    for name, order in (("one", cells), ("two", cells[::-1])):
+        for cell in order:
+            table.write(tmp_path / name, cell)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    # numbers are sorted as numbers
+    assert list(dict.fromkeys(table.read(tmp_path / "one")["seed"])) == [1, 2, 10]
+
+
+def test_a_new_factor_leaves_old_rows_readable(tmp_path: Path) -> None:
+    path = tmp_path / "toy.csv"
+    plain = Measurement(metric="loss", unit="nats/token", value=1.0, n=1)
+    table.write(path, table.frame(IDENTITY, [plain], replace(PROVENANCE, cell="old")))
+    table.write(path, rows("new"))
+    back = table.read(path)
+    assert tuple(back.columns) == table.columns(Row)
+    assert back[back["cell"] == "old"]["position"].isna().all() and set(back["cell"]) == {"old", "new"}
+
+
+def test_values_must_be_finite(tmp_path: Path) -> None:
+    for value in (math.nan, math.inf):
+        with pytest.raises(AssertionError, match="absent row"):
+            rows(values=(value,))
+    broken = rows()
+    broken.loc[0, "value"] = math.nan
+    with pytest.raises(AssertionError, match="absent row"):
+        table.write(tmp_path / "toy.csv", broken)
+    assert not (tmp_path / "toy.csv").exists()
+
+
+def test_two_rows_for_one_number_are_refused(tmp_path: Path) -> None:
+    twice = pd.concat([rows(), rows()], ignore_index=True)
+    with pytest.raises(AssertionError, match="two rows for one number"):
+        table.write(tmp_path / "toy.csv", twice)
+
+
+DAMAGE: dict[str, tuple[Callable[[str], str], str]] = {
+    "half a line": (lambda text: text[:-60], r"toy\.csv:4: \d+ cells where the header has 31"),
+    "half a word": (lambda text: text[:-4], r"toy\.csv:4: the last line has no end"),
+    "no number": (lambda text: text.replace("5.0", "five"), r"toy\.csv:4: 'five' in column 'value' is no number"),
+    "nan": (lambda text: text.replace("5.0", "nan"), r"toy\.csv:4: 'nan' in column 'value' is no number"),
+    "no whole number": (lambda text: text.replace(",256,", ",25.6,"), r"toy\.csv:2: '25.6' in column 'train_len'"),
+    "conflict": (lambda text: text.replace("toy,", "<<<<<<< HEAD\ntoy,", 1), r"toy\.csv:2: 1 cells where"),
+    "open quote": (lambda text: text[:-1] + ',"\n\n', r"toy\.csv:4: .*mend or remove"),
+    "no column": (lambda text: text.replace("cell", "sell", 1), "has no column 'cell'; it has: family, task, "),
+    "a line in a name": (lambda text: text.replace(",cell,", ',"ce\nll",', 1), r"has no column 'cell'.*'ce\\nll'"),
+    "twice": (lambda text: text.replace("task", "family", 1), "column 'family' stands there twice"),
+    "empty": (lambda text: "", "is empty"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_table_is_one_line_and_stays_as_it_is(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "toy.csv"
+    table.write(path, rows())
+    change, message = DAMAGE[damage]
+    before = change(path.read_text())
+    assert before != path.read_text()
+    path.write_text(before)
+    for attempt in (
+        lambda: table.read(path, required=table.columns(Row)),
+        lambda: table.write(path, rows("b")),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            attempt()
+        assert "\n" not in str(caught.value)
+    assert path.read_text() == before
+    assert sorted(file.name for file in tmp_path.iterdir() if file.suffix != ".lock") == ["toy.csv"]
+
+
+def test_reading_what_is_no_table(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no table .*absent.csv"):
+        table.read(tmp_path / "absent.csv")
+    with pytest.raises(InputError, match="cannot read"):
+        table.read(tmp_path)
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(InputError, match="cannot read"):
+        table.read(tmp_path / "binary.csv")
+
+
+def test_a_table_saved_by_a_spreadsheet_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "toy.csv"
+    table.write(path, rows())
+    expected = table.read(path)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    pd.testing.assert_frame_equal(table.read(path), expected)
+
+
+def test_numbers_checks_what_a_reader_counts_on() -> None:
+    frame = pd.DataFrame(
+        {"pairs": ["8", "16"], "lr": [1.0, 0.5], "bad": ["8", "x"], "gap": pd.array([1, None], "Int64")}
+    )
+    typed = table.numbers(frame, ["pairs", "lr"])
+    assert list(typed["pairs"]) == [8, 16] and str(typed["pairs"].dtype) == "int64"
+    assert list(typed["lr"]) == [1.0, 0.5]
+    with pytest.raises(InputError, match="column 'bad' holds 'x', which is no number"):
+        table.numbers(frame, ["bad"])
+    with pytest.raises(InputError, match="column 'gap' holds '', which is no number"):
+        table.numbers(frame, ["gap"])
+
+
+WRITER = """
+import sys, time
+from dataclasses import replace
+from pathlib import Path
+from sbeval.tables import table
+path, writer = Path(sys.argv[1]), sys.argv[2]
+rows = table.read(path)
+(path.parent / f"ready-{writer}").touch()
+while len(list(path.parent.glob("ready-*"))) < 2:
+    time.sleep(0.01)
+for index in range(15):
+    table.write(path, rows.assign(cell=f"{writer}-{index}"))
+"""
+
+
+def test_two_processes_lose_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "toy.csv"
+    table.write(path, rows("first"))
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name]) for name in "ab"]
+    assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+    back = table.read(path)
+    assert set(back["cell"]) == {"first"} | {f"{name}-{index}" for name in "ab" for index in range(15)}
+    assert len(back) == 31 * 3
+
+
+def test_a_table_from_before_a_column_came_is_read_and_added_to(tmp_path: Path) -> None:
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Wider(Row):
+        later: int | None = field(default=None, metadata=config.LATER)
+
+    assert table.columns(Wider) != table.columns(Row) and table.required(Wider) == table.required(Row)
+    path = tmp_path / "toy.csv"
+    table.write(path, rows())
+    assert len(table.read(path, table.required(Wider))) == 3
+    new = Wider(metric="loss", unit="nats/token", value=1.0, n=7, later=5)
+    table.write(path, table.frame(IDENTITY, [new], replace(PROVENANCE, cell="toy-b")))
+    back = table.read(path, table.columns(Wider))
+    assert len(back) == 4 and back.loc[back["later"].notna(), "cell"].tolist() == ["toy-b"]
+
+
+def test_a_table_from_before_there_were_epochs_is_read_and_added_to(tmp_path: Path) -> None:
+    path = tmp_path / "toy.csv"
+    table.write(path, rows())
+    old = pd.read_csv(path, dtype=str, keep_default_na=False).drop(columns=["unique_tokens", "epochs"])
+    old.to_csv(path, index=False)
+    assert len(table.read(path, table.required(Row))) == 3
+    new = Row(metric="loss", unit="nats/token", value=1.0, n=7)
+    origin = replace(PROVENANCE, cell="toy-b", unique_tokens=2048, epochs=2.5)
+    table.write(path, table.frame(IDENTITY, [new], origin))
+    back = table.read(path, table.columns(Row))
+    names = table.columns(Row)
+    assert names[names.index("train_tokens") :][:3] == ("train_tokens", "unique_tokens", "epochs")
+    known = back[back["epochs"].notna()]
+    assert len(back) == 4 and known[["cell", "unique_tokens", "epochs"]].to_numpy().tolist() == [["toy-b", 2048, 2.5]]
