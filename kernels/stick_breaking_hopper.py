@@ -26,7 +26,6 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -278,11 +277,14 @@ def _consume(
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=2)
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     dummy, dummy1, dummy2, dummy3 = _quads(gl.zeros([TILE, TILE], gl.float32, S_LAYOUT))
     QUARTERS: gl.constexpr = gl.SliceLayout(2, dummy.type.layout)
     DTYPE: gl.constexpr = k_bufs.dtype
     n_past = (n_keys - n_queries) // TILE
+    o_m = gl.arange(0, TILE, layout=gl.SliceLayout(1, S_LAYOUT))
+    o_c = gl.arange(0, TILE, layout=gl.SliceLayout(0, S_LAYOUT))
+    o_n = o_c % 8 // 2 * 16 + o_c // 8 * 2 + o_c % 2
+    o_left = gl.arange(0, TILE, layout=gl.SliceLayout(1, QUARTERS))
     slot = 0
     item = 0
     mbarrier.wait(q_full.index(0), 0)
@@ -302,9 +304,6 @@ def _consume(
         q = 0
         if Q_REGS:
             q = q_buf.reshape([TILE, D]).load(Q_LAYOUT)
-        # 0, which the compiler does not know: or it keeps what comes of it in registers during the walk
-        zero = slot >> 30
-        o_left = gl.arange(0, TILE, layout=gl.SliceLayout(1, QUARTERS)) + zero
         # rows past the end have no stick, so that they keep nobody at work
         left = gl.where((row + o_left < n_q)[:, None], gl.full([TILE, 4], 1.0, gl.float32, QUARTERS), 0.0)
 
@@ -329,9 +328,6 @@ def _consume(
         products = warpgroup_mma_wait(num_outstanding=0, deps=(ahead,))
         mbarrier.arrive(k_empty.index(stage), count=1)
         early = gl.maximum(i_b * n_keys + start + (n_tiles - newer) * TILE - n_key_rows, 0)
-        o_m = gl.arange(0, TILE, layout=gl.SliceLayout(1, S_LAYOUT)) + zero
-        o_c = gl.arange(0, TILE, layout=gl.SliceLayout(0, S_LAYOUT)) + zero
-        o_n = o_c % 8 // 2 * 16 + o_c // 8 * 2 + o_c % 2
         m_diagonal = (o_n[None, :] < o_m[:, None] + (CURRENT + early)) & (o_n >= early)[None, :]
         acc = gl.zeros([TILE, D], gl.float32, O_LAYOUT)
         weights, left = _weights(products, left, scale, shift, m_diagonal, True)
@@ -380,24 +376,18 @@ def _consume(
         i_h = i_bh % n_heads
         n_tiles = n_past + (gl.minimum(row + (NWG - WG) * TILE, n_q) + TILE - 1) // TILE
         i = slot - _get(words.index(place * 6 + 5), 4)
+        mbarrier.arrive(q_empty.index(place), count=1)
         if SKIP:
             if i < n_tiles:
                 _put(done.index(WG), item, 4)
         first = (i_b * n_queries + start + row).to(gl.int64) * n_heads + i_h
-        # through shared memory that held the queries, to write whole lines
-        flat = q_buf.reshape([TILE, D])
-        zero = slot >> 30
-        o_left = gl.arange(0, TILE, layout=gl.SliceLayout(1, QUARTERS)) + zero
-        o_row = gl.arange(0, TILE, layout=gl.SliceLayout(1, ROWS)) + zero
-        o_out = o_row[:, None] * (n_heads * D) + gl.arange(0, D, layout=gl.SliceLayout(0, ROWS))[None, :]
-        m_out = (row + o_row < n_q)[:, None]
+        o_row = gl.arange(0, TILE, layout=gl.SliceLayout(1, O_LAYOUT))
+        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
+        o_out = o_row[:, None] * (n_heads * D) + o_d[None, :]
+        m_out = (row + o_row < n_q)[:, None] & (o_d < D)[None, :]
         out = acc.to(DTYPE)
-        flat.store(out)
-        gl.store(OUT + first * D + o_out, flat.load(ROWS), mask=m_out)
-        flat.store((acc - out.to(gl.float32)).to(DTYPE))
-        gl.store(RESIDUAL + first * D + o_out, flat.load(ROWS), mask=m_out)
-        fence_async_shared()
-        mbarrier.arrive(q_empty.index(place), count=1)
+        gl.store(OUT + first * D + o_out, out, mask=m_out)
+        gl.store(RESIDUAL + first * D + o_out, (acc - out.to(gl.float32)).to(DTYPE), mask=m_out)
         gl.store(REMAINDER + first + o_left * n_heads, gl.max(left, 1), mask=row + o_left < n_q)
         if row < n_q:
             gl.store(STOP + i_bh * n_stops + stop_block + row // TILE, (n_tiles - i) * TILE)
@@ -423,6 +413,7 @@ def _consume(
         i_bh = _get(words.index(item % QUEUE * 6), 4)
 
 
+# lengths and how many sequences are packed change from batch to batch: none is worth a compilation of its own
 @gluon.jit(do_not_specialize=["n_batch", "n_heads", "n_queries", "n_keys", "n_blocks", "n_stops", "n_sequences"])
 def forward_kernel(
     q_desc, k_desc, v_desc, BIAS, OUT, RESIDUAL, REMAINDER, STOP, TICKET, CU_SEQLENS, BLOCKS, STOP_BLOCKS,

@@ -9,8 +9,7 @@ tiles of 64 queries that see them: five products a tile, no saved states. Gradie
   counter. Programs draw tickets, the newest keys first, so that one which waits, waits for one that runs.
 - dq is added up in float32, from the newest keys to the oldest by a second counter: same inputs, same bits. A warpgroup
   makes half of its columns from the logits' gradients of both, two steps behind, so that neither waits for the other.
-- Three more warps, so that no warpgroup waits for memory: one brings queries and the output's gradients by TMA, one
-  fetches what newer programs left, one tells older programs what this one left.
+- A warp brings queries, the output's gradients and what newer programs left.
 - A query tile's walk ends where forward stopped: older programs neither touch it nor wait for it.
 """
 
@@ -53,9 +52,6 @@ from sbeval.kernels.stick_breaking_triton import _locate
 LOG2_E = math.log2(math.e)
 RESOLUTION = gl.constexpr(2.0**-24)
 TILE = gl.constexpr(64)
-# steps whose query tile is remembered, and steps that may wait to be handed on
-WORDS = gl.constexpr(8)
-SLACK = gl.constexpr(4)
 
 
 @gluon.jit
@@ -94,7 +90,7 @@ def _wait_for(p_count, wanted):
 
 @gluon.jit
 def _publish(p_state, state_wanted, p_dq, dq_wanted):
-    """Add 1 to either counter if wanted, so that who sees it sees what was written before."""
+    """Each warp adds 1 to either counter if wanted, once what its threads wrote can be seen."""
     gl.inline_asm_elementwise(
         """{
         .reg .pred p;
@@ -104,6 +100,7 @@ def _publish(p_state, state_wanted, p_dq, dq_wanted):
         setp.eq.u32 p, t, 0;
         setp.ne.and.u32 q, $3, 0, p;
         setp.ne.and.u32 p, $5, 0, p;
+        bar.warp.sync 0xffffffff;
         fence.acq_rel.gpu;
         @q red.relaxed.gpu.global.add.u32 [$2], 1;
         @p red.relaxed.gpu.global.add.u32 [$4], 1;
@@ -286,113 +283,78 @@ def _next_tile(p_stop, i_m, n_tiles, last_key):
 
 
 @gluon.jit
-def _announce(words, empty, s, i_tile, i_m, stop, STAGES: gl.constexpr):
+def _announce(ring, s, i_tile, i_m, stop, STAGES: gl.constexpr):
     """Wait until a stage is free, and say which query tile comes (none: i_m = -1)."""
-    mbarrier.wait(empty.index(s % STAGES), ((s // STAGES) & 1) ^ 1)
-    _put(words.index(s % WORDS * 3), i_tile, 1)
-    _put(words.index(s % WORDS * 3 + 1), i_m, 1)
-    _put(words.index(s % WORDS * 3 + 2), stop, 1)
+    words, empty = ring[0], ring[1]
+    stage = s % STAGES
+    mbarrier.wait(empty.index(stage), ((s // STAGES) & 1) ^ 1)
+    _put(words.index(stage * 3), i_tile, 1)
+    _put(words.index(stage * 3 + 1), i_m, 1)
+    _put(words.index(stage * 3 + 2), stop, 1)
 
 
 @gluon.jit
 def _produce(
-    bufs, bars, descs, STOP, place, sizes, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    bufs, bars, descs, tensors, place, sizes, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     SKIP: gl.constexpr,
 ):  # fmt: skip
-    """A warp that brings queries and their gradients."""
-    q_bufs, do_bufs, words = bufs
-    q_full, do_full, empty = bars
+    q_bufs, do_bufs, st_bufs, words = bufs
+    q_full, do_full, st_full, dq_turn, empty = bars
     q_desc, do_desc = descs
+    STATE, STATE_COUNT, DQ_COUNT, STOP = tensors
     i_b, i_g, i_n, start, base, n_q, n_past = place
-    n_heads, n_tiles_of_row = sizes
-    n_tiles = (n_q + TILE - 1) // TILE
-    s = 0
-    for member in range(GROUP):
-        i_h = i_g * GROUP + member
-        i_row = (i_b * n_heads + i_h) * n_tiles_of_row + base
-        i_m = gl.maximum(2 * i_n - n_past, 0)
-        if SKIP:
-            i_m = _next_tile(STOP + i_row, i_m, n_tiles, 128 * i_n + 127)
-        while i_m < n_tiles:
-            stage = s % STAGES
-            stop = 0
-            if SKIP:
-                stop = gl.load(STOP + i_row + i_m)
-            _announce(words, empty, s, i_row + i_m, i_m, stop, STAGES)
-            row = start + i_m * TILE
-            mbarrier.expect(q_full.index(stage), TILE * D * 2)
-            tma.async_copy_global_to_shared(q_desc, [i_b, row, i_h, 0], q_full.index(stage), q_bufs.index(stage))
-            mbarrier.expect(do_full.index(stage), TILE * D * 2)
-            tma.async_copy_global_to_shared(do_desc, [i_b, row, i_h, 0], do_full.index(stage), do_bufs.index(stage))
-            s += 1
-            i_m += 1
-            if SKIP:
-                i_m = _next_tile(STOP + i_row, i_m, n_tiles, 128 * i_n + 127)
-    # two more steps, in which dq is finished
-    for _ in gl.static_range(2):
-        _announce(words, empty, s, 0, -1, 0, STAGES)
-        mbarrier.arrive(q_full.index(s % STAGES), count=1)
-        s += 1
-
-
-@gluon.jit
-def _fetch(words, st_bufs, bars, tensors, i_n, n_past, STAGES: gl.constexpr):
-    """A warp that waits for the program of the next newer keys: for what it leaves, and until it has added to dq."""
-    q_full, st_full, dq_turn = bars
-    STATE, STATE_COUNT, DQ_COUNT = tensors
+    n_heads, n_tiles_of_row, n_stops = sizes
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     o_m = gl.arange(0, TILE, layout=LAYOUT)
+    n_tiles = (n_q + TILE - 1) // TILE
     s = 0
-    ends = 0
     # of the last two steps
     tile1 = 0
     tile2 = 0
     wanted1 = 0
     wanted2 = 0
-    while ends < 2:
-        stage = s % STAGES
-        mbarrier.wait(q_full.index(stage), (s // STAGES) & 1)
-        i_tile = _get(words.index(s % WORDS * 3), 1)
-        i_m = _get(words.index(s % WORDS * 3 + 1), 1)
-        newer = (i_m + n_past) // 2 - i_n
-        if i_m >= 0:
-            p_state = STATE + i_tile.to(gl.int64) * (4 * TILE) + _wait_for(STATE_COUNT + i_tile, newer)
-            left = gl.load(p_state + o_m)
-            later = gl.load(p_state + (TILE + o_m))
-            delta = gl.load(p_state + (2 * TILE + o_m))
-            drem = gl.load(p_state + (3 * TILE + o_m))
-            st_bufs.index(stage * 4).store(left)
-            st_bufs.index(stage * 4 + 1).store(later)
-            st_bufs.index(stage * 4 + 2).store(delta)
-            st_bufs.index(stage * 4 + 3).store(drem)
-        else:
-            ends += 1
-        mbarrier.arrive(st_full.index(stage), count=1)
+    for member in range(GROUP):
+        i_bh = i_b * n_heads + i_g * GROUP + member
+        p_stop = STOP + i_bh * n_stops + base
+        i_m = gl.maximum(2 * i_n - n_past, 0)
+        if SKIP:
+            i_m = _next_tile(p_stop, i_m, n_tiles, 128 * i_n + 127)
+        while i_m < n_tiles:
+            stage = s % STAGES
+            i_tile = i_bh * n_tiles_of_row + base + i_m
+            stop = 0
+            if SKIP:
+                stop = gl.load(p_stop + i_m)
+            _announce((words, empty), s, i_tile, i_m, stop, STAGES)
+            mbarrier.expect(q_full.index(stage), TILE * D * 2)
+            row = start + i_m * TILE
+            i_h = i_g * GROUP + member
+            tma.async_copy_global_to_shared(q_desc, [i_b, row, i_h, 0], q_full.index(stage), q_bufs.index(stage))
+            mbarrier.expect(do_full.index(stage), TILE * D * 2)
+            tma.async_copy_global_to_shared(do_desc, [i_b, row, i_h, 0], do_full.index(stage), do_bufs.index(stage))
+            newer = (i_m + n_past) // 2 - i_n
+            p_state = STATE + i_tile.to(gl.int64) * (4 * TILE) + _wait_for(STATE_COUNT + i_tile, newer * 4)
+            for j in gl.static_range(4):
+                st_bufs.index(stage * 4 + j).store(gl.load(p_state + j * TILE + o_m))
+            mbarrier.arrive(st_full.index(stage), count=1)
+            _wait_for(DQ_COUNT + tile2, wanted2)
+            mbarrier.arrive(dq_turn.index(stage), count=1)
+            tile2 = tile1
+            wanted2 = wanted1
+            tile1 = i_tile
+            wanted1 = newer * 8
+            s += 1
+            i_m += 1
+            if SKIP:
+                i_m = _next_tile(p_stop, i_m, n_tiles, 128 * i_n + 127)
+    # two more steps in which dq is finished
+    for _ in gl.static_range(2):
+        _announce((words, empty), s, 0, -1, 0, STAGES)
+        mbarrier.arrive(q_full.index(s % STAGES), count=1)
         _wait_for(DQ_COUNT + tile2, wanted2)
-        mbarrier.arrive(dq_turn.index(stage), count=1)
+        mbarrier.arrive(dq_turn.index(s % STAGES), count=1)
         tile2 = tile1
         wanted2 = wanted1
-        tile1 = i_tile
-        wanted1 = newer
-        s += 1
-
-
-@gluon.jit
-def _hand_on(words, wrote, free, STATE_COUNT, DQ_COUNT):
-    """A warp that tells the program of the next older keys what this one has written."""
-    s = 0
-    ends = 0
-    tile1 = 0
-    tile2 = 0
-    while ends < 2:
-        mbarrier.wait(wrote.index(s % SLACK), (s // SLACK) & 1)
-        i_tile = _get(words.index(s % WORDS * 3), 1)
-        last = gl.where(_get(words.index(s % WORDS * 3 + 1), 1) < 0, 1, 0)
-        _publish(STATE_COUNT + i_tile, 1 - last, DQ_COUNT + tile2, gl.where(s >= 2, 1, 0))
-        mbarrier.arrive(free.index(s % SLACK), count=1)
-        ends += last
-        tile2 = tile1
-        tile1 = i_tile
         s += 1
 
 
@@ -446,8 +408,8 @@ def _consume(
     EARLY: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     q_bufs, do_bufs, st_bufs, words, k_bufs, v_bufs, kd_bufs, p_bufs, ds_bufs, carry = bufs
-    q_full, do_full, st_full, dq_turn, empty, left_full, later_full, ds_full, ds_free, wrote, free = bars
-    STATE, DQ32, BIAS, DBIAS, DK, DV = tensors
+    q_full, do_full, st_full, dq_turn, empty, carry_full, ds_full, ds_free = bars
+    STATE, STATE_COUNT, DQ_COUNT, DQ32, BIAS, DBIAS, DK, DV = tensors
     i_n, i_program, n_programs, n_past, n_k, n_tiles_of_row, n_heads = place
     DTYPE: gl.constexpr = q_bufs.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -464,9 +426,10 @@ def _consume(
     dbias = _split_rows(dummy)[0]
     dk = warpgroup_mma_init(gl.zeros([64, D], gl.float32, O_LAYOUT))
     dv = warpgroup_mma_init(gl.zeros([64, D], gl.float32, O_LAYOUT))
-    # query tiles of the last two steps
+    # query tiles of the last three steps
     tile1 = i_n * 0
     tile2 = tile1
+    tile3 = tile1
     s = 0
     mbarrier.wait(q_full.index(0), 0)
     i_m = _get(words.index(1), 4)
@@ -475,8 +438,8 @@ def _consume(
         phase = (s // STAGES) & 1
         # 0, which the compiler does not know: or it keeps all addresses of shared memory in registers
         same = s >> 30
-        i_tile = _get(words.index(s % WORDS * 3), 4)
-        stop = _get(words.index(s % WORDS * 3 + 2), 4)
+        i_tile = _get(words.index(stage * 3), 4)
+        stop = _get(words.index(stage * 3 + 2), 4)
         k_buf = k_bufs.index(WG + same)
         v_buf = v_bufs.index(WG + same)
         p_buf = p_bufs.index(WG + same)
@@ -498,6 +461,9 @@ def _consume(
             dq, dk_done, dv_done = warpgroup_mma_wait(num_outstanding=1, deps=(dq, dk, dv))
         mbarrier.arrive(empty.index((s + STAGES - 1) % STAGES), count=1, pred=s >= 1)
         mbarrier.arrive(ds_free.index(back), count=1, pred=s >= 2)
+        # what the steps before wrote has arrived long since, so that nobody waits for it here
+        if s >= 1:
+            _publish(STATE_COUNT + tile1, 1 - WG, DQ_COUNT + tile3, s >= 3)
         mbarrier.wait(dq_turn.index(stage), phase)
         if s >= 2:
             _add_dq(dq, DQ32 + tile2.to(gl.int64) * (64 * D), WG, D, ROWS)
@@ -519,16 +485,14 @@ def _consume(
         delta = st_bufs.index(stage * 4 + 2).load(ROW)[:, None] + i_q * 0.0
         drem = st_bufs.index(stage * 4 + 3).load(ROW)[:, None] + i_q * 0.0
         if WG == 0:
-            mbarrier.wait(left_full.index(s % 2), (s // 2) & 1)
+            mbarrier.wait(carry_full.index(s % 2), (s // 2) & 1)
             left = carry.index(s % 2 * 2).load(ROWS)
+            later = carry.index(s % 2 * 2 + 1).load(ROWS)
         else:
             left = st_bufs.index(stage * 4).load(ROW)[:, None] + i_q * 0.0
+            later = st_bufs.index(stage * 4 + 1).load(ROW)[:, None] + i_q * 0.0
         newer = gl.convert_layout(newer * left, r0.type.layout, assert_trivial=True)
         left = left * whole
-        # hand on as soon as it is known
-        if WG == 1:
-            carry.index(s % 2 * 2).store(left)
-            mbarrier.arrive(left_full.index(s % 2), count=1)
         st = _regroup(r0 * newer, r1 * newer, r2 * newer, r3 * newer, t0)
         # what follows would be done ahead of the scan and take registers: a loop in the machine code is in between
         mbarrier.wait(do_full.index(stage), phase)
@@ -563,11 +527,6 @@ def _consume(
         d1a, d1b = _split_rows(d1)
         d2a, d2b = _split_rows(d2)
         d3a, d3b = _split_rows(d3)
-        if WG == 0:
-            mbarrier.wait(later_full.index(s % 2), (s // 2) & 1)
-            later = carry.index(s % 2 * 2 + 1).load(ROWS)
-        else:
-            later = st_bufs.index(stage * 4 + 1).load(ROW)[:, None] + i_q * 0.0
         delta_a, delta_b = _split_vector(delta, sta)
         drem_a, drem_b = _split_vector(drem, sta)
         later_a, later_b = _split_vector(later, sta)
@@ -581,16 +540,16 @@ def _consume(
         later = _join_vector(later_a, later_b, left)
         if BIAS is not None:
             dbias += sum_a + sum_b
+        # hand on as soon as it is known
         if WG == 1:
+            carry.index(s % 2 * 2).store(left)
             carry.index(s % 2 * 2 + 1).store(later)
-            mbarrier.arrive(later_full.index(s % 2), count=1)
+            mbarrier.arrive(carry_full.index(s % 2), count=1)
         else:
             p_rows = STATE + i_tile.to(gl.int64) * 256
             m_first = i_q + o_row * 0 == 0
             gl.store(p_rows + o_row + i_q * 0, left, mask=m_first)
             gl.store(p_rows + 64 + o_row + i_q * 0, later, mask=m_first)
-        mbarrier.wait(free.index(s % SLACK), ((s // SLACK) & 1) ^ 1)
-        mbarrier.arrive(wrote.index(s % SLACK), count=1)
         z0, z1 = _halves(_join_rows(z01a, z01b, st), DTYPE)
         z2, z3 = _halves(_join_rows(z23a, z23b, st), DTYPE)
         buf = s % NB
@@ -599,38 +558,38 @@ def _consume(
         fence_async_shared()
         mbarrier.arrive(ds_full.index(buf), count=1)
         dk = warpgroup_mma(ds_bufs.index(buf * 2 + WG).permute((1, 0)), q_buf, dk_done, is_async=True)
+        tile3 = tile2
         tile2 = tile1
         tile1 = i_tile
         s += 1
         mbarrier.wait(q_full.index(s % STAGES), (s // STAGES) & 1)
-        if D == 64:
-            # ptxas serialises products of this size that are in flight from one turn of the loop to the next
-            dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
-            dk = warpgroup_mma_init(dk)
-            dv = warpgroup_mma_init(dv)
-        i_m = _get(words.index(s % WORDS * 3 + 1), 4)
+        i_m = _get(words.index(s % STAGES * 3 + 1), 4)
         if BIAS is not None:
             # the next head, or the end
             i_bh = i_tile // n_tiles_of_row
-            if (i_m < 0) | (_get(words.index(s % WORDS * 3), 4) // n_tiles_of_row != i_bh):
+            if (i_m < 0) | (_get(words.index(s % STAGES * 3), 4) // n_tiles_of_row != i_bh):
                 total = gl.sum(gl.sum(gl.sum(dbias, 2), 1), 0)
                 gl.store(DBIAS + (i_bh * n_programs + i_program) * 2 + WG, total)
                 dbias = dbias * 0.0
 
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
     mbarrier.arrive(empty.index((s + STAGES - 1) % STAGES), count=1, pred=s >= 1)
-    for _ in gl.static_range(2):
+    for last in gl.static_range(2):
+        same = s >> 30
         back = (s + NB - 2) % NB
+        if s >= 1:
+            _publish(STATE_COUNT + tile1, (1 - WG) * (1 - last), DQ_COUNT + tile3, s >= 3)
         mbarrier.wait(ds_full.index(back), ((s + 2 * NB - 2) // NB) & 1, pred=s >= 2)
-        dq = _product_dq(ds_bufs, k_bufs, kd_bufs, back, s >> 30, WG, D)
+        dq = _product_dq(ds_bufs, k_bufs, kd_bufs, back, same, WG, D)
         dq = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
         mbarrier.wait(dq_turn.index(s % STAGES), (s // STAGES) & 1)
         if s >= 2:
             _add_dq(dq, DQ32 + tile2.to(gl.int64) * (64 * D), WG, D, ROWS)
-        mbarrier.wait(free.index(s % SLACK), ((s // SLACK) & 1) ^ 1)
-        mbarrier.arrive(wrote.index(s % SLACK), count=1)
+        tile3 = tile2
         tile2 = tile1
         s += 1
+    if s >= 3:
+        _publish(STATE_COUNT + tile3, 0, DQ_COUNT + tile3, 1)
 
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
     o_key = gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
@@ -700,24 +659,17 @@ def backward_kernel(
         ds_bufs = gl.allocate_shared_memory(DTYPE, [NB * 2, 64, 64], FULL)
         st_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * 4, 64], FLAT)
         carry = gl.allocate_shared_memory(gl.float32, [4, 64, 4], FLAT2)
-        words = gl.allocate_shared_memory(gl.int32, [WORDS * 3, 1], FLAT)
+        words = gl.allocate_shared_memory(gl.int32, [STAGES * 3, 1], FLAT)
         q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         st_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         dq_turn = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        left_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        later_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        wrote = gl.allocate_shared_memory(gl.int64, [SLACK, 1], mbarrier.MBarrierLayout())
-        free = gl.allocate_shared_memory(gl.int64, [SLACK, 1], mbarrier.MBarrierLayout())
+        carry_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         ds_full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
         ds_free = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(2):
-            mbarrier.init(left_full.index(i), count=1)
-            mbarrier.init(later_full.index(i), count=1)
-        for i in gl.static_range(SLACK):
-            mbarrier.init(wrote.index(i), count=2)
-            mbarrier.init(free.index(i), count=1)
+            mbarrier.init(carry_full.index(i), count=1)
         for i in gl.static_range(NB):
             mbarrier.init(ds_full.index(i), count=2)
             mbarrier.init(ds_free.index(i), count=2)
@@ -752,21 +704,22 @@ def backward_kernel(
         o_out = ((i_b * n_keys + start + i_n * 128).to(gl.int64) * (n_heads // GROUP) + i_g) * D
         stride_t = n_heads // GROUP * D
         bufs = (q_bufs, do_bufs, st_bufs, words, k_bufs, v_bufs, kd_bufs, p_bufs, ds_bufs, carry)
-        bars = (q_full, do_full, st_full, dq_turn, empty, left_full, later_full, ds_full, ds_free, wrote, free)
-        tensors = (STATE, DQ32, BIAS, DBIAS, DK, DV)
+        bars = (q_full, do_full, st_full, dq_turn, empty, carry_full, ds_full, ds_free)
+        tensors = (STATE, STATE_COUNT, DQ_COUNT, DQ32, BIAS, DBIAS, DK, DV)
         place = (i_n, i_program, n_programs, n_past, n_k, n_tiles_of_row, n_heads)
+        p_bufs_ = (q_bufs, do_bufs, st_bufs, words)
+        p_bars = (q_full, do_full, st_full, dq_turn, empty)
+        p_tensors = (STATE, STATE_COUNT, DQ_COUNT, STOP)
         p_place = (i_b, i_g, i_n, start, base, n_q, n_past)
         gl.warp_specialize([
             (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 0, D, STAGES, NB, CURRENT, EARLY, GROUP)),
             (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 1, D, STAGES, NB, CURRENT, EARLY, GROUP)),
-            (_produce, ((q_bufs, do_bufs, words), (q_full, do_full, empty), (q_desc, do_desc), STOP, p_place,
-                        (n_heads, n_tiles_of_row), GROUP, D, STAGES, SKIP)),
-            (_fetch, (words, st_bufs, (q_full, st_full, dq_turn), (STATE, STATE_COUNT, DQ_COUNT), i_n, n_past, STAGES)),
-            (_hand_on, (words, wrote, free, STATE_COUNT, DQ_COUNT)),
-        ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
+            (_produce, (p_bufs_, p_bars, (q_desc, do_desc), p_tensors, p_place, (n_heads, n_tiles_of_row,
+                        n_tiles_of_row), GROUP, D, STAGES, SKIP)),
+        ], [4, 1], [240, 24])  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_queries", "n_sequences"])
 def prepare_kernel(
     OUT, RESIDUAL, DO, REMAINDER, DREMAINDER, STATE, CU_SEQLENS, TILES, n_heads, n_queries, n_sequences,
     D: tl.constexpr, VARLEN: tl.constexpr,
@@ -793,7 +746,7 @@ def prepare_kernel(
     tl.store(p_state + 192, b_drem)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_queries", "n_sequences"])
 def finish_kernel(
     DQ32, DQ, CU_SEQLENS, TILES, n_heads, n_queries, n_sequences, scale, D: tl.constexpr, VARLEN: tl.constexpr
 ):
@@ -818,8 +771,8 @@ def finish_kernel(
 # by head size: stages of queries and their gradients, buffers of the logits' gradients, and whether the product for
 # those begins with that of queries and keys (it takes registers)
 CONFIGS: dict[int, dict[str, Any]] = {
-    128: {"STAGES": 3, "NB": 2, "EARLY": False},
-    64: {"STAGES": 3, "NB": 4, "EARLY": True},
+    128: {"STAGES": 2, "NB": 2, "EARLY": False},
+    64: {"STAGES": 2, "NB": 4, "EARLY": True},
 }
 
 

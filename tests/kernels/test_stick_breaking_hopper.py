@@ -53,8 +53,10 @@ def _wait_for(p_count: Any, wanted: int) -> Any:
 
 
 def _publish(p_state: Any, state_wanted: int, p_dq: Any, dq_wanted: int) -> None:
-    p_state.flat[p_state.offset] += state_wanted
-    p_dq.flat[p_dq.offset] += dq_wanted
+    """Four warps at once."""
+    with emulator.lock:
+        p_state.flat[p_state.offset] += 4 * int(state_wanted)
+        p_dq.flat[p_dq.offset] += 4 * int(dq_wanted)
 
 
 def _add8(p: Any, *numbers: Any) -> None:
@@ -77,8 +79,6 @@ ASSEMBLY = {
     "_add8": _add8,
     "_cut": lambda _: None,
     "TILE": 64,
-    "WORDS": 8,
-    "SLACK": 4,
     "RESOLUTION": 2.0**-24,
 }
 
@@ -195,6 +195,29 @@ def test_a_tile_that_comes_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(stick_breaking_hopper.forward_kernel, "delay", 0.1)
     for _ in range(4):
         check(*draw(192, 192, heads=1))
+
+
+@pytest.mark.filterwarnings("default")
+def test_packing_other_numbers_of_sequences_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled model is compiled once for one number of sequences and once for all others."""
+    graphs = []
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, bias: None, cu_seqlens: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        stop = torch.zeros(stick_breaking_hopper.stop_shape(q, cu_seqlens), dtype=torch.int32)
+        return torch.zeros_like(q), torch.zeros(q.shape[:3]), torch.zeros_like(q), stop
+
+    def counted(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(stick_breaking_hopper, "forward", forward)
+    torch.compiler.reset()
+    q, k, v = draw(256, 256)
+    compiled = torch.compile(lambda cu_seqlens: attention(q, k, v, cu_seqlens=cu_seqlens)[0] * 2, backend=counted)
+    for n_sequences in (3, 5, 4, 9, 12):
+        compiled(torch.linspace(0, 256, n_sequences + 1).int())
+    torch.compiler.reset()
+    assert len(graphs) <= 2
 
 
 def test_who_may_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
