@@ -754,13 +754,8 @@ def forward(
 def backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor,
     stop: Tensor, dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
-    stop_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, in their dtypes, and of the bias (empty without one).
-
-    stop_rows: queries for each number of `stop`, those of a tile of this file's forward by default.
-    """
-    stop_rows = tiles("forward", q.shape[3], q.dtype)["BLOCK_M"] if stop_rows is None else stop_rows
+    """Gradients of q, k and v, in their dtypes, and of the bias (empty without one)."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     dout, dremainder = dout.contiguous(), dremainder.contiguous()
     batch, n_queries, heads, dim = q.shape
@@ -777,7 +772,7 @@ def backward(
         n_sequences = len(cu_seqlens) - 1
         counts = _blocks(cu_seqlens, block_m)
         blocks, key_blocks = _cumulative(counts), _cumulative(_blocks(cu_seqlens, block_n))
-        forward_blocks = _cumulative(_blocks(cu_seqlens, stop_rows))
+        forward_blocks = _cumulative(_blocks(cu_seqlens, tiles("forward", dim, q.dtype)["BLOCK_M"]))
         slots = _cumulative(block_m // block_n * (counts.long() * (counts + 1) // 2) + counts)
         n_blocks += n_sequences
         n_key_blocks += n_sequences
@@ -799,7 +794,7 @@ def backward(
             stop.shape[2], n_key_blocks, n_sequences, n_slots, scale * LOG2_E,
         )  # fmt: skip
         constants = {
-            "GROUP": group, "D": dim, "FORWARD_M": stop_rows,
+            "GROUP": group, "D": dim, "FORWARD_M": tiles("forward", dim, q.dtype)["BLOCK_M"],
             "CURRENT": int(attend_current), "VARLEN": cu_seqlens is not None, "EXACT": q.dtype == torch.float32,
         }  # fmt: skip
         query_kernel[(n_blocks * together * group,)](

@@ -200,6 +200,50 @@ def test_hopper_a_thousand_times() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+COMPILED = """
+import torch
+from torch._dynamo.utils import counters
+from sbeval.kernels.stick_breaking import attention
+
+
+class Block(torch.nn.Module):
+    def __init__(self, backend):
+        super().__init__()
+        self.qkv, self.out, self.backend = torch.nn.Linear(512, 1536), torch.nn.Linear(512, 512), backend
+
+    def forward(self, x, cu_seqlens):
+        q, k, v = self.qkv(x).unflatten(-1, (-1, 64)).split(8, 2)
+        return self.out(attention(q, k, v, cu_seqlens=cu_seqlens, backend=self.backend)[0].flatten(2))
+
+
+torch.manual_seed(0)
+blocks = {name: Block(name).cuda() for name in ("triton", "triton-hopper")}
+blocks["triton"].load_state_dict(blocks["triton-hopper"].state_dict())
+compiled = torch.compile(blocks["triton-hopper"])
+for n_sequences in (None, 17, 30, 23, 64, 41):
+    shape = (16, 2048, 512) if n_sequences is None else (1, 32768, 512)
+    bounds = None if n_sequences is None else torch.randperm(32767)[: n_sequences - 1].add(1).sort().values.tolist()
+    cu_seqlens = None if bounds is None else torch.tensor([0, *bounds, 32768], dtype=torch.int32, device="cuda")
+    x = torch.randn(shape, device="cuda")
+    found = []
+    for run in (blocks["triton"], compiled):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            out = run(leaf, cu_seqlens)
+        found.append((out, *torch.autograd.grad(out.float().square().mean(), leaf)))
+    for wanted, got in zip(*found):
+        assert (got - wanted).float().norm() <= 1e-2 * wanted.float().norm(), n_sequences
+assert counters["stats"]["unique_graphs"] <= 4, counters["stats"]
+"""
+
+
+@pytest.mark.skipif(bool(hopper.obstacle(PLACE)), reason="needs a Hopper GPU")
+def test_hopper_in_a_compiled_block() -> None:
+    """As a model trains: several rows, then packed rows with another number of sequences each time."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("value", [1e4, -1e4, 0.0])
 def test_extreme_logits_stay_finite(value: float, backend: str) -> None:
     shape = (1, 40, 1, 16)
