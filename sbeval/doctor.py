@@ -222,10 +222,14 @@ def _presets(place: torch.device, free: int) -> Iterator[tuple[str, ...]]:
             )
             whole = _training(shape, training, training.micro_batch or training.batch)
             yield (
-                family.replace("_", "-"), name, f"{n_parameters(shape) / 1e6:.1f} M", f"{whole / GIB:.2f}",
-                f"{evaluation_bytes(shape, tokens, dtype) / GIB:.2f}", verdict(shape, training, tokens, free, option),
+                family.replace("_", "-"),
+                name,
+                f"{n_parameters(shape) / 1e6:.1f} M",
+                f"{whole / GIB:.2f}",
+                f"{evaluation_bytes(shape, tokens, dtype) / GIB:.2f}",
+                verdict(shape, training, tokens, free, option),
                 scheduler.in_words(sum(scheduler.seconds(steps(cells), speeds, place))),
-            )  # fmt: skip
+            )
 
 
 def _sizes(config: Any, cell: Any, place: torch.device) -> tuple[ModelConfig, TrainConfig, int, str]:

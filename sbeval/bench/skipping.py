@@ -116,9 +116,17 @@ def measure(
                 rows = _measured(contender, step, batch, layers, reached)
                 problem = _problem(contender, step, batch, layers[0])
                 kernels.keep(
-                    contender.attention, contender.backend, "skipping", rows, place, dtype, results_dir, problem,
-                    model=found.name, params=found.params,
-                )  # fmt: skip
+                    contender.attention,
+                    contender.backend,
+                    "skipping",
+                    rows,
+                    place,
+                    dtype,
+                    results_dir,
+                    problem,
+                    model=found.name,
+                    params=found.params,
+                )
                 total.append(sum(row.value for row in rows if row.metric == "time"))
             shown.add_row(f"{step} x {batch}", f"{length}", *(f"{ms:.3f}" for ms in total), f"{reached.mean():.0f}")
     return shown
@@ -147,9 +155,15 @@ def _name(contender: Contender) -> str:
 
 def _problem(contender: Contender, step: str, batch: int, layer: Captured) -> Problem:
     return Problem(
-        step=step, batch=batch, queries=1 if step == "decode" else layer.q.shape[1], keys=layer.k.shape[1],
-        heads=layer.q.shape[2], kv_heads=layer.k.shape[2], head_dim=layer.q.shape[3], epsilon=contender.epsilon,
-    )  # fmt: skip
+        step=step,
+        batch=batch,
+        queries=1 if step == "decode" else layer.q.shape[1],
+        keys=layer.k.shape[1],
+        heads=layer.q.shape[2],
+        kv_heads=layer.k.shape[2],
+        head_dim=layer.q.shape[3],
+        epsilon=contender.epsilon,
+    )
 
 
 @torch.no_grad()

@@ -62,15 +62,25 @@ def _add_families() -> None:
     for name in registry.TASKS:
         family = registry.task(name)
         options.command(
-            app, name.replace("_", "-"), family.config, family.presets, Sweep,
-            _runs(name), help=family.help, panel=TASKS,
-        )  # fmt: skip
+            app,
+            name.replace("_", "-"),
+            family.config,
+            family.presets,
+            Sweep,
+            _runs(name),
+            help=family.help,
+            panel=TASKS,
+        )
     options.command(
-        app, "train", TextModel, registry.task("length_gen").presets, Training,
+        app,
+        "train",
+        TextModel,
+        registry.task("length_gen").presets,
+        Training,
         lambda common, given: _train(common, given),
         help="Train the models that length-gen with the same options evaluates; under torchrun, on several GPUs.",
         panel=TASKS,
-    )  # fmt: skip
+    )
 
 
 _add_families()
@@ -352,9 +362,13 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
     part = Part(family=name, preset=preset, config=config)
     with distributed.joined(where) as world:
         place = Place(
-            results_dir=common.results_dir, device=where, force=common.force, tensorboard=common.tensorboard,
-            world=world, shard=shard,
-        )  # fmt: skip
+            results_dir=common.results_dir,
+            device=where,
+            force=common.force,
+            tensorboard=common.tensorboard,
+            world=world,
+            shard=shard,
+        )
         if not only or common.dry_run:
             _run([part], place, how, dry_run=common.dry_run)
         elif not _resumable(lambda: study.train(part, place, _console(place)), common.force):

@@ -22,9 +22,11 @@ class Common:
     """Options of every command that runs cells."""
 
     preset: str | None = option(
-        None, RUN, "quick (minutes on two cores), small (one GPU), h200, paper, or one of the task's own. Default: "
+        None,
+        RUN,
+        "quick (minutes on two cores), small (one GPU), h200, paper, or one of the task's own. Default: "
         "quick on a CPU, else small.",
-    )  # fmt: skip
+    )
     device: str | None = option(None, RUN, "cpu, cuda or cuda:N. Default: the GPU if there is one.")
     dtype: str | None = option(
         None, RUN, "Of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU."
@@ -80,9 +82,12 @@ def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> l
             # in brackets that are no markup
             help = f"{help} [dim]\\[{values}][/dim]"
         info = typer.Option(
-            *flags, help=help, metavar=field.metadata["metavar"], rich_help_panel=field.metadata["group"],
+            *flags,
+            help=help,
+            metavar=field.metadata["metavar"],
+            rich_help_panel=field.metadata["group"],
             show_default=not presets and hint is not bool,
-        )  # fmt: skip
+        )
         assert default is not MISSING, "an option has a default"
         kind: Any = hint | None if default is None else hint
         annotation = Annotated[kind, info]
@@ -116,9 +121,16 @@ def _text(value: object) -> str:
 
 
 def command(
-    app: typer.Typer, name: str, config: type[Any], presets: Mapping[str, Any], common: type[Kind],
-    run: Callable[[Kind, dict[str, Any]], None], *, help: str, panel: str,
-) -> None:  # fmt: skip
+    app: typer.Typer,
+    name: str,
+    config: type[Any],
+    presets: Mapping[str, Any],
+    common: type[Kind],
+    run: Callable[[Kind, dict[str, Any]], None],
+    *,
+    help: str,
+    panel: str,
+) -> None:
     """Add a command whose options are those of a config and the common ones; `run` gets these, and those given."""
     shared = {field.name for field in fields(common)}
 

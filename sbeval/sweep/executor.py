@@ -45,9 +45,14 @@ class Executor:
         return self.kind == "local" and (self.workers or 1) == 1
 
     def run(
-        self, work: Callable[[Item], Result], items: Sequence[Item], then: Then[Item] | None = None, *,
-        gpus: Sequence[str] = (), hear: Hear | None = None,
-    ) -> Iterator[tuple[Item, Result | Lost]]:  # fmt: skip
+        self,
+        work: Callable[[Item], Result],
+        items: Sequence[Item],
+        then: Then[Item] | None = None,
+        *,
+        gpus: Sequence[str] = (),
+        hear: Hear | None = None,
+    ) -> Iterator[tuple[Item, Result | Lost]]:
         """Yield each item with what `work` makes of it, or Lost where its worker died again and again.
 
         `then` is asked what can begin now when what came of an item has been taken; that comes before what waits.

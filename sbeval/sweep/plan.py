@@ -96,11 +96,15 @@ def lines(parts: Sequence[Part], place: Place) -> list[Line]:
         left = len(todo.get(name, ()))
         found.append(
             Line(
-                name, cells=left, finished=len(cells.get(name, ())) - left, models=len(parameters),
-                flops=sum(step.flops for step in share), hours=sum(seconds[step] for step in share) / 3600,
+                name,
+                cells=left,
+                finished=len(cells.get(name, ())) - left,
+                models=len(parameters),
+                flops=sum(step.flops for step in share),
+                hours=sum(seconds[step] for step in share) / 3600,
                 disk=4.0 * sum(parameters),
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -133,16 +137,23 @@ def _text(trainings: Sequence[Training]) -> float | None:
 def _all(found: Sequence[Line]) -> Line:
     disk = [line.disk for line in found]
     return Line(
-        "all", sum(line.cells for line in found), sum(line.finished for line in found),
-        sum(line.models for line in found), sum(line.flops for line in found), sum(line.hours for line in found),
+        "all",
+        sum(line.cells for line in found),
+        sum(line.finished for line in found),
+        sum(line.models for line in found),
+        sum(line.flops for line in found),
+        sum(line.hours for line in found),
         None if None in disk else sum(filter(None, disk)),
-    )  # fmt: skip
+    )
 
 
 def _words(line: Line) -> list[str]:
     hours = f"{line.hours:.2f}" if line.hours < 100 else f"{line.hours:,.0f}"
     disk = "unknown" if line.disk is None else decimal(round(line.disk)) if line.disk else ""
     return [
-        line.name, *(f"{count or ''}" for count in (line.cells, line.finished, line.models)),
-        f"{line.flops:.1e}" if line.flops else "", hours if line.flops else "", disk,
-    ]  # fmt: skip
+        line.name,
+        *(f"{count or ''}" for count in (line.cells, line.finished, line.models)),
+        f"{line.flops:.1e}" if line.flops else "",
+        hours if line.flops else "",
+        disk,
+    ]

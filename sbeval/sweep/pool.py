@@ -48,9 +48,14 @@ class Lost:
 
 
 def run(
-    work: Callable[[Item], Result], items: Sequence[Item], workers: int, then: Then[Item] | None = None, *,
-    gpus: Sequence[str] = (), hear: Hear | None = None,
-) -> Iterator[tuple[Item, Result | Lost]]:  # fmt: skip
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    then: Then[Item] | None = None,
+    *,
+    gpus: Sequence[str] = (),
+    hear: Hear | None = None,
+) -> Iterator[tuple[Item, Result | Lost]]:
     """Yield each item with what `work` makes of it, or Lost where its worker died again and again.
 
     gpus: what CUDA_VISIBLE_DEVICES says in the workers, in turn; none is what it says here. An item whose worker died

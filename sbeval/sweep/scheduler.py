@@ -154,9 +154,14 @@ class Work:
 
 
 def run(
-    cells: Sequence[Cell], place: Place, *, preset: str | Mapping[str, str], console: Console,
-    executor: Executor = HERE, more: Mapping[str, Callable[[], Sequence[Cell]]] | None = None,
-) -> bool:  # fmt: skip
+    cells: Sequence[Cell],
+    place: Place,
+    *,
+    preset: str | Mapping[str, str],
+    console: Console,
+    executor: Executor = HERE,
+    more: Mapping[str, Callable[[], Sequence[Cell]]] | None = None,
+) -> bool:
     """Run what has no result yet, or one from another text; True when every cell has one now.
 
     A cell whose loss diverges, or that ends in an error of its own sizes, is recorded as such, and the sweep goes on;
@@ -308,9 +313,14 @@ def run_cell(cell: Cell, place: Place, preset: str, progress: Progress) -> Done:
         raise DivergedError("what was measured is no finite number")
     origin = _origin(cell, place, preset, outcome)
     record = provenance.run_record(
-        config=cell, provenance=origin, status="finished", corpus_digest=outcome.corpus_digest,
-        wall_s=time.perf_counter() - start, tokens_per_s=outcome.tokens_per_s, measured=outcome.measured,
-    )  # fmt: skip
+        config=cell,
+        provenance=origin,
+        status="finished",
+        corpus_digest=outcome.corpus_digest,
+        wall_s=time.perf_counter() - start,
+        tokens_per_s=outcome.tokens_per_s,
+        measured=outcome.measured,
+    )
     return Done(record, table.frame(outcome.identity, outcome.rows, origin))
 
 
@@ -323,12 +333,18 @@ def _mishap(error: Exception) -> tuple[str, str]:
 
 def _origin(cell: Cell, place: Place, preset: str, outcome: Outcome | None) -> Provenance:
     return provenance.collect(
-        cell=cell_id(cell), preset=preset, corpus=outcome.corpus if outcome else "",
-        tokenizer=outcome.tokenizer if outcome else "", train_tokens=outcome.train_tokens if outcome else 0,
-        dtype=cell.dtype, device=str(place.device), device_name=device.describe(place.device),
-        backend=outcome.backend if outcome else "", unique_tokens=outcome.unique_tokens if outcome else None,
+        cell=cell_id(cell),
+        preset=preset,
+        corpus=outcome.corpus if outcome else "",
+        tokenizer=outcome.tokenizer if outcome else "",
+        train_tokens=outcome.train_tokens if outcome else 0,
+        dtype=cell.dtype,
+        device=str(place.device),
+        device_name=device.describe(place.device),
+        backend=outcome.backend if outcome else "",
+        unique_tokens=outcome.unique_tokens if outcome else None,
         epochs=outcome.epochs if outcome else None,
-    )  # fmt: skip
+    )
 
 
 def _keep(cell: Cell, done: Done, place: Place) -> None:

@@ -73,11 +73,14 @@ def run(parts: Sequence[Part], place: Place, console: Console, executor: Executo
     for line in cautions(parts, place):
         say(console, line)
     complete = scheduler.run(
-        [cell for part in parts for cell in cells(part)], place, console=console, executor=executor,
+        [cell for part in parts for cell in cells(part)],
+        place,
+        console=console,
+        executor=executor,
         preset={part.family: part.preset for part in parts},
         # what is worth more seeds follows from what the first found
         more={part.family: functools.partial(further, part, place.results_dir) for part in parts},
-    )  # fmt: skip
+    )
     everything = {part.family: [*cells(part), *further(part, place.results_dir)] for part in parts}
     if place.world.leads:
         for family, found in everything.items():

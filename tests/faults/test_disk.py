@@ -32,9 +32,9 @@ from sbeval.training.optimizer import optimizer_for
 from sbeval.training.trainer import TrainConfig, Trainer
 
 RECALL = (
-    "mqrar", "--device", "cpu", "--vocab-size", "32", "--seq-len", "16", "--kv-pairs", "2", "--width", "16",
-    "--batch", "4", "--steps", "20", "--test-rows", "12",
-)  # fmt: skip
+    *"mqrar --device cpu --vocab-size 32 --seq-len 16 --kv-pairs 2 --width 16 --batch 4 --steps 20".split(),
+    *"--test-rows 12".split(),
+)
 FULL, READ_ONLY = "No space left on device", "Read-only file system"
 PAGE = 4096
 

@@ -86,8 +86,11 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, __file__, str(folder / "log")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-    ) as process:  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
         assert process.stdin is not None
         yield Forks(process, folder / "log")
         process.stdin.close()

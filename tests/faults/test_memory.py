@@ -152,9 +152,9 @@ def command(*arguments: object) -> tuple[object, str]:
 
 
 RECALL = (
-    "mqrar", "--device", "cpu", "--vocab-size", "32", "--seq-len", "16", "--kv-pairs", "2", "--width", "16",
-    "--batch", "4", "--steps", "20", "--test-rows", "12", "--attention", "rope",
-)  # fmt: skip
+    *"mqrar --device cpu --vocab-size 32 --seq-len 16 --kv-pairs 2 --width 16 --batch 4 --steps 20".split(),
+    *"--test-rows 12 --attention rope".split(),
+)
 
 
 def test_the_run_file_says_how_many_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,9 +207,13 @@ def test_a_model_that_cannot_be_trained_is_one_line_and_the_next_is(
 
     monkeypatch.setattr(train.Trainer, "_accumulate", failing)
     code, said = command(
-        "train", "--device", "cpu", "--train-len", "16", "--train-tokens", "64", "--batch-tokens", "32",
-        "--attention", "rope", "--attention", "alibi", "--corpus", texts, "--results-dir", tmp_path / "results",
-    )  # fmt: skip
+        *"train --device cpu --train-len 16 --train-tokens 64 --batch-tokens 32 --attention rope".split(),
+        *"--attention alibi".split(),
+        "--corpus",
+        texts,
+        "--results-dir",
+        tmp_path / "results",
+    )
     lines = [line for line in said.splitlines() if " seed 0: " in line and " %" not in line]
     assert code == 1 and "Traceback" not in said
     assert lines[0] == "train rope seed 0: the loss is nan at step 2; going on with the next"

@@ -59,8 +59,11 @@ def files(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         f"few_shot: {{tasks: [copa], suites: [], data_dir: {folder / 'items'}, eval_len: 64}}\n"
     )
     return {
-        "texts": texts, "essay": folder / "essay.txt", "items": folder / "items", "study": folder / "tiny.yaml",
-    }  # fmt: skip
+        "texts": texts,
+        "essay": folder / "essay.txt",
+        "items": folder / "items",
+        "study": folder / "tiny.yaml",
+    }
 
 
 # where one command of several is enough

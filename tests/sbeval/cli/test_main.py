@@ -24,13 +24,13 @@ from sbeval.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("home")
 RECALL = (
-    "mqrar", "--device", "cpu", "--vocab-size", "32", "--seq-len", "16", "--kv-pairs", "2", "--width", "16",
-    "--batch", "4", "--steps", "12", "--test-rows", "30",
-)  # fmt: skip
+    *"mqrar --device cpu --vocab-size 32 --seq-len 16 --kv-pairs 2 --width 16 --batch 4 --steps 12".split(),
+    *"--test-rows 30".split(),
+)
 LENGTHS = (
-    "length-gen", "--device", "cpu", "--train-len", "16", "--eval-len", "64", "--train-tokens", "128",
-    "--batch-tokens", "32", "--documents", "3",
-)  # fmt: skip
+    *"length-gen --device cpu --train-len 16 --eval-len 64 --train-tokens 128 --batch-tokens 32".split(),
+    *"--documents 3".split(),
+)
 
 
 class Done(NamedTuple):
@@ -192,9 +192,10 @@ def test_what_is_finished_is_not_run_again(results: Path) -> None:
 
 def test_train_leaves_the_checkpoint_that_length_gen_and_checkpoint_read(texts: Path, tmp_path: Path) -> None:
     shared = (
-        "--device", "cpu", "--attention", "rope", "--train-len", "16", "--train-tokens", "128", "--batch-tokens", "32",
-        "--corpus", texts,
-    )  # fmt: skip
+        *"--device cpu --attention rope --train-len 16 --train-tokens 128 --batch-tokens 32".split(),
+        "--corpus",
+        texts,
+    )
     results = tmp_path / "results"
     trained = run("train", *shared, "--results-dir", results)
     (folder,) = (results / "checkpoints").iterdir()
@@ -204,9 +205,17 @@ def test_train_leaves_the_checkpoint_that_length_gen_and_checkpoint_read(texts: 
     assert run("length-gen", *shared, "--eval-len", "64", "--documents", "3", "--results-dir", results).code == 0
     assert snapshot(folder) == kept and list((results / "checkpoints").iterdir()) == [folder]
     again = run(
-        "length-gen", "--device", "cpu", "--checkpoint", folder, "--corpus", texts, "--eval-len", "64", "--train-len",
-        "16", "--documents", "3", "--window", "8", "--results-dir", results,
-    )  # fmt: skip
+        "length-gen",
+        "--device",
+        "cpu",
+        "--checkpoint",
+        folder,
+        "--corpus",
+        texts,
+        *"--eval-len 64 --train-len 16 --documents 3 --window 8".split(),
+        "--results-dir",
+        results,
+    )
     assert again.code == 0, again
     rows = table.read(results / "length_gen.csv")
     assert set(rows["model"]) == {"quick", folder.name} and set(rows["window"].dropna()) == {8}
@@ -326,10 +335,12 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_ends_as_if_unbroken(tmp_
     command = (*RECALL, "--steps", "150")
     process = subprocess.Popen(
         [sys.executable, "-m", "sbeval", *command, "--results-dir", str(broken)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         # sums depend on the number of threads
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )  # fmt: skip
+    )
     while process.poll() is None and not (broken / "mqrar.csv").exists():
         time.sleep(0.02)
     time.sleep(0.3)

@@ -180,8 +180,11 @@ def length_gen(results: Path, corpus: Path, device: str, processes: int) -> str:
     )
     done = subprocess.run(
         [sys.executable, "-m", *(launcher if processes > 1 else []), "sbeval", *options.split()],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

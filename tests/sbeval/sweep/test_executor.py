@@ -23,9 +23,17 @@ from sbeval.tasks import mqrar
 
 CPU = torch.device("cpu")
 TINY = mqrar.Config(
-    attention=("stick_breaking", "rope"), kv_pairs=(2,), widths=(16,), lrs=(1e-3,), vocab_size=32, seq_len=16, batch=2,
-    steps=40, check_every=20, test_rows=12,
-)  # fmt: skip
+    attention=("stick_breaking", "rope"),
+    kv_pairs=(2,),
+    widths=(16,),
+    lrs=(1e-3,),
+    vocab_size=32,
+    seq_len=16,
+    batch=2,
+    steps=40,
+    check_every=20,
+    test_rows=12,
+)
 
 
 def square(number: int) -> int:

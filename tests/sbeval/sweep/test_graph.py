@@ -45,8 +45,11 @@ def test_families_share_a_training_and_fine_tuning_comes_after_it() -> None:
     ]
     # another training is another model
     assert order([*length_gen.cells(dataclasses.replace(LENGTHS, lr=1e-3)), *needle.cells(asked)])[0] == [
-        "rope seed 0", "alibi seed 0", "train stick_breaking seed 0", "train rope seed 0",
-    ]  # fmt: skip
+        "rope seed 0",
+        "alibi seed 0",
+        "train stick_breaking seed 0",
+        "train rope seed 0",
+    ]
 
 
 def test_attention_map_looks_into_the_models_of_mqrar_where_they_are_the_same() -> None:

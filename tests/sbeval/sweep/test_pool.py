@@ -144,8 +144,11 @@ def test_what_died_twice_waits_until_the_others_are_done(monkeypatch: pytest.Mon
     found = list(pool.run(square, [1, 2, 3, 4], 1))
     assert begun == [1, 1, 2, 2, 3, 4, 2, 2, 1, 1]
     assert found == [
-        (3, 3), (4, 4), (2, Lost("its process died 4 times; is the machine short of memory?")), (1, 1),
-    ]  # fmt: skip
+        (3, 3),
+        (4, 4),
+        (2, Lost("its process died 4 times; is the machine short of memory?")),
+        (1, 1),
+    ]
 
 
 def test_an_error_of_the_users_ends_the_work_of_processes() -> None:

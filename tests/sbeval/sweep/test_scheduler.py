@@ -58,9 +58,14 @@ def test_committed_results_are_those_of_the_presets() -> None:
     """The README's command finds the committed cells finished: no option behind them has changed its meaning."""
     scaled = [f"rope:scaling=ntk,factor={factor}" for factor in (2, 4, 8, 16)]
     lengths = dataclasses.replace(
-        length_gen.PRESETS["figure5"], attention=("stick_breaking", "rope", "nope", "alibi", "forgetting", *scaled),
-        documents=16, windows=1, window=(2048,), dtype="bfloat16", corpus="books",
-    )  # fmt: skip
+        length_gen.PRESETS["figure5"],
+        attention=("stick_breaking", "rope", "nope", "alibi", "forgetting", *scaled),
+        documents=16,
+        windows=1,
+        window=(2048,),
+        dtype="bfloat16",
+        corpus="books",
+    )
     cells = length_gen.cells(lengths)
     assert len(cells) == 18
     assert scheduler.unfinished(cells, RESULTS) == []
@@ -157,14 +162,27 @@ class Cell(BaseCell):
         if self.value is None:
             raise DivergedError("the loss is nan at step 7")
         identity = Identity(
-            family=self.family, task="t", model="m", attention=self.title, options="", params=1, train_len=1,
-            eval_len=1, seed=0,
-        )  # fmt: skip
+            family=self.family,
+            task="t",
+            model="m",
+            attention=self.title,
+            options="",
+            params=1,
+            train_len=1,
+            eval_len=1,
+            seed=0,
+        )
         rows = [Found(metric="x", unit="1", value=self.value, n=1, size=3)]
         return Outcome(
-            identity=identity, rows=rows, corpus="", corpus_digest=self.text, tokenizer="", train_tokens=0,
-            backend="torch", tokens_per_s=None,
-        )  # fmt: skip
+            identity=identity,
+            rows=rows,
+            corpus="",
+            corpus_digest=self.text,
+            tokenizer="",
+            train_tokens=0,
+            backend="torch",
+            tokens_per_s=None,
+        )
 
 
 def run(cells: list[Cell], results: Path, **options: Any) -> tuple[bool, str]:
@@ -250,8 +268,9 @@ def test_workers_are_given_the_gpus_and_idle_ones_are_said(tmp_path: Path, monke
     # pinned to one
     assert said("cuda:1", 4).endswith("roughly 80 s on GPU\n") and said("cuda:1", None).count("\n") == 1
     assert {place: gpus for place, gpus in given} == {
-        torch.device("cuda"): ["0", "1", "2", "3"], torch.device("cuda:1"): [],
-    }  # fmt: skip
+        torch.device("cuda"): ["0", "1", "2", "3"],
+        torch.device("cuda:1"): [],
+    }
 
 
 def test_a_ray_task_has_no_gpu_of_a_number(tmp_path: Path) -> None:

@@ -131,9 +131,14 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(study: Path, tmp_path: Path)
     # cells, then models; of the further seeds as many as there can be
     counts = {name: (cells[2].strip(), cells[4].strip()) for name, cells in rows.items()}
     assert counts == {
-        "text": ("", ""), "training": ("", "2"), "length_gen": ("3", ""), "needle": ("2", ""),
-        "flip_flop": ("2", "2"), "mqrar": ("180", "180"), "all": ("187", "184"),
-    }  # fmt: skip
+        "text": ("", ""),
+        "training": ("", "2"),
+        "length_gen": ("3", ""),
+        "needle": ("2", ""),
+        "flip_flop": ("2", "2"),
+        "mqrar": ("180", "180"),
+        "all": ("187", "184"),
+    }
     assert "left out: attention_map, few_shot" in out
 
 
@@ -235,8 +240,9 @@ def test_further_seeds_follow_when_the_rates_of_their_family_are_known(study: Pa
     assert code == 1 and "1 of 5 cells failed" in out
     rows = table.read(tmp_path / "mqrar.csv")
     assert set(rows[rows["metric"] == "accuracy"][["lr", "seed"]].itertuples(index=False, name=None)) == {
-        (1e-3, 0), (1e-3, 1),
-    }  # fmt: skip
+        (1e-3, 0),
+        (1e-3, 1),
+    }
 
 
 def test_a_study_is_shown_to_write_another_from(tmp_path: Path) -> None:
