@@ -1,12 +1,13 @@
-"""Benchmarks of the attention kernels and of whole models, each beside its peers in the same run.
+"""Benchmarks of attention kernels and of whole models, each beside its peers in the same run.
 
-`kernel`: stick-breaking's Triton kernels, whatever other stick-breaking kernels are installed, and softmax through
-SDPA's backends and FlexAttention. Every contender is first compared with the float64 reference on a short problem of
-the same heads, then timed. FLOPs are those of causal attention, 4 B H D T S / 2 forward and 3.5 times that with
+`kernel`: stick-breaking's Triton kernels, other installed stick-breaking kernels, and softmax through SDPA's backends
+and FlexAttention. Every contender is first compared with the float64 reference on a short problem of the same heads,
+then timed. FLOPs are those of causal attention, 4 B H D T S / 2 forward and 3.5 times that with
 backward, skipped tiles included.
 
-`model`: optimizer steps and evaluation passes of the named model sizes, stick-breaking beside RoPE. `sbeval.bench.skipping`
-has the third, of kernels on what a trained model computes.
+`model`: optimizer steps and evaluation passes of the named model sizes, stick-breaking beside RoPE.
+
+`sbeval.bench.skipping` times kernels on the activations of a trained model.
 """
 
 import importlib
@@ -74,7 +75,7 @@ class Problem:
 
     @property
     def factors(self) -> dict[str, Any]:
-        """What a row says of the problem."""
+        """Columns of the problem in a row."""
         return {
             "step": self.step, "batch": self.batch, "queries": self.queries, "keys": self.keys, "heads": self.heads,
             "kv_heads": self.kv_heads, "head_dim": self.head_dim, "sequences": max(1, len(self.bounds) - 1),
@@ -83,7 +84,7 @@ class Problem:
 
     @property
     def cache_bytes(self) -> float:
-        """What decoding has to read: keys and values in 16 bits."""
+        """Bytes that decoding reads: keys and values in 16 bits."""
         return 4.0 * self.batch * self.keys * self.kv_heads * self.head_dim
 
     def draw(self, place: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +95,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """attention: what it computes; backend: whose kernel. `build` raises ImportError for what is not installed."""
+    """attention: what it computes; backend: whose kernel. `build` raises ImportError if it is not installed."""
 
     attention: str
     backend: str
@@ -178,7 +179,7 @@ CONTENDERS = (
 def problems(
     lengths: Sequence[int], head_dims: Sequence[int], heads: int, caches: Sequence[int] = (16384, 65536)
 ) -> list[Problem]:
-    """Dense lengths at 16,384 tokens a batch or one sequence; grouped heads; packed documents; decoding."""
+    """Return dense problems at 16,384 tokens a batch or one sequence, grouped heads, packed documents, and decoding."""
     found = []
     for dim in head_dims:
         for length in lengths:
@@ -201,7 +202,7 @@ def problems(
 
 
 def _documents(length: int) -> tuple[int, ...]:
-    """Bounds of documents that fill a row; lengths are log-normal, half of them between 500 and 4000 tokens."""
+    """Return bounds of documents that fill a row; lengths are log-normal, half of them between 500 and 4000 tokens."""
     generator = torch.Generator().manual_seed(0)
     bounds = [0]
     while bounds[-1] < length:
@@ -213,7 +214,7 @@ def _documents(length: int) -> tuple[int, ...]:
 def kernel(
     found: Sequence[Problem], place: torch.device, dtype: str, results_dir: Path, say: Callable[[str], None]
 ) -> Table:
-    """Time every contender on every problem, keep the rows in kernel.csv, and return a table for the terminal."""
+    """Time every contender on every problem, write the rows to kernel.csv, and return a table for the terminal."""
     needs_gpu(place)
     shown = Table(title=f"Attention kernels on {device.describe(place)}, {dtype}")
     for name in ("step", "problem", "kernel", "ms", "TFLOP/s", "GB/s", "peak MB", "error"):
@@ -290,8 +291,8 @@ def _time(contender: Contender, problem: Problem, place: torch.device, dtype: to
 
 
 def timed(step: Callable[[], object], *, decodes: bool = False) -> dict[str, float]:
-    """Median of a step's times in ms, `time`, with its quantiles. A token is decoded from a captured graph: what
-    launching costs is left out for all alike."""
+    """Return the median time of a step in ms, `time`, and its quantiles. Decoding runs from a captured CUDA graph, so
+    that launch overhead is left out for all contenders."""
     from triton.testing import do_bench
 
     low, middle, high = do_bench(captured(step) if decodes else step, warmup=20, rep=100, quantiles=[0.2, 0.5, 0.8])
@@ -307,7 +308,7 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
 
 
 def _error(contender: Contender, problem: Problem, place: torch.device, dtype: torch.dtype) -> float:
-    """Relative error of the output against float64 on standard normal inputs of at most 2048 tokens."""
+    """Return the relative error of the output against float64 on standard normal inputs of at most 2048 tokens."""
     length = min(2048, problem.keys)
     bounds = (0, length // 3, length) if problem.bounds else ()
     short = Problem(
@@ -380,7 +381,7 @@ class ModelProblem:
 def model(
     found: Sequence[ModelProblem], attentions: Sequence[str], place: torch.device, dtype: str, results_dir: Path
 ) -> Table:
-    """Time optimizer steps and evaluation passes, keep the rows in model.csv, and return a table for the terminal."""
+    """Time optimizer steps and evaluation passes, write the rows to model.csv, and return a table for the terminal."""
     needs_gpu(place)
     shown = Table(title=f"Models on {device.describe(place)}, {dtype}")
     for name in ("size", "length", "attention", "train tokens/s", "utilisation", "evaluate tokens/s"):

@@ -1,4 +1,4 @@
-"""Anything at all in a table, a checkpoint or the options of a generator: what can be used, or an error of one line.
+"""Fuzz tables, checkpoints and the options of generators: each gives a valid result or a one-line error.
 
 SBEVAL_TESTS=full tries 10,000 cases of each instead of 25.
 """
@@ -139,7 +139,7 @@ def trained() -> tuple[Decoder, State, torch.optim.Optimizer]:
 
 
 def load(folder: Path) -> None:
-    """Read all of a checkpoint; InputError of one line names what cannot be used."""
+    """Read all of a checkpoint; raise a one-line InputError that names what is invalid."""
     try:
         checkpoint.load_state(folder)
         model = checkpoint.load_model(folder)
@@ -158,7 +158,7 @@ FILES = st.sampled_from(["config.json", "model.safetensors", "optimizer.safetens
 def test_a_checkpoint_with_any_change(
     sealed: bool, name: str, edits: list[tuple[float, int, bytes]], saved: Path
 ) -> None:
-    """Also one from before there were digests, whose values alone can change unseen."""
+    """Also a checkpoint from before digests, in which only changed values pass unseen."""
     originals = {path: path.read_bytes() for path in saved.iterdir()}
     try:
         if not sealed:

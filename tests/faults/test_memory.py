@@ -1,4 +1,4 @@
-"""Memory that ends: fewer sequences at a time and the same numbers, or a cell that says so and the next one.
+"""Test out-of-memory handling: smaller batches with the same numbers, or a failed cell, after which others run.
 
 Without a GPU the model says that it has run out, as CUDA does, when it is given more than so many sequences.
 """
@@ -36,7 +36,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU who
 
 
 def fits(monkeypatch: pytest.MonkeyPatch, rows: int, calls: float = math.inf) -> None:
-    """Let a model run out of memory at more than so many rows, or at the given call alone."""
+    """Make a model run out of memory above a number of rows, or at the given call only."""
     forward, count = Decoder.forward, 0
 
     def limited(self: Decoder, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -222,7 +222,7 @@ def test_a_model_that_cannot_be_trained_is_one_line_and_the_next_is(
 
 @pytest.fixture
 def small_gpu() -> Iterator[torch.device]:
-    """A GPU of which two gigabytes are ours."""
+    """A GPU limited to two gigabytes for this process."""
     place = torch.device("cuda", 0)
     torch.cuda.set_per_process_memory_fraction((2 << 30) / torch.cuda.get_device_properties(place).total_memory)
     yield place
@@ -233,7 +233,7 @@ def small_gpu() -> Iterator[torch.device]:
 @pytest.mark.filterwarnings("default")  # compiling warns of what torch does inside itself
 @pytest.mark.parametrize("replays", [False, True])
 def test_a_gpu_whose_memory_ends_goes_on(replays: bool, small_gpu: torch.device) -> None:
-    """With graphs that are replayed, and without; at rows that do not fit, against rows that do."""
+    """With and without CUDA graphs; with rows that do not fit, against rows that do."""
     shape = ModelConfig(vocab_size=1024, width=256, layers=4, heads=4, hidden=512, attention="rope")
     options: dict[str, Any] = {"batch": 256, "length": 256, "dtype": "bfloat16", "sparse": replays, "steps": 4}
     if replays:

@@ -1,4 +1,4 @@
-"""What a user types, what comes of it, and that a mistake is one line, exit code 2 and no loss."""
+"""Test commands and their results, and that a mistake gives one line, exit code 2 and changes nothing."""
 
 import contextlib
 import io
@@ -40,7 +40,7 @@ class Done(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What two commands with two methods each have left behind."""
+    """Results of two commands with two methods each."""
 
     results: Path
     lengths: Done
@@ -85,13 +85,13 @@ def kept(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Kept:
 
 @pytest.fixture
 def results(kept: Kept, tmp_path: Path) -> Path:
-    """A copy of finished results that a test may spoil."""
+    """A copy of finished results that a test may change."""
     return Path(shutil.copytree(kept.results, tmp_path / "results"))
 
 
 @pytest.fixture
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training is a failure."""
+    """Make any training fail the test."""
 
     def refuse(*arguments: object, **options: object) -> None:
         pytest.fail("it went on to train")
@@ -122,7 +122,7 @@ def test_length_gen_leaves_table_runs_and_figures(kept: Kept) -> None:
 
 @pytest.fixture
 def short(tmp_path: Path) -> Path:
-    """A text of 300 tokens or so, and one of its kind that is held out."""
+    """A text of about 300 tokens, and a held-out text of the same kind."""
     folder = tmp_path / "short"
     folder.mkdir()
     for name in ("train", "valid", "test"):
@@ -347,7 +347,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_ends_as_if_unbroken(tmp_
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert err.splitlines()[-1] == "sbeval: stopped; what is done is kept, and the same command goes on from there"
+    assert err.splitlines()[-1] == "sbeval: interrupted; finished work is kept, and the same command resumes"
     assert "Traceback" not in err
     first = cells(broken, "mqrar")
     assert len(first) == 1

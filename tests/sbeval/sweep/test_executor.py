@@ -1,4 +1,4 @@
-"""Work goes on when its workers die: functions that kill their own process, then real cells on a Ray cluster."""
+"""Test retries when workers die: functions that kill their own process, then real cells on a Ray cluster."""
 
 import dataclasses
 import os
@@ -92,7 +92,7 @@ def test_ray_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Deadly(Place):
-    """A place where each cell's process is killed once, at step 20, and every look at training leaves a line."""
+    """A context in which the process of each cell is killed once, at step 20, and every validation step is logged."""
 
     def logger(self, name: str) -> Callable[[int, dict[str, float]], None]:
         looks = self.results_dir / f"looks-{name}"
@@ -107,7 +107,7 @@ class Deadly(Place):
 
 
 class Saving(mqrar.Cell):
-    """A cell that saves at every look."""
+    """A cell that saves at every validation step."""
 
     def training(self) -> Any:
         return dataclasses.replace(super().training(), checkpoint_seconds=0.0)

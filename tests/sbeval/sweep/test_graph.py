@@ -1,4 +1,4 @@
-"""What is trained once, in which order steps can begin, and what a failure takes with it."""
+"""Test that shared models train once, the order of steps, and which steps fail with a dependency."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ LENGTHS = length_gen.Config(attention=("rope", "alibi"))
 
 
 def order(cells: Sequence[Step]) -> list[list[str]]:
-    """Titles of the steps that can begin at once, then of those that can begin when these are done, ..."""
+    """Return the titles of the steps that are ready first, then of those ready after these, ..."""
     found = Graph()
     begin, waves = found.add(cells), list[list[str]]()
     while begin:

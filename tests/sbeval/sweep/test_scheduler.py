@@ -1,4 +1,4 @@
-"""Names of cells, costs, and what counts as finished."""
+"""Test the ids of cells, cost estimates, and which cells count as finished."""
 
 import dataclasses
 import io
@@ -55,7 +55,7 @@ def test_another_method_leaves_finished_cells_their_names() -> None:
 
 
 def test_committed_results_are_those_of_the_presets() -> None:
-    """The README's command finds the committed cells finished: no option behind them has changed its meaning."""
+    """With the README's command committed cells count as finished: no option behind them has changed its meaning."""
     scaled = [f"rope:scaling=ntk,factor={factor}" for factor in (2, 4, 8, 16)]
     lengths = dataclasses.replace(
         length_gen.PRESETS["figure5"],
@@ -116,7 +116,7 @@ def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     other.join()
     assert order == ["first", "second"]
     assert isinstance(console.file, io.StringIO)
-    assert console.file.getvalue() == f"another process trains {folder}: waiting for it\n"
+    assert console.file.getvalue() == f"another process trains {folder}: waiting\n"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ class Found(Measurement):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cell(BaseCell):
-    """A cell that finds `value`; without one it diverges."""
+    """A cell whose result is `value`; with None it diverges."""
 
     title: str
     value: float | None = 1.0
@@ -203,7 +203,7 @@ def test_a_cell_that_diverges_is_recorded_and_leaves_no_row(tmp_path: Path) -> N
     complete, said = run([bad, worse, good], tmp_path)
     assert not complete and said.count("recorded as diverged, going on with the next") == 2
     assert status(bad, tmp_path) == ("failed", "the loss is nan at step 7")
-    assert status(worse, tmp_path) == ("failed", "what was measured is no finite number")
+    assert status(worse, tmp_path) == ("failed", "a measured value is not finite")
     assert status(good, tmp_path) == ("finished", "")
     assert set(table.read(tmp_path / "fake.csv")["cell"]) == {cell_id(good)}
     # only those that failed are tried again
@@ -275,7 +275,7 @@ def test_workers_are_given_the_gpus_and_idle_ones_are_said(tmp_path: Path, monke
 
 def test_a_ray_task_has_no_gpu_of_a_number(tmp_path: Path) -> None:
     place = Place(results_dir=tmp_path, device=torch.device("cuda:1"))
-    with pytest.raises(InputError, match="--device cuda:1: a Ray task sees the GPU alone that Ray gives it"):
+    with pytest.raises(InputError, match="--device cuda:1: a Ray task sees only the GPU that Ray assigns"):
         scheduler.run(
             [Cell(title="a")], place, preset="quick", console=Console(quiet=True), executor=Executor(kind="ray")
         )
