@@ -260,11 +260,11 @@ def bench_kernel(
     from sbeval.bench import kernels as benchmarks
     from sbeval.runtime import device as devices
 
-    place = devices.pick(device)
+    where = devices.pick(device)
     problems = benchmarks.problems(
         sorted(length or (1024, 4096, 16384, 65536)), head_dim or (64, 128), heads, cache or (16384, 65536)
     )
-    Console().print(benchmarks.kernel(problems, place, devices.pick_dtype(dtype, place), results_dir, _say))
+    Console().print(benchmarks.kernel(problems, where, devices.pick_dtype(dtype, where), results_dir, _say))
     _draw(results_dir, ["kernel", "kernel_error"])
 
 
@@ -284,10 +284,10 @@ def bench_model(
     from sbeval.bench import kernels as benchmarks
     from sbeval.runtime import device as devices
 
-    place = devices.pick(device)
+    where = devices.pick(device)
     problems = [benchmarks.ModelProblem(size=name, length=length, batch=batch) for name in size or ("350m", "1b")]
     grid = benchmarks.model(
-        problems, attention or ("stick_breaking", "rope"), place, devices.pick_dtype(dtype, place), results_dir
+        problems, attention or ("stick_breaking", "rope"), where, devices.pick_dtype(dtype, where), results_dir
     )
     Console().print(grid)
     _say(str(Results(results_dir).table("model")))
@@ -315,12 +315,12 @@ def bench_skipping(
     from sbeval.sweep.context import Place
     from sbeval.tasks import length_gen
 
-    place = devices.pick(device)
+    where = devices.pick(device)
     config = length_gen.Config(corpus=corpus, tokenizer=tokenizer)
-    with scheduler.progress_of(Place(results_dir=results_dir, device=place)) as progress:
+    with scheduler.progress_of(Place(results_dir=results_dir, device=where)) as progress:
         text = length_gen.open_corpus(config, progress)
     lengths = sorted(length or (2048, 4096, 8192, 16384, 32768, 65536))
-    grid = skipping.measure(checkpoint, text.test, lengths, place, devices.pick_dtype(dtype, place), results_dir)
+    grid = skipping.measure(checkpoint, text.test, lengths, where, devices.pick_dtype(dtype, where), results_dir)
     Console().print(grid)
     _draw(results_dir, ["skipping"])
 

@@ -1,10 +1,12 @@
 """The context of a run: device, processes and results folder."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from filelock import FileLock, Timeout
@@ -32,7 +34,10 @@ class Place:
     tensorboard: Path | None = None
     world: World = ALONE
     shard: bool = False  # shard weights and optimizer state over the ranks of `world` while training
-    emptied: set[Path] = field(default_factory=set)  # paths already cleared by `force`
+    # command line, for run files: a worker has another
+    argv: tuple[str, ...] = field(default_factory=lambda: tuple(sys.argv))
+    # of all workers of this run: `force` clears what other runs left, once
+    run_id: str = field(default_factory=lambda: uuid4().hex)
 
     @property
     def results(self) -> Results:
@@ -53,8 +58,12 @@ class Place:
                     progress.say(f"another process trains {folder}: waiting")
                 reported = True
                 time.sleep(POLL_S)
-            if self.world.leads:
-                (checkpoint.remove if self.begins_anew(folder) else checkpoint.tidy)(folder)
+            if self.world.leads and self._is_stale(folder):
+                checkpoint.remove(folder)
+                # only now: a worker that dies before is retried, and removes the rest
+                self._mark(folder)
+            elif self.world.leads:
+                checkpoint.tidy(folder)
             distributed.wait(self.world)
             yield folder
         finally:
@@ -62,16 +71,26 @@ class Place:
 
     def kept(self, path: Path) -> Path:
         """Return the path of a file that an interrupted run may have left; `force` removes the file."""
-        if self.begins_anew(path):
+        if self._is_stale(path):
             path.unlink(missing_ok=True)
+            self._mark(path)
         return path
 
     def begins_anew(self, path: Path) -> bool:
-        """Return whether `force` is to clear this path: true once."""
-        first = self.force and path not in self.emptied
-        if first:
-            self.emptied.add(path)
-        return first
+        """Return whether `force` is to clear this path: true once in a run, whichever worker asks."""
+        stale = self._is_stale(path)
+        if stale:
+            self._mark(path)
+        return stale
+
+    def _is_stale(self, path: Path) -> bool:
+        marker = self.results.cleared(path.name)
+        return self.force and not (marker.exists() and marker.read_text(encoding="utf-8") == self.run_id)
+
+    def _mark(self, path: Path) -> None:
+        files.prepare(self.results.locks)
+        with files.replacing(self.results.cleared(path.name)) as temporary:
+            temporary.write_text(self.run_id, encoding="utf-8")
 
     def logger(self, name: str) -> Callable[[int, dict[str, float]], None] | None:
         """Return a function that logs the training of a cell to TensorBoard; None without --tensorboard."""

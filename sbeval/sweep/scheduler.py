@@ -3,9 +3,7 @@
 cell -> build or load the model, train, evaluate -> results/runs/<cell>.json -> rows of results/<family>.csv
 """
 
-import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,7 +103,6 @@ class Done:
     rows: pd.DataFrame | None = None
     how: str = ""
     reason: str = ""
-    emptied: frozenset[Path] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,26 +112,22 @@ class Work:
     place: Place
     presets: Mapping[str, str]
     errors: tuple[type[Exception], ...]
-    argv: tuple[str, ...]
     progress: Progress | None = None
 
     def __call__(self, step: Step) -> Done:
         if self.progress is not None:
             return self._done(step, self.progress)
-        sys.argv = list(self.argv)
         device.use(self.place.device)
         with Telling(pool.tell) as progress:
             return self._done(step, progress)
 
     def _done(self, step: Step, progress: Progress) -> Done:
         try:
-            done = self._attempt(step, progress)
+            return self._attempt(step, progress)
         except self.errors as error:
             if self.place.device.type == "cuda":
                 torch.cuda.empty_cache()
-            done = self.failure(step, *_mishap(error))
-        # elsewhere `place` is a copy
-        return dataclasses.replace(done, emptied=frozenset(self.place.emptied))
+            return self.failure(step, *_mishap(error))
 
     def _attempt(self, step: Step, progress: Progress) -> Done:
         if isinstance(step, Cell):
@@ -149,7 +142,9 @@ class Work:
             return Done(how=how, reason=reason)
         outcome = step.failed(how, self.place)
         origin = _origin(step, self.place, self.presets[step.family], outcome)
-        record = provenance.run_record(config=step, provenance=origin, status="failed", reason=reason)
+        record = provenance.run_record(
+            config=step, provenance=origin, status="failed", reason=reason, argv=self.place.argv
+        )
         return Done(record, table.frame(outcome.identity, outcome.rows, origin) if outcome else None, how, reason)
 
 
@@ -177,7 +172,7 @@ def run(
     errors = _errors(place) if len(families) < 2 else (*_errors(place), InputError)
     gpus = device.spread(place.device)
     with progress_of(place) as progress:
-        work = Work(place, presets, errors, tuple(sys.argv), progress if executor.alone else None)
+        work = Work(place, presets, errors, progress if executor.alone else None)
         overall = None if executor.alone else progress.add("cells", total=0)
         course = _Course(work, console, progress, dict(more or {}), overall, at_once(executor, place))
         first = course.begin(cells)
@@ -224,13 +219,12 @@ class _Course:
 
     def keep(self, step: Step, done: Done) -> None:
         """Store the result of a step; if it failed, record its dependents as failed too."""
-        place = self.work.place
-        place.emptied.update(done.emptied)
+        context = self.work.place
         lost = [other for other in self.graph.lost(step) if isinstance(other, Cell)] if done.how else []
         results = [(other, self.work.failure(other, done.how, f"{step.title}: {done.reason}")) for other in lost]
         for cell, result in [(step, done), *results] if isinstance(step, Cell) else results:
-            if place.world.leads:
-                _store(cell, result, place)
+            if context.world.leads:
+                _store(cell, result, context)
             self.waiting[cell.family].discard(cell)
             if self.overall:
                 self.overall.advance(status=cell.title)
@@ -320,6 +314,7 @@ def run_cell(cell: Cell, place: Place, preset: str, progress: Progress) -> Done:
         wall_s=time.perf_counter() - start,
         tokens_per_s=outcome.tokens_per_s,
         measured=outcome.measured,
+        argv=place.argv,
     )
     return Done(record, table.frame(outcome.identity, outcome.rows, origin))
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+import pickle
 import sys
 import threading
 import time
@@ -94,9 +95,32 @@ def test_force_empties_a_checkpoint(tmp_path: Path) -> None:
     with forced.checkpoint(["key"], progress) as again:
         assert again == folder and not folder.exists()
         folder.mkdir()
-    # once
-    with forced.checkpoint(["key"], progress):
-        assert folder.exists()
+    # once in a run: the copy is that of another worker
+    for other in (forced, pickle.loads(pickle.dumps(forced))):
+        with other.checkpoint(["key"], progress):
+            assert folder.exists()
+    with Place(results_dir=tmp_path, device=torch.device("cpu"), force=True).checkpoint(["key"], progress):
+        assert not folder.exists()
+
+
+def test_force_clears_a_file_once(tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    file.touch()
+    Place(results_dir=tmp_path, device=torch.device("cpu")).kept(file)
+    assert file.exists()
+    forced = Place(results_dir=tmp_path, device=torch.device("cpu"), force=True)
+    forced.kept(file)
+    assert not file.exists()
+    file.touch()
+    forced.kept(file)
+    assert file.exists() and not forced.begins_anew(file)
+
+
+def test_a_run_file_has_the_command_of_the_driver(tmp_path: Path) -> None:
+    context = Place(results_dir=tmp_path, device=torch.device("cpu"), argv=("/bin/sbeval", "run", "quick"))
+    with Progress(Console(quiet=True)) as progress:
+        done = scheduler.run_cell(Cell(title="good", value=0.5), context, "quick", progress)
+    assert done.record is not None and done.record["argv"] == ["sbeval", "run", "quick"]
 
 
 def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
