@@ -24,11 +24,12 @@ import yaml
 
 from sbeval import registry
 from sbeval.errors import InputError, choose
-from sbeval.tasks import length_gen
 from sbeval.tasks.text_model import TRAINING, TextModel, uncut
 
 STUDIES = resources.files("sbeval") / "studies"
 NOTHING = ("", "~", "null")
+# the family whose presets say how models are trained
+MODELS = "length_gen"
 KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -85,8 +86,9 @@ def parts(document: Mapping[str, object], dtype: Callable[[str | None], str]) ->
     for name in document:
         choose("section", name, ("models", *registry.TASKS))
     shared = _mapping("models", document.get("models"))
-    preset = choose("preset of models", _value("models.preset", shared.pop("preset", "quick"), str), length_gen.PRESETS)
-    trained = length_gen.PRESETS[preset]
+    presets = registry.task(MODELS).presets
+    preset = choose("preset of models", _value("models.preset", shared.pop("preset", "quick"), str), presets)
+    trained = presets[preset]
     models = {name: getattr(trained, name) for name in TRAINING if name != "dtype"}
     models |= uncut(_options("models", shared, TextModel, TRAINING))
     families = [name for name in document if name != "models"]
@@ -102,9 +104,9 @@ def _part(
     preset = _value(f"{family}.preset", section.pop("preset", preset), str)
     base = presets[choose(f"preset of {family}", preset, presets)]
     options = uncut(_options(family, section, type(base), [field.name for field in dataclasses.fields(base)]))
-    if isinstance(base, length_gen.Config):
+    if isinstance(base, TextModel):
         # only length_gen is about length: others evaluate at a training length other than the preset's
-        longer = family != length_gen.NAME and models["train_len"] != base.train_len
+        longer = family != MODELS and models["train_len"] != base.train_len
         options = models | ({"eval_len": models["train_len"]} if longer else {}) | options
     options["dtype"] = dtype(options.get("dtype"))
     try:
