@@ -1,4 +1,4 @@
-"""`python -m sbeval`: the command line."""
+"""Entry point of `python -m sbeval`."""
 
 from sbeval.cli.main import main
 

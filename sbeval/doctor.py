@@ -1,4 +1,4 @@
-"""What this machine can do: devices, attention methods, optional packages, and which presets fit into memory."""
+"""Examine this machine: devices, attention methods, optional packages, and which presets fit into memory."""
 
 import dataclasses
 import importlib.metadata
@@ -28,7 +28,7 @@ from sbeval.tables import provenance
 from sbeval.tasks import attention_map, length_gen
 from sbeval.training.trainer import TrainConfig
 
-# module, name on the index, what for
+# module, name on PyPI, purpose
 PACKAGES = (
     ("fla", "fla-core", "a peer in `sbeval bench kernel`"),
     ("stickbreaking_attention", "stickbreaking-attention", "the authors' kernel, a peer there"),
@@ -41,9 +41,9 @@ PACKAGES = (
     ("tensorboard", "tensorboard", "--tensorboard: sbeval[tensorboard]"),
 )
 GIB = 1 << 30
-# seconds for a package to be imported
+# timeout in seconds for importing a package
 PATIENCE_S = 120
-# of free memory, what the framework leaves to tensors
+# fraction of free memory that the framework leaves for tensors
 USABLE = 0.9
 
 
@@ -58,14 +58,14 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All of it, and whether anything can run."""
+    """All sections. able: True if any method and preset can run."""
 
     sections: list[Section]
     able: bool
 
 
 def examine(place: torch.device, results_dir: Path) -> Report:
-    """Look at everything; memory and times are those of `place`. Takes some seconds, most of them for imports."""
+    """Build the report, with memory and times of `place`. Takes some seconds, mostly for imports."""
     free, total = memory(place)
     methods, presets = list(_methods(place)), list(_presets(place, int(USABLE * free)))
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
@@ -87,7 +87,7 @@ def examine(place: torch.device, results_dir: Path) -> Report:
 
 
 def memory(place: torch.device) -> tuple[int, int]:
-    """Free and total memory of a device in bytes; of the CPU what the system says is available."""
+    """Return free and total memory of a device in bytes; for a CPU free is what the system reports as available."""
     if place.type == "cuda":
         free, total = torch.cuda.mem_get_info(place)
         return int(free), int(total)
@@ -99,8 +99,8 @@ def memory(place: torch.device) -> tuple[int, int]:
 
 
 def training_bytes(shape: ModelConfig, tokens: int, dtype: str, scored: int) -> int:
-    """Memory of training, roughly: 16 bytes a parameter (weights, gradients, Adam's two moments, float32 each) and,
-    where products are in half precision, a copy of weights of `e` bytes; for each of `tokens` tokens of a forward pass
+    """Estimate the bytes of training: 16 bytes a parameter (weights, gradients, Adam's two moments, float32 each) and,
+    with products in half precision, a copy of the weights of `e` bytes; for each of `tokens` tokens of a forward pass
     and layer what the backward pass reads (the residual stream and its norm twice in float32, and in `e` bytes queries,
     keys, values, the mixed heads, and of the MLP its inner values three times); for each of `scored` tokens its logits
     in `e` bytes, and in float32 with their gradient.
@@ -113,8 +113,8 @@ def training_bytes(shape: ModelConfig, tokens: int, dtype: str, scored: int) -> 
 
 
 def evaluation_bytes(shape: ModelConfig, tokens: int, dtype: str) -> int:
-    """Memory of evaluation, roughly: 4 bytes a parameter; for each of `tokens` tokens of a forward pass one layer's
-    values at a time; for a chunk of tokens its logits in `dtype` and in float32 twice."""
+    """Estimate the bytes of evaluation: 4 bytes a parameter; for each of `tokens` tokens of a forward pass the
+    activations of one layer at a time; for a chunk of tokens its logits in `dtype` and twice in float32."""
     size = 4 if dtype == "float32" else 2
     layer = 3 * 4 * shape.width + size * ((2 * shape.heads + 2 * shape.n_kv_heads) * shape.d_head + 3 * shape.hidden)
     logits = min(tokens, perplexity.CHUNK) * shape.vocab_size * (size + 8)
@@ -122,9 +122,9 @@ def evaluation_bytes(shape: ModelConfig, tokens: int, dtype: str) -> int:
 
 
 def verdict(shape: ModelConfig, training: TrainConfig, eval_tokens: int, free: int, option: str) -> str:
-    """Whether a model fits into `free` bytes: `fits`, `needs ...` the largest part of a batch that does, `too large`.
+    """Return whether a model fits into `free` bytes: `fits`, `needs ...` the largest micro-batch, `too large`.
 
-    option: what sets the tokens of a forward pass, empty where nothing does: there a batch is halved as it runs.
+    option: flag that sets the tokens of a forward pass; empty if there is none, and the batch is halved at run time.
     """
     if evaluation_bytes(shape, eval_tokens, training.dtype) > free:
         return "too large"
@@ -157,7 +157,7 @@ def _device(place: torch.device) -> tuple[str, ...]:
 
 
 def _methods(place: torch.device) -> Iterator[tuple[str, ...]]:
-    """A small model of each method takes one step, so that what it needs is there."""
+    """Run a forward and backward pass of a small model of each method."""
     for name in registry.ATTENTION:
         shape = ModelConfig(vocab_size=64, width=64, layers=1, heads=1, hidden=64, attention=name)
         tokens = torch.arange(64, device=place)[None]
@@ -165,14 +165,14 @@ def _methods(place: torch.device) -> Iterator[tuple[str, ...]]:
             with device.autocast(place, device.pick_dtype(None, place)):
                 Decoder(shape).to(place).loss(tokens, tokens).backward()
             runs = "yes"
-        # what a kernel that does not fit, or a compiler that is not there, raises
+        # raised if a kernel does not fit or a compiler is missing
         except (RuntimeError, ImportError, OSError) as error:
             runs = f"no: {first_line(error)}"
         yield name, registry.method(name).backend_name(place.type), runs
 
 
 def _hopper(place: torch.device) -> tuple[str, ...]:
-    """The kernels that stick-breaking takes where they run, asked for by name."""
+    """Run the Hopper kernels of stick-breaking, selected by name."""
     q = torch.randn(1, 64, 1, 64, device=place, dtype=torch.bfloat16, requires_grad=True)
     try:
         stick_breaking.attention(q, q, q, backend="triton-hopper")[0].sum().backward()
@@ -183,17 +183,17 @@ def _hopper(place: torch.device) -> tuple[str, ...]:
 
 
 def _package(module: str, name: str, use: str) -> tuple[str, ...]:
-    """Whether a package can be imported, tried in a process of its own: it may change or end the one that tries."""
+    """Try to import a package, in a subprocess: the import may change or end its process."""
     if importlib.util.find_spec(module) is None:
         return name, "no", use
     command = [sys.executable, "-W", "ignore", "-c", f"import {module}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     except subprocess.TimeoutExpired:
-        return name, f"broken: no end of its import in {PATIENCE_S} s", use
+        return name, f"broken: import did not finish in {PATIENCE_S} s", use
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        return name, f"broken: {said[-1] if said else f'its import ends with {done.returncode}'}", use
+        lines = done.stderr.strip().splitlines()
+        return name, f"broken: {lines[-1] if lines else f'import exits with code {done.returncode}'}", use
     try:
         return name, importlib.metadata.version(name), use
     except importlib.metadata.PackageNotFoundError:
@@ -202,9 +202,9 @@ def _package(module: str, name: str, use: str) -> tuple[str, ...]:
 
 def _folders(results_dir: Path) -> Iterator[tuple[str, ...]]:
     for name, path in (("cache", Path(platformdirs.user_cache_dir("sbeval"))), ("results", results_dir.absolute())):
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        writable = "" if os.access(there, os.W_OK) else ", not writable"
-        yield name, f"{path}{writable}", f"{shutil.disk_usage(there).free / GIB:.1f}"
+        existing = next(folder for folder in (path, *path.parents) if folder.exists())
+        writable = "" if os.access(existing, os.W_OK) else ", not writable"
+        yield name, f"{path}{writable}", f"{shutil.disk_usage(existing).free / GIB:.1f}"
 
 
 def _presets(place: torch.device, free: int) -> Iterator[tuple[str, ...]]:
@@ -214,22 +214,26 @@ def _presets(place: torch.device, free: int) -> Iterator[tuple[str, ...]]:
         task = registry.task(family)
         for name, preset in task.presets.items():
             config: Any = dataclasses.replace(preset, dtype=dtype)
-            # lm-eval's items are not looked at: there it is the time of training
+            # few-shot: the time of training alone, without opening lm-eval's tasks
             cells: Any = length_gen.cells(config) if family == "few_shot" else task.cells(config)
-            found = [_sizes(cell.config, cell, place) for cell in cells]
+            sizes = [_sizes(cell.config, cell, place) for cell in cells]
             shape, training, tokens, option = max(
-                found, key=lambda one: _training(one[0], one[1], one[1].micro_batch or one[1].batch)
+                sizes, key=lambda one: _training(one[0], one[1], one[1].micro_batch or one[1].batch)
             )
             whole = _training(shape, training, training.micro_batch or training.batch)
             yield (
-                family.replace("_", "-"), name, f"{n_parameters(shape) / 1e6:.1f} M", f"{whole / GIB:.2f}",
-                f"{evaluation_bytes(shape, tokens, dtype) / GIB:.2f}", verdict(shape, training, tokens, free, option),
+                family.replace("_", "-"),
+                name,
+                f"{n_parameters(shape) / 1e6:.1f} M",
+                f"{whole / GIB:.2f}",
+                f"{evaluation_bytes(shape, tokens, dtype) / GIB:.2f}",
+                verdict(shape, training, tokens, free, option),
                 scheduler.in_words(sum(scheduler.seconds(steps(cells), speeds, place))),
-            )  # fmt: skip
+            )
 
 
 def _sizes(config: Any, cell: Any, place: torch.device) -> tuple[ModelConfig, TrainConfig, int, str]:
-    """Model, training, tokens of an evaluation's forward pass, and the option for those of training."""
+    """Return model, training, tokens of a forward pass in evaluation, and the flag for those in training."""
     if isinstance(config, length_gen.Config):
         one = length_gen.Cell(config=config)
         longest = max(

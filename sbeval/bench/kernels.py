@@ -1,12 +1,11 @@
-"""Benchmarks of the attention kernels and of whole models, each beside its peers in the same run.
+"""Benchmarks of attention kernels and of whole models, each beside its peers in the same run.
 
-`kernel`: stick-breaking's Triton kernels, whatever other stick-breaking kernels are installed, and softmax through
-SDPA's backends and FlexAttention. Every contender is first compared with the float64 reference on a short problem of
-the same heads, then timed. FLOPs are those of causal attention, 4 B H D T S / 2 forward and 3.5 times that with
+`kernel`: stick-breaking's Triton kernels, other installed stick-breaking kernels, and softmax through SDPA's backends
+and FlexAttention. Every contender is first compared with the float64 reference on a short problem of the same heads,
+then timed. FLOPs are those of causal attention, 4 B H D T S / 2 forward and 3.5 times that with
 backward, skipped tiles included.
 
-`sbeval.bench.models` has the benchmark of whole models, `sbeval.bench.skipping` that of kernels on what a trained model
-computes.
+`sbeval.bench.models` benchmarks whole models, `sbeval.bench.skipping` kernels on the activations of a trained model.
 """
 
 import importlib
@@ -75,7 +74,7 @@ class Problem:
 
     @property
     def factors(self) -> dict[str, Any]:
-        """What a row says of the problem."""
+        """Columns of the problem in a row."""
         return {
             "step": self.step, "batch": self.batch, "queries": self.queries, "keys": self.keys, "heads": self.heads,
             "kv_heads": self.kv_heads, "head_dim": self.head_dim, "sequences": max(1, len(self.bounds) - 1),
@@ -84,7 +83,7 @@ class Problem:
 
     @property
     def cache_bytes(self) -> float:
-        """What decoding has to read: keys and values in 16 bits."""
+        """Bytes that decoding reads: keys and values in 16 bits."""
         return 4.0 * self.batch * self.keys * self.kv_heads * self.head_dim
 
     def draw(self, place: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +97,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """attention: what it computes; backend: whose kernel. `build` raises ImportError for what is not installed."""
+    """attention: what it computes; backend: whose kernel. `build` raises ImportError if it is not installed."""
 
     attention: str
     backend: str
@@ -187,8 +186,8 @@ CONTENDERS = (
 def problems(
     lengths: Sequence[int], head_dims: Sequence[int], heads: int, caches: Sequence[int] = (16384, 65536)
 ) -> list[Problem]:
-    """Dense lengths at 16,384 tokens a batch or one sequence, visiting all keys, and with the default epsilon where it
-    can skip nothing, since other code runs then; grouped heads; packed documents; what it does skip; decoding."""
+    """Return dense problems at 16,384 tokens a batch or one sequence, with epsilon 0 and with the default where nothing
+    can be skipped, since other code runs then; grouped heads; packed documents; a problem that skips; decoding."""
     found = []
     for dim in head_dims:
         for length in lengths:
@@ -214,7 +213,7 @@ def problems(
 
 
 def _documents(length: int) -> tuple[int, ...]:
-    """Bounds of documents that fill a row; lengths are log-normal, half of them between 500 and 4000 tokens."""
+    """Return bounds of documents that fill a row; lengths are log-normal, half of them between 500 and 4000 tokens."""
     generator = torch.Generator().manual_seed(0)
     bounds = [0]
     while bounds[-1] < length:
@@ -226,7 +225,7 @@ def _documents(length: int) -> tuple[int, ...]:
 def kernel(
     found: Sequence[Problem], place: torch.device, dtype: str, results_dir: Path, say: Callable[[str], None]
 ) -> Table:
-    """Time every contender on every problem, keep the rows in kernel.csv, and return a table for the terminal."""
+    """Time every contender on every problem, write the rows to kernel.csv, and return a table for the terminal."""
     needs_gpu(place)
     shown = Table(title=f"Attention kernels on {device.describe(place)}, {dtype}")
     for name in ("step", "problem", "kernel", "ms", "TFLOP/s", "GB/s", "peak MB", "error"):
@@ -304,8 +303,8 @@ def _time(contender: Contender, problem: Problem, place: torch.device, dtype: to
 
 
 def timed(step: Callable[[], object], *, decodes: bool = False) -> dict[str, float]:
-    """Median of a step's times in ms, `time`, with its quantiles. A token is decoded from a captured graph: what
-    launching costs is left out for all alike."""
+    """Return the median time of a step in ms, `time`, and its quantiles. Decoding runs from a captured CUDA graph, so
+    that launch overhead is left out for all contenders."""
     from triton.testing import do_bench
 
     low, middle, high = do_bench(captured(step) if decodes else step, warmup=20, rep=100, quantiles=[0.2, 0.5, 0.8])
@@ -321,7 +320,7 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
 
 
 def _error(contender: Contender, problem: Problem, place: torch.device, dtype: torch.dtype) -> float:
-    """Relative error of the output against float64 on standard normal inputs of at most 2048 tokens."""
+    """Return the relative error of the output against float64 on standard normal inputs of at most 2048 tokens."""
     length = min(2048, problem.keys)
     bounds = (0, length // 3, length) if problem.bounds else ()
     short = Problem(

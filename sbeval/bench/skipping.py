@@ -1,7 +1,7 @@
-"""What block skipping saves on a trained model, on the queries, keys and values of every layer while it reads a text.
+"""Benchmark block skipping on the queries, keys and values of every layer of a trained model.
 
-A stick-breaking kernel that stops where less than epsilon of the stick is left is timed beside itself without skipping
-and beside softmax through SDPA, whose time does not depend on what it is given. `forward` is a whole sequence,
+A stick-breaking kernel that stops when the remaining mass is below epsilon is timed beside itself without skipping
+and beside softmax through SDPA, whose time does not depend on its inputs. `forward` is a whole sequence,
 `forward_backward` the same with the gradients of queries, keys and values; `decode` is one query against a cache that
 ends before it: the last of the text, or of 32 rows the last 32.
 """
@@ -29,20 +29,20 @@ from sbeval.pretrained import load
 from sbeval.runtime import device
 
 DECODED = (1, 32)
-# queries whose reach is measured, the last of a sequence
+# number of queries whose reach is measured, at the end of a sequence
 SAMPLE = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row(kernels.Row):
-    """Factors: the problem, and the layer (from 0) and head that its inputs come from; no head is all of them."""
+    """Factors: the problem, and the layer (from 0) and head of its inputs; head is None for all heads."""
 
     layer: int
     head: int | None = None
 
 
 class Captured(NamedTuple):
-    """q (1, T, H, D), k and v (1, T, G, D) of one layer, and what its mixer does to logits."""
+    """Inputs of one layer: q (1, T, H, D), k and v (1, T, G, D), and the logit options of its mixer."""
 
     q: Tensor
     k: Tensor
@@ -52,13 +52,13 @@ class Captured(NamedTuple):
 
 @torch.no_grad()
 def capture(model: Decoder, tokens: Tensor, dtype: str) -> list[Captured]:
-    """What every layer's attention is given when the model reads tokens (1, T)."""
-    found: list[Captured] = []
+    """Return the inputs of every attention layer for tokens (1, T)."""
+    layers: list[Captured] = []
 
     def keep(mixer: Any, inputs: tuple[Any, ...]) -> None:
         q, k, v = (x.detach() for x in inputs[:3])
         options = {"scale": mixer.scale, "bias": mixer.logit_bias, "attend_current": mixer.options.attend_current}
-        found.append(Captured(q, k, v, options))
+        layers.append(Captured(q, k, v, options))
 
     mixers = [module for module in model.modules() if isinstance(module, stick_breaking.Mixer)]
     hooks = [mixer.register_forward_pre_hook(keep) for mixer in mixers]
@@ -68,12 +68,12 @@ def capture(model: Decoder, tokens: Tensor, dtype: str) -> list[Captured]:
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return layers
 
 
 @torch.no_grad()
 def reach(captured: Captured, epsilon: float, sample: int = SAMPLE) -> Tensor:
-    """Keys that a query reads until less than epsilon of its stick is left, (H,): means over the last queries."""
+    """Return the number of keys (H,) that a query reads until its mass is below epsilon, a mean of the last queries."""
     q, k, _, options = captured
     k = k.repeat_interleave(q.shape[2] // k.shape[2], 2)
     length, count = k.shape[1], min(sample, q.shape[1])
@@ -83,7 +83,7 @@ def reach(captured: Captured, epsilon: float, sample: int = SAMPLE) -> Tensor:
     i, j = torch.arange(length - count, length, device=q.device)[:, None], torch.arange(length, device=q.device)
     allowed = j <= i if options["attend_current"] else j < i
     rest = F.logsigmoid(-z).masked_fill(~allowed, 0).flip(-1).cumsum(-1).flip(-1)
-    # what is left before key j is read, nearest first, is what keys after it left
+    # remaining mass before key j (keys are read nearest first) is what keys after j left over
     before = F.pad(rest[..., 1:], (0, 1)).exp()
     return ((before >= epsilon) & allowed).sum(-1).float().mean(-1)
 
@@ -91,23 +91,23 @@ def reach(captured: Captured, epsilon: float, sample: int = SAMPLE) -> Tensor:
 def measure(
     checkpoint: str, text: Split, lengths: Sequence[int], place: torch.device, dtype: str, results_dir: Path
 ) -> Table:
-    """Time every layer at every length, keep the rows in skipping.csv, and return a table for the terminal.
+    """Time every layer at every length, write the rows to skipping.csv, and return a table for the terminal.
 
-    InputError when the model is none of stick-breaking's, or no document is long enough.
+    Raise InputError if the model is not a stick-breaking model, or no document is long enough.
     """
     kernels.needs_gpu(place)
-    found = load.load(checkpoint, place, dtype)
-    if not isinstance(found.model, Decoder) or found.attention != "stick_breaking":
+    loaded = load.load(checkpoint, place, dtype)
+    if not isinstance(loaded.model, Decoder) or loaded.attention != "stick_breaking":
         raise InputError(
-            f"skipping is stick-breaking's; {checkpoint} attends with {found.attention or 'something else'}"
+            f"only stick-breaking skips blocks; {checkpoint} attends with {loaded.attention or 'something else'}"
         )
-    shown = Table(title=f"{found.params / 1e6:.0f} M parameters on {device.describe(place)}, {dtype}: ms in all layers")
+    grid = Table(title=f"{loaded.params / 1e6:.0f} M parameters on {device.describe(place)}, {dtype}: ms in all layers")
     for name in ("step", "tokens", *(_name(contender) for contender in CONTENDERS), "reach"):
-        shown.add_column(name, justify="left" if name == "step" else "right")
+        grid.add_column(name, justify="left" if name == "step" else "right")
     for length in lengths:
         document, start = text.windows(length)[0]
         tokens = text.document(document)[start : start + length].astype(np.int64)
-        layers = capture(found.model, torch.from_numpy(tokens)[None].to(place), dtype)
+        layers = capture(loaded.model, torch.from_numpy(tokens)[None].to(place), dtype)
         reached = torch.stack([reach(layer, EPSILON) for layer in layers])
         for step, batch in (("forward", 1), ("forward_backward", 1), *(("decode", rows) for rows in DECODED)):
             total = []
@@ -115,16 +115,24 @@ def measure(
                 rows = _measured(contender, step, batch, layers, reached)
                 problem = _problem(contender, step, batch, layers[0])
                 kernels.keep(
-                    contender.attention, contender.backend, "skipping", rows, place, dtype, results_dir, problem,
-                    model=found.name, params=found.params,
-                )  # fmt: skip
+                    contender.attention,
+                    contender.backend,
+                    "skipping",
+                    rows,
+                    place,
+                    dtype,
+                    results_dir,
+                    problem,
+                    model=loaded.name,
+                    params=loaded.params,
+                )
                 total.append(sum(row.value for row in rows if row.metric == "time"))
-            shown.add_row(f"{step} x {batch}", f"{length}", *(f"{ms:.3f}" for ms in total), f"{reached.mean():.0f}")
-    return shown
+            grid.add_row(f"{step} x {batch}", f"{length}", *(f"{ms:.3f}" for ms in total), f"{reached.mean():.0f}")
+    return grid
 
 
 class Contender(NamedTuple):
-    """softmax: SDPA's kernel, None for stick-breaking's own."""
+    """A kernel to time. softmax: the SDPA backend; None for stick-breaking."""
 
     attention: str
     backend: str
@@ -146,15 +154,21 @@ def _name(contender: Contender) -> str:
 
 def _problem(contender: Contender, step: str, batch: int, layer: Captured) -> Problem:
     return Problem(
-        step=step, batch=batch, queries=1 if step == "decode" else layer.q.shape[1], keys=layer.k.shape[1],
-        heads=layer.q.shape[2], kv_heads=layer.k.shape[2], head_dim=layer.q.shape[3], epsilon=contender.epsilon,
-    )  # fmt: skip
+        step=step,
+        batch=batch,
+        queries=1 if step == "decode" else layer.q.shape[1],
+        keys=layer.k.shape[1],
+        heads=layer.q.shape[2],
+        kv_heads=layer.k.shape[2],
+        head_dim=layer.q.shape[3],
+        epsilon=contender.epsilon,
+    )
 
 
 @torch.no_grad()
 def _measured(contender: Contender, step: str, batch: int, layers: Sequence[Captured], reached: Tensor) -> list[Row]:
-    """Times of each layer; of one that skips also what that changes in the output or, with backward, in the gradients,
-    and how far each head reaches."""
+    """Return the times of each layer; with skipping also its error in the output or, with backward, in the gradients,
+    and the reach of each head."""
     rows: list[Row] = []
     for index, layer in enumerate(layers):
         problem = _problem(contender, step, batch, layer)
@@ -171,9 +185,9 @@ def _measured(contender: Contender, step: str, batch: int, layers: Sequence[Capt
 
 
 def _run(contender: Contender, problem: Problem, layer: Captured) -> Callable[[], tuple[Tensor, ...]]:
-    """What is timed: attention on a layer's own inputs; decoding takes the last queries, one a row.
+    """Return the call to time: attention on the inputs of a layer; decoding takes the last queries, one per row.
 
-    It returns the output or, with backward, the gradients of q, k and v for one that is drawn once.
+    The call returns the output or, with backward, the gradients of q, k and v for a gradient that is drawn once.
     """
     q, k, v, options = layer
     lengths = None

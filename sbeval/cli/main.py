@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a command runs, so `--help` answers at once."""
+"""The command line. Commands import heavy modules when they run, so that `--help` is fast."""
 
 import dataclasses
 import importlib.util
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sbeval.sweep.study_file import Part
 
 app = typer.Typer(
-    help="Evaluate stick-breaking attention and its rivals (Tan et al., ICLR 2025, arXiv 2410.17980).",
+    help="Evaluate stick-breaking attention and its baselines (Tan et al., ICLR 2025, arXiv 2410.17980).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -35,23 +35,33 @@ TASKS, RESULTS, TOOLS = "Tasks", "Results", "Tools"
 
 Attention = Annotated[
     list[str] | None,
-    typer.Option("--attention", help="Method, with options as name:key=value,...; repeat for several.", metavar="SPEC"),
+    typer.Option(
+        "--attention", help="Attention method, with options as name:key=value,...; repeat for several.", metavar="SPEC"
+    ),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; the GPU if there is one.")]
-Dtype = Annotated[str | None, typer.Option(help="Matrix products: float32, bfloat16, float16; bfloat16 on a GPU.")]
-ResultsDir = Annotated[Path, typer.Option(help="Where tables, run files, checkpoints and figures go.")]
-Force = Annotated[bool, typer.Option("--force", help="Run cells again that have a result.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the grid with its cost and stop.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU if there is one.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU."
+    ),
+]
+ResultsDir = Annotated[Path, typer.Option(help="Folder of tables, run files, checkpoints and figures.")]
+Force = Annotated[bool, typer.Option("--force", help="Run finished cells again.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the cells and their cost, and stop.")]
 CorpusSpec = Annotated[
     str | None, typer.Option("--corpus", help="python, stdlib, a file or folder, or hf:NAME[:CONFIG].")
 ]
 TextField = Annotated[str | None, typer.Option(help="Field of the text in JSONL and parquet.")]
 ExecutorKind = Annotated[str, typer.Option(help="local, or ray.")]
 Workers = Annotated[
-    int | None, typer.Option(help="Cells at once: processes that share cores and GPUs out, or Ray's CPUs here.")
+    int | None,
+    typer.Option(help="Cells to run at once: processes that share cores and GPUs, or Ray's CPUs on this machine."),
 ]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join, as host:port or auto.")]
-GpusPerCell = Annotated[float | None, typer.Option(help="GPUs of a Ray task, such as 0.25; one where there are any.")]
+GpusPerCell = Annotated[
+    float | None, typer.Option(help="GPUs of a Ray task, such as 0.25. Default: one where there are any.")
+]
 
 
 def _runs(name: str) -> Callable[[Sweep, dict[str, Any]], None]:
@@ -62,15 +72,25 @@ def _add_families() -> None:
     for name in registry.TASKS:
         family = registry.task(name)
         options.command(
-            app, name.replace("_", "-"), family.config, family.presets, Sweep,
-            _runs(name), help=family.help, panel=TASKS,
-        )  # fmt: skip
+            app,
+            name.replace("_", "-"),
+            family.config,
+            family.presets,
+            Sweep,
+            _runs(name),
+            help=family.help,
+            panel=TASKS,
+        )
     options.command(
-        app, "train", TextModel, registry.task("length_gen").presets, Training,
+        app,
+        "train",
+        TextModel,
+        registry.task("length_gen").presets,
+        Training,
         lambda common, given: _train(common, given),
         help="Train the models that length-gen with the same options evaluates; under torchrun, on several GPUs.",
         panel=TASKS,
-    )  # fmt: skip
+    )
 
 
 _add_families()
@@ -78,15 +98,18 @@ _add_families()
 
 @app.command(rich_help_panel=TOOLS)
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="Our checkpoint folder.", metavar="CHECKPOINT")],
-    out: Annotated[Path, typer.Argument(help="Folder to write, which must be new or empty.", metavar="OUT")],
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint folder of sbeval.", metavar="CHECKPOINT")],
+    out: Annotated[Path, typer.Argument(help="Output folder, which must be new or empty.", metavar="OUT")],
     tokenizer: Annotated[
-        str | None, typer.Option(help="That of training: bytes, bpe:SIZE with --corpus, a file, folder or name; none.")
+        str | None,
+        typer.Option(
+            help="The tokenizer of training: bytes, bpe:SIZE with --corpus, a file, folder or name. Default: none."
+        ),
     ] = None,
     corpus: CorpusSpec = None,
     text_field: TextField = None,
 ) -> None:
-    """Write a checkpoint as a Hugging Face model, which loads where sbeval.hf is imported."""
+    """Export a checkpoint as a Hugging Face model, which loads after `import sbeval.hf`."""
     if not importlib.util.find_spec("transformers"):
         raise InputError("export needs transformers: pip install 'sbeval[hf]'")
     from sbeval import hf
@@ -97,25 +120,25 @@ def export(
 
 @app.command(rich_help_panel=RESULTS)
 def table(
-    family: Annotated[str, typer.Argument(help="few-shot")],
+    family: Annotated[str, typer.Argument(help="Table to print: few-shot.")],
     format: Annotated[str, typer.Option(help="terminal, markdown, latex or csv.")] = "terminal",
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Print a table of models by benchmarks, as papers have it, from the result table alone; needs no torch."""
+    """Print a table of models by benchmarks, as in papers, from the result table; needs no torch."""
     from sbeval.tables import few_shot
     from sbeval.tables.table import read
 
     choose("table", family.replace("-", "_"), ["few_shot"])
-    shown = few_shot.render(read(Results(results_dir).table("few_shot"), required=few_shot.COLUMNS), format)
-    if isinstance(shown, str):
-        print(shown)
+    rendered = few_shot.render(read(Results(results_dir).table("few_shot"), required=few_shot.COLUMNS), format)
+    if isinstance(rendered, str):
+        print(rendered)
     else:
-        Console().print(shown)
+        Console().print(rendered)
 
 
 @app.command(rich_help_panel=TOOLS)
 def doctor(device: Device = None, results_dir: ResultsDir = Path("results")) -> None:
-    """Say what this machine can do: devices, attention methods, optional packages, which presets fit."""
+    """Report what this machine can run: devices, attention methods, optional packages, presets that fit."""
     from sbeval.doctor import examine
     from sbeval.runtime import device as devices
 
@@ -129,26 +152,28 @@ def doctor(device: Device = None, results_dir: ResultsDir = Path("results")) -> 
 @app.command(rich_help_panel=RESULTS)
 def compare(
     first: Annotated[Path, typer.Argument(help="Results folder.", metavar="A")],
-    second: Annotated[Path, typer.Argument(help="Another.", metavar="B")],
+    second: Annotated[Path, typer.Argument(help="Results folder to compare with.", metavar="B")],
     format: Annotated[str, typer.Option(help="terminal, markdown or csv.")] = "terminal",
 ) -> None:
-    """Set two results folders side by side: differences with intervals, rows only in one; needs no torch."""
+    """Compare two results folders: differences with intervals, and rows in only one; needs no torch."""
     from sbeval.tables.compare import render
 
-    shown = render(first, second, format)
-    if isinstance(shown, str):
-        print(shown)
+    rendered = render(first, second, format)
+    if isinstance(rendered, str):
+        print(rendered)
     else:
-        Console().print(shown, soft_wrap=False)
+        Console().print(rendered, soft_wrap=False)
 
 
 @app.command("run", rich_help_panel=TASKS)
 def run_study(
-    study: Annotated[str, typer.Argument(help="quick, h200, paper, or a YAML file written as one of these.")],
+    study: Annotated[str, typer.Argument(help="quick, h200, paper, or the path of a study file (YAML).")],
     change: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", help="Another value than the study's: needle.samples=20; repeat.", metavar="OPTION=VALUE"
+            "--set",
+            help="Override an option of the study, such as needle.samples=20; repeat for several.",
+            metavar="OPTION=VALUE",
         ),
     ] = None,
     executor: ExecutorKind = "local",
@@ -160,11 +185,9 @@ def run_study(
     results_dir: ResultsDir = Path("results"),
     force: Force = False,
     dry_run: DryRun = False,
-    show: Annotated[
-        bool, typer.Option("--show", help="Print the study's file, to write another from, and stop.")
-    ] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the study file, as a template, and stop.")] = False,
 ) -> None:
-    """A whole study: train each model once, run every family on it, and go on where a stopped run was."""
+    """Run a study: train each model once, evaluate every family on it; resumes an interrupted run."""
     from sbeval.runtime import device as devices
     from sbeval.runtime import distributed
     from sbeval.sweep import study_file
@@ -178,7 +201,7 @@ def run_study(
     how = _how(executor, workers, address, gpus_per_cell)
     where = devices.pick(device)
     parts = study_file.parts(
-        study_file.read(study, change or ()), lambda said: devices.pick_dtype(dtype or said, where)
+        study_file.read(study, change or ()), lambda given: devices.pick_dtype(dtype or given, where)
     )
     _run(parts, Place(results_dir=results_dir, device=where, force=force), how, dry_run=dry_run, name=study)
 
@@ -187,15 +210,17 @@ def run_study(
 def plot(
     figure: Annotated[
         list[str] | None,
-        typer.Argument(help="Figures: attention-map, length-gen, mqrar, mqrar-splits, ...; all if none is named."),
+        typer.Argument(help="Figures: attention-map, length-gen, mqrar, mqrar-splits, ... Default: all."),
     ] = None,
     format: Annotated[
-        list[str] | None, typer.Option(help="png, pdf or html; repeat for several. png and pdf if not given.")
+        list[str] | None, typer.Option(help="png, pdf or html; repeat for several. Default: png and pdf.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the figures; results/figures.", metavar="DIR")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the figures. Default: results/figures.", metavar="DIR")
+    ] = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Redraw figures from the result tables alone; needs no torch."""
+    """Draw figures from the result tables; needs no torch."""
     from sbeval.report.figures import draw_figures
 
     names = [name.replace("-", "_") for name in figure or []]
@@ -205,16 +230,16 @@ def plot(
 
 @app.command(rich_help_panel=RESULTS)
 def report(
-    out: Annotated[Path | None, typer.Option(help="File to write; results/report.html.", metavar="PATH")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file. Default: results/report.html.", metavar="PATH")] = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Write one HTML page of all results: the paper's claims beside them, figures to hover over; needs no torch."""
+    """Write an HTML report of all results: the paper's claims beside them, interactive figures; needs no torch."""
     from sbeval.report.html import write
 
     _say(str(write(results_dir, out, say=_say)))
 
 
-bench = typer.Typer(help="Time kernels and models beside their peers, on a GPU.", no_args_is_help=True)
+bench = typer.Typer(help="Benchmark kernels and models beside their peers, on a GPU.", no_args_is_help=True)
 app.add_typer(bench, name="bench", rich_help_panel=TOOLS)
 Lengths = Annotated[list[int] | None, typer.Option(help="Tokens of a sequence; repeat for several.", min=1)]
 
@@ -224,26 +249,30 @@ def bench_kernel(
     length: Lengths = None,
     head_dim: Annotated[list[int] | None, typer.Option(help="Size of a head; repeat for several.", min=1)] = None,
     heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 12,
-    cache: Annotated[list[int] | None, typer.Option(help="Keys to decode against; repeat.", min=1)] = None,
+    cache: Annotated[
+        list[int] | None, typer.Option(help="Keys in the cache when decoding; repeat for several.", min=1)
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Attention kernels: time, throughput, memory and error of each, in one run."""
+    """Benchmark attention kernels: time, throughput, memory and error."""
     from sbeval.bench import kernels as benchmarks
     from sbeval.runtime import device as devices
 
-    place = devices.pick(device)
-    found = benchmarks.problems(
+    where = devices.pick(device)
+    problems = benchmarks.problems(
         sorted(length or (1024, 4096, 16384, 65536)), head_dim or (64, 128), heads, cache or (16384, 65536)
     )
-    Console().print(benchmarks.kernel(found, place, devices.pick_dtype(dtype, place), results_dir, _say))
+    Console().print(benchmarks.kernel(problems, where, devices.pick_dtype(dtype, where), results_dir, _say))
     _draw(results_dir, ["kernel", "kernel_error"])
 
 
 @bench.command("model")
 def bench_model(
-    size: Annotated[list[str] | None, typer.Option(help="Model: 25m, 125m, 350m, 1b, ...; repeat.")] = None,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Size of the model: 25m, 125m, 350m, 1b, ...; repeat for several.")
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 4096,
     batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 4,
     head_dim: Annotated[list[int] | None, typer.Option(help="Size of a head; repeat for several.", min=1)] = None,
@@ -253,7 +282,7 @@ def bench_model(
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Models: tokens per second of training and evaluation with each attention method, softmax by two kernels."""
+    """Benchmark models: tokens per second of training and evaluation with each method, softmax through two kernels."""
     from sbeval.bench import models
     from sbeval.runtime import device as devices
 
@@ -270,28 +299,30 @@ def bench_model(
 def bench_skipping(
     checkpoint: Annotated[str, typer.Option(help="Checkpoint folder of a stick-breaking model.")],
     corpus: Annotated[
-        str, typer.Option(help="Text to read: python, stdlib, a file or folder, or hf:NAME[:CONFIG].")
+        str, typer.Option(help="Text to evaluate on: python, stdlib, a file or folder, or hf:NAME[:CONFIG].")
     ] = "stdlib",
-    tokenizer: Annotated[str, typer.Option(help="The model's: bytes, bpe:SIZE, or a Hugging Face name.")] = "bytes",
+    tokenizer: Annotated[
+        str, typer.Option(help="Tokenizer of the model: bytes, bpe:SIZE, or a Hugging Face name.")
+    ] = "bytes",
     length: Lengths = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Block skipping on what a trained model computes: training and decoding, layer by layer, beside softmax."""
+    """Benchmark block skipping on the activations of a trained model: training and decoding, beside softmax."""
     from sbeval.bench import skipping
     from sbeval.runtime import device as devices
     from sbeval.sweep import scheduler
     from sbeval.sweep.context import Place
     from sbeval.tasks import length_gen
 
-    place = devices.pick(device)
+    where = devices.pick(device)
     config = length_gen.Config(corpus=corpus, tokenizer=tokenizer)
-    with scheduler.progress_of(Place(results_dir=results_dir, device=place)) as progress:
+    with scheduler.progress_of(Place(results_dir=results_dir, device=where)) as progress:
         text = length_gen.open_corpus(config, progress)
     lengths = sorted(length or (2048, 4096, 8192, 16384, 32768, 65536))
-    shown = skipping.measure(checkpoint, text.test, lengths, place, devices.pick_dtype(dtype, place), results_dir)
-    Console().print(shown)
+    grid = skipping.measure(checkpoint, text.test, lengths, where, devices.pick_dtype(dtype, where), results_dir)
+    Console().print(grid)
     _draw(results_dir, ["skipping"])
 
 
@@ -303,15 +334,15 @@ def _draw(results_dir: Path, names: list[str]) -> None:
 
 
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table in a terminal; elsewhere plain lines whose columns are in line, however wide."""
+    """Print a table in a terminal, elsewhere plain lines with aligned columns, however wide."""
     console = Console()
     if console.is_terminal:
-        shown = Table(*headings, title=title)
+        grid = Table(*headings, title=title)
         for row in rows:
-            shown.add_row(*row)
-        console.print(shown, markup=False)
+            grid.add_row(*row)
+        console.print(grid, markup=False)
         return
-    widths = [max(len(row[place]) for row in (headings, *rows)) for place in range(len(headings))]
+    widths = [max(len(row[index]) for row in (headings, *rows)) for index in range(len(headings))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (headings, *rows))
     _say("\n".join([title, *(f"  {line.rstrip()}" for line in lines), ""]))
 
@@ -326,12 +357,14 @@ def _how(kind: str, workers: int | None, address: str | None, gpus_per_cell: flo
 
     how = Executor(kind=kind, workers=workers, address=address, gpus_per_cell=gpus_per_cell)
     if distributed.size() > 1 and not how.alone:
-        raise InputError("--workers and --executor ray start processes of their own: leave them out, or torchrun")
+        raise InputError(
+            "--workers and --executor ray start their own processes: leave them out, or start without torchrun"
+        )
     return how
 
 
 def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = False, shard: bool = False) -> None:
-    """Run one family: preset and options to config, config to cells, cells to table and figure; `only` trains."""
+    """Run one family: build the config from preset and options and run its cells; with `only` just train."""
     from sbeval.runtime import device as devices
     from sbeval.runtime import distributed
     from sbeval.sweep import scheduler, study
@@ -353,9 +386,13 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
     part = Part(family=name, preset=preset, config=config)
     with distributed.joined(where) as world:
         place = Place(
-            results_dir=common.results_dir, device=where, force=common.force, tensorboard=common.tensorboard,
-            world=world, shard=shard,
-        )  # fmt: skip
+            results_dir=common.results_dir,
+            device=where,
+            force=common.force,
+            tensorboard=common.tensorboard,
+            world=world,
+            shard=shard,
+        )
         if not only or common.dry_run:
             _run([part], place, how, dry_run=common.dry_run)
         elif not _resumable(lambda: study.train(part, place, _console(place)), common.force):
@@ -363,13 +400,13 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
 
 
 def _train(common: Training, given: dict[str, Any]) -> None:
-    # evaluation is for other commands
+    # other commands evaluate
     follows = {"eval_len": given["train_len"]} if "train_len" in given else {}
     _family("length_gen", common, given | follows, only=True, shard=common.shard)
 
 
 def _run(parts: "list[Part]", place: "Place", how: "Executor", *, dry_run: bool, name: str | None = None) -> None:
-    """Run what has no result yet, or say what that would cost: of a study, which has a name, as a table."""
+    """Run the unfinished cells, or with `dry_run` print their cost, as a table for a (named) study."""
     from sbeval.sweep import plan, study
 
     console = _console(place)
@@ -385,7 +422,7 @@ def _run(parts: "list[Part]", place: "Place", how: "Executor", *, dry_run: bool,
 
 
 def _console(place: "Place") -> Console:
-    """Where to say things: of several processes one speaks."""
+    """Return the console, which prints on rank 0 only."""
     return Console(quiet=not place.world.leads)
 
 
@@ -396,13 +433,13 @@ def _resumable(work: Callable[[], bool], force: bool) -> bool:
         with terminable():
             return work()
     except KeyboardInterrupt:
-        then = "starts over" if force else "goes on from there"
-        print(f"sbeval: stopped; what is done is kept, and the same command {then}", file=sys.stderr)
+        then = "starts over" if force else "resumes"
+        print(f"sbeval: interrupted; finished work is kept, and the same command {then}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
 def main() -> None:
-    """Run the command line; an error of the user's is one line and exit code 2."""
+    """Run the command line; an InputError is printed as one line, with exit code 2."""
     try:
         app()
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Commands from configs: a field of a config with help is an option of its command, and is described nowhere else."""
+"""Commands derived from configs: a config field with help is an option of the command, described only there."""
 
 import inspect
 import types
@@ -13,7 +13,7 @@ from sbeval.config import DATA, EVALUATION, MODEL, RUN, TASK, TRAINING, option
 
 # groups of options, in the order of `--help`
 GROUPS = (TASK, MODEL, TRAINING, EVALUATION, DATA, RUN)
-# values of a swept option that `--help` lists
+# maximum number of values that `--help` lists for a swept option
 LISTED = 6
 
 
@@ -22,9 +22,11 @@ class Common:
     """Options of every command that runs cells."""
 
     preset: str | None = option(
-        None, RUN, "quick (minutes on two cores), small (one GPU), h200, paper, or one of the task's own. Default: "
+        None,
+        RUN,
+        "quick (minutes on two cores), small (one GPU), h200, paper, or one of the task's own. Default: "
         "quick on a CPU, else small.",
-    )  # fmt: skip
+    )
     device: str | None = option(None, RUN, "cpu, cuda or cuda:N. Default: the GPU if there is one.")
     dtype: str | None = option(
         None, RUN, "Of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU."
@@ -37,7 +39,7 @@ class Common:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep(Common):
-    """Those of a command that can run several cells at once."""
+    """Options of a command that can run several cells at once."""
 
     executor: str = option("local", RUN, "local, or ray.")
     workers: int | None = option(
@@ -51,7 +53,7 @@ class Sweep(Common):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training(Common):
-    """Those of the command that trains alone."""
+    """Options of the command that only trains."""
 
     shard: bool = option(False, RUN, "Shard weights and optimizer over the processes (FSDP2) instead of copies (DDP).")
 
@@ -77,12 +79,15 @@ def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> l
         if hint is bool and presets:
             flags = [f"{flag}/--no-{flag[2:]}" for flag in flags]
         if presets and (values := _by_preset(field.name, presets)):
-            # in brackets that are no markup
+            # escaped, since Rich reads brackets as markup
             help = f"{help} [dim]\\[{values}][/dim]"
         info = typer.Option(
-            *flags, help=help, metavar=field.metadata["metavar"], rich_help_panel=field.metadata["group"],
+            *flags,
+            help=help,
+            metavar=field.metadata["metavar"],
+            rich_help_panel=field.metadata["group"],
             show_default=not presets and hint is not bool,
-        )  # fmt: skip
+        )
         assert default is not MISSING, "an option has a default"
         kind: Any = hint | None if default is None else hint
         annotation = Annotated[kind, info]
@@ -93,7 +98,7 @@ def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> l
 
 
 def _by_preset(name: str, presets: Mapping[str, Any]) -> str:
-    """Return what an option is by default, and in which presets it is something else; empty where it is nothing."""
+    """Return the default of an option and the presets with other values; empty if no preset sets it."""
     names: dict[str, list[str]] = {}
     for preset, config in presets.items():
         names.setdefault(_text(getattr(config, name)), []).append(preset)
@@ -116,10 +121,17 @@ def _text(value: object) -> str:
 
 
 def command(
-    app: typer.Typer, name: str, config: type[Any], presets: Mapping[str, Any], common: type[Kind],
-    run: Callable[[Kind, dict[str, Any]], None], *, help: str, panel: str,
-) -> None:  # fmt: skip
-    """Add a command whose options are those of a config and the common ones; `run` gets these, and those given."""
+    app: typer.Typer,
+    name: str,
+    config: type[Any],
+    presets: Mapping[str, Any],
+    common: type[Kind],
+    run: Callable[[Kind, dict[str, Any]], None],
+    *,
+    help: str,
+    panel: str,
+) -> None:
+    """Add a command with the options of a config and the common ones; `run` gets the common and the given options."""
     shared = {field.name for field in fields(common)}
 
     def invoke(**values: Any) -> None:

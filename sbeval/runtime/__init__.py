@@ -1,1 +1,1 @@
-"""The machine: devices, processes, progress, files and memory."""
+"""Devices, ranks, progress display, files and out-of-memory handling."""

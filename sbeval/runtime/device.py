@@ -1,4 +1,4 @@
-"""Where things run and how fast that place is."""
+"""Devices: selection, dtypes and speed."""
 
 import os
 import statistics
@@ -11,14 +11,14 @@ import torch
 from sbeval.errors import InputError, choose
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# dense bfloat16 matrix products, TFLOP/s, by the vendor's datasheets
+# dense bfloat16 matrix products, TFLOP/s, from the vendor's datasheets
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "H800": 989, "L40S": 362, "B200": 2250}
-# timings of which an estimate takes the median, and the least seconds of one
+# number of timings whose median is taken, and the minimum seconds of one
 TIMINGS, TIMING_S = 9, 0.01
 
 
 def pick(name: str | None) -> torch.device:
-    """The device called `name` (`cpu`, `cuda`, `cuda:1`), in use; None is the GPU if there is one."""
+    """Select the device `name` (`cpu`, `cuda`, `cuda:1`) and return it; None: the GPU if there is one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, colon, index = name.partition(":")
@@ -31,51 +31,51 @@ def pick(name: str | None) -> torch.device:
         )
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         raise InputError(f"--device {name}: this machine has GPUs 0 to {torch.cuda.device_count() - 1}")
-    found = torch.device(name)
-    use(found)
-    return found
+    device = torch.device(name)
+    use(device)
+    return device
 
 
 def pick_dtype(name: str | None, device: torch.device) -> str:
-    """The dtype of matrix products: as named, by default bfloat16 on a GPU and float32 on a CPU."""
+    """Return the dtype of matrix products: `name`, by default bfloat16 on a GPU and float32 on a CPU."""
     if name is None:
         return "bfloat16" if device.type == "cuda" else "float32"
     return choose("dtype", name, DTYPES)
 
 
 def use(device: torch.device) -> None:
-    """Make a GPU that is called by its number the current one, to which Triton launches wherever tensors are."""
+    """Make an indexed GPU the current device, on which Triton launches regardless of where the tensors are."""
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 
 def spread(device: torch.device) -> list[str]:
-    """The GPUs that processes can share out, as CUDA_VISIBLE_DEVICES calls each: all that are visible for `cuda`.
+    """Return the GPUs for worker processes, as named in CUDA_VISIBLE_DEVICES: all visible ones for `cuda`.
 
-    One that is called by its number is meant alone, and for a CPU there are none.
+    Empty for an indexed GPU (`cuda:1`), which is meant alone, and for a CPU.
     """
     if device != torch.device("cuda"):
         return []
     visible, count = os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count()
     names = [str(index) for index in range(count)] if visible is None else visible.split(",")
-    # CUDA stops at the first name that it does not know
+    # CUDA ignores names from the first unknown one on
     return [name.strip() for name in names[:count]]
 
 
 def describe(device: torch.device) -> str:
-    """The device as a result table names it."""
+    """Return the name of the device in result tables."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Context that runs matrix products in `dtype`."""
+    """Return a context in which matrix products run in `dtype`."""
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Datasheet FLOP/s of dense bfloat16 products; None where we know none."""
+    """Return the datasheet FLOP/s of dense bfloat16 products; None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -83,10 +83,10 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def measured_flops(device: torch.device, dtype: str) -> float:
-    """FLOP/s of a matrix product of middling size, measured now in a fraction of a second, to estimate costs from.
+    """Measure the FLOP/s of a matrix product of medium size in a fraction of a second, for cost estimates.
 
-    The median of several short timings. On a CPU of the processor time of one thread, times the threads there are: with
-    other work beside ours threads wait for each other, and the wall time of a product is many times what it needs.
+    The median of several short timings. On a CPU it is the CPU time of one thread, times the number of threads: on a
+    busy machine threads wait for each other, and the wall time of a product is many times the time that it needs.
     """
     size = 4096 if device.type == "cuda" else 512
     a = torch.randn(size, size, device=device, dtype=DTYPES[dtype])
@@ -95,7 +95,7 @@ def measured_flops(device: torch.device, dtype: str) -> float:
 
 
 def _timing(a: torch.Tensor, clock: Callable[[], float]) -> float:
-    """Seconds of a product, over as many as the clock can tell."""
+    """Return the seconds of a product, averaged over as many as the resolution of the clock requires."""
     start, passed, count = clock(), 0.0, 0
     while passed < TIMING_S:
         (a @ a)[0, 0].item()
@@ -105,7 +105,7 @@ def _timing(a: torch.Tensor, clock: Callable[[], float]) -> float:
 
 @contextmanager
 def _clock(device: torch.device) -> Iterator[tuple[Callable[[], float], int]]:
-    """What tells seconds, and how many threads of those that work each time stands for."""
+    """Yield a clock in seconds, and the number of threads that its time is to be multiplied by."""
     if device.type == "cuda":
         yield time.perf_counter, 1
         return

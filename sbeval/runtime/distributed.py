@@ -1,4 +1,4 @@
-"""Several processes that train one model, as torchrun starts them: who we are, and what is said between us.
+"""Distributed training with torchrun: rank, world size and collectives.
 
 torchrun --nproc-per-node 8 -m sbeval train --preset paper
 """
@@ -23,14 +23,14 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process, and how many there are."""
+    """Rank of this process, and the number of processes."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """True on rank 0, which writes files and prints."""
         return self.rank == 0
 
 
@@ -38,7 +38,7 @@ ALONE = World()
 
 
 def size() -> int:
-    """Processes that the launcher started: 1 without one. InputError when its variable is no number."""
+    """Return the number of processes that the launcher started, 1 without one; InputError if WORLD_SIZE is invalid."""
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
         raise InputError(f"WORLD_SIZE is {text!r}; torchrun sets it to the number of processes")
@@ -46,7 +46,7 @@ def size() -> int:
 
 
 def local_device(name: str | None) -> str | None:
-    """The device of this process of those on its machine: of several, each has a GPU of its own."""
+    """Return the device of this process: of several on a machine each has its own GPU."""
     if size() == 1 or name == "cpu" or not torch.cuda.is_available():
         return name
     if name not in (None, "cuda"):
@@ -55,18 +55,18 @@ def local_device(name: str | None) -> str | None:
 
 
 @contextmanager
-def joined(place: torch.device) -> Iterator[World]:
-    """Join the other processes for the length of the block, NCCL on GPUs and Gloo elsewhere; alone, do nothing."""
+def joined(device: torch.device) -> Iterator[World]:
+    """Join the process group in the block, by NCCL on GPUs and Gloo elsewhere; do nothing for a single process."""
     if size() == 1:
         yield ALONE
         return
-    use(place)
-    # imported while a group exists, as DistributedDataParallel would, it keeps the group for good, and the threads of a
-    # living group may still be giving tensors back when Python ends, which aborts the process
+    use(device)
+    # if imported while a group exists, as by DistributedDataParallel, it keeps the group alive, whose threads may still
+    # release tensors when Python exits, which aborts the process
     importlib.import_module("torch._dynamo")
-    if place.type == "cuda":
-        # said here, it need not be guessed at the first barrier
-        dist.init_process_group("nccl", device_id=place)
+    if device.type == "cuda":
+        # otherwise guessed at the first barrier
+        dist.init_process_group("nccl", device_id=device)
     else:
         dist.init_process_group("gloo")
     try:
@@ -76,27 +76,27 @@ def joined(place: torch.device) -> Iterator[World]:
 
 
 def wait(world: World) -> None:
-    """Go on when all have come here."""
+    """Wait for all processes: a barrier."""
     if world.size > 1:
         dist.barrier()
 
 
-def summed(values: Floats, world: World, place: torch.device) -> Floats:
-    """The sum over processes of equally shaped float64 arrays, on each of them."""
+def summed(values: Floats, world: World, device: torch.device) -> Floats:
+    """All-reduce: return the sum over processes of float64 arrays of equal shape."""
     if world.size == 1:
         return values
-    total = torch.from_numpy(values).to(place)
+    total = torch.from_numpy(values).to(device)
     dist.all_reduce(total)
     return np.asarray(total.cpu().numpy(), dtype=np.float64)
 
 
-def anywhere(flag: bool, world: World, place: torch.device) -> bool:
-    """Whether the flag is set in any process."""
-    return flag if world.size == 1 else bool(summed(np.array([flag], dtype=np.float64), world, place)[0])
+def anywhere(flag: bool, world: World, device: torch.device) -> bool:
+    """Return True if the flag is set in any process."""
+    return flag if world.size == 1 else bool(summed(np.array([flag], dtype=np.float64), world, device)[0])
 
 
 def merged(mine: dict[str, str], world: World) -> dict[str, str]:
-    """The entries of all processes, on each of them."""
+    """All-gather: return the entries of all processes."""
     if world.size == 1:
         return mine
     parts: list[dict[str, str]] = [{}] * world.size
@@ -105,6 +105,6 @@ def merged(mine: dict[str, str], world: World) -> dict[str, str]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes hold parts of the parameters instead of all of each."""
-    # a DTensor, whose import takes a second that nothing else needs
+    """Return True if the parameters are sharded over processes."""
+    # a DTensor, whose import would take a second
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Files that a kill, a full disk or a second process cannot damage: written whole or not at all, under a lock."""
+"""Atomic writes and locks: a kill, a full disk or a second process cannot leave a partial file."""
 
 import errno
 import hashlib
@@ -13,13 +13,13 @@ from filelock import FileLock
 
 from sbeval.errors import InputError, first_line
 
-# errors of a disk that is full, read-only, not ours or broken; libraries that wrap them in their own give no number
+# disk full, read-only, not permitted or broken; libraries that wrap such errors give no number
 STORAGE = (None, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Turn an error of the disk that `path` is written to in the block into an InputError of one line."""
+    """Convert a disk error while the block writes `path` to a one-line InputError."""
     try:
         yield
     except OSError as error:
@@ -32,7 +32,7 @@ def storing(path: Path) -> Iterator[None]:
 
 
 def prepare(results_dir: Path) -> Path:
-    """Make the folder for results and return it; InputError when it cannot be made or written to."""
+    """Create the results folder and return it; InputError if it cannot be created or written to."""
     try:
         results_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -44,9 +44,9 @@ def prepare(results_dir: Path) -> Path:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, which replaces `path` at the end of the block, whole and flushed to disk.
+    """Yield a temporary path beside `path`, which atomically replaces `path` at the end of the block, after fsync.
 
-    On an error it is removed and `path` stays as it was. InputError for a disk that takes no more.
+    On an error it is removed and `path` is unchanged. InputError on a disk error.
     """
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     with storing(path):
@@ -61,12 +61,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `folder`, which gets that name at the end of the block; on an error it is removed.
+    """Yield a temporary folder beside `folder`, renamed to `folder` at the end of the block; on an error it is removed.
 
-    `folder` must not exist, or be empty, and one process at a time may make it.
+    `folder` must not exist, or be empty, and only one process at a time may create it.
     """
     partial = folder.with_name(f".{folder.name}.partial")
-    # left by a process that was killed
+    # left over from a killed process
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with storing(folder):
@@ -80,7 +80,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold the lock beside a file, whose folder is made, for the length of the block; InputError as `replacing`."""
+    """Hold the lock file beside `path` in the block; its folder is created. InputError on a disk error."""
     lock = FileLock(f"{path}.lock")
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +92,6 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal digits."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

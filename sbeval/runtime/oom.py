@@ -1,4 +1,4 @@
-"""Where a device's memory ends: fewer at a time, and a line that says how many."""
+"""Out-of-memory handling: halve the batch and retry."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,13 +10,13 @@ Item = TypeVar("Item")
 
 
 def enough(work: Callable[[], None]) -> bool:
-    """Do the work; False when memory ran out, and what the work held is given back."""
+    """Run `work`; return False if it ran out of memory, after releasing its tensors."""
     try:
         work()
         return True
     except torch.OutOfMemoryError:
         pass
-    # after the error, whose frames held what there was
+    # only now has the traceback released the tensors
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return False
@@ -25,9 +25,9 @@ def enough(work: Callable[[], None]) -> bool:
 def in_parts(
     items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], None], say: Callable[[str], None]
 ) -> None:
-    """Give `work` all items in their order, `size` at a time; where memory runs out, half as many from there on.
+    """Pass all items to `work` in order, `size` at a time; when out of memory, continue with half as many.
 
-    torch.OutOfMemoryError when a single one does not fit.
+    Raise torch.OutOfMemoryError if a single item does not fit.
     """
     start = 0
     while start < len(items):
@@ -35,7 +35,7 @@ def in_parts(
         if enough(functools.partial(work, part)):
             start += len(part)
         elif len(part) == 1:
-            raise torch.OutOfMemoryError("out of memory at one at a time: nothing smaller is left to try")
+            raise torch.OutOfMemoryError("out of memory with a single item: nothing smaller to try")
         else:
             size = len(part) // 2
             say(f"out of memory at {len(part)} at a time: going on with {size}")

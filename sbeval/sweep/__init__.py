@@ -1,1 +1,1 @@
-"""Cells, and how many of them are run."""
+"""Cells of an experiment, and the scheduler that runs them."""

@@ -1,4 +1,4 @@
-"""What a sweep is made of: its steps, which need others, and the cells among them, which leave rows."""
+"""Steps of a sweep: trainings, and cells, which depend on trainings and produce the rows of result tables."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -38,33 +38,33 @@ class Outcome:
 
 
 class Step(ABC):
-    """Part of a sweep, a frozen dataclass. Steps that do the same are equal."""
+    """Part of a sweep, a frozen dataclass. Steps that do the same work are equal."""
 
     __slots__ = ()
 
     @property
     @abstractmethod
     def title(self) -> str:
-        """Name for people."""
+        """Human-readable name."""
 
     @property
     @abstractmethod
     def dtype(self) -> str:
-        """What matrix products run in."""
+        """Data type of matrix products."""
 
     @property
     @abstractmethod
     def flops(self) -> float:
-        """Floating-point operations, roughly, without those of what it needs."""
+        """Estimated floating-point operations, without those of its dependencies."""
 
     @property
     def needs(self) -> "tuple[Step, ...]":
-        """Steps that must be done before, in that order."""
+        """Dependencies, in the order in which they must run."""
         return ()
 
     @property
     def leaves(self) -> "ModelConfig | None":
-        """Shape of the model whose checkpoint it leaves, without reading a tokenizer; None where it trains none."""
+        """Config of the model that it trains, without reading a tokenizer; None if it trains none."""
         return None
 
 
@@ -75,18 +75,18 @@ class TrainingStep(Step):
 
     @abstractmethod
     def train(self, place: "Place", progress: "Progress") -> Path:
-        """Train, unless that is done, and return the checkpoint folder."""
+        """Train, or reuse a finished checkpoint, and return the checkpoint folder."""
 
 
 class Cell(Step):
-    """One point of a sweep: its fields are all that its numbers depend on."""
+    """One point of a sweep; its results depend on its fields alone."""
 
     __slots__ = ()
 
     @property
     @abstractmethod
     def family(self) -> str:
-        """Name of its task family and table."""
+        """Name of its task family and result table."""
 
     @property
     @abstractmethod
@@ -94,29 +94,29 @@ class Cell(Step):
         """Class of its rows."""
 
     def source(self, progress: "Progress") -> str:
-        """Return the digest of the text that the cell reads, empty when it reads none."""
+        """Return the digest of the text that the cell reads; empty if it reads none."""
         return ""
 
     def check(self, progress: "Progress") -> None:
-        """Raise InputError, before anything is trained, where the text or its documents do not suffice."""
+        """Validate the inputs before training; raise InputError if the text or its documents are too short."""
         return None
 
     @abstractmethod
     def run(self, place: "Place", progress: "Progress") -> Outcome:
-        """Train, unless a checkpoint has the model, and evaluate."""
+        """Train, or load a finished checkpoint, and evaluate."""
 
     def failed(self, how: str, place: "Place") -> Outcome | None:
-        """Return the rows of a cell that failed, if its table has such; `how` is one of FAILED."""
+        """Return the rows that record a failure, or None if the table records none; `how` is one of FAILED."""
         return None
 
 
 def cell_id(cell: Cell) -> str:
-    """Return the name of a cell in tables and of its run file: readable first, then what tells it from all others."""
+    """Return the id of a cell in tables and of its run file: a readable name, then a digest of all fields."""
     return f"{cell.family}-{cell.title.replace(' ', '-').replace(':', '-')}-{digest_of(cell)}"
 
 
 def timing(trained: "Trained") -> dict[str, object]:
-    """Return what a run file says about training."""
+    """Return the entries on training for a run file."""
     return {
         "train_seconds": trained.state.seconds,
         "train_time": str(timedelta(seconds=round(trained.state.seconds))),

@@ -1,10 +1,12 @@
-"""Where cells run and where what they leave is kept."""
+"""The context of a run: device, processes and results folder."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from filelock import FileLock, Timeout
@@ -18,21 +20,24 @@ from sbeval.runtime.progress import Progress
 from sbeval.tables.results import Results
 from sbeval.training import checkpoint
 
-# seconds between looks at a lock that another holds
+# seconds between attempts to take a lock that another process holds
 POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a sweep runs and where its results go; nothing here changes a number beyond rounding."""
+    """Where a sweep runs and stores its results; nothing here changes a number beyond rounding."""
 
     results_dir: Path
     device: torch.device
-    force: bool = False  # train and evaluate again what is there already
+    force: bool = False  # train and evaluate finished cells again
     tensorboard: Path | None = None
     world: World = ALONE
-    shard: bool = False  # spread weights and optimizer over the processes of `world` while training
-    emptied: set[Path] = field(default_factory=set)  # of which `force` has removed what another run left
+    shard: bool = False  # shard weights and optimizer state over the ranks of `world` while training
+    # command line, for run files: a worker has another
+    argv: tuple[str, ...] = field(default_factory=lambda: tuple(sys.argv))
+    # of all workers of this run: `force` clears what other runs left, once
+    run_id: str = field(default_factory=lambda: uuid4().hex)
 
     @property
     def results(self) -> Results:
@@ -40,41 +45,55 @@ class Place:
 
     @contextmanager
     def checkpoint(self, key: object, progress: Progress) -> Iterator[Path]:
-        """Folder of the model whose training `key` describes in full; with `force` what it held is removed.
+        """Lock and yield the checkpoint folder of the model whose training `key` describes; `force` clears it.
 
-        While the block runs no other command trains this model: a second one waits, and finds it trained.
+        During the block no other command trains this model: a second one waits, and then finds it trained.
         """
         folder = self.results.checkpoints / digest_of(key)
         lock = FileLock(files.prepare(self.results.locks) / f"{folder.name}.lock")
         try:
-            said = False
+            reported = False
             while distributed.anywhere(self.world.leads and not _taken(lock), self.world, self.device):
-                if not said:
-                    progress.say(f"another process trains {folder}: waiting for it")
-                said = True
+                if not reported:
+                    progress.say(f"another process trains {folder}: waiting")
+                reported = True
                 time.sleep(POLL_S)
-            if self.world.leads:
-                (checkpoint.remove if self.begins_anew(folder) else checkpoint.tidy)(folder)
+            if self.world.leads and self._is_stale(folder):
+                checkpoint.remove(folder)
+                # only now: a worker that dies before is retried, and removes the rest
+                self._mark(folder)
+            elif self.world.leads:
+                checkpoint.tidy(folder)
             distributed.wait(self.world)
             yield folder
         finally:
             lock.release()
 
     def kept(self, path: Path) -> Path:
-        """A file that a run which was stopped may have left in the results folder; with `force` it is removed."""
-        if self.begins_anew(path):
+        """Return the path of a file that an interrupted run may have left; `force` removes the file."""
+        if self._is_stale(path):
             path.unlink(missing_ok=True)
+            self._mark(path)
         return path
 
     def begins_anew(self, path: Path) -> bool:
-        """Whether what another run left there is to be removed: once, with `force`."""
-        first = self.force and path not in self.emptied
-        if first:
-            self.emptied.add(path)
-        return first
+        """Return whether `force` is to clear this path: true once in a run, whichever worker asks."""
+        stale = self._is_stale(path)
+        if stale:
+            self._mark(path)
+        return stale
+
+    def _is_stale(self, path: Path) -> bool:
+        marker = self.results.cleared(path.name)
+        return self.force and not (marker.exists() and marker.read_text(encoding="utf-8") == self.run_id)
+
+    def _mark(self, path: Path) -> None:
+        files.prepare(self.results.locks)
+        with files.replacing(self.results.cleared(path.name)) as temporary:
+            temporary.write_text(self.run_id, encoding="utf-8")
 
     def logger(self, name: str) -> Callable[[int, dict[str, float]], None] | None:
-        """What writes the training of the cell of this id to TensorBoard, None unless that was asked for."""
+        """Return a function that logs the training of a cell to TensorBoard; None without --tensorboard."""
         if self.tensorboard is None or not self.world.leads:
             return None
         try:
@@ -96,6 +115,7 @@ class Place:
 
 
 def _taken(lock: FileLock) -> bool:
+    """Try to take a lock without waiting."""
     with storing(Path(lock.lock_file)):
         try:
             lock.acquire(blocking=False)

@@ -1,7 +1,7 @@
-"""Where the items of a long list are worked on: in this process, in several, or as Ray tasks.
+"""Executors: run tasks in this process, in worker processes, or as Ray tasks.
 
-A worker that dies (killed, out of memory, a lost host) costs what it had in hand, which another worker begins again, so
-work that leaves checkpoints goes on from the last. Results come back as they are ready, in any order.
+If a worker dies (killed, out of memory, a lost host), its task is retried by another worker, so work that writes
+checkpoints resumes from the last one. Results are yielded as they complete, in any order.
 """
 
 import math
@@ -19,9 +19,12 @@ KINDS = ("local", "ray")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Executor:
-    """How to run. workers: processes that share this machine and its GPUs, or the CPUs of a local Ray cluster; None is
-    this process alone (`local`), or all that Ray finds. address: of a running Ray cluster. gpus_per_cell: share of a
-    GPU that a Ray task takes; None is a whole one where there are any."""
+    """Options of an executor.
+
+    workers: processes that share this machine and its GPUs, or CPUs of a local Ray cluster; None: this process alone
+    (`local`), or all CPUs that Ray finds. address: of a running Ray cluster. gpus_per_cell: fraction of a GPU that a
+    Ray task reserves; None: a whole GPU if there are any.
+    """
 
     kind: str = "local"
     workers: int | None = None
@@ -41,27 +44,33 @@ class Executor:
 
     @property
     def alone(self) -> bool:
-        """Whether the work runs in this process."""
+        """True if tasks run in this process."""
         return self.kind == "local" and (self.workers or 1) == 1
 
     def run(
-        self, work: Callable[[Item], Result], items: Sequence[Item], then: Then[Item] | None = None, *,
-        gpus: Sequence[str] = (), hear: Hear | None = None,
-    ) -> Iterator[tuple[Item, Result | Lost]]:  # fmt: skip
-        """Yield each item with what `work` makes of it, or Lost where its worker died again and again.
+        self,
+        work: Callable[[Item], Result],
+        items: Sequence[Item],
+        then: Then[Item] | None = None,
+        *,
+        gpus: Sequence[str] = (),
+        hear: Hear | None = None,
+    ) -> Iterator[tuple[Item, Result | Lost]]:
+        """Yield each item with the result of `work`, or with Lost if its worker died repeatedly.
 
-        `then` is asked what can begin now when what came of an item has been taken; that comes before what waits.
-        What `work` raises is raised here, and ends the others. Where this is not this process alone, `work` and items
-        must be picklable. gpus: see `pool.run`; Ray gives GPUs out itself. hear: told what `pool.tell` says in workers.
+        then: called after the result of an item was consumed; returns the items that are now ready, which run before
+        those that wait. Exceptions of `work` propagate and cancel the other items. Outside this process `work` and
+        items must be picklable. gpus: see `pool.run`; Ray assigns GPUs itself. hear: receives the messages that workers
+        send by `pool.tell`.
         """
         if self.alone:
-            return _here(work, items, then)
+            return _in_process(work, items, then)
         if self.kind == "ray":
             return _in_ray(work, items, self, then)
         return pool.run(work, items, self.workers or 1, then, gpus=gpus, hear=hear)
 
 
-def _here(
+def _in_process(
     work: Callable[[Item], Result], items: Sequence[Item], then: Then[Item] | None
 ) -> Iterator[tuple[Item, Result | Lost]]:
     waiting = list(reversed(items))
@@ -84,9 +93,9 @@ def _in_ray(
         def call(work: Callable[[Item], Result], item: Item) -> Result:
             return work(item)
 
-        # a task that raises is not run again, one whose worker dies is
+        # retry a task whose worker dies, not one that raises
         task: Any = ray.remote(max_retries=RETRIES, num_cpus=1, num_gpus=_share(ray, how))(call)
-        # `work` goes with each item: it may know more by then
+        # submit `work` per task: its state may have changed
         pending = {task.remote(work, item): item for item in items}
         while pending:
             (ready,), _ = ray.wait(list(pending), num_returns=1)
@@ -102,22 +111,22 @@ def _in_ray(
 
 
 def _share(ray: Any, how: Executor) -> float:
-    """Share of a GPU that a task takes. InputError where there are too few: it would wait for ever."""
-    there = float(ray.cluster_resources().get("GPU", 0))
+    """Return the fraction of a GPU that a task reserves; InputError if there are too few: it would wait forever."""
+    available = float(ray.cluster_resources().get("GPU", 0))
     if how.gpus_per_cell is None:
-        return min(1.0, there)
-    if how.gpus_per_cell > there:
-        raise InputError(f"--gpus-per-cell {how.gpus_per_cell:g} is more than the Ray cluster has: {there:g} GPUs")
+        return min(1.0, available)
+    if how.gpus_per_cell > available:
+        raise InputError(f"--gpus-per-cell {how.gpus_per_cell:g} is more than the Ray cluster has: {available:g} GPUs")
     return how.gpus_per_cell
 
 
 @contextmanager
 def _cluster(ray: Any, how: Executor) -> Iterator[None]:
-    """The cluster at the address, or one of this machine for the length of the block."""
+    """Connect to the cluster at the address, or run a local one for the duration of the block."""
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    here = {} if how.address else {"num_cpus": how.workers} | quiet
+    local = {} if how.address else {"num_cpus": how.workers} | quiet
     try:
-        ray.init(how.address or "local", **here)
+        ray.init(how.address or "local", **local)
     except ConnectionError as error:
         raise InputError(f"no Ray cluster at {how.address}: {error}") from None
     try:

@@ -1,4 +1,4 @@
-"""What a task family is to the command line, studies and plans: its options, presets, cells and summary."""
+"""The interface of a task family to the command line, studies and plans: options, presets, cells and summary."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """A module of `tasks/` has one, called FAMILY. `config` is the class of its presets and of what `cells` takes."""
+    """A task family; each family module in `tasks/` defines one, called FAMILY. `config`: class of its presets."""
 
     name: str
-    help: str  # of its command, in a line
+    help: str  # of its command, one line
     config: type[Any]
     presets: Mapping[str, Any]
-    # the cells of a config; InputError names what is not known
+    # the cells of a config; InputError names unknown values
     cells: Callable[[Any], Sequence[Cell]]
-    # a table for the terminal, of rows of its result table
+    # a table for the terminal, from rows of its result table
     summary: Callable[["pd.DataFrame"], "Table"]
-    # the cells that follow from the results of those; without results as many as there can be, for an estimate
+    # further cells, which depend on the results of the first; without results an upper bound, for an estimate
     more: Callable[[Any, "pd.DataFrame | None"], Sequence[Cell]] | None = None
-    # what is not run, and why
+    # lines on what is not run, and why
     notes: Callable[[Any], Sequence[str]] = lambda config: ()
-    # what to say before models train, of the texts that they read
+    # warnings before training, about the texts that models train on
     cautions: Callable[[Any, "Progress"], Sequence[str]] = lambda config, progress: ()
-    # options of a command, completed by those that follow from what was given
+    # options given to the command, completed by those that they imply
     completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: given
-    # the preset that options are for where none is named, None for that of the device
+    # the preset that the options imply if none is named; None: the default of the device
     preset: Callable[[Mapping[str, Any]], str | None] = lambda given: None

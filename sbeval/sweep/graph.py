@@ -1,11 +1,11 @@
-"""The order of a sweep's steps: what several cells need is done once, before them.
+"""The dependency graph of a sweep: a step that several cells need runs once, before them.
 
     train rope seed 0 ---+--- length_gen rope seed 0
                          +--- few_shot rope seed 0 copa
                          +--- fine-tune rope seed 0 ---+--- needle rope seed 0 vt
                                                        +--- needle rope seed 0 cwe
 
-What one cell alone needs it does itself, as part of its run.
+A step that only one cell needs runs as part of that cell.
 """
 
 from collections import Counter
@@ -16,34 +16,34 @@ from sbeval.sweep.cell import Step
 
 
 def steps(cells: Sequence[Step]) -> list[Step]:
-    """The cells and all that they need, each once, in an order in which they can be done."""
+    """Return the cells and their dependencies, without duplicates, in topological order."""
     return list(dict.fromkeys(step for cell in cells for step in (*cell.needs, cell)))
 
 
 class Graph:
-    """Cells, and what they share, that wait for others."""
+    """Steps that wait for their dependencies."""
 
     def __init__(self) -> None:
         self._after: dict[Step, list[Step]] = {}
 
     def add(self, cells: Sequence[Step]) -> list[Step]:
-        """Take cells in, and return the steps that can begin."""
+        """Add cells and return the steps that are ready."""
         count = Counter(need for cell in cells for need in cell.needs)
-        own, begin = set(cells), dict[Step, None]()
+        own, ready = set(cells), dict[Step, None]()
         for cell in cells:
-            # what is a cell here is run as that
+            # a dependency that is itself a cell of this sweep runs as a cell
             path = [*(need for need in cell.needs if count[need] > 1 or need in own), cell]
-            begin.setdefault(path[0])
+            ready.setdefault(path[0])
             for first, second in pairwise(path):
                 after = self._after.setdefault(first, [])
                 if second not in after:
                     after.append(second)
-        return list(begin)
+        return list(ready)
 
     def done(self, step: Step) -> list[Step]:
-        """The steps that can begin when this one is done."""
+        """Mark a step as done and return the steps that are now ready."""
         return self._after.pop(step, [])
 
     def lost(self, step: Step) -> list[Step]:
-        """All steps that cannot begin any more because this one failed."""
+        """Mark a step as failed and return all steps that depend on it."""
         return [lost for after in self._after.pop(step, []) for lost in (after, *self.lost(after))]

@@ -1,4 +1,4 @@
-"""What a study or the command of a family would run and what that would cost; nothing is opened or written."""
+"""Dry runs: list the cells of a study or family and estimate their cost, without opening or writing anything."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ from sbeval.sweep.executor import Executor
 from sbeval.sweep.study_file import Part
 from sbeval.tasks.length_gen import Training, likely_vocabulary
 
-# bytes of text to a token that joins several
+# bytes of text per token of a subword tokenizer
 TOKEN_BYTES = 3
 NOTE = (
-    "Roughly, and at most: training can end before. Disk is for the weights of models, three times that for each while "
-    "it trains, and for the tokens of the text; not for prompts, answers, tables and figures."
+    "Estimated upper bounds: training can stop early. Disk counts model weights (three times that while a model "
+    "trains) and the tokens of the text, but not prompts, answers, tables and figures."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of the plan. models: those that are trained; disk: bytes, None where that is not known."""
+    """A row of the plan. cells: to run; models: to train; disk: bytes, None if unknown."""
 
     name: str
-    cells: int = 0  # to run
+    cells: int = 0
     finished: int = 0
     models: int = 0
     flops: float = 0.0
@@ -39,7 +39,7 @@ class Line:
 
 
 def list_cells(part: Part, place: Place, console: Console, executor: Executor = scheduler.HERE) -> None:
-    """Print what each cell of a family costs, and all that are to run."""
+    """Print the cost of each cell of a family and the total of the unfinished ones."""
     cells, later = _known(part, place)
     pending = cells if place.force else scheduler.unfinished(cells, place.results_dir)
     for step in graph.steps(pending):
@@ -55,8 +55,7 @@ def list_cells(part: Part, place: Place, console: Console, executor: Executor = 
 
 
 def _known(part: Part, place: Place) -> tuple[list[Cell], list[Cell]]:
-    """The cells that are known, and as many as follow from what they will find: which, the first say when all are
-    finished."""
+    """Return the known cells, and an upper bound of those that depend on their results."""
     cells = study.cells(part)
     later = study.further(part, None)
     if not later or place.force or scheduler.unfinished(cells, place.results_dir):
@@ -65,47 +64,51 @@ def _known(part: Part, place: Place) -> tuple[list[Cell], list[Cell]]:
 
 
 def table(title: str, parts: Sequence[Part], place: Place) -> Table:
-    """The families of a study by cells, models, FLOPs, hours on this device, and disk."""
+    """Return a table of the families of a study: cells, models, FLOPs, hours on this device, disk."""
     on_gpu = place.device.type == "cuda"
-    shown = Table(title=f"{title} on {device.describe(place.device)}", caption=NOTE, caption_justify="left")
-    shown.add_column("")
+    grid = Table(title=f"{title} on {device.describe(place.device)}", caption=NOTE, caption_justify="left")
+    grid.add_column("")
     for name in ("cells", "finished", "models", "FLOPs", "GPU hours" if on_gpu else "hours", "disk"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    found = lines(parts, place)
-    for line in found:
-        shown.add_row(*_words(line), end_section=line is found[-1])
-    shown.add_row(*_words(_all(found)))
-    return shown
+        grid.add_column(name, justify="right", no_wrap=True)
+    rows = lines(parts, place)
+    for line in rows:
+        grid.add_row(*_words(line), end_section=line is rows[-1])
+    grid.add_row(*_words(_all(rows)))
+    return grid
 
 
 def lines(parts: Sequence[Part], place: Place) -> list[Line]:
-    """Lines of the training that cells share, of the text that they read, and of each family."""
+    """Return the rows of the text, of the training that cells share, and of each family."""
     cells = {part.family: [cell for some in _known(part, place) for cell in some] for part in parts}
     todo = {
-        family: found if place.force else scheduler.unfinished(found, place.results_dir)
-        for family, found in cells.items()
+        family: known if place.force else scheduler.unfinished(known, place.results_dir)
+        for family, known in cells.items()
     }
     shares = _shares(todo)
     every = [step for share in shares.values() for step in share]
     seconds = dict(
         zip(every, scheduler.seconds(every, scheduler.speeds(every, place.device), place.device), strict=True)
     )
-    found = [Line("text", disk=_text([step for step in every if isinstance(step, Training)]))]
+    rows = [Line("text", disk=_text([step for step in every if isinstance(step, Training)]))]
     for name, share in shares.items():
         parameters = [decoder.n_parameters(step.leaves) for step in share if step.leaves]
-        left = len(todo.get(name, ()))
-        found.append(
+        pending = len(todo.get(name, ()))
+        rows.append(
             Line(
-                name, cells=left, finished=len(cells.get(name, ())) - left, models=len(parameters),
-                flops=sum(step.flops for step in share), hours=sum(seconds[step] for step in share) / 3600,
+                name,
+                cells=pending,
+                finished=len(cells.get(name, ())) - pending,
+                models=len(parameters),
+                flops=sum(step.flops for step in share),
+                hours=sum(seconds[step] for step in share) / 3600,
                 disk=4.0 * sum(parameters),
             )
-        )  # fmt: skip
-    return found
+        )
+    return rows
 
 
 def _shares(todo: Mapping[str, Sequence[Cell]]) -> dict[str, list[Step]]:
-    """The steps of each family, and under `training` those that leave models for any; each step once."""
+    """Return the steps of each family, and those that train models under `training`; each step once."""
     shares: dict[str, list[Step]] = {name: [] for name in ("training", *todo)}
     seen: set[Step] = set()
     for family, cells in todo.items():
@@ -117,7 +120,7 @@ def _shares(todo: Mapping[str, Sequence[Cell]]) -> dict[str, list[Step]]:
 
 
 def _text(trainings: Sequence[Training]) -> float | None:
-    """Bytes of the tokens of all corpora in the cache; None when those of one are known only when it is read."""
+    """Return the bytes that the tokens of all corpora take in the cache; None if the size of one is unknown."""
     total = 0.0
     for corpus, tokenizer, limit in {
         (c.corpus, c.tokenizer, c.corpus_tokens) for c in (one.config for one in trainings)
@@ -130,19 +133,26 @@ def _text(trainings: Sequence[Training]) -> float | None:
     return total
 
 
-def _all(found: Sequence[Line]) -> Line:
-    disk = [line.disk for line in found]
+def _all(rows: Sequence[Line]) -> Line:
+    disk = [line.disk for line in rows]
     return Line(
-        "all", sum(line.cells for line in found), sum(line.finished for line in found),
-        sum(line.models for line in found), sum(line.flops for line in found), sum(line.hours for line in found),
+        "all",
+        sum(line.cells for line in rows),
+        sum(line.finished for line in rows),
+        sum(line.models for line in rows),
+        sum(line.flops for line in rows),
+        sum(line.hours for line in rows),
         None if None in disk else sum(filter(None, disk)),
-    )  # fmt: skip
+    )
 
 
 def _words(line: Line) -> list[str]:
     hours = f"{line.hours:.2f}" if line.hours < 100 else f"{line.hours:,.0f}"
     disk = "unknown" if line.disk is None else decimal(round(line.disk)) if line.disk else ""
     return [
-        line.name, *(f"{count or ''}" for count in (line.cells, line.finished, line.models)),
-        f"{line.flops:.1e}" if line.flops else "", hours if line.flops else "", disk,
-    ]  # fmt: skip
+        line.name,
+        *(f"{count or ''}" for count in (line.cells, line.finished, line.models)),
+        f"{line.flops:.1e}" if line.flops else "",
+        hours if line.flops else "",
+        disk,
+    ]

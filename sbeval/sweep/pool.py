@@ -1,10 +1,10 @@
-"""Items worked on in processes of this machine, one at a time in each.
+"""A pool of worker processes on this machine, each running one item at a time.
 
     worker      0        1        2        3        4        5
     GPU of 4    0        1        2        3        0        1
 
-Each worker is a pool of one process, so that it is known whose died: the others go on, and the process that takes its
-place is on the same GPU. Caches on disk of what was compiled are shared: Inductor and Triton rename what they write.
+Each worker is a pool of one process, so that a death can be attributed to its item: the others continue, and the
+replacement runs on the same GPU. Compile caches on disk are shared: Inductor and Triton write by renaming.
 """
 
 import multiprocessing
@@ -24,37 +24,42 @@ from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any, TypeVar
 
-# times that an item is begun again after its worker died
+# retries of an item whose worker died
 RETRIES = 3
-# seconds that a worker has to save what it trains when the driver ends
+# seconds that a worker has to save a checkpoint after the driver died
 GRACE_S = 30
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-# what can begin when an item is done
+# returns the items that are ready once an item is done
 Then = Callable[[Item], Sequence[Item]]
-# who is told what the worker of this number said, None when it died
+# receives the number of a worker and its message, None if it died
 Hear = Callable[[int, Any], None]
 
-# in a worker: its number, and the driver's ear
+# in a worker: its number, and the connection to the driver
 _me: tuple[int, Connection] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """No result: the worker died each time, for this reason."""
+    """No result: the worker died at each attempt, for this reason."""
 
     reason: str
 
 
 def run(
-    work: Callable[[Item], Result], items: Sequence[Item], workers: int, then: Then[Item] | None = None, *,
-    gpus: Sequence[str] = (), hear: Hear | None = None,
-) -> Iterator[tuple[Item, Result | Lost]]:  # fmt: skip
-    """Yield each item with what `work` makes of it, or Lost where its worker died again and again.
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    workers: int,
+    then: Then[Item] | None = None,
+    *,
+    gpus: Sequence[str] = (),
+    hear: Hear | None = None,
+) -> Iterator[tuple[Item, Result | Lost]]:
+    """Yield each item with the result of `work`, or with Lost if its worker died repeatedly.
 
-    gpus: what CUDA_VISIBLE_DEVICES says in the workers, in turn; none is what it says here. An item whose worker died
-    begins again at once, the next time when all others are done, alone: it may want more memory than they leave.
+    gpus: values of CUDA_VISIBLE_DEVICES, assigned to workers round-robin; empty: as in this process. An item whose
+    worker died is retried at once, from the second time on alone, after all others: it may need their memory.
     """
     waiting = [(item, 0) for item in reversed(items)]
     alone: list[tuple[Item, int]] = []
@@ -82,24 +87,24 @@ def run(
 
 
 def tell(message: tuple[Any, ...]) -> None:
-    """In a worker, say something small to who hears at the driver; elsewhere, and where nobody does, nothing."""
+    """Send a small message from a worker to `hear` in the driver; do nothing elsewhere, or if nothing listens."""
     if _me is not None:
-        number, ear = _me
-        _say(ear, (number, message))
+        number, connection = _me
+        _send(connection, (number, message))
 
 
-def _say(ear: Connection, what: object) -> None:
-    said = pickle.dumps(what)
-    # the system writes so much at once: nothing mixes with what others say, or is cut short by a kill
-    assert len(said) + 4 <= select.PIPE_BUF, what
-    # a worker whose driver was killed has yet to save what it trains
+def _send(connection: Connection, message: object) -> None:
+    data = pickle.dumps(message)
+    # writes up to PIPE_BUF are atomic: no interleaving with other workers, no partial message after a kill
+    assert len(data) + 4 <= select.PIPE_BUF, message
+    # a worker whose driver was killed still has to save its checkpoint
     with suppress(BrokenPipeError):
-        ear.send_bytes(said)
+        connection.send_bytes(data)
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Make SIGTERM what Ctrl-C is, so that what stops says so, and workers do not outlive their driver."""
+    """Handle SIGTERM like Ctrl-C in the block, so that work is saved and workers do not outlive their driver."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -115,106 +120,108 @@ def terminable() -> Iterator[None]:
 
 
 class _Worker:
-    """A process that starts with its first item. gpu: what CUDA_VISIBLE_DEVICES says in it; None: what it says here."""
+    """A process that starts with its first item. gpu: its CUDA_VISIBLE_DEVICES; None: that of this process."""
 
-    def __init__(self, number: int, workers: int, gpu: str | None, ear: Connection | None) -> None:
-        self.number, self.gpu, self._ear = number, gpu, ear
-        self._options = (os.getpid(), number, workers, gpu, ear)
+    def __init__(self, number: int, workers: int, gpu: str | None, connection: Connection | None) -> None:
+        self.number, self.gpu, self._connection = number, gpu, connection
+        self._options = (os.getpid(), number, workers, gpu, connection)
         self.pool = self._pool()
 
     def submit(self, work: Callable[[Item], Result], item: Item) -> Future[Result]:
         try:
             return self.pool.submit(_guarded, work, item)
         except BrokenProcessPool:
-            # it died with nothing in hand
+            # it died while idle
             self.renew()
             return self.pool.submit(_guarded, work, item)
 
     def renew(self) -> None:
-        """Put another process in the place of one that died."""
+        """Replace a process that died."""
         self.pool.shutdown()
         self.pool = self._pool()
-        if self._ear is not None:
-            _say(self._ear, (self.number, None))
+        if self._connection is not None:
+            _send(self._connection, (self.number, None))
 
     def terminate(self) -> None:
         for process in list((self.pool._processes or {}).values()):
             process.terminate()
 
     def _pool(self) -> ProcessPoolExecutor:
-        # a forked process could not use the GPU
+        # CUDA cannot be used in a forked process
         context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=self._options)
 
 
 def _least_busy(free: Sequence[_Worker], begun: Any) -> _Worker:
-    """The first of the free workers on the GPU where the fewest others are at work."""
+    """Return the first free worker on the GPU with the fewest busy workers."""
     busy = Counter(worker.gpu for worker, *_ in begun)
     return min(free, key=lambda worker: (busy[worker.gpu], worker.number))
 
 
 @contextmanager
 def _workers(count: int, gpus: Sequence[str], hear: Hear | None) -> Iterator[list[_Worker]]:
-    """Workers that end with the block: what runs then is told to stop, saves and does so."""
-    with _listening(hear) as ear:
-        found = [_Worker(number, count, gpus[number % len(gpus)] if gpus else None, ear) for number in range(count)]
+    """Yield workers that end with the block; on an error running work is terminated, after saving."""
+    with _listening(hear) as connection:
+        workers = [
+            _Worker(number, count, gpus[number % len(gpus)] if gpus else None, connection) for number in range(count)
+        ]
         try:
             with terminable():
-                # a copy, which shrinks and grows
-                yield list(found)
+                # a copy, which the caller changes
+                yield list(workers)
         except BaseException:
-            for worker in found:
+            for worker in workers:
                 worker.terminate()
             raise
         finally:
-            for worker in found:
+            for worker in workers:
                 worker.pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
 def _listening(hear: Hear | None) -> Iterator[Connection | None]:
-    """What workers speak into, each message in one piece, while a thread hands it on."""
+    """Yield the connection to which workers send messages, while a thread passes these to `hear`."""
     if hear is None:
         yield None
         return
-    heard, ear = multiprocessing.Pipe(duplex=False)
+    receiver, sender = multiprocessing.Pipe(duplex=False)
 
     def listen() -> None:
-        # so that nobody who speaks on waits when this ends early
-        with heard:
-            while (said := heard.recv()) is not None:
-                hear(*said)
+        # close it if `hear` raises, so that no sender blocks
+        with receiver:
+            while (message := receiver.recv()) is not None:
+                hear(*message)
 
     thread = threading.Thread(target=listen, daemon=True)
     thread.start()
     try:
-        yield ear
+        yield sender
     finally:
-        with ear:
-            _say(ear, None)
+        with sender:
+            _send(sender, None)
             thread.join()
 
 
 def _guarded(work: Callable[[Item], Result], item: Item) -> Result:
-    """Work; a process that is told to stop does so once that is done, without a wait for its queue."""
+    """Run `work`; on an interrupt exit at once, without waiting for the queue."""
     try:
         return work(item)
     except KeyboardInterrupt:
         os._exit(1)
 
 
-def _begin(driver: int, number: int, workers: int, gpu: str | None, ear: Connection | None) -> None:
-    """Take a GPU and a share of the CPUs, and stop when the driver is gone without a word."""
+def _begin(driver: int, number: int, workers: int, gpu: str | None, connection: Connection | None) -> None:
+    """Set up a worker: its GPU, its share of the CPUs, and a thread that stops it if the driver died."""
     global _me
-    _me = None if ear is None else (number, ear)
+    _me = None if connection is None else (number, connection)
     if gpu is not None:
-        # before anything looks at the GPUs; all that this process starts sees this one too
+        # before anything queries the GPUs; inherited by child processes
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     import torch
 
     share = max(1, torch.get_num_threads() // workers)
     torch.set_num_threads(share)
-    # before the compiler looks; it would start processes for all CPUs
+    # before Inductor is imported; by default it starts a process per CPU
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(share))
 
     def watch() -> None:

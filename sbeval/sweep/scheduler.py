@@ -1,11 +1,9 @@
-"""Run the cells of a sweep that have no result yet, and keep each as it finishes.
+"""Run the unfinished cells of a sweep, and store each result as it completes.
 
 cell -> build or load the model, train, evaluate -> results/runs/<cell>.json -> rows of results/<family>.csv
 """
 
-import dataclasses
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,15 +28,15 @@ from sbeval.tables.results import Results
 from sbeval.tables.rows import Provenance
 from sbeval.training.trainer import DivergedError
 
-# what a small model reaches of the speed of a large matrix product: a guess, good enough for an estimate
+# throughput of a small model relative to a large matrix product: a guess, good enough for an estimate
 EFFICIENCY = {"cpu": 0.35, "cuda": 0.25}
 HERE = Executor()
-# what a cell's own sizes and numbers can cause: a device short of memory, a kernel that does not fit, an overflow
+# errors that the sizes and numbers of one cell can cause: out of memory, a kernel that does not fit, an overflow
 CELL_ERRORS = (RuntimeError, MemoryError, ArithmeticError)
 
 
 def unfinished(cells: Sequence[Cell], results_dir: Path) -> list[Cell]:
-    """The cells without rows in their table; InputError when a table cannot be read or could not take their rows."""
+    """Return the cells without rows in their table; InputError if a table is unreadable or has other columns."""
     paths = {Results(results_dir).table(cell.family): table.required(cell.row) for cell in cells}
     done: set[str] = set()
     for path, names in paths.items():
@@ -48,36 +46,36 @@ def unfinished(cells: Sequence[Cell], results_dir: Path) -> list[Cell]:
 
 
 def found(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows without those that say that a cell found nothing."""
+    """Return the rows of cells that did not fail."""
     return rows[~rows["status"].isin(FAILED)] if "status" in rows else rows
 
 
 def speeds(parts: Sequence[Step], place: torch.device) -> dict[str, float]:
-    """FLOP/s of a matrix product timed just now, in each dtype of the steps."""
+    """Measure the FLOP/s of a matrix product in each dtype of the steps."""
     return {dtype: device.measured_flops(place, dtype) for dtype in {step.dtype for step in parts}}
 
 
 def seconds(parts: Sequence[Step], speeds: Mapping[str, float], place: torch.device) -> list[float]:
-    """How long one process takes for each step, roughly."""
+    """Estimate the seconds that one process takes for each step."""
     return [step.flops / speeds[step.dtype] / EFFICIENCY[place.type] for step in parts]
 
 
 def at_once(executor: Executor, place: Place) -> int:
-    """On how many GPUs of this machine its workers run cells: 1 of a CPU too, whose cores they share."""
+    """Return the number of GPUs on which the workers run cells; 1 on a CPU, whose cores they share."""
     return max(1, min(executor.workers or 1, len(device.spread(place.device))))
 
 
 def describe_cost(cells: Sequence[Step], place: Place, at_once: int = 1) -> str:
-    """What the cells will cost, in words: FLOPs and a rough time; what several need is counted once.
+    """Describe the cost of the cells: FLOPs and a rough time; shared dependencies count once.
 
-    at_once: GPUs that share them out.
+    at_once: number of GPUs that run cells in parallel.
     """
     if not cells:
         return "nothing to run"
     parts = steps(cells)
     count = f"{len(cells)} cell{'s' if len(cells) > 1 else ''} to run"
     if not any(step.flops for step in parts):
-        # a model of the hub, whose size is not known before it is here
+        # the size of a model on the hub is unknown before its download
         return f"{count}, at a cost that is not known yet"
     at_once = min(at_once, len(cells)) * place.world.size
     time_s = sum(seconds(parts, speeds(parts, place.device), place.device)) / at_once
@@ -89,7 +87,7 @@ def describe_cost(cells: Sequence[Step], place: Place, at_once: int = 1) -> str:
 
 
 def in_words(time_s: float) -> str:
-    """A time for people."""
+    """Format a duration."""
     if time_s < 90:
         return f"{max(1, round(time_s))} s"
     if time_s < 5400:
@@ -99,72 +97,74 @@ def in_words(time_s: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a step leaves: of a cell its run file, and its rows if there are any. `how` is empty or one of FAILED."""
+    """Result of a step: for a cell its run record and rows, if any. `how`: empty, or one of FAILED."""
 
     record: dict[str, Any] | None = None
     rows: pd.DataFrame | None = None
     how: str = ""
     reason: str = ""
-    emptied: frozenset[Path] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Runs steps wherever they are sent, and shows them on `progress`, where one is given, else tells of them."""
+    """Runs steps in any process; reports to `progress`, or if that is None to the driver."""
 
     place: Place
     presets: Mapping[str, str]
     errors: tuple[type[Exception], ...]
-    argv: tuple[str, ...]
     progress: Progress | None = None
 
     def __call__(self, step: Step) -> Done:
         if self.progress is not None:
             return self._done(step, self.progress)
-        sys.argv = list(self.argv)
         device.use(self.place.device)
         with Telling(pool.tell) as progress:
             return self._done(step, progress)
 
     def _done(self, step: Step, progress: Progress) -> Done:
         try:
-            done = self._attempt(step, progress)
+            return self._attempt(step, progress)
         except self.errors as error:
             if self.place.device.type == "cuda":
                 torch.cuda.empty_cache()
-            done = self.failure(step, *_mishap(error))
-        # elsewhere `place` is a copy
-        return dataclasses.replace(done, emptied=frozenset(self.place.emptied))
+            return self.failure(step, *_mishap(error))
 
     def _attempt(self, step: Step, progress: Progress) -> Done:
         if isinstance(step, Cell):
             return run_cell(step, self.place, self.presets[step.family], progress)
-        assert isinstance(step, TrainingStep), "what is no cell trains a model"
+        assert isinstance(step, TrainingStep), "a step that is not a cell trains a model"
         step.train(self.place, progress)
         return Done()
 
     def failure(self, step: Step, how: str, reason: str) -> Done:
-        """What a step leaves that failed."""
+        """Return the result of a step that failed."""
         if not isinstance(step, Cell):
             return Done(how=how, reason=reason)
         outcome = step.failed(how, self.place)
         origin = _origin(step, self.place, self.presets[step.family], outcome)
-        record = provenance.run_record(config=step, provenance=origin, status="failed", reason=reason)
+        record = provenance.run_record(
+            config=step, provenance=origin, status="failed", reason=reason, argv=self.place.argv
+        )
         return Done(record, table.frame(outcome.identity, outcome.rows, origin) if outcome else None, how, reason)
 
 
 def run(
-    cells: Sequence[Cell], place: Place, *, preset: str | Mapping[str, str], console: Console,
-    executor: Executor = HERE, more: Mapping[str, Callable[[], Sequence[Cell]]] | None = None,
-) -> bool:  # fmt: skip
-    """Run what has no result yet, or one from another text; True when every cell has one now.
+    cells: Sequence[Cell],
+    place: Place,
+    *,
+    preset: str | Mapping[str, str],
+    console: Console,
+    executor: Executor = HERE,
+    more: Mapping[str, Callable[[], Sequence[Cell]]] | None = None,
+) -> bool:
+    """Run the cells without a result, or with one from another text; return True if every cell now has one.
 
-    A cell whose loss diverges, or that ends in an error of its own sizes, is recorded as such, and the sweep goes on;
-    of several families also one that ends in an error of the user's. What several cells need is done before them.
-    preset: of all cells, or of each family. more: by family, the cells that follow when those given are done.
+    A cell that diverges, or fails because of its own sizes, is recorded as such and the sweep continues; with several
+    families this holds for an InputError too. Dependencies that cells share run first.
+    preset: of all cells, or by family. more: by family, returns further cells once the given ones are done.
     """
     if executor.kind == "ray" and place.device.index is not None:
-        raise InputError(f"--device {place.device}: a Ray task sees the GPU alone that Ray gives it; give cuda or cpu")
+        raise InputError(f"--device {place.device}: a Ray task sees only the GPU that Ray assigns; give cuda or cpu")
     for folder in (place.results.runs, place.results.checkpoints):
         files.prepare(folder)
     families = dict.fromkeys(cell.family for cell in cells)
@@ -172,7 +172,7 @@ def run(
     errors = _errors(place) if len(families) < 2 else (*_errors(place), InputError)
     gpus = device.spread(place.device)
     with progress_of(place) as progress:
-        work = Work(place, presets, errors, tuple(sys.argv), progress if executor.alone else None)
+        work = Work(place, presets, errors, progress if executor.alone else None)
         overall = None if executor.alone else progress.add("cells", total=0)
         course = _Course(work, console, progress, dict(more or {}), overall, at_once(executor, place))
         first = course.begin(cells)
@@ -187,7 +187,7 @@ def run(
 
 @dataclass(slots=True)
 class _Course:
-    """A run as the driver sees it: what comes of each step is kept, and what waited for it begins."""
+    """Scheduler state in the driver: stores the results of steps and releases their dependents."""
 
     work: Work
     console: Console
@@ -197,36 +197,35 @@ class _Course:
     at_once: int = 1
     failed: bool = False
     graph: Graph = field(default_factory=Graph)
-    left: dict[str, set[Step]] = field(default_factory=dict)  # the cells of each family that are not done
+    waiting: dict[str, set[Step]] = field(default_factory=dict)  # unfinished cells by family
 
     def begin(self, cells: Sequence[Cell]) -> list[Step]:
-        """What can begin of these cells, and of those that follow where these are done already."""
+        """Add cells, and those that follow finished ones, and return the steps that are ready."""
         pending = _pending(cells, self.work.place, self.progress)
-        # no process writes what another has yet to look at
+        # barrier: rank 0 must not write while other ranks still read
         distributed.wait(self.work.place.world)
         if len(pending) < len(cells):
             finished = f"{len(cells) - len(pending)} of {len(cells)}"
             self.say(f"{finished} cells are finished already; --force runs them again")
         self.say(describe_cost(pending, self.work.place, self.at_once))
-        begin = self.graph.add(pending)
+        ready = self.graph.add(pending)
         _check(pending, self.progress)
         if self.overall:
             self.overall.extend(len(pending))
         for family in dict.fromkeys(cell.family for cell in cells):
-            self.left[family] = {cell for cell in pending if cell.family == family}
-            begin += self.following(family)
-        return begin
+            self.waiting[family] = {cell for cell in pending if cell.family == family}
+            ready += self.following(family)
+        return ready
 
     def keep(self, step: Step, done: Done) -> None:
-        """Write what a step leaves, and of those that cannot begin without it that they failed."""
-        place = self.work.place
-        place.emptied.update(done.emptied)
+        """Store the result of a step; if it failed, record its dependents as failed too."""
+        context = self.work.place
         lost = [other for other in self.graph.lost(step) if isinstance(other, Cell)] if done.how else []
-        left = [(other, self.work.failure(other, done.how, f"{step.title}: {done.reason}")) for other in lost]
-        for cell, what in [(step, done), *left] if isinstance(step, Cell) else left:
-            if place.world.leads:
-                _keep(cell, what, place)
-            self.left[cell.family].discard(cell)
+        results = [(other, self.work.failure(other, done.how, f"{step.title}: {done.reason}")) for other in lost]
+        for cell, result in [(step, done), *results] if isinstance(step, Cell) else results:
+            if context.world.leads:
+                _store(cell, result, context)
+            self.waiting[cell.family].discard(cell)
             if self.overall:
                 self.overall.advance(status=cell.title)
         if done.how:
@@ -235,12 +234,12 @@ class _Course:
             self.say(f"{step.title}: {done.reason}; {recorded} as {done.how}, going on with the next")
 
     def then(self, step: Step) -> list[Step]:
-        """What can begin after a step."""
-        return self.graph.done(step) + [new for family in self.left.copy() for new in self.following(family)]
+        """Return the steps that are ready after a step."""
+        return self.graph.done(step) + [new for family in self.waiting.copy() for new in self.following(family)]
 
     def following(self, family: str) -> list[Step]:
-        """What can begin of the cells that follow those of a family, once these are done."""
-        if self.left[family] or family not in self.more:
+        """Return the ready steps of the cells that follow those of a family, once these are done."""
+        if self.waiting[family] or family not in self.more:
             return []
         cells = self.more.pop(family)()
         return self.begin(cells) if cells else []
@@ -250,9 +249,9 @@ class _Course:
 
 
 def train(cells: Sequence[Cell], place: Place, *, console: Console) -> bool:
-    """Train the models that the cells need and say where each is; `run` with the same cells then evaluates them.
+    """Train the models that the cells need and print their checkpoints; `run` with the same cells evaluates them.
 
-    True unless one diverged or ended in an error of its own sizes, which is said.
+    Return False if one diverged or failed because of its own sizes.
     """
     files.prepare(place.results.checkpoints)
     needed = [step for step in steps(cells) if isinstance(step, TrainingStep)]
@@ -261,25 +260,25 @@ def train(cells: Sequence[Cell], place: Place, *, console: Console) -> bool:
     with progress_of(place) as progress:
         for step in needed:
             try:
-                said = str(step.train(place, progress))
+                message = str(step.train(place, progress))
             except errors as error:
-                failed, said = True, f"{error}; going on with the next"
-            console.print(f"{step.title}: {said}", highlight=False, soft_wrap=True, markup=False)
+                failed, message = True, f"{error}; going on with the next"
+            console.print(f"{step.title}: {message}", highlight=False, soft_wrap=True, markup=False)
     return not failed
 
 
 def _errors(place: Place) -> tuple[type[Exception], ...]:
-    """What ends a cell and not the sweep. Of several processes one may fail alone, and the others would wait for it."""
+    """Return the errors that end a cell but not the sweep; with several ranks only those that all of them raise."""
     return (DivergedError,) if place.world.size > 1 else CELL_ERRORS
 
 
 def progress_of(place: Place) -> Progress:
-    """A progress display; of several processes one shows it."""
+    """Return a progress display, shown on rank 0 only."""
     return Progress(None if place.world.leads else Console(quiet=True, force_terminal=False))
 
 
 def _pending(cells: Sequence[Cell], place: Place, progress: Progress) -> list[Cell]:
-    # with `force` too: a table that cannot be read is said before the work, not after it
+    # with `force` too: report an unreadable table before the work, not after it
     missing = unfinished(cells, place.results_dir)
     if place.force:
         return list(cells)
@@ -287,7 +286,7 @@ def _pending(cells: Sequence[Cell], place: Place, progress: Progress) -> list[Ce
 
 
 def _check(cells: Sequence[Cell], progress: Progress) -> None:
-    """InputError where something cannot be asked, before anything runs; all models are asked the same."""
+    """Validate the cells before any runs: those of the first model of each family, since the others equal them."""
     first: dict[str, tuple[Step, ...]] = {}
     for cell in cells:
         if first.setdefault(cell.family, cell.needs) == cell.needs:
@@ -295,27 +294,33 @@ def _check(cells: Sequence[Cell], progress: Progress) -> None:
 
 
 def _source_of_run(cell: Cell, place: Place) -> str:
-    """Digest of the text behind a finished cell, from its run file: a row never stands without one."""
+    """Return the digest of the text of a finished cell from its run file, which every row has."""
     return str(provenance.read_run(place.results.run_file(cell_id(cell)))["corpus_digest"])
 
 
 def run_cell(cell: Cell, place: Place, preset: str, progress: Progress) -> Done:
-    """Run one cell and gather what it leaves, wherever this is."""
+    """Run one cell and return its run record and rows."""
     start = time.perf_counter()
     outcome = cell.run(place, progress)
-    # the last step can be the one that goes wrong
+    # the last step can be the one that diverges
     if not all(math.isfinite(row.value) for row in outcome.rows):
-        raise DivergedError("what was measured is no finite number")
+        raise DivergedError("a measured value is not finite")
     origin = _origin(cell, place, preset, outcome)
     record = provenance.run_record(
-        config=cell, provenance=origin, status="finished", corpus_digest=outcome.corpus_digest,
-        wall_s=time.perf_counter() - start, tokens_per_s=outcome.tokens_per_s, measured=outcome.measured,
-    )  # fmt: skip
+        config=cell,
+        provenance=origin,
+        status="finished",
+        corpus_digest=outcome.corpus_digest,
+        wall_s=time.perf_counter() - start,
+        tokens_per_s=outcome.tokens_per_s,
+        measured=outcome.measured,
+        argv=place.argv,
+    )
     return Done(record, table.frame(outcome.identity, outcome.rows, origin))
 
 
 def _mishap(error: Exception) -> tuple[str, str]:
-    """How a step failed, one of FAILED, and why."""
+    """Return how a step failed (one of FAILED), and the reason."""
     if isinstance(error, DivergedError):
         return "diverged", str(error)
     return "failed", str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
@@ -323,23 +328,29 @@ def _mishap(error: Exception) -> tuple[str, str]:
 
 def _origin(cell: Cell, place: Place, preset: str, outcome: Outcome | None) -> Provenance:
     return provenance.collect(
-        cell=cell_id(cell), preset=preset, corpus=outcome.corpus if outcome else "",
-        tokenizer=outcome.tokenizer if outcome else "", train_tokens=outcome.train_tokens if outcome else 0,
-        dtype=cell.dtype, device=str(place.device), device_name=device.describe(place.device),
-        backend=outcome.backend if outcome else "", unique_tokens=outcome.unique_tokens if outcome else None,
+        cell=cell_id(cell),
+        preset=preset,
+        corpus=outcome.corpus if outcome else "",
+        tokenizer=outcome.tokenizer if outcome else "",
+        train_tokens=outcome.train_tokens if outcome else 0,
+        dtype=cell.dtype,
+        device=str(place.device),
+        device_name=device.describe(place.device),
+        backend=outcome.backend if outcome else "",
+        unique_tokens=outcome.unique_tokens if outcome else None,
         epochs=outcome.epochs if outcome else None,
-    )  # fmt: skip
+    )
 
 
-def _keep(cell: Cell, done: Done, place: Place) -> None:
+def _store(cell: Cell, done: Done, place: Place) -> None:
     assert done.record is not None, "a cell has a run file"
-    # before its rows, which never stand without it
+    # before the rows, which require it
     provenance.write_run(place.results.run_file(cell_id(cell)), done.record)
     if done.rows is not None:
         table.write(place.results.table(cell.family), done.rows)
 
 
 def results_of(cells: Sequence[Cell], results_dir: Path) -> pd.DataFrame:
-    """The rows that the table of these cells' family holds of them."""
+    """Return the rows of these cells, which are of one family, from its table."""
     rows = table.read(Results(results_dir).table(cells[0].family), table.required(cells[0].row))
     return rows[rows["cell"].isin([cell_id(cell) for cell in cells])]

@@ -1,6 +1,6 @@
-"""Families together: their cells in one graph on one executor, then every family's table and figures.
+"""Run task families together: all cells in one graph on one executor, then each family's table and figures.
 
-A command of one family runs a study of that family alone.
+The command of one family runs a study of that family alone.
 """
 
 import functools
@@ -24,12 +24,12 @@ from sbeval.tasks.text_model import TextModel, trained_on
 
 
 def cells(part: Part) -> list[Cell]:
-    """The cells that a part begins with."""
+    """Return the first cells of a part, which depend on no results."""
     return list(registry.task(part.family).cells(part.config))
 
 
 def further(part: Part, results_dir: Path | None) -> list[Cell]:
-    """The cells that follow from what the first found. Without results, as many as there can be, for an estimate."""
+    """Return the cells that depend on results of the first; without a results folder an upper bound."""
     more = registry.task(part.family).more
     if more is None:
         return []
@@ -37,19 +37,21 @@ def further(part: Part, results_dir: Path | None) -> list[Cell]:
 
 
 def notes(parts: Sequence[Part]) -> list[str]:
-    """What is not run, and why: of the families that run, and of a study the other families."""
-    found: list[str] = []
+    """Return lines on what is not run, and why: within the families, and for a study the other families."""
+    lines: list[str] = []
     for part in parts:
-        found += registry.task(part.family).notes(part.config)
-    left = [name for name in registry.TASKS if name not in {part.family for part in parts}]
-    if len(parts) > 1 and left:
-        found.append(f"left out: {', '.join(left)}; a section in the study, or --set {left[0]}.preset=quick, adds it")
-    return found
+        lines += registry.task(part.family).notes(part.config)
+    others = [name for name in registry.TASKS if name not in {part.family for part in parts}]
+    if len(parts) > 1 and others:
+        lines.append(
+            f"left out: {', '.join(others)}; a section in the study, or --set {others[0]}.preset=quick, adds it"
+        )
+    return lines
 
 
 def cautions(parts: Sequence[Part], place: Place) -> list[str]:
-    """What to say of how often models will read their text, before they do; texts are opened."""
-    # of families that share models the text is opened once, which can take a second
+    """Return warnings about the epochs of training, before it starts; opens the texts."""
+    # open the text once for families that share models: it can take a second
     different = {
         (*trained_on(part.config), getattr(part.config, "checkpoint", None))
         if isinstance(part.config, TextModel)
@@ -62,35 +64,38 @@ def cautions(parts: Sequence[Part], place: Place) -> list[str]:
 
 
 def train(part: Part, place: Place, console: Console) -> bool:
-    """Train the models that a part needs; True unless one ended in an error of its own."""
+    """Train the models that a part needs; return False if one failed."""
     for line in cautions([part], place):
         say(console, line)
     return scheduler.train(cells(part), place, console=console)
 
 
 def run(parts: Sequence[Part], place: Place, console: Console, executor: Executor = scheduler.HERE) -> bool:
-    """Run what has no result yet, then print, draw and say what there is; True when every cell has a result."""
+    """Run the unfinished cells, then print tables and draw figures; return True if every cell has a result."""
     for line in cautions(parts, place):
         say(console, line)
     complete = scheduler.run(
-        [cell for part in parts for cell in cells(part)], place, console=console, executor=executor,
+        [cell for part in parts for cell in cells(part)],
+        place,
+        console=console,
+        executor=executor,
         preset={part.family: part.preset for part in parts},
-        # what is worth more seeds follows from what the first found
+        # further seeds of the best settings, which the first results decide
         more={part.family: functools.partial(further, part, place.results_dir) for part in parts},
-    )  # fmt: skip
+    )
     everything = {part.family: [*cells(part), *further(part, place.results_dir)] for part in parts}
     if place.world.leads:
-        for family, found in everything.items():
-            complete &= _shown(family, found, place.results_dir, console, alone=len(parts) == 1)
+        for family, part_cells in everything.items():
+            complete &= _show_family(family, part_cells, place.results_dir, console, alone=len(parts) == 1)
         if not complete:
-            _say_failed([cell for found in everything.values() for cell in found], place.results_dir, console)
+            _say_failed([cell for part_cells in everything.values() for cell in part_cells], place.results_dir, console)
     return complete
 
 
-def _shown(family: str, found: Sequence[Cell], results_dir: Path, console: Console, *, alone: bool) -> bool:
-    """Show what a family found; of several, one whose table cannot be drawn is said and hides no other."""
+def _show_family(family: str, cells: Sequence[Cell], results_dir: Path, console: Console, *, alone: bool) -> bool:
+    """Show the results of a family; with several, report one that cannot be drawn and continue with the others."""
     try:
-        _show(family, found, results_dir, console)
+        _show(family, cells, results_dir, console)
     except InputError as error:
         if alone:
             raise
@@ -99,12 +104,12 @@ def _shown(family: str, found: Sequence[Cell], results_dir: Path, console: Conso
     return True
 
 
-def _show(family: str, found: Sequence[Cell], results_dir: Path, console: Console) -> None:
-    """Print a family's table, and draw its figures and, if that is installed, its pages."""
+def _show(family: str, cells: Sequence[Cell], results_dir: Path, console: Console) -> None:
+    """Print the table of a family, and draw its figures and, if plotly is installed, its pages."""
     path = Results(results_dir).table(family)
     if not path.exists():
         return
-    results = scheduler.found(scheduler.results_of(found, results_dir))
+    results = scheduler.found(scheduler.results_of(cells, results_dir))
     if not len(results):
         return say(console, str(path))
     console.print(registry.task(family).summary(results))
@@ -114,17 +119,17 @@ def _show(family: str, found: Sequence[Cell], results_dir: Path, console: Consol
     if pages and importlib.util.find_spec("plotly"):
         files += draw_figures(results_dir, pages, ["html"])
     elif pages:
-        say(console, f"no page to hover over: pip install 'sbeval[html]', then sbeval plot {family.replace('_', '-')}")
+        say(console, f"no interactive page: pip install 'sbeval[html]', then sbeval plot {family.replace('_', '-')}")
     for file in files:
         say(console, str(file))
 
 
-def _say_failed(found: Sequence[Cell], results_dir: Path, console: Console) -> None:
-    records = {cell: Results(results_dir).run_file(cell_id(cell)) for cell in found}
+def _say_failed(cells: Sequence[Cell], results_dir: Path, console: Console) -> None:
+    records = {cell: Results(results_dir).run_file(cell_id(cell)) for cell in cells}
     read = {cell: provenance.read_run(path) for cell, path in records.items() if path.exists()}
     failed = {cell: record["reason"] for cell, record in read.items() if record["status"] == "failed"}
     if failed:
-        say(console, f"{len(failed)} of {len(found)} cells failed; the same command tries them again:")
+        say(console, f"{len(failed)} of {len(cells)} cells failed; the same command retries them:")
     for cell, reason in failed.items():
         say(console, f"  {cell_id(cell)}: {reason}")
 

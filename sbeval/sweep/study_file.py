@@ -1,12 +1,12 @@
-"""Study files: options of the families' configs, read and checked by the annotations of those very classes.
+"""Study files: options of the families' configs in YAML, checked against the annotations of the config classes.
 
     models: {preset: quick, attention: [stick_breaking, rope]}     training options, for all families of text models
     length_gen: {eval_len: 4096}                                   a family, with options over its preset
     needle: {preset: quick, tasks: [niah_single_1], samples: 20}
     mqrar:                                                         the preset as it is
 
-What `models` says, the training of its preset included, holds for `length_gen`, `needle` and `few_shot` where their own
-sections do not say otherwise. A section without a preset has that of `models`, which is `quick` where none is named.
+`models`, with the training options of its preset, sets defaults for `length_gen`, `needle` and `few_shot`, which their
+own sections override. A section without a preset uses that of `models`, by default `quick`.
 """
 
 import dataclasses
@@ -24,17 +24,18 @@ import yaml
 
 from sbeval import registry
 from sbeval.errors import InputError, choose
-from sbeval.tasks import length_gen
 from sbeval.tasks.text_model import TRAINING, TextModel, uncut
 
 STUDIES = resources.files("sbeval") / "studies"
 NOTHING = ("", "~", "null")
+# the family whose presets say how models are trained
+MODELS = "length_gen"
 KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A family and what it is to run; `config` is of the family's own class."""
+    """A family and the config to run, of the family's config class."""
 
     family: str
     preset: str
@@ -42,12 +43,12 @@ class Part:
 
 
 def names() -> list[str]:
-    """The studies that come with the package."""
+    """Return the names of the studies in the package."""
     return sorted(file.name.removesuffix(".yaml") for file in STUDIES.iterdir() if file.name.endswith(".yaml"))
 
 
 def text(study: str) -> str:
-    """The file of a study, given its name or else its path."""
+    """Return the text of a study file, given a name or a path."""
     if study in names():
         return (STUDIES / f"{study}.yaml").read_text(encoding="utf-8")
     try:
@@ -56,37 +57,38 @@ def text(study: str) -> str:
         try:
             return choose("study", study, names())
         except InputError as error:
-            raise InputError(f"{error}, or the path of a file written as one of these") from None
+            raise InputError(f"{error}, or the path of a study file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {study}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read(study: str, changes: Iterable[str] = ()) -> dict[str, Any]:
-    """The document of a study, given its name or else the path of its file.
+    """Return the document of a study, given a name or a path.
 
-    changes: `section.option=value`, in place of what the document says. InputError for what is no study.
+    changes: `section.option=value`, which override the document. Raise InputError if it is not a study.
     """
     document = _mapping(study, _parsed(study, text(study)))
     for change in changes:
-        found = re.fullmatch(r"(\w+)\.(\w+)=(.*)", change, re.DOTALL)
-        if found is None:
+        match = re.fullmatch(r"(\w+)\.(\w+)=(.*)", change, re.DOTALL)
+        if match is None:
             raise InputError(f"--set takes SECTION.OPTION=VALUE, such as needle.samples=20; got {change!r}")
-        section, option, value = found.groups()
+        section, option, value = match.groups()
         document[section] = _mapping(section, document.get(section)) | {option: _parsed(f"--set {change}", value)}
     return document
 
 
 def parts(document: Mapping[str, object], dtype: Callable[[str | None], str]) -> list[Part]:
-    """What each family of a document is to run, in the document's order.
+    """Return the parts of a document, in its order.
 
-    dtype: given what the document says of matrix products, if anything, what they run in. InputError names what is not
-    known, with the nearest that is, and what is of the wrong kind.
+    dtype: maps the dtype that the document names, or None, to that of matrix products. InputError names unknown
+    options, with the nearest known one, and values of the wrong type.
     """
     for name in document:
         choose("section", name, ("models", *registry.TASKS))
     shared = _mapping("models", document.get("models"))
-    preset = choose("preset of models", _value("models.preset", shared.pop("preset", "quick"), str), length_gen.PRESETS)
-    trained = length_gen.PRESETS[preset]
+    presets = registry.task(MODELS).presets
+    preset = choose("preset of models", _value("models.preset", shared.pop("preset", "quick"), str), presets)
+    trained = presets[preset]
     models = {name: getattr(trained, name) for name in TRAINING if name != "dtype"}
     models |= uncut(_options("models", shared, TextModel, TRAINING))
     families = [name for name in document if name != "models"]
@@ -102,9 +104,9 @@ def _part(
     preset = _value(f"{family}.preset", section.pop("preset", preset), str)
     base = presets[choose(f"preset of {family}", preset, presets)]
     options = uncut(_options(family, section, type(base), [field.name for field in dataclasses.fields(base)]))
-    if isinstance(base, length_gen.Config):
-        # what is not about length reads no further than it was trained to, if its preset was trained otherwise
-        longer = family != length_gen.NAME and models["train_len"] != base.train_len
+    if isinstance(base, TextModel):
+        # only length_gen is about length: others evaluate at a training length other than the preset's
+        longer = family != MODELS and models["train_len"] != base.train_len
         options = models | ({"eval_len": models["train_len"]} if longer else {}) | options
     options["dtype"] = dtype(options.get("dtype"))
     try:
@@ -114,62 +116,62 @@ def _part(
 
 
 def _parsed(where: str, text: str) -> Any:
-    """Texts, lists and mappings: what a text means is for the annotations to say, not for YAML, to which 3e-4 is text
-    and `no` is false."""
+    """Parse YAML into strings, lists and mappings. Annotations give strings their type: YAML would take 3e-4 for text
+    and `no` for false."""
     try:
         root = yaml.compose(text, Loader=yaml.BaseLoader)
         for node in (root, *(value for _, value in root.value)) if isinstance(root, yaml.MappingNode) else ():
-            _refuse_doubles(where, node)
+            _check_duplicates(where, node)
         return yaml.load(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
-        raise InputError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
-        raise InputError(f"{where} is no study: it is nested too deep") from None
+        raise InputError(f"{where} is not a study: it is nested too deep") from None
 
 
-def _refuse_doubles(where: str, node: Any) -> None:
-    """InputError when a mapping has a key twice, of which YAML keeps the last."""
+def _check_duplicates(where: str, node: Any) -> None:
+    """Raise InputError if a mapping has duplicate keys, of which YAML keeps the last."""
     keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
     if twice := [key for key in keys if keys.count(key) > 1]:
-        raise InputError(f"{where}: {twice[0]!r} stands there twice")
+        raise InputError(f"{where}: duplicate key {twice[0]!r}")
 
 
 def _mapping(path: str, given: object) -> dict[str, Any]:
-    """A copy of a section; one without anything in it is empty."""
+    """Return a copy of a section, which may be empty."""
     if given is None or given in NOTHING:
         return {}
     if not isinstance(given, dict):
-        raise InputError(f"{path} must hold names with values, such as {{samples: 20}}; got {_said(given)}")
+        raise InputError(f"{path} must hold names with values, such as {{samples: 20}}; got {reprlib.repr(given)}")
     return dict(given)
 
 
 def _options(section: str, given: Mapping[str, object], kind: type[Any], known: Sequence[str]) -> dict[str, Any]:
     hints = get_type_hints(kind)
-    found = {}
+    values = {}
     for name, value in given.items():
         choose(f"option of {section}", name, (*known, "preset"))
-        found[name] = _value(f"{section}.{name}", value, hints[name])
-    return found
+        values[name] = _value(f"{section}.{name}", value, hints[name])
+    return values
 
 
 def _value(path: str, given: object, hint: Any) -> Any:
-    """What is given, as the annotation of a config's field has it."""
+    """Convert a value to the type of a config field's annotation."""
     if isinstance(hint, types.UnionType):
         if given is None or given in NOTHING:
             return None
         (hint,) = (option for option in get_args(hint) if option is not types.NoneType)
     if hint in KINDS:
-        if isinstance(given, str) and (found := _scalar(given, hint)) is not None:
-            return found
-        raise InputError(f"{path} must be {KINDS[hint]}; got {_said(given)}")
+        if isinstance(given, str) and (value := _scalar(given, hint)) is not None:
+            return value
+        raise InputError(f"{path} must be {KINDS[hint]}; got {reprlib.repr(given)}")
     item = get_args(hint)[0]
     if not isinstance(given, list):
-        raise InputError(f"{path} must be a list, each {KINDS[item]}; got {_said(given)}")
+        raise InputError(f"{path} must be a list, each {KINDS[item]}; got {reprlib.repr(given)}")
     return tuple(_value(f"{path}[{index}]", one, item) for index, one in enumerate(given))
 
 
 def _scalar(text: str, kind: type) -> Any:
-    """The text as an int, a finite float, true or false, or itself; None when it is no such thing."""
+    """Convert text to an int, a finite float, a bool or a str; None if it is not one."""
     if kind is str:
         return text
     if kind is bool:
@@ -179,7 +181,3 @@ def _scalar(text: str, kind: type) -> Any:
     except ValueError:
         return None
     return number if kind is int or math.isfinite(number) else None
-
-
-def _said(given: object) -> str:
-    return reprlib.repr(given)

@@ -72,11 +72,13 @@ def run_record(
     wall_s: float | None = None,
     tokens_per_s: float | None = None,
     measured: Mapping[str, object] | None = None,
+    argv: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Gather what a run file holds. `reason` says why a run failed; `measured` is free: a loss curve, memory, timings.
 
     `wall_s` is in seconds, `tokens_per_s` counts trained tokens; None where nothing was trained.
     """
+    program, *arguments = sys.argv if argv is None else argv
     assert (status == "failed") == bool(reason), "a failed run has a reason, a finished one has none"
     return {
         "status": status,
@@ -84,7 +86,7 @@ def run_record(
         "provenance": provenance,
         "config": config,
         # the folder in front of the program's name is the machine's affair
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "argv": [Path(program).name, *arguments],
         "versions": versions(),
         "host": {"platform": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count()},
         "device": provenance.device,

@@ -37,6 +37,10 @@ class Results:
     def locks(self) -> Path:
         return self.folder / "locks"
 
+    def cleared(self, name: str) -> Path:
+        """Return the path of the id of the last run with `force` that cleared the folder or file `name`."""
+        return self.locks / f"{name}.cleared"
+
     def answers(self, name: str) -> Path:
         return self.folder / "answers" / f"{name}.sqlite"
 

@@ -1,4 +1,4 @@
-"""A disk that is full or becomes read-only: one line, nothing torn, and the same command goes on where there is room.
+"""Test a disk that is full or becomes read-only: a one-line error, no torn file, and a resume once there is space.
 
 The disk is a small tmpfs, which only root can mount.
 """
@@ -32,9 +32,9 @@ from sbeval.training.optimizer import optimizer_for
 from sbeval.training.trainer import TrainConfig, Trainer
 
 RECALL = (
-    "mqrar", "--device", "cpu", "--vocab-size", "32", "--seq-len", "16", "--kv-pairs", "2", "--width", "16",
-    "--batch", "4", "--steps", "20", "--test-rows", "12",
-)  # fmt: skip
+    *"mqrar --device cpu --vocab-size 32 --seq-len 16 --kv-pairs 2 --width 16 --batch 4 --steps 20".split(),
+    *"--test-rows 12".split(),
+)
 FULL, READ_ONLY = "No space left on device", "Read-only file system"
 PAGE = 4096
 
@@ -59,7 +59,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, free: int) -> Path:
-    """Leave `free` pages of the disk."""
+    """Fill the disk up to `free` pages."""
     ballast = disk / "ballast"
     with contextlib.suppress(OSError), ballast.open("wb") as file:
         while True:
@@ -71,7 +71,7 @@ def fill(disk: Path, free: int) -> Path:
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    """Exit code and last line of what went wrong."""
+    """Return the exit code and the last line of stderr."""
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["sbeval", *map(str, arguments)])
@@ -84,7 +84,7 @@ def run(*arguments: object) -> tuple[int, str]:
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every look at training is saved; figures, which need most room, have a test of their own."""
+    """Save at every validation step; figures, which need most space, have their own test."""
 
     class Eager(Trainer):
         def __init__(self, model: Any, config: TrainConfig, *arguments: Any, **options: Any) -> None:
@@ -102,7 +102,7 @@ def rows(results: Path) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    """The rows of a run on a disk with room."""
+    """Return the rows of a run with enough disk space."""
     results = tmp_path_factory.mktemp("unbroken")
     assert run(*RECALL, "--results-dir", results)[0] == 0
     return rows(results)
@@ -115,7 +115,7 @@ def assert_one_line(code: int, said: str, reason: str) -> None:
 
 
 def assert_nothing_torn(results: Path) -> None:
-    """What is there can be read, and no half file is left over."""
+    """Assert that all files are readable and no partial file is left."""
     assert not list(results.rglob("*.tmp")) and not list(results.rglob("*.partial"))
     if (results / "mqrar.csv").exists():
         for cell in set(table.read(results / "mqrar.csv")["cell"]):
@@ -138,7 +138,7 @@ WRITERS = (
 def test_a_sweep_on_a_disk_that_fills_goes_on_when_there_is_room(
     owner: Any, name: str, file: str, free: int, disk: Path, unbroken: pd.DataFrame
 ) -> None:
-    """Full before the first call of what writes, then before the second; then there is room."""
+    """Fill the disk before the first write, then before the second; then free it."""
     results, write = disk / "results", getattr(owner, name)
     for calls in (1, 2):
         left = [None] * calls
@@ -164,7 +164,7 @@ def test_results_that_become_read_only_in_the_middle(
     disk: Path, unbroken: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Any] = []
-    keep = scheduler._keep
+    keep = scheduler._store
 
     def protecting(*arguments: Any) -> None:
         if kept:
@@ -172,7 +172,7 @@ def test_results_that_become_read_only_in_the_middle(
         kept.append(arguments)
         keep(*arguments)
 
-    monkeypatch.setattr(scheduler, "_keep", protecting)
+    monkeypatch.setattr(scheduler, "_store", protecting)
     results = disk / "results"
     code, said = run(*RECALL, "--results-dir", results)
     assert_one_line(code, said, READ_ONLY)

@@ -1,4 +1,4 @@
-"""Anything at all in a table, a checkpoint or the options of a generator: what can be used, or an error of one line.
+"""Fuzz tables, checkpoints and the options of generators: each gives a valid result or a one-line error.
 
 SBEVAL_TESTS=full tries 10,000 cases of each instead of 25.
 """
@@ -36,9 +36,11 @@ from sbeval.training.trainer import TrainConfig
 
 FULL = os.environ.get("SBEVAL_TESTS") == "full"
 fuzzed = settings(
-    max_examples=10_000 if FULL else 25, deadline=None, derandomize=not FULL,
+    max_examples=10_000 if FULL else 25,
+    deadline=None,
+    derandomize=not FULL,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 
 JSON: st.SearchStrategy[Any] = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -50,8 +52,9 @@ EDITS = st.lists(
     st.tuples(
         st.floats(0, 1), st.integers(0, 40), st.binary(max_size=12) | st.sampled_from([b'"', b",", b"\n", b"nan"])
     ),
-    min_size=1, max_size=3,
-)  # fmt: skip
+    min_size=1,
+    max_size=3,
+)
 
 
 def edited(content: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
@@ -136,7 +139,7 @@ def trained() -> tuple[Decoder, State, torch.optim.Optimizer]:
 
 
 def load(folder: Path) -> None:
-    """Read all of a checkpoint; InputError of one line names what cannot be used."""
+    """Read all of a checkpoint; raise a one-line InputError that names what is invalid."""
     try:
         checkpoint.load_state(folder)
         model = checkpoint.load_model(folder)
@@ -155,7 +158,7 @@ FILES = st.sampled_from(["config.json", "model.safetensors", "optimizer.safetens
 def test_a_checkpoint_with_any_change(
     sealed: bool, name: str, edits: list[tuple[float, int, bytes]], saved: Path
 ) -> None:
-    """Also one from before there were digests, whose values alone can change unseen."""
+    """Also a checkpoint from before digests, in which only changed values pass unseen."""
     originals = {path: path.read_bytes() for path in saved.iterdir()}
     try:
         if not sealed:
@@ -215,13 +218,17 @@ INT = st.integers(-2, 40) | st.integers()
     options=st.fixed_dictionaries(
         {"vocab_size": st.integers(-1, 200), "seq_len": st.integers(-1, 40), "kv_pairs": st.integers(-1, 12)},
         optional={
-            "slot_power": st.floats(), "filler": st.sampled_from([*recall.FILLERS, "some"]), "key_pool": INT,
-            "n_back": INT, "score_prefix": st.booleans(),
+            "slot_power": st.floats(),
+            "filler": st.sampled_from([*recall.FILLERS, "some"]),
+            "key_pool": INT,
+            "n_back": INT,
+            "score_prefix": st.booleans(),
             "distinct": st.lists(st.sampled_from([*recall.DISTINCT, "all"]), max_size=3).map(tuple),
         },
     ),
-    seed=st.integers(0, 2**42), rows=st.lists(st.integers(0, 2**40), min_size=1, max_size=3),
-)  # fmt: skip
+    seed=st.integers(0, 2**42),
+    rows=st.lists(st.integers(0, 2**40), min_size=1, max_size=3),
+)
 def test_recall_of_any_options(options: dict[str, Any], seed: int, rows: list[int]) -> None:
     try:
         task = Recall(**options)
@@ -238,9 +245,11 @@ def test_recall_of_any_options(options: dict[str, Any], seed: int, rows: list[in
 
 @fuzzed
 @given(
-    length=st.integers(-2, 60), p_ignore=st.floats() | st.floats(0, 1), seed=st.integers(0, 2**42),
+    length=st.integers(-2, 60),
+    p_ignore=st.floats() | st.floats(0, 1),
+    seed=st.integers(0, 2**42),
     row=st.integers(0, 2**40),
-)  # fmt: skip
+)
 def test_flip_flop_of_any_options(length: int, p_ignore: float, seed: int, row: int) -> None:
     try:
         config = flip_flop.Config(seq_len=length, p_ignore=p_ignore)
@@ -259,10 +268,13 @@ def test_flip_flop_of_any_options(length: int, p_ignore: float, seed: int, row: 
 
 @fuzzed
 @given(
-    documents=st.lists(st.integers(0, 20), min_size=1, max_size=6), length=st.integers(-1, 12),
-    batch=st.integers(-1, 4), seed=st.integers(-1, 2**31), packing=st.sampled_from(["stream", "documents", "rows"]),
+    documents=st.lists(st.integers(0, 20), min_size=1, max_size=6),
+    length=st.integers(-1, 12),
+    batch=st.integers(-1, 4),
+    seed=st.integers(-1, 2**31),
+    packing=st.sampled_from(["stream", "documents", "rows"]),
     step=st.integers(0, 50),
-)  # fmt: skip
+)
 def test_batches_of_any_options(
     documents: list[int], length: int, batch: int, seed: int, packing: str, step: int
 ) -> None:
@@ -299,9 +311,12 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Writer:
 
 @fuzzed
 @given(
-    task=st.sampled_from(sorted(ruler_tasks.TASKS)), length=st.integers(0, 4096), seed=st.integers(0, 2**40),
-    index=st.integers(0, 2**20), training=st.booleans(),
-)  # fmt: skip
+    task=st.sampled_from(sorted(ruler_tasks.TASKS)),
+    length=st.integers(0, 4096),
+    seed=st.integers(0, 2**40),
+    index=st.integers(0, 2**20),
+    training=st.booleans(),
+)
 def test_needles_of_any_length(task: str, length: int, seed: int, index: int, training: bool, writer: Writer) -> None:
     try:
         (prompt,) = writer._write(task, range(index, index + 1), length, seed, training, lambda _: None)

@@ -51,13 +51,13 @@ WHEN = ["utc", "device", "commit"]
 
 
 class Forks:
-    """The process that forks, and the results of what it ran."""
+    """The process that forks, and the results of its commands."""
 
     def __init__(self, process: "subprocess.Popen[str]", log: Path) -> None:
         self.process, self.log = process, log
 
     def run(self, command: str, results: Path, meanwhile: Callable[[int], None] = lambda child: None) -> int:
-        """The exit code of a command; `meanwhile` is called with the number of its process."""
+        """Return the exit code of a command; `meanwhile` is called with its process id."""
         assert self.process.stdin is not None and self.process.stdout is not None
         words = [*shlex.split(command), "--results-dir", str(results)]
         self.process.stdin.write(json.dumps(words) + "\n")
@@ -66,7 +66,7 @@ class Forks:
         return int(self.process.stdout.readline())
 
     def finish(self, command: str, results: Path) -> float:
-        """Run a command to its end; the seconds that it took."""
+        """Run a command to completion and return its seconds."""
         start = time.perf_counter()
         assert self.run(command, results) == 0, self.log.read_text()
         return time.perf_counter() - start
@@ -86,8 +86,11 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     environment = os.environ | {"XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         [sys.executable, __file__, str(folder / "log")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
-    ) as process:  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
         assert process.stdin is not None
         yield Forks(process, folder / "log")
         process.stdin.close()
@@ -103,13 +106,13 @@ def model(forks: Forks, texts: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def rows(results: Path, family: str) -> pd.DataFrame:
-    """What the table says, whatever the time; nothing where there is none. A torn table is an error."""
+    """Return the table without times, or nothing if it does not exist. A torn table is an error."""
     path = results / f"{family}.csv"
     return table.read(path).drop(columns=WHEN) if path.exists() else pd.DataFrame({"cell": []})
 
 
 def assert_whole(results: Path, family: str, expected: pd.DataFrame, before: set[str]) -> set[str]:
-    """Finished cells have all of their rows once, and a run file; no checkpoint is torn. The cells."""
+    """Assert that finished cells have all rows once and a run file, and no checkpoint is torn; return the cells."""
     found = rows(results, family)
     cells = set(found["cell"])
     assert before <= cells
@@ -134,7 +137,7 @@ def checkpoints(results: Path) -> list[Path]:
 
 
 def left(results: Path) -> dict[str, Any]:
-    """All that a finished command leaves but times: weights, losses, answers, numbers."""
+    """Return all results of a finished command except times: weights, losses, responses, numbers."""
     weights = {str(path.relative_to(results)): path.read_bytes() for path in results.rglob("model.safetensors")}
     losses = {path.name: checkpoint.load_state(path).losses for path in checkpoints(results)}
     answers = {path.name: path.read_text() for path in results.glob("samples/*.jsonl")}
@@ -175,7 +178,7 @@ def test_a_command_killed_at_random_moments_ends_as_if_unbroken(
 
 @pytest.fixture(scope="module")
 def answered(forks: Forks, model: Path, tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
-    """The rows of an evaluation that nothing stopped."""
+    """Return the rows of an uninterrupted evaluation."""
     results = tmp_path_factory.mktemp("answered")
     forks.finish(NEEDLE.format(model=model), results)
     return rows(results, "needle")
@@ -195,7 +198,7 @@ def test_an_evaluation_that_is_told_to_stop_says_how_to_go_on(
 
     assert forks.run(command, results, stop) == 130
     said = forks.log.read_text()
-    stopped = "sbeval: stopped; what is done is kept, and the same command goes on from there"
+    stopped = "sbeval: interrupted; finished work is kept, and the same command resumes"
     assert said.splitlines()[-1] == stopped and "Traceback" not in said, said
     assert not (results / "needle.csv").exists()
     before = next(results.glob("samples/*.jsonl")).read_text()
@@ -208,25 +211,25 @@ def test_an_evaluation_that_is_told_to_stop_says_how_to_go_on(
 def test_a_command_waits_for_a_model_that_another_process_trains(
     forks: Forks, texts: Path, model: Path, tmp_path: Path
 ) -> None:
-    """Here that process is the test's; `model` was trained by the same command."""
+    """Here the other process is the test; `model` was trained by the same command."""
     lock = FileLock(files.prepare(tmp_path / "locks") / f"{model.name}.lock")
     lock.acquire()
 
     def release(child: int) -> None:
         deadline = time.monotonic() + 60
-        while "waiting for it" not in forks.log.read_text() and time.monotonic() < deadline:
+        while "waiting" not in forks.log.read_text() and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not (tmp_path / "checkpoints" / model.name).exists()
         lock.release()
 
     assert forks.run(TRAIN_ONE.format(texts=texts), tmp_path, release) == 0
     folder = tmp_path / "checkpoints" / model.name
-    assert f"another process trains {folder}: waiting for it" in forks.log.read_text().splitlines()
+    assert f"another process trains {folder}: waiting" in forks.log.read_text().splitlines()
     assert (folder / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
 
 
 class Eager(Trainer):
-    """Saves at every look."""
+    """Save at every validation step."""
 
     def __init__(self, model: Any, config: TrainConfig, *arguments: Any, **options: Any) -> None:
         super().__init__(model, config, *arguments, **options)
@@ -234,7 +237,7 @@ class Eager(Trainer):
 
 
 def serve(log: Path) -> None:
-    """Fork a child for each command on standard input; say its number, and its exit code when it has ended."""
+    """Fork a child for each command on standard input; print its process id, then its exit code."""
     import torch._dynamo  # noqa: F401  # commands import this, and all below, when they run
 
     from sbeval import registry

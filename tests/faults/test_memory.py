@@ -1,4 +1,4 @@
-"""Memory that ends: fewer sequences at a time and the same numbers, or a cell that says so and the next one.
+"""Test out-of-memory handling: smaller batches with the same numbers, or a failed cell, after which others run.
 
 Without a GPU the model says that it has run out, as CUDA does, when it is given more than so many sequences.
 """
@@ -36,7 +36,7 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU who
 
 
 def fits(monkeypatch: pytest.MonkeyPatch, rows: int, calls: float = math.inf) -> None:
-    """Let a model run out of memory at more than so many rows, or at the given call alone."""
+    """Make a model run out of memory above a number of rows, or at the given call only."""
     forward, count = Decoder.forward, 0
 
     def limited(self: Decoder, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
@@ -152,9 +152,9 @@ def command(*arguments: object) -> tuple[object, str]:
 
 
 RECALL = (
-    "mqrar", "--device", "cpu", "--vocab-size", "32", "--seq-len", "16", "--kv-pairs", "2", "--width", "16",
-    "--batch", "4", "--steps", "20", "--test-rows", "12", "--attention", "rope",
-)  # fmt: skip
+    *"mqrar --device cpu --vocab-size 32 --seq-len 16 --kv-pairs 2 --width 16 --batch 4 --steps 20".split(),
+    *"--test-rows 12 --attention rope".split(),
+)
 
 
 def test_the_run_file_says_how_many_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,9 +207,13 @@ def test_a_model_that_cannot_be_trained_is_one_line_and_the_next_is(
 
     monkeypatch.setattr(train.Trainer, "_accumulate", failing)
     code, said = command(
-        "train", "--device", "cpu", "--train-len", "16", "--train-tokens", "64", "--batch-tokens", "32",
-        "--attention", "rope", "--attention", "alibi", "--corpus", texts, "--results-dir", tmp_path / "results",
-    )  # fmt: skip
+        *"train --device cpu --train-len 16 --train-tokens 64 --batch-tokens 32 --attention rope".split(),
+        *"--attention alibi".split(),
+        "--corpus",
+        texts,
+        "--results-dir",
+        tmp_path / "results",
+    )
     lines = [line for line in said.splitlines() if " seed 0: " in line and " %" not in line]
     assert code == 1 and "Traceback" not in said
     assert lines[0] == "train rope seed 0: the loss is nan at step 2; going on with the next"
@@ -218,7 +222,7 @@ def test_a_model_that_cannot_be_trained_is_one_line_and_the_next_is(
 
 @pytest.fixture
 def small_gpu() -> Iterator[torch.device]:
-    """A GPU of which two gigabytes are ours."""
+    """A GPU limited to two gigabytes for this process."""
     place = torch.device("cuda", 0)
     torch.cuda.set_per_process_memory_fraction((2 << 30) / torch.cuda.get_device_properties(place).total_memory)
     yield place
@@ -229,7 +233,7 @@ def small_gpu() -> Iterator[torch.device]:
 @pytest.mark.filterwarnings("default")  # compiling warns of what torch does inside itself
 @pytest.mark.parametrize("replays", [False, True])
 def test_a_gpu_whose_memory_ends_goes_on(replays: bool, small_gpu: torch.device) -> None:
-    """With graphs that are replayed, and without; at rows that do not fit, against rows that do."""
+    """With and without CUDA graphs; with rows that do not fit, against rows that do."""
     shape = ModelConfig(vocab_size=1024, width=256, layers=4, heads=4, hidden=512, attention="rope")
     options: dict[str, Any] = {"batch": 256, "length": 256, "dtype": "bfloat16", "sparse": replays, "steps": 4}
     if replays:

@@ -1,4 +1,4 @@
-"""What comes from elsewhere is data: nothing of it is run, unless the user says so."""
+"""Test that downloaded files are data: no code in them runs unless the user allows it."""
 
 import ast
 import json
@@ -37,7 +37,7 @@ class OwnForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def with_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model whose folder has code that leaves a mark."""
+    """A model whose folder has code that leaves a trace when run."""
     transformers: Any = pytest.importorskip("transformers")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "model"

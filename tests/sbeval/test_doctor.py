@@ -1,4 +1,4 @@
-"""What the report says of memory, packages and folders, and that every preset has a line."""
+"""Test the report on memory, packages and folders, and that it lists every preset."""
 
 import dataclasses
 import io
@@ -34,7 +34,7 @@ def test_memory_of_training_has_its_parts() -> None:
 
 
 def test_the_estimate_is_near_what_a_backward_pass_keeps() -> None:
-    """Counted from the tensors that autograd saves, each memory once."""
+    """Count the tensors that autograd saves, each storage once."""
     kept: dict[int, int] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -76,7 +76,7 @@ def test_packages_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert doctor._package("sound", "sound", "use") == ("sound", "yes", "use")
     assert doctor._package("absent_module", "absent", "use") == ("absent", "no", "use")
     assert "broken: ModuleNotFoundError: No module named 'a_part_that" in doctor._package("cracked", "", "")[1]
-    assert doctor._package("violent", "", "")[1] == "broken: its import ends with 3"
+    assert doctor._package("violent", "", "")[1] == "broken: import exits with code 3"
     assert doctor._package("rich", "rich", "")[1][0].isdigit()
 
 

@@ -1,4 +1,4 @@
-"""The shape of the house."""
+"""Test the layout of the repository."""
 
 import os
 import re
@@ -15,14 +15,14 @@ TEST_COMMAND = "pip install -c constraints.txt -e '.[test]' && pytest"
 
 
 @pytest.mark.parametrize("name", ["kernels", "tasks", "plots"])
-def test_folders_are_linked_and_are_no_packages_of_their_own(name: str) -> None:
+def test_folders_are_linked_and_not_packages(name: str) -> None:
     link = ROOT / "sbeval" / name
     assert link.is_symlink() and link.readlink() == Path("..") / name
     assert link.resolve() == ROOT / name and not (ROOT / name / "__init__.py").exists()
 
 
 @pytest.mark.parametrize("name", registry.ATTENTION)
-def test_methods_have_what_the_model_asks_for(name: str) -> None:
+def test_methods_implement_the_interface(name: str) -> None:
     method = registry.method(name)
     mixer = method.Mixer(method.Options(), heads=4, kv_heads=2, head_dim=8, width=32, scale=0.5)
     assert callable(mixer)
@@ -32,7 +32,7 @@ def test_methods_have_what_the_model_asks_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", registry.TASKS)
-def test_families_have_what_the_command_line_asks_for(name: str) -> None:
+def test_families_implement_the_interface(name: str) -> None:
     family = registry.task(name)
     assert name == family.name and "quick" in family.presets
     cells = family.cells(family.presets["quick"])
@@ -40,7 +40,7 @@ def test_families_have_what_the_command_line_asks_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", registry.FIGURES)
-def test_figures_have_what_plot_asks_for(name: str) -> None:
+def test_figures_implement_the_interface(name: str) -> None:
     figure = registry.figure(name)
     assert figure.TABLE and figure.COLUMNS and callable(figure.draw) and callable(registry.charted(name).chart)
 

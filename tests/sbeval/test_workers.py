@@ -1,4 +1,4 @@
-"""The cells of every family in two processes leave the rows that they leave in one."""
+"""Test that the cells of every family give the same rows in two processes as in one."""
 
 import contextlib
 import io
@@ -47,7 +47,7 @@ def run(*arguments: object) -> tuple[Any, str, str]:
 
 @pytest.fixture(scope="module")
 def files(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What the commands read."""
+    """Inputs of the commands."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "essay.txt").write_text("This is a sentence. Here is another one! Is it? " * 30)
     (folder / "items").mkdir()
@@ -61,8 +61,11 @@ def files(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
         f"few_shot: {{tasks: [copa], suites: [], data_dir: {folder / 'items'}, eval_len: 64}}\n"
     )
     return {
-        "texts": texts, "essay": folder / "essay.txt", "items": folder / "items", "study": folder / "tiny.yaml",
-    }  # fmt: skip
+        "texts": texts,
+        "essay": folder / "essay.txt",
+        "items": folder / "items",
+        "study": folder / "tiny.yaml",
+    }
 
 
 # where one command of several is enough
@@ -93,7 +96,7 @@ def test_two_workers_leave_what_one_process_leaves(
 
 @pytest.fixture
 def how(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """How the study would run, instead of running it."""
+    """Record how the study would run, instead of running it."""
     found: list[Any] = []
 
     def note(parts: Any, place: Any, console: Any, how: Any) -> bool:

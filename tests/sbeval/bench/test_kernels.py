@@ -1,4 +1,4 @@
-"""What the benchmarks count, and what they refuse; they themselves need a GPU."""
+"""Test FLOP counts and errors of the benchmarks, which themselves need a GPU."""
 
 import math
 from dataclasses import replace

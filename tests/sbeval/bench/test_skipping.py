@@ -1,4 +1,4 @@
-"""What skipping is measured on, and how far heads reach; times need a GPU."""
+"""Test the captured inputs of the skipping benchmark, and the reach of heads; times need a GPU."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a user types, what comes of it, and that a mistake is one line, exit code 2 and no loss."""
+"""Test commands and their results, and that a mistake gives one line, exit code 2 and changes nothing."""
 
 import contextlib
 import io
@@ -24,13 +24,13 @@ from sbeval.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("home")
 RECALL = (
-    "mqrar", "--device", "cpu", "--vocab-size", "32", "--seq-len", "16", "--kv-pairs", "2", "--width", "16",
-    "--batch", "4", "--steps", "12", "--test-rows", "30",
-)  # fmt: skip
+    *"mqrar --device cpu --vocab-size 32 --seq-len 16 --kv-pairs 2 --width 16 --batch 4 --steps 12".split(),
+    *"--test-rows 30".split(),
+)
 LENGTHS = (
-    "length-gen", "--device", "cpu", "--train-len", "16", "--eval-len", "64", "--train-tokens", "128",
-    "--batch-tokens", "32", "--documents", "3",
-)  # fmt: skip
+    *"length-gen --device cpu --train-len 16 --eval-len 64 --train-tokens 128 --batch-tokens 32".split(),
+    *"--documents 3".split(),
+)
 
 
 class Done(NamedTuple):
@@ -40,7 +40,7 @@ class Done(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What two commands with two methods each have left behind."""
+    """Results of two commands with two methods each."""
 
     results: Path
     lengths: Done
@@ -85,13 +85,13 @@ def kept(tmp_path_factory: pytest.TempPathFactory, texts: Path) -> Kept:
 
 @pytest.fixture
 def results(kept: Kept, tmp_path: Path) -> Path:
-    """A copy of finished results that a test may spoil."""
+    """A copy of finished results that a test may change."""
     return Path(shutil.copytree(kept.results, tmp_path / "results"))
 
 
 @pytest.fixture
 def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training is a failure."""
+    """Make any training fail the test."""
 
     def refuse(*arguments: object, **options: object) -> None:
         pytest.fail("it went on to train")
@@ -122,7 +122,7 @@ def test_length_gen_leaves_table_runs_and_figures(kept: Kept) -> None:
 
 @pytest.fixture
 def short(tmp_path: Path) -> Path:
-    """A text of 300 tokens or so, and one of its kind that is held out."""
+    """A text of about 300 tokens, and a held-out text of the same kind."""
     folder = tmp_path / "short"
     folder.mkdir()
     for name in ("train", "valid", "test"):
@@ -192,9 +192,10 @@ def test_what_is_finished_is_not_run_again(results: Path) -> None:
 
 def test_train_leaves_the_checkpoint_that_length_gen_and_checkpoint_read(texts: Path, tmp_path: Path) -> None:
     shared = (
-        "--device", "cpu", "--attention", "rope", "--train-len", "16", "--train-tokens", "128", "--batch-tokens", "32",
-        "--corpus", texts,
-    )  # fmt: skip
+        *"--device cpu --attention rope --train-len 16 --train-tokens 128 --batch-tokens 32".split(),
+        "--corpus",
+        texts,
+    )
     results = tmp_path / "results"
     trained = run("train", *shared, "--results-dir", results)
     (folder,) = (results / "checkpoints").iterdir()
@@ -204,9 +205,17 @@ def test_train_leaves_the_checkpoint_that_length_gen_and_checkpoint_read(texts: 
     assert run("length-gen", *shared, "--eval-len", "64", "--documents", "3", "--results-dir", results).code == 0
     assert snapshot(folder) == kept and list((results / "checkpoints").iterdir()) == [folder]
     again = run(
-        "length-gen", "--device", "cpu", "--checkpoint", folder, "--corpus", texts, "--eval-len", "64", "--train-len",
-        "16", "--documents", "3", "--window", "8", "--results-dir", results,
-    )  # fmt: skip
+        "length-gen",
+        "--device",
+        "cpu",
+        "--checkpoint",
+        folder,
+        "--corpus",
+        texts,
+        *"--eval-len 64 --train-len 16 --documents 3 --window 8".split(),
+        "--results-dir",
+        results,
+    )
     assert again.code == 0, again
     rows = table.read(results / "length_gen.csv")
     assert set(rows["model"]) == {"quick", folder.name} and set(rows["window"].dropna()) == {8}
@@ -326,17 +335,19 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_ends_as_if_unbroken(tmp_
     command = (*RECALL, "--steps", "150")
     process = subprocess.Popen(
         [sys.executable, "-m", "sbeval", *command, "--results-dir", str(broken)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         # sums depend on the number of threads
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )  # fmt: skip
+    )
     while process.poll() is None and not (broken / "mqrar.csv").exists():
         time.sleep(0.02)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert err.splitlines()[-1] == "sbeval: stopped; what is done is kept, and the same command goes on from there"
+    assert err.splitlines()[-1] == "sbeval: interrupted; finished work is kept, and the same command resumes"
     assert "Traceback" not in err
     first = cells(broken, "mqrar")
     assert len(first) == 1

@@ -1,4 +1,4 @@
-"""Options are the fields of configs; the flags of every command are frozen, so that none is lost or renamed unseen."""
+"""Test options derived from configs; the flags of every command are frozen, so that none is lost or renamed unseen."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def _commands(group: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def test_flags_are_those_of_the_committed_list() -> None:
-    """Where a change is meant, write the list anew: json.dumps(flags(), indent=1)."""
+    """If a change is intended, rewrite the list: json.dumps(flags(), indent=1)."""
     assert flags() == json.loads(FROZEN.read_text())
 
 

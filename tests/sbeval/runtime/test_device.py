@@ -1,4 +1,4 @@
-"""Devices and dtypes by name; names that will not do, in one line."""
+"""Test devices and dtypes by name, and the one-line errors for invalid names."""
 
 import contextlib
 import itertools
@@ -18,7 +18,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(params=[0, 2], ids=["no GPU", "two GPUs"])
 def gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """PyTorch sees so many GPUs."""
+    """Make PyTorch see a given number of GPUs."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: request.param > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
@@ -100,7 +100,7 @@ def test_peaks_are_the_datasheets(name: str, tera: int | None, monkeypatch: pyte
 def test_a_gpu_by_number_is_the_current_one(
     name: str, current: list[torch.device], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton would launch on the first one, with pointers of another."""
+    """Otherwise Triton would launch on the first GPU, with pointers of another."""
     used: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -1,4 +1,4 @@
-"""Two processes train what one trains, go on from each other's checkpoints, and share an evaluation."""
+"""Test that two processes train as one does, resume each other's checkpoints, and share an evaluation."""
 
 import dataclasses
 import io
@@ -171,7 +171,7 @@ def test_a_batch_is_shared_evenly() -> None:
 
 
 def length_gen(results: Path, corpus: Path, device: str, processes: int) -> str:
-    """What the command says where it is started alone, or by torchrun."""
+    """Return the output of the command, started alone or by torchrun."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     options = (
         f"length-gen --device {device} --dtype float32 --tokenizer bytes --size quick --attention stick_breaking "
@@ -180,8 +180,11 @@ def length_gen(results: Path, corpus: Path, device: str, processes: int) -> str:
     )
     done = subprocess.run(
         [sys.executable, "-m", *(launcher if processes > 1 else []), "sbeval", *options.split()],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -221,7 +224,7 @@ def test_a_model_is_evaluated_by_all_processes_as_by_one(device: str, processes:
 
 @pytest.mark.parametrize(("name", "backend"), [("cuda:1", "nccl"), ("cpu", "gloo")])
 def test_the_gpu_of_a_process_is_said_to_the_group(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the first barrier guesses it, with a warning."""
+    """Otherwise the first barrier guesses it, with a warning."""
     place, begun = torch.device(name), list[Any]()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: begun.append(device))

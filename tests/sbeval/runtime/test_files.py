@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Test atomic writes."""
 
 import os
 from pathlib import Path

@@ -158,9 +158,11 @@ def test_tasks_of_other_processes_are_shown_here(clock: Clock) -> None:
             task.close()
             other.close()
     assert said(out) == [
-        "train a: 50 %, 0:00:12 elapsed, loss 2", "said at once", "train a: 25 %, 0:00:15 elapsed, loss 2",
+        "train a: 50 %, 0:00:12 elapsed, loss 2",
+        "said at once",
+        "train a: 25 %, 0:00:15 elapsed, loss 2",
         "train b: 7 done, 0:00:15 elapsed",
-    ]  # fmt: skip
+    ]
 
 
 def test_many_small_steps_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:

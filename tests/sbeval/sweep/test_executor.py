@@ -1,4 +1,4 @@
-"""Work goes on when its workers die: functions that kill their own process, then real cells on a Ray cluster."""
+"""Test retries when workers die: functions that kill their own process, then real cells on a Ray cluster."""
 
 import dataclasses
 import os
@@ -23,9 +23,17 @@ from sbeval.tasks import mqrar
 
 CPU = torch.device("cpu")
 TINY = mqrar.Config(
-    attention=("stick_breaking", "rope"), kv_pairs=(2,), widths=(16,), lrs=(1e-3,), vocab_size=32, seq_len=16, batch=2,
-    steps=40, check_every=20, test_rows=12,
-)  # fmt: skip
+    attention=("stick_breaking", "rope"),
+    kv_pairs=(2,),
+    widths=(16,),
+    lrs=(1e-3,),
+    vocab_size=32,
+    seq_len=16,
+    batch=2,
+    steps=40,
+    check_every=20,
+    test_rows=12,
+)
 
 
 def square(number: int) -> int:
@@ -84,7 +92,7 @@ def test_ray_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Deadly(Place):
-    """A place where each cell's process is killed once, at step 20, and every look at training leaves a line."""
+    """A context in which the process of each cell is killed once, at step 20, and every validation step is logged."""
 
     def logger(self, name: str) -> Callable[[int, dict[str, float]], None]:
         looks = self.results_dir / f"looks-{name}"
@@ -99,7 +107,7 @@ class Deadly(Place):
 
 
 class Saving(mqrar.Cell):
-    """A cell that saves at every look."""
+    """A cell that saves at every validation step."""
 
     def training(self) -> Any:
         return dataclasses.replace(super().training(), checkpoint_seconds=0.0)

@@ -1,4 +1,4 @@
-"""What is trained once, in which order steps can begin, and what a failure takes with it."""
+"""Test that shared models train once, the order of steps, and which steps fail with a dependency."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ LENGTHS = length_gen.Config(attention=("rope", "alibi"))
 
 
 def order(cells: Sequence[Step]) -> list[list[str]]:
-    """Titles of the steps that can begin at once, then of those that can begin when these are done, ..."""
+    """Return the titles of the steps that are ready first, then of those ready after these, ..."""
     found = Graph()
     begin, waves = found.add(cells), list[list[str]]()
     while begin:
@@ -45,8 +45,11 @@ def test_families_share_a_training_and_fine_tuning_comes_after_it() -> None:
     ]
     # another training is another model
     assert order([*length_gen.cells(dataclasses.replace(LENGTHS, lr=1e-3)), *needle.cells(asked)])[0] == [
-        "rope seed 0", "alibi seed 0", "train stick_breaking seed 0", "train rope seed 0",
-    ]  # fmt: skip
+        "rope seed 0",
+        "alibi seed 0",
+        "train stick_breaking seed 0",
+        "train rope seed 0",
+    ]
 
 
 def test_attention_map_looks_into_the_models_of_mqrar_where_they_are_the_same() -> None:

@@ -1,4 +1,4 @@
-"""Processes that keep their GPU, die and are replaced; here the functions that they run kill their own process."""
+"""Test workers that keep their GPU, die and are replaced; the functions that they run kill their own process."""
 
 import io
 import os
@@ -42,7 +42,7 @@ def fail(number: int) -> int:
 
 
 def die(folder: Path, times: int, number: int) -> int:
-    """Kill this process the first `times` times that the number 3 comes."""
+    """Kill this process the first `times` times that the item is 3."""
     deaths = len(list(folder.glob("death*")))
     if number == 3 and deaths < times:
         (folder / f"death{deaths}").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
@@ -57,7 +57,7 @@ def wait_for(path: Path) -> None:
 
 
 def where(folder: Path, number: int) -> dict[str, Any]:
-    """Where a worker is. Number 0 is killed once the others have begun, and they wait until it is back."""
+    """Return where a worker runs. Number 0 is killed once the others have started, which wait until it is back."""
     (folder / f"begun{number}").touch()
     found = {"pid": os.getpid(), "gpu": os.environ["CUDA_VISIBLE_DEVICES"], "threads": torch.get_num_threads()}
     pool.tell(("at", number))
@@ -144,8 +144,11 @@ def test_what_died_twice_waits_until_the_others_are_done(monkeypatch: pytest.Mon
     found = list(pool.run(square, [1, 2, 3, 4], 1))
     assert begun == [1, 1, 2, 2, 3, 4, 2, 2, 1, 1]
     assert found == [
-        (3, 3), (4, 4), (2, Lost("its process died 4 times; is the machine short of memory?")), (1, 1),
-    ]  # fmt: skip
+        (3, 3),
+        (4, 4),
+        (2, Lost("its process died 4 times; is the machine short of memory?")),
+        (1, 1),
+    ]
 
 
 def test_an_error_of_the_users_ends_the_work_of_processes() -> None:
@@ -154,7 +157,7 @@ def test_an_error_of_the_users_ends_the_work_of_processes() -> None:
 
 
 def train(number: int) -> int:
-    """Show a task and say something long."""
+    """Show a task and print a long line."""
     with Telling(pool.tell) as progress:
         task = progress.add(f"train {number}", total=4, completed=1)
         progress.say(f"{number} has " + "a lot to say " * 1000)
@@ -180,7 +183,7 @@ def test_outside_a_worker_nobody_is_told() -> None:
 
 
 def card(folder: Path, number: int) -> str:
-    """The GPU that work runs on; all are at work before one ends."""
+    """Return the GPU of a worker, once all workers are busy."""
     (folder / f"{number}").touch()
     for other in range(GPUS):
         wait_for(folder / f"{other}")

@@ -1,8 +1,9 @@
-"""Names of cells, costs, and what counts as finished."""
+"""Test the ids of cells, cost estimates, and which cells count as finished."""
 
 import dataclasses
 import io
 import math
+import pickle
 import sys
 import threading
 import time
@@ -55,12 +56,17 @@ def test_another_method_leaves_finished_cells_their_names() -> None:
 
 
 def test_committed_results_are_those_of_the_presets() -> None:
-    """The README's command finds the committed cells finished: no option behind them has changed its meaning."""
+    """With the README's command committed cells count as finished: no option behind them has changed its meaning."""
     scaled = [f"rope:scaling=ntk,factor={factor}" for factor in (2, 4, 8, 16)]
     lengths = dataclasses.replace(
-        length_gen.PRESETS["figure5"], attention=("stick_breaking", "rope", "nope", "alibi", "forgetting", *scaled),
-        documents=16, windows=1, window=(2048,), dtype="bfloat16", corpus="books",
-    )  # fmt: skip
+        length_gen.PRESETS["figure5"],
+        attention=("stick_breaking", "rope", "nope", "alibi", "forgetting", *scaled),
+        documents=16,
+        windows=1,
+        window=(2048,),
+        dtype="bfloat16",
+        corpus="books",
+    )
     cells = length_gen.cells(lengths)
     assert len(cells) == 18
     assert scheduler.unfinished(cells, RESULTS) == []
@@ -89,9 +95,32 @@ def test_force_empties_a_checkpoint(tmp_path: Path) -> None:
     with forced.checkpoint(["key"], progress) as again:
         assert again == folder and not folder.exists()
         folder.mkdir()
-    # once
-    with forced.checkpoint(["key"], progress):
-        assert folder.exists()
+    # once in a run: the copy is that of another worker
+    for other in (forced, pickle.loads(pickle.dumps(forced))):
+        with other.checkpoint(["key"], progress):
+            assert folder.exists()
+    with Place(results_dir=tmp_path, device=torch.device("cpu"), force=True).checkpoint(["key"], progress):
+        assert not folder.exists()
+
+
+def test_force_clears_a_file_once(tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    file.touch()
+    Place(results_dir=tmp_path, device=torch.device("cpu")).kept(file)
+    assert file.exists()
+    forced = Place(results_dir=tmp_path, device=torch.device("cpu"), force=True)
+    forced.kept(file)
+    assert not file.exists()
+    file.touch()
+    forced.kept(file)
+    assert file.exists() and not forced.begins_anew(file)
+
+
+def test_a_run_file_has_the_command_of_the_driver(tmp_path: Path) -> None:
+    context = Place(results_dir=tmp_path, device=torch.device("cpu"), argv=("/bin/sbeval", "run", "quick"))
+    with Progress(Console(quiet=True)) as progress:
+        done = scheduler.run_cell(Cell(title="good", value=0.5), context, "quick", progress)
+    assert done.record is not None and done.record["argv"] == ["sbeval", "run", "quick"]
 
 
 def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +140,7 @@ def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     other.join()
     assert order == ["first", "second"]
     assert isinstance(console.file, io.StringIO)
-    assert console.file.getvalue() == f"another process trains {folder}: waiting for it\n"
+    assert console.file.getvalue() == f"another process trains {folder}: waiting\n"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +166,7 @@ class Found(Measurement):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Cell(BaseCell):
-    """A cell that finds `value`; without one it diverges."""
+    """A cell whose result is `value`; with None it diverges."""
 
     title: str
     value: float | None = 1.0
@@ -157,14 +186,27 @@ class Cell(BaseCell):
         if self.value is None:
             raise DivergedError("the loss is nan at step 7")
         identity = Identity(
-            family=self.family, task="t", model="m", attention=self.title, options="", params=1, train_len=1,
-            eval_len=1, seed=0,
-        )  # fmt: skip
+            family=self.family,
+            task="t",
+            model="m",
+            attention=self.title,
+            options="",
+            params=1,
+            train_len=1,
+            eval_len=1,
+            seed=0,
+        )
         rows = [Found(metric="x", unit="1", value=self.value, n=1, size=3)]
         return Outcome(
-            identity=identity, rows=rows, corpus="", corpus_digest=self.text, tokenizer="", train_tokens=0,
-            backend="torch", tokens_per_s=None,
-        )  # fmt: skip
+            identity=identity,
+            rows=rows,
+            corpus="",
+            corpus_digest=self.text,
+            tokenizer="",
+            train_tokens=0,
+            backend="torch",
+            tokens_per_s=None,
+        )
 
 
 def run(cells: list[Cell], results: Path, **options: Any) -> tuple[bool, str]:
@@ -185,7 +227,7 @@ def test_a_cell_that_diverges_is_recorded_and_leaves_no_row(tmp_path: Path) -> N
     complete, said = run([bad, worse, good], tmp_path)
     assert not complete and said.count("recorded as diverged, going on with the next") == 2
     assert status(bad, tmp_path) == ("failed", "the loss is nan at step 7")
-    assert status(worse, tmp_path) == ("failed", "what was measured is no finite number")
+    assert status(worse, tmp_path) == ("failed", "a measured value is not finite")
     assert status(good, tmp_path) == ("finished", "")
     assert set(table.read(tmp_path / "fake.csv")["cell"]) == {cell_id(good)}
     # only those that failed are tried again
@@ -250,13 +292,14 @@ def test_workers_are_given_the_gpus_and_idle_ones_are_said(tmp_path: Path, monke
     # pinned to one
     assert said("cuda:1", 4).endswith("roughly 80 s on GPU\n") and said("cuda:1", None).count("\n") == 1
     assert {place: gpus for place, gpus in given} == {
-        torch.device("cuda"): ["0", "1", "2", "3"], torch.device("cuda:1"): [],
-    }  # fmt: skip
+        torch.device("cuda"): ["0", "1", "2", "3"],
+        torch.device("cuda:1"): [],
+    }
 
 
 def test_a_ray_task_has_no_gpu_of_a_number(tmp_path: Path) -> None:
     place = Place(results_dir=tmp_path, device=torch.device("cuda:1"))
-    with pytest.raises(InputError, match="--device cuda:1: a Ray task sees the GPU alone that Ray gives it"):
+    with pytest.raises(InputError, match="--device cuda:1: a Ray task sees only the GPU that Ray assigns"):
         scheduler.run(
             [Cell(title="a")], place, preset="quick", console=Console(quiet=True), executor=Executor(kind="ray")
         )

@@ -1,4 +1,4 @@
-"""Whole studies of tiny models: what they leave, how they go on where they were stopped, and that failures end none."""
+"""Test whole studies of tiny models: their results, resuming after an interrupt, and continuing after failures."""
 
 import contextlib
 import io
@@ -49,7 +49,7 @@ def run(*arguments: object) -> tuple[Any, str, str]:
 
 @pytest.fixture(autouse=True)
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the figures that were asked for; drawing them is tested with the families' commands."""
+    """Record the names of requested figures; drawing is tested with the families' commands."""
     names: list[str] = []
 
     def draw(folder: Path, figures: Sequence[str], formats: Sequence[str]) -> list[Path]:
@@ -73,7 +73,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def checkpoints(results: Path) -> dict[str, int]:
-    """Finished models, and when they were written."""
+    """Return the finished models and their modification times."""
     return {
         path.parent.name: path.stat().st_mtime_ns
         for path in (results / "checkpoints").glob("[!.]*/config.json")
@@ -131,9 +131,14 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(study: Path, tmp_path: Path)
     # cells, then models; of the further seeds as many as there can be
     counts = {name: (cells[2].strip(), cells[4].strip()) for name, cells in rows.items()}
     assert counts == {
-        "text": ("", ""), "training": ("", "2"), "length_gen": ("3", ""), "needle": ("2", ""),
-        "flip_flop": ("2", "2"), "mqrar": ("180", "180"), "all": ("187", "184"),
-    }  # fmt: skip
+        "text": ("", ""),
+        "training": ("", "2"),
+        "length_gen": ("3", ""),
+        "needle": ("2", ""),
+        "flip_flop": ("2", "2"),
+        "mqrar": ("180", "180"),
+        "all": ("187", "184"),
+    }
     assert "left out: attention_map, few_shot" in out
 
 
@@ -192,7 +197,7 @@ def test_a_training_that_fails_fails_all_that_needs_it_and_the_study_goes_on(stu
     failed = {name: record["reason"] for name, record in records(tmp_path).items() if record["status"] == "failed"}
     assert {name.split("-")[0] for name in failed} == {"length_gen", "needle"}
     assert all(reason.startswith("train rope seed 0: the loss is ") for reason in failed.values())
-    assert "2 of 4 cells failed; the same command tries them again:" in out
+    assert "2 of 4 cells failed; the same command retries them:" in out
     assert all(f"  {name}: {reason}" in out for name, reason in failed.items())
     assert len(set(table.read(tmp_path / "flip_flop.csv")["cell"])) == 2
 
@@ -235,8 +240,9 @@ def test_further_seeds_follow_when_the_rates_of_their_family_are_known(study: Pa
     assert code == 1 and "1 of 5 cells failed" in out
     rows = table.read(tmp_path / "mqrar.csv")
     assert set(rows[rows["metric"] == "accuracy"][["lr", "seed"]].itertuples(index=False, name=None)) == {
-        (1e-3, 0), (1e-3, 1),
-    }  # fmt: skip
+        (1e-3, 0),
+        (1e-3, 1),
+    }
 
 
 def test_a_study_is_shown_to_write_another_from(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a study file may hold, and that every mistake in it is one line that says where it is and what would do."""
+"""Test what a study file may hold, and that every mistake gives one line with its location and a fix."""
 
 import dataclasses
 import os
@@ -110,12 +110,12 @@ def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None
         ("mqrar: {seeds: []}", "mqrar: seeds is empty: give one or more"),
         ("mqrar: {seeds: [-1]}", r"mqrar: a seed \(--seed\) must be 0 to 2147483647; got -1"),
         ("needle: {samples: 0}", "needle: needle needs a length, 1 sample or more"),
-        ("mqrar: {steps: 1, steps: 2}", "'steps' stands there twice"),
-        ("mqrar: {}\nmqrar: {}", "'mqrar' stands there twice"),
+        ("mqrar: {steps: 1, steps: 2}", "duplicate key 'steps'"),
+        ("mqrar: {}\nmqrar: {}", "duplicate key 'mqrar'"),
         ("models: {}", "nothing to run: a study has a section for each of its families"),
         ("", "nothing to run"),
         ("- mqrar", "must hold names with values"),
-        ("mqrar: {", "is no YAML: "),
+        ("mqrar: {", "is not valid YAML: "),
         ("[" * 600, "nested too deep"),
     ],
 )
@@ -167,7 +167,7 @@ def anything(draw: random.Random, words: list[str], depth: int = 0) -> Any:
 
 
 def value(draw: random.Random, words: list[str], hint: Any) -> Any:
-    """Mostly of the kind that an option is."""
+    """Return a strategy of values, mostly of the type of the option."""
     if draw.random() < 0.05:
         return anything(draw, words)
     if isinstance(hint, UnionType):
@@ -191,7 +191,7 @@ def document(draw: random.Random, words: list[str]) -> dict[str, Any]:
 @settings(max_examples=500 if FULL else 50, deadline=None)
 @given(words=st.lists(TEXTS, min_size=3, max_size=12), seed=st.integers(0, 1 << 30))
 def test_any_document_is_read_or_an_error_of_the_users(words: list[str], seed: int) -> None:
-    """10,000 documents: 20 to an example, of its words."""
+    """10,000 documents: 20 per example, from its words."""
     draw = random.Random(seed)
     for _ in range(20):
         try:
