@@ -105,11 +105,22 @@ class Config:
 
     def _mqrar(self, spec: str, seed: int) -> mqrar.Config:
         return mqrar.Config(
-            attention=(spec,), seeds=(seed,), kv_pairs=(self.kv_pairs,), widths=(self.width,), lrs=(self.lr,),
-            vocab_size=self.vocab_size, seq_len=self.seq_len, layers=self.layers, heads=self.heads, batch=self.batch,
-            steps=self.steps, optimizer=self.optimizer, stop_accuracy=self.stop_accuracy,
-            test_rows=self.test_rows, dtype=self.dtype,
-        )  # fmt: skip
+            attention=(spec,),
+            seeds=(seed,),
+            kv_pairs=(self.kv_pairs,),
+            widths=(self.width,),
+            lrs=(self.lr,),
+            vocab_size=self.vocab_size,
+            seq_len=self.seq_len,
+            layers=self.layers,
+            heads=self.heads,
+            batch=self.batch,
+            steps=self.steps,
+            optimizer=self.optimizer,
+            stop_accuracy=self.stop_accuracy,
+            test_rows=self.test_rows,
+            dtype=self.dtype,
+        )
 
 
 # 2 layers and d = 100 are the caption's of figure 4; V, L and N those of the author's public code
@@ -204,9 +215,15 @@ class Cell(BaseCell):
         task = Recall(vocab_size=shape.vocab_size, seq_len=config.seq_len, kv_pairs=config.kv_pairs)
         examples = held_out(task, TEST_SEED, config.test_rows, place.device)
         sizes: dict[str, Any] = {
-            "kv_pairs": task.kv_pairs, "seq_len": task.seq_len, "vocab_size": task.vocab_size, "width": shape.width,
-            "layers": shape.layers, "heads": shape.heads, "lr": subject.lr, "optimizer": subject.optimizer,
-        }  # fmt: skip
+            "kv_pairs": task.kv_pairs,
+            "seq_len": task.seq_len,
+            "vocab_size": task.vocab_size,
+            "width": shape.width,
+            "layers": shape.layers,
+            "heads": shape.heads,
+            "lr": subject.lr,
+            "optimizer": subject.optimizer,
+        }
         # before the work: an example that is not there is the user's to change
         drawn = chosen(examples, config.example)
         found = [
@@ -223,9 +240,13 @@ class Cell(BaseCell):
         trained = self._recall.trained(place, progress)
         name = f"{config.layers}x{config.width}"
         return Subject(
-            model=trained.model, name=name, train_len=config.seq_len, lr=config.lr, optimizer=config.optimizer,
+            model=trained.model,
+            name=name,
+            train_len=config.seq_len,
+            lr=config.lr,
+            optimizer=config.optimizer,
             trained=trained,
-        )  # fmt: skip
+        )
 
     def _loaded(self, place: "Place") -> Subject:
         from sbeval.training import checkpoint
@@ -240,17 +261,24 @@ class Cell(BaseCell):
         name, _, options = subject.model.config.attention.partition(":")
         return Outcome(
             identity=Identity(
-                family=NAME, task=mqrar.NAME, model=subject.name, attention=name, options=options,
-                params=subject.model.n_parameters(), train_len=subject.train_len, eval_len=config.seq_len,
+                family=NAME,
+                task=mqrar.NAME,
+                model=subject.name,
+                attention=name,
+                options=options,
+                params=subject.model.n_parameters(),
+                train_len=subject.train_len,
+                eval_len=config.seq_len,
                 seed=config.seeds[0],
             ),
-            rows=found, corpus_digest=source,
+            rows=found,
+            corpus_digest=source,
             train_tokens=trained.state.step * config.batch * config.seq_len if trained else 0,
             backend=registry.method(name).backend_name(place.device.type),
             tokens_per_s=trained.tokens_per_second if trained else None,
             measured={"example": drawn}
             | ({"validation_accuracy": trained.state.scores, **timing(trained)} if trained else {}),
-        )  # fmt: skip
+        )
 
 
 def cells(config: Config) -> list[Cell]:
@@ -289,9 +317,12 @@ def summary(results: "pd.DataFrame") -> "Table":
             assert isinstance(where, tuple)
             best = "*" if where == means["latest"].idxmax() else ""
             table.add_row(
-                f"{attention}:{options}" if options else f"{attention}", f"{accuracy:.3f}", f"{where[0]:g}",
-                f"{best}{where[1]:g}", *(f"{row[target]:.3f}" for target in TARGETS),
-            )  # fmt: skip
+                f"{attention}:{options}" if options else f"{attention}",
+                f"{accuracy:.3f}",
+                f"{where[0]:g}",
+                f"{best}{where[1]:g}",
+                *(f"{row[target]:.3f}" for target in TARGETS),
+            )
     return table
 
 
@@ -305,5 +336,9 @@ def _completed(given: dict[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     name=NAME,
     help="Where a model looks when a variable was assigned again: attention weights, drawn and measured.",
-    config=Config, presets=PRESETS, cells=cells, summary=summary, completed=_completed,
-)  # fmt: skip
+    config=Config,
+    presets=PRESETS,
+    cells=cells,
+    summary=summary,
+    completed=_completed,
+)

@@ -63,9 +63,16 @@ def shares(decoder: Decoder, examples: Examples, task: Recall) -> Iterator[dict[
             for index, target in enumerate(TARGETS):
                 share = statistics.ratio(sums[layer, index, :, head], counts)
                 yield {
-                    "metric": "share", "unit": "1", "value": share.value, "stderr": share.stderr, "n": share.n,
-                    "layer": layer + 1, "head": head + 1, "target": target, "split": "stale",
-                }  # fmt: skip
+                    "metric": "share",
+                    "unit": "1",
+                    "value": share.value,
+                    "stderr": share.stderr,
+                    "n": share.n,
+                    "layer": layer + 1,
+                    "head": head + 1,
+                    "target": target,
+                    "split": "stale",
+                }
 
 
 def _part(examples: Examples, rows: slice) -> Examples:
@@ -83,6 +90,13 @@ def example_rows(decoder: Decoder, tokens: Tensor, task: Recall) -> Iterator[dic
         layer, head, query, key = index
         target = "latest" if latest[query, key] else "stale" if stale[query, key] else ""
         yield {
-            "metric": "weight", "unit": "1", "value": round(max(0.0, weights[tuple(index)].item()), 4), "n": 1,
-            "layer": layer + 1, "head": head + 1, "query": query, "key": key, "target": target,
-        }  # fmt: skip
+            "metric": "weight",
+            "unit": "1",
+            "value": round(max(0.0, weights[tuple(index)].item()), 4),
+            "n": 1,
+            "layer": layer + 1,
+            "head": head + 1,
+            "query": query,
+            "key": key,
+            "target": target,
+        }

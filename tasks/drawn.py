@@ -43,9 +43,14 @@ class Drawn(Generic[Examples]):
 
 
 def train(
-    cell: Synthetic, folder: Path, batches: Batches, look: Callable[[Decoder], float], status: Callable[[Scores], str],
-    place: Place, progress: Progress,
-) -> Trained:  # fmt: skip
+    cell: Synthetic,
+    folder: Path,
+    batches: Batches,
+    look: Callable[[Decoder], float],
+    status: Callable[[Scores], str],
+    place: Place,
+    progress: Progress,
+) -> Trained:
     """Train until `status` of all looks says anything but `budget`, or out of steps, unless `folder` has that model."""
     training = cell.training()
     trainer = Trainer(cell.model(), training, batches, folder, place.device)

@@ -58,15 +58,33 @@ SUITES = {
     "linguistic": ("blimp",),
     # zero-shot, about the world and the plain sense of a text
     "commonsense": (
-        "arc_easy", "arc_challenge", "boolq", "copa", "hellaswag", "lambada_openai", "openbookqa", "piqa",
-        "winogrande", "wsc273",
+        "arc_easy",
+        "arc_challenge",
+        "boolq",
+        "copa",
+        "hellaswag",
+        "lambada_openai",
+        "openbookqa",
+        "piqa",
+        "winogrande",
+        "wsc273",
     ),
     # the paper's, as its authors' scripts have it
     "paper": (
-        "arc_easy", "arc_challenge", "hellaswag", "openbookqa", "piqa", "race", "sciq", "winogrande", "wikitext",
-        "mmlu:0", "mmlu:5", "gsm8k:5",
+        "arc_easy",
+        "arc_challenge",
+        "hellaswag",
+        "openbookqa",
+        "piqa",
+        "race",
+        "sciq",
+        "winogrande",
+        "wikitext",
+        "mmlu:0",
+        "mmlu:5",
+        "gsm8k:5",
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,9 +113,11 @@ class Config(length_gen.Config):
     )
     suites: tuple[str, ...] = option(("quick",), TASK, f"{', '.join(SUITES)}.", flag="--suite", metavar="NAME")
     models: tuple[str, ...] = option(
-        (), MODEL, "Evaluate this model instead: our checkpoint folder, or a Hugging Face folder or name.",
+        (),
+        MODEL,
+        "Evaluate this model instead: our checkpoint folder, or a Hugging Face folder or name.",
         flag="--model",
-    )  # fmt: skip
+    )
     data_dir: str | None = option(
         None, DATA, "Folder of JSONL files with the items. Default: the Hugging Face hub.", metavar="DIR"
     )
@@ -197,26 +217,45 @@ class Cell(BaseCell):
         subject = self.trained.subject(found, folder, place, progress)
         answers = self._answers(digest, place)
         adapter = _harness().Adapter(
-            subject.model, self._text(found, progress), length=self._length(found), place=place.device,
-            dtype=self.dtype, batch_tokens=BATCH_TOKENS[place.device.type], answers=answers,
+            subject.model,
+            self._text(found, progress),
+            length=self._length(found),
+            place=place.device,
+            dtype=self.dtype,
+            batch_tokens=BATCH_TOKENS[place.device.type],
+            answers=answers,
             begin=functools.partial(progress.add, f"ask {self.title}"),
-        )  # fmt: skip
+        )
         measured = _harness().scores(benchmark, adapter, config.limit)
         answers.close()
         return length_gen.outcome(
-            subject, [self._row(score, benchmark, adapter.cut) for score in measured], family=NAME,
-            task=benchmark.name, eval_len=adapter.length, seed=self.trained.seed,
-            corpus=self.trained.origin(progress)[0], corpus_digest=self.source(progress), tokenizer=config.tokenizer,
+            subject,
+            [self._row(score, benchmark, adapter.cut) for score in measured],
+            family=NAME,
+            task=benchmark.name,
+            eval_len=adapter.length,
+            seed=self.trained.seed,
+            corpus=self.trained.origin(progress)[0],
+            corpus_digest=self.source(progress),
+            tokenizer=config.tokenizer,
             measured={"lm_eval": _harness().version(), "requests_cut": adapter.cut, "model_digest": digest},
-        )  # fmt: skip
+        )
 
     def _row(self, score: Any, benchmark: Any, cut: int) -> Row:
         return Row(
-            metric=score.metric, unit="bits/byte" if score.metric == "bits_per_byte" else "1", value=score.value,
-            stderr=score.stderr, n=score.n, part="" if score.task == benchmark.name else score.task,
-            filter=score.filter, shots=benchmark.shots, version=score.version, chance=score.chance,
-            items="hub" if self.config.data_dir is None else "files", cut=cut,
-        )  # fmt: skip
+            metric=score.metric,
+            unit="bits/byte" if score.metric == "bits_per_byte" else "1",
+            value=score.value,
+            stderr=score.stderr,
+            n=score.n,
+            part="" if score.task == benchmark.name else score.task,
+            filter=score.filter,
+            shots=benchmark.shots,
+            version=score.version,
+            chance=score.chance,
+            items="hub" if self.config.data_dir is None else "files",
+            cut=cut,
+        )
 
     def _benchmark(self) -> Any:
         name, shots = _parse(self.config.tasks[0])
@@ -345,6 +384,11 @@ FAMILY = Family(
         "Benchmarks through lm-eval, of models that length-gen trains or of any others. Others are "
         "evaluated as the preset paper says, unless another is named."
     ),
-    config=Config, presets=PRESETS, cells=cells, summary=summary, cautions=length_gen.cautions, completed=_completed,
+    config=Config,
+    presets=PRESETS,
+    cells=cells,
+    summary=summary,
+    cautions=length_gen.cautions,
+    completed=_completed,
     preset=_preset,
-)  # fmt: skip
+)

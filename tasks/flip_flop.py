@@ -151,20 +151,34 @@ class Cell(Synthetic):
     def model(self) -> ModelConfig:
         config = self.config
         return ModelConfig(
-            vocab_size=VOCABULARY, width=config.width, layers=config.layers, heads=config.heads,
-            hidden=4 * config.width, attention=self.attention, mlp="gelu", tied=True,
-        )  # fmt: skip
+            vocab_size=VOCABULARY,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            hidden=4 * config.width,
+            attention=self.attention,
+            mlp="gelu",
+            tied=True,
+        )
 
     def training(self) -> "TrainConfig":
         from sbeval.training.trainer import TrainConfig
 
         config = self.config
         return TrainConfig(
-            steps=config.steps, batch=config.batch, length=config.seq_len, lr=config.lrs[0], schedule=config.schedule,
-            warmup=max(1, config.steps // 20), weight_decay=config.weight_decay, seed=config.seeds[0],
-            dtype=config.dtype, sparse=True, capacity=config.batch * config.seq_len // 2,
+            steps=config.steps,
+            batch=config.batch,
+            length=config.seq_len,
+            lr=config.lrs[0],
+            schedule=config.schedule,
+            warmup=max(1, config.steps // 20),
+            weight_decay=config.weight_decay,
+            seed=config.seeds[0],
+            dtype=config.dtype,
+            sparse=True,
+            capacity=config.batch * config.seq_len // 2,
             check_every=config.check_every,
-        )  # fmt: skip
+        )
 
     def run(self, place: "Place", progress: "Progress") -> Outcome:
         """Train until no validation error is left, none fewer came for long, or out of steps; then test."""
@@ -177,10 +191,14 @@ class Cell(Synthetic):
         ending = [config.p_ignore, config.stop_error, config.patience, len(validation.tokens)]
         with place.checkpoint([NAME, self.model(), self.training(), *ending], progress) as folder:
             trained = drawn.train(
-                self, folder, batches(config.seq_len, config.p_ignore, config.seeds[0], config.batch, place.device),
+                self,
+                folder,
+                batches(config.seq_len, config.p_ignore, config.seeds[0], config.batch, place.device),
                 lambda decoder: next(errors(validation, drawn.predict(decoder, validation, config.dtype)))[0].value,
-                functools.partial(status, config), place, progress,
-            )  # fmt: skip
+                functools.partial(status, config),
+                place,
+                progress,
+            )
         found = self._rows(trained.model, validation, "validation", config.p_ignore)[:1]
         for test, p_ignore in zip(TESTS, (config.p_ignore, config.p_sparse, config.p_dense), strict=True):
             found += self._rows(
@@ -215,9 +233,13 @@ class Cell(Synthetic):
     def _sizes(self) -> dict[str, Any]:
         config = self.config
         return {
-            "seq_len": config.seq_len, "p_train": config.p_ignore, "width": config.width, "layers": config.layers,
-            "heads": config.heads, "lr": config.lrs[0],
-        }  # fmt: skip
+            "seq_len": config.seq_len,
+            "p_train": config.p_ignore,
+            "width": config.width,
+            "layers": config.layers,
+            "heads": config.heads,
+            "lr": config.lrs[0],
+        }
 
 
 def status(config: Config, scores: Scores) -> str:
@@ -271,5 +293,8 @@ def summary(results: "pd.DataFrame") -> "Table":
 FAMILY = Family(
     name=NAME,
     help="Flip-flop language: write, read and ignore one bit; is every read the bit last written?",
-    config=Config, presets=PRESETS, cells=cells, summary=summary, 
-)  # fmt: skip
+    config=Config,
+    presets=PRESETS,
+    cells=cells,
+    summary=summary,
+)

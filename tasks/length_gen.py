@@ -74,9 +74,8 @@ class Config(TextModel):
     documents: int = option(32, EVALUATION, "Test documents at most: the first that are long enough.")
     windows: int = option(1, EVALUATION, "Disjoint windows of each document at most.")
     window: tuple[int, ...] = option(
-        (), EVALUATION, "Tokens of the disjoint windows of lm-eval's perplexity of whole documents.",
-        LATER,
-    )  # fmt: skip
+        (), EVALUATION, "Tokens of the disjoint windows of lm-eval's perplexity of whole documents.", LATER
+    )
     checkpoint: str | None = option(
         None, MODEL, "Evaluate this model instead: our checkpoint folder, or a Hugging Face folder or name.", LATER
     )
@@ -106,15 +105,27 @@ class Config(TextModel):
 
 # the methods of the paper's figure 5; of its factors and windows we know that of NTK and 512, the others are ours
 FIGURE_5 = (
-    "stick_breaking", "rope", "nope", "alibi", "fire",
+    "stick_breaking",
+    "rope",
+    "nope",
+    "alibi",
+    "fire",
     *(f"rope:scaling=ntk,factor={factor}" for factor in (2, 4, 8, 16)),
     *(f"sliding_window:window={window}" for window in (256, 512, 1024)),
-)  # fmt: skip
+)
 
 RECIPE = Config(
-    size="60m", train_len=2048, eval_len=2048, train_tokens=800 * 131072, batch_tokens=131072, lr=2e-3,
-    corpus="python", tokenizer="bpe:8192", documents=64, windows=4,
-)  # fmt: skip
+    size="60m",
+    train_len=2048,
+    eval_len=2048,
+    train_tokens=800 * 131072,
+    batch_tokens=131072,
+    lr=2e-3,
+    corpus="python",
+    tokenizer="bpe:8192",
+    documents=64,
+    windows=4,
+)
 
 PRESETS = {
     # 1.3 M parameters, for a laptop: minutes on two cores
@@ -300,10 +311,16 @@ class Cell(BaseCell):
         windows = _windows(text, self.config)
         subject = self._trained(text, place, progress) if self.config.checkpoint is None else self._loaded(text, place)
         return outcome(
-            subject, self._measured(text, windows, subject, place, progress), family=NAME, task=text.name,
-            eval_len=self.config.eval_len, seed=self.seed, corpus=text.name, corpus_digest=self._source(text),
+            subject,
+            self._measured(text, windows, subject, place, progress),
+            family=NAME,
+            task=text.name,
+            eval_len=self.config.eval_len,
+            seed=self.seed,
+            corpus=text.name,
+            corpus_digest=self._source(text),
             tokenizer=text.tokenizer.name,
-        )  # fmt: skip
+        )
 
     def train(self, place: "Place", progress: "Progress") -> Path:
         """Train, unless that is done, and return the checkpoint from which `run` goes on."""
@@ -344,9 +361,15 @@ class Cell(BaseCell):
 
         looks = checkpoint.load_state(Path(trained)).held_out if load.is_own(trained) else []
         return Subject(
-            model=found.model, name=found.name, attention=found.attention, options=found.options, params=found.params,
-            train_len=found.train_len or self.config.train_len, backend=found.backend, status=_status(looks),
-        )  # fmt: skip
+            model=found.model,
+            name=found.name,
+            attention=found.attention,
+            options=found.options,
+            params=found.params,
+            train_len=found.train_len or self.config.train_len,
+            backend=found.backend,
+            status=_status(looks),
+        )
 
     def _train(self, text: "Corpus", place: "Place", progress: "Progress") -> "tuple[Path, Trained]":
         from sbeval.data.dataloader import Batches
@@ -358,9 +381,16 @@ class Cell(BaseCell):
         batches = Batches(text.train, training.length, training.batch, self.seed, self.config.packing)
         with place.checkpoint([shape, training, text.digest, self.config.packing], progress) as folder:
             trainer = Trainer(
-                shape, training, batches, folder, place.device, place.world, shard=place.shard,
-                tokenizer=text.tokenizer.digest, held_out=_held_out(text, training, self.config.packing),
-            )  # fmt: skip
+                shape,
+                training,
+                batches,
+                folder,
+                place.device,
+                place.world,
+                shard=place.shard,
+                tokenizer=text.tokenizer.digest,
+                held_out=_held_out(text, training, self.config.packing),
+            )
             task = progress.add(f"train {trained_as} seed {self.seed}", training.steps, completed=trainer.state.step)
             trained = trainer.run(task, log=place.logger(cell_id(self)))
             task.close()
@@ -373,16 +403,22 @@ class Cell(BaseCell):
         name, _, options = self.attention.partition(":")
         evaluated = trained.evaluated_as(self.attention)
         return Subject(
-            model=evaluated, name=self.config.size, attention=name, options=options, params=evaluated.n_parameters(),
-            train_len=training.length, train_tokens=state.step * training.batch * training.length,
-            unique_tokens=epoch_tokens(text.train, training.length), status=_status(state.held_out),
+            model=evaluated,
+            name=self.config.size,
+            attention=name,
+            options=options,
+            params=evaluated.n_parameters(),
+            train_len=training.length,
+            train_tokens=state.step * training.batch * training.length,
+            unique_tokens=epoch_tokens(text.train, training.length),
+            status=_status(state.held_out),
             backend=registry.method(name).backend_name(place.device.type),
             measured={
                 "held_out": [(step, round(loss, 4)) for step, loss in state.held_out],
                 "ended_by": self._ended_by(state, training),
                 **({"corpus_versions": dict(text.versions)} if text.versions else {}),
             },
-        )  # fmt: skip
+        )
 
     def _ended_by(self, state: "State", training: "TrainConfig") -> str:
         """The option at whose bound training ended."""
@@ -416,18 +452,30 @@ class Cell(BaseCell):
         how: Any = {"place": place.device, "dtype": config.dtype, "world": place.world}
         task = progress.add(f"evaluate {self.title} to {config.eval_len}", total=len(windows))
         losses = perplexity.measure(
-            subject.model, windows, text.tokenizer.byte_lengths, batch=_batch(place, config.eval_len),
-            advance=task.advance, say=task.say, **how,
-        )  # fmt: skip
+            subject.model,
+            windows,
+            text.tokenizer.byte_lengths,
+            batch=_batch(place, config.eval_len),
+            advance=task.advance,
+            say=task.say,
+            **how,
+        )
         task.close()
         found = rows(losses, subject.train_len)
         documents = [text.test.document(index) for index in range(min(config.documents, len(text.test)))]
         for length in config.window:
             task = progress.add(f"evaluate {self.title} in windows of {length}", total=sum(map(len, documents)))
             whole = perplexity.rolling(
-                subject.model, documents, text.tokenizer.decode, window=length, prefix=text.tokenizer.eos,
-                batch=_batch(place, length), advance=task.advance, say=task.say, **how,
-            )  # fmt: skip
+                subject.model,
+                documents,
+                text.tokenizer.decode,
+                window=length,
+                prefix=text.tokenizer.eos,
+                batch=_batch(place, length),
+                advance=task.advance,
+                say=task.say,
+                **how,
+            )
             task.close()
             found += windowed_rows(whole, length)
         return found
@@ -443,28 +491,58 @@ def training_config(
     micro = config.micro_batch_tokens and max(1, config.micro_batch_tokens // length)
     steps = max(1, tokens // (batch * length))
     return TrainConfig(
-        steps=steps, batch=batch, length=length, micro_batch=micro and min(micro, batch), lr=lr,
-        schedule=config.schedule, warmup=max(1, steps // 20), optimizer=config.optimizer, seed=seed,
-        dtype=config.dtype, sparse=sparse,
-    )  # fmt: skip
+        steps=steps,
+        batch=batch,
+        length=length,
+        micro_batch=micro and min(micro, batch),
+        lr=lr,
+        schedule=config.schedule,
+        warmup=max(1, steps // 20),
+        optimizer=config.optimizer,
+        seed=seed,
+        dtype=config.dtype,
+        sparse=sparse,
+    )
 
 
 def outcome(
-    subject: Subject, rows: Sequence[Any], *, family: str, task: str, eval_len: int, seed: int, corpus: str,
-    corpus_digest: str, tokenizer: str, measured: Mapping[str, object] = MappingProxyType({}),
-) -> Outcome:  # fmt: skip
+    subject: Subject,
+    rows: Sequence[Any],
+    *,
+    family: str,
+    task: str,
+    eval_len: int,
+    seed: int,
+    corpus: str,
+    corpus_digest: str,
+    tokenizer: str,
+    measured: Mapping[str, object] = MappingProxyType({}),
+) -> Outcome:
     """What a finished cell found of a model; its rows, of a class with a status, get the model's."""
     unique = subject.unique_tokens
     return Outcome(
         identity=Identity(
-            family=family, task=task, model=subject.name, attention=subject.attention, options=subject.options,
-            params=subject.params, train_len=subject.train_len, eval_len=eval_len, seed=seed,
+            family=family,
+            task=task,
+            model=subject.name,
+            attention=subject.attention,
+            options=subject.options,
+            params=subject.params,
+            train_len=subject.train_len,
+            eval_len=eval_len,
+            seed=seed,
         ),
-        rows=[dataclasses.replace(row, status=subject.status) for row in rows], corpus=corpus,
-        corpus_digest=corpus_digest, tokenizer=tokenizer, train_tokens=subject.train_tokens, unique_tokens=unique,
-        epochs=round(subject.train_tokens / unique, 4) if unique else None, backend=subject.backend,
-        tokens_per_s=subject.tokens_per_s, measured={**measured, **subject.measured},
-    )  # fmt: skip
+        rows=[dataclasses.replace(row, status=subject.status) for row in rows],
+        corpus=corpus,
+        corpus_digest=corpus_digest,
+        tokenizer=tokenizer,
+        train_tokens=subject.train_tokens,
+        unique_tokens=unique,
+        epochs=round(subject.train_tokens / unique, 4) if unique else None,
+        backend=subject.backend,
+        tokens_per_s=subject.tokens_per_s,
+        measured={**measured, **subject.measured},
+    )
 
 
 def cells(config: Config) -> list[Cell]:
@@ -521,9 +599,13 @@ def open_corpus(config: Config, progress: "Progress") -> "Corpus":
 
     task = progress.add(f"tokenize {config.corpus}", total=None)
     text = corpus.open(
-        config.corpus, tokenizer=config.tokenizer, cache_dir=Path(platformdirs.user_cache_dir("sbeval")),
-        max_tokens=config.corpus_tokens, text_field=config.text_field, progress=task.advance,
-    )  # fmt: skip
+        config.corpus,
+        tokenizer=config.tokenizer,
+        cache_dir=Path(platformdirs.user_cache_dir("sbeval")),
+        max_tokens=config.corpus_tokens,
+        text_field=config.text_field,
+        progress=task.advance,
+    )
     task.close()
     return text
 
@@ -603,8 +685,9 @@ def summary(results: "pd.DataFrame") -> "Table":
     k = int(last["last_k"].iloc[0])
     table = Table(
         title=f"Loss of the last {k} tokens (nats/token) by context length; trained at {train_len}",
-        caption=epochs.caution(results) or None, caption_justify="left",
-    )  # fmt: skip
+        caption=epochs.caution(results) or None,
+        caption_justify="left",
+    )
     table.add_column("attention")
     for length in lengths:
         table.add_column(f"{length}", justify="right", style="" if length <= train_len else "bold")
@@ -619,5 +702,10 @@ def summary(results: "pd.DataFrame") -> "Table":
 FAMILY = Family(
     name=NAME,
     help="Train at one length, evaluate the loss at every position far past it.",
-    config=Config, presets=PRESETS, cells=cells, summary=summary, cautions=cautions, completed=uncut,
-)  # fmt: skip
+    config=Config,
+    presets=PRESETS,
+    cells=cells,
+    summary=summary,
+    cautions=cautions,
+    completed=uncut,
+)

@@ -147,10 +147,16 @@ class Config:
 
     def task(self, kv_pairs: int, n_back: int) -> Recall:
         return Recall(
-            vocab_size=self.vocab_size, seq_len=self.seq_len, kv_pairs=kv_pairs, slot_power=self.slot_power,
-            filler=self.filler, distinct=tuple(sorted(set(self.distinct))), key_pool=self.key_pool, n_back=n_back,
+            vocab_size=self.vocab_size,
+            seq_len=self.seq_len,
+            kv_pairs=kv_pairs,
+            slot_power=self.slot_power,
+            filler=self.filler,
+            distinct=tuple(sorted(set(self.distinct))),
+            key_pool=self.key_pool,
+            n_back=n_back,
             score_prefix=self.score_prefix,
-        )  # fmt: skip
+        )
 
 
 # the author's: four from 1e-4 to 1e-2, evenly in the logarithm
@@ -158,10 +164,19 @@ RATES = (1e-4, 4.64e-4, 2.15e-3, 1e-2)
 # the author's length and width, at an eighth of the paper's vocabulary and with Muon, by which plateaus end sooner:
 # within 300 M tokens for stick-breaking and forgetting, not for softmax past 32 pairs
 H200 = Config(
-    attention=METHODS, seeds=(0, 1, 2), kv_pairs=(32, 64, 96, 128, 160, 192), widths=(256,),
-    lrs=(2.5e-4, 5e-4, 1e-3, 2e-3), vocab_size=1024, seq_len=768, batch=64, steps=6000, schedule="constant",
-    optimizer="muon", patience=3000,
-)  # fmt: skip
+    attention=METHODS,
+    seeds=(0, 1, 2),
+    kv_pairs=(32, 64, 96, 128, 160, 192),
+    widths=(256,),
+    lrs=(2.5e-4, 5e-4, 1e-3, 2e-3),
+    vocab_size=1024,
+    seq_len=768,
+    batch=64,
+    steps=6000,
+    schedule="constant",
+    optimizer="muon",
+    patience=3000,
+)
 
 PRESETS = {
     # sizes at which two cores see the task learned in minutes
@@ -233,21 +248,38 @@ class Cell(Synthetic):
     def model(self) -> ModelConfig:
         config, width = self.config, self.config.widths[0]
         return ModelConfig(
-            vocab_size=config.vocab_size, width=width, layers=config.layers, heads=config.heads, hidden=4 * width,
-            attention=self.attention, mlp="gelu", tied=True, positions=config.seq_len if config.positions else 0,
-            init_std=config.init_std, dropout=config.dropout,
-        )  # fmt: skip
+            vocab_size=config.vocab_size,
+            width=width,
+            layers=config.layers,
+            heads=config.heads,
+            hidden=4 * width,
+            attention=self.attention,
+            mlp="gelu",
+            tied=True,
+            positions=config.seq_len if config.positions else 0,
+            init_std=config.init_std,
+            dropout=config.dropout,
+        )
 
     def training(self) -> "TrainConfig":
         from sbeval.training.trainer import TrainConfig
 
         config = self.config
         return TrainConfig(
-            steps=config.steps, batch=config.batch, length=config.seq_len, lr=config.lrs[0], schedule=config.schedule,
-            warmup=max(1, config.steps // 20), optimizer=config.optimizer, weight_decay=config.weight_decay,
-            seed=config.seeds[0], dtype=config.dtype, sparse=True, capacity=self._room(),
+            steps=config.steps,
+            batch=config.batch,
+            length=config.seq_len,
+            lr=config.lrs[0],
+            schedule=config.schedule,
+            warmup=max(1, config.steps // 20),
+            optimizer=config.optimizer,
+            weight_decay=config.weight_decay,
+            seed=config.seeds[0],
+            dtype=config.dtype,
+            sparse=True,
+            capacity=self._room(),
             check_every=config.check_every,
-        )  # fmt: skip
+        )
 
     def _room(self) -> int:
         """Room for scored positions, in two sizes whatever the pairs are: each is compiled code of its own."""
@@ -279,10 +311,14 @@ class Cell(Synthetic):
         key = [self.model(), self.training(), self.task, config.stored_rows, *ending]
         with place.checkpoint(key, progress) as folder:
             return drawn.train(
-                self, folder, Batches(self.task, config.seeds[0], config.batch, config.stored_rows, place.device),
+                self,
+                folder,
+                Batches(self.task, config.seeds[0], config.batch, config.stored_rows, place.device),
                 lambda decoder: accuracy(validation, drawn.predict(decoder, validation, config.dtype)),
-                functools.partial(status, config), place, progress,
-            )  # fmt: skip
+                functools.partial(status, config),
+                place,
+                progress,
+            )
 
     def _validation(self, place: "Place") -> "Examples":
         from sbeval.tasks.recall_data import held_out
@@ -309,15 +345,31 @@ class Cell(Synthetic):
     def _sizes(self) -> dict[str, Any]:
         config, task = self.config, self.task
         return {
-            "kv_pairs": task.kv_pairs, "seq_len": task.seq_len, "vocab_size": task.vocab_size,
-            "width": config.widths[0], "layers": config.layers, "heads": config.heads, "lr": config.lrs[0],
-            "slot_power": task.slot_power, "filler": task.filler, "distinct": " ".join(task.distinct),
-            "key_pool": task.keys, "n_back": task.n_back, "score_prefix": str(task.score_prefix).lower(),
-            "positions": "learned" if config.positions else "none", "dropout": config.dropout,
-            "stored_rows": config.stored_rows, "batch": config.batch, "max_steps": config.steps,
-            "optimizer": config.optimizer, "schedule": config.schedule, "weight_decay": config.weight_decay,
-            "init_std": config.init_std, "stop_accuracy": config.stop_accuracy, "patience": config.patience,
-        }  # fmt: skip
+            "kv_pairs": task.kv_pairs,
+            "seq_len": task.seq_len,
+            "vocab_size": task.vocab_size,
+            "width": config.widths[0],
+            "layers": config.layers,
+            "heads": config.heads,
+            "lr": config.lrs[0],
+            "slot_power": task.slot_power,
+            "filler": task.filler,
+            "distinct": " ".join(task.distinct),
+            "key_pool": task.keys,
+            "n_back": task.n_back,
+            "score_prefix": str(task.score_prefix).lower(),
+            "positions": "learned" if config.positions else "none",
+            "dropout": config.dropout,
+            "stored_rows": config.stored_rows,
+            "batch": config.batch,
+            "max_steps": config.steps,
+            "optimizer": config.optimizer,
+            "schedule": config.schedule,
+            "weight_decay": config.weight_decay,
+            "init_std": config.init_std,
+            "stop_accuracy": config.stop_accuracy,
+            "patience": config.patience,
+        }
 
 
 def status(config: Config, scores: Scores) -> str:
@@ -372,10 +424,13 @@ def _best_rate(cell: Cell, seed: int, results: "pd.DataFrame") -> float | None:
     name, _, options = cell.attention.partition(":")
     config = cell.config
     mine = results[
-        (results["attention"] == name) & (results["options"] == options) & (results["seed"] == seed)
-        & (results["kv_pairs"] == config.kv_pairs[0]) & (results["width"] == config.widths[0])
+        (results["attention"] == name)
+        & (results["options"] == options)
+        & (results["seed"] == seed)
+        & (results["kv_pairs"] == config.kv_pairs[0])
+        & (results["width"] == config.widths[0])
         & (results["n_back"] == config.n_back[0])
-    ]  # fmt: skip
+    ]
     rates = selection.ranked_rates(mine)
     return rates[0] if rates else None
 
@@ -418,12 +473,14 @@ def summary(results: "pd.DataFrame") -> "Table":
         accuracy = {split: rows["value"] for split, rows in group[group["metric"] == "accuracy"].groupby("split")}
         ended = group[group["metric"] == "solved"]["status"].value_counts()
         table.add_row(
-            f"{attention}:{options}" if options else f"{attention}", *(f"{value:g}" for value in values),
-            f"{len(validation)}", f"{validation.mean():.3f}" if len(validation) else "",
+            f"{attention}:{options}" if options else f"{attention}",
+            *(f"{value:g}" for value in values),
+            f"{len(validation)}",
+            f"{validation.mean():.3f}" if len(validation) else "",
             _span(accuracy["all"]) if accuracy else "",
             *(f"{accuracy[split].mean():.3f}" if split in accuracy else "" for split in ("fresh", "stale")),
             ", ".join(f"{count} {how}" for how, count in ended.items()),
-        )  # fmt: skip
+        )
     return table
 
 
@@ -435,5 +492,9 @@ def _span(values: "pd.Series[float]") -> str:
 FAMILY = Family(
     name=NAME,
     help="Multi-query repeated associative recall: does each use of a variable return its latest value?",
-    config=Config, presets=PRESETS, cells=cells, summary=summary, more=more,
-)  # fmt: skip
+    config=Config,
+    presets=PRESETS,
+    cells=cells,
+    summary=summary,
+    more=more,
+)

@@ -94,9 +94,12 @@ class Config(length_gen.Config):
         (), TRAINING, "Tasks to fine-tune on. Default: those evaluated.", flag="--finetune-task", metavar="NAME"
     )
     checkpoint: str | None = option(
-        None, MODEL, "Evaluate this model instead: our checkpoint folder, or a Hugging Face folder or name.", LATER,
+        None,
+        MODEL,
+        "Evaluate this model instead: our checkpoint folder, or a Hugging Face folder or name.",
+        LATER,
         flag="--checkpoint --model",
-    )  # fmt: skip
+    )
     # part of which cell it is, as published; evaluation of prompts has no use for them
     eval_len: int = 4096
     documents: int = 32
@@ -269,18 +272,32 @@ class Cell(BaseCell):
             known = sum(index in samples.found for index in range(len(written)))
             task = progress.add(f"ask {self.title} at {length}", total=len(written), completed=known)
             answers = ask(
-                subject.model, written, text, samples, rule=ruler_tasks.TASKS[self.task].score,
-                new_tokens=ruler_tasks.TASKS[self.task].new_tokens, place=place.device, dtype=self.dtype,
-                batch=max(1, BATCH_TOKENS[place.device.type] // length), advance=task.advance,
-            )  # fmt: skip
+                subject.model,
+                written,
+                text,
+                samples,
+                rule=ruler_tasks.TASKS[self.task].score,
+                new_tokens=ruler_tasks.TASKS[self.task].new_tokens,
+                place=place.device,
+                dtype=self.dtype,
+                batch=max(1, BATCH_TOKENS[place.device.type] // length),
+                advance=task.advance,
+            )
             task.close()
             tuned = self._tuning().tokens if config.finetune else 0
             rows += measured(answers, length, ruler_tasks.TASKS[self.task].new_tokens, tuned)
         return length_gen.outcome(
-            subject, rows, family=NAME, task=self.task, eval_len=max(config.lengths), seed=self.trained.seed,
-            corpus=self.trained.origin(progress)[0], corpus_digest=self.source(progress), tokenizer=text.name,
+            subject,
+            rows,
+            family=NAME,
+            task=self.task,
+            eval_len=max(config.lengths),
+            seed=self.trained.seed,
+            corpus=self.trained.origin(progress)[0],
+            corpus_digest=self.source(progress),
+            tokenizer=text.name,
             measured={"haystack": _sources(config).digests},
-        )  # fmt: skip
+        )
 
     def _writer(self, progress: "Progress") -> "tuple[Tokenizer, Writer]":
         """The model's tokenizer, and what writes prompts with it: with a BOS for models that are not ours."""
@@ -325,9 +342,13 @@ class Cell(BaseCell):
     def _tuning(self) -> "TrainConfig":
         config = self.config
         return length_gen.training_config(
-            config, tokens=config.finetune, length=self._lesson_len, lr=config.finetune_lr, seed=self.trained.seed,
+            config,
+            tokens=config.finetune,
+            length=self._lesson_len,
+            lr=config.finetune_lr,
+            seed=self.trained.seed,
             sparse=True,
-        )  # fmt: skip
+        )
 
     def _finetune(
         self, found: "Pretrained", digest: str, writer: "Writer", place: "Place", progress: "Progress"
@@ -384,11 +405,17 @@ def measured(answers: "list[Answered]", length: int, new_tokens: int, finetuned:
         means = {name: (unit, statistics.mean(np.array(values))) for name, (unit, values) in metrics.items()}
         return [
             Row(
-                metric=name, unit=unit, value=mean.value, stderr=mean.stderr, n=mean.n, length=length,
-                finetune_tokens=finetuned, **factors,
+                metric=name,
+                unit=unit,
+                value=mean.value,
+                stderr=mean.stderr,
+                n=mean.n,
+                length=length,
+                finetune_tokens=finetuned,
+                **factors,
             )
             for name, (unit, mean) in means.items()
-        ]  # fmt: skip
+        ]
 
     found = rows(answers)
     bins: dict[int, list[Answered]] = {}
@@ -412,9 +439,7 @@ def cells(config: Config) -> list[Cell]:
     for trained in length_gen.cells(config):
         assert isinstance(trained.config, Config), "it replaces fields of what it is given"
         for task in tasks:
-            one = dataclasses.replace(
-                trained.config, tasks=(task,), finetune_tasks=lessons if config.finetune else (),
-            )  # fmt: skip
+            one = dataclasses.replace(trained.config, tasks=(task,), finetune_tasks=lessons if config.finetune else ())
             found.append(Cell(config=one))
     return found
 
@@ -483,8 +508,9 @@ def summary(results: "pd.DataFrame") -> "Table":
     lengths = sorted(rows["length"].unique())
     table = Table(
         title="Score of what is said (accuracy of greedy decoding of the reference) by length in tokens",
-        caption=epochs.caution(results) or None, caption_justify="left",
-    )  # fmt: skip
+        caption=epochs.caution(results) or None,
+        caption_justify="left",
+    )
     for name in ("attention", "task"):
         table.add_column(name)
     for length in lengths:
@@ -505,9 +531,13 @@ def _completed(given: dict[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     name=NAME,
     help=(
-        "RULER's needles in haystacks: does a model find what stands anywhere in a text longer than it "
-        "was trained on?"
+        "RULER's needles in haystacks: does a model find what stands anywhere in a text longer than it was trained on?"
     ),
-    config=Config, presets=PRESETS, cells=cells, summary=summary, notes=notes, cautions=length_gen.cautions,
+    config=Config,
+    presets=PRESETS,
+    cells=cells,
+    summary=summary,
+    notes=notes,
+    cautions=length_gen.cautions,
     completed=_completed,
-)  # fmt: skip
+)

@@ -53,13 +53,19 @@ class Synthetic(Cell):
         name, _, options = self.attention.partition(":")
         return Outcome(
             identity=Identity(
-                family=self.family, task=self.family, model=f"{shape.layers}x{shape.width}", attention=name,
-                options=options, params=model.n_parameters(shape), train_len=training.length,
-                eval_len=training.length, seed=training.seed,
+                family=self.family,
+                task=self.family,
+                model=f"{shape.layers}x{shape.width}",
+                attention=name,
+                options=options,
+                params=model.n_parameters(shape),
+                train_len=training.length,
+                eval_len=training.length,
+                seed=training.seed,
             ),
             rows=rows,
             train_tokens=trained.state.step * training.batch * training.length if trained else 0,
             backend=registry.method(name).backend_name(place.device.type),
             tokens_per_s=trained.tokens_per_second if trained else None,
             measured={scores: trained.state.scores, **timing(trained)} if trained else {},
-        )  # fmt: skip
+        )

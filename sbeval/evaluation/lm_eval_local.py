@@ -55,9 +55,12 @@ def _hellaswag(item: Item) -> Item:
     # lm-eval joins the parts again, and what it cleans is clean already
     activity, _, context = item["query"].partition(": ")
     return {
-        "activity_label": activity, "ctx_a": context, "ctx_b": "", "endings": item["choices"],
+        "activity_label": activity,
+        "ctx_a": context,
+        "ctx_b": "",
+        "endings": item["choices"],
         "label": str(item["gold"]),
-    }  # fmt: skip
+    }
 
 
 def _piqa(item: Item) -> Item:
@@ -74,18 +77,23 @@ def _winogrande(item: Item) -> Item:
     before = _shared(item["contexts"])
     first, second = (context[len(before) :] for context in item["contexts"])
     return {
-        "sentence": f"{before}_ {item['continuation']}", "option1": first, "option2": second,
+        "sentence": f"{before}_ {item['continuation']}",
+        "option1": first,
+        "option2": second,
         "answer": str(item["gold"] + 1),
-    }  # fmt: skip
+    }
 
 
 def _wsc273(item: Item) -> Item:
     before = _shared(item["contexts"])
     # the pronoun is gone from the item; what stands for it here has the one property that lm-eval looks at
     return {
-        "text": f"{before}it {item['continuation']}", "pronoun": "it", "pronoun_loc": len(before),
-        "options": [context[len(before) :] for context in item["contexts"]], "label": item["gold"],
-    }  # fmt: skip
+        "text": f"{before}it {item['continuation']}",
+        "pronoun": "it",
+        "pronoun_loc": len(before),
+        "options": [context[len(before) :] for context in item["contexts"]],
+        "label": item["gold"],
+    }
 
 
 def _boolq(item: Item) -> Item:
@@ -149,7 +157,7 @@ SHORT = {
         files={"test": "mmlu_test", "dev": "mmlu_dev", "validation": "mmlu_val"}, convert=_mmlu, config="subject"
     ),
     "nyu-mll/blimp": Short(files={"train": "blimp"}, convert=_blimp, config="uid"),
-}  # fmt: skip
+}
 
 
 def local_task(folder: Path, shots: int | None) -> type[Any]:

@@ -121,9 +121,17 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     included. begin: called with a number of requests, gives the bar that shows them."""
 
     def __init__(
-        self, model: Predictor, text: Text, *, length: int, place: torch.device, dtype: str, batch_tokens: int,
-        answers: Answers | None = None, begin: Callable[[int], Bar] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: Predictor,
+        text: Text,
+        *,
+        length: int,
+        place: torch.device,
+        dtype: str,
+        batch_tokens: int,
+        answers: Answers | None = None,
+        begin: Callable[[int], Bar] | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.text, self.length, self.place, self.dtype = model, text, length, place, dtype
         self.batch_tokens, self.answers, self.begin = batch_tokens, answers or Answers(), begin or Silent

@@ -31,9 +31,21 @@ __all__ = ["Adapter", "Benchmark", "HubText", "PlainText", "Score", "hub_text", 
 
 # folders of the definitions that suites use: reading those of all takes lm-eval ten seconds
 FOLDERS = (
-    "arc", "blimp", "gsm8k", "hellaswag", "lambada", "mmlu", "openbookqa", "piqa", "race", "sciq", "super_glue",
-    "wikitext", "winogrande", "wsc273",
-)  # fmt: skip
+    "arc",
+    "blimp",
+    "gsm8k",
+    "hellaswag",
+    "lambada",
+    "mmlu",
+    "openbookqa",
+    "piqa",
+    "race",
+    "sciq",
+    "super_glue",
+    "wikitext",
+    "winogrande",
+    "wsc273",
+)
 # of a statistic that is no mean; lm-eval's habit of 100,000 takes minutes and moves an error by some percent
 BOOTSTRAPS = 1000
 # lm-eval's seed of the examples in prompts
@@ -102,9 +114,7 @@ def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
         raise InputError(f"task {name!r} is defined with {max(used)} examples in its prompt; give --task {name}")
     with _quiet():
         digest = lm_eval_local.digest(found["tasks"])
-    return Benchmark(
-        name=name, tasks=found["tasks"], groups=found.get("groups", {}), shots=max(used), digest=digest
-    )  # fmt: skip
+    return Benchmark(name=name, tasks=found["tasks"], groups=found.get("groups", {}), shots=max(used), digest=digest)
 
 
 def hub_text(spec: str, trust_remote_code: bool = False) -> HubText:
@@ -139,9 +149,10 @@ def _index(everything: bool) -> dict[str, Entry]:
 def scores(benchmark: Benchmark, adapter: Adapter, limit: int | None) -> list[Score]:
     """Scores of the model behind `adapter`: of the benchmark, then of its parts. limit: items of each part at most."""
     loaded = {
-        "tasks": dict(benchmark.tasks), "groups": dict(benchmark.groups),
+        "tasks": dict(benchmark.tasks),
+        "groups": dict(benchmark.groups),
         "group_map": {name: group.child_names for name, group in benchmark.groups.items()},
-    }  # fmt: skip
+    }
     with _quiet():
         found = evaluate(adapter, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
     chances = {name: _chance(task) for name, task in benchmark.tasks.items()}
@@ -166,10 +177,15 @@ def _scores(name: str, numbers: Mapping[str, Any], n: int, version: str, chance:
             continue
         error = numbers[f"{metric}_stderr,{kind}"]
         yield Score(
-            task=name, metric=metric, filter="" if kind == "none" else kind, value=float(value),
-            stderr=None if error == "N/A" else float(error), n=n, version=version,
+            task=name,
+            metric=metric,
+            filter="" if kind == "none" else kind,
+            value=float(value),
+            stderr=None if error == "N/A" else float(error),
+            n=n,
+            version=version,
             chance=chance if metric in ("acc", "acc_norm") else None,
-        )  # fmt: skip
+        )
 
 
 def _chance(task: Any) -> float | None:

@@ -124,9 +124,14 @@ def window_losses(model: Predictor, windows: Tensor, dtype: str) -> Tensor:
 
 @torch.inference_mode()
 def endings(
-    model: Predictor, rows: Sequence[Sequence[int]], wanted: Sequence[tuple[int, Sequence[int]]], *,
-    place: torch.device, dtype: str, width: int | None = None,
-) -> list[tuple[float, bool]]:  # fmt: skip
+    model: Predictor,
+    rows: Sequence[Sequence[int]],
+    wanted: Sequence[tuple[int, Sequence[int]]],
+    *,
+    place: torch.device,
+    dtype: str,
+    width: int | None = None,
+) -> list[tuple[float, bool]]:
     """For each (index of a row, targets) the log-probability in nats of the targets, and whether all are the likeliest.
 
     The targets are what follows the row's last tokens, one each. Rows are padded to `width` at their end, by default to

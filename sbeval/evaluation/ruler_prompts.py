@@ -51,9 +51,15 @@ class Writer:
         self.tables = Tables(tokenizer)
 
     def prompts(
-        self, task: str, length: int, seed: int, count: int, *, training: bool = False,
+        self,
+        task: str,
+        length: int,
+        seed: int,
+        count: int,
+        *,
+        training: bool = False,
         advance: Callable[[int], None] = lambda done: None,
-    ) -> list[Prompt]:  # fmt: skip
+    ) -> list[Prompt]:
         """The first `count` prompts of a task at a length in tokens; InputError where the smallest does not fit."""
         path = self.path(task, length, seed, training)
         with locked(path):
@@ -133,9 +139,11 @@ def _apart(sample: Sample) -> bool:
 
 
 def fit(
-    drafts: Sequence[Draft], budget: int, encode: Callable[[Sequence[Sample]], list[Ids]],
+    drafts: Sequence[Draft],
+    budget: int,
+    encode: Callable[[Sequence[Sample]], list[Ids]],
     misfit: Callable[[int], InputError],
-) -> list[tuple[Sample, Ids]]:  # fmt: skip
+) -> list[tuple[Sample, Ids]]:
     """For each draft the sample with the most haystack that has at most `budget` tokens, and those.
 
     A draft's own numbers, corrected by what its last text really had, say what to try; what is returned was counted,
@@ -204,12 +212,13 @@ def _keep(path: Path, prompts: Sequence[Prompt]) -> None:
     meta = json.dumps([(prompt.references, prompt.depth) for prompt in prompts]).encode()
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
-            file, meta=np.frombuffer(meta, np.uint8),
+            file,
+            meta=np.frombuffer(meta, np.uint8),
             tokens=np.concatenate([prompt.tokens for prompt in prompts]),
             answers=np.concatenate([prompt.answer for prompt in prompts]),
             ends=np.cumsum([len(prompt.tokens) for prompt in prompts]),
             answer_ends=np.cumsum([len(prompt.answer) for prompt in prompts]),
-        )  # fmt: skip
+        )
 
 
 def _read(path: Path) -> list[Prompt]:

@@ -93,9 +93,18 @@ class Samples:
 
 
 def ask(
-    model: Any, prompts: Sequence[Prompt], tokenizer: Tokenizer, samples: Samples, *, rule: str, new_tokens: int,
-    place: torch.device, dtype: str, batch: int, advance: Callable[[int], None] = lambda done: None,
-) -> list[Answered]:  # fmt: skip
+    model: Any,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    samples: Samples,
+    *,
+    rule: str,
+    new_tokens: int,
+    place: torch.device,
+    dtype: str,
+    batch: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[Answered]:
     """Ask everything that has no answer yet, `batch` prompts at a time, and return the answers to all prompts.
 
     model: a `Predictor` that is a `Generator` too. An answer ends with the token that ends a document.
@@ -109,24 +118,38 @@ def ask(
         samples.add(
             [
                 Answered(
-                    index=index, depth=prompt.depth, tokens=len(prompt.tokens),
-                    score=score(text, prompt.references, rule), log_probability=log_probability, greedy=greedy,
+                    index=index,
+                    depth=prompt.depth,
+                    tokens=len(prompt.tokens),
+                    score=score(text, prompt.references, rule),
+                    log_probability=log_probability,
+                    greedy=greedy,
                     said=text,
                 )
                 for index, prompt, text, (log_probability, greedy) in zip(indices, chosen, said, likely, strict=True)
             ]
-        )  # fmt: skip
+        )
         advance(len(indices))
     return [samples.found[index] for index in range(len(prompts))]
 
 
 def say(
-    model: Generator, prompts: Sequence[Prompt], tokenizer: Tokenizer, new_tokens: int, place: torch.device,
-    dtype: str, batch: int,
-) -> list[str]:  # fmt: skip
+    model: Generator,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    new_tokens: int,
+    place: torch.device,
+    dtype: str,
+    batch: int,
+) -> list[str]:
     """What the model says after each prompt, greedily."""
     found = generate(
-        model, [prompt.tokens.tolist() for prompt in prompts], new_tokens, place, dtype=dtype, batch=batch,
+        model,
+        [prompt.tokens.tolist() for prompt in prompts],
+        new_tokens,
+        place,
+        dtype=dtype,
+        batch=batch,
         stop=lambda tokens: tokens[-1] == tokenizer.eos,
-    )  # fmt: skip
+    )
     return [tokenizer.decode(np.array(tokens)) for tokens in found]

@@ -204,9 +204,11 @@ def _niah(niah: Niah, key: str, setting: Setting) -> Draft:
     def sample(haystack: Sequence[Part], depths: Sequence[float], gap: str = "") -> Sample:
         end = setting.tables.new([gap + tail.text]).part([0]) if gap else tail
         return Sample(
-            parts=[head, *haystack, end], answer=" " + ", ".join(answers), references=answers,
+            parts=[head, *haystack, end],
+            answer=" " + ", ".join(answers),
+            references=answers,
             depth=depths[sought[0]] if len(sought) == 1 else None,
-        )  # fmt: skip
+        )
 
     fixed = head.tokens + tail.tokens
     if niah.haystack == "essay":
@@ -223,9 +225,11 @@ def _niah(niah: Niah, key: str, setting: Setting) -> Draft:
         return sample(haystack, [100 * place / units for place in places])
 
     return Draft(
-        least=len(needles), most=len(sums), write=write,
+        least=len(needles),
+        most=len(sums),
+        write=write,
         tokens=lambda units: fixed + int(added.tokens.sum() + sums[units - 1]),
-    )  # fmt: skip
+    )
 
 
 def _noise(setting: Setting) -> Pieces:
@@ -259,9 +263,12 @@ def _niah_template(niah: Niah, asked: Sequence[str]) -> str:
 
 
 def _in_essay(
-    needles: Sequence[str], fixed: int, rng: random.Random, setting: Setting,
+    needles: Sequence[str],
+    fixed: int,
+    rng: random.Random,
+    setting: Setting,
     sample: Callable[[Sequence[Part], Sequence[float], str], Sample],
-) -> Draft:  # fmt: skip
+) -> Draft:
     """Needles after sentences of an essay, of which the units are words.
 
     As upstream, needles and what stands before, between and after them are joined by spaces, also where that is empty.
@@ -290,9 +297,11 @@ def _in_essay(
         return sample(opened([*haystack, rest]), depths, "" if rest.indices else " ")
 
     return Draft(
-        least=count, most=min(setting.length, len(essay.words) - first), write=write,
+        least=count,
+        most=min(setting.length, len(essay.words) - first),
+        write=write,
         tokens=lambda units: fixed + int(added.tokens[:count].sum() + sums[first + units] - sums[first]),
-    )  # fmt: skip
+    )
 
 
 def _vt(key: str, setting: Setting) -> Draft:
@@ -385,10 +394,12 @@ def _cwe(key: str, setting: Setting) -> Draft:
         return Sample(parts=[head, *context, tail], answer=" " + first, references=common)
 
     return Draft(
-        least=10, most=max(10, min(len(chosen), 10 + (len(numbers) - number(10)) // seldom[1])), write=write,
+        least=10,
+        most=max(10, min(len(chosen), 10 + (len(numbers) - number(10)) // seldom[1])),
+        write=write,
         largest=largest,
         tokens=lambda units: head.tokens + tail.tokens + int(sums[units - 1] + numbers[: number(units)][-1]),
-    )  # fmt: skip
+    )
 
 
 # below this many words ranks 4 and 5 of the coded text can be as frequent, and the answer is open
@@ -418,9 +429,11 @@ def _fwe(key: str, setting: Setting) -> Draft:
         return Sample(parts=[head, spelt.part(found), tail], answer=" " + ", ".join(top), references=top)
 
     return Draft(
-        least=LEAST_CODED, most=2 * setting.length, write=write,
+        least=LEAST_CODED,
+        most=2 * setting.length,
+        write=write,
         tokens=lambda units: head.tokens + tail.tokens + int(times(units) @ spelt.tokens),
-    )  # fmt: skip
+    )
 
 
 def _qa(questions: Questions | None, index: int, key: str, setting: Setting) -> Draft:
@@ -449,11 +462,14 @@ def _qa(questions: Questions | None, index: int, key: str, setting: Setting) -> 
         single = len(asked.needed) == 1
         return Sample(
             parts=[head, *setting.tables.woven(labels, range(units), documents, shuffled), tail],
-            answer=" " + asked.answers[0], references=asked.answers,
+            answer=" " + asked.answers[0],
+            references=asked.answers,
             depth=100 * shuffled.index(asked.needed[0]) / max(1, units - 1) if single else None,
-        )  # fmt: skip
+        )
 
     return Draft(
-        least=len(asked.needed), most=len(order), write=write,
+        least=len(asked.needed),
+        most=len(order),
+        write=write,
         tokens=lambda units: head.tokens + tail.tokens + int(sums[units - 1]),
-    )  # fmt: skip
+    )

@@ -248,11 +248,15 @@ def _squad(path: Path) -> Questions:
         articles.setdefault(title, {})[places[text]] = None
     asked = [
         Asked(
-            question, tuple(answers), (places[text],),
+            question,
+            tuple(answers),
+            (places[text],),
             tuple(other for other in articles[title] if other != places[text]),
         )
-        for title, text, found in triples for question, answers in found if answers
-    ]  # fmt: skip
+        for title, text, found in triples
+        for question, answers in found
+        if answers
+    ]
     return _checked(Questions(str(path), documents, asked), "--squad")
 
 

@@ -46,18 +46,29 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def write(stem: str, rows: list[dict[str, Any]]) -> None:
         (folder / f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    write("copa_val", [
-        {"context": f"I saw {n} birds because", "choices": ["i looked up.", f"the {n} were red."], "gold": n % 2}
-        for n in range(12)
-    ])  # fmt: skip
-    write("arc_easy_test", [
-        {"question": f"What is {n}?", "choices": ["a", "number", "no", "thing"][: 3 + n % 2], "gold": 1}
-        for n in range(40)
-    ])  # fmt: skip
+    write(
+        "copa_val",
+        [
+            {"context": f"I saw {n} birds because", "choices": ["i looked up.", f"the {n} were red."], "gold": n % 2}
+            for n in range(12)
+        ],
+    )
+    write(
+        "arc_easy_test",
+        [
+            {"question": f"What is {n}?", "choices": ["a", "number", "no", "thing"][: 3 + n % 2], "gold": 1}
+            for n in range(40)
+        ],
+    )
     phenomena = [name.removeprefix("blimp_") for name in lm_eval_tasks._index(False) if name.startswith("blimp_")]
-    write("blimp", [
-        {"uid": uid, "good": f"{uid} is good {n}", "bad": f"{uid} good is {n}"} for uid in phenomena for n in range(2)
-    ])  # fmt: skip
+    write(
+        "blimp",
+        [
+            {"uid": uid, "good": f"{uid} is good {n}", "bad": f"{uid} good is {n}"}
+            for uid in phenomena
+            for n in range(2)
+        ],
+    )
     write("lambada_openai_test", [{"context": f"He said {n} and", "target": f"{n}"} for n in range(6)])
     return folder
 
@@ -71,9 +82,17 @@ def config(tmp_path: Path, items: Path, monkeypatch: pytest.MonkeyPatch) -> Conf
     for role in ("train0", "test0"):
         (folder / f"{role}.txt").write_text(f"{role} says this and that. " * 9)
     return Config(
-        attention=("rope",), size="tiny", train_len=8, eval_len=64, train_tokens=96, batch_tokens=16,
-        corpus=str(folder), data_dir=str(items), tasks=("copa",), suites=(),
-    )  # fmt: skip
+        attention=("rope",),
+        size="tiny",
+        train_len=8,
+        eval_len=64,
+        train_tokens=96,
+        batch_tokens=16,
+        corpus=str(folder),
+        data_dir=str(items),
+        tasks=("copa",),
+        suites=(),
+    )
 
 
 def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
@@ -306,9 +325,22 @@ def command(items: Path, tmp_path: Path) -> Iterator[list[object]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         yield [
-            "few-shot", "--device", "cpu", "--model", folder, "--tokenizer", "bytes", "--data-dir", items,
-            "--train-len", 8, "--eval-len", 64, "--results-dir", tmp_path / "results",
-        ]  # fmt: skip
+            "few-shot",
+            "--device",
+            "cpu",
+            "--model",
+            folder,
+            "--tokenizer",
+            "bytes",
+            "--data-dir",
+            items,
+            "--train-len",
+            8,
+            "--eval-len",
+            64,
+            "--results-dir",
+            tmp_path / "results",
+        ]
 
 
 def test_a_command_leaves_table_and_figure(command: list[object], tmp_path: Path) -> None:

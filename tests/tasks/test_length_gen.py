@@ -330,9 +330,15 @@ def test_tokens_that_are_asked_for_are_trained_on(config: Config, tmp_path: Path
 def test_ids_from_before_there_were_epochs_stay() -> None:
     # of committed results
     figure_5 = dataclasses.replace(
-        length_gen.PRESETS["figure5"], attention=("alibi",), corpus="books", documents=16, windows=1, window=(2048,),
-        seeds=(0,), dtype="bfloat16",
-    )  # fmt: skip
+        length_gen.PRESETS["figure5"],
+        attention=("alibi",),
+        corpus="books",
+        documents=16,
+        windows=1,
+        window=(2048,),
+        seeds=(0,),
+        dtype="bfloat16",
+    )
     assert cell_id(cells(figure_5)[0]) == "length_gen-alibi-seed-0-88ebd501e5"
 
 
@@ -443,9 +449,14 @@ def hub_folder(folder: Path, vocab_size: int) -> Path:
     assert isinstance(bpe, tokenizer.Library)
     torch.manual_seed(0)
     shape = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=16, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        initializer_range=0.2,
+    )
     LlamaForCausalLM(shape).save_pretrained(folder)
     bpe.save(folder / "tokenizer.json")
     told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.EOS}

@@ -58,9 +58,18 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     essay = tmp_path / "essay.txt"
     essay.write_text("This is a sentence. Here is another one! Is it? It is the end, my friend. " * 20)
     return Config(
-        attention=("rope",), size="tiny", train_len=8, eval_len=8, train_tokens=96, batch_tokens=16,
-        corpus=str(folder), essays=str(essay), tasks=("niah_single_2",), lengths=(768, 1024), samples=5,
-    )  # fmt: skip
+        attention=("rope",),
+        size="tiny",
+        train_len=8,
+        eval_len=8,
+        train_tokens=96,
+        batch_tokens=16,
+        corpus=str(folder),
+        essays=str(essay),
+        tasks=("niah_single_2",),
+        lengths=(768, 1024),
+        samples=5,
+    )
 
 
 def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
@@ -295,9 +304,13 @@ def test_lessons_are_prompts_of_no_test(
 
     monkeypatch.setattr(Writer, "prompts", keep)
     given = dataclasses.replace(
-        config, checkpoint=str(save(tmp_path / "model")), tasks=("niah_single_1", "niah_single_2"), lengths=(768,),
-        finetune=768 * 12, batch_tokens=768 * 4,
-    )  # fmt: skip
+        config,
+        checkpoint=str(save(tmp_path / "model")),
+        tasks=("niah_single_1", "niah_single_2"),
+        lengths=(768,),
+        finetune=768 * 12,
+        batch_tokens=768 * 4,
+    )
     found = run(given, tmp_path / "results")
     tests, lessons = ({item.tokens.tobytes() for item in written[kind]} for kind in (False, True))
     assert len(tests) == 10 and len(lessons) == 12 and not tests & lessons
@@ -312,9 +325,13 @@ def test_lessons_are_prompts_of_no_test(
 def test_fine_tuning_starts_from_the_model_and_changes_it(config: Config, tmp_path: Path) -> None:
     # what was trained is whole steps
     given = dataclasses.replace(
-        config, checkpoint=str(save(tmp_path / "model")), lengths=(768,), finetune=768 * 8 + 5, batch_tokens=768 * 4,
+        config,
+        checkpoint=str(save(tmp_path / "model")),
+        lengths=(768,),
+        finetune=768 * 8 + 5,
+        batch_tokens=768 * 4,
         finetune_lr=1e-12,
-    )  # fmt: skip
+    )
     (still,) = run(given, tmp_path / "results")
     (tuned,) = run(dataclasses.replace(given, finetune_lr=1e-2), tmp_path / "results")
     (plain,) = run(dataclasses.replace(given, finetune=0), tmp_path / "results")
@@ -351,9 +368,24 @@ def said(*arguments: object) -> tuple[int | str | None, str, str]:
 @pytest.fixture
 def command(config: Config, tmp_path: Path) -> Iterator[list[object]]:
     yield [
-        "needle", "--device", "cpu", "--model", save(tmp_path / "model"), "--tokenizer", "bytes", "--finetune", 0,
-        "--samples", 2, "--length", 1024, "--essays", config.essays, "--results-dir", tmp_path / "results",
-    ]  # fmt: skip
+        "needle",
+        "--device",
+        "cpu",
+        "--model",
+        save(tmp_path / "model"),
+        "--tokenizer",
+        "bytes",
+        "--finetune",
+        0,
+        "--samples",
+        2,
+        "--length",
+        1024,
+        "--essays",
+        config.essays,
+        "--results-dir",
+        tmp_path / "results",
+    ]
 
 
 def test_a_command_leaves_table_and_figures(command: list[object], tmp_path: Path) -> None:

@@ -53,9 +53,17 @@ def hub() -> tuple[Any, Any]:
     )
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=LENGTH, bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.4,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        initializer_range=0.4,
+    )
     return transformers.LlamaForCausalLM(config).eval(), tokenizer
 
 
