@@ -20,8 +20,7 @@ from sbeval.data.dataloader import NOTHING
 from sbeval.data.tokenizer import Bytes
 from sbeval.errors import InputError
 from sbeval.evaluation import ruler_scores, ruler_tasks
-from sbeval.evaluation.ruler_lessons import Lessons
-from sbeval.evaluation.ruler_prompts import Prompt, Writer
+from sbeval.evaluation.ruler_prompts import Prompt, PromptBatches, Writer
 from sbeval.evaluation.ruler_scores import Answered, Samples
 from sbeval.models import config as model_config
 from sbeval.models.decoder import Decoder
@@ -31,6 +30,7 @@ from sbeval.sweep.context import Place
 from sbeval.tables import table
 from sbeval.tasks import length_gen, needle
 from sbeval.tasks.needle import Cell, Config, Row, cells, measured
+from sbeval.tasks.text_model import TRAINING
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
 from sbeval.training.trainer import Trainer
@@ -107,11 +107,12 @@ def test_every_model_is_asked_every_task_of_which_the_files_are_there(config: Co
     wide = dataclasses.replace(config, attention=("rope", "alibi"), tasks=())
     found = cells(wide)
     names = [name for name in ruler_tasks.TASKS if name not in ("qa_1", "qa_2")]
-    assert [(cell.trained.attention, cell.task) for cell in found] == [
+    assert [(cell.attention, cell.task) for cell in found] == [
         (method, name) for method in ("rope", "alibi") for name in names
     ]
     # a model is trained once, by what trains length-gen's
-    lengths = length_gen.cells(length_gen.without_evaluation(length_gen.Config, wide))
+    options = {name: getattr(wide, name) for name in TRAINING}
+    lengths = length_gen.cells(length_gen.Config(**options, eval_len=4096))
     assert found[0].needs == found[1].needs == lengths[0].needs != found[-1].needs
     assert needle.notes(wide) == [
         "qa_1 is not run without its questions: give --squad PATH to SQuAD v2's dev-v2.0.json",
@@ -134,8 +135,7 @@ def test_a_file_that_no_task_asks_for_is_said(
     tasks: tuple[str, ...], squad: str, hotpot: str | None, unused: list[tuple[str, str]], config: Config
 ) -> None:
     assert needle.notes(dataclasses.replace(config, tasks=tasks, squad=squad, hotpot=hotpot)) == [
-        f"--{option} is not used: {task} is not among the tasks that are asked; give --task {task} too"
-        for option, task in unused
+        f"--{option} is not used: {task} is not among the tasks; give --task {task} too" for option, task in unused
     ]
 
 
@@ -156,10 +156,10 @@ def test_mistakes_are_errors(config: Config, change: dict[str, Any], said: str) 
         cells(dataclasses.replace(config, **change))
 
 
-def test_a_model_of_others_is_asked_as_it_is(config: Config) -> None:
+def test_a_model_of_others_is_not_fine_tuned(config: Config) -> None:
     given = dataclasses.replace(config, finetune=9, checkpoint="some/model")
     assert [cell.config.finetune for cell in cells(given)] == [0]
-    assert needle.notes(given) == ["some/model is asked as it is: checkpoint folders of ours alone are fine-tuned"]
+    assert needle.notes(given) == ["some/model is not fine-tuned: only checkpoint folders of ours are"]
 
 
 def test_a_length_that_does_not_fit_is_said_before_training(config: Config, tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_lengths_past_a_table_of_positions_are_an_error(config: Config, tmp_path
 # fine-tuning
 
 
-def test_lessons_are_prompts_of_no_test(
+def test_fine_tuning_prompts_are_not_in_the_test(
     config: Config, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: dict[bool, list[Prompt]] = {False: [], True: []}
@@ -347,7 +347,7 @@ def test_the_loss_is_on_the_answer_and_the_end() -> None:
         return Prompt(tokens=ids[0], answer=ids[1], references=(), depth=None)
 
     text = Bytes()
-    batch = Lessons([prompt([1, 2, 3], [4, 5]), prompt([1, 2, 3, 4], [5, 6, 7])], text, 6, 2)[0]
+    batch = PromptBatches([prompt([1, 2, 3], [4, 5]), prompt([1, 2, 3, 4], [5, 6, 7])], text, 6, 2)[0]
     end, no = text.eos, NOTHING
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, end], [1, 2, 3, 4, 5, 6]]
     assert batch.targets.tolist() == [[no, no, 4, 5, end, no], [no, no, no, 5, 6, 7]]

@@ -177,9 +177,11 @@ def test_a_long_context_loses_its_beginning() -> None:
 
 
 def test_what_cannot_be_scored_is_an_error() -> None:
-    with pytest.raises(InputError, match=r"a continuation has 25 tokens and the model reads 24: .*--eval-len"):
+    with pytest.raises(
+        InputError, match=r"a continuation has 25 tokens, and the model's input is 24: give a larger --eval-len"
+    ):
         adapter(decoder()).loglikelihood(asked("loglikelihood", ("a", "b" * 25)))
-    with pytest.raises(InputError, match="sampled"):
+    with pytest.raises(InputError, match="sampled completions: only greedy"):
         adapter(decoder()).generate_until(asked("generate_until", ("a", {"do_sample": True, "temperature": 1.0})))
     with pytest.raises(InputError, match="generates 24 tokens"):
         adapter(decoder()).generate_until(asked("generate_until", ("a", {"max_gen_toks": 24})))
@@ -237,5 +239,5 @@ def test_an_answer_is_of_its_tokens_and_question() -> None:
 
 def test_a_file_that_holds_no_answers_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.sqlite").write_text("no database, but a text that is long enough to be taken for one" * 20)
-    with pytest.raises(InputError, match="holds no answers"):
+    with pytest.raises(InputError, match="is not a cache of model responses"):
         Answers(tmp_path / "model.sqlite")

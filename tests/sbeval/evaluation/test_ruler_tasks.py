@@ -166,7 +166,7 @@ def test_lessons_that_do_not_fit_are_put_right_by_other_options(small: Writer) -
 def test_words_that_run_out_before_the_length_are_an_error(small: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
     few = ruler_tasks.words("noun")[:300]
     monkeypatch.setattr(ruler_tasks, "words", lambda *kinds: few)
-    with pytest.raises(InputError, match="cwe cannot fill 32768 tokens: with every word it has, its prompt") as caught:
+    with pytest.raises(InputError, match="cwe cannot fill 32768 tokens: with all of its words its prompt") as caught:
         small.prompts("cwe", 32768, 42, 2)
     length = int(re.findall(r"give --length (\d+) or less, or leave cwe out", str(caught.value))[0])
     for prompt in small.prompts("cwe", length, 42, 2):
@@ -515,7 +515,7 @@ def test_more_samples_than_questions_is_an_error(small: Writer) -> None:
 
 
 def test_an_essay_without_text_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="holds no text"):
+    with pytest.raises(InputError, match="has no text: give"):
         ruler_texts.load(str(tmp_path), None, None)
 
 
