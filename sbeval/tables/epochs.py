@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 # passes over the training text that a preset makes at most
 MAX_EPOCHS = 4.0
 # nats a token by which the held-out loss of a model that overfits ends above its lowest: 5 % in perplexity. It is the
-# same text at every look, and where learning rates decay the last looks differ by a tenth of that
+# same text at every look: in the preset quick, where that is 1,792 tokens, it rose by 0.025 at most from one look to
+# the next, early, and fell to the end; of a model that had learnt 83,000 tokens by heart it was 2.6 above its lowest
 RISE = 0.05
 # the status of such a model's rows
 OVERFIT = "overfit"

@@ -5,11 +5,13 @@ import io
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pandas as pd
 import pytest
+import torch
 
 from sbeval.cli import main
 from sbeval.sweep import study
@@ -136,3 +138,50 @@ def test_workers_save_what_they_train_when_their_driver_is_killed(tmp_path: Path
         driver.stderr.read()
     saved = [json.loads(path.read_text()) for path in tmp_path.glob("checkpoints/*/config.json")]
     assert len(saved) == 2 and all(state["state"]["losses"] for state in saved)
+
+
+GPUS = torch.cuda.device_count()
+# an empty process on a GPU holds more
+AT_WORK = 200 << 20
+
+
+class Watch:
+    """The most memory that each GPU gave away while the block ran, in bytes."""
+
+    def __enter__(self) -> Self:
+        self._before = [torch.cuda.mem_get_info(card)[0] for card in range(GPUS)]
+        self.taken = [0] * GPUS
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        while not self._over.wait(0.1):
+            now = [torch.cuda.mem_get_info(card)[0] for card in range(GPUS)]
+            self.taken = [max(*pair) for pair in zip(self.taken, map(int.__sub__, self._before, now), strict=True)]
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+@pytest.mark.skipif(GPUS < 2, reason="needs several GPUs")
+@pytest.mark.parametrize(("device", "each"), [("cuda", 2), ("cuda:1", 1)])
+def test_a_sweep_is_at_work_on_every_gpu_unless_it_is_put_on_one(device: str, each: int, tmp_path: Path) -> None:
+    seeds = [word for seed in range(each * GPUS) for word in ("--seed", seed)]
+    command = ("mqrar", *RECALL.replace("--steps 4 ", "--steps 200 ").split(), "--kv-pairs", 4, *seeds, "--patience", 0)
+    try:
+        with Watch() as watch:
+            # one rate: all seeds but the first begin when that is known
+            code, out, err = run(
+                *command, "--attention", "stick_breaking", "--attention", "rope", "--device", device, "--workers",
+                each * GPUS, "--results-dir", tmp_path,
+            )  # fmt: skip
+    finally:
+        # the driver is this process
+        torch.cuda.set_device(0)
+    assert code == 0, (out, err)
+    assert len(set(table.read(tmp_path / "mqrar.csv")["cell"])) == 2 * each * GPUS
+    busy = [taken > AT_WORK for taken in watch.taken]
+    assert busy == [device == "cuda" or card == 1 for card in range(GPUS)], watch.taken

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sbeval.errors import InputError
+from sbeval.kernels import stick_breaking
 from sbeval.runtime import device
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -169,3 +170,16 @@ def test_a_measurement_leaves_the_threads_as_they_are(monkeypatch: pytest.Monkey
         assert during == {1} and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs several GPUs")
+def test_a_kernel_runs_on_the_gpu_in_use() -> None:
+    drawn = torch.randn(3, 1, 256, 2, 64, generator=torch.Generator().manual_seed(0))
+    found = []
+    try:
+        for name in ("cuda:0", "cuda:1"):
+            q, k, v = drawn.to(device.pick(name), torch.bfloat16)
+            found.append(stick_breaking.attention(q, k, v)[0].cpu())
+    finally:
+        torch.cuda.set_device(0)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
