@@ -241,7 +241,7 @@ def test_mmlus_examples_are_its_dev_split(tmp_path: Path) -> None:
         ("piqa", None, '{"goal": "a"}\n', r"not in a form that sbeval.evaluation.lm_eval_local reads \(KeyError"),
         ("piqa", None, "", r"piqa_val.jsonl is empty"),
         ("piqa", 2, '{"goal": "a", "choices": ["b", "c"], "gold": 0}\n', r"needs 2 examples"),
-        ("wsc273", 1, "", r"one split alone"),
+        ("wsc273", 1, "", r"has only one split: no examples to draw; give --task wsc273:0"),
         ("blimp_causative", 2, "", r"defined with 0 examples"),
         ("pica", None, "", r"has no task 'pica'; did you mean piqa"),
     ],
