@@ -160,7 +160,7 @@ def _config(folder: Path) -> str:
 
 
 def test_what_cannot_be_looked_into_is_said(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no checkpoint folder"):
+    with pytest.raises(InputError, match="not a checkpoint folder"):
         attention_map.cells(attention_map.Config(checkpoint=(str(tmp_path),)))
     with pytest.raises(InputError, match="--example"):
         attention_map.Config(example=-1)
