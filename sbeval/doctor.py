@@ -26,6 +26,7 @@ from sbeval.sweep import scheduler
 from sbeval.sweep.graph import steps
 from sbeval.tables import provenance
 from sbeval.tasks import attention_map, length_gen
+from sbeval.tasks.text_training import likely_vocabulary
 from sbeval.training.trainer import TrainConfig
 
 # module, name on PyPI, purpose
@@ -239,7 +240,7 @@ def _sizes(config: Any, cell: Any, place: torch.device) -> tuple[ModelConfig, Tr
         longest = max(
             config.eval_len, *config.window, *getattr(config, "lengths", ()), length_gen.EVAL_TOKENS[place.type]
         )
-        shape = one.model(length_gen.likely_vocabulary(config.tokenizer))
+        shape = one.model(likely_vocabulary(config.tokenizer))
         return shape, one.training(), longest, "--micro-batch-tokens"
     if isinstance(config, attention_map.Config):
         cell = config.recall(config.attention[0], config.seeds[0])

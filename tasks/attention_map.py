@@ -1,4 +1,4 @@
-"""Attention maps: where a model that recalls looks (Tan et al., ICLR 2025, arXiv 2410.17980, figure 4).
+"""Attention maps: which positions a model that recalls attends to (Tan et al., ICLR 2025, arXiv 2410.17980, figure 4).
 
 Small models learn repeated associative recall (see `sbeval.tasks.mqrar`). At a query of a key that was assigned more
 than once, the value after its last use is the latest, those before are stale:
@@ -7,9 +7,9 @@ than once, the value after its last use is the latest, those before are stale:
     1 again      ^ stale       ^     ^ the query: how much of its weight falls on 8, how much on 7?
                                latest
 
-How much weight falls on the latest and on stale values is measured over a test set, in every layer and head. One
-example is kept whole, to be drawn: the first of the test set, from number `example` on, in which a key with two or more
-stale values is asked for. What a model does with it plays no part in the choice.
+The weight on the latest and on stale values is measured over a test set, in every layer and head. The figure draws all
+weights of one example: the first of the test set, from number `example` on, with a query of a key that has two or more
+stale values. The choice does not depend on the model.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sbeval.training.trainer import Trained
 
 NAME = "attention_map"
-# for `option(...)`: what a --checkpoint decides
+# for `option(...)`: marks an option that a --checkpoint decides
 TRAINED = {"trained": True}
 
 
@@ -72,11 +72,11 @@ class Row(Measurement):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """Models to look into, trained as `sbeval mqrar` trains its, or checkpoints of either command."""
+    """Models to analyse: trained as by `sbeval mqrar`, or checkpoints of either command."""
 
     attention: tuple[str, ...] = option(("stick_breaking", "rope"), MODEL, ATTENTION, TRAINED, metavar="SPEC")
     seeds: tuple[int, ...] = option((0,), TRAINING, SEED, flag="--seed")
-    checkpoint: tuple[str, ...] = option((), MODEL, "Models to look into instead: checkpoint folders of mqrar.")
+    checkpoint: tuple[str, ...] = option((), MODEL, "Models to analyse instead: checkpoint folders of mqrar.")
     vocab_size: int = option(65, TASK, "Tokens V: half are keys, half values.", TRAINED)
     seq_len: int = option(64, TASK, "Positions L of an example, at least 4 N.")
     kv_pairs: int = option(16, TASK, "Key-value pairs N.")
@@ -96,37 +96,48 @@ class Config:
         check_swept(self, "attention", "seeds")
         if self.example < 0:
             raise InputError(f"--example must be at least 0; got {self.example}")
-        # checks what both have
+        # checks the options that both have
         self._mqrar(self.attention[0], self.seeds[0])
 
     def recall(self, spec: str, seed: int) -> mqrar.Cell:
-        """The cell of `sbeval mqrar` that trains the model of a method and seed."""
+        """Return the cell of `sbeval mqrar` that trains the model of a method and seed."""
         return mqrar.cells(self._mqrar(spec, seed))[0]
 
     def _mqrar(self, spec: str, seed: int) -> mqrar.Config:
         return mqrar.Config(
-            attention=(spec,), seeds=(seed,), kv_pairs=(self.kv_pairs,), widths=(self.width,), lrs=(self.lr,),
-            vocab_size=self.vocab_size, seq_len=self.seq_len, layers=self.layers, heads=self.heads, batch=self.batch,
-            steps=self.steps, optimizer=self.optimizer, stop_accuracy=self.stop_accuracy,
-            test_rows=self.test_rows, dtype=self.dtype,
-        )  # fmt: skip
+            attention=(spec,),
+            seeds=(seed,),
+            kv_pairs=(self.kv_pairs,),
+            widths=(self.width,),
+            lrs=(self.lr,),
+            vocab_size=self.vocab_size,
+            seq_len=self.seq_len,
+            layers=self.layers,
+            heads=self.heads,
+            batch=self.batch,
+            steps=self.steps,
+            optimizer=self.optimizer,
+            stop_accuracy=self.stop_accuracy,
+            test_rows=self.test_rows,
+            dtype=self.dtype,
+        )
 
 
-# 2 layers and d = 100 are the caption's of figure 4; V, L and N those of the author's public code
+# 2 layers and d = 100 are from the caption of figure 4; V, L and N from the author's public code
 FIGURE_4 = Config()
 PRESETS = {
-    # two cores see both models learn it in minutes, unlike with AdamW
+    # both models learn the task in minutes on two cores, unlike with AdamW
     "quick": dataclasses.replace(FIGURE_4, optimizer="muon"),
     "small": dataclasses.replace(FIGURE_4, optimizer="muon", batch=256, steps=6000),
     "h200": dataclasses.replace(FIGURE_4, optimizer="muon", batch=1024, steps=6000),
-    # 64 epochs of 100,000 rows in batches of 256, as far as tokens go: here every row is new
+    # the tokens of 64 epochs of 100,000 rows in batches of 256; here every row is new
     "paper": dataclasses.replace(FIGURE_4, lr=2.15e-3, batch=256, steps=25_000),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A model to look into, and what its rows say of it."""
+    """A model to analyse, and what its rows record about it."""
 
     model: "Decoder"
     name: str
@@ -159,7 +170,7 @@ class Cell(BaseCell):
 
     @property
     def needs(self) -> tuple[mqrar.Cell, ...]:
-        """The cell of mqrar that trains its model, unless that is there."""
+        """The cell of mqrar that trains its model; none for a given checkpoint."""
         return () if self.config.checkpoint else (self._recall,)
 
     @property
@@ -171,7 +182,7 @@ class Cell(BaseCell):
             each = 2.0 * load.likely_parameters(config.checkpoint[0])
         else:
             each = flops_per_token(self._recall.model(), config.seq_len)
-        # once for what is predicted, once for the weights
+        # one forward pass for predictions, one for weights
         return 2 * each * config.test_rows * config.seq_len
 
     @property
@@ -179,13 +190,13 @@ class Cell(BaseCell):
         return self.config.recall(self.config.attention[0], self.config.seeds[0])
 
     def source(self, progress: "Progress") -> str:
-        """Return the digest of a pretrained model; nothing else is read."""
+        """Return the digest of a given checkpoint, else an empty string: examples are generated."""
         from sbeval.pretrained import load
 
         return load.digest(self.config.checkpoint[0]) if self.config.checkpoint else ""
 
     def run(self, place: "Place", progress: "Progress") -> Outcome:
-        """Train the model, or load it, and measure where it looks."""
+        """Train the model or load it, and measure its attention weights."""
         from sbeval.tasks.attention_shares import chosen, example_rows, shares
         from sbeval.tasks.drawn import predict
         from sbeval.tasks.recall_data import accuracies, held_out
@@ -194,73 +205,90 @@ class Cell(BaseCell):
         shape, config = subject.model.config, self.config
         if config.checkpoint and shape.vocab_size <= config.seq_len:
             raise InputError(
-                f"the model of {config.checkpoint[0]} has a vocabulary of {shape.vocab_size}, which --seq-len "
-                f"{config.seq_len} must be below: it was trained on sequences of {subject.train_len}"
+                f"--seq-len {config.seq_len} must be below the vocabulary of {config.checkpoint[0]}, "
+                f"{shape.vocab_size}; the model was trained on sequences of {subject.train_len}"
             )
         if subject.train_len != config.seq_len:
             progress.say(
-                f"{subject.name} was trained on sequences of {subject.train_len} and is looked into at {config.seq_len}"
+                f"{subject.name} was trained on sequences of {subject.train_len} and is analysed at {config.seq_len}"
             )
         task = Recall(vocab_size=shape.vocab_size, seq_len=config.seq_len, kv_pairs=config.kv_pairs)
         examples = held_out(task, TEST_SEED, config.test_rows, place.device)
         sizes: dict[str, Any] = {
-            "kv_pairs": task.kv_pairs, "seq_len": task.seq_len, "vocab_size": task.vocab_size, "width": shape.width,
-            "layers": shape.layers, "heads": shape.heads, "lr": subject.lr, "optimizer": subject.optimizer,
-        }  # fmt: skip
-        # before the work: an example that is not there is the user's to change
-        drawn = chosen(examples, config.example)
-        found = [
+            "kv_pairs": task.kv_pairs,
+            "seq_len": task.seq_len,
+            "vocab_size": task.vocab_size,
+            "width": shape.width,
+            "layers": shape.layers,
+            "heads": shape.heads,
+            "lr": subject.lr,
+            "optimizer": subject.optimizer,
+        }
+        # before the work: raises InputError where no example fits
+        example = chosen(examples, config.example)
+        rows = [
             Row(metric="accuracy", unit="1", value=score.value, stderr=score.stderr, n=score.n, **factors, **sizes)
             for score, factors in accuracies(examples, predict(subject.model, examples, config.dtype))
             if "split" in factors
         ]
-        found += [Row(**row, **sizes) for row in shares(subject.model.eval(), examples, task)]
-        found += [Row(**row, **sizes) for row in example_rows(subject.model, examples.tokens[drawn], task)]
-        return self._outcome(subject, found, place, drawn, self.source(progress))
+        rows += [Row(**row, **sizes) for row in shares(subject.model.eval(), examples, task)]
+        rows += [Row(**row, **sizes) for row in example_rows(subject.model, examples.tokens[example], task)]
+        return self._outcome(subject, rows, place, example, self.source(progress))
 
     def _trained(self, place: "Place", progress: "Progress") -> Subject:
         config = self.config
         trained = self._recall.trained(place, progress)
         name = f"{config.layers}x{config.width}"
         return Subject(
-            model=trained.model, name=name, train_len=config.seq_len, lr=config.lr, optimizer=config.optimizer,
+            model=trained.model,
+            name=name,
+            train_len=config.seq_len,
+            lr=config.lr,
+            optimizer=config.optimizer,
             trained=trained,
-        )  # fmt: skip
+        )
 
     def _loaded(self, place: "Place") -> Subject:
         from sbeval.training import checkpoint
 
         folder = Path(self.config.checkpoint[0])
-        found = checkpoint.load_model(folder, place.device).eval()
+        model = checkpoint.load_model(folder, place.device).eval()
         length = checkpoint.training_length(folder) or self.config.seq_len
-        return Subject(model=found, name=folder.resolve().name, train_len=length)
+        return Subject(model=model, name=folder.resolve().name, train_len=length)
 
-    def _outcome(self, subject: Subject, found: list[Row], place: "Place", drawn: int, source: str) -> Outcome:
+    def _outcome(self, subject: Subject, rows: list[Row], place: "Place", example: int, source: str) -> Outcome:
         config, trained = self.config, subject.trained
         name, _, options = subject.model.config.attention.partition(":")
         return Outcome(
             identity=Identity(
-                family=NAME, task=mqrar.NAME, model=subject.name, attention=name, options=options,
-                params=subject.model.n_parameters(), train_len=subject.train_len, eval_len=config.seq_len,
+                family=NAME,
+                task=mqrar.NAME,
+                model=subject.name,
+                attention=name,
+                options=options,
+                params=subject.model.n_parameters(),
+                train_len=subject.train_len,
+                eval_len=config.seq_len,
                 seed=config.seeds[0],
             ),
-            rows=found, corpus_digest=source,
+            rows=rows,
+            corpus_digest=source,
             train_tokens=trained.state.step * config.batch * config.seq_len if trained else 0,
             backend=registry.method(name).backend_name(place.device.type),
             tokens_per_s=trained.tokens_per_second if trained else None,
-            measured={"example": drawn}
+            measured={"example": example}
             | ({"validation_accuracy": trained.state.scores, **timing(trained)} if trained else {}),
-        )  # fmt: skip
+        )
 
 
 def cells(config: Config) -> list[Cell]:
-    """Every method with every seed, or the checkpoints. InputError names a method, option or folder not known."""
+    """Return every method with every seed, or the checkpoints. Raise InputError for an unknown method or folder."""
     if config.checkpoint:
         from sbeval.pretrained import load
 
         for folder in config.checkpoint:
             if not load.is_own(folder):
-                raise InputError(f"--checkpoint {folder}: no checkpoint folder of sbeval")
+                raise InputError(f"--checkpoint {folder}: not a checkpoint folder of sbeval")
         one = dataclasses.replace(config, attention=("stick_breaking",), seeds=(0,))
         return [Cell(config=dataclasses.replace(one, checkpoint=(folder,))) for folder in config.checkpoint]
     methods = dict.fromkeys(canonical_attention(spec) for spec in config.attention)
@@ -272,7 +300,7 @@ def cells(config: Config) -> list[Cell]:
 
 
 def summary(results: "pd.DataFrame") -> "Table":
-    """Table for the terminal: where the weight of queries with stale values falls, by method, layer and head."""
+    """Return the table for the terminal: weights at queries with stale values, by method, layer and head."""
     from rich.table import Table
 
     from sbeval.tasks.attention_shares import TARGETS
@@ -289,9 +317,12 @@ def summary(results: "pd.DataFrame") -> "Table":
             assert isinstance(where, tuple)
             best = "*" if where == means["latest"].idxmax() else ""
             table.add_row(
-                f"{attention}:{options}" if options else f"{attention}", f"{accuracy:.3f}", f"{where[0]:g}",
-                f"{best}{where[1]:g}", *(f"{row[target]:.3f}" for target in TARGETS),
-            )  # fmt: skip
+                f"{attention}:{options}" if options else f"{attention}",
+                f"{accuracy:.3f}",
+                f"{where[0]:g}",
+                f"{best}{where[1]:g}",
+                *(f"{row[target]:.3f}" for target in TARGETS),
+            )
     return table
 
 
@@ -304,6 +335,10 @@ def _completed(given: dict[str, Any]) -> dict[str, Any]:
 
 FAMILY = Family(
     name=NAME,
-    help="Where a model looks when a variable was assigned again: attention weights, drawn and measured.",
-    config=Config, presets=PRESETS, cells=cells, summary=summary, completed=_completed,
-)  # fmt: skip
+    help="Attention weights on the latest and on stale values of a variable that is assigned again.",
+    config=Config,
+    presets=PRESETS,
+    cells=cells,
+    summary=summary,
+    completed=_completed,
+)

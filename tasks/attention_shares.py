@@ -1,4 +1,4 @@
-"""Where the weight of recall's queries falls: on the latest value of their key, on stale ones, on all else."""
+"""Attention weights of recall's queries on the latest value of their key, on stale ones, and on all else."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -13,15 +13,15 @@ from sbeval.models.decoder import IGNORE, Decoder
 from sbeval.tables import statistics
 from sbeval.tasks.recall_data import Examples, label
 
-# weights that are computed at once
+# weights in memory at a time
 CHUNK = 1 << 23
-# smaller weights of the example have no row: in the figure they cannot be told from 0
+# smaller weights of the example have no row: in the figure they look like 0
 LEAST = 0.001
 TARGETS = ("latest", "stale", "own", "other")
 
 
 def targets(examples: Examples, task: Recall) -> tuple[Tensor, Tensor]:
-    """At which position stands the latest value of each query, at which the stale ones: bool (B, query, key) each."""
+    """Return masks of the latest value of each query and of the stale ones, bool (B, query, key) each."""
     tokens = examples.tokens
     position = torch.arange(tokens.shape[1], device=tokens.device)
     before = torch.nn.functional.pad(tokens, (1, 0))[:, :-1]
@@ -32,19 +32,19 @@ def targets(examples: Examples, task: Recall) -> tuple[Tensor, Tensor]:
 
 
 def chosen(examples: Examples, start: int) -> int:
-    """Number of the first example, from `start` on, that asks for a key with two or more stale values."""
+    """Return the number of the first example, from `start` on, with a query of a key with two or more stale values."""
     fits = (examples.stale >= 2).any(1)
     fits[:start] = False
     if not fits.any():
         raise InputError(
-            f"none of the test examples from number {start} on asks for a key with two stale values; "
+            f"no test example from number {start} on has a query of a key with two stale values; "
             "give a smaller --example, more --test-rows or more --kv-pairs"
         )
     return int(fits.long().argmax())
 
 
 def shares(decoder: Decoder, examples: Examples, task: Recall) -> Iterator[dict[str, Any]]:
-    """Mean weight on each target at the queries with stale values, by layer and head; the error is over examples."""
+    """Yield mean weights on each target at queries with stale values by layer and head; errors are over examples."""
     wanted = (examples.stale > 0).float()
     shape, length = decoder.config, task.seq_len
     rows = max(1, CHUNK // (shape.layers * shape.heads * length**2))
@@ -63,9 +63,16 @@ def shares(decoder: Decoder, examples: Examples, task: Recall) -> Iterator[dict[
             for index, target in enumerate(TARGETS):
                 share = statistics.ratio(sums[layer, index, :, head], counts)
                 yield {
-                    "metric": "share", "unit": "1", "value": share.value, "stderr": share.stderr, "n": share.n,
-                    "layer": layer + 1, "head": head + 1, "target": target, "split": "stale",
-                }  # fmt: skip
+                    "metric": "share",
+                    "unit": "1",
+                    "value": share.value,
+                    "stderr": share.stderr,
+                    "n": share.n,
+                    "layer": layer + 1,
+                    "head": head + 1,
+                    "target": target,
+                    "split": "stale",
+                }
 
 
 def _part(examples: Examples, rows: slice) -> Examples:
@@ -73,16 +80,23 @@ def _part(examples: Examples, rows: slice) -> Examples:
 
 
 def example_rows(decoder: Decoder, tokens: Tensor, task: Recall) -> Iterator[dict[str, Any]]:
-    """The tokens of one example (L,), and the weights of every layer and head that are large enough to be seen."""
+    """Yield the tokens of one example (L,), and the weights of every layer and head that are large enough to see."""
     for position, token in enumerate(tokens.tolist()):
         yield {"metric": "token", "unit": "1", "value": float(token), "n": 1, "key": position}
     latest, stale = (mask[0].cpu() for mask in targets(label(task, tokens[None]), task))
     weights = attention_weights(decoder, tokens[None])[:, 0].cpu()
-    # those of the targets always, so that the figure knows where they are
+    # weights on targets always have a row, from which the figure knows the targets
     for index in ((weights >= LEAST) | latest | stale).nonzero().tolist():
         layer, head, query, key = index
         target = "latest" if latest[query, key] else "stale" if stale[query, key] else ""
         yield {
-            "metric": "weight", "unit": "1", "value": round(max(0.0, weights[tuple(index)].item()), 4), "n": 1,
-            "layer": layer + 1, "head": head + 1, "query": query, "key": key, "target": target,
-        }  # fmt: skip
+            "metric": "weight",
+            "unit": "1",
+            "value": round(max(0.0, weights[tuple(index)].item()), 4),
+            "n": 1,
+            "layer": layer + 1,
+            "head": head + 1,
+            "query": query,
+            "key": key,
+            "target": target,
+        }

@@ -1,4 +1,4 @@
-"""Generated examples: drawn step by step, trained on until validation ends it, and predicted."""
+"""Generated examples: batches by step, training with early stopping, and predictions."""
 
 import dataclasses
 import functools
@@ -19,14 +19,14 @@ from sbeval.training.checkpoint import State
 from sbeval.training.trainer import Batch, Batches, Trained, Trainer
 
 EVAL_ROWS = 256
-# steps whose examples are drawn together: a GPU takes as many launches to draw those of one
+# steps whose examples are drawn together, with the kernel launches of one step
 AHEAD = 16
 
 Examples = TypeVar("Examples", bound=Batch)
 
 
 class Drawn(Generic[Examples]):
-    """Training batches of a step's `rows`, as `generate` makes them: a dataclass of tensors that have a row each."""
+    """Training batches by step: `rows` gives the row numbers of a step, `generate` a dataclass of tensors by row."""
 
     def __init__(self, rows: Callable[[int], Tensor], generate: Callable[[Tensor], Examples]) -> None:
         self._rows, self._generate = rows, generate
@@ -43,26 +43,31 @@ class Drawn(Generic[Examples]):
 
 
 def train(
-    cell: Synthetic, folder: Path, batches: Batches, look: Callable[[Decoder], float], status: Callable[[Scores], str],
-    place: Place, progress: Progress,
-) -> Trained:  # fmt: skip
-    """Train until `status` of all looks says anything but `budget`, or out of steps, unless `folder` has that model."""
+    cell: Synthetic,
+    folder: Path,
+    batches: Batches,
+    validate: Callable[[Decoder], float],
+    status: Callable[[Scores], str],
+    place: Place,
+    progress: Progress,
+) -> Trained:
+    """Train until `status` of the validation scores is not `budget`, unless `folder` has the finished model."""
     training = cell.training()
     trainer = Trainer(cell.model(), training, batches, folder, place.device)
 
-    def decided(decoder: Decoder, state: State) -> bool:
-        state.scores.append((state.step, look(decoder)))
+    def stop(decoder: Decoder, state: State) -> bool:
+        state.scores.append((state.step, validate(decoder)))
         return status(state.scores) != "budget"
 
     task = progress.add(f"train {cell.title}", total=training.steps, completed=trainer.state.step)
-    trained = trainer.run(task, stop=decided, log=place.logger(cell_id(cell)))
+    trained = trainer.run(task, stop=stop, log=place.logger(cell_id(cell)))
     task.close()
     return trained
 
 
 @torch.inference_mode()
 def predict(decoder: Decoder, examples: Batch, dtype: str) -> Tensor:
-    """Whether the most likely token is the label, (B, L) bool; false where there is no label."""
+    """Return whether the most likely token is the label, (B, L) bool; false where there is no label."""
     decoder.eval()
     with device.autocast(examples.tokens.device, dtype):
         parts = []

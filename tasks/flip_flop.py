@@ -8,9 +8,9 @@ writes and ignores are random; that of a read is the last written bit, which is 
     labels   . . . . 1 . . . . . . . 0 .
 
 Trained at p = 0.8, tested there (in distribution), at p = 0.98 (sparse: the write is far back) and p = 0.1 (dense: many
-writes compete). The loss is over reads alone, whose bits alone are determined; new examples at every step. T, p and the
-tests are Liu et al.'s, the model of one layer, two heads and width 64 that of PaTH (arXiv 2505.16381, table 1), whose
-figures stand beside ours. How PaTH trained is not known here: learning rates, batch and steps are ours.
+writes compete). The loss is over reads alone, the only bits that are determined; examples are new at every step. T, p
+and the tests are Liu et al.'s; the model of one layer, two heads and width 64 is that of PaTH (arXiv 2505.16381, table
+1), whose published numbers are the baselines. PaTH's learning rates, batch and steps are not published: these are ours.
 """
 
 import dataclasses
@@ -41,15 +41,15 @@ if TYPE_CHECKING:
 NAME = "flip_flop"
 # two bits and three instructions
 VOCABULARY = 5
-# what a run file calls the scores at validation
+# key of the validation scores in run files
 SCORES = "validation_error"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row(Measurement):
-    """Factors: sizes of task and model; the `test` (in_distribution, sparse, dense, validation) and its p_ignore; over
-    how many `reads` an error rate was measured; distance_start <= d < distance_end of reads d instructions after their
-    write. A cell's row of metric `solved` says in `status` how it ended: as `mqrar`'s does."""
+    """Factors: sizes of task and model; the `test` (in_distribution, sparse, dense, validation) and its p_ignore; the
+    number of `reads` of an error rate; distance_start <= d < distance_end of reads d instructions after their write.
+    `status` of the row of metric `solved` is how training ended, as in `mqrar`."""
 
     seq_len: int
     p_train: float
@@ -102,11 +102,11 @@ class Config:
         if self.patience < 0 or self.stop_error < 0:
             raise InputError("patience and stop_error must be at least 0")
         if self.width % self.heads:
-            raise InputError(f"width {self.width} is no multiple of {self.heads} heads")
+            raise InputError(f"width {self.width} is not a multiple of {self.heads} heads")
 
 
 PRESETS = {
-    # a fourth of the length, two methods: two minutes on two cores
+    # a quarter of the length, two methods: two minutes on two cores
     "quick": Config(
         attention=("stick_breaking", "rope"), seeds=(0,), lrs=(3e-3,), seq_len=128, batch=32, steps=400,
         check_every=100, test_rows=1000,
@@ -143,7 +143,7 @@ class Cell(Synthetic):
 
     @property
     def flops(self) -> float:
-        """Those of all steps, and of the tests: training may end before."""
+        """FLOPs of all steps and of the tests, an upper bound: training may end earlier."""
         config = self.config
         forward = flops_per_token(self.model(), config.seq_len)
         return forward * (3 * self.training().tokens + len(TESTS) * config.test_rows * config.seq_len)
@@ -151,23 +151,37 @@ class Cell(Synthetic):
     def model(self) -> ModelConfig:
         config = self.config
         return ModelConfig(
-            vocab_size=VOCABULARY, width=config.width, layers=config.layers, heads=config.heads,
-            hidden=4 * config.width, attention=self.attention, mlp="gelu", tied=True,
-        )  # fmt: skip
+            vocab_size=VOCABULARY,
+            width=config.width,
+            layers=config.layers,
+            heads=config.heads,
+            hidden=4 * config.width,
+            attention=self.attention,
+            mlp="gelu",
+            tied=True,
+        )
 
     def training(self) -> "TrainConfig":
         from sbeval.training.trainer import TrainConfig
 
         config = self.config
         return TrainConfig(
-            steps=config.steps, batch=config.batch, length=config.seq_len, lr=config.lrs[0], schedule=config.schedule,
-            warmup=max(1, config.steps // 20), weight_decay=config.weight_decay, seed=config.seeds[0],
-            dtype=config.dtype, sparse=True, capacity=config.batch * config.seq_len // 2,
+            steps=config.steps,
+            batch=config.batch,
+            length=config.seq_len,
+            lr=config.lrs[0],
+            schedule=config.schedule,
+            warmup=max(1, config.steps // 20),
+            weight_decay=config.weight_decay,
+            seed=config.seeds[0],
+            dtype=config.dtype,
+            sparse=True,
+            capacity=config.batch * config.seq_len // 2,
             check_every=config.check_every,
-        )  # fmt: skip
+        )
 
     def run(self, place: "Place", progress: "Progress") -> Outcome:
-        """Train until no validation error is left, none fewer came for long, or out of steps; then test."""
+        """Train until solved, on a plateau or out of steps, then test."""
         from sbeval.tasks import drawn
         from sbeval.tasks.flip_flop_data import batches, errors
 
@@ -177,17 +191,21 @@ class Cell(Synthetic):
         ending = [config.p_ignore, config.stop_error, config.patience, len(validation.tokens)]
         with place.checkpoint([NAME, self.model(), self.training(), *ending], progress) as folder:
             trained = drawn.train(
-                self, folder, batches(config.seq_len, config.p_ignore, config.seeds[0], config.batch, place.device),
+                self,
+                folder,
+                batches(config.seq_len, config.p_ignore, config.seeds[0], config.batch, place.device),
                 lambda decoder: next(errors(validation, drawn.predict(decoder, validation, config.dtype)))[0].value,
-                functools.partial(status, config), place, progress,
-            )  # fmt: skip
-        found = self._rows(trained.model, validation, "validation", config.p_ignore)[:1]
+                functools.partial(status, config),
+                place,
+                progress,
+            )
+        rows = self._rows(trained.model, validation, "validation", config.p_ignore)[:1]
         for test, p_ignore in zip(TESTS, (config.p_ignore, config.p_sparse, config.p_dense), strict=True):
-            found += self._rows(
+            rows += self._rows(
                 trained.model, self._examples(p_ignore, TEST_SEED, config.test_rows, place), test, p_ignore
             )
         how = status(config, trained.state.scores)
-        return self.outcome([*found, self._ended(how)], place, SCORES, trained)
+        return self.outcome([*rows, self._ended(how)], place, SCORES, trained)
 
     def failed(self, how: str, place: "Place") -> Outcome:
         return self.outcome([self._ended(how)], place, SCORES)
@@ -205,8 +223,8 @@ class Cell(Synthetic):
 
         where: dict[str, Any] = {"test": test, "p_ignore": p_ignore} | self._sizes()
         return [
-            Row(metric="error_rate", unit="1", value=found.value, stderr=found.stderr, n=found.n, **where, **factors)
-            for found, factors in errors(examples, predict(decoder, examples, self.config.dtype))
+            Row(metric="error_rate", unit="1", value=rate.value, stderr=rate.stderr, n=rate.n, **where, **factors)
+            for rate, factors in errors(examples, predict(decoder, examples, self.config.dtype))
         ]
 
     def _ended(self, how: str) -> Row:
@@ -215,13 +233,17 @@ class Cell(Synthetic):
     def _sizes(self) -> dict[str, Any]:
         config = self.config
         return {
-            "seq_len": config.seq_len, "p_train": config.p_ignore, "width": config.width, "layers": config.layers,
-            "heads": config.heads, "lr": config.lrs[0],
-        }  # fmt: skip
+            "seq_len": config.seq_len,
+            "p_train": config.p_ignore,
+            "width": config.width,
+            "layers": config.layers,
+            "heads": config.heads,
+            "lr": config.lrs[0],
+        }
 
 
 def status(config: Config, scores: Scores) -> str:
-    """How training stands after these looks at validation, (step, error rate): `solved`, `plateau` or `budget`."""
+    """Return `solved`, `plateau` or else `budget`, after validation scores of (step, error rate)."""
     if not scores:
         return "budget"
     step, error = scores[-1]
@@ -232,7 +254,7 @@ def status(config: Config, scores: Scores) -> str:
 
 
 def cells(config: Config) -> list[Cell]:
-    """The grid, seeds outermost. InputError names a method or option that is not known."""
+    """Return the grid, seeds outermost. Raise InputError for an unknown method or option."""
     methods = dict.fromkeys(canonical_attention(spec) for spec in config.attention)
     return [
         Cell(config=dataclasses.replace(config, attention=(spec,), seeds=(seed,), lrs=(lr,)))
@@ -243,7 +265,7 @@ def cells(config: Config) -> list[Cell]:
 
 
 def summary(results: "pd.DataFrame") -> "Table":
-    """Table for the terminal: error rates at the rate with the lowest validation error, and the published ones."""
+    """Return the table for the terminal: error rates at the best learning rate by validation, and published ones."""
     from rich.table import Table
 
     from sbeval.tables import selection
@@ -271,5 +293,8 @@ def summary(results: "pd.DataFrame") -> "Table":
 FAMILY = Family(
     name=NAME,
     help="Flip-flop language: write, read and ignore one bit; is every read the bit last written?",
-    config=Config, presets=PRESETS, cells=cells, summary=summary, 
-)  # fmt: skip
+    config=Config,
+    presets=PRESETS,
+    cells=cells,
+    summary=summary,
+)

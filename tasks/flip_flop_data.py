@@ -1,4 +1,4 @@
-"""The data of the flip-flop language: examples drawn by counter. See `sbeval.tasks.flip_flop` for the task."""
+"""Data of the flip-flop language: counter-based random examples. See `sbeval.tasks.flip_flop` for the task."""
 
 import functools
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ class Examples:
 
 
 def generate(length: int, p_ignore: float, seed: int, rows: Tensor) -> Examples:
-    """Examples number `rows`, (B,) int64, of a seed: the same on every device, that of `rows`."""
+    """Return examples number `rows`, (B,) int64, of a seed, on the device of `rows`: the same on every device."""
     count = length // 2
     draw = counter_rng.uniform(counter_rng.bits(counter_rng.key(seed, INSTRUCTIONS), rows, count))
     bits = counter_rng.below(counter_rng.bits(counter_rng.key(seed, BITS), rows, count), 2)
@@ -58,7 +58,7 @@ def generate(length: int, p_ignore: float, seed: int, rows: Tensor) -> Examples:
 
 
 def batches(length: int, p_ignore: float, seed: int, batch: int, device: torch.device) -> Drawn[Examples]:
-    """Training batches: new examples at every step."""
+    """Return training batches: new examples at every step."""
 
     def rows(step: int) -> Tensor:
         return torch.arange(step * batch, (step + 1) * batch, device=device)
@@ -67,7 +67,10 @@ def batches(length: int, p_ignore: float, seed: int, batch: int, device: torch.d
 
 
 def errors(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, dict[str, Any]]]:
-    """Error rate over reads and the factors of its row: overall, then by distance in octaves; error over examples."""
+    """Yield the error rate over reads with the factors of its row: overall, then by distance in octaves.
+
+    Standard errors are over examples.
+    """
     scored = examples.targets != IGNORE
     splits: list[tuple[Tensor, dict[str, Any]]] = [(scored, {})]
     start = 1

@@ -42,9 +42,9 @@ if TYPE_CHECKING:
     from sbeval.training.trainer import TrainConfig, Trained
 
 NAME = "mqrar"
-# what a run file calls the scores at validation
+# key of the validation scores in run files
 SCORES = "validation_accuracy"
-# accuracy that counts as progress
+# gain in accuracy that counts as progress
 GAIN = 0.005
 
 
@@ -53,8 +53,8 @@ class Row(Measurement):
     """Factors: sizes of the task and the model; `split` is `all`, `fresh`, `stale`, or empty for the finer ones by
     number of stale values or by distance (distance_start <= d < distance_end, in positions).
 
-    A cell's row of metric `solved` says how it ended in `status`: `solved`, `plateau`, `budget` (out of steps),
-    `diverged` (no finite number) or `failed`. The last two have no accuracy; their run file gives the reason.
+    `status` of the row of metric `solved` is how training ended: `solved`, `plateau`, `budget` (out of steps),
+    `diverged` (a loss that is not finite) or `failed`. The last two have no accuracy; their run file has the reason.
     """
 
     kv_pairs: int
@@ -90,8 +90,10 @@ class Row(Measurement):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A sweep over attention x pairs x n-back x width x learning rate x seed; `sbeval.data.recall.Recall` has the task's
-    options."""
+    """A sweep over attention x pairs x n-back x width x learning rate x seed.
+
+    The options of the task are documented in `sbeval.data.recall.Recall`.
+    """
 
     attention: tuple[str, ...] = option(("stick_breaking", "rope"), MODEL, ATTENTION, metavar="SPEC")
     seeds: tuple[int, ...] = option((0,), TRAINING, SEED, flag="--seed")
@@ -133,7 +135,7 @@ class Config:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.patience < 0:
             raise InputError(f"patience must be at least 0; got {self.patience}")
-        # above 1 it is never reached
+        # a value above 1 is never reached
         if not self.stop_accuracy >= 0:
             raise InputError(f"stop_accuracy must be at least 0; got {self.stop_accuracy}")
         if self.stored_rows and self.stored_rows < self.batch:
@@ -143,47 +145,62 @@ class Config:
                 self.task(pairs, n_back)
         for width in self.widths:
             if width % self.heads:
-                raise InputError(f"width {width} is no multiple of {self.heads} heads")
+                raise InputError(f"width {width} is not a multiple of {self.heads} heads")
 
     def task(self, kv_pairs: int, n_back: int) -> Recall:
         return Recall(
-            vocab_size=self.vocab_size, seq_len=self.seq_len, kv_pairs=kv_pairs, slot_power=self.slot_power,
-            filler=self.filler, distinct=tuple(sorted(set(self.distinct))), key_pool=self.key_pool, n_back=n_back,
+            vocab_size=self.vocab_size,
+            seq_len=self.seq_len,
+            kv_pairs=kv_pairs,
+            slot_power=self.slot_power,
+            filler=self.filler,
+            distinct=tuple(sorted(set(self.distinct))),
+            key_pool=self.key_pool,
+            n_back=n_back,
             score_prefix=self.score_prefix,
-        )  # fmt: skip
+        )
 
 
 # the author's: four from 1e-4 to 1e-2, evenly in the logarithm
 RATES = (1e-4, 4.64e-4, 2.15e-3, 1e-2)
-# the author's length and width, at an eighth of the paper's vocabulary and with Muon, by which plateaus end sooner:
+# the author's length and width, at an eighth of the paper's vocabulary and with Muon, which shortens the plateaus:
 # within 300 M tokens for stick-breaking and forgetting, not for softmax past 32 pairs
 H200 = Config(
-    attention=METHODS, seeds=(0, 1, 2), kv_pairs=(32, 64, 96, 128, 160, 192), widths=(256,),
-    lrs=(2.5e-4, 5e-4, 1e-3, 2e-3), vocab_size=1024, seq_len=768, batch=64, steps=6000, schedule="constant",
-    optimizer="muon", patience=3000,
-)  # fmt: skip
+    attention=METHODS,
+    seeds=(0, 1, 2),
+    kv_pairs=(32, 64, 96, 128, 160, 192),
+    widths=(256,),
+    lrs=(2.5e-4, 5e-4, 1e-3, 2e-3),
+    vocab_size=1024,
+    seq_len=768,
+    batch=64,
+    steps=6000,
+    schedule="constant",
+    optimizer="muon",
+    patience=3000,
+)
 
 PRESETS = {
-    # sizes at which two cores see the task learned in minutes
+    # sizes that learn the task in minutes on two cores
     "quick": Config(),
     "small": Config(
         kv_pairs=(32,), widths=(128,), lrs=(1e-3,), vocab_size=1024, seq_len=768, batch=64, steps=6000,
         optimizer="muon", check_every=250,
     ),
     "h200": H200,
-    # does a learned bias, starting at so much, make stick-breaking learn sooner?
+    # does a learned bias with these initial values make stick-breaking learn sooner?
     "logit_bias": dataclasses.replace(
         H200, attention=("stick_breaking", *(f"stick_breaking:logit_bias={start}" for start in (-1.5, -3, -4.5, -6))),
         kv_pairs=(32, 128), lrs=(4.64e-4, 1e-3, 2.15e-3), schedule="cosine", optimizer="adamw", patience=0,
     ),
-    # the N-th last value, as in PaTH (Yang et al. 2025, arXiv 2505.16381): 2 heads, 32 pairs. How few keys there are
-    # and the optimiser are not known; these are ours.
+    # the N-th last value, as in PaTH (Yang et al. 2025, arXiv 2505.16381): 2 heads, 32 pairs. The number
+    # of keys and the optimizer are not published; these are ours.
     "n_back": dataclasses.replace(
         H200, kv_pairs=(32,), n_back=(1, 2, 3, 4), heads=2, key_pool=8, lrs=(5e-4, 1e-3, 2e-3),
     ),
-    # the author's public code: 64 epochs of 100,000 rows, up to 4.9e9 tokens a cell. Unlike there dropout falls on what
-    # attention returns, not on its weights, and a GPU multiplies in bfloat16 (--dtype float32 for the author's).
-    # What is known of the optimizer is AdamW, its decay, rates and a cosine: warm-up, where the cosine ends, betas and
+    # the author's public code: 64 epochs of 100,000 rows, up to 4.9e9 tokens a cell. Unlike there, dropout applies to
+    # the output of attention, not to its weights, and a GPU multiplies in bfloat16 (--dtype float32 for the author's).
+    # AdamW, weight decay, learning rates and the cosine are published; warm-up, the final learning rate, betas and
     # clipping are this project's
     "paper": Config(
         kv_pairs=(32, 64, 128, 192), widths=(256,), lrs=RATES, vocab_size=8192, seq_len=768, dropout=0.1,
@@ -224,7 +241,7 @@ class Cell(Synthetic):
 
     @property
     def flops(self) -> float:
-        """Those of all steps: training may end before."""
+        """FLOPs of all steps, an upper bound: training may end earlier."""
         shape, config = self.model(), self.config
         head = 2 * shape.width * shape.vocab_size
         scored = self.task.scored(config.batch) / (config.batch * config.seq_len)
@@ -233,42 +250,59 @@ class Cell(Synthetic):
     def model(self) -> ModelConfig:
         config, width = self.config, self.config.widths[0]
         return ModelConfig(
-            vocab_size=config.vocab_size, width=width, layers=config.layers, heads=config.heads, hidden=4 * width,
-            attention=self.attention, mlp="gelu", tied=True, positions=config.seq_len if config.positions else 0,
-            init_std=config.init_std, dropout=config.dropout,
-        )  # fmt: skip
+            vocab_size=config.vocab_size,
+            width=width,
+            layers=config.layers,
+            heads=config.heads,
+            hidden=4 * width,
+            attention=self.attention,
+            mlp="gelu",
+            tied=True,
+            positions=config.seq_len if config.positions else 0,
+            init_std=config.init_std,
+            dropout=config.dropout,
+        )
 
     def training(self) -> "TrainConfig":
         from sbeval.training.trainer import TrainConfig
 
         config = self.config
         return TrainConfig(
-            steps=config.steps, batch=config.batch, length=config.seq_len, lr=config.lrs[0], schedule=config.schedule,
-            warmup=max(1, config.steps // 20), optimizer=config.optimizer, weight_decay=config.weight_decay,
-            seed=config.seeds[0], dtype=config.dtype, sparse=True, capacity=self._room(),
+            steps=config.steps,
+            batch=config.batch,
+            length=config.seq_len,
+            lr=config.lrs[0],
+            schedule=config.schedule,
+            warmup=max(1, config.steps // 20),
+            optimizer=config.optimizer,
+            weight_decay=config.weight_decay,
+            seed=config.seeds[0],
+            dtype=config.dtype,
+            sparse=True,
+            capacity=self._room(),
             check_every=config.check_every,
-        )  # fmt: skip
+        )
 
     def _room(self) -> int:
-        """Room for scored positions, in two sizes whatever the pairs are: each is compiled code of its own."""
+        """Return the capacity for scored positions: one of two sizes, since each is compiled separately."""
         half = max(1, self.task.seq_len // 8)
         return self.task.scored(self.config.batch, min(-(-self.task.kv_pairs // half) * half, self.task.seq_len // 4))
 
     def run(self, place: "Place", progress: "Progress") -> Outcome:
-        """Train until solved, without progress or out of steps, then test."""
+        """Train until solved, on a plateau or out of steps, then test."""
         from sbeval.tasks.drawn import predict
         from sbeval.tasks.recall_data import held_out
 
         config, validation = self.config, self._validation(place)
         trained = self.trained(place, progress)
         test = held_out(self.task, TEST_SEED, config.test_rows, place.device)
-        found = self._rows(validation, predict(trained.model, validation, config.dtype), "validation_accuracy")[:1]
-        found += self._rows(test, predict(trained.model, test, config.dtype), "accuracy")
-        found += self._ended(status(config, trained.state.scores), trained.state.step)
-        return self.outcome(found, place, SCORES, trained)
+        rows = self._rows(validation, predict(trained.model, validation, config.dtype), "validation_accuracy")[:1]
+        rows += self._rows(test, predict(trained.model, test, config.dtype), "accuracy")
+        rows += self._ended(status(config, trained.state.scores), trained.state.step)
+        return self.outcome(rows, place, SCORES, trained)
 
     def trained(self, place: "Place", progress: "Progress") -> "Trained":
-        """Train until solved, without progress or out of steps, unless a checkpoint has that model."""
+        """Train until solved, on a plateau or out of steps, unless a finished checkpoint exists."""
         from sbeval.tasks import drawn
         from sbeval.tasks.recall_data import Batches, accuracy
 
@@ -279,10 +313,14 @@ class Cell(Synthetic):
         key = [self.model(), self.training(), self.task, config.stored_rows, *ending]
         with place.checkpoint(key, progress) as folder:
             return drawn.train(
-                self, folder, Batches(self.task, config.seeds[0], config.batch, config.stored_rows, place.device),
+                self,
+                folder,
+                Batches(self.task, config.seeds[0], config.batch, config.stored_rows, place.device),
                 lambda decoder: accuracy(validation, drawn.predict(decoder, validation, config.dtype)),
-                functools.partial(status, config), place, progress,
-            )  # fmt: skip
+                functools.partial(status, config),
+                place,
+                progress,
+            )
 
     def _validation(self, place: "Place") -> "Examples":
         from sbeval.tasks.recall_data import held_out
@@ -302,27 +340,42 @@ class Cell(Synthetic):
         from sbeval.tasks.recall_data import accuracies
 
         return [
-            Row(metric=metric, unit="1", value=found.value, stderr=found.stderr, n=found.n, **self._sizes(), **factors)
-            for found, factors in accuracies(examples, correct)
+            Row(metric=metric, unit="1", value=mean.value, stderr=mean.stderr, n=mean.n, **self._sizes(), **factors)
+            for mean, factors in accuracies(examples, correct)
         ]
 
     def _sizes(self) -> dict[str, Any]:
         config, task = self.config, self.task
         return {
-            "kv_pairs": task.kv_pairs, "seq_len": task.seq_len, "vocab_size": task.vocab_size,
-            "width": config.widths[0], "layers": config.layers, "heads": config.heads, "lr": config.lrs[0],
-            "slot_power": task.slot_power, "filler": task.filler, "distinct": " ".join(task.distinct),
-            "key_pool": task.keys, "n_back": task.n_back, "score_prefix": str(task.score_prefix).lower(),
-            "positions": "learned" if config.positions else "none", "dropout": config.dropout,
-            "stored_rows": config.stored_rows, "batch": config.batch, "max_steps": config.steps,
-            "optimizer": config.optimizer, "schedule": config.schedule, "weight_decay": config.weight_decay,
-            "init_std": config.init_std, "stop_accuracy": config.stop_accuracy, "patience": config.patience,
-        }  # fmt: skip
+            "kv_pairs": task.kv_pairs,
+            "seq_len": task.seq_len,
+            "vocab_size": task.vocab_size,
+            "width": config.widths[0],
+            "layers": config.layers,
+            "heads": config.heads,
+            "lr": config.lrs[0],
+            "slot_power": task.slot_power,
+            "filler": task.filler,
+            "distinct": " ".join(task.distinct),
+            "key_pool": task.keys,
+            "n_back": task.n_back,
+            "score_prefix": str(task.score_prefix).lower(),
+            "positions": "learned" if config.positions else "none",
+            "dropout": config.dropout,
+            "stored_rows": config.stored_rows,
+            "batch": config.batch,
+            "max_steps": config.steps,
+            "optimizer": config.optimizer,
+            "schedule": config.schedule,
+            "weight_decay": config.weight_decay,
+            "init_std": config.init_std,
+            "stop_accuracy": config.stop_accuracy,
+            "patience": config.patience,
+        }
 
 
 def status(config: Config, scores: Scores) -> str:
-    """How training stands after these looks at validation, (step, accuracy): `solved`, `plateau`, or `budget` while
-    neither is so."""
+    """Return `solved`, `plateau` or else `budget`, after validation scores of (step, accuracy)."""
     best, since = 0.0, 0
     for step, accuracy in scores:
         if accuracy >= best + GAIN:
@@ -336,9 +389,9 @@ def status(config: Config, scores: Scores) -> str:
 
 
 def cells(config: Config) -> list[Cell]:
-    """The grid; of several learning rates and seeds, every rate with the first seed. `more` has the rest.
+    """Return the grid; of several learning rates and seeds every rate with the first seed, `more` has the rest.
 
-    InputError names a method or option that is not known.
+    Raise InputError for an unknown method or option.
     """
     seeds = dict.fromkeys(config.seeds)
     first = list(seeds)[: 1 if len(set(config.lrs)) > 1 else None]
@@ -351,19 +404,20 @@ def cells(config: Config) -> list[Cell]:
 
 
 def more(config: Config, results: "pd.DataFrame | None") -> list[Cell]:
-    """The further seeds, each at the rate with the best validation accuracy of the first seed; of equals, the rate that
-    took the fewest steps. Nothing where every rate failed. Without results: at the first rate, for an estimate."""
+    """Return the further seeds, at the learning rate with the best validation accuracy of the first seed; of equal ones
+    the rate that took the fewest steps; none where every rate failed. Without results: the first rate, for an estimate.
+    """
     seeds = list(dict.fromkeys(config.seeds))
     if len(set(config.lrs)) == 1:
         return []
-    found = []
+    cells = []
     for cell in _settings(config):
         rate: float | None = config.lrs[0] if results is None else _best_rate(cell, seeds[0], results)
         if rate is None:
             continue
         for seed in seeds[1:]:
-            found.append(dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,))))
-    return found
+            cells.append(dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,))))
+    return cells
 
 
 def _best_rate(cell: Cell, seed: int, results: "pd.DataFrame") -> float | None:
@@ -372,22 +426,25 @@ def _best_rate(cell: Cell, seed: int, results: "pd.DataFrame") -> float | None:
     name, _, options = cell.attention.partition(":")
     config = cell.config
     mine = results[
-        (results["attention"] == name) & (results["options"] == options) & (results["seed"] == seed)
-        & (results["kv_pairs"] == config.kv_pairs[0]) & (results["width"] == config.widths[0])
+        (results["attention"] == name)
+        & (results["options"] == options)
+        & (results["seed"] == seed)
+        & (results["kv_pairs"] == config.kv_pairs[0])
+        & (results["width"] == config.widths[0])
         & (results["n_back"] == config.n_back[0])
-    ]  # fmt: skip
+    ]
     rates = selection.ranked_rates(mine)
     return rates[0] if rates else None
 
 
 def _settings(config: Config) -> list[Cell]:
-    """The grid without learning rates and seeds."""
+    """Return the grid without learning rates and seeds."""
     methods = dict.fromkeys(_spec(config, spec) for spec in config.attention)
     return [
         Cell(
             config=dataclasses.replace(config, attention=(spec,), kv_pairs=(pairs,), n_back=(n_back,), widths=(width,))
         )
-        # models that compile to the same code follow each other
+        # models that share compiled code are consecutive
         for spec in methods
         for width in dict.fromkeys(config.widths)
         for pairs in dict.fromkeys(config.kv_pairs)
@@ -396,7 +453,7 @@ def _settings(config: Config) -> list[Cell]:
 
 
 def _spec(config: Config, spec: str) -> str:
-    """The method's canonical spec, with the sweep's logit scale where stick-breaking's own options have none."""
+    """Return the canonical spec, with the sweep's logit scale where stick-breaking's options have none."""
     name, _, options = spec.partition(":")
     if name == "stick_breaking" and "logit_scale=" not in options:
         spec = f"{name}:{options + ',' if options else ''}logit_scale={config.logit_scale}"
@@ -404,10 +461,10 @@ def _spec(config: Config, spec: str) -> str:
 
 
 def summary(results: "pd.DataFrame") -> "Table":
-    """Table for the terminal: accuracy by method, pairs and rate, overall with lowest and highest seed, and split."""
+    """Return the table for the terminal: accuracy by method, pairs and rate, with lowest and highest seed."""
     from rich.table import Table
 
-    # width and n-back where they vary: a terminal is narrow
+    # terminals are narrow: width and n-back only where they vary
     factors = {"kv_pairs": "pairs", "lr": "lr"}
     factors |= {name: name.replace("_", "-") for name in ("n_back", "width") if results[name].nunique() > 1}
     table = Table(title="MQRAR accuracy (mean over seeds, lowest to highest)")
@@ -418,12 +475,14 @@ def summary(results: "pd.DataFrame") -> "Table":
         accuracy = {split: rows["value"] for split, rows in group[group["metric"] == "accuracy"].groupby("split")}
         ended = group[group["metric"] == "solved"]["status"].value_counts()
         table.add_row(
-            f"{attention}:{options}" if options else f"{attention}", *(f"{value:g}" for value in values),
-            f"{len(validation)}", f"{validation.mean():.3f}" if len(validation) else "",
+            f"{attention}:{options}" if options else f"{attention}",
+            *(f"{value:g}" for value in values),
+            f"{len(validation)}",
+            f"{validation.mean():.3f}" if len(validation) else "",
             _span(accuracy["all"]) if accuracy else "",
             *(f"{accuracy[split].mean():.3f}" if split in accuracy else "" for split in ("fresh", "stale")),
             ", ".join(f"{count} {how}" for how, count in ended.items()),
-        )  # fmt: skip
+        )
     return table
 
 
@@ -435,5 +494,9 @@ def _span(values: "pd.Series[float]") -> str:
 FAMILY = Family(
     name=NAME,
     help="Multi-query repeated associative recall: does each use of a variable return its latest value?",
-    config=Config, presets=PRESETS, cells=cells, summary=summary, more=more,
-)  # fmt: skip
+    config=Config,
+    presets=PRESETS,
+    cells=cells,
+    summary=summary,
+    more=more,
+)

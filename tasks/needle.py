@@ -1,15 +1,15 @@
 """Needles in haystacks: the 13 tasks of RULER (Hsieh et al. 2024, arXiv 2404.06654) at any length.
 
-A text of a given number of tokens hides something that the question after it asks for (see `sbeval.evaluation.ruler_tasks`):
+A text of a given number of tokens hides what the question after it asks for (see `sbeval.evaluation.ruler_tasks`):
 
     [...] The grass is green. [...] One of the special magic numbers for long-kayak is: 8231406. The grass is [...]
     What is the special magic number for long-kayak mentioned in the provided text? The special magic number for
-    long-kayak mentioned in the provided text is| 8231406                 scored if the number is what it goes on with
+    long-kayak mentioned in the provided text is| 8231406                 scored by the model's completion
 
-Models are those that length-gen trains with the same options, or others. With `finetune` tokens they are trained
-further on such prompts of their training length, with the answers as targets, before they are asked longer ones. No
-sample of the test is among those: they are drawn from other seeds, a part of which is the word train, their essay
-begins at another sentence, and qa, whose questions are given, is left out.
+Models are those that length-gen trains with the same options, or a given checkpoint. With `finetune` tokens they are
+first fine-tuned on such prompts of their training length, with the answers as targets. No test sample is among those:
+they are drawn from other seeds, part of which is the word train, their essay begins at another sentence, and qa, whose
+questions are given, is left out.
 """
 
 import dataclasses
@@ -22,16 +22,23 @@ import platformdirs
 
 from sbeval.config import DATA, LATER, MODEL, TASK, TRAINING, digest_of, option
 from sbeval.errors import InputError, choose
-from sbeval.models import config as model_config
 from sbeval.models.config import ModelConfig
-from sbeval.sweep.cell import Cell as BaseCell
 from sbeval.sweep.cell import Outcome, TrainingStep, cell_id
 from sbeval.sweep.family import Family
 from sbeval.tables import epochs
 from sbeval.tables.published import LONGEST, RULER_TASKS, SHORTEST
 from sbeval.tables.rows import Measurement
 from sbeval.tasks import length_gen
+from sbeval.tasks.text_cell import TextCell, outcome
 from sbeval.tasks.text_model import uncut
+from sbeval.tasks.text_training import (
+    cautions,
+    likely_vocabulary,
+    models,
+    open_tokenizer,
+    train_config,
+    training_options,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,11 +56,11 @@ if TYPE_CHECKING:
 
 
 NAME = "needle"
-# tokens of prompts that are read together
+# tokens of prompts in a forward pass
 BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}
-# depths are reported in bins of so many per cent
+# width of the bins of depth, in per cent
 BIN = 10
-# the files that RULER's questions come from
+# option and file of the questions of RULER's qa tasks
 FILES = {
     "qa_1": ("squad", "SQuAD v2's dev-v2.0.json"),
     "qa_2": ("hotpot", "HotpotQA's hotpot_dev_distractor_v1.json"),
@@ -94,17 +101,20 @@ class Config(length_gen.Config):
         (), TRAINING, "Tasks to fine-tune on. Default: those evaluated.", flag="--finetune-task", metavar="NAME"
     )
     checkpoint: str | None = option(
-        None, MODEL, "Evaluate this model instead: our checkpoint folder, or a Hugging Face folder or name.", LATER,
+        None,
+        MODEL,
+        "Evaluate this model instead: our checkpoint folder, or a Hugging Face folder or name.",
+        LATER,
         flag="--checkpoint --model",
-    )  # fmt: skip
-    # part of which cell it is, as published; evaluation of prompts has no use for them
+    )
+    # not used by needle, but part of the ids of published cells
     eval_len: int = 4096
     documents: int = 32
     windows: int = 1
     window: tuple[int, ...] = field(default=(), metadata=LATER)
 
     def __post_init__(self) -> None:
-        # a slotted class is made anew, which zero-argument super does not know
+        # zero-argument super does not work in a class with slots
         length_gen.Config.__post_init__(self)
         for name in (*self.tasks, *self.finetune_tasks):
             choose("needle task", name, RULER_TASKS)
@@ -116,12 +126,12 @@ class Config(length_gen.Config):
             )
         if lacking := [name for name in self.tasks if name in FILES and getattr(self, FILES[name][0]) is None]:
             raise InputError(_lacks(lacking[0]))
-        if lessons := [name for name in self.finetune_tasks if name in FILES]:
-            raise InputError(f"{lessons[0]} cannot be fine-tuned on: its questions are those of the test")
+        if questions := [name for name in self.finetune_tasks if name in FILES]:
+            raise InputError(f"{questions[0]} cannot be fine-tuned on: its questions are those of the test")
 
 
 PRESETS = {
-    # 1.3 M parameters: all steps in minutes on two cores, and too little training to find a needle
+    # 1.3 M parameters: every step in minutes on two cores, but too little training to find a needle
     "quick": length_gen.preset(
         Config, "quick", tokenizer="bpe:1024", train_len=512, eval_len=512, train_tokens=50 * 4096, batch_tokens=4096,
         tasks=("niah_single_1",), lengths=(512, 1024, 2048), samples=20, finetune=100 * 4096, finetune_lr=3e-3,
@@ -129,7 +139,7 @@ PRESETS = {
     "small": length_gen.preset(
         Config, "small", lengths=(1024, 2048, 4096, 8192, 16384), samples=100, finetune=200 * 131072
     ),
-    # the models of length-gen's preset of this name, and two methods more
+    # the models of length-gen's preset h200, and two more methods
     "h200": length_gen.preset(
         Config, "h200", attention=("stick_breaking", "rope", "alibi", "forgetting"),
         lengths=(1024, 2048, 4096, 8192, 16384), samples=100, finetune=200 * 131072,
@@ -141,9 +151,13 @@ PRESETS = {
 }  # fmt: skip
 
 
+# options of fine-tuning, besides those of the training on text
+TUNING = ("checkpoint", "finetune", "finetune_lr", "finetune_tasks", "essays", "squad", "hotpot")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning(TrainingStep):
-    """The fine-tuning of one model, for all tasks that it is asked."""
+    """The fine-tuning of one model, the same for all tasks that it is evaluated on."""
 
     config: Config
 
@@ -153,7 +167,7 @@ class Tuning(TrainingStep):
 
     @property
     def title(self) -> str:
-        return f"fine-tune {self.cell.trained.title}"
+        return f"fine-tune {self.cell.model_title}"
 
     @property
     def dtype(self) -> str:
@@ -165,25 +179,19 @@ class Tuning(TrainingStep):
 
     @property
     def leaves(self) -> ModelConfig:
-        """The model's shape, without a look at its tokenizer."""
-        return self.cell.trained.model(length_gen.likely_vocabulary(self.config.tokenizer))
+        return self.cell.model(likely_vocabulary(self.config.tokenizer))
 
     def train(self, place: "Place", progress: "Progress") -> Path:
-        """Train and fine-tune, unless that is done, and return the checkpoint folder."""
+        """Train and fine-tune, unless a finished checkpoint exists, and return the checkpoint folder."""
         return self.cell.train(place, progress)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cell(BaseCell):
+class Cell(TextCell):
     """One model and task: a config of one task, and of one checkpoint or one method and seed."""
 
     config: Config
     family: str = NAME
-
-    @property
-    def trained(self) -> length_gen.Cell:
-        """The cell that trains the model; its checkpoint is that of length-gen with the same options."""
-        return length_gen.Cell(config=self.config)
 
     @property
     def task(self) -> str:
@@ -192,63 +200,50 @@ class Cell(BaseCell):
     @property
     def title(self) -> str:
         tuned = " fine-tuned" if self.config.finetune else ""
-        return f"{self.trained.title}{tuned} {self.task}"
-
-    @property
-    def dtype(self) -> str:
-        return self.config.dtype
+        return f"{self.model_title}{tuned} {self.task}"
 
     @property
     def row(self) -> type[Row]:
         return Row
 
     @property
-    def needs(self) -> tuple[length_gen.Training | Tuning, ...]:
-        """The training of its model, unless that is there, and its fine-tuning."""
+    def needs(self) -> tuple[TrainingStep, ...]:
+        """The training of its model, unless that is given, and its fine-tuning."""
+        # zero-argument super does not work in a class with slots
+        training = super(Cell, self).needs
         if not self.config.finetune:
-            return self.trained.needs
-        tuned = length_gen.without_evaluation(
-            Config, self.config, "checkpoint", "finetune", "finetune_lr", "finetune_tasks", "essays", "squad", "hotpot"
-        )
-        return (*self.trained.needs, Tuning(config=tuned))
+            return training
+        options = training_options(self.config) | {name: getattr(self.config, name) for name in TUNING}
+        return (*training, Tuning(config=Config(**options, eval_len=self.config.train_len)))
 
     @property
     def flops(self) -> float:
-        # a prompt is read twice, for what the model says and for the reference
+        # each prompt is evaluated twice: to generate a completion, and to score the reference
         config = self.config
         return sum(2 * length * self.flops_per_token(length) for length in config.lengths) * config.samples
 
-    def flops_per_token(self, length: int) -> float:
-        """FLOPs of reading a token, roughly."""
-        from sbeval.pretrained import load
-
-        if self.config.checkpoint is not None:
-            return 2.0 * load.likely_parameters(self.config.checkpoint)
-        shape = self.trained.model(length_gen.likely_vocabulary(self.config.tokenizer))
-        return model_config.flops_per_token(shape, length)
-
     def source(self, progress: "Progress") -> str:
-        """Digests of the text that the model is trained on, or of the model and its tokenizer, and of what prompts are
-        filled with."""
+        """Return the digests of the training corpus, or of the given model and its tokenizer, and of the texts of
+        prompts."""
         given = self.config.checkpoint is not None
-        text = [length_gen.open_tokenizer(self.config, progress).digest] if given else []
-        return "-".join([self.trained.origin(progress)[1], *text, digest_of(_sources(self.config).digests)])
+        text = [open_tokenizer(self.config, progress).digest] if given else []
+        return "-".join([self.origin(progress)[1], *text, digest_of(_sources(self.config).digests)])
 
     def check(self, progress: "Progress") -> None:
-        """InputError where a prompt of the test or of fine-tuning does not fit its length."""
+        """Raise InputError where a prompt of the test or of fine-tuning does not fit its length."""
         _, writer = self._writer(progress)
         for length in self.config.lengths:
             writer.prompts(self.task, length, self.config.sample_seed, 1)
         for name in self.config.finetune_tasks:
-            writer.prompts(name, self._lesson_len, self.trained.seed, 1, training=True)
+            writer.prompts(name, self._finetune_len, self.seed, 1, training=True)
 
     def train(self, place: "Place", progress: "Progress") -> Path:
-        """Train and fine-tune, unless that is done, and return the checkpoint folder."""
+        """Train and fine-tune, unless a finished checkpoint exists, and return the checkpoint folder."""
         text, writer = self._writer(progress)
-        return Path(self._tuned(self._trained(place, progress), text, writer, place, progress))
+        return Path(self._tuned(self.train_model(place, progress), text, writer, place, progress))
 
     def run(self, place: "Place", progress: "Progress") -> Outcome:
-        """Write the prompts, train unless a checkpoint has it, and ask everything that has no answer yet."""
+        """Write the prompts, train unless a finished checkpoint exists, and evaluate the samples without an answer."""
         from sbeval.evaluation import ruler_tasks
         from sbeval.evaluation.ruler_scores import ask
         from sbeval.pretrained import load
@@ -256,66 +251,76 @@ class Cell(BaseCell):
         config = self.config
         text, writer = self._writer(progress)
         prompts = {length: self._prompts(writer, length, progress) for length in config.lengths}
-        trained = self._trained(place, progress)
+        trained = self.train_model(place, progress)
         folder = self._tuned(trained, text, writer, place, progress)
         digest = load.digest(folder)
-        found = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
-        found.check_tokenizer(text, folder)
-        found.check_length(max(config.lengths), folder)
-        subject = self.trained.subject(found, trained, place, progress)
+        model = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
+        model.check_tokenizer(text, folder)
+        model.check_length(max(config.lengths), folder)
+        subject = self.subject(model, trained, place, progress)
         rows: list[Row] = []
         for length, written in prompts.items():
             samples = self._samples(digest, writer.path(self.task, length, config.sample_seed).stem, place)
             known = sum(index in samples.found for index in range(len(written)))
             task = progress.add(f"ask {self.title} at {length}", total=len(written), completed=known)
             answers = ask(
-                subject.model, written, text, samples, rule=ruler_tasks.TASKS[self.task].score,
-                new_tokens=ruler_tasks.TASKS[self.task].new_tokens, place=place.device, dtype=self.dtype,
-                batch=max(1, BATCH_TOKENS[place.device.type] // length), advance=task.advance,
-            )  # fmt: skip
+                subject.model,
+                written,
+                text,
+                samples,
+                rule=ruler_tasks.TASKS[self.task].score,
+                new_tokens=ruler_tasks.TASKS[self.task].new_tokens,
+                place=place.device,
+                dtype=self.dtype,
+                batch=max(1, BATCH_TOKENS[place.device.type] // length),
+                advance=task.advance,
+            )
             task.close()
             tuned = self._tuning().tokens if config.finetune else 0
             rows += measured(answers, length, ruler_tasks.TASKS[self.task].new_tokens, tuned)
-        return length_gen.outcome(
-            subject, rows, family=NAME, task=self.task, eval_len=max(config.lengths), seed=self.trained.seed,
-            corpus=self.trained.origin(progress)[0], corpus_digest=self.source(progress), tokenizer=text.name,
+        return outcome(
+            subject,
+            rows,
+            family=NAME,
+            task=self.task,
+            eval_len=max(config.lengths),
+            seed=self.seed,
+            corpus=self.origin(progress)[0],
+            corpus_digest=self.source(progress),
+            tokenizer=text.name,
             measured={"haystack": _sources(config).digests},
-        )  # fmt: skip
+        )
 
     def _writer(self, progress: "Progress") -> "tuple[Tokenizer, Writer]":
-        """The model's tokenizer, and what writes prompts with it: with a BOS for models that are not ours."""
+        """Return the model's tokenizer and the writer of its prompts: with a BOS for models that are not ours."""
         from sbeval.evaluation.ruler_prompts import Writer
         from sbeval.pretrained import load
 
         config = self.config
         cache_dir = Path(platformdirs.user_cache_dir("sbeval"))
         ours = config.checkpoint is None or load.is_own(config.checkpoint)
-        text = length_gen.open_tokenizer(config, progress)
+        text = open_tokenizer(config, progress)
         return text, Writer(text, _sources(config), cache_dir, prefix=() if ours else text.prefix)
 
-    def _trained(self, place: "Place", progress: "Progress") -> str:
-        """Where the model is, trained on text if it is not yet."""
-        return self.config.checkpoint or str(self.trained.train(place, progress))
-
     def _tuned(self, folder: str, text: "Tokenizer", writer: "Writer", place: "Place", progress: "Progress") -> str:
-        """Where the model is that is asked, fine-tuned if it is not yet."""
+        """Return the checkpoint to evaluate, fine-tuned if `finetune` asks for it."""
         from sbeval.pretrained import load
 
         if not self.config.finetune:
             return folder
         digest = load.digest(folder)
-        found = _loaded(folder, digest, place.device, self.dtype, self.config.trust_remote_code)
-        found.check_tokenizer(text, folder)
-        return str(self._finetune(found, digest, writer, place, progress))
+        model = _loaded(folder, digest, place.device, self.dtype, self.config.trust_remote_code)
+        model.check_tokenizer(text, folder)
+        return str(self._finetune(model, digest, writer, place, progress))
 
     def _prompts(self, writer: "Writer", length: int, progress: "Progress") -> "list[Prompt]":
         task = progress.add(f"write {self.task} at {length}", total=self.config.samples)
-        found = writer.prompts(self.task, length, self.config.sample_seed, self.config.samples, advance=task.advance)
+        prompts = writer.prompts(self.task, length, self.config.sample_seed, self.config.samples, advance=task.advance)
         task.close()
-        return found
+        return prompts
 
     @property
-    def _lesson_len(self) -> int:
+    def _finetune_len(self) -> int:
         """Tokens of the sequences that the model was trained on."""
         from sbeval.training import checkpoint
 
@@ -324,111 +329,119 @@ class Cell(BaseCell):
 
     def _tuning(self) -> "TrainConfig":
         config = self.config
-        return length_gen.training_config(
-            config, tokens=config.finetune, length=self._lesson_len, lr=config.finetune_lr, seed=self.trained.seed,
+        return train_config(
+            config,
+            tokens=config.finetune,
+            length=self._finetune_len,
+            lr=config.finetune_lr,
+            seed=self.seed,
             sparse=True,
-        )  # fmt: skip
+        )
 
     def _finetune(
-        self, found: "Pretrained", digest: str, writer: "Writer", place: "Place", progress: "Progress"
+        self, pretrained: "Pretrained", digest: str, writer: "Writer", place: "Place", progress: "Progress"
     ) -> Path:
-        """Train the model further on prompts, unless that is done, and return the checkpoint."""
-        from sbeval.evaluation.ruler_lessons import Lessons
+        """Fine-tune the model on prompts, unless a finished checkpoint exists, and return the checkpoint folder."""
+        from sbeval.evaluation.ruler_prompts import PromptBatches
         from sbeval.models.decoder import Decoder
         from sbeval.training.trainer import Trainer
 
-        assert isinstance(found.model, Decoder), "no other is fine-tuned"
+        assert isinstance(pretrained.model, Decoder), "only our models are fine-tuned"
         training, names = self._tuning(), self.config.finetune_tasks
         length = training.length
-        kinds = [writer.path(name, length, self.trained.seed, training=True).stem for name in names]
+        kinds = [writer.path(name, length, self.seed, training=True).stem for name in names]
         each = -(-training.steps * training.batch // len(names))
         written: list[list[Prompt]] = []
         for name in names:
-            task = progress.add(f"write lessons {name} at {length}", total=each)
-            written.append(writer.prompts(name, length, self.trained.seed, each, training=True, advance=task.advance))
+            task = progress.add(f"write fine-tuning prompts of {name} at {length}", total=each)
+            written.append(writer.prompts(name, length, self.seed, each, training=True, advance=task.advance))
             task.close()
-        lessons = [prompt for together in zip(*written, strict=True) for prompt in together]
-        batches = Lessons(lessons, writer.tokenizer, length, training.batch)
+        prompts = [prompt for together in zip(*written, strict=True) for prompt in together]
+        batches = PromptBatches(prompts, writer.tokenizer, length, training.batch)
         with place.checkpoint([digest, training, kinds], progress) as folder:
             tokenizer = writer.tokenizer.digest
-            trainer = Trainer(found.model.config, training, batches, folder, place.device, tokenizer=tokenizer)
+            trainer = Trainer(pretrained.model.config, training, batches, folder, place.device, tokenizer=tokenizer)
             if trainer.state.step == 0:
-                trainer.model.load_state_dict(found.model.state_dict())
-            task = progress.add(f"fine-tune {self.trained.title}", training.steps, completed=trainer.state.step)
+                trainer.model.load_state_dict(pretrained.model.state_dict())
+            task = progress.add(f"fine-tune {self.model_title}", training.steps, completed=trainer.state.step)
             trainer.run(task, log=place.logger(cell_id(self)))
             task.close()
         return folder
 
     def _samples(self, digest: str, prompts: str, place: "Place") -> "Samples":
-        """What the model of this digest has answered; nothing when it has to be asked again."""
+        """Return the stored answers of the model of this digest; none with `force`."""
         from sbeval.evaluation.ruler_scores import Samples
 
-        name = digest_of([digest, self.trained.attention, self.dtype, prompts])
+        name = digest_of([digest, self.attention, self.dtype, prompts])
         return Samples(place.kept(place.results.samples(f"{prompts}-{name}")))
 
 
 def measured(answers: "list[Answered]", length: int, new_tokens: int, finetuned: int) -> list[Row]:
-    """Rows of one length: over all samples, and by the depth of the needle where there is one."""
+    """Return the rows of one length: over all samples, and by the depth of the needle where there is one."""
     import numpy as np
 
     from sbeval.tables import statistics
 
-    def rows(chosen: "list[Answered]", **factors: Any) -> list[Row]:
+    def rows(samples: "list[Answered]", **factors: Any) -> list[Row]:
         metrics = {
-            "score": ("1", [item.score for item in chosen]),
-            "greedy": ("1", [float(item.greedy) for item in chosen]),
-            "log_probability": ("nats", [item.log_probability for item in chosen]),
+            "score": ("1", [item.score for item in samples]),
+            "greedy": ("1", [float(item.greedy) for item in samples]),
+            "log_probability": ("nats", [item.log_probability for item in samples]),
         }
         if not factors:
-            metrics["filled"] = ("1", [(item.tokens + new_tokens) / length for item in chosen])
+            metrics["filled"] = ("1", [(item.tokens + new_tokens) / length for item in samples])
         means = {name: (unit, statistics.mean(np.array(values))) for name, (unit, values) in metrics.items()}
         return [
             Row(
-                metric=name, unit=unit, value=mean.value, stderr=mean.stderr, n=mean.n, length=length,
-                finetune_tokens=finetuned, **factors,
+                metric=name,
+                unit=unit,
+                value=mean.value,
+                stderr=mean.stderr,
+                n=mean.n,
+                length=length,
+                finetune_tokens=finetuned,
+                **factors,
             )
             for name, (unit, mean) in means.items()
-        ]  # fmt: skip
+        ]
 
-    found = rows(answers)
+    out = rows(answers)
     bins: dict[int, list[Answered]] = {}
     for item in answers:
         if item.depth is not None:
             bins.setdefault(min(int(item.depth // BIN) * BIN, 100 - BIN), []).append(item)
-    for start, chosen in sorted(bins.items()):
-        found += rows(chosen, depth_start=start, depth_end=start + BIN)
-    return found
+    for start, samples in sorted(bins.items()):
+        out += rows(samples, depth_start=start, depth_end=start + BIN)
+    return out
 
 
 def cells(config: Config) -> list[Cell]:
-    """The grid: every model with every task. InputError names what is not known."""
+    """Return the grid: every model with every task. Raise InputError for unknown names."""
     tasks = _tasks(config)
-    if _asked_as_it_is(config):
+    if _not_finetuned(config):
         config = dataclasses.replace(config, finetune=0)
-    lessons = config.finetune_tasks or tuple(name for name in tasks if name not in FILES)
-    if config.finetune and not lessons:
+    tuned_on = config.finetune_tasks or tuple(name for name in tasks if name not in FILES)
+    if not config.finetune:
+        tuned_on = ()
+    elif not tuned_on:
         raise InputError("--finetune needs a task other than qa: name one with --finetune-task")
-    found = []
-    for trained in length_gen.cells(config):
-        assert isinstance(trained.config, Config), "it replaces fields of what it is given"
-        for task in tasks:
-            one = dataclasses.replace(
-                trained.config, tasks=(task,), finetune_tasks=lessons if config.finetune else (),
-            )  # fmt: skip
-            found.append(Cell(config=one))
-    return found
+    return [
+        Cell(config=dataclasses.replace(model, tasks=(task,), finetune_tasks=tuned_on))
+        for model in models(config)
+        for task in tasks
+    ]
 
 
 def notes(config: Config) -> list[str]:
-    """What is not run for want of a file, which files are there for nothing, and that a model is not fine-tuned."""
-    found = _about_files(config)
-    if _asked_as_it_is(config):
-        found.append(f"{config.checkpoint} is asked as it is: checkpoint folders of ours alone are fine-tuned")
-    return found
+    """Return lines on tasks that lack their file, files that no task uses, and a model that is not fine-tuned."""
+    lines = _about_files(config)
+    if _not_finetuned(config):
+        lines.append(f"{config.checkpoint} is not fine-tuned: only checkpoint folders of ours are")
+    return lines
 
 
-def _asked_as_it_is(config: Config) -> bool:
-    """Whether presets' fine-tuning is not for this model."""
+def _not_finetuned(config: Config) -> bool:
+    """Return whether fine-tuning is skipped: the checkpoint is not one of ours."""
     from sbeval.pretrained import load
 
     given = config.checkpoint
@@ -450,7 +463,7 @@ def _about_files(config: Config) -> list[str]:
     if not config.tasks:
         return [_lacks(name) for name in absent]
     return [
-        f"--{option} is not used: {name} is not among the tasks that are asked; give --task {name} too"
+        f"--{option} is not used: {name} is not among the tasks; give --task {name} too"
         for name, option in absent.items()
         if getattr(config, option) is not None
     ]
@@ -469,22 +482,23 @@ def _loaded_sources(essays: str | None, squad: str | None, hotpot: str | None) -
 
 @functools.lru_cache(maxsize=2)
 def _loaded(spec: str, digest: str, place: "torch.device", dtype: str, trust: bool) -> "Pretrained":
-    """The model of cells that follow each other; the digest tells when another has come to the same place."""
+    """Load the model of consecutive cells once; the digest changes when another is saved to the same path."""
     from sbeval.pretrained import load
 
     return load.load(spec, place, dtype, trust_remote_code=trust)
 
 
 def summary(results: "pd.DataFrame") -> "Table":
-    """Table for the terminal: score and greedy accuracy by task and length, averaged over seeds, and their means."""
+    """Return the table for the terminal: score and greedy accuracy by task and length, mean over seeds, and means."""
     from rich.table import Table
 
     rows = results[results["metric"].isin(["score", "greedy"]) & results["depth_start"].isna()]
     lengths = sorted(rows["length"].unique())
     table = Table(
         title="Score of what is said (accuracy of greedy decoding of the reference) by length in tokens",
-        caption=epochs.caution(results) or None, caption_justify="left",
-    )  # fmt: skip
+        caption=epochs.caution(results) or None,
+        caption_justify="left",
+    )
     for name in ("attention", "task"):
         table.add_column(name)
     for length in lengths:
@@ -504,10 +518,12 @@ def _completed(given: dict[str, Any]) -> dict[str, Any]:
 
 FAMILY = Family(
     name=NAME,
-    help=(
-        "RULER's needles in haystacks: does a model find what stands anywhere in a text longer than it "
-        "was trained on?"
-    ),
-    config=Config, presets=PRESETS, cells=cells, summary=summary, notes=notes, cautions=length_gen.cautions,
+    help="RULER's needles in haystacks: is a fact found anywhere in a text longer than the training length?",
+    config=Config,
+    presets=PRESETS,
+    cells=cells,
+    summary=summary,
+    notes=notes,
+    cautions=cautions,
     completed=_completed,
-)  # fmt: skip
+)

@@ -1,6 +1,6 @@
-"""The data of multi-query repeated associative recall: examples drawn by counter, labels found by the one-pass rule.
+"""Data of multi-query repeated associative recall: counter-based examples, and their labels in one pass.
 
-See `sbeval.tasks.mqrar` for the task. An example is a function of (task, seed, number of its row), on any device.
+See `sbeval.tasks.mqrar` for the task. An example is a function of (task, seed, row number), on any device.
 """
 
 import functools
@@ -22,8 +22,6 @@ from sbeval.tasks.synthetic import TRAIN_SEED
 
 # streams of random numbers
 KEYS, FILL, SLOTS, QUERIES, VALUES = range(5)
-
-
 # a stream that no example draws from: the order of a stored set
 ORDER = 1 << 20
 
@@ -43,7 +41,7 @@ class Examples:
 
 
 def generate(task: Recall, seed: int, rows: Tensor) -> Examples:
-    """Examples number `rows`, (B,) int64, of a seed, on the device of `rows`."""
+    """Return examples number `rows`, (B,) int64, of a seed, on the device of `rows`."""
 
     def draw(stream: int, count: int) -> Tensor:
         return counter_rng.bits(counter_rng.key(seed, stream), rows, count)
@@ -68,33 +66,33 @@ def generate(task: Recall, seed: int, rows: Tensor) -> Examples:
     taken = counter_rng.chosen(draw(SLOTS, task.slots), weights, pairs)
     if "queries" in task.distinct:
         # the n-th slot that is taken, from the left, has the n-th key of a random order
-        place = draw(QUERIES, pairs).argsort(dim=1).gather(1, (taken.long().cumsum(1) - 1).clamp_(min=0))
+        chosen = draw(QUERIES, pairs).argsort(dim=1).gather(1, (taken.long().cumsum(1) - 1).clamp_(min=0))
     else:
-        place = counter_rng.below(draw(QUERIES, task.slots), pairs)
+        chosen = counter_rng.below(draw(QUERIES, task.slots), pairs)
     firsts = rest[:, 0::2]
-    firsts.copy_(torch.where(taken, keys.gather(1, place), firsts))
+    firsts.copy_(torch.where(taken, keys.gather(1, chosen), firsts))
     return label(task, tokens)
 
 
 def label(task: Recall, tokens: Tensor) -> Examples:
-    """Find the labels of token rows (B, L).
+    """Return token rows (B, L) with their labels.
 
-    From the left: a key that has n_back values is scored, with the n-th last of them as label; a value that directly
-    follows a key becomes that key's last.
+    From left to right: a key with at least n_back values is scored, and the n-th last of them is its label; a value
+    directly after a key becomes that key's last.
     """
-    # where nothing but values or padding fills, keys stand at even positions
+    # unless fillers can be keys, keys are at even positions alone
     stride = 1 if task.filler == "any" else 2
     here, following = tokens[:, ::stride], F.pad(tokens, (0, 1))[:, 1::stride]
     is_key = (here > 0) & (here < task.half)
-    # occurrences of one key side by side, in their order; what is no key comes last
+    # occurrences of one key side by side, in their order; tokens that are not keys come last
     ordered, order = here.where(is_key, task.vocab_size).sort(dim=1, stable=True)
     assigned = (following >= task.half).gather(1, order) & (ordered < task.vocab_size)
-    # assignments of the row in this order, numbered from 0; how many stand before each occurrence, before its key
+    # number of assignments in this order before each occurrence, and before the first occurrence of its key
     before = assigned.long().cumsum(1) - assigned.long()
     starts = F.pad(ordered[:, 1:] != ordered[:, :-1], (1, 0), value=True)
     before_key = before.where(starts, 0).cummax(1).values
     known = before - before_key
-    # the occurrence that made each assignment; one column more takes what is none
+    # the occurrence that made each assignment; one extra column collects the others
     made = torch.zeros_like(F.pad(order, (0, 1)))
     made.scatter_(1, before.where(assigned, order.shape[1]), order)
     answer = made.gather(1, (before - task.n_back).clamp_(min=0))
@@ -115,9 +113,9 @@ def label(task: Recall, tokens: Tensor) -> Examples:
 
 
 class Batches(drawn.Drawn[Examples]):
-    """Training batches of a seed: new examples at every step, or those of a stored set in an order of each epoch.
+    """Training batches of a seed: new examples at every step, or a stored set, shuffled in each epoch.
 
-    stored_rows: examples of the set; 0 draws new ones at every step.
+    stored_rows: examples of the set; 0 for new ones at every step.
     """
 
     def __init__(self, task: Recall, seed: int, batch: int, stored_rows: int, device: torch.device) -> None:
@@ -151,9 +149,10 @@ def accuracy(examples: Examples, correct: Tensor) -> float:
 
 
 def accuracies(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, dict[str, Any]]]:
-    """Accuracy over scored positions and the factors of its row: overall, by fresh or stale, stale values, distance.
+    """Yield the accuracy over scored positions with the factors of its row: overall, by fresh or stale, number of stale
+    values, and distance.
 
-    The error is over examples, since the positions of one are not independent. A split without positions has no row.
+    Standard errors are over examples, since positions of one example are dependent. An empty split has no row.
     """
     scored = examples.targets != IGNORE
     splits: list[tuple[Tensor, dict[str, Any]]] = [

@@ -1,4 +1,4 @@
-"""Families whose examples are generated: one model a cell, trained until validation ends it."""
+"""Base of cells that train a model on generated examples, with early stopping."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 # methods that presets compare
 METHODS = ("stick_breaking", "rope", "nope", "alibi", "forgetting")
-# the test seed is that of the public code of the paper's first author; validation and training draw elsewhere
+# the test seed is that of the public code of the paper's first author; the other two are far from it and any --seed
 TEST_SEED, VALIDATION_SEED, TRAIN_SEED = 10, 1 << 40, 1 << 41
-# validation while a model trains: (step, score)
+# validation scores during training: (step, score)
 Scores = Sequence[tuple[int, float]]
 
 
@@ -37,7 +37,7 @@ class Synthetic(Cell):
 
     @abstractmethod
     def training(self) -> "TrainConfig":
-        """Return how it is trained."""
+        """Return the settings of its training."""
 
     @property
     def leaves(self) -> "ModelConfig":
@@ -46,20 +46,26 @@ class Synthetic(Cell):
     def outcome(
         self, rows: Sequence[Measurement], place: "Place", scores: str, trained: "Trained | None" = None
     ) -> Outcome:
-        """Return the result of the cell, without a model that of a failure; scores: the run file's name of those."""
-        from sbeval.models import decoder as model
+        """Return the result of the cell, or of a failure where `trained` is None. scores: their key in the run file."""
+        from sbeval.models.decoder import n_parameters
 
         shape, training = self.model(), self.training()
         name, _, options = self.attention.partition(":")
         return Outcome(
             identity=Identity(
-                family=self.family, task=self.family, model=f"{shape.layers}x{shape.width}", attention=name,
-                options=options, params=model.n_parameters(shape), train_len=training.length,
-                eval_len=training.length, seed=training.seed,
+                family=self.family,
+                task=self.family,
+                model=f"{shape.layers}x{shape.width}",
+                attention=name,
+                options=options,
+                params=n_parameters(shape),
+                train_len=training.length,
+                eval_len=training.length,
+                seed=training.seed,
             ),
             rows=rows,
             train_tokens=trained.state.step * training.batch * training.length if trained else 0,
             backend=registry.method(name).backend_name(place.device.type),
             tokens_per_s=trained.tokens_per_second if trained else None,
             measured={scores: trained.state.scores, **timing(trained)} if trained else {},
-        )  # fmt: skip
+        )

@@ -1,4 +1,4 @@
-"""How text models are trained: the options that the families share whose cells evaluate the same models."""
+"""Options of text models, shared by the families whose cells evaluate the same models."""
 
 import math
 from dataclasses import dataclass, fields
@@ -15,7 +15,7 @@ PACKINGS = ("documents", "stream")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextModel:
-    """Methods and seeds, the size of models, and the text and schedule of their training. Amounts are in tokens."""
+    """Methods and seeds, model size, training text and schedule. Amounts are in tokens."""
 
     attention: tuple[str, ...] = option(("stick_breaking", "rope"), MODEL, ATTENTION, metavar="SPEC")
     seeds: tuple[int, ...] = option((0,), TRAIN, SEED, flag="--seed")
@@ -57,16 +57,33 @@ class TextModel:
             raise InputError(f"patience must be at least 0; got {self.patience}")
 
 
-# what of a config the training of its models depends on
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatedModel(TextModel):
+    """Text models to evaluate: trained with these options, or a given checkpoint."""
+
+    checkpoint: str | None = option(
+        None, MODEL, "Evaluate this model instead: our checkpoint folder, or a Hugging Face folder or name.", LATER
+    )
+    trust_remote_code: bool = option(
+        False, MODEL, "Run the Python code that comes with a Hugging Face model.", compare=False
+    )
+
+    @property
+    def trains(self) -> bool:
+        """Whether models are trained rather than given."""
+        return self.checkpoint is None
+
+
+# options that the training of a model depends on
 TRAINING = tuple(field.name for field in fields(TextModel))
 
 
 def trained_on(config: TextModel) -> tuple[object, ...]:
-    """What models of a config have in common, whatever their method and seed."""
+    """Return the training options that the models of a config share, whatever their method and seed."""
     return tuple(getattr(config, name) for name in TRAINING if name not in ("attention", "seeds"))
 
 
 def uncut(options: dict[str, Any]) -> dict[str, Any]:
-    """Options in which tokens that are asked for are trained on, however many epochs they are, unless that is said."""
-    asked = "train_tokens" in options and "max_epochs" not in options
-    return options | ({"max_epochs": None} if asked else {})
+    """Return options without a bound on epochs where `train_tokens` is given and `max_epochs` is not."""
+    unbounded = "train_tokens" in options and "max_epochs" not in options
+    return options | ({"max_epochs": None} if unbounded else {})

@@ -314,12 +314,12 @@ def bench_skipping(
     from sbeval.runtime import device as devices
     from sbeval.sweep import scheduler
     from sbeval.sweep.context import Place
-    from sbeval.tasks import length_gen
+    from sbeval.tasks.text_training import open_corpus
 
     where = devices.pick(device)
-    config = length_gen.Config(corpus=corpus, tokenizer=tokenizer)
+    config = TextModel(corpus=corpus, tokenizer=tokenizer)
     with scheduler.progress_of(Place(results_dir=results_dir, device=where)) as progress:
-        text = length_gen.open_corpus(config, progress)
+        text = open_corpus(config, progress)
     lengths = sorted(length or (2048, 4096, 8192, 16384, 32768, 65536))
     grid = skipping.measure(checkpoint, text.test, lengths, where, devices.pick_dtype(dtype, where), results_dir)
     Console().print(grid)

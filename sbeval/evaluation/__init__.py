@@ -1,1 +1,1 @@
-"""What a trained model is evaluated by."""
+"""Evaluation of trained models: perplexity, RULER and lm-eval."""

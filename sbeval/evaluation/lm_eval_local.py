@@ -1,17 +1,17 @@
-"""Benchmarks for lm-eval from JSONL files, where there is no network: its own definitions over items from a folder.
+"""Benchmarks of lm-eval from JSONL files, where there is no network: its own definitions over items from a folder.
 
-lm-eval's definition of a task (prompt, choices, metrics, version) is used as it stands; only its `download` reads the
-folder instead of the hub. So prompts are the hub's wherever the items are. A file is either
+lm-eval's definition of a task (prompt, choices, metrics, version) is used unchanged; only its `download` reads the
+folder instead of the hub. So the same items give the same prompts as from the hub. A file is either
 
     <dataset>[_<config>]_<split>.jsonl    the hub's own fields, for any dataset: sciq_test.jsonl, race_high_test.jsonl
 
-or one of the shorter forms in `SHORT`, whose items are brought into the hub's fields here. Those are the forms of
-llm-foundry's copies of these sets (https://github.com/mosaicml/llm-foundry, scripts/eval/local_data), some of which are
-not the published items: ARC's questions have four options each, BoolQ's passages lack their title, and in files that
-were made from HellaSwag's prompts white space and brackets are gone for good.
+or one of the shorter forms in `SHORT`, whose items are converted to the hub's fields here. Those are the forms of
+llm-foundry's copies of these sets (https://github.com/mosaicml/llm-foundry, scripts/eval/local_data), some of which
+differ from the published items: ARC's questions have four options each, BoolQ's passages lack their title, and files
+made from HellaSwag's prompts lack some white space and brackets.
 
-Examples for a prompt come from the split that lm-eval draws them from, where there is a file for it. Where there is
-none the first HELD_OUT items of the scored file are set aside for that and not scored.
+Examples for a prompt come from the split that lm-eval draws them from, where there is a file for it; else the first
+HELD_OUT items of the scored file are set aside for that and not scored.
 """
 
 import functools
@@ -28,7 +28,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from sbeval.errors import InputError
 
-# items to draw examples from, when they have to be taken from the scored ones
+# items to draw examples from, where they are taken from the scored ones
 HELD_OUT = 32
 
 Item = dict[str, Any]
@@ -52,12 +52,15 @@ def _openbookqa(item: Item) -> Item:
 
 
 def _hellaswag(item: Item) -> Item:
-    # lm-eval joins the parts again, and what it cleans is clean already
+    # lm-eval joins the parts again; its cleaning changes nothing here
     activity, _, context = item["query"].partition(": ")
     return {
-        "activity_label": activity, "ctx_a": context, "ctx_b": "", "endings": item["choices"],
+        "activity_label": activity,
+        "ctx_a": context,
+        "ctx_b": "",
+        "endings": item["choices"],
         "label": str(item["gold"]),
-    }  # fmt: skip
+    }
 
 
 def _piqa(item: Item) -> Item:
@@ -65,7 +68,7 @@ def _piqa(item: Item) -> Item:
 
 
 def _shared(contexts: list[str]) -> str:
-    """What both contexts begin with, to the end of a word."""
+    """Return the common beginning of both contexts, up to the end of a word."""
     prefix = os.path.commonprefix(contexts)
     return prefix[: prefix.rfind(" ") + 1]
 
@@ -74,18 +77,23 @@ def _winogrande(item: Item) -> Item:
     before = _shared(item["contexts"])
     first, second = (context[len(before) :] for context in item["contexts"])
     return {
-        "sentence": f"{before}_ {item['continuation']}", "option1": first, "option2": second,
+        "sentence": f"{before}_ {item['continuation']}",
+        "option1": first,
+        "option2": second,
         "answer": str(item["gold"] + 1),
-    }  # fmt: skip
+    }
 
 
 def _wsc273(item: Item) -> Item:
     before = _shared(item["contexts"])
-    # the pronoun is gone from the item; what stands for it here has the one property that lm-eval looks at
+    # the item lacks the pronoun; the substitute has its position, all that lm-eval uses
     return {
-        "text": f"{before}it {item['continuation']}", "pronoun": "it", "pronoun_loc": len(before),
-        "options": [context[len(before) :] for context in item["contexts"]], "label": item["gold"],
-    }  # fmt: skip
+        "text": f"{before}it {item['continuation']}",
+        "pronoun": "it",
+        "pronoun_loc": len(before),
+        "options": [context[len(before) :] for context in item["contexts"]],
+        "label": item["gold"],
+    }
 
 
 def _boolq(item: Item) -> Item:
@@ -121,15 +129,15 @@ def _wikitext(item: Item) -> Item:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Short:
-    """A dataset's shorter form. files: stem of the file of each split; an item whose `config` field says so belongs to
-    that config of the dataset."""
+    """A dataset's shorter form. files: stem of the file of each split. config: the field of an item that names its
+    config of the dataset."""
 
     files: Mapping[str, str]
     convert: Callable[[Item], Item]
     config: str | None = None
 
 
-# by the dataset's name and, where they are files of their own, config on the hub
+# by the dataset's name on the hub and, where configs have files of their own, config
 SHORT = {
     "allenai/ai2_arc:ARC-Easy": Short(files={"test": "arc_easy_test"}, convert=_arc),
     "allenai/ai2_arc:ARC-Challenge": Short(files={"test": "arc_challenge_test"}, convert=_arc),
@@ -149,22 +157,22 @@ SHORT = {
         files={"test": "mmlu_test", "dev": "mmlu_dev", "validation": "mmlu_val"}, convert=_mmlu, config="subject"
     ),
     "nyu-mll/blimp": Short(files={"train": "blimp"}, convert=_blimp, config="uid"),
-}  # fmt: skip
+}
 
 
 def local_task(folder: Path, shots: int | None) -> type[Any]:
-    """The class that lm-eval makes a task's object of, whose items are those of `folder`.
+    """Return a class of lm-eval tasks whose items are read from `folder`.
 
-    shots: examples in a prompt, None for what the definition says.
+    shots: examples in a prompt, None for the definition's.
     """
 
     class LocalTask(ConfigurableTask):  # type: ignore[misc]  # lm-eval has no types
         def __init__(self, config: dict[str, Any]) -> None:
-            kept = {name: value for name, value in config.items() if name != "class"}
-            # a definition that says 0 means it
-            if shots is not None and kept.get("num_fewshot") != 0:
-                kept["num_fewshot"] = shots
-            super().__init__(config=kept)
+            options = {name: value for name, value in config.items() if name != "class"}
+            # a definition with 0 examples is always zero-shot
+            if shots is not None and options.get("num_fewshot") != 0:
+                options["num_fewshot"] = shots
+            super().__init__(config=options)
 
         def download(self, dataset_kwargs: dict[str, Any] | None = None, **_: Any) -> None:
             self.dataset = splits(folder, self.config, self.DATASET_PATH, self.DATASET_NAME)
@@ -173,28 +181,28 @@ def local_task(folder: Path, shots: int | None) -> type[Any]:
 
 
 def splits(folder: Path, config: Any, dataset: str, name: str | None) -> dict[str, datasets.Dataset]:
-    """The splits that a task reads: the scored one, and the one that examples come from.
+    """Return the splits that a task reads: the scored one, and the one that examples come from.
 
-    InputError says which file there should be.
+    Raise InputError that names a missing file.
     """
     scored = config.test_split or config.validation_split
     pool = config.fewshot_split or config.training_split or config.validation_split or scored
-    found = _split(folder, dataset, name, scored)
-    if found is None:
+    items = _split(folder, dataset, name, scored)
+    if items is None:
         names = " or ".join(f"{stem}.jsonl" for stem in _stems(dataset, name, scored))
         raise InputError(f"task {config.task!r} reads {names}, and {folder} has no such file")
     written = config.fewshot_config is not None and config.fewshot_config.samples is not None
     needed = 0 if written else config.num_fewshot or 0
     if not needed:
-        return {pool: _dataset(found), scored: _dataset(found)}
+        return {pool: _dataset(items), scored: _dataset(items)}
     examples = _split(folder, dataset, name, pool)
     if pool == scored:
-        raise InputError(f"task {config.task!r} has one split alone: no examples to draw; give --task {config.task}:0")
+        raise InputError(f"task {config.task!r} has only one split: no examples to draw; give --task {config.task}:0")
     if examples is None:
-        examples, found = found[:HELD_OUT], found[HELD_OUT:]
-    if needed > len(examples) or not found:
+        examples, items = items[:HELD_OUT], items[HELD_OUT:]
+    if needed > len(examples) or not items:
         raise InputError(f"task {config.task!r} needs {needed} examples, and {folder} has {len(examples)} to draw from")
-    return {pool: _dataset(examples), scored: _dataset(found)}
+    return {pool: _dataset(examples), scored: _dataset(items)}
 
 
 def _dataset(items: list[Item]) -> datasets.Dataset:
@@ -212,7 +220,7 @@ def _short(dataset: str, name: str | None) -> Short | None:
 
 
 def _split(folder: Path, dataset: str, name: str | None, split: str) -> list[Item] | None:
-    """Items in the hub's fields; None when there is no file of that split."""
+    """Return the items in the hub's fields; None where the split has no file."""
     own, *others = _stems(dataset, name, split)
     if (path := folder / f"{own}.jsonl").is_file():
         return read(path, None)[None]
@@ -224,40 +232,40 @@ def _split(folder: Path, dataset: str, name: str | None, split: str) -> list[Ite
         return items and [short.convert(item) for item in items]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} is not in the form that sbeval/items.py describes ({type(error).__name__}: {error})"
+            f"{path} is not in a form that sbeval.evaluation.lm_eval_local reads ({type(error).__name__}: {error})"
         ) from None
 
 
 def read(path: Path, group: str | None) -> dict[str | None, list[Item]]:
-    """Items of a JSONL file by the value of their field `group`; all under None when there is none.
+    """Return the items of a JSONL file by the value of their field `group`; all under None where `group` is None.
 
-    InputError names a line that is not JSON.
+    Raise InputError for a line that is not JSON.
     """
     return _read(path, group, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=4)
 def _read(path: Path, group: str | None, _: int) -> dict[str | None, list[Item]]:
-    found: dict[str | None, list[Item]] = {}
+    items: dict[str | None, list[Item]] = {}
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 item = json.loads(line)
-                found.setdefault(item[group] if group else None, []).append(item)
+                items.setdefault(item[group] if group else None, []).append(item)
             except (ValueError, KeyError, TypeError):
                 wanted = f"a JSON object with {group!r}" if group else "JSON"
-                raise InputError(f"{path}:{number}: no {wanted}") from None
-    if not found:
+                raise InputError(f"{path}:{number}: not {wanted}") from None
+    if not items:
         raise InputError(f"{path} is empty")
-    return found
+    return items
 
 
 def digest(tasks: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits that stand for tasks' versions, their items, and those that examples come from."""
-    found = hashlib.sha256()
+    """Return sixteen hexadecimal digits of the tasks' versions, their items and their pools of examples."""
+    sha = hashlib.sha256()
     for name, task in tasks.items():
-        found.update(f"{name} {task.VERSION}\n".encode())
+        sha.update(f"{name} {task.VERSION}\n".encode())
         examples = task.fewshot_docs() if task.config.num_fewshot else ()
         for item in (*task.eval_docs, *examples):
-            found.update(json.dumps(item, sort_keys=True, default=str).encode())
-    return found.hexdigest()[:16]
+            sha.update(json.dumps(item, sort_keys=True, default=str).encode())
+    return sha.hexdigest()[:16]

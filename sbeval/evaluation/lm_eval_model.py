@@ -1,14 +1,14 @@
-"""A model as lm-eval sees one: log-likelihoods of continuations and of whole documents, and greedy generation.
+"""A model behind lm-eval's interface: log-likelihoods of continuations and of whole documents, greedy generation.
 
-The numbers are those of lm-eval's own `HFLM` in float32 (a test compares them), with less memory and fewer surprises:
+The numbers are those of lm-eval's own `HFLM` in float32 (a test compares them), with less memory:
 
-- Rows are padded on the right, in the future of what is scored, and sorted by length: a batch changes no number beyond
-  rounding. The head runs at scored positions alone, some at a time and in float32: no (B, T, vocabulary) tensor.
-- What exceeds `length` loses its beginning, as in lm-eval; `cut` counts how often. A continuation that does not fit by
-  itself is an error. Whole documents are read in lm-eval's disjoint windows of `length` tokens.
-- Equal inputs are run once, whichever task asks, and every answer is kept as it comes (`sbeval.evaluation.response_cache`).
+- Rows are padded on the right, after all scored positions, and sorted by length: batching changes no number beyond
+  rounding. The head runs at scored positions alone, in float32 and in chunks: no (B, T, vocabulary) tensor.
+- Inputs longer than `length` lose their beginning, as in lm-eval; `cut` counts them. A continuation that is longer by
+  itself is an error. Whole documents are scored in lm-eval's disjoint windows of `length` tokens.
+- Equal inputs of all tasks are run once, and every response is stored at once (`sbeval.evaluation.response_cache`).
 
-Nothing is registered with lm-eval: its registry fills itself only while it is empty, and would lose its own models.
+Nothing is registered with lm-eval: its registry fills itself only while it is empty, and would lack its own models.
 """
 
 from collections import Counter, defaultdict
@@ -29,13 +29,13 @@ from sbeval.evaluation.perplexity import Predictor
 from sbeval.evaluation.response_cache import Answers, key
 from sbeval.generate import Generator, generate
 
-# rows are padded to multiples of this, so that kernels see few shapes
+# rows are padded to multiples of this, so that kernels are compiled for few shapes
 PAD = 16
-# rows of a batch at most, however short they are
+# maximum rows of a batch, however short
 ROWS = 1024
-# prompts that are continued together
+# prompts of a batch in generation
 GENERATED = 16
-# tokens to generate where a task does not say, as in lm-eval
+# default number of tokens to generate, as in lm-eval
 NEW_TOKENS = 256
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -43,24 +43,24 @@ Score = tuple[float, bool]
 
 
 class Text(Protocol):
-    """Text to tokens and back. `prefix` stands before a text that has no context, `eos` ends one."""
+    """A tokenizer. `prefix` is the context of a text without one, `eos` ends a text."""
 
     eos: int
     prefix: int
 
     def encode(self, text: str, special: bool | None) -> list[int]:
-        """Tokens of a text. special: whether to add the tokenizer's own, such as one that begins every text; None is
-        the tokenizer's habit."""
+        """Return the tokens of a text. special: whether to add the tokenizer's special tokens, such as BOS; None is its
+        default."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
+        """Return the text of tokens, without special ones."""
 
     def spelling(self, token: int) -> str:
-        """How a special token is spelled."""
+        """Return the text of a special token."""
 
 
 class Bar(Protocol):
-    """Shows how many requests are done."""
+    """A progress bar of requests."""
 
     def advance(self, steps: int, /) -> None: ...
 
@@ -68,7 +68,7 @@ class Bar(Protocol):
 
 
 class Silent:
-    """Shows nothing."""
+    """A progress bar that shows nothing."""
 
     def __init__(self, total: int) -> None: ...
 
@@ -78,7 +78,7 @@ class Silent:
 
 
 class PlainText:
-    """A tokenizer of ours, which adds nothing."""
+    """A tokenizer of ours, which adds no special tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.eos, self.prefix = tokenizer, tokenizer.eos, tokenizer.eos
@@ -94,20 +94,20 @@ class PlainText:
 
 
 class HubText:
-    """A tokenizer of transformers, with the special tokens that it adds by itself, as lm-eval uses it."""
+    """A tokenizer of transformers, with its special tokens, as lm-eval uses it."""
 
     def __init__(self, tokenizer: Any) -> None:
         if tokenizer.eos_token_id is None:
-            raise InputError(f"tokenizer {tokenizer.name_or_path!r} names no eos token, which has to end a text")
+            raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no eos token, which must end a text")
         self.tokenizer, self.eos = tokenizer, int(tokenizer.eos_token_id)
         self.prefix = self.eos if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
 
     def encode(self, text: str, special: bool | None) -> list[int]:
         if special is None:
-            # a prompt that begins with the token gets no second one
+            # no second BOS for a prompt that begins with one
             special = not text.startswith(self.spelling(self.prefix))
-        found: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
-        return found
+        tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
+        return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -117,13 +117,21 @@ class HubText:
 
 
 class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
-    """See the module. length: tokens that the model reads at most. batch_tokens: tokens of a forward pass, padding
-    included. begin: called with a number of requests, gives the bar that shows them."""
+    """See the module. length: maximum input tokens of the model. batch_tokens: tokens of a forward pass, padding
+    included. begin: makes a progress bar for a number of requests."""
 
     def __init__(
-        self, model: Predictor, text: Text, *, length: int, place: torch.device, dtype: str, batch_tokens: int,
-        answers: Answers | None = None, begin: Callable[[int], Bar] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: Predictor,
+        text: Text,
+        *,
+        length: int,
+        place: torch.device,
+        dtype: str,
+        batch_tokens: int,
+        answers: Answers | None = None,
+        begin: Callable[[int], Bar] | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.text, self.length, self.place, self.dtype = model, text, length, place, dtype
         self.batch_tokens, self.answers, self.begin = batch_tokens, answers or Answers(), begin or Silent
@@ -141,15 +149,15 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return self.text.encode(string, add_special_tokens)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Score]:
-        """Log-likelihood in nats of each continuation after its context, and whether greedy decoding would give it."""
-        found: list[Score] = super().loglikelihood(requests, disable_tqdm=True)
-        return found
+        """Return the log-likelihood in nats of each continuation, and whether greedy decoding would produce it."""
+        scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)
+        return scores
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[Score]:
         return self._scored([(context, continuation) for _, context, continuation in requests])
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Log-likelihood in nats of each text, every token once."""
+        """Return the log-likelihood in nats of each text, every token scored once."""
         windows = [
             (index, (part[:-count].tolist(), part[-count:].tolist()))
             for index, request in enumerate(requests)
@@ -158,25 +166,25 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             )
         ]
         totals = [0.0] * len(requests)
-        # the windows reach back on purpose: nothing is cut
+        # windows fit into length: nothing is cut
         for (index, _), (score, _) in zip(windows, self._scored([pair for _, pair in windows]), strict=True):
             totals[index] += score
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """The likeliest continuation of each context, token by token, up to the first of its stop sequences."""
-        asked = [self._prompt(*request.args) for request in requests]
-        keys = [key(f"generate {new} until {until}", prompt) for prompt, new, until in asked]
+        """Return the greedy continuation of each context, up to the first of its stop sequences."""
+        prompts = [self._prompt(*request.args) for request in requests]
+        keys = [key(f"generate {new} until {until}", prompt) for prompt, new, until in prompts]
         known = self.answers.find(set(keys))
         bar = self.begin(len(keys))
         counts = Counter(keys)
         bar.advance(sum(count for one, count in counts.items() if one in known))
-        todo = {one: question for one, question in zip(keys, asked, strict=True) if one not in known}
+        todo = {one: prompt for one, prompt in zip(keys, prompts, strict=True) if one not in known}
         order = sorted(todo, key=lambda one: (todo[one][1:], len(todo[one][0])))
         for (new, until), group in groupby(order, key=lambda one: todo[one][1:]):
             for batch in batched(group, GENERATED):
-                prompts = [todo[one][0] for one in batch]
-                answers = dict(zip(batch, self._generated(prompts, new, until), strict=True))
+                texts = self._generated([todo[one][0] for one in batch], new, until)
+                answers = dict(zip(batch, texts, strict=True))
                 self.answers.keep(answers)
                 known |= answers
                 bar.advance(sum(counts[one] for one in batch))
@@ -184,27 +192,27 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return [str(known[one]) for one in keys]
 
     def _prompt(self, context: str, options: dict[str, Any]) -> tuple[Sequence[int], int, tuple[str, ...]]:
-        """Tokens of a prompt, how many to generate, and where to stop."""
-        found = normalize_gen_kwargs(options, NEW_TOKENS)
-        if found.get("do_sample"):
-            raise InputError("a task asks for sampled answers: generation here is greedy")
-        new = int(found["max_gen_toks"])
+        """Return the tokens of a prompt, the number to generate, and the stop sequences."""
+        options = normalize_gen_kwargs(options, NEW_TOKENS)
+        if options.get("do_sample"):
+            raise InputError("the task requests sampled completions: only greedy decoding is supported")
+        new = int(options["max_gen_toks"])
         if new >= self.length:
             raise InputError(
-                f"a task generates {new} tokens and the model reads {self.length}: give a longer --eval-len"
+                f"the task generates {new} tokens, and the model's input is {self.length}: give a larger --eval-len"
             )
         tokens = self.tok_encode(context) or [self.prefix_token_id]
         self.cut += len(tokens) > self.length - new
         eos = self.text.spelling(self.eot_token_id)
-        return tokens[-(self.length - new) :], new, tuple(handle_stop_sequences(found["until"], eos=eos))
+        return tokens[-(self.length - new) :], new, tuple(handle_stop_sequences(options["until"], eos=eos))
 
     def _generated(self, prompts: Sequence[Sequence[int]], new: int, until: tuple[str, ...]) -> list[str]:
         def stop(tokens: Sequence[int]) -> bool:
             return tokens[-1] == self.eot_token_id or any(one in self.text.decode(tokens) for one in until if one)
 
         model = cast(Generator, self.model)
-        found = generate(model, prompts, new, self.place, dtype=self.dtype, stop=stop, batch=GENERATED)
-        texts = [self.text.decode([token for token in tokens if token != self.eot_token_id]) for tokens in found]
+        generated = generate(model, prompts, new, self.place, dtype=self.dtype, stop=stop, batch=GENERATED)
+        texts = [self.text.decode([token for token in tokens if token != self.eot_token_id]) for tokens in generated]
         return [str(postprocess_generated_text(text, list(until), None)) for text in texts]
 
     def _scored(self, pairs: Sequence[Pair]) -> list[Score]:
@@ -213,37 +221,37 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         known = self.answers.find(set(keys))
         bar = self.begin(len(keys))
         bar.advance(sum(one in known for one in keys))
-        # one row serves all continuations that differ in what they score of the same input
+        # requests with the same input share a row, whatever they score of it
         inputs: defaultdict[tuple[int, ...], dict[bytes, tuple[Sequence[int], int]]] = defaultdict(dict)
         for one, (row, count) in zip(keys, rows, strict=True):
             if one not in known:
                 inputs[tuple(row[:-1])][one] = (row, count)
-        asked = Counter(keys)
+        counts = Counter(keys)
         for batch in self._batches(sorted(inputs, key=lambda row: (-len(row), row))):
             wanted = [(index, one, *part) for index, row in enumerate(batch) for one, part in inputs[row].items()]
             scores = self._forward(batch, [(index, row[-count:]) for index, _, row, count in wanted])
             answers = {one: score for (_, one, _, _), score in zip(wanted, scores, strict=True)}
             self.answers.keep(answers)
             known |= answers
-            bar.advance(sum(asked[one] for one in answers))
+            bar.advance(sum(counts[one] for one in answers))
         bar.close()
         return [(float(known[one][0]), bool(known[one][1])) for one in keys]
 
     def _row(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[Sequence[int], int]:
-        """Tokens of a request, the last of which are scored and not read, and how many are scored."""
+        """Return the tokens of a request and how many at the end are scored; the very last one is not an input."""
         count = len(continuation)
         if not count:
-            raise InputError("a continuation has no tokens of its own: this tokenizer merges it with its context")
+            raise InputError("a continuation has no tokens of its own: the tokenizer merges it with its context")
         if count > self.length:
             raise InputError(
-                f"a continuation has {count} tokens and the model reads {self.length}: give a longer --eval-len"
+                f"a continuation has {count} tokens, and the model's input is {self.length}: give a larger --eval-len"
             )
         row = [*context, *continuation]
         self.cut += len(row) > self.length + 1
         return row[-(self.length + 1) :], count
 
     def _batches(self, rows: Sequence[tuple[int, ...]]) -> Iterator[Sequence[tuple[int, ...]]]:
-        """Rows, longest first, in batches of at most batch_tokens."""
+        """Yield rows, longest first, in batches of at most batch_tokens."""
         start = 0
         while start < len(rows):
             size = min(ROWS, max(1, self.batch_tokens // self._padded(len(rows[start]))))
@@ -251,17 +259,17 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             start += size
 
     def _padded(self, length: int) -> int:
-        # a table of positions may end at `length`
+        # a table of positions may have only `length` rows
         return min(-(-length // PAD) * PAD, max(self.length, length))
 
     def _forward(self, rows: Sequence[tuple[int, ...]], wanted: Sequence[tuple[int, Sequence[int]]]) -> list[Score]:
-        """Scores of (row, targets): the targets are what follows the row's last tokens."""
+        """Return the scores of (row, targets): the targets follow the row's last tokens."""
         width = self._padded(len(rows[0]))
         return perplexity.endings(self.model, rows, wanted, place=self.place, dtype=self.dtype, width=width)
 
 
 def batched(things: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
-    """Lists of at most `size` things, in their order."""
-    left = iter(things)
-    while some := list(islice(left, size)):
+    """Yield lists of at most `size` things, in their order."""
+    rest = iter(things)
+    while some := list(islice(rest, size)):
         yield some

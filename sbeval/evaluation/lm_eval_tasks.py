@@ -1,4 +1,4 @@
-"""lm-eval's tasks by name, and their scores of a model."""
+"""lm-eval's tasks by name, and a model's scores on them."""
 
 import contextlib
 import difflib
@@ -29,21 +29,32 @@ from sbeval.evaluation.lm_eval_model import Adapter, HubText, PlainText
 
 __all__ = ["Adapter", "Benchmark", "HubText", "PlainText", "Score", "hub_text", "load", "scores", "version"]
 
-# folders of the definitions that suites use: reading those of all takes lm-eval ten seconds
+# folders of the tasks in suites: indexing all tasks takes lm-eval ten seconds
 FOLDERS = (
-    "arc", "blimp", "gsm8k", "hellaswag", "lambada", "mmlu", "openbookqa", "piqa", "race", "sciq", "super_glue",
-    "wikitext", "winogrande", "wsc273",
-)  # fmt: skip
-# of a statistic that is no mean; lm-eval's habit of 100,000 takes minutes and moves an error by some percent
+    "arc",
+    "blimp",
+    "gsm8k",
+    "hellaswag",
+    "lambada",
+    "mmlu",
+    "openbookqa",
+    "piqa",
+    "race",
+    "sciq",
+    "super_glue",
+    "wikitext",
+    "winogrande",
+    "wsc273",
+)
+# bootstrap samples for statistics other than means; lm-eval's 100,000 take minutes and change an error by some percent
 BOOTSTRAPS = 1000
-# lm-eval's seed of the examples in prompts
+# lm-eval's seed for the examples in prompts
 SEED = 1234
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """A task or group as lm-eval has it. digest: of the scored items and the tasks' versions. shots: examples in a
-    prompt."""
+    """A task or group of lm-eval. digest: of the scored items and the tasks' versions. shots: examples in a prompt."""
 
     name: str
     tasks: Mapping[str, Any]
@@ -54,8 +65,8 @@ class Benchmark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """One number. task: the benchmark's name or that of a part of it. stderr: lm-eval's, None where it has none.
-    chance: the score of guessing, where that is known."""
+    """One number. task: name of the benchmark or of a part of it. stderr: lm-eval's, None where it has none. chance:
+    the score of guessing, None where it is unknown."""
 
     task: str
     metric: str
@@ -68,50 +79,47 @@ class Score:
 
 
 def version() -> str:
-    """The version of lm-eval."""
+    """Return the version of lm-eval."""
     return importlib.metadata.version("lm_eval")
 
 
 @functools.lru_cache(maxsize=32)
 def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
-    """The benchmark `name`, with items from JSONL files in `folder` (see `sbeval.evaluation.lm_eval_local`) or from the hub.
+    """Return the benchmark `name`, with items from JSONL files in `folder` (see `lm_eval_local`) or from the hub.
 
-    shots: examples in a prompt, None for what the definition says. InputError for an unknown name and for items that
-    are not there.
+    shots: examples in a prompt, None for the definition's. Raise InputError for an unknown name or missing items.
     """
     entry, index = _find(name)
-    # a definition that says 0 means it; the local class looks for itself
+    # a definition with 0 examples is always zero-shot; the local class checks that itself
     overrides: dict[str, Any] = {} if shots is None else {"num_fewshot": shots}
     if folder is not None:
         overrides = {"class": lm_eval_local.local_task(folder, shots)}
     try:
         with _quiet():
             built = TaskFactory().build(entry, overrides=overrides, registry=index)
-            found = TaskManager(include_defaults=False).load(built if isinstance(built, list) else [built])
-    # what `datasets` raises for a set that is unknown, out of reach or not in the cache
+            loaded = TaskManager(include_defaults=False).load(built if isinstance(built, list) else [built])
+    # `datasets` raises these for a set that is unknown, out of reach or not in the cache
     except (ConnectionError, FileNotFoundError, DatasetNotFoundError) as error:
         raise InputError(
-            f"no items of task {name!r} from the hub ({first_line(error)}): give their folder with --data-dir"
+            f"cannot load task {name!r} from the hub ({first_line(error)}): give a folder of its items with --data-dir"
         ) from None
-    for task in found["tasks"].values():
+    for task in loaded["tasks"].values():
         if task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=SEED)
-    used = {int(task.config.num_fewshot) for task in found["tasks"].values()}
+    used = {int(task.config.num_fewshot) for task in loaded["tasks"].values()}
     if shots is not None and used != {shots}:
         raise InputError(f"task {name!r} is defined with {max(used)} examples in its prompt; give --task {name}")
     with _quiet():
-        digest = lm_eval_local.digest(found["tasks"])
-    return Benchmark(
-        name=name, tasks=found["tasks"], groups=found.get("groups", {}), shots=max(used), digest=digest
-    )  # fmt: skip
+        digest = lm_eval_local.digest(loaded["tasks"])
+    return Benchmark(name=name, tasks=loaded["tasks"], groups=loaded.get("groups", {}), shots=max(used), digest=digest)
 
 
 def hub_text(spec: str, trust_remote_code: bool = False) -> HubText:
-    """The tokenizer of a Hugging Face folder or name."""
+    """Return the tokenizer of a Hugging Face folder or name."""
     try:
         return HubText(AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code))
-    # what it raises for a name that is unknown or out of reach, and for files that it cannot read
+    # it raises these for a name that is unknown or out of reach, and for files that it cannot read
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"no tokenizer with model {spec!r}: {first_line(error)}") from None
 
@@ -121,7 +129,7 @@ def _find(name: str) -> tuple[Entry, dict[str, Entry]]:
     if name not in known:
         known = _index(True)
     if name not in known:
-        # of its thousands of tasks no list is given
+        # not a list: there are thousands of tasks
         near = difflib.get_close_matches(name, [*_index(False), *known], n=3)
         hint = f"did you mean {' or '.join(dict.fromkeys(near))}? " if near else ""
         raise InputError(f"lm-eval {version()} has no task {name!r}; {hint}`lm_eval ls tasks` lists all")
@@ -137,25 +145,28 @@ def _index(everything: bool) -> dict[str, Entry]:
 
 
 def scores(benchmark: Benchmark, adapter: Adapter, limit: int | None) -> list[Score]:
-    """Scores of the model behind `adapter`: of the benchmark, then of its parts. limit: items of each part at most."""
+    """Return the model's scores on the benchmark, then on its parts. limit: maximum items of each part."""
     loaded = {
-        "tasks": dict(benchmark.tasks), "groups": dict(benchmark.groups),
+        "tasks": dict(benchmark.tasks),
+        "groups": dict(benchmark.groups),
         "group_map": {name: group.child_names for name, group in benchmark.groups.items()},
-    }  # fmt: skip
+    }
     with _quiet():
-        found = evaluate(adapter, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
+        results = evaluate(adapter, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
     chances = {name: _chance(task) for name, task in benchmark.tasks.items()}
-    counts = {name: found["n-samples"][name]["effective"] for name in benchmark.tasks}
+    counts = {name: results["n-samples"][name]["effective"] for name in benchmark.tasks}
     for name, group in benchmark.groups.items():
         leaves = [task.task_name for task in group.get_all_tasks()]
         counts[name] = sum(counts[leaf] for leaf in leaves)
         parts = [(chance, counts[leaf]) for leaf in leaves if (chance := chances[leaf]) is not None]
         chances[name] = sum(chance * count for chance, count in parts) / counts[name] if parts else None
-    names = sorted(found["results"], key=lambda name: (name != benchmark.name, name))
+    names = sorted(results["results"], key=lambda name: (name != benchmark.name, name))
     return [
         score
         for name in names
-        for score in _scores(name, found["results"][name], counts[name], str(found["versions"][name]), chances[name])
+        for score in _scores(
+            name, results["results"][name], counts[name], str(results["versions"][name]), chances[name]
+        )
     ]
 
 
@@ -166,14 +177,19 @@ def _scores(name: str, numbers: Mapping[str, Any], n: int, version: str, chance:
             continue
         error = numbers[f"{metric}_stderr,{kind}"]
         yield Score(
-            task=name, metric=metric, filter="" if kind == "none" else kind, value=float(value),
-            stderr=None if error == "N/A" else float(error), n=n, version=version,
+            task=name,
+            metric=metric,
+            filter="" if kind == "none" else kind,
+            value=float(value),
+            stderr=None if error == "N/A" else float(error),
+            n=n,
+            version=version,
             chance=chance if metric in ("acc", "acc_norm") else None,
-        )  # fmt: skip
+        )
 
 
 def _chance(task: Any) -> float | None:
-    """Accuracy of guessing among the choices of each item; None where there are none."""
+    """Return the accuracy of guessing among the choices of each item; None where there are no choices."""
     if task.OUTPUT_TYPE != "multiple_choice":
         return None
     choices = Counter(instance.doc_id for instance in task.instances)
@@ -182,7 +198,7 @@ def _chance(task: Any) -> float | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the bars and warnings of lm-eval and datasets, and keep templates and processes in hand."""
+    """Silence bars and warnings of lm-eval and datasets, cache compiled templates, and start no processes."""
     logger, bar, templates = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm, lm_eval.utils.env
     compiled = templates.from_string
     level, bars = logger.level, datasets.is_progress_bar_enabled()
@@ -190,9 +206,9 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda iterable, **_: iterable
-    # it compiles a task's few templates anew for every item, most of the time that small models take
+    # it compiles a task's few templates for every item, which takes most of the time of small models
     templates.from_string = functools.lru_cache(maxsize=1024)(compiled)
-    # the bootstrap's pool of processes would be forked from one that holds a GPU
+    # the bootstrap would fork a pool of processes from one that holds a GPU
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         with contextlib.redirect_stdout(io.StringIO()):

@@ -1,9 +1,8 @@
-"""Loss by position: one pass over documents longer than the length asked for, and what follows from it.
+"""Loss by position, from one pass over documents longer than the evaluation length, and perplexities.
 
 A window of n + 1 tokens, x_0 ... x_n, gives n losses: position i (1 <= i <= n) is the loss of x_i after the i tokens
-before it. Nothing stands in front of a document (no BOS), and its first token is not scored. Log-softmax is float32, in
-chunks of positions; sums are float64. Intervals are over documents, which are what was drawn at random: windows of one
-document are averaged first.
+before it. Documents have no BOS, and their first token is not scored. Log-softmax is float32, in chunks of positions;
+sums are float64. Intervals are over documents, the units that were sampled: windows of one document are averaged first.
 """
 
 import math
@@ -24,26 +23,26 @@ from sbeval.runtime.distributed import ALONE, World
 from sbeval.tables import statistics
 from sbeval.tables.statistics import Estimate, Floats
 
-# tokens, of all windows together, whose logits are held at a time
+# tokens, of all windows together, whose logits are in memory at a time
 CHUNK = 4096
 
 Tokens = npt.NDArray[np.integer]
 
 
 class Predictor(Protocol):
-    """A model that says its logits in two steps, so that those of a long text are never held at once."""
+    """A model with separate hidden states and logits, so that logits of a long text are never in memory at once."""
 
     def __call__(self, tokens: Tensor, /) -> Tensor:
-        """Hidden states (N, T, width) of tokens (N, T) int64."""
+        """Return hidden states (N, T, width) of tokens (N, T) int64."""
 
     def logits(self, hidden: Tensor, /) -> Tensor:
-        """Logits (..., vocabulary) of hidden states (..., width)."""
+        """Return logits (..., vocabulary) of hidden states (..., width)."""
 
 
 @dataclass(frozen=True, slots=True)
 class PositionLosses:
-    """Losses in nats, (documents, positions) float64; column i - 1 is position i. Bytes that the scored tokens of each
-    document stand for, (documents, positions) cumulative."""
+    """Losses in nats, (documents, positions) float64; column i - 1 is position i. bytes: cumulative UTF-8 bytes of the
+    scored tokens, (documents, positions)."""
 
     losses: Floats
     bytes: Floats
@@ -53,25 +52,25 @@ class PositionLosses:
         return int(self.losses.shape[1])
 
     def mean(self, first: int, last: int) -> Estimate:
-        """Mean loss at positions first ... last, both included."""
+        """Return the mean loss at positions first ... last, inclusive."""
         return statistics.mean(self.losses[:, first - 1 : last].mean(1))
 
     def perplexity(self, length: int) -> Estimate:
-        """P(l) = exp of the mean loss at positions 1 ... l; the standard error by the delta method."""
+        """Return P(l) = exp of the mean loss at positions 1 ... l, with its standard error by the delta method."""
         mean = self.mean(1, length)
         value = math.exp(mean.value)
         return Estimate(value, None if mean.stderr is None else value * mean.stderr, mean.n)
 
     def bits_per_byte(self, length: int) -> Estimate:
-        """Loss at positions 1 ... l in bits per byte of their text."""
+        """Return the loss at positions 1 ... l in bits per byte of their text."""
         return statistics.ratio(self.losses[:, :length].sum(1) / math.log(2), self.bytes[:, length - 1])
 
 
 @dataclass(frozen=True, slots=True)
 class Rolling:
-    """Whole documents in disjoint windows: the summed loss of each in nats, and its tokens, words and bytes, (n,) each.
+    """Whole documents in disjoint windows: summed loss of each in nats, and its tokens, words and bytes, (n,) each.
 
-    Words are counted as lm-eval counts them: the pieces between runs of white space.
+    Words are counted as in lm-eval: the pieces between runs of white space.
     """
 
     losses: Floats
@@ -80,35 +79,35 @@ class Rolling:
     bytes: Floats
 
     def perplexity(self, per: str) -> Estimate:
-        """exp of the loss per `token`, `word` or `byte` of all documents; the standard error by the delta method."""
+        """Return exp of the loss per `token`, `word` or `byte` of all documents; standard error by the delta method."""
         amounts = {"token": self.tokens, "word": self.words, "byte": self.bytes}[per]
         mean = statistics.ratio(self.losses, amounts)
         if mean.value > math.log(np.finfo(np.float64).max):
-            raise InputError(f"the loss per {per} is {mean.value:.0f} nats: its exponential is no finite number")
+            raise InputError(f"the loss per {per} is {mean.value:.0f} nats: its exponential is not finite")
         value = math.exp(mean.value)
         return Estimate(value, None if mean.stderr is None else value * mean.stderr, mean.n)
 
     def bits_per_byte(self) -> Estimate:
-        """The loss in bits per byte of the documents."""
+        """Return the loss in bits per byte of the documents."""
         return statistics.ratio(self.losses / math.log(2), self.bytes)
 
 
 def bins(length: int, per_octave: int = 4) -> list[tuple[int, int]]:
-    """Positions 1 ... length in bins evenly spaced on a log scale: (first, last), both included, none empty."""
+    """Return bins of positions 1 ... length, evenly spaced on a log scale: (first, last) inclusive, none empty."""
     count = math.ceil(math.log2(length) * per_octave) if length > 1 else 1
     edges = sorted({round(length ** (i / count)) for i in range(count + 1)} | {length})
     return [(1, 1)] + [(low + 1, high) for low, high in zip(edges, edges[1:], strict=False)]
 
 
 def lengths(train_len: int, eval_len: int) -> list[int]:
-    """Context lengths to report: powers of two times train_len on both sides of it, from 1/8 of it, and eval_len."""
+    """Return the context lengths to report: train_len times powers of two, from 1/8 to eval_len, and eval_len."""
     steps = range(-3, math.floor(math.log2(eval_len / train_len)) + 1)
     return sorted({max(1, int(train_len * 2.0**step)) for step in steps} | {eval_len})
 
 
 @torch.inference_mode()
 def window_losses(model: Predictor, windows: Tensor, dtype: str) -> Tensor:
-    """Losses (N, n) float32 of windows (N, n + 1) int64."""
+    """Return losses (N, n) float32 of windows (N, n + 1) int64."""
     place = windows.device
     size = max(1, CHUNK // len(windows))
     with device.autocast(place, dtype):
@@ -124,13 +123,18 @@ def window_losses(model: Predictor, windows: Tensor, dtype: str) -> Tensor:
 
 @torch.inference_mode()
 def endings(
-    model: Predictor, rows: Sequence[Sequence[int]], wanted: Sequence[tuple[int, Sequence[int]]], *,
-    place: torch.device, dtype: str, width: int | None = None,
-) -> list[tuple[float, bool]]:  # fmt: skip
-    """For each (index of a row, targets) the log-probability in nats of the targets, and whether all are the likeliest.
+    model: Predictor,
+    rows: Sequence[Sequence[int]],
+    wanted: Sequence[tuple[int, Sequence[int]]],
+    *,
+    place: torch.device,
+    dtype: str,
+    width: int | None = None,
+) -> list[tuple[float, bool]]:
+    """Return the log-probability in nats of each (index of a row, targets), and whether all targets are likeliest.
 
-    The targets are what follows the row's last tokens, one each. Rows are padded to `width` at their end, by default to
-    the longest, where nothing that is scored can see it. The head runs at scored positions alone.
+    The n targets follow the row's last n tokens, one each. Rows are padded on the right to `width`, by default to the
+    longest row, after all scored positions. The head runs at scored positions alone.
     """
     tokens = np.zeros((len(rows), width or max(map(len, rows))), dtype=np.int64)
     for index, row in enumerate(rows):
@@ -138,19 +142,19 @@ def endings(
     counts = np.array([len(targets) for _, targets in wanted])
     row_of = np.repeat([index for index, _ in wanted], counts)
     ends = [len(rows[index]) for index, _ in wanted]
-    places = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
+    columns = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
     targets = np.concatenate([np.asarray(targets, dtype=np.int64) for _, targets in wanted])
-    there, row_at, column_at, following = (torch.from_numpy(x).to(place) for x in (tokens, row_of, places, targets))
-    chances, likeliest = [], []
+    inputs, row_at, column_at, following = (torch.from_numpy(x).to(place) for x in (tokens, row_of, columns, targets))
+    log_probabilities, greedy = [], []
     with device.autocast(place, dtype):
-        hidden = model(there)[row_at, column_at]
+        hidden = model(inputs)[row_at, column_at]
         for part, of_part in zip(hidden.split(CHUNK), following.split(CHUNK), strict=True):
             logits = model.logits(part).float()
-            chances.append(-F.cross_entropy(logits, of_part, reduction="none"))
-            likeliest.append(logits.argmax(-1) == of_part)
+            log_probabilities.append(-F.cross_entropy(logits, of_part, reduction="none"))
+            greedy.append(logits.argmax(-1) == of_part)
     starts = np.cumsum(counts) - counts
-    sums = np.add.reduceat(torch.cat(chances).double().cpu().numpy(), starts)
-    whole = np.logical_and.reduceat(torch.cat(likeliest).cpu().numpy(), starts)
+    sums = np.add.reduceat(torch.cat(log_probabilities).double().cpu().numpy(), starts)
+    whole = np.logical_and.reduceat(torch.cat(greedy).cpu().numpy(), starts)
     return list(zip(sums.tolist(), whole.tolist(), strict=True))
 
 
@@ -166,20 +170,20 @@ def measure(
     say: Callable[[str], None] = print,
     world: World = ALONE,
 ) -> PositionLosses:
-    """Losses by position of (document, tokens) windows, all of one length n + 1; windows of one document are averaged.
+    """Return losses by position of (document, tokens) windows of length n + 1, averaged over each document's windows.
 
-    byte_lengths: bytes of each token of an array. batch: windows a forward pass, fewer where memory ends, which `say`
-    is told. advance: told how many are done. Of several processes each takes a share of the windows, and all get all
-    losses.
+    byte_lengths: bytes of each token of an array. batch: windows of a forward pass, halved when out of memory, which
+    `say` reports. advance: called with the number of finished windows. Each process evaluates a share of the windows,
+    and all return all losses.
     """
     tokens = np.stack([window for _, window in windows]).astype(np.int64)
     losses = np.zeros((len(windows), tokens.shape[1] - 1))
 
-    def read(rows: Sequence[int]) -> None:
+    def evaluate(rows: Sequence[int]) -> None:
         losses[rows] = window_losses(model, torch.from_numpy(tokens[rows]).to(place), dtype).cpu().numpy()
         advance(len(rows) * world.size)
 
-    oom.in_parts(range(len(windows))[world.rank :: world.size], batch, read, say)
+    oom.in_parts(range(len(windows))[world.rank :: world.size], batch, evaluate, say)
     losses = distributed.summed(losses, world, place)
     size = np.cumsum(np.stack([byte_lengths(window[1:]) for window in tokens]), 1).astype(np.float64)
     document = np.array([index for index, _ in windows])
@@ -188,10 +192,10 @@ def measure(
 
 
 def disjoint(tokens: Tokens, window: int, prefix: int) -> list[tuple[Tokens, int]]:
-    """Windows of at most `window` + 1 tokens, and how many at the end of each are scored: every token once.
+    """Return windows of at most `window` + 1 tokens, and how many at the end of each are scored: every token once.
 
-    A window's first token is all that it sees of what came before; for the first of a document it is `prefix`. The
-    last reaches back to be as long as the others, as lm-eval's does. Of no tokens there are none.
+    A window's first token is its only context; for the first window of a document it is `prefix`. The last window
+    begins earlier, to be as long as the others, as in lm-eval. Without tokens there are no windows.
     """
     text = np.concatenate([[prefix], tokens]).astype(np.int64)
     ends = [min(start + window, len(tokens)) for start in range(0, len(tokens), window)]
@@ -212,29 +216,29 @@ def rolling(
     say: Callable[[str], None] = print,
     world: World = ALONE,
 ) -> Rolling:
-    """Loss of whole documents as lm-eval's `loglikelihood_rolling` has it: see `disjoint`.
+    """Return the loss of whole documents as lm-eval's `loglikelihood_rolling` defines it: see `disjoint`.
 
-    decode: the text of tokens, of which words and bytes are counted. advance: told how many tokens are done.
+    decode: tokens to text, whose words and bytes are counted. advance: called with the number of finished tokens.
     """
     parts = [(index, *part) for index, tokens in enumerate(documents) for part in disjoint(tokens, window, prefix)]
     losses = np.zeros(len(documents))
 
-    def read(rows: Sequence[int]) -> None:
+    def evaluate(rows: Sequence[int]) -> None:
         tokens = torch.from_numpy(np.stack([parts[row][1] for row in rows])).to(place)
         each = window_losses(model, tokens, dtype).double().cpu().numpy()
-        found = [line[-parts[row][2] :].sum() for row, line in zip(rows, each, strict=True)]
-        np.add.at(losses, [parts[row][0] for row in rows], found)
+        sums = [line[-parts[row][2] :].sum() for row, line in zip(rows, each, strict=True)]
+        np.add.at(losses, [parts[row][0] for row in rows], sums)
         advance(sum(parts[row][2] for row in rows) * world.size)
 
     for rows in list(_of_one_length(parts, batch))[world.rank :: world.size]:
-        oom.in_parts(rows, batch, read, say)
+        oom.in_parts(rows, batch, evaluate, say)
     texts = [decode(tokens) for tokens in documents]
     counts = ([len(x) for x in documents], [len(re.split(r"\s+", x)) for x in texts], [len(x.encode()) for x in texts])
     return Rolling(distributed.summed(losses, world, place), *(np.array(count, dtype=np.float64) for count in counts))
 
 
 def _of_one_length(parts: Sequence[tuple[int, Tokens, int]], batch: int) -> Iterable[list[int]]:
-    """Indices of the parts in groups of at most `batch` that are equally long."""
+    """Yield the indices of the parts in groups of at most `batch`, equally long ones together."""
     by_length: dict[int, list[int]] = {}
     for row, (_, part, _) in enumerate(parts):
         by_length.setdefault(len(part), []).append(row)

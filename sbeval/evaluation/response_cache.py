@@ -1,8 +1,8 @@
-"""What a model has answered, kept on disk as it comes, so that a run that was killed goes on request by request.
+"""A cache of a model's responses on disk, written at once, so that a killed run resumes at the next request.
 
-An answer depends on the model, the dtype and the tokens that the model was given, and on nothing else. A file is of one
-model and dtype; its keys are digests of those tokens, taken after a context was cut, with what was asked of them. So no
-tokenizer, length, prompt or version of a task can be answered from another's.
+A response depends on the model, the dtype and the input tokens alone. A file is of one model and dtype; its keys are
+digests of the kind of request and the input tokens, after truncation. So responses are never reused across tokenizers,
+lengths, prompts or versions of a task.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ from sbeval.runtime.files import storing
 
 
 def key(question: str, tokens: Sequence[int]) -> bytes:
-    """Digest of what is asked of these tokens."""
+    """Return the digest of a request on these tokens. question: its kind and options."""
     return hashlib.sha256(question.encode() + b"\0" + np.asarray(tokens, dtype=np.int64).tobytes()).digest()
 
 
 class Answers:
-    """Answers, JSON each, by key; in memory alone when there is no path. anew: forget those that are there."""
+    """JSON answers by key; in memory where `path` is None. anew: delete those of earlier runs."""
 
     def __init__(self, path: Path | None = None, *, anew: bool = False) -> None:
         self._path = path
@@ -32,33 +32,33 @@ class Answers:
             with storing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            # another process may be writing answers of the same model
+            # another process may write answers of the same model
             self._file = sqlite3.connect(path or ":memory:", timeout=60)
             self._file.execute("CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer TEXT) WITHOUT ROWID")
             if anew:
-                # not by removing the file, which another process may have open
+                # the file is not removed: another process may have it open
                 with self._file:
                     self._file.execute("DELETE FROM answers")
         except sqlite3.DatabaseError as error:
-            raise InputError(f"{path} holds no answers of a model ({error}); remove it") from None
+            raise InputError(f"{path} is not a cache of model responses ({error}): remove it") from None
 
     def find(self, keys: Iterable[bytes]) -> dict[bytes, Any]:
-        """The answers that are there."""
+        """Return the stored answers of these keys."""
         select = "SELECT answer FROM answers WHERE key = ?"
-        found = ((one, self._file.execute(select, (one,)).fetchone()) for one in keys)
-        return {one: json.loads(row[0]) for one, row in found if row is not None}
+        rows = ((one, self._file.execute(select, (one,)).fetchone()) for one in keys)
+        return {one: json.loads(row[0]) for one, row in rows if row is not None}
 
     def keep(self, answers: Mapping[bytes, Any]) -> None:
-        """Write answers; when this returns a kill does not lose them."""
+        """Write answers; they survive a kill after this returns."""
         rows = [(one, json.dumps(answer)) for one, answer in answers.items()]
         try:
             with self._file:
                 self._file.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
-        # a full or read-only disk; what was kept before stays
+        # a full or read-only disk; earlier answers stay
         except sqlite3.OperationalError as error:
             raise InputError(
                 f"cannot write {self._path}: {error}; "
-                "what is answered is kept: fix this and run the same command again to resume"
+                "earlier answers are kept: fix this and run the same command again to resume"
             ) from None
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Prompts of RULER's tasks as tokens: the largest haystack that fits, found once and kept.
+"""Prompts of RULER's tasks as tokens, with the largest haystack that fits, cached on disk; their training batches.
 
 tokens(BOS if the tokenizer has one, prompt with the beginning of the answer) + tokens to generate <= length
 """
@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from sbeval.config import digest_of
+from sbeval.data.dataloader import NOTHING, Batch
 from sbeval.data.tokenizer import Ids, Tokenizer
 from sbeval.errors import InputError, first_line
 from sbeval.evaluation import ruler_tasks
@@ -22,17 +24,17 @@ from sbeval.evaluation.ruler_texts import Sources, Tables
 from sbeval.runtime.files import locked, replacing
 from sbeval.tables.published import LONGEST
 
-# changes with anything that makes other prompts
+# version of the prompts: raise it with any change of their text
 FORMAT = 2
-# prompts that are encoded together
+# prompts encoded together
 GROUP = 32
-# tokens by which the number of a longer prompt is trusted to be too many
+# a prompt estimated to be longer than the budget by more tokens is not encoded
 MARGIN = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """tokens: of the prompt; answer: what follows them when the model is right. See `ruler.Sample`."""
+    """tokens: of the prompt; answer: those of the reference. See `ruler_tasks.Sample`."""
 
     tokens: Ids
     answer: Ids
@@ -41,9 +43,9 @@ class Prompt:
 
 
 class Writer:
-    """Writes the prompts of one tokenizer from one set of sources, and keeps them in cache_dir/needle/.
+    """Writes the prompts of one tokenizer from one set of sources, and caches them in cache_dir/needle/.
 
-    prefix: ids that stand before each prompt, the BOS of models that have one.
+    prefix: ids before each prompt, the BOS of models that have one.
     """
 
     def __init__(self, tokenizer: Tokenizer, sources: Sources, cache_dir: Path, prefix: tuple[int, ...] = ()) -> None:
@@ -51,20 +53,26 @@ class Writer:
         self.tables = Tables(tokenizer)
 
     def prompts(
-        self, task: str, length: int, seed: int, count: int, *, training: bool = False,
+        self,
+        task: str,
+        length: int,
+        seed: int,
+        count: int,
+        *,
+        training: bool = False,
         advance: Callable[[int], None] = lambda done: None,
-    ) -> list[Prompt]:  # fmt: skip
-        """The first `count` prompts of a task at a length in tokens; InputError where the smallest does not fit."""
+    ) -> list[Prompt]:
+        """Return the first `count` prompts of a task at a length; raise InputError where the smallest does not fit."""
         path = self.path(task, length, seed, training)
         with locked(path):
-            found = _read(path)
-            if len(found) < count:
-                found += self._write(task, range(len(found), count), length, seed, training, advance)
-                _keep(path, found)
-        return found[:count]
+            prompts = _read(path)
+            if len(prompts) < count:
+                prompts += self._write(task, range(len(prompts), count), length, seed, training, advance)
+                _store(path, prompts)
+        return prompts[:count]
 
     def path(self, task: str, length: int, seed: int, training: bool = False) -> Path:
-        """Where the prompts of a task are kept: named by all that they depend on."""
+        """Return the cache file of a task's prompts, named by all that they depend on."""
         niah, source = ruler_tasks.TASKS[task].niah, ruler_tasks.TASKS[task].source
         filled = source or ("essay" if niah is not None and niah.haystack == "essay" else "")
         key = [
@@ -83,23 +91,23 @@ class Writer:
         self, task: str, indices: range, length: int, seed: int, training: bool, advance: Callable[[int], None]
     ) -> list[Prompt]:
         setting = Setting(length=length, seed=seed, tables=self.tables, sources=self.sources, training=training)
-        found: list[Prompt] = []
+        prompts: list[Prompt] = []
         for start in range(0, len(indices), GROUP):
             group = indices[start : start + GROUP]
             drafts = [ruler_tasks.draft(task, index, setting) for index in group]
             budget = length - ruler_tasks.TASKS[task].new_tokens
-            fitted = fit(drafts, budget, self._encode, functools.partial(_misfit, task, length, budget, training))
+            fitted = fit(drafts, budget, self._encode, functools.partial(_too_long, task, length, budget, training))
             samples = [sample for sample, _ in fitted]
             for one, (_, ids) in zip(drafts, fitted, strict=True):
                 if one.largest is not None and budget - len(ids) > one.largest:
                     raise _underfilled(task, length, budget, training, len(ids))
             for (sample, ids), answer in zip(fitted, self._answers(samples), strict=True):
-                found.append(Prompt(tokens=ids, answer=answer, references=sample.references, depth=sample.depth))
+                prompts.append(Prompt(tokens=ids, answer=answer, references=sample.references, depth=sample.depth))
             advance(len(group))
-        return found
+        return prompts
 
     def _encode(self, samples: Sequence[Sample]) -> list[Ids]:
-        """Tokens of each prompt: piece by piece where that is the same, and else of the whole text."""
+        """Return the tokens of each prompt: encoded by piece where that is equivalent, else as a whole."""
         whole = [sample for sample in samples if not (self.tokenizer.cuts_at_spaces and _apart(sample))]
         texts = iter(self.tokenizer.encode_batch([sample.prompt for sample in whole]))
         front = np.array(self.prefix, dtype=self.tokenizer.dtype)
@@ -109,8 +117,7 @@ class Writer:
         ]
 
     def _answers(self, samples: Sequence[Sample]) -> list[Ids]:
-        """Tokens that follow a prompt's own: what is encoded beside its last line, where that leaves those as they
-        are."""
+        """Return the tokens of each answer: as encoded after the prompt's last line, unless that changes the line's."""
         ends = [sample.parts[-1].text for sample in samples]
         tails = [end[end.rstrip().rfind("\n") + 1 :] for end in ends]
         pairs = zip(tails, samples, strict=True)
@@ -124,8 +131,8 @@ class Writer:
 
 
 def _apart(sample: Sample) -> bool:
-    """Whether pieces of a prompt meet where white space begins: all but the first begin with it, none but the last ends
-    with it."""
+    """Return whether pieces of a prompt meet at white space: all but the first begin with it, all but the last end
+    without it."""
     parts = [part for part in sample.parts if len(part.indices)]
     begins = all(part.pieces.apart[0] for part in parts[1:])
     ends = all(part.pieces.apart[1] for part in parts[:-1])
@@ -133,37 +140,39 @@ def _apart(sample: Sample) -> bool:
 
 
 def fit(
-    drafts: Sequence[Draft], budget: int, encode: Callable[[Sequence[Sample]], list[Ids]],
-    misfit: Callable[[int], InputError],
-) -> list[tuple[Sample, Ids]]:  # fmt: skip
-    """For each draft the sample with the most haystack that has at most `budget` tokens, and those.
+    drafts: Sequence[Draft],
+    budget: int,
+    encode: Callable[[Sequence[Sample]], list[Ids]],
+    too_long: Callable[[int], InputError],
+) -> list[tuple[Sample, Ids]]:
+    """Return for each draft the sample with the most haystack of at most `budget` tokens, and its tokens.
 
-    A draft's own numbers, corrected by what its last text really had, say what to try; what is returned was counted,
-    and so was the next larger one unless it is too long by more than MARGIN tokens.
+    A binary search over the draft's estimates, corrected by the error of the last one. The returned sample was encoded,
+    and so was the next larger one, unless its estimate exceeds the budget by more than MARGIN tokens.
     """
-    # per draft: units that fit, units that do not, correction
+    # per draft: units that fit, units that do not, correction of the estimate
     low, high = [draft.least - 1 for draft in drafts], [draft.most + 1 for draft in drafts]
     error = [0] * len(drafts)
     best: list[tuple[Sample, Ids] | None] = [None] * len(drafts)
-    going = list(range(len(drafts)))
-    while going:
-        tries = [_next(drafts[i], budget - error[i], low[i], high[i]) for i in going]
-        samples = [drafts[i].write(units) for i, units in zip(going, tries, strict=True)]
-        found = encode(samples)
-        for i, units, sample, ids in zip(going, tries, samples, found, strict=True):
+    open_ = list(range(len(drafts)))
+    while open_:
+        tries = [_next(drafts[i], budget - error[i], low[i], high[i]) for i in open_]
+        samples = [drafts[i].write(units) for i, units in zip(open_, tries, strict=True)]
+        encoded = encode(samples)
+        for i, units, sample, ids in zip(open_, tries, samples, encoded, strict=True):
             error[i] = len(ids) - drafts[i].tokens(units)
             if len(ids) <= budget:
                 low[i], best[i] = units, (sample, ids)
             else:
                 high[i] = units
                 if units == drafts[i].least:
-                    raise misfit(len(ids))
-        going = [i for i in going if low[i] + 1 < high[i] and not _surely(drafts[i], low[i], budget - error[i])]
+                    raise too_long(len(ids))
+        open_ = [i for i in open_ if low[i] + 1 < high[i] and not _fitted(drafts[i], low[i], budget - error[i])]
     return [pair for pair in best if pair is not None]
 
 
 def _next(draft: Draft, budget: int, low: int, high: int) -> int:
-    """Units to try, between those that fit and those that don't: as many as the draft's own numbers allow."""
+    """Return the units to try: the most, between `low` and `high`, whose estimate is within the budget."""
     first, last = low + 1, high - 1
     while first < last:
         middle = (first + last + 1) // 2
@@ -171,13 +180,13 @@ def _next(draft: Draft, budget: int, low: int, high: int) -> int:
     return first
 
 
-def _surely(draft: Draft, fits: int, budget: int) -> bool:
-    """Whether one unit more than what fits is too much by more than the numbers can be wrong."""
+def _fitted(draft: Draft, fits: int, budget: int) -> bool:
+    """Return whether the estimate of one more unit exceeds the budget by more than its error can be."""
     return fits >= draft.least and draft.tokens(fits + 1) > budget + MARGIN
 
 
-def _misfit(task: str, length: int, budget: int, training: bool, least: int) -> InputError:
-    # other samples need a little more
+def _too_long(task: str, length: int, budget: int, training: bool, least: int) -> InputError:
+    # other samples may need a little more
     needed = -(-11 * (least + length - budget) // 1280) * 128
     more = f"give --length {needed} or more" if needed <= LONGEST else "leave it out or use another --tokenizer"
     if training:
@@ -189,27 +198,28 @@ def _misfit(task: str, length: int, budget: int, training: bool, least: int) -> 
 
 
 def _underfilled(task: str, length: int, budget: int, training: bool, most: int) -> InputError:
-    # other samples have a little less
+    # other samples may have a little less
     filled = 95 * (most + length - budget) // 12800 * 128
     fewer = f"give --length {filled} or less, or leave {task} out"
     if training:
         fewer = f"name others with --finetune-task, or train at --train-len {filled} or less"
     return InputError(
-        f"{task} cannot fill {length} tokens: with every word it has, its prompt has {most}, and {length - budget} are "
+        f"{task} cannot fill {length} tokens: with all of its words its prompt has {most}, and {length - budget} are "
         f"generated; {fewer}"
     )
 
 
-def _keep(path: Path, prompts: Sequence[Prompt]) -> None:
+def _store(path: Path, prompts: Sequence[Prompt]) -> None:
     meta = json.dumps([(prompt.references, prompt.depth) for prompt in prompts]).encode()
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
-            file, meta=np.frombuffer(meta, np.uint8),
+            file,
+            meta=np.frombuffer(meta, np.uint8),
             tokens=np.concatenate([prompt.tokens for prompt in prompts]),
             answers=np.concatenate([prompt.answer for prompt in prompts]),
             ends=np.cumsum([len(prompt.tokens) for prompt in prompts]),
             answer_ends=np.cumsum([len(prompt.answer) for prompt in prompts]),
-        )  # fmt: skip
+        )
 
 
 def _read(path: Path) -> list[Prompt]:
@@ -226,3 +236,27 @@ def _read(path: Path) -> list[Prompt]:
         Prompt(tokens=ids, answer=answer, references=tuple(references), depth=depth)
         for ids, answer, (references, depth) in zip(tokens, answers, meta, strict=True)
     ]
+
+
+class PromptBatches:
+    """Training batches of `batch` prompts by step, (B, length) int64 each; the loss is on the answer and the end.
+
+    tokens    p0 p1 p2 a0 a1 E  E         for the prompt p0 p1 p2 and the answer a0 a1
+    targets   .  .  a0 a1 E  .  .         E ends a document; it also pads the row
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], tokenizer: Tokenizer, length: int, batch: int) -> None:
+        self._prompts, self._eos, self._length, self._batch = prompts, tokenizer.eos, length, batch
+
+    def __getitem__(self, step: int) -> Batch:
+        rows = self._prompts[step * self._batch : (step + 1) * self._batch]
+        assert len(rows) == self._batch, f"{len(self._prompts)} prompts are too few for step {step}"
+        tokens = np.full((len(rows), self._length + 1), self._eos, dtype=np.int64)
+        targets = np.full((len(rows), self._length), NOTHING, dtype=np.int64)
+        for row, prompt in enumerate(rows):
+            # answers longer than RULER's tokens to generate are truncated
+            text = np.concatenate([prompt.tokens, prompt.answer])[: self._length + 1]
+            tokens[row, : len(text)] = text
+            first, last = len(prompt.tokens) - 1, min(len(text), self._length)
+            targets[row, first:last] = tokens[row, first + 1 : last + 1]
+        return Batch(tokens=torch.from_numpy(tokens[:, :-1].copy()), targets=torch.from_numpy(targets), cu_seqlens=None)

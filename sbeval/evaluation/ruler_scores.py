@@ -1,9 +1,9 @@
-"""How well a model answers prompts of RULER's tasks: what it says, and how likely it finds the right answer.
+"""Scores of a model on prompts of RULER's tasks: of its completion, and of the reference answer by teacher forcing.
 
-Small models score near zero by what they say, so the answer is also put behind the prompt (teacher forcing):
+The completions of small models score near zero, so the reference is also evaluated after the prompt:
 
     log_probability   of the tokens of the reference answer, in nats, summed
-    greedy            1 where each of them is the likeliest, so that greedy decoding would say exactly that
+    greedy            1 where each of them is the likeliest, so that greedy decoding would produce the reference
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ CONTROL = re.compile(r"[\x00-\x1f]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """What one sample gave. `tokens` are those of its prompt."""
+    """The result of one sample. tokens: length of the prompt; said: the completion."""
 
     index: int
     depth: float | None
@@ -42,38 +42,38 @@ class Answered:
 
 
 def score(said: str, references: Sequence[str], rule: str) -> float:
-    """RULER's score of an answer: under `all` the fraction of references in it, under `part` 1 if any is there.
+    """Return RULER's score of a completion: the fraction of references in it (`all`), or 1 if any is in it (`part`).
 
-    Control characters become line ends first, and case does not count.
+    Control characters become line ends first, and case is ignored.
     """
     text = CONTROL.sub("\n", said.strip()).strip().lower()
-    found = [reference.lower() in text for reference in references]
-    return float(any(found)) if rule == "part" else sum(found) / len(found)
+    matches = [reference.lower() in text for reference in references]
+    return float(any(matches)) if rule == "part" else sum(matches) / len(matches)
 
 
 def teacher_forced(
     model: Predictor, prompts: Sequence[Prompt], place: torch.device, dtype: str, batch: int
 ) -> list[tuple[float, bool]]:
-    """Log-probability of each reference answer, and whether all its tokens are the likeliest."""
-    found: list[tuple[float, bool]] = []
+    """Return the log-probability of each reference answer, and whether all its tokens are the likeliest."""
+    results: list[tuple[float, bool]] = []
     for start in range(0, len(prompts), batch):
-        asked = prompts[start : start + batch]
-        # the last token is only predicted
-        rows = [np.concatenate([prompt.tokens, prompt.answer[:-1]]).tolist() for prompt in asked]
-        answers = [(index, prompt.answer.tolist()) for index, prompt in enumerate(asked)]
-        found += perplexity.endings(model, rows, answers, place=place, dtype=dtype)
-    return found
+        chunk = prompts[start : start + batch]
+        # the last token is a target only
+        rows = [np.concatenate([prompt.tokens, prompt.answer[:-1]]).tolist() for prompt in chunk]
+        answers = [(index, prompt.answer.tolist()) for index, prompt in enumerate(chunk)]
+        results += perplexity.endings(model, rows, answers, place=place, dtype=dtype)
+    return results
 
 
 class Samples:
-    """The answers of one model to the prompts of one task and length, in a file of a JSON object a line, each written
-    as it comes: what is there need not be asked again."""
+    """The results of one model on the prompts of one task and length, in a JSON Lines file that is written at once: a
+    killed run resumes after them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.found: dict[int, Answered] = {}
         lines = path.read_bytes().split(b"\n") if path.exists() else []
-        # a writer that was stopped leaves a line without its end
+        # a killed writer leaves an incomplete last line
         whole = lines[:-1]
         for number, line in enumerate(whole, 1):
             try:
@@ -93,40 +93,63 @@ class Samples:
 
 
 def ask(
-    model: Any, prompts: Sequence[Prompt], tokenizer: Tokenizer, samples: Samples, *, rule: str, new_tokens: int,
-    place: torch.device, dtype: str, batch: int, advance: Callable[[int], None] = lambda done: None,
-) -> list[Answered]:  # fmt: skip
-    """Ask everything that has no answer yet, `batch` prompts at a time, and return the answers to all prompts.
+    model: Any,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    samples: Samples,
+    *,
+    rule: str,
+    new_tokens: int,
+    place: torch.device,
+    dtype: str,
+    batch: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[Answered]:
+    """Evaluate the prompts without a result, `batch` at a time, and return the results of all.
 
-    model: a `Predictor` that is a `Generator` too. An answer ends with the token that ends a document.
+    model: a `Predictor` that is a `Generator` too. A completion ends at the token that ends a document.
     """
-    left = [index for index in range(len(prompts)) if index not in samples.found]
-    for start in range(0, len(left), batch):
-        indices = left[start : start + batch]
+    todo = [index for index in range(len(prompts)) if index not in samples.found]
+    for start in range(0, len(todo), batch):
+        indices = todo[start : start + batch]
         chosen = [prompts[index] for index in indices]
         likely = teacher_forced(model, chosen, place, dtype, batch)
         said = say(model, chosen, tokenizer, new_tokens, place, dtype, batch)
         samples.add(
             [
                 Answered(
-                    index=index, depth=prompt.depth, tokens=len(prompt.tokens),
-                    score=score(text, prompt.references, rule), log_probability=log_probability, greedy=greedy,
+                    index=index,
+                    depth=prompt.depth,
+                    tokens=len(prompt.tokens),
+                    score=score(text, prompt.references, rule),
+                    log_probability=log_probability,
+                    greedy=greedy,
                     said=text,
                 )
                 for index, prompt, text, (log_probability, greedy) in zip(indices, chosen, said, likely, strict=True)
             ]
-        )  # fmt: skip
+        )
         advance(len(indices))
     return [samples.found[index] for index in range(len(prompts))]
 
 
 def say(
-    model: Generator, prompts: Sequence[Prompt], tokenizer: Tokenizer, new_tokens: int, place: torch.device,
-    dtype: str, batch: int,
-) -> list[str]:  # fmt: skip
-    """What the model says after each prompt, greedily."""
-    found = generate(
-        model, [prompt.tokens.tolist() for prompt in prompts], new_tokens, place, dtype=dtype, batch=batch,
+    model: Generator,
+    prompts: Sequence[Prompt],
+    tokenizer: Tokenizer,
+    new_tokens: int,
+    place: torch.device,
+    dtype: str,
+    batch: int,
+) -> list[str]:
+    """Return the greedy completion of each prompt."""
+    completions = generate(
+        model,
+        [prompt.tokens.tolist() for prompt in prompts],
+        new_tokens,
+        place,
+        dtype=dtype,
+        batch=batch,
         stop=lambda tokens: tokens[-1] == tokenizer.eos,
-    )  # fmt: skip
-    return [tokenizer.decode(np.array(tokens)) for tokens in found]
+    )
+    return [tokenizer.decode(np.array(tokens)) for tokens in completions]

@@ -1,7 +1,7 @@
-"""The 13 tasks of RULER (Hsieh et al. 2024, arXiv 2404.06654): prompts of which only the amount of haystack is open.
+"""The 13 tasks of RULER (Hsieh et al. 2024, arXiv 2404.06654): prompts whose amount of haystack is still open.
 
-A sample is a function of task, length, tokenizer, seed and index alone. Its draws come from generators of its own, and
-the tokenizer only decides how much haystack fits (`sbeval.evaluation.ruler_prompts`):
+A sample is a function of task, length, tokenizer, seed and index alone. It has random generators of its own, and the
+tokenizer only decides how much haystack fits (`sbeval.evaluation.ruler_prompts`):
 
     A special magic number is hidden within the following text. [...]        instruction
     The grass is green. The sky is blue. [...]                               haystack: a unit, repeated
@@ -9,27 +9,27 @@ the tokenizer only decides how much haystack fits (`sbeval.evaluation.ruler_prom
     The grass is green. [...]
     What is the special magic number for long-kayak mentioned in the [...]   question, and the beginning of the answer
 
-Templates are read from the installed lm_eval. Its port departs from NVIDIA/RULER; here is what, and our choice:
+Templates are read from the installed lm_eval. Its port departs from NVIDIA/RULER in these points:
 
     lm_eval                                                     here
-    qa: mean over the references of one answer                  1 if any of them is found, as NVIDIA
-    cwe: no worked example in the prompt                        with it, as NVIDIA
-    vt: a misspelt word (assgined; so do older NVIDIA's),       assigned; lines joined by newlines, as NVIDIA
+    qa: mean over the references of one answer                  1 if any of them is found, as in NVIDIA's
+    cwe: no worked example in the prompt                        with one, as in NVIDIA's
+    vt: a misspelt word (assgined; so do older NVIDIA's),       assigned; lines joined by newlines, as in NVIDIA's
         lines joined by spaces
-    fwe: up to L + 50 tokens                                    at most L with the tokens to generate
+    fwe: up to L + 50 tokens                                    at most L, tokens to generate included
     fitted in steps of 5 to 500 units, to 19 % of L             fitted to the last unit (word, line, document)
-    no end at lengths that the smallest prompt does not fit     an error that says so (NVIDIA's has no end either)
-    samples depend on what was drawn before, by any task        each has its own seed
+    no end where the smallest prompt is longer than L           an error (NVIDIA's has no end either)
+    samples depend on earlier draws of all tasks                each has its own seed
     metrics are called 4096, 8192, ...                          `score`, with the length in a column
     essays, SQuAD and HotpotQA from the network                 files, and for essays a built-in text
 
 Departures of ours: the essay is Walden (Henry David Thoreau, 1854; public domain; Project Gutenberg's text 205 without
-its table of contents), for RULER's own are under copyright, or a file of the user's; sentences end by a rule (. ! or ?
+its table of contents) or a file of the user's, since RULER's own are under copyright; sentences end by a rule (. ! or ?
 before a capital), not by nltk's model; the worked example of vt, at most 500 tokens upstream, has at most a third of L
 where that is less and five lines of noise fit; where all words of wonderwords do not fill L in cwe (131072 tokens with
-some tokenizers), NVIDIA draws from a longer list, and here that is an error, for the list is not at hand. Where RULER's
-references have no order, teacher forcing takes that in which they stand (values of one key, common words); between them
-stands what a worked example has, else a comma.
+some tokenizers), NVIDIA draws from a longer list, which is not available here: that is an error. Where RULER's
+references are unordered, teacher forcing takes their order in the text (values of one key, common words), separated as
+in a worked example, else by commas.
 """
 
 import ast
@@ -60,8 +60,8 @@ MISSING = "needle needs {} for the prompts of RULER: pip install 'sbeval[needle]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A prompt, what follows it when the model is right, and what is looked for in what it says. `depth` is where the
-    needle that is asked for stands, in per cent of the haystack before it; None where there is no single one."""
+    """A prompt, its reference answer, and the references that are searched in a completion. depth: per cent of the
+    haystack before the queried needle; None where it is not a single one."""
 
     parts: Sequence[Part]
     answer: str
@@ -75,10 +75,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """A sample of which the haystack is open: `least` to `most` units.
+    """A sample whose haystack is still open: `least` to `most` units.
 
-    tokens: of the prompt with so many units, but for an error that changes little from one number to the next.
-    largest: tokens of a unit at most, where fewer units than fill the length are an error; else None.
+    tokens: an estimate for so many units, whose error changes little from one number to the next. largest: maximum
+    tokens of a unit, where it is an error that all units do not fill the length; else None.
     """
 
     least: int
@@ -90,7 +90,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What a draft may depend on. `training` draws other samples, whose essay starts anywhere."""
+    """What a draft depends on. `training` draws other samples, whose essay starts anywhere."""
 
     length: int
     seed: int
@@ -113,12 +113,12 @@ class Niah:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Tokens that are generated, how the answer is scored, and what is drawn."""
+    """Tokens to generate, rule of the score, and what is drawn. source: of the questions, `squad` or `hotpot`."""
 
     new_tokens: int
     score: str = "all"
     niah: Niah | None = None
-    source: str = ""  # of its questions: `squad` or `hotpot`
+    source: str = ""
 
 
 TASKS = {
@@ -139,7 +139,7 @@ TASKS = {
 
 
 def draft(name: str, index: int, setting: Setting) -> Draft:
-    """Sample number `index` of a task, its haystack still open."""
+    """Return sample number `index` of a task, its haystack still open."""
     task = TASKS[name]
     key = f"{'train' if setting.training else 'test'} {name} {setting.length} {setting.seed} {index}"
     if task.niah is not None:
@@ -151,11 +151,11 @@ def draft(name: str, index: int, setting: Setting) -> Draft:
 
 @functools.cache
 def templates(module: str) -> dict[str, Any]:
-    """The literals at the top of a module of lm_eval's RULER, which is read, not run: it would ask the network."""
-    found = importlib.util.find_spec("lm_eval")
-    if found is None or not found.submodule_search_locations:
+    """Return the literals at the top of a module of lm_eval's RULER; importing it would access the network."""
+    spec = importlib.util.find_spec("lm_eval")
+    if spec is None or not spec.submodule_search_locations:
         raise InputError(MISSING.format("lm_eval"))
-    path = Path(found.submodule_search_locations[0]) / "tasks" / "ruler" / f"{module}.py"
+    path = Path(spec.submodule_search_locations[0]) / "tasks" / "ruler" / f"{module}.py"
     try:
         source = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -172,7 +172,7 @@ def templates(module: str) -> dict[str, Any]:
 
 @functools.cache
 def words(*kinds: str) -> list[str]:
-    """The words of wonderwords of these kinds, sorted."""
+    """Return the words of wonderwords of these kinds, sorted."""
     try:
         import wonderwords
     except ImportError:
@@ -195,18 +195,20 @@ def _niah(niah: Niah, key: str, setting: Setting) -> Draft:
     pairs = [(name, _random(niah.value, rng)) for name in keys for _ in range(niah.values)]
     rng.shuffle(pairs)
     needles = [needle.format(type_needle_v=niah.value, key=name, value=value) for name, value in pairs]
-    asked = rng.sample(keys, niah.queries)
-    # in the order of the question, values of one key in the order in which they stand
-    answers = tuple(value for name in asked for other, value in pairs if other == name)
-    sought = [place for place, (name, _) in enumerate(pairs) if name in asked]
-    head, tail = setting.tables.around(_niah_template(niah, asked))
+    queried = rng.sample(keys, niah.queries)
+    # in the order of the question, values of one key in the order of the text
+    answers = tuple(value for name in queried for other, value in pairs if other == name)
+    sought = [index for index, (name, _) in enumerate(pairs) if name in queried]
+    head, tail = setting.tables.around(_niah_template(niah, queried))
 
     def sample(haystack: Sequence[Part], depths: Sequence[float], gap: str = "") -> Sample:
         end = setting.tables.new([gap + tail.text]).part([0]) if gap else tail
         return Sample(
-            parts=[head, *haystack, end], answer=" " + ", ".join(answers), references=answers,
+            parts=[head, *haystack, end],
+            answer=" " + ", ".join(answers),
+            references=answers,
             depth=depths[sought[0]] if len(sought) == 1 else None,
-        )  # fmt: skip
+        )
 
     fixed = head.tokens + tail.tokens
     if niah.haystack == "essay":
@@ -216,16 +218,18 @@ def _niah(niah: Niah, key: str, setting: Setting) -> Draft:
     sums = np.cumsum(lines.tokens)
 
     def write(units: int) -> Sample:
-        places = sorted(random.Random(f"{key} {units}").sample(range(units), len(needles)))
+        cuts = sorted(random.Random(f"{key} {units}").sample(range(units), len(needles)))
         haystack: list[Part] = []
-        for number, (first, last) in enumerate(itertools.pairwise([0, *places, units])):
+        for number, (first, last) in enumerate(itertools.pairwise([0, *cuts, units])):
             haystack += [lines.part(range(first, last)), added.part(range(number, min(number + 1, len(needles))))]
-        return sample(haystack, [100 * place / units for place in places])
+        return sample(haystack, [100 * cut / units for cut in cuts])
 
     return Draft(
-        least=len(needles), most=len(sums), write=write,
+        least=len(needles),
+        most=len(sums),
+        write=write,
         tokens=lambda units: fixed + int(added.tokens.sum() + sums[units - 1]),
-    )  # fmt: skip
+    )
 
 
 def _noise(setting: Setting) -> Pieces:
@@ -233,7 +237,7 @@ def _noise(setting: Setting) -> Pieces:
 
 
 def _needles(niah: Niah, needle: str, rng: random.Random, setting: Setting) -> Pieces:
-    """Lines like the needle, somewhat more than fit."""
+    """Return lines like the needle, somewhat more than fit."""
 
     def lines(count: int, rng: random.Random) -> list[str]:
         pairs = ({"key": _random(niah.key, rng), "value": _random(niah.value, rng)} for _ in range(count))
@@ -241,36 +245,39 @@ def _needles(niah: Niah, needle: str, rng: random.Random, setting: Setting) -> P
 
     some = setting.tables.kept(f"needles {niah.key} {niah.value}", lambda: lines(64, random.Random(0)))
     drawn = lines(int(1.1 * setting.length / some.tokens.mean()) + 8, rng)
-    while (found := setting.tables.new(drawn)).tokens.sum() < setting.length:
+    while (pieces := setting.tables.new(drawn)).tokens.sum() < setting.length:
         drawn += lines(len(drawn) // 4, rng)
-    return found
+    return pieces
 
 
-def _niah_template(niah: Niah, asked: Sequence[str]) -> str:
-    """The template with all but its context."""
+def _niah_template(niah: Niah, queried: Sequence[str]) -> str:
+    """Return the template with everything but its context filled in."""
     template: str = templates("niah_utils")["TEMPLATE"] + NIAH_ANSWER
     noun = niah.value
     if niah.queries * niah.values == 1:
         for many, one in (("Some", "A"), ("are all", "is"), ("are", "is")):
             template = template.replace(many, one)
         noun = noun[:-1]
-    query = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + ", and " + asked[-1]
+    query = queried[0] if len(queried) == 1 else ", ".join(queried[:-1]) + ", and " + queried[-1]
     return template.replace("{type_needle_v}", noun).replace("{query}", query)
 
 
 def _in_essay(
-    needles: Sequence[str], fixed: int, rng: random.Random, setting: Setting,
+    needles: Sequence[str],
+    fixed: int,
+    rng: random.Random,
+    setting: Setting,
     sample: Callable[[Sequence[Part], Sequence[float], str], Sample],
-) -> Draft:  # fmt: skip
-    """Needles after sentences of an essay, of which the units are words.
+) -> Draft:
+    """Return a draft with needles after sentences of an essay, whose units are words.
 
-    As upstream, needles and what stands before, between and after them are joined by spaces, also where that is empty.
+    As upstream, needles and the texts before, between and after them are joined by spaces, also where a text is empty.
     """
     essay = setting.sources.essay
     words = setting.tables.kept("essay", lambda: [f" {word}" for word in essay.words])
     sums = setting.tables.sums("essay", words)
     count = len(needles)
-    # as they follow text, then as they follow nothing
+    # needles after text, then needles after an empty text
     added = setting.tables.new([f"{gap}{text}" for gap in (" ", "  ") for text in needles])
     depths = sorted(rng.sample(DEPTHS, count))
     first = rng.choice(essay.starts[: len(essay.starts) // 2]) if setting.training else 0
@@ -290,9 +297,11 @@ def _in_essay(
         return sample(opened([*haystack, rest]), depths, "" if rest.indices else " ")
 
     return Draft(
-        least=count, most=min(setting.length, len(essay.words) - first), write=write,
+        least=count,
+        most=min(setting.length, len(essay.words) - first),
+        write=write,
         tokens=lambda units: fixed + int(added.tokens[:count].sum() + sums[first + units] - sums[first]),
-    )  # fmt: skip
+    )
 
 
 def _vt(key: str, setting: Setting) -> Draft:
@@ -308,23 +317,21 @@ def _vt(key: str, setting: Setting) -> Draft:
             names += [name] if name not in names else []
         value = str(rng.randint(10000, 99998))
         # the space at the end is upstream's
-        return (
-            names,
-            [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in itertools.pairwise(names))],
-            value,
-        )
+        steps = [f"VAR {names[0]} = {value}", *(f"VAR {b} = VAR {a} " for a, b in itertools.pairwise(names))]
+        return names, steps, value
 
     def lines(units: int, steps: Sequence[str], order: random.Random) -> list[str]:
         text = [NOISE] * units
-        for moved, (place, step) in enumerate(zip(sorted(order.sample(range(units), 5)), steps, strict=True)):
-            text.insert(place + moved, step)
+        for moved, (index, step) in enumerate(zip(sorted(order.sample(range(units), 5)), steps, strict=True)):
+            text.insert(index + moved, step)
         return text
 
-    shown, shown_steps, value = chain(3)
+    example_names, example_steps, value = chain(3)
     filled = template.replace("{query}", value).replace("{num_v}", "5")
-    without = setting.tables.new([filled + "\n".join(shown_steps)]).tokens[0]
+    without = setting.tables.new([filled + "\n".join(example_steps)]).tokens[0]
     units = max(5, int(min(500, setting.length // 3) - without) // line)
-    example = filled.replace("{context}", "\n".join(lines(units, shown_steps, rng))) + " " + " ".join(shown) + "\n\n"
+    noisy = filled.replace("{context}", "\n".join(lines(units, example_steps, rng)))
+    example = f"{noisy} {' '.join(example_names)}\n\n"
 
     names, steps, value = chain(5)
     head, tail = setting.tables.around(example + template.replace("{query}", value).replace("{num_v}", "5"))
@@ -332,10 +339,10 @@ def _vt(key: str, setting: Setting) -> Draft:
 
     def write(units: int) -> Sample:
         text = lines(units, steps, random.Random(f"{key} {units}"))
-        # white space belongs to what comes after it
+        # white space belongs to the next piece
         spaced = [
-            ("\n\n" if place == 0 else " \n" if text[place - 1].endswith(" ") else "\n") + item.rstrip()
-            for place, item in enumerate(text)
+            ("\n\n" if index == 0 else " \n" if text[index - 1].endswith(" ") else "\n") + item.rstrip()
+            for index, item in enumerate(text)
         ]
         end = setting.tables.new([" " + tail.text]).part([0]) if text[-1].endswith(" ") else tail
         parts = [head, setting.tables.repeated(spaced), end]
@@ -345,7 +352,7 @@ def _vt(key: str, setting: Setting) -> Draft:
 
 
 def _numbered(entries: Sequence[str]) -> str:
-    return " ".join(f"{place}. {word}" for place, word in enumerate(entries, 1))
+    return " ".join(f"{number}. {word}" for number, word in enumerate(entries, 1))
 
 
 def _cwe(key: str, setting: Setting) -> Draft:
@@ -356,42 +363,44 @@ def _cwe(key: str, setting: Setting) -> Draft:
     rng = random.Random(key)
 
     def entries(chosen: Sequence[int], times: tuple[int, int], order: random.Random) -> list[int]:
-        found = list(chosen[:10]) * times[0] + list(chosen[10:]) * times[1]
-        order.shuffle(found)
-        return found
+        indices = list(chosen[:10]) * times[0] + list(chosen[10:]) * times[1]
+        order.shuffle(indices)
+        return indices
 
     spelt = setting.tables.kept("words", lambda: [f" {word}" for word in vocabulary])
-    # an entry has three tokens at least; the smallest prompt is written at any length, to say that it does not fit
+    # an entry has at least three tokens; the smallest prompt is written at any length, for the error if it does not fit
     count = max(setting.length // 3, 10 * seldom[0] + 1)
-    places = setting.tables.kept(f"places {count}", lambda: [f" {place}." for place in range(1, count)])
+    labels = setting.tables.kept(f"labels {count}", lambda: [f" {number}." for number in range(1, count)])
     example = rng.sample(range(len(vocabulary)), shown)
     listed = _numbered([vocabulary[index] for index in entries(example, often, rng)])
     answered = " " + _numbered([vocabulary[index] for index in example[:10]]) + "\n"
     head, tail = setting.tables.around(template.replace("{context}", listed) + answered + template)
     chosen = rng.sample(range(len(vocabulary)), len(vocabulary))
     sums = np.cumsum(spelt.tokens[chosen] * np.repeat(seldom, (10, len(chosen) - 10)))
-    numbers = np.cumsum(places.tokens)
-    largest = seldom[1] * int(spelt.tokens.max() + places.tokens.max())
+    label_sums = np.cumsum(labels.tokens)
+    largest = seldom[1] * int(spelt.tokens.max() + labels.tokens.max())
 
-    def number(units: int) -> int:
+    def entry_count(units: int) -> int:
         return 10 * seldom[0] + (units - 10) * seldom[1]
 
     def write(units: int) -> Sample:
         listed = entries(chosen[:units], seldom, random.Random(f"{key} {units}"))
-        # all are as frequent: in the order in which they first occur
+        # all are equally frequent: in the order of their first occurrence
         first = _numbered([vocabulary[index] for index in sorted(chosen[:10], key=listed.index)])
-        context = opened(setting.tables.woven(places, range(len(listed)), spelt, listed))
+        context = opened(setting.tables.woven(labels, range(len(listed)), spelt, listed))
         common = tuple(vocabulary[index] for index in chosen[:10])
         return Sample(parts=[head, *context, tail], answer=" " + first, references=common)
 
     return Draft(
-        least=10, most=max(10, min(len(chosen), 10 + (len(numbers) - number(10)) // seldom[1])), write=write,
+        least=10,
+        most=max(10, min(len(chosen), 10 + (len(label_sums) - entry_count(10)) // seldom[1])),
+        write=write,
         largest=largest,
-        tokens=lambda units: head.tokens + tail.tokens + int(sums[units - 1] + numbers[: number(units)][-1]),
-    )  # fmt: skip
+        tokens=lambda units: head.tokens + tail.tokens + int(sums[units - 1] + label_sums[: entry_count(units)][-1]),
+    )
 
 
-# below this many words ranks 4 and 5 of the coded text can be as frequent, and the answer is open
+# with fewer words ranks 4 and 5 of the coded text can be equally frequent, and the answer is ambiguous
 LEAST_CODED = 83
 
 
@@ -400,7 +409,7 @@ def _fwe(key: str, setting: Setting) -> Draft:
     head, tail = setting.tables.around(config["template"] + config["answer_prefix"])
     rng = random.Random(key)
     coded: dict[str, None] = {}
-    # the answer is three of them, after the first
+    # the answer is the three words after the first
     while len(coded) < max(4, setting.length // 50):
         coded["".join(rng.choices(string.ascii_lowercase, k=6))] = None
     vocabulary = ["...", *list(coded)[1:]]
@@ -412,15 +421,17 @@ def _fwe(key: str, setting: Setting) -> Draft:
         return (units * shares).astype(np.int64)
 
     def write(units: int) -> Sample:
-        found = np.repeat(np.arange(len(vocabulary)), times(units)).tolist()
-        random.Random(f"{key} {units}").shuffle(found)
+        indices = np.repeat(np.arange(len(vocabulary)), times(units)).tolist()
+        random.Random(f"{key} {units}").shuffle(indices)
         top = tuple(vocabulary[1:4])
-        return Sample(parts=[head, spelt.part(found), tail], answer=" " + ", ".join(top), references=top)
+        return Sample(parts=[head, spelt.part(indices), tail], answer=" " + ", ".join(top), references=top)
 
     return Draft(
-        least=LEAST_CODED, most=2 * setting.length, write=write,
+        least=LEAST_CODED,
+        most=2 * setting.length,
+        write=write,
         tokens=lambda units: head.tokens + tail.tokens + int(times(units) @ spelt.tokens),
-    )  # fmt: skip
+    )
 
 
 def _qa(questions: Questions | None, index: int, key: str, setting: Setting) -> Draft:
@@ -429,31 +440,34 @@ def _qa(questions: Questions | None, index: int, key: str, setting: Setting) -> 
     label, _ = templates("qa_utils")["DOCUMENT_PROMPT"].split("{document}")
     if index >= len(questions.asked):
         raise InputError(f"{questions.path} has {len(questions.asked)} questions: --samples can be that many at most")
-    asked = questions.asked[index]
+    question = questions.asked[index]
     rng = random.Random(key)
-    # first what the question needs, then what stands near it, then anything
-    near = rng.sample(asked.near, len(asked.near))
-    taken = {*asked.needed, *near}
-    rest = [place for place in range(len(questions.documents)) if place not in taken]
-    order = [*asked.needed, *near, *rng.sample(rest, len(rest))]
-    head, tail = setting.tables.around(config["template"].replace("{query}", asked.question) + " Answer:")
+    # first the documents that the question needs, then those on its subject, then any
+    near = rng.sample(question.near, len(question.near))
+    taken = {*question.needed, *near}
+    rest = [number for number in range(len(questions.documents)) if number not in taken]
+    order = [*question.needed, *near, *rng.sample(rest, len(rest))]
+    head, tail = setting.tables.around(config["template"].replace("{query}", question.question) + " Answer:")
     documents = setting.tables.kept(questions.path, lambda: ["\n" + text for text in questions.documents])
     labels = setting.tables.kept(
         f"{questions.path} labels",
-        lambda: ["\n\n" + label.replace("{i}", str(place)).rstrip() for place in range(1, len(order) + 1)],
+        lambda: ["\n\n" + label.replace("{i}", str(number)).rstrip() for number in range(1, len(order) + 1)],
     )
     sums = np.cumsum(documents.tokens[order]) + np.cumsum(labels.tokens[: len(order)])
 
     def write(units: int) -> Sample:
         shuffled = random.Random(f"{key} {units}").sample(order[:units], units)
-        single = len(asked.needed) == 1
+        single = len(question.needed) == 1
         return Sample(
             parts=[head, *setting.tables.woven(labels, range(units), documents, shuffled), tail],
-            answer=" " + asked.answers[0], references=asked.answers,
-            depth=100 * shuffled.index(asked.needed[0]) / max(1, units - 1) if single else None,
-        )  # fmt: skip
+            answer=" " + question.answers[0],
+            references=question.answers,
+            depth=100 * shuffled.index(question.needed[0]) / max(1, units - 1) if single else None,
+        )
 
     return Draft(
-        least=len(asked.needed), most=len(order), write=write,
+        least=len(question.needed),
+        most=len(order),
+        write=write,
         tokens=lambda units: head.tokens + tail.tokens + int(sums[units - 1]),
-    )  # fmt: skip
+    )

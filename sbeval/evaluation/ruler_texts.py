@@ -1,4 +1,4 @@
-"""What prompts are filled with: an essay, questions with their documents, and the tokens of pieces of text."""
+"""Texts of RULER's prompts: an essay, questions with their documents, and pieces of text with their tokens."""
 
 import functools
 import hashlib
@@ -18,14 +18,14 @@ from sbeval.data.tokenizer import Ids, Tokenizer
 from sbeval.errors import InputError
 
 Counted = npt.NDArray[np.int64]
-# the longest length is 131072 tokens, and a word has one at least
+# the longest length is 131072 tokens, and a word has at least one
 ESSAY_WORDS = 131072
-# a sentence ends with such a word when the next begins with a capital
+# a sentence ends with a word like the first if the next word is like the second
 ENDS, BEGINS = re.compile(r"[.!?][\"'”’)\]]*$"), re.compile(r"[\"'“‘(\[_]*[A-Z]")
 
 
 class Pieces:
-    """Texts that prompts are made of, each encoded once: (n,) numbers of tokens, and the tokens one after the other."""
+    """Texts of which prompts are made, each encoded once: numbers of tokens (n,), and the tokens, concatenated."""
 
     def __init__(self, texts: Sequence[str], tokenizer: Tokenizer) -> None:
         self.texts, self._tokenizer = texts, tokenizer
@@ -33,8 +33,8 @@ class Pieces:
     @functools.cached_property
     def _encoded(self) -> tuple[Ids, Counted]:
         unique = list(dict.fromkeys(self.texts))
-        found = dict(zip(unique, self._tokenizer.encode_batch(unique), strict=True))
-        ids = [found[text] for text in self.texts]
+        encoded = dict(zip(unique, self._tokenizer.encode_batch(unique), strict=True))
+        ids = [encoded[text] for text in self.texts]
         return np.concatenate(ids), np.array([len(item) for item in ids], dtype=np.int64)
 
     @functools.cached_property
@@ -47,28 +47,28 @@ class Pieces:
 
     @functools.cached_property
     def apart(self) -> tuple[bool, bool]:
-        """Whether all begin with white space, and whether none ends with it."""
+        """Whether all texts begin with white space, and whether none ends with it."""
         return all(text[:1].isspace() for text in self.texts), not any(text[-1:].isspace() for text in self.texts)
 
     def part(self, indices: Sequence[int]) -> "Part":
         return Part(self, indices)
 
     def ids(self, indices: Sequence[int]) -> Ids:
-        """The tokens of these texts, one after the other."""
+        """Return the tokens of these texts, concatenated."""
         ids, starts = self._encoded[0], self._starts
         if isinstance(indices, range):
             return ids[starts[indices.start] : starts[max(indices.start, indices.stop)]]
         chosen = np.asarray(indices, dtype=np.int64)
         lengths = self.tokens[chosen]
-        # where each text begins, repeated, and a count of tokens within it
+        # index of each token within its text
         within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        found: Ids = ids[np.repeat(starts[chosen], lengths) + within]
-        return found
+        tokens: Ids = ids[np.repeat(starts[chosen], lengths) + within]
+        return tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """Some of the pieces, in an order."""
+    """Some of the pieces, in the order of `indices`."""
 
     pieces: Pieces
     indices: Sequence[int]
@@ -87,7 +87,7 @@ class Part:
 
 
 class Tables:
-    """Pieces of one tokenizer; what is `kept` under a name is encoded once for all prompts."""
+    """Pieces of one tokenizer; those `kept` under a name are encoded once for all prompts."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -103,35 +103,35 @@ class Tables:
         return self._kept[name]
 
     def sums(self, name: str, pieces: Pieces) -> Counted:
-        """Tokens of the first 0, 1, 2, ... pieces of what is kept under this name."""
+        """Return the numbers of tokens of the first 0, 1, 2, ... of the pieces kept under this name."""
         if name not in self._sums:
             self._sums[name] = np.concatenate([[0], np.cumsum(pieces.tokens)])
         return self._sums[name]
 
     def around(self, template: str) -> tuple[Part, Part]:
-        """What stands before and after {context}; white space before it is left to the context's first piece."""
+        """Return the text before and after {context}; white space before it belongs to the context's first piece."""
         head, tail = template.split("{context}")
         return self.new([head.rstrip()]).part([0]), self.new([tail]).part([0])
 
     def repeated(self, texts: Sequence[str]) -> Part:
-        """These texts, many of which are the same."""
+        """Return a part of these texts, many of which are equal."""
         unique = {text: index for index, text in enumerate(dict.fromkeys(texts))}
         return self.new(list(unique)).part([unique[text] for text in texts])
 
     def woven(self, ones: Pieces, first: Sequence[int], others: Pieces, second: Sequence[int]) -> list[Part]:
-        """One of the first, one of the second, and so on, as one part of a table that has both."""
+        """Return alternating pieces, one of the first, one of the second, and so on."""
         both = self.kept(f"{id(ones)} {id(others)}", lambda: [*ones.texts, *others.texts])
-        places = np.stack([np.asarray(first), np.asarray(second) + len(ones.texts)], axis=1).ravel()
-        return [both.part(places.tolist())]
+        indices = np.stack([np.asarray(first), np.asarray(second) + len(ones.texts)], axis=1).ravel()
+        return [both.part(indices.tolist())]
 
 
 def opened(parts: Sequence[Part]) -> list[Part]:
-    """The same with a line end for the space before the first piece: a context begins on its own line."""
-    place = next(place for place, part in enumerate(parts) if len(part.indices))
-    part = parts[place]
+    """Return the parts with a line end for the space before the first piece: a context begins on its own line."""
+    index = next(index for index, part in enumerate(parts) if len(part.indices))
+    part = parts[index]
     first = "\n" + part.pieces.texts[part.indices[0]].removeprefix(" ")
     begin = Pieces([first], part.pieces._tokenizer).part([0])
-    return [begin, part.pieces.part(part.indices[1:]), *parts[place + 1 :]]
+    return [begin, part.pieces.part(part.indices[1:]), *parts[index + 1 :]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -144,7 +144,7 @@ class Essay:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A question, its answers, and its documents: those it needs, and others about the same."""
+    """A question, its answers, and indices of the documents that it needs and of others on its subject."""
 
     question: str
     answers: tuple[str, ...]
@@ -154,7 +154,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Questions:
-    """Questions about documents, each of which is there once."""
+    """Questions about documents, without duplicate documents."""
 
     path: str
     documents: list[str]
@@ -163,7 +163,7 @@ class Questions:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sources:
-    """Everything that prompts are filled with; `digests` say what each is, the essay's under `essay`."""
+    """The texts of prompts, and a digest of each by name, the essay's under `essay`."""
 
     essay: Essay
     questions: dict[str, Questions | None]
@@ -171,10 +171,10 @@ class Sources:
 
 
 def load(essays: str | None, squad: str | None, hotpot: str | None) -> Sources:
-    """Read the files; without `essays` the essay is Walden. InputError for what cannot be read."""
+    """Read the files; without `essays` the essay is Walden. Raise InputError for unreadable files."""
     text = _walden() if essays is None else _essays(Path(essays))
-    found = {"squad": squad and _squad(Path(squad)), "hotpot": hotpot and _hotpot(Path(hotpot))}
-    questions = {name: value or None for name, value in found.items()}
+    loaded = {"squad": squad and _squad(Path(squad)), "hotpot": hotpot and _hotpot(Path(hotpot))}
+    questions = {name: value or None for name, value in loaded.items()}
     digests = {"essay": _digest(text)}
     for name, value in questions.items():
         if value is not None:
@@ -195,13 +195,13 @@ def _essay(text: str) -> Essay:
     words = text.split()
     repeated = (words * -(-ESSAY_WORDS // len(words)))[: max(ESSAY_WORDS, len(words))]
     starts = [0] + [
-        place for place in range(1, len(repeated)) if ENDS.search(repeated[place - 1]) and BEGINS.match(repeated[place])
+        index for index in range(1, len(repeated)) if ENDS.search(repeated[index - 1]) and BEGINS.match(repeated[index])
     ]
     return Essay(repeated, starts)
 
 
 def _essays(path: Path) -> str:
-    """The text of a file, or of the .txt files and the `text` fields of the JSON files of a folder, in their order."""
+    """Return the text of a file, or of a folder's .txt files and `text` fields of its JSON files, sorted by path."""
     files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
     texts: list[str] = []
     for file in files:
@@ -211,7 +211,7 @@ def _essays(path: Path) -> str:
             texts.append(_read(file))
     text = " ".join(texts)
     if not text.split():
-        raise InputError(f"--essays {path} holds no text: give a text file, JSON with a field text, or a folder")
+        raise InputError(f"--essays {path} has no text: give a text file, JSON with a field text, or a folder")
     return text
 
 
@@ -223,7 +223,7 @@ def _read(path: Path) -> str:
 
 
 def _rows(path: Path) -> list[Any]:
-    """The rows of a JSON file, one array or object, or of JSON lines."""
+    """Return the rows of a JSON file, one array or object, or of JSON Lines."""
     text = _read(path)
     try:
         if path.suffix == ".jsonl":
@@ -235,24 +235,28 @@ def _rows(path: Path) -> list[Any]:
 
 
 def _squad(path: Path) -> Questions:
-    """SQuAD v2 as published; or JSON lines of questions `title, ctx, question, answers, impossible`, beside which a
-    file with `contexts` for `questions` in its name has the texts, `id, text`."""
+    """Read SQuAD v2 as published, or JSON Lines of questions `title, ctx, question, answers, impossible`, whose texts
+    are rows `id, text` of a file of the same name but `contexts` for `questions`."""
     try:
         triples = list(_published(_rows(path)) if path.suffix != ".jsonl" else _split(path))
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"--squad {path} is not SQuAD: {type(error).__name__} {error}") from None
     documents = sorted({text for _, text, _ in triples})
-    places = {text: place for place, text in enumerate(documents)}
+    index_of = {text: index for index, text in enumerate(documents)}
     articles: dict[str, dict[int, None]] = {}
     for title, text, _ in triples:
-        articles.setdefault(title, {})[places[text]] = None
+        articles.setdefault(title, {})[index_of[text]] = None
     asked = [
         Asked(
-            question, tuple(answers), (places[text],),
-            tuple(other for other in articles[title] if other != places[text]),
+            question,
+            tuple(answers),
+            (index_of[text],),
+            tuple(other for other in articles[title] if other != index_of[text]),
         )
-        for title, text, found in triples for question, answers in found if answers
-    ]  # fmt: skip
+        for title, text, pairs in triples
+        for question, answers in pairs
+        if answers
+    ]
     return _checked(Questions(str(path), documents, asked), "--squad")
 
 
@@ -273,22 +277,24 @@ def _published(rows: list[Any]) -> Iterator[Triple]:
 def _split(path: Path) -> Iterator[Triple]:
     beside = path.with_name(path.name.replace("questions", "contexts"))
     if beside == path or not beside.exists():
-        raise InputError(f"--squad {path} has no file of contexts beside it (its name with contexts for questions)")
+        raise InputError(
+            f"--squad {path} has no file of contexts beside it, of the same name but contexts for questions"
+        )
     texts = {row["id"]: row["text"] for row in _rows(beside)}
     for row in _rows(path):
         yield row["title"], texts[row["ctx"]], [] if row["impossible"] else [(row["question"], row["answers"])]
 
 
 def _hotpot(path: Path) -> Questions:
-    """HotpotQA's distractor setting: JSON as published, or a question a line."""
+    """Read HotpotQA's distractor setting: JSON as published, or JSON Lines."""
     rows = _rows(path)
     try:
         texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in rows]
-        documents = sorted({text for found in texts for text in found})
-        places = {text: place for place, text in enumerate(documents)}
+        documents = sorted({text for context in texts for text in context})
+        index_of = {text: index for index, text in enumerate(documents)}
         asked = [
-            Asked(row["question"], (row["answer"],), tuple(dict.fromkeys(places[text] for text in found)), ())
-            for row, found in zip(rows, texts, strict=True)
+            Asked(row["question"], (row["answer"],), tuple(dict.fromkeys(index_of[text] for text in context)), ())
+            for row, context in zip(rows, texts, strict=True)
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"--hotpot {path} is not HotpotQA: {type(error).__name__} {error}") from None

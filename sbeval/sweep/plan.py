@@ -15,7 +15,7 @@ from sbeval.sweep.cell import Cell, Step, cell_id
 from sbeval.sweep.context import Place
 from sbeval.sweep.executor import Executor
 from sbeval.sweep.study_file import Part
-from sbeval.tasks.length_gen import Training, likely_vocabulary
+from sbeval.tasks.text_training import Training, likely_vocabulary
 
 # bytes of text per token of a subword tokenizer
 TOKEN_BYTES = 3

@@ -22,9 +22,16 @@ from sbeval.tasks.recall_data import generate
 
 TASK = Recall(vocab_size=33, seq_len=32, kv_pairs=8)
 TINY = attention_map.Config(
-    attention=("rope", "stick_breaking"), vocab_size=33, seq_len=32, kv_pairs=8, width=16, heads=2, batch=4, steps=3,
+    attention=("rope", "stick_breaking"),
+    vocab_size=33,
+    seq_len=32,
+    kv_pairs=8,
+    width=16,
+    heads=2,
+    batch=4,
+    steps=3,
     test_rows=40,
-)  # fmt: skip
+)
 
 
 def by_hand(row: list[int], half: int) -> dict[int, list[int]]:
@@ -51,9 +58,7 @@ def test_targets_are_the_values_of_the_key_asked_for() -> None:
 
 def test_the_example_is_the_first_that_fits() -> None:
     examples = generate(TASK, 3, torch.arange(200))
-    fits = [
-        any(len(places) > 2 for places in by_hand(row, TASK.half).values()) for row in examples.tokens.tolist()
-    ]  # fmt: skip
+    fits = [any(len(places) > 2 for places in by_hand(row, TASK.half).values()) for row in examples.tokens.tolist()]
     first = fits.index(True)
     assert attention_shares.chosen(examples, 0) == first
     assert attention_shares.chosen(examples, first + 1) == fits.index(True, first + 1)
@@ -155,7 +160,7 @@ def _config(folder: Path) -> str:
 
 
 def test_what_cannot_be_looked_into_is_said(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no checkpoint folder"):
+    with pytest.raises(InputError, match="not a checkpoint folder"):
         attention_map.cells(attention_map.Config(checkpoint=(str(tmp_path),)))
     with pytest.raises(InputError, match="--example"):
         attention_map.Config(example=-1)

@@ -46,18 +46,29 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def write(stem: str, rows: list[dict[str, Any]]) -> None:
         (folder / f"{stem}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    write("copa_val", [
-        {"context": f"I saw {n} birds because", "choices": ["i looked up.", f"the {n} were red."], "gold": n % 2}
-        for n in range(12)
-    ])  # fmt: skip
-    write("arc_easy_test", [
-        {"question": f"What is {n}?", "choices": ["a", "number", "no", "thing"][: 3 + n % 2], "gold": 1}
-        for n in range(40)
-    ])  # fmt: skip
+    write(
+        "copa_val",
+        [
+            {"context": f"I saw {n} birds because", "choices": ["i looked up.", f"the {n} were red."], "gold": n % 2}
+            for n in range(12)
+        ],
+    )
+    write(
+        "arc_easy_test",
+        [
+            {"question": f"What is {n}?", "choices": ["a", "number", "no", "thing"][: 3 + n % 2], "gold": 1}
+            for n in range(40)
+        ],
+    )
     phenomena = [name.removeprefix("blimp_") for name in lm_eval_tasks._index(False) if name.startswith("blimp_")]
-    write("blimp", [
-        {"uid": uid, "good": f"{uid} is good {n}", "bad": f"{uid} good is {n}"} for uid in phenomena for n in range(2)
-    ])  # fmt: skip
+    write(
+        "blimp",
+        [
+            {"uid": uid, "good": f"{uid} is good {n}", "bad": f"{uid} good is {n}"}
+            for uid in phenomena
+            for n in range(2)
+        ],
+    )
     write("lambada_openai_test", [{"context": f"He said {n} and", "target": f"{n}"} for n in range(6)])
     return folder
 
@@ -71,9 +82,17 @@ def config(tmp_path: Path, items: Path, monkeypatch: pytest.MonkeyPatch) -> Conf
     for role in ("train0", "test0"):
         (folder / f"{role}.txt").write_text(f"{role} says this and that. " * 9)
     return Config(
-        attention=("rope",), size="tiny", train_len=8, eval_len=64, train_tokens=96, batch_tokens=16,
-        corpus=str(folder), data_dir=str(items), tasks=("copa",), suites=(),
-    )  # fmt: skip
+        attention=("rope",),
+        size="tiny",
+        train_len=8,
+        eval_len=64,
+        train_tokens=96,
+        batch_tokens=16,
+        corpus=str(folder),
+        data_dir=str(items),
+        tasks=("copa",),
+        suites=(),
+    )
 
 
 def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
@@ -110,7 +129,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_every_model_is_asked_every_task(config: Config) -> None:
     wide = dataclasses.replace(config, attention=("rope", "alibi"), tasks=("mmlu:5", "copa"), suites=("quick",))
     found = cells(wide)
-    assert [(cell.trained.attention, cell.config.tasks) for cell in found] == [
+    assert [(cell.attention, cell.config.tasks) for cell in found] == [
         (method, (task,)) for method in ("rope", "alibi") for task in ("mmlu:5", "copa", "arc_easy", "wsc273")
     ]
     # a model is trained once
@@ -128,7 +147,7 @@ def test_what_else_is_asked_is_no_part_of_a_cells_name(config: Config) -> None:
 def test_the_model_is_length_gens(config: Config, tmp_path: Path) -> None:
     (cell,) = run(config, tmp_path / "results")
     with scheduler.progress_of(Place(results_dir=tmp_path, device=CPU)) as progress:
-        trained = cell.trained.train(Place(results_dir=tmp_path / "results", device=CPU), progress)
+        trained = cell.training_step.train(Place(results_dir=tmp_path / "results", device=CPU), progress)
     assert [path.name for path in (tmp_path / "results" / "checkpoints").iterdir()] == [trained.name]
 
 
@@ -136,10 +155,10 @@ def test_the_model_is_length_gens(config: Config, tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"tasks": ("mmlu:x",)}, "a task is a name, or name:examples"),
-        ({"tasks": ()}, "nothing to ask"),
+        ({"tasks": ()}, "no benchmark to evaluate: give --task or --suite"),
         ({"suites": ("papers",)}, "unknown suite 'papers'; did you mean 'paper'"),
         ({"limit": 0}, "limit must be at least 1"),
-        ({"data_dir": "/nowhere/at/all"}, "--data-dir /nowhere/at/all is no folder"),
+        ({"data_dir": "/nowhere/at/all"}, "--data-dir /nowhere/at/all is not a folder"),
     ],
 )
 def test_mistakes_are_errors(config: Config, change: dict[str, Any], said: str) -> None:
@@ -306,9 +325,22 @@ def command(items: Path, tmp_path: Path) -> Iterator[list[object]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         yield [
-            "few-shot", "--device", "cpu", "--model", folder, "--tokenizer", "bytes", "--data-dir", items,
-            "--train-len", 8, "--eval-len", 64, "--results-dir", tmp_path / "results",
-        ]  # fmt: skip
+            "few-shot",
+            "--device",
+            "cpu",
+            "--model",
+            folder,
+            "--tokenizer",
+            "bytes",
+            "--data-dir",
+            items,
+            "--train-len",
+            8,
+            "--eval-len",
+            64,
+            "--results-dir",
+            tmp_path / "results",
+        ]
 
 
 def test_a_command_leaves_table_and_figure(command: list[object], tmp_path: Path) -> None:
@@ -334,7 +366,10 @@ def test_a_model_of_others_is_asked_what_the_paper_asks(tmp_path: Path) -> None:
 def test_a_killed_run_goes_on_request_by_request(command: list[object], tmp_path: Path, asked: list[int]) -> None:
     """One row a batch and a pause after each: killed in the middle, and what was answered is there."""
     slow = (
-        "import sys, time; from sbeval.cli import main as cli; from sbeval.evaluation import lm_eval_model as lm; from sbeval.tasks import few_shot\n"
+        "import sys, time\n"
+        "from sbeval.cli import main as cli\n"
+        "from sbeval.evaluation import lm_eval_model as lm\n"
+        "from sbeval.tasks import few_shot\n"
         "few_shot.BATCH_TOKENS['cpu'] = 1\n"
         "keep = lm.Answers.keep\n"
         "def kept(self, answers): keep(self, answers); time.sleep(0.3)\n"

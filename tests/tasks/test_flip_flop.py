@@ -21,9 +21,16 @@ from sbeval.tasks.flip_flop import Config
 from sbeval.tasks.flip_flop_data import READ, SKIP, WRITE, Examples, batches, errors, generate
 
 TINY = Config(
-    attention=("rope", "stick_breaking"), seeds=(0,), lrs=(1e-3, 1e-2), seq_len=16, batch=4, steps=4, check_every=2,
-    test_rows=30, width=8,
-)  # fmt: skip
+    attention=("rope", "stick_breaking"),
+    seeds=(0,),
+    lrs=(1e-3, 1e-2),
+    seq_len=16,
+    batch=4,
+    steps=4,
+    check_every=2,
+    test_rows=30,
+    width=8,
+)
 
 
 @settings(max_examples=40, deadline=None)
@@ -114,8 +121,11 @@ def test_cells_leave_rows(results: Path) -> None:
     assert rows["cell"].nunique() == 4
     tests = rows[(rows["metric"] == "error_rate") & rows["distance_start"].isna()]
     assert {test: set(group["p_ignore"]) for test, group in tests.groupby("test")} == {
-        "in_distribution": {0.8}, "sparse": {0.98}, "dense": {0.1}, "validation": {0.8}
-    }  # fmt: skip
+        "in_distribution": {0.8},
+        "sparse": {0.98},
+        "dense": {0.1},
+        "validation": {0.8},
+    }
     assert tests["value"].between(0, 1).all()
     assert set(rows.loc[rows["metric"] == "solved", "status"]) == {"budget"}
 
@@ -158,10 +168,14 @@ def test_the_model_is_that_of_the_published_table() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"seq_len": 15}, "seq_len"), ({"p_ignore": 1.5}, "p_ignore"), ({"batch": 0}, "batch"), ({"heads": 3}, "heads"),
-        ({"patience": -1}, "patience"), ({"attention": ("ropee",)}, "did you mean 'rope'"),
+        ({"seq_len": 15}, "seq_len"),
+        ({"p_ignore": 1.5}, "p_ignore"),
+        ({"batch": 0}, "batch"),
+        ({"heads": 3}, "heads"),
+        ({"patience": -1}, "patience"),
+        ({"attention": ("ropee",)}, "did you mean 'rope'"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_run_is_said(change: dict[str, object], said: str) -> None:
     with pytest.raises(InputError, match=said):
         flip_flop.cells(dataclasses.replace(TINY, **change))  # type: ignore[arg-type]

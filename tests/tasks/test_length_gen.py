@@ -25,7 +25,7 @@ from sbeval.models import decoder as model
 from sbeval.runtime.progress import Progress
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.context import Place
-from sbeval.tasks import length_gen
+from sbeval.tasks import length_gen, text_training
 from sbeval.tasks.length_gen import Config, Row, cells, rows
 from sbeval.training import checkpoint, held_out, trainer
 from sbeval.training.trainer import Trainer
@@ -306,10 +306,10 @@ def test_a_presets_tokens_end_at_four_epochs(packing: str, config: Config, tmp_p
     assert len(outcome.measured["losses"]) == steps and outcome.measured["ended_by"] == "max_epochs"  # type: ignore[arg-type]
     # the schedule is that of so many steps
     (cell,) = cells(config)
-    text = length_gen.open_corpus(config, progress)
+    text = text_training.open_corpus(config, progress)
     assert (cell.training(text).steps, cell.training(text).warmup) == (steps, steps // 20)
     assert cell.training().tokens == 10**6
-    (line,) = length_gen.cautions(config, progress)
+    (line,) = text_training.cautions(config, progress)
     assert line.startswith("1,000,000 training tokens are ") and f"has {unique:,}: training ends after" in line
     assert "another --corpus" in line
 
@@ -319,9 +319,9 @@ def test_tokens_that_are_asked_for_are_trained_on(config: Config, tmp_path: Path
     outcome = run(config, tmp_path / "results", progress)
     assert outcome.train_tokens == 3200 and outcome.epochs is not None and outcome.epochs > 4
     assert outcome.measured["ended_by"] == "train_tokens"
-    (line,) = length_gen.cautions(config, progress)
+    (line,) = text_training.cautions(config, progress)
     assert "past 4 epochs" in line
-    assert length_gen.cautions(dataclasses.replace(config, train_tokens=960), progress) == []
+    assert text_training.cautions(dataclasses.replace(config, train_tokens=960), progress) == []
     # another cell, and the same one where it is the default
     ids = [cell_id(cells(dataclasses.replace(config, max_epochs=most))[0]) for most in (None, 4.0, 8.0)]
     assert len(set(ids)) == 3 and ids[1] == cell_id(cells(dataclasses.replace(config, max_epochs=4))[0])
@@ -330,9 +330,15 @@ def test_tokens_that_are_asked_for_are_trained_on(config: Config, tmp_path: Path
 def test_ids_from_before_there_were_epochs_stay() -> None:
     # of committed results
     figure_5 = dataclasses.replace(
-        length_gen.PRESETS["figure5"], attention=("alibi",), corpus="books", documents=16, windows=1, window=(2048,),
-        seeds=(0,), dtype="bfloat16",
-    )  # fmt: skip
+        length_gen.PRESETS["figure5"],
+        attention=("alibi",),
+        corpus="books",
+        documents=16,
+        windows=1,
+        window=(2048,),
+        seeds=(0,),
+        dtype="bfloat16",
+    )
     assert cell_id(cells(figure_5)[0]) == "length_gen-alibi-seed-0-88ebd501e5"
 
 
@@ -346,7 +352,7 @@ def test_held_out_loss_is_that_of_the_same_windows_for_every_method(
         looks.append(outcome.measured["held_out"])
         folder = max((tmp_path / "results" / "checkpoints").glob("[!.]*"), key=lambda path: path.stat().st_mtime)
         # by hand, on the windows that are there: text that no split shares
-        text = length_gen.open_corpus(config, progress)
+        text = text_training.open_corpus(config, progress)
         training = cells(config)[0].training(text)
         _, windows = held_out.plan(training.tokens, 8)
         batch = Batches(text.valid, 8, 1, 0, "stream").spread(windows)
@@ -361,8 +367,8 @@ def test_held_out_loss_is_that_of_the_same_windows_for_every_method(
 
 
 def test_without_held_out_text_that_is_said(config: Config, tmp_path: Path, progress: Progress) -> None:
-    (line,) = length_gen.cautions(config, progress)
-    assert "'texts' has 0 tokens of held-out text, less than a window of 8" in line
+    (line,) = text_training.cautions(config, progress)
+    assert "'texts' has 0 tokens of held-out text, less than a window of 8: no held-out loss" in line
     outcome = run(config, tmp_path / "results", progress)
     assert outcome.measured["held_out"] == [] and all(row.status == "" for row in outcome.rows)  # type: ignore[attr-defined]
 
@@ -443,9 +449,14 @@ def hub_folder(folder: Path, vocab_size: int) -> Path:
     assert isinstance(bpe, tokenizer.Library)
     torch.manual_seed(0)
     shape = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=16, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        initializer_range=0.2,
+    )
     LlamaForCausalLM(shape).save_pretrained(folder)
     bpe.save(folder / "tokenizer.json")
     told = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": tokenizer.EOS}

@@ -45,10 +45,14 @@ def tasks(pick: st.DrawFn) -> Recall:
     length = 2 * pick(st.integers(2 * pairs, 2 * pairs + 20))
     vocab = pick(st.integers(length + 1, 4 * length))
     task = Recall(
-        vocab_size=vocab, seq_len=length, kv_pairs=pairs, filler=pick(st.sampled_from(recall.FILLERS)),
+        vocab_size=vocab,
+        seq_len=length,
+        kv_pairs=pairs,
+        filler=pick(st.sampled_from(recall.FILLERS)),
         distinct=tuple(pick(st.sets(st.sampled_from(recall.DISTINCT)))),
-        key_pool=pick(st.none() | st.integers(pairs, vocab // 2 - 1)), score_prefix=pick(st.booleans()),
-    )  # fmt: skip
+        key_pool=pick(st.none() | st.integers(pairs, vocab // 2 - 1)),
+        score_prefix=pick(st.booleans()),
+    )
     return dataclasses.replace(task, n_back=pick(st.integers(1, min(3, task.most_values))))
 
 
@@ -74,9 +78,12 @@ def test_examples_follow_the_rules(task: Recall, seed: int) -> None:
     examples = draw(task, 4, seed)
     half = task.vocab_size // 2
     for row, targets, stale, distance in zip(
-        examples.tokens.tolist(), examples.targets.tolist(), examples.stale.tolist(), examples.distance.tolist(),
+        examples.tokens.tolist(),
+        examples.targets.tolist(),
+        examples.stale.tolist(),
+        examples.distance.tolist(),
         strict=True,
-    ):  # fmt: skip
+    ):
         assert len(row) == task.seq_len
         prefix, rest = row[: 2 * task.kv_pairs], row[2 * task.kv_pairs :]
         keys, values = prefix[::2], prefix[1::2]
@@ -236,10 +243,12 @@ def test_each_accuracy_is_over_its_own_positions() -> None:
     correct = scored & ((torch.arange(300)[:, None] % 2 == 0) | (examples.stale == 1))
     stale, distance = examples.stale, examples.distance
     masks: dict[tuple[str, object], Tensor] = {
-        ("split", "all"): scored, ("split", "fresh"): scored & (stale == 0), ("split", "stale"): stale > 0,
+        ("split", "all"): scored,
+        ("split", "fresh"): scored & (stale == 0),
+        ("split", "stale"): stale > 0,
         **{("stale_values", n): scored & (stale == n) for n in range(int(stale.max()) + 1)},
         **{("distance_start", 2**i): (distance >= 2**i) & (distance < 2 ** (i + 1)) for i in range(5)},
-    }  # fmt: skip
+    }
     seen = set()
     for accuracy, factors in recall_data.accuracies(examples, correct):
         name = next(iter(factors))
@@ -301,9 +310,17 @@ def test_the_extremes_of_the_slot_law_can_be_drawn() -> None:
 
 def test_training_ends_when_validation_says_so(tmp_path: Path) -> None:
     config = mqrar.Config(
-        attention=("rope",), kv_pairs=(2,), widths=(16,), vocab_size=32, seq_len=16, batch=2, steps=9, check_every=3,
-        test_rows=12, stop_accuracy=0.0,
-    )  # fmt: skip
+        attention=("rope",),
+        kv_pairs=(2,),
+        widths=(16,),
+        vocab_size=32,
+        seq_len=16,
+        batch=2,
+        steps=9,
+        check_every=3,
+        test_rows=12,
+        stop_accuracy=0.0,
+    )
     place = Place(results_dir=tmp_path, device=torch.device("cpu"))
     with Progress() as progress:
         stopped, never = (
@@ -370,9 +387,16 @@ def test_how_training_stands() -> None:
 
 def found(rate: float, validation: float, steps: int, test: float, seed: int = 0) -> list[dict[str, object]]:
     same = {
-        "attention": "rope", "options": "", "seed": seed, "kv_pairs": 8, "width": 64, "n_back": 1, "lr": rate,
-        "vocab_size": 128, "split": "all",
-    }  # fmt: skip
+        "attention": "rope",
+        "options": "",
+        "seed": seed,
+        "kv_pairs": 8,
+        "width": 64,
+        "n_back": 1,
+        "lr": rate,
+        "vocab_size": 128,
+        "split": "all",
+    }
     values = {"validation_accuracy": validation, "steps": steps, "accuracy": test}
     return [same | {"metric": metric, "value": value} for metric, value in values.items()]
 
@@ -392,9 +416,16 @@ def test_further_seeds_run_at_the_rate_that_validation_chooses() -> None:
 
 def test_a_cell_that_diverges_has_a_row_that_says_so(tmp_path: Path) -> None:
     config = mqrar.Config(
-        attention=("rope",), kv_pairs=(2,), widths=(16,), vocab_size=32, seq_len=16, batch=2, steps=20, lrs=(1e30,),
+        attention=("rope",),
+        kv_pairs=(2,),
+        widths=(16,),
+        vocab_size=32,
+        seq_len=16,
+        batch=2,
+        steps=20,
+        lrs=(1e30,),
         test_rows=12,
-    )  # fmt: skip
+    )
     (cell,) = mqrar.cells(config)
     place = Place(results_dir=tmp_path, device=torch.device("cpu"))
     assert not scheduler.run([cell], place, preset="quick", console=Console(quiet=True))

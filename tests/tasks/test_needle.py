@@ -20,8 +20,7 @@ from sbeval.data.dataloader import NOTHING
 from sbeval.data.tokenizer import Bytes
 from sbeval.errors import InputError
 from sbeval.evaluation import ruler_scores, ruler_tasks
-from sbeval.evaluation.ruler_lessons import Lessons
-from sbeval.evaluation.ruler_prompts import Prompt, Writer
+from sbeval.evaluation.ruler_prompts import Prompt, PromptBatches, Writer
 from sbeval.evaluation.ruler_scores import Answered, Samples
 from sbeval.models import config as model_config
 from sbeval.models.decoder import Decoder
@@ -31,6 +30,7 @@ from sbeval.sweep.context import Place
 from sbeval.tables import table
 from sbeval.tasks import length_gen, needle
 from sbeval.tasks.needle import Cell, Config, Row, cells, measured
+from sbeval.tasks.text_model import TRAINING
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
 from sbeval.training.trainer import Trainer
@@ -58,9 +58,18 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     essay = tmp_path / "essay.txt"
     essay.write_text("This is a sentence. Here is another one! Is it? It is the end, my friend. " * 20)
     return Config(
-        attention=("rope",), size="tiny", train_len=8, eval_len=8, train_tokens=96, batch_tokens=16,
-        corpus=str(folder), essays=str(essay), tasks=("niah_single_2",), lengths=(768, 1024), samples=5,
-    )  # fmt: skip
+        attention=("rope",),
+        size="tiny",
+        train_len=8,
+        eval_len=8,
+        train_tokens=96,
+        batch_tokens=16,
+        corpus=str(folder),
+        essays=str(essay),
+        tasks=("niah_single_2",),
+        lengths=(768, 1024),
+        samples=5,
+    )
 
 
 def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
@@ -98,11 +107,12 @@ def test_every_model_is_asked_every_task_of_which_the_files_are_there(config: Co
     wide = dataclasses.replace(config, attention=("rope", "alibi"), tasks=())
     found = cells(wide)
     names = [name for name in ruler_tasks.TASKS if name not in ("qa_1", "qa_2")]
-    assert [(cell.trained.attention, cell.task) for cell in found] == [
+    assert [(cell.attention, cell.task) for cell in found] == [
         (method, name) for method in ("rope", "alibi") for name in names
     ]
     # a model is trained once, by what trains length-gen's
-    lengths = length_gen.cells(length_gen.without_evaluation(length_gen.Config, wide))
+    options = {name: getattr(wide, name) for name in TRAINING}
+    lengths = length_gen.cells(length_gen.Config(**options, eval_len=4096))
     assert found[0].needs == found[1].needs == lengths[0].needs != found[-1].needs
     assert needle.notes(wide) == [
         "qa_1 is not run without its questions: give --squad PATH to SQuAD v2's dev-v2.0.json",
@@ -125,8 +135,7 @@ def test_a_file_that_no_task_asks_for_is_said(
     tasks: tuple[str, ...], squad: str, hotpot: str | None, unused: list[tuple[str, str]], config: Config
 ) -> None:
     assert needle.notes(dataclasses.replace(config, tasks=tasks, squad=squad, hotpot=hotpot)) == [
-        f"--{option} is not used: {task} is not among the tasks that are asked; give --task {task} too"
-        for option, task in unused
+        f"--{option} is not used: {task} is not among the tasks; give --task {task} too" for option, task in unused
     ]
 
 
@@ -147,10 +156,10 @@ def test_mistakes_are_errors(config: Config, change: dict[str, Any], said: str) 
         cells(dataclasses.replace(config, **change))
 
 
-def test_a_model_of_others_is_asked_as_it_is(config: Config) -> None:
+def test_a_model_of_others_is_not_fine_tuned(config: Config) -> None:
     given = dataclasses.replace(config, finetune=9, checkpoint="some/model")
     assert [cell.config.finetune for cell in cells(given)] == [0]
-    assert needle.notes(given) == ["some/model is asked as it is: checkpoint folders of ours alone are fine-tuned"]
+    assert needle.notes(given) == ["some/model is not fine-tuned: only checkpoint folders of ours are"]
 
 
 def test_a_length_that_does_not_fit_is_said_before_training(config: Config, tmp_path: Path) -> None:
@@ -282,7 +291,7 @@ def test_lengths_past_a_table_of_positions_are_an_error(config: Config, tmp_path
 # fine-tuning
 
 
-def test_lessons_are_prompts_of_no_test(
+def test_fine_tuning_prompts_are_not_in_the_test(
     config: Config, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: dict[bool, list[Prompt]] = {False: [], True: []}
@@ -295,9 +304,13 @@ def test_lessons_are_prompts_of_no_test(
 
     monkeypatch.setattr(Writer, "prompts", keep)
     given = dataclasses.replace(
-        config, checkpoint=str(save(tmp_path / "model")), tasks=("niah_single_1", "niah_single_2"), lengths=(768,),
-        finetune=768 * 12, batch_tokens=768 * 4,
-    )  # fmt: skip
+        config,
+        checkpoint=str(save(tmp_path / "model")),
+        tasks=("niah_single_1", "niah_single_2"),
+        lengths=(768,),
+        finetune=768 * 12,
+        batch_tokens=768 * 4,
+    )
     found = run(given, tmp_path / "results")
     tests, lessons = ({item.tokens.tobytes() for item in written[kind]} for kind in (False, True))
     assert len(tests) == 10 and len(lessons) == 12 and not tests & lessons
@@ -312,9 +325,13 @@ def test_lessons_are_prompts_of_no_test(
 def test_fine_tuning_starts_from_the_model_and_changes_it(config: Config, tmp_path: Path) -> None:
     # what was trained is whole steps
     given = dataclasses.replace(
-        config, checkpoint=str(save(tmp_path / "model")), lengths=(768,), finetune=768 * 8 + 5, batch_tokens=768 * 4,
+        config,
+        checkpoint=str(save(tmp_path / "model")),
+        lengths=(768,),
+        finetune=768 * 8 + 5,
+        batch_tokens=768 * 4,
         finetune_lr=1e-12,
-    )  # fmt: skip
+    )
     (still,) = run(given, tmp_path / "results")
     (tuned,) = run(dataclasses.replace(given, finetune_lr=1e-2), tmp_path / "results")
     (plain,) = run(dataclasses.replace(given, finetune=0), tmp_path / "results")
@@ -330,7 +347,7 @@ def test_the_loss_is_on_the_answer_and_the_end() -> None:
         return Prompt(tokens=ids[0], answer=ids[1], references=(), depth=None)
 
     text = Bytes()
-    batch = Lessons([prompt([1, 2, 3], [4, 5]), prompt([1, 2, 3, 4], [5, 6, 7])], text, 6, 2)[0]
+    batch = PromptBatches([prompt([1, 2, 3], [4, 5]), prompt([1, 2, 3, 4], [5, 6, 7])], text, 6, 2)[0]
     end, no = text.eos, NOTHING
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, end], [1, 2, 3, 4, 5, 6]]
     assert batch.targets.tolist() == [[no, no, 4, 5, end, no], [no, no, no, 5, 6, 7]]
@@ -351,9 +368,24 @@ def said(*arguments: object) -> tuple[int | str | None, str, str]:
 @pytest.fixture
 def command(config: Config, tmp_path: Path) -> Iterator[list[object]]:
     yield [
-        "needle", "--device", "cpu", "--model", save(tmp_path / "model"), "--tokenizer", "bytes", "--finetune", 0,
-        "--samples", 2, "--length", 1024, "--essays", config.essays, "--results-dir", tmp_path / "results",
-    ]  # fmt: skip
+        "needle",
+        "--device",
+        "cpu",
+        "--model",
+        save(tmp_path / "model"),
+        "--tokenizer",
+        "bytes",
+        "--finetune",
+        0,
+        "--samples",
+        2,
+        "--length",
+        1024,
+        "--essays",
+        config.essays,
+        "--results-dir",
+        tmp_path / "results",
+    ]
 
 
 def test_a_command_leaves_table_and_figures(command: list[object], tmp_path: Path) -> None:

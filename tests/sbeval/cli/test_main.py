@@ -302,7 +302,7 @@ def test_attention_map_leaves_a_table_figures_and_a_page(tmp_path: Path) -> None
     assert len(cells(tmp_path, "attention_map")) == 2
     for suffix in ("png", "pdf", "html"):
         assert (tmp_path / "figures" / f"attention_map.{suffix}").stat().st_size > 1000
-    assert_one_line(run("attention-map", "--checkpoint", tmp_path), "--checkpoint", "no checkpoint folder")
+    assert_one_line(run("attention-map", "--checkpoint", tmp_path), "--checkpoint", "not a checkpoint folder")
     decided = run("attention-map", "--checkpoint", tmp_path, "--attention", "rope", "--width", "7")
     assert_one_line(decided, "--attention and --width: a --checkpoint decides that already")
 

@@ -15,49 +15,122 @@ ARC = {"id": "1", "question": "Which is a gas?", "choices": {"text": ["iron", "h
 WSC = "The city councilmen refused the demonstrators a permit because they feared violence."
 # task, stem of the file, an item as it stands there, the same as it stands on the hub
 SAME: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
-    ("arc_easy", "arc_easy_test", {"question": "Which is a gas?", "choices": ["iron", "helium"], "gold": 1},
-     {**ARC, "answerKey": "B"}),
+    (
+        "arc_easy",
+        "arc_easy_test",
+        {"question": "Which is a gas?", "choices": ["iron", "helium"], "gold": 1},
+        {**ARC, "answerKey": "B"},
+    ),
     # some questions on the hub number their choices
-    ("arc_challenge", "arc_challenge_test", {"question": "Which is a gas?", "choices": ["iron", "helium"], "gold": 0},
-     {**ARC, "choices": {"text": ["iron", "helium"], "label": ["1", "2"]}, "answerKey": "1"}),
-    ("openbookqa", "openbookqa_test", {"question": "Fog is likely around:", "choices": ["a marsh", "a desert"],
-                                       "gold": 0},
-     {"question_stem": "Fog is likely around:", "choices": {"text": ["a marsh", "a desert"], "label": ["A", "B"]},
-      "answerKey": "A"}),
-    ("hellaswag", "hellaswag_val",
-     {"query": "Clean and jerk: A lady walks to a barbell. The lady", "choices": ["swings.", "stands and lifts."],
-      "gold": 1},
-     {"activity_label": "Clean and jerk", "ctx_a": "A lady walks to a barbell.", "ctx_b": "the lady",
-      "endings": ["swings.", "stands  and lifts."], "label": "1"}),
-    ("piqa", "piqa_val", {"goal": "Dry a floor", "choices": ["with a towel ", "with oil"], "gold": 0},
-     {"goal": "Dry a floor", "sol1": "with a towel ", "sol2": "with oil", "label": 0}),
-    ("winogrande", "winogrande_xl_val",
-     {"contexts": ["Ann met Anna so Ann", "Ann met Anna so Anna"], "continuation": "was glad.", "gold": 1},
-     {"sentence": "Ann met Anna so _ was glad.", "option1": "Ann", "option2": "Anna", "answer": "2"}),
-    ("wsc273", "wsc273",
-     {"contexts": [f"{WSC[:63]}the city councilmen", f"{WSC[:63]}the demonstrators"],
-      "continuation": "feared violence.", "gold": 0},
-     {"text": WSC, "pronoun": "they", "pronoun_loc": 63, "options": ["The city councilmen", "The demonstrators"],
-      "label": 0}),
-    ("boolq", "boolq_val", {"passage": "Bees fly.", "question": "do bees fly?", "choices": ["no", "yes"], "gold": 1},
-     {"passage": "Bees fly.", "question": "do bees fly", "label": 1, "idx": 0}),
-    ("copa", "copa_val",
-     {"context": "I sat down because", "choices": ["i was tired.", "the sun shone."], "gold": 0},
-     {"premise": "I sat down.", "choice1": "I was tired.", "choice2": "The sun shone.", "question": "cause",
-      "label": 0}),
-    ("lambada_openai", "lambada_openai_test", {"context": "I stare at him.\n\n\"Well,\" says", "target": "Harlin"},
-     {"text": "I stare at him.\n\n\"Well,\" says Harlin"}),
-    ("gsm8k", "gsm8k_test", {"context": "2 ducks, 3 eggs each?", "chain_of_thought": "2*3=<<2*3=6>>6 eggs",
-                               "answer": "6"},
-     {"question": "2 ducks, 3 eggs each?", "answer": "2*3=<<2*3=6>>6 eggs\n#### 6"}),
-    ("mmlu_abstract_algebra", "mmlu_test",
-     {"subject": "abstract_algebra", "question": "Order of Z_4?", "choices": ["1", "2", "3", "4"], "gold": 3},
-     {"question": "Order of Z_4?", "subject": "abstract_algebra", "choices": ["1", "2", "3", "4"], "answer": 3}),
-    ("blimp_adjunct_island", "blimp", {"uid": "adjunct_island", "good": "Who hugs?", "bad": "Who hugs who?"},
-     {"sentence_good": "Who hugs?", "sentence_bad": "Who hugs who?", "field": "syntax"}),
-    ("wikitext", "wikitext2_test_docs", {"title": "Du Fu", "text": " = Du Fu = \n \n A poet , of 712 @-@ 770 . \n"},
-     {"page": " = Du Fu = \n \n A poet , of 712 @-@ 770 . \n"}),
-]  # fmt: skip
+    (
+        "arc_challenge",
+        "arc_challenge_test",
+        {"question": "Which is a gas?", "choices": ["iron", "helium"], "gold": 0},
+        {**ARC, "choices": {"text": ["iron", "helium"], "label": ["1", "2"]}, "answerKey": "1"},
+    ),
+    (
+        "openbookqa",
+        "openbookqa_test",
+        {"question": "Fog is likely around:", "choices": ["a marsh", "a desert"], "gold": 0},
+        {
+            "question_stem": "Fog is likely around:",
+            "choices": {"text": ["a marsh", "a desert"], "label": ["A", "B"]},
+            "answerKey": "A",
+        },
+    ),
+    (
+        "hellaswag",
+        "hellaswag_val",
+        {
+            "query": "Clean and jerk: A lady walks to a barbell. The lady",
+            "choices": ["swings.", "stands and lifts."],
+            "gold": 1,
+        },
+        {
+            "activity_label": "Clean and jerk",
+            "ctx_a": "A lady walks to a barbell.",
+            "ctx_b": "the lady",
+            "endings": ["swings.", "stands  and lifts."],
+            "label": "1",
+        },
+    ),
+    (
+        "piqa",
+        "piqa_val",
+        {"goal": "Dry a floor", "choices": ["with a towel ", "with oil"], "gold": 0},
+        {"goal": "Dry a floor", "sol1": "with a towel ", "sol2": "with oil", "label": 0},
+    ),
+    (
+        "winogrande",
+        "winogrande_xl_val",
+        {"contexts": ["Ann met Anna so Ann", "Ann met Anna so Anna"], "continuation": "was glad.", "gold": 1},
+        {"sentence": "Ann met Anna so _ was glad.", "option1": "Ann", "option2": "Anna", "answer": "2"},
+    ),
+    (
+        "wsc273",
+        "wsc273",
+        {
+            "contexts": [f"{WSC[:63]}the city councilmen", f"{WSC[:63]}the demonstrators"],
+            "continuation": "feared violence.",
+            "gold": 0,
+        },
+        {
+            "text": WSC,
+            "pronoun": "they",
+            "pronoun_loc": 63,
+            "options": ["The city councilmen", "The demonstrators"],
+            "label": 0,
+        },
+    ),
+    (
+        "boolq",
+        "boolq_val",
+        {"passage": "Bees fly.", "question": "do bees fly?", "choices": ["no", "yes"], "gold": 1},
+        {"passage": "Bees fly.", "question": "do bees fly", "label": 1, "idx": 0},
+    ),
+    (
+        "copa",
+        "copa_val",
+        {"context": "I sat down because", "choices": ["i was tired.", "the sun shone."], "gold": 0},
+        {
+            "premise": "I sat down.",
+            "choice1": "I was tired.",
+            "choice2": "The sun shone.",
+            "question": "cause",
+            "label": 0,
+        },
+    ),
+    (
+        "lambada_openai",
+        "lambada_openai_test",
+        {"context": 'I stare at him.\n\n"Well," says', "target": "Harlin"},
+        {"text": 'I stare at him.\n\n"Well," says Harlin'},
+    ),
+    (
+        "gsm8k",
+        "gsm8k_test",
+        {"context": "2 ducks, 3 eggs each?", "chain_of_thought": "2*3=<<2*3=6>>6 eggs", "answer": "6"},
+        {"question": "2 ducks, 3 eggs each?", "answer": "2*3=<<2*3=6>>6 eggs\n#### 6"},
+    ),
+    (
+        "mmlu_abstract_algebra",
+        "mmlu_test",
+        {"subject": "abstract_algebra", "question": "Order of Z_4?", "choices": ["1", "2", "3", "4"], "gold": 3},
+        {"question": "Order of Z_4?", "subject": "abstract_algebra", "choices": ["1", "2", "3", "4"], "answer": 3},
+    ),
+    (
+        "blimp_adjunct_island",
+        "blimp",
+        {"uid": "adjunct_island", "good": "Who hugs?", "bad": "Who hugs who?"},
+        {"sentence_good": "Who hugs?", "sentence_bad": "Who hugs who?", "field": "syntax"},
+    ),
+    (
+        "wikitext",
+        "wikitext2_test_docs",
+        {"title": "Du Fu", "text": " = Du Fu = \n \n A poet , of 712 @-@ 770 . \n"},
+        {"page": " = Du Fu = \n \n A poet , of 712 @-@ 770 . \n"},
+    ),
+]
 
 
 def write(folder: Path, stem: str, *rows: dict[str, Any]) -> None:
@@ -107,15 +180,22 @@ def test_prompts_are_the_hubs(
 def test_one_prompt_spelled_out(tmp_path: Path) -> None:
     write(tmp_path, "arc_easy_test", {"question": "Which is a gas?", "choices": ["iron", "helium"], "gold": 1})
     assert asked(lm_eval_tasks.load("arc_easy", None, tmp_path)) == [
-        1.0, 1, ("Question: Which is a gas?\nAnswer:", " iron"), ("Question: Which is a gas?\nAnswer:", " helium"),
-    ]  # fmt: skip
+        1.0,
+        1,
+        ("Question: Which is a gas?\nAnswer:", " iron"),
+        ("Question: Which is a gas?\nAnswer:", " helium"),
+    ]
 
 
 def test_any_dataset_is_read_in_the_hubs_own_fields(tmp_path: Path) -> None:
     item = {
-        "question": "What do plants take in?", "distractor1": "iron", "distractor2": "sand", "distractor3": "oil",
-        "correct_answer": "light", "support": "Plants live on light.",
-    }  # fmt: skip
+        "question": "What do plants take in?",
+        "distractor1": "iron",
+        "distractor2": "sand",
+        "distractor3": "oil",
+        "correct_answer": "light",
+        "support": "Plants live on light.",
+    }
     write(tmp_path, "sciq_test", item)
     _, gold, *requests = asked(lm_eval_tasks.load("sciq", None, tmp_path))
     assert requests[int(gold)] == ("Plants live on light.\nQuestion: What do plants take in?\nAnswer:", " light")
@@ -157,11 +237,11 @@ def test_mmlus_examples_are_its_dev_split(tmp_path: Path) -> None:
     ("name", "shots", "content", "said"),
     [
         ("piqa", None, None, r"reads piqa_validation.jsonl or piqa_val.jsonl, and .* has no such file"),
-        ("piqa", None, "no json\n", r"piqa_val.jsonl:1: no JSON"),
-        ("piqa", None, '{"goal": "a"}\n', r"not in the form that .* describes \(KeyError"),
+        ("piqa", None, "no json\n", r"piqa_val.jsonl:1: not JSON"),
+        ("piqa", None, '{"goal": "a"}\n', r"not in a form that sbeval.evaluation.lm_eval_local reads \(KeyError"),
         ("piqa", None, "", r"piqa_val.jsonl is empty"),
         ("piqa", 2, '{"goal": "a", "choices": ["b", "c"], "gold": 0}\n', r"needs 2 examples"),
-        ("wsc273", 1, "", r"one split alone"),
+        ("wsc273", 1, "", r"has only one split: no examples to draw; give --task wsc273:0"),
         ("blimp_causative", 2, "", r"defined with 0 examples"),
         ("pica", None, "", r"has no task 'pica'; did you mean piqa"),
     ],
@@ -185,5 +265,5 @@ def test_without_a_network_the_hub_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         raise ConnectionError("Couldn't reach the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(InputError, match=r"no items of task 'piqa' .*reach the Hub.*--data-dir"):
+    with pytest.raises(InputError, match=r"cannot load task 'piqa' .*reach the Hub.*--data-dir"):
         lm_eval_tasks.load("piqa", None, None)

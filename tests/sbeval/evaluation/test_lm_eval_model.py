@@ -53,9 +53,17 @@ def hub() -> tuple[Any, Any]:
     )
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=LENGTH, bos_token_id=0, eos_token_id=1, pad_token_id=1, initializer_range=0.4,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        initializer_range=0.4,
+    )
     return transformers.LlamaForCausalLM(config).eval(), tokenizer
 
 
@@ -169,9 +177,11 @@ def test_a_long_context_loses_its_beginning() -> None:
 
 
 def test_what_cannot_be_scored_is_an_error() -> None:
-    with pytest.raises(InputError, match=r"a continuation has 25 tokens and the model reads 24: .*--eval-len"):
+    with pytest.raises(
+        InputError, match=r"a continuation has 25 tokens, and the model's input is 24: give a larger --eval-len"
+    ):
         adapter(decoder()).loglikelihood(asked("loglikelihood", ("a", "b" * 25)))
-    with pytest.raises(InputError, match="sampled"):
+    with pytest.raises(InputError, match="sampled completions: only greedy"):
         adapter(decoder()).generate_until(asked("generate_until", ("a", {"do_sample": True, "temperature": 1.0})))
     with pytest.raises(InputError, match="generates 24 tokens"):
         adapter(decoder()).generate_until(asked("generate_until", ("a", {"max_gen_toks": 24})))
@@ -229,5 +239,5 @@ def test_an_answer_is_of_its_tokens_and_question() -> None:
 
 def test_a_file_that_holds_no_answers_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.sqlite").write_text("no database, but a text that is long enough to be taken for one" * 20)
-    with pytest.raises(InputError, match="holds no answers"):
+    with pytest.raises(InputError, match="is not a cache of model responses"):
         Answers(tmp_path / "model.sqlite")

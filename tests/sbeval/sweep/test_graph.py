@@ -10,7 +10,7 @@ from sbeval.sweep.cell import Cell, Step
 from sbeval.sweep.graph import Graph
 from sbeval.tasks import attention_map, length_gen, mqrar, needle
 
-LENGTHS = length_gen.Config(attention=("rope", "alibi"))
+LENGTHS = dataclasses.replace(length_gen.PRESETS["quick"], attention=("rope", "alibi"))
 
 
 def order(cells: Sequence[Step]) -> list[list[str]]:

@@ -25,7 +25,8 @@ from sbeval.sweep import plan, scheduler, study_file
 from sbeval.sweep import study as studies
 from sbeval.sweep.context import Place
 from sbeval.tables import table
-from sbeval.tasks import length_gen, needle
+from sbeval.tasks import length_gen, needle, text_training
+from sbeval.tasks.text_model import TextModel
 from sbeval.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -108,13 +109,13 @@ def test_families_that_share_models_are_cautioned_once(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = []
-    ours = length_gen.open_corpus
+    ours = text_training.open_corpus
 
-    def count(config: length_gen.Config, progress: Progress) -> Corpus:
+    def count(config: TextModel, progress: Progress) -> Corpus:
         opened.append(config)
         return ours(config, progress)
 
-    monkeypatch.setattr(length_gen, "open_corpus", count)
+    monkeypatch.setattr(text_training, "open_corpus", count)
     place = Place(results_dir=tmp_path, device=torch.device("cpu"))
     given = study_file.parts(study_file.read(str(study), ["models.train_tokens=4096"]), lambda said: said or "float32")
     found = studies.cautions(given, place)

@@ -1,0 +1,211 @@
+"""Cells that evaluate text models, whatever their family."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from sbeval import registry
+from sbeval.models.config import ModelConfig, flops_per_token
+from sbeval.sweep.cell import Cell, Outcome, TrainingStep, timing
+from sbeval.tables import epochs
+from sbeval.tables.rows import Identity
+from sbeval.tasks.text_model import EvaluatedModel, TextModel
+from sbeval.tasks.text_training import Training, likely_vocabulary, model_shape, open_corpus, training_options
+
+if TYPE_CHECKING:
+    from sbeval.data.corpus import Corpus
+    from sbeval.evaluation.perplexity import Predictor
+    from sbeval.models.decoder import Decoder
+    from sbeval.pretrained.load import Pretrained
+    from sbeval.runtime.progress import Progress
+    from sbeval.sweep.context import Place
+    from sbeval.training.checkpoint import State
+    from sbeval.training.trainer import TrainConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model to evaluate, and what its rows record about it. train_tokens: 0 where it was not trained here."""
+
+    model: "Predictor"
+    name: str
+    attention: str
+    options: str
+    params: int
+    train_len: int
+    backend: str
+    train_tokens: int = 0
+    unique_tokens: int | None = None
+    status: str = ""
+    tokens_per_s: float | None = None
+    measured: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextCell(Cell):
+    """A cell that evaluates one text model: a config of one method and seed, or of a checkpoint."""
+
+    config: EvaluatedModel
+
+    @property
+    def attention(self) -> str:
+        return self.config.attention[0]
+
+    @property
+    def seed(self) -> int:
+        return self.config.seeds[0]
+
+    @property
+    def model_title(self) -> str:
+        if self.config.checkpoint is not None:
+            return re.sub(r"[^\w.-]+", "-", self.config.checkpoint.strip("/"))
+        return f"{self.attention} seed {self.seed}"
+
+    @property
+    def dtype(self) -> str:
+        return self.config.dtype
+
+    @property
+    def training_step(self) -> Training:
+        """The training of the model; not for given checkpoints."""
+        return Training(config=TextModel(**training_options(self.config)))
+
+    @property
+    def needs(self) -> tuple[TrainingStep, ...]:
+        return () if self.config.checkpoint is not None else (self.training_step,)
+
+    def model(self, vocab_size: int) -> ModelConfig:
+        """Return the shape of the model as it is evaluated."""
+        return model_shape(self.config, vocab_size)
+
+    def training(self, text: "Corpus | None" = None) -> "TrainConfig":
+        """Return how the model is trained; without the text as if it were long enough."""
+        return self.training_step.schedule(text)
+
+    def flops_per_token(self, length: int) -> float:
+        """Return the approximate FLOPs of a token in a forward pass over `length` tokens."""
+        from sbeval.pretrained import load
+
+        if self.config.checkpoint is not None:
+            return 2.0 * load.likely_parameters(self.config.checkpoint)
+        return flops_per_token(self.model(likely_vocabulary(self.config.tokenizer)), length)
+
+    def train_model(self, place: "Place", progress: "Progress") -> str:
+        """Return the given checkpoint, or the checkpoint folder of the trained model."""
+        return self.config.checkpoint or str(self.training_step.train(place, progress))
+
+    def origin(self, progress: "Progress") -> tuple[str, str]:
+        """Return name and digest of the training corpus; for a given checkpoint "" and the digest of its weights."""
+        from sbeval.pretrained import load
+
+        if self.config.checkpoint is not None:
+            return "", load.digest(self.config.checkpoint)
+        text = open_corpus(self.config, progress)
+        return text.name, text.digest
+
+    def subject(self, loaded: "Pretrained", folder: str, place: "Place", progress: "Progress") -> Subject:
+        """Return the model as it is evaluated. folder: the checkpoint of its training on text, or the given one."""
+        from sbeval.models.decoder import Decoder
+        from sbeval.training import checkpoint
+
+        if self.config.checkpoint is not None:
+            return self.given_subject(loaded, folder)
+        assert isinstance(loaded.model, Decoder)
+        state = checkpoint.load_state(Path(folder))
+        return self._trained_subject(loaded.model, state, open_corpus(self.config, progress), place)
+
+    def given_subject(self, loaded: "Pretrained", folder: str) -> Subject:
+        """Return a pretrained model as it is evaluated."""
+        from sbeval.pretrained import load
+        from sbeval.training import checkpoint
+
+        losses = checkpoint.load_state(Path(folder)).held_out if load.is_own(folder) else []
+        return Subject(
+            model=loaded.model,
+            name=loaded.name,
+            attention=loaded.attention,
+            options=loaded.options,
+            params=loaded.params,
+            train_len=loaded.train_len or self.config.train_len,
+            backend=loaded.backend,
+            status=_status(losses),
+        )
+
+    def trained_subject(self, text: "Corpus", place: "Place", progress: "Progress", *, log_name: str) -> Subject:
+        """Train, unless a finished checkpoint exists, and return the model as it is evaluated."""
+        _, trained = self.training_step.run(text, place, progress, log_name=log_name)
+        subject = self._trained_subject(trained.model, trained.state, text, place)
+        measured = {**timing(trained), **subject.measured}
+        return dataclasses.replace(subject, tokens_per_s=trained.tokens_per_second, measured=measured)
+
+    def _trained_subject(self, trained: "Decoder", state: "State", text: "Corpus", place: "Place") -> Subject:
+        from sbeval.data.dataloader import epoch_tokens
+
+        training = self.training(text)
+        name, _, options = self.attention.partition(":")
+        evaluated = trained.evaluated_as(self.attention)
+        return Subject(
+            model=evaluated,
+            name=self.config.size,
+            attention=name,
+            options=options,
+            params=evaluated.n_parameters(),
+            train_len=training.length,
+            train_tokens=state.step * training.batch * training.length,
+            unique_tokens=epoch_tokens(text.train, training.length),
+            status=_status(state.held_out),
+            backend=registry.method(name).backend_name(place.device.type),
+            measured={
+                "held_out": [(step, round(loss, 4)) for step, loss in state.held_out],
+                "ended_by": self.training_step.ended_by(state, training),
+                **({"corpus_versions": dict(text.versions)} if text.versions else {}),
+            },
+        )
+
+
+def outcome(
+    subject: Subject,
+    rows: Sequence[Any],
+    *,
+    family: str,
+    task: str,
+    eval_len: int,
+    seed: int,
+    corpus: str,
+    corpus_digest: str,
+    tokenizer: str,
+    measured: Mapping[str, object] = MappingProxyType({}),
+) -> Outcome:
+    """Return the result of a finished cell. The class of `rows` has a status, which becomes the model's."""
+    unique = subject.unique_tokens
+    return Outcome(
+        identity=Identity(
+            family=family,
+            task=task,
+            model=subject.name,
+            attention=subject.attention,
+            options=subject.options,
+            params=subject.params,
+            train_len=subject.train_len,
+            eval_len=eval_len,
+            seed=seed,
+        ),
+        rows=[dataclasses.replace(row, status=subject.status) for row in rows],
+        corpus=corpus,
+        corpus_digest=corpus_digest,
+        tokenizer=tokenizer,
+        train_tokens=subject.train_tokens,
+        unique_tokens=unique,
+        epochs=round(subject.train_tokens / unique, 4) if unique else None,
+        backend=subject.backend,
+        tokens_per_s=subject.tokens_per_s,
+        measured={**measured, **subject.measured},
+    )
+
+
+def _status(losses: epochs.Looks) -> str:
+    return epochs.OVERFIT if epochs.overfits(losses) else ""
