@@ -48,8 +48,8 @@ FIGURES = {
     "needle_depth": "sbeval.plots.needle_depth",
     "skipping": "sbeval.plots.skipping",
 }
-# figures that can also be a page to hover over
-PAGES = {"attention_map": "sbeval.plots.attention_map_page"}
+# figures of which a run writes an interactive page too; `sbeval plot --format html` makes one of any
+PAGES = ("attention_map",)
 
 
 class Method(Protocol):
@@ -76,24 +76,14 @@ class Method(Protocol):
 
 
 class Figure(Protocol):
-    """A module of `plots/`: one figure, drawn from one result table."""
+    """A module of `plots/`: one figure from one result table, for print and for an interactive page."""
 
     TABLE: ClassVar[str]  # stem of the CSV it reads
     COLUMNS: ClassVar[tuple[str, ...]]  # the columns it needs
 
     def draw(self, table: "pd.DataFrame") -> "MatplotlibFigure": ...
 
-
-class Charted(Protocol):
-    """A module of `plots/` that gives what a page shows of a figure's table: a figure's own, or that of its page."""
-
     def chart(self, table: "pd.DataFrame") -> "Chart": ...
-
-
-class Page(Charted, Protocol):
-    """A module of `plots/` that makes a page of HTML of a figure's table."""
-
-    def page(self, table: "pd.DataFrame") -> str: ...
 
 
 def method(name: str) -> Method:
@@ -117,13 +107,3 @@ def task(name: str) -> "Family":
 def figure(name: str) -> Figure:
     """Import the figure `name`; InputError offers the nearest name."""
     return cast(Figure, importlib.import_module(FIGURES[choose("figure", name, FIGURES)]))
-
-
-def page(name: str) -> Page:
-    """Import what makes the page of the figure `name`, which is one of PAGES."""
-    return cast(Page, importlib.import_module(PAGES[name]))
-
-
-def charted(name: str) -> Charted:
-    """Import what gives the chart of the figure `name`."""
-    return cast(Charted, importlib.import_module(PAGES.get(name) or FIGURES[choose("figure", name, FIGURES)]))

@@ -42,7 +42,7 @@ def test_families_have_what_the_command_line_asks_for(name: str) -> None:
 @pytest.mark.parametrize("name", registry.FIGURES)
 def test_figures_have_what_plot_asks_for(name: str) -> None:
     figure = registry.figure(name)
-    assert figure.TABLE and figure.COLUMNS and callable(figure.draw) and callable(registry.charted(name).chart)
+    assert figure.TABLE and figure.COLUMNS and callable(figure.draw) and callable(figure.chart)
 
 
 def test_every_dependency_has_a_tested_version() -> None:

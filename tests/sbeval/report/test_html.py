@@ -18,6 +18,7 @@ from plotly.graph_objects import Figure
 from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.report import html, page
+from sbeval.report.figures import draw_figures
 from sbeval.tables.table import read
 
 Row = dict[str, Any]
@@ -218,6 +219,19 @@ def test_a_reader_who_sees_nothing_is_served(text: str) -> None:
     assert found.all("html")[0]["lang"] == "en" and len(found.all("main")) == len(found.all("nav")) == 1
 
 
+@pytest.mark.parametrize("name", registry.FIGURES)
+def test_every_figure_can_be_a_page_of_its_own(name: str, results: Path, text: str, tmp_path: Path) -> None:
+    (file,) = draw_figures(results, [name], ["html"], out_dir=tmp_path)
+    found = Page(file.read_text())
+    assert file.name == f"{name}.html" and found.plots() and not found.values("href")[1:]
+    # as in the report
+    assert all(
+        json.dumps(plot, separators=(",", ":"), ensure_ascii=False) in text.replace("\\u003c", "<")
+        for plot in found.plots()
+    )
+    assert len(found.all("h1")) == 1 and {"figure-title"} <= set(found.values("id"))
+
+
 def test_plotly_knows_all_that_is_drawn(text: str) -> None:
     for plot in Page(text).plots():
         Figure(data=plot["data"], layout=plot["layout"])
@@ -225,7 +239,7 @@ def test_plotly_knows_all_that_is_drawn(text: str) -> None:
 
 def test_a_line_its_table_and_its_words_hold_the_numbers_of_the_rows(results: Path) -> None:
     table = read(results / "length_gen.csv", registry.figure("length_gen").COLUMNS)
-    chart = registry.charted("length_gen").chart(table)
+    chart = registry.figure("length_gen").chart(table)
     (panel,) = chart.groups[0].panels
     rope = next(trace for trace in panel.plotly()["data"] if trace["meta"] == "RoPE")
     assert rope["x"] == [256, 512, 1024, 2048] and rope["y"] == [40.5, 41, 42, 44]
@@ -282,7 +296,7 @@ def test_what_is_not_there_has_no_section(results: Path, tmp_path: Path) -> None
     said: list[str] = []
     found = Page(html.build(tmp_path, said.append))
     assert [name for name in found.values("id") if re.fullmatch("figure-.*(?<!-title)", name)] == ["figure-kernel"]
-    assert len(said) == 1 and said[0].startswith("kernel_error: left out, ")
+    assert len(said) == 1 and said[0].startswith("kernel_error: skipped, ")
     # without run files there is no command line and no version of Python
     assert "3 runs; commit abc; NVIDIA H200; bfloat16; torch 2.11.0; triton 3.6.0; seed 0; books" in "".join(found.text)
 
