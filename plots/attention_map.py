@@ -24,9 +24,23 @@ from sbeval.tables.table import numbers
 
 TABLE = "attention_map"
 COLUMNS = (
-    "attention", "options", "model", "seed", "cell", "metric", "value", *ATTENTION_MAP, "layers", "heads", "layer",
-    "head", "target", "split", "query", "key",
-)  # fmt: skip
+    "attention",
+    "options",
+    "model",
+    "seed",
+    "cell",
+    "metric",
+    "value",
+    *ATTENTION_MAP,
+    "layers",
+    "heads",
+    "layer",
+    "head",
+    "target",
+    "split",
+    "query",
+    "key",
+)
 # marks of the two kinds of assignment: matplotlib's marker, plotly's symbol, a letter like it, and the colour
 MARKS = {"latest": ("o", "circle-open", "○", style.COLOURS[2]), "stale": ("s", "square-open", "□", style.COLOURS[1])}
 NAMES = {"latest": "latest value of the key (right)", "stale": "stale value (wrong)"}
@@ -149,9 +163,16 @@ def _panel(axis: Axes, model: Model, one: Map, norm: PowerNorm, colours: Any, po
     for target, (marker, _, _, colour) in MARKS.items():
         places = np.array(model.targets[target]).reshape(-1, 2)
         axis.plot(
-            places[:, 1], places[:, 0], linestyle="none", marker=marker, markersize=1.3 * points, markeredgewidth=0.6,
-            markeredgecolor=colour, markerfacecolor="none", label=NAMES[target],
-        )  # fmt: skip
+            places[:, 1],
+            places[:, 0],
+            linestyle="none",
+            marker=marker,
+            markersize=1.3 * points,
+            markeredgewidth=0.6,
+            markeredgecolor=colour,
+            markerfacecolor="none",
+            label=NAMES[target],
+        )
     style.label(axis, "key (token)", "query (token)")
     axis.annotate(
         one.title, (0, 1), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points", fontsize=style.SMALL_PT
@@ -166,9 +187,15 @@ def _panel(axis: Axes, model: Model, one: Map, norm: PowerNorm, colours: Any, po
 def _handles() -> Iterator[Line2D]:
     for target, (marker, _, _, colour) in MARKS.items():
         yield Line2D(
-            [], [], linestyle="none", marker=marker, markersize=5, markeredgecolor=colour, markerfacecolor="none",
+            [],
+            [],
+            linestyle="none",
+            marker=marker,
+            markersize=5,
+            markeredgecolor=colour,
+            markerfacecolor="none",
             label=NAMES[target],
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,32 +246,54 @@ def _plotly(model: Model, one: Map) -> dict[str, Any]:
     past = np.tri(size, dtype=bool)
     names = [f"<b>{token}</b>" if token < model.half else f"{token}" for token in model.tokens]
     ticks = {
-        "tickvals": list(range(size)), "ticktext": names, "showgrid": False, "zeroline": False,
-        "range": [-0.5, size - 0.5], "tickfont": {"size": 7}, "tickangle": 0,
-    }  # fmt: skip
+        "tickvals": list(range(size)),
+        "ticktext": names,
+        "showgrid": False,
+        "zeroline": False,
+        "range": [-0.5, size - 0.5],
+        "tickfont": {"size": 7},
+        "tickangle": 0,
+    }
     heat = {
-        "type": "heatmap", "zmin": 0, "zmax": 1, "hoverinfo": "text", "hoverongaps": False,
-        "z": [[round(float(w) ** POWER, 4) if past[q, k] else None for k, w in enumerate(row)]
-              for q, row in enumerate(one.weights)],
+        "type": "heatmap",
+        "zmin": 0,
+        "zmax": 1,
+        "hoverinfo": "text",
+        "hoverongaps": False,
+        "z": [
+            [round(float(w) ** POWER, 4) if past[q, k] else None for k, w in enumerate(row)]
+            for q, row in enumerate(one.weights)
+        ],
         "text": [[_hover(model, one, q, k) if past[q, k] else "" for k in range(size)] for q in range(size)],
         "colorbar": {
-            "tickvals": [tick**POWER for tick in TICKS], "ticktext": [f"{tick:g}" for tick in TICKS], "thickness": 8,
-            "orientation": "h", "y": 1.01, "yanchor": "bottom", "outlinewidth": 0, "tickfont": {"size": 9},
+            "tickvals": [tick**POWER for tick in TICKS],
+            "ticktext": [f"{tick:g}" for tick in TICKS],
+            "thickness": 8,
+            "orientation": "h",
+            "y": 1.01,
+            "yanchor": "bottom",
+            "outlinewidth": 0,
+            "tickfont": {"size": 9},
         },
-    }  # fmt: skip
+    }
     marks = [
         {
-            "type": "scatter", "mode": "markers", "hoverinfo": "skip", "showlegend": False, "name": NAMES[target],
-            "x": [k for _, k in model.targets[target]], "y": [q for q, _ in model.targets[target]],
+            "type": "scatter",
+            "mode": "markers",
+            "hoverinfo": "skip",
+            "showlegend": False,
+            "name": NAMES[target],
+            "x": [k for _, k in model.targets[target]],
+            "y": [q for q, _ in model.targets[target]],
             "marker": {"symbol": symbol, "color": colour, "size": 8, "line": {"width": 1.5}},
         }
         for target, (_, symbol, _, colour) in MARKS.items()
-    ]  # fmt: skip
+    ]
     layout = {
         "margin": {"l": 45, "r": 5, "t": 50, "b": 45},
         "xaxis": ticks | {"title": {"text": "key (token)"}, "tickangle": -90},
         "yaxis": ticks | {"title": {"text": "query (token)"}, "range": [size - 0.5, -0.5]},
-    }  # fmt: skip
+    }
     return {"data": [heat, *marks], "layout": layout, "shaded": True, "sparse": True}
 
 

@@ -18,10 +18,18 @@ from sbeval.tables.statistics import Method
 
 # plotly's name of each of matplotlib's markers, and a letter that looks like it
 SYMBOLS = {
-    "o": ("circle", "●"), "s": ("square", "■"), "^": ("triangle-up", "▲"), "D": ("diamond", "◆"),
-    "v": ("triangle-down", "▼"), "P": ("cross", "✚"), "X": ("x", "✖"), "*": ("star", "★"), "p": ("pentagon", "⬟"),
-    "<": ("triangle-left", "◀"), ">": ("triangle-right", "▶"),
-}  # fmt: skip
+    "o": ("circle", "●"),
+    "s": ("square", "■"),
+    "^": ("triangle-up", "▲"),
+    "D": ("diamond", "◆"),
+    "v": ("triangle-down", "▼"),
+    "P": ("cross", "✚"),
+    "X": ("x", "✖"),
+    "*": ("star", "★"),
+    "p": ("pentagon", "⬟"),
+    "<": ("triangle-left", "◀"),
+    ">": ("triangle-right", "▶"),
+}
 # columns of a line's points
 POINT = ("x", "mean", "low", "high", "seeds")
 # readable on white and on black
@@ -159,21 +167,34 @@ class Lines:
         mean, low, high = ([_short(max(v, self.floor)) for v in line.points[name]] for name in ("mean", "low", "high"))
         common: dict[str, Any] = {"type": "scatter", "meta": look.label}
         points = common | {
-            "mode": "markers", "x": at, "y": mean, "text": self._texts(line), "hoverinfo": "text",
+            "mode": "markers",
+            "x": at,
+            "y": mean,
+            "text": self._texts(line),
+            "hoverinfo": "text",
             "marker": {"color": colour, "symbol": SYMBOLS[look.marker][0], "size": 7},
-        }  # fmt: skip
+        }
         if self.joined and not named:
             points |= {"mode": "lines+markers", "line": {"color": colour, "width": 2, "dash": _dash(look.dashes)}}
             band = common | {
-                "mode": "lines", "x": at + at[::-1], "y": low + high[::-1], "fill": "toself", "hoverinfo": "skip",
-                "fillcolor": _faint(colour), "line": {"width": 0},
-            }  # fmt: skip
+                "mode": "lines",
+                "x": at + at[::-1],
+                "y": low + high[::-1],
+                "fill": "toself",
+                "hoverinfo": "skip",
+                "fillcolor": _faint(colour),
+                "line": {"width": 0},
+            }
             return [band, points] if low != high else [points]
         bars = {
-            "type": "data", "symmetric": False, "thickness": 1.5, "width": 0, "color": colour,
+            "type": "data",
+            "symmetric": False,
+            "thickness": 1.5,
+            "width": 0,
+            "color": colour,
             "array": [_short(h - m) for m, h in zip(mean, high, strict=True)],
             "arrayminus": [_short(m - b) for m, b in zip(mean, low, strict=True)],
-        }  # fmt: skip
+        }
         if named:
             # beside those of other methods, not on them
             points["offsetgroup"] = look.label
@@ -220,15 +241,25 @@ class Heat:
         across, down = [plain(at) for at in self.table.columns], [plain(at) for at in self.table.index]
         z = [[None if pd.isna(value) else _short(value) for value in row] for row in self.table.to_numpy()]
         text = [
-            [f"{html.escape(self.x)}: {at}<br>{html.escape(self.y)}: {by}<br>{html.escape(self.value)}: {plain(value)}"
-             for at, value in zip(across, row, strict=True)]
+            [
+                f"{html.escape(self.x)}: {at}<br>{html.escape(self.y)}: {by}<br>{html.escape(self.value)}: {plain(value)}"
+                for at, value in zip(across, row, strict=True)
+            ]
             for by, row in zip(down, self.table.to_numpy(), strict=True)
-        ]  # fmt: skip
+        ]
         heat = {
-            "type": "heatmap", "x": across, "y": down, "z": z, "zmin": 0, "zmax": 1, "colorscale": "Viridis",
-            "text": text, "hoverinfo": "text", "hoverongaps": False,
+            "type": "heatmap",
+            "x": across,
+            "y": down,
+            "z": z,
+            "zmin": 0,
+            "zmax": 1,
+            "colorscale": "Viridis",
+            "text": text,
+            "hoverinfo": "text",
+            "hoverongaps": False,
             "colorbar": {"thickness": 8, "outlinewidth": 0, "tickvals": [0, 0.5, 1]},
-        }  # fmt: skip
+        }
         axes = {
             "xaxis": {"type": "category", "title": {"text": html.escape(self.x)}},
             "yaxis": {"type": "category", "title": {"text": html.escape(self.y)}, "autorange": "reversed"},
@@ -311,9 +342,11 @@ def _level(*, x: float | None = None, y: float | None = None, text: str = "") ->
         ends = {"y0": y, "y1": y, "xref": "paper", "x0": 0, "x1": 1}
     where = {"textposition": "end", "textangle": 0, "xanchor": "right", "yanchor": "bottom"}
     return ends | {
-        "type": "line", "layer": "below", "line": {"color": GREY, "width": 1.5, "dash": "dot"},
+        "type": "line",
+        "layer": "below",
+        "line": {"color": GREY, "width": 1.5, "dash": "dot"},
         "label": where | {"text": html.escape(text), "font": {"size": 11, "color": GREY}},
-    }  # fmt: skip
+    }
 
 
 def _dash(dashes: Sequence[float]) -> str:

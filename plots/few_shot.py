@@ -96,9 +96,16 @@ def _panel(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> l
         y = [heights[name] + 0.6 * ((place + 0.5) / len(looks) - 0.5) for name in spread["benchmark"]]
         bars = [spread["mean"] - spread["low"], spread["high"] - spread["mean"]]
         axis.errorbar(
-            spread["mean"], y, xerr=bars, label=look.label, color=look.colour, marker=look.marker, markersize=4,
-            linestyle="", linewidth=1.2,
-        )  # fmt: skip
+            spread["mean"],
+            y,
+            xerr=bars,
+            label=look.label,
+            color=look.colour,
+            marker=look.marker,
+            markersize=4,
+            linestyle="",
+            linewidth=1.2,
+        )
         spreads.append(spread)
     for name, group in rows.groupby("benchmark"):
         if group["chance"].notna().any():

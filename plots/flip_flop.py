@@ -21,9 +21,20 @@ from sbeval.tables.table import numbers
 
 TABLE = "flip_flop"
 COLUMNS = (
-    "attention", "options", "seed", "metric", "value", "stderr", "lr", "test", "p_ignore", "reads", "distance_start",
-    "distance_end", *FLIP_FLOP.columns,
-)  # fmt: skip
+    "attention",
+    "options",
+    "seed",
+    "metric",
+    "value",
+    "stderr",
+    "lr",
+    "test",
+    "p_ignore",
+    "reads",
+    "distance_start",
+    "distance_end",
+    *FLIP_FLOP.columns,
+)
 TESTS = {"in_distribution": "in distribution", "sparse": "sparse", "dense": "dense"}
 # from here down the axis is linear to 0, so that an error rate of 0 has a place
 LINEAR = 1e-6
@@ -130,9 +141,14 @@ def _tests(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> l
         published = [PUBLISHED_RATES[name][test] for test in TESTS]
         axis.plot(at, published, color="0.7", label=f"{_name(name)}, published", **PUBLISHED)
         axis.annotate(
-            _name(name), (at[0], published[0]), (0, -13 if published[0] else 7),
-            textcoords="offset points", ha="center", fontsize=style.SMALL_PT, color=style.MARK,
-        )  # fmt: skip
+            _name(name),
+            (at[0], published[0]),
+            (0, -13 if published[0] else 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=style.SMALL_PT,
+            color=style.MARK,
+        )
     chances = {test: _chance(rows, test) for test in TESTS}
     axis.set_xticks(
         range(len(TESTS)), [f"{name}\np = {chances[test]}" for test, name in TESTS.items()], fontsize=style.TEXT_PT

@@ -16,9 +16,21 @@ from sbeval.tables.selection import dense_kernels
 
 TABLE = "kernel"
 COLUMNS = (
-    "attention", "backend", "metric", "value", "step", "batch", "queries", "keys", "heads", "kv_heads", "head_dim",
-    "sequences", "epsilon", "device",
-)  # fmt: skip
+    "attention",
+    "backend",
+    "metric",
+    "value",
+    "step",
+    "batch",
+    "queries",
+    "keys",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "sequences",
+    "epsilon",
+    "device",
+)
 NAMES = {"forward": "forward", "forward_backward": "forward + backward"}
 STEPS = {"forward": "forward (TFLOP/s)", "forward_backward": "forward + backward (TFLOP/s)"}
 

@@ -51,9 +51,14 @@ def chart(table: pd.DataFrame) -> Chart:
             found = {method: statistics.method(of_step, method).set_index("throughput")["error"] for method in looks}
             points = charts.bare(found, looks)
             panel = Lines(
-                title=kernel.NAMES[step], x=text, y="relative error", lines=points, octaves=False, joined=False,
+                title=kernel.NAMES[step],
+                x=text,
+                y="relative error",
+                lines=points,
+                octaves=False,
+                joined=False,
                 from_zero=True,
-            )  # fmt: skip
+            )
             panels += [panel] if points else []
         groups.append(Group(f"Heads of size {size:g}", panels))
     sentence = (

@@ -129,9 +129,14 @@ def panel_groups(table: pd.DataFrame, scale: Scale) -> list[Group]:
                 continue
             marks = [int(rows["train_len"].iloc[0])]
             panel = Lines(
-                title=column.title, x=scale.x, y=scale.y, lines=lines, decades=scale.decades(rows), marks=marks,
+                title=column.title,
+                x=scale.x,
+                y=scale.y,
+                lines=lines,
+                decades=scale.decades(rows),
+                marks=marks,
                 top=scale.top(rows),
-            )  # fmt: skip
+            )
             found.append(Group(title, [panel]))
     return found
 
@@ -189,12 +194,14 @@ def _shades(ranks: dict[Method, tuple[str, float, str]]) -> dict[Method, style.L
     colours = sns.color_palette("viridis", len(ranks)).as_hex()
     return {
         pair: style.Look(
-            label=ranks[pair][2], colour=colour, marker=style.MARKERS[place % len(style.MARKERS)],
+            label=ranks[pair][2],
+            colour=colour,
+            marker=style.MARKERS[place % len(style.MARKERS)],
             dashes=style.DASHES[place % len(style.DASHES)],
         )
         # the first two looks are those of what stands beside
         for place, (pair, colour) in enumerate(zip(sorted(ranks, key=ranks.__getitem__), colours, strict=True), start=2)
-    }  # fmt: skip
+    }
 
 
 def _lines(axis: Axes, rows: pd.DataFrame, column: Column) -> dict[Method, pd.DataFrame]:

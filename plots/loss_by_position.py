@@ -23,9 +23,11 @@ __all__ = ["COLUMNS", "TABLE", "chart", "draw", "smoothed"]
 # under every method the first tokens of a document are hard to predict: shown, they would set the scale
 FIRST_SHOWN = 1 / 16
 SCALE = length_gen.Scale(
-    "position in the document (tokens)", "loss (nats per token)", lambda *_: False,
+    "position in the document (tokens)",
+    "loss (nats per token)",
+    lambda *_: False,
     lambda best: best + math.log(length_gen.SHOWN),
-)  # fmt: skip
+)
 
 
 def draw(table: pd.DataFrame) -> Figure:

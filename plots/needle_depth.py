@@ -50,13 +50,16 @@ def chart(table: pd.DataFrame) -> Chart:
     table = _by_depth(table)
     looks = style.looks(table)
     groups = [
-        Group(title, [
-            Heat(title=look.label, x="length (tokens)", y="depth (%)", value="score", table=_pivot(mine))
-            for method, look in looks.items()
-            if len(mine := statistics.method(some, method))
-        ])
+        Group(
+            title,
+            [
+                Heat(title=look.label, x="length (tokens)", y="depth (%)", value="score", table=_pivot(mine))
+                for method, look in looks.items()
+                if len(mine := statistics.method(some, method))
+            ],
+        )
         for title, some in settings(table)
-    ]  # fmt: skip
+    ]
     sentence = (
         "Share of needles that are found (1 is all), by the length of text and answer in tokens and by the depth in "
         "the text, in percent, at which the needle stands; blank is no sample."

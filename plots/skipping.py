@@ -14,8 +14,19 @@ from sbeval.tables import statistics
 
 TABLE = "skipping"
 COLUMNS = (
-    "model", "params", "attention", "backend", "metric", "value", "step", "batch", "keys", "layer", "epsilon", "device",
-)  # fmt: skip
+    "model",
+    "params",
+    "attention",
+    "backend",
+    "metric",
+    "value",
+    "step",
+    "batch",
+    "keys",
+    "layer",
+    "epsilon",
+    "device",
+)
 # times further apart than this are drawn on a logarithmic axis
 WIDE = 4
 LABELS = {"forward": ("tokens", "forward (ms)"), "decode": ("keys in the cache", "one token (ms)")}

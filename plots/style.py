@@ -149,9 +149,13 @@ def with_caution(note: str, rows: pd.DataFrame, looks: dict[Method, Look]) -> st
 
 
 def panels(
-    table: pd.DataFrame, always: Sequence[str], others: Sequence[str], within: Sequence[str] = (), *,
+    table: pd.DataFrame,
+    always: Sequence[str],
+    others: Sequence[str],
+    within: Sequence[str] = (),
+    *,
     named: Sequence[str] = (),
-) -> list[tuple[str, pd.DataFrame]]:  # fmt: skip
+) -> list[tuple[str, pd.DataFrame]]:
     """Split a table into the rows of each panel and its title.
 
     A column of `always` or `others` splits when it has several values for the same value of `within`. Titles name the
@@ -206,17 +210,28 @@ def title(axis: Axes, text: str) -> None:
     # keeps the place; the layout would move the panels beside it apart for the text itself
     axis.set_title("\n".join(" " for _ in lines), loc="left", fontsize=TEXT_PT, pad=16)
     axis.annotate(
-        "\n".join(lines), (0.0, 1.0), xycoords="axes fraction", xytext=(0, 16), textcoords="offset points",
-        fontsize=TEXT_PT, fontweight="bold", annotation_clip=False,
-    ).set_in_layout(False)  # fmt: skip
+        "\n".join(lines),
+        (0.0, 1.0),
+        xycoords="axes fraction",
+        xytext=(0, 16),
+        textcoords="offset points",
+        fontsize=TEXT_PT,
+        fontweight="bold",
+        annotation_clip=False,
+    ).set_in_layout(False)
 
 
 def subtitle(axis: Axes, text: str) -> None:
     """Say above a panel, in small print, which of its row it is."""
     axis.annotate(
-        text, (0.5, 1.0), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points", ha="center",
+        text,
+        (0.5, 1.0),
+        xycoords="axes fraction",
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="center",
         fontsize=SMALL_PT,
-    )  # fmt: skip
+    )
 
 
 def bars(axis: Axes, x: Any, spread: pd.DataFrame, look: Look, width: float = 1.0) -> None:
@@ -239,9 +254,13 @@ def bands(axis: Axes, rows: pd.DataFrame, looks: dict[Method, Look]) -> list[pd.
 def finish(figure: Figure, handles: Sequence[Any], note: str) -> None:
     """Put the legend above the panels, where it covers no data, and the note below them."""
     figure.legend(
-        handles=handles, loc="outside upper center", ncols=_columns(handles, 4, figure.get_figwidth()),
-        fontsize=TEXT_PT, frameon=False, handlelength=3,
-    )  # fmt: skip
+        handles=handles,
+        loc="outside upper center",
+        ncols=_columns(handles, 4, figure.get_figwidth()),
+        fontsize=TEXT_PT,
+        frameon=False,
+        handlelength=3,
+    )
     note_below(figure, note)
 
 

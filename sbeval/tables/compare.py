@@ -29,8 +29,17 @@ from sbeval.tables.table import OUTCOME, read, required
 FOUND = ("status", "reads", "cut")
 # what tells rows apart only where nothing else does, in this order
 ORIGIN = (
-    "backend", "dtype", "corpus", "tokenizer", "train_tokens", "unique_tokens", "epochs", "preset", "device", "cell",
-)  # fmt: skip
+    "backend",
+    "dtype",
+    "corpus",
+    "tokenizer",
+    "train_tokens",
+    "unique_tokens",
+    "epochs",
+    "preset",
+    "device",
+    "cell",
+)
 COMMON = required(Measurement)
 METHOD = ["task", "model", "attention", "options"]
 # columns that a line has its own place for
@@ -202,8 +211,10 @@ def comma_separated(compared: list[Compared]) -> str:
 
 
 FORMATS: dict[str, Callable[[list[Compared]], RenderableType]] = {
-    "terminal": terminal, "markdown": markdown, "csv": comma_separated,
-}  # fmt: skip
+    "terminal": terminal,
+    "markdown": markdown,
+    "csv": comma_separated,
+}
 
 
 def render(first: Path, second: Path, style: str) -> RenderableType:

@@ -18,9 +18,14 @@ from sbeval.tables.statistics import half_width
 
 # in this order a benchmark's score is looked for; what is in percent and in the average
 METRICS = {
-    "acc_norm": True, "acc": True, "exact_match": True, "f1": True, "em": True,
-    "word_perplexity": False, "perplexity": False,
-}  # fmt: skip
+    "acc_norm": True,
+    "acc": True,
+    "exact_match": True,
+    "f1": True,
+    "em": True,
+    "word_perplexity": False,
+    "perplexity": False,
+}
 # of several ways to read an answer from a text, the lenient one
 FILTERS = ("", "flexible-extract", "strict-match")
 # what tells one model from another
@@ -161,8 +166,11 @@ def _escaped(text: str) -> str:
 
 
 FORMATS: dict[str, Callable[[Scores], str | Terminal]] = {
-    "terminal": terminal, "markdown": markdown, "latex": latex, "csv": comma_separated,
-}  # fmt: skip
+    "terminal": terminal,
+    "markdown": markdown,
+    "latex": latex,
+    "csv": comma_separated,
+}
 
 
 def render(results: pd.DataFrame, style: str) -> str | Terminal:

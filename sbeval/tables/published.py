@@ -20,9 +20,20 @@ AUTHORS_KERNEL = {64: 154 / 271, 128: 178 / 311}
 
 # Hsieh et al. 2024, arXiv 2404.06654: the tasks of RULER, and how few and many tokens a prompt and its answer can be
 RULER_TASKS = (
-    "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2", "niah_multikey_3",
-    "niah_multivalue", "niah_multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2",
-)  # fmt: skip
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+    "qa_1",
+    "qa_2",
+)
 SHORTEST, LONGEST = 512, 131072
 
 # PaTH (Yang et al. 2025, arXiv 2505.16381), table 1: error rates of flip-flop language modelling, models of 1 layer,

@@ -12,9 +12,15 @@ from sbeval.tables.provenance import read_run
 COLUMNS = ("cell", "preset", "seed", "corpus", "dtype", "device", "commit", "torch", "triton", "utc")
 # what `origin` says of runs, in this order
 WORDS = {
-    "commit": "commit {}", "device": "{}", "dtype": "{}", "torch": "torch {}", "triton": "triton {}",
-    "python": "Python {}", "seed": "seed {}", "corpus": "{}",
-}  # fmt: skip
+    "commit": "commit {}",
+    "device": "{}",
+    "dtype": "{}",
+    "torch": "torch {}",
+    "triton": "triton {}",
+    "python": "Python {}",
+    "seed": "seed {}",
+    "corpus": "{}",
+}
 
 
 @dataclass(frozen=True, slots=True)

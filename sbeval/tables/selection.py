@@ -37,9 +37,23 @@ MQRAR = Setting(
 )
 # columns that tables of older runs lack
 MQRAR_LATER = (
-    "optimizer", "slot_power", "filler", "distinct", "key_pool", "score_prefix", "positions", "dropout", "stored_rows",
-    "batch", "max_steps", "schedule", "weight_decay", "init_std", "stop_accuracy", "patience",
-)  # fmt: skip
+    "optimizer",
+    "slot_power",
+    "filler",
+    "distinct",
+    "key_pool",
+    "score_prefix",
+    "positions",
+    "dropout",
+    "stored_rows",
+    "batch",
+    "max_steps",
+    "schedule",
+    "weight_decay",
+    "init_std",
+    "stop_accuracy",
+    "patience",
+)
 FLIP_FLOP = Setting(("model", "seq_len"), ("task", "heads", "p_train", "preset", "dtype"))
 ATTENTION_MAP = ["task", "vocab_size", "seq_len", "kv_pairs"]
 

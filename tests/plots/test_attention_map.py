@@ -31,10 +31,20 @@ def weights(seed: int) -> npt.NDArray[np.float64]:
 
 def cell(attention: str, seed: int = 0, layers: int = 2, heads: int = 1, cell: str = "") -> pd.DataFrame:
     common: dict[str, Any] = {
-        "task": "mqrar", "model": f"{layers}x8", "attention": attention, "options": "", "seed": seed, "kv_pairs": 2,
-        "seq_len": SIZE, "vocab_size": 10, "layers": layers, "heads": heads, "split": "", "target": "",
+        "task": "mqrar",
+        "model": f"{layers}x8",
+        "attention": attention,
+        "options": "",
+        "seed": seed,
+        "kv_pairs": 2,
+        "seq_len": SIZE,
+        "vocab_size": 10,
+        "layers": layers,
+        "heads": heads,
+        "split": "",
+        "target": "",
         "cell": cell or f"{attention}-{seed}",
-    }  # fmt: skip
+    }
     rows: list[dict[str, Any]] = [
         common | {"metric": "token", "value": token, "key": key} for key, token in enumerate(TOKENS)
     ]
@@ -153,13 +163,26 @@ def test_a_browser_draws_the_page_without_a_complaint(tmp_path: Path) -> None:
     page.write_text(html.figure(attention_map.chart(cell("rope"))))
     done = subprocess.run(
         [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=5000",
-            "--dump-dom", page.as_uri(),
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            page.as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     assert "CONSOLE" not in done.stderr, done.stderr
     # as a plot, not as source
     assert done.stdout.count('class="main-svg"') >= 2 and 'class="hm"' in done.stdout

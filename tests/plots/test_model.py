@@ -8,8 +8,13 @@ from sbeval.errors import InputError
 from sbeval.plots import model
 
 COMMON: dict[str, Any] = {
-    "options": "", "metric": "throughput", "batch": 4, "queries": 4096, "dtype": "bfloat16", "device": "a card",
-}  # fmt: skip
+    "options": "",
+    "metric": "throughput",
+    "batch": 4,
+    "queries": 4096,
+    "dtype": "bfloat16",
+    "device": "a card",
+}
 SIZES = {"350m": 350, "1b": 1000}
 
 

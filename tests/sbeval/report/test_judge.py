@@ -17,10 +17,22 @@ from sbeval.tasks import mqrar
 
 Row = dict[str, Any]
 COMMON: Row = {
-    "options": "", "seed": 0, "stderr": 0.0, "n": 100, "preset": "paper", "corpus": "books", "tokenizer": "bpe:8192",
-    "dtype": "bfloat16", "device": "a card", "model": "1b", "params": 10**9, "train_tokens": 10**10, "train_len": 2048,
-    "eval_len": 16384, "task": "",
-}  # fmt: skip
+    "options": "",
+    "seed": 0,
+    "stderr": 0.0,
+    "n": 100,
+    "preset": "paper",
+    "corpus": "books",
+    "tokenizer": "bpe:8192",
+    "dtype": "bfloat16",
+    "device": "a card",
+    "model": "1b",
+    "params": 10**9,
+    "train_tokens": 10**10,
+    "train_len": 2048,
+    "eval_len": 16384,
+    "task": "",
+}
 
 
 def frame(rows: Iterable[Row], **common: Any) -> pd.DataFrame:
@@ -204,13 +216,16 @@ def test_a_kernel_is_compared_on_the_same_device() -> None:
 def needles(stick: float, rope: float, **common: Any) -> pd.DataFrame:
     rows = [
         {
-            "attention": name, "task": task, "length": length, "value": value if length > 2048 else 1.0,
+            "attention": name,
+            "task": task,
+            "length": length,
+            "value": value if length > 2048 else 1.0,
             "cell": f"{name} {task}",
         }
         for name, value in ((STICK, stick), (ROPE, rope))
         for task in ("vt", "cwe")
         for length in (2048, 4096, 8192)
-    ]  # fmt: skip
+    ]
     return frame(rows, **{"metric": "score", "depth_start": None, "finetune_tokens": 0, "stderr": 0.02} | common)
 
 
@@ -264,7 +279,11 @@ def test_without_the_rows_nothing_is_decided() -> None:
     table = lengths((40, 40), (40, 80))
     cases = [
         (CLAIMS[0], "no setting has rows of both", table[table["attention"] == ROPE]),
-        (CLAIMS[0], "no model trained at 2048 tokens was evaluated up to 16384", table[table["context_length"] == 2048]),
+        (
+            CLAIMS[0],
+            "no model trained at 2048 tokens was evaluated up to 16384",
+            table[table["context_length"] == 2048],
+        ),
         (CLAIMS[1], "no seed in common", table.assign(seed=(table["attention"] == ROPE).astype(int))),
     ]
     for claim, reason, part in cases:

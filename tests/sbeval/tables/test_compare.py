@@ -17,13 +17,30 @@ from sbeval.tables.rows import Identity, Measurement, Provenance
 
 RESULTS = Path(__file__).parents[3] / "results"
 IDENTITY = Identity(
-    family="toy", task="toy", model="tiny", attention="rope", options="", params=1000, train_len=256, eval_len=4096,
+    family="toy",
+    task="toy",
+    model="tiny",
+    attention="rope",
+    options="",
+    params=1000,
+    train_len=256,
+    eval_len=4096,
     seed=0,
-)  # fmt: skip
+)
 PROVENANCE = Provenance(
-    cell="toy", preset="quick", corpus="books", tokenizer="bytes", train_tokens=10, dtype="float32", device="cpu",
-    backend="torch", commit="0012e45", torch="2.11.0", triton="3.6.0", utc="2025-01-02T03:04:05Z",
-)  # fmt: skip
+    cell="toy",
+    preset="quick",
+    corpus="books",
+    tokenizer="bytes",
+    train_tokens=10,
+    dtype="float32",
+    device="cpu",
+    backend="torch",
+    commit="0012e45",
+    torch="2.11.0",
+    triton="3.6.0",
+    utc="2025-01-02T03:04:05Z",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
