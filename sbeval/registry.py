@@ -1,6 +1,6 @@
-"""What can be named on the command line. One method, family or figure is one module and one line here.
+"""Names of methods, task families and figures; each is one module and one line here.
 
-The tables hold module names, not modules, so that `--help` and `sbeval plot` never import torch.
+The dictionaries have module names, not modules, so that `--help` and `sbeval plot` never import torch.
 """
 
 import importlib
@@ -67,12 +67,12 @@ class Method(Protocol):
         normalised hidden state, for gates that depend on it; cu_seqlens: int32 (N + 1,) or None, the cumulative lengths
         of N sequences packed into one row (then B = 1 and S = T). `scale` multiplies q . k.
 
-        cache: a `sbeval.models.kv_cache.Layer` when text is generated: q, k, v and x are of the new tokens alone, the prompts
-        packed or then one token a row, and what later tokens need is what the mixer adds to it.
+        cache: in generation the `sbeval.models.kv_cache.Layer` to which the mixer adds what later tokens need; q, k, v
+        and x are then of the new tokens alone: packed prompts, or one token for each row.
         """
 
     def backend_name(self, device_type: str) -> str:
-        """What runs on a `cpu` or `cuda` device, for the `backend` column."""
+        """Return the implementation that runs on a `cpu` or `cuda` device, for the column `backend`."""
 
 
 class Figure(Protocol):
@@ -92,9 +92,9 @@ def method(name: str) -> Method:
 
 
 def trained_as(name: str, options: Any) -> Any:
-    """Options that a model of this method is trained with: those given, without what only evaluation asks for.
+    """Return the options that a model of this method is trained with: those given, without those of evaluation alone.
 
-    A method with such options has a function `trained_as(options)`; weights trained with the one fit the other.
+    A method with such options has a function `trained_as(options)`; its weights serve both.
     """
     return getattr(method(name), "trained_as", lambda given: given)(options)
 

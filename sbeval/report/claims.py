@@ -13,7 +13,7 @@ KERNEL_RULE = (
 LARGE = f"Decided by models of {BILLION / FAR / 1e6:.0f} M parameters or more"
 CLAIMS = (
     Claim(
-        text="Trained at 2048 tokens, stick-breaking is evaluated up to 16384 without a rise in perplexity; RoPE's rises.",
+        text="Trained at 2048 tokens, stick-breaking has no rise in perplexity up to 16384; RoPE's rises.",
         source=f"{PAPER}, abstract and figure 5",
         rule="Change of log perplexity from context 2048 to 16384, of models of any size trained at 2048. Agrees: "
         f"RoPE's rises by more than {100 * RISE:.0f} %, stick-breaking's mean does not, and its interval lies below "

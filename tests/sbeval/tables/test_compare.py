@@ -187,10 +187,10 @@ def test_what_is_shown(tmp_path: Path) -> None:
 
 def test_mistakes(tmp_path: Path) -> None:
     write(tmp_path / "a", {0: 1.0})
-    with pytest.raises(InputError, match="no-such-folder holds no result table"):
+    with pytest.raises(InputError, match="no-such-folder has no result table"):
         compare.render(tmp_path / "a", tmp_path / "no-such-folder", "csv")
     with pytest.raises(InputError, match="unknown format 'latex'"):
         compare.render(tmp_path / "a", tmp_path / "a", "latex")
     (tmp_path / "a" / "notes.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match=r"notes\.csv is no table of sbeval"):
+    with pytest.raises(InputError, match=r"notes\.csv is not a table of sbeval"):
         compare.render(tmp_path / "a", tmp_path / "a", "csv")
