@@ -49,6 +49,9 @@ class Options:
 class Mixer(nn.Module):
     """NoPE as the model uses it: see `registry.Method`."""
 
+    # of softmax.BACKENDS, for who compares them
+    backend: str | None = None
+
     def __init__(self, options: Options, *, heads: int, kv_heads: int, head_dim: int, width: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
@@ -57,4 +60,4 @@ class Mixer(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
     ) -> Tensor:
         starts, (k, v) = through(cache, k, v)
-        return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts)
+        return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, backend=self.backend)

@@ -237,6 +237,9 @@ def backend_name(device_type: str) -> str:
 class Mixer(nn.Module):
     """RoPE as the model uses it: see `registry.Method`."""
 
+    # of softmax.BACKENDS, for who compares them
+    backend: str | None = None
+
     def __init__(self, options: Options, *, heads: int, kv_heads: int, head_dim: int, width: int, scale: float) -> None:
         super().__init__()
         self.scale = scale
@@ -248,7 +251,12 @@ class Mixer(nn.Module):
         if cache is None or self.options.scaling == "dynamic_ntk":
             # there every token turns keys that came long before it
             starts, (k, v) = through(cache, k, v)
-            return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, options=self.options)
+            return attention(
+                q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, backend=self.backend,
+                options=self.options,
+            )  # fmt: skip
         q, k = rotated(q, k, cu_seqlens, self.options, starts=cache.starts, past=cache.past)
         starts, (k, v) = through(cache, k, v)
-        return softmax.attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts)
+        return softmax.attention(
+            q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, backend=self.backend
+        )  # fmt: skip

@@ -229,13 +229,18 @@ def _backward_operator(
     epsilon: float, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and bias (empty without one)."""
-    if backend != "torch":
+    if backend == "triton-hopper":
+        from sbeval.kernels import stick_breaking_hopper_backward
+
+        return stick_breaking_hopper_backward.backward(
+            q, k, v, bias, out, remainder, residual, stop, dout, dremainder, cu_seqlens, scale, attend_current, epsilon
+        )
+    if backend == "triton":
         from sbeval.kernels import stick_breaking_triton
 
         return stick_breaking_triton.backward(
-            q, k, v, bias, out, remainder, residual, stop, dout, dremainder, cu_seqlens, scale, attend_current,
-            stop_rows=64 if backend == "triton-hopper" else None,
-        )  # fmt: skip
+            q, k, v, bias, out, remainder, residual, stop, dout, dremainder, cu_seqlens, scale, attend_current
+        )
     if residual.numel():
         out = out.float() + residual.float()
     tensors = (q, k, v, out, remainder, dout, dremainder)
@@ -376,8 +381,8 @@ def attention(
     scale: multiplies q . k, 1 / sqrt(D) by default. bias: (H,) float32, float64 for float64, added to the logits of
     each head; it has a gradient. epsilon: the stick below which older tiles are skipped; 0 visits all; by default half
     the spacing of numbers at 1 in the dtype that sums (2^-24, float64 2^-53), which changes the output by less than
-    rounding does. backend: `triton` (GPU), `torch` (anywhere), `triton-hopper` (a faster forward pass: Hopper GPUs, 16
-    bits, heads of 64 or 128) or None: `triton` where it can run, else `torch`. Memory is linear in T.
+    rounding does. backend: `triton` (GPU), `torch` (anywhere), `triton-hopper` (faster: Hopper GPUs, 16 bits, heads of
+    64 or 128) or None: `triton` where it can run, else `torch`. Memory is linear in T.
 
     starts, lengths: int32 (B,), for a cache of keys: row b sees the keys starts[b] <= j < lengths[b], and its queries
     are the last T of those (where they are fewer, the first queries see nothing: output 0, remainder 1). No gradient.

@@ -413,7 +413,8 @@ def _consume(
         i_bh = _get(words.index(item % QUEUE * 6), 4)
 
 
-@gluon.jit
+# lengths and how many sequences are packed change from batch to batch: none is worth a compilation of its own
+@gluon.jit(do_not_specialize=["n_batch", "n_heads", "n_queries", "n_keys", "n_blocks", "n_stops", "n_sequences"])
 def forward_kernel(
     q_desc, k_desc, v_desc, BIAS, OUT, RESIDUAL, REMAINDER, STOP, TICKET, CU_SEQLENS, BLOCKS, STOP_BLOCKS,
     n_batch, n_heads, n_queries, n_keys, n_blocks, n_stops, n_sequences, scale, epsilon,
@@ -515,7 +516,7 @@ def _processors(device: torch.device) -> int:
 
 def stop_shape(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
     """Shape of what `forward` says of where it stopped: a number for each 64 queries."""
-    return q.shape[0], q.shape[2], triton.cdiv(q.shape[1], 64) + (0 if cu_seqlens is None else len(cu_seqlens) - 1)
+    return q.shape[0], q.shape[2], triton.cdiv(q.shape[1], 64) + (0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
 
 
 def forward(

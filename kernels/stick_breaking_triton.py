@@ -4,11 +4,13 @@ Every kernel walks from the newest key a query sees towards the past and carries
 Four ideas, measured in NOTES.md:
 
 - Linear, no logarithms. With t = exp(z), u = 1 + t, a key breaks off t / u of the stick and leaves 1 / u. Four keys in
-  a row (0 the oldest) share one reciprocal: with s the stick that all four leave, s = stick / (u0 u1 u2 u3),
+  a row (0 the oldest) share one reciprocal: with s the stick that all four leave and p_k = u_0 ... u_k,
 
-      A_0 = t0 s        A_1 = t1 s u0        A_2 = t2 s u0 u1        A_3 = t3 s u0 u1 u2
+      q_k = t_k p_(k-1)        p_k = p_(k-1) + q_k        A_k = q_k s        s = stick / p_3
+      beta_k = q_k / p_k, for which        w_k = 1 / p_k:        w_(k-1) = w_k + t_k w_k
 
-  Logits are in log2 units and end at 30, where a key leaves 2^-30: four of them stay far inside float32.
+  All terms are positive, so that nothing cancels. Logits are in log2 units and end at 30, where a key leaves 2^-30:
+  four of them stay far inside float32.
 - Keys of a tile are loaded in the order in which tensor cores deal out the columns of a product: each of the four
   threads that share a row gets a quarter of the tile, keys in a row. Scans then run inside a thread, and two exchanges
   join the quarters.
@@ -159,6 +161,43 @@ def _odds(b_products, scale, b_bias, m_tile, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _prefixes(b_odds):
+    """q_0 ... q_3 and t_1 ... t_3 of each four keys, and the product of their u, (M, 4, N / 16) each."""
+    q0, t1, t2, t3 = _quads(b_odds)
+    p = 1.0 + q0
+    q1 = t1 * p
+    p += q1
+    q2 = t2 * p
+    p += q2
+    q3 = t3 * p
+    return q0, q1, q2, q3, t1, t2, t3, p + q3
+
+
+@triton.jit
+def _rounded(x0, x1, x2, x3, DTYPE: tl.constexpr):
+    """Four numbers as DTYPE has them, in float32; bfloat16 two at a time: one alone would take as long as an exp2."""
+    if INTERPRETED or DTYPE != tl.bfloat16:
+        return (
+            x0.to(DTYPE).to(tl.float32), x1.to(DTYPE).to(tl.float32), x2.to(DTYPE).to(tl.float32),
+            x3.to(DTYPE).to(tl.float32),
+        )  # fmt: skip
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 x;
+        .reg .b32 y;
+        cvt.rn.bf16x2.f32 x, $5, $4;
+        cvt.rn.bf16x2.f32 y, $7, $6;
+        shl.b32 $0, x, 16;
+        and.b32 $1, x, 0xffff0000;
+        shl.b32 $2, y, 16;
+        and.b32 $3, y, 0xffff0000;
+        }""",
+        "=r,=r,=r,=r,r,r,r,r", [x0, x1, x2, x3], dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True,
+        pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def _find_sequence(i_block, BLOCKS, n_sequences):
     """Index of the packed sequence whose tiles include tile i_block; BLOCKS counts tiles cumulatively."""
     low = 0
@@ -212,17 +251,11 @@ def _forward_tile(
     b_k = _load(K, o_key, o_d, stride_kt, n_keys - o_n, D, MASKED)
     b_v = _load(V, o_key, o_d, stride_vt, n_keys - o_n, D, MASKED)
     m_tile = (o_n + o_key)[None, :] < o_pos[:, None] + CURRENT
-    t0, t1, t2, t3 = _quads(_odds(_product(b_q, tl.trans(b_k), EXACT), scale, b_bias, m_tile, MASKED))
-    u0, u1, u2 = 1.0 + t0, 1.0 + t1, 1.0 + t2
-    b_stick, b_left = _scan(_reciprocal((u0 * u1) * (u2 * (1.0 + t3))), b_left, False)
-    a0 = (t0 * b_stick).to(b_v.dtype)
-    b_stick *= u0
-    a1 = (t1 * b_stick).to(b_v.dtype)
-    b_stick *= u1
-    a2 = (t2 * b_stick).to(b_v.dtype)
-    b_stick *= u2
-    a3 = (t3 * b_stick).to(b_v.dtype)
-    b_acc += _product(_columns(a0, a1, a2, a3), b_v, EXACT)
+    b_odds = _odds(_product(b_q, tl.trans(b_k), EXACT), scale, b_bias, m_tile, MASKED)
+    q0, q1, q2, q3, _, _, _, p = _prefixes(b_odds)
+    b_stick, b_left = _scan(_reciprocal(p), b_left, False)
+    b_weight = _columns(q0 * b_stick, q1 * b_stick, q2 * b_stick, q3 * b_stick)
+    b_acc += _product(b_weight.to(b_v.dtype), b_v, EXACT)
     return b_acc, b_left
 
 
@@ -372,32 +405,28 @@ def _backward_tile(
     MASKED: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Weights and gradients of the logits (M, N), both in DTYPE; the stick and the sum of g after this tile."""
-    t0, t1, t2, t3 = _quads(_odds(b_products, scale, b_bias, m_tile, MASKED))
+    q0, q1, q2, q3, t1, t2, t3, p = _prefixes(_odds(b_products, scale, b_bias, m_tile, MASKED))
     d0, d1, d2, d3 = _quads(b_dweights)
-    u0, u1, u2, u3 = 1.0 + t0, 1.0 + t1, 1.0 + t2, 1.0 + t3
-    u01, u23 = u0 * u1, u2 * u3
-    rest = _reciprocal(u01 * u23)
-    s0, b_left = _scan(rest, b_left, False)
-    s1 = s0 * u0
-    s2 = s1 * u1
+    w3 = _reciprocal(p)
+    s, b_left = _scan(w3, b_left, False)
     # rounded as in forward, so that the sum of g is do . o, not that and the rounding errors of all weights
-    a0, a1, a2, a3 = (t0 * s0).to(DTYPE), (t1 * s1).to(DTYPE), (t2 * s2).to(DTYPE), (t3 * (s2 * u2)).to(DTYPE)
-    g0, g1 = a0.to(tl.float32) * d0, a1.to(tl.float32) * d1
-    g2, g3 = a2.to(tl.float32) * d2, a3.to(tl.float32) * d3
+    a0, a1, a2, a3 = _rounded(q0 * s, q1 * s, q2 * s, q3 * s, DTYPE)
+    g0, g1, g2, g3 = a0 * d0, a1 * d1, a2 * d2, a3 * d3
     since, b_later = _scan((g0 + g1) + (g2 + g3), b_later, True)
+    w2 = w3 + t3 * w3
+    w1 = w2 + t2 * w2
+    w0 = w1 + t1 * w1
     # sum of g over all keys older than the four
-    b_older = tl.where(s0 > RESOLUTION, b_delta[:, None, None] - since, 0.0) + b_drem[:, None, None]
-    rest01, rest23 = rest * u23, rest * u01
+    b_older = tl.where(s > RESOLUTION, b_delta[:, None, None] - since, 0.0) + b_drem[:, None, None]
     b_older += g0
-    z0 = g0 - (t0 * (rest01 * u1)) * b_older
+    z0 = g0 - (q0 * w0) * b_older
     b_older += g1
-    z1 = g1 - (t1 * (rest01 * u0)) * b_older
+    z1 = g1 - (q1 * w1) * b_older
     b_older += g2
-    z2 = g2 - (t2 * (rest23 * u3)) * b_older
+    z2 = g2 - (q2 * w2) * b_older
     b_older += g3
-    z3 = g3 - (t3 * (rest23 * u2)) * b_older
-    b_dz = _columns(z0, z1, z2, z3)
-    return _columns(a0, a1, a2, a3), b_dz, b_left, b_later
+    z3 = g3 - (q3 * w3) * b_older
+    return _columns(a0, a1, a2, a3).to(DTYPE), _columns(z0, z1, z2, z3), b_left, b_later
 
 
 @triton.jit
@@ -664,10 +693,10 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
         block_m, block_n, warps, stages = (16, 64, 4, 4) if block_d == 128 else (16, 64 if block_d <= 64 else 32, 1, 3)
     elif block_d == 256:
         block_m, block_n, warps, stages = 64, 32, 4, 2 if kernel == "forward" else 1
-    elif kernel == "forward":
-        block_m, block_n, warps, stages = 128 if block_d <= 64 else 64, 64, 4, 2
     else:
-        block_m, block_n, warps, stages = 64, 64, 4, 3 if block_d <= 64 else 2
+        # forward with 128 rows and four warps: ptxas serialises its products where it skips (C7515, on sm_90)
+        stages = 3 if kernel != "forward" and block_d <= 64 else 2
+        block_m, block_n, warps = 64, 64, 4
     options = {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     if kernel in ("forward", "decode"):
         options["LOOK"] = 2 if dtype == torch.float32 else 16
@@ -725,13 +754,8 @@ def forward(
 def backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor,
     stop: Tensor, dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
-    stop_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k and v, in their dtypes, and of the bias (empty without one).
-
-    stop_rows: queries for each number of `stop`, those of a tile of this file's forward by default.
-    """
-    stop_rows = tiles("forward", q.shape[3], q.dtype)["BLOCK_M"] if stop_rows is None else stop_rows
+    """Gradients of q, k and v, in their dtypes, and of the bias (empty without one)."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     dout, dremainder = dout.contiguous(), dremainder.contiguous()
     batch, n_queries, heads, dim = q.shape
@@ -748,7 +772,7 @@ def backward(
         n_sequences = len(cu_seqlens) - 1
         counts = _blocks(cu_seqlens, block_m)
         blocks, key_blocks = _cumulative(counts), _cumulative(_blocks(cu_seqlens, block_n))
-        forward_blocks = _cumulative(_blocks(cu_seqlens, stop_rows))
+        forward_blocks = _cumulative(_blocks(cu_seqlens, tiles("forward", dim, q.dtype)["BLOCK_M"]))
         slots = _cumulative(block_m // block_n * (counts.long() * (counts + 1) // 2) + counts)
         n_blocks += n_sequences
         n_key_blocks += n_sequences
@@ -770,7 +794,7 @@ def backward(
             stop.shape[2], n_key_blocks, n_sequences, n_slots, scale * LOG2_E,
         )  # fmt: skip
         constants = {
-            "GROUP": group, "D": dim, "FORWARD_M": stop_rows,
+            "GROUP": group, "D": dim, "FORWARD_M": tiles("forward", dim, q.dtype)["BLOCK_M"],
             "CURRENT": int(attend_current), "VARLEN": cu_seqlens is not None, "EXACT": q.dtype == torch.float32,
         }  # fmt: skip
         query_kernel[(n_blocks * together * group,)](

@@ -11,8 +11,10 @@ from sbeval.tables import statistics
 from sbeval.tables.statistics import Method
 
 TABLE = "model"
-SETTING = ("batch", "queries", "dtype", "device")
-COLUMNS = ("attention", "options", "model", "params", "metric", "value", "step", *SETTING)
+SETTING = ("batch", "queries", "head_dim", "dtype", "device")
+COLUMNS = ("attention", "options", "backend", "model", "params", "metric", "value", "n", "step", *SETTING)
+# kernels of softmax, of which a method may have run several
+SOFTMAX = ("cudnn", "flash")
 STEPS = {"train": "training (tokens/s)", "evaluate": "evaluation (tokens/s)"}
 
 
@@ -34,7 +36,7 @@ def draw(table: pd.DataFrame) -> Figure:
             axis.set_xlim(-0.5, len(sizes) - 0.5)
             axis.set_ylim(bottom=0)
     devices = ", ".join(sorted(rows["device"].unique()))
-    style.finish(figure, [look.handle() for look in looks.values()], f"One run each; {devices}.")
+    style.finish(figure, [look.handle() for look in looks.values()], f"{_runs(rows)}; {devices}.")
     return figure
 
 
@@ -52,20 +54,29 @@ def chart(table: pd.DataFrame) -> Chart:
                 panels.append(Lines(title=name, x="model", y=text, lines=lines, names=sizes, from_zero=True))
         groups.append(Group(title, panels))
     sentence = "Tokens per second of whole models, in training and in evaluation, by size. Higher is better."
-    return Chart("Speed of models", sentence, groups, "One run each.")
+    return Chart("Speed of models", sentence, groups, f"{_runs(rows)}.")
 
 
 def _throughput(table: pd.DataFrame) -> pd.DataFrame:
     rows = table[(table["metric"] == "throughput") & table["step"].isin(list(STEPS))]
     if rows.empty:
         raise InputError("there are no rows with metric 'throughput' of a model")
+    named = rows["options"].fillna("").str.cat(rows["backend"], sep=",").str.strip(",")
+    rows = rows.assign(options=rows["options"].mask(rows["backend"].isin(SOFTMAX), named))
     return rows.sort_values("params", kind="stable")
+
+
+def _runs(rows: pd.DataFrame) -> str:
+    most, least = int(rows["n"].max()), int(rows["n"].min())
+    if most == 1:
+        return "One run each"
+    return f"Means of {most} runs" if least == most else f"Means of {least} to {most} runs"
 
 
 def _settings(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [
-        (f"{batch:g} sequences of {queries:g} tokens, {dtype}, {device}", part)
-        for (batch, queries, dtype, device), part in rows.groupby(list(SETTING))
+        (f"{batch:g} sequences of {queries:g} tokens, heads of {dim:g}, {dtype}, {device}", part)
+        for (batch, queries, dim, dtype, device), part in rows.groupby(list(SETTING))
     ]
 
 

@@ -1,7 +1,7 @@
 """Time that block skipping saves on a trained model, from skipping.csv: milliseconds in all layers by tokens.
 
-A row of panels for each model: a whole sequence forward, then decoding one token with a cache, for one sequence and
-for a batch.
+A row of panels for each model: a whole sequence forward, then forward and backward, then decoding one token with a
+cache, for one sequence and for a batch.
 """
 
 import pandas as pd
@@ -30,7 +30,11 @@ COLUMNS = (
 )
 # times that differ by more than this factor are drawn on a logarithmic axis
 WIDE = 4
-LABELS = {"forward": ("tokens", "forward (ms)"), "decode": ("keys in the cache", "one token (ms)")}
+LABELS = {
+    "forward": ("tokens", "forward (ms)"),
+    "forward_backward": ("tokens", "forward + backward (ms)"),
+    "decode": ("keys in the cache", "one token (ms)"),
+}
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -98,11 +102,14 @@ def _models(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def _panels(rows: pd.DataFrame) -> list[tuple[str, int]]:
     """Return step and batch of each panel, whole sequences first."""
-    return sorted({*zip(rows["step"], rows["batch"], strict=True)}, key=lambda panel: (panel[0] == "decode", panel[1]))
+    order = list(LABELS)
+    return sorted({*zip(rows["step"], rows["batch"], strict=True)}, key=lambda panel: (order.index(panel[0]), panel[1]))
 
 
 def _name(step: str, batch: int) -> str:
-    return "a whole sequence" if step == "forward" else f"decoding, batch {batch}"
+    if step == "decode":
+        return f"decoding, batch {batch}"
+    return "a whole sequence" if step == "forward" else "a whole sequence, with backward"
 
 
 def _wide(rows: pd.DataFrame) -> bool:

@@ -5,15 +5,14 @@ SDPA's backends and FlexAttention. Every contender is first compared with the fl
 the same heads, then timed. FLOPs are those of causal attention, 4 B H D T S / 2 forward and 3.5 times that with
 backward, skipped tiles included.
 
-`model`: optimizer steps and evaluation passes of the named model sizes, stick-breaking beside RoPE. `sbeval.bench.skipping`
-has the third, of kernels on what a trained model computes.
+`sbeval.bench.models` has the benchmark of whole models, `sbeval.bench.skipping` that of kernels on what a trained model
+computes.
 """
 
 import importlib
 import math
-import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,22 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sbeval.config import digest_of
-from sbeval.errors import InputError, choose
+from sbeval.config import LATER, digest_of
+from sbeval.errors import InputError
 from sbeval.kernels import softmax, stick_breaking
-from sbeval.models.config import SIZES, flops_per_token, named
-from sbeval.models.decoder import IGNORE, Decoder
 from sbeval.runtime import device
-from sbeval.runtime.progress import Progress
 from sbeval.tables import provenance, table
 from sbeval.tables.rows import Identity, Measurement
-from sbeval.training.trainer import TrainConfig, Trainer
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+# half the distance from 1 to the next float32: the kernel's own default
+EPSILON = 2.0**-24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row(Measurement):
-    """Factors: the problem. `queries` of `keys` positions; `sequences` packed into a row; `epsilon` of skipping."""
+    """Factors: the problem. `queries` of `keys` positions; `sequences` packed into a row; `epsilon` of skipping;
+    `logit_mean`, where inputs are not standard normal."""
 
     step: str  # forward, forward_backward, decode; train, evaluate
     batch: int
@@ -50,11 +48,13 @@ class Row(Measurement):
     head_dim: int
     sequences: int
     epsilon: float | None = None
+    logit_mean: float | None = field(default=None, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """Sizes of one kernel benchmark. `bounds`: cumulative lengths of packed sequences."""
+    """Sizes of one kernel benchmark. `bounds`: cumulative lengths of packed sequences. `logit_mean`: of inputs drawn
+    around it, at the default scale; standard normal ones when None."""
 
     step: str
     batch: int
@@ -65,6 +65,7 @@ class Problem:
     head_dim: int
     bounds: tuple[int, ...] = ()
     epsilon: float = 0.0
+    logit_mean: float | None = field(default=None, metadata=LATER)
 
     @property
     def flops(self) -> float:
@@ -78,7 +79,7 @@ class Problem:
         return {
             "step": self.step, "batch": self.batch, "queries": self.queries, "keys": self.keys, "heads": self.heads,
             "kv_heads": self.kv_heads, "head_dim": self.head_dim, "sequences": max(1, len(self.bounds) - 1),
-            "epsilon": self.epsilon,
+            "epsilon": self.epsilon, "logit_mean": self.logit_mean,
         }  # fmt: skip
 
     @property
@@ -89,6 +90,9 @@ class Problem:
     def draw(self, place: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         shapes = [(self.queries, self.heads), (self.keys, self.kv_heads), (self.keys, self.kv_heads)]
         q, k, v = (torch.randn(self.batch, n, heads, self.head_dim, device=place, dtype=dtype) for n, heads in shapes)
+        if self.logit_mean is not None:
+            # one coordinate of its own makes the mean
+            q[..., 0], k[..., 0] = self.logit_mean * self.head_dim**0.5, 1.0
         return q, k, v
 
 
@@ -101,13 +105,16 @@ class Contender:
     build: Callable[[Problem, torch.device], Run]
 
 
-def _ours(problem: Problem, place: torch.device) -> Run:
-    bounds = _bounds(problem, place)
+def _ours(backend: str | None = None) -> Callable[[Problem, torch.device], Run]:
+    def build(problem: Problem, place: torch.device) -> Run:
+        bounds = _bounds(problem, place)
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return stick_breaking.attention(q, k, v, cu_seqlens=bounds, epsilon=problem.epsilon)[0]
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return stick_breaking.attention(q, k, v, cu_seqlens=bounds, epsilon=problem.epsilon, backend=backend)[0]
 
-    return run
+        return run
+
+    return build
 
 
 def _fla(problem: Problem, place: torch.device) -> Run:
@@ -165,8 +172,10 @@ def _bounds(problem: Problem, place: torch.device) -> Tensor | None:
     return torch.tensor(problem.bounds, dtype=torch.int32, device=place) if problem.bounds else None
 
 
+# whose failure ends the benchmark, but for what they say that they can't serve
+OURS = ("triton", "triton-hopper")
 CONTENDERS = (
-    Contender("stick_breaking", "triton", _ours),
+    *(Contender("stick_breaking", backend, _ours(backend)) for backend in OURS),
     Contender("softmax", "flash", sdpa(SDPBackend.FLASH_ATTENTION)),
     Contender("softmax", "cudnn", sdpa(SDPBackend.CUDNN_ATTENTION)),
     Contender("softmax", "flex", _flex),
@@ -178,7 +187,8 @@ CONTENDERS = (
 def problems(
     lengths: Sequence[int], head_dims: Sequence[int], heads: int, caches: Sequence[int] = (16384, 65536)
 ) -> list[Problem]:
-    """Dense lengths at 16,384 tokens a batch or one sequence; grouped heads; packed documents; decoding."""
+    """Dense lengths at 16,384 tokens a batch or one sequence, visiting all keys, and with the default epsilon where it
+    can skip nothing, since other code runs then; grouped heads; packed documents; what it does skip; decoding."""
     found = []
     for dim in head_dims:
         for length in lengths:
@@ -186,13 +196,16 @@ def problems(
             sizes: dict[str, Any] = {"batch": batch, "queries": length, "keys": length, "heads": heads, "head_dim": dim}
             for step in ("forward", "forward_backward"):
                 found.append(Problem(step=step, kv_heads=heads, **sizes))
+                # each key takes about one in `length` of the stick: the oldest still find some
+                lasting = -math.log(length)
+                found.append(Problem(step=step, kv_heads=heads, epsilon=EPSILON, logit_mean=lasting, **sizes))
         longest: dict[str, Any] = {
             "batch": 1, "queries": lengths[-1], "keys": lengths[-1], "heads": heads, "head_dim": dim,
         }  # fmt: skip
         for step in ("forward", "forward_backward"):
             found.append(Problem(step=step, kv_heads=max(1, heads // 4), **longest))
             found.append(Problem(step=step, kv_heads=heads, bounds=_documents(lengths[-1]), **longest))
-            found.append(Problem(step=step, kv_heads=heads, epsilon=2.0**-24, **longest))
+            found.append(Problem(step=step, kv_heads=heads, epsilon=EPSILON, **longest))
         for batch in (1, 32):
             for keys in caches:
                 cache: dict[str, Any] = {"batch": batch, "queries": 1, "keys": keys, "heads": heads, "head_dim": dim}
@@ -221,13 +234,13 @@ def kernel(
     skipped: dict[str, str] = {}
     for contender in CONTENDERS:
         for problem in found:
-            if problem.epsilon and contender.backend != "triton":
+            if problem.epsilon and contender.backend not in OURS:
                 continue
             try:
                 rows = list(_time(contender, problem, place, device.DTYPES[dtype]))
             # a peer is somebody else's code: whatever it raises is said, and the benchmark goes on
             except Exception as error:
-                if contender.backend == "triton":
+                if contender.backend in OURS and not isinstance(error, InputError):
                     raise
                 reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
                 skipped.setdefault(f"{contender.attention} by {contender.backend}, {reason}", _title(problem))
@@ -250,6 +263,7 @@ def _title(problem: Problem) -> str:
     group = "" if problem.heads == problem.kv_heads else f"/{problem.kv_heads}"
     packed = f" in {len(problem.bounds) - 1} documents" if problem.bounds else ""
     skips = f" epsilon {problem.epsilon:.0e}" if problem.epsilon else ""
+    skips += "" if problem.logit_mean is None else ", sticks that last"
     return f"{problem.batch}x{problem.keys} {problem.heads}{group}x{problem.head_dim}{packed}{skips}"
 
 
@@ -313,6 +327,7 @@ def _error(contender: Contender, problem: Problem, place: torch.device, dtype: t
     short = Problem(
         step="forward", batch=1, queries=min(length, problem.queries), keys=length, heads=problem.heads,
         kv_heads=problem.kv_heads, head_dim=problem.head_dim, bounds=bounds, epsilon=problem.epsilon,
+        logit_mean=problem.logit_mean,
     )  # fmt: skip
     q, k, v = short.draw(place, dtype)
     packed = _bounds(short, place)
@@ -353,91 +368,3 @@ def keep(
         train_len=rows[0].queries, eval_len=rows[0].keys, seed=0,
     )  # fmt: skip
     table.write(results_dir / f"{family}.csv", table.frame(identity, rows, origin))
-
-
-@dataclass(frozen=True, slots=True)
-class _Drawn:
-    """One batch of random tokens, whatever the step."""
-
-    tokens: Tensor
-    targets: Tensor
-    cu_seqlens: None = None
-
-    def __getitem__(self, step: int) -> "_Drawn":
-        return self
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelProblem:
-    """Sizes of one model benchmark: a batch of sequences of `length` tokens, a vocabulary of 50,304."""
-
-    size: str
-    length: int
-    batch: int
-    steps: int = 40
-
-
-def model(
-    found: Sequence[ModelProblem], attentions: Sequence[str], place: torch.device, dtype: str, results_dir: Path
-) -> Table:
-    """Time optimizer steps and evaluation passes, keep the rows in model.csv, and return a table for the terminal."""
-    needs_gpu(place)
-    shown = Table(title=f"Models on {device.describe(place)}, {dtype}")
-    for name in ("size", "length", "attention", "train tokens/s", "utilisation", "evaluate tokens/s"):
-        shown.add_column(name, justify="left" if name in ("size", "attention") else "right")
-    for problem in found:
-        for attention in attentions:
-            rows, params, backend = _time_model(problem, attention, place, dtype)
-            keep(
-                attention, backend, "model", rows, place, dtype, results_dir, problem, model=problem.size, params=params
-            )
-            values = {(row.step, row.metric): row.value for row in rows}
-            shown.add_row(
-                problem.size, f"{problem.batch}x{problem.length}", attention,
-                f"{values['train', 'throughput']:,.0f}", f"{values.get(('train', 'mfu'), math.nan):.3f}",
-                f"{values['evaluate', 'throughput']:,.0f}",
-            )  # fmt: skip
-    return shown
-
-
-def _time_model(
-    problem: ModelProblem, attention: str, place: torch.device, dtype: str
-) -> tuple[list[Row], int, str]:  # fmt: skip
-    from triton.testing import do_bench
-
-    from sbeval import registry
-
-    choose("model size", problem.size, SIZES)
-    shape = named(problem.size, vocab_size=50304, attention=attention)
-    config = TrainConfig(steps=problem.steps, batch=problem.batch, length=problem.length, lr=1e-4, dtype=dtype)
-    tokens = torch.randint(0, shape.vocab_size, (problem.batch, problem.length), device=place)
-    targets = tokens.roll(-1, 1)
-    targets[:, -1] = IGNORE
-    # a CPU takes minutes to draw a billion weights, and which they are does not matter here
-    with place:
-        trainer = Trainer(shape, config, _Drawn(tokens, targets), None, place)
-    with Progress() as progress:
-        task = progress.add(f"train {problem.size} {attention}", total=problem.steps)
-        trained = trainer.run(task)
-        task.close()
-    assert trained.tokens_per_second is not None
-    decoder: Decoder = trained.model
-    with torch.no_grad(), device.autocast(place, dtype):
-        ms = statistics.median(do_bench(lambda: decoder(tokens), warmup=20, rep=100, return_mode="all"))
-
-    def row(step: str, metric: str, unit: str, value: float) -> Row:
-        return Row(
-            metric=metric, unit=unit, value=value, n=1, step=step, batch=problem.batch, queries=problem.length,
-            keys=problem.length, heads=shape.heads, kv_heads=shape.n_kv_heads, head_dim=shape.d_head, sequences=1,
-        )  # fmt: skip
-
-    rows = [row("train", "throughput", "tokens/s", trained.tokens_per_second)]
-    if trained.mfu is not None:
-        rows.append(row("train", "mfu", "1", trained.mfu))
-    per_second = tokens.numel() / ms * 1e3
-    rows.append(row("evaluate", "throughput", "tokens/s", per_second))
-    head = 2 * shape.width * shape.vocab_size
-    flops = flops_per_token(shape, problem.length) - head
-    rows.append(row("evaluate", "flops", "FLOP/s", per_second * flops))
-    name = attention.partition(":")[0]
-    return rows, decoder.n_parameters(), registry.method(name).backend_name(place.type)

@@ -1,8 +1,9 @@
 """What block skipping saves on a trained model, on the queries, keys and values of every layer while it reads a text.
 
 A stick-breaking kernel that stops where less than epsilon of the stick is left is timed beside itself without skipping
-and beside softmax through SDPA, whose time does not depend on what it is given. `forward` is a whole sequence;
-`decode` is one query against a cache that ends before it: the last of the text, or of 32 rows the last 32.
+and beside softmax through SDPA, whose time does not depend on what it is given. `forward` is a whole sequence,
+`forward_backward` the same with the gradients of queries, keys and values; `decode` is one query against a cache that
+ends before it: the last of the text, or of 32 rows the last 32.
 """
 
 import functools
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from sbeval.bench import kernels
-from sbeval.bench.kernels import Problem
+from sbeval.bench.kernels import EPSILON, Problem
 from sbeval.data.corpus import Split
 from sbeval.errors import InputError
 from sbeval.kernels import stick_breaking
@@ -27,8 +28,6 @@ from sbeval.models.decoder import Decoder
 from sbeval.pretrained import load
 from sbeval.runtime import device
 
-# half the distance from 1 to the next float32: the kernel's own default
-EPSILON = 2.0**-24
 DECODED = (1, 32)
 # queries whose reach is measured, the last of a sequence
 SAMPLE = 256
@@ -110,7 +109,7 @@ def measure(
         tokens = text.document(document)[start : start + length].astype(np.int64)
         layers = capture(found.model, torch.from_numpy(tokens)[None].to(place), dtype)
         reached = torch.stack([reach(layer, EPSILON) for layer in layers])
-        for step, batch in (("forward", 1), *(("decode", rows) for rows in DECODED)):
+        for step, batch in (("forward", 1), ("forward_backward", 1), *(("decode", rows) for rows in DECODED)):
             total = []
             for contender in CONTENDERS:
                 rows = _measured(contender, step, batch, layers, reached)
@@ -154,7 +153,8 @@ def _problem(contender: Contender, step: str, batch: int, layer: Captured) -> Pr
 
 @torch.no_grad()
 def _measured(contender: Contender, step: str, batch: int, layers: Sequence[Captured], reached: Tensor) -> list[Row]:
-    """Times of each layer; of one that skips also what that changes in the output, and how far each head reaches."""
+    """Times of each layer; of one that skips also what that changes in the output or, with backward, in the gradients,
+    and how far each head reaches."""
     rows: list[Row] = []
     for index, layer in enumerate(layers):
         problem = _problem(contender, step, batch, layer)
@@ -162,15 +162,19 @@ def _measured(contender: Contender, step: str, batch: int, layers: Sequence[Capt
         run = _run(contender, problem, layer)
         rows += [row(name, "ms", ms) for name, ms in kernels.timed(run, decodes=step == "decode").items()]
         if contender.epsilon:
-            skipped, dense = run(), _run(contender._replace(epsilon=0.0), problem, layer)()
-            rows.append(row("relative_error", "1", float((skipped - dense).norm() / dense.norm())))
+            dense = _run(contender._replace(epsilon=0.0), problem, layer)()
+            wrong = max(float((x - y).norm() / y.norm()) for x, y in zip(run(), dense, strict=True))
+            rows.append(row("relative_error", "1", wrong))
         if contender.epsilon and step == "forward":
             rows += [row("reach", "tokens", keys, head=head) for head, keys in enumerate(reached[index].tolist())]
     return rows
 
 
-def _run(contender: Contender, problem: Problem, layer: Captured) -> Callable[[], Tensor]:
-    """What is timed: attention on a layer's own inputs; decoding takes the last queries, one a row."""
+def _run(contender: Contender, problem: Problem, layer: Captured) -> Callable[[], tuple[Tensor, ...]]:
+    """What is timed: attention on a layer's own inputs; decoding takes the last queries, one a row.
+
+    It returns the output or, with backward, the gradients of q, k and v for one that is drawn once.
+    """
     q, k, v, options = layer
     lengths = None
     if problem.step == "decode":
@@ -178,9 +182,21 @@ def _run(contender: Contender, problem: Problem, layer: Captured) -> Callable[[]
         k, v = (x.expand(problem.batch, -1, -1, -1).contiguous() for x in (k, v))
         last = torch.arange(problem.keys - problem.batch, problem.keys, device=q.device, dtype=torch.int32)
         lengths = last + 1
-    if contender.softmax is not None:
-        return functools.partial(kernels.sdpa(contender.softmax)(problem, q.device), q, k, v)
-    return lambda: stick_breaking.attention(q, k, v, lengths=lengths, epsilon=contender.epsilon, **options)[0]
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return stick_breaking.attention(q, k, v, lengths=lengths, epsilon=contender.epsilon, **options)[0]
+
+    attend = ours if contender.softmax is None else kernels.sdpa(contender.softmax)(problem, q.device)
+    if problem.step != "forward_backward":
+        return lambda: (attend(q, k, v),)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    dout = torch.randn(q.shape, generator=torch.Generator(q.device).manual_seed(0), device=q.device, dtype=q.dtype)
+
+    def both() -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            return torch.autograd.grad(attend(*leaves), leaves, dout)
+
+    return both
 
 
 def _row(problem: Problem, layer: int, metric: str, unit: str, value: float, *, head: int | None = None) -> Row:

@@ -246,20 +246,21 @@ def bench_model(
     size: Annotated[list[str] | None, typer.Option(help="Model: 25m, 125m, 350m, 1b, ...; repeat.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 4096,
     batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 4,
+    head_dim: Annotated[list[int] | None, typer.Option(help="Size of a head; repeat for several.", min=1)] = None,
+    repeats: Annotated[int, typer.Option(help="Runs of each, in random order.", min=1)] = 5,
     attention: Attention = None,
     device: Device = None,
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Models: tokens per second of training and evaluation with each attention method."""
-    from sbeval.bench import kernels as benchmarks
+    """Models: tokens per second of training and evaluation with each attention method, softmax by two kernels."""
+    from sbeval.bench import models
     from sbeval.runtime import device as devices
 
     place = devices.pick(device)
-    found = [benchmarks.ModelProblem(size=name, length=length, batch=batch) for name in size or ("350m", "1b")]
-    shown = benchmarks.model(
-        found, attention or ("stick_breaking", "rope"), place, devices.pick_dtype(dtype, place), results_dir
-    )
+    found = models.problems(size or ("350m", "1b"), head_dim or (64, 128), length=length, batch=batch)
+    peers = models.peers(attention or ("stick_breaking", "rope"))
+    shown = models.measure(found, peers, repeats, place, devices.pick_dtype(dtype, place), results_dir)
     Console().print(shown)
     _say(str(Results(results_dir).table("model")))
     _draw(results_dir, ["model"])
@@ -277,7 +278,7 @@ def bench_skipping(
     dtype: Dtype = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Block skipping on what a trained model computes: forward and decoding, layer by layer, beside softmax."""
+    """Block skipping on what a trained model computes: training and decoding, layer by layer, beside softmax."""
     from sbeval.bench import skipping
     from sbeval.runtime import device as devices
     from sbeval.sweep import scheduler

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 # epochs of a preset at most
 MAX_EPOCHS = 4.0
-# nats/token by which the held-out loss of a model that overfits ends above its lowest: 5 % in perplexity. The text
-# is the same at every validation step, and where learning rates decay the last steps differ by a tenth of that
+# nats/token by which the held-out loss of a model that overfits ends above its lowest: 5 % in perplexity. The text is
+# the same at every validation step: in the preset quick, where that is 1,792 tokens, it rose by 0.025 at most from one
+# step to the next, early, and fell to the end; of a model that had memorised 83,000 tokens it was 2.6 above its lowest
 RISE = 0.05
 # the status of such a model's rows
 OVERFIT = "overfit"

@@ -228,6 +228,7 @@ class Trainer:
         self.speeds: list[float] = []  # tokens/s between looks at the loss
         self.rows = config.micro_batch or config.batch // world.size  # sequences of a forward pass
         self.say: Callable[[str], None] = print
+        self.compiles = place.type == "cuda"
         # whether a GPU replays the graph of a forward and backward pass
         self.replays = place.type == "cuda" and config.capacity is not None and world.size == 1
         self.loss = self._prepare()
@@ -291,14 +292,13 @@ class Trainer:
 
     def _held_out_loss(self, batch: Batch) -> float:
         """The mean over the scored tokens of held-out text, of which each process reads a share."""
-        on_gpu = self.place.type == "cuda"
         # what is compiled is so for this many sequences, and where gradients are kept: else it would be once more
         rows = Rows(batch.tokens, batch.targets, batch.cu_seqlens)
-        batch = rows.filled(self.world.size * (self.rows if on_gpu else 1))
+        batch = rows.filled(self.world.size * (self.rows if self.compiles else 1))
         loss = self.loss.module if isinstance(self.loss, DistributedDataParallel) else self.loss
         total = torch.zeros((), dtype=torch.float64, device=self.place)
         self.model.train(not self.model.config.dropout)
-        with torch.set_grad_enabled(on_gpu), device.autocast(self.place, self.config.dtype):
+        with torch.set_grad_enabled(self.compiles), device.autocast(self.place, self.config.dtype):
             for part in self._parts(len(batch.tokens)):
                 within = _part_of(batch.cu_seqlens, part, batch.tokens.shape)
                 cu_seqlens = None if within is None else self._moved(within)
@@ -433,7 +433,7 @@ class Trainer:
         if self.replays:
             # a small model's kernels are shorter than their launches
             loss.compile(mode="reduce-overhead")
-        elif self.place.type == "cuda":
+        elif self.compiles:
             # a shard's weights are gathered by hooks of its block
             loss.compile_parts(in_place=self.shard)
         if self.shard:

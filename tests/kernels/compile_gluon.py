@@ -16,13 +16,17 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from sbeval.kernels import stick_breaking_hopper
+from sbeval.kernels import stick_breaking_hopper, stick_breaking_hopper_backward
 
-FLOAT32 = {"BIAS", "REMAINDER"}
-INT32 = {"STOP", "TICKET", "CU_SEQLENS", "BLOCKS", "STOP_BLOCKS"}
-PACKING = ("CU_SEQLENS", "BLOCKS", "STOP_BLOCKS")
+FLOAT32 = {"BIAS", "REMAINDER", "DBIAS", "DQ32", "STATE"}
+INT32 = {"STOP", "TICKET", "STATE_COUNT", "DQ_COUNT", "CU_SEQLENS", "BLOCKS", "STOP_BLOCKS", "TILES"}
+PACKING = ("CU_SEQLENS", "BLOCKS", "STOP_BLOCKS", "TILES")
+KERNELS = {
+    "forward": (stick_breaking_hopper.forward_kernel, stick_breaking_hopper.CONFIGS),
+    "backward": (stick_breaking_hopper_backward.backward_kernel, stick_breaking_hopper_backward.CONFIGS),
+}
 # head size, packed and with a bias; skipping is on, as it is by default
-CASES = [(dim, whole) for dim in (64, 128) for whole in (False, True)]
+CASES = [(name, dim, whole) for name in KERNELS for dim in (64, 128) for whole in (False, True)]
 
 
 def _descriptor(dtype: str, block: list[int]) -> str:
@@ -30,28 +34,26 @@ def _descriptor(dtype: str, block: list[int]) -> str:
     return f"tensordesc<{dtype}{block},{layout!r}>"
 
 
-def compile_forward(dim: int, whole: bool) -> Any:
-    kernel, dtype = stick_breaking_hopper.forward_kernel, "fp16" if whole else "bf16"
-    config = stick_breaking_hopper.CONFIGS[dim]
-    constants: dict[str, Any] = {
-        "GROUP": 2,
-        "D": dim,
-        "CURRENT": 0,
-        "VARLEN": whole,
-        "SKIP": True,
-        "LOOK": 16,
-        **config,
-    }
-    constants |= {} if whole else dict.fromkeys((*PACKING, "BIAS"))
-    keys = _descriptor(dtype, [1, 8, 4, 2, dim])
-    types = {"q_desc": _descriptor(dtype, [1, 64, 1, dim]), "k_desc": keys, "v_desc": keys}
-    types |= {name: "fp32" for name in ("scale", "epsilon")}
-    types |= (
-        {"OUT": f"*{dtype}", "RESIDUAL": f"*{dtype}"} | dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(INT32, "*i32")
-    )
+def compile_one(name: str, dim: int, whole: bool) -> Any:
+    """Compile a kernel as the launcher would."""
+    kernel, configs = KERNELS[name]
+    dtype = "fp16" if whole else "bf16"
+    constants = {"GROUP": 2, "D": dim, "CURRENT": 0, "VARLEN": whole, "SKIP": True, "LOOK": 16, **configs[dim]}
+    constants |= {} if whole else dict.fromkeys((*PACKING, "BIAS", "DBIAS"))
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    types = dict.fromkeys(("scale", "epsilon"), "fp32")
+    types |= dict.fromkeys(("q_desc", "do_desc"), _descriptor(dtype, [1, 64, 1, dim]))
+    types |= dict.fromkeys(("k_desc", "v_desc"), _descriptor(dtype, [1, 8, 4, 2, dim]))
+    types |= dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(INT32, "*i32")
+    types |= dict.fromkeys((x for x in kernel.arg_names if x.isupper() and x not in types), f"*{dtype}")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, type_ in enumerate(signature.values()) if type_.startswith("*")}
-    options = {"num_warps": 4, "maxnreg": stick_breaking_hopper.REGISTERS[config["NWG"]]}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (name, type_) in enumerate(signature.items())
+        if type_.startswith("*") or name.startswith("stride")
+    }
+    groups = configs[dim].get("NWG", 2)
+    options = {"num_warps": 4, "maxnreg": stick_breaking_hopper.REGISTERS[groups]}
     source = GluonASTSource(kernel, signature, constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
@@ -66,9 +68,9 @@ def assembled(ptx: str) -> str:
         return str(subprocess.run(command, check=True, capture_output=True, text=True).stderr)
 
 
-def measured(case: tuple[int, bool]) -> tuple[str, str, str, int, list[str]]:
+def measured(case: tuple[str, int, bool]) -> tuple[str, str, str, int, list[str]]:
     """Registers, bytes of stack and of stores to it, shared memory, and warnings that wgmma is serialised."""
-    compiled = compile_forward(*case)
+    compiled = compile_one(*case)
     said = assembled(compiled.asm["ptx"])
     use = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said)
     registers = re.search(r"Used (\d+) registers", said)
@@ -79,11 +81,11 @@ def measured(case: tuple[int, bool]) -> tuple[str, str, str, int, list[str]]:
 def main() -> None:
     print(f"{'Gluon, sm_90a':16} {'D':>3} packed registers stack spilled shared")
     with ProcessPoolExecutor() as pool:
-        for (dim, whole), found in zip(CASES, pool.map(measured, CASES), strict=True):
+        for (name, dim, whole), found in zip(CASES, pool.map(measured, CASES), strict=True):
             registers, stack, spilled, shared, warnings = found
-            print(f"{'forward':16} {dim:>3} {whole!s:6} {registers:>9} {stack:>5} {spilled:>7} {shared:>6}", flush=True)
+            print(f"{name:16} {dim:>3} {whole!s:6} {registers:>9} {stack:>5} {spilled:>7} {shared:>6}", flush=True)
             if warnings:
-                sys.exit(f"ptxas serialises wgmma in forward, D = {dim}: {' '.join(sorted(set(warnings)))}")
+                sys.exit(f"ptxas serialises wgmma in {name}, D = {dim}: {' '.join(sorted(set(warnings)))}")
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ class Pointer:
     """An address in a flat tensor, or a tensor of them."""
 
     def __init__(self, flat: Tensor, offset: Any = 0) -> None:
-        self.flat, self.offset = flat.view(-1), offset
+        self.flat, self.offset = flat.detach().view(-1), offset
 
     def __add__(self, other: Any) -> "Pointer":
         return Pointer(self.flat, self.offset + (raw(other).long() if isinstance(other, Value) else int(other)))
@@ -209,7 +209,7 @@ class Descriptor:
     layout = None
 
     def __init__(self, base: Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]) -> None:
-        self.view = torch.as_strided(base, shape, strides)
+        self.view = torch.as_strided(base.detach(), shape, strides)
         self.block, self.dtype = list(block), base.dtype
 
     def read(self, corner: Sequence[int]) -> Tensor:

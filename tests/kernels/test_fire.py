@@ -12,10 +12,13 @@ from torch import Tensor
 from sbeval.errors import InputError
 from sbeval.kernels import fire, softmax
 
+# PyTorch's own kernel, which the blockwise path runs on a GPU, says so once where `poison` asks for determinism
+pytestmark = pytest.mark.filterwarnings("ignore:Memory Efficient attention defaults to a non-deterministic algorithm")
+
 GPU = torch.cuda.is_available()
 PLACE = torch.device("cuda" if GPU else "cpu")
 # relative error of the output and of the gradients of q, k and v; and of the weights', which are sums over the rows
-TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 2e-5), torch.bfloat16: (2e-2, 5e-2)}
+TOLERANCE = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 5e-2)}
 NAMES = ("out", "dq", "dk", "dv", "dc", "dm", "dw1", "db1", "dw2")
 
 
@@ -225,6 +228,20 @@ def test_compiles_whole() -> None:
     wanted, found = (results(run, tensors, above, case) for run in (fire.attention, compiled))
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("bounds", [None, (0, 40, 41, 70)])
+def test_never_waits_for_the_device(bounds: tuple[int, ...] | None) -> None:
+    case = Case(70, heads=2, groups=1, bounds=bounds)
+    tensors, cu_seqlens = case.draw(torch.float32), case.cu_seqlens()
+    above = torch.randn_like(tensors[0])
+    results(fire.attention, tensors, above, case, cu_seqlens=cu_seqlens)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results(fire.attention, tensors, above, case, cu_seqlens=cu_seqlens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_wrong_arguments_are_named() -> None:

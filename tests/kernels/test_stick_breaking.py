@@ -162,17 +162,30 @@ def test_triton_on_the_gpu(case: Case, dtype: torch.dtype) -> None:
 
 
 HOPPER = [
-    replace(case, dim=dim)
-    for case in SMALL + LARGE
-    for dim in (64, 128)
-    if case.s in (None, case.t + 64) and case.batch * case.t >= 64
-] + [Case(300, s=492, heads=6, groups=2, dim=64), Case(200, spread=30.0, dim=128), Case(100, shift=-12.0, dim=64)]
+    # some cases differ in their head size alone
+    *dict.fromkeys(
+        replace(case, dim=dim)
+        for case in SMALL + LARGE
+        for dim in (64, 128)
+        if case.s in (None, case.t + 64) and case.batch * case.t >= 64
+    ),
+    Case(300, s=492, heads=6, groups=2, dim=64),
+    Case(200, spread=30.0, dim=128),
+    Case(100, shift=-12.0, dim=64),
+]
 
 
 @pytest.mark.skipif(bool(hopper.obstacle(PLACE)), reason="needs a Hopper GPU")
-@pytest.mark.parametrize("epsilon", [0.0, None])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", HOPPER, ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype", "epsilon"),
+    [
+        *product(HOPPER, [torch.bfloat16], [None]),
+        # each of these is compiled anew, for 15 s: with both head sizes, but not with every case
+        *product(HOPPER[::3], [torch.bfloat16], [0.0]),
+        *product(HOPPER[1::3], [torch.float16], [None]),
+    ],
+    ids=str,
+)
 def test_hopper_on_the_gpu(case: Case, dtype: torch.dtype, epsilon: float | None) -> None:
     check(case, dtype, "triton-hopper", epsilon)
 
@@ -185,6 +198,50 @@ def test_hopper_a_thousand_times() -> None:
     for _ in range(1000):
         found = attention(q, k, v, backend="triton-hopper")
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+COMPILED = """
+import torch
+from torch._dynamo.utils import counters
+from sbeval.kernels.stick_breaking import attention
+
+
+class Block(torch.nn.Module):
+    def __init__(self, backend):
+        super().__init__()
+        self.qkv, self.out, self.backend = torch.nn.Linear(512, 1536), torch.nn.Linear(512, 512), backend
+
+    def forward(self, x, cu_seqlens):
+        q, k, v = self.qkv(x).unflatten(-1, (-1, 64)).split(8, 2)
+        return self.out(attention(q, k, v, cu_seqlens=cu_seqlens, backend=self.backend)[0].flatten(2))
+
+
+torch.manual_seed(0)
+blocks = {name: Block(name).cuda() for name in ("triton", "triton-hopper")}
+blocks["triton"].load_state_dict(blocks["triton-hopper"].state_dict())
+compiled = torch.compile(blocks["triton-hopper"])
+for n_sequences in (None, 17, 30, 23, 64, 41):
+    shape = (16, 2048, 512) if n_sequences is None else (1, 32768, 512)
+    bounds = None if n_sequences is None else torch.randperm(32767)[: n_sequences - 1].add(1).sort().values.tolist()
+    cu_seqlens = None if bounds is None else torch.tensor([0, *bounds, 32768], dtype=torch.int32, device="cuda")
+    x = torch.randn(shape, device="cuda")
+    found = []
+    for run in (blocks["triton"], compiled):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            out = run(leaf, cu_seqlens)
+        found.append((out, *torch.autograd.grad(out.float().square().mean(), leaf)))
+    for wanted, got in zip(*found):
+        assert (got - wanted).float().norm() <= 1e-2 * wanted.float().norm(), n_sequences
+assert counters["stats"]["unique_graphs"] <= 4, counters["stats"]
+"""
+
+
+@pytest.mark.skipif(bool(hopper.obstacle(PLACE)), reason="needs a Hopper GPU")
+def test_hopper_in_a_compiled_block() -> None:
+    """As a model trains: several rows, then packed rows with another number of sequences each time."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("value", [1e4, -1e4, 0.0])

@@ -17,7 +17,7 @@ from sbeval.kernels.stick_breaking import attention, reference
 if hopper.compiler_obstacle():
     pytest.skip(hopper.compiler_obstacle(), allow_module_level=True)
 
-from sbeval.kernels import stick_breaking_hopper
+from sbeval.kernels import stick_breaking_hopper, stick_breaking_hopper_backward
 
 
 def _emulator() -> ModuleType:
@@ -37,21 +37,60 @@ def _exchange(order: list[int]) -> Any:
     return lambda x: emulator.Value(x.t[:, order])
 
 
+def _pack(older: Any, newer: Any, dtype: torch.dtype) -> Any:
+    low, high = (x.t.to(dtype).view(torch.int16).int() for x in (older, newer))
+    return emulator.Value((low & 0xFFFF) | (high << 16))
+
+
+def _halves(x: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    low, high = ((y >> 16).to(torch.int16).view(dtype) for y in (x.t << 16, x.t))
+    return emulator.Value(low), emulator.Value(high)
+
+
+def _wait_for(p_count: Any, wanted: int) -> Any:
+    assert int(p_count.flat[p_count.offset]) >= wanted, "programs run one after another: this would wait for ever"
+    return emulator.Integer(0)
+
+
+def _publish(p_state: Any, state_wanted: int, p_dq: Any, dq_wanted: int) -> None:
+    """Four warps at once."""
+    with emulator.lock:
+        p_state.flat[p_state.offset] += 4 * int(state_wanted)
+        p_dq.flat[p_dq.offset] += 4 * int(dq_wanted)
+
+
+def _add8(p: Any, *numbers: Any) -> None:
+    """Addresses are in bytes; the second four are 4096 bytes on."""
+    with emulator.lock:
+        for i, x in enumerate(numbers):
+            place = p.offset // 4 + i % 4 + i // 4 * 1024
+            p.flat.index_add_(0, place.flatten(), x.t.flatten())
+
+
 ASSEMBLY = {
     "_exp2": lambda x: emulator.Value(x.t.exp2()),
     "_reciprocal": lambda x: emulator.Value(1 / x.t),
     "_from_neighbour": _exchange([1, 0, 3, 2]),
     "_from_other_pair": _exchange([2, 3, 0, 1]),
+    "_pack": _pack,
+    "_halves": _halves,
+    "_wait_for": _wait_for,
+    "_publish": _publish,
+    "_add8": _add8,
+    "_cut": lambda _: None,
     "TILE": 64,
+    "RESOLUTION": 2.0**-24,
 }
 
 
 @pytest.fixture(autouse=True)
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launches run in the emulator, copies late now and then; two programs draw all tiles."""
+    """Launches run in the emulator, copies late now and then; two programs of forward draw all tiles."""
     torch.manual_seed(0)
-    kernel = emulator.Launched(stick_breaking_hopper.forward_kernel, [stick_breaking_hopper], ASSEMBLY, delay=5e-3)
-    monkeypatch.setattr(stick_breaking_hopper, "forward_kernel", kernel)
+    modules = [stick_breaking_hopper, stick_breaking_hopper_backward]
+    for module, name in zip(modules, ("forward_kernel", "backward_kernel"), strict=True):
+        kernel = emulator.Launched(getattr(module, name), modules, ASSEMBLY, delay=5e-3)
+        monkeypatch.setattr(module, name, kernel)
     monkeypatch.setattr(stick_breaking, "pick_backend", lambda *_: "triton-hopper")
 
 
@@ -72,18 +111,22 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, *, bounds: Any = None, bias: float | None = None, **options: Any) -> None:
-    """Output and remainder against the definition in float64."""
+    """Output, remainder and every gradient against the definition in float64."""
     cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
-    shift = None if bias is None else torch.full((q.shape[2],), bias)
+    inputs = [q, k, v] + ([] if bias is None else [torch.full((q.shape[2],), bias)])
+    exact = [x.double().requires_grad_() for x in inputs]
+    inputs = [x.requires_grad_() for x in inputs]
     epsilon = options.pop("epsilon", 0.0)
-    with torch.no_grad():
-        out, rest = attention(
-            q, k, v, cu_seqlens=cu_seqlens, bias=shift, epsilon=epsilon, backend="triton-hopper", **options
-        )
-    wide = None if shift is None else shift.double()
-    wanted, wanted_rest = reference(*(x.double() for x in (q, k, v)), cu_seqlens=cu_seqlens, bias=wide, **options)
-    assert error(out, wanted) < 5e-3
-    assert error(rest, wanted_rest) < 1e-5
+    shift, exact_shift = (None, None) if bias is None else (inputs[3], exact[3])
+    found = attention(q, k, v, cu_seqlens=cu_seqlens, bias=shift, epsilon=epsilon, backend="triton-hopper", **options)
+    wanted = reference(*exact[:3], cu_seqlens=cu_seqlens, bias=exact_shift, **options)
+    above = [torch.randn_like(x) for x in found]
+    gradients = torch.autograd.grad(found, inputs, above)
+    right = torch.autograd.grad(wanted, exact, [x.double() for x in above])
+    # a bias' gradient is a sum over all pairs that nearly cancels
+    tolerances = (5e-3, 1e-5, 5e-3, 5e-3, 5e-3, 2e-2)[: 2 + len(inputs)]
+    for got, want, tolerance in zip((*found, *gradients), (*wanted, *right), tolerances, strict=True):
+        assert error(got.detach(), want.detach()) < tolerance
 
 
 # one tile, a tile and a row, tiles that no warpgroup has rows for, batches, the last row in a window, packed rows
@@ -114,6 +157,7 @@ def test_a_warpgroup_stops_alone(bias: float, monkeypatch: pytest.MonkeyPatch) -
     shift = torch.full((2,), bias)
     *_, stop = stick_breaking_hopper.forward(q, k, v, shift, None, 0.125, False, 2.0**-24)
     check(q, k, v, bias=bias, epsilon=2.0**-24)
+    q, k = q.detach(), k.detach()
     z = torch.einsum("bthd,bsgd->bhts", q.double(), k.double()) * 0.125 + bias
     before = torch.arange(1000) < torch.arange(1000)[:, None]
     rest = torch.nn.functional.logsigmoid(-z).masked_fill(~before, 0)
@@ -127,6 +171,23 @@ def test_a_warpgroup_stops_alone(bias: float, monkeypatch: pytest.MonkeyPatch) -
     assert int(stop.max()) > 0
 
 
+def test_gradient_is_that_of_the_truncated_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stick_breaking_hopper, "LOOK", 1)
+    q, k, v = draw(640, 640, heads=1)
+    *_, stop = stick_breaking_hopper.forward(q, k, v, None, None, 0.05, False, 1e-3)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out, rest = attention(*inputs, scale=0.05, epsilon=1e-3, backend="triton-hopper")
+    # the oldest key that the last 64 queries visited, in the newer and the older half of a program's keys
+    for i in (8, 9):
+        late = slice(64 * i, 64 * i + 64)
+        oldest = int(stop[0, 0, i])
+        assert oldest > 0
+        gradients = torch.autograd.grad(out[:, late].sum() + rest[:, late].sum(), inputs[1:], retain_graph=True)
+        for gradient in gradients:
+            assert float(gradient[:, :oldest].abs().max()) == 0.0
+            assert float(gradient[:, oldest : oldest + 64].abs().max()) > 0
+
+
 def test_a_tile_that_comes_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest warpgroup needs neither of the two newest tiles; if it did not wait for them, it would take the first
     of them, in a ring of two, for the next one's."""
@@ -134,6 +195,29 @@ def test_a_tile_that_comes_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(stick_breaking_hopper.forward_kernel, "delay", 0.1)
     for _ in range(4):
         check(*draw(192, 192, heads=1))
+
+
+@pytest.mark.filterwarnings("default")
+def test_packing_other_numbers_of_sequences_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled model is compiled once for one number of sequences and once for all others."""
+    graphs = []
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, bias: None, cu_seqlens: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        stop = torch.zeros(stick_breaking_hopper.stop_shape(q, cu_seqlens), dtype=torch.int32)
+        return torch.zeros_like(q), torch.zeros(q.shape[:3]), torch.zeros_like(q), stop
+
+    def counted(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(stick_breaking_hopper, "forward", forward)
+    torch.compiler.reset()
+    q, k, v = draw(256, 256)
+    compiled = torch.compile(lambda cu_seqlens: attention(q, k, v, cu_seqlens=cu_seqlens)[0] * 2, backend=counted)
+    for n_sequences in (3, 5, 4, 9, 12):
+        compiled(torch.linspace(0, 256, n_sequences + 1).int())
+    torch.compiler.reset()
+    assert len(graphs) <= 2
 
 
 def test_who_may_run_them(monkeypatch: pytest.MonkeyPatch) -> None:

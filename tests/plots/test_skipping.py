@@ -15,7 +15,7 @@ def table(far: float = 2.0) -> pd.DataFrame:
         ("stick_breaking", "triton", 1e-7, 1.0),
         ("softmax", "cudnn", 0.0, far),
     ):
-        for step, batch in (("forward", 1), ("decode", 1), ("decode", 32)):
+        for step, batch in (("forward", 1), ("forward_backward", 1), ("decode", 1), ("decode", 32)):
             for keys in (2048, 16384):
                 for layer in range(4):
                     common = {
@@ -37,7 +37,7 @@ def table(far: float = 2.0) -> pd.DataFrame:
 
 def test_times_of_all_layers() -> None:
     figure = skipping.draw(table())
-    assert [axis.get_xlabel() for axis in figure.axes] == ["tokens", "keys in the cache", "keys in the cache"]
+    assert [axis.get_xlabel() for axis in figure.axes] == ["tokens"] * 2 + ["keys in the cache"] * 2
     for axis in figure.axes:
         drawn = [np.asarray(line.get_ydata()).tolist() for line in axis.lines]
         assert sorted(drawn) == [[6.0, 6.0], [12.0, 12.0], [18.0, 18.0]]
@@ -53,7 +53,8 @@ def test_times_far_apart_are_drawn_logarithmically() -> None:
 def test_the_page_has_the_same_numbers() -> None:
     (group,) = skipping.chart(table()).groups
     assert group.title == "All layers of a model of 25 M parameters (m)"
-    assert [panel.title for panel in group.panels] == ["a whole sequence", "decoding, batch 1", "decoding, batch 32"]
+    whole = ["a whole sequence", "a whole sequence, with backward"]
+    assert [panel.title for panel in group.panels] == [*whole, "decoding, batch 1", "decoding, batch 32"]
     rows = group.panels[0].rows()
     assert rows[rows["method"] == "stick-breaking (skipping)"]["forward (ms)"].tolist() == [6.0, 6.0]
 

@@ -1,5 +1,6 @@
 """What the benchmarks count, and what they refuse; they themselves need a GPU."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from sbeval.bench import kernels
 from sbeval.bench.kernels import Problem
 from sbeval.errors import InputError
+from sbeval.kernels import stick_breaking
 
 DENSE = Problem(step="forward", batch=2, queries=100, keys=100, heads=4, kv_heads=4, head_dim=64)
 
@@ -28,23 +30,36 @@ def test_problems_cover_what_is_measured() -> None:
     found = kernels.problems((1024, 16384), (64,), 12, caches=(4096,))
     assert {problem.step for problem in found} == {"forward", "forward_backward", "decode"}
     assert any(problem.kv_heads < problem.heads for problem in found)
-    assert any(problem.epsilon > 0 for problem in found)
+    # whatever is timed with all keys visited is timed as training runs it
+    dense = [problem for problem in found if problem.step != "decode" and not problem.bounds and not problem.epsilon]
+    for problem in dense:
+        if problem.heads == problem.kv_heads:
+            lasting = -math.log(problem.keys)
+            assert replace(problem, epsilon=2.0**-24, logit_mean=lasting) in found
+    assert any(problem.epsilon > 0 and problem.logit_mean is None for problem in found)
     packed = [problem for problem in found if problem.bounds]
     assert packed and all(problem.bounds[-1] == 16384 and len(problem.bounds) > 2 for problem in packed)
     assert all(b > a for a, b in zip(packed[0].bounds, packed[0].bounds[1:], strict=False))
 
 
+def test_sticks_that_last_leave_nothing_to_skip() -> None:
+    problem = Problem(step="forward", batch=1, queries=1024, keys=1024, heads=2, kv_heads=2, head_dim=32)
+    for mean, lasts in ((-math.log(1024), True), (None, False)):
+        torch.manual_seed(0)
+        q, k, v = replace(problem, logit_mean=mean).draw(torch.device("cpu"), torch.float32)
+        _, rest = stick_breaking.attention(q, k, v, epsilon=0.0)
+        assert (float(rest[:, -1].amin()) > kernels.EPSILON) == lasts
+
+
 def test_a_benchmark_needs_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="benchmarks need a GPU; this device is cpu"):
         kernels.kernel([DENSE], torch.device("cpu"), "float32", tmp_path, print)
-    with pytest.raises(InputError, match="benchmarks need a GPU"):
-        kernels.model([], ("rope",), torch.device("cpu"), "float32", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_error_is_measured_against_the_reference() -> None:
-    contender = kernels.Contender("stick_breaking", "triton", kernels._ours)
+    contender = kernels.Contender("stick_breaking", "triton", kernels._ours())
     assert kernels._error(contender, DENSE, torch.device("cpu"), torch.float32) < 1e-5
-    wrong = kernels.Contender("softmax", "triton", kernels._ours)
+    wrong = kernels.Contender("softmax", "triton", kernels._ours())
     with pytest.raises(ArithmeticError, match="wrong by"):
         kernels._error(wrong, DENSE, torch.device("cpu"), torch.float32)

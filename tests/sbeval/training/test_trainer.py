@@ -7,9 +7,11 @@ import io
 import json
 import math
 import signal
+import statistics
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -389,6 +391,65 @@ def test_a_run_interrupted_at_every_step_looks_at_the_same_text(tmp_path: Path) 
         with pytest.raises(KeyboardInterrupt):
             run(trainer(tmp_path / "run", Calls(at, interrupt), held_out=HELD_OUT, look_every=5), stop=score)
     assert_same_bits(run(trainer(tmp_path / "run", Untouched(), held_out=HELD_OUT, look_every=5)), looked_at())
+
+
+# compiling warns of what torch does inside itself
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_a_look_compiles_nothing(micro_batch: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but that what is compiled runs as it is: a look has the shapes and the modes of training."""
+    # slow to import
+    from torch._dynamo.testing import CompileCounter
+
+    frames = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=frames))
+    ready = trainer(
+        held_out=Batch(tokens=HELD_OUT.tokens[:3], targets=HELD_OUT.targets[:3], cu_seqlens=None), look_every=6,
+        micro_batch=micro_batch,
+    )  # fmt: skip
+    ready.compiles = True
+    ready.loss.compile_parts(in_place=False)  # type: ignore[operator]  # it is a Loss
+    counted: list[tuple[int, int]] = []
+    ours = ready._held_out_loss
+
+    def look(batch: Any) -> float:
+        before, loss = int(frames.frame_count), ours(batch)
+        counted.append((before, int(frames.frame_count)))
+        return loss
+
+    monkeypatch.setattr(ready, "_held_out_loss", look)
+    try:
+        found = run(ready)
+    finally:
+        torch.compiler.reset()
+    assert len(counted) == 3 and counted[0][0] > 0 and all(before == after for before, after in counted), counted
+    assert found.state.losses == pytest.approx(unbroken().state.losses, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_look_costs_less_than_half_a_step_on_a_gpu() -> None:
+    config = TrainConfig(steps=12, batch=16, length=2048, lr=1e-3, dtype="bfloat16", look_every=1, log_every=1)
+    spent: list[float] = []
+
+    class Timed(Trainer):
+        def _held_out_loss(self, batch: Any) -> float:
+            start = time.perf_counter()
+            # it waits for what it gives
+            loss = super()._held_out_loss(batch)
+            spent.append(time.perf_counter() - start)
+            return loss
+
+    class Windows:
+        def __getitem__(self, step: int) -> Batch:
+            rows = torch.randint(0, 8192, (16, 2049), generator=torch.Generator().manual_seed(step))
+            return Batch(tokens=rows[:, :-1].contiguous(), targets=rows[:, 1:].contiguous(), cu_seqlens=None)
+
+    shape = named("25m", vocab_size=8192, attention="rope")
+    found = run(Timed(shape, config, Windows(), None, torch.device("cuda"), held_out=Windows()[99]))
+    assert found.tokens_per_second is not None
+    step = config.batch * config.length / found.tokens_per_second
+    assert statistics.median(spent) < 0.5 * step, (spent, step)
 
 
 def rising(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:

@@ -1,0 +1,189 @@
+"""Speed of whole models: optimizer steps and evaluation passes of the named sizes, stick-breaking beside RoPE.
+
+Softmax runs by each of the kernels that could be the fastest, which the row's backend names. Blocks are compiled for
+both steps, so that a rotation is fused with what stands around it. Each is built and run several times, all of a
+problem in random order, and a row is the mean.
+"""
+
+import dataclasses
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from sbeval import registry
+from sbeval.bench import kernels
+from sbeval.bench.kernels import Row
+from sbeval.errors import InputError, choose
+from sbeval.kernels import nope, rope
+from sbeval.models.config import SIZES, ModelConfig, flops_per_token, named, parse_attention
+from sbeval.models.decoder import IGNORE, Decoder, n_parameters
+from sbeval.runtime import device
+from sbeval.runtime.progress import Progress, Task
+from sbeval.training.trainer import TrainConfig, Trainer
+
+VOCABULARY = 50304
+# kernels of softmax without a bias, in 16 bits
+SOFTMAX = ("cudnn", "flash")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Sizes of one benchmark: a batch of sequences of `length` tokens; width / head_dim heads."""
+
+    size: str
+    head_dim: int
+    length: int
+    batch: int
+    steps: int = 40
+
+    def shape(self, attention: str) -> ModelConfig:
+        width = SIZES[choose("model size", self.size, SIZES)]["width"]
+        if width % self.head_dim:
+            raise InputError(f"heads of {self.head_dim} do not divide the width of {self.size}, {width}")
+        shape = named(self.size, vocab_size=VOCABULARY, attention=attention)
+        return dataclasses.replace(shape, heads=width // self.head_dim)
+
+
+class Peer(NamedTuple):
+    """A method as it runs. softmax: which of SOFTMAX, None for what has a kernel of its own."""
+
+    attention: str
+    softmax: str | None
+
+    def backend(self, place: torch.device) -> str:
+        return self.softmax or registry.method(parse_attention(self.attention)[0]).backend_name(place.type)
+
+
+class Speeds(NamedTuple):
+    """Tokens per second of one run."""
+
+    train: float
+    evaluate: float
+    mfu: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """One batch of random tokens, whatever the step."""
+
+    tokens: Tensor
+    targets: Tensor
+    cu_seqlens: None = None
+
+    def __getitem__(self, step: int) -> "_Drawn":
+        return self
+
+
+def problems(sizes: Sequence[str], head_dims: Sequence[int], *, length: int, batch: int) -> list[Problem]:
+    return [Problem(size=size, head_dim=dim, length=length, batch=batch) for size in sizes for dim in head_dims]
+
+
+def peers(attentions: Sequence[str]) -> list[Peer]:
+    """Each method, those of plain softmax once for each kernel."""
+    return [
+        Peer(attention, kernel)
+        for attention in attentions
+        for kernel in (SOFTMAX if parse_attention(attention)[0] in ("nope", "rope") else (None,))
+    ]
+
+
+def measure(
+    found: Sequence[Problem], contenders: Sequence[Peer], repeats: int, place: torch.device, dtype: str,
+    results_dir: Path,
+) -> Table:  # fmt: skip
+    """Time all peers on every problem, keep the rows in model.csv, and return a table for the terminal."""
+    kernels.needs_gpu(place)
+    shapes = {(problem, peer): problem.shape(peer.attention) for problem in found for peer in contenders}
+    shown = Table(title=f"Models on {device.describe(place)}, {dtype}, {repeats} runs each")
+    for name in ("size", "heads of", "length", "attention", "train tokens/s", "utilisation", "evaluate tokens/s"):
+        shown.add_column(name, justify="left" if name in ("size", "attention") else "right")
+    for problem in found:
+        runs: dict[Peer, list[Speeds]] = {peer: [] for peer in contenders}
+        for peer in ordered(contenders, repeats):
+            with Progress() as progress:
+                task = progress.add(f"train {problem.size} {' '.join(filter(None, peer))}", total=problem.steps)
+                runs[peer].append(_run(problem, peer, shapes[problem, peer], place, dtype, task))
+                task.close()
+        for peer, speeds in runs.items():
+            shape, backend = shapes[problem, peer], peer.backend(place)
+            rows = summary(problem, shape, speeds)
+            kernels.keep(
+                peer.attention, backend, "model", rows, place, dtype, results_dir, problem, model=problem.size,
+                params=n_parameters(shape),
+            )  # fmt: skip
+            values = {(row.step, row.metric): row.value for row in rows}
+            shown.add_row(
+                problem.size, f"{problem.head_dim}", f"{problem.batch}x{problem.length}",
+                f"{peer.attention} {backend}", f"{values['train', 'throughput']:,.0f}",
+                f"{values.get(('train', 'mfu'), math.nan):.3f}", f"{values['evaluate', 'throughput']:,.0f}",
+            )  # fmt: skip
+    return shown
+
+
+def ordered(contenders: Sequence[Peer], repeats: int) -> list[Peer]:
+    """Every peer so many times, in an order that favours none, the same whenever it is asked for."""
+    runs = [peer for _ in range(repeats) for peer in contenders]
+    random.Random(0).shuffle(runs)
+    return runs
+
+
+def _run(problem: Problem, peer: Peer, shape: ModelConfig, place: torch.device, dtype: str, task: Task) -> Speeds:
+    from triton.testing import do_bench
+
+    # what was compiled for another peer's kernel is of no use
+    torch.compiler.reset()
+    tokens = torch.randint(0, shape.vocab_size, (problem.batch, problem.length), device=place)
+    targets = tokens.roll(-1, 1)
+    targets[:, -1] = IGNORE
+    config = TrainConfig(steps=problem.steps, batch=problem.batch, length=problem.length, lr=1e-4, dtype=dtype)
+    # a CPU takes minutes to draw a billion weights, and which they are does not matter here
+    with place:
+        trainer = Trainer(shape, config, _Drawn(tokens, targets), None, place)
+    choose_kernel(trainer.model, peer.softmax)
+    trained = trainer.run(task)
+    assert trained.tokens_per_second is not None
+    decoder: Decoder = trained.model
+    # there is no dropout: training mode only means that compiled blocks run
+    decoder.train().compile_blocks()
+    with torch.no_grad(), device.autocast(place, dtype):
+        ms = statistics.median(do_bench(lambda: decoder(tokens), warmup=20, rep=100, return_mode="all"))
+    return Speeds(trained.tokens_per_second, tokens.numel() / ms * 1e3, trained.mfu)
+
+
+def choose_kernel(model: Decoder, softmax: str | None) -> None:
+    """Let plain softmax of every layer run by this kernel."""
+    for module in model.modules():
+        if isinstance(module, nope.Mixer | rope.Mixer):
+            module.backend = softmax
+
+
+def summary(problem: Problem, shape: ModelConfig, speeds: Sequence[Speeds]) -> list[Row]:
+    """Means over the runs of one peer, with standard errors where there are several."""
+
+    def row(step: str, metric: str, unit: str, values: Sequence[float], scale: float = 1.0) -> Row:
+        n = len(values)
+        return Row(
+            metric=metric, unit=unit, value=statistics.fmean(values) * scale,
+            stderr=statistics.stdev(values) * scale / math.sqrt(n) if n > 1 else None, n=n, step=step,
+            batch=problem.batch, queries=problem.length, keys=problem.length, heads=shape.heads,
+            kv_heads=shape.n_kv_heads, head_dim=shape.d_head, sequences=1,
+        )  # fmt: skip
+
+    train, evaluate = [run.train for run in speeds], [run.evaluate for run in speeds]
+    rows = [row("train", "throughput", "tokens/s", train)]
+    if utilised := [run.mfu for run in speeds if run.mfu is not None]:
+        rows.append(row("train", "mfu", "1", utilised))
+    flops = flops_per_token(shape, problem.length) - 2 * shape.width * shape.vocab_size
+    return [
+        *rows,
+        row("evaluate", "throughput", "tokens/s", evaluate),
+        row("evaluate", "flops", "FLOP/s", evaluate, flops),
+    ]

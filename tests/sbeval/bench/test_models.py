@@ -1,0 +1,74 @@
+"""Which models are timed, how often and by which kernels; times need a GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sbeval.bench import models
+from sbeval.bench.models import Peer, Speeds
+from sbeval.errors import InputError
+from sbeval.kernels import rope
+from sbeval.models.decoder import Decoder
+
+CPU = torch.device("cpu")
+
+
+def test_plain_softmax_runs_once_for_each_kernel() -> None:
+    found = models.peers(("stick_breaking:remainder=none", "rope", "alibi"))
+    assert found == [
+        Peer("stick_breaking:remainder=none", None), Peer("rope", "cudnn"), Peer("rope", "flash"), Peer("alibi", None),
+    ]  # fmt: skip
+    assert [peer.backend(torch.device("cuda")) for peer in found] == ["triton", "cudnn", "flash", "flex"]
+
+
+def test_runs_are_shuffled_and_none_is_missing() -> None:
+    found = models.peers(("stick_breaking", "rope"))
+    order = models.ordered(found, 5)
+    assert sorted(map(str, order)) == sorted(map(str, found * 5)) and order != found * 5
+    assert order == models.ordered(found, 5)
+
+
+def test_heads_are_of_the_size_that_is_asked_for() -> None:
+    narrow, wide = models.problems(("350m",), (64, 128), length=4096, batch=4)
+    assert (narrow.shape("rope").heads, wide.shape("rope").heads) == (16, 8)
+    assert (narrow.shape("rope").d_head, wide.shape("rope").d_head) == (64, 128)
+    with pytest.raises(InputError, match="heads of 100 do not divide the width of 350m, 1024"):
+        models.problems(("350m",), (100,), length=4096, batch=4)[0].shape("rope")
+    with pytest.raises(InputError, match="unknown model size '350'"):
+        models.problems(("350",), (64,), length=4096, batch=4)[0].shape("rope")
+
+
+def test_a_kernel_is_chosen_in_every_layer() -> None:
+    problem = models.Problem(size="quick", head_dim=40, length=16, batch=1)
+    with torch.device("meta"):
+        model = Decoder(problem.shape("rope"))
+    mixers = [module for module in model.modules() if isinstance(module, rope.Mixer)]
+    for kernel in ("cudnn", None):
+        models.choose_kernel(model, kernel)
+        assert [mixer.backend for mixer in mixers] == [kernel] * 4
+
+
+def test_a_kernel_that_is_chosen_is_asked_for() -> None:
+    problem = models.Problem(size="quick", head_dim=40, length=16, batch=1)
+    model = Decoder(problem.shape("rope"))
+    models.choose_kernel(model, "cudnn")
+    with pytest.raises(InputError, match="backend 'cudnn' needs a GPU"):
+        model(torch.zeros(1, 16, dtype=torch.int64))
+
+
+def test_rows_are_means_over_the_runs() -> None:
+    problem = models.Problem(size="quick", head_dim=40, length=16, batch=2)
+    rows = models.summary(problem, problem.shape("rope"), [Speeds(90.0, 200.0, 0.25), Speeds(110.0, 200.0, 0.35)])
+    values = {(row.step, row.metric): row for row in rows}
+    train = values["train", "throughput"]
+    assert (train.value, train.n, train.head_dim) == (100.0, 2, 40)
+    assert train.stderr == pytest.approx(10.0)
+    assert values["train", "mfu"].value == pytest.approx(0.3)
+    (once,) = (row for row in models.summary(problem, problem.shape("rope"), [Speeds(90.0, 2.0, None)])[:1])
+    assert (once.value, once.stderr, once.n) == (90.0, None, 1)
+
+
+def test_it_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="benchmarks need a GPU"):
+        models.measure([], [], 1, CPU, "float32", tmp_path)
