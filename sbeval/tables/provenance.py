@@ -124,9 +124,9 @@ def read_run(path: Path) -> dict[str, Any]:
 def commit(folder: Path) -> str:
     """Return the commit of the source in `folder`, with `+dirty` when tracked files differ from it.
 
-    It is looked up once, while the running code is still that on disk. Changed result tables do not count: the first cell
-    of a sweep would mark all others. Outside git, and in a folder that git does not track, such as an environment inside the
-    checkout of another project, it is the value of SBEVAL_COMMIT, else `unknown`.
+    It is looked up once, while the running code is still that on disk. Changed result tables do not count: the first
+    cell of a sweep would mark all others. Outside git, and in a folder that git does not track, such as an environment
+    inside the checkout of another project, it is the value of SBEVAL_COMMIT, else `unknown`.
     """
     if not _git(folder, "ls-files", "--error-unmatch", "."):
         return os.environ.get("SBEVAL_COMMIT", "unknown")

@@ -149,7 +149,7 @@ def test_layout_is_json() -> None:
 
 
 def test_what_has_no_place_in_a_run_file_is_refused_and_leaves_none(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="a object has no place"):
+    with pytest.raises(TypeError, match="a object cannot be written"):
         provenance.write_run(tmp_path / "a.json", {"x": object()})
     assert list(tmp_path.iterdir()) == []
 

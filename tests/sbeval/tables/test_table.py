@@ -134,7 +134,7 @@ def test_two_rows_for_one_number_are_refused(tmp_path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[str], str], str]] = {
     "half a line": (lambda text: text[:-60], r"toy\.csv:4: \d+ cells where the header has 31"),
-    "half a word": (lambda text: text[:-4], r"toy\.csv:4: the last line has no end"),
+    "half a word": (lambda text: text[:-4], r"toy\.csv:4: the last line is not ended"),
     "no number": (lambda text: text.replace("5.0", "five"), r"toy\.csv:4: 'five' in column 'value' is not a number"),
     "nan": (lambda text: text.replace("5.0", "nan"), r"toy\.csv:4: 'nan' in column 'value' is not a number"),
     "no whole number": (lambda text: text.replace(",256,", ",25.6,"), r"toy\.csv:2: '25.6' in column 'train_len'"),
