@@ -1,6 +1,6 @@
-"""What a page shows of a figure: panels of lines or maps with the very numbers of the printed one, as plotly has them.
+"""Interactive figures: panels of lines or heat maps, with exactly the numbers of the printed figure, for plotly.
 
-A figure's module gives its `Chart`; a `Panel` says itself in plotly's terms, in words, and as rows of a table.
+The module of a figure returns its `Chart`; a `Panel` gives itself as data for plotly, in words, and as a table.
 """
 
 import html
@@ -16,19 +16,27 @@ from sbeval.plots import style
 from sbeval.tables import statistics
 from sbeval.tables.statistics import Method
 
-# plotly's name of each of matplotlib's markers, and a letter that looks like it
+# for each of matplotlib's markers plotly's symbol, and a letter like it
 SYMBOLS = {
-    "o": ("circle", "●"), "s": ("square", "■"), "^": ("triangle-up", "▲"), "D": ("diamond", "◆"),
-    "v": ("triangle-down", "▼"), "P": ("cross", "✚"), "X": ("x", "✖"), "*": ("star", "★"), "p": ("pentagon", "⬟"),
-    "<": ("triangle-left", "◀"), ">": ("triangle-right", "▶"),
-}  # fmt: skip
+    "o": ("circle", "●"),
+    "s": ("square", "■"),
+    "^": ("triangle-up", "▲"),
+    "D": ("diamond", "◆"),
+    "v": ("triangle-down", "▼"),
+    "P": ("cross", "✚"),
+    "X": ("x", "✖"),
+    "*": ("star", "★"),
+    "p": ("pentagon", "⬟"),
+    "<": ("triangle-left", "◀"),
+    ">": ("triangle-right", "▶"),
+}
 # columns of a line's points
 POINT = ("x", "mean", "low", "high", "seeds")
 # readable on white and on black
 GREY = "#888888"
-# colours too faint for lines on a screen, and what stands for them
+# colours too faint for lines on a screen, and their replacements
 FAINT = {"#fbafe4": "#c2569a", "#ece133": "#a59a00"}
-# labels that an axis has room for on a telephone
+# labels that fit an axis on a phone
 MOST_TICKS = 7
 
 
@@ -40,19 +48,19 @@ class Panel(Protocol):
 
     @property
     def css(self) -> str:
-        """How high it is, where that is not as all others."""
+        """Style of its element, such as its height; empty for the default."""
 
     def plotly(self) -> dict[str, Any]:
-        """`data` and `layout`; what all panels share stands in the page."""
+        """Return `data` and `layout`, without the template that the page has for all panels."""
 
     def words(self) -> str:
-        """What it shows, for a reader who does not see it."""
+        """Describe it, for screen readers."""
 
     def rows(self) -> pd.DataFrame:
-        """Its numbers."""
+        """Return its numbers."""
 
     def looks(self) -> list[style.Look]:
-        """Entries of its legend."""
+        """Return the entries of its legend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +73,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A figure: its heading, a sentence on what to see, with metric and unit, its groups, and what its bands are."""
+    """A figure: heading, a sentence with metric and unit, groups of panels, and a note that explains bands."""
 
     heading: str
     sentence: str
@@ -75,7 +83,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One method: `points` has the columns POINT, as `statistics.spread` gives them."""
+    """The line of one method; `points` has the columns POINT, as `statistics.spread` returns them."""
 
     look: style.Look
     points: pd.DataFrame
@@ -96,8 +104,8 @@ class Lines:
     from_zero: bool = False
     marks: Sequence[float] = ()  # training lengths
     levels: Mapping[str, float] = field(default_factory=dict)  # by name, such as chance
-    floor: float = -math.inf  # lower values are drawn here
-    top: float = math.inf  # higher ones are seen when zoomed out
+    floor: float = -math.inf  # lower values are drawn at this one
+    top: float = math.inf  # the axis ends here until zoomed out
     names: Sequence[str] = ()  # the order of x where it is a name
 
     @property
@@ -118,7 +126,7 @@ class Lines:
 
     def plotly(self) -> dict[str, Any]:
         named = self._named()
-        # a label at the line itself would lie on the edge of some panel
+        # a label beside the line would cross the edge of some panel
         marks = "".join(f"<br>dotted: training length {value:g}" for value in self.marks)
         x: dict[str, Any] = {"title": {"text": html.escape(self.x) + marks}}
         y: dict[str, Any] = {"title": {"text": html.escape(self.y)}}
@@ -153,49 +161,62 @@ class Lines:
         return bool(means.max() < 100 * means.min())
 
     def _traces(self, line: Line, named: bool) -> list[dict[str, Any]]:
-        """A band under a line, or points with bars."""
+        """Return the traces of a line and its band, or of points with bars."""
         look, colour = line.look, readable(line.look)
         at = [str(value) if named else _short(value) for value in line.points["x"]]
         mean, low, high = ([_short(max(v, self.floor)) for v in line.points[name]] for name in ("mean", "low", "high"))
         common: dict[str, Any] = {"type": "scatter", "meta": look.label}
         points = common | {
-            "mode": "markers", "x": at, "y": mean, "text": self._texts(line), "hoverinfo": "text",
+            "mode": "markers",
+            "x": at,
+            "y": mean,
+            "text": self._texts(line),
+            "hoverinfo": "text",
             "marker": {"color": colour, "symbol": SYMBOLS[look.marker][0], "size": 7},
-        }  # fmt: skip
+        }
         if self.joined and not named:
             points |= {"mode": "lines+markers", "line": {"color": colour, "width": 2, "dash": _dash(look.dashes)}}
             band = common | {
-                "mode": "lines", "x": at + at[::-1], "y": low + high[::-1], "fill": "toself", "hoverinfo": "skip",
-                "fillcolor": _faint(colour), "line": {"width": 0},
-            }  # fmt: skip
+                "mode": "lines",
+                "x": at + at[::-1],
+                "y": low + high[::-1],
+                "fill": "toself",
+                "hoverinfo": "skip",
+                "fillcolor": _faint(colour),
+                "line": {"width": 0},
+            }
             return [band, points] if low != high else [points]
         bars = {
-            "type": "data", "symmetric": False, "thickness": 1.5, "width": 0, "color": colour,
+            "type": "data",
+            "symmetric": False,
+            "thickness": 1.5,
+            "width": 0,
+            "color": colour,
             "array": [_short(h - m) for m, h in zip(mean, high, strict=True)],
             "arrayminus": [_short(m - b) for m, b in zip(mean, low, strict=True)],
-        }  # fmt: skip
+        }
         if named:
-            # beside those of other methods, not on them
+            # beside other methods' points, not on top of them
             points["offsetgroup"] = look.label
         if self.across:
             return [points | {"x": mean, "y": at, "orientation": "h", "error_x": bars}]
         return [points | {"error_y": bars}]
 
     def _texts(self, line: Line) -> list[str]:
-        """What hovering over each point says."""
+        """Return the text of each point on hover."""
         x, y = html.escape(self.x), html.escape(self.y)
         texts = []
         for at, mean, low, high, seeds in line.points[list(POINT)].itertuples(index=False, name=None):
-            said = [f"<b>{html.escape(line.look.label)}</b>", f"{x}: {html.escape(plain(at))}", f"{y}: {plain(mean)}"]
-            said += [f"{plain(low)} to {plain(high)}"] if high > low else []
-            said += [f"{seeds} seeds"] if seeds > 1 else []
-            texts.append("<br>".join(said))
+            parts = [f"<b>{html.escape(line.look.label)}</b>", f"{x}: {html.escape(plain(at))}", f"{y}: {plain(mean)}"]
+            parts += [f"{plain(low)} to {plain(high)}"] if high > low else []
+            parts += [f"{seeds} seeds"] if seeds > 1 else []
+            texts.append("<br>".join(parts))
         return texts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heat:
-    """A map of values between 0 and 1: the table's index down, its columns across; absent ones stay blank."""
+    """A heat map of values from 0 to 1: the table's index down, its columns across; absent values are blank."""
 
     title: str
     x: str
@@ -217,18 +238,29 @@ class Heat:
         return f"{self.title}: {self.value} by {self.x} and {self.y}. Mean by {self.x}: {by}."
 
     def plotly(self) -> dict[str, Any]:
+        names = [html.escape(name) for name in (self.x, self.y, self.value)]
         across, down = [plain(at) for at in self.table.columns], [plain(at) for at in self.table.index]
         z = [[None if pd.isna(value) else _short(value) for value in row] for row in self.table.to_numpy()]
         text = [
-            [f"{html.escape(self.x)}: {at}<br>{html.escape(self.y)}: {by}<br>{html.escape(self.value)}: {plain(value)}"
-             for at, value in zip(across, row, strict=True)]
+            [
+                f"{names[0]}: {at}<br>{names[1]}: {by}<br>{names[2]}: {plain(value)}"
+                for at, value in zip(across, row, strict=True)
+            ]
             for by, row in zip(down, self.table.to_numpy(), strict=True)
-        ]  # fmt: skip
+        ]
         heat = {
-            "type": "heatmap", "x": across, "y": down, "z": z, "zmin": 0, "zmax": 1, "colorscale": "Viridis",
-            "text": text, "hoverinfo": "text", "hoverongaps": False,
+            "type": "heatmap",
+            "x": across,
+            "y": down,
+            "z": z,
+            "zmin": 0,
+            "zmax": 1,
+            "colorscale": "Viridis",
+            "text": text,
+            "hoverinfo": "text",
+            "hoverongaps": False,
             "colorbar": {"thickness": 8, "outlinewidth": 0, "tickvals": [0, 0.5, 1]},
-        }  # fmt: skip
+        }
         axes = {
             "xaxis": {"type": "category", "title": {"text": html.escape(self.x)}},
             "yaxis": {"type": "category", "title": {"text": html.escape(self.y)}, "autorange": "reversed"},
@@ -237,19 +269,19 @@ class Heat:
 
 
 def lines(rows: pd.DataFrame, looks: Mapping[Method, style.Look], by: str = "x", share: bool = False) -> list[Line]:
-    """The line of each method that has rows, by column `by`; bands of a `share` stay within 0 and 1."""
-    found = []
+    """Return the line of each method that has rows, by column `by`; bands of a `share` are clipped to 0 and 1."""
+    drawn = []
     for method, look in looks.items():
         points = statistics.spread(statistics.method(rows, method), [by]).rename(columns={by: "x"})
         if share:
             points = points.assign(low=points["low"].clip(lower=0), high=points["high"].clip(upper=1))
         if len(points):
-            found.append(Line(look, points))
-    return found
+            drawn.append(Line(look, points))
+    return drawn
 
 
 def bare(values: Mapping[Method, "pd.Series[float]"], looks: Mapping[Method, style.Look]) -> list[Line]:
-    """The line of each method that has values, by their index, without intervals."""
+    """Return the line of each method that has values, by their index, without intervals."""
     return [
         Line(looks[method], pd.DataFrame({"x": list(of.index), "mean": of, "low": of, "high": of, "seeds": 1}))
         for method, of in values.items()
@@ -258,18 +290,18 @@ def bare(values: Mapping[Method, "pd.Series[float]"], looks: Mapping[Method, sty
 
 
 def spreads(groups: Sequence[Group]) -> list[pd.DataFrame]:
-    """The points of all lines, as `statistics.explain` takes them."""
+    """Return the points of all lines, as `statistics.explain` takes them."""
     panels = [panel for group in groups for panel in group.panels]
     return [line.points for panel in panels if isinstance(panel, Lines) for line in panel.lines]
 
 
 def readable(look: style.Look) -> str:
-    """A method's colour on a screen."""
+    """Return a method's colour for a screen."""
     return FAINT.get(look.colour, look.colour)
 
 
 def plain(value: Any) -> str:
-    """A number with four digits, whole ones and names as they are, nothing for what is absent."""
+    """Write a number with four digits, whole numbers and names as they are, an absent value as nothing."""
     if isinstance(value, str):
         return value
     if value is None or pd.isna(value):
@@ -279,17 +311,17 @@ def plain(value: Any) -> str:
 
 def _ends(points: pd.DataFrame) -> str:
     first, last = points.iloc[0], points.iloc[-1]
-    said = f"{plain(first['mean'])} at {plain(first['x'])}"
-    return said if len(points) == 1 else f"{said} to {plain(last['mean'])} at {plain(last['x'])}"
+    start = f"{plain(first['mean'])} at {plain(first['x'])}"
+    return start if len(points) == 1 else f"{start} to {plain(last['mean'])} at {plain(last['x'])}"
 
 
 def _short(value: float) -> float:
-    """Six digits: finer than any screen."""
+    """Round to six digits: finer than any screen."""
     return float(f"{value:.6g}")
 
 
 def _octaves(values: Sequence[float]) -> dict[str, Any]:
-    """Labels at the values themselves if they are few and whole, else at powers of two."""
+    """Label the values themselves if they are few and whole, else powers of two."""
     few = sorted(set(values))
     if len(few) > MOST_TICKS or not all(value.is_integer() for value in few):
         first, last = math.ceil(math.log2(few[0])), math.floor(math.log2(few[-1]))
@@ -299,21 +331,23 @@ def _octaves(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _ones_twos_fives() -> dict[str, Any]:
-    """Plain labels at 1, 2 and 5 times powers of ten."""
+    """Label 1, 2 and 5 times powers of ten, as plain numbers."""
     ticks = [float(f"{first}e{power}") for power in range(-9, 10) for first in (1, 2, 5)]
     return {"tickvals": ticks, "ticktext": [plain(value) for value in ticks]}
 
 
 def _level(*, x: float | None = None, y: float | None = None, text: str = "") -> dict[str, Any]:
-    """A dotted line across the panel, named at its end."""
+    """Return a dotted line across the panel, named at its end."""
     ends = {"x0": x, "x1": x, "yref": "paper", "y0": 0, "y1": 1}
     if y is not None:
         ends = {"y0": y, "y1": y, "xref": "paper", "x0": 0, "x1": 1}
     where = {"textposition": "end", "textangle": 0, "xanchor": "right", "yanchor": "bottom"}
     return ends | {
-        "type": "line", "layer": "below", "line": {"color": GREY, "width": 1.5, "dash": "dot"},
+        "type": "line",
+        "layer": "below",
+        "line": {"color": GREY, "width": 1.5, "dash": "dot"},
         "label": where | {"text": html.escape(text), "font": {"size": 11, "color": GREY}},
-    }  # fmt: skip
+    }
 
 
 def _dash(dashes: Sequence[float]) -> str:

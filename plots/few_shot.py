@@ -1,4 +1,4 @@
-"""Few-shot scores: each benchmark's score by method with its interval, beside the score of guessing."""
+"""Few-shot scores: the score of each benchmark by method with its interval, beside the score of guessing."""
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -15,7 +15,7 @@ from sbeval.tables.statistics import Method
 
 TABLE = "few_shot"
 COLUMNS = (*few_shot.COLUMNS, "corpus")
-# scores in this order down the page take so much of it each
+# height of a benchmark
 ROW_IN = 0.34
 GUESSING = style.Look("guessing", charts.GREY, "p", ())
 
@@ -23,7 +23,7 @@ GUESSING = style.Look("guessing", charts.GREY, "p", ())
 def draw(table: pd.DataFrame) -> Figure:
     """Draw a line of each benchmark in percent, one panel for each model, training length and corpus.
 
-    A tick marks the score of guessing. A score whose interval holds it tells nothing.
+    A tick marks the score of guessing. A score whose interval includes it is no evidence.
     """
     chosen = _percent(table)
     looks = style.looks(chosen)
@@ -43,7 +43,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def chart(table: pd.DataFrame) -> Chart:
-    """The same, to hover over."""
+    """Return the interactive figure."""
     chosen = _percent(table)
     looks = style.looks(chosen)
     groups: list[Group] = []
@@ -59,19 +59,19 @@ def chart(table: pd.DataFrame) -> Chart:
         groups.append(Group(title, [Lines(title="", x="benchmark", y="score (%)", lines=lines, across=True)]))
     sentence = (
         "Score in percent of each benchmark (examples in the prompt in brackets) beside that of guessing; a score "
-        "whose interval holds that of guessing tells nothing. Higher is better."
+        "whose interval includes that of guessing is no evidence. Higher is better."
     )
     note = style.with_caution(statistics.explain(spreads, "bars", "items"), chosen, looks)
     return Chart("Few-shot benchmarks", sentence, groups, note)
 
 
 def _percent(table: pd.DataFrame) -> pd.DataFrame:
-    """The scores that are drawn, in percent."""
+    """Return the scores to draw, in percent."""
     chosen = few_shot.headline(table)
     chosen = chosen[[few_shot.METRICS[metric] for metric in chosen["metric"]]]
     if chosen.empty:
         raise InputError("there are no scores in percent to draw")
-    # a model from elsewhere is its own method
+    # a model of another library is its own method
     chosen = chosen.assign(
         options=chosen["options"].where(chosen["attention"] != "hf", chosen["model"]),
         model=chosen["model"].where(chosen["attention"] != "hf", ""),
@@ -88,17 +88,24 @@ def _panel(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> l
     benchmarks = list(dict.fromkeys(rows.sort_values(["task", "shots"])["benchmark"]))
     heights = {name: index for index, name in enumerate(benchmarks)}
     spreads = []
-    for place, (method, look) in enumerate(looks.items()):
+    for index, (method, look) in enumerate(looks.items()):
         mine = statistics.method(rows, method)
         if mine.empty:
             continue
         spread = statistics.spread(mine, ["benchmark"])
-        y = [heights[name] + 0.6 * ((place + 0.5) / len(looks) - 0.5) for name in spread["benchmark"]]
+        y = [heights[name] + 0.6 * ((index + 0.5) / len(looks) - 0.5) for name in spread["benchmark"]]
         bars = [spread["mean"] - spread["low"], spread["high"] - spread["mean"]]
         axis.errorbar(
-            spread["mean"], y, xerr=bars, label=look.label, color=look.colour, marker=look.marker, markersize=4,
-            linestyle="", linewidth=1.2,
-        )  # fmt: skip
+            spread["mean"],
+            y,
+            xerr=bars,
+            label=look.label,
+            color=look.colour,
+            marker=look.marker,
+            markersize=4,
+            linestyle="",
+            linewidth=1.2,
+        )
         spreads.append(spread)
     for name, group in rows.groupby("benchmark"):
         if group["chance"].notna().any():

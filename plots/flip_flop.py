@@ -21,11 +21,22 @@ from sbeval.tables.table import numbers
 
 TABLE = "flip_flop"
 COLUMNS = (
-    "attention", "options", "seed", "metric", "value", "stderr", "lr", "test", "p_ignore", "reads", "distance_start",
-    "distance_end", *FLIP_FLOP.columns,
-)  # fmt: skip
+    "attention",
+    "options",
+    "seed",
+    "metric",
+    "value",
+    "stderr",
+    "lr",
+    "test",
+    "p_ignore",
+    "reads",
+    "distance_start",
+    "distance_end",
+    *FLIP_FLOP.columns,
+)
 TESTS = {"in_distribution": "in distribution", "sparse": "sparse", "dense": "dense"}
-# from here down the axis is linear to 0, so that an error rate of 0 has a place
+# the axis is linear below, so that an error rate of 0 can be drawn
 LINEAR = 1e-6
 X, Y = "instructions since the write (sparse test)", "error rate (share of reads)"
 PUBLISHED: dict[str, Any] = {"marker": "*", "markersize": 9, "linestyle": "none", "markeredgecolor": "black"}
@@ -53,7 +64,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def chart(table: pd.DataFrame) -> Chart:
-    """The same, to hover over."""
+    """Return the interactive figure."""
     best = flip_flop_errors(numbers(table, ["lr", "seq_len"]))
     looks = style.looks(best)
     finest = _finest(table, best)
@@ -78,7 +89,7 @@ def chart(table: pd.DataFrame) -> Chart:
 
 
 def _published(looks: dict[Method, style.Look]) -> list[Line]:
-    """Published rates, in the colour of the method where that is here."""
+    """Return the published rates, in the colour of their method if it is drawn too."""
     colours = {name: look.colour for (name, options), look in looks.items() if not options}
     return [
         Line(
@@ -90,12 +101,12 @@ def _published(looks: dict[Method, style.Look]) -> list[Line]:
 
 
 def _name(name: str) -> str:
-    """What a method is called whose figures were published, ours or not."""
+    """Return the name of a method with published figures, ours or not."""
     return {"path": "PaTH"}.get(name, style.NAMES.get(name, name))
 
 
 def _finest(table: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the sparse test by distance, at the learning rates of `best`."""
+    """Return the rows of the sparse test by distance, at the learning rates of `best`."""
     finest = table[(table["metric"] == "error_rate") & (table["test"] == "sparse") & table["distance_start"].notna()]
     return finest.merge(best[["attention", "options", "lr", *FLIP_FLOP.columns]].drop_duplicates())
 
@@ -115,24 +126,29 @@ def _tests(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> l
     others = [name for name in PUBLISHED_RATES if all(name != method for method, _ in looks)]
     width = 0.8 / (len(looks) + len(others))
     spreads = []
-    for place, (method, look) in enumerate(looks.items()):
+    for index, (method, look) in enumerate(looks.items()):
         spread = statistics.spread(statistics.method(rows, method), ["test"])
         spread = spread.set_index("test").reindex(list(TESTS)).dropna()
-        x = np.array([list(TESTS).index(str(test)) for test in spread.index]) - 0.4 + (place + 0.5) * width
+        x = np.array([list(TESTS).index(str(test)) for test in spread.index]) - 0.4 + (index + 0.5) * width
         style.bars(axis, x, spread, look, width=1.2)
         axis.plot(x, spread["mean"], label=look.label, **look.line() | {"linestyle": "none"})
         if method[0] in PUBLISHED_RATES and not method[1]:
             published = [PUBLISHED_RATES[method[0]][str(test)] for test in spread.index]
             axis.plot(x, published, color=look.colour, label=f"{look.label}, published", zorder=1, **PUBLISHED)
         spreads.append(spread.reset_index())
-    for place, name in enumerate(others, start=len(looks)):
-        at = np.arange(len(TESTS)) - 0.4 + (place + 0.5) * width
+    for index, name in enumerate(others, start=len(looks)):
+        at = np.arange(len(TESTS)) - 0.4 + (index + 0.5) * width
         published = [PUBLISHED_RATES[name][test] for test in TESTS]
         axis.plot(at, published, color="0.7", label=f"{_name(name)}, published", **PUBLISHED)
         axis.annotate(
-            _name(name), (at[0], published[0]), (0, -13 if published[0] else 7),
-            textcoords="offset points", ha="center", fontsize=style.SMALL_PT, color=style.MARK,
-        )  # fmt: skip
+            _name(name),
+            (at[0], published[0]),
+            (0, -13 if published[0] else 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=style.SMALL_PT,
+            color=style.MARK,
+        )
     chances = {test: _chance(rows, test) for test in TESTS}
     axis.set_xticks(
         range(len(TESTS)), [f"{name}\np = {chances[test]}" for test, name in TESTS.items()], fontsize=style.TEXT_PT
@@ -159,7 +175,7 @@ def _distances(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) 
 
 
 def _log(axis: Axes, highest: float) -> None:
-    """Logarithmic down to LINEAR, and 0 below that."""
+    """Make y logarithmic down to LINEAR, and linear to 0 below."""
     axis.set_yscale("symlog", linthresh=LINEAR, linscale=0.6)
     axis.set_ylim(-LINEAR / 3, max(1.0, highest))
     axis.yaxis.set_major_locator(FixedLocator([0.0, *(10.0**e for e in range(-6, 1))]))

@@ -1,6 +1,7 @@
-"""Throughput of attention kernels against length, from kernel.csv.
+"""Throughput of attention kernels by length, from kernel.csv.
 
-One row a head size; forward on the left, forward and backward on the right; dense causal problems, nothing skipped.
+One row for each head size; forward on the left, forward and backward on the right. Dense causal attention: no block
+skipping.
 """
 
 import pandas as pd
@@ -16,15 +17,27 @@ from sbeval.tables.selection import dense_kernels
 
 TABLE = "kernel"
 COLUMNS = (
-    "attention", "backend", "metric", "value", "step", "batch", "queries", "keys", "heads", "kv_heads", "head_dim",
-    "sequences", "epsilon", "device",
-)  # fmt: skip
+    "attention",
+    "backend",
+    "metric",
+    "value",
+    "step",
+    "batch",
+    "queries",
+    "keys",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "sequences",
+    "epsilon",
+    "device",
+)
 NAMES = {"forward": "forward", "forward_backward": "forward + backward"}
 STEPS = {"forward": "forward (TFLOP/s)", "forward_backward": "forward + backward (TFLOP/s)"}
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Draw throughput against length, one line a kernel."""
+    """Draw throughput by length, a line for each kernel."""
     rows = _throughput(table)
     looks = style.looks(rows)
     sizes = sorted(rows["head_dim"].unique())
@@ -46,7 +59,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def chart(table: pd.DataFrame) -> Chart:
-    """The same, to hover over."""
+    """Return the interactive figure."""
     rows = _throughput(table)
     looks = style.looks(rows)
     groups = []
@@ -54,8 +67,8 @@ def chart(table: pd.DataFrame) -> Chart:
         panels = []
         for step, text in STEPS.items():
             of_step = rows[(rows["head_dim"] == size) & (rows["step"] == step)]
-            found = {method: best(statistics.method(of_step, method), "queries") for method in looks}
-            if lines := charts.bare(found, looks):
+            speeds = {method: best(statistics.method(of_step, method), "queries") for method in looks}
+            if lines := charts.bare(speeds, looks):
                 panels.append(Lines(title=NAMES[step], x="tokens of a sequence", y=text, lines=lines, from_zero=True))
         groups.append(Group(f"Heads of size {size:g}", panels))
     sentence = (
@@ -67,7 +80,7 @@ def chart(table: pd.DataFrame) -> Chart:
 
 
 def best(rows: pd.DataFrame, by: str) -> "pd.Series[float]":
-    """The highest value of each `by`: of several batch sizes the one that fills the device best."""
+    """Return the highest value of each `by`: of several batch sizes the one that fills the device best."""
     return rows.groupby(by)["value"].max()
 
 

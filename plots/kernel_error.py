@@ -1,4 +1,4 @@
-"""Error of attention kernels against their throughput, from kernel.csv: down and right is better in both.
+"""Error of attention kernels by throughput, from kernel.csv: down and right is better in both.
 
 Relative error of the output against float64 at 2048 tokens; throughput at the longest dense length.
 """
@@ -19,7 +19,7 @@ COLUMNS = kernel.COLUMNS
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Draw one point a kernel, one panel a step."""
+    """Draw a point for each kernel, in a panel for each step."""
     rows = _points(table)
     looks = style.looks(rows)
     figure, [axes] = style.pairs(1)
@@ -40,7 +40,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def chart(table: pd.DataFrame) -> Chart:
-    """The same, to hover over."""
+    """Return the interactive figure."""
     rows = _points(table)
     looks = style.looks(rows)
     groups = []
@@ -48,12 +48,17 @@ def chart(table: pd.DataFrame) -> Chart:
         panels = []
         for step, text in kernel.STEPS.items():
             of_step = of_size[of_size["step"] == step]
-            found = {method: statistics.method(of_step, method).set_index("throughput")["error"] for method in looks}
-            points = charts.bare(found, looks)
+            errors = {method: statistics.method(of_step, method).set_index("throughput")["error"] for method in looks}
+            points = charts.bare(errors, looks)
             panel = Lines(
-                title=kernel.NAMES[step], x=text, y="relative error", lines=points, octaves=False, joined=False,
+                title=kernel.NAMES[step],
+                x=text,
+                y="relative error",
+                lines=points,
+                octaves=False,
+                joined=False,
                 from_zero=True,
-            )  # fmt: skip
+            )
             panels += [panel] if points else []
         groups.append(Group(f"Heads of size {size:g}", panels))
     sentence = (

@@ -1,8 +1,8 @@
 """Length generalisation, as in figure 5 of arXiv 2410.17980: perplexity by context length.
 
 One row of panels a model, training length and corpus. Columns: attention schemes; RoPE scaled at evaluation by several
-factors; sliding windows. The last two show plain RoPE and stick-breaking too, which they are compared with. A column
-that no row of the table belongs to is left out.
+factors; sliding windows. The last two show plain RoPE and stick-breaking too, for comparison. A column
+without rows is left out.
 """
 
 import math
@@ -23,12 +23,12 @@ from sbeval.tables.statistics import Method
 
 TABLE = "length_gen"
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *LENGTH_GEN.columns, "context_length")
-# perplexities further apart than this are drawn on a logarithmic axis, and no panel shows more than this many times
-# what the best method has in the end: one that is lost would flatten all others
+# perplexities that differ by more than this factor are drawn on a logarithmic axis, and panels end at this multiple of
+# the best method's last value: one that diverges would flatten all others
 WIDE, SHOWN = 4, 8
-# a line with more points than this has markers on some of them
+# a line with more points than this has markers on some of them only
 MARKED = 12
-# of the options of sliding_window, which the table leaves out at its default
+# default of sliding_window, which the table leaves out
 WINDOW = 512
 SCALINGS = {"linear": "linear", "ntk": "NTK", "dynamic_ntk": "dynamic NTK", "yarn": "YaRN", "llama3": "Llama 3"}
 REFERENCES = (("stick_breaking", ""), ("rope", ""))
@@ -44,14 +44,17 @@ class Column:
 
     @property
     def looks(self) -> dict[Method, style.Look]:
-        """All of them, in the order of the legend."""
+        """Return all methods, in the order of the legend."""
         return self.beside | self.own
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What axes are called. `wide` says of the lowest and the highest value of a row of panels whether y is
-    logarithmic, `ceiling` of the lowest that a method has in the end up to where it goes."""
+    """Labels and scale of axes.
+
+    wide: from the lowest and highest value of a row of panels, whether y is logarithmic. ceiling: from the lowest last
+    value of any method, where y ends.
+    """
 
     x: str
     y: str
@@ -59,7 +62,7 @@ class Scale:
     ceiling: Callable[[float], float]
 
     def top(self, rows: pd.DataFrame) -> float:
-        """The highest value that is shown of a row of panels; infinite where none is left out."""
+        """Return where y of a row of panels ends; infinite where no value is higher."""
         top = self.ceiling(float(rows.loc[rows["x"] == rows["x"].max(), "value"].min()))
         return top if rows["value"].max() > top else math.inf
 
@@ -78,7 +81,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def chart(table: pd.DataFrame) -> Chart:
-    """The same, to hover over."""
+    """Return the interactive figure."""
     groups = panel_groups(by_context(table), SCALE)
     sentence = (
         "Perplexity per token over the first l tokens of unseen documents, by l: does a method still predict past the "
@@ -101,9 +104,9 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
         style.title(line[0], title)
         top = scale.top(of_row)
         for axis, column in zip(line, columns, strict=True):
-            drawn = _lines(axis, of_row, column)
-            spreads += drawn.values()
-            beyond |= {column.looks[name].label: None for name, found in drawn.items() if found["high"].max() > top}
+            lines = _lines(axis, of_row, column)
+            spreads += lines.values()
+            beyond |= {column.looks[name].label: None for name, spread in lines.items() if spread["high"].max() > top}
             if axis.axison and scale.decades(of_row):
                 style.decades(axis)
         if top < math.inf:
@@ -113,15 +116,15 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
     for axis, column in zip(axes[0], columns, strict=True):
         style.column(axis, column.title, [look.handle() for look in column.looks.values()], axes[0][0])
     cut = f" {', '.join(beyond)} {'leaves' if len(beyond) == 1 else 'leave'} the panels." if beyond else ""
-    said = statistics.explain(spreads, "bands", "documents") + cut
-    style.note_below(figure, style.with_caution(said, table, _names(columns)))
+    note = statistics.explain(spreads, "bands", "documents") + cut
+    style.note_below(figure, style.with_caution(note, table, _names(columns)))
     return figure
 
 
 def panel_groups(table: pd.DataFrame, scale: Scale) -> list[Group]:
-    """What `panels` draws, to hover over: a group for each panel, which has a legend of its own."""
+    """Return what `panels` draws as interactive panels: a group for each, with a legend of its own."""
     columns = groups(table)
-    found = []
+    drawn = []
     for title, rows in style.panels(table, LENGTH_GEN.always, LENGTH_GEN.others):
         for column in columns:
             lines = charts.lines(rows, column.looks)
@@ -129,26 +132,31 @@ def panel_groups(table: pd.DataFrame, scale: Scale) -> list[Group]:
                 continue
             marks = [int(rows["train_len"].iloc[0])]
             panel = Lines(
-                title=column.title, x=scale.x, y=scale.y, lines=lines, decades=scale.decades(rows), marks=marks,
+                title=column.title,
+                x=scale.x,
+                y=scale.y,
+                lines=lines,
+                decades=scale.decades(rows),
+                marks=marks,
                 top=scale.top(rows),
-            )  # fmt: skip
-            found.append(Group(title, [panel]))
-    return found
+            )
+            drawn.append(Group(title, [panel]))
+    return drawn
 
 
-def explained(found: list[Group], table: pd.DataFrame) -> str:
-    """What the bands of these panels are, and what to know of the models."""
-    said = statistics.explain(charts.spreads(found), "bands", "documents")
-    return style.with_caution(said, table, _names(groups(table)))
+def explained(drawn: list[Group], table: pd.DataFrame) -> str:
+    """Explain the bands of these panels, and name the models that overfit."""
+    note = statistics.explain(charts.spreads(drawn), "bands", "documents")
+    return style.with_caution(note, table, _names(groups(table)))
 
 
 def _names(columns: list[Column]) -> dict[Method, style.Look]:
-    """The look of each method, its own before that beside others."""
+    """Return the look of each method, its own before that beside others."""
     return {method: look for column in columns for method, look in column.looks.items()}
 
 
 def groups(table: pd.DataFrame) -> list[Column]:
-    """The columns to draw, and how each method of the table looks in them."""
+    """Return the columns to draw, with the look of each method in them."""
     pairs = {(str(row.attention), str(row.options)): None for row in table[["attention", "options"]].itertuples()}
     scaled = {pair: _by_factor(pair[1]) for pair in pairs if pair[0] == "rope" and "scaling" in _settings(pair[1])}
     windowed = {pair: _by_window(pair[1]) for pair in pairs if pair[0] == "sliding_window"}
@@ -167,7 +175,7 @@ def _settings(options: str) -> dict[str, str]:
 
 
 def _by_factor(options: str) -> tuple[str, float, str]:
-    """Where a scaling stands in the order, and what it is called."""
+    """Return the kind and factor of a scaling, by which it is sorted, and its label."""
     settings = _settings(options)
     kind, factor = settings.pop("scaling"), float(settings.pop("factor", 1))
     settings.pop("train_len", None)
@@ -185,31 +193,33 @@ def _rest(settings: dict[str, str]) -> list[str]:
 
 
 def _shades(ranks: dict[Method, tuple[str, float, str]]) -> dict[Method, style.Look]:
-    """Looks of methods that have an order: from dark to light, each with its own marker and dashes."""
+    """Return looks of methods that have an order: from dark to light, each with its own marker and dashes."""
     colours = sns.color_palette("viridis", len(ranks)).as_hex()
     return {
         pair: style.Look(
-            label=ranks[pair][2], colour=colour, marker=style.MARKERS[place % len(style.MARKERS)],
-            dashes=style.DASHES[place % len(style.DASHES)],
+            label=ranks[pair][2],
+            colour=colour,
+            marker=style.MARKERS[index % len(style.MARKERS)],
+            dashes=style.DASHES[index % len(style.DASHES)],
         )
-        # the first two looks are those of what stands beside
-        for place, (pair, colour) in enumerate(zip(sorted(ranks, key=ranks.__getitem__), colours, strict=True), start=2)
-    }  # fmt: skip
+        # the first two looks are those of the methods for comparison
+        for index, (pair, colour) in enumerate(zip(sorted(ranks, key=ranks.__getitem__), colours, strict=True), start=2)
+    }
 
 
 def _lines(axis: Axes, rows: pd.DataFrame, column: Column) -> dict[Method, pd.DataFrame]:
-    """Draw a line and a band for each method; a panel without rows of its own stays out. Returns their spreads."""
-    lines = {method: found for method in column.looks if len(found := statistics.method(rows, method))}
+    """Draw a line and a band for each method and return their spreads; hide a panel without rows of its own."""
+    lines = {method: mine for method in column.looks if len(mine := statistics.method(rows, method))}
     if not lines.keys() & column.own.keys():
         axis.set_axis_off()
         return {}
     train_len = int(rows["train_len"].iloc[0])
     spreads = {}
-    for place, (method, found) in enumerate(lines.items()):
-        spread, look = statistics.spread(found, ["x"]), column.looks[method]
-        # of many points every few have a marker, not where another method has its own
+    for index, (method, mine) in enumerate(lines.items()):
+        spread, look = statistics.spread(mine, ["x"]), column.looks[method]
+        # markers on some of many points only, at other points for each method
         every = math.ceil(len(spread) / MARKED) or 1
-        marked = (place * every // len(lines), every)
+        marked = (index * every // len(lines), every)
         axis.plot(spread["x"], spread["mean"], label=look.label, markevery=marked, **look.line())
         axis.fill_between(spread["x"], spread["low"], spread["high"], color=look.colour, alpha=0.2, linewidth=0)
         spreads[method] = spread

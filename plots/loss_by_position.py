@@ -1,7 +1,7 @@
 """Loss by position: L(i), the mean loss of token i of a document given the i - 1 before it, smoothed.
 
 Panels as in `length_gen`. Points are bins of positions, a quarter of an octave wide; a line is the mean over each bin
-and its two neighbours, by their numbers of positions, of the same side of the training length.
+and its two neighbours on the same side of the training length, weighted by their numbers of positions.
 """
 
 import math
@@ -20,30 +20,32 @@ from sbeval.tables.table import numbers
 FACTORS = ("position_start", "position_end")
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *LENGTH_GEN.columns, *FACTORS)
 __all__ = ["COLUMNS", "TABLE", "chart", "draw", "smoothed"]
-# under every method the first tokens of a document are hard to predict: shown, they would set the scale
+# the first tokens of a document are hard to predict for every method and would set the scale
 FIRST_SHOWN = 1 / 16
 SCALE = length_gen.Scale(
-    "position in the document (tokens)", "loss (nats per token)", lambda *_: False,
+    "position in the document (tokens)",
+    "loss (nats per token)",
+    lambda *_: False,
     lambda best: best + math.log(length_gen.SHOWN),
-)  # fmt: skip
+)
 
 
 def draw(table: pd.DataFrame) -> Figure:
     """Draw the smoothed L(i) at the bins' geometric middles, from a sixteenth of the training length on."""
-    return length_gen.panels(_shown(table), SCALE)
+    return length_gen.panels(_plotted(table), SCALE)
 
 
 def chart(table: pd.DataFrame) -> Chart:
-    """The same, to hover over."""
-    groups = length_gen.panel_groups(_shown(table), SCALE)
+    """Return the interactive figure."""
+    groups = length_gen.panel_groups(_plotted(table), SCALE)
     sentence = (
         "Mean loss, in nats per token, of the token at a position given all before it, smoothed over neighbouring "
         "bins: a line that rises past the training length shows a context that confuses. Lower is better."
     )
-    return Chart("Loss by position", sentence, groups, length_gen.explained(groups, _shown(table)))
+    return Chart("Loss by position", sentence, groups, length_gen.explained(groups, _plotted(table)))
 
 
-def _shown(table: pd.DataFrame) -> pd.DataFrame:
+def _plotted(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["metric"] == "loss"]
     if table.empty:
         raise InputError("there are no rows with metric 'loss' to draw")
@@ -51,12 +53,12 @@ def _shown(table: pd.DataFrame) -> pd.DataFrame:
     table = smoothed(table.assign(end=table["position_end"] - 1))
     first = FIRST_SHOWN * np.minimum(table["train_len"], table["end"].max())
     table = table.assign(x=np.sqrt(table["position_start"] * table["end"]))
-    shown: pd.DataFrame = table[table["end"] > first]
-    return shown
+    plotted: pd.DataFrame = table[table["end"] > first]
+    return plotted
 
 
 def smoothed(table: pd.DataFrame) -> pd.DataFrame:
-    """Average `value` over each bin and its neighbours; `stderr`, of sums that go together, is averaged so too."""
+    """Average `value` over each bin and its neighbours; `stderr` likewise, as if neighbours were fully correlated."""
     lines = ["attention", "options", "seed", *LENGTH_GEN.columns]
     rows = table.sort_values([*lines, "position_start"])
     past = rows["position_start"] > rows["train_len"]

@@ -41,7 +41,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def chart(table: pd.DataFrame) -> Chart:
-    """The same, to hover over."""
+    """Return the interactive figure."""
     rows = _throughput(table)
     looks = style.looks(rows)
     groups = []
@@ -49,8 +49,8 @@ def chart(table: pd.DataFrame) -> Chart:
         panels = []
         sizes = list(dict.fromkeys(of_setting["model"]))
         for step, text in STEPS.items():
-            name, found = text.partition(" (")[0], {method: _line(of_setting, step, method) for method in looks}
-            if lines := charts.bare(found, looks):
+            name, speeds = text.partition(" (")[0], {method: _line(of_setting, step, method) for method in looks}
+            if lines := charts.bare(speeds, looks):
                 panels.append(Lines(title=name, x="model", y=text, lines=lines, names=sizes, from_zero=True))
         groups.append(Group(title, panels))
     sentence = "Tokens per second of whole models, in training and in evaluation, by size. Higher is better."
@@ -81,5 +81,5 @@ def _settings(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def _line(rows: pd.DataFrame, step: str, method: Method) -> "pd.Series[float]":
-    """Tokens per second by model, the smallest first."""
+    """Return tokens per second by model, the smallest first."""
     return statistics.method(rows[rows["step"] == step], method).groupby("model", sort=False)["value"].max()

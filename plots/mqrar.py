@@ -19,7 +19,7 @@ from sbeval.tables.selection import MQRAR, recall_accuracy, recall_setting
 from sbeval.tables.statistics import Method
 
 TABLE = "mqrar"
-# what a reader asks first of two settings
+# columns that titles always name where settings differ in them
 NAMED = ("optimizer", "positions", "max_steps", "patience")
 AXES = {"kv_pairs": "key-value pairs", "n_back": "n, where the n-th last value is asked for"}
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", "kv_pairs", "lr", "split", *MQRAR.columns)
@@ -34,8 +34,8 @@ def draw(table: pd.DataFrame) -> Figure:
     """Draw the table, one row of panels for each setting, those with the most rows first.
 
     Left: accuracy over all queries, with the chance level. Right: queries for fresh values beside those for stale ones.
-    Of several learning rates the one with the best validation accuracy is drawn. Where an older value than the last is
-    asked for, what is varied is how old.
+    Of several learning rates the one with the best validation accuracy is drawn. Where queries ask for older values
+    than the last, x is how old.
     """
     drawn = _best(table)
     looks = style.looks(drawn)
@@ -52,7 +52,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def chart(table: pd.DataFrame) -> Chart:
-    """The same, to hover over, in a panel for each split."""
+    """Return the interactive figure, with a panel for each split."""
     drawn = _best(table)
     looks = style.looks(drawn)
     groups = []
@@ -73,13 +73,13 @@ def chart(table: pd.DataFrame) -> Chart:
 
 
 def _ended(table: pd.DataFrame, drawn: pd.DataFrame) -> str:
-    """How the training of the models that are drawn ended, where the table says it: not solved is not refuted."""
+    """Count how training of the drawn models ended, where the table has it: not solved is not refuted."""
     if not {"cell", "status"} <= set(table):
         return ""
     solved = table[(table["metric"] == "solved") & table["cell"].isin(drawn["cell"])]
     counts = solved.drop_duplicates("cell")["status"].value_counts()
-    found = [f"{counts[how]} {words}" for how, words in ENDS.items() if how in counts]
-    return f" Training ended: {', '.join(found)}." if found else ""
+    parts = [f"{counts[how]} {words}" for how, words in ENDS.items() if how in counts]
+    return f" Training ended: {', '.join(parts)}." if parts else ""
 
 
 def _best(table: pd.DataFrame) -> pd.DataFrame:
@@ -90,31 +90,31 @@ def _best(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, str]]:
-    """Title and rows of each setting, and the column that is varied in it; those with the most rows first."""
+    """Return title and rows of each setting and the column of its x; settings with the most rows first."""
     always, others = MQRAR.always, recall_setting(table).others
     setting = [*always, *others, "kv_pairs"]
     by_age = table.groupby(setting, dropna=False)["n_back"].transform("nunique") > 1
-    found = []
+    grouped = []
     if len(rows := table[~by_age]):
         panels = style.panels(rows, always, [*others, "n_back"], within=["kv_pairs"], named=NAMED)
-        found += [(title, part, "kv_pairs") for title, part in panels]
+        grouped += [(title, part, "kv_pairs") for title, part in panels]
     if len(rows := table[by_age]):
         panels = style.panels(rows, (*always, "kv_pairs"), others, within=["n_back"], named=NAMED)
-        found += [(title, part, "n_back") for title, part in panels]
-    return sorted(found, key=lambda setting: -len(setting[1]))
+        grouped += [(title, part, "n_back") for title, part in panels]
+    return sorted(grouped, key=lambda setting: -len(setting[1]))
 
 
 def _overall(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look], x: str) -> list[pd.DataFrame]:
     style.label(axis, AXES[x], "accuracy (all queries)")
     counts = sorted(rows[x].unique())
     spreads = []
-    for place, (method, look) in enumerate(looks.items()):
+    for index, (method, look) in enumerate(looks.items()):
         spread = statistics.spread(statistics.method(rows, method), [x])
-        # with a single number of pairs the methods would lie on one another
-        at = spread[x] * 2 ** (_dodge(place, len(looks)) if len(counts) == 1 else 0)
+        # with a single number of pairs the methods would overlap
+        at = spread[x] * 2 ** (_dodge(index, len(looks)) if len(counts) == 1 else 0)
         style.bars(axis, at, spread, look)
-        # the first method on top of those that it is as good as
-        axis.plot(at, spread["mean"], label=look.label, zorder=3 - place / len(looks), **look.line())
+        # the first method on top of equal ones
+        axis.plot(at, spread["mean"], label=look.label, zorder=3 - index / len(looks), **look.line())
         spreads.append(spread)
     style.ticks(axis, counts)
     if len(counts) == 1:
@@ -126,7 +126,7 @@ def _overall(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look], x:
 
 
 def _pairs(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look], x: str) -> list[pd.DataFrame]:
-    """Draw fresh and stale accuracy of a method side by side, joined: the slope is what older values cost."""
+    """Draw fresh and stale accuracy of a method side by side, joined: the slope is the cost of older values."""
     if rows.empty:
         axis.set_axis_off()
         return []
@@ -134,10 +134,10 @@ def _pairs(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look], x: s
     counts = sorted(rows[x].unique())
     half = 0.2 / len(looks)
     spreads = []
-    for place, (method, look) in enumerate(looks.items()):
+    for index, (method, look) in enumerate(looks.items()):
         for count, both in statistics.method(rows, method).groupby(x):
             spread = statistics.spread(both, ["split"])
-            middle = counts.index(count) + _dodge(place, len(looks))
+            middle = counts.index(count) + _dodge(index, len(looks))
             ats = spread["split"].map({"fresh": middle - half, "stale": middle + half})
             axis.plot(ats, spread["mean"], color=look.colour, linewidth=1.0, zorder=2)
             style.bars(axis, ats, spread, look)
@@ -158,6 +158,6 @@ def _fill(kind: str, colour: str) -> dict[str, Any]:
     return {"markerfacecolor": colour if kind == "fresh" else "white"}
 
 
-def _dodge(place: int, count: int) -> float:
+def _dodge(index: int, count: int) -> float:
     """Spread `count` methods over four fifths of the unit around 0."""
-    return 0.8 * ((place + 0.5) / count - 0.5)
+    return 0.8 * ((index + 0.5) / count - 0.5)

@@ -1,6 +1,6 @@
 """Multi-query repeated associative recall: accuracy by what makes a query hard.
 
-First: how many values its key has had before. Then: how far back its answer was assigned.
+First the number of earlier values of its key, then the distance back to its answer.
 """
 
 import numpy as np
@@ -20,18 +20,18 @@ from sbeval.tables.table import numbers
 
 TABLE = "mqrar"
 COLUMNS = (*mqrar.COLUMNS, "n", "stale_values", "distance_start", "distance_end")
-# queries of a seed without which a point is noise
+# a point over fewer queries of a seed is noise
 FEWEST = 10
 AGE, DISTANCE = "earlier values of the key", "distance to the answer (positions)"
-# what a column of panels is
+# titles of columns of panels
 VARIED = {"kv_pairs": "{:g} pairs", "n_back": "{:g}-back"}
 
 
 def draw(table: pd.DataFrame) -> Figure:
     """Draw the table, two rows of panels for each setting, at the best learning rate of each method.
 
-    A column is a number of pairs, or how old a value is asked for; a single column is drawn as a row. Distances are
-    drawn at the geometric middle of their bin.
+    A column is a number of pairs, or the age of the value asked for; a single column is drawn as a row. Distances are
+    at the geometric middle of their bin.
     """
     table = _best(table)
     looks = style.looks(table)
@@ -61,7 +61,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def chart(table: pd.DataFrame) -> Chart:
-    """The same, to hover over."""
+    """Return the interactive figure."""
     table = _best(table)
     looks = style.looks(table)
     groups = []
@@ -75,14 +75,14 @@ def chart(table: pd.DataFrame) -> Chart:
         groups.append(Group(title, panels))
     sentence = (
         "Share of queries answered rightly (1 is all), by how many values the key had before and by how many positions "
-        "back the answer stands."
+        "back the answer is."
     )
     note = statistics.explain(charts.spreads(groups), "bands", "sequences")
     return Chart("Associative recall by what makes a query hard", sentence, groups, note)
 
 
 def _best(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows at the best learning rates."""
+    """Return the rows at the best learning rates."""
     table = recall_accuracy(table)
     if not (_has(table, "stale_values") | _has(table, "distance_start")).any():
         raise InputError("there are no rows with stale_values or distance_start to draw")
@@ -90,13 +90,13 @@ def _best(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _older(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows by how many values the key had before."""
+    """Return the rows by the number of earlier values of the key."""
     rows = numbers(rows[_has(rows, "stale_values")], ["stale_values"])
     return rows.assign(x=rows["stale_values"])
 
 
 def _far(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows by distance."""
+    """Return the rows by distance."""
     rows = numbers(rows[_has(rows, "distance_start")], ["distance_start", "distance_end"])
     return rows.assign(x=np.sqrt(rows["distance_start"] * (rows["distance_end"] - 1)))
 
@@ -106,7 +106,7 @@ def _has(table: pd.DataFrame, name: str) -> "pd.Series[bool]":
 
 
 def _lines(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> list[pd.DataFrame]:
-    """Draw a line and a band for each method; a panel without rows stays out."""
+    """Draw a line and a band for each method; hide a panel without rows."""
     if rows.empty:
         axis.set_axis_off()
         return []

@@ -1,4 +1,4 @@
-"""Needles in haystacks: score against length, by task and as the mean of them."""
+"""Needles in haystacks: score by length, for each task and as their mean."""
 
 import math
 
@@ -45,7 +45,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def chart(table: pd.DataFrame) -> Chart:
-    """The same, to hover over."""
+    """Return the interactive figure."""
     table = needle_scores(table)
     looks = style.looks(table)
     groups = []
@@ -58,7 +58,7 @@ def chart(table: pd.DataFrame) -> Chart:
         ]
         groups.append(Group(title, panels))
     sentence = (
-        "Share of what was hidden in a text that is found again (1 is all), by the length of text and answer in "
+        "Share of what was hidden in a text that is retrieved (1 is all), by the length of text and answer in "
         "tokens, for each of RULER's tasks and as the mean of them. Higher is better."
     )
     note = style.with_caution(statistics.explain(charts.spreads(groups), "bands", "samples"), table, looks)
@@ -66,7 +66,7 @@ def chart(table: pd.DataFrame) -> Chart:
 
 
 def _parts(some: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """What has a panel: the mean over tasks, then each task."""
+    """Return name and rows of each panel: the mean over tasks, then each task."""
     shared = shared_tasks(some)
     tasks = sorted(shared["task"].unique())
     name = "mean" if len(tasks) == some["task"].nunique() else f"mean of {', '.join(tasks)}"
@@ -74,7 +74,7 @@ def _parts(some: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Title and rows of each setting and metric of a table."""
+    """Return title and rows of each setting and metric of a table."""
     return [
         (f"{title}{': ' if title else ''}{name}", some[some["metric"] == metric])
         for title, some in style.panels(table, NEEDLE.always, NEEDLE.others)

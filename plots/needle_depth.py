@@ -1,4 +1,4 @@
-"""Needles in haystacks: score by the depth of the needle and the length of the text, a heat map a method."""
+"""Needles in haystacks: score by the depth of the needle and the length of the text, a heat map for each method."""
 
 import numpy as np
 import pandas as pd
@@ -25,8 +25,7 @@ COLOURS = "viridis"
 def draw(table: pd.DataFrame) -> Figure:
     """Draw the table: a row for each setting and metric, in it a map for each method.
 
-    A cell is the mean over seeds and over the tasks that have one needle and that every method was asked; white is no
-    sample.
+    A cell is the mean over seeds and over the tasks with one needle that every method has; white is no sample.
     """
     table = _by_depth(table)
     looks = style.looks(table)
@@ -46,20 +45,23 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def chart(table: pd.DataFrame) -> Chart:
-    """The same, to hover over."""
+    """Return the interactive figure."""
     table = _by_depth(table)
     looks = style.looks(table)
     groups = [
-        Group(title, [
-            Heat(title=look.label, x="length (tokens)", y="depth (%)", value="score", table=_pivot(mine))
-            for method, look in looks.items()
-            if len(mine := statistics.method(some, method))
-        ])
+        Group(
+            title,
+            [
+                Heat(title=look.label, x="length (tokens)", y="depth (%)", value="score", table=_pivot(mine))
+                for method, look in looks.items()
+                if len(mine := statistics.method(some, method))
+            ],
+        )
         for title, some in settings(table)
-    ]  # fmt: skip
+    ]
     sentence = (
         "Share of needles that are found (1 is all), by the length of text and answer in tokens and by the depth in "
-        "the text, in percent, at which the needle stands; blank is no sample."
+        "the text, in percent, of the needle; blank is no sample."
     )
     lengths = ", ".join(f"{length:g}" for length in sorted(table["train_len"].unique()))
     note = style.with_caution(f"{_mean_of(table)}. Trained at length {lengths}.", table, looks)
@@ -78,7 +80,7 @@ def _mean_of(table: pd.DataFrame) -> str:
 
 
 def _pivot(some: pd.DataFrame) -> pd.DataFrame:
-    """Mean by depth, down, and length; a depth without samples is empty."""
+    """Return the mean by depth (rows) and length (columns); a depth without samples is empty."""
     width = int((some["depth_end"] - some["depth_start"]).iloc[0])
     values = some.pivot_table(index="depth_start", columns="length", values="value")
     return values.reindex(range(0, 100, width))
@@ -95,7 +97,7 @@ def _map(axis: Axes, some: pd.DataFrame, label: str, *, first: bool) -> None:
     axis.pcolormesh(np.arange(len(lengths) + 1), [*values.index, 100], values.to_numpy(), cmap=COLOURS, vmin=0, vmax=1)
     axis.set_xticks(np.arange(len(lengths)) + 0.5, [f"{length / 1024:g}k" for length in lengths])
     axis.set_ylim(100, 0)
-    # between the last length that was trained on and the first that was not
+    # between the last length seen in training and the first beyond
     train_len = int(some["train_len"].iloc[0])
     seen = sum(length <= train_len for length in lengths)
     if 0 < seen < len(lengths):

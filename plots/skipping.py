@@ -1,7 +1,7 @@
-"""What block skipping saves on a trained model, from skipping.csv: milliseconds in all layers against tokens.
+"""Time that block skipping saves on a trained model, from skipping.csv: milliseconds in all layers by tokens.
 
-A row of panels a model: a whole sequence forward, and with backward, then decoding one token against a cache, one
-sequence and a batch.
+A row of panels for each model: a whole sequence forward, then forward and backward, then decoding one token with a
+cache, for one sequence and for a batch.
 """
 
 import pandas as pd
@@ -15,9 +15,20 @@ from sbeval.tables import statistics
 
 TABLE = "skipping"
 COLUMNS = (
-    "model", "params", "attention", "backend", "metric", "value", "step", "batch", "keys", "layer", "epsilon", "device",
-)  # fmt: skip
-# times further apart than this are drawn on a logarithmic axis
+    "model",
+    "params",
+    "attention",
+    "backend",
+    "metric",
+    "value",
+    "step",
+    "batch",
+    "keys",
+    "layer",
+    "epsilon",
+    "device",
+)
+# times that differ by more than this factor are drawn on a logarithmic axis
 WIDE = 4
 LABELS = {
     "forward": ("tokens", "forward (ms)"),
@@ -27,7 +38,7 @@ LABELS = {
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Draw time against tokens, one line a kernel."""
+    """Draw time by tokens, a line for each kernel."""
     rows = totals(table)
     looks = style.looks(rows)
     groups, panels = _models(rows), _panels(rows)
@@ -51,7 +62,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 
 def chart(table: pd.DataFrame) -> Chart:
-    """The same, to hover over."""
+    """Return the interactive figure."""
     rows = totals(table)
     looks = style.looks(rows)
     groups = []
@@ -59,20 +70,20 @@ def chart(table: pd.DataFrame) -> Chart:
         panels = []
         for step, batch in _panels(of_model):
             chosen = of_model[(of_model["step"] == step) & (of_model["batch"] == batch)]
-            found = {method: statistics.method(chosen, method).set_index("keys")["value"] for method in looks}
+            times = {method: statistics.method(chosen, method).set_index("keys")["value"] for method in looks}
             x, y = LABELS[step]
-            lines = charts.bare(found, looks)
+            lines = charts.bare(times, looks)
             panels.append(Lines(title=_name(step, batch), x=x, y=y, lines=lines, decades=_wide(chosen)))
         groups.append(Group(title, panels))
     sentence = (
-        "Milliseconds of attention in all layers of a trained model, on its own queries, keys and values: what does "
-        "it save to stop where the stick is used up? Lower is better."
+        "Milliseconds of attention in all layers of a trained model, on its own queries, keys and values: how much "
+        "time is saved by stopping where no mass remains? Lower is better."
     )
     return Chart("Block skipping on a trained model", sentence, groups, _note(rows))
 
 
 def totals(table: pd.DataFrame) -> pd.DataFrame:
-    """Time in all layers of each contender, by keys; `options` tells skipping and whose kernel it was, if not ours."""
+    """Return the time in all layers of each kernel, by keys; `options` is `skipping`, or the backend if not ours."""
     rows = table[table["metric"] == "time"]
     if rows.empty:
         raise InputError("no rows with the metric time")
@@ -90,7 +101,7 @@ def _models(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def _panels(rows: pd.DataFrame) -> list[tuple[str, int]]:
-    """Step and batch of each panel, whole sequences first."""
+    """Return step and batch of each panel, whole sequences first."""
     order = list(LABELS)
     return sorted({*zip(rows["step"], rows["batch"], strict=True)}, key=lambda panel: (order.index(panel[0]), panel[1]))
 

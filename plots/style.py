@@ -1,4 +1,4 @@
-"""What all figures share: how a method looks, how spread is drawn, which rows belong on one panel."""
+"""Shared by all figures: the look of each method, bars and bands, and how rows are split into panels."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ from matplotlib.transforms import ScaledTranslation
 from sbeval.tables import epochs, statistics
 from sbeval.tables.statistics import Method
 
-# the place in this table fixes a method's colour, marker and dashes in every figure
+# the position in this table fixes a method's colour, marker and dashes in every figure
 NAMES = {
     "stick_breaking": "stick-breaking",
     "rope": "RoPE",
@@ -41,7 +41,7 @@ DASHES: tuple[tuple[float, ...], ...] = (
     (3, 1.2),
     (7, 1.2, 1.2, 1.2, 1.2, 1.2),
 )
-# how a title says what a panel's rows have in common
+# titles name what the rows of a panel share; a column without an entry appears as "name value"
 PHRASES = {
     "task": "{}",
     "model": "{} model",
@@ -84,7 +84,7 @@ MARK = "0.35"
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How one method is drawn, and what the legend calls it."""
+    """Colour, marker and dashes of one method, and its name in legends."""
 
     label: str
     colour: str
@@ -116,23 +116,23 @@ def looks_of(methods: Iterable[Method]) -> dict[Method, Look]:
     """Give each method its look, in the order of the legend.
 
     The first of a named method's options has the method's own look; further ones, and methods not in NAMES, have
-    the next free. Options that the others of a method only add to are not repeated.
+    the next free. Options shared by all variants of a method are left out of labels.
     """
     methods = set(methods)
-    places = {name: place for place, name in enumerate(NAMES)}
-    absent = [place for name, place in places.items() if name not in {other for other, _ in methods}]
+    order = {name: index for index, name in enumerate(NAMES)}
+    absent = [index for name, index in order.items() if name not in {other for other, _ in methods}]
     free = itertools.chain(range(len(NAMES), len(COLOURS)), absent, itertools.count(len(COLOURS)))
-    found: dict[Method, Look] = {}
-    for name, options in sorted(methods, key=lambda pair: (places.get(pair[0], len(NAMES)), pair)):
-        first = all(name != other for other, _ in found)
-        place = places[name] if first and name in places else next(free)
-        found[name, options] = Look(
+    styled: dict[Method, Look] = {}
+    for name, options in sorted(methods, key=lambda pair: (order.get(pair[0], len(NAMES)), pair)):
+        first = all(name != other for other, _ in styled)
+        index = order[name] if first and name in order else next(free)
+        styled[name, options] = Look(
             label=_label(name, options, [other for method, other in methods if method == name]),
-            colour=COLOURS[place % len(COLOURS)],
-            marker=MARKERS[place % len(MARKERS)],
-            dashes=DASHES[place % len(DASHES)],
+            colour=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            dashes=DASHES[index % len(DASHES)],
         )
-    return found
+    return styled
 
 
 def _label(name: str, options: str, all_options: Sequence[str]) -> str:
@@ -144,14 +144,18 @@ def _label(name: str, options: str, all_options: Sequence[str]) -> str:
 
 
 def with_caution(note: str, rows: pd.DataFrame, looks: dict[Method, Look]) -> str:
-    """Add to a note which of the models of these rows overfit, or read their text too often."""
+    """Add to a note which models of these rows overfit, or trained for too many epochs."""
     return " ".join(filter(None, [note, epochs.caution(rows, lambda method: looks[method].label)]))
 
 
 def panels(
-    table: pd.DataFrame, always: Sequence[str], others: Sequence[str], within: Sequence[str] = (), *,
+    table: pd.DataFrame,
+    always: Sequence[str],
+    others: Sequence[str],
+    within: Sequence[str] = (),
+    *,
     named: Sequence[str] = (),
-) -> list[tuple[str, pd.DataFrame]]:  # fmt: skip
+) -> list[tuple[str, pd.DataFrame]]:
     """Split a table into the rows of each panel and its title.
 
     A column of `always` or `others` splits when it has several values for the same value of `within`. Titles name the
@@ -164,12 +168,12 @@ def panels(
     )
     split = [name for name in (*always, *others) if counts[name] > 1]
     groups = [rows for _, rows in table.groupby(split, dropna=False)] if split else [table]
-    told = [*always, *(name for name in split if name in named)]
+    named_columns = [*always, *(name for name in split if name in named)]
     for name in others:
-        apart = len(table[told].drop_duplicates())
-        if name in split and name not in told and len(table[[*told, name]].drop_duplicates()) > apart:
-            told.append(name)
-    return [(_title(rows, told), rows) for rows in groups]
+        apart = len(table[named_columns].drop_duplicates())
+        if name in split and name not in named_columns and len(table[[*named_columns, name]].drop_duplicates()) > apart:
+            named_columns.append(name)
+    return [(_title(rows, named_columns), rows) for rows in groups]
 
 
 def pairs(rows: int, *, share_y: bool = False) -> tuple[Figure, list[tuple[Axes, Axes]]]:
@@ -200,56 +204,71 @@ def label(axis: Axes, x: str, y: str) -> None:
 
 
 def title(axis: Axes, text: str) -> None:
-    """Say above the first panel of a row what the row shows, in as many lines as that takes."""
-    # about as many bold letters fit an inch, of which labels of the axes take one
+    """Write the title of a row of panels above its first, wrapped to the width of the figure."""
+    # about 15 bold letters fit an inch; the labels of the axes take one inch
     lines = textwrap.wrap(text, round(15 * (axis.figure.bbox.width / axis.figure.dpi - 1)))
-    # keeps the place; the layout would move the panels beside it apart for the text itself
+    # reserves the height; the layout would move neighbouring panels apart for the text itself
     axis.set_title("\n".join(" " for _ in lines), loc="left", fontsize=TEXT_PT, pad=16)
     axis.annotate(
-        "\n".join(lines), (0.0, 1.0), xycoords="axes fraction", xytext=(0, 16), textcoords="offset points",
-        fontsize=TEXT_PT, fontweight="bold", annotation_clip=False,
-    ).set_in_layout(False)  # fmt: skip
+        "\n".join(lines),
+        (0.0, 1.0),
+        xycoords="axes fraction",
+        xytext=(0, 16),
+        textcoords="offset points",
+        fontsize=TEXT_PT,
+        fontweight="bold",
+        annotation_clip=False,
+    ).set_in_layout(False)
 
 
 def subtitle(axis: Axes, text: str) -> None:
-    """Say above a panel, in small print, which of its row it is."""
+    """Write the title of one panel of a row above it, in small print."""
     axis.annotate(
-        text, (0.5, 1.0), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points", ha="center",
+        text,
+        (0.5, 1.0),
+        xycoords="axes fraction",
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="center",
         fontsize=SMALL_PT,
-    )  # fmt: skip
+    )
 
 
 def bars(axis: Axes, x: Any, spread: pd.DataFrame, look: Look, width: float = 1.0) -> None:
-    """Draw a spread as upright bars, within 0 and 1: what is drawn is a share."""
+    """Draw a spread as vertical bars, clipped to 0 and 1: values are shares."""
     axis.vlines(x, spread["low"].clip(lower=0), spread["high"].clip(upper=1), color=look.colour, linewidth=width)
 
 
 def bands(axis: Axes, rows: pd.DataFrame, looks: dict[Method, Look]) -> list[pd.DataFrame]:
-    """Draw a line of `value` by `x` and a band, within 0 and 1, for each method; return their spreads."""
+    """Draw a line of `value` by `x` and a band, clipped to 0 and 1, for each method; return their spreads."""
     spreads = []
     for of, look in looks.items():
-        found = statistics.spread(statistics.method(rows, of), ["x"])
-        axis.plot(found["x"], found["mean"], label=look.label, **look.line())
-        low, high = found["low"].clip(lower=0), found["high"].clip(upper=1)
-        axis.fill_between(found["x"], low, high, color=look.colour, alpha=0.2, linewidth=0)
-        spreads.append(found)
+        spread = statistics.spread(statistics.method(rows, of), ["x"])
+        axis.plot(spread["x"], spread["mean"], label=look.label, **look.line())
+        low, high = spread["low"].clip(lower=0), spread["high"].clip(upper=1)
+        axis.fill_between(spread["x"], low, high, color=look.colour, alpha=0.2, linewidth=0)
+        spreads.append(spread)
     return spreads
 
 
 def finish(figure: Figure, handles: Sequence[Any], note: str) -> None:
     """Put the legend above the panels, where it covers no data, and the note below them."""
     figure.legend(
-        handles=handles, loc="outside upper center", ncols=_columns(handles, 4, figure.get_figwidth()),
-        fontsize=TEXT_PT, frameon=False, handlelength=3,
-    )  # fmt: skip
+        handles=handles,
+        loc="outside upper center",
+        ncols=_columns(handles, 4, figure.get_figwidth()),
+        fontsize=TEXT_PT,
+        frameon=False,
+        handlelength=3,
+    )
     note_below(figure, note)
 
 
 def _columns(handles: Sequence[Any], most: int, width_in: float) -> int:
-    """How many columns of a legend fit a width, at most; it fills them one after the other."""
+    """Return how many columns of a legend, at most `most`, fit a width; entries fill one column after the other."""
     for columns in range(min(most, len(handles)), 1, -1):
         lines = math.ceil(len(handles) / columns)
-        # about so wide are a handle and a letter
+        # inches of a handle and of a letter, roughly
         widths = [
             0.55 + 0.06 * max(len(handle.get_label()) for handle in handles[start : start + lines])
             for start in range(0, len(handles), lines)
@@ -260,14 +279,14 @@ def _columns(handles: Sequence[Any], most: int, width_in: float) -> int:
 
 
 def note_below(figure: Figure, text: str) -> None:
-    """Say below the panels what they leave open."""
-    # about as many letters fit an inch
+    """Write a note below the panels."""
+    # about 20 letters fit an inch
     lines = textwrap.fill(text, round(20 * figure.get_figwidth()))
     figure.supxlabel(lines, x=0.01, ha="left", fontsize=SMALL_PT, color=MARK)
 
 
 def column(axis: Axes, name: str, handles: Sequence[Any], titled: Axes) -> None:
-    """Head a column of panels, above its first, with its name and its legend; the row's title stands on `titled`."""
+    """Head a column of panels, above its first, with its name and its legend; `titled` has the row's title."""
     lines = titled.get_title(loc="left").count("\n") + 1
     above = axis.transAxes + ScaledTranslation(0, (20 + 10 * lines) / 72, axis.figure.dpi_scale_trans)
     legend = axis.legend(
@@ -290,7 +309,7 @@ def column(axis: Axes, name: str, handles: Sequence[Any], titled: Axes) -> None:
 
 
 def key(axis: Axes, handles: Sequence[Any]) -> None:
-    """Explain above a panel, between it and its title, what only this panel has."""
+    """Add the legend of this panel alone, between it and its title."""
     axis.legend(
         handles=handles,
         loc="lower right",
@@ -331,7 +350,7 @@ def decades(axis: Axes) -> None:
 
 
 def training_length(axis: Axes, length: int) -> None:
-    """Mark the training length by a line with its name above the panel."""
+    """Mark the training length by a vertical line, named above the panel."""
     axis.axvline(length, color=MARK, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
     axis.annotate(
         f"training length {length}",
@@ -347,6 +366,8 @@ def training_length(axis: Axes, length: int) -> None:
 
 def _title(rows: pd.DataFrame, names: Sequence[str]) -> str:
     single = {name: rows[name].iloc[0] for name in names if rows[name].nunique() == 1 and str(rows[name].iloc[0])}
-    words = ", ".join(PHRASES[name].format(value) for name, value in single.items())
+    words = ", ".join(
+        PHRASES.get(name, f"{name.replace('_', ' ')} {{}}").format(value) for name, value in single.items()
+    )
     words = re.sub(r"\b1 (head|layer)s", r"1 \1", words)
     return words[:1].upper() + words[1:]

@@ -1,6 +1,6 @@
-"""What can be named on the command line. One method, family or figure is one module and one line here.
+"""Names of methods, task families and figures; each is one module and one line here.
 
-The tables hold module names, not modules, so that `--help` and `sbeval plot` never import torch.
+The dictionaries have module names, not modules, so that `--help` and `sbeval plot` never import torch.
 """
 
 import importlib
@@ -48,8 +48,8 @@ FIGURES = {
     "needle_depth": "sbeval.plots.needle_depth",
     "skipping": "sbeval.plots.skipping",
 }
-# figures that can also be a page to hover over
-PAGES = {"attention_map": "sbeval.plots.attention_map_page"}
+# figures of which a run writes an interactive page too; `sbeval plot --format html` makes one of any
+PAGES = ("attention_map",)
 
 
 class Method(Protocol):
@@ -67,33 +67,23 @@ class Method(Protocol):
         normalised hidden state, for gates that depend on it; cu_seqlens: int32 (N + 1,) or None, the cumulative lengths
         of N sequences packed into one row (then B = 1 and S = T). `scale` multiplies q . k.
 
-        cache: a `sbeval.models.kv_cache.Layer` when text is generated: q, k, v and x are of the new tokens alone, the prompts
-        packed or then one token a row, and what later tokens need is what the mixer adds to it.
+        cache: in generation the `sbeval.models.kv_cache.Layer` to which the mixer adds what later tokens need; q, k, v
+        and x are then of the new tokens alone: packed prompts, or one token for each row.
         """
 
     def backend_name(self, device_type: str) -> str:
-        """What runs on a `cpu` or `cuda` device, for the `backend` column."""
+        """Return the implementation that runs on a `cpu` or `cuda` device, for the column `backend`."""
 
 
 class Figure(Protocol):
-    """A module of `plots/`: one figure, drawn from one result table."""
+    """A module of `plots/`: one figure from one result table, for print and for an interactive page."""
 
     TABLE: ClassVar[str]  # stem of the CSV it reads
     COLUMNS: ClassVar[tuple[str, ...]]  # the columns it needs
 
     def draw(self, table: "pd.DataFrame") -> "MatplotlibFigure": ...
 
-
-class Charted(Protocol):
-    """A module of `plots/` that gives what a page shows of a figure's table: a figure's own, or that of its page."""
-
     def chart(self, table: "pd.DataFrame") -> "Chart": ...
-
-
-class Page(Charted, Protocol):
-    """A module of `plots/` that makes a page of HTML of a figure's table."""
-
-    def page(self, table: "pd.DataFrame") -> str: ...
 
 
 def method(name: str) -> Method:
@@ -102,9 +92,9 @@ def method(name: str) -> Method:
 
 
 def trained_as(name: str, options: Any) -> Any:
-    """Options that a model of this method is trained with: those given, without what only evaluation asks for.
+    """Return the options that a model of this method is trained with: those given, without those of evaluation alone.
 
-    A method with such options has a function `trained_as(options)`; weights trained with the one fit the other.
+    A method with such options has a function `trained_as(options)`; its weights serve both.
     """
     return getattr(method(name), "trained_as", lambda given: given)(options)
 
@@ -117,13 +107,3 @@ def task(name: str) -> "Family":
 def figure(name: str) -> Figure:
     """Import the figure `name`; InputError offers the nearest name."""
     return cast(Figure, importlib.import_module(FIGURES[choose("figure", name, FIGURES)]))
-
-
-def page(name: str) -> Page:
-    """Import what makes the page of the figure `name`, which is one of PAGES."""
-    return cast(Page, importlib.import_module(PAGES[name]))
-
-
-def charted(name: str) -> Charted:
-    """Import what gives the chart of the figure `name`."""
-    return cast(Charted, importlib.import_module(PAGES.get(name) or FIGURES[choose("figure", name, FIGURES)]))

@@ -1,1 +1,1 @@
-"""The page of all results: claims, verdicts and figures."""
+"""Figures, and the report: claims, verdicts and figures on one page."""

@@ -2,9 +2,8 @@
 
 from functools import partial
 
-from sbeval.report import rules
-from sbeval.report.findings import FAR, Claim
-from sbeval.report.rules import BILLION, LEARNED, NOTHING, POINTS, RISE
+from sbeval.report import judge
+from sbeval.report.judge import BILLION, FAR, LEARNED, NOTHING, POINTS, RISE, Claim
 from sbeval.tables.published import AUTHORS_KERNEL, PAPER, SOLVED, SOLVED_ACCURACY, SOLVED_AT, SPEED, WIKITEXT
 
 KERNEL_RULE = (
@@ -14,13 +13,16 @@ KERNEL_RULE = (
 LARGE = f"Decided by models of {BILLION / FAR / 1e6:.0f} M parameters or more"
 CLAIMS = (
     Claim(
-        text="Trained at 2048 tokens, stick-breaking reads 16384 without a rise in perplexity; RoPE's rises.",
+        text="Trained at 2048 tokens, stick-breaking has no rise in perplexity up to 16384; RoPE's rises.",
         source=f"{PAPER}, abstract and figure 5",
         rule="Change of log perplexity from context 2048 to 16384, of models of any size trained at 2048. Agrees: "
         f"RoPE's rises by more than {100 * RISE:.0f} %, stick-breaking's mean does not, and its interval lies below "
         f"RoPE's. Disagrees: stick-breaking's whole interval rises by more than {100 * RISE:.0f} %, or RoPE's does "
         "not.",
-        table="length_gen", command="sbeval length-gen", figure="length_gen", judge=rules.lengths,
+        table="length_gen",
+        command="sbeval length-gen",
+        figure="length_gen",
+        judge=judge.lengths,
     ),
     Claim(
         text="Within the training length stick-breaking is as good as RoPE or better: "
@@ -28,7 +30,10 @@ CLAIMS = (
         source=f"{PAPER}, table 2, models of 1 B parameters",
         rule="Log perplexity at the training length, stick-breaking's less RoPE's. Agrees: at most "
         f"{100 * RISE:.0f} % higher in the whole interval. Disagrees: more in the whole interval. {LARGE}.",
-        table="length_gen", command="sbeval length-gen", figure="length_gen", judge=rules.within,
+        table="length_gen",
+        command="sbeval length-gen",
+        figure="length_gen",
+        judge=judge.within,
     ),
     Claim(
         text=f"In associative recall RoPE solves up to {SOLVED['rope']} key-value pairs, stick-breaking "
@@ -38,7 +43,10 @@ CLAIMS = (
         f"vocabulary {SOLVED_AT['vocab_size']}, {SOLVED_AT['seq_len']} tokens. Agrees: stick-breaking solves "
         f"{SOLVED['stick_breaking']} pairs, RoPE {SOLVED['rope']} and not {SOLVED['stick_breaking']}. Disagrees: one "
         "of the three is otherwise. A failure counts from the paper's training tokens on.",
-        table="mqrar", command="sbeval mqrar --preset paper", figure="mqrar", judge=rules.recall,
+        table="mqrar",
+        command="sbeval mqrar --preset paper",
+        figure="mqrar",
+        judge=judge.recall,
     ),
     Claim(
         text="Where a variable was assigned again, RoPE attends to stale assignments too, stick-breaking less.",
@@ -46,41 +54,59 @@ CLAIMS = (
         rule="Mean weight on stale values over queries whose key has some, in the head with the most on the latest, "
         f"stick-breaking's less RoPE's, of models that answer {LEARNED} of these queries. Agrees: the interval lies "
         "below 0. Disagrees: above.",
-        table="attention_map", command="sbeval attention-map", figure="attention_map", judge=rules.distraction,
+        table="attention_map",
+        command="sbeval attention-map",
+        figure="attention_map",
+        judge=judge.distraction,
     ),
     Claim(
         text=f"Training with stick-breaking reaches {100 * SPEED:.0f} % of the tokens a second of softmax with "
         "FlashAttention-2.",
         source=f"{PAPER}, models of 1 B parameters, the authors' implementation",
         rule=f"Ratio to RoPE in the same table. Agrees: at least {100 * SPEED:.0f} %. Disagrees: less. {LARGE}.",
-        table="model", command="sbeval bench model", figure="model", judge=rules.training_speed,
+        table="model",
+        command="sbeval bench model",
+        figure="model",
+        judge=judge.training_speed,
     ),
     Claim(
         text="Forward, stick-breaking's kernel is slower than FlashAttention-2: the authors' reaches "
-        + " and ".join(f"{100 * ratio:.0f} % (heads of {dim})" for dim, ratio in AUTHORS_KERNEL.items()) + " of it.",
+        + " and ".join(f"{100 * ratio:.0f} % (heads of {dim})" for dim, ratio in AUTHORS_KERNEL.items())
+        + " of it.",
         source="the authors' package at 3147a38, measured for this project on one H200, 16384 tokens",
         rule=KERNEL_RULE,
-        table="kernel", command="sbeval bench kernel", figure="kernel", judge=partial(rules.kernel_speed, "forward"),
+        table="kernel",
+        command="sbeval bench kernel",
+        figure="kernel",
+        judge=partial(judge.kernel_speed, "forward"),
     ),
     Claim(
         text="Forward and backward together it is slower too, and so training is.",
         source=f"{PAPER}; the authors' backward pass does not compile with the versions used here",
         rule=KERNEL_RULE,
-        table="kernel", command="sbeval bench kernel", figure="kernel",
-        judge=partial(rules.kernel_speed, "forward_backward"),
+        table="kernel",
+        command="sbeval bench kernel",
+        figure="kernel",
+        judge=partial(judge.kernel_speed, "forward_backward"),
     ),
     Claim(
         text="Past the training length stick-breaking finds more of RULER's needles than RoPE.",
         source=f"{PAPER}, models of 1 B parameters",
         rule="Mean score over tasks and over all lengths past the training length, stick-breaking's less RoPE's. "
         f"Agrees: the interval lies above 0. Disagrees: below. {LARGE}, one of which scores at least {NOTHING}.",
-        table="needle", command="sbeval needle", figure="needle", judge=rules.retrieval,
+        table="needle",
+        command="sbeval needle",
+        figure="needle",
+        judge=judge.retrieval,
     ),
     Claim(
         text="On few-shot benchmarks stick-breaking is competitive with RoPE.",
         source=f"{PAPER}, abstract and table 2, models of 1 B and 3 B parameters",
         rule="Average score of the benchmarks that both have, stick-breaking's less RoPE's. Agrees: the interval lies "
         f"above −{POINTS:g} point. Disagrees: below it. {LARGE}.",
-        table="few_shot", command="sbeval few-shot", figure="few_shot", judge=rules.few_shot,
+        table="few_shot",
+        command="sbeval few-shot",
+        figure="few_shot",
+        judge=judge.benchmarks,
     ),
-)  # fmt: skip
+)

@@ -1,18 +1,20 @@
-"""Draw figures from result tables: what `sbeval plot` does. No torch is needed."""
+"""Draw figures from result tables, for `sbeval plot`, without torch."""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import pandas as pd
 
 from sbeval import registry
 from sbeval.errors import InputError, choose
+from sbeval.report import html
 from sbeval.runtime.files import prepare, replacing
 from sbeval.tables.results import Results
 from sbeval.tables.table import read
 
-# no dates and no versions in the files: drawn again from the same table they have the same bytes
+# without dates and versions: redrawn from the same table, a file has the same bytes
 FORMATS: dict[str, dict[str, Any]] = {
     "pdf": {"metadata": {"Creator": None, "Producer": None, "CreationDate": None}},
     "png": {"metadata": {"Software": None}, "dpi": 200},
@@ -28,43 +30,40 @@ def draw_figures(
 ) -> list[Path]:
     """Draw the named figures, or all whose table exists, and return the files, `out_dir`/<name>.<format>.
 
-    `out_dir` is `results_dir`/figures unless given. A figure left out for want of a table is said. InputError: an
-    unknown name or format, a table that cannot be read or has nothing to draw and, for a named figure, no table.
+    out_dir: `results_dir`/figures unless given. say: reports each figure that is skipped because it has no table.
+    Raise InputError for an unknown name or format, a table that cannot be read or has nothing to draw and, for a named
+    figure, no table.
     """
     chosen = [choose("format", name, (*FORMATS, "html")) for name in formats]
-    if "html" in chosen and (flat := set(names or ()) - set(registry.PAGES)):
-        raise InputError(
-            f"{min(flat)} cannot be drawn as html, only {', '.join(registry.PAGES)}; give --format png or pdf"
-        )
     modules = {name: registry.figure(name) for name in names or registry.FIGURES}
     folder = prepare(out_dir or Results(results_dir).figures)
     files = []
     for name, module in modules.items():
         path = Results(results_dir).table(module.TABLE)
         if not names and not path.exists():
-            say(f"{name}: left out, there is no {path}")
+            say(f"{name}: skipped, no table {path}")
             continue
-        files += _draw(module, path, [folder / f"{name}.{suffix}" for suffix in chosen if suffix in FORMATS])
-        if "html" in chosen and name in registry.PAGES:
-            files.append(_write_page(registry.page(name), module, path, folder / f"{name}.html"))
+        table = read(path, required=module.COLUMNS)
+        try:
+            files += _draw(module, table, [folder / f"{name}.{suffix}" for suffix in chosen if suffix in FORMATS])
+            if "html" in chosen:
+                files.append(_write_page(module, table, folder / f"{name}.html"))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
     return files
 
 
-def _write_page(page: registry.Page, module: registry.Figure, path: Path, file: Path) -> Path:
-    text = page.page(read(path, required=module.COLUMNS))
+def _write_page(module: registry.Figure, table: pd.DataFrame, file: Path) -> Path:
+    text = html.figure(module.chart(table))
     with replacing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return file
 
 
-def _draw(module: registry.Figure, path: Path, files: list[Path]) -> list[Path]:
+def _draw(module: registry.Figure, table: pd.DataFrame, files: list[Path]) -> list[Path]:
     if not files:
         return []
-    table = read(path, required=module.COLUMNS)
-    try:
-        figure = module.draw(table)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    figure = module.draw(table)
     # fonts go into a pdf as outlines that editors and printers can read
     with matplotlib.rc_context({"pdf.fonttype": 42}):
         for file in files:

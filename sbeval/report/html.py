@@ -1,7 +1,7 @@
-"""The report: one HTML page of what the result tables show, with findings first. No torch is needed.
+"""The report: one HTML page of all result tables, with findings first; and the page of a single figure. No torch.
 
-Every figure of a table that is there, to hover over, with its numbers, the runs behind them and how to run them again.
-The same tables and run files make the same page.
+Each figure is interactive and comes with its numbers, the runs behind them and their commands. The same tables and run
+files make the same page.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from sbeval.plots import style
 from sbeval.plots.chart import SYMBOLS, Chart, Group, Panel, plain, readable
 from sbeval.report import page
 from sbeval.report.claims import CLAIMS
-from sbeval.report.findings import AGREES, DISAGREES, UNDECIDED, Finding, findings
+from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Finding, findings
 from sbeval.runtime.files import prepare, replacing
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Measurement
@@ -25,7 +25,7 @@ from sbeval.tables.table import read, required
 
 TITLE = "Stick-breaking attention: results"
 SIGNS = {AGREES: "✓", DISAGREES: "✗", UNDECIDED: "–"}
-# panels of a group beyond which they are drawn small
+# groups with more panels draw them small
 FEW = 4
 INSTALL = "pip install -c constraints.txt -e '.[html]'"
 
@@ -33,7 +33,7 @@ INSTALL = "pip install -c constraints.txt -e '.[html]'"
 def write(results_dir: Path, out: Path | None = None, say: Callable[[str], None] = print) -> Path:
     """Write the report on the tables in `results_dir` to `out`, by default report.html there, in one step.
 
-    A figure whose table has nothing to draw is left out, which is said. InputError where there is no table at all.
+    A figure whose table has nothing to draw is skipped and reported. InputError where there is no table at all.
     """
     out = out or results_dir / "report.html"
     text = build(results_dir, say)
@@ -44,7 +44,7 @@ def write(results_dir: Path, out: Path | None = None, say: Callable[[str], None]
 
 
 def build(results_dir: Path, say: Callable[[str], None] = print) -> str:
-    """The page as HTML."""
+    """Return the report as HTML."""
     tables = _tables(results_dir)
     charts = _charts(tables, results_dir, say)
     runs = {name: gather(table, results_dir / "runs") for name, table in tables.items()}
@@ -64,31 +64,29 @@ def build(results_dir: Path, say: Callable[[str], None] = print) -> str:
 
 
 def _tables(results_dir: Path) -> dict[str, pd.DataFrame]:
-    """The tables that are there, by name."""
+    """Read the tables that exist, by name."""
     needed: dict[str, set[str]] = {}
     for name in registry.FIGURES:
         figure = registry.figure(name)
         needed.setdefault(figure.TABLE, set(required(Measurement))).update(figure.COLUMNS)
     paths = {name: Results(results_dir).table(name) for name in needed}
-    found = {name: read(path, sorted(needed[name])) for name, path in paths.items() if path.exists()}
-    if not found:
+    tables = {name: read(path, sorted(needed[name])) for name, path in paths.items() if path.exists()}
+    if not tables:
         raise InputError(f"there is no result table in {results_dir}; sbeval length-gen --preset quick makes one")
-    return found
+    return tables
 
 
-def _charts(
-    tables: dict[str, pd.DataFrame], results_dir: Path, say: Callable[[str], None]
-) -> dict[str, Chart]:  # fmt: skip
+def _charts(tables: dict[str, pd.DataFrame], results_dir: Path, say: Callable[[str], None]) -> dict[str, Chart]:
     charts = {}
     # in the order of the claims that they show
     order = list(dict.fromkeys([*(claim.table for claim in CLAIMS), *tables]))
-    shown = [name for name in registry.FIGURES if registry.figure(name).TABLE in tables]
-    for name in sorted(shown, key=lambda name: order.index(registry.figure(name).TABLE)):
+    names = [name for name in registry.FIGURES if registry.figure(name).TABLE in tables]
+    for name in sorted(names, key=lambda name: order.index(registry.figure(name).TABLE)):
         table = registry.figure(name).TABLE
         try:
-            charts[name] = registry.charted(name).chart(tables[table])
+            charts[name] = registry.figure(name).chart(tables[table])
         except InputError as error:
-            say(f"{name}: left out, {results_dir / table}.csv: {error}")
+            say(f"{name}: skipped, {results_dir / table}.csv: {error}")
     return charts
 
 
@@ -132,19 +130,36 @@ def _finding(each: Finding, charts: dict[str, Chart]) -> str:
 
 
 def _text(text: str) -> str:
-    """Escaped, with numbers kept on one line with their per cent."""
+    """Escape text; a number and its per cent sign stay on one line."""
     return escape(text).replace(" %", "&nbsp;%")
 
 
-def _figure(name: str, chart: Chart, runs: Runs) -> str:
+def figure(chart: Chart) -> str:
+    """Return the page of one figure as HTML; InputError where plotly is not installed."""
+    drawn, numbers = _drawn(chart)
+    body = (
+        f'<main><h1 id="figure-title">{escape(chart.heading)}</h1>\n<p>{escape(chart.sentence)}</p>\n'
+        f'<figure aria-labelledby="figure-title"><div class="groups">{drawn}</div>\n'
+        f"<figcaption>{escape(chart.note)}</figcaption></figure>\n"
+        f"<details><summary>Numbers of this figure</summary>{numbers}</details></main>"
+    )
+    return page.document(chart.heading, body)
+
+
+def _drawn(chart: Chart) -> tuple[str, str]:
+    """Return the panels of a figure, and its numbers in tables."""
     groups = [group for group in chart.groups if group.panels]
-    drawn = "".join(_group(group, alone=len(groups) == 1) for group in groups)
+    return "".join(_group(group, alone=len(groups) == 1) for group in groups), _numbers(chart.heading, groups)
+
+
+def _figure(name: str, chart: Chart, runs: Runs) -> str:
+    drawn, numbers = _drawn(chart)
     here, table = _id("figure", name), registry.figure(name).TABLE
     return (
         f'<section id="{here}" aria-labelledby="{here}-title"><h2 id="{here}-title">{escape(chart.heading)}</h2>\n'
         f'<p>{escape(chart.sentence)}</p>\n<figure aria-labelledby="{here}-title"><div class="groups">{drawn}</div>\n'
         f"<figcaption>{escape(chart.note)}</figcaption></figure>\n"
-        f"<details><summary>Numbers of this figure</summary>{_numbers(chart.heading, groups)}</details>\n"
+        f"<details><summary>Numbers of this figure</summary>{numbers}</details>\n"
         f'<p class="soft">{escape(runs.origin())}. <a href="#{_id("runs", table)}">Its runs in {table}.csv</a></p>\n'
         f"<pre>{escape(chr(10).join(runs.commands))}</pre></section>\n"
     )
@@ -174,18 +189,18 @@ def _panel(panel: Panel) -> str:
 
 
 def _numbers(heading: str, groups: list[Group]) -> str:
-    """A table for each panel."""
-    found = []
+    """Return a table for each panel."""
+    tables = []
     for group in groups:
         for panel in group.panels:
             rows = panel.rows()
             names = [name for name in (heading, group.title, panel.title) if name]
-            found.append(_table(rows, ", ".join(names)))
-    return "".join(found)
+            tables.append(_table(rows, ", ".join(names)))
+    return "".join(tables)
 
 
 def _table(rows: pd.DataFrame, caption: str, name: str = "") -> str:
-    """Rows as they stand, the first column heading each; it scrolls where it is long."""
+    """Return a table, its first column the header of each row; a long one scrolls."""
     head = "".join(f'<th scope="col">{escape(str(column))}</th>' for column in rows.columns)
     body = "".join(f"<tr>{''.join(_cells(row))}</tr>\n" for row in rows.itertuples(index=False, name=None))
     caption = escape(caption)
@@ -202,7 +217,7 @@ def _cells(row: tuple[object, ...]) -> Iterator[str]:
 
 
 def _all_runs(runs: dict[str, Runs]) -> str:
-    # a link to what stands in a closed `details` opens it
+    # a link into a closed `details` opens it
     tables = "".join(
         f"<details><summary>{name}.csv: {len(each.cells)} runs</summary>"
         f"{_table(each.cells, f'Runs of {name}.csv', _id('runs', name))}</details>\n"
@@ -220,8 +235,8 @@ def _again(runs: dict[str, Runs]) -> str:
     lines = "\n".join([INSTALL, *commands, "sbeval report"])
     return (
         '<section id="again" aria-labelledby="again-title"><h2 id="again-title">Run it again</h2>\n<p>In a checkout of '
-        "the project, at the commit of a run for the same code. A run that has its rows is not run again unless "
-        f"<code>--force</code> says so.</p>\n<pre>{escape(lines)}</pre></section>\n"
+        "the project, at the commit of a run for the same code. A finished run is skipped unless "
+        f"<code>--force</code> is given.</p>\n<pre>{escape(lines)}</pre></section>\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""A page of figures to hover over in one HTML file: nothing is loaded from elsewhere, so it opens without a network."""
+"""Interactive figures in one HTML file that loads nothing, so it opens without a network."""
 
 import html
 import json
@@ -13,7 +13,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def document(title: str, body: str) -> str:
-    """The page: `body` is HTML, `title` text. InputError where plotly is not installed."""
+    """Return the page; `body` is HTML, `title` text. InputError where plotly is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
@@ -23,9 +23,9 @@ def document(title: str, body: str) -> str:
 
 
 def plot(figure: Mapping[str, Any], words: str, css: str = "") -> str:
-    """The place where plotly draws `figure` (data and layout), with `words` for a reader who does not see it.
+    """Return the element in which plotly draws `figure` (data and layout), with `words` for screen readers.
 
-    Of the figure's further entries `shaded` gives its first trace the theme's colours, `sparse` thins its labels.
+    Two further entries: `shaded` gives the first trace the theme's colours, `sparse` thins the labels.
     """
     # in a script `<` could end it
     data = json.dumps(figure, separators=(",", ":"), allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")

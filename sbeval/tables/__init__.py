@@ -1,1 +1,1 @@
-"""Result tables, and what is read off them; no torch."""
+"""Result tables, run files, statistics and comparisons, without torch."""

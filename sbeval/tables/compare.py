@@ -1,9 +1,9 @@
-"""Two folders of results side by side: what both measured, with the difference and its interval; what one has alone.
+"""Compare two folders of results: numbers in both, with difference and interval; and those in one alone.
 
-Rows are the same when all agrees that says which number they are (`sbeval.tables.table`) but the seed, whatever they come
-from: another machine, another version. Where a folder has several numbers that only their origin tells apart, so much
-of it as is needed (backend, dtype, text, ..., at last the cell) counts too. A column that one folder leaves empty, as
-tables from before it came do, tells nothing.
+Rows match when all key columns (`sbeval.tables.table`) but the seed agree, whatever their origin: another machine,
+another version. Where a folder has several numbers that differ in origin alone, as many columns of origin as are needed
+(backend, dtype, text, ..., at last the cell) become keys too. A column that is empty in one folder, as in tables older
+than the column, is ignored.
 
 The interval of a difference, paired by seed, is that of `sbeval.tables.statistics`.
 """
@@ -25,15 +25,24 @@ from sbeval.tables.rows import Measurement
 from sbeval.tables.statistics import half_width
 from sbeval.tables.table import OUTCOME, read, required
 
-# what a run found, beside its number
+# results of a run beside its number
 FOUND = ("status", "reads", "cut")
-# what tells rows apart only where nothing else does, in this order
+# columns of origin, keys only where no other tells rows apart, in this order
 ORIGIN = (
-    "backend", "dtype", "corpus", "tokenizer", "train_tokens", "unique_tokens", "epochs", "preset", "device", "cell",
-)  # fmt: skip
+    "backend",
+    "dtype",
+    "corpus",
+    "tokenizer",
+    "train_tokens",
+    "unique_tokens",
+    "epochs",
+    "preset",
+    "device",
+    "cell",
+)
 COMMON = required(Measurement)
 METHOD = ["task", "model", "attention", "options"]
-# columns that a line has its own place for
+# columns with a place of their own in a line
 NAMED = ("family", "attention", "options", "metric", "unit")
 HEADINGS = ("attention", "metric", "where", "A", "B", "B - A", "B / A", "")
 NUMBERS = ("A", "B", "difference", "interval", "ratio", "beyond")
@@ -41,9 +50,12 @@ NUMBERS = ("A", "B", "difference", "interval", "ratio", "beyond")
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """One family. `both`: the columns that say which number it is, and NUMBERS: the difference B - A, the half-width
-    of its 95 % interval (NaN without one), B / A of times and rates, and whether the difference exceeds the interval.
-    `only` has the rows of A and of B that the other lacks, by these columns and the seed."""
+    """One family.
+
+    both: key columns and NUMBERS: the difference B - A, the half-width of its 95 % interval (NaN without one), B / A of
+    times and rates, and whether the difference exceeds the interval. only: the rows of A and of B that the other lacks,
+    by key columns and seed.
+    """
 
     family: str
     both: pd.DataFrame
@@ -51,29 +63,29 @@ class Compared:
 
 
 def compare(first: Path, second: Path) -> list[Compared]:
-    """Every family that either folder has a table of. InputError: no table, or one that cannot be read."""
+    """Compare every family with a table in either folder. InputError: no table, or one that cannot be read."""
     tables = [_tables(folder) for folder in (first, second)]
-    names = sorted({name for found in tables for name in found})
-    return [_family(name, *(found.get(name) for found in tables)) for name in names]
+    names = sorted({name for folder in tables for name in folder})
+    return [_family(name, *(folder.get(name) for folder in tables)) for name in names]
 
 
 def _tables(folder: Path) -> dict[str, pd.DataFrame]:
     paths = sorted(folder.glob("*.csv"))
     if not paths:
-        raise InputError(f"{folder} holds no result table (such as length_gen.csv): give a --results-dir of a run")
+        raise InputError(f"{folder} has no result table (such as length_gen.csv): give a --results-dir of a run")
     return {path.stem: read(path, required=COMMON) for path in paths}
 
 
 def _family(name: str, first: pd.DataFrame | None, second: pd.DataFrame | None) -> Compared:
-    there = first if first is not None else second
-    assert there is not None
-    # a table that is not there is one without rows
-    tables = [there.iloc[:0] if rows is None else rows for rows in (first, second)]
+    present = first if first is not None else second
+    assert present is not None
+    # a missing table counts as one without rows
+    tables = [present.iloc[:0] if rows is None else rows for rows in (first, second)]
     keys = _keys(*tables)
     a, b = (_comparable(rows, keys) for rows in tables)
     merged = a.merge(b, on=[*keys, "seed"], how="outer", suffixes=("_A", "_B"), indicator="where")
-    # as the tables have them, whose numbers are in order
-    merged = merged.sort_values(["place_A", "place_B"])
+    # in the order of the tables, which are sorted
+    merged = merged.sort_values(["index_A", "index_B"])
     only = []
     for side, where in zip("AB", ("left_only", "right_only"), strict=True):
         rows = merged[merged["where"] == where].rename(columns={f"value_{side}": "value"})
@@ -82,7 +94,7 @@ def _family(name: str, first: pd.DataFrame | None, second: pd.DataFrame | None) 
 
 
 def _keys(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
-    """The columns that say which number a row is, of those that both tables fill."""
+    """Return the key columns: those that identify a number, as far as both tables fill them."""
     names = [
         str(name)
         for name in first.columns
@@ -97,11 +109,11 @@ def _keys(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
 
 
 def _comparable(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Keys as text, so that 8 and 8.0 and nothing are the same in both tables."""
+    """Write keys as text, so that 8 and 8.0, and blanks of any type, are equal in both tables."""
     text = pd.DataFrame({name: [_text(cell) for cell in rows[name]] for name in keys}, dtype="object")
     for name in ("seed", "value", "stderr"):
         text[name] = rows[name].to_numpy()
-    return text.assign(place=range(len(rows)))
+    return text.assign(index=range(len(rows)))
 
 
 def _text(cell: Any) -> str:
@@ -132,12 +144,12 @@ def _is_rate(unit: str) -> bool:
 
 
 def _lines(one: Compared) -> list[list[str]]:
-    """A line for each number that both have: what, where it was measured, A, B, B - A, B / A, and the mark."""
+    """Return a line for each common number: method, metric, where, A, B, B - A, B / A, and the mark."""
     keys = [str(name) for name in one.both.columns if name not in (*NUMBERS, "seeds", *NAMED)]
-    shown = [name for name in keys if one.both[name].nunique() > 1]
+    varied = [name for name in keys if one.both[name].nunique() > 1]
     lines = []
     for row in one.both.to_dict("records"):
-        where = " ".join(f"{name}={row[name]}" for name in shown if row[name])
+        where = " ".join(f"{name}={row[name]}" for name in varied if row[name])
         seeds = f" {row['seeds']} seeds" if row["seeds"] > 1 else ""
         half = "" if math.isnan(row["interval"]) else f" ± {row['interval']:.2g}"
         ratio = "" if math.isnan(row["ratio"]) else f"{row['ratio']:.3f}"
@@ -147,19 +159,21 @@ def _lines(one: Compared) -> list[list[str]]:
     return lines
 
 
-def _said(one: Compared) -> list[str]:
-    """How many numbers differ, and what one folder has alone, by method."""
+def _counts(one: Compared) -> list[str]:
+    """Return how many numbers differ, and how many one folder has alone, by method."""
     marked, bare = int(one.both["beyond"].sum()), int(one.both["interval"].isna().sum())
     without = f", {bare} without an interval" if bare else ""
-    said = [f"{one.family}: {len(one.both)} numbers in both, {marked} apart by more than the interval (*){without}"]
+    sentences = [
+        f"{one.family}: {len(one.both)} numbers in both, {marked} apart by more than the interval (*){without}"
+    ]
     for side, rows in zip("AB", one.only, strict=True):
         if len(rows):
             counts = rows.groupby(METHOD, sort=True).size().reset_index(name="count")
             parts = [
                 f"{row['task']} {row['model']} {_method(row)}: {row['count']}" for row in counts.to_dict("records")
             ]
-            said.append(f"{one.family}: {len(rows)} only in {side} ({'; '.join(parts)})")
-    return said
+            sentences.append(f"{one.family}: {len(rows)} only in {side} ({'; '.join(parts)})")
+    return sentences
 
 
 def _method(row: Mapping[Any, Any]) -> str:
@@ -167,17 +181,17 @@ def _method(row: Mapping[Any, Any]) -> str:
 
 
 def terminal(compared: list[Compared]) -> RenderableType:
-    """For a terminal."""
+    """Lay the comparison out for a terminal."""
     parts: list[RenderableType] = []
     for one in compared:
-        shown, lines = Terminal(title=one.family, box=SIMPLE, pad_edge=False), _lines(one)
-        used = [place for place in range(len(HEADINGS)) if any(line[place] for line in lines)]
-        for place in used:
-            words = place < 3
-            shown.add_column(HEADINGS[place], overflow="fold", no_wrap=not words, justify="left" if words else "right")
+        table, lines = Terminal(title=one.family, box=SIMPLE, pad_edge=False), _lines(one)
+        used = [index for index in range(len(HEADINGS)) if any(line[index] for line in lines)]
+        for index in used:
+            words = index < 3
+            table.add_column(HEADINGS[index], overflow="fold", no_wrap=not words, justify="left" if words else "right")
         for line in lines:
-            shown.add_row(*(line[place] for place in used), style="bold" if line[-1] else "")
-        parts += [*([shown] if lines else []), *_said(one)]
+            table.add_row(*(line[index] for index in used), style="bold" if line[-1] else "")
+        parts += [*([table] if lines else []), *_counts(one)]
     return Group(*parts)
 
 
@@ -186,12 +200,14 @@ def markdown(compared: list[Compared]) -> str:
     for one in compared:
         lines = _lines(one)
         table = [list(HEADINGS), ["---"] * len(HEADINGS), *lines] if lines else []
-        parts.append("\n".join([*(f"| {' | '.join(line)} |" for line in table), *([""] if table else []), *_said(one)]))
+        parts.append(
+            "\n".join([*(f"| {' | '.join(line)} |" for line in table), *([""] if table else []), *_counts(one)])
+        )
     return "\n\n".join(parts)
 
 
 def comma_separated(compared: list[Compared]) -> str:
-    """Every number, those that one folder has alone too: there the other's is empty."""
+    """Write all numbers as CSV; of one that only one folder has, the other's is empty."""
     frames = []
     for one in compared:
         alone = [rows.rename(columns={"value": side}) for rows, side in zip(one.only, "AB", strict=True)]
@@ -202,10 +218,12 @@ def comma_separated(compared: list[Compared]) -> str:
 
 
 FORMATS: dict[str, Callable[[list[Compared]], RenderableType]] = {
-    "terminal": terminal, "markdown": markdown, "csv": comma_separated,
-}  # fmt: skip
+    "terminal": terminal,
+    "markdown": markdown,
+    "csv": comma_separated,
+}
 
 
 def render(first: Path, second: Path, style: str) -> RenderableType:
-    """The comparison as `style` has it; InputError names the styles."""
+    """Render the comparison in the format `style`; InputError lists the formats."""
     return FORMATS[choose("format", style, FORMATS)](compare(first, second))

@@ -1,8 +1,8 @@
-"""How often a text is read in training, and what that does to a model.
+"""Epochs: how often training repeats a text, and whether a model overfits it.
 
-Up to four epochs, repeated text is nearly as good as new text; what more of them add fades, until there is nothing to
-gain (Muennighoff et al. 2023, arXiv 2305.16264). A model that learns its text by heart shows it by a loss on held-out
-text that rises again while that on training text falls.
+Up to four epochs, repeated text is nearly as good as new text; the gain of further epochs fades to nothing
+(Muennighoff et al. 2023, arXiv 2305.16264). A model that memorises its text has a held-out loss that rises again while
+its training loss falls.
 """
 
 import math
@@ -13,34 +13,34 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-# passes over the training text that a preset makes at most
+# epochs of a preset at most
 MAX_EPOCHS = 4.0
-# nats a token by which the held-out loss of a model that overfits ends above its lowest: 5 % in perplexity. It is the
-# same text at every look: in the preset quick, where that is 1,792 tokens, it rose by 0.025 at most from one look to
-# the next, early, and fell to the end; of a model that had learnt 83,000 tokens by heart it was 2.6 above its lowest
+# nats/token by which the held-out loss of a model that overfits ends above its lowest: 5 % in perplexity. The text is
+# the same at every validation step: in the preset quick, where that is 1,792 tokens, it rose by 0.025 at most from one
+# step to the next, early, and fell to the end; of a model that had memorised 83,000 tokens it was 2.6 above its lowest
 RISE = 0.05
 # the status of such a model's rows
 OVERFIT = "overfit"
 
-# looks at the held-out loss: (step, nats/token)
+# held-out losses: (step, nats/token)
 Looks = Sequence[tuple[int, float]]
 Method = tuple[str, str]
 
 
-def overfits(looks: Looks) -> bool:
-    """Whether the held-out loss ends by more than RISE above its lowest."""
-    losses = [loss for _, loss in looks]
+def overfits(held_out: Looks) -> bool:
+    """Return whether the held-out loss ends more than RISE above its lowest."""
+    losses = [loss for _, loss in held_out]
     return bool(losses) and losses[-1] - min(losses) > RISE
 
 
-def looks_without_progress(looks: Looks) -> int:
-    """Looks since the one with the lowest loss."""
-    losses = [loss for _, loss in looks]
+def looks_without_progress(held_out: Looks) -> int:
+    """Return the number of validation steps since the one with the lowest loss."""
+    losses = [loss for _, loss in held_out]
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 def notice(corpus: str, unique: int, asked: int, trained: int) -> list[str]:
-    """What to say of the tokens that are asked for and of those trained on, given those of an epoch; often nothing."""
+    """Return notices on the tokens requested and those trained on, `unique` being one epoch; often empty."""
     if not unique:
         return []
     what = f"{asked:,} training tokens are {asked / unique:.3g} epochs of {corpus!r}, which has {unique:,}"
@@ -58,34 +58,34 @@ def notice(corpus: str, unique: int, asked: int, trained: int) -> list[str]:
 
 
 def overfit(rows: "pd.DataFrame") -> "pd.Series[bool]":
-    """Which rows of a result table are of models that overfit; tables from before that was measured have none."""
+    """Return which rows of a result table are of models that overfit; none where an older table lacks `status`."""
     import pandas as pd
 
     return rows["status"] == OVERFIT if "status" in rows else pd.Series(False, index=rows.index)
 
 
 def caution(rows: "pd.DataFrame", name: Callable[[Method], str] | None = None) -> str:
-    """What a reader of these rows must know of their models' training, in sentences; empty when it is nothing.
+    """Return sentences that name the models of these rows that overfit or trained for too many epochs; often empty.
 
-    name: what the reader knows a method, (attention, options), as.
+    name: writes a method, (attention, options).
     """
     import pandas as pd
 
     name = name or (lambda method: ":".join(filter(None, method)))
-    said = []
-    if found := _methods(rows[overfit(rows)]):
-        names = ", ".join(name(method) for method in found)
-        said.append(f"Overfit (held-out loss ended over {RISE} nats/token above its lowest): {names}.")
+    sentences = []
+    if methods := _methods(rows[overfit(rows)]):
+        names = ", ".join(name(method) for method in methods)
+        sentences.append(f"Overfit (held-out loss ended over {RISE} nats/token above its lowest): {names}.")
     if "epochs" in rows and (often := _methods(rows[pd.to_numeric(rows["epochs"]) > MAX_EPOCHS])):
         counts = ", ".join(f"{name(method)} {epochs:.3g}" for method, epochs in often.items())
-        said.append(f"Trained for more than {MAX_EPOCHS:g} epochs of the text: {counts}.")
-    return " ".join(said)
+        sentences.append(f"Trained for more than {MAX_EPOCHS:g} epochs of the text: {counts}.")
+    return " ".join(sentences)
 
 
 def _methods(rows: "pd.DataFrame") -> dict[Method, float]:
-    """The methods of rows, and the most epochs of each."""
+    """Return the methods of rows, with the most epochs of each."""
     import pandas as pd
 
     most = rows.assign(epochs=pd.to_numeric(rows["epochs"]) if "epochs" in rows else math.nan)
-    found = most.groupby(["attention", "options"])["epochs"].max().reset_index()
-    return {(str(name), str(options)): float(epochs) for name, options, epochs in found.to_numpy()}
+    highest = most.groupby(["attention", "options"])["epochs"].max().reset_index()
+    return {(str(name), str(options)): float(epochs) for name, options, epochs in highest.to_numpy()}

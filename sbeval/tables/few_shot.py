@@ -1,8 +1,8 @@
-"""Tables of few-shot scores as papers print them: a row a model, a column a benchmark, and the average.
+"""Tables of few-shot scores as papers print them: a row for each model, a column for each benchmark, and the average.
 
 The score of a benchmark is its acc_norm where lm-eval has it, else acc, else an exact match; perplexities are shown and
-not averaged. Scores are in percent with the half-width of their 95 % interval (see `sbeval.tables.statistics`). A row of its
-own says what guessing gives: a score whose interval holds it tells nothing.
+not averaged. Scores are in percent with the half-width of their 95 % interval (see `sbeval.tables.statistics`). A row
+of its own is the score of guessing: a score whose interval includes it is no evidence.
 """
 
 import math
@@ -16,21 +16,26 @@ from sbeval.errors import InputError, choose
 from sbeval.tables import epochs
 from sbeval.tables.statistics import half_width
 
-# in this order a benchmark's score is looked for; what is in percent and in the average
+# candidates for the score of a benchmark, the preferred first; whether they are in percent and averaged
 METRICS = {
-    "acc_norm": True, "acc": True, "exact_match": True, "f1": True, "em": True,
-    "word_perplexity": False, "perplexity": False,
-}  # fmt: skip
-# of several ways to read an answer from a text, the lenient one
+    "acc_norm": True,
+    "acc": True,
+    "exact_match": True,
+    "f1": True,
+    "em": True,
+    "word_perplexity": False,
+    "perplexity": False,
+}
+# of several ways to extract an answer from a completion, the lenient one first
 FILTERS = ("", "flexible-extract", "strict-match")
-# what tells one model from another
+# columns that identify a model
 MODEL = ["model", "attention", "options", "params", "train_len", "train_tokens", "eval_len"]
 COLUMNS = (*MODEL, "task", "seed", "metric", "value", "stderr", "n", "part", "filter", "shots", "chance")
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A score and the half-width of its 95 % interval, None where there is none; in percent or as it is."""
+    """A score and the half-width of its 95 % interval, None where there is none; in percent unless a perplexity."""
 
     value: float
     half: float | None = None
@@ -41,21 +46,21 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """A table: headings of its columns, and the name and cells of each row; None where nothing was measured."""
+    """A table: headings of its columns, and name and cells of each row; None where nothing was measured."""
 
     headings: list[str]
     rows: list[tuple[str, list[Cell | None]]]
 
 
 def headline(results: pd.DataFrame) -> pd.DataFrame:
-    """Rows that are the score of a whole benchmark: one for each model, seed and benchmark, that over most items.
+    """Return the score of each whole benchmark, for each model and seed the one over the most items.
 
-    Column `benchmark` is the task with its examples.
+    Column `benchmark` is the task with its number of shots.
     """
     whole = results[(results["part"] == "") & results["metric"].isin(METRICS) & results["filter"].isin(FILTERS)].copy()
     if whole.empty:
         raise InputError("there is no score of a whole benchmark")
-    # a column of blanks alone is text
+    # a blank column is read as text
     whole["chance"] = pd.to_numeric(whole["chance"], errors="coerce")
     whole["benchmark"] = [f"{task} ({shots})" for task, shots in zip(whole["task"], whole["shots"], strict=True)]
     order = {metric: index for index, metric in enumerate(METRICS)}
@@ -65,11 +70,11 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def names(chosen: pd.DataFrame) -> dict[tuple[object, ...], str]:
-    """A name for each model, by its columns MODEL; with how it was trained and read only where two would be alike."""
+    """Name each model, by its columns MODEL; with training and evaluation lengths only where names would be equal."""
     short, long = {}, {}
     for key in chosen[MODEL].drop_duplicates().itertuples(index=False, name=None):
         model, attention, options, params, train_len, train_tokens, eval_len = key
-        # of a model from elsewhere the name says it all
+        # the name of a Hugging Face model suffices
         name = f"{model}" if attention == "hf" else f"{model} {attention}"
         short[key] = f"{name}:{options}" if options and attention != "hf" else name
         long[key] = f"{short[key]} ({train_tokens / 1e6:.0f} M tokens of {train_len}, read to {eval_len})"
@@ -78,16 +83,16 @@ def names(chosen: pd.DataFrame) -> dict[tuple[object, ...], str]:
 
 
 def table(results: pd.DataFrame) -> Scores:
-    """The table of all that is in `results`, rows of the result table."""
+    """Build the table of `results`, rows of the result table."""
     chosen = headline(results)
     benchmarks = list(dict.fromkeys(chosen["benchmark"]))
     metrics = {str(name): str(group["metric"].iloc[0]) for name, group in chosen.groupby("benchmark")}
     averaged = [name for name in benchmarks if METRICS[metrics[name]]]
     named, rows = names(chosen), []
     for key, group in chosen.groupby(MODEL):
-        found = {str(name): _cell(part, METRICS[metrics[str(name)]]) for name, part in group.groupby("benchmark")}
+        scores = {str(name): _cell(part, METRICS[metrics[str(name)]]) for name, part in group.groupby("benchmark")}
         mark = f" ({epochs.OVERFIT})" if epochs.overfit(group).any() else ""
-        rows.append((named[key] + mark, [*(found.get(name) for name in benchmarks), _average(found, averaged)]))
+        rows.append((named[key] + mark, [*(scores.get(name) for name in benchmarks), _average(scores, averaged)]))
     chance = {
         str(name): Cell(100 * float(group["chance"].iloc[0]))
         for name, group in chosen.groupby("benchmark")
@@ -98,31 +103,31 @@ def table(results: pd.DataFrame) -> Scores:
 
 
 def _cell(rows: pd.DataFrame, percent: bool) -> Cell:
-    """The mean over seeds and its interval."""
+    """Return the mean over seeds and its interval."""
     scale = 100 if percent else 1
     half = scale * half_width(rows["value"].to_numpy(dtype=float), float(rows["stderr"].iloc[0]))
     return Cell(scale * float(rows["value"].mean()), None if math.isnan(half) else half)
 
 
 def _average(cells: dict[str, Cell], averaged: list[str]) -> Cell | None:
-    """The mean of benchmarks, whose items are independent; None unless there is a score of each."""
-    found = [cells[name] for name in averaged if name in cells]
-    if not found or len(found) < len(averaged):
+    """Return the mean over benchmarks, whose items are independent; None unless there is a score of each."""
+    scores = [cells[name] for name in averaged if name in cells]
+    if not scores or len(scores) < len(averaged):
         return None
-    halves = [cell.half for cell in found if cell.half is not None]
-    half = math.sqrt(sum(one**2 for one in halves)) / len(found) if len(halves) == len(found) else None
-    return Cell(sum(cell.value for cell in found) / len(found), half)
+    halves = [cell.half for cell in scores if cell.half is not None]
+    half = math.sqrt(sum(one**2 for one in halves)) / len(scores) if len(halves) == len(scores) else None
+    return Cell(sum(cell.value for cell in scores) / len(scores), half)
 
 
 def terminal(scores: Scores) -> Terminal:
-    """For a terminal: on its side, since there are more benchmarks than models."""
-    shown = Terminal(title="Scores in percent (perplexities as they are), ± 95 % interval")
-    shown.add_column("")
+    """Lay the table out for a terminal, transposed: there are more benchmarks than models."""
+    table = Terminal(title="Scores in percent (perplexities as they are), ± 95 % interval")
+    table.add_column("")
     for name, _ in scores.rows:
-        shown.add_column(name, justify="right")
+        table.add_column(name, justify="right")
     for index, heading in enumerate(scores.headings):
-        shown.add_row(heading, *(_text(cells[index]) for _, cells in scores.rows))
-    return shown
+        table.add_row(heading, *(_text(cells[index]) for _, cells in scores.rows))
+    return table
 
 
 def markdown(scores: Scores) -> str:
@@ -132,7 +137,7 @@ def markdown(scores: Scores) -> str:
 
 
 def latex(scores: Scores) -> str:
-    """A tabular of booktabs' rules."""
+    """Write a LaTeX tabular with the rules of booktabs."""
     lines = [[name, *(_text(cell, r" $\pm$ ") for cell in cells)] for name, cells in scores.rows]
     body = [" & ".join([_escaped(line[0]), *line[1:]]) + r" \\" for line in lines]
     head = " & ".join(["", *map(_escaped, scores.headings)]) + r" \\"
@@ -143,13 +148,13 @@ def latex(scores: Scores) -> str:
 
 
 def comma_separated(scores: Scores) -> str:
-    """A column for each score and one for the half-width of its interval."""
-    found = {
+    """Write CSV with a column for each score and one for the half-width of its interval."""
+    numbers = {
         name: [number for cell in cells for number in (cell and cell.value, cell and cell.half)]
         for name, cells in scores.rows
     }
     names = [column for heading in scores.headings for column in (heading, f"{heading} ±")]
-    return pd.DataFrame.from_dict(found, orient="index", columns=names).to_csv(index_label="model").rstrip("\n")
+    return pd.DataFrame.from_dict(numbers, orient="index", columns=names).to_csv(index_label="model").rstrip("\n")
 
 
 def _text(cell: Cell | None, between: str = " ± ") -> str:
@@ -161,10 +166,13 @@ def _escaped(text: str) -> str:
 
 
 FORMATS: dict[str, Callable[[Scores], str | Terminal]] = {
-    "terminal": terminal, "markdown": markdown, "latex": latex, "csv": comma_separated,
-}  # fmt: skip
+    "terminal": terminal,
+    "markdown": markdown,
+    "latex": latex,
+    "csv": comma_separated,
+}
 
 
 def render(results: pd.DataFrame, style: str) -> str | Terminal:
-    """The table as `style` has it; InputError names the styles."""
+    """Render the table in the format `style`; InputError lists the formats."""
     return FORMATS[choose("format", style, FORMATS)](table(results))

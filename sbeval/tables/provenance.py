@@ -1,4 +1,4 @@
-"""Where numbers come from: the provenance columns of a row, and the run file of a cell with everything else.
+"""Provenance: its columns in the rows of a table, and the run file of a cell with everything else.
 
 A run file is results/runs/<cell>.json. JSON has no NaN and no infinity: both are written as null.
 """
@@ -41,7 +41,7 @@ def collect(
 ) -> Provenance:
     """Complete the provenance columns of a cell's rows with commit, versions and time.
 
-    `device` is torch's name for it (`cpu`, `cuda:1`); the column says the card's name, `device_name` if given.
+    device: torch's name (`cpu`, `cuda:1`). The column has the name of the card, or `device_name` if given.
     """
     installed = versions()
     return Provenance(
@@ -74,9 +74,10 @@ def run_record(
     measured: Mapping[str, object] | None = None,
     argv: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Gather what a run file holds. `reason` says why a run failed; `measured` is free: a loss curve, memory, timings.
+    """Collect the contents of a run file.
 
-    `wall_s` is in seconds, `tokens_per_s` counts trained tokens; None where nothing was trained.
+    reason: why a run failed. wall_s: seconds. tokens_per_s: of training; None where nothing was trained. measured:
+    anything else, such as a loss curve, memory and timings.
     """
     program, *arguments = sys.argv if argv is None else argv
     assert (status == "failed") == bool(reason), "a failed run has a reason, a finished one has none"
@@ -85,7 +86,7 @@ def run_record(
         "reason": reason,
         "provenance": provenance,
         "config": config,
-        # the folder in front of the program's name is the machine's affair
+        # without the folder of the program, which depends on the machine
         "argv": [Path(program).name, *arguments],
         "versions": versions(),
         "host": {"platform": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count()},
@@ -98,9 +99,9 @@ def run_record(
 
 
 def write_run(path: Path, record: Mapping[str, object]) -> None:
-    """Write a run file in one step, as JSON with one entry a line; the folder is made.
+    """Write a run file atomically, as JSON with one entry on a line; create its folder.
 
-    Dataclasses become objects, Paths and sets text and sorted lists, arrays and tensors lists; NaN and infinity null.
+    Dataclasses become objects, Paths text, sets sorted lists, arrays and tensors lists, NaN and infinity null.
     """
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,7 +110,7 @@ def write_run(path: Path, record: Mapping[str, object]) -> None:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Read a run file; InputError when it is missing or no JSON object."""
+    """Read a run file; InputError when it is missing or not a JSON object."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -117,7 +118,7 @@ def read_run(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read the run file {path}: {error}") from None
     if not isinstance(record, dict):
-        raise InputError(f"the run file {path} holds no JSON object")
+        raise InputError(f"the run file {path} is not a JSON object")
     return record
 
 
@@ -125,9 +126,9 @@ def read_run(path: Path) -> dict[str, Any]:
 def commit(folder: Path) -> str:
     """Return the commit of the source in `folder`, with `+dirty` when tracked files differ from it.
 
-    It is looked up once, when the code that runs is still the code on disk. Result tables do not count as a difference:
-    the first cell of a sweep would mark all others. Outside git it is what SBEVAL_COMMIT says, else `unknown`; so it is
-    in a folder that git does not track, such as an environment that lies inside another project's checkout.
+    It is looked up once, while the running code is still that on disk. Changed result tables do not count: the first
+    cell of a sweep would mark all others. Outside git, and in a folder that git does not track, such as an environment
+    inside the checkout of another project, it is the value of SBEVAL_COMMIT, else `unknown`.
     """
     if not _git(folder, "ls-files", "--error-unmatch", "."):
         return os.environ.get("SBEVAL_COMMIT", "unknown")
@@ -141,13 +142,13 @@ def commit(folder: Path) -> str:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that numbers depend on; `none` for one that is not installed.
 
-    They come from the packages' metadata: nothing is imported.
+    They are read from the packages' metadata, without imports.
     """
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def name_of(device: str) -> str:
-    """Return the name of the card behind torch's device name, where torch is imported; otherwise `device` itself."""
+    """Return the name of the card for torch's device name, if torch is imported; otherwise `device` itself."""
     torch = sys.modules.get("torch")
     if torch is None or not device.startswith("cuda"):
         return device
@@ -170,7 +171,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _plain(value: Any) -> Any:
-    """Turn a value into what JSON knows; TypeError where that would be a guess."""
+    """Convert a value to JSON's types; TypeError where that would be a guess."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -188,11 +189,11 @@ def _plain(value: Any) -> Any:
     # numpy's and torch's scalars and arrays
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
-    raise TypeError(f"a {type(value).__name__} has no place in a run file")
+    raise TypeError(f"a {type(value).__name__} cannot be written to a run file")
 
 
 def _layout(value: Any, margin: str = "") -> str:
-    """Lay out objects one entry a line and keep lists on one: a loss curve is one line, not thousands."""
+    """Write objects with one entry on a line and lists on one line: a loss curve is one line, not thousands."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value, allow_nan=False, ensure_ascii=False)
     inner = margin + "  "

@@ -1,9 +1,9 @@
-"""The layout of a results folder, known here alone.
+"""The layout of a results folder, defined here alone.
 
 <family>.csv                     result tables
 runs/<cell>.json                 run files
 checkpoints/<digest>/            models, and locks/<digest>.lock while one is trained
-answers/<digest>.sqlite          what models answered, so that a run that was stopped does not ask again
+answers/<digest>.sqlite          cached model responses, which a resumed run does not generate again
 samples/<prompts>-<digest>.jsonl
 figures/<figure>.{png,pdf,html}
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """Paths in a results folder; none of them need exist."""
+    """Paths in a results folder; they need not exist."""
 
     folder: Path
 
@@ -26,7 +26,7 @@ class Results:
         return self.folder / "runs"
 
     def run_file(self, cell: str) -> Path:
-        """Return the path of the run file of the cell of this id."""
+        """Return the path of the run file of the cell with this id."""
         return self.runs / f"{cell}.json"
 
     @property

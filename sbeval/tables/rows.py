@@ -1,4 +1,4 @@
-"""Rows of result tables: the columns of every family, which adds its factors in a subclass of `Measurement`."""
+"""Rows of result tables: the columns common to all families; each adds its factors in a subclass of `Measurement`."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ from sbeval.config import LATER
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What was measured: the method, how it was trained and evaluated. Lengths are in tokens."""
+    """The model measured: method, training and evaluation. Lengths are in tokens."""
 
     family: str
     task: str
@@ -22,7 +22,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One number. `stderr` is its standard error over the `n` things that it is a mean of; None when it has none."""
+    """One number. `stderr` is its standard error as a mean over `n` units; None when it has none."""
 
     metric: str
     unit: str
@@ -33,9 +33,9 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where a row comes from. `cell` is the stem of its run file, results/runs/<cell>.json.
+    """Origin of a row. `cell` is the stem of its run file, results/runs/<cell>.json.
 
-    unique_tokens: those of an epoch of the text that a model is trained on, None where there is no such text.
+    unique_tokens: tokens of one epoch of the training text; None for generated data.
     """
 
     cell: str

@@ -1,4 +1,4 @@
-"""The runs behind a result table: what its rows and their run files say of where the numbers come from."""
+"""The runs behind a result table: the origin of its numbers, from its rows and their run files."""
 
 import shlex
 from dataclasses import dataclass
@@ -10,29 +10,35 @@ import pandas as pd
 from sbeval.tables.provenance import read_run
 
 COLUMNS = ("cell", "preset", "seed", "corpus", "dtype", "device", "commit", "torch", "triton", "utc")
-# what `origin` says of runs, in this order
+# what `origin` lists, in this order
 WORDS = {
-    "commit": "commit {}", "device": "{}", "dtype": "{}", "torch": "torch {}", "triton": "triton {}",
-    "python": "Python {}", "seed": "seed {}", "corpus": "{}",
-}  # fmt: skip
+    "commit": "commit {}",
+    "device": "{}",
+    "dtype": "{}",
+    "torch": "torch {}",
+    "triton": "triton {}",
+    "python": "Python {}",
+    "seed": "seed {}",
+    "corpus": "{}",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """A row a cell, in the order of their names, and the command lines that made them."""
+    """A row for each cell, by name, and the command lines that produced them."""
 
     cells: pd.DataFrame
     commands: list[str]
 
     def origin(self) -> str:
-        """Where the numbers come from, in a line: what several runs differ in is a list."""
-        found = {name: [str(value) for value in sorted(set(self.cells[name])) if str(value)] for name in WORDS}
-        said = [WORDS[name].format(", ".join(values)) for name, values in found.items() if values]
-        return "; ".join([f"{len(self.cells)} run{'s' * (len(self.cells) > 1)}", *said])
+        """Return the origin of the numbers in a line; what differs between runs is a list."""
+        values_of = {name: [str(value) for value in sorted(set(self.cells[name])) if str(value)] for name in WORDS}
+        parts = [WORDS[name].format(", ".join(values)) for name, values in values_of.items() if values]
+        return "; ".join([f"{len(self.cells)} run{'s' * (len(self.cells) > 1)}", *parts])
 
 
 def gather(table: pd.DataFrame, folder: Path) -> Runs:
-    """The runs of a table, whose run files lie in `folder`. What a missing run file would say is empty."""
+    """Collect the runs of a table, whose run files are in `folder`; without a run file, its entries are empty."""
     cells = table[list(COLUMNS)].drop_duplicates("cell").sort_values("cell")
     records = [_record(folder / f"{cell}.json") for cell in cells["cell"]]
     digests = [str(record.get("corpus_digest", "")) for record in records]
@@ -46,7 +52,7 @@ def gather(table: pd.DataFrame, folder: Path) -> Runs:
 
 
 def command_line(argv: list[str]) -> str:
-    """A recorded command line as one types it; a module that was run says so."""
+    """Return a recorded command line as typed; that of a module begins with `python -m`."""
     if not argv:
         return ""
     program = ["python", "-m", "sbeval"] if argv[0] == "__main__.py" else argv[:1]

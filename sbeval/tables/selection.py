@@ -1,4 +1,4 @@
-"""Which rows of a result table count: what figures draw, claims are decided by, and further seeds are trained for."""
+"""Select rows of result tables: for figures, for verdicts on claims, and for the choice of a learning rate."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,9 @@ from sbeval.tables.table import numbers
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Columns that tell the settings of a family apart, in which its methods are compared.
+    """Columns that define a setting of a family, within which its methods are compared.
 
-    Titles of figures name those of `always`, and of `others` those that differ.
+    Titles of figures name the columns of `always`, and those of `others` that differ.
     """
 
     always: tuple[str, ...]
@@ -29,17 +29,31 @@ LENGTH_GEN = Setting(
 )
 NEEDLE = Setting(("model", "train_len", "finetune_tokens"), ("tokenizer", "preset", "corpus", "train_tokens", "dtype"))
 NEEDLE_METRICS = ("score", "greedy")
-# columns that agree in rows of the same number
+# columns that identify a number
 NEEDLE_SAME = ["attention", "options", "seed", "task", "metric", "length", *NEEDLE.columns]
 MQRAR = Setting(
     ("model", "vocab_size", "seq_len"),
     ("task", "width", "layers", "heads", "train_len", "eval_len", "preset", "dtype"),
 )
-# columns that tables of older runs lack
+# columns that older tables lack
 MQRAR_LATER = (
-    "optimizer", "slot_power", "filler", "distinct", "key_pool", "score_prefix", "positions", "dropout", "stored_rows",
-    "batch", "max_steps", "schedule", "weight_decay", "init_std", "stop_accuracy", "patience",
-)  # fmt: skip
+    "optimizer",
+    "slot_power",
+    "filler",
+    "distinct",
+    "key_pool",
+    "score_prefix",
+    "positions",
+    "dropout",
+    "stored_rows",
+    "batch",
+    "max_steps",
+    "schedule",
+    "weight_decay",
+    "init_std",
+    "stop_accuracy",
+    "patience",
+)
 FLIP_FLOP = Setting(("model", "seq_len"), ("task", "heads", "p_train", "preset", "dtype"))
 ATTENTION_MAP = ["task", "vocab_size", "seq_len", "kv_pairs"]
 
@@ -55,21 +69,21 @@ def by_context(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def recall_setting(table: pd.DataFrame) -> Setting:
-    """Return the columns that tell the settings of a table of `mqrar` apart: an older one has fewer."""
+    """Return the columns that define a setting in a table of `mqrar`; an older table has fewer."""
     return Setting(MQRAR.always, (*MQRAR.others, *(name for name in MQRAR_LATER if name in table)))
 
 
 def recall_accuracy(table: pd.DataFrame) -> pd.DataFrame:
     """Return, for each method and setting of `mqrar`, the accuracies at the rate with the best validation accuracy.
 
-    The best is that of the highest mean over the seeds that every rate has; of equals the one that took the fewest
-    steps, where the table says that, then the smallest. Where one rate was tried it stays; several without validation
-    accuracy are an InputError: the test score must not choose.
+    The best has the highest mean over the seeds that every rate has; ties go to the fewest training steps, if the table
+    has them, then to the smallest rate. A single rate is kept. Several rates without validation accuracy are an
+    InputError: the test score must not choose.
     """
     wanted = table["metric"].isin(["accuracy", "validation_accuracy", "steps"])
     table = numbers(table[wanted], ["kv_pairs", "vocab_size", "lr"])
     table = table.assign(n_back=table["n_back"].fillna(1) if "n_back" in table else 1)
-    # runs from before there was a choice
+    # runs from before the option existed
     optimizer = table["optimizer"].fillna("").replace("", "adamw") if "optimizer" in table else "adamw"
     table = table.assign(optimizer=optimizer)
     by = ["attention", "options", "kv_pairs", "n_back", *recall_setting(table).columns]
@@ -78,9 +92,9 @@ def recall_accuracy(table: pd.DataFrame) -> pd.DataFrame:
         if (rates := ranked_rates(rows)) is not None:
             rows = rows[rows["lr"] == rates[0]]
         if rows["lr"].nunique() > 1:
-            found = ", ".join(f"{rate:g}" for rate in sorted(rows["lr"].unique()))
+            tried = ", ".join(f"{rate:g}" for rate in sorted(rows["lr"].unique()))
             raise InputError(
-                f"{key[0]} with {key[2]:g} key-value pairs has the learning rates {found} and no validation_accuracy "
+                f"{key[0]} with {key[2]:g} key-value pairs has the learning rates {tried} and no validation_accuracy "
                 "to choose by; run the cells again or leave one rate"
             )
         kept.append(rows)
@@ -108,7 +122,7 @@ def ranked_rates(rows: pd.DataFrame) -> list[float] | None:
 def flip_flop_errors(table: pd.DataFrame) -> pd.DataFrame:
     """Return the error rates over all reads of each test of `flip_flop`, at the rate with the lowest validation error.
 
-    The lowest is that of the mean over seeds, of equals the smallest rate.
+    The lowest of means over seeds; ties go to the smallest rate.
     """
     rows = table[(table["metric"] == "error_rate") & table["distance_start"].isna()]
     if not rows["test"].isin(FLIP_FLOP_TESTS).any():
@@ -130,9 +144,9 @@ def needle_scores(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def most_samples(table: pd.DataFrame) -> pd.DataFrame:
-    """Of rows that differ in nothing but their cell, return those of the cell with most samples; of equals, the first.
+    """Of rows that differ in their cell alone, return those of the cell with the most samples; ties go to the first.
 
-    A run with more --samples, or with another --length too, leaves a cell of its own beside that of the run before.
+    A run with more --samples or another --length adds a cell beside that of the earlier run.
     """
     samples = table.groupby([*NEEDLE_SAME, "cell"])["n"].transform("sum")
     order = samples.sort_values(ascending=False, kind="stable").index
@@ -143,7 +157,7 @@ def most_samples(table: pd.DataFrame) -> pd.DataFrame:
 def shared_tasks(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of the tasks that every method has, so that a mean over them compares like with like.
 
-    All rows where there is no such task.
+    Return all rows where there is no such task.
     """
     methods = scores.groupby(["attention", "options"]).ngroups
     has = scores.drop_duplicates(["attention", "options", "task"])["task"].value_counts()
@@ -168,7 +182,7 @@ def mean_over_tasks(scores: pd.DataFrame) -> pd.DataFrame:
 def dense_kernels(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Return the rows of one metric of `kernel` for whole sequences with all keys visited.
 
-    Column `options` is whose kernel it was, empty for ours.
+    Column `options` is the backend, empty for this project's kernel.
     """
     plain = (table["kv_heads"] == table["heads"]) & (table["queries"] == table["keys"]) & (table["sequences"] == 1)
     rows = table[plain & (table["epsilon"].fillna(0) == 0) & (table["metric"] == metric)]

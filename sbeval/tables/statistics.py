@@ -1,10 +1,10 @@
-"""Statistics: means with standard errors, and the one convention of intervals that verdicts and tables go by.
+"""Statistics: means with standard errors, and the one convention for intervals in verdicts and tables.
 
 An interval is 95 %. Over several seeds it is Student's t of the seeds' values, of a difference that of the seeds'
-differences; of one seed it is normal, from the standard error over what its number is a mean of. Standard errors of two
-numbers add as if they were independent, which over the same documents or items is cautious.
+differences; of one seed it is normal, from the standard error of its number as a mean. Standard errors of two numbers
+add as if they were independent, which is conservative over the same documents or items.
 
-Bands of figures show the seeds themselves: from the lowest to the highest (`spread`).
+Bands of figures show the range of seeds, from the lowest to the highest (`spread`).
 """
 
 import math
@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 # name and options of an attention method
 Method = tuple[str, str]
 
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; of more, the last is a little wide
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; for more, the last is a little wide
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 NORMAL = 1.96
 
@@ -36,7 +36,7 @@ class Estimate:
 
 
 def mean(values: Floats) -> Estimate:
-    """Return the mean of one value a unit, (n,)."""
+    """Return the mean of values, one for each unit, (n,)."""
     n = len(values)
     return Estimate(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else None, n)
 
@@ -44,7 +44,7 @@ def mean(values: Floats) -> Estimate:
 def ratio(numerators: Floats, denominators: Floats) -> Estimate:
     """Return the sum of numerators over the sum of denominators, (n,) each, with the error of the linearised ratio.
 
-    Units with denominator 0 tell nothing and do not count.
+    Units with denominator 0 are ignored.
     """
     counted = denominators > 0
     numerators, denominators = numerators[counted], denominators[counted]
@@ -53,9 +53,9 @@ def ratio(numerators: Floats, denominators: Floats) -> Estimate:
 
 
 def half_width(values: Floats, stderr: float) -> float:
-    """Return the half-width of the 95 % interval of the mean of one value a seed, (seeds,).
+    """Return the half-width of the 95 % interval of the mean of values, one for each seed, (seeds,).
 
-    stderr: that of the value of a single seed; several seeds do not need it. NaN where it is, and counts.
+    stderr: standard error of the value of a single seed, unused with several; NaN gives NaN.
     """
     seeds = len(values)
     if seeds == 1:
@@ -65,7 +65,7 @@ def half_width(values: Floats, stderr: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A number, its bounds, and what they are the spread of."""
+    """A number, its bounds, and what they are an interval over."""
 
     mean: float
     low: float
@@ -79,7 +79,7 @@ class Interval:
 
 
 def interval(numbers: pd.DataFrame, sample: str) -> Interval:
-    """Return the interval of a number: columns seed, value and stderr, a row a seed; `sample`: what a seed averages."""
+    """Return the interval of a number: columns seed, value and stderr; `sample`: what a single seed is a mean over."""
     values, errors = numbers["value"].to_numpy(dtype=float), numbers["stderr"].fillna(0.0)
     center, half = float(values.mean()), half_width(values, float(errors.iloc[0]))
     over = f"95 % over {len(values)} seeds" if len(values) > 1 else f"95 % over {sample}"
@@ -87,7 +87,7 @@ def interval(numbers: pd.DataFrame, sample: str) -> Interval:
 
 
 def difference(of: pd.DataFrame, less: pd.DataFrame, sample: str) -> Interval:
-    """Return the interval of `of` less `less`, seed by seed, as `interval`. InputError without a seed of both."""
+    """Return the interval of `of` minus `less`, paired by seed, as `interval`. InputError without a common seed."""
     both = of.merge(less, on="seed", suffixes=("", "_less"))
     if both.empty:
         raise InputError("stick-breaking and RoPE have no seed in common")
@@ -96,7 +96,7 @@ def difference(of: pd.DataFrame, less: pd.DataFrame, sample: str) -> Interval:
 
 
 def below(change: Interval, bound: float) -> bool | None:
-    """Return whether all of an interval is at most `bound`; None where it holds both."""
+    """Return whether a whole interval is at most `bound` (True) or above (False); None where it includes both."""
     if change.high <= bound:
         return True
     return False if change.low > bound else None
@@ -108,7 +108,7 @@ def method(rows: pd.DataFrame, of: Method) -> pd.DataFrame:
 
 
 def by_seed(rows: pd.DataFrame, of: Method) -> pd.DataFrame:
-    """Return seed, value and stderr of one method; of several rows of a seed their mean, as of independent ones."""
+    """Return seed, value and stderr of one method; several rows of a seed are averaged as independent."""
     mine = method(rows, of)
     mine = mine.assign(square=mine["stderr"].astype(float) ** 2)
     means = mine.groupby("seed", as_index=False).agg(
@@ -142,8 +142,8 @@ def spread(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 
 def explain(spreads: Iterable[pd.DataFrame], shape: str, sample: str) -> str:
-    """Write in a sentence what the bands or bars (`shape`) of a figure show; `sample`: what one seed is a mean over."""
-    # a table can have too few sequences for a point
+    """Explain in a sentence the bands or bars (`shape`) of a figure; `sample`: what a single seed is a mean over."""
+    # a table can have too few sequences for any point
     rows = pd.concat([pd.DataFrame(columns=["seeds"]), *spreads])
     if rows.empty:
         return ""

@@ -1,8 +1,8 @@
-"""Result tables: tidy CSV files in long form, one number a row, that concurrent runs and torn files cannot damage.
+"""Result tables: tidy CSV files in long form, one number in a row, that concurrent runs and torn files cannot damage.
 
-The columns are the fields of three dataclasses in this order (see `sbeval.tables.rows`): `Identity`, the family's own subclass
-of `Measurement`, whose added fields are the family's factors, `Provenance`. A factor's type is not in the file: on
-reading it is a number when all its cells are numbers or empty; `numbers` checks those that a reader counts on.
+The columns are the fields of three dataclasses in this order (see `sbeval.tables.rows`): `Identity`, the family's own
+subclass of `Measurement`, whose added fields are the family's factors, `Provenance`. The file does not have the types
+of factors: when read, one is a number if all its cells are numbers or empty; `numbers` checks those that must be.
 """
 
 import csv
@@ -24,13 +24,13 @@ from sbeval.tables.rows import Identity, Measurement, Provenance
 
 INT = re.compile(r"[+-]?[0-9]{1,18}")
 FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-# columns that do not say which number a row is: they differ when the same cell is run again
+# columns that do not identify a number: they differ when the same cell is run again
 OUTCOME = ("value", "stderr", "n", "commit", "torch", "triton", "utc")
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How a column's cells read: `number` is int, float or None (text); `blank` says whether a number may be absent."""
+    """Type of a column's cells: `number` is int, float or None (text); `blank`: whether a number may be absent."""
 
     number: type[int] | type[float] | None
     blank: bool
@@ -42,14 +42,14 @@ def columns(row_type: type[Measurement]) -> tuple[str, ...]:
 
 
 def required(row_type: type[Measurement]) -> tuple[str, ...]:
-    """Return the names of the columns without which a family's table cannot be read: all but those that came later."""
+    """Return the names of the columns without which a family's table cannot be read: all but those added later."""
     parts = (Identity, row_type, Provenance)
     later = {entry.name for part in parts for entry in fields(part) if LATER.items() <= entry.metadata.items()}
     return tuple(name for name in columns(row_type) if name not in later)
 
 
 def frame(identity: Identity, measurements: Iterable[Measurement], provenance: Provenance) -> pd.DataFrame:
-    """Build the rows of one cell, whose measurements are of one class. A value is finite: no data is an absent row."""
+    """Build the rows of one cell, whose measurements are of one class. Values are finite: no data is an absent row."""
     rows = list(measurements)
     assert rows and len({type(row) for row in rows}) == 1, "a cell has rows, and they are of one class"
     assert all(math.isfinite(row.value) for row in rows), "no data is an absent row, not NaN"
@@ -62,7 +62,7 @@ def frame(identity: Identity, measurements: Iterable[Measurement], provenance: P
 
 
 def write(path: Path, new: pd.DataFrame) -> None:
-    """Replace the rows of the cells in `new`, keep all others as they stand, sort, and swap the file in one step.
+    """Replace the rows of the cells in `new`, keep all others unchanged, sort, and replace the file atomically.
 
     Safe against concurrent writers (a lock beside the table) and against being killed. A table that cannot be read
     raises InputError as in `read`, before anything is changed.
@@ -76,8 +76,8 @@ def write(path: Path, new: pd.DataFrame) -> None:
     with locked(path):
         if path.exists():
             old = _load(path, required=required(Measurement))
-            kept = old[~old["cell"].isin(set(text["cell"]))]
-            text = pd.concat([text, kept], ignore_index=True).fillna("")
+            others = old[~old["cell"].isin(set(text["cell"]))]
+            text = pd.concat([text, others], ignore_index=True).fillna("")
         with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(text.columns)
@@ -87,8 +87,8 @@ def write(path: Path, new: pd.DataFrame) -> None:
 def read(path: Path, required: Iterable[str] = ()) -> pd.DataFrame:
     """Read a table. Integers are int64 (Int64 where cells may be empty), floats exact, empty text stays empty text.
 
-    Raises InputError, and changes nothing, when the file is missing, lacks a required column, has a ragged or
-    half-written line, or has something that is no number in a numeric column.
+    Raise InputError when the file is missing, lacks a required column, has a ragged or half-written line, or something
+    other than a number in a numeric column.
     """
     text = _load(path, required)
     return _typed(text, _guess(text))
@@ -97,14 +97,14 @@ def read(path: Path, required: Iterable[str] = ()) -> pd.DataFrame:
 def numbers(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     """Return the table with the named columns as int64 where all are whole, else float64.
 
-    An empty cell, or one that is no number, is an InputError.
+    An empty cell, or one that is not a number, is an InputError.
     """
     table = table.copy()
     for name in names:
         floats = pd.to_numeric(table[name], errors="coerce").astype("float64")
         if (wrong := floats.isna()).any():
             given = table.loc[wrong, name].iloc[0]
-            raise InputError(f"column {name!r} holds {'' if pd.isna(given) else given!r}, which is no number")
+            raise InputError(f"column {name!r} holds {'' if pd.isna(given) else given!r}, which is not a number")
         table[name] = floats if (floats % 1).any() else floats.astype("int64")
     return table
 
@@ -139,7 +139,7 @@ def _cell(value: Any, kind: Kind | None = None) -> str:
     if kind and kind.number:
         number = kind.number(value)
     else:
-        # numpy's scalars have a repr of their own
+        # numpy's scalars have another repr
         number = value.item() if hasattr(value, "item") else value
     assert math.isfinite(number), f"{number} cannot be read back"
     return repr(number)
@@ -149,7 +149,7 @@ def _load(path: Path, required: Iterable[str]) -> pd.DataFrame:
     """Read the cells as text and check the shape of the file and its common columns."""
     header, rows, lines = _parse(path)
     if not set(columns(Measurement)) & set(header):
-        raise InputError(f"{path} is no table of sbeval: it has none of its columns")
+        raise InputError(f"{path} is not a table of sbeval: it has none of its columns")
     if missing := [name for name in required if name not in header]:
         names = ", ".join(name if name.isprintable() else repr(name) for name in header)
         raise InputError(f"{path} has no column {', '.join(map(repr, missing))}; it has: {names}")
@@ -158,7 +158,7 @@ def _load(path: Path, required: Iterable[str]) -> pd.DataFrame:
         for line, cell in zip(lines, text[name], strict=True):
             if not _reads(cell, kind):
                 noun = "whole number" if kind.number is int else "number"
-                raise InputError(f"{path}:{line}: {cell!r} in column {name!r} is no {noun}; mend or remove that line")
+                raise InputError(f"{path}:{line}: {cell!r} in column {name!r} is not a {noun}; fix or remove that line")
     return text
 
 
@@ -186,19 +186,19 @@ def _parse(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
             lines.append(line)
             line = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{path}:{line}: {error}; mend or remove that line") from None
+        raise InputError(f"{path}:{line}: {error}; fix or remove that line") from None
     if twice := {name for name in header if header.count(name) > 1}:
-        raise InputError(f"{path}:1: column {', '.join(map(repr, sorted(twice)))} stands there twice")
+        raise InputError(f"{path}:1: column {', '.join(map(repr, sorted(twice)))} is duplicated; rename or remove one")
     # a value cut short can still have all its commas
     if not content.endswith("\n"):
         raise InputError(
-            f"{path}:{lines[-1] if lines else 1}: the last line has no end, it may be half written; mend or remove it"
+            f"{path}:{lines[-1] if lines else 1}: the last line is not ended, it may be half written; fix or remove it"
         )
     return header, rows, lines
 
 
 def _guess(text: pd.DataFrame) -> dict[str, Kind]:
-    """Give the kind of each column: the declared one of a common column, of a factor what all its cells are."""
+    """Return the kind of each column: declared for a common column, for a factor that of all its cells."""
     declared = _kinds(Measurement)
     return {str(name): declared.get(str(name)) or _factor(text[name]) for name in text.columns}
 
@@ -230,7 +230,7 @@ def _column(cells: "pd.Series[str]", kind: Kind) -> "pd.Series[Any]":
 
 
 def _sorted(text: pd.DataFrame) -> pd.DataFrame:
-    """Order rows by everything that says which number they are, so that a table's diff shows only what changed."""
+    """Sort rows by all columns that identify a number, so that a table's diff shows only what changed."""
     keys = [str(name) for name in text.columns if name not in OUTCOME]
     order = _typed(text, _guess(text)).sort_values(keys, na_position="first").index
     return text.loc[order]

@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 
 from sbeval.errors import InputError
-from sbeval.plots import attention_map, attention_map_page
+from sbeval.plots import attention_map
+from sbeval.report import html
 from sbeval.report.figures import draw_figures
 
 TOKENS = [1, 7, 2, 5, 1, 8, 1, 6]
@@ -30,10 +31,20 @@ def weights(seed: int) -> npt.NDArray[np.float64]:
 
 def cell(attention: str, seed: int = 0, layers: int = 2, heads: int = 1, cell: str = "") -> pd.DataFrame:
     common: dict[str, Any] = {
-        "task": "mqrar", "model": f"{layers}x8", "attention": attention, "options": "", "seed": seed, "kv_pairs": 2,
-        "seq_len": SIZE, "vocab_size": 10, "layers": layers, "heads": heads, "split": "", "target": "",
+        "task": "mqrar",
+        "model": f"{layers}x8",
+        "attention": attention,
+        "options": "",
+        "seed": seed,
+        "kv_pairs": 2,
+        "seq_len": SIZE,
+        "vocab_size": 10,
+        "layers": layers,
+        "heads": heads,
+        "split": "",
+        "target": "",
         "cell": cell or f"{attention}-{seed}",
-    }  # fmt: skip
+    }
     rows: list[dict[str, Any]] = [
         common | {"metric": "token", "value": token, "key": key} for key, token in enumerate(TOKENS)
     ]
@@ -116,7 +127,8 @@ def values(x: list[Any]) -> npt.NDArray[np.float64]:
 
 
 def test_the_page_holds_the_same_and_loads_nothing() -> None:
-    text = attention_map_page.page(table(cell("rope"), cell("stick_breaking")))
+    chart = attention_map.chart(table(cell("rope"), cell("stick_breaking")))
+    text = html.figure(chart)
     page = Page(text)
     assert all(load.startswith("data:") for load in page.loads) and "figure" in page.tags
     assert 'name="viewport"' in text and "prefers-color-scheme: dark" in text
@@ -133,7 +145,7 @@ def test_the_page_holds_the_same_and_loads_nothing() -> None:
         == f"query: key 1 at 6<br>key: value 8 at 5, the latest value<br>weight {weights(21)[6, 5]:.3f}"
     )
     assert "the stale value" in heat["text"][6][1] and heat["text"][0][1] == ""
-    assert attention_map_page.page(table(cell("rope"), cell("stick_breaking"))) == text
+    assert html.figure(chart) == text
 
 
 def test_html_is_a_format_of_this_figure(tmp_path: Path) -> None:
@@ -142,24 +154,35 @@ def test_html_is_a_format_of_this_figure(tmp_path: Path) -> None:
     files = draw_figures(tmp_path, ["attention_map"], ["png", "html"])
     assert [file.name for file in files] == ["attention_map.png", "attention_map.html"]
     assert files[1].read_text().startswith("<!DOCTYPE html>")
-    with pytest.raises(InputError, match="mqrar cannot be drawn as html"):
-        draw_figures(tmp_path, ["mqrar"], ["html"])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_browser_draws_the_page_without_a_complaint(tmp_path: Path) -> None:
     assert CHROMIUM is not None
     page = tmp_path / "page.html"
-    page.write_text(attention_map_page.page(cell("rope")))
+    page.write_text(html.figure(attention_map.chart(cell("rope"))))
     done = subprocess.run(
         [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=5000",
-            "--dump-dom", page.as_uri(),
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+            page.as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     assert "CONSOLE" not in done.stderr, done.stderr
     # as a plot, not as source
     assert done.stdout.count('class="main-svg"') >= 2 and 'class="hm"' in done.stdout

@@ -11,9 +11,20 @@ from sbeval.errors import InputError
 from sbeval.plots import few_shot
 
 COMMON: dict[str, Any] = {
-    "model": "25m", "options": "", "params": 25_000_000, "train_len": 2048, "train_tokens": 10**8, "eval_len": 2048,
-    "seed": 0, "part": "", "filter": "", "shots": 0, "n": 100, "stderr": 0.05, "corpus": "books",
-}  # fmt: skip
+    "model": "25m",
+    "options": "",
+    "params": 25_000_000,
+    "train_len": 2048,
+    "train_tokens": 10**8,
+    "eval_len": 2048,
+    "seed": 0,
+    "part": "",
+    "filter": "",
+    "shots": 0,
+    "n": 100,
+    "stderr": 0.05,
+    "corpus": "books",
+}
 SCORES = {("rope", "arc_easy"): 0.3, ("rope", "copa"): 0.5, ("alibi", "arc_easy"): 0.4, ("alibi", "copa"): 0.7}
 
 

@@ -19,10 +19,23 @@ def cell(
     attention: str, rates: dict[str, float], validation: float, seed: int = 0, lr: float = 1e-3, **common: Any
 ) -> pd.DataFrame:
     same: dict[str, Any] = {
-        "task": "flip_flop", "model": "1x64", "attention": attention, "options": "", "seed": seed, "seq_len": 512,
-        "heads": 2, "p_train": 0.8, "preset": "h200", "dtype": "float32", "metric": "error_rate", "stderr": 0.001,
-        "reads": 1000, "lr": lr, "distance_start": None, "distance_end": None,
-    } | common  # fmt: skip
+        "task": "flip_flop",
+        "model": "1x64",
+        "attention": attention,
+        "options": "",
+        "seed": seed,
+        "seq_len": 512,
+        "heads": 2,
+        "p_train": 0.8,
+        "preset": "h200",
+        "dtype": "float32",
+        "metric": "error_rate",
+        "stderr": 0.001,
+        "reads": 1000,
+        "lr": lr,
+        "distance_start": None,
+        "distance_end": None,
+    } | common
     rows = [same | {"test": test, "p_ignore": CHANCES[test], "value": rate} for test, rate in rates.items()]
     rows.append(same | {"test": "validation", "p_ignore": 0.8, "value": validation})
     for start in (1, 2, 4):
@@ -50,11 +63,12 @@ def lines(axis: Axes) -> dict[str, Line2D]:
 def test_our_rates_stand_beside_the_published_ones() -> None:
     rows = pd.concat(
         [
-            cell("rope", rates(0.1, 0.4, 0.0), 0.1, seed=0), cell("rope", rates(0.3, 0.2, 0.0), 0.1, seed=1),
+            cell("rope", rates(0.1, 0.4, 0.0), 0.1, seed=0),
+            cell("rope", rates(0.3, 0.2, 0.0), 0.1, seed=1),
             cell("nope", rates(0.5, 0.5, 0.5), 0.5),
         ],
         ignore_index=True,
-    )  # fmt: skip
+    )
     figure = flip_flop.draw(rows)
     left, right = figure.axes
     found = lines(left)
@@ -76,11 +90,12 @@ def test_our_rates_stand_beside_the_published_ones() -> None:
 def test_validation_chooses_the_learning_rate() -> None:
     rows = pd.concat(
         [
-            cell("rope", rates(0.2, 0.2, 0.2), 0.05, lr=1e-2), cell("rope", rates(0.0, 0.0, 0.0), 0.1, lr=1e-3),
+            cell("rope", rates(0.2, 0.2, 0.2), 0.05, lr=1e-2),
+            cell("rope", rates(0.0, 0.0, 0.0), 0.1, lr=1e-3),
             cell("rope", rates(0.3, 0.3, 0.3), 0.05, lr=2e-2),
         ],
         ignore_index=True,
-    )  # fmt: skip
+    )
     best = flip_flop_errors(rows)
     assert set(best["lr"]) == {1e-2} and len(best) == 3
 

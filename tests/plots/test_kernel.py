@@ -17,12 +17,24 @@ def table() -> pd.DataFrame:
                 for kv_heads, sequences, epsilon in ((12, 1, 0.0), (3, 1, 0.0), (12, 7, 0.0), (12, 1, 1e-7)):
                     odd = (kv_heads, sequences, epsilon) != (12, 1, 0.0)
                     for metric, value in (("throughput", speed + length / 1024), ("relative_error", 0.002)):
-                        rows.append({
-                            "attention": attention, "backend": backend, "metric": metric,
-                            "value": 9e9 if odd else value, "step": step, "batch": 1, "queries": length, "keys": length,
-                            "heads": 12, "kv_heads": kv_heads, "head_dim": 64, "sequences": sequences,
-                            "epsilon": epsilon, "device": "a GPU",
-                        })  # fmt: skip
+                        rows.append(
+                            {
+                                "attention": attention,
+                                "backend": backend,
+                                "metric": metric,
+                                "value": 9e9 if odd else value,
+                                "step": step,
+                                "batch": 1,
+                                "queries": length,
+                                "keys": length,
+                                "heads": 12,
+                                "kv_heads": kv_heads,
+                                "head_dim": 64,
+                                "sequences": sequences,
+                                "epsilon": epsilon,
+                                "device": "a GPU",
+                            }
+                        )
     return pd.DataFrame(rows)
 
 

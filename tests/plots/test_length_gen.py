@@ -96,8 +96,10 @@ def test_schemes_factors_and_windows_have_a_column_and_training_lengths_a_row() 
     specs += [("rope", "scaling=yarn,factor=4.0,train_len=256"), ("rope", ""), ("stick_breaking", ""), ("fire", "")]
     everything = [
         cell(name, options=options, train_len=length, seed=seed)
-        for name, options in specs for length in (256, 512) for seed in (0, 1)
-    ]  # fmt: skip
+        for name, options in specs
+        for length in (256, 512)
+        for seed in (0, 1)
+    ]
     figure = length_gen.draw(table(*everything))
     assert len(figure.axes) == 6
     assert heads(figure) == ["attention schemes", "RoPE scaled at evaluation", "sliding windows"]
@@ -248,9 +250,10 @@ def test_drawing_leaves_the_table_alone() -> None:
 
 def test_the_note_names_models_that_overfit_and_those_of_many_epochs() -> None:
     rows = table(
-        cell("rope", status="overfit", epochs=39.0), cell("rope", options="scaling=ntk,factor=2.0", epochs=3.0),
+        cell("rope", status="overfit", epochs=39.0),
+        cell("rope", options="scaling=ntk,factor=2.0", epochs=3.0),
         cell("stick_breaking", epochs=4.5),
-    )  # fmt: skip
+    )
     said = (
         "Overfit (held-out loss ended over 0.05 nats/token above its lowest): RoPE. "
         "Trained for more than 4 epochs of the text: RoPE 39, stick-breaking 4.5."

@@ -9,10 +9,20 @@ from sbeval.errors import InputError
 from sbeval.plots import loss_by_position
 
 COMMON: dict[str, Any] = {
-    "task": "language", "model": "small", "options": "", "train_len": 256, "eval_len": 1024, "seed": 0,
-    "corpus": "books", "tokenizer": "bytes", "preset": "quick", "train_tokens": 10**6, "dtype": "float32",
-    "stderr": 0.1, "metric": "loss",
-}  # fmt: skip
+    "task": "language",
+    "model": "small",
+    "options": "",
+    "train_len": 256,
+    "eval_len": 1024,
+    "seed": 0,
+    "corpus": "books",
+    "tokenizer": "bytes",
+    "preset": "quick",
+    "train_tokens": 10**6,
+    "dtype": "float32",
+    "stderr": 0.1,
+    "metric": "loss",
+}
 BINS = ((1, 9), (9, 33), (33, 129), (129, 257), (257, 513), (513, 1025))
 
 
@@ -41,9 +51,12 @@ def test_lines_are_means_over_neighbouring_bins_that_do_not_cross_the_training_l
         np.asarray(line.get_xdata()), np.sqrt([9 * 32, 33 * 128, 129 * 256, 257 * 512, 513 * 1024])
     )
     expected = [
-        (9 * 8 + 6 * 24 + 4 * 96) / 128, (6 * 24 + 4 * 96 + 3 * 128) / 248, (4 * 96 + 3 * 128) / 224,
-        (5 * 256 + 8 * 512) / 768, (5 * 256 + 8 * 512) / 768,
-    ]  # fmt: skip
+        (9 * 8 + 6 * 24 + 4 * 96) / 128,
+        (6 * 24 + 4 * 96 + 3 * 128) / 248,
+        (4 * 96 + 3 * 128) / 224,
+        (5 * 256 + 8 * 512) / 768,
+        (5 * 256 + 8 * 512) / 768,
+    ]
     np.testing.assert_allclose(np.asarray(line.get_ydata()), expected)
     assert any(list(np.asarray(line.get_xdata())) == [256, 256] for line in axis.get_lines())
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("position in the document (tokens)", "loss (nats per token)")
@@ -51,9 +64,11 @@ def test_lines_are_means_over_neighbouring_bins_that_do_not_cross_the_training_l
 
 def test_seeds_methods_and_settings_are_smoothed_apart() -> None:
     rows = table(
-        cell("rope"), cell("rope", (8, 7, 6, 5, 4, 3), seed=1), cell("rope", train_len=1024),
+        cell("rope"),
+        cell("rope", (8, 7, 6, 5, 4, 3), seed=1),
+        cell("rope", train_len=1024),
         cell("rope", (2, 2, 2, 2, 2, 2), options="scaling=ntk,factor=2.0"),
-    )  # fmt: skip
+    )
     whole = loss_by_position.smoothed(rows)
     for keys, alone in rows.groupby(["seed", "train_len", "options"]):
         found = whole[(whole[["seed", "train_len", "options"]] == list(keys)).all(axis=1)]

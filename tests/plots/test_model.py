@@ -8,9 +8,15 @@ from sbeval.errors import InputError
 from sbeval.plots import model
 
 COMMON: dict[str, Any] = {
-    "options": "", "metric": "throughput", "batch": 4, "queries": 4096, "head_dim": 64, "dtype": "bfloat16",
-    "device": "a card", "n": 1,
-}  # fmt: skip
+    "options": "",
+    "metric": "throughput",
+    "batch": 4,
+    "queries": 4096,
+    "head_dim": 64,
+    "dtype": "bfloat16",
+    "device": "a card",
+    "n": 1,
+}
 SIZES = {"350m": 350, "1b": 1000}
 
 

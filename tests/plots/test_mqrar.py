@@ -235,8 +235,9 @@ def test_a_title_says_how_models_were_trained_where_less_would_tell_panels_apart
     paths += [cell("rope", 4, 0.3, preset="logit_bias", optimizer="adamw", patience=1000)]
     titles = [axis.texts[0].get_text() for axis in mqrar.draw(table(*paths)).axes[::2]]
     assert [title.split("tokens, ")[1].replace("\n", " ") for title in titles] == [
-        "trained with muon, patience 3000", "trained with adamw, patience 1000",
-    ]  # fmt: skip
+        "trained with muon, patience 3000",
+        "trained with adamw, patience 1000",
+    ]
 
 
 def test_how_training_ended_is_said_where_the_table_has_it() -> None:

@@ -9,10 +9,26 @@ from sbeval.errors import InputError
 from sbeval.plots import mqrar_splits
 
 COMMON: dict[str, Any] = {
-    "task": "mqrar", "model": "2x32", "options": "", "train_len": 64, "eval_len": 64, "preset": "quick", "seed": 0,
-    "dtype": "float32", "stderr": 0.01, "n": 100, "seq_len": 64, "vocab_size": 128, "width": 32, "layers": 2,
-    "heads": 1, "lr": 1e-3, "metric": "accuracy", "split": "", "kv_pairs": 8,
-}  # fmt: skip
+    "task": "mqrar",
+    "model": "2x32",
+    "options": "",
+    "train_len": 64,
+    "eval_len": 64,
+    "preset": "quick",
+    "seed": 0,
+    "dtype": "float32",
+    "stderr": 0.01,
+    "n": 100,
+    "seq_len": 64,
+    "vocab_size": 128,
+    "width": 32,
+    "layers": 2,
+    "heads": 1,
+    "lr": 1e-3,
+    "metric": "accuracy",
+    "split": "",
+    "kv_pairs": 8,
+}
 
 
 def rows(attention: str, **common: Any) -> list[dict[str, Any]]:

@@ -12,11 +12,28 @@ from sbeval.plots import needle, needle_depth
 from sbeval.tables.selection import mean_over_tasks, needle_scores
 
 COMMON: dict[str, Any] = {
-    "model": "25m", "options": "", "params": 25_000_000, "train_len": 1024, "train_tokens": 10**8, "eval_len": 2048,
-    "seed": 0, "n": 100, "stderr": 0.05, "corpus": "books", "tokenizer": "bpe:8192", "preset": "h200",
-    "dtype": "bfloat16", "finetune_tokens": 1000, "depth_start": np.nan, "depth_end": np.nan, "metric": "score",
-    "attention": "rope", "task": "vt", "length": 1024, "cell": "one",
-}  # fmt: skip
+    "model": "25m",
+    "options": "",
+    "params": 25_000_000,
+    "train_len": 1024,
+    "train_tokens": 10**8,
+    "eval_len": 2048,
+    "seed": 0,
+    "n": 100,
+    "stderr": 0.05,
+    "corpus": "books",
+    "tokenizer": "bpe:8192",
+    "preset": "h200",
+    "dtype": "bfloat16",
+    "finetune_tokens": 1000,
+    "depth_start": np.nan,
+    "depth_end": np.nan,
+    "metric": "score",
+    "attention": "rope",
+    "task": "vt",
+    "length": 1024,
+    "cell": "one",
+}
 SCORES = {("vt", 1024): 0.5, ("vt", 2048): 0.25, ("cwe", 1024): 0.9, ("cwe", 2048): 0.75}
 
 
@@ -29,8 +46,9 @@ def rows(**others: Any) -> list[dict[str, Any]]:
 def depths(**others: Any) -> list[dict[str, Any]]:
     return [
         COMMON | {"length": length, "depth_start": start, "depth_end": start + 10, "value": start / length} | others
-        for length in (1024, 2048) for start in (0, 10, 90)
-    ]  # fmt: skip
+        for length in (1024, 2048)
+        for start in (0, 10, 90)
+    ]
 
 
 def names(axis: Axes) -> list[str]:

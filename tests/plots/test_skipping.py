@@ -19,9 +19,17 @@ def table(far: float = 2.0) -> pd.DataFrame:
             for keys in (2048, 16384):
                 for layer in range(4):
                     common = {
-                        "model": "m", "params": 25_000_000, "attention": attention, "backend": backend, "step": step,
-                        "batch": batch, "keys": keys, "layer": layer, "epsilon": epsilon, "device": "a GPU",
-                    }  # fmt: skip
+                        "model": "m",
+                        "params": 25_000_000,
+                        "attention": attention,
+                        "backend": backend,
+                        "step": step,
+                        "batch": batch,
+                        "keys": keys,
+                        "layer": layer,
+                        "epsilon": epsilon,
+                        "device": "a GPU",
+                    }
                     rows.append(common | {"metric": "time", "value": ms * layer})
                     rows.append(common | {"metric": "reach", "value": 1e6})
     return pd.DataFrame(rows)

@@ -4,9 +4,12 @@ from sbeval.plots import style
 
 
 def test_options_that_all_of_a_method_share_are_not_repeated() -> None:
-    labels = {pair: look.label for pair, look in style.looks_of(
-        [("stick_breaking", "logit_scale=1.5"), ("stick_breaking", "logit_scale=1.5,logit_bias=-3.0")]
-    ).items()}  # fmt: skip
+    labels = {
+        pair: look.label
+        for pair, look in style.looks_of(
+            [("stick_breaking", "logit_scale=1.5"), ("stick_breaking", "logit_scale=1.5,logit_bias=-3.0")]
+        ).items()
+    }
     assert labels["stick_breaking", "logit_scale=1.5"] == "stick-breaking"
     assert labels["stick_breaking", "logit_scale=1.5,logit_bias=-3.0"] == "stick-breaking (logit_bias=-3.0)"
     # without one that has these alone, or with no other, they tell something

@@ -42,7 +42,7 @@ def test_families_implement_the_interface(name: str) -> None:
 @pytest.mark.parametrize("name", registry.FIGURES)
 def test_figures_implement_the_interface(name: str) -> None:
     figure = registry.figure(name)
-    assert figure.TABLE and figure.COLUMNS and callable(figure.draw) and callable(registry.charted(name).chart)
+    assert figure.TABLE and figure.COLUMNS and callable(figure.draw) and callable(figure.chart)
 
 
 def test_every_dependency_has_a_tested_version() -> None:

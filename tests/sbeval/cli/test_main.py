@@ -563,9 +563,9 @@ def _without_factor(text: str) -> str:
     [
         (_without_seed, ["has no column 'seed'"]),
         (_without_factor, ["has no column '"]),
-        (lambda text: text[:-3], ["the last line has no end", "mend or remove it"]),
-        (lambda text: text[: text.rindex(",", 0, -40)] + "\n", ["cells where the header has", "mend or remove"]),
-        (lambda text: text.replace(",16,", ",16x,", 1), ["'16x'", "no whole number", "mend or remove"]),
+        (lambda text: text[:-3], ["the last line is not ended", "fix or remove it"]),
+        (lambda text: text[: text.rindex(",", 0, -40)] + "\n", ["cells where the header has", "fix or remove"]),
+        (lambda text: text.replace(",16,", ",16x,", 1), ["'16x'", "not a whole number", "fix or remove"]),
         (lambda text: "", ["is empty, without even a header"]),
     ],
 )

@@ -31,7 +31,7 @@ def test_figures_without_a_table_are_left_out_and_said(results: Path) -> None:
     names = ["mqrar.png", "mqrar.pdf", "mqrar_splits.png", "mqrar_splits.pdf"]
     assert files == [results / "figures" / name for name in names]
     assert files[0].read_bytes().startswith(b"\x89PNG") and files[1].read_bytes().startswith(b"%PDF")
-    assert f"length_gen: left out, there is no {results / 'length_gen.csv'}" in said
+    assert f"length_gen: skipped, no table {results / 'length_gen.csv'}" in said
     assert not any(line.startswith("mqrar") for line in said)
     assert sorted(path.name for path in (results / "figures").iterdir()) == sorted(names)
 

@@ -18,17 +18,32 @@ from plotly.graph_objects import Figure
 from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.report import html, page
+from sbeval.report.figures import draw_figures
 from sbeval.tables.table import read
 
 Row = dict[str, Any]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 METHODS = ("stick_breaking", "rope", "alibi<b>")
 COMMON: Row = {
-    "model": "25m", "options": "", "params": 25_000_000, "train_len": 512, "eval_len": 2048, "unit": "1", "n": 100,
-    "preset": "h200", "corpus": "books & plays", "tokenizer": "bpe:8192", "train_tokens": 10**8, "dtype": "bfloat16",
-    "device": "NVIDIA H200", "backend": "triton", "commit": "abc", "torch": "2.11.0", "triton": "3.6.0",
+    "model": "25m",
+    "options": "",
+    "params": 25_000_000,
+    "train_len": 512,
+    "eval_len": 2048,
+    "unit": "1",
+    "n": 100,
+    "preset": "h200",
+    "corpus": "books & plays",
+    "tokenizer": "bpe:8192",
+    "train_tokens": 10**8,
+    "dtype": "bfloat16",
+    "device": "NVIDIA H200",
+    "backend": "triton",
+    "commit": "abc",
+    "torch": "2.11.0",
+    "triton": "3.6.0",
     "utc": "2026-01-02T03:04:05Z",
-}  # fmt: skip
+}
 OCTAVES = [2**exponent for exponent in range(5, 11)]
 
 
@@ -43,9 +58,20 @@ def length_gen(run: Row, place: int) -> Iterator[Row]:
 
 def mqrar(run: Row, place: int) -> Iterator[Row]:
     run |= {
-        "task": "mqrar", "model": "2x64", "vocab_size": 64, "seq_len": 64, "width": 64, "layers": 2, "heads": 1,
-        "lr": 0.001, "metric": "accuracy", "stale_values": "", "distance_start": "", "distance_end": "", "split": "",
-    }  # fmt: skip
+        "task": "mqrar",
+        "model": "2x64",
+        "vocab_size": 64,
+        "seq_len": 64,
+        "width": 64,
+        "layers": 2,
+        "heads": 1,
+        "lr": 0.001,
+        "metric": "accuracy",
+        "stale_values": "",
+        "distance_start": "",
+        "distance_end": "",
+        "split": "",
+    }
     for pairs in (4, 8, 16):
         at = run | {"kv_pairs": pairs, "value": 0.99 / (1 + place * pairs / 32)}
         yield from (at | {"split": split} for split in ("all", "fresh", "stale"))
@@ -70,9 +96,17 @@ def few_shot(run: Row, place: int) -> Iterator[Row]:
 
 def flip_flop(run: Row, place: int) -> Iterator[Row]:
     run |= {
-        "task": "flip_flop", "model": "1x64", "seq_len": 512, "heads": 2, "p_train": 0.8, "lr": 0.001, "reads": 1000,
-        "metric": "error_rate", "distance_start": "", "distance_end": "",
-    }  # fmt: skip
+        "task": "flip_flop",
+        "model": "1x64",
+        "seq_len": 512,
+        "heads": 2,
+        "p_train": 0.8,
+        "lr": 0.001,
+        "reads": 1000,
+        "metric": "error_rate",
+        "distance_start": "",
+        "distance_end": "",
+    }
     for test, chance in (("validation", 0.8), ("in_distribution", 0.8), ("sparse", 0.98), ("dense", 0.1)):
         yield run | {"test": test, "p_ignore": chance, "value": place * chance / 10}
     for start in (1, 2, 4):
@@ -91,9 +125,17 @@ def model(run: Row, place: int) -> Iterator[Row]:
 def kernel(run: Row, place: int) -> Iterator[Row]:
     backend = "triton" if run["attention"] == "stick_breaking" else "flash"
     run |= {
-        "model": "", "params": 0, "batch": 1, "heads": 12, "kv_heads": 12, "sequences": 1, "epsilon": 0.0, "stderr": "",
-        "attention": "softmax" if place else "stick_breaking", "backend": backend,
-    }  # fmt: skip
+        "model": "",
+        "params": 0,
+        "batch": 1,
+        "heads": 12,
+        "kv_heads": 12,
+        "sequences": 1,
+        "epsilon": 0.0,
+        "stderr": "",
+        "attention": "softmax" if place else "stick_breaking",
+        "backend": backend,
+    }
     for step, dim, queries in itertools.product(("forward", "forward_backward"), (64, 128), (4096, 16384)):
         at = run | {"task": step, "step": step, "head_dim": dim, "queries": queries, "keys": queries}
         numbers = {"time": 2.0 + place, "time_q20": 1.9 + place, "time_q80": 2.1 + place, "throughput": 300 - place}
@@ -103,33 +145,57 @@ def kernel(run: Row, place: int) -> Iterator[Row]:
 
 def attention_map(run: Row, place: int) -> Iterator[Row]:
     run |= {
-        "task": "mqrar", "model": "1x8", "kv_pairs": 2, "seq_len": 4, "vocab_size": 10, "layers": 1, "heads": 1,
-        "layer": "", "head": "", "query": "", "key": "", "target": "", "split": "",
-    }  # fmt: skip
+        "task": "mqrar",
+        "model": "1x8",
+        "kv_pairs": 2,
+        "seq_len": 4,
+        "vocab_size": 10,
+        "layers": 1,
+        "heads": 1,
+        "layer": "",
+        "head": "",
+        "query": "",
+        "key": "",
+        "target": "",
+        "split": "",
+    }
     yield run | {"metric": "accuracy", "split": "stale", "value": 0.5}
     yield from (run | {"metric": "token", "key": key, "value": token} for key, token in enumerate((1, 7, 1, 6)))
     for target in ("latest", "stale"):
         yield run | {"metric": "share", "layer": 1, "head": 1, "target": target, "split": "stale", "value": 0.25}
     for query, key, target in ((2, 1, "latest"), (3, 0, ""), (3, 3, "stale")):
         yield run | {
-            "metric": "weight", "layer": 1, "head": 1, "query": query, "key": key, "target": target, "value": 0.5
-        }  # fmt: skip
+            "metric": "weight",
+            "layer": 1,
+            "head": 1,
+            "query": query,
+            "key": key,
+            "target": target,
+            "value": 0.5,
+        }
 
 
 def skipping(run: Row, place: int) -> Iterator[Row]:
     backend = "cudnn" if place else "triton"
     run |= {
-        "model": "m", "params": 10**7, "batch": 1, "attention": "softmax" if place else "stick_breaking",
-        "backend": backend, "metric": "time", "layer": 0, "stderr": "",
-    }  # fmt: skip
+        "model": "m",
+        "params": 10**7,
+        "batch": 1,
+        "attention": "softmax" if place else "stick_breaking",
+        "backend": backend,
+        "metric": "time",
+        "layer": 0,
+        "stderr": "",
+    }
     for step, keys in itertools.product(("forward", "decode"), (4096, 16384)):
         for epsilon in (0.0, 1e-7)[: 1 if place else 2]:
             yield run | {"step": step, "task": step, "keys": keys, "epsilon": epsilon, "value": 1.0 + place}
 
 
-FAMILIES = {each.__name__: each for each in (
-    attention_map, few_shot, flip_flop, kernel, length_gen, model, mqrar, needle, skipping
-)}  # fmt: skip
+FAMILIES = {
+    each.__name__: each
+    for each in (attention_map, few_shot, flip_flop, kernel, length_gen, model, mqrar, needle, skipping)
+}
 
 
 def tables(folder: Path, families: Sequence[str] = tuple(FAMILIES), seeds: Sequence[int] = (0, 1)) -> Path:
@@ -145,8 +211,10 @@ def tables(folder: Path, families: Sequence[str] = tuple(FAMILIES), seeds: Seque
             run = COMMON | {"family": name, "attention": method, "seed": seed, "cell": cell, "stderr": 0.05, "task": ""}
             rows += FAMILIES[name](run, place // len(seeds))
             record = {
-                "argv": ["sbeval", name, "--corpus", "a b"], "corpus_digest": "d1", "versions": {"python": "3.12"},
-            }  # fmt: skip
+                "argv": ["sbeval", name, "--corpus", "a b"],
+                "corpus_digest": "d1",
+                "versions": {"python": "3.12"},
+            }
             (folder / "runs" / f"{cell}.json").write_text(json.dumps(record))
         pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)
     return folder
@@ -218,6 +286,19 @@ def test_a_reader_who_sees_nothing_is_served(text: str) -> None:
     assert found.all("html")[0]["lang"] == "en" and len(found.all("main")) == len(found.all("nav")) == 1
 
 
+@pytest.mark.parametrize("name", registry.FIGURES)
+def test_every_figure_can_be_a_page_of_its_own(name: str, results: Path, text: str, tmp_path: Path) -> None:
+    (file,) = draw_figures(results, [name], ["html"], out_dir=tmp_path)
+    found = Page(file.read_text())
+    assert file.name == f"{name}.html" and found.plots() and not found.values("href")[1:]
+    # as in the report
+    assert all(
+        json.dumps(plot, separators=(",", ":"), ensure_ascii=False) in text.replace("\\u003c", "<")
+        for plot in found.plots()
+    )
+    assert len(found.all("h1")) == 1 and {"figure-title"} <= set(found.values("id"))
+
+
 def test_plotly_knows_all_that_is_drawn(text: str) -> None:
     for plot in Page(text).plots():
         Figure(data=plot["data"], layout=plot["layout"])
@@ -225,7 +306,7 @@ def test_plotly_knows_all_that_is_drawn(text: str) -> None:
 
 def test_a_line_its_table_and_its_words_hold_the_numbers_of_the_rows(results: Path) -> None:
     table = read(results / "length_gen.csv", registry.figure("length_gen").COLUMNS)
-    chart = registry.charted("length_gen").chart(table)
+    chart = registry.figure("length_gen").chart(table)
     (panel,) = chart.groups[0].panels
     rope = next(trace for trace in panel.plotly()["data"] if trace["meta"] == "RoPE")
     assert rope["x"] == [256, 512, 1024, 2048] and rope["y"] == [40.5, 41, 42, 44]
@@ -262,7 +343,7 @@ def test_the_same_tables_make_the_same_page(tmp_path: Path) -> None:
 
 def test_a_page_that_cannot_be_made_leaves_the_old_one(
     results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     out = tmp_path / "page.html"
     out.write_text("old")
     monkeypatch.setattr(html, "build", lambda *_: "\udc80")
@@ -282,7 +363,7 @@ def test_what_is_not_there_has_no_section(results: Path, tmp_path: Path) -> None
     said: list[str] = []
     found = Page(html.build(tmp_path, said.append))
     assert [name for name in found.values("id") if re.fullmatch("figure-.*(?<!-title)", name)] == ["figure-kernel"]
-    assert len(said) == 1 and said[0].startswith("kernel_error: left out, ")
+    assert len(said) == 1 and said[0].startswith("kernel_error: skipped, ")
     # without run files there is no command line and no version of Python
     assert "3 runs; commit abc; NVIDIA H200; bfloat16; torch 2.11.0; triton 3.6.0; seed 0; books" in "".join(found.text)
 
@@ -348,13 +429,26 @@ def test_a_browser_draws_every_figure_wide_and_narrow(text: str, tmp_path: Path)
     (tmp_path / "frames.html").write_text(FRAMES)
     done = subprocess.run(
         [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=30000",
-            "--dump-dom", (tmp_path / "frames.html").as_uri(),
+            CHROMIUM,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=30000",
+            "--dump-dom",
+            (tmp_path / "frames.html").as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
     assert "CONSOLE" not in done.stderr, done.stderr
     frames = sorted(json.loads(Page(done.stdout).values("data-found")[0]), key=lambda frame: frame["width"])
     assert [frame["width"] for frame in frames] == [360, 1280]

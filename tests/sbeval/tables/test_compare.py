@@ -17,13 +17,30 @@ from sbeval.tables.rows import Identity, Measurement, Provenance
 
 RESULTS = Path(__file__).parents[3] / "results"
 IDENTITY = Identity(
-    family="toy", task="toy", model="tiny", attention="rope", options="", params=1000, train_len=256, eval_len=4096,
+    family="toy",
+    task="toy",
+    model="tiny",
+    attention="rope",
+    options="",
+    params=1000,
+    train_len=256,
+    eval_len=4096,
     seed=0,
-)  # fmt: skip
+)
 PROVENANCE = Provenance(
-    cell="toy", preset="quick", corpus="books", tokenizer="bytes", train_tokens=10, dtype="float32", device="cpu",
-    backend="torch", commit="0012e45", torch="2.11.0", triton="3.6.0", utc="2025-01-02T03:04:05Z",
-)  # fmt: skip
+    cell="toy",
+    preset="quick",
+    corpus="books",
+    tokenizer="bytes",
+    train_tokens=10,
+    dtype="float32",
+    device="cpu",
+    backend="torch",
+    commit="0012e45",
+    torch="2.11.0",
+    triton="3.6.0",
+    utc="2025-01-02T03:04:05Z",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,10 +187,10 @@ def test_what_is_shown(tmp_path: Path) -> None:
 
 def test_mistakes(tmp_path: Path) -> None:
     write(tmp_path / "a", {0: 1.0})
-    with pytest.raises(InputError, match="no-such-folder holds no result table"):
+    with pytest.raises(InputError, match="no-such-folder has no result table"):
         compare.render(tmp_path / "a", tmp_path / "no-such-folder", "csv")
     with pytest.raises(InputError, match="unknown format 'latex'"):
         compare.render(tmp_path / "a", tmp_path / "a", "latex")
     (tmp_path / "a" / "notes.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match=r"notes\.csv is no table of sbeval"):
+    with pytest.raises(InputError, match=r"notes\.csv is not a table of sbeval"):
         compare.render(tmp_path / "a", tmp_path / "a", "csv")

@@ -13,9 +13,20 @@ from sbeval.tables import few_shot as scores
 from sbeval.tasks import few_shot
 
 COMMON: dict[str, Any] = {
-    "model": "25m", "options": "", "params": 25_000_000, "train_len": 2048, "train_tokens": 10**8, "eval_len": 2048,
-    "seed": 0, "part": "", "filter": "", "shots": 0, "chance": 0.25, "n": 100, "stderr": 0.05,
-}  # fmt: skip
+    "model": "25m",
+    "options": "",
+    "params": 25_000_000,
+    "train_len": 2048,
+    "train_tokens": 10**8,
+    "eval_len": 2048,
+    "seed": 0,
+    "part": "",
+    "filter": "",
+    "shots": 0,
+    "chance": 0.25,
+    "n": 100,
+    "stderr": 0.05,
+}
 
 
 def row(attention: str, task: str, metric: str, value: float, **others: Any) -> dict[str, Any]:
@@ -24,8 +35,11 @@ def row(attention: str, task: str, metric: str, value: float, **others: Any) -> 
 
 def results(*more: dict[str, Any]) -> pd.DataFrame:
     rows = [
-        *(row(name, "arc_easy", metric, value)
-          for name, value in (("rope", 0.3), ("stick_breaking", 0.4)) for metric in ("acc", "acc_norm")),
+        *(
+            row(name, "arc_easy", metric, value)
+            for name, value in (("rope", 0.3), ("stick_breaking", 0.4))
+            for metric in ("acc", "acc_norm")
+        ),
         row("rope", "arc_easy", "acc_norm", 0.9, part="one_of_its_parts"),
         row("rope", "copa", "acc", 0.5, chance=0.5, stderr=0.1),
         row("stick_breaking", "copa", "acc", 0.7, chance=0.5, stderr=0.1),
@@ -34,7 +48,7 @@ def results(*more: dict[str, Any]) -> pd.DataFrame:
         row("rope", "gsm8k", "exact_match", 0.02, chance=None, shots=5, filter="flexible-extract"),
         row("rope", "gsm8k", "exact_match", 0.01, chance=None, shots=5, filter="strict-match"),
         *more,
-    ]  # fmt: skip
+    ]
     return pd.DataFrame(rows)
 
 
@@ -50,8 +64,12 @@ def pair(cell: scores.Cell | None) -> tuple[float, float | None]:
 def test_a_benchmark_has_one_score() -> None:
     found = scores.table(results())
     assert found.headings == [
-        "arc_easy (0) acc_norm", "copa (0) acc", "wikitext (0) word_perplexity", "gsm8k (5) exact_match", "average",
-    ]  # fmt: skip
+        "arc_easy (0) acc_norm",
+        "copa (0) acc",
+        "wikitext (0) word_perplexity",
+        "gsm8k (5) exact_match",
+        "average",
+    ]
     rope = by_name(found)["25m rope"]
     assert pair(rope["gsm8k (5) exact_match"]) == pytest.approx((2.0, 9.8))
     assert rope["wikitext (0) word_perplexity"] == scores.Cell(80.0, None)

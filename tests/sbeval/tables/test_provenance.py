@@ -149,7 +149,7 @@ def test_layout_is_json() -> None:
 
 
 def test_what_has_no_place_in_a_run_file_is_refused_and_leaves_none(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="a object has no place"):
+    with pytest.raises(TypeError, match="a object cannot be written"):
         provenance.write_run(tmp_path / "a.json", {"x": object()})
     assert list(tmp_path.iterdir()) == []
 
@@ -164,7 +164,7 @@ def test_a_failed_run_has_a_reason() -> None:
 def test_reading_what_is_no_run_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run file"):
         provenance.read_run(tmp_path / "absent.json")
-    for text, message in (('{"status": "fini', "cannot read the run file"), ("[]", "holds no JSON object")):
+    for text, message in (('{"status": "fini', "cannot read the run file"), ("[]", "is not a JSON object")):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(InputError, match=message):
             provenance.read_run(tmp_path / "a.json")

@@ -134,15 +134,15 @@ def test_two_rows_for_one_number_are_refused(tmp_path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[str], str], str]] = {
     "half a line": (lambda text: text[:-60], r"toy\.csv:4: \d+ cells where the header has 31"),
-    "half a word": (lambda text: text[:-4], r"toy\.csv:4: the last line has no end"),
-    "no number": (lambda text: text.replace("5.0", "five"), r"toy\.csv:4: 'five' in column 'value' is no number"),
-    "nan": (lambda text: text.replace("5.0", "nan"), r"toy\.csv:4: 'nan' in column 'value' is no number"),
+    "half a word": (lambda text: text[:-4], r"toy\.csv:4: the last line is not ended"),
+    "no number": (lambda text: text.replace("5.0", "five"), r"toy\.csv:4: 'five' in column 'value' is not a number"),
+    "nan": (lambda text: text.replace("5.0", "nan"), r"toy\.csv:4: 'nan' in column 'value' is not a number"),
     "no whole number": (lambda text: text.replace(",256,", ",25.6,"), r"toy\.csv:2: '25.6' in column 'train_len'"),
     "conflict": (lambda text: text.replace("toy,", "<<<<<<< HEAD\ntoy,", 1), r"toy\.csv:2: 1 cells where"),
-    "open quote": (lambda text: text[:-1] + ',"\n\n', r"toy\.csv:4: .*mend or remove"),
+    "open quote": (lambda text: text[:-1] + ',"\n\n', r"toy\.csv:4: .*fix or remove"),
     "no column": (lambda text: text.replace("cell", "sell", 1), "has no column 'cell'; it has: family, task, "),
     "a line in a name": (lambda text: text.replace(",cell,", ',"ce\nll",', 1), r"has no column 'cell'.*'ce\\nll'"),
-    "twice": (lambda text: text.replace("task", "family", 1), "column 'family' stands there twice"),
+    "twice": (lambda text: text.replace("task", "family", 1), "column 'family' is duplicated"),
     "empty": (lambda text: "", "is empty"),
 }
 
@@ -191,9 +191,9 @@ def test_numbers_checks_what_a_reader_counts_on() -> None:
     typed = table.numbers(frame, ["pairs", "lr"])
     assert list(typed["pairs"]) == [8, 16] and str(typed["pairs"].dtype) == "int64"
     assert list(typed["lr"]) == [1.0, 0.5]
-    with pytest.raises(InputError, match="column 'bad' holds 'x', which is no number"):
+    with pytest.raises(InputError, match="column 'bad' holds 'x', which is not a number"):
         table.numbers(frame, ["bad"])
-    with pytest.raises(InputError, match="column 'gap' holds '', which is no number"):
+    with pytest.raises(InputError, match="column 'gap' holds '', which is not a number"):
         table.numbers(frame, ["gap"])
 
 

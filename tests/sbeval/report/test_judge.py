@@ -9,18 +9,30 @@ import pandas as pd
 import pytest
 
 from sbeval.errors import InputError
-from sbeval.report import rules
+from sbeval.report import judge
 from sbeval.report.claims import CLAIMS
-from sbeval.report.findings import AGREES, DISAGREES, UNDECIDED, Claim, Judged, findings
+from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Claim, Judged, findings
 from sbeval.tables.published import SOLVED_TOKENS
 from sbeval.tasks import mqrar
 
 Row = dict[str, Any]
 COMMON: Row = {
-    "options": "", "seed": 0, "stderr": 0.0, "n": 100, "preset": "paper", "corpus": "books", "tokenizer": "bpe:8192",
-    "dtype": "bfloat16", "device": "a card", "model": "1b", "params": 10**9, "train_tokens": 10**10, "train_len": 2048,
-    "eval_len": 16384, "task": "",
-}  # fmt: skip
+    "options": "",
+    "seed": 0,
+    "stderr": 0.0,
+    "n": 100,
+    "preset": "paper",
+    "corpus": "books",
+    "tokenizer": "bpe:8192",
+    "dtype": "bfloat16",
+    "device": "a card",
+    "model": "1b",
+    "params": 10**9,
+    "train_tokens": 10**10,
+    "train_len": 2048,
+    "eval_len": 16384,
+    "task": "",
+}
 
 
 def frame(rows: Iterable[Row], **common: Any) -> pd.DataFrame:
@@ -50,23 +62,23 @@ def lengths(stick: Sequence[float], rope: Sequence[float], **common: Any) -> pd.
 def test_reading_past_the_training_length(
     stick: Sequence[float], rope: Sequence[float], stderr: float, verdict: str
 ) -> None:
-    assert rules.lengths(lengths(stick, rope, stderr=stderr, params=10**6)).verdict == verdict
+    assert judge.lengths(lengths(stick, rope, stderr=stderr, params=10**6)).verdict == verdict
 
 
 def test_the_interval_is_over_seeds_where_there_are_several() -> None:
     tables = [lengths((40, end), (40, 80), seed=seed, stderr=5.0) for seed, end in enumerate((40, 40.4))]
-    judged = rules.lengths(pd.concat(tables))
+    judged = judge.lengths(pd.concat(tables))
     assert judged.verdict == AGREES and "from 40.0 to 40.2, +0 % [−6 %, +7 %]" in judged.found
     assert "(95 % over 2 seeds; 1 B parameters, 10 B training tokens)" in judged.found
 
 
 def test_the_nearest_setting_decides() -> None:
     small = lengths((40, 80), (40, 40), model="25m", params=25 * 10**6)
-    judged = rules.lengths(pd.concat([small, lengths((20, 20), (20, 40))]))
+    judged = judge.lengths(pd.concat([small, lengths((20, 20), (20, 40))]))
     assert judged.verdict == AGREES and "from 20.0 to 20.0" in judged.found and "1 B parameters" in judged.found
     # a larger model that was not read so far says nothing of it
     short = lengths((30, 30), (30, 60), model="3b", params=3 * 10**9).query("context_length == 2048")
-    assert rules.lengths(pd.concat([small, lengths((20, 20), (20, 40)), short])) == judged
+    assert judge.lengths(pd.concat([small, lengths((20, 20), (20, 40)), short])) == judged
 
 
 @pytest.mark.parametrize(
@@ -80,7 +92,7 @@ def test_the_nearest_setting_decides() -> None:
     ],
 )
 def test_within_the_training_length(stick: float, stderr: float, params: int, verdict: str, reason: str) -> None:
-    judged = rules.within(lengths((stick, 99), (13.8, 99), stderr=stderr, params=params))
+    judged = judge.within(lengths((stick, 99), (13.8, 99), stderr=stderr, params=params))
     assert (judged.verdict, judged.reason) == (verdict, reason)
     assert f"stick-breaking {stick:.1f}, RoPE 13.8" in judged.found
 
@@ -111,13 +123,13 @@ STICK, ROPE = "stick_breaking", "rope"
     ],
 )
 def test_recall(solved: dict[tuple[str, int], float], tokens: int, verdict: str) -> None:
-    assert rules.recall(recall(solved, train_tokens=tokens)).verdict == verdict
+    assert judge.recall(recall(solved, train_tokens=tokens)).verdict == verdict
 
 
 def test_what_recall_lacks_is_said() -> None:
-    judged = rules.recall(recall({(STICK, 192): 1.0, (ROPE, 192): 0.5}))
+    judged = judge.recall(recall({(STICK, 192): 1.0, (ROPE, 192): 0.5}))
     assert judged.reason == "not measured, or too briefly trained: RoPE with 128 pairs"
-    judged = rules.recall(recall({(STICK, 192): 1.0, (ROPE, 192): 0.5}, vocab_size=1024))
+    judged = judge.recall(recall({(STICK, 192): 1.0, (ROPE, 192): 0.5}, vocab_size=1024))
     assert judged.verdict == UNDECIDED and "the paper's vocabulary of 8192 in 768 tokens" in judged.reason
     assert judged.found == (
         "Stick-breaking solves 192 pairs of up to 192 (accuracy with 192: 1.000, 95 % over sequences). RoPE solves "
@@ -143,7 +155,7 @@ def maps(stick: float, rope: float, *, accuracy: float = 1.0, stderr: float = 0.
     [(0.1, 0.3, 0.01, AGREES), (0.3, 0.1, 0.01, DISAGREES), (0.1, 0.3, 0.2, UNDECIDED)],
 )
 def test_distraction(stick: float, rope: float, stderr: float, verdict: str) -> None:
-    judged = rules.distraction(maps(stick, rope, stderr=stderr))
+    judged = judge.distraction(maps(stick, rope, stderr=stderr))
     assert judged.verdict == verdict
     sign = "−" if stick < rope else "+"
     assert f"stick-breaking {stick:.3f}, RoPE {rope:.3f}; difference {sign}{abs(stick - rope):.3f}" in judged.found
@@ -151,7 +163,7 @@ def test_distraction(stick: float, rope: float, stderr: float, verdict: str) -> 
 
 def test_models_that_have_not_learned_it_say_nothing_of_distraction() -> None:
     with pytest.raises(InputError, match="no model answers 0.95 of the queries with stale values"):
-        rules.distraction(maps(0.1, 0.3, accuracy=0.9))
+        judge.distraction(maps(0.1, 0.3, accuracy=0.9))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +175,7 @@ def test_training_speed(stick: float, params: int, verdict: str) -> None:
     rows = [{"attention": STICK, "backend": "triton", "value": stick}]
     rows += [{"attention": ROPE, "backend": backend, "value": value} for backend, value in (("a", 100.0), ("b", 50.0))]
     table = frame(rows, metric="throughput", step="train", queries=4096, batch=4, head_dim=64, params=params)
-    judged = rules.training_speed(table)
+    judged = judge.training_speed(table)
     assert judged.verdict == verdict and f"{stick:.0f} %" in judged.found
 
 
@@ -190,29 +202,32 @@ def times(ours: Sequence[float], **common: Any) -> pd.DataFrame:
 )
 def test_kernels(ours: Sequence[float], verdict: str, reason: str) -> None:
     short = times((100.0, 100.0), queries=1024, keys=1024)
-    judged = rules.kernel_speed("forward", pd.concat([short, times(ours)]))
+    judged = judge.kernel_speed("forward", pd.concat([short, times(ours)]))
     assert (judged.verdict, judged.reason) == (verdict, reason) and "16384 tokens" in judged.found
     assert f"{10 / ours[0]:.2f} [" in judged.found
 
 
 def test_a_kernel_is_compared_on_the_same_device() -> None:
     other = times((1.0, 1.0), device="a faster card").query("backend == 'triton'")
-    judged = rules.kernel_speed("forward", pd.concat([times((20.0, 30.0)), other]))
+    judged = judge.kernel_speed("forward", pd.concat([times((20.0, 30.0)), other]))
     assert judged.verdict == AGREES and "faster" not in judged.found
     both = pd.concat([times((20.0, 30.0)), times((5.0, 5.0), device="a faster card")])
-    assert rules.kernel_speed("forward", both).verdict == UNDECIDED
+    assert judge.kernel_speed("forward", both).verdict == UNDECIDED
 
 
 def needles(stick: float, rope: float, **common: Any) -> pd.DataFrame:
     rows = [
         {
-            "attention": name, "task": task, "length": length, "value": value if length > 2048 else 1.0,
+            "attention": name,
+            "task": task,
+            "length": length,
+            "value": value if length > 2048 else 1.0,
             "cell": f"{name} {task}",
         }
         for name, value in ((STICK, stick), (ROPE, rope))
         for task in ("vt", "cwe")
         for length in (2048, 4096, 8192)
-    ]  # fmt: skip
+    ]
     return frame(rows, **{"metric": "score", "depth_start": None, "finetune_tokens": 0, "stderr": 0.02} | common)
 
 
@@ -227,7 +242,7 @@ def needles(stick: float, rope: float, **common: Any) -> pd.DataFrame:
     ],
 )
 def test_retrieval(stick: float, rope: float, more: Row, verdict: str, reason: str) -> None:
-    judged = rules.retrieval(needles(stick, rope, **more))
+    judged = judge.retrieval(needles(stick, rope, **more))
     assert (judged.verdict, judged.reason) == (verdict, reason) and "at 4096, 8192 tokens" in judged.found
 
 
@@ -254,7 +269,7 @@ def shots(stick: float, rope: float, **common: Any) -> pd.DataFrame:
     ],
 )
 def test_few_shot(stick: float, more: Row, verdict: str) -> None:
-    judged = rules.few_shot(shots(stick, 0.6, **more))
+    judged = judge.benchmarks(shots(stick, 0.6, **more))
     assert judged.verdict == verdict
     assert f"Average of 2 benchmarks: stick-breaking {100 * stick:.1f} %, RoPE 60.0 %, guessing 50.0 %" in judged.found
 
@@ -266,7 +281,11 @@ def test_without_the_rows_nothing_is_decided() -> None:
     table = lengths((40, 40), (40, 80))
     cases = [
         (CLAIMS[0], "no setting has rows of both", table[table["attention"] == ROPE]),
-        (CLAIMS[0], "no model trained at 2048 tokens was read to 16384", table[table["context_length"] == 2048]),
+        (
+            CLAIMS[0],
+            "no model trained at 2048 tokens was evaluated up to 16384",
+            table[table["context_length"] == 2048],
+        ),
         (CLAIMS[1], "no seed in common", table.assign(seed=(table["attention"] == ROPE).astype(int))),
     ]
     for claim, reason, part in cases:
@@ -284,7 +303,7 @@ def test_no_claim_is_judged_by_a_model_that_overfits() -> None:
     found = judged(good, memorised)
     assert found.verdict == AGREES and "from 20.0 to 20.0" in found.found
     assert found.reason == "left out, as they overfit: models of rope, stick_breaking"
-    assert judged(good) == rules.lengths(good) and judged(memorised.assign(status="")).verdict == DISAGREES
+    assert judged(good) == judge.lengths(good) and judged(memorised.assign(status="")).verdict == DISAGREES
     alone = judged(memorised)
     assert alone.verdict == UNDECIDED and "left out, as they overfit" in alone.reason
     # of one method alone: nothing is left to compare

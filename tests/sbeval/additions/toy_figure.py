@@ -1,0 +1,35 @@
+"""Toy figure: accuracy of the toy task by length."""
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from sbeval.plots import chart as charts
+from sbeval.plots import style
+from sbeval.plots.chart import Chart, Group, Lines
+from sbeval.tables import statistics
+
+TABLE = "toy"
+COLUMNS = ("attention", "options", "seed", "value", "stderr", "model", "seq_len")
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw a panel for each model."""
+    rows = table.assign(x=table["seq_len"])
+    looks = style.looks(rows)
+    panels = style.panels(rows, ("model",), ())
+    figure, axes = style.grid(len(panels), 1)
+    spreads = []
+    for (title, part), (axis,) in zip(panels, axes, strict=True):
+        style.title(axis, title)
+        style.label(axis, "tokens", "accuracy")
+        spreads += style.bands(axis, part, looks)
+    style.finish(figure, [look.handle() for look in looks.values()], statistics.explain(spreads, "bands", "rows"))
+    return figure
+
+
+def chart(table: pd.DataFrame) -> Chart:
+    """Return the interactive figure."""
+    lines = charts.lines(table, style.looks(table), by="seq_len", share=True)
+    groups = [Group("", [Lines(title="", x="tokens", y="accuracy", lines=lines)])]
+    note = statistics.explain(charts.spreads(groups), "bands", "rows")
+    return Chart("Toy", "Accuracy (1 is all) of repeating the first token, by length. Higher is better.", groups, note)
