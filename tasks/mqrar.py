@@ -460,6 +460,13 @@ def _spec(config: Config, spec: str) -> str:
     return canonical_attention(spec)
 
 
+# below the table where a cell was not solved: plateaus have ended after 10,000 steps
+UNDECIDED = (
+    "budget, plateau: not solved in these steps, which does not show that the method cannot. More --steps with "
+    "--patience 0, and other rates (--lr), would decide."
+)
+
+
 def summary(results: "pd.DataFrame") -> "Table":
     """Return the table for the terminal: accuracy by method, pairs and rate, with lowest and highest seed."""
     from rich.table import Table
@@ -483,6 +490,8 @@ def summary(results: "pd.DataFrame") -> "Table":
             *(f"{accuracy[split].mean():.3f}" if split in accuracy else "" for split in ("fresh", "stale")),
             ", ".join(f"{count} {how}" for how, count in ended.items()),
         )
+    if results["status"].isin(["budget", "plateau"]).any():
+        table.caption = UNDECIDED
     return table
 
 

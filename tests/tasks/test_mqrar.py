@@ -29,6 +29,8 @@ from sbeval.tasks import mqrar, recall_data
 from sbeval.tasks.recall_data import Examples, generate
 from sbeval.tasks.synthetic import TEST_SEED, VALIDATION_SEED
 
+RESULTS = Path(__file__).parents[2] / "results" / "mqrar.csv"
+
 
 def batches_of(cell: mqrar.Cell) -> recall_data.Batches:
     config = cell.config
@@ -432,9 +434,18 @@ def test_a_cell_that_diverges_has_a_row_that_says_so(tmp_path: Path) -> None:
     rows = table.read(tmp_path / "mqrar.csv")
     assert rows[["metric", "value", "status"]].to_numpy().tolist() == [["solved", 0.0, "diverged"]]
     assert "the loss is nan" in (tmp_path / "runs" / f"{cell_id(cell)}.json").read_text()
-    assert mqrar.summary(rows).row_count == 1
+    assert mqrar.summary(rows).row_count == 1 and mqrar.summary(rows).caption is None
     # such a cell is tried again
     assert scheduler.unfinished([cell], tmp_path) == [cell]
+
+
+def test_the_table_says_what_would_decide_a_cell_that_is_not_solved() -> None:
+    rows = table.read(RESULTS)
+    cell = rows[(rows["metric"] == "solved") & (rows["status"] == "solved")]["cell"].iloc[0]
+    assert mqrar.summary(rows[rows["cell"] == cell]).caption is None
+    for ended in ("budget", "plateau"):
+        other = rows[(rows["metric"] == "solved") & (rows["status"] == ended)]["cell"].iloc[0]
+        assert "--steps" in str(mqrar.summary(rows[rows["cell"].isin([cell, other])]).caption)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

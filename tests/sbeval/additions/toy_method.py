@@ -47,5 +47,4 @@ class Mixer(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
     ) -> Tensor:
         starts, (k, v) = through(cache, k, v)
-        more = {"scale": self.scale, "temperature": self.temperature, "cu_seqlens": cu_seqlens, "starts": starts}
-        return attention(q, k, v, **more)
+        return attention(q, k, v, scale=self.scale, temperature=self.temperature, cu_seqlens=cu_seqlens, starts=starts)
