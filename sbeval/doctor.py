@@ -26,7 +26,7 @@ from sbeval.sweep import scheduler
 from sbeval.sweep.graph import steps
 from sbeval.tables import provenance
 from sbeval.tasks import attention_map, length_gen
-from sbeval.training.trainer import TrainConfig
+from sbeval.training.config import TrainConfig
 
 # module, name on the index, what for
 PACKAGES = (

@@ -1,4 +1,4 @@
-"""What can be named on the command line. One method, family or figure is one module and one line here.
+"""Names of the command line: each method, family or figure is one module and one line here.
 
 The tables hold module names, not modules, so that `--help` and `sbeval plot` never import torch.
 """
@@ -48,7 +48,7 @@ FIGURES = {
     "needle_depth": "sbeval.plots.needle_depth",
     "skipping": "sbeval.plots.skipping",
 }
-# figures that can also be a page to hover over
+# figures that also have an interactive page
 PAGES = {"attention_map": "sbeval.plots.attention_map_page"}
 
 
@@ -67,12 +67,12 @@ class Method(Protocol):
         normalised hidden state, for gates that depend on it; cu_seqlens: int32 (N + 1,) or None, the cumulative lengths
         of N sequences packed into one row (then B = 1 and S = T). `scale` multiplies q . k.
 
-        cache: a `sbeval.models.kv_cache.Layer` when text is generated: q, k, v and x are of the new tokens alone, the prompts
-        packed or then one token a row, and what later tokens need is what the mixer adds to it.
+        cache: a `sbeval.models.kv_cache.Layer` in generation: q, k, v and x are of the new tokens alone, first packed
+        prompts, then one token per row, and the mixer adds what later tokens need to it.
         """
 
     def backend_name(self, device_type: str) -> str:
-        """What runs on a `cpu` or `cuda` device, for the `backend` column."""
+        """Name the backend on a `cpu` or `cuda` device, for the `backend` column."""
 
 
 class Figure(Protocol):
@@ -85,45 +85,45 @@ class Figure(Protocol):
 
 
 class Charted(Protocol):
-    """A module of `plots/` that gives what a page shows of a figure's table: a figure's own, or that of its page."""
+    """A module of `plots/` with the interactive chart of a figure's table."""
 
     def chart(self, table: "pd.DataFrame") -> "Chart": ...
 
 
 class Page(Charted, Protocol):
-    """A module of `plots/` that makes a page of HTML of a figure's table."""
+    """A module of `plots/` that makes an HTML page of a figure's table."""
 
     def page(self, table: "pd.DataFrame") -> str: ...
 
 
 def method(name: str) -> Method:
-    """Import the attention method `name`; InputError offers the nearest name."""
+    """Import the attention method `name`; raise InputError, offering the nearest name, for an unknown one."""
     return cast(Method, importlib.import_module(ATTENTION[choose("attention", name, ATTENTION)]))
 
 
 def trained_as(name: str, options: Any) -> Any:
-    """Options that a model of this method is trained with: those given, without what only evaluation asks for.
+    """Return the options that a model was trained with: those given, without those of evaluation alone.
 
-    A method with such options has a function `trained_as(options)`; weights trained with the one fit the other.
+    A method with options of evaluation has a function `trained_as(options)`; both options have the same weights.
     """
     return getattr(method(name), "trained_as", lambda given: given)(options)
 
 
 def task(name: str) -> "Family":
-    """Import the task family `name`; InputError offers the nearest name."""
+    """Import the task family `name`; raise InputError as `method`."""
     return cast("Family", importlib.import_module(TASKS[choose("task family", name, TASKS)]).FAMILY)
 
 
 def figure(name: str) -> Figure:
-    """Import the figure `name`; InputError offers the nearest name."""
+    """Import the figure `name`; raise InputError as `method`."""
     return cast(Figure, importlib.import_module(FIGURES[choose("figure", name, FIGURES)]))
 
 
 def page(name: str) -> Page:
-    """Import what makes the page of the figure `name`, which is one of PAGES."""
+    """Import the module of the page of the figure `name`, which is one of PAGES."""
     return cast(Page, importlib.import_module(PAGES[name]))
 
 
 def charted(name: str) -> Charted:
-    """Import what gives the chart of the figure `name`."""
+    """Import the module with the chart of the figure `name`."""
     return cast(Charted, importlib.import_module(PAGES.get(name) or FIGURES[choose("figure", name, FIGURES)]))

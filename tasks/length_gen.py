@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from sbeval.sweep.context import Place
     from sbeval.tables.statistics import Estimate
     from sbeval.training.checkpoint import State
-    from sbeval.training.trainer import TrainConfig, Trained
+    from sbeval.training.config import TrainConfig
+    from sbeval.training.trainer import Trained
 
 
 NAME = "length_gen"
@@ -437,7 +438,7 @@ def training_config(
     config: Config, *, tokens: int, length: int, lr: float, seed: int, sparse: bool = False
 ) -> "TrainConfig":
     """How a model is trained on so many tokens, `length` at a time."""
-    from sbeval.training.trainer import TrainConfig
+    from sbeval.training.config import TrainConfig
 
     batch = max(1, config.batch_tokens // length)
     micro = config.micro_batch_tokens and max(1, config.micro_batch_tokens // length)

@@ -32,7 +32,8 @@ from sbeval.runtime import device
 from sbeval.runtime.progress import Progress
 from sbeval.tables import provenance, table
 from sbeval.tables.rows import Identity, Measurement
-from sbeval.training.trainer import TrainConfig, Trainer
+from sbeval.training.config import TrainConfig
+from sbeval.training.trainer import Trainer
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 

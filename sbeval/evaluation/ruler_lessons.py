@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sbeval.data.dataloader import NOTHING, Batch
+from sbeval.config import IGNORE
+from sbeval.data.dataloader import Batch
 from sbeval.data.tokenizer import Tokenizer
 from sbeval.evaluation.ruler_prompts import Prompt
 
@@ -24,7 +25,7 @@ class Lessons:
         rows = self._prompts[step * self._batch : (step + 1) * self._batch]
         assert len(rows) == self._batch, f"there are {len(self._prompts)} prompts, too few for step {step}"
         tokens = np.full((len(rows), self._length + 1), self._eos, dtype=np.int64)
-        targets = np.full((len(rows), self._length), NOTHING, dtype=np.int64)
+        targets = np.full((len(rows), self._length), IGNORE, dtype=np.int64)
         for place, prompt in enumerate(rows):
             # an answer may be longer than what RULER generates: what does not fit is cut
             text = np.concatenate([prompt.tokens, prompt.answer])[: self._length + 1]

@@ -16,7 +16,8 @@ from sbeval.kernels import rope, softmax
 
 
 def rotated(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
-    return rope.rotate(x, positions[:, None] * rope.frequencies(x.shape[-1], rope.Options(theta=theta)))
+    angles = positions[:, None] * rope.frequencies(x.shape[-1], rope.Options(theta=theta))
+    return rope.rotate(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])
