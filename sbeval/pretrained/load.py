@@ -185,7 +185,7 @@ def load(spec: str, place: torch.device, dtype: str, *, trust_remote_code: bool 
 
 
 def digest(spec: str) -> str:
-    """Return an identifier of a model's weights and tokenizer: 16 hexadecimal digits for a folder, a commit for the hub.
+    """Return a digest of a model's weights and tokenizer: 16 hexadecimal digits for a folder, a commit for the hub.
 
     Downloads the config of a model on the hub. Raise InputError when there is no such model.
     """

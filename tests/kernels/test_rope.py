@@ -17,7 +17,8 @@ from sbeval.kernels import rope, softmax
 
 def rotated(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
     angles = positions[:, None] * rope.frequencies(x.shape[-1], rope.Options(theta=theta))
-    return rope.rotate(x, angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return rope.rotate(x, angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])

@@ -337,7 +337,7 @@ BAD: list[tuple[str, Callable[[Settings, Weights], object], str]] = [
     ("A", put("transformer.h.1.attn.c_attn.weight", 35, 12), r"has shape \(35, 12\); its config gives \(36, 12\)"),
     ("B", put("transformer.h.0.attn.head_bias", 3, 4), r"has shape \(3, 4\); its config gives \(4, 3\)"),
     ("flame", put("model.layers.1.mlp.up_proj.weight", 9, 12), r"has shape \(9, 12\); its config gives \(10, 12\)"),
-    ("A", rename(".attn.", ".mamba."), r"no known layout .*; its tensors: transformer\.h\..*mamba"),
+    ("A", rename(".attn.", ".mamba."), r"no known layout.*; its tensors: transformer\.h\.\{i\}\.ln_1\.weight, .*mamba"),
     ("A", rename(".mlp.", ".moe."), r"layers of experts.*not supported: transformer\.h\.\{i\}\.moe\.c_fc\.weight"),
     ("D", put("transformer.h.1.mlp_block.gate.weight", 8, 12), r"layers of experts.*mlp_block\.gate\.weight"),
     ("A", say(tie_word_embeddings=False), "tie_word_embeddings=False, but there is no lm_head.weight"),
