@@ -3,7 +3,7 @@
     o_i = sum_{j <= i} a_ij v_j        a_ij = softmax_j(scale * q_i . k_j - m_h * (i - j))
 
 The slope m_h of head h = 1 .. H is 2^(-8 h / H) when H is a power of two; otherwise the slopes of the power of two
-below H come first, then every second slope of the power of two above. `scale` leaves the penalty alone.
+below H come first, then every second slope of the power of two above. `scale` does not apply to the penalty.
 
     B, T, S, H, G, D    batch, queries, keys, query heads, key-value heads (G divides H), head size
     q: (B, T, H, D)     k, v: (B, S, G, D)     the queries are the last T of the S positions
@@ -29,7 +29,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float, cu_seqlens: Tens
 
 
 def slopes(heads: int, *, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
-    """Return m of each head, (heads,), for any number of heads from 1 on."""
+    """Return m of each head, (heads,), for any number of heads."""
     below = 1 << (heads.bit_length() - 1)
     whole = torch.arange(1, below + 1, dtype=torch.float64, device=device)
     halves = torch.arange(heads - below, dtype=torch.float64, device=device) + 0.5
@@ -57,13 +57,13 @@ def attention(
 
 
 def backend_name(device_type: str) -> str:
-    """Name what runs on a device of this type, `cpu` or `cuda`."""
+    """Name the default backend on a device of this type, `cpu` or `cuda`."""
     return softmax.backend_name(device_type, biased=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """ALiBi has nothing to choose."""
+    """ALiBi has no options."""
 
 
 class Mixer(nn.Module):

@@ -1,4 +1,4 @@
-"""What every attention method asks of its inputs, said before anything is launched."""
+"""Checks of the inputs of attention, common to all methods, before any kernel is launched."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,11 @@ MAX_HEAD_SIZE = 256
 
 
 def inputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> None:
-    """Raise InputError, naming the argument, unless these can be attended.
+    """Raise InputError, naming the argument, unless these are valid inputs of attention.
 
     q: (B, T, H, D); k, v: (B, S, G, D) with 1 <= T <= S, G dividing H and D <= 256, all of one floating dtype on one
-    device, no dimension empty. cu_seqlens: int32 (N + 1,) on that device, rising from 0 to T, then B = 1 and S = T; its
-    values are read only on a CPU, since reading them elsewhere would wait for the device.
+    device, no dimension empty. cu_seqlens: int32 (N + 1,) on that device, non-decreasing from 0 to T, then B = 1 and
+    S = T; its values are read only on a CPU, since reading them from a GPU would wait for it.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or 0 in x.shape:
@@ -36,17 +36,23 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) ->
         _cu_seqlens(q, k, cu_seqlens)
 
 
-def starts(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, first: Tensor) -> None:
-    """Raise InputError unless `first` can be the first key of each row of a cache: int32 (B,), each in 0 to S - 1."""
-    if cu_seqlens is not None:
-        raise InputError("starts bounds the rows of a cache and cu_seqlens packs rows: give one of them")
-    if first.shape != q.shape[:1] or first.dtype != torch.int32 or first.device != q.device:
-        raise InputError(
-            f"starts must be int32 of shape ({len(q)},) on {q.device}; it is {first.dtype} of shape "
-            f"{tuple(first.shape)} on {first.device}"
-        )
-    if first.is_cpu and not torch.compiler.is_compiling() and ((first < 0) | (first >= k.shape[1])).any():
-        raise InputError(f"starts must lie in 0 to S - 1 = {k.shape[1] - 1}; it is {first.tolist()}")
+def bounds(q: Tensor, cu_seqlens: Tensor | None, last: int, **named: Tensor | None) -> None:
+    """Raise InputError unless those given can bound the keys of the rows of a cache: int32 (B,), each in 0 to `last`.
+
+    Values are read as those of cu_seqlens, which cannot be given beside them.
+    """
+    for name, bound in named.items():
+        if bound is None:
+            continue
+        if cu_seqlens is not None:
+            raise InputError(f"{name} bounds the rows of a cache and cu_seqlens packs rows: give one of them")
+        if bound.shape != q.shape[:1] or bound.dtype != torch.int32 or bound.device != q.device:
+            raise InputError(
+                f"{name} must be int32 of shape ({len(q)},) on {q.device}; it is {bound.dtype} of shape "
+                f"{tuple(bound.shape)} on {bound.device}"
+            )
+        if bound.is_cpu and not torch.compiler.is_compiling() and ((bound < 0) | (bound > last)).any():
+            raise InputError(f"{name} must lie in 0 to {last}; it is {bound.tolist()}")
 
 
 def _cu_seqlens(q: Tensor, k: Tensor, cu_seqlens: Tensor) -> None:

@@ -1,22 +1,23 @@
-"""Forgetting attention: a gate of each head lowers the logits of all that came before (Lin et al., arXiv 2503.02130).
+"""Forgetting attention: gates of each head lower the logits of all earlier keys (Lin et al., arXiv 2503.02130).
 
     o_i = sum_{j <= i} a_ij v_j        a_ij = softmax_j(scale * q_i . k_j + sum_{l=j+1..i} log f_l)
     f_l = sigmoid(w_h . x_l + b_h)     section 3; x is the layer's normalised input
 
 Without positional encoding, as the paper's FoX with the Llama architecture; `rotary=true` rotates as in `rope`. The
-gates' biases start at 0, the default of the authors' code.
+gates' biases are initialised to 0, the default of the authors' code.
 
     B, T, S, H, G, D    batch, queries, keys, query heads, key-value heads (G divides H), head size
     q: (B, T, H, D)     k, v: (B, S, G, D)     the queries are the last T of the S positions
     log_f: (B, S, H)    logarithms of the gates of all S positions, none positive
     cu_seqlens: int32 (N + 1,), bounds of N sequences packed into one row; then B = 1 and S = T
 
-With c_i = sum_{l <= i} log f_l the bias is c_i - c_j. Sums are made in float64 and kept as a whole part and a rest,
-both float32, so that differences are as exact far from the start as near it. No gradient goes through the bias: that of
-c_i in row i is 0, since softmax ignores what all its logits share, and that of c_j is minus the sum of column j of the
-logits' gradient. A dimension more, 1 in every query and 0 in every key, adds nothing to a logit, and the gradient of
-those zeros is that very sum; any fused kernel computes it with the gradients of k, and nothing adds in random order.
-Heads of the largest size, 256, have no room for it: there the bias has the gradient, which a GPU sums in random order.
+With c_i = sum_{l <= i} log f_l the bias is c_i - c_j. Sums are computed in float64 and stored as an integer part and a
+remainder, both float32, so that differences are as exact far from the start as near it. No gradient goes through the
+bias: that of c_i in row i is 0, since softmax ignores a shift of all its logits, and that of c_j is minus the sum of
+column j of the logits' gradient. An extra dimension, 1 in every query and 0 in every key, adds nothing to a logit, and
+the gradient of those zeros is that very sum; any fused kernel computes it with the gradients of k, and nothing adds in
+random order. Heads of the largest size, 256, have no room for it: the bias then has the gradient, which a GPU sums in
+random order.
 """
 
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ def attention(
     total = total.permute(2, 0, 1)
     whole = total.detach().round()
     (batch, s), whole, rest = k.shape[:2], whole.flatten().to(exact), (total - whole).flatten().to(exact)
-    # that of the query's own sum is 0
+    # the gradient of the query's own sum is 0
     at_query = rest.detach()
 
     def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -77,21 +78,21 @@ def attention(
 
 
 def _routed(q: Tensor, k: Tensor, v: Tensor, total: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Give q, k and v a dimension that adds 0 to every logit and through which the gradient of c_j is computed."""
-    # every query head has its own c: key-value heads can no longer be shared
+    """Add a dimension to q, k and v that adds 0 to every logit and through which the gradient of c_j flows."""
+    # every query head has its own c, so key-value heads can't be shared
     k, v = softmax.heads(k, v, q.shape[2])
     zero = ((total.detach() - total) / scale).to(k.dtype)[..., None]
     return F.pad(q, (0, 1), value=1.0), torch.cat((k, zero), -1), F.pad(v, (0, 1))
 
 
 def backend_name(device_type: str) -> str:
-    """Name what runs on a device of this type, `cpu` or `cuda`."""
+    """Name the default backend on a device of this type, `cpu` or `cuda`."""
     return softmax.backend_name(device_type, biased=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """rotary: whether with RoPE, of base theta."""
+    """rotary: apply RoPE, of base theta."""
 
     rotary: bool = False
     theta: float = 10000.0
@@ -107,7 +108,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.scale = scale
         self.options = options
-        # the model draws the weights of linear layers
+        # the model initialises the weights of linear layers
         self.gate = nn.Linear(width, heads)
         nn.init.zeros_(self.gate.bias)
 
@@ -119,8 +120,8 @@ class Mixer(nn.Module):
         gates = F.linear(x, self.gate.weight.to(x.dtype), self.gate.bias.to(x.dtype))
         log_f = F.logsigmoid(gates if gates.dtype == torch.float64 else gates.float())
         if self.options.rotary:
-            turn = rope.Options(theta=self.options.theta)
+            rotation = rope.Options(theta=self.options.theta)
             first, past = (None, 0) if cache is None else (cache.starts, cache.past)
-            q, k = rope.rotated(q, k, cu_seqlens, turn, starts=first, past=past)
+            q, k = rope.rotated(q, k, cu_seqlens, rotation, starts=first, past=past)
         starts, (k, v, log_f) = through(cache, k, v, log_f)
         return attention(q, k, v, log_f, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts)

@@ -2,7 +2,7 @@
 
     o_i = sum_{j <= i} a_ij v_j        a_ij = softmax_j(scale * q_i . k_j)
 
-What the model knows of positions it learns from the causal mask alone.
+The model learns positions from the causal mask alone.
 
     B, T, S, H, G, D    batch, queries, keys, query heads, key-value heads (G divides H), head size
     q: (B, T, H, D)     k, v: (B, S, G, D)     the queries are the last T of the S positions
@@ -37,13 +37,13 @@ def attention(
 
 
 def backend_name(device_type: str) -> str:
-    """Name what runs on a device of this type, `cpu` or `cuda`."""
+    """Name the default backend on a device of this type, `cpu` or `cuda`."""
     return softmax.backend_name(device_type)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """NoPE has nothing to choose."""
+    """NoPE has no options."""
 
 
 class Mixer(nn.Module):

@@ -2,29 +2,29 @@
 
     o_i = sum_{j <= i} a_ij v_j        a_ij = softmax_j(scale * (R_i q_i) . (R_j k_j))
 
-R_p turns the plane of the dimensions m and m + D/2 by the angle p * w_m, w_m = theta^(-2m/D), m = 0 .. D/2 - 1.
+R_p rotates the plane of the dimensions m and m + D/2 by the angle p * w_m, w_m = theta^(-2m/D), m = 0 .. D/2 - 1.
 
     B, T, S, H, G, D    batch, queries, keys, query heads, key-value heads (G divides H), head size (even)
     q: (B, T, H, D)     k, v: (B, S, G, D)     the queries are the last T of the S positions
     cu_seqlens: int32 (N + 1,), bounds of N sequences packed into one row; then B = 1 and S = T
-    p: the position in its sequence, from 0; k comes unrotated, from a cache too
+    p: the position in its sequence, from 0; k is unrotated, also from a cache
 
 Departures: the paper pairs the dimensions 2m and 2m + 1; here m pairs with m + D/2, as in GPT-NeoX and Llama, which is
-the same up to an order of dimensions that the projections learn. Rotation happens in float32 (float64 for float64
-inputs), its angles in float64, so that late positions are turned as exactly as early ones.
+the same up to an order of dimensions that the projections learn. Rotation is in float32 (float64 for float64 inputs),
+its angles in float64, so that late positions are rotated as exactly as early ones.
 
 `scaling` changes w at evaluation, for sequences longer than the L = `train_len` tokens of training; F is `factor`:
 
     linear         w_m / F (position interpolation, Chen et al., arXiv 2306.15595)
-    ntk            theta * F^(D / (D - 2)) for theta: the slowest plane turns F times slower, the fastest as before
+    ntk            theta * F^(D / (D - 2)) for theta: the slowest plane rotates F times slower, the fastest as before
                    (called "NTK-aware" in Peng et al., arXiv 2309.00071, section 3.1)
-    dynamic_ntk    the same with F l / L - F + 1 for F in a sequence of l > L tokens, as in transformers; all tokens of
-                   a sequence turn by what its whole length says, unscaled up to L; with a
-                   cache keys are turned anew at each token, what older tokens became in layers below is not
-    yarn           w_m / F for planes of less than beta_slow turns in L tokens, w_m for those of more than beta_fast, a
-                   linear ramp between; q and k grow by 1 + ln(F) / 10 each (arXiv 2309.00071, section 3.2 to 3.4)
-    llama3         w_m / F for planes of less than low_freq turns in L tokens, w_m for those of more than high_freq, a
-                   mixture between (Llama 3.1's own rule, as in transformers)
+    dynamic_ntk    the same with F l / L - F + 1 for F in a sequence of l > L tokens, unscaled up to L, as in
+                   transformers; l is the length of the whole sequence for all its tokens; with a cache keys are
+                   rotated anew at each token, but hidden states of older tokens are not computed anew
+    yarn           w_m / F for planes of less than beta_slow periods in L tokens, w_m for those of more than beta_fast,
+                   a linear ramp between; q and k grow by 1 + ln(F) / 10 each (arXiv 2309.00071, section 3.2 to 3.4)
+    llama3         w_m / F for planes of less than low_freq periods in L tokens, w_m for those of more than high_freq,
+                   interpolated between (Llama 3.1's own rule, as in transformers)
 """
 
 import math
@@ -42,9 +42,9 @@ SCALINGS = ("none", "linear", "ntk", "dynamic_ntk", "yarn", "llama3")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """theta: the base of the geometric frequencies; the slowest plane turns by about 1 / theta a position.
+    """theta: the base of the geometric frequencies; the slowest plane rotates by about 1 / theta per position.
 
-    The others are for evaluation alone: see the module. train_len: in tokens, for schemes that need it.
+    The others are for evaluation alone: see the module. train_len: in tokens, for the scalings that need it.
     """
 
     theta: float = 10000.0
@@ -78,7 +78,7 @@ DEFAULT = Options()
 
 
 def trained_as(options: Options) -> Options:
-    """Return the options that a model of these was trained with: scaling happens at evaluation, and has no weights."""
+    """Return the options that a model was trained with: scaling is for evaluation, and has no weights."""
     return Options(theta=options.theta)
 
 
@@ -97,10 +97,10 @@ def reference(
     angles = torch.cat(
         [torch.arange(n)[:, None] * frequencies(2 * half, options, torch.tensor(n)) for n in lengths.tolist()]
     ).to(q)
-    turn = torch.polar(torch.full_like(angles, attention_factor(options)), angles)[:, None]
+    rotation = torch.polar(torch.full_like(angles, attention_factor(options)), angles)[:, None]
 
     def rotated(x: Tensor) -> Tensor:
-        y = torch.complex(x[..., :half], x[..., half:]) * turn[s - x.shape[1] :]
+        y = torch.complex(x[..., :half], x[..., half:]) * rotation[s - x.shape[1] :]
         return torch.cat((y.real, y.imag), dim=-1)
 
     return softmax.reference(rotated(q), rotated(k), v, scale=scale, cu_seqlens=cu_seqlens)
@@ -109,7 +109,7 @@ def reference(
 def frequencies(head_dim: int, options: Options = DEFAULT, length: Tensor | None = None) -> Tensor:
     """Return w, the angle per position of each plane, float64 (..., head_dim / 2), from about 1 downwards.
 
-    length: integers (...), of the sequences to turn, on the device of the result; `dynamic_ntk` asks for it.
+    length: integers (...), tokens of the sequences, on the device of the result; `dynamic_ntk` needs it.
     """
     device = None if length is None else length.device
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
@@ -124,13 +124,13 @@ def frequencies(head_dim: int, options: Options = DEFAULT, length: Tensor | None
     if scaling == "linear":
         return w / factor
     if scaling == "yarn":
-        kept = _yarn_kept(head_dim, options, device)
+        share = _yarn_share(head_dim, options, device)
     elif scaling == "llama3":
-        turns = options.train_len * w / (2 * math.pi)
-        kept = ((turns - options.low_freq) / (options.high_freq - options.low_freq)).clamp(0, 1)
+        periods = options.train_len * w / (2 * math.pi)
+        share = ((periods - options.low_freq) / (options.high_freq - options.low_freq)).clamp(0, 1)
     else:
         return w
-    return w * kept + w / factor * (1 - kept)
+    return w * share + w / factor * (1 - share)
 
 
 def _ntk_power(head_dim: int) -> float:
@@ -139,28 +139,28 @@ def _ntk_power(head_dim: int) -> float:
     return head_dim / (head_dim - 2)
 
 
-def _yarn_kept(head_dim: int, options: Options, device: torch.device | None) -> Tensor:
-    """Return how much of each plane's frequency yarn keeps, (head_dim / 2,), from 1 for the fastest to 0."""
+def _yarn_share(head_dim: int, options: Options, device: torch.device | None) -> Tensor:
+    """Return the share of each plane's frequency that is not scaled, (head_dim / 2,), from 1 for the fastest to 0."""
 
-    def plane(turns: float) -> float:
-        # the index of the plane that makes so many turns in training
-        return head_dim * math.log(options.train_len / (2 * math.pi * turns)) / (2 * math.log(options.theta))
+    def plane(periods: float) -> float:
+        # the index of the plane with this many periods in train_len tokens
+        return head_dim * math.log(options.train_len / (2 * math.pi * periods)) / (2 * math.log(options.theta))
 
     low, high = max(math.floor(plane(options.beta_fast)), 0), min(math.ceil(plane(options.beta_slow)), head_dim - 1)
     planes = torch.arange(head_dim // 2, dtype=torch.float64, device=device)
-    # 0.001 as in the authors' code, where both ends fall on one plane
+    # 0.001 as in the authors' code, if both ends are one plane
     return 1 - ((planes - low) / (high - low if high != low else 0.001)).clamp(0, 1)
 
 
 def attention_factor(options: Options) -> float:
-    """Return what queries and keys are multiplied by."""
+    """Return the factor of queries and keys."""
     return 1 + 0.1 * math.log(options.factor) if options.scaling == "yarn" else 1.0
 
 
-# an operator of its own: a compiler would take the float64 work into the loops over all elements of q and k
+# a custom operator: a compiler would move the float64 work into the loops over all elements of q and k
 @torch.library.custom_op("sbeval::rope_tables", mutates_args=())
 def _tables(angles: Tensor, size: float, exact: bool) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of float64 angles, times `size`, as float32 unless `exact`."""
+    """Return cosine and sine of float64 angles, times `size`, as float32 unless `exact`."""
     cos, sin = (size * f(angles) for f in (torch.cos, torch.sin))
     return (cos, sin) if exact else (cos.float(), sin.float())
 
@@ -171,12 +171,8 @@ def _(angles: Tensor, size: float, exact: bool) -> tuple[Tensor, Tensor]:
     return table, torch.empty_like(table)
 
 
-def rotate(x: Tensor, angles: Tensor, size: float = 1.0) -> Tensor:
-    """Turn x, (B, T, H, D), by `angles`, float64 (T, D / 2) or (B, T, D / 2), in the halves' pairing, times `size`."""
-    return _turned(x, *_tables(angles, size, x.dtype == torch.float64))
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x, (B, T, H, D), by angles with these cosines and sines, each (T, D / 2) or (B, T, D / 2)."""
     cos, sin = cos[..., None, :], sin[..., None, :]
     a, b = x.to(cos.dtype).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -191,25 +187,25 @@ def rotated(
     starts: Tensor | None = None,
     past: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Turn queries and keys by their positions; q are the last T of the S positions of k.
+    """Rotate queries and keys by their positions; q are the last T of the S positions of k.
 
-    starts: int32 (B,), where position 0 of each row of a cache is, k beginning `past` slots into it.
+    starts: int32 (B,), the slot of position 0 in each row of a cache; k begins at slot `past`.
     """
     t, s, size = q.shape[1], k.shape[1], q.shape[3]
     if size % 2:
-        raise InputError(f"q has heads of size {size}; RoPE turns pairs of dimensions and needs an even size")
-    places = torch.arange(s, device=q.device)
+        raise InputError(f"q has heads of size {size}; RoPE rotates pairs of dimensions and needs an even size")
+    positions = torch.arange(s, device=q.device)
     length = torch.full((1,), s, device=q.device)
     if cu_seqlens is not None:
-        which = torch.searchsorted(cu_seqlens, places, right=True)
-        length = cu_seqlens[which] - cu_seqlens[which - 1]
-        places = places - cu_seqlens[which - 1]
+        end = torch.searchsorted(cu_seqlens, positions, right=True)
+        length = cu_seqlens[end] - cu_seqlens[end - 1]
+        positions = positions - cu_seqlens[end - 1]
     elif starts is not None:
-        places = places + past - starts[:, None]
+        positions = positions + past - starts[:, None]
         length = s + past - starts[:, None]
-    angles = places[..., None] * frequencies(size, options, length)
+    angles = positions[..., None] * frequencies(size, options, length)
     cos, sin = _tables(angles, attention_factor(options), q.dtype == torch.float64)
-    return _turned(q, cos[..., s - t :, :], sin[..., s - t :, :]), _turned(k, cos, sin)
+    return rotate(q, cos[..., s - t :, :], sin[..., s - t :, :]), rotate(k, cos, sin)
 
 
 def attention(
@@ -230,7 +226,7 @@ def attention(
 
 
 def backend_name(device_type: str) -> str:
-    """Name what runs on a device of this type, `cpu` or `cuda`."""
+    """Name the default backend on a device of this type, `cpu` or `cuda`."""
     return softmax.backend_name(device_type)
 
 
@@ -249,7 +245,7 @@ class Mixer(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
     ) -> Tensor:
         if cache is None or self.options.scaling == "dynamic_ntk":
-            # there every token turns keys that came long before it
+            # every token changes the rotation of all keys
             starts, (k, v) = through(cache, k, v)
             return attention(
                 q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, backend=self.backend,

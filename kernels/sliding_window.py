@@ -3,13 +3,13 @@
     o_i = sum_j a_ij v_j        a_ij = softmax over j = max(0, i - W + 1) .. i of  scale * (R_i q_i) . (R_j k_j)
 
 W = `window` counts the query's own position. Queries and keys are rotated as in `rope`, by positions in the whole
-sequence, as in the softmax baselines of arXiv 2410.17980, figure 5; `rotary=false` leaves them as they are.
+sequence, as in the softmax baselines of arXiv 2410.17980, figure 5; `rotary=false` does not rotate.
 
     B, T, S, H, G, D    batch, queries, keys, query heads, key-value heads (G divides H), head size
     q: (B, T, H, D)     k, v: (B, S, G, D)     the queries are the last T of the S positions
     cu_seqlens: int32 (N + 1,), bounds of N sequences packed into one row; then B = 1 and S = T
 
-Time is linear in length too: what lies before the window is not looked at.
+Time is linear in length too: keys before the window are skipped.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from sbeval.models.kv_cache import Layer, through
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """window: keys that a query sees, itself included. rotary: whether with RoPE, of base theta."""
+    """window: keys that a query sees, itself included. rotary: apply RoPE, of base theta."""
 
     window: int = 512
     rotary: bool = True
@@ -69,7 +69,7 @@ def attention(
 
 
 def backend_name(device_type: str) -> str:
-    """Name what runs on a device of this type, `cpu` or `cuda`, on sequences longer than the window."""
+    """Name the default backend on a device of this type, `cpu` or `cuda`, for sequences longer than the window."""
     return softmax.backend_name(device_type, biased=True)
 
 
@@ -87,8 +87,8 @@ class Mixer(nn.Module):
         if cache is None:
             return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, options=self.options)
         if self.options.rotary:
-            turn = rope.Options(theta=self.options.theta)
-            q, k = rope.rotated(q, k, cu_seqlens, turn, starts=cache.starts, past=cache.past)
+            rotation = rope.Options(theta=self.options.theta)
+            q, k = rope.rotated(q, k, cu_seqlens, rotation, starts=cache.starts, past=cache.past)
         starts, (k, v) = through(cache, k, v)
         return softmax.attention(
             q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, window=self.options.window

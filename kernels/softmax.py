@@ -1,4 +1,4 @@
-"""Causal softmax attention, which all methods but stick-breaking share.
+"""Causal softmax attention, shared by all methods but stick-breaking.
 
     o_i = sum_j a_ij v_j        a_ij = softmax over the keys j that i sees of  scale * q_i . k_j + bias(i, j)
 
@@ -8,9 +8,9 @@ Vaswani et al., arXiv 1706.03762, eq. 1, with a causal mask and an additive bias
     q: (B, T, H, D)     k, v: (B, S, G, D)     the queries are the last T of the S positions
     cu_seqlens: int32 (N + 1,), bounds of N sequences packed into one row; then B = 1 and S = T
 
-Two ideas carry every variant. What query i sees is an interval of keys, `first[i] .. i`, whose lower end never falls
-with i: 0, the start of the sequence or the edge of a window. What is added to a logit is a function of indices, a
-`Bias`: the CPU evaluates it for some rows at a time, FlexAttention compiles it, and nobody holds a T x S matrix.
+Two ideas carry every variant. Query i sees an interval of keys, `first[i] .. i`, whose lower end never decreases with
+i: 0, the start of the sequence or the edge of a window. The term added to a logit is a function of indices, a `Bias`:
+the CPU evaluates it for some rows at a time, FlexAttention compiles it, and no T x S matrix is ever stored.
 """
 
 import functools
@@ -29,12 +29,12 @@ from torch.utils.checkpoint import checkpoint
 from sbeval.errors import InputError, choose
 from sbeval.kernels import check
 
-# bias(b, h, i, j): what is added to the logit of query i and key j, both counted from the start of the row, in batch
+# bias(b, h, i, j): the term added to the logit of query i and key j, both counted from the start of the row, in batch
 # entry b and query head h; integer tensors that broadcast, 0-dimensional in FlexAttention
 Bias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 BACKENDS = ("torch", "sdpa", "cudnn", "flash", "flex")
-# rows whose logits the CPU holds at a time
+# rows whose logits the CPU computes at a time
 CHUNK = 256
 # FlexAttention's mask is sparse in squares of this side
 BLOCK = 128
@@ -71,18 +71,19 @@ def attention(
 ) -> Tensor:
     """Attend causally in memory linear in T and S; returns (B, T, H, D) in the dtype of q.
 
-    scale: multiplies q . k, D ** -0.5 when None; it does not touch the bias. bias: what it reads may have a gradient,
-    slowly: dense on a CPU, by atomic sums on a GPU, where it may read such a tensor once. window: how many keys a query
-    sees, itself and those just before it, from 1 on; all when None. starts: int32 (B,), the first key that each row of
-    a cache has, for few queries, without gradient and on one path everywhere. backend: one of BACKENDS, or None for the
-    fastest that is correct. InputError for inputs that `check.inputs` refuses and for a backend that cannot serve them.
+    scale: multiplies q . k but not the bias; D ** -0.5 when None. bias: tensors that it reads may require gradients,
+    slowly: dense on a CPU, by atomic sums on a GPU, where it may read such a tensor once. window: the number of keys
+    that a query sees, itself and those just before it, at least 1; all when None. starts: int32 (B,), the first key of
+    each row of a cache, for few queries, without gradient and with one implementation on all devices. backend: one of
+    BACKENDS, or None for the fastest that is correct. Raise InputError for inputs that `check.inputs` or `check.bounds`
+    refuses and for a backend that does not support them.
     """
     check.inputs(q, k, v, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if window is not None and window >= k.shape[1]:
         window = None
     if starts is not None:
-        check.starts(q, k, cu_seqlens, starts)
+        check.bounds(q, cu_seqlens, k.shape[1] - 1, starts=starts)
         return _decode(q, k, v, scale, starts, bias, window)
     chosen = _backend(q, k, cu_seqlens is not None, bias is not None or window is not None, backend)
     if chosen == "torch":
@@ -100,14 +101,14 @@ def attention(
 
 
 def backend_name(device_type: str, *, biased: bool = False) -> str:
-    """Name what `attention` runs by default on whole sequences on a device of this type, `cpu` or `cuda`."""
+    """Name the default backend for whole sequences on a device of this type, `cpu` or `cuda`."""
     if device_type != "cuda":
         return "torch"
     return "flex" if biased else "sdpa"
 
 
 def starts(length: int, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """Return int32 (length,): for each position, where its sequence starts in the row; 0 when nothing is packed."""
+    """Return int32 (length,): the start in the row of each position's sequence; 0 without packing."""
     if cu_seqlens is None:
         return torch.zeros(length, dtype=torch.int32, device=device)
     positions = torch.arange(length, dtype=torch.int32, device=device)
@@ -122,40 +123,42 @@ def first_keys(length: int, cu_seqlens: Tensor | None, window: int | None, devic
     return torch.maximum(first, torch.arange(1 - window, length - window + 1, dtype=torch.int32, device=device))
 
 
-def _backend(q: Tensor, k: Tensor, packed: bool, biased: bool, asked: str | None) -> str:
-    """Pick what runs, or InputError when what was asked for cannot. biased: there is a bias or a window."""
+def _backend(q: Tensor, k: Tensor, packed: bool, biased: bool, requested: str | None) -> str:
+    """Return the backend to run; raise InputError when the requested one cannot. biased: with a bias or a window."""
     t, s = q.shape[1], k.shape[1]
     half = q.dtype in (torch.float16, torch.bfloat16)
     # SDPA's causal mask is aligned to the first key: right for whole sequences, and not needed for one query
     aligned = not packed and t in (1, s)
-    if asked is None:
+    if requested is None:
         if not q.is_cuda or q.dtype == torch.float64:
             return "torch"
         if biased:
             return "flex"
         return "sdpa" if aligned else "flash" if half else "flex"
-    if choose("backend", asked, BACKENDS) == "torch":
-        return asked
+    if choose("backend", requested, BACKENDS) == "torch":
+        return requested
     if not q.is_cuda:
-        raise InputError(f"backend {asked!r} needs a GPU; this tensor is on {q.device.type}")
-    if q.dtype == torch.float64 or (asked in ("cudnn", "flash") and not half):
+        raise InputError(f"backend {requested!r} needs a GPU; this tensor is on {q.device.type}")
+    if q.dtype == torch.float64 or (requested in ("cudnn", "flash") and not half):
         offer = "'torch'" if q.dtype == torch.float64 else "'flex'"
-        raise InputError(f"backend {asked!r} does not take {q.dtype}; use {offer}")
-    if biased and asked != "flex":
-        raise InputError(f"backend {asked!r} takes no attention bias or window; use 'flex'")
-    if asked in ("sdpa", "cudnn") and not aligned:
-        raise InputError(f"backend {asked!r} takes neither packed sequences nor {t} queries of {s} keys; use 'flex'")
-    return asked
+        raise InputError(f"backend {requested!r} does not take {q.dtype}; use {offer}")
+    if biased and requested != "flex":
+        raise InputError(f"backend {requested!r} takes no attention bias or window; use 'flex'")
+    if requested in ("sdpa", "cudnn") and not aligned:
+        raise InputError(
+            f"backend {requested!r} takes neither packed sequences nor {t} queries of {s} keys; use 'flex'"
+        )
+    return requested
 
 
 def _torch(
     q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, bias: Bias | None, window: int | None
 ) -> Tensor:
     """Attend on any device, sequence by sequence and CHUNK rows at a time."""
-    # with a strided head dimension SDPA leaves its fused kernel and holds T x S weights
+    # with a strided head dimension SDPA does not use its fused kernel and stores T x S weights
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     past = k.shape[1] - q.shape[1]
-    again = q.shape[1] > CHUNK and torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    recompute = q.shape[1] > CHUNK and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     outputs = []
     for first, stop in [(0, k.shape[1])] if cu_seqlens is None else pairwise(cu_seqlens.tolist()):
         narrow = window is not None and window < stop - first
@@ -165,10 +168,10 @@ def _torch(
         for start, end in _chunks(max(first, past), stop):
             low = first if window is None else max(first, start - window + 1)
             args = q[:, start - past : end - past], k[:, low:end], v[:, low:end], scale, low, start, bias, window
-            # the backward of a fused kernel keeps its mask, which over all chunks would be T x S: make it again instead
+            # the backward of a fused kernel stores its mask, T x S over all chunks: recompute it instead
             outputs.append(
                 cast(Tensor, checkpoint(_rows, *args, use_reentrant=False, preserve_rng_state=False))
-                if again
+                if recompute
                 else _rows(*args)
             )
     return torch.cat(outputs, dim=1)
@@ -177,7 +180,7 @@ def _torch(
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor, bias: Bias | None, window: int | None
 ) -> Tensor:
-    """Attend the last T of S positions, row b seeing keys from first[b] on; all T x S at once, for T is small."""
+    """Attend the last T of S positions, row b seeing keys from first[b] on; all T x S at once, since T is small."""
     (batch, t, count, _), s, groups = q.shape, k.shape[1], k.shape[2]
     # keys that no query sees are not read
     low = 0 if window is None else max(0, s - t - window + 1)
@@ -189,11 +192,11 @@ def _decode(
         mask = mask & (j > i - window)
     out_dtype = q.dtype
     if bias is not None:
-        # far away a bias is large, and 16 bits would not tell it from its neighbours
+        # at long distances a bias is large, and in 16 bits it would equal its neighbours
         exact = torch.float64 if q.dtype == torch.float64 else torch.float32
         q, k, v = (x.to(exact) for x in (q, k, v))
         mask = torch.where(mask, bias(b, h, i, j), -torch.inf).to(exact)
-    # the heads of a group are queries of the same keys: no kernel has to know of groups
+    # the heads of a group become queries of the same keys, so the kernel need not support groups
     q, mask = (x.unflatten(1, (groups, -1)).flatten(2, 3) for x in (q.transpose(1, 2), mask.expand(-1, count, -1, -1)))
     k, v = (x[:, low:].transpose(1, 2) for x in (k, v))
     with torch.autocast(q.device.type, enabled=False):
@@ -221,7 +224,7 @@ def _rows(
         b = torch.arange(batch, device=q.device)[:, None, None, None]
         h = torch.arange(heads, device=q.device)[:, None, None]
         mask = torch.where(mask, bias(b, h, i, j), -torch.inf)
-        # only with four dimensions does SDPA keep to its fused kernel
+        # SDPA uses its fused kernel only with four dimensions
         mask = mask.expand(batch, heads, *mask.shape[-2:])
     return _fused(q, k, v, scale, mask=mask)
 
@@ -237,20 +240,23 @@ def _fused(
 
 
 TRAINING = [
-    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
-]  # fmt: skip
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, chosen: str) -> Tensor:
     """Attend T = S or T = 1 queries on a GPU; `chosen` forces a kernel unless it is `sdpa`."""
     causal = q.shape[1] > 1
     if q.dtype == torch.float32:
-        # its only kernel that is linear in memory does not group heads
+        # the only float32 kernel that is linear in memory does not group heads
         k, v = heads(k, v, q.shape[2])
     if chosen == "sdpa":
         if not (q.requires_grad and torch.is_grad_enabled()):
             return _fused(q, k, v, scale, causal=causal)
-        # cuDNN is the fastest on Hopper, but plans for each shape anew: for training, where there are few
+        # cuDNN is the fastest on Hopper, but plans anew for each shape: for training, which has few shapes
         with sdpa_kernel(TRAINING, set_priority=True):
             return _fused(q, k, v, scale, causal=causal)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if chosen == "cudnn" else SDPBackend.FLASH_ATTENTION):
@@ -265,7 +271,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | 
         q_bounds = torch.arange(0, batch * t + 1, t, dtype=torch.int32, device=q.device)
         k_bounds = torch.arange(0, batch * s + 1, s, dtype=torch.int32, device=q.device)
     k, v = heads(k, v, q.shape[2])
-    # the longest sequence is known only to the device; the row's length bounds it, and surplus tiles leave at once
+    # only the device knows the longest sequence; the row's length bounds it, and surplus tiles return at once
     rows, keys, values = (x.flatten(0, 1) for x in (q, k, v))
     out = varlen_attn(rows, keys, values, q_bounds, k_bounds, t, s, scale=scale, window_size=(-1, 0))
     return cast(Tensor, out).view_as(q)
@@ -284,7 +290,7 @@ def _compiled_flex() -> Callable[..., Tensor]:
     compiled = torch.compile(flex_attention, fullgraph=True)
 
     def attend(*args: Any, **options: Any) -> Tensor:
-        # a sweep over methods, head sizes and dtypes passes the usual 8 variants, after which nothing would be fused
+        # a sweep over methods, head sizes and dtypes exceeds the default of 8 variants, after which nothing is fused
         with torch._dynamo.config.patch(recompile_limit=256):
             return compiled(*args, **options)
 
@@ -310,22 +316,22 @@ def _flex(
     attend = cast(Callable[..., Tensor], flex_attention) if compiling else _compiled_flex()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
-    # heads beyond 128, rounded up to 256, leave shared memory for one stage of keys and values
+    # heads above 128, rounded up to 256, leave shared memory for one stage of keys and values alone
     options: dict[str, Any] = {"fwd_num_stages": 1} if q.shape[-1] > 128 else {}
     # the kernel for decoding holds all queries of a group at once: with many it compiles for minutes, or not at all. An
-    # `if`, since the compiler takes no comparison of a length that it does not know for an option
+    # `if`, since the compiler does not accept a comparison of an unknown length as an option
     if t * group > 16:
         options["FORCE_USE_FLEX_ATTENTION"] = True
     score_mod = None if bias is None else score
     out = attend(
         q, k, v, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=group > 1, kernel_options=options
-    )  # fmt: skip
+    )
     return out.transpose(1, 2)
 
 
 @functools.lru_cache(maxsize=32)
 def _causal_blocks(t: int, s: int, device: torch.device, window: int | None = None) -> BlockMask:
-    # what inference mode makes could not be saved for a later backward
+    # tensors made in inference mode could not be saved for a later backward
     with torch.inference_mode(False):
         return block_mask(t, first_keys(s, None, window, device))
 
@@ -333,7 +339,7 @@ def _causal_blocks(t: int, s: int, device: torch.device, window: int | None = No
 def block_mask(t: int, first: Tensor) -> BlockMask:
     """Build FlexAttention's mask for the last t of S positions, position i seeing the keys first[i] .. i.
 
-    first: int (S,), first[i] <= i, never falling. Blocks follow from the ends of the intervals, so nothing of size
+    first: int (S,), first[i] <= i, non-decreasing. Blocks follow from the ends of the intervals, so nothing of size
     t x S is made, unlike in `create_block_mask`.
     """
     s, device = first.numel(), first.device
@@ -348,7 +354,7 @@ def block_mask(t: int, first: Tensor) -> BlockMask:
     left = torch.arange(0, s, BLOCK, device=device)
     right = left + BLOCK - 1
     some = (left <= bottom + past) & (right >= lower[top])
-    # a block that overruns T or S is never full, the latter since its right edge lies past every query
+    # a block that exceeds T or S is never full, the latter since its right edge lies past every query
     full = (right <= top + past) & (left >= lower[bottom]) & (top + BLOCK <= t)
     return BlockMask.from_kv_blocks(
         *_ordered(some & ~full), *_ordered(full), BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(t, s)

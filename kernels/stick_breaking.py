@@ -349,23 +349,6 @@ def _check_bias(q: Tensor, bias: Tensor | None) -> None:
         )
 
 
-def _check_bounds(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, **bounds: Tensor | None) -> None:
-    for name, bound in bounds.items():
-        if bound is None:
-            continue
-        if cu_seqlens is not None:
-            raise InputError(f"{name} counts keys of padded rows and cu_seqlens packs rows: give one of them")
-        if bound.shape != q.shape[:1] or bound.dtype != torch.int32 or bound.device != q.device:
-            raise InputError(
-                f"{name} must be int32 of shape ({len(q)},) on {q.device}; it is {bound.dtype} of shape "
-                f"{tuple(bound.shape)} on {bound.device}"
-            )
-        if not bound.is_cpu or torch.compiler.is_compiling():
-            continue
-        if ((bound < 0) | (bound > k.shape[1])).any():
-            raise InputError(f"{name} must lie in 0 to S = {k.shape[1]}; it is {bound.tolist()}")
-
-
 # queries up to which keys are split over the device rather than queries
 FEW = 64
 
@@ -391,7 +374,7 @@ def attention(
     """
     check.inputs(q, k, v, cu_seqlens)
     _check_bias(q, bias)
-    _check_bounds(q, k, cu_seqlens, starts=starts, lengths=lengths)
+    check.bounds(q, cu_seqlens, k.shape[1], starts=starts, lengths=lengths)
     if epsilon is None:
         epsilon = torch.finfo(torch.float64 if q.dtype == torch.float64 else torch.float32).eps / 2
     _check_epsilon(epsilon)

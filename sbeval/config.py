@@ -1,4 +1,4 @@
-"""Configurations: frozen dataclasses whose values name cells and checkpoints, and whose fields are the options."""
+"""Configurations: frozen dataclasses whose values identify cells and checkpoints, and whose fields are the options."""
 
 import dataclasses
 import hashlib
@@ -8,21 +8,29 @@ from typing import Any
 
 # for `field(metadata=LATER)`: marks a field added after results were published, left out of digests at its default
 LATER = {"later": True}
+# a target that is not scored: the ignore_index of torch's cross_entropy
+IGNORE = -100
 # groups of options in `--help`
 TASK, MODEL, TRAINING, EVALUATION, DATA, RUN = "Task", "Model", "Training", "Evaluation", "Data", "Run"
 ATTENTION = "Method, with options as name:key=value,..."
 SEED = "Seed of weights and data."
 LR = "Peak learning rate."
 OPTIMIZERS = ("adamw", "muon")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def option(
-    default: Any, group: str, help: str, *metadata: Mapping[str, Any], flag: str = "", metavar: str | None = None,
+    default: Any,
+    group: str,
+    help: str,
+    *metadata: Mapping[str, Any],
+    flag: str = "",
+    metavar: str | None = None,
     compare: bool = True,
-) -> Any:  # fmt: skip
-    """Declare a field of a config that is an option of its command too, which `help` describes.
+) -> Any:
+    """Declare a field of a config that is also an option of its command, described by `help`.
 
-    metadata: marks of the field, such as LATER. flag: its flag where that is not its name, as `--seed` for `seeds`.
+    metadata: marks of the field, such as LATER. flag: the flag if it is not the field's name, as `--seed` for `seeds`.
     """
     own = {"help": help, "group": group, "flag": flag, "metavar": metavar}
     return dataclasses.field(
@@ -33,7 +41,7 @@ def option(
 
 
 def digest_of(key: object) -> str:
-    """Return ten hexadecimal digits that stand for a configuration: dataclasses, and what JSON knows, in any nesting.
+    """Return ten hexadecimal digits that identify a configuration: dataclasses and JSON values, nested at will.
 
     Fields with `compare=False` are not part of the identity.
     """

@@ -27,7 +27,7 @@ from sbeval.sweep.graph import steps
 from sbeval.tables import provenance
 from sbeval.tasks import attention_map, length_gen
 from sbeval.tasks.text_training import likely_vocabulary
-from sbeval.training.trainer import TrainConfig
+from sbeval.training.config import TrainConfig
 
 # module, name on PyPI, purpose
 PACKAGES = (

@@ -1,4 +1,4 @@
-"""Errors that a user can put right: one line that says what was given and what would do."""
+"""Errors that a user can fix: one line that names what was given and what is allowed."""
 
 import difflib
 from collections.abc import Iterable
@@ -7,21 +7,21 @@ SEEDS = range(1 << 31)
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used. The command line prints its message and exits with code 2."""
+    """An invalid input of the user's. The command line prints its message and exits with code 2."""
 
 
 def choose(kind: str, given: str, options: Iterable[str]) -> str:
-    """Return `given` when it is one of `options`; otherwise raise InputError that offers the nearest of them."""
+    """Return `given` when it is one of `options`; otherwise raise InputError that offers the nearest."""
     names = sorted(options)
     if given in names:
         return given
-    near = difflib.get_close_matches(given.replace("-", "_"), names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    nearest = difflib.get_close_matches(given.replace("-", "_"), names, n=1)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     raise InputError(f"unknown {kind} {given!r}; {hint}known: {', '.join(names)}")
 
 
 def check_swept(config: object, *names: str) -> None:
-    """InputError when a config has nothing of what it sweeps over, or a seed that is none."""
+    """Raise InputError when a field that a config sweeps over is empty, or a seed is out of range."""
     for name in names:
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give one or more")
@@ -30,5 +30,5 @@ def check_swept(config: object, *names: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error, for a message of one line."""
+    """Return the first line of a library's error message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,8 +1,8 @@
-"""Our models as models of Hugging Face's transformers.
+"""Our models as models of Hugging Face transformers.
 
-Importing this module registers them: then AutoModelForCausalLM.from_pretrained loads what `export` wrote, without code
-from the folder. Generation reads prompts packed, so that padding on the left changes nothing, and decodes with the
-cache of `sbeval.models.kv_cache`. A forward pass makes a cache only where `use_cache=True` asks for it, as generate() does.
+Importing this module registers them: AutoModelForCausalLM.from_pretrained then loads what `export` wrote, without code
+from the folder. Generation packs prompts, so that padding on the left changes nothing, and decodes with the cache of
+`sbeval.models.kv_cache`. A forward pass makes a cache only with `use_cache=True`, as generate() passes.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ from sbeval.training import checkpoint
 
 
 class SbevalConfig(PreTrainedConfig):
-    """`shape` holds the fields of a ModelConfig but for vocab_size and tied, which transformers keeps by its names.
+    """shape: the fields of a ModelConfig but for vocab_size and tied, for which transformers has its own names.
 
-    train_len: tokens of the sequences that the model was trained on, None where that is not known.
+    train_len: tokens per sequence that the model was trained on, None if unknown.
     """
 
     model_type = "sbeval"
@@ -47,17 +47,17 @@ class SbevalConfig(PreTrainedConfig):
 
     @classmethod
     def of(cls, shape: ModelConfig, **more: Any) -> "SbevalConfig":
-        """The config of a decoder."""
+        """Return the config of a decoder."""
         fields = dataclasses.asdict(shape)
         more |= {"vocab_size": fields.pop("vocab_size"), "tie_word_embeddings": fields.pop("tied")}
         return cls(shape=fields, **more)
 
     @property
     def model_config(self) -> ModelConfig:
-        """The decoder's own config."""
+        """Return the decoder's own config."""
         return ModelConfig(vocab_size=self.vocab_size, tied=self.tie_word_embeddings, **(self.shape or {}))
 
-    # what tools ask of any model
+    # read by tools from any model
 
     @property
     def hidden_size(self) -> int:
@@ -73,7 +73,7 @@ class SbevalConfig(PreTrainedConfig):
 
     @property
     def max_position_embeddings(self) -> int:
-        # most of our models have no such end, and then no such attribute
+        # most of our models have no such limit, and then no such attribute
         if not self.model_config.positions:
             raise AttributeError("max_position_embeddings")
         return self.model_config.positions
@@ -83,7 +83,7 @@ class Past(Cache):
     """A cache that grows, with the methods that generate() calls."""
 
     reorder_cache = Cache.reorder
-    # it grows
+    # its shape changes
     is_compileable = False
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -95,7 +95,7 @@ class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "decoder"
     _tied_weights_keys = {"decoder.head.weight": "decoder.embedding.weight"}
     _no_split_modules = ["Block"]
-    # a cache can't give tokens back: generate() then refuses what guesses some ahead
+    # a cache can't drop tokens: generate() then refuses speculative decoding
     _is_stateful = True
     _built = False
 
@@ -106,7 +106,7 @@ class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
         self._built = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: a decoder draws its own. Asked again, weights are missing from a file."""
+        """Do nothing, as a decoder draws its own weights; raise InputError for weights missing from the files."""
         given = all(getattr(x, "_is_hf_initialized", False) for x in module.parameters(recurse=False))
         if self._built and not given:
             raise InputError(f"the model's files lack weights of a {type(module).__name__}")
@@ -129,17 +129,24 @@ class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
         self.decoder.head = new_embeddings
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-        past_key_values: Past | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0, return_dict: bool | None = None, position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None, output_attentions: bool | None = None,
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Past | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-    ) -> CausalLMOutputWithPast | tuple[Any, ...]:  # fmt: skip
-        """Logits (B, T, vocab_size) of input_ids (B, T), and with `labels` their mean loss, shifted by one.
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Return logits (B, T, vocab_size) of input_ids (B, T), and with `labels` their mean loss, shifted by one.
 
-        attention_mask: (B, T) or, with a cache, (B, past + T); 0 at padding, left or right; with a cache left alone.
-        Logits at padding mean nothing. position_ids: (B, T) or (1, T), those that each row's tokens have anyway.
-        InputError for the arguments after it.
+        attention_mask: (B, T) or, with a cache, (B, past + T); 0 at padding, left or right, with a cache left only.
+        Logits at padding are undefined. position_ids: (B, T) or (1, T), must be the default. Raise InputError for the
+        arguments after it.
         """
         if inputs_embeds is not None or output_attentions or output_hidden_states:
             raise InputError(
@@ -150,20 +157,20 @@ class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is not None:
             _check_past(input_ids, attention_mask, past_key_values)
         if position_ids is not None:
-            _check_places(position_ids, input_ids, attention_mask, past_key_values)
+            _check_positions(position_ids, input_ids, attention_mask, past_key_values)
         if past_key_values is not None:
             hidden = self._extend(input_ids, past_key_values)
         elif use_cache:
             hidden, past_key_values = self._begin(input_ids, attention_mask)
         else:
             hidden = self._whole(input_ids, attention_mask)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.decoder.logits(hidden[:, kept])
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.decoder.logits(hidden[:, positions])
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        found = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]  # ours
-        return found.to_tuple() if return_dict is False else found
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)  # type: ignore[arg-type]  # ours
+        return output.to_tuple() if return_dict is False else output
 
     def _whole(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None or bool(mask.all()):
@@ -171,7 +178,7 @@ class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
             return hidden
         real = mask.bool()
         if self.decoder.positions is not None:
-            # packed, its rows would be one to the table of positions
+            # packed, its rows would be one row to the table of positions
             return self._read(tokens, real, _lengths(real, "right"))[0]
         lengths = torch.tensor(_lengths(real, "right"), device=tokens.device)
         bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
@@ -197,7 +204,7 @@ class SbevalForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _check_past(tokens: Tensor, mask: Tensor | None, past: Past) -> None:
-    """InputError where tokens can't continue a cache."""
+    """Raise InputError when tokens can't continue a cache."""
     if not isinstance(past, Past):
         raise InputError(f"past_key_values must be what this model returned; got a {type(past).__name__}")
     if len(tokens) != len(past.rows.starts):
@@ -205,13 +212,13 @@ def _check_past(tokens: Tensor, mask: Tensor | None, past: Past) -> None:
     if not tokens.shape[1]:
         raise InputError(f"past_key_values has {past.rows.length} tokens of each row: input_ids has none after them")
     if tokens.shape[1] > 1 and mask is not None and not bool(mask[:, -tokens.shape[1] :].all()):
-        raise InputError("what continues a cache can't be padded")
+        raise InputError("input_ids that continue a cache can't be padded: give their attention_mask as 1")
 
 
-def _check_places(given: Tensor, tokens: Tensor, mask: Tensor | None, past: Past | None) -> None:
-    """InputError where position_ids are not the number of tokens before each in its row."""
+def _check_positions(given: Tensor, tokens: Tensor, mask: Tensor | None, past: Past | None) -> None:
+    """Raise InputError when position_ids are not the number of tokens before each in its row."""
     real = torch.ones_like(tokens, dtype=torch.bool) if mask is None or past is not None else mask.bool()
-    wanted = real.cumsum(1) - 1 + (0 if past is None else past.rows.next_places())
+    wanted = real.cumsum(1) - 1 + (0 if past is None else past.rows.next_positions())
     if given.shape[-1] != tokens.shape[1] or bool(((given != wanted) & real).any()):
         raise InputError(
             "position_ids must count each row's tokens from 0, a cache's included and padding not: leave them out"
@@ -219,39 +226,37 @@ def _check_places(given: Tensor, tokens: Tensor, mask: Tensor | None, past: Past
 
 
 def _lengths(real: Tensor, *also: str) -> list[int]:
-    """Tokens of each row, where what is not real stands on the left, or `also` on the right; InputError elsewhere."""
-    counts, places = real.sum(1), torch.arange(real.shape[1], device=real.device)
-    left = (real == (places >= real.shape[1] - counts[:, None])).all()
-    right = (real == (places < counts[:, None])).all()
+    """Return the tokens of each row. Raise InputError for padding that is not on the left, or, if `also`, the right."""
+    counts, slots = real.sum(1), torch.arange(real.shape[1], device=real.device)
+    left = (real == (slots >= real.shape[1] - counts[:, None])).all()
+    right = (real == (slots < counts[:, None])).all()
     on_left, on_right, *lengths = torch.cat([torch.stack([left, right]), counts]).tolist()
     if not min(lengths):
-        raise InputError("a row has no tokens: its attention_mask is 0 everywhere")
+        raise InputError("a row has no tokens: its attention_mask must not be 0 everywhere")
     if not on_left and not (also and on_right):
-        raise InputError(
-            "padding must be on the left where a cache is kept, and never within a row: padding_side='left'"
-        )
+        raise InputError("padding must be on the left with a cache, and never within a row: use padding_side='left'")
     return lengths
 
 
 def _unpacked(hidden: Tensor, real: Tensor) -> Tensor:
-    """Hidden states (B, T, width) of those of all real tokens (N, width); 0 at padding."""
+    """Unpack hidden states of real tokens, (N, width), to (B, T, width), 0 at padding."""
     out = hidden.new_zeros(*real.shape, hidden.shape[-1])
     out[real] = hidden
     return out
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """The same tokenizer as transformers has them; there, text that spells a special token is that token."""
+    """Return the tokenizer for transformers; there, text that spells a special token is that token."""
     backend = tokenizer.library()
     eos = backend.id_to_token(tokenizer.eos)
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token=eos, padding_side="left")
 
 
 def tokenizer_of(spec: str | None, corpus: str | None, text_field: str) -> Tokenizer | None:
-    """The tokenizer that a user names, trained again (or found) where it comes from a corpus; None of `none`."""
+    """Load the tokenizer of `spec`, trained on the corpus (or cached) for bpe:N; None for `none`."""
     if spec is None:
         raise InputError(
-            "a checkpoint does not say its tokenizer: give the --tokenizer it was trained with, or --tokenizer none"
+            "a checkpoint does not hold its tokenizer: give the --tokenizer of its training, or --tokenizer none"
         )
     if spec == "none":
         return None
@@ -266,18 +271,18 @@ def tokenizer_of(spec: str | None, corpus: str | None, text_field: str) -> Token
 
 
 def export(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
-    """Write a checkpoint as a folder that transformers reads; InputError where that would overwrite something.
+    """Write a checkpoint as a folder of transformers; raise InputError when that would overwrite files.
 
     tokenizer: that of the training texts; None for a model that was not trained on text.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is there and not empty: name another folder")
+        raise InputError(f"{out} exists and is not empty: give another folder")
     decoder = checkpoint.load_model(folder)
     size = decoder.config.vocab_size
     if tokenizer is not None and size not in (tokenizer.vocab_size, padded_vocabulary(tokenizer.vocab_size)):
         raise InputError(
             f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens and the model of {folder} {size}: "
-            "give the --tokenizer it was trained with"
+            "give the --tokenizer that it was trained with"
         )
     if tokenizer is not None:
         check_same(checkpoint.training_tokenizer(folder), tokenizer, str(folder))

@@ -87,7 +87,7 @@ class Figure(Protocol):
 
 
 def method(name: str) -> Method:
-    """Import the attention method `name`; InputError offers the nearest name."""
+    """Import the attention method `name`; raise InputError, offering the nearest name, for an unknown one."""
     return cast(Method, importlib.import_module(ATTENTION[choose("attention", name, ATTENTION)]))
 
 
@@ -100,10 +100,10 @@ def trained_as(name: str, options: Any) -> Any:
 
 
 def task(name: str) -> "Family":
-    """Import the task family `name`; InputError offers the nearest name."""
+    """Import the task family `name`; raise InputError as `method`."""
     return cast("Family", importlib.import_module(TASKS[choose("task family", name, TASKS)]).FAMILY)
 
 
 def figure(name: str) -> Figure:
-    """Import the figure `name`; InputError offers the nearest name."""
+    """Import the figure `name`; raise InputError as `method`."""
     return cast(Figure, importlib.import_module(FIGURES[choose("figure", name, FIGURES)]))

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import Place
     from sbeval.tasks.flip_flop_data import Examples
-    from sbeval.training.trainer import TrainConfig
+    from sbeval.training.config import TrainConfig
 
 NAME = "flip_flop"
 # two bits and three instructions
@@ -162,7 +162,7 @@ class Cell(Synthetic):
         )
 
     def training(self) -> "TrainConfig":
-        from sbeval.training.trainer import TrainConfig
+        from sbeval.training.config import TrainConfig
 
         config = self.config
         return TrainConfig(

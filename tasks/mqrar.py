@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import Place
     from sbeval.tasks.recall_data import Examples
-    from sbeval.training.trainer import TrainConfig, Trained
+    from sbeval.training.config import TrainConfig
+    from sbeval.training.trainer import Trained
 
 NAME = "mqrar"
 # key of the validation scores in run files
@@ -264,7 +265,7 @@ class Cell(Synthetic):
         )
 
     def training(self) -> "TrainConfig":
-        from sbeval.training.trainer import TrainConfig
+        from sbeval.training.config import TrainConfig
 
         config = self.config
         return TrainConfig(

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from sbeval.pretrained.load import Pretrained
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import Place
-    from sbeval.training.trainer import TrainConfig
+    from sbeval.training.config import TrainConfig
 
 
 NAME = "needle"

@@ -11,7 +11,8 @@ from sbeval.tables.rows import Identity, Measurement
 if TYPE_CHECKING:
     from sbeval.models.config import ModelConfig
     from sbeval.sweep.context import Place
-    from sbeval.training.trainer import TrainConfig, Trained
+    from sbeval.training.config import TrainConfig
+    from sbeval.training.trainer import Trained
 
 # methods that presets compare
 METHODS = ("stick_breaking", "rope", "nope", "alibi", "forgetting")

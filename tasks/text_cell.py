@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import Place
     from sbeval.training.checkpoint import State
-    from sbeval.training.trainer import TrainConfig
+    from sbeval.training.config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import Place
     from sbeval.training.checkpoint import State
-    from sbeval.training.trainer import TrainConfig, Trained
+    from sbeval.training.config import TrainConfig
+    from sbeval.training.trainer import Trained
 
 Kind = TypeVar("Kind", bound=EvaluatedModel)
 
@@ -145,7 +146,7 @@ def train_config(
     config: TextModel, *, tokens: int, length: int, lr: float, seed: int, sparse: bool = False
 ) -> "TrainConfig":
     """Return the settings of a training on so many tokens, in sequences of `length`."""
-    from sbeval.training.trainer import TrainConfig
+    from sbeval.training.config import TrainConfig
 
     batch = max(1, config.batch_tokens // length)
     micro = config.micro_batch_tokens and max(1, config.micro_batch_tokens // length)

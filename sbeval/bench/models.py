@@ -27,7 +27,8 @@ from sbeval.models.config import SIZES, ModelConfig, flops_per_token, named, par
 from sbeval.models.decoder import IGNORE, Decoder, n_parameters
 from sbeval.runtime import device
 from sbeval.runtime.progress import Progress, Task
-from sbeval.training.trainer import TrainConfig, Trainer
+from sbeval.training.config import TrainConfig
+from sbeval.training.trainer import Trainer
 
 VOCABULARY = 50304
 # kernels of softmax without a bias, in 16 bits

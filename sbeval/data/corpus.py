@@ -1,4 +1,4 @@
-"""Corpora: the texts of a source, tokenized once into memory maps. `sources` says what a source can be."""
+"""Corpora: the texts of a source, tokenized once and memory-mapped. See `sources` for what a source can be."""
 
 import array
 import hashlib
@@ -21,16 +21,16 @@ from sbeval.data.tokenizer import read as read_tokenizer
 from sbeval.errors import InputError
 from sbeval.runtime.files import locked, storing
 
-# part of a store's key: a store written in another way is not opened
+# part of a store's key: a store of another format is not opened
 FORMAT = 2
 BATCH_CHARACTERS = 1 << 23
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Split:
-    """Tokenized documents, one after another, each closed by the end-of-document token.
+    """Tokenized documents, concatenated, each followed by the end-of-document token.
 
-    `tokens` is (n,) uint16 or uint32, mapped from the store; `offsets` is (documents + 1,) int64, where each starts.
+    tokens: (n,) uint16 or uint32, memory-mapped. offsets: (documents + 1,) int64, the start of each document.
     """
 
     corpus: str
@@ -44,54 +44,44 @@ class Split:
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each document without the one that closes it: (documents,)."""
+        """Return the number of tokens of each document, (documents,), without its end-of-document token."""
         return np.diff(self.offsets) - 1
 
     def document(self, index: int) -> Ids:
-        """Return the tokens of a document without the one that closes it, as a view of the store."""
+        """Return the tokens of a document without its end-of-document token, as a view of the store."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1] - 1]
 
-    def windows(self, length: int, per_document: int = 1, minimum: int = 1) -> list[tuple[int, int]]:
-        """Choose the first disjoint windows of `length` tokens of each document that is long enough.
+    def windows(self, length: int, per_document: int = 1) -> list[tuple[int, int]]:
+        """Choose the first disjoint windows of `length` tokens of each document, `per_document` at most.
 
-        At most `per_document` each, as (document, start within it). InputError when they are fewer than `minimum`.
+        Return (document, start within it) of each. Raise InputError when no document is long enough.
         """
-        if min(length, per_document, minimum) < 1:
+        if min(length, per_document) < 1:
             raise InputError(
-                f"windows need a length, a number per document and a minimum of at least 1, "
-                f"not {length}, {per_document} and {minimum}"
+                f"windows need a length and a number per document of at least 1; got {length} and {per_document}"
             )
         counts = np.minimum(self.lengths // length, per_document)
-        if counts.sum() < minimum:
-            raise InputError(self._too_short(length, per_document, minimum))
+        if not counts.any():
+            # the last token of a window is only predicted
+            longest = int(self.lengths.max())
+            remedy = (
+                f"use --eval-len {longest - 1} or less, or another --corpus" if longest > 1 else "use another --corpus"
+            )
+            raise InputError(
+                f"no document of corpus {self.corpus!r} ({self.role}) has {length} tokens (a context of {length - 1} "
+                f"and one to predict); the longest has {longest}: {remedy}"
+            )
         return [(document, start * length) for document, count in enumerate(counts) for start in range(count)]
-
-    def _too_short(self, length: int, per_document: int, minimum: int) -> str:
-        longest = int(self.lengths.max())
-        have = int(np.minimum(self.lengths // length, per_document).sum())
-        # the count only falls with the length: halve the range of lengths that may do; 0 when none does
-        enough, too_long = 0, length
-        while too_long - enough > 1:
-            middle = (enough + too_long) // 2
-            does = np.minimum(self.lengths // middle, per_document).sum() >= minimum
-            enough, too_long = (middle, too_long) if does else (enough, middle)
-        what = f"corpus {self.corpus!r} ({self.role})"
-        # the last token of a window is only predicted
-        remedy = f"use --eval-len {enough - 1} or less, or another --corpus" if enough > 1 else "use another --corpus"
-        window = f"{length} tokens (a context of {length - 1} and one to predict)"
-        if have == 0:
-            return f"no document of {what} has {window}; the longest has {longest}: {remedy}"
-        return f"{what} has {have} windows of {window}, not the {minimum} asked for: {remedy}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Corpus:
-    """Three splits, and the tokenizer that made them. `digest` changes with any token of train or test.
+    """Three splits and their tokenizer. `digest` changes with any token of train or test.
 
-    `valid` is for held-out loss while a model trains and is reported nowhere else; it can be empty. `versions` are of
-    what the text is taken from, where that has any.
+    `valid` is for the held-out loss during training, reported nowhere else, and can be empty. `versions` are those of
+    the software whose source is the text.
     """
 
     name: str
@@ -110,22 +100,20 @@ def open(
     cache_dir: Path,
     max_tokens: int | None = None,
     text_field: str = "text",
-    name: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Corpus:
-    """Open a corpus, which is tokenized on the first time and kept in cache_dir/corpora/<digest>.
+    """Open a corpus; the first call tokenizes it and stores it in cache_dir/corpora/<digest>.
 
-    `spec` is a specification of `sources`, `tokenizer` one of `sbeval.data.tokenizer`. Train ends with the document that
-    reaches `max_tokens`; the others are whole, but for a dataset of the hub, where a limited train also means that test
-    ends with the document that reaches 2^22 tokens and valid with that which reaches 2^18. `text_field` is the field of
-    a row that holds the text. `name` replaces the corpus's name in tables. `progress` is called with the number of
-    tokens that were added since its last call.
+    spec: as in `sources`. tokenizer: as in `sbeval.data.tokenizer`. max_tokens: train ends with the document that
+    reaches it; test and valid stay whole, except those of a dataset of the hub, which then end with the document that
+    reaches 2^22 and 2^18 tokens. text_field: the field of a row that holds its text. progress: called with the number
+    of tokens added since its last call.
 
-    Files that change are noticed. A dataset of the hub that changes there is not: what was stored first stays.
-    InputError for what cannot be read, holds no text or too little to split.
+    Changed files are tokenized anew; a dataset that changes on the hub is not. Raise InputError for files that cannot
+    be read, hold no text, or too little to split.
     """
     if max_tokens is not None and max_tokens < 1:
-        raise InputError(f"a corpus of at most {max_tokens} tokens is empty: max_tokens is at least 1")
+        raise InputError(f"max_tokens must be at least 1; got {max_tokens}")
     source = sources.source(spec, text_field)
     definition = tokenizer if is_trained(tokenizer) else load_tokenizer(tokenizer, cache_dir=cache_dir).digest
     key = sources.digest(str(FORMAT), source.digest, definition, str(max_tokens))
@@ -133,7 +121,7 @@ def open(
     with locked(folder):
         if not folder.exists():
             _build(folder, source, tokenizer, cache_dir, max_tokens, progress or (lambda tokens: None))
-    return _read_store(folder, name or source.name, tokenizer, cache_dir)
+    return _read_store(folder, source.name, tokenizer, cache_dir)
 
 
 def _read_store(folder: Path, name: str, spec: str, cache_dir: Path) -> Corpus:
@@ -158,7 +146,7 @@ def _read_store(folder: Path, name: str, spec: str, cache_dir: Path) -> Corpus:
 def _build(
     folder: Path, source: Source, spec: str, cache_dir: Path, max_tokens: int | None, progress: Callable[[int], None]
 ) -> None:
-    """Write a store. A partial one is seen by nobody: it gets its name when it is whole."""
+    """Write a store under a temporary name and rename it when complete, so that nobody reads a partial one."""
     if next(source.documents("train"), None) is None:
         raise InputError(f"corpus {source.name!r} holds no text to train on")
     if next(source.documents("test"), None) is None:
@@ -167,7 +155,7 @@ def _build(
             "give two documents or more, or files whose names start with train and test"
         )
     unfinished = folder.with_suffix(".unfinished")
-    # the lock is ours, so a folder that is there was left by a process that was killed
+    # we hold the lock: an existing folder was left by a process that was killed
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         with storing(folder):
@@ -186,7 +174,7 @@ def _build(
         meta = {
             "source": source.name,
             "tokenizer": tokenizer.digest,
-            # without valid, on which no number depends
+            # without valid, on which no result depends
             "digest": sources.digest(tokenizer.digest, digests["train"], digests["test"]),
             "versions": dict(source.versions),
         }
@@ -205,7 +193,7 @@ def _write_split(
     limit: int | None,
     progress: Callable[[int], None],
 ) -> str:
-    """Write a split's three files as its documents come, and return the digest of its tokens."""
+    """Write a split's three files document by document, and return the digest of its tokens."""
     names: list[str] = []
     offsets = array.array("q", [0])
     digest = hashlib.sha256()
@@ -213,17 +201,17 @@ def _write_split(
         _write_header(file, tokenizer.dtype, 0)
         start = file.tell()
         for document, ids in _encoded(documents, tokenizer):
-            closed = np.append(ids, ids.dtype.type(tokenizer.eos))
-            file.write(closed.data)
-            digest.update(closed.data)
+            tokens = np.append(ids, ids.dtype.type(tokenizer.eos))
+            file.write(tokens.data)
+            digest.update(tokens.data)
             names.append(document.name)
-            offsets.append(offsets[-1] + len(closed))
-            progress(len(closed))
+            offsets.append(offsets[-1] + len(tokens))
+            progress(len(tokens))
             if limit is not None and offsets[-1] >= limit:
                 break
         file.seek(0)
         _write_header(file, tokenizer.dtype, offsets[-1])
-        assert file.tell() == start, "numpy pads the header so that the count has room to grow"
+        assert file.tell() == start, "numpy pads the header, so that the count can grow"
     np.save(folder / f"{role}_offsets.npy", np.array(offsets, dtype=np.int64))
     (folder / f"{role}_documents.json").write_text(json.dumps(names), encoding="utf-8")
     return digest.hexdigest()

@@ -1,11 +1,11 @@
-"""Random numbers that are a function of where they stand: (seed, stream, step, row, position), on any device.
+"""Counter-based random numbers: a function of (seed, stream, step, row, position), on any device.
 
     key(seed, stream, step) -> one number for each row -> SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) along the row
 
-There is no state to advance, so that a batch needs neither the batches before it nor a loop over its rows. Everything
-is arithmetic on 64-bit integers, which wraps alike on CPU and GPU: the same numbers on both. A logarithm would not be
-(its last bit is the library's affair), and one bit decides which of two slots is drawn. So `chosen`, which needs one,
-takes it from a table made on the CPU, by integer interpolation that is exact to 2e-8.
+Without a state to advance, a batch needs neither the batches before it nor a loop over its rows. All is arithmetic on
+64-bit integers, which wraps alike on CPU and GPU: both give the same numbers. Logarithms differ in their last bit
+between libraries, and one bit decides which of two slots is drawn. So `chosen` takes them from a table made on the CPU,
+by integer interpolation that is exact to 2e-8.
 """
 
 import functools
@@ -19,7 +19,7 @@ GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111E
 WORD = (1 << 64) - 1
 # logarithms are in units of 2^-LOG_BITS; their table has 2^TABLE_BITS intervals from 1 to 2
 LOG_BITS, TABLE_BITS = 40, 12
-# weights reach from 2^-WEIGHT_RANGE to 2^WEIGHT_RANGE; the number of an item takes INDEX_BITS below its logarithm
+# weights are 2^-WEIGHT_RANGE to 2^WEIGHT_RANGE; the index of an item takes the INDEX_BITS below its logarithm
 WEIGHT_RANGE, INDEX_BITS = 128, 14
 
 
@@ -28,7 +28,7 @@ def key(seed: int, stream: int, step: int = 0) -> int: ...
 @overload
 def key(seed: int, stream: int, step: Tensor) -> Tensor: ...
 def key(seed: int, stream: int, step: int | Tensor = 0) -> int | Tensor:
-    """Number from which the rows of one step's draw start. Streams are independent draws from one seed.
+    """Return the key of one step's draw, from which its rows start. Streams are independent draws from one seed.
 
     seed, stream: integers from 0. step: integer from 0, or a scalar int64 tensor; a tensor gives a tensor.
     """
@@ -39,9 +39,10 @@ def key(seed: int, stream: int, step: int | Tensor = 0) -> int | Tensor:
 
 
 def bits(start: int | Tensor, rows: Tensor, count: int, first: int = 0) -> Tensor:
-    """64 random bits at positions first ... first + count - 1 of each row: (R, count) int64, on the device of `rows`.
+    """Return 64 random bits at positions first ... first + count - 1 of each row: (R, count) int64.
 
-    start: of `key`. rows: (R,) int64, the numbers of the rows; a row is the same whatever rows are drawn beside it.
+    start: a `key`. rows: (R,) int64, indices of rows, on the device of the result; a row's bits do not depend on the
+    other rows.
     """
     begin = _signed(start) if isinstance(start, int) else start
     states = _mix((rows + 1) * _signed(GOLDEN) + begin)
@@ -50,35 +51,34 @@ def bits(start: int | Tensor, rows: Tensor, count: int, first: int = 0) -> Tenso
 
 
 def below(x: Tensor, n: int) -> Tensor:
-    """Uniform integers 0 ... n - 1 from 64 random bits; n < 2^31. None is favoured by more than n / 2^64."""
+    """Return uniform integers 0 ... n - 1 from 64 random bits; n < 2^31. The bias is below n / 2^64."""
     assert 0 < n < 1 << 31, n
-    # floor(x n / 2^64) in halves, since the product does not fit
+    # floor(x n / 2^64) in halves, since the product exceeds 64 bits
     low = _shift((x & 0xFFFFFFFF) * n, 32)
     return low.add_(_shift(x, 32).mul_(n)) >> 32
 
 
 def uniform(x: Tensor) -> Tensor:
-    """Uniform multiples of 2^-53 in [0, 1) from 64 random bits, float64 and exact."""
+    """Return uniform multiples of 2^-53 in [0, 1) from 64 random bits, float64 and exact."""
     return _shift(x, 11).double().mul_(2.0**-53)
 
 
 def shuffled(start: int, count: int, device: torch.device) -> Tensor:
-    """A random order of 0 ... count - 1, int64; of equal bits, which hardly occur, the smaller number comes first."""
+    """Return a random permutation of 0 ... count - 1, int64; equal bits, which hardly occur, keep their order."""
     return bits(start, torch.zeros(1, dtype=torch.int64, device=device), count)[0].sort(stable=True).indices
 
 
 def chosen(x: Tensor, weights: tuple[float, ...], count: int) -> Tensor:
-    """Which `count` of n weighted items are drawn one after another without replacement, as (R, n) bool.
+    """Draw `count` of n weighted items one after another without replacement; return a mask, (R, n) bool.
 
-    x: (R, n), 64 random bits for each item. The items with the smallest E / weight are drawn, E being exponential
-    (Efraimidis and Spirakis 2006); compared are the integers log2 E - log2 weight, the item's number below them, so
-    that there are no ties.
+    x: (R, n), 64 random bits for each item. Draws the items with the smallest E / weight, E exponential (Efraimidis and
+    Spirakis 2006), by comparing integers: log2 E - log2 weight, with the item's index in the low bits to break ties.
     """
     n = x.shape[1]
     assert 0 < count <= n == len(weights) < 1 << INDEX_BITS, (count, n, len(weights))
     if count == n:
         return torch.ones_like(x, dtype=torch.bool)
-    # log2 u of odd multiples of 2^-53, which are never 1; the clamp is for what rounds to 0
+    # log2 u of odd multiples of 2^-53, which are never 1; the clamp is for those that round to 0
     exponential = ((53 << LOG_BITS) - _log2(_shift(x, 11) | 1)).clamp_(min=1)
     race = _log2(exponential) - _log_weights(weights, x.device)
     race = (race << INDEX_BITS) | torch.arange(n, device=x.device)
@@ -99,37 +99,37 @@ def _log_table(device: torch.device) -> Tensor:
 
 
 def _log2(x: Tensor) -> Tensor:
-    """log2 of integers 1 ... 2^53, in units of 2^-LOG_BITS, rounded down between entries of the table."""
+    """Return log2 of integers 1 ... 2^53, in units of 2^-LOG_BITS, interpolated in the table and rounded down."""
     mantissa, exponent = torch.frexp(x.double())
     # both exact: 2^52 <= whole < 2^53
     whole = (mantissa * 2.0**53).long()
     table = _log_table(x.device)
     index = (whole >> (52 - TABLE_BITS)) & ((1 << TABLE_BITS) - 1)
     low = table[index]
-    # 32 bits of what is left, so that the product fits
+    # 32 bits of the rest, so that the product fits
     rest = (whole >> (20 - TABLE_BITS)) & 0xFFFFFFFF
     return ((exponent.long() - 1) << LOG_BITS) + low + ((table[index + 1] - low) * rest >> 32)
 
 
 def _signed(word: int) -> int:
-    """The int64 of the same 64 bits."""
+    """Return the int64 of the same 64 bits."""
     return word - (1 << 64) if word >> 63 else word
 
 
 def _shift(x: Tensor, by: int) -> Tensor:
-    """Shift right and fill with zeros; torch's own fills with the sign."""
+    """Shift right and fill with zeros; torch's >> fills with the sign."""
     return (x >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's output function of int64 states, which are overwritten."""
+    """Apply SplitMix64's output function to int64 states, in place."""
     for by, factor in ((30, MIX_1), (27, MIX_2)):
         x = x.bitwise_xor_(_shift(x, by)).mul_(_signed(factor))
     return x.bitwise_xor_(_shift(x, 31))
 
 
 def _mix_word(x: int) -> int:
-    """The same of one number."""
+    """Apply SplitMix64's output function to one number."""
     for by, factor in ((30, MIX_1), (27, MIX_2)):
         x = (x ^ x >> by) * factor & WORD
     return x ^ x >> 31

@@ -1,4 +1,4 @@
-"""Multi-query repeated associative recall as a task: its sizes and variants. `sbeval.tasks.recall_data` draws examples."""
+"""Sizes and variants of multi-query repeated associative recall; `sbeval.tasks.recall_data` draws its examples."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ DISTINCT = ("keys", "queries", "values")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recall:
-    """The task: V, L, N and the exponent a of the slot law, and what the paper's code decides otherwise than others do.
+    """The task: V, L, N, the exponent a of the slot law, and the choices in which implementations differ.
 
-    filler: what stands where neither prefix nor query does, the place after a query too: a `value`, so that every query
+    filler: tokens at positions outside the prefix and the queries, also after a query: a `value`, so that every query
     assigns again (the paper); `padding`, token 0, so that none does (MQAR of Arora et al. 2023); or `any` token but 0.
     distinct: which of `keys`, `values` (of the prefix) and `queries` are drawn without replacement.
-    key_pool: keys are 1 ... key_pool; all V/2 - 1 by default. n_back: the answer is the n-th last value of the key.
-    score_prefix: whether keys that are repeated inside the prefix are scored.
+    key_pool: keys are 1 ... key_pool; V/2 - 1 by default. n_back: the answer is the n-th last value of the key.
+    score_prefix: score keys that are repeated inside the prefix.
     """
 
     vocab_size: int = 8192
@@ -39,7 +39,7 @@ class Recall:
             )
         if self.vocab_size <= self.seq_len:
             raise InputError(f"vocab_size must be above seq_len {self.seq_len}; got {self.vocab_size}")
-        # beyond, weights of slots overflow or vanish
+        # beyond these, weights of slots overflow or vanish
         if not -10 <= self.slot_power <= 10:
             raise InputError(f"slot_power must be -10 to 10; got {self.slot_power}")
         choose("filler", self.filler, FILLERS)
@@ -58,7 +58,7 @@ class Recall:
 
     @property
     def half(self) -> int:
-        """The first value."""
+        """Return V/2, the first value."""
         return self.vocab_size // 2
 
     @property
@@ -67,11 +67,11 @@ class Recall:
 
     @property
     def most_values(self) -> int:
-        """Values that a key can have had at most when it is asked for."""
+        """Return the largest number of values that a key can have had before a query."""
         if self.filler == "any":
             return self.seq_len // 2
         before = 1 if "keys" in self.distinct else self.kv_pairs
-        # each query but the last assigns, unless every key is asked for once
+        # each query but the last assigns, unless every key is queried once
         once = {"keys", "queries"} <= set(self.distinct)
         return before if self.filler == "padding" or once else before + self.kv_pairs - 1
 
@@ -80,12 +80,10 @@ class Recall:
         return (self.seq_len - 2 * self.kv_pairs) // 2
 
     def scored(self, batch: int, kv_pairs: int | None = None) -> int:
-        """Positions of a batch that can be scored: a bound that its rows exceed less often than once in 1e20 batches.
+        """Return a bound on the scored positions of a batch, exceeded less often than once in 1e20 batches.
 
-        kv_pairs: of a task with so many instead.
-
-        The N queries, and keys repeated in the prefix, whose number in a batch is nearly normal around its mean and, at
-        most, as wide as Poisson's.
+        Counted are the N queries and the keys repeated in the prefix, whose number in a batch is nearly normal around
+        its mean, with at most the variance of a Poisson distribution. kv_pairs: replaces the task's own.
         """
         if self.filler == "any":
             return batch * self.seq_len

@@ -1,31 +1,31 @@
-"""Where texts come from: the standard library, files, or the Hugging Face hub.
+"""Sources of texts: the standard library, files, or the Hugging Face hub.
 
 A specification is one of
 
-    python             the source of the Python that runs and of the distributions that sbeval needs: 6,200 documents,
-                       113 MB; `python_source` says what is left out
-    stdlib             the source of the Python that runs, without tests: some 700 documents, 11 MB
+    python             the source of the running Python and of the distributions that sbeval needs: 6,200 documents,
+                       113 MB; see `python_source` for what is left out
+    stdlib             the standard library of the running Python, without tests: some 700 documents, 11 MB
     PATH               a file or a folder; text (a document a file), .jsonl or .json (a document a line), .parquet (a
                        document a row); each also as .gz, .bz2, .xz or .zst
     hf:NAME[:CONFIG]   a dataset of the hub, or of a local folder, streamed
 
-How documents are split into train, test and valid, the last for held-out loss while a model trains; n is the SHA-256
-of a document's name:
+Documents are split into train, test and valid, the last for the held-out loss during training; n is the SHA-256 of a
+document's name:
 
     python   by distribution, see `python_source`
     stdlib   by file: test where n is divisible by 8, valid where n % 32 is 1
     PATH     by names that start with `train` and with `test` (or `valid`, when there is no test): those of files, or of
-             folders on the way to them; other files are left out then. A given file that starts with `train` stands
-             for itself alone, with the test files of its kind beside it. Names that start with `valid` beside these
+             folders on the way to them; other files are then left out. A given file that starts with `train` is the
+             only one of train, with the test files of its kind beside it. Names that start with `valid` beside these
              are valid. Without such names the first document is train, the second test, and of the rest those with n
              divisible by 10 are test
-    hf       the dataset's own splits train, test and validation; with validation and no test, the former is test; with
-             train alone as without names above
+    hf       the dataset's own splits train, test and validation; validation is test when there is no test; with train
+             alone as for a PATH without such names
 
-    Where nothing is named valid it is drawn from train, after its first document: where n % 32 is 1.
+    Without a split named valid, it is drawn from train, after its first document: where n % 32 is 1.
 
-A folder that has .jsonl, .json or .parquet files is read for these alone, as a README beside them is no data. Hidden
-files are left out, and so are documents without text.
+In a folder with .jsonl, .json or .parquet files only these are read: a README beside them is not data. Hidden files and
+documents without text are left out.
 """
 
 import bz2
@@ -52,18 +52,19 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]  # likewise
 from sbeval.data import python_source
 from sbeval.data.python_source import Role
 from sbeval.errors import InputError, first_line
+from sbeval.runtime.files import sha256
 
 ROLES: tuple[Role, ...] = ("train", "valid", "test")
-# how many test and valid tokens of a hub dataset are stored at most when the train tokens are limited
+# the most test and valid tokens of a hub dataset that are stored when the train tokens are limited
 HUB_TOKENS: Mapping[Role, int] = {"test": 1 << 22, "valid": 1 << 18}
-# one in so many documents is drawn for valid
+# one in VALID documents is drawn for valid
 VALID = 32
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 TABLES = (".jsonl", ".json", ".parquet")
 
 
 class Document(NamedTuple):
-    """One text, and where it comes from: `path/to/file.txt` or `path/to/file.jsonl:12`."""
+    """One text and its origin: `path/to/file.txt` or `path/to/file.jsonl:12`."""
 
     name: str
     text: str
@@ -71,9 +72,9 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where texts come from. `digest` tells the texts apart; each call of `documents` reads a split from its start.
+    """A source of texts. `digest` identifies the texts; each call of `documents` reads a split from its start.
 
-    limits: of tokens of a split, where that of train is limited. versions: of what the texts are taken from.
+    limits: the most tokens of other splits when train is limited. versions: of the software whose source is the text.
     """
 
     name: str
@@ -84,9 +85,9 @@ class Source:
 
 
 def source(spec: str, field: str) -> Source:
-    """Find what a specification (see the module) names; `field` of a row holds its text.
+    """Return the source that a specification (see the module) names; `field` of a row holds its text.
 
-    InputError when there is nothing of that name or no file in it; what the files hold is read later.
+    Raise InputError when it does not exist or has no files; their contents are read later.
     """
     if spec == "stdlib":
         return _stdlib(python_source.stdlib_folder())
@@ -96,12 +97,14 @@ def source(spec: str, field: str) -> Source:
         return _hub(spec.removeprefix("hf:"), field)
     path = Path(spec)
     if not os.path.exists(path):
-        raise InputError(f"no corpus {spec!r}: give python, stdlib, an existing file or folder, or hf:NAME[:CONFIG]")
+        raise InputError(
+            f"unknown corpus {spec!r}; give python, stdlib, an existing file or folder, or hf:NAME[:CONFIG]"
+        )
     return _files(path, field)
 
 
 def size(spec: str) -> int | None:
-    """Bytes of the files that a specification names, without reading them; None where these are not here."""
+    """Return the bytes of the files that a specification names, without reading them; None for a dataset of the hub."""
     if spec.startswith("hf:"):
         return None
     if spec == "python":
@@ -124,13 +127,13 @@ def _stdlib(folder: Path) -> Source:
             if role == ("test" if number % 8 == 0 else "valid" if number % VALID == 1 else "train"):
                 yield Document(name, python_source.read(folder / name))
 
-    parts = [_file_digest(folder / name) for name in files]
+    parts = [sha256(folder / name) for name in files]
     return Source(name="stdlib", digest=digest(*files, *parts), documents=lambda role: _with_text(documents(role)))
 
 
 def _python() -> Source:
     versions, files = python_source.installed()
-    # reads every file, which a corpus that is stored already does not need
+    # reads every file: not needed when the corpus is stored
     select = functools.cache(lambda: list(python_source.select(files)))
 
     def documents(role: Role) -> Iterator[Document]:
@@ -138,7 +141,7 @@ def _python() -> Source:
             if file.role == role:
                 yield Document(file.name, python_source.without_licence(python_source.read(file.path)))
 
-    parts = [f"{file.role} {file.name} {_file_digest(file.path)}" for file in files]
+    parts = [f"{file.role} {file.name} {sha256(file.path)}" for file in files]
     return Source(name="python", digest=digest(*parts), documents=documents, versions=versions)
 
 
@@ -146,22 +149,22 @@ def _files(path: Path, field: str) -> Source:
     folder = path if path.is_dir() else path.parent
     chosen, splits = _chosen(path, folder)
     if not chosen:
-        raise InputError(f"folder {path} holds no file to read")
+        raise InputError(f"folder {path} holds no file to read; give a folder of text, .jsonl, .json or .parquet files")
 
     def documents(role: Role) -> Iterator[Document]:
         files = splits.get(role, splits["train"]) if splits else chosen
-        found = _with_text(document for name in files for document in _read(folder / name, name, field))
-        return _drawn(found, role, splits or ())
+        documents = _with_text(document for name in files for document in _read(folder / name, name, field))
+        return _drawn(documents, role, splits or ())
 
-    parts = [f"{name} {_file_digest(folder / name)}" for name in chosen]
+    parts = [f"{name} {sha256(folder / name)}" for name in chosen]
     name = path.resolve().name if path.is_dir() else Path(_unpacked(path.name)).stem
     return Source(name=name, digest=digest(field, *parts), documents=documents)
 
 
 def _chosen(path: Path, folder: Path) -> tuple[list[str], dict[Role, list[str]] | None]:
-    """List the files to read, relative to the folder and sorted, and how their names split them, if they do."""
-    found = folder.rglob("*") if path.is_dir() else folder.iterdir()
-    names = sorted(item.relative_to(folder).as_posix() for item in found if item.is_file())
+    """Return the files to read, sorted and relative to the folder, and their splits if their names give them."""
+    paths = folder.rglob("*") if path.is_dir() else folder.iterdir()
+    names = sorted(item.relative_to(folder).as_posix() for item in paths if item.is_file())
     names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
     if path.is_dir():
         names = [name for name in names if _kind(name) in TABLES] or names
@@ -190,11 +193,11 @@ def _hub(spec: str, field: str) -> Source:
         named: dict[Role, str] = {"train": "train", **dict(zip(("test", "valid"), held_out, strict=False))}
         split = named.get(role, "train")
         rows = enumerate(splits[split])
-        found = _with_text(_document(f"{split}:{row}", values, field, dataset) for row, values in rows)
-        return _drawn(found, role, named if held_out else ())
+        documents = _with_text(_document(f"{split}:{row}", values, field, dataset) for row, values in rows)
+        return _drawn(documents, role, named if held_out else ())
 
     local = sorted(path for path in Path(dataset).rglob("*") if path.is_file())
-    parts = [_file_digest(path) for path in local]
+    parts = [sha256(path) for path in local]
     name = f"{short}:{config}" if config else short
     return Source(name=name, digest=digest("hf", spec, field, *parts), documents=documents, limits=HUB_TOKENS)
 
@@ -206,7 +209,7 @@ def _load_dataset(name: str, config: str) -> Mapping[str, Iterable[object]]:
         raise InputError(f"corpus hf:{name} needs datasets: pip install 'sbeval[hf]'") from None
     try:
         return cast(Mapping[str, Iterable[object]], datasets.load_dataset(name, config or None, streaming=True))
-    # what it raises for a name or configuration that is unknown or out of reach, and for datasets that are programs
+    # raised for an unknown name or configuration, without network, and for datasets that are programs
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot load dataset {name!r}: {first_line(error)}") from None
 
@@ -216,7 +219,7 @@ def _with_text(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def _drawn(documents: Iterable[Document], role: Role, named: Collection[Role]) -> Iterator[Document]:
-    """Draw a split from documents in which those that have no name of their own are mixed (see the module)."""
+    """Draw a split from documents that also hold those of the unnamed splits (see the module)."""
     if role != "train" and role in named:
         yield from documents
         return
@@ -232,7 +235,7 @@ def _drawn(documents: Iterable[Document], role: Role, named: Collection[Role]) -
 
 
 def _read(path: Path, name: str, field: str) -> Iterator[Document]:
-    """Read the documents of one file; `name` stands for it in messages and in the documents' names."""
+    """Read the documents of one file, called `name` in messages and in the documents' names."""
     with _opened(path) as file:
         if _kind(name) in (".jsonl", ".json"):
             for number, line in enumerate(file, start=1):
@@ -243,7 +246,7 @@ def _read(path: Path, name: str, field: str) -> Iterator[Document]:
         else:
             raw = file.read()
             if not _is_text(raw):
-                raise InputError(f"{path} is no UTF-8 text: give text, .jsonl or .parquet files")
+                raise InputError(f"{path} is not UTF-8 text: give text, .jsonl or .parquet files")
             yield Document(name, raw.decode("utf-8-sig"))
 
 
@@ -251,13 +254,13 @@ def _parsed(line: bytes, where: str) -> object:
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        raise InputError(f"{where} is no UTF-8 text") from None
+        raise InputError(f"{where} is not UTF-8 text") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{where} is no JSON: {error.msg} (column {error.colno}); one object a line") from None
+        raise InputError(f"{where} is not JSON: {error.msg} (column {error.colno}); give one object a line") from None
 
 
 def _parquet(file: BinaryIO, name: str, field: str) -> Iterator[Document]:
-    # the format is read from its end: a compressed file has to be unpacked before
+    # Parquet is read from its end: a compressed file must be unpacked first
     table = pq.ParquetFile(file if _unpacked(name) == name else pa.BufferReader(file.read()))
     columns = [field] if field in table.schema_arrow.names else None
     row = 0
@@ -268,14 +271,14 @@ def _parquet(file: BinaryIO, name: str, field: str) -> Iterator[Document]:
 
 
 def _document(name: str, row: object, field: str, origin: str) -> Document:
-    """Take the text out of a row; null is no text."""
+    """Return the text of a row, empty for null."""
     where = name if name.startswith(origin) else f"{origin} {name}"
     if not isinstance(row, Mapping):
-        raise InputError(f"{where} is no JSON object but a {type(row).__name__}")
+        raise InputError(f"{where} is not a JSON object but a {type(row).__name__}")
     if field not in row:
         fields = ", ".join(map(str, row)) or "none"
         raise InputError(
-            f"{where} has no field {field!r}; its fields: {fields}: say with --text-field which holds text"
+            f"{where} has no field {field!r}; its fields: {fields}: give the one that holds text with --text-field"
         )
     text = row[field] if row[field] is not None else ""
     if not isinstance(text, str):
@@ -283,18 +286,18 @@ def _document(name: str, row: object, field: str, origin: str) -> Document:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{where}: field {field!r} holds half a surrogate pair, which is no text") from None
+        raise InputError(f"{where}: field {field!r} holds half a surrogate pair, which is not text") from None
     return Document(name, text)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file, unpacked; InputError when it cannot be read or is damaged."""
+    """Open a file, unpacked; raise InputError when it cannot be read or is damaged."""
     openers: dict[str, Callable[[Path], Any]] = {
         ".gz": gzip.open,
         ".bz2": bz2.open,
         ".xz": lzma.open,
-        # the standard library has it from Python 3.14 on
+        # in the standard library from Python 3.14 on
         ".zst": lambda packed: io.BufferedReader(pa.input_stream(str(packed), compression="zstd")),
     }
     try:
@@ -305,7 +308,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _kind(name: str) -> str:
-    """Return the suffix that tells a file's format: `.jsonl` of `train.jsonl.xz`."""
+    """Return the suffix of a file's format: `.jsonl` of `train.jsonl.xz`."""
     return Path(_unpacked(name)).suffix.lower()
 
 
@@ -326,15 +329,10 @@ def _is_text(raw: bytes) -> bool:
 
 
 def _number(name: str) -> int:
-    """Number a name, the same on every machine."""
+    """Return the number of a name, the same on every machine."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def digest(*parts: str) -> str:
-    """Return 16 hexadecimal digits that stand for the parts and their order."""
+    """Return 16 hexadecimal digits that identify the parts and their order."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

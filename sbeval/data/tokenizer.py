@@ -1,4 +1,4 @@
-"""Tokenizers: raw bytes, byte-level BPE trained on a corpus, or one that Hugging Face's library can read.
+"""Tokenizers: raw bytes, byte-level BPE trained on a corpus, or one of Hugging Face's `tokenizers` library.
 
 A specification is one of
 
@@ -27,13 +27,13 @@ from sbeval.errors import InputError, first_line
 from sbeval.runtime.files import replacing, storing
 
 EOS = "<|endoftext|>"
-# what other makers call the token that ends a document; only asked for where no config beside tokenizer.json says it
+# names of the token that ends a document, searched when no config beside tokenizer.json gives it
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 TRAINING_CHARACTERS = 64_000_000
 PARALLELISM = "TOKENIZERS_PARALLELISM"
-# the library needs some 350 bytes of memory a token while it encodes
+# the library needs some 350 bytes of memory per token while it encodes
 PIECE_CHARACTERS, GROUP_CHARACTERS = 1 << 18, 1 << 23
-# how SentencePiece's vocabularies spell a space and a byte
+# spellings of a space and a byte in SentencePiece's vocabularies
 SPACE, BYTE = "\u2581", re.compile("<0x[0-9A-F]{2}>")
 LINE_END = re.compile(r"(?<=\w)\n")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -42,10 +42,10 @@ Ids = npt.NDArray[np.uint16 | np.uint32]
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. `digest` changes when the same text would get other ids; `eos` ends a document.
+    """Text to ids and back. `digest` changes with the ids of any text; `eos` ends a document.
 
-    `prefix` are the ids that models which use the tokenizer expect before a text: its BOS, if it has one.
-    `cuts_at_spaces` says that a text cut before white space that follows other characters has the same ids in parts.
+    prefix: the ids that models of this tokenizer expect before a text: its BOS, if it has one.
+    cuts_at_spaces: a text that is cut before white space that follows other characters keeps its ids.
     """
 
     def __init__(self, *, name: str, definition: str, vocab_size: int, eos: int) -> None:
@@ -70,23 +70,23 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: npt.ArrayLike) -> str:
-        """Decode ids, (n,) integers; eos stands for nothing, bytes that are not UTF-8 become U+FFFD."""
+        """Decode ids, (n,) integers, to text without eos; bytes that are not UTF-8 become U+FFFD."""
 
     @abstractmethod
     def byte_lengths(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        """Tell how many bytes of UTF-8 text each id stands for, (n,) int64 for (n,) integers; eos for 0.
+        """Return the bytes of UTF-8 text of each id, (n,) int64 for (n,) integers; 0 for eos.
 
-        Exact for bytes and byte-level BPE, also where a character is spread over ids. SentencePiece's count the space
-        that they put before a text. A normalizer's text counts as it made it. InputError for other kinds of tokenizers.
+        Exact for bytes and byte-level BPE, also where a character is spread over ids. SentencePiece's include the space
+        that they put before a text. Text counts as normalized. Raise InputError for other kinds of tokenizers.
         """
 
     @abstractmethod
     def library(self) -> tokenizers.Tokenizer:
-        """Return a tokenizer of the `tokenizers` library with the same ids, which adds no special tokens of its own."""
+        """Return a tokenizer of the `tokenizers` library with the same ids, which adds no special tokens."""
 
 
 class Bytes(Tokenizer):
-    """One id a byte."""
+    """One id per byte."""
 
     def __init__(self) -> None:
         super().__init__(name="bytes", definition="bytes", vocab_size=257, eos=256)
@@ -118,7 +118,7 @@ class Library(Tokenizer):
     """A tokenizer of the `tokenizers` library."""
 
     def __init__(self, backend: tokenizers.Tokenizer, *, name: str, eos: int) -> None:
-        # cutting or padding is for those who make batches
+        # truncation and padding are up to those who make batches
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
@@ -133,13 +133,13 @@ class Library(Tokenizer):
         self._bytes = _byte_table(backend, size, eos, spell) if spell else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[Ids]:
-        found: list[list[Ids]] = [[] for _ in texts]
+        pieces: list[list[Ids]] = [[] for _ in texts]
         for group in _groups(texts, PIECE_CHARACTERS if self.cuts_at_spaces else None):
             with _all_cores():
-                encodings = self._backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+                encodings = self._backend.encode_batch_fast([text for _, text in group], add_special_tokens=False)
             for (index, _), encoding in zip(group, encodings, strict=True):
-                found[index].append(np.array(encoding.ids, dtype=self.dtype))
-        return [np.concatenate(pieces) for pieces in found]
+                pieces[index].append(np.array(encoding.ids, dtype=self.dtype))
+        return [np.concatenate(parts) for parts in pieces]
 
     def decode(self, ids: npt.ArrayLike) -> str:
         array = np.asarray(ids)
@@ -148,7 +148,7 @@ class Library(Tokenizer):
     def byte_lengths(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
         if self._bytes is None:
             raise InputError(
-                f"tokenizer {self.name!r} is neither byte-level nor SentencePiece's: no bytes for its tokens"
+                f"tokenizer {self.name!r} has no bytes for its tokens: give one that is byte-level or SentencePiece's"
             )
         lengths: npt.NDArray[np.int64] = self._bytes[np.asarray(ids, dtype=np.int64)]
         return lengths
@@ -158,8 +158,8 @@ class Library(Tokenizer):
         return tokenizers.Tokenizer.from_str(json.dumps(stages | {"post_processor": None}))
 
     def save(self, path: Path) -> None:
-        """Write the tokenizer as a tokenizer.json file, in one step."""
-        # the library's own `save` says of a full disk only that something failed
+        """Write the tokenizer as a tokenizer.json file, atomically."""
+        # the library's own `save` does not name a full disk in its error
         with replacing(path) as temporary:
             temporary.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
 
@@ -167,71 +167,75 @@ class Library(Tokenizer):
 def load(spec: str, *, train_texts: Callable[[], Iterable[str]] | None = None, cache_dir: Path) -> Tokenizer:
     """Load or train the tokenizer that `spec` names (see the module).
 
-    `bpe:N` calls `train_texts`, and keeps what it trained: cache_dir/tokenizers/<digest of N and text>/tokenizer.json.
-    InputError for a specification that names nothing, and for an N that is too small or more than the text gives.
+    `bpe:N` is trained on `train_texts` and stored in cache_dir/tokenizers/<digest of N and text>/tokenizer.json.
+    Raise InputError for an unknown specification, and for an N that is too small or larger than the text gives.
     """
     if spec == "bytes":
         return Bytes()
     if is_trained(spec):
         if train_texts is None:
-            raise InputError(f"tokenizer {spec!r} is trained on a corpus and none is given: name a tokenizer.json file")
+            raise InputError(f"tokenizer {spec!r} is trained on a corpus and none is given: give a tokenizer.json file")
         return _cached(spec, _size(spec), train_texts(), cache_dir)
     path = Path(spec)
     if os.path.isfile(path):
         return read(path, name=spec)
     if os.path.isdir(path) and not (path / "tokenizer_config.json").exists() and (path / "tokenizer.json").exists():
         return read(path / "tokenizer.json", name=spec)
-    # the empty specification would be the folder that we are in
+    # the empty specification would be the current folder
     if spec and (os.path.isdir(path) or HUB_NAME.fullmatch(spec)):
         return _from_transformers(spec)
-    raise InputError(f"unknown tokenizer {spec!r}: bytes, bpe:N, a tokenizer.json file or its folder, or a hub name")
+    raise InputError(
+        f"unknown tokenizer {spec!r}; give bytes, bpe:N, a tokenizer.json file or its folder, or a hub name"
+    )
 
 
 def is_trained(spec: str) -> bool:
-    """Say whether `spec` means a tokenizer that is trained on the corpus."""
+    """Return whether `spec` names a tokenizer that is trained on the corpus."""
     return spec.startswith("bpe:")
 
 
 def check_same(trained: str | None, given: Tokenizer, spec: str) -> None:
-    """InputError when a tokenizer is not the one whose digest the model that `spec` names knows, if it knows one."""
+    """Raise InputError unless `given` has the digest that the model `spec` was `trained` with, if that is known."""
     if trained not in (None, given.digest):
         raise InputError(
-            f"the model of {spec} was trained with another tokenizer than {given.name!r}: give the --tokenizer, and "
-            "for bpe:SIZE the --corpus, that it was trained with"
+            f"the model of {spec} was trained with another tokenizer than {given.name!r}: give the --tokenizer that it "
+            "was trained with, and for bpe:SIZE its --corpus"
         )
 
 
 def read(path: Path, *, name: str) -> Library:
-    """Read a tokenizer.json file; InputError when it is none, or has no token that ends a document."""
+    """Read a tokenizer.json file; raise InputError when it is not one, or has no token that ends a document."""
     try:
         text = path.read_text(encoding="utf-8")
-        # the library's own complaint is a bare Exception
+        # the library raises a bare Exception
         json.loads(text)["model"]["vocab"]
     except (OSError, ValueError, LookupError, TypeError):
-        raise InputError(f"{path} is no tokenizer.json file of the tokenizers library") from None
+        raise InputError(f"{path} is not a tokenizer.json file of the tokenizers library") from None
     backend = tokenizers.Tokenizer.from_str(text)
     known = [backend.token_to_id(token) for token in EOS_NAMES]
     eos = next((number for number in known if number is not None), None)
     if eos is None:
-        raise InputError(f"{path} has no end-of-document token ({', '.join(EOS_NAMES)}): give its folder with a config")
+        raise InputError(
+            f"{path} has no end-of-document token ({', '.join(EOS_NAMES)}): give a folder with a tokenizer_config.json"
+        )
     return Library(backend, name=name, eos=eos)
 
 
 def _size(spec: str) -> int:
     number = spec.removeprefix("bpe:")
     if not re.fullmatch(r"[0-9]{1,9}", number) or int(number) < 257:
-        raise InputError(f"tokenizer {spec!r}: the size after bpe: is a number of ids, at least 257 (bytes and eos)")
+        raise InputError(f"tokenizer {spec!r}: the size after bpe: must be at least 257 ids (bytes and eos)")
     return int(number)
 
 
 def _cached(spec: str, size: int, texts: Iterable[str], cache_dir: Path) -> Library:
-    kept = list(_first(texts, TRAINING_CHARACTERS))
+    sample = list(_first(texts, TRAINING_CHARACTERS))
     digest = hashlib.sha256(f"{size}\n".encode())
-    for text in kept:
+    for text in sample:
         digest.update(hashlib.sha256(text.encode()).digest())
     path = cache_dir / "tokenizers" / digest.hexdigest()[:16] / "tokenizer.json"
     if not path.exists():
-        trained = _train(kept, size, spec)
+        trained = _train(sample, size, spec)
         with storing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         trained.save(path)
@@ -263,30 +267,32 @@ def _from_transformers(spec: str) -> Library:
     except ImportError:
         raise InputError(f"tokenizer {spec!r} needs transformers: pip install 'sbeval[hf]'") from None
     try:
-        # code that comes with it has no part in the fast form that is read here
+        # the fast form that is read here needs no code of the repository
         loaded: Any = transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
-    # what it raises for a name that is unknown or out of reach, and for files that it cannot read
+    # raised for an unknown name, without network, and for files that it cannot read
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"unknown tokenizer {spec!r} (or bytes, or bpe:N): {first_line(error)}") from None
+        raise InputError(
+            f"unknown tokenizer {spec!r}; give bytes, bpe:N, a file, a folder or a hub name: {first_line(error)}"
+        ) from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise InputError(f"tokenizer {spec!r} has no fast form (tokenizer.json): choose another")
     if loaded.eos_token_id is None:
-        raise InputError(f"tokenizer {spec!r} names no eos token, which has to end a document: choose another")
+        raise InputError(f"tokenizer {spec!r} has no eos token to end a document: choose another")
     return Library(backend, name=spec, eos=loaded.eos_token_id)
 
 
 def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
-    left = characters
+    remaining = characters
     for text in texts:
-        yield text[:left]
-        left -= len(text)
-        if left <= 0:
+        yield text[:remaining]
+        remaining -= len(text)
+        if remaining <= 0:
             return
 
 
 def _groups(texts: Sequence[str], cut: int | None) -> Iterator[list[tuple[int, str]]]:
-    """Group pieces of the texts, each with the index of its text, so that a group does not take much memory."""
+    """Group pieces of the texts, each with the index of its text, so that encoding a group takes little memory."""
     group: list[tuple[int, str]] = []
     characters = 0
     for index, text in enumerate(texts):
@@ -301,7 +307,7 @@ def _groups(texts: Sequence[str], cut: int | None) -> Iterator[list[tuple[int, s
 
 
 def _pieces(text: str, size: int | None) -> Iterator[str]:
-    """Cut a text before line ends that follow a letter, a digit or `_`: no word of GPT-2's pattern goes across."""
+    """Cut a text before line ends that follow a letter, a digit or `_`: no word of GPT-2's pattern spans these."""
     start = 0
     while size is not None and (end := LINE_END.search(text, start + size)):
         yield text[start : end.start()]
@@ -310,7 +316,7 @@ def _pieces(text: str, size: int | None) -> Iterator[str]:
 
 
 def _is_gpt2(stages: dict[str, Any]) -> bool:
-    """Say whether a text becomes words by GPT-2's pattern, and by nothing else."""
+    """Return whether GPT-2's pattern alone splits a text into words."""
     if stages["normalizer"] is not None or not all(token["special"] for token in stages["added_tokens"]):
         return False
     words = stages["pre_tokenizer"]
@@ -318,13 +324,13 @@ def _is_gpt2(stages: dict[str, Any]) -> bool:
 
 
 def _prefix(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """The special tokens that the tokenizer's own post-processor puts before a text."""
+    """Return the special tokens that the tokenizer's own post-processor puts before a text."""
     plain, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
     return tuple(whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)])
 
 
 def _spelling(decoder: dict[str, Any] | None) -> Callable[[str], int] | None:
-    """Choose by the decoder what counts the bytes of a token as the vocabulary spells it; None for unknown kinds."""
+    """Return a function from a token's spelling to its bytes, by the decoder's kind; None for unknown kinds."""
     stages = [] if decoder is None else decoder.get("decoders", [decoder])
     kinds = {stage["type"] for stage in stages}
     if kinds == {"ByteLevel"}:
@@ -338,11 +344,11 @@ def _spelling(decoder: dict[str, Any] | None) -> Callable[[str], int] | None:
 def _byte_table(
     backend: tokenizers.Tokenizer, size: int, eos: int, spell: Callable[[str], int]
 ) -> npt.NDArray[np.int64]:
-    """Tell the bytes that each id stands for: (size,) int64."""
+    """Return the number of bytes of each id: (size,) int64."""
     lengths = np.zeros(size, dtype=np.int64)
     for token, number in backend.get_vocab(with_added_tokens=False).items():
         lengths[number] = spell(token)
-    # these are spelled as they are in the text
+    # added tokens are spelled as in the text
     for number, added in backend.get_added_tokens_decoder().items():
         lengths[number] = len(added.content.encode())
     lengths[eos] = 0
@@ -351,10 +357,10 @@ def _byte_table(
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """Let the library use its threads inside the block, unless the environment says otherwise.
+    """Let the library use its threads inside the block, unless the environment variable forbids it.
 
-    Outside of it the variable is set but empty, which means no threads: processes that fork later get no warning about
-    threads that did not come along, and no hang. Empty on entry therefore counts as unset.
+    Outside the block the variable is set but empty, which means no threads: processes that fork later neither warn
+    about lost threads nor hang. Empty on entry therefore counts as unset.
     """
     given = os.environ.get(PARALLELISM, "")
     os.environ[PARALLELISM] = given or "true"

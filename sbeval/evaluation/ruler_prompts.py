@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sbeval.config import digest_of
-from sbeval.data.dataloader import NOTHING, Batch
+from sbeval.config import IGNORE, digest_of
+from sbeval.data.dataloader import Batch
 from sbeval.data.tokenizer import Ids, Tokenizer
 from sbeval.errors import InputError, first_line
 from sbeval.evaluation import ruler_tasks
@@ -252,7 +252,7 @@ class PromptBatches:
         rows = self._prompts[step * self._batch : (step + 1) * self._batch]
         assert len(rows) == self._batch, f"{len(self._prompts)} prompts are too few for step {step}"
         tokens = np.full((len(rows), self._length + 1), self._eos, dtype=np.int64)
-        targets = np.full((len(rows), self._length), NOTHING, dtype=np.int64)
+        targets = np.full((len(rows), self._length), IGNORE, dtype=np.int64)
         for row, prompt in enumerate(rows):
             # answers longer than RULER's tokens to generate are truncated
             text = np.concatenate([prompt.tokens, prompt.answer])[: self._length + 1]

@@ -1,8 +1,8 @@
-"""The attention weights of a model, read off the very mixers that it runs.
+"""The attention weights of a model, read off the mixers that it runs.
 
-Every method is linear in v, so that one-hot values give its weights, whatever its kernel does and without code of its
-own: position j has values of 1 in one dimension, a head's size of positions at a time. With all values 0 comes what
-does not depend on v (the learned remainder of stick-breaking), which is no weight and is taken off.
+Every method is linear in v, so one-hot values give its weights, whatever its kernel and without code per method:
+position j has a value of 1 in one dimension, for as many positions at a time as a head has dimensions. The output at
+v = 0 (the learned remainder of stick-breaking) is not a weight and is subtracted.
 """
 
 from typing import Any, cast
@@ -15,10 +15,10 @@ from sbeval.models.decoder import Decoder
 
 @torch.inference_mode()
 def attention_weights(model: Decoder, tokens: Tensor) -> Tensor:
-    """Weights of every value in every output: (layers, B, H, T, T), query by key, float32; for short sequences.
+    """Return the weights of all layers, (layers, B, H, T, T), query by key, float32; for short sequences.
 
-    Rows of a softmax sum to 1. Those of stick-breaking sum to 1 too where the remainder goes to the query's own value
-    (`remainder=value`), which then is the diagonal, and to 1 minus the remainder otherwise. tokens: (B, T) int64.
+    Rows of a softmax sum to 1. Those of stick-breaking sum to 1 when the remainder goes to the query's own value
+    (`remainder=value`), which is then on the diagonal, and to 1 minus the remainder otherwise. tokens: (B, T) int64.
     """
     layers: list[nn.Module] = [block.attention.mixer for block in cast("Any", model.blocks)]
     inputs: dict[nn.Module, tuple[Any, ...]] = {}
@@ -28,7 +28,7 @@ def attention_weights(model: Decoder, tokens: Tensor) -> Tensor:
 
     hooks = [mixer.register_forward_pre_hook(keep) for mixer in layers]
     try:
-        # not __call__: where the model is compiled, that would run past hooks
+        # not __call__, which runs no hooks when the model is compiled
         model.forward(tokens)
     finally:
         for hook in hooks:
@@ -37,7 +37,7 @@ def attention_weights(model: Decoder, tokens: Tensor) -> Tensor:
 
 
 def mixed_weights(mixer: nn.Module, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
-    """Weights (B, H, T, S) of one mixer; the arguments are those of its forward (see `registry.Method`)."""
+    """Return the weights (B, H, T, S) of one mixer; the arguments are those of its forward (see `registry.Method`)."""
     positions, size = k.shape[1], v.shape[-1]
     constant = mixer(q, k, torch.zeros_like(v), x)
     parts = []

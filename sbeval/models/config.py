@@ -1,4 +1,4 @@
-"""Shapes of models and names of attention methods; needs no torch until a method is asked for its options."""
+"""Shapes of models and specs of attention methods; torch is imported only to parse a method's options."""
 
 import dataclasses
 import math
@@ -24,16 +24,16 @@ class ModelConfig:
     attention: str = "stick_breaking"
     mlp: str = "swiglu"  # or "gelu"
     tied: bool = False
-    positions: int = 0  # length of a learned table of positions, counted from the start of a row; 0 is none
+    positions: int = 0  # length of a learned table of positions, counted from the start of a row; 0: no table
     norm_eps: float = 1e-5
     init_std: float | None = None  # 1 / sqrt(width) by default
     m_emb: float = 1.0
     m_residual: float = 1.0
     m_width: float = 1.0
     attention_multiplier: float | None = None  # scale of q . k, 1 / sqrt(head_dim) by default
-    # of embeddings, and of what a head mixed: fused attention has none of its weights
+    # of embeddings and of the heads' outputs: fused attention has no dropout of its weights
     dropout: float = field(default=0.0, metadata=LATER)
-    # what some released models have: biases, and a GroupNorm of what each head mixed
+    # in some released models: biases, and a GroupNorm of each head's output
     qkv_bias: bool = field(default=False, metadata=LATER)
     out_bias: bool = field(default=False, metadata=LATER)
     mlp_bias: bool = field(default=False, metadata=LATER)
@@ -51,9 +51,9 @@ class ModelConfig:
         if self.positions < 0:
             raise InputError(f"positions must be at least 0; got {self.positions}")
         if self.head_dim is None and self.width % self.heads:
-            raise InputError(f"width {self.width} is no multiple of {self.heads} heads; give head_dim")
+            raise InputError(f"width {self.width} is not a multiple of {self.heads} heads: give head_dim")
         if self.heads % self.n_kv_heads:
-            raise InputError(f"{self.n_kv_heads} key-value heads do not divide {self.heads} heads")
+            raise InputError(f"kv_heads {self.n_kv_heads} must divide the {self.heads} heads")
 
     @property
     def n_kv_heads(self) -> int:
@@ -70,8 +70,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "quick": {"width": 160, "layers": 4, "heads": 4, "hidden": 432, "tied": True},
     "25m": {"width": 512, "layers": 8, "heads": 8, "hidden": 1024, "tied": True},
     "60m": {"width": 640, "layers": 12, "heads": 10, "hidden": 1536, "tied": True},
-    # nanoGPT's shape (github.com/karpathy/nanoGPT) beside 60m: learned positions, GELU, and --attention nope; its
-    # LayerNorm without bias is an RMSNorm here
+    # the size of 60m in nanoGPT's shape (github.com/karpathy/nanoGPT): learned positions, GELU, and --attention nope;
+    # its LayerNorm without bias is an RMSNorm here
     "nanogpt-60m": {
         "width": 640, "layers": 12, "heads": 10, "hidden": 2560, "tied": True, "mlp": "gelu", "positions": 2048,
         "init_std": 0.02,
@@ -92,20 +92,20 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def padded_vocabulary(tokens: int) -> int:
-    """Size of the embedding that is trained for a tokenizer of so many tokens.
+    """Return the embedding's size for a tokenizer of this many tokens.
 
-    A product of odd size leaves the tensor cores' fast path; surplus tokens never occur, and are never predicted.
+    A matrix product of odd size leaves the tensor cores' fast path; surplus tokens never occur in the data.
     """
     return tokens if tokens < 1024 else -(-tokens // 64) * 64
 
 
 def named(size: str, *, vocab_size: int, attention: str) -> ModelConfig:
-    """Config of the size called `size`; InputError offers the nearest name."""
+    """Return the config of a named size; raise InputError, offering the nearest name, for an unknown one."""
     return ModelConfig(vocab_size=vocab_size, attention=attention, **SIZES[choose("model size", size, SIZES)])
 
 
 def parse_attention(spec: str) -> tuple[str, Any]:
-    """Method name and its Options from `name` or `name:key=value,key=value`; InputError names what is unknown."""
+    """Parse `name` or `name:key=value,key=value` into the method's name and Options; raise InputError if invalid."""
     name, _, text = spec.partition(":")
     kinds = registry.method(name).Options
     fields = {field.name: field for field in dataclasses.fields(kinds)}
@@ -127,7 +127,7 @@ def parse_attention(spec: str) -> tuple[str, Any]:
 
 
 def _convert(what: str, text: str, default: object) -> object:
-    """Read `text` as the kind of thing that `default` is; an option that is None by default is a number."""
+    """Convert `text` to the type of `default`; an option that is None by default is a number."""
     if isinstance(default, bool):
         return choose(what, text.lower(), ("true", "false")) == "true"
     if isinstance(default, str):
@@ -139,12 +139,12 @@ def _convert(what: str, text: str, default: object) -> object:
 
 
 def canonical_attention(spec: str) -> str:
-    """The shortest spec that means the same: without options at their defaults, the others in the class's order."""
+    """Return the shortest equivalent spec: without options at their defaults, the others in the class's order."""
     return _spec(*parse_attention(spec))
 
 
 def trained_attention(spec: str) -> str:
-    """The canonical spec whose training gives the weights for `spec`: without options that only evaluation asks for."""
+    """Return the canonical spec that the weights of `spec` are trained with: without options of evaluation alone."""
     name, options = parse_attention(spec)
     return _spec(name, registry.trained_as(name, options))
 
@@ -159,7 +159,7 @@ def _spec(name: str, options: Any) -> str:
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
-    """FLOPs of one forward pass per token at sequences of `length`: products, causal attention as half a square."""
+    """Return the FLOPs per token of a forward pass at `length` tokens: matrix products, causal attention as half."""
     width, inner = config.width, config.heads * config.d_head
     projections = width * (2 * inner + 2 * config.n_kv_heads * config.d_head)
     mlp = (3 if config.mlp == "swiglu" else 2) * width * config.hidden

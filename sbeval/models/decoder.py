@@ -1,4 +1,4 @@
-"""One decoder for every attention method: pre-norm RMSNorm, SwiGLU or GELU, grouped heads; biases for loaded models.
+"""One decoder for every attention method: pre-norm RMSNorm, SwiGLU or GELU, grouped heads, optional biases.
 
 The multipliers m_emb, m_residual, m_width and attention_multiplier are those of the muP-style recipe behind the
 paper's 1B and 3B models (Shen et al. 2024, arXiv 2408.13359, table 4):
@@ -18,15 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sbeval import registry
+from sbeval.config import IGNORE as IGNORE
 from sbeval.errors import InputError
 from sbeval.models.config import ModelConfig, parse_attention
 from sbeval.models.kv_cache import Cache, Layer
 
-IGNORE = -100
-
 
 class Attention(nn.Module):
-    """Project to heads, mix tokens by the configured method, project back."""
+    """Project to heads, mix tokens with the configured method, project back."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -87,7 +86,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The model. Weights are drawn from torch's generator: seed it first."""
+    """The language model. Weights are drawn from torch's generator: seed it first."""
 
     # prompts of one batch may differ in length: see sbeval.generate
     ragged = True
@@ -106,7 +105,7 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding.weight
 
     def _initialise(self) -> None:
-        """N(0, init_std); linear layers / sqrt(m_width), and those that write to the residual / sqrt(2 layers)."""
+        """Draw from N(0, init_std); linear layers / sqrt(m_width), those writing to the residual / sqrt(2 layers)."""
         std = self.config.width**-0.5 if self.config.init_std is None else self.config.init_std
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
@@ -118,9 +117,9 @@ class Decoder(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, width) after the last norm. tokens: (B, T) int64.
+        """Return hidden states (B, T, width) after the last norm. tokens: (B, T) int64.
 
-        cu_seqlens: int32 (N + 1,), cumulative lengths of the sequences in the flattened batch, which do not see
+        cu_seqlens: int32 (N + 1,), cumulative lengths of the sequences in the flattened batch; these do not attend to
         each other.
         """
         x = self.embedding(tokens) * self.config.m_emb
@@ -136,27 +135,27 @@ class Decoder(nn.Module):
         return out
 
     def compile_blocks(self) -> None:
-        """Compile the blocks for training; evaluation, whose lengths vary, runs them as they are."""
+        """Compile the blocks for training; evaluation, whose lengths vary, runs them uncompiled."""
         self._compiled = [torch.compile(block) for block in self.blocks]
 
     def begin(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Cache]:
-        """Hidden states (B, width) of the last token of each prompt, and a cache with `room` for further tokens."""
+        """Return hidden states (B, width) of the prompts' last tokens, and a cache with `room` for further tokens."""
         device = self.head.weight.device
         lengths = [len(prompt) for prompt in prompts]
         if self.positions is not None and max(lengths) + room > self.config.positions:
             given = f"a prompt of {max(lengths)} tokens and {room} more"
-            raise InputError(f"{given} exceed the model's {self.config.positions} positions")
+            raise InputError(f"{given} exceed the model's {self.config.positions} positions: give a shorter one")
         cache = Cache(lengths, room=room, layers=self.config.layers, device=device)
         tokens = torch.tensor([[token for prompt in prompts for token in prompt]], device=device)
         hidden = self.extend(tokens, cache)[0]
         return hidden[cache.rows.cu_seqlens[1:] - 1], cache
 
     def extend(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Hidden states of tokens that the cache takes in: its prompts packed, (1, N), then (B, 1) at a time."""
+        """Add tokens to the cache, packed prompts (1, N), then (B, 1) at a time; return their hidden states."""
         reading = cache.rows.length == 0
         x = self.embedding(tokens) * self.config.m_emb
         if self.positions is not None:
-            x = x + self.positions(cache.rows.places if reading else cache.rows.next_places())
+            x = x + self.positions(cache.rows.positions if reading else cache.rows.next_positions())
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             x = block(x, cache.rows.cu_seqlens if reading else None, layer)
         cache.advance()
@@ -164,50 +163,50 @@ class Decoder(nn.Module):
         return out
 
     def check_positions(self, length: int) -> None:
-        """InputError when a row of so many tokens goes past a learned table of positions."""
+        """Raise InputError when a row of `length` tokens exceeds a learned table of positions."""
         if self.positions is not None and length > self.config.positions:
             raise InputError(f"{length} tokens exceed the model's {self.config.positions} positions")
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (..., vocab_size) of hidden states (..., width)."""
+        """Return logits (..., vocab_size) of hidden states (..., width)."""
         logits: Tensor = self.head(hidden) / self.config.m_width
         return logits
 
     def loss(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Cross-entropy in nats, float32, summed over the targets (B, T) that are not IGNORE."""
+        """Return the cross-entropy in nats, float32, summed over the targets (B, T) that are not IGNORE."""
         return self.score(self(tokens, cu_seqlens), targets)
 
     def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The same of hidden states (B, T, width)."""
+        """Return the same loss from hidden states (B, T, width)."""
         logits = self.logits(hidden).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
     def sparse_loss(
         self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None = None, capacity: int | None = None
     ) -> Tensor:
-        """The same, with the head at the scored positions only: much cheaper where few are.
+        """Return the same loss with the head applied at the scored positions alone: much cheaper if they are few.
 
-        capacity: room for so many scored positions, NaN when there are more. Then no shape depends on the targets, so
-        that nothing waits for the device and the whole can be captured in a graph.
+        capacity: the most scored positions; NaN when there are more. Then no shape depends on the targets, so that
+        nothing waits for the device and the whole can be captured in a graph.
         """
         hidden, targets = self(tokens, cu_seqlens).flatten(0, 1), targets.flatten()
         scored = targets != IGNORE
         if capacity is None:
             logits = self.logits(hidden[scored]).float()
             return F.cross_entropy(logits, targets[scored], reduction="sum")
-        place = scored.long().cumsum(0)
-        # the first `capacity` scored positions; one place more takes all that is not wanted
-        where = place.new_zeros(capacity + 1)
-        where.scatter_(
-            0, (place - 1).where(scored, capacity).clamp(max=capacity), torch.arange(len(targets), device=place.device)
-        )
-        wanted = targets[where[:capacity]].where(torch.arange(capacity, device=place.device) < place[-1], IGNORE)
-        logits = self.logits(hidden[where[:capacity]]).float()
-        loss = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum")
-        return loss.where(place[-1] <= capacity, math.nan)
+        count = scored.long().cumsum(0)
+        # the first `capacity` scored positions; one extra slot collects all others
+        slot = (count - 1).where(scored, capacity).clamp(max=capacity)
+        positions = count.new_zeros(capacity + 1)
+        positions.scatter_(0, slot, torch.arange(len(targets), device=count.device))
+        positions = positions[:capacity]
+        labels = targets[positions].where(torch.arange(capacity, device=count.device) < count[-1], IGNORE)
+        logits = self.logits(hidden[positions]).float()
+        loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return loss.where(count[-1] <= capacity, math.nan)
 
     def evaluated_as(self, attention: str) -> "Decoder":
-        """A model of the same weights that attends as `attention` says; itself when it does so already."""
+        """Return a model of the same weights with another attention spec; itself when the spec is the same."""
         if attention == self.config.attention:
             return self
         other = Decoder(dataclasses.replace(self.config, attention=attention)).to(self.head.weight.device)
@@ -215,12 +214,12 @@ class Decoder(nn.Module):
         return other.train(self.training)
 
     def n_parameters(self) -> int:
-        """Parameters, those shared by embedding and head counted once."""
+        """Return the number of parameters, those shared by embedding and head counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
 
 @functools.cache
 def n_parameters(config: ModelConfig) -> int:
-    """Parameters of a model of this shape, without its weights."""
+    """Return the number of parameters of a model of this shape, without memory for them."""
     with torch.device("meta"):
         return Decoder(config).n_parameters()

@@ -1,7 +1,6 @@
-"""Models that are there already: a checkpoint folder of ours, a released stick-breaking model, or a causal language
-model of Hugging Face's.
+"""Load pretrained models: our checkpoints, released stick-breaking models, or causal language models of Hugging Face.
 
-Weights are read from safetensors alone, and code that comes with a model is not run unless the user says so.
+Weights are read from safetensors alone, and code that comes with a model runs only with --trust-remote-code.
 """
 
 import hashlib
@@ -25,22 +24,26 @@ from sbeval.evaluation.perplexity import Predictor
 from sbeval.models.decoder import Decoder
 from sbeval.pretrained import released
 from sbeval.runtime import device
+from sbeval.runtime.files import sha256
 from sbeval.training import checkpoint
 
-# what models of transformers call their caches; the `state` of RWKV is not used, which there mixes the rows of a batch
+# names of caches in models of transformers; not the `state` of RWKV, which mixes the rows of a batch there
 CACHES = ("past_key_values", "cache_params")
-# what their configs call c where logits x become c tanh(x / c)
+# names in their configs of c, where logits x become c tanh(x / c)
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# architectures of transformers with a table of positions that is no parameter, and what their configs call its length
+# architectures of transformers whose table of positions is not a parameter, and the name of its length in their configs
 FIXED = {"codegen": "n_positions", "ctrl": "n_positions", "gptj": "n_positions", "mpt": "max_seq_len"}
-# what a tokenizer of theirs is read from
+# files of their tokenizers
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pretrained:
-    """A model with what a table says of it. `train_len`, and `tokenizer`, a digest, are None where its files do not say
-    them. positions: tokens that its table of positions has room for, None where it has no such table."""
+    """A model and its columns of a result table.
+
+    train_len, tokenizer (a digest): None if its files do not record them. positions: the size of its table of
+    positions, None if it has none.
+    """
 
     model: Predictor
     name: str
@@ -54,40 +57,40 @@ class Pretrained:
     tokenizer: str | None = None
 
     def check_tokenizer(self, text: Tokenizer, spec: str) -> None:
-        """InputError when a tokenizer has more tokens than the model, which `spec` names, or is not its own."""
+        """Raise InputError when a tokenizer has more tokens than the model of `spec`, or is not its own."""
         if text.vocab_size > self.vocab_size:
             raise InputError(
                 f"tokenizer {text.name!r} has {text.vocab_size} tokens and the model of {spec} {self.vocab_size}: "
-                "give the --tokenizer it was trained with"
+                "give the --tokenizer that it was trained with"
             )
         check_same(self.tokenizer, text, spec)
 
     def check_length(self, length: int, spec: str) -> None:
-        """InputError when so many tokens are more than the model, which `spec` names, has positions for."""
+        """Raise InputError when `length` tokens exceed the positions of the model of `spec`."""
         if self.positions is not None and length > self.positions:
             raise InputError(
                 f"the model of {spec} has a table of {self.positions} positions and can't read {length} tokens: "
-                f"ask for {self.positions} at most"
+                f"give {self.positions} or less"
             )
 
 
 class HubModel(nn.Module):
-    """A model of transformers in two steps: hidden states, then logits."""
+    """A model of transformers, split into hidden states and logits."""
 
-    # not every architecture of theirs is exact with padding
+    # not all their architectures are exact with padding
     ragged = False
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.body, self.head = model.base_model, model.get_output_embeddings()
         if self.head is None or self.body is model:
-            raise InputError(f"{type(model).__name__} has no body and head of its own: not supported")
-        # some keep hidden states in float32
+            raise InputError(f"{type(model).__name__} is not supported: it has no separate body and head")
+        # hidden states of some models are float32
         self.dtype: torch.dtype = model.dtype
-        # as their generate() asks
-        self.placed = "position_ids" in inspect.signature(model.forward).parameters
-        shape = model.config.get_text_config()
-        self.cap: float | None = next((cap for name in CAPS if (cap := getattr(shape, name, None))), None)
+        # as in their generate()
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        config = model.config.get_text_config()
+        self.cap: float | None = next((cap for name in CAPS if (cap := getattr(config, name, None))), None)
         self.factor = self._factor(model)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -96,48 +99,50 @@ class HubModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(hidden.to(self.dtype))
-        return self._changed(logits, self.factor)
+        return self._scaled(logits, self.factor)
 
     def begin(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, dict[str, Any]]:
-        """Hidden states (B, width) of the last token of each prompt, which are equally long, and what a pass over the
-        next token is given: the model's cache by its name, or all tokens where it has none to use."""
+        """Return hidden states (B, width) of the last tokens of equally long prompts, and the next pass's arguments.
+
+        These are the model's cache by its name, or all tokens if it has no cache that can be used.
+        """
         tokens = torch.tensor(prompts, device=self.head.weight.device)
-        found = self.body(input_ids=tokens, use_cache=True)
-        past = {name: kept for name in CACHES if (kept := getattr(found, name, None)) is not None}
+        output = self.body(input_ids=tokens, use_cache=True)
+        past = {name: cache for name in CACHES if (cache := getattr(output, name, None)) is not None}
         if not past:
             return self(tokens)[:, -1], {"input_ids": tokens}
-        if self.placed:
-            # hybrid models can't tell it from their caches
+        if self.takes_positions:
+            # hybrid models can't derive these from their caches
             past["position_ids"] = torch.full_like(tokens[:, :1], tokens.shape[1])
-        return found.last_hidden_state[:, -1], past
+        return output.last_hidden_state[:, -1], past
 
     def extend(self, tokens: Tensor, cache: dict[str, Any]) -> Tensor:
-        """Hidden states (B, 1, width) of one further token of each row."""
+        """Return hidden states (B, 1, width) of one further token of each row."""
         if "input_ids" in cache:
             cache["input_ids"] = torch.cat([cache["input_ids"], tokens], 1)
-            whole: Tensor = self(cache["input_ids"])
-            return whole[:, -1:]
-        found = self.body(input_ids=tokens, use_cache=True, **cache)
-        cache.update((name, found[name]) for name in CACHES if name in cache)
-        if self.placed:
+            states: Tensor = self(cache["input_ids"])
+            return states[:, -1:]
+        output = self.body(input_ids=tokens, use_cache=True, **cache)
+        cache.update((name, output[name]) for name in CACHES if name in cache)
+        if self.takes_positions:
             cache["position_ids"] = cache["position_ids"] + 1
-        hidden: Tensor = found.last_hidden_state
+        hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _changed(self, logits: Tensor, factor: float) -> Tensor:
+    def _scaled(self, logits: Tensor, factor: float) -> Tensor:
         logits = logits * factor
         return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
 
     @torch.inference_mode()
     def _factor(self, model: Any) -> float:
-        """What the model's logits are to those of its head: some are scaled.
+        """Return the factor between the head's output and the model's logits; 1 for most models.
 
-        The head is given hidden states of several sizes: what bends large logits leaves small ones as they are.
-        InputError where logits are changed by more than a factor and the cap.
+        The head gets hidden states of several sizes, since a cap changes large logits and not small ones. Raise
+        InputError when logits differ by more than a factor and the cap.
         """
         tokens = torch.arange(8, device=model.device)[None]
         hidden = self(tokens).to(self.dtype)
-        # largest logits of a token: 0.1 to 100
+        # scale the largest logit of each token to 0.1 ... 100
         sizes = torch.logspace(-1, 2, 8, device=hidden.device)[:, None]
         scale: Tensor = sizes / self.head(hidden).float().abs().amax(-1, keepdim=True)
 
@@ -152,18 +157,18 @@ class HubModel(nn.Module):
             hook.remove()
         smallest = wanted[0] if self.cap is None else torch.atanh(wanted[0] / self.cap) * self.cap
         factor = float((smallest * plain[0]).sum() / plain[0].square().sum())
-        # a factor of 1 is exactly that in float32
+        # exactly 1 in float32
         factor = 1.0 if abs(factor - 1) < 1e-3 else factor
-        off = (self._changed(plain, factor) - wanted).abs()
-        if not (off <= 2e-2 * (wanted.abs() + wanted.std(-1, keepdim=True))).all():
+        error = (self._scaled(plain, factor) - wanted).abs()
+        if not (error <= 2e-2 * (wanted.abs() + wanted.std(-1, keepdim=True))).all():
             raise InputError(
-                f"{type(model).__name__} changes the logits of its head by more than a factor and a cap: not supported"
+                f"{type(model).__name__} is not supported: it changes its head's logits by more than a factor and a cap"
             )
         return factor
 
 
 def is_own(spec: str) -> bool:
-    """Whether `spec` is a checkpoint folder of ours."""
+    """Return whether `spec` is a checkpoint folder of ours."""
     try:
         return {"model", "state"} <= set(json.loads((Path(spec) / "config.json").read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -171,7 +176,7 @@ def is_own(spec: str) -> bool:
 
 
 def load(spec: str, place: torch.device, dtype: str, *, trust_remote_code: bool = False) -> Pretrained:
-    """The model at a path, or of that name on the Hugging Face hub; InputError when there is none that can be read."""
+    """Load the model at a path, or of that name on the Hugging Face hub; raise InputError when it cannot be read."""
     if is_own(spec):
         return _own(Path(spec), place)
     if (folder := _released(spec)) is None:
@@ -180,10 +185,9 @@ def load(spec: str, place: torch.device, dtype: str, *, trust_remote_code: bool 
 
 
 def digest(spec: str) -> str:
-    """What stands for a model's weights and its tokenizer: sixteen hexadecimal digits for those in a folder, on the hub
-    their commit.
+    """Return a digest of a model's weights and tokenizer: 16 hexadecimal digits for a folder, a commit for the hub.
 
-    Of a model on the hub there is a copy of its config afterwards; InputError when there is no such model.
+    Downloads the config of a model on the hub. Raise InputError when there is no such model.
     """
     folder = Path(spec)
     if not os.path.isdir(folder):
@@ -192,18 +196,17 @@ def digest(spec: str) -> str:
         except (OSError, ValueError) as error:
             raise InputError(f"no model {spec!r} in a folder or on the hub: {first_line(error)}") from None
     folder = checkpoint.find(folder) or folder
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     tokenizer = (path for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
     for path in sorted([folder / "config.json", *tokenizer, *folder.glob("*.safetensors")]):
-        # the moments of an optimizer are no part of the model
+        # the optimizer's state is not part of the model
         if path.is_file() and path.name != "optimizer.safetensors":
-            with path.open("rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
-    return found.hexdigest()[:16]
+            total.update(bytes.fromhex(sha256(path)))
+    return total.hexdigest()[:16]
 
 
 def likely_parameters(spec: str) -> int:
-    """Parameters of a model in a folder, by the size of its files at two bytes each at least; 0 for one of the hub."""
+    """Return the most parameters of a model in a folder, by the size of its files; 0 for one of the hub."""
     return sum(path.stat().st_size for path in Path(spec).glob("model*.safetensors")) // (4 if is_own(spec) else 2)
 
 
@@ -218,25 +221,31 @@ def _decoder(
 ) -> Pretrained:
     method, _, options = model.config.attention.partition(":")
     return Pretrained(
-        model=model, name=name, attention=method, options=options, params=model.n_parameters(),
-        vocab_size=model.config.vocab_size, train_len=train_len,
-        backend=registry.method(method).backend_name(place.type), positions=model.config.positions or None,
+        model=model,
+        name=name,
+        attention=method,
+        options=options,
+        params=model.n_parameters(),
+        vocab_size=model.config.vocab_size,
+        train_len=train_len,
+        backend=registry.method(method).backend_name(place.type),
+        positions=model.config.positions or None,
         tokenizer=tokenizer,
-    )  # fmt: skip
+    )
 
 
 def name(spec: str) -> str:
-    """What a table calls it: a folder's own name, or the hub's."""
-    # os.path says no of what cannot be a path, where Path raises
+    """Return the model's name in tables: the name of its folder, or its name on the hub."""
+    # os.path returns False for an invalid path, where Path raises
     return Path(spec).resolve().name if os.path.isdir(spec) else spec
 
 
 def _released(spec: str) -> Path | None:
-    """The folder of a released stick-breaking model, fetched where it is on the hub; None where it is another model."""
+    """Return the folder of a released stick-breaking model, downloaded if on the hub; None for another model."""
     if os.path.isdir(folder := Path(spec)):
         try:
             config = json.loads((folder / "config.json").read_text())
-        # transformers, which is asked next, says what is wrong
+        # transformers, tried next, reports the error
         except (OSError, ValueError, RecursionError):
             return None
         return folder if released.is_released(config) else None
@@ -247,7 +256,7 @@ def _released(spec: str) -> Path | None:
         return Path(_hub().snapshot_download(spec, allow_patterns=list(released.FILES)))
     except ImportError:
         return None
-    # what it raises for a name that is unknown or out of reach
+    # raised for an unknown name, and without network
     except (OSError, ValueError) as error:
         raise InputError(f"no causal language model {spec!r}: {first_line(error)}") from None
 
@@ -266,14 +275,14 @@ def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: boo
         transformers = importlib.import_module("transformers")
     except ImportError:
         raise InputError(f"model {spec!r} needs transformers: pip install 'sbeval[hf]'") from None
-    # registers ours, as `sbeval export` writes them
+    # registers our models, as `sbeval export` writes them
     from sbeval import hf
 
     try:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             spec, dtype=device.DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code
         )
-    # what it raises for a name that is unknown or out of reach, for files that it cannot read, and for code
+    # raised for an unknown name, without network, for files that it cannot read, and for custom code
     except (OSError, ValueError, KeyError) as error:
         if "custom code" in str(error):
             raise InputError(
@@ -285,15 +294,20 @@ def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: boo
         return _decoder(model.decoder, name(spec), model.config.train_len, place)
     text, positions = model.config.get_text_config(), _positions(model)
     return Pretrained(
-        model=HubModel(model), name=name(spec), attention="hf",
-        options=str(text.model_type), params=sum(x.numel() for x in model.parameters()),
-        vocab_size=text.vocab_size, train_len=getattr(text, "max_position_embeddings", positions),
-        backend=str(text._attn_implementation), positions=positions,
-    )  # fmt: skip
+        model=HubModel(model),
+        name=name(spec),
+        attention="hf",
+        options=str(text.model_type),
+        params=sum(x.numel() for x in model.parameters()),
+        vocab_size=text.vocab_size,
+        train_len=getattr(text, "max_position_embeddings", positions),
+        backend=str(text._attn_implementation),
+        positions=positions,
+    )
 
 
 class _Tables(TorchDispatchMode):
-    """Notes where tables of parameters end that a pass over one row reads at one place after another."""
+    """Record the lengths of parameter tables that a pass over one row reads at consecutive rows."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's
@@ -303,21 +317,21 @@ class _Tables(TorchDispatchMode):
         if func is torch.ops.aten.embedding.default:
             table, rows = args[0], args[1].flatten()
             if isinstance(table, nn.Parameter) and rows.numel() > 1 and bool((rows.diff() == 1).all()):
-                # not all begin at the first
+                # some tables have rows before the first position
                 self.ends.append(len(table) - int(rows[0]))
         return func(*args, **(kwargs or {}))
 
 
 @torch.inference_mode()
 def _positions(model: Any) -> int | None:
-    """Tokens that a model with a table of positions reads at most; None of one without.
+    """Return the size of a model's table of positions; None if it has none.
 
-    The number in a config does not tell: rotary models have it too, and read on past it.
+    Configs do not tell: rotary models have the same fields, and read longer texts.
     """
-    shape = model.config.get_text_config()
-    if shape.model_type in FIXED:
-        return int(getattr(shape, FIXED[shape.model_type]))
-    # tokens in an order that no positions have
+    config = model.config.get_text_config()
+    if config.model_type in FIXED:
+        return int(getattr(config, FIXED[config.model_type]))
+    # tokens in an order that positions never have
     tokens = torch.arange(7, -1, -1, device=model.device)[None]
     with _Tables() as tables:
         model(input_ids=tokens, use_cache=False)

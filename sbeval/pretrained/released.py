@@ -1,17 +1,16 @@
 """Stick-breaking models as their authors published them: safetensors of dolomite-engine, lm-engine and flame.
 
-The layout is read off the names and shapes of the tensors; `model_type` only says that a folder is meant to be one.
+The layout follows from the names and shapes of the tensors; `model_type` only marks a folder as one of these models.
 
-    A      transformer.h.{i}.attn.{c_attn,c_proj}, .mlp.{c_fc,c_proj}       rest of the stick times v (`sb_dolomite`)
-    B      A and .attn.head_bias (H, D)                                     rest of the stick times head_bias
+    A      transformer.h.{i}.attn.{c_attn,c_proj}, .mlp.{c_fc,c_proj}       remainder times v (`sb_dolomite`)
+    B      A and .attn.head_bias (H, D)                                     remainder times head_bias
     C      B and .attn.norm.{weight,bias}                                   GroupNorm of each head's output
     D      C, but .sequence_mixer. for .attn. and .mlp_block. for .mlp.
     flame  model.layers.{i}.attn.{q,k,v,o}_proj, .mlp.{gate,up,down}_proj   no remainder (`sba`)
 
-c_attn holds, one key-value head after another, the queries that share it, its key and its value: [q, k, v] of each head
-where every head has its own, [q ... q, k, v] of each group, and all queries, k, v where there is one. Query head h
-reads group h // (H / G), as in the packed path that the engine trains with. c_fc is [up; gate]. The models know no
-positions, whatever `position_embedding_type` says.
+c_attn holds, for one key-value head after another, the queries that share it, its key and its value: [q ... q, k, v] of
+each group. Query head h reads group h // (H / G), as in the packed path that the engine trains with. c_fc is [up;
+gate]. The models have no positional encoding, whatever their `position_embedding_type`.
 """
 
 import dataclasses
@@ -32,14 +31,14 @@ from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 
 KINDS = ("sb_dolomite", "stickbreaking", "moe_stickbreaking", "gpt_dolomite", "gpt_base", "sba")
-# all that is fetched of a repository on the hub
+# the files of a repository on the hub that are downloaded
 FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
 NONE, VALUE, BIAS = "stick_breaking:remainder=none", "stick_breaking", "stick_breaking:remainder=bias"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """How a layout names what it holds. `fused`: q, k and v are one tensor, and up and gate are."""
+    """Names of tensors in a layout. `fused`: q, k and v are one tensor, and so are up and gate."""
 
     block: str
     embedding: str
@@ -66,56 +65,63 @@ class Layout:
 
 
 OLD = Layout(
-    block="transformer.h.{}.", embedding="transformer.wte.weight", attention="attn.", mlp="mlp.",
+    block="transformer.h.{}.",
+    embedding="transformer.wte.weight",
+    attention="attn.",
+    mlp="mlp.",
     norms=("ln_1.weight", "ln_2.weight", "transformer.ln_f.weight"),
-)  # fmt: skip
+)
 NEW = dataclasses.replace(OLD, attention="sequence_mixer.", mlp="mlp_block.")
 FLAME = Layout(
-    block="model.layers.{}.", embedding="model.embeddings.weight", attention="attn.", mlp="mlp.",
-    norms=("attn_norm.weight", "mlp_norm.weight", "model.norm.weight"), fused=False,
-)  # fmt: skip
+    block="model.layers.{}.",
+    embedding="model.embeddings.weight",
+    attention="attn.",
+    mlp="mlp.",
+    norms=("attn_norm.weight", "mlp_norm.weight", "model.norm.weight"),
+    fused=False,
+)
 
 
 class Tensors:
-    """The tensors of a checkpoint: each is taken once and must have the shape that follows from the config."""
+    """The tensors of a checkpoint; each is taken once and must have the shape that the config gives."""
 
     def __init__(self, tensors: Mapping[str, Tensor], where: object) -> None:
-        self._left, self.where = dict(tensors), where
+        self._remaining, self.where = dict(tensors), where
 
     def __contains__(self, name: str) -> bool:
-        return name in self._left
+        return name in self._remaining
 
     def names(self) -> list[str]:
-        return list(self._left)
+        return list(self._remaining)
 
     def take(self, name: str, *shape: int) -> Tensor:
-        if name not in self._left:
+        if name not in self._remaining:
             raise InputError(f"{self.where} lacks the tensor {name}, of shape {shape}")
-        found = self._left.pop(name)
-        if found.shape != shape:
-            raise InputError(f"{self.where}: {name} has shape {tuple(found.shape)}; its config gives {shape}")
-        return found
+        tensor = self._remaining.pop(name)
+        if tensor.shape != shape:
+            raise InputError(f"{self.where}: {name} has shape {tuple(tensor.shape)}; its config gives {shape}")
+        return tensor
 
     def size(self, name: str, dim: int) -> int:
-        """One size of a tensor that is taken later."""
-        if name not in self._left or self._left[name].ndim <= dim:
+        """Return one size of a tensor without taking it."""
+        if name not in self._remaining or self._remaining[name].ndim <= dim:
             raise InputError(f"{self.where} lacks the tensor {name}, or it has less than {dim + 1} dimensions")
-        return self._left[name].shape[dim]
+        return self._remaining[name].shape[dim]
 
     def finish(self) -> None:
-        """InputError names what was not taken."""
-        if self._left:
-            raise InputError(f"{self.where} has tensors that its config does not explain: {_patterns(self._left)}")
+        """Raise InputError, naming them, if tensors remain."""
+        if self._remaining:
+            raise InputError(f"{self.where} has tensors that its config does not explain: {_patterns(self._remaining)}")
 
 
 class Settings:
-    """A config.json, or what is said of all blocks of one kind in it."""
+    """A config.json, or its settings of all blocks of one kind."""
 
     def __init__(self, values: Mapping[str, Any], where: object) -> None:
         self._values, self.where = values, where
 
     def blocks(self, key: str, layers: int) -> "Settings":
-        """These settings with those of the blocks under `key`, if it is there; they must be the same in every layer."""
+        """Return these settings with those of the blocks under `key`, if any, which must be equal in all layers."""
         if (blocks := self.get(key)) is None:
             return self
         if not isinstance(blocks, list) or not all(isinstance(block, dict) for block in blocks):
@@ -127,42 +133,42 @@ class Settings:
         return Settings({**self._values, **blocks[0]}, self.where)
 
     def get(self, *keys: str) -> Any:
-        """The first of these that is there and not null; None otherwise."""
+        """Return the first of these that is given and not null; None otherwise."""
         return next((self._values[key] for key in keys if self._values.get(key) is not None), None)
 
     def number(self, *keys: str, default: float | None = None) -> float:
-        found = default if (given := self.get(*keys)) is None else given
-        if not isinstance(found, int | float):
-            raise InputError(f"{self.where}: config.json must have a number for {' or '.join(keys)}; got {found!r}")
-        return found
+        value = default if (given := self.get(*keys)) is None else given
+        if not isinstance(value, int | float):
+            raise InputError(f"{self.where}: config.json must have a number for {' or '.join(keys)}; got {value!r}")
+        return value
 
     def count(self, *keys: str, default: int | None = None) -> int:
-        found = self.number(*keys, default=default)
-        if not isinstance(found, int) or found < 1:
-            raise InputError(f"{self.where}: {keys[0]} must be a whole number of at least 1; got {found!r}")
-        return found
+        value = self.number(*keys, default=default)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"{self.where}: {keys[0]} must be a whole number of at least 1; got {value!r}")
+        return value
 
     def only(self, key: str, *known: str) -> None:
-        """InputError when `key` is something else than what is known here; it need not be there."""
+        """Raise InputError when `key` is given and not one of `known`."""
         if (given := self.get(key)) is not None and given not in known:
             raise InputError(f"{self.where}: {key} {given!r} is not supported, only {' or '.join(known)}")
 
-    def agrees(self, key: str, said: bool | None, found: bool, what: str) -> None:
-        """InputError when the config says one thing and the tensors another."""
-        if said is not None and said != found:
-            holds = "there is" if found else "there is no"
+    def agrees(self, key: str, given: bool | None, present: bool, what: str) -> None:
+        """Raise InputError when the config's value contradicts whether a tensor is present."""
+        if given is not None and given != present:
+            holds = "there is" if present else "there is no"
             raise InputError(f"{self.where}: config.json has {key}={self.get(key)}, but {holds} {what}")
 
 
 def is_released(config: object) -> bool:
-    """Whether a config.json is that of one of these models."""
+    """Return whether a config.json is that of one of these models."""
     return isinstance(config, dict) and config.get("model_type") in KINDS
 
 
 def load(folder: Path, dtype: torch.dtype) -> tuple[Decoder, int | None]:
-    """The model of a folder, on the CPU, and the length it was trained on where that is said.
+    """Load the model of a folder, on the CPU, and its training length, None if not recorded.
 
-    InputError when a tensor is missing, unknown or of another shape than the config gives.
+    Raise InputError when a tensor is missing, unknown or of another shape than the config gives.
     """
     config = json.loads((folder / "config.json").read_text())
     shape, weights = convert(read(folder), config, folder)
@@ -176,24 +182,24 @@ def load(folder: Path, dtype: torch.dtype) -> tuple[Decoder, int | None]:
 
 
 def read(folder: Path) -> dict[str, Tensor]:
-    """Tensors of model.safetensors, or of the files of its index, which must be right about them."""
+    """Read the tensors of model.safetensors, or of the files of its index, which must match them."""
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return _read(folder / "model.safetensors")
     try:
-        place = dict(json.loads(index.read_text())["weight_map"])
+        files = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{index} is no index of safetensors ({type(error).__name__}: {error})") from None
-    found: dict[str, Tensor] = {}
-    for file in sorted(set(place.values())):
+        raise InputError(f"{index} is not an index of safetensors ({type(error).__name__}: {error})") from None
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
         if Path(file).name != file:
             raise InputError(f"{index} names a file outside its folder: {file}")
-        tensors = _read(folder / file)
-        wanted = {name for name, where in place.items() if where == file}
-        if wrong := sorted(wanted ^ set(tensors)):
-            raise InputError(f"{folder / file} does not hold what {index.name} says: {_patterns(wrong)}")
-        found |= tensors
-    return found
+        part = _read(folder / file)
+        listed = {name for name, location in files.items() if location == file}
+        if wrong := sorted(listed ^ set(part)):
+            raise InputError(f"{folder / file} does not match {index.name}: {_patterns(wrong)}")
+        tensors |= part
+    return tensors
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -206,7 +212,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 def convert(
     given: Mapping[str, Tensor], config: Mapping[str, Any], where: object
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Shape and weights of our decoder from the tensors and the config.json of a released model."""
+    """Return the shape and weights of our decoder from the tensors and config.json of a released model."""
     tensors, settings = Tensors(given, where), Settings(config, where)
     layout = _layout(tensors.names(), where)
     shape = _shape(tensors, layout, settings)
@@ -224,13 +230,13 @@ def convert(
 
 
 def _block(tensors: Tensors, layout: Layout, shape: ModelConfig, prefix: str) -> dict[str, Tensor]:
-    """Weights of one block by our names."""
+    """Return the weights of one block by our names."""
     attention, mlp = prefix + layout.attention, prefix + layout.mlp
     inner, dim = shape.heads * shape.d_head, shape.d_head
     rows, up = [inner, shape.n_kv_heads * dim, shape.n_kv_heads * dim], [shape.hidden] * 2
     if layout.fused:
         rows, up = [sum(rows)], [sum(up)]
-    found = {
+    weights = {
         "norm_1.weight": tensors.take(prefix + layout.norms[0], shape.width),
         "norm_2.weight": tensors.take(prefix + layout.norms[1], shape.width),
     }
@@ -238,7 +244,7 @@ def _block(tensors: Tensors, layout: Layout, shape: ModelConfig, prefix: str) ->
     def linear(name: str, theirs: Sequence[str], rows: Sequence[int], columns: int, biased: bool) -> None:
         for kind, size in (("weight", (columns,)), ("bias", ()))[: 1 + biased]:
             parts = [tensors.take(f"{part}.{kind}", n, *size) for part, n in zip(theirs, rows, strict=True)]
-            found[f"{name}.{kind}"] = torch.cat(parts)
+            weights[f"{name}.{kind}"] = torch.cat(parts)
 
     linear("attention.qkv", [attention + name for name in layout.qkv], rows, shape.width, shape.qkv_bias)
     linear("attention.out", [attention + layout.out], [shape.width], inner, shape.out_bias)
@@ -246,30 +252,30 @@ def _block(tensors: Tensors, layout: Layout, shape: ModelConfig, prefix: str) ->
     linear("mlp.down", [mlp + layout.down], [shape.width], shape.hidden, shape.mlp_bias)
     if layout.fused:
         for name in ("attention.qkv.weight", "attention.qkv.bias")[: 1 + shape.qkv_bias]:
-            groups = found[name].unflatten(0, (shape.n_kv_heads, -1, dim))
+            groups = weights[name].unflatten(0, (shape.n_kv_heads, -1, dim))
             parts = groups.split((shape.heads // shape.n_kv_heads, 1, 1), 1)
-            found[name] = torch.cat([part.flatten(0, 2) for part in parts])
+            weights[name] = torch.cat([part.flatten(0, 2) for part in parts])
     if shape.head_norm:
         for kind in ("weight", "bias"):
-            found[f"attention.norm.{kind}"] = tensors.take(f"{attention}norm.{kind}", inner)
+            weights[f"attention.norm.{kind}"] = tensors.take(f"{attention}norm.{kind}", inner)
     if shape.attention == BIAS:
-        found["attention.mixer.bias"] = tensors.take(attention + "head_bias", shape.heads, dim)
-    return found
+        weights["attention.mixer.bias"] = tensors.take(attention + "head_bias", shape.heads, dim)
+    return weights
 
 
 def _layout(names: Iterable[str], where: object) -> Layout:
-    """The layout that these tensors have; InputError lists them when it is none that is known."""
+    """Return the layout of these tensors; raise InputError, listing them, for an unknown one."""
     names = list(names)
     if experts := [name for name in names if re.search(r"\.moe\.|\.mlp_block\.(gate|router)\.|\.experts\.", name)]:
         raise InputError(f"{where} has layers of experts, which are not supported: {_patterns(experts)}")
     for layout in (OLD, NEW, FLAME):
         if f"{layout.block.format(0)}{layout.attention}{layout.qkv[0]}.weight" in names:
             return layout
-    raise InputError(f"{where} is in no known layout of a stick-breaking model; it has {_patterns(names)}")
+    raise InputError(f"{where} has no known layout of a stick-breaking model; its tensors: {_patterns(names)}")
 
 
 def _shape(tensors: Tensors, layout: Layout, settings: Settings) -> ModelConfig:
-    """Our config, from theirs and from which tensors there are; InputError where the two contradict each other."""
+    """Return our config from theirs and from the tensors; raise InputError when the two contradict each other."""
     layers = settings.count("n_layer", "num_layers", "num_hidden_layers")
     mixer, mlp = settings.blocks("sequence_mixer_blocks", layers), settings.blocks("mlp_blocks", layers)
     mixer.only("sequence_mixer_type", "stickbreaking_attention")
@@ -281,9 +287,9 @@ def _shape(tensors: Tensors, layout: Layout, settings: Settings) -> ModelConfig:
     attention, feed = first + layout.attention, first + layout.mlp
     width, heads = settings.count("n_embd", "hidden_size"), mixer.count("n_head", "num_attention_heads", "num_heads")
     if width % heads:
-        raise InputError(f"{settings.where}: width {width} is no multiple of {heads} heads")
-    tied, said = "lm_head.weight" not in tensors, settings.get("tie_word_embeddings")
-    settings.agrees("tie_word_embeddings", None if said is None else not said, not tied, "lm_head.weight")
+        raise InputError(f"{settings.where}: width {width} is not a multiple of {heads} heads")
+    tied, given = "lm_head.weight" not in tensors, settings.get("tie_word_embeddings")
+    settings.agrees("tie_word_embeddings", None if given is None else not given, not tied, "lm_head.weight")
     multipliers: dict[str, Any] = {
         name: settings.number(name, default=1.0) for name in ("m_emb", "m_residual", "m_width")
     }
@@ -291,71 +297,77 @@ def _shape(tensors: Tensors, layout: Layout, settings: Settings) -> ModelConfig:
     if unscaled or mixer.get("attention_multiplier") is not None:
         multipliers["attention_multiplier"] = mixer.number("attention_multiplier", default=1.0)
     return ModelConfig(
-        vocab_size=settings.count("vocab_size"), width=width, heads=heads, tied=tied,
-        layers=layers, kv_heads=_kv_heads(tensors, layout, mixer, attention, heads, width // heads),
+        vocab_size=settings.count("vocab_size"),
+        width=width,
+        heads=heads,
+        tied=tied,
+        layers=layers,
+        kv_heads=_kv_heads(tensors, layout, mixer, attention, heads, width // heads),
         hidden=mlp.count("n_inner", "intermediate_size", default=tensors.size(f"{feed}{layout.down}.weight", 1)),
         norm_eps=settings.number("layer_norm_epsilon", "norm_eps", default=1e-5),
         **multipliers,
-        **_rest(tensors, layout, mixer, attention),
+        **_remainder(tensors, layout, mixer, attention),
         **_biases(tensors, layout, mixer, mlp, attention, feed),
-    )  # fmt: skip
+    )
 
 
 def _kv_heads(tensors: Tensors, layout: Layout, mixer: Settings, attention: str, heads: int, dim: int) -> int:
-    """Key-value heads: as the config says, or else as many as there are rows for."""
+    """Return the number of key-value heads, from the config or else from the rows of the tensors."""
     if layout.fused:
         rows = tensors.size(f"{attention}c_attn.weight", 0) - heads * dim
-        found = rows // (2 * dim)
+        fitting = rows // (2 * dim)
     else:
-        found = tensors.size(f"{attention}k_proj.weight", 0) // dim
+        fitting = tensors.size(f"{attention}k_proj.weight", 0) // dim
     kind = mixer.get("attention_head_type")
     mixer.only("attention_head_type", "mha", "gqa", "mqa")
     by_kind = {"mha": heads, "mqa": 1}
-    said = mixer.count("num_key_value_heads", "num_kv_heads", default=by_kind.get(kind, max(found, 1)))
-    if by_kind.get(kind, said) != said:
-        raise InputError(f"{mixer.where}: attention_head_type {kind!r} contradicts {said} key-value heads of {heads}")
-    return said
+    kv_heads = mixer.count("num_key_value_heads", "num_kv_heads", default=by_kind.get(kind, max(fitting, 1)))
+    if by_kind.get(kind, kv_heads) != kv_heads:
+        raise InputError(
+            f"{mixer.where}: attention_head_type {kind!r} contradicts {kv_heads} key-value heads of {heads}"
+        )
+    return kv_heads
 
 
-def _rest(tensors: Tensors, layout: Layout, mixer: Settings, attention: str) -> dict[str, Any]:
-    """Where the rest of the stick goes, and whether a GroupNorm follows."""
+def _remainder(tensors: Tensors, layout: Layout, mixer: Settings, attention: str) -> dict[str, Any]:
+    """Return what the remainder is multiplied by, and whether a GroupNorm follows."""
     if layout is FLAME:
         return {"attention": NONE}
-    said = mixer.get("sb_remainder")
+    given = mixer.get("sb_remainder")
     bias, norm = f"{attention}head_bias" in tensors, f"{attention}norm.weight" in tensors
     if layout is NEW or bias or norm:
-        # from layout B on it buys a learned vector, which D always has, and a norm too
-        mixer.agrees("sb_remainder", said, bias, f"{attention}head_bias")
-        has_bias = bias or layout is NEW or said is None and norm
+        # from layout B on it is multiplied by a learned vector, which D always has, as it has the norm
+        mixer.agrees("sb_remainder", given, bias, f"{attention}head_bias")
+        has_bias = bias or layout is NEW or given is None and norm
         return {"attention": BIAS if has_bias else NONE, "head_norm": norm or layout is NEW}
-    if said is None and str(mixer.get("model_type")).startswith("gpt_"):
+    if given is None and str(mixer.get("model_type")).startswith("gpt_"):
         raise InputError(
-            f"{mixer.where}: a {mixer.get('model_type')} of this layout may be a softmax model; if it is not, put "
-            "'sb_remainder' into its config.json: true where the rest of the stick takes the token's own value"
+            f"{mixer.where}: a {mixer.get('model_type')} of this layout may be a softmax model; if it is not, set "
+            "'sb_remainder' in its config.json: true if the remainder is multiplied by the token's own value"
         )
-    return {"attention": NONE if said is False else VALUE}
+    return {"attention": NONE if given is False else VALUE}
 
 
 def _biases(
     tensors: Tensors, layout: Layout, mixer: Settings, mlp: Settings, attention: str, feed: str
 ) -> dict[str, Any]:
-    """Which linear layers have biases, by the first block."""
-    found = {
+    """Return which linear layers have biases, from the first block."""
+    biases = {
         "qkv_bias": f"{attention}{layout.qkv[0]}.bias",
         "out_bias": f"{attention}{layout.out}.bias",
         "mlp_bias": f"{feed}{layout.down}.bias",
     }
     both, only_qkv = mixer.get("add_bias"), mixer.get("add_qkv_bias", "qkv_bias")
     if only_qkv:
-        mixer.agrees("add_qkv_bias", True, found["qkv_bias"] in tensors, found["qkv_bias"])
+        mixer.agrees("add_qkv_bias", True, biases["qkv_bias"] in tensors, biases["qkv_bias"])
     else:
-        mixer.agrees("add_bias", both, found["qkv_bias"] in tensors, found["qkv_bias"])
-    mixer.agrees("add_bias", both, found["out_bias"] in tensors, found["out_bias"])
-    mlp.agrees("add_bias", mlp.get("add_bias"), found["mlp_bias"] in tensors, found["mlp_bias"])
-    return {name: tensor in tensors for name, tensor in found.items()}
+        mixer.agrees("add_bias", both, biases["qkv_bias"] in tensors, biases["qkv_bias"])
+    mixer.agrees("add_bias", both, biases["out_bias"] in tensors, biases["out_bias"])
+    mlp.agrees("add_bias", mlp.get("add_bias"), biases["mlp_bias"] in tensors, biases["mlp_bias"])
+    return {name: tensor in tensors for name, tensor in biases.items()}
 
 
 def _patterns(names: Iterable[str]) -> str:
-    """Names of tensors in one line: layers as {i}, a dozen at most."""
-    found = sorted({re.sub(r"\.\d+\.", ".{i}.", name) for name in names})
-    return ", ".join(found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "")
+    """Return names of tensors in one line: layers as {i}, a dozen at most."""
+    patterns = sorted({re.sub(r"\.\d+\.", ".{i}.", name) for name in names})
+    return ", ".join(patterns[:12]) + (f" and {len(patterns) - 12} more" if len(patterns) > 12 else "")

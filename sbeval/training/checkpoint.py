@@ -1,8 +1,8 @@
-"""Checkpoints: a folder with model.safetensors, config.json and, while training goes on, optimizer.safetensors.
+"""Checkpoints: a folder with model.safetensors, config.json and, during training, optimizer.safetensors.
 
-While a sharded model trains, `shards` holds both instead, as torch.distributed.checkpoint writes them. A folder is
-written under another name and renamed when complete, so a reader finds all of it or nothing. config.json has the
-SHA-256 of every file and of itself: what a disk or a copy has changed is named, and never loaded.
+During training of a sharded model, `shards` holds weights and optimizer state, as torch.distributed.checkpoint writes
+them. A folder is written under another name and renamed when complete, so a reader finds all of it or nothing.
+config.json has the SHA-256 of every file and of itself: a damaged file is named, and never loaded.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from sbeval.models.decoder import Decoder
 from sbeval.runtime import distributed
 from sbeval.runtime.distributed import ALONE, World
 from sbeval.runtime.files import sha256, storing
-from sbeval.training.optimizer import kept
+from sbeval.training.optimizer import state_names
 
 AGAIN = "remove its folder to train again"
 Part = TypeVar("Part")
@@ -36,9 +36,11 @@ Part = TypeVar("Part")
 
 @dataclass(slots=True, kw_only=True)
 class State:
-    """Where a training run stands: the loss of every step done (nats/token), the seconds they took, (step, score) of
-    each look at validation data, (step, nats/token) of each at held-out text, and the speed where it was last measured:
-    tokens/s, and model FLOP utilisation."""
+    """Progress of a training run.
+
+    losses: of every step, in nats/token. scores: (step, score) on validation data. held_out: (step, nats/token) on
+    held-out text. seconds: of all steps. tokens_per_second, mfu: the speed, and model FLOP utilisation, last measured.
+    """
 
     losses: list[float] = field(default_factory=list)
     scores: list[tuple[int, float]] = field(default_factory=list)
@@ -54,12 +56,15 @@ class State:
 
 
 def save(
-    folder: Path, model: Decoder, state: State, optimizer: torch.optim.Optimizer | None = None,
+    folder: Path,
+    model: Decoder,
+    state: State,
+    optimizer: torch.optim.Optimizer | None = None,
     training: Mapping[str, object] | None = None,
-) -> None:  # fmt: skip
-    """Write a checkpoint in place of whatever `folder` holds. `training` says for readers how the model is trained.
+) -> None:
+    """Write a checkpoint, replacing `folder`. `training` records the training config.
 
-    InputError, and nothing changed, when the disk does not take it.
+    Raise InputError, and leave `folder` unchanged, when it cannot be written.
     """
     weights = {name: x.detach().contiguous() for name, x in model.state_dict().items()}
     if model.config.tied:
@@ -69,9 +74,9 @@ def save(
         moments = {name: x.contiguous() for name, x in _optimizer_tensors(model, optimizer).items()}
         tensors["optimizer.safetensors"] = moments
     with _written(folder) as partial:
-        for name, some in tensors.items():
+        for name, values in tensors.items():
             try:
-                save_file(some, partial / name)
+                save_file(values, partial / name)
             except SafetensorError as error:
                 raise OSError(first_line(error)) from None
         files = {name: sha256(partial / name) for name in tensors}
@@ -79,10 +84,14 @@ def save(
 
 
 def save_sharded(
-    folder: Path, model: Decoder, state: State, optimizer: torch.optim.Optimizer, world: World,
+    folder: Path,
+    model: Decoder,
+    state: State,
+    optimizer: torch.optim.Optimizer,
+    world: World,
     training: Mapping[str, object] | None = None,
-) -> None:  # fmt: skip
-    """The same of a model that is sharded and still trains; all processes must call."""
+) -> None:
+    """Write a checkpoint of a sharded model during training; all processes must call."""
     from sbeval.training import fsdp
 
     with _written(folder, world) as partial:
@@ -103,7 +112,7 @@ def _old(folder: Path) -> Path:
 
 @contextmanager
 def _written(folder: Path, world: World = ALONE) -> Iterator[Path]:
-    """The folder to write into, which takes the place of `folder` in the block; on an error it is removed."""
+    """Give a temporary folder, which `_complete` renames to `folder` in the block; remove it on an error."""
     partial = _partial(folder)
     with storing(folder):
         try:
@@ -117,18 +126,21 @@ def _written(folder: Path, world: World = ALONE) -> Iterator[Path]:
 
 
 def _complete(
-    folder: Path, partial: Path, model: ModelConfig, state: State, training: Mapping[str, object] | None,
+    folder: Path,
+    partial: Path,
+    model: ModelConfig,
+    state: State,
+    training: Mapping[str, object] | None,
     files: Mapping[str, str],
-) -> None:  # fmt: skip
-    """Write the config beside the tensors and give all of it its name."""
-    config: dict[str, object] = {
-        "model": dataclasses.asdict(model), "state": dataclasses.asdict(state), "training": training, "files": files
-    }  # fmt: skip
+) -> None:
+    """Write config.json beside the tensors and rename `partial` to `folder`."""
+    config: dict[str, object] = {"model": dataclasses.asdict(model), "state": dataclasses.asdict(state)}
+    config |= {"training": training, "files": files}
     config["digest"] = _digest(config)
     (partial / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     old = _old(folder)
     if folder.exists():
-        # without `folder`, `old` is all there is
+        # without `folder`, `old` is the only checkpoint
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     partial.rename(folder)
@@ -136,59 +148,59 @@ def _complete(
 
 
 def remove(folder: Path) -> None:
-    """Remove a checkpoint, and the one it was about to replace, if there is any."""
+    """Remove a checkpoint, and the one it was about to replace, if any."""
     for path in (_old(folder), folder):
-        # first what makes it one: stopped half way, the rest is none
+        # delete config.json first: a partly deleted folder is then not a checkpoint
         (path / "config.json").unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)
 
 
 def tidy(folder: Path) -> None:
-    """Remove what a writer that was killed left beside a checkpoint; no other writes to it meanwhile."""
+    """Remove what a killed writer left beside a checkpoint; no other process may write to it."""
     shutil.rmtree(_partial(folder), ignore_errors=True)
     if (folder / "config.json").is_file():
         shutil.rmtree(_old(folder), ignore_errors=True)
 
 
 def find(folder: Path) -> Path | None:
-    """The complete checkpoint at `folder`: itself, or the one it was about to replace when the writer was stopped."""
+    """Return the complete checkpoint at `folder`: itself, or the one that a killed writer was about to replace."""
     return next((path for path in (folder, _old(folder)) if os.path.isfile(path / "config.json")), None)
 
 
 def load_state(folder: Path) -> State:
-    """How far the run of a checkpoint has come; InputError names a config.json that is missing or garbled."""
+    """Return the progress of a checkpoint's run; raise InputError when its config.json is missing or invalid."""
     return _read_config(folder).state
 
 
 def training_length(folder: Path) -> int | None:
-    """Tokens of the sequences that the model of a checkpoint was trained on; None where the folder does not say."""
+    """Return the tokens per sequence that a checkpoint was trained on; None if not recorded."""
     length = (_read_config(folder).training or {}).get("length")
     return length if isinstance(length, int) else None
 
 
 def training_tokenizer(folder: Path) -> str | None:
-    """Digest of the tokenizer that the model of a checkpoint was trained with; None where the folder does not say."""
+    """Return the digest of the tokenizer that a checkpoint was trained with; None if not recorded."""
     digest = (_read_config(folder).training or {}).get("tokenizer")
     return digest if isinstance(digest, str) else None
 
 
 def load_model(folder: Path, device: torch.device | str = "cpu") -> Decoder:
-    """Build the model of a checkpoint folder; InputError names a file that is missing, damaged or does not fit."""
+    """Load the model of a checkpoint; raise InputError, naming the file, if one is missing, damaged or does not fit."""
     config = _read_config(folder).model
     if (folder / "shards").is_dir():
-        # its index is a pickle, which is read where a run goes on from its own and nowhere else
-        raise InputError(f"{folder} is of a sharded model that is still training: finish it with sbeval train")
+        # its index is a pickle, which is read only when a run resumes from its own checkpoint
+        raise InputError(f"{folder} is a checkpoint of a sharded model in training: finish it with sbeval train")
     weights = _read_tensors(folder, "model.safetensors")
     if (layers := len({name.split(".")[1] for name in weights if name.startswith("blocks.")})) != config.layers:
         raise InputError(
             f"{folder / 'model.safetensors'} does not fit its config: it has {layers} layers, not {config.layers}"
         )
     try:
-        # without memory for weights that are replaced: a garbled size must not ask for all there is
+        # without memory for weights that are replaced: an invalid size must not allocate all of it
         with torch.device("meta"):
             model = Decoder(config)
     except (RuntimeError, ValueError, ArithmeticError) as error:
-        raise InputError(f"{folder / 'config.json'} describes no model: {first_line(error)}") from None
+        raise InputError(f"{folder / 'config.json'} does not describe a model: {first_line(error)}") from None
     _load_weights(folder, model, weights, assign=True)
     if config.tied:
         model.head.weight = model.embedding.weight
@@ -196,7 +208,7 @@ def load_model(folder: Path, device: torch.device | str = "cpu") -> Decoder:
 
 
 def restore(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Load the weights, and the optimizer's moments when asked, into a model of the same config."""
+    """Load the weights, and the optimizer's state if given, into a model of the same config."""
     if (folder / "shards").is_dir():
         _restore_shards(folder, model, optimizer)
         return
@@ -212,11 +224,11 @@ def _load_weights(folder: Path, model: Decoder, weights: dict[str, Tensor], *, a
         from sbeval.training import fsdp
 
         own = model.state_dict()
-        weights = {name: fsdp.spread_as(x, own[name]) if name in own else x for name, x in weights.items()}
+        weights = {name: fsdp.shard_like(x, own[name]) if name in own else x for name, x in weights.items()}
     try:
         model.load_state_dict(weights, assign=assign)
     except RuntimeError as error:
-        # below a heading, a line for each kind of misfit
+        # below a heading, a line for each kind of mismatch
         first = str(error).splitlines()[1].strip()
         raise InputError(f"{folder / 'model.safetensors'} does not fit its config: {first}") from None
 
@@ -227,7 +239,7 @@ def _restore_shards(folder: Path, model: Decoder, optimizer: torch.optim.Optimiz
     for name in _read_config(folder).files or {}:
         _verify(folder, name)
     if optimizer is not None:
-        for parameter, names in kept(optimizer).items():
+        for parameter, names in state_names(optimizer).items():
             optimizer.state[parameter] = {
                 name: torch.zeros((), device=parameter.device) if name == "step" else torch.zeros_like(parameter)
                 for name in names
@@ -236,14 +248,14 @@ def _restore_shards(folder: Path, model: Decoder, optimizer: torch.optim.Optimiz
 
 
 def _all_tensors(model: Decoder, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """Weights and moments by name, not copied; a weight that two layers share has one name."""
+    """Return weights and optimizer state by name, not copied; a weight that two layers share has one name."""
     weights = {f"weight.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     return weights | ({} if optimizer is None else _optimizer_tensors(model, optimizer))
 
 
 @dataclass(frozen=True, slots=True)
 class _Config:
-    """What config.json says. `files` are digests by name; None in a checkpoint from before there were any."""
+    """config.json. `files` are digests by name; None in checkpoints older than these."""
 
     model: ModelConfig
     state: State
@@ -256,14 +268,14 @@ def _read_config(folder: Path) -> _Config:
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise InputError(f"{folder} is no checkpoint: it has no config.json") from None
+        raise InputError(f"{folder} is not a checkpoint: it has no config.json") from None
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}") from None
-    # what is nested too deep for the parser, too
+    # RecursionError: nested too deep for the parser
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     if isinstance(config, dict) and "digest" in config and config.pop("digest") != _digest(config):
-        raise InputError(f"{path} is damaged: it does not say what was written; {AGAIN}")
+        raise InputError(f"{path} is damaged: its digest does not match; {AGAIN}")
     try:
         model, state = _typed(ModelConfig, config["model"]), _typed(State, config["state"])
         state.losses = [float(loss) for loss in state.losses]
@@ -277,14 +289,14 @@ def _read_config(folder: Path) -> _Config:
 
 
 def _typed(kind: type[Part], given: Mapping[str, Any]) -> Part:
-    """A dataclass from JSON; TypeError for a field that it does not have, or of another type than it declares."""
+    """Make a dataclass from JSON; raise TypeError for an unknown field or one of another type than declared."""
     hints = get_type_hints(kind)
     if not isinstance(given, Mapping) or (unknown := [name for name in given if name not in hints]):
-        raise TypeError(f"unknown {unknown[0]!r}" if isinstance(given, Mapping) else f"no object: {given!r}")
+        raise TypeError(f"unknown {unknown[0]!r}" if isinstance(given, Mapping) else f"not an object: {given!r}")
     for name, value in given.items():
         options = get_args(hints[name]) if isinstance(hints[name], types.UnionType) else (hints[name],)
         known = tuple(get_origin(option) or option for option in options)
-        # JSON writes 1.0 as it is, and by hand one writes 1
+        # JSON has 1.0 for floats, but by hand one writes 1
         whole = isinstance(value, int) and float in known
         if not (isinstance(value, known) or whole) or (isinstance(value, bool) and bool not in known):
             raise TypeError(f"{name} is {value!r}")
@@ -296,11 +308,11 @@ def _digest(config: Mapping[str, object]) -> str:
 
 
 def _verify(folder: Path, name: str) -> None:
-    """InputError unless a file has the bytes that were written; one from before there were digests is believed."""
+    """Raise InputError unless a file has its recorded digest, if config.json has digests."""
     files, path = _read_config(folder).files, folder / name
     try:
         if files is not None and sha256(path) != files.get(name):
-            raise InputError(f"{path} can't be read: it is damaged, its bytes are not those written; {AGAIN}")
+            raise InputError(f"{path} can't be read: it is damaged, its digest does not match; {AGAIN}")
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}; {AGAIN}") from None
 
@@ -324,20 +336,20 @@ def _optimizer_tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict
 def _restore_optimizer(folder: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> None:
     path = folder / "optimizer.safetensors"
     tensors = _read_tensors(folder, path.name)
-    spread, names = distributed.is_sharded(model), kept(optimizer)
+    sharded, names = distributed.is_sharded(model), state_names(optimizer)
     for name, parameter in model.named_parameters():
         state: dict[str, Tensor] = {}
         for key in names[parameter]:
             shape = torch.Size() if key == "step" else parameter.shape
-            found = tensors.get(f"{key}.{name}")
-            if found is None or found.shape != shape:
-                given = "none" if found is None else f"shape {tuple(found.shape)}"
+            value = tensors.get(f"{key}.{name}")
+            if value is None or value.shape != shape:
+                given = "none" if value is None else f"shape {tuple(value.shape)}"
                 raise InputError(f"{path} does not fit its model: {key} of {name} has {given}, not {tuple(shape)}")
-            state[key] = _as_parameter(found, parameter) if spread and shape else found.to(parameter.device)
+            state[key] = _as_parameter(value, parameter) if sharded and shape else value.to(parameter.device)
         optimizer.state[parameter] = state
 
 
 def _as_parameter(x: Tensor, parameter: Tensor) -> Tensor:
     from sbeval.training import fsdp
 
-    return fsdp.spread_as(x, parameter)
+    return fsdp.shard_like(x, parameter)

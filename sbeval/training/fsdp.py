@@ -1,7 +1,7 @@
-"""A model whose weights, gradients and optimizer state are spread over processes (FSDP2), and its checkpoints.
+"""Weights, gradients and optimizer state sharded over processes (FSDP2), and checkpoints of them.
 
-A parameter is then a DTensor, of which each process holds a part. A checkpoint of training holds them as
-torch.distributed.checkpoint writes them, each process its own; any number of processes, one included, goes on from it.
+A parameter is then a DTensor, of which each process holds a shard. During training a checkpoint holds the shards as
+torch.distributed.checkpoint writes them; any number of processes, one included, can resume from it.
 """
 
 import warnings
@@ -22,41 +22,43 @@ from sbeval.runtime.distributed import World
 
 
 def shard(loss: nn.Module, blocks: nn.ModuleList) -> None:
-    """Shard the module `loss` in place: each of its `blocks` gathers its weights when it runs, the rest stay gathered
-    from forward to backward."""
+    """Shard the module `loss` in place.
+
+    Each of its `blocks` gathers its weights when it runs; the rest stay gathered from forward to backward.
+    """
     for block in blocks:
         fully_shard(block)
     fully_shard(loss)
 
 
 def keep_gradients(loss: nn.Module, stay: bool) -> None:
-    """Say whether gradients of the passes from here on stay in this process, to be summed over all by a later one."""
+    """Set whether gradients of the next backward passes stay in this process, to be reduced by a later pass."""
     assert isinstance(loss, FSDPModule)
     loss.set_requires_gradient_sync(not stay)
 
 
-def spread_again(loss: nn.Module) -> None:
-    """Give up the weights that stay gathered until a backward pass, where none comes."""
+def reshard(loss: nn.Module) -> None:
+    """Free the weights that stay gathered until a backward pass, when none follows."""
     assert isinstance(loss, FSDPModule)
     loss.reshard()
 
 
-def whole(x: Tensor) -> Tensor:
-    """The tensor of which this process may hold a part. All processes must ask."""
+def full(x: Tensor) -> Tensor:
+    """Return the full tensor of one that may be sharded. All processes must call."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def spread_as(x: Tensor, like: Tensor) -> Tensor:
-    """A tensor that each process has whole, spread and placed as `like` is."""
+def shard_like(x: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor that each process has in full, sharded and placed like `like`."""
     x = x.to(like.device)
     if not isinstance(like, DTensor):
         return x
-    # the same everywhere already: nothing to send
+    # the same in all processes: nothing to send
     return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def save(folder: Path, tensors: dict[str, Tensor], world: World) -> list[Path]:
-    """Write tensors into `folder`, each process its part, and return the files of this one. All must call."""
+    """Write tensors into `folder`, each process its shards; return the files of this one. All must call."""
     try:
         with _alone_too():
             write_state(tensors, storage_writer=FileSystemWriter(folder))
@@ -66,7 +68,7 @@ def save(folder: Path, tensors: dict[str, Tensor], world: World) -> list[Path]:
 
 
 def load(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill `tensors`, spread in whatever way, in place; InputError when the folder does not hold them."""
+    """Fill `tensors`, however sharded, in place; raise InputError when the folder does not hold them."""
     try:
         with _alone_too():
             read_state(tensors, storage_reader=FileSystemReader(folder))
@@ -78,6 +80,6 @@ def load(folder: Path, tensors: dict[str, Tensor]) -> None:
 @contextmanager
 def _alone_too() -> Iterator[None]:
     with warnings.catch_warnings():
-        # one process is what is meant where there is one
+        # single-process use is intended
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield

@@ -1,4 +1,4 @@
-"""Held-out text while a model trains: how much of it is looked at, and how often."""
+"""Held-out loss during training: how often it is computed, and on how much text."""
 
 from dataclasses import dataclass
 
@@ -6,19 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sbeval.models.decoder import IGNORE
+from sbeval.config import IGNORE
 
-# looks at held-out text in a training, and tokens of each at most
-LOOKS, TOKENS = 25, 1 << 16
-# what all looks may cost, of what training costs; a forward pass is a third of a step
+# validation steps of a training run, and the most tokens of each
+STEPS, TOKENS = 25, 1 << 16
+# the share of the cost of training that all validation steps may cost; a forward pass is a third of a training step
 SHARE, FORWARD = 0.025, 1 / 3
 
 
 def plan(tokens: int, length: int) -> tuple[int, int]:
-    """Looks, and windows of `length` for each, in a training on so many tokens; at least one of one window."""
+    """Return the number of validation steps, and of windows of `length` in each, of a training run on `tokens`.
+
+    There is at least one step of one window.
+    """
     budget = tokens * SHARE / FORWARD
-    looks = max(1, min(LOOKS, int(budget // length)))
-    return looks, max(1, int(min(TOKENS, budget / looks) // length))
+    steps = max(1, min(STEPS, int(budget // length)))
+    return steps, max(1, int(min(TOKENS, budget / steps) // length))
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class Rows:
     cu_seqlens: Tensor | None
 
     def filled(self, multiple: int) -> "Rows":
-        """The same with rows in which nothing is scored, up to a multiple of so many."""
+        """Return the batch padded to a multiple of `multiple` rows with rows in which nothing is scored."""
         rows, length = self.tokens.shape
         more = -rows % multiple
         ends = torch.arange(rows + 1, rows + more + 1, dtype=torch.int32) * length

@@ -1,38 +1,36 @@
-"""Optimizers by name: AdamW, or Muon for the matrices of the blocks and AdamW for all else."""
+"""Optimizers by name: AdamW, or Muon for the matrices of the blocks and AdamW for the rest."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sbeval.models.decoder import Decoder
-
-if TYPE_CHECKING:
-    from sbeval.training.trainer import TrainConfig
+from sbeval.training.config import TrainConfig
 
 ADAMW_STATE, MUON_STATE = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)
 
 
 class Together(torch.optim.Optimizer):
-    """Several optimizers, each of parameters of its own, as one."""
+    """Several optimizers, each of its own parameters, as one."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         super().__init__([group for part in parts for group in part.param_groups], {})
         self.parts = parts
-        # what is restored here is theirs
+        # shared, so that state restored here is theirs
         for part in parts:
             part.state = self.state
 
-    def step(self) -> None:  # type: ignore[override]  # nobody here gives a closure
+    def step(self) -> None:  # type: ignore[override]  # no closure is used here
         for part in self.parts:
             part.step()
 
 
-def optimizer_for(model: Decoder, config: "TrainConfig") -> torch.optim.Optimizer:
-    """The optimizer of a config; weight decay on matrices alone, and their learning rate divided by m_width (muP)
-    inside the blocks.
+def optimizer_for(model: Decoder, config: TrainConfig) -> torch.optim.Optimizer:
+    """Return the optimizer of a config.
 
+    Weight decay is on matrices alone; inside the blocks their learning rate is divided by m_width (muP).
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes the update of a matrix orthogonal; scaled
     as in arXiv 2502.16982, section 2.2, it is as large as AdamW's and takes the same learning rate.
     """
@@ -63,8 +61,8 @@ def _described(
     ]
 
 
-def kept(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
-    """What an optimizer keeps of each parameter, by name: `step` is a number, all else has the parameter's shape."""
+def state_names(optimizer: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
+    """Return the names of the state of each parameter: `step` is a scalar, others have the parameter's shape."""
     return {
         parameter: MUON_STATE if "ns_steps" in group else ADAMW_STATE
         for group in optimizer.param_groups

@@ -1,7 +1,7 @@
 """Train one model: AdamW or Muon, warm-up, cosine or power schedule, gradient accumulation and clipping, exact resume.
 
-Of several processes each runs its share of a step's sequences. A loss is summed over scored tokens and divided by their
-number in the whole step, so that gradients and losses are those of one process.
+Each of several processes runs its share of a step's sequences. A loss is summed over scored tokens and divided by their
+number in the whole step, so gradients and losses are those of one process.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -20,80 +20,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sbeval.config import LATER, OPTIMIZERS
+from sbeval.config import IGNORE
 from sbeval.data import counter_rng
-from sbeval.errors import InputError, choose
+from sbeval.errors import InputError
 from sbeval.models.config import ModelConfig, flops_per_token
-from sbeval.models.decoder import IGNORE, Decoder
+from sbeval.models.decoder import Decoder
 from sbeval.runtime import device, distributed, oom
 from sbeval.runtime.distributed import ALONE, World
 from sbeval.runtime.progress import Task
 from sbeval.tables import epochs
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
+from sbeval.training.config import TrainConfig
 from sbeval.training.held_out import Rows
 from sbeval.training.optimizer import optimizer_for
 
-SCHEDULES = ("cosine", "power", "constant")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """How to train. A step is `batch` sequences of `length` tokens, run `micro_batch` at a time.
-
-    Schedules, after `warmup` steps from 0: `cosine` from lr to final_lr * lr; `power` is min(lr, batch a n^b) after n
-    tokens (Shen et al. 2024, arXiv 2408.13359), then over the last `decay` of the steps exponentially to final_lr of
-    where it stands; `constant`.
-    """
-
-    steps: int
-    batch: int
-    length: int
-    lr: float
-    micro_batch: int | None = None
-    schedule: str = "cosine"
-    warmup: int = 0
-    final_lr: float = 0.1
-    decay: float = 0.1
-    power_a: float = 4.0
-    power_b: float = -0.51
-    optimizer: str = field(default="adamw", metadata=LATER)
-    weight_decay: float = 0.1
-    beta_1: float = 0.9
-    beta_2: float = 0.95
-    eps: float = 1e-8
-    clip: float = 1.0
-    seed: int = 0
-    dtype: str = "float32"
-    sparse: bool = False  # run the head at scored positions only
-    # room for the scored positions of a forward pass, so that shapes are fixed and a GPU replays the step's graph
-    capacity: int | None = field(default=None, metadata=LATER)
-    log_every: int = 10  # steps between looks at the loss
-    check_every: int = 0  # steps between questions whether to stop; 0 never asks
-    look_every: int = field(default=0, compare=False)  # steps between looks at held-out text; 0 never looks
-    # looks without a new lowest held-out loss after which training ends; 0 never ends it
-    patience: int = field(default=0, metadata=LATER)
-    checkpoint_seconds: float = 120.0
-
-    def __post_init__(self) -> None:
-        choose("schedule", self.schedule, SCHEDULES)
-        choose("optimizer", self.optimizer, OPTIMIZERS)
-        choose("dtype", self.dtype, device.DTYPES)
-        for name in ("steps", "batch", "length", "lr", "log_every", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be above 0 and finite; got {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise InputError(f"weight_decay must be at least 0 and finite; got {self.weight_decay}")
-        if self.micro_batch is not None and not 0 < self.micro_batch <= self.batch:
-            raise InputError(f"micro_batch must be 1 to {self.batch} (the batch); got {self.micro_batch}")
-
-    @property
-    def tokens(self) -> int:
-        return self.steps * self.batch * self.length
-
 
 class Batch(Protocol):
-    """What one step learns from. tokens, targets: (B, T) int64; cu_seqlens: int32 (N + 1,) or None."""
+    """The data of one step. tokens, targets: (B, T) int64; cu_seqlens: int32 (N + 1,) or None."""
 
     @property
     def tokens(self) -> Tensor: ...
@@ -104,28 +48,28 @@ class Batch(Protocol):
 
 
 class Batches(Protocol):
-    """Batches by step, the same for the same step whenever it is asked for."""
+    """Batches by step, deterministic."""
 
     def __getitem__(self, step: int, /) -> Batch: ...
 
 
 class DivergedError(RuntimeError):
-    """The loss is no number any more."""
+    """The loss is NaN or infinite."""
 
 
 @dataclass(slots=True)
 class Trained:
-    """A trained model and how training went."""
+    """A trained model and the record of its training."""
 
     model: Decoder
     state: State
-    tokens_per_second: float | None  # median of the stretches of the process that trained last
-    mfu: float | None  # model FLOP utilisation: against the datasheet's peak, None where that is not known
-    rows: int  # sequences of a forward pass of a process: fewer than asked for where memory ended
+    tokens_per_second: float | None  # median over log intervals of the process that trained last
+    mfu: float | None  # model FLOP utilisation of the datasheet's peak; None if that is unknown
+    rows: int  # sequences per forward pass of a process: fewer than configured after running out of memory
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Learning rate of step `step`, counted from 0."""
+    """Return the learning rate of a step, counted from 0."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
@@ -141,43 +85,43 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 @contextmanager
 def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Turn SIGINT and SIGTERM into an event, so that a step is never left half done."""
-    asked = threading.Event()
+    """Turn SIGINT and SIGTERM into an event, so that no step is interrupted."""
+    interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield interrupted
         return
-    before = {sign: signal.signal(sign, lambda *_: asked.set()) for sign in (signal.SIGINT, signal.SIGTERM)}
+    before = {sign: signal.signal(sign, lambda *_: interrupted.set()) for sign in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield interrupted
     finally:
         for sign, handler in before.items():
             signal.signal(sign, handler)
 
 
-# what the compiler holds code for: a model, and what makes other code of it
-_held: set[tuple[ModelConfig, object]] = set()
+# models that the compiler holds code of, and the shapes that need code of their own
+_compiled: set[tuple[ModelConfig, object]] = set()
 
 
 def _make_room(model: ModelConfig, variant: object) -> None:
-    """Forget compiled code of other models: it is of no use, and past a limit nothing more would be compiled.
+    """Drop compiled code of other models: it is useless, and past a limit nothing more is compiled.
 
     Models that differ in their weights alone share it, so a sweep over learning rates and seeds compiles once.
     """
-    # not above: it takes seconds, and on a CPU nothing is compiled
+    # imported here: it takes seconds, and on a CPU nothing is compiled
     from torch._dynamo import config
 
-    if any(model != other for other, _ in _held) or len(_held | {(model, variant)}) > config.recompile_limit:
+    if any(model != other for other, _ in _compiled) or len(_compiled | {(model, variant)}) > config.recompile_limit:
         _forget()
-    _held.add((model, variant))
+    _compiled.add((model, variant))
 
 
 def _forget() -> None:
     torch.compiler.reset()
-    _held.clear()
+    _compiled.clear()
 
 
 class Loss(nn.Module):
-    """A model's loss as a module, which is what compiles and what is spread over processes."""
+    """A model's loss as a module, the unit of compilation, DDP and FSDP."""
 
     def __init__(self, model: Decoder, sparse: bool, capacity: int | None) -> None:
         super().__init__()
@@ -190,54 +134,63 @@ class Loss(nn.Module):
         return self.score(self.model(tokens, cu_seqlens), targets)
 
     def compile_parts(self, *, in_place: bool) -> None:
-        """Compile a block, whose code all share, and what follows the last: a compiled whole takes many times as long.
+        """Compile a block, whose code all blocks share, and the score: a whole model takes many times as long.
 
-        in_place: so that whoever calls a block runs what is compiled, and not in training alone.
+        in_place: every call of a block runs the compiled code, not those of training alone.
         """
         if in_place:
             for block in self.model.blocks:
                 block.compile()
         else:
             self.model.compile_blocks()
-        # eager, it would hold the logits several times in float32; where few positions are scored their number varies
+        # eager, it would hold several float32 copies of the logits; not if sparse, as the number of positions varies
         if not self.sparse:
             self.score = torch.compile(self.model.score)
 
 
 class Trainer:
-    """One training run; it goes on from the checkpoint in `folder` when there is one, to the same end."""
+    """One training run, resumed exactly from the checkpoint in `folder` if there is one."""
 
     def __init__(
-        self, model: ModelConfig, config: TrainConfig, batches: Batches, folder: Path | None, place: torch.device,
-        world: World = ALONE, *, shard: bool = False, tokenizer: str | None = None, held_out: Batch | None = None,
-    ) -> None:  # fmt: skip
-        """tokenizer: digest of what the model's tokens come from, for who loads it. held_out: text to look at, at
+        self,
+        model: ModelConfig,
+        config: TrainConfig,
+        batches: Batches,
+        folder: Path | None,
+        place: torch.device,
+        world: World = ALONE,
+        *,
+        shard: bool = False,
+        tokenizer: str | None = None,
+        held_out: Batch | None = None,
+    ) -> None:
+        """tokenizer: digest of the model's tokenizer, stored in checkpoints. held_out: text whose loss is computed at
         multiples of `look_every` and at the end."""
         if shard and world.size == 1:
-            raise InputError("one process has nothing to shard: start several with torchrun --nproc-per-node")
+            raise InputError("--shard needs several processes: start them with torchrun --nproc-per-node")
         if shard and config.optimizer == "muon":
-            raise InputError("muon needs whole matrices: train with adamw, or without --shard")
+            raise InputError("optimizer muon does not support --shard: use adamw, or no --shard")
         if config.batch % world.size:
-            raise InputError(f"{world.size} processes cannot share a batch of {config.batch} sequences evenly")
+            raise InputError(f"batch must be a multiple of the {world.size} processes; got {config.batch} sequences")
         torch.manual_seed(config.seed)
         self.config, self.batches, self.folder, self.place, self.world = config, batches, folder, place, world
         self.shard, self.tokenizer = shard, tokenizer
         self.held_out = held_out if config.look_every else None
         self.model = Decoder(model).to(place)
         self.state = State()
-        self.speeds: list[float] = []  # tokens/s between looks at the loss
-        self.rows = config.micro_batch or config.batch // world.size  # sequences of a forward pass
+        self.speeds: list[float] = []  # tokens/s of each log interval
+        self.rows = config.micro_batch or config.batch // world.size  # sequences per forward pass
         self.say: Callable[[str], None] = print
         self.compiles = place.type == "cuda"
         # whether a GPU replays the graph of a forward and backward pass
         self.replays = place.type == "cuda" and config.capacity is not None and world.size == 1
         self.loss = self._prepare()
-        # sharding puts other parameters in the place of the model's
+        # after sharding, which replaces the model's parameters
         self.optimizer = optimizer_for(self.model, config)
         self._restore()
         if not shard and world.size > 1:
-            ours = [place] if place.type == "cuda" else None
-            self.loss = DistributedDataParallel(self.loss, device_ids=ours, gradient_as_bucket_view=True)
+            devices = [place] if place.type == "cuda" else None
+            self.loss = DistributedDataParallel(self.loss, device_ids=devices, gradient_as_bucket_view=True)
 
     def run(
         self,
@@ -245,54 +198,54 @@ class Trainer:
         stop: Callable[[Decoder, State], bool] | None = None,
         log: Callable[[int, dict[str, float]], None] | None = None,
     ) -> Trained:
-        """Train to the last step, or until `stop` says so at a multiple of `check_every`.
+        """Train to the last step, or until `stop`, called at multiples of `check_every`, returns true.
 
-        `log` gets step and loss, lr, tokens_per_second at multiples of `log_every`, `check_every` and `look_every`, and
-        at the end, with held_out_loss where that was looked at. Raises DivergedError when a loss is no number, and
-        KeyboardInterrupt once the step in hand is done, looked at and saved.
+        log: called with the step and its loss, lr and tokens_per_second at multiples of `log_every`, `check_every` and
+        `look_every`, and at the end; with held_out_loss after a validation step. Raise DivergedError when a loss is not
+        finite, and KeyboardInterrupt once the current step is done, logged and saved.
         """
         saved, self.say = time.perf_counter(), task.say
         self.model.train()
         with _deferred_interrupt() as interrupted:
             ended = self._anywhere(interrupted.is_set())
             while not self.state.finished and not ended:
-                if done := self._run_steps(self._next_look(), interrupted):
-                    self._look()
+                if done := self._run_steps(self._next_log(), interrupted):
+                    self._validate()
                     task.advance(done, status=self._status())
                     if log:
                         log(self.state.step, self._numbers())
                     self._check_finite()
                     self.state.finished = self._out_of_patience()
-                    asks = self.config.check_every and self.state.step % self.config.check_every == 0
-                    self.state.finished |= bool(stop and asks and stop(self.model, self.state))
+                    checks = self.config.check_every and self.state.step % self.config.check_every == 0
+                    self.state.finished |= bool(stop and checks and stop(self.model, self.state))
                 self.state.finished |= self.state.step >= self.config.steps
                 due = time.perf_counter() - saved > self.config.checkpoint_seconds
                 ended = self._anywhere(interrupted.is_set())
                 if self.state.finished or ended or self._anywhere(due):
                     self._save()
                     saved = time.perf_counter()
-                # one that came while we saved
+                # an interrupt during the save
                 ended = ended or self._anywhere(interrupted.is_set())
             ended = ended or self._anywhere(interrupted.is_set())
         if ended:
             raise KeyboardInterrupt
         return self._result()
 
-    def _next_look(self) -> int:
-        """The step up to which to run before a look: the next multiple of an interval, or the end."""
-        step, looks = self.state.step, self.config.look_every if self.held_out else 0
-        intervals = (self.config.log_every, self.config.check_every, looks)
+    def _next_log(self) -> int:
+        """Return the next step to log: the next multiple of an interval, or the end."""
+        step, validation = self.state.step, self.config.look_every if self.held_out else 0
+        intervals = (self.config.log_every, self.config.check_every, validation)
         return min(self.config.steps, *((step // every + 1) * every for every in intervals if every))
 
-    def _look(self) -> None:
-        """Note the loss on held-out text, if a look is due."""
+    def _validate(self) -> None:
+        """Record the held-out loss if it is due."""
         step = self.state.step
         if self.held_out and (step % self.config.look_every == 0 or step == self.config.steps):
             self.state.held_out.append((step, self._held_out_loss(self.held_out)))
 
     def _held_out_loss(self, batch: Batch) -> float:
-        """The mean over the scored tokens of held-out text, of which each process reads a share."""
-        # what is compiled is so for this many sequences, and where gradients are kept: else it would be once more
+        """Return the mean loss over the scored tokens of held-out text, of which each process runs a share."""
+        # compiled code is for this many sequences with gradients: otherwise it would be compiled once more
         rows = Rows(batch.tokens, batch.targets, batch.cu_seqlens)
         batch = rows.filled(self.world.size * (self.rows if self.compiles else 1))
         loss = self.loss.module if isinstance(self.loss, DistributedDataParallel) else self.loss
@@ -307,12 +260,12 @@ class Trainer:
         if self.shard:
             from sbeval.training import fsdp
 
-            fsdp.spread_again(loss)
+            fsdp.reshard(loss)
         mean = distributed.summed(total.cpu().numpy(), self.world, self.place) / int((batch.targets != IGNORE).sum())
         return float(mean)
 
     def _check_finite(self) -> None:
-        """DivergedError where the last loss is no number."""
+        """Raise DivergedError when the last loss is not finite."""
         held_out = [loss for _, loss in self.state.held_out[-1:]]
         for name, loss in zip(("loss", "held-out loss"), (self.state.losses[-1], *held_out), strict=False):
             if not math.isfinite(loss):
@@ -322,11 +275,11 @@ class Trainer:
         return 0 < self.config.patience <= epochs.looks_without_progress(self.state.held_out)
 
     def _run_steps(self, end: int, interrupted: threading.Event) -> int:
-        """Run up to step `end`, or to the end of the step in which an interrupt comes; how many that were."""
+        """Run up to step `end`, or to the end of the step of an interrupt; return the number of steps."""
         start, first = time.perf_counter(), self.state.step
-        # losses stay on the device until here, so that it never waits for us
+        # losses stay on the device until the end, so that it never waits for the host
         losses: list[Tensor] = []
-        # of several processes none stops alone
+        # with several processes none stops alone
         while first + len(losses) < end and not (self.world.size == 1 and interrupted.is_set()):
             losses.append(self._step(first + len(losses)))
         if losses:
@@ -338,7 +291,7 @@ class Trainer:
         return len(losses)
 
     def _step(self, step: int) -> Tensor:
-        """One optimizer step; its loss, the mean over scored tokens (of several processes, the mean of theirs)."""
+        """Run one optimizer step; return the mean loss over scored tokens, of several processes the mean of theirs."""
         batch = self.batches[step]
         rate = learning_rate(self.config, step)
         for group in self.optimizer.param_groups:
@@ -346,19 +299,19 @@ class Trainer:
         tokens, targets = self._moved(batch.tokens), self._moved(batch.targets)
         cu_seqlens = None if batch.cu_seqlens is None else self._moved(batch.cu_seqlens)
         if self.model.config.dropout:
-            # a run that goes on from a checkpoint drops what it would have dropped
+            # a resumed run draws the same dropout masks
             torch.manual_seed(counter_rng.key(self.config.seed, 0, step))
-        found: list[Tensor] = []
-        while not oom.enough(lambda: found.append(self._accumulate(tokens, targets, cu_seqlens))):
+        losses: list[Tensor] = []
+        while not oom.enough(lambda: losses.append(self._accumulate(tokens, targets, cu_seqlens))):
             self._halve()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return found[0]
+        return losses[0]
 
     def _accumulate(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """Add up the gradients of a batch, a part at a time; its loss."""
-        # gradients are averaged over processes, and what is wanted is their sum
+        """Accumulate the gradients of a batch, a part at a time; return its loss."""
+        # gradients are averaged over processes, and their sum is wanted
         count = (targets != IGNORE).sum().clamp(min=1) / self.world.size
         total = torch.zeros((), device=self.place)
         parts = self._parts(len(tokens))
@@ -366,7 +319,7 @@ class Trainer:
             within = _part_of(cu_seqlens, part, tokens.shape) if part != slice(0, len(tokens)) else cu_seqlens
             with self._gradients_stay(part != parts[-1]):
                 if self.replays:
-                    # what the last replay gave is used up
+                    # the outputs of the last replay may be overwritten
                     torch.compiler.cudagraph_mark_step_begin()
                 with device.autocast(self.place, self.config.dtype):
                     loss = self.loss(tokens[part], targets[part], within) / count
@@ -375,9 +328,9 @@ class Trainer:
         return total
 
     def _halve(self) -> None:
-        """From here on run half as many sequences at a time: gradients are summed, so that only rounding changes.
+        """Halve the sequences per forward pass: gradients are summed, so only rounding changes.
 
-        torch.OutOfMemoryError says what may fit where that would be another run, or cannot be.
+        Raise torch.OutOfMemoryError, which names what may fit, when that would change the run or is impossible.
         """
         self.optimizer.zero_grad()
         length, fewer = self.config.length, -(-self.rows // 2)
@@ -387,11 +340,11 @@ class Trainer:
         if self.model.config.dropout:
             raise torch.OutOfMemoryError(f"{what}; fewer would drop others: give a batch of {fewer} or less")
         if self.world.size > 1:
-            # the others have not run out
+            # the other processes have not run out
             raise torch.OutOfMemoryError(f"{what}: give --micro-batch-tokens {fewer * length} or less")
         self.rows = fewer
         if self.place.type == "cuda":
-            # graphs that were captured hold the memory of their shapes
+            # captured graphs hold the memory of their shapes
             _forget()
             self.loss = self._prepare()
         self.say(
@@ -399,13 +352,13 @@ class Trainer:
         )
 
     def _parts(self, rows: int) -> list[slice]:
-        """The rows of a batch that this process runs, a forward pass at a time."""
+        """Return the rows of a batch that this process runs, one slice per forward pass."""
         share = rows // self.world.size
         first, end = self.world.rank * share, (self.world.rank + 1) * share
         return [slice(start, min(start + self.rows, end)) for start in range(first, end, self.rows)]
 
     def _moved(self, x: Tensor) -> Tensor:
-        # from pinned memory a copy does not wait for what the GPU still has to do; some batches are drawn on the GPU
+        # a copy from pinned memory does not wait for the GPU; some batches are drawn on the GPU
         pin = x.is_cpu and self.place.type == "cuda"
         return (x.pin_memory() if pin else x).to(self.place, non_blocking=pin)
 
@@ -426,7 +379,7 @@ class Trainer:
         return distributed.anywhere(flag, self.world, self.place)
 
     def _prepare(self) -> nn.Module:
-        """The loss, compiled on a GPU; on a CPU compiling a small model would take longer than it saves."""
+        """Return the loss, compiled on a GPU; on a CPU compiling a small model takes longer than it saves."""
         loss = Loss(self.model, self.config.sparse, self.config.capacity)
         if self.place.type == "cuda":
             _make_room(self.model.config, (self.rows, self.config.length, self.config.sparse, self.config.capacity))
@@ -462,20 +415,20 @@ class Trainer:
         distributed.wait(self.world)
 
     def _whole(self) -> Decoder:
-        """The model; of a sharded one a copy that every process has whole."""
+        """Return the model; of a sharded one a full copy in every process."""
         if not self.shard:
             return self.model
         from sbeval.training import fsdp
 
         model = Decoder(self.model.config).to(self.place)
-        model.load_state_dict({name: fsdp.whole(x) for name, x in self.model.state_dict().items()})
+        model.load_state_dict({name: fsdp.full(x) for name, x in self.model.state_dict().items()})
         return model
 
     def _numbers(self) -> dict[str, float]:
         rate = learning_rate(self.config, self.state.step - 1)
         numbers = {"loss": self.state.losses[-1], "lr": rate, "tokens_per_second": self.speeds[-1]}
-        if (looks := self.state.held_out) and looks[-1][0] == self.state.step:
-            numbers["held_out_loss"] = looks[-1][1]
+        if (losses := self.state.held_out) and losses[-1][0] == self.state.step:
+            numbers["held_out_loss"] = losses[-1][1]
         return numbers
 
     def _status(self) -> str:
@@ -484,10 +437,10 @@ class Trainer:
         return f"loss {recent:.3f}, {held_out}{self.speeds[-1]:,.0f} tokens/s"
 
     def _measure(self) -> None:
-        """Note the speed, if anything was trained here."""
+        """Record the speed, if this process has trained."""
         if not self.speeds:
             return
-        # the first stretch includes compilation
+        # the first interval includes compilation
         speed = statistics.median(self.speeds[1:] or self.speeds)
         peak = device.peak_flops(self.place)
         flops = 3 * flops_per_token(self.model.config, self.config.length)
@@ -499,7 +452,7 @@ class Trainer:
 
 
 def _part_of(cu_seqlens: Tensor | None, rows: slice, shape: torch.Size) -> Tensor | None:
-    """The bounds that fall within `rows` of a batch; every row starts a sequence of its own."""
+    """Return the bounds of sequences within `rows` of a batch; every row starts a new sequence."""
     if cu_seqlens is None:
         return None
     start, end = rows.start * shape[1], min(rows.stop, shape[0]) * shape[1]

@@ -28,8 +28,9 @@ from sbeval.tables import provenance, table
 from sbeval.tasks import drawn
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
+from sbeval.training.config import TrainConfig
 from sbeval.training.optimizer import optimizer_for
-from sbeval.training.trainer import TrainConfig, Trainer
+from sbeval.training.trainer import Trainer
 
 RECALL = (
     *"mqrar --device cpu --vocab-size 32 --seq-len 16 --kv-pairs 2 --width 16 --batch 4 --steps 20".split(),

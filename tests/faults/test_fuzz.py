@@ -31,8 +31,8 @@ from sbeval.tables.rows import Measurement
 from sbeval.tasks import flip_flop, flip_flop_data, recall_data
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
+from sbeval.training.config import TrainConfig
 from sbeval.training.optimizer import optimizer_for
-from sbeval.training.trainer import TrainConfig
 
 FULL = os.environ.get("SBEVAL_TESTS") == "full"
 fuzzed = settings(

@@ -28,8 +28,9 @@ from sbeval.models.decoder import Decoder
 from sbeval.runtime import files
 from sbeval.tables import provenance, table
 from sbeval.training import checkpoint
+from sbeval.training.config import TrainConfig
 from sbeval.training.optimizer import optimizer_for
-from sbeval.training.trainer import TrainConfig, Trainer
+from sbeval.training.trainer import Trainer
 
 FULL = os.environ.get("SBEVAL_TESTS") == "full"
 KILLS = 50 if FULL else 2

@@ -28,7 +28,8 @@ from sbeval.runtime import oom
 from sbeval.runtime.progress import Progress
 from sbeval.tables import table
 from sbeval.training import trainer as train
-from sbeval.training.trainer import TrainConfig, Trained, Trainer
+from sbeval.training.config import TrainConfig
+from sbeval.training.trainer import Trained, Trainer
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(vocab_size=64, width=16, layers=2, heads=2, hidden=24)

@@ -16,7 +16,9 @@ from sbeval.kernels import rope, softmax
 
 
 def rotated(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
-    return rope.rotate(x, positions[:, None] * rope.frequencies(x.shape[-1], rope.Options(theta=theta)))
+    angles = positions[:, None] * rope.frequencies(x.shape[-1], rope.Options(theta=theta))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return rope.rotate(x, angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 @pytest.mark.parametrize("theta", [10000.0, 500000.0])

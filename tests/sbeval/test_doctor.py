@@ -14,7 +14,7 @@ from sbeval import doctor, registry
 from sbeval.cli import main
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
-from sbeval.training.trainer import TrainConfig
+from sbeval.training.config import TrainConfig
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(vocab_size=1000, width=64, layers=2, heads=4, kv_heads=2, hidden=96)

@@ -160,7 +160,7 @@ def test_what_no_row_sees_is_not_read(attention: str) -> None:
         with torch.inference_mode():
             _, cache = model.begin(PROMPTS[:2], 1)
             for layer in cache.layers:
-                for kept in layer._kept:
+                for kept in layer._tensors:
                     kept[1, : cache.rows.starts[1]] = -rubbish
             found.append(model.extend(torch.tensor([[1], [2]]), cache))
     torch.testing.assert_close(*found)

@@ -144,7 +144,7 @@ def test_a_trained_tokenizer_comes_along(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_folder_that_holds_something_is_left_alone(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(InputError, match="is there and not empty"):
+    with pytest.raises(InputError, match="exists and is not empty"):
         hf.export(saved, tmp_path, None)
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
     (tmp_path / "empty").mkdir()
@@ -154,7 +154,7 @@ def test_a_folder_that_holds_something_is_left_alone(saved: Path, tmp_path: Path
 
 
 def test_tokenizers_that_do_not_fit_are_errors(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="does not say its tokenizer: give the --tokenizer"):
+    with pytest.raises(InputError, match="does not hold its tokenizer: give the --tokenizer"):
         hf.tokenizer_of(None, None, "text")
     with pytest.raises(InputError, match="'bpe:300' is trained on a corpus: give that --corpus"):
         hf.tokenizer_of("bpe:300", None, "text")

@@ -18,7 +18,7 @@ from sbeval.models.decoder import Decoder
 from sbeval.sweep import study_file
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
-from sbeval.training.trainer import TrainConfig
+from sbeval.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from sbeval.cli import main
-from sbeval.data.dataloader import NOTHING
+from sbeval.config import IGNORE
 from sbeval.data.tokenizer import Bytes
 from sbeval.errors import InputError
 from sbeval.evaluation import ruler_scores, ruler_tasks
@@ -281,9 +281,7 @@ def test_a_tokenizer_of_another_model_is_an_error(config: Config, tmp_path: Path
 def test_lengths_past_a_table_of_positions_are_an_error(config: Config, tmp_path: Path, asked: list[int]) -> None:
     decoder = Decoder(model_config.ModelConfig(vocab_size=257, attention="nope", positions=800, **TINY))
     checkpoint.save(tmp_path / "model", decoder, State(finished=True), training={"length": 768})
-    with pytest.raises(
-        InputError, match="has a table of 800 positions and can't read 1024 tokens: ask for 800 at most"
-    ):
+    with pytest.raises(InputError, match="has a table of 800 positions and can't read 1024 tokens: give 800 or less"):
         run(dataclasses.replace(config, checkpoint=str(tmp_path / "model")), tmp_path / "results")
     assert not asked, "shorter prompts too"
 
@@ -348,7 +346,7 @@ def test_the_loss_is_on_the_answer_and_the_end() -> None:
 
     text = Bytes()
     batch = PromptBatches([prompt([1, 2, 3], [4, 5]), prompt([1, 2, 3, 4], [5, 6, 7])], text, 6, 2)[0]
-    end, no = text.eos, NOTHING
+    end, no = text.eos, IGNORE
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, end], [1, 2, 3, 4, 5, 6]]
     assert batch.targets.tolist() == [[no, no, 4, 5, end, no], [no, no, no, 5, 6, 7]]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from rich.table import Table
 
-    from sbeval.training.trainer import TrainConfig
+    from sbeval.training.config import TrainConfig
 
 VOCABULARY, BATCH = 8, 4
 
@@ -75,7 +75,7 @@ class Cell(Synthetic):
         return ModelConfig(vocab_size=VOCABULARY, width=8, layers=1, heads=1, hidden=16, attention=self.attention)
 
     def training(self) -> "TrainConfig":
-        from sbeval.training.trainer import TrainConfig
+        from sbeval.training.config import TrainConfig
 
         length, dtype = self.config.seq_len, self.config.dtype
         return TrainConfig(

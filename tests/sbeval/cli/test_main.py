@@ -515,12 +515,12 @@ def test_cuda_without_a_gpu(results: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("files", "parts"),
     [
-        (None, ["no corpus", "give python, stdlib, an existing file or folder, or hf:NAME"]),
+        (None, ["unknown corpus", "give python, stdlib, an existing file or folder, or hf:NAME"]),
         ({}, ["holds no file to read"]),
         ({"a.txt": b"", "b.txt": b" \n"}, ["holds no text"]),
         ({"a.txt": b"one document"}, ["train and a test split", "two documents or more"]),
-        ({"a.txt": bytes(range(256)), "b.txt": b"text"}, ["a.txt is no UTF-8 text", "give text, .jsonl or .parquet"]),
-        ({"a.jsonl": b'{"text": "a"}\n{"te'}, ["a.jsonl:2 is no JSON"]),
+        ({"a.txt": bytes(range(256)), "b.txt": b"text"}, ["a.txt is not UTF-8 text", "give text, .jsonl or .parquet"]),
+        ({"a.jsonl": b'{"text": "a"}\n{"te'}, ["a.jsonl:2 is not JSON"]),
         ({"a.jsonl": b'{"body": "a"}\n'}, ["no field 'text'", "body", "--text-field"]),
         ({"train.txt": b"x" * 999, "test.txt": b"x" * 50}, ["the longest has 50", "--eval-len 49 or less"]),
     ],

@@ -122,7 +122,7 @@ def test_arguments_that_will_not_do() -> None:
     with pytest.raises(InputError, match="unknown packing 'document'; did you mean 'documents'"):
         Batches(SPLIT, length=5, batch=1, seed=0, packing="document")
     for length, batch, seed in ((0, 1, 0), (1, 0, 0), (1, 1, -1)):
-        with pytest.raises(InputError, match=f"at least 0: length={length} batch={batch} seed={seed}"):
+        with pytest.raises(InputError, match=f"at least 0; got length={length} batch={batch} seed={seed}"):
             Batches(SPLIT, length=length, batch=batch, seed=seed, packing="stream")
     with pytest.raises(IndexError):
         Batches(SPLIT, length=5, batch=1, seed=0, packing="stream")[-1]

@@ -187,11 +187,11 @@ def test_text_field(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"\x00\x01", r"a\.txt is no UTF-8 text"),
-        ("a.txt", "é".encode("latin-1"), r"a\.txt is no UTF-8 text"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl:2 is no JSON: .* one object a line"),
-        ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl:1 is no UTF-8 text"),
-        ("a.jsonl", b"[1]", r"a\.jsonl:1 is no JSON object but a list"),
+        ("a.txt", b"\x00\x01", r"a\.txt is not UTF-8 text"),
+        ("a.txt", "é".encode("latin-1"), r"a\.txt is not UTF-8 text"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl:2 is not JSON: .* give one object a line"),
+        ("a.jsonl", b'{"text": "\xff"}', r"a\.jsonl:1 is not UTF-8 text"),
+        ("a.jsonl", b"[1]", r"a\.jsonl:1 is not a JSON object but a list"),
         ("a.jsonl", b'{"text": 3}', r"a\.jsonl:1: field 'text' holds a int, not text"),
         ("a.jsonl", b'{"text": "\\ud800"}', r"a\.jsonl:1: .* half a surrogate pair"),
         ("a.jsonl", b'\n{"id": 1, "body": 2}', r"a\.jsonl:2 has no field 'text'; its fields: id, body: .*--text-field"),
@@ -215,7 +215,7 @@ def test_parquet_without_the_field(folder: Path) -> None:
 
 
 def test_paths_that_hold_nothing(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"no corpus '.*missing': give python, stdlib, .* or hf:NAME"):
+    with pytest.raises(InputError, match=r"unknown corpus '.*missing'; give python, stdlib, .* or hf:NAME"):
         read(folder / "missing")
     with pytest.raises(InputError, match="mine holds no file to read"):
         read(folder)

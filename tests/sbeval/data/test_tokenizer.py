@@ -120,7 +120,7 @@ def test_more_ids_than_the_text_gives(tmp_path: Path) -> None:
 
 
 def test_bpe_without_texts(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="trained on a corpus and none is given"):
+    with pytest.raises(InputError, match="trained on a corpus and none is given: give a tokenizer.json"):
         tokenizer.load("bpe:300", cache_dir=tmp_path)
 
 
@@ -141,7 +141,7 @@ def test_other_patterns_are_not_cut() -> None:
     coder = tokenizer.Library(words, name="words", eos=2)
     assert not coder.cuts_at_spaces
     assert coder.encode("a\nb").tolist() == [0]
-    with pytest.raises(InputError, match="no bytes for its tokens"):
+    with pytest.raises(InputError, match="has no bytes for its tokens: give one"):
         coder.byte_lengths([0])
 
 
@@ -216,13 +216,13 @@ def test_file_without_an_end_token(tmp_path: Path) -> None:
 def test_file_that_is_none(content: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
-    with pytest.raises(InputError, match="is no tokenizer.json file"):
+    with pytest.raises(InputError, match="is not a tokenizer.json file"):
         tokenizer.load(str(path), cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize("spec", ["", "byte:3", "no/such/folder/of/mine", "a b"])
 def test_unknown_specifications(spec: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="unknown tokenizer .*bytes, bpe:N"):
+    with pytest.raises(InputError, match="unknown tokenizer .*; give bytes, bpe:N"):
         tokenizer.load(spec, cache_dir=tmp_path)
 
 
@@ -237,7 +237,7 @@ def test_unreachable_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError("no network in tests")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    with pytest.raises(InputError, match="unknown tokenizer 'sbeval-has/no-such'") as caught:
+    with pytest.raises(InputError, match="unknown tokenizer 'sbeval-has/no-such'; give bytes") as caught:
         tokenizer.load("sbeval-has/no-such", cache_dir=tmp_path)
     assert not hosts
     assert "\n" not in str(caught.value)

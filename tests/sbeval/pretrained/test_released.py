@@ -337,7 +337,7 @@ BAD: list[tuple[str, Callable[[Settings, Weights], object], str]] = [
     ("A", put("transformer.h.1.attn.c_attn.weight", 35, 12), r"has shape \(35, 12\); its config gives \(36, 12\)"),
     ("B", put("transformer.h.0.attn.head_bias", 3, 4), r"has shape \(3, 4\); its config gives \(4, 3\)"),
     ("flame", put("model.layers.1.mlp.up_proj.weight", 9, 12), r"has shape \(9, 12\); its config gives \(10, 12\)"),
-    ("A", rename(".attn.", ".mamba."), r"no known layout .*; it has transformer\.h\.\{i\}\.ln_1\.weight, .*mamba"),
+    ("A", rename(".attn.", ".mamba."), r"no known layout.*; its tensors: transformer\.h\.\{i\}\.ln_1\.weight, .*mamba"),
     ("A", rename(".mlp.", ".moe."), r"layers of experts.*not supported: transformer\.h\.\{i\}\.moe\.c_fc\.weight"),
     ("D", put("transformer.h.1.mlp_block.gate.weight", 8, 12), r"layers of experts.*mlp_block\.gate\.weight"),
     ("A", say(tie_word_embeddings=False), "tie_word_embeddings=False, but there is no lm_head.weight"),
@@ -351,8 +351,8 @@ BAD: list[tuple[str, Callable[[Settings, Weights], object], str]] = [
     ("A", say(normalization_function="layernorm"), "normalization_function 'layernorm' is not supported"),
     ("A", say(n_head=None), "must have a number for n_head or num_attention_heads or num_heads; got None"),
     ("A", say(n_layer=0), "n_layer must be a whole number of at least 1; got 0"),
-    ("A", say(n_head=5), "width 12 is no multiple of 5 heads"),
-    ("A", say(n_head=24), "width 12 is no multiple of 24 heads"),
+    ("A", say(n_head=5), "width 12 is not a multiple of 5 heads"),
+    ("A", say(n_head=24), "width 12 is not a multiple of 24 heads"),
     ("A", say(attention_multiplier="x"), "must have a number for attention_multiplier; got 'x'"),
     ("D", say(num_layers=3), "config.json has 2 sequence_mixer_blocks for 3 layers"),
     ("D", say(mlp_blocks=3), "mlp_blocks must be a list of settings; got 3"),
@@ -382,11 +382,11 @@ def test_files_that_are_not_what_the_index_says(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             load.load(str(folder), CPU, "float32")
 
-    refused({name: file for name, file in good.items() if "wte" not in name}, r"does not hold.*: transformer\.wte")
-    refused(good | {"more": "model-00001-of-00002.safetensors"}, "does not hold what .* says: more$")
+    refused({name: file for name, file in good.items() if "wte" not in name}, r"does not match .*: transformer\.wte")
+    refused(good | {"more": "model-00001-of-00002.safetensors"}, "does not match .*: more$")
     refused(good | {"more": "../model.safetensors"}, "outside its folder")
     refused(good | {"more": "model-00003-of-00003.safetensors"}, "model-00003-of-00003.safetensors can't be read")
-    refused(None, "is no index of safetensors")
+    refused(None, "is not an index of safetensors")
     index.unlink()
     with pytest.raises(InputError, match=r"model\.safetensors can't be read: .*safetensors alone"):
         load.load(str(folder), CPU, "float32")

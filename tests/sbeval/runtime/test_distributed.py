@@ -26,8 +26,9 @@ from sbeval.runtime.distributed import World
 from sbeval.runtime.progress import Progress
 from sbeval.tables import table
 from sbeval.training import checkpoint
+from sbeval.training.config import TrainConfig
 from sbeval.training.optimizer import optimizer_for
-from sbeval.training.trainer import TrainConfig, Trainer
+from sbeval.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 MODEL = ModelConfig(vocab_size=31, width=16, layers=2, heads=2, hidden=24, init_std=0.2)
@@ -160,13 +161,13 @@ def test_shards_that_are_cut_short_are_said(tmp_path: Path) -> None:
 
 def test_one_process_has_nothing_to_shard() -> None:
     config = TrainConfig(steps=1, batch=4, length=8, lr=0.01)
-    with pytest.raises(InputError, match="one process has nothing to shard"):
+    with pytest.raises(InputError, match="--shard needs several processes"):
         Trainer(MODEL, config, Data(), None, CPU, shard=True)
 
 
 def test_a_batch_is_shared_evenly() -> None:
     config = TrainConfig(steps=1, batch=4, length=8, lr=0.01)
-    with pytest.raises(InputError, match="3 processes cannot share a batch of 4 sequences evenly"):
+    with pytest.raises(InputError, match="batch must be a multiple of the 3 processes; got 4 sequences"):
         Trainer(MODEL, config, Data(), None, CPU, World(0, 3))
 
 

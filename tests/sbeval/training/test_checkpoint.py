@@ -18,8 +18,8 @@ from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State, find, load_model, load_state, remove, restore, save, tidy
+from sbeval.training.config import TrainConfig
 from sbeval.training.optimizer import optimizer_for
-from sbeval.training.trainer import TrainConfig
 
 SHAPE: dict[str, Any] = {"vocab_size": 20, "width": 16, "layers": 1, "heads": 2, "hidden": 24}
 # the changes to the file system that one save makes

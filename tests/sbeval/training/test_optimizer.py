@@ -11,8 +11,8 @@ from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
-from sbeval.training.optimizer import kept, optimizer_for
-from sbeval.training.trainer import TrainConfig
+from sbeval.training.config import TrainConfig
+from sbeval.training.optimizer import optimizer_for, state_names
 
 SHAPE = ModelConfig(vocab_size=20, width=16, layers=1, heads=2, hidden=24, attention="stick_breaking:remainder=bias")
 MATRICES = {f"blocks.0.{name}.weight" for name in ("attention.qkv", "attention.out", "mlp.up", "mlp.down")}
@@ -34,7 +34,7 @@ def step(model: Decoder, optimizer: torch.optim.Optimizer, number: int) -> None:
 def test_muon_has_the_matrices_of_the_blocks() -> None:
     model, optimizer = build()
     step(model, optimizer, 0)
-    names = kept(optimizer)
+    names = state_names(optimizer)
     found = {name for name, parameter in model.named_parameters() if names[parameter] == ("momentum_buffer",)}
     assert found == MATRICES
     for parameter in model.parameters():

@@ -29,11 +29,11 @@ from sbeval.models.decoder import IGNORE, Decoder
 from sbeval.runtime.progress import Progress
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
+from sbeval.training.config import TrainConfig
 from sbeval.training.optimizer import optimizer_for
 from sbeval.training.trainer import (
     Batches,
     DivergedError,
-    TrainConfig,
     Trained,
     Trainer,
     _make_room,
@@ -646,7 +646,7 @@ if __name__ == "__main__":
 def test_compiled_code_is_kept_for_one_model_and_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     resets: list[int] = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
-    monkeypatch.setattr("sbeval.training.trainer._held", set())
+    monkeypatch.setattr("sbeval.training.trainer._compiled", set())
     rope, nope = (named("quick", vocab_size=257, attention=name) for name in ("rope", "nope"))
     steps = (
         (rope, 1, 0), (rope, 1, 0), (rope, 2, 0), (rope, 3, 0), (rope, 2, 0), (rope, 4, 1), (rope, 1, 1), (nope, 1, 2),
