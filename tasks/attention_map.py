@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from sbeval.models.decoder import Decoder
     from sbeval.runtime.progress import Progress
-    from sbeval.sweep.context import Place
+    from sbeval.sweep.context import RunContext
     from sbeval.training.trainer import Trained
 
 NAME = "attention_map"
@@ -195,13 +195,13 @@ class Cell(BaseCell):
 
         return load.digest(self.config.checkpoint[0]) if self.config.checkpoint else ""
 
-    def run(self, place: "Place", progress: "Progress") -> Outcome:
+    def run(self, context: "RunContext", progress: "Progress") -> Outcome:
         """Train the model or load it, and measure its attention weights."""
         from sbeval.tasks.attention_shares import chosen, example_rows, shares
         from sbeval.tasks.drawn import predict
         from sbeval.tasks.recall_data import accuracies, held_out
 
-        subject = self._loaded(place) if self.config.checkpoint else self._trained(place, progress)
+        subject = self._loaded(context) if self.config.checkpoint else self._trained(context, progress)
         shape, config = subject.model.config, self.config
         if config.checkpoint and shape.vocab_size <= config.seq_len:
             raise InputError(
@@ -213,7 +213,7 @@ class Cell(BaseCell):
                 f"{subject.name} was trained on sequences of {subject.train_len} and is analysed at {config.seq_len}"
             )
         task = Recall(vocab_size=shape.vocab_size, seq_len=config.seq_len, kv_pairs=config.kv_pairs)
-        examples = held_out(task, TEST_SEED, config.test_rows, place.device)
+        examples = held_out(task, TEST_SEED, config.test_rows, context.device)
         sizes: dict[str, Any] = {
             "kv_pairs": task.kv_pairs,
             "seq_len": task.seq_len,
@@ -233,11 +233,11 @@ class Cell(BaseCell):
         ]
         rows += [Row(**row, **sizes) for row in shares(subject.model.eval(), examples, task)]
         rows += [Row(**row, **sizes) for row in example_rows(subject.model, examples.tokens[example], task)]
-        return self._outcome(subject, rows, place, example, self.source(progress))
+        return self._outcome(subject, rows, context, example, self.source(progress))
 
-    def _trained(self, place: "Place", progress: "Progress") -> Subject:
+    def _trained(self, context: "RunContext", progress: "Progress") -> Subject:
         config = self.config
-        trained = self._recall.trained(place, progress)
+        trained = self._recall.trained(context, progress)
         name = f"{config.layers}x{config.width}"
         return Subject(
             model=trained.model,
@@ -248,15 +248,15 @@ class Cell(BaseCell):
             trained=trained,
         )
 
-    def _loaded(self, place: "Place") -> Subject:
+    def _loaded(self, context: "RunContext") -> Subject:
         from sbeval.training import checkpoint
 
         folder = Path(self.config.checkpoint[0])
-        model = checkpoint.load_model(folder, place.device).eval()
+        model = checkpoint.load_model(folder, context.device).eval()
         length = checkpoint.training_length(folder) or self.config.seq_len
         return Subject(model=model, name=folder.resolve().name, train_len=length)
 
-    def _outcome(self, subject: Subject, rows: list[Row], place: "Place", example: int, source: str) -> Outcome:
+    def _outcome(self, subject: Subject, rows: list[Row], context: "RunContext", example: int, source: str) -> Outcome:
         config, trained = self.config, subject.trained
         name, _, options = subject.model.config.attention.partition(":")
         return Outcome(
@@ -274,7 +274,7 @@ class Cell(BaseCell):
             rows=rows,
             corpus_digest=source,
             train_tokens=trained.state.step * config.batch * config.seq_len if trained else 0,
-            backend=registry.method(name).backend_name(place.device.type),
+            backend=registry.method(name).backend_name(context.device.type),
             tokens_per_s=trained.tokens_per_second if trained else None,
             measured={"example": example}
             | ({"validation_accuracy": trained.state.scores, **timing(trained)} if trained else {}),

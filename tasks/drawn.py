@@ -13,7 +13,7 @@ from sbeval.models.decoder import IGNORE, Decoder
 from sbeval.runtime import device
 from sbeval.runtime.progress import Progress
 from sbeval.sweep.cell import cell_id
-from sbeval.sweep.context import Place
+from sbeval.sweep.context import RunContext
 from sbeval.tasks.synthetic import Scores, Synthetic
 from sbeval.training.checkpoint import State
 from sbeval.training.trainer import Batch, Batches, Trained, Trainer
@@ -48,19 +48,19 @@ def train(
     batches: Batches,
     validate: Callable[[Decoder], float],
     status: Callable[[Scores], str],
-    place: Place,
+    context: RunContext,
     progress: Progress,
 ) -> Trained:
     """Train until `status` of the validation scores is not `budget`, unless `folder` has the finished model."""
     training = cell.training()
-    trainer = Trainer(cell.model(), training, batches, folder, place.device)
+    trainer = Trainer(cell.model(), training, batches, folder, context.device)
 
     def stop(decoder: Decoder, state: State) -> bool:
         state.scores.append((state.step, validate(decoder)))
         return status(state.scores) != "budget"
 
     task = progress.add(f"train {cell.title}", total=training.steps, completed=trainer.state.step)
-    trained = trainer.run(task, stop=stop, log=place.logger(cell_id(cell)))
+    trained = trainer.run(task, stop=stop, log=context.logger(cell_id(cell)))
     task.close()
     return trained
 

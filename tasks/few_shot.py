@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from sbeval.evaluation.response_cache import Answers
     from sbeval.pretrained.load import Pretrained
     from sbeval.runtime.progress import Progress
-    from sbeval.sweep.context import Place
+    from sbeval.sweep.context import RunContext
 
 
 NAME = "few_shot"
@@ -198,25 +198,25 @@ class Cell(TextCell):
         """Raise InputError where the items or lm-eval are missing."""
         self._benchmark()
 
-    def run(self, place: "Place", progress: "Progress") -> Outcome:
+    def run(self, context: "RunContext", progress: "Progress") -> Outcome:
         """Train, unless a finished checkpoint exists, and evaluate the requests without a stored answer."""
         from sbeval.pretrained import load
 
         # before training: raises InputError where items are missing
         benchmark = self._benchmark()
         config = self.config
-        folder = self.train_model(place, progress)
+        folder = self.train_model(context, progress)
         digest = load.digest(folder)
-        model = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
-        subject = self.subject(model, folder, place, progress)
-        answers = self._answers(digest, place)
+        model = _loaded(folder, digest, context.device, self.dtype, config.trust_remote_code)
+        subject = self.subject(model, folder, context, progress)
+        answers = self._answers(digest, context)
         adapter = _lm_eval().Adapter(
             subject.model,
             self._text(model, progress),
             length=self._length(model),
-            place=place.device,
+            place=context.device,
             dtype=self.dtype,
-            batch_tokens=BATCH_TOKENS[place.device.type],
+            batch_tokens=BATCH_TOKENS[context.device.type],
             answers=answers,
             begin=functools.partial(progress.add, f"ask {self.title}"),
         )
@@ -255,13 +255,13 @@ class Cell(TextCell):
         name, shots = _parse(self.task)
         return _lm_eval().load(name, shots, None if self.config.data_dir is None else Path(self.config.data_dir))
 
-    def _answers(self, digest: str, place: "Place") -> "Answers":
+    def _answers(self, digest: str, context: "RunContext") -> "Answers":
         """Return the stored answers of the model of this digest; none with `force`."""
         from sbeval.evaluation.response_cache import Answers
 
         name = digest_of([digest, self.config.attention, self.dtype])
-        path = place.results.answers(name)
-        return Answers(path, anew=place.begins_anew(path))
+        path = context.results.answers(name)
+        return Answers(path, anew=context.begins_anew(path))
 
     def _length(self, model: "Pretrained") -> int:
         """Return eval_len, for models that are not ours at most the length that their config allows."""

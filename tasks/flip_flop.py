@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from sbeval.models.decoder import Decoder
     from sbeval.runtime.progress import Progress
-    from sbeval.sweep.context import Place
+    from sbeval.sweep.context import RunContext
     from sbeval.tasks.flip_flop_data import Examples
     from sbeval.training.config import TrainConfig
 
@@ -180,42 +180,42 @@ class Cell(Synthetic):
             check_every=config.check_every,
         )
 
-    def run(self, place: "Place", progress: "Progress") -> Outcome:
+    def run(self, context: "RunContext", progress: "Progress") -> Outcome:
         """Train until solved, on a plateau or out of steps, then test."""
         from sbeval.tasks import drawn
         from sbeval.tasks.flip_flop_data import batches, errors
 
         config = self.config
-        validation = self._examples(config.p_ignore, VALIDATION_SEED, max(1, config.test_rows // 3), place)
+        validation = self._examples(config.p_ignore, VALIDATION_SEED, max(1, config.test_rows // 3), context)
         # validation decides when training ends
         ending = [config.p_ignore, config.stop_error, config.patience, len(validation.tokens)]
-        with place.checkpoint([NAME, self.model(), self.training(), *ending], progress) as folder:
+        with context.checkpoint([NAME, self.model(), self.training(), *ending], progress) as folder:
             trained = drawn.train(
                 self,
                 folder,
-                batches(config.seq_len, config.p_ignore, config.seeds[0], config.batch, place.device),
+                batches(config.seq_len, config.p_ignore, config.seeds[0], config.batch, context.device),
                 lambda decoder: next(errors(validation, drawn.predict(decoder, validation, config.dtype)))[0].value,
                 functools.partial(status, config),
-                place,
+                context,
                 progress,
             )
         rows = self._rows(trained.model, validation, "validation", config.p_ignore)[:1]
         for test, p_ignore in zip(TESTS, (config.p_ignore, config.p_sparse, config.p_dense), strict=True):
             rows += self._rows(
-                trained.model, self._examples(p_ignore, TEST_SEED, config.test_rows, place), test, p_ignore
+                trained.model, self._examples(p_ignore, TEST_SEED, config.test_rows, context), test, p_ignore
             )
         how = status(config, trained.state.scores)
-        return self.outcome([*rows, self._ended(how)], place, SCORES, trained)
+        return self.outcome([*rows, self._ended(how)], context, SCORES, trained)
 
-    def failed(self, how: str, place: "Place") -> Outcome:
-        return self.outcome([self._ended(how)], place, SCORES)
+    def failed(self, how: str, context: "RunContext") -> Outcome:
+        return self.outcome([self._ended(how)], context, SCORES)
 
-    def _examples(self, p_ignore: float, seed: int, rows: int, place: "Place") -> "Examples":
+    def _examples(self, p_ignore: float, seed: int, rows: int, context: "RunContext") -> "Examples":
         import torch
 
         from sbeval.tasks.flip_flop_data import generate
 
-        return generate(self.config.seq_len, p_ignore, seed, torch.arange(rows, device=place.device))
+        return generate(self.config.seq_len, p_ignore, seed, torch.arange(rows, device=context.device))
 
     def _rows(self, decoder: "Decoder", examples: "Examples", test: str, p_ignore: float) -> list[Row]:
         from sbeval.tasks.drawn import predict

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sbeval.data.tokenizer import Ids
     from sbeval.evaluation.perplexity import PositionLosses, Rolling
     from sbeval.runtime.progress import Progress
-    from sbeval.sweep.context import Place
+    from sbeval.sweep.context import RunContext
     from sbeval.tables.statistics import Estimate
 
 NAME = "length_gen"
@@ -180,18 +180,18 @@ class Cell(TextCell):
         """Raise InputError where no document of the corpus is long enough."""
         _windows(open_corpus(self.config, progress), self.config)
 
-    def run(self, place: "Place", progress: "Progress") -> Outcome:
+    def run(self, context: "RunContext", progress: "Progress") -> Outcome:
         """Train, unless a finished checkpoint exists, and evaluate."""
         text = open_corpus(self.config, progress)
         # before training: raises InputError where documents are too short
         windows = _windows(text, self.config)
         if self.config.checkpoint is None:
-            subject = self.trained_subject(text, place, progress, log_name=cell_id(self))
+            subject = self.trained_subject(text, context, progress, log_name=cell_id(self))
         else:
-            subject = self._loaded(self.config.checkpoint, text, place)
+            subject = self._loaded(self.config.checkpoint, text, context)
         return outcome(
             subject,
-            self._measured(text, windows, subject, place, progress),
+            self._measured(text, windows, subject, context, progress),
             family=NAME,
             task=text.name,
             eval_len=self.config.eval_len,
@@ -207,28 +207,33 @@ class Cell(TextCell):
         given = self.config.checkpoint
         return text.digest if given is None else f"{load.digest(given)}-{text.digest}"
 
-    def _loaded(self, spec: str, text: "Corpus", place: "Place") -> Subject:
+    def _loaded(self, spec: str, text: "Corpus", context: "RunContext") -> Subject:
         from sbeval.pretrained import load
 
         config = self.config
-        model = load.load(spec, place.device, config.dtype, trust_remote_code=config.trust_remote_code)
+        model = load.load(spec, context.device, config.dtype, trust_remote_code=config.trust_remote_code)
         model.check_tokenizer(text.tokenizer, spec)
         model.check_length(max((config.eval_len, *config.window)), spec)
         return self.given_subject(model, spec)
 
     def _measured(
-        self, text: "Corpus", windows: "list[tuple[int, Ids]]", subject: Subject, place: "Place", progress: "Progress"
+        self,
+        text: "Corpus",
+        windows: "list[tuple[int, Ids]]",
+        subject: Subject,
+        context: "RunContext",
+        progress: "Progress",
     ) -> list[Row]:
         from sbeval.evaluation import perplexity
 
         config = self.config
-        how: Any = {"place": place.device, "dtype": config.dtype, "world": place.world}
+        how: Any = {"place": context.device, "dtype": config.dtype, "world": context.world}
         task = progress.add(f"evaluate {self.title} to {config.eval_len}", total=len(windows))
         losses = perplexity.measure(
             subject.model,
             windows,
             text.tokenizer.byte_lengths,
-            batch=_batch(place, config.eval_len),
+            batch=_batch(context, config.eval_len),
             advance=task.advance,
             say=task.say,
             **how,
@@ -244,7 +249,7 @@ class Cell(TextCell):
                 text.tokenizer.decode,
                 window=length,
                 prefix=text.tokenizer.eos,
-                batch=_batch(place, length),
+                batch=_batch(context, length),
                 advance=task.advance,
                 say=task.say,
                 **how,
@@ -303,9 +308,9 @@ def _windows(text: "Corpus", config: Config) -> "list[tuple[int, Ids]]":
     ]
 
 
-def _batch(place: "Place", length: int) -> int:
+def _batch(context: "RunContext", length: int) -> int:
     """Return how many windows of `length` tokens a forward pass has."""
-    return max(1, EVAL_TOKENS[place.device.type] // length)
+    return max(1, EVAL_TOKENS[context.device.type] // length)
 
 
 def summary(results: "pd.DataFrame") -> "Table":

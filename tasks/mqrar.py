@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sbeval.runtime.progress import Progress
-    from sbeval.sweep.context import Place
+    from sbeval.sweep.context import RunContext
     from sbeval.tasks.recall_data import Examples
     from sbeval.training.config import TrainConfig
     from sbeval.training.trainer import Trained
@@ -289,47 +289,47 @@ class Cell(Synthetic):
         half = max(1, self.task.seq_len // 8)
         return self.task.scored(self.config.batch, min(-(-self.task.kv_pairs // half) * half, self.task.seq_len // 4))
 
-    def run(self, place: "Place", progress: "Progress") -> Outcome:
+    def run(self, context: "RunContext", progress: "Progress") -> Outcome:
         """Train until solved, on a plateau or out of steps, then test."""
         from sbeval.tasks.drawn import predict
         from sbeval.tasks.recall_data import held_out
 
-        config, validation = self.config, self._validation(place)
-        trained = self.trained(place, progress)
-        test = held_out(self.task, TEST_SEED, config.test_rows, place.device)
+        config, validation = self.config, self._validation(context)
+        trained = self.trained(context, progress)
+        test = held_out(self.task, TEST_SEED, config.test_rows, context.device)
         rows = self._rows(validation, predict(trained.model, validation, config.dtype), "validation_accuracy")[:1]
         rows += self._rows(test, predict(trained.model, test, config.dtype), "accuracy")
         rows += self._ended(status(config, trained.state.scores), trained.state.step)
-        return self.outcome(rows, place, SCORES, trained)
+        return self.outcome(rows, context, SCORES, trained)
 
-    def trained(self, place: "Place", progress: "Progress") -> "Trained":
+    def trained(self, context: "RunContext", progress: "Progress") -> "Trained":
         """Train until solved, on a plateau or out of steps, unless a finished checkpoint exists."""
         from sbeval.tasks import drawn
         from sbeval.tasks.recall_data import Batches, accuracy
 
         config = self.config
-        validation = self._validation(place)
+        validation = self._validation(context)
         # validation decides when training ends
         ending = [config.stop_accuracy, config.patience, len(validation.tokens)]
         key = [self.model(), self.training(), self.task, config.stored_rows, *ending]
-        with place.checkpoint(key, progress) as folder:
+        with context.checkpoint(key, progress) as folder:
             return drawn.train(
                 self,
                 folder,
-                Batches(self.task, config.seeds[0], config.batch, config.stored_rows, place.device),
+                Batches(self.task, config.seeds[0], config.batch, config.stored_rows, context.device),
                 lambda decoder: accuracy(validation, drawn.predict(decoder, validation, config.dtype)),
                 functools.partial(status, config),
-                place,
+                context,
                 progress,
             )
 
-    def _validation(self, place: "Place") -> "Examples":
+    def _validation(self, context: "RunContext") -> "Examples":
         from sbeval.tasks.recall_data import held_out
 
-        return held_out(self.task, VALIDATION_SEED, max(1, self.config.test_rows // 3), place.device)
+        return held_out(self.task, VALIDATION_SEED, max(1, self.config.test_rows // 3), context.device)
 
-    def failed(self, how: str, place: "Place") -> Outcome:
-        return self.outcome(self._ended(how), place, SCORES)
+    def failed(self, how: str, context: "RunContext") -> Outcome:
+        return self.outcome(self._ended(how), context, SCORES)
 
     def _ended(self, how: str, steps: int | None = None) -> list[Row]:
         solved = Row(metric="solved", unit="1", value=float(how == "solved"), n=1, status=how, **self._sizes())

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from sbeval.evaluation.ruler_texts import Sources
     from sbeval.pretrained.load import Pretrained
     from sbeval.runtime.progress import Progress
-    from sbeval.sweep.context import Place
+    from sbeval.sweep.context import RunContext
     from sbeval.training.config import TrainConfig
 
 
@@ -181,9 +181,9 @@ class Tuning(TrainingStep):
     def leaves(self) -> ModelConfig:
         return self.cell.model(likely_vocabulary(self.config.tokenizer))
 
-    def train(self, place: "Place", progress: "Progress") -> Path:
+    def train(self, context: "RunContext", progress: "Progress") -> Path:
         """Train and fine-tune, unless a finished checkpoint exists, and return the checkpoint folder."""
-        return self.cell.train(place, progress)
+        return self.cell.train(context, progress)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,12 +237,12 @@ class Cell(TextCell):
         for name in self.config.finetune_tasks:
             writer.prompts(name, self._finetune_len, self.seed, 1, training=True)
 
-    def train(self, place: "Place", progress: "Progress") -> Path:
+    def train(self, context: "RunContext", progress: "Progress") -> Path:
         """Train and fine-tune, unless a finished checkpoint exists, and return the checkpoint folder."""
         text, writer = self._writer(progress)
-        return Path(self._tuned(self.train_model(place, progress), text, writer, place, progress))
+        return Path(self._tuned(self.train_model(context, progress), text, writer, context, progress))
 
-    def run(self, place: "Place", progress: "Progress") -> Outcome:
+    def run(self, context: "RunContext", progress: "Progress") -> Outcome:
         """Write the prompts, train unless a finished checkpoint exists, and evaluate the samples without an answer."""
         from sbeval.evaluation import ruler_tasks
         from sbeval.evaluation.ruler_scores import ask
@@ -251,16 +251,16 @@ class Cell(TextCell):
         config = self.config
         text, writer = self._writer(progress)
         prompts = {length: self._prompts(writer, length, progress) for length in config.lengths}
-        trained = self.train_model(place, progress)
-        folder = self._tuned(trained, text, writer, place, progress)
+        trained = self.train_model(context, progress)
+        folder = self._tuned(trained, text, writer, context, progress)
         digest = load.digest(folder)
-        model = _loaded(folder, digest, place.device, self.dtype, config.trust_remote_code)
+        model = _loaded(folder, digest, context.device, self.dtype, config.trust_remote_code)
         model.check_tokenizer(text, folder)
         model.check_length(max(config.lengths), folder)
-        subject = self.subject(model, trained, place, progress)
+        subject = self.subject(model, trained, context, progress)
         rows: list[Row] = []
         for length, written in prompts.items():
-            samples = self._samples(digest, writer.path(self.task, length, config.sample_seed).stem, place)
+            samples = self._samples(digest, writer.path(self.task, length, config.sample_seed).stem, context)
             known = sum(index in samples.found for index in range(len(written)))
             task = progress.add(f"ask {self.title} at {length}", total=len(written), completed=known)
             answers = ask(
@@ -270,9 +270,9 @@ class Cell(TextCell):
                 samples,
                 rule=ruler_tasks.TASKS[self.task].score,
                 new_tokens=ruler_tasks.TASKS[self.task].new_tokens,
-                place=place.device,
+                place=context.device,
                 dtype=self.dtype,
-                batch=max(1, BATCH_TOKENS[place.device.type] // length),
+                batch=max(1, BATCH_TOKENS[context.device.type] // length),
                 advance=task.advance,
             )
             task.close()
@@ -302,16 +302,18 @@ class Cell(TextCell):
         text = open_tokenizer(config, progress)
         return text, Writer(text, _sources(config), cache_dir, prefix=() if ours else text.prefix)
 
-    def _tuned(self, folder: str, text: "Tokenizer", writer: "Writer", place: "Place", progress: "Progress") -> str:
+    def _tuned(
+        self, folder: str, text: "Tokenizer", writer: "Writer", context: "RunContext", progress: "Progress"
+    ) -> str:
         """Return the checkpoint to evaluate, fine-tuned if `finetune` asks for it."""
         from sbeval.pretrained import load
 
         if not self.config.finetune:
             return folder
         digest = load.digest(folder)
-        model = _loaded(folder, digest, place.device, self.dtype, self.config.trust_remote_code)
+        model = _loaded(folder, digest, context.device, self.dtype, self.config.trust_remote_code)
         model.check_tokenizer(text, folder)
-        return str(self._finetune(model, digest, writer, place, progress))
+        return str(self._finetune(model, digest, writer, context, progress))
 
     def _prompts(self, writer: "Writer", length: int, progress: "Progress") -> "list[Prompt]":
         task = progress.add(f"write {self.task} at {length}", total=self.config.samples)
@@ -339,7 +341,7 @@ class Cell(TextCell):
         )
 
     def _finetune(
-        self, pretrained: "Pretrained", digest: str, writer: "Writer", place: "Place", progress: "Progress"
+        self, pretrained: "Pretrained", digest: str, writer: "Writer", context: "RunContext", progress: "Progress"
     ) -> Path:
         """Fine-tune the model on prompts, unless a finished checkpoint exists, and return the checkpoint folder."""
         from sbeval.evaluation.ruler_prompts import PromptBatches
@@ -358,22 +360,22 @@ class Cell(TextCell):
             task.close()
         prompts = [prompt for together in zip(*written, strict=True) for prompt in together]
         batches = PromptBatches(prompts, writer.tokenizer, length, training.batch)
-        with place.checkpoint([digest, training, kinds], progress) as folder:
+        with context.checkpoint([digest, training, kinds], progress) as folder:
             tokenizer = writer.tokenizer.digest
-            trainer = Trainer(pretrained.model.config, training, batches, folder, place.device, tokenizer=tokenizer)
+            trainer = Trainer(pretrained.model.config, training, batches, folder, context.device, tokenizer=tokenizer)
             if trainer.state.step == 0:
                 trainer.model.load_state_dict(pretrained.model.state_dict())
             task = progress.add(f"fine-tune {self.model_title}", training.steps, completed=trainer.state.step)
-            trainer.run(task, log=place.logger(cell_id(self)))
+            trainer.run(task, log=context.logger(cell_id(self)))
             task.close()
         return folder
 
-    def _samples(self, digest: str, prompts: str, place: "Place") -> "Samples":
+    def _samples(self, digest: str, prompts: str, context: "RunContext") -> "Samples":
         """Return the stored answers of the model of this digest; none with `force`."""
         from sbeval.evaluation.ruler_scores import Samples
 
         name = digest_of([digest, self.attention, self.dtype, prompts])
-        return Samples(place.kept(place.results.samples(f"{prompts}-{name}")))
+        return Samples(context.kept(context.results.samples(f"{prompts}-{name}")))
 
 
 def measured(answers: "list[Answered]", length: int, new_tokens: int, finetuned: int) -> list[Row]:

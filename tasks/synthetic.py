@@ -10,7 +10,7 @@ from sbeval.tables.rows import Identity, Measurement
 
 if TYPE_CHECKING:
     from sbeval.models.config import ModelConfig
-    from sbeval.sweep.context import Place
+    from sbeval.sweep.context import RunContext
     from sbeval.training.config import TrainConfig
     from sbeval.training.trainer import Trained
 
@@ -45,7 +45,7 @@ class Synthetic(Cell):
         return self.model()
 
     def outcome(
-        self, rows: Sequence[Measurement], place: "Place", scores: str, trained: "Trained | None" = None
+        self, rows: Sequence[Measurement], context: "RunContext", scores: str, trained: "Trained | None" = None
     ) -> Outcome:
         """Return the result of the cell, or of a failure where `trained` is None. scores: their key in the run file."""
         from sbeval.models.decoder import n_parameters
@@ -66,7 +66,7 @@ class Synthetic(Cell):
             ),
             rows=rows,
             train_tokens=trained.state.step * training.batch * training.length if trained else 0,
-            backend=registry.method(name).backend_name(place.device.type),
+            backend=registry.method(name).backend_name(context.device.type),
             tokens_per_s=trained.tokens_per_second if trained else None,
             measured={scores: trained.state.scores, **timing(trained)} if trained else {},
         )

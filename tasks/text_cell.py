@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sbeval.models.decoder import Decoder
     from sbeval.pretrained.load import Pretrained
     from sbeval.runtime.progress import Progress
-    from sbeval.sweep.context import Place
+    from sbeval.sweep.context import RunContext
     from sbeval.training.checkpoint import State
     from sbeval.training.config import TrainConfig
 
@@ -94,9 +94,9 @@ class TextCell(Cell):
             return 2.0 * load.likely_parameters(self.config.checkpoint)
         return flops_per_token(self.model(likely_vocabulary(self.config.tokenizer)), length)
 
-    def train_model(self, place: "Place", progress: "Progress") -> str:
+    def train_model(self, context: "RunContext", progress: "Progress") -> str:
         """Return the given checkpoint, or the checkpoint folder of the trained model."""
-        return self.config.checkpoint or str(self.training_step.train(place, progress))
+        return self.config.checkpoint or str(self.training_step.train(context, progress))
 
     def origin(self, progress: "Progress") -> tuple[str, str]:
         """Return name and digest of the training corpus; for a given checkpoint "" and the digest of its weights."""
@@ -107,7 +107,7 @@ class TextCell(Cell):
         text = open_corpus(self.config, progress)
         return text.name, text.digest
 
-    def subject(self, loaded: "Pretrained", folder: str, place: "Place", progress: "Progress") -> Subject:
+    def subject(self, loaded: "Pretrained", folder: str, context: "RunContext", progress: "Progress") -> Subject:
         """Return the model as it is evaluated. folder: the checkpoint of its training on text, or the given one."""
         from sbeval.models.decoder import Decoder
         from sbeval.training import checkpoint
@@ -116,7 +116,7 @@ class TextCell(Cell):
             return self.given_subject(loaded, folder)
         assert isinstance(loaded.model, Decoder)
         state = checkpoint.load_state(Path(folder))
-        return self._trained_subject(loaded.model, state, open_corpus(self.config, progress), place)
+        return self._trained_subject(loaded.model, state, open_corpus(self.config, progress), context)
 
     def given_subject(self, loaded: "Pretrained", folder: str) -> Subject:
         """Return a pretrained model as it is evaluated."""
@@ -135,14 +135,14 @@ class TextCell(Cell):
             status=_status(losses),
         )
 
-    def trained_subject(self, text: "Corpus", place: "Place", progress: "Progress", *, log_name: str) -> Subject:
+    def trained_subject(self, text: "Corpus", context: "RunContext", progress: "Progress", *, log_name: str) -> Subject:
         """Train, unless a finished checkpoint exists, and return the model as it is evaluated."""
-        _, trained = self.training_step.run(text, place, progress, log_name=log_name)
-        subject = self._trained_subject(trained.model, trained.state, text, place)
+        _, trained = self.training_step.run(text, context, progress, log_name=log_name)
+        subject = self._trained_subject(trained.model, trained.state, text, context)
         measured = {**timing(trained), **subject.measured}
         return dataclasses.replace(subject, tokens_per_s=trained.tokens_per_second, measured=measured)
 
-    def _trained_subject(self, trained: "Decoder", state: "State", text: "Corpus", place: "Place") -> Subject:
+    def _trained_subject(self, trained: "Decoder", state: "State", text: "Corpus", context: "RunContext") -> Subject:
         from sbeval.data.dataloader import epoch_tokens
 
         training = self.training(text)
@@ -158,7 +158,7 @@ class TextCell(Cell):
             train_tokens=state.step * training.batch * training.length,
             unique_tokens=epoch_tokens(text.train, training.length),
             status=_status(state.held_out),
-            backend=registry.method(name).backend_name(place.device.type),
+            backend=registry.method(name).backend_name(context.device.type),
             measured={
                 "held_out": [(step, round(loss, 4)) for step, loss in state.held_out],
                 "ended_by": self.training_step.ended_by(state, training),

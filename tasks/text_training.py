@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sbeval.data.dataloader import Batch
     from sbeval.data.tokenizer import Tokenizer
     from sbeval.runtime.progress import Progress
-    from sbeval.sweep.context import Place
+    from sbeval.sweep.context import RunContext
     from sbeval.training.checkpoint import State
     from sbeval.training.config import TrainConfig
     from sbeval.training.trainer import Trained
@@ -100,12 +100,14 @@ class Training(TrainingStep):
         looks, _ = held_out.plan(training.tokens, training.length)
         return dataclasses.replace(training, patience=config.patience, look_every=-(-training.steps // looks))
 
-    def train(self, place: "Place", progress: "Progress") -> Path:
+    def train(self, context: "RunContext", progress: "Progress") -> Path:
         """Train, unless a finished checkpoint exists, and return the checkpoint folder."""
         name = f"{self.title.replace(' ', '-').replace(':', '-')}-{digest_of(self)}"
-        return self.run(open_corpus(self.config, progress), place, progress, log_name=name)[0]
+        return self.run(open_corpus(self.config, progress), context, progress, log_name=name)[0]
 
-    def run(self, text: "Corpus", place: "Place", progress: "Progress", *, log_name: str) -> "tuple[Path, Trained]":
+    def run(
+        self, text: "Corpus", context: "RunContext", progress: "Progress", *, log_name: str
+    ) -> "tuple[Path, Trained]":
         """Train on an open corpus, and return the checkpoint folder and the model. log_name: of TensorBoard logs."""
         from sbeval.data.dataloader import Batches
         from sbeval.training.trainer import Trainer
@@ -113,20 +115,20 @@ class Training(TrainingStep):
         packing, seed = self.config.packing, self.config.seeds[0]
         shape, training = model_shape(self.config, text.tokenizer.vocab_size), self.schedule(text)
         batches = Batches(text.train, training.length, training.batch, seed, packing)
-        with place.checkpoint([shape, training, text.digest, packing], progress) as folder:
+        with context.checkpoint([shape, training, text.digest, packing], progress) as folder:
             trainer = Trainer(
                 shape,
                 training,
                 batches,
                 folder,
-                place.device,
-                place.world,
-                shard=place.shard,
+                context.device,
+                context.world,
+                shard=context.shard,
                 tokenizer=text.tokenizer.digest,
                 held_out=_held_out(text, training, packing),
             )
             task = progress.add(self.title, training.steps, completed=trainer.state.step)
-            trained = trainer.run(task, log=place.logger(log_name))
+            trained = trainer.run(task, log=context.logger(log_name))
             task.close()
         return folder, trained
 

@@ -19,7 +19,7 @@ from sbeval.tables.results import Results
 from sbeval.tasks.text_model import TextModel
 
 if TYPE_CHECKING:
-    from sbeval.sweep.context import Place
+    from sbeval.sweep.context import RunContext
     from sbeval.sweep.executor import Executor
     from sbeval.sweep.study_file import Part
 
@@ -191,7 +191,7 @@ def run_study(
     from sbeval.runtime import device as devices
     from sbeval.runtime import distributed
     from sbeval.sweep import study_file
-    from sbeval.sweep.context import Place
+    from sbeval.sweep.context import RunContext
 
     if show:
         print(study_file.text(study), end="")
@@ -203,7 +203,7 @@ def run_study(
     parts = study_file.parts(
         study_file.read(study, change or ()), lambda given: devices.pick_dtype(dtype or given, where)
     )
-    _run(parts, Place(results_dir=results_dir, device=where, force=force), how, dry_run=dry_run, name=study)
+    _run(parts, RunContext(results_dir=results_dir, device=where, force=force), how, dry_run=dry_run, name=study)
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -313,12 +313,12 @@ def bench_skipping(
     from sbeval.bench import skipping
     from sbeval.runtime import device as devices
     from sbeval.sweep import scheduler
-    from sbeval.sweep.context import Place
+    from sbeval.sweep.context import RunContext
     from sbeval.tasks.text_training import open_corpus
 
     where = devices.pick(device)
     config = TextModel(corpus=corpus, tokenizer=tokenizer)
-    with scheduler.progress_of(Place(results_dir=results_dir, device=where)) as progress:
+    with scheduler.progress_of(RunContext(results_dir=results_dir, device=where)) as progress:
         text = open_corpus(config, progress)
     lengths = sorted(length or (2048, 4096, 8192, 16384, 32768, 65536))
     grid = skipping.measure(checkpoint, text.test, lengths, where, devices.pick_dtype(dtype, where), results_dir)
@@ -368,7 +368,7 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
     from sbeval.runtime import device as devices
     from sbeval.runtime import distributed
     from sbeval.sweep import scheduler, study
-    from sbeval.sweep.context import Place
+    from sbeval.sweep.context import RunContext
     from sbeval.sweep.study_file import Part
 
     family = registry.task(name)
@@ -385,7 +385,7 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
     )
     part = Part(family=name, preset=preset, config=config)
     with distributed.joined(where) as world:
-        place = Place(
+        context = RunContext(
             results_dir=common.results_dir,
             device=where,
             force=common.force,
@@ -394,8 +394,8 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
             shard=shard,
         )
         if not only or common.dry_run:
-            _run([part], place, how, dry_run=common.dry_run)
-        elif not _resumable(lambda: study.train(part, place, _console(place)), common.force):
+            _run([part], context, how, dry_run=common.dry_run)
+        elif not _resumable(lambda: study.train(part, context, _console(context)), common.force):
             raise typer.Exit(1)
 
 
@@ -405,25 +405,27 @@ def _train(common: Training, given: dict[str, Any]) -> None:
     _family("length_gen", common, given | follows, only=True, shard=common.shard)
 
 
-def _run(parts: "list[Part]", place: "Place", how: "Executor", *, dry_run: bool, name: str | None = None) -> None:
+def _run(
+    parts: "list[Part]", context: "RunContext", how: "Executor", *, dry_run: bool, name: str | None = None
+) -> None:
     """Run the unfinished cells, or with `dry_run` print their cost, as a table for a (named) study."""
     from sbeval.sweep import plan, study
 
-    console = _console(place)
+    console = _console(context)
     for line in study.notes(parts):
         study.say(console, line)
     if not dry_run:
-        if not _resumable(lambda: study.run(parts, place, console, how), place.force):
+        if not _resumable(lambda: study.run(parts, context, console, how), context.force):
             raise typer.Exit(1)
     elif name is None:
-        plan.list_cells(parts[0], place, console, how)
+        plan.list_cells(parts[0], context, console, how)
     else:
-        console.print(plan.table(f"Study {name}", parts, place))
+        console.print(plan.table(f"Study {name}", parts, context))
 
 
-def _console(place: "Place") -> Console:
+def _console(context: "RunContext") -> Console:
     """Return the console, which prints on rank 0 only."""
-    return Console(quiet=not place.world.leads)
+    return Console(quiet=not context.world.leads)
 
 
 def _resumable(work: Callable[[], bool], force: bool) -> bool:

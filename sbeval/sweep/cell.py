@@ -13,7 +13,7 @@ from sbeval.tables.rows import Identity, Measurement
 if TYPE_CHECKING:
     from sbeval.models.config import ModelConfig
     from sbeval.runtime.progress import Progress
-    from sbeval.sweep.context import Place
+    from sbeval.sweep.context import RunContext
     from sbeval.training.trainer import Trained
 
 # `status` of the rows of a cell without a result
@@ -74,7 +74,7 @@ class TrainingStep(Step):
     __slots__ = ()
 
     @abstractmethod
-    def train(self, place: "Place", progress: "Progress") -> Path:
+    def train(self, context: "RunContext", progress: "Progress") -> Path:
         """Train, or reuse a finished checkpoint, and return the checkpoint folder."""
 
 
@@ -102,10 +102,10 @@ class Cell(Step):
         return None
 
     @abstractmethod
-    def run(self, place: "Place", progress: "Progress") -> Outcome:
+    def run(self, context: "RunContext", progress: "Progress") -> Outcome:
         """Train, or load a finished checkpoint, and evaluate."""
 
-    def failed(self, how: str, place: "Place") -> Outcome | None:
+    def failed(self, how: str, context: "RunContext") -> Outcome | None:
         """Return the rows that record a failure, or None if the table records none; `how` is one of FAILED."""
         return None
 

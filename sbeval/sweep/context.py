@@ -25,7 +25,7 @@ POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class RunContext:
     """Where a sweep runs and stores its results; nothing here changes a number beyond rounding."""
 
     results_dir: Path

@@ -12,7 +12,7 @@ from sbeval.models import decoder
 from sbeval.runtime import device
 from sbeval.sweep import graph, scheduler, study
 from sbeval.sweep.cell import Cell, Step, cell_id
-from sbeval.sweep.context import Place
+from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
 from sbeval.sweep.study_file import Part
 from sbeval.tasks.text_training import Training, likely_vocabulary
@@ -38,56 +38,56 @@ class Line:
     disk: float | None = 0.0
 
 
-def list_cells(part: Part, place: Place, console: Console, executor: Executor = scheduler.HERE) -> None:
+def list_cells(part: Part, context: RunContext, console: Console, executor: Executor = scheduler.HERE) -> None:
     """Print the cost of each cell of a family and the total of the unfinished ones."""
-    cells, later = _known(part, place)
-    pending = cells if place.force else scheduler.unfinished(cells, place.results_dir)
+    cells, later = _known(part, context)
+    pending = cells if context.force else scheduler.unfinished(cells, context.results_dir)
     for step in graph.steps(pending):
         if not isinstance(step, Cell):
             study.say(console, f"{step.title}  {step.flops:.1e} FLOPs")
     for cell in cells:
         study.say(console, f"{cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in pending else '  finished'}")
-    study.say(console, scheduler.describe_cost(pending, place, scheduler.at_once(executor, place)))
+    study.say(console, scheduler.describe_cost(pending, context, scheduler.at_once(executor, context)))
     if later:
         flops = sum(cell.flops for cell in later)
         count = f"{len(later)} cell{'s' if len(later) > 1 else ''}"
         study.say(console, f"then {count} at what rates turn out best, at most {flops:.1e} FLOPs")
 
 
-def _known(part: Part, place: Place) -> tuple[list[Cell], list[Cell]]:
+def _known(part: Part, context: RunContext) -> tuple[list[Cell], list[Cell]]:
     """Return the known cells, and an upper bound of those that depend on their results."""
     cells = study.cells(part)
     later = study.further(part, None)
-    if not later or place.force or scheduler.unfinished(cells, place.results_dir):
+    if not later or context.force or scheduler.unfinished(cells, context.results_dir):
         return cells, later
-    return [*cells, *study.further(part, place.results_dir)], []
+    return [*cells, *study.further(part, context.results_dir)], []
 
 
-def table(title: str, parts: Sequence[Part], place: Place) -> Table:
+def table(title: str, parts: Sequence[Part], context: RunContext) -> Table:
     """Return a table of the families of a study: cells, models, FLOPs, hours on this device, disk."""
-    on_gpu = place.device.type == "cuda"
-    grid = Table(title=f"{title} on {device.describe(place.device)}", caption=NOTE, caption_justify="left")
+    on_gpu = context.device.type == "cuda"
+    grid = Table(title=f"{title} on {device.describe(context.device)}", caption=NOTE, caption_justify="left")
     grid.add_column("")
     for name in ("cells", "finished", "models", "FLOPs", "GPU hours" if on_gpu else "hours", "disk"):
         grid.add_column(name, justify="right", no_wrap=True)
-    rows = lines(parts, place)
+    rows = lines(parts, context)
     for line in rows:
         grid.add_row(*_words(line), end_section=line is rows[-1])
     grid.add_row(*_words(_all(rows)))
     return grid
 
 
-def lines(parts: Sequence[Part], place: Place) -> list[Line]:
+def lines(parts: Sequence[Part], context: RunContext) -> list[Line]:
     """Return the rows of the text, of the training that cells share, and of each family."""
-    cells = {part.family: [cell for some in _known(part, place) for cell in some] for part in parts}
+    cells = {part.family: [cell for some in _known(part, context) for cell in some] for part in parts}
     todo = {
-        family: known if place.force else scheduler.unfinished(known, place.results_dir)
+        family: known if context.force else scheduler.unfinished(known, context.results_dir)
         for family, known in cells.items()
     }
     shares = _shares(todo)
     every = [step for share in shares.values() for step in share]
     seconds = dict(
-        zip(every, scheduler.seconds(every, scheduler.speeds(every, place.device), place.device), strict=True)
+        zip(every, scheduler.seconds(every, scheduler.speeds(every, context.device), context.device), strict=True)
     )
     rows = [Line("text", disk=_text([step for step in every if isinstance(step, Training)]))]
     for name, share in shares.items():

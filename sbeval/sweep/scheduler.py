@@ -19,7 +19,7 @@ from sbeval.runtime import device, distributed, files
 from sbeval.runtime.progress import Heard, Progress, Task, Telling
 from sbeval.sweep import pool
 from sbeval.sweep.cell import FAILED, Cell, Outcome, Step, TrainingStep, cell_id
-from sbeval.sweep.context import Place
+from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
 from sbeval.sweep.graph import Graph, steps
 from sbeval.sweep.pool import Lost
@@ -60,12 +60,12 @@ def seconds(parts: Sequence[Step], speeds: Mapping[str, float], place: torch.dev
     return [step.flops / speeds[step.dtype] / EFFICIENCY[place.type] for step in parts]
 
 
-def at_once(executor: Executor, place: Place) -> int:
+def at_once(executor: Executor, context: RunContext) -> int:
     """Return the number of GPUs on which the workers run cells; 1 on a CPU, whose cores they share."""
-    return max(1, min(executor.workers or 1, len(device.spread(place.device))))
+    return max(1, min(executor.workers or 1, len(device.spread(context.device))))
 
 
-def describe_cost(cells: Sequence[Step], place: Place, at_once: int = 1) -> str:
+def describe_cost(cells: Sequence[Step], context: RunContext, at_once: int = 1) -> str:
     """Describe the cost of the cells: FLOPs and a rough time; shared dependencies count once.
 
     at_once: number of GPUs that run cells in parallel.
@@ -77,12 +77,12 @@ def describe_cost(cells: Sequence[Step], place: Place, at_once: int = 1) -> str:
     if not any(step.flops for step in parts):
         # the size of a model on the hub is unknown before its download
         return f"{count}, at a cost that is not known yet"
-    at_once = min(at_once, len(cells)) * place.world.size
-    time_s = sum(seconds(parts, speeds(parts, place.device), place.device)) / at_once
+    at_once = min(at_once, len(cells)) * context.world.size
+    time_s = sum(seconds(parts, speeds(parts, context.device), context.device)) / at_once
     devices = f"{at_once} x " if at_once > 1 else ""
     return (
         f"{count}, {sum(step.flops for step in parts):.1e} FLOPs: "
-        f"roughly {in_words(time_s)} on {devices}{device.describe(place.device)}"
+        f"roughly {in_words(time_s)} on {devices}{device.describe(context.device)}"
     )
 
 
@@ -109,7 +109,7 @@ class Done:
 class Work:
     """Runs steps in any process; reports to `progress`, or if that is None to the driver."""
 
-    place: Place
+    context: RunContext
     presets: Mapping[str, str]
     errors: tuple[type[Exception], ...]
     progress: Progress | None = None
@@ -117,7 +117,7 @@ class Work:
     def __call__(self, step: Step) -> Done:
         if self.progress is not None:
             return self._done(step, self.progress)
-        device.use(self.place.device)
+        device.use(self.context.device)
         with Telling(pool.tell) as progress:
             return self._done(step, progress)
 
@@ -125,32 +125,32 @@ class Work:
         try:
             return self._attempt(step, progress)
         except self.errors as error:
-            if self.place.device.type == "cuda":
+            if self.context.device.type == "cuda":
                 torch.cuda.empty_cache()
             return self.failure(step, *_mishap(error))
 
     def _attempt(self, step: Step, progress: Progress) -> Done:
         if isinstance(step, Cell):
-            return run_cell(step, self.place, self.presets[step.family], progress)
+            return run_cell(step, self.context, self.presets[step.family], progress)
         assert isinstance(step, TrainingStep), "a step that is not a cell trains a model"
-        step.train(self.place, progress)
+        step.train(self.context, progress)
         return Done()
 
     def failure(self, step: Step, how: str, reason: str) -> Done:
         """Return the result of a step that failed."""
         if not isinstance(step, Cell):
             return Done(how=how, reason=reason)
-        outcome = step.failed(how, self.place)
-        origin = _origin(step, self.place, self.presets[step.family], outcome)
+        outcome = step.failed(how, self.context)
+        origin = _origin(step, self.context, self.presets[step.family], outcome)
         record = provenance.run_record(
-            config=step, provenance=origin, status="failed", reason=reason, argv=self.place.argv
+            config=step, provenance=origin, status="failed", reason=reason, argv=self.context.argv
         )
         return Done(record, table.frame(outcome.identity, outcome.rows, origin) if outcome else None, how, reason)
 
 
 def run(
     cells: Sequence[Cell],
-    place: Place,
+    context: RunContext,
     *,
     preset: str | Mapping[str, str],
     console: Console,
@@ -163,18 +163,18 @@ def run(
     families this holds for an InputError too. Dependencies that cells share run first.
     preset: of all cells, or by family. more: by family, returns further cells once the given ones are done.
     """
-    if executor.kind == "ray" and place.device.index is not None:
-        raise InputError(f"--device {place.device}: a Ray task sees only the GPU that Ray assigns; give cuda or cpu")
-    for folder in (place.results.runs, place.results.checkpoints):
+    if executor.kind == "ray" and context.device.index is not None:
+        raise InputError(f"--device {context.device}: a Ray task sees only the GPU that Ray assigns; give cuda or cpu")
+    for folder in (context.results.runs, context.results.checkpoints):
         files.prepare(folder)
     families = dict.fromkeys(cell.family for cell in cells)
     presets = dict.fromkeys(families, preset) if isinstance(preset, str) else preset
-    errors = _errors(place) if len(families) < 2 else (*_errors(place), InputError)
-    gpus = device.spread(place.device)
-    with progress_of(place) as progress:
-        work = Work(place, presets, errors, progress if executor.alone else None)
+    errors = _errors(context) if len(families) < 2 else (*_errors(context), InputError)
+    gpus = device.spread(context.device)
+    with progress_of(context) as progress:
+        work = Work(context, presets, errors, progress if executor.alone else None)
         overall = None if executor.alone else progress.add("cells", total=0)
-        course = _Course(work, console, progress, dict(more or {}), overall, at_once(executor, place))
+        course = _Course(work, console, progress, dict(more or {}), overall, at_once(executor, context))
         first = course.begin(cells)
         if executor.alone and min(len(gpus), len(first)) > 1:
             course.say(f"1 of {len(gpus)} GPUs is used; --workers {len(gpus)} spreads the cells over all of them")
@@ -201,13 +201,13 @@ class _Course:
 
     def begin(self, cells: Sequence[Cell]) -> list[Step]:
         """Add cells, and those that follow finished ones, and return the steps that are ready."""
-        pending = _pending(cells, self.work.place, self.progress)
+        pending = _pending(cells, self.work.context, self.progress)
         # barrier: rank 0 must not write while other ranks still read
-        distributed.wait(self.work.place.world)
+        distributed.wait(self.work.context.world)
         if len(pending) < len(cells):
             finished = f"{len(cells) - len(pending)} of {len(cells)}"
             self.say(f"{finished} cells are finished already; --force runs them again")
-        self.say(describe_cost(pending, self.work.place, self.at_once))
+        self.say(describe_cost(pending, self.work.context, self.at_once))
         ready = self.graph.add(pending)
         _check(pending, self.progress)
         if self.overall:
@@ -219,7 +219,7 @@ class _Course:
 
     def keep(self, step: Step, done: Done) -> None:
         """Store the result of a step; if it failed, record its dependents as failed too."""
-        context = self.work.place
+        context = self.work.context
         lost = [other for other in self.graph.lost(step) if isinstance(other, Cell)] if done.how else []
         results = [(other, self.work.failure(other, done.how, f"{step.title}: {done.reason}")) for other in lost]
         for cell, result in [(step, done), *results] if isinstance(step, Cell) else results:
@@ -248,41 +248,41 @@ class _Course:
         self.console.print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def train(cells: Sequence[Cell], place: Place, *, console: Console) -> bool:
+def train(cells: Sequence[Cell], context: RunContext, *, console: Console) -> bool:
     """Train the models that the cells need and print their checkpoints; `run` with the same cells evaluates them.
 
     Return False if one diverged or failed because of its own sizes.
     """
-    files.prepare(place.results.checkpoints)
+    files.prepare(context.results.checkpoints)
     needed = [step for step in steps(cells) if isinstance(step, TrainingStep)]
-    console.print(describe_cost(needed, place), highlight=False, soft_wrap=True)
-    errors, failed = _errors(place), False
-    with progress_of(place) as progress:
+    console.print(describe_cost(needed, context), highlight=False, soft_wrap=True)
+    errors, failed = _errors(context), False
+    with progress_of(context) as progress:
         for step in needed:
             try:
-                message = str(step.train(place, progress))
+                message = str(step.train(context, progress))
             except errors as error:
                 failed, message = True, f"{error}; going on with the next"
             console.print(f"{step.title}: {message}", highlight=False, soft_wrap=True, markup=False)
     return not failed
 
 
-def _errors(place: Place) -> tuple[type[Exception], ...]:
+def _errors(context: RunContext) -> tuple[type[Exception], ...]:
     """Return the errors that end a cell but not the sweep; with several ranks only those that all of them raise."""
-    return (DivergedError,) if place.world.size > 1 else CELL_ERRORS
+    return (DivergedError,) if context.world.size > 1 else CELL_ERRORS
 
 
-def progress_of(place: Place) -> Progress:
+def progress_of(context: RunContext) -> Progress:
     """Return a progress display, shown on rank 0 only."""
-    return Progress(None if place.world.leads else Console(quiet=True, force_terminal=False))
+    return Progress(None if context.world.leads else Console(quiet=True, force_terminal=False))
 
 
-def _pending(cells: Sequence[Cell], place: Place, progress: Progress) -> list[Cell]:
+def _pending(cells: Sequence[Cell], context: RunContext, progress: Progress) -> list[Cell]:
     # with `force` too: report an unreadable table before the work, not after it
-    missing = unfinished(cells, place.results_dir)
-    if place.force:
+    missing = unfinished(cells, context.results_dir)
+    if context.force:
         return list(cells)
-    return [cell for cell in cells if cell in missing or _source_of_run(cell, place) != cell.source(progress)]
+    return [cell for cell in cells if cell in missing or _source_of_run(cell, context) != cell.source(progress)]
 
 
 def _check(cells: Sequence[Cell], progress: Progress) -> None:
@@ -293,19 +293,19 @@ def _check(cells: Sequence[Cell], progress: Progress) -> None:
             cell.check(progress)
 
 
-def _source_of_run(cell: Cell, place: Place) -> str:
+def _source_of_run(cell: Cell, context: RunContext) -> str:
     """Return the digest of the text of a finished cell from its run file, which every row has."""
-    return str(provenance.read_run(place.results.run_file(cell_id(cell)))["corpus_digest"])
+    return str(provenance.read_run(context.results.run_file(cell_id(cell)))["corpus_digest"])
 
 
-def run_cell(cell: Cell, place: Place, preset: str, progress: Progress) -> Done:
+def run_cell(cell: Cell, context: RunContext, preset: str, progress: Progress) -> Done:
     """Run one cell and return its run record and rows."""
     start = time.perf_counter()
-    outcome = cell.run(place, progress)
+    outcome = cell.run(context, progress)
     # the last step can be the one that diverges
     if not all(math.isfinite(row.value) for row in outcome.rows):
         raise DivergedError("a measured value is not finite")
-    origin = _origin(cell, place, preset, outcome)
+    origin = _origin(cell, context, preset, outcome)
     record = provenance.run_record(
         config=cell,
         provenance=origin,
@@ -314,7 +314,7 @@ def run_cell(cell: Cell, place: Place, preset: str, progress: Progress) -> Done:
         wall_s=time.perf_counter() - start,
         tokens_per_s=outcome.tokens_per_s,
         measured=outcome.measured,
-        argv=place.argv,
+        argv=context.argv,
     )
     return Done(record, table.frame(outcome.identity, outcome.rows, origin))
 
@@ -326,7 +326,7 @@ def _mishap(error: Exception) -> tuple[str, str]:
     return "failed", str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
 
 
-def _origin(cell: Cell, place: Place, preset: str, outcome: Outcome | None) -> Provenance:
+def _origin(cell: Cell, context: RunContext, preset: str, outcome: Outcome | None) -> Provenance:
     return provenance.collect(
         cell=cell_id(cell),
         preset=preset,
@@ -334,20 +334,20 @@ def _origin(cell: Cell, place: Place, preset: str, outcome: Outcome | None) -> P
         tokenizer=outcome.tokenizer if outcome else "",
         train_tokens=outcome.train_tokens if outcome else 0,
         dtype=cell.dtype,
-        device=str(place.device),
-        device_name=device.describe(place.device),
+        device=str(context.device),
+        device_name=device.describe(context.device),
         backend=outcome.backend if outcome else "",
         unique_tokens=outcome.unique_tokens if outcome else None,
         epochs=outcome.epochs if outcome else None,
     )
 
 
-def _store(cell: Cell, done: Done, place: Place) -> None:
+def _store(cell: Cell, done: Done, context: RunContext) -> None:
     assert done.record is not None, "a cell has a run file"
     # before the rows, which require it
-    provenance.write_run(place.results.run_file(cell_id(cell)), done.record)
+    provenance.write_run(context.results.run_file(cell_id(cell)), done.record)
     if done.rows is not None:
-        table.write(place.results.table(cell.family), done.rows)
+        table.write(context.results.table(cell.family), done.rows)
 
 
 def results_of(cells: Sequence[Cell], results_dir: Path) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from sbeval.errors import InputError
 from sbeval.report.figures import draw_figures
 from sbeval.sweep import scheduler
 from sbeval.sweep.cell import Cell, cell_id
-from sbeval.sweep.context import Place
+from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
 from sbeval.sweep.study_file import Part
 from sbeval.tables import provenance
@@ -49,7 +49,7 @@ def notes(parts: Sequence[Part]) -> list[str]:
     return lines
 
 
-def cautions(parts: Sequence[Part], place: Place) -> list[str]:
+def cautions(parts: Sequence[Part], context: RunContext) -> list[str]:
     """Return warnings about the epochs of training, before it starts; opens the texts."""
     # open the text once for families that share models: it can take a second
     different = {
@@ -58,37 +58,39 @@ def cautions(parts: Sequence[Part], place: Place) -> list[str]:
         else part.family: part
         for part in parts
     }
-    with scheduler.progress_of(place) as progress:
+    with scheduler.progress_of(context) as progress:
         lines = [registry.task(part.family).cautions(part.config, progress) for part in different.values()]
     return list(dict.fromkeys(line for some in lines for line in some))
 
 
-def train(part: Part, place: Place, console: Console) -> bool:
+def train(part: Part, context: RunContext, console: Console) -> bool:
     """Train the models that a part needs; return False if one failed."""
-    for line in cautions([part], place):
+    for line in cautions([part], context):
         say(console, line)
-    return scheduler.train(cells(part), place, console=console)
+    return scheduler.train(cells(part), context, console=console)
 
 
-def run(parts: Sequence[Part], place: Place, console: Console, executor: Executor = scheduler.HERE) -> bool:
+def run(parts: Sequence[Part], context: RunContext, console: Console, executor: Executor = scheduler.HERE) -> bool:
     """Run the unfinished cells, then print tables and draw figures; return True if every cell has a result."""
-    for line in cautions(parts, place):
+    for line in cautions(parts, context):
         say(console, line)
     complete = scheduler.run(
         [cell for part in parts for cell in cells(part)],
-        place,
+        context,
         console=console,
         executor=executor,
         preset={part.family: part.preset for part in parts},
         # further seeds of the best settings, which the first results decide
-        more={part.family: functools.partial(further, part, place.results_dir) for part in parts},
+        more={part.family: functools.partial(further, part, context.results_dir) for part in parts},
     )
-    everything = {part.family: [*cells(part), *further(part, place.results_dir)] for part in parts}
-    if place.world.leads:
+    everything = {part.family: [*cells(part), *further(part, context.results_dir)] for part in parts}
+    if context.world.leads:
         for family, part_cells in everything.items():
-            complete &= _show_family(family, part_cells, place.results_dir, console, alone=len(parts) == 1)
+            complete &= _show_family(family, part_cells, context.results_dir, console, alone=len(parts) == 1)
         if not complete:
-            _say_failed([cell for part_cells in everything.values() for cell in part_cells], place.results_dir, console)
+            _say_failed(
+                [cell for part_cells in everything.values() for cell in part_cells], context.results_dir, console
+            )
     return complete
 
 

@@ -15,7 +15,7 @@ from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 from sbeval.runtime.progress import Progress
 from sbeval.sweep import scheduler
-from sbeval.sweep.context import Place
+from sbeval.sweep.context import RunContext
 from sbeval.tables import table
 from sbeval.tasks import attention_map, attention_shares
 from sbeval.tasks.recall_data import generate
@@ -113,8 +113,8 @@ def test_the_rows_of_an_example_are_its_weights() -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
-    place = Place(results_dir=folder, device=torch.device("cpu"))
-    assert scheduler.run(attention_map.cells(TINY), place, preset="quick", console=Console(quiet=True))
+    context = RunContext(results_dir=folder, device=torch.device("cpu"))
+    assert scheduler.run(attention_map.cells(TINY), context, preset="quick", console=Console(quiet=True))
     return folder
 
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_is_looked_into_as_the_trained_model_was(results: Path) -> 
     folder = next(folder for folder in (results / "checkpoints").iterdir() if '"rope"' in _config(folder))
     config = attention_map.Config(checkpoint=(str(folder),), seq_len=32, kv_pairs=8, test_rows=40)
     (cell,) = attention_map.cells(config)
-    outcome = cell.run(Place(results_dir=results, device=torch.device("cpu")), Progress(Console(quiet=True)))
+    outcome = cell.run(RunContext(results_dir=results, device=torch.device("cpu")), Progress(Console(quiet=True)))
     assert outcome.identity.attention == "rope" and outcome.identity.train_len == 32
     found = pd.DataFrame([{"metric": row.metric, "value": row.value} for row in outcome.rows])
     mine = rows[rows["attention"] == "rope"]

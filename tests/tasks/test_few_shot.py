@@ -27,7 +27,7 @@ from sbeval.models import config as model_config
 from sbeval.models.decoder import Decoder
 from sbeval.sweep import scheduler
 from sbeval.sweep.cell import cell_id
-from sbeval.sweep.context import Place
+from sbeval.sweep.context import RunContext
 from sbeval.tables import table
 from sbeval.tasks import few_shot
 from sbeval.tasks.few_shot import Cell, Config, Row, cells
@@ -97,8 +97,8 @@ def config(tmp_path: Path, items: Path, monkeypatch: pytest.MonkeyPatch) -> Conf
 
 def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
     found = cells(config)
-    place = Place(results_dir=results, device=CPU, force=force)
-    assert scheduler.run(found, place, preset="quick", console=Console(file=io.StringIO()))
+    context = RunContext(results_dir=results, device=CPU, force=force)
+    assert scheduler.run(found, context, preset="quick", console=Console(file=io.StringIO()))
     return found
 
 
@@ -146,8 +146,8 @@ def test_what_else_is_asked_is_no_part_of_a_cells_name(config: Config) -> None:
 
 def test_the_model_is_length_gens(config: Config, tmp_path: Path) -> None:
     (cell,) = run(config, tmp_path / "results")
-    with scheduler.progress_of(Place(results_dir=tmp_path, device=CPU)) as progress:
-        trained = cell.training_step.train(Place(results_dir=tmp_path / "results", device=CPU), progress)
+    with scheduler.progress_of(RunContext(results_dir=tmp_path, device=CPU)) as progress:
+        trained = cell.training_step.train(RunContext(results_dir=tmp_path / "results", device=CPU), progress)
     assert [path.name for path in (tmp_path / "results" / "checkpoints").iterdir()] == [trained.name]
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from sbeval.errors import InputError
 from sbeval.models.decoder import IGNORE
 from sbeval.sweep import scheduler
-from sbeval.sweep.context import Place
+from sbeval.sweep.context import RunContext
 from sbeval.tables import table
 from sbeval.tables.selection import flip_flop_errors
 from sbeval.tasks import flip_flop
@@ -111,8 +111,8 @@ def test_when_training_ends() -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
-    place = Place(results_dir=folder, device=torch.device("cpu"))
-    assert scheduler.run(flip_flop.cells(TINY), place, preset="quick", console=Console(quiet=True))
+    context = RunContext(results_dir=folder, device=torch.device("cpu"))
+    assert scheduler.run(flip_flop.cells(TINY), context, preset="quick", console=Console(quiet=True))
     return folder
 
 
@@ -148,7 +148,7 @@ def test_the_summary_stands_beside_published_figures(results: Path) -> None:
 
 def test_a_cell_that_diverges_is_in_the_table(tmp_path: Path) -> None:
     cell = flip_flop.cells(dataclasses.replace(TINY, lrs=(1e-3,)))[0]
-    outcome = cell.failed("diverged", Place(results_dir=tmp_path, device=torch.device("cpu")))
+    outcome = cell.failed("diverged", RunContext(results_dir=tmp_path, device=torch.device("cpu")))
     assert [(row.metric, row.value) for row in outcome.rows] == [("solved", 0.0)]
     assert outcome.identity.params > 0
     rows = pd.DataFrame([dataclasses.asdict(outcome.identity) | dataclasses.asdict(row) for row in outcome.rows])

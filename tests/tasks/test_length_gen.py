@@ -24,7 +24,7 @@ from sbeval.models import config as model_config
 from sbeval.models import decoder as model
 from sbeval.runtime.progress import Progress
 from sbeval.sweep.cell import Outcome, cell_id
-from sbeval.sweep.context import Place
+from sbeval.sweep.context import RunContext
 from sbeval.tasks import length_gen, text_training
 from sbeval.tasks.length_gen import Config, Row, cells, rows
 from sbeval.training import checkpoint, held_out, trainer
@@ -55,7 +55,7 @@ def progress() -> Iterator[Progress]:
 
 def run(config: Config, results: Path, progress: Progress, *, force: bool = False) -> Outcome:
     (cell,) = cells(config)
-    return cell.run(Place(results_dir=results, device=torch.device("cpu"), force=force), progress)
+    return cell.run(RunContext(results_dir=results, device=torch.device("cpu"), force=force), progress)
 
 
 def by(found: list[Row], metric: str, factor: str) -> dict[int, Row]:

@@ -23,7 +23,7 @@ from sbeval.models.decoder import IGNORE
 from sbeval.runtime.progress import Progress
 from sbeval.sweep import scheduler
 from sbeval.sweep.cell import cell_id
-from sbeval.sweep.context import Place
+from sbeval.sweep.context import RunContext
 from sbeval.tables import table
 from sbeval.tasks import mqrar, recall_data
 from sbeval.tasks.recall_data import Examples, generate
@@ -300,7 +300,7 @@ def test_a_batch_without_labels_teaches_nothing(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"kv_pairs": (2,), "widths": (16,), "vocab_size": 64, "seq_len": 8, "test_rows": 200}
     (cell,) = mqrar.cells(mqrar.Config(attention=("rope",), n_back=(3,), batch=1, steps=3, **sizes))
     with Progress() as progress:
-        outcome = cell.run(Place(results_dir=tmp_path, device=torch.device("cpu")), progress)
+        outcome = cell.run(RunContext(results_dir=tmp_path, device=torch.device("cpu")), progress)
     assert outcome.measured["losses"] == [0.0] * 3
 
 
@@ -323,10 +323,10 @@ def test_training_ends_when_validation_says_so(tmp_path: Path) -> None:
         test_rows=12,
         stop_accuracy=0.0,
     )
-    place = Place(results_dir=tmp_path, device=torch.device("cpu"))
+    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"))
     with Progress() as progress:
         stopped, never = (
-            mqrar.cells(dataclasses.replace(config, stop_accuracy=accuracy))[0].run(place, progress)
+            mqrar.cells(dataclasses.replace(config, stop_accuracy=accuracy))[0].run(context, progress)
             for accuracy in (0.0, 2.0)
         )
     assert (stopped.train_tokens, never.train_tokens) == (3 * 2 * 16, 9 * 2 * 16)
@@ -339,14 +339,14 @@ def test_training_ends_when_validation_says_so(tmp_path: Path) -> None:
 
 def test_the_optimizer_makes_another_cell_and_its_rows_say_so(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {"kv_pairs": (2,), "widths": (16,), "vocab_size": 32, "seq_len": 16, "test_rows": 12}
-    place = Place(results_dir=tmp_path, device=torch.device("cpu"))
+    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"))
     losses = {}
     for optimizer in ("adamw", "muon"):
         (cell,) = mqrar.cells(
             mqrar.Config(attention=("rope",), batch=2, steps=3, optimizer=optimizer, init_std=0.5, **sizes)
         )
         with Progress() as progress:
-            outcome = cell.run(place, progress)
+            outcome = cell.run(context, progress)
         assert {row.optimizer for row in outcome.rows if isinstance(row, mqrar.Row)} == {optimizer}
         losses[cell_id(cell)] = outcome.measured["losses"]
     # the first loss is before any update
@@ -429,8 +429,8 @@ def test_a_cell_that_diverges_has_a_row_that_says_so(tmp_path: Path) -> None:
         test_rows=12,
     )
     (cell,) = mqrar.cells(config)
-    place = Place(results_dir=tmp_path, device=torch.device("cpu"))
-    assert not scheduler.run([cell], place, preset="quick", console=Console(quiet=True))
+    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"))
+    assert not scheduler.run([cell], context, preset="quick", console=Console(quiet=True))
     rows = table.read(tmp_path / "mqrar.csv")
     assert rows[["metric", "value", "status"]].to_numpy().tolist() == [["solved", 0.0, "diverged"]]
     assert "the loss is nan" in (tmp_path / "runs" / f"{cell_id(cell)}.json").read_text()

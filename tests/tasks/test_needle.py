@@ -26,7 +26,7 @@ from sbeval.models import config as model_config
 from sbeval.models.decoder import Decoder
 from sbeval.sweep import scheduler
 from sbeval.sweep.cell import cell_id
-from sbeval.sweep.context import Place
+from sbeval.sweep.context import RunContext
 from sbeval.tables import table
 from sbeval.tasks import length_gen, needle
 from sbeval.tasks.needle import Cell, Config, Row, cells, measured
@@ -74,8 +74,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
     found = cells(config)
-    place = Place(results_dir=results, device=CPU, force=force)
-    assert scheduler.run(found, place, preset="quick", console=Console(file=io.StringIO()))
+    context = RunContext(results_dir=results, device=CPU, force=force)
+    assert scheduler.run(found, context, preset="quick", console=Console(file=io.StringIO()))
     return found
 
 
@@ -265,7 +265,7 @@ def test_another_model_at_the_same_path_is_asked_again(config: Config, tmp_path:
 
 def test_a_given_model_with_another_tokenizer_is_another(config: Config, tmp_path: Path) -> None:
     given = dataclasses.replace(config, checkpoint=str(save(tmp_path / "model")))
-    with scheduler.progress_of(Place(results_dir=tmp_path, device=CPU)) as progress:
+    with scheduler.progress_of(RunContext(results_dir=tmp_path, device=CPU)) as progress:
         bytes_, bpe = (
             cells(dataclasses.replace(given, tokenizer=name))[0].source(progress) for name in ("bytes", "bpe:260")
         )

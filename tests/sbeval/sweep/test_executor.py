@@ -17,7 +17,7 @@ from rich.console import Console
 from sbeval.errors import InputError
 from sbeval.sweep import scheduler
 from sbeval.sweep.cell import cell_id
-from sbeval.sweep.context import Place
+from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor, _share
 from sbeval.tasks import mqrar
 
@@ -91,7 +91,7 @@ def test_ray_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
         list(Executor(kind="ray").run(square, [1]))
 
 
-class Deadly(Place):
+class Deadly(RunContext):
     """A context in which the process of each cell is killed once, at step 20, and every validation step is logged."""
 
     def logger(self, name: str) -> Callable[[int, dict[str, float]], None]:
@@ -123,7 +123,7 @@ def test_a_ray_cluster_of_two_workers_that_are_killed_in_the_middle(tmp_path: Pa
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     cells = [Saving(config=cell.config) for cell in mqrar.cells(TINY)]
     options: dict[str, Any] = {"preset": "quick", "console": Console(quiet=True)}
-    broken, whole = (kind(results_dir=tmp_path / kind.__name__, device=CPU) for kind in (Deadly, Place))
+    broken, whole = (kind(results_dir=tmp_path / kind.__name__, device=CPU) for kind in (Deadly, RunContext))
     try:
         assert scheduler.run(cells, broken, executor=Executor(kind="ray", workers=2), **options)
     finally:

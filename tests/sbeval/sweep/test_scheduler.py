@@ -20,7 +20,7 @@ from sbeval.runtime.progress import Progress
 from sbeval.sweep import graph, scheduler
 from sbeval.sweep.cell import Cell as BaseCell
 from sbeval.sweep.cell import Outcome, cell_id
-from sbeval.sweep.context import Place
+from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
 from sbeval.tables import provenance, table
 from sbeval.tables.rows import Identity, Measurement
@@ -77,21 +77,21 @@ def test_cost_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e9)
     monkeypatch.setitem(scheduler.EFFICIENCY, "cpu", 0.5)
     cells = length_gen.cells(length_gen.Config())
-    place = Place(results_dir=Path("results"), device=torch.device("cpu"))
-    said = scheduler.describe_cost(cells, place)
+    context = RunContext(results_dir=Path("results"), device=torch.device("cpu"))
+    said = scheduler.describe_cost(cells, context)
     hours = sum(step.flops for step in graph.steps(cells)) / 0.5e9 / 3600
     assert said.startswith("2 cells to run, ") and f"roughly {hours:.1f} h on cpu" in said
-    assert scheduler.describe_cost([], place) == "nothing to run"
+    assert scheduler.describe_cost([], context) == "nothing to run"
 
 
 def test_force_empties_a_checkpoint(tmp_path: Path) -> None:
-    place, progress = Place(results_dir=tmp_path, device=torch.device("cpu")), Progress(Console(quiet=True))
-    with place.checkpoint(["key"], progress) as folder:
+    context, progress = RunContext(results_dir=tmp_path, device=torch.device("cpu")), Progress(Console(quiet=True))
+    with context.checkpoint(["key"], progress) as folder:
         folder.mkdir(parents=True)
         (folder / "config.json").touch()
-    with place.checkpoint(["key"], progress) as again:
+    with context.checkpoint(["key"], progress) as again:
         assert again == folder and folder.exists()
-    forced = dataclasses.replace(place, force=True)
+    forced = dataclasses.replace(context, force=True)
     with forced.checkpoint(["key"], progress) as again:
         assert again == folder and not folder.exists()
         folder.mkdir()
@@ -99,16 +99,16 @@ def test_force_empties_a_checkpoint(tmp_path: Path) -> None:
     for other in (forced, pickle.loads(pickle.dumps(forced))):
         with other.checkpoint(["key"], progress):
             assert folder.exists()
-    with Place(results_dir=tmp_path, device=torch.device("cpu"), force=True).checkpoint(["key"], progress):
+    with RunContext(results_dir=tmp_path, device=torch.device("cpu"), force=True).checkpoint(["key"], progress):
         assert not folder.exists()
 
 
 def test_force_clears_a_file_once(tmp_path: Path) -> None:
     file = tmp_path / "samples.jsonl"
     file.touch()
-    Place(results_dir=tmp_path, device=torch.device("cpu")).kept(file)
+    RunContext(results_dir=tmp_path, device=torch.device("cpu")).kept(file)
     assert file.exists()
-    forced = Place(results_dir=tmp_path, device=torch.device("cpu"), force=True)
+    forced = RunContext(results_dir=tmp_path, device=torch.device("cpu"), force=True)
     forced.kept(file)
     assert not file.exists()
     file.touch()
@@ -117,7 +117,7 @@ def test_force_clears_a_file_once(tmp_path: Path) -> None:
 
 
 def test_a_run_file_has_the_command_of_the_driver(tmp_path: Path) -> None:
-    context = Place(results_dir=tmp_path, device=torch.device("cpu"), argv=("/bin/sbeval", "run", "quick"))
+    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"), argv=("/bin/sbeval", "run", "quick"))
     with Progress(Console(quiet=True)) as progress:
         done = scheduler.run_cell(Cell(title="good", value=0.5), context, "quick", progress)
     assert done.record is not None and done.record["argv"] == ["sbeval", "run", "quick"]
@@ -125,14 +125,17 @@ def test_a_run_file_has_the_command_of_the_driver(tmp_path: Path) -> None:
 
 def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sbeval.sweep.context.POLL_S", 0.01)
-    place, console = Place(results_dir=tmp_path, device=torch.device("cpu")), Console(file=io.StringIO(), width=200)
+    context, console = (
+        RunContext(results_dir=tmp_path, device=torch.device("cpu")),
+        Console(file=io.StringIO(), width=200),
+    )
     order: list[str] = []
 
     def second() -> None:
-        with place.checkpoint(["key"], Progress(console)):
+        with context.checkpoint(["key"], Progress(console)):
             order.append("second")
 
-    with place.checkpoint(["key"], Progress(console)) as folder:
+    with context.checkpoint(["key"], Progress(console)) as folder:
         other = threading.Thread(target=second)
         other.start()
         time.sleep(0.1)
@@ -182,7 +185,7 @@ class Cell(BaseCell):
     def source(self, progress: Progress) -> str:
         return self.text
 
-    def run(self, place: Place, progress: Progress) -> Outcome:
+    def run(self, context: RunContext, progress: Progress) -> Outcome:
         if self.value is None:
             raise DivergedError("the loss is nan at step 7")
         identity = Identity(
@@ -211,8 +214,8 @@ class Cell(BaseCell):
 
 def run(cells: list[Cell], results: Path, **options: Any) -> tuple[bool, str]:
     console = Console(file=io.StringIO(), width=200)
-    place = Place(results_dir=results, device=torch.device("cpu"), **options)
-    complete = scheduler.run(cells, place, preset="quick", console=console)
+    context = RunContext(results_dir=results, device=torch.device("cpu"), **options)
+    complete = scheduler.run(cells, context, preset="quick", console=console)
     assert isinstance(console.file, io.StringIO)
     return complete, console.file.getvalue()
 
@@ -270,7 +273,7 @@ def test_workers_are_given_the_gpus_and_idle_ones_are_said(tmp_path: Path, monke
     given: list[Any] = []
 
     def note(work: scheduler.Work, items: Any, *rest: Any, gpus: Any, hear: Any) -> Any:
-        given.append((work.place.device, gpus))
+        given.append((work.context.device, gpus))
         return iter([])
 
     monkeypatch.setattr(Executor, "run", lambda self, *rest, **options: note(*rest, **options))
@@ -278,8 +281,8 @@ def test_workers_are_given_the_gpus_and_idle_ones_are_said(tmp_path: Path, monke
 
     def said(device: str, workers: int | None, cells: list[Cell] = cells) -> str:
         console = Console(file=io.StringIO(), width=200)
-        place = Place(results_dir=tmp_path, device=torch.device(device))
-        scheduler.run(cells, place, preset="quick", console=console, executor=Executor(workers=workers))
+        context = RunContext(results_dir=tmp_path, device=torch.device(device))
+        scheduler.run(cells, context, preset="quick", console=console, executor=Executor(workers=workers))
         assert isinstance(console.file, io.StringIO)
         return console.file.getvalue()
 
@@ -291,17 +294,17 @@ def test_workers_are_given_the_gpus_and_idle_ones_are_said(tmp_path: Path, monke
     assert said("cuda", 4, cells[:2]).endswith("roughly 10 s on 2 x GPU\n")
     # pinned to one
     assert said("cuda:1", 4).endswith("roughly 80 s on GPU\n") and said("cuda:1", None).count("\n") == 1
-    assert {place: gpus for place, gpus in given} == {
+    assert {context: gpus for context, gpus in given} == {
         torch.device("cuda"): ["0", "1", "2", "3"],
         torch.device("cuda:1"): [],
     }
 
 
 def test_a_ray_task_has_no_gpu_of_a_number(tmp_path: Path) -> None:
-    place = Place(results_dir=tmp_path, device=torch.device("cuda:1"))
+    context = RunContext(results_dir=tmp_path, device=torch.device("cuda:1"))
     with pytest.raises(InputError, match="--device cuda:1: a Ray task sees only the GPU that Ray assigns"):
         scheduler.run(
-            [Cell(title="a")], place, preset="quick", console=Console(quiet=True), executor=Executor(kind="ray")
+            [Cell(title="a")], context, preset="quick", console=Console(quiet=True), executor=Executor(kind="ray")
         )
 
 
@@ -328,7 +331,7 @@ def test_results_are_those_of_the_cells_alone(tmp_path: Path) -> None:
 
 def test_tensorboard_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    place = Place(results_dir=tmp_path, device=torch.device("cpu"), tensorboard=tmp_path)
+    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"), tensorboard=tmp_path)
     with pytest.raises(InputError, match=r"pip install 'sbeval\[tensorboard\]'"):
-        place.logger("a")
-    assert dataclasses.replace(place, tensorboard=None).logger("a") is None
+        context.logger("a")
+    assert dataclasses.replace(context, tensorboard=None).logger("a") is None

@@ -23,7 +23,7 @@ from sbeval.models import decoder
 from sbeval.runtime.progress import Progress
 from sbeval.sweep import plan, scheduler, study_file
 from sbeval.sweep import study as studies
-from sbeval.sweep.context import Place
+from sbeval.sweep.context import RunContext
 from sbeval.tables import table
 from sbeval.tasks import length_gen, needle, text_training
 from sbeval.tasks.text_model import TextModel
@@ -116,13 +116,13 @@ def test_families_that_share_models_are_cautioned_once(
         return ours(config, progress)
 
     monkeypatch.setattr(text_training, "open_corpus", count)
-    place = Place(results_dir=tmp_path, device=torch.device("cpu"))
+    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"))
     given = study_file.parts(study_file.read(str(study), ["models.train_tokens=4096"]), lambda said: said or "float32")
-    found = studies.cautions(given, place)
+    found = studies.cautions(given, context)
     assert len(opened) == 1 and len(found) == 2 and "past 4 epochs" in found[0] and "of held-out text" in found[1]
     # a model that is there already was trained before
     there = ["length_gen.checkpoint=there", "needle.checkpoint=there"]
-    assert studies.cautions(study_file.parts(study_file.read(str(study), there), str), place) == []
+    assert studies.cautions(study_file.parts(study_file.read(str(study), there), str), context) == []
 
 
 def test_a_dry_run_says_the_plan_and_writes_nothing(study: Path, tmp_path: Path) -> None:
@@ -147,8 +147,8 @@ def test_a_plan_adds_up(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e9)
     monkeypatch.setitem(scheduler.EFFICIENCY, "cpu", 0.5)
     parts = study_file.parts(study_file.read(str(study)), lambda said: "float32")
-    place = Place(results_dir=tmp_path, device=torch.device("cpu"))
-    lines = {line.name: line for line in plan.lines(parts, place)}
+    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"))
+    lines = {line.name: line for line in plan.lines(parts, context)}
     shape = length_gen.cells(parts[0].config)[0].model(257)
     weights = 2 * decoder.n_parameters(shape)
     assert lines["training"].disk == 4 * weights and lines["training"].models == 2
@@ -157,8 +157,8 @@ def test_a_plan_adds_up(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     files = sum(path.stat().st_size for path in (study.parent / "texts").iterdir())
     assert lines["text"].disk == 2 * files == 2 * (sources.size(str(study.parent / "texts")) or 0)
     monkeypatch.setattr(sources, "size", lambda spec: None)
-    assert {line.name: line for line in plan.lines(parts, place)}["text"].disk is None
-    assert "unknown" in plan._words(plan._all(plan.lines(parts, place)))
+    assert {line.name: line for line in plan.lines(parts, context)}["text"].disk is None
+    assert "unknown" in plan._words(plan._all(plan.lines(parts, context)))
 
 
 def test_a_study_that_is_killed_goes_on_and_trains_nothing_again(study: Path, tmp_path: Path) -> None:
