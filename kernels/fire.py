@@ -131,9 +131,17 @@ def _fused(
 
 @torch.library.custom_op("sbeval::fire", mutates_args=())
 def _operator(
-    q: Tensor, k: Tensor, v: Tensor, c: Tensor, bottom: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
-    cu_seqlens: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c: Tensor,
+    bottom: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, and for the gradient what each softmax divides by and how the bias is laid out."""
     from sbeval.kernels import fire_triton
 
@@ -142,9 +150,17 @@ def _operator(
 
 @_operator.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, c: Tensor, bottom: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
-    cu_seqlens: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c: Tensor,
+    bottom: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from sbeval.kernels import fire_triton
 
     lse = bottom.new_empty((q.shape[0], q.shape[2], q.shape[1]))
@@ -155,9 +171,22 @@ def _(
 
 @torch.library.custom_op("sbeval::fire_backward", mutates_args=())
 def _backward_operator(
-    q: Tensor, k: Tensor, v: Tensor, c: Tensor, bottom: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, out: Tensor,
-    lse: Tensor, table: Tensor, order: Tensor, dout: Tensor, cu_seqlens: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c: Tensor,
+    bottom: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    table: Tensor,
+    order: Tensor,
+    dout: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, c, bottom, w1, b1 and w2."""
     from sbeval.kernels import fire_triton
 
@@ -166,9 +195,22 @@ def _backward_operator(
 
 @_backward_operator.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, c: Tensor, bottom: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, out: Tensor,
-    lse: Tensor, table: Tensor, order: Tensor, dout: Tensor, cu_seqlens: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c: Tensor,
+    bottom: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    table: Tensor,
+    order: Tensor,
+    dout: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     rest = [torch.empty_like(x) for x in (c, bottom, w1, b1, w2)]
     return dq, dk, dv, rest[0], rest[1], rest[2], rest[3], rest[4]

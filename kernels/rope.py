@@ -248,11 +248,15 @@ class Mixer(nn.Module):
             # every token changes the rotation of all keys
             starts, (k, v) = through(cache, k, v)
             return attention(
-                q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, backend=self.backend,
+                q,
+                k,
+                v,
+                scale=self.scale,
+                cu_seqlens=cu_seqlens,
+                starts=starts,
+                backend=self.backend,
                 options=self.options,
-            )  # fmt: skip
+            )
         q, k = rotated(q, k, cu_seqlens, self.options, starts=cache.starts, past=cache.past)
         starts, (k, v) = through(cache, k, v)
-        return softmax.attention(
-            q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, backend=self.backend
-        )  # fmt: skip
+        return softmax.attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, backend=self.backend)

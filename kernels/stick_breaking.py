@@ -39,9 +39,15 @@ REMAINDERS = ("none", "value", "bias")
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, attend_current: bool = False,
-    cu_seqlens: Tensor | None = None, bias: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    attend_current: bool = False,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The definition, dense, in the dtype of its inputs: output (B, T, H, D) and remainder (B, T, H)."""
     group, offset = q.shape[2] // k.shape[2], k.shape[1] - q.shape[1]
     k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
@@ -139,9 +145,19 @@ def _forward(
 
 
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, remainder: Tensor, dout: Tensor, dremainder: Tensor, *,
-    bias: Tensor | None, scale: float, attend_current: bool, epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    remainder: Tensor,
+    dout: Tensor,
+    dremainder: Tensor,
+    *,
+    bias: Tensor | None,
+    scale: float,
+    attend_current: bool,
+    epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and bias (H,), walking the same tiles; sum_{l <= j} g_il = do_i . o_i - sum_{l > j} g_il."""
     queries, keys, values, douts = _flat(q) * scale, _flat(k).flip(1), _flat(v).flip(1), _flat(dout)
     dq, dk = torch.zeros_like(queries), queries.new_zeros(queries.shape[0], *keys.shape[1:])
@@ -179,9 +195,16 @@ def _sequences(cu_seqlens: Tensor | None) -> list[slice]:
 
 @torch.library.custom_op("sbeval::stick_breaking", mutates_args=())
 def _operator(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
-    epsilon: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    attend_current: bool,
+    epsilon: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, remainder, and for the gradient what rounding took off a 16-bit output (empty otherwise) and where each
     query tile stopped (empty on the portable path)."""
     if backend == "triton-hopper":
@@ -204,9 +227,16 @@ def _operator(
 
 @_operator.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
-    epsilon: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    attend_current: bool,
+    epsilon: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
     residual = q.new_empty(0) if q.dtype == wide else torch.empty_like(out)
@@ -224,10 +254,22 @@ def _(
 
 @torch.library.custom_op("sbeval::stick_breaking_backward", mutates_args=())
 def _backward_operator(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor,
-    stop: Tensor, dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
-    epsilon: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    remainder: Tensor,
+    residual: Tensor,
+    stop: Tensor,
+    dout: Tensor,
+    dremainder: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    attend_current: bool,
+    epsilon: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and bias (empty without one)."""
     if backend == "triton-hopper":
         from sbeval.kernels import stick_breaking_hopper_backward
@@ -254,10 +296,22 @@ def _backward_operator(
 
 @_backward_operator.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor,
-    stop: Tensor, dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
-    epsilon: float, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    remainder: Tensor,
+    residual: Tensor,
+    stop: Tensor,
+    dout: Tensor,
+    dremainder: Tensor,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    attend_current: bool,
+    epsilon: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     return dq, dk, dv, remainder.new_empty(0) if bias is None else torch.empty_like(bias)
 
@@ -280,9 +334,17 @@ _operator.register_autograd(_differentiate, setup_context=_save)
 
 @torch.library.custom_op("sbeval::stick_breaking_decode", mutates_args=())
 def _decode_operator(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, starts: Tensor | None, lengths: Tensor | None, scale: float,
-    attend_current: bool, epsilon: float, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    attend_current: bool,
+    epsilon: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     """Output and remainder of the queries that end at `lengths` of keys from `starts` on, row by row; no gradient."""
     if backend != "torch":
         from sbeval.kernels import stick_breaking_triton
@@ -301,9 +363,17 @@ def _decode_operator(
 
 @_decode_operator.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, starts: Tensor | None, lengths: Tensor | None, scale: float,
-    attend_current: bool, epsilon: float, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    starts: Tensor | None,
+    lengths: Tensor | None,
+    scale: float,
+    attend_current: bool,
+    epsilon: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), q.new_empty(q.shape[:3], dtype=wide)
 
@@ -354,10 +424,19 @@ FEW = 64
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, attend_current: bool = False,
-    cu_seqlens: Tensor | None = None, bias: Tensor | None = None, starts: Tensor | None = None,
-    lengths: Tensor | None = None, epsilon: float | None = None, backend: str | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    attend_current: bool = False,
+    cu_seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    starts: Tensor | None = None,
+    lengths: Tensor | None = None,
+    epsilon: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
     """Stick-breaking attention: output (B, T, H, D) like q, and remainder (B, T, H) in float32, float64 for float64.
 
     cu_seqlens: int32 (N + 1,), cumulative lengths of N sequences packed into one row (B = 1, S = T); some may be empty.
@@ -438,9 +517,16 @@ class Mixer(nn.Module):
     ) -> Tensor:
         starts, (k, v) = through(cache, k, v)
         out, remainder = attention(
-            q, k, v, scale=self.scale, attend_current=self.options.attend_current, cu_seqlens=cu_seqlens,
-            starts=starts, bias=self.logit_bias, epsilon=self.options.epsilon,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            scale=self.scale,
+            attend_current=self.options.attend_current,
+            cu_seqlens=cu_seqlens,
+            starts=starts,
+            bias=self.logit_bias,
+            epsilon=self.options.epsilon,
+        )
         if self.options.remainder == "none":
             return out
         own = self.options.remainder == "value"

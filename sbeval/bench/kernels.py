@@ -76,10 +76,17 @@ class Problem:
     def factors(self) -> dict[str, Any]:
         """Columns of the problem in a row."""
         return {
-            "step": self.step, "batch": self.batch, "queries": self.queries, "keys": self.keys, "heads": self.heads,
-            "kv_heads": self.kv_heads, "head_dim": self.head_dim, "sequences": max(1, len(self.bounds) - 1),
-            "epsilon": self.epsilon, "logit_mean": self.logit_mean,
-        }  # fmt: skip
+            "step": self.step,
+            "batch": self.batch,
+            "queries": self.queries,
+            "keys": self.keys,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "sequences": max(1, len(self.bounds) - 1),
+            "epsilon": self.epsilon,
+            "logit_mean": self.logit_mean,
+        }
 
     @property
     def cache_bytes(self) -> float:
@@ -199,8 +206,12 @@ def problems(
                 lasting = -math.log(length)
                 found.append(Problem(step=step, kv_heads=heads, epsilon=EPSILON, logit_mean=lasting, **sizes))
         longest: dict[str, Any] = {
-            "batch": 1, "queries": lengths[-1], "keys": lengths[-1], "heads": heads, "head_dim": dim,
-        }  # fmt: skip
+            "batch": 1,
+            "queries": lengths[-1],
+            "keys": lengths[-1],
+            "heads": heads,
+            "head_dim": dim,
+        }
         for step in ("forward", "forward_backward"):
             found.append(Problem(step=step, kv_heads=max(1, heads // 4), **longest))
             found.append(Problem(step=step, kv_heads=heads, bounds=_documents(lengths[-1]), **longest))
@@ -247,9 +258,11 @@ def kernel(
             keep(contender.attention, contender.backend, "kernel", rows, place, dtype, results_dir, problem)
             values = {row.metric: row.value for row in rows}
             shown.add_row(
-                problem.step, _title(problem), f"{contender.attention} {contender.backend}",
+                problem.step,
+                _title(problem),
+                f"{contender.attention} {contender.backend}",
                 *(f"{values[name]:{form}}" if name in values else "" for name, form in SHOWN.items()),
-            )  # fmt: skip
+            )
     for reason, problem_title in skipped.items():
         say(f"not measured: {reason} (first at {problem_title})")
     return shown
@@ -324,10 +337,17 @@ def _error(contender: Contender, problem: Problem, place: torch.device, dtype: t
     length = min(2048, problem.keys)
     bounds = (0, length // 3, length) if problem.bounds else ()
     short = Problem(
-        step="forward", batch=1, queries=min(length, problem.queries), keys=length, heads=problem.heads,
-        kv_heads=problem.kv_heads, head_dim=problem.head_dim, bounds=bounds, epsilon=problem.epsilon,
+        step="forward",
+        batch=1,
+        queries=min(length, problem.queries),
+        keys=length,
+        heads=problem.heads,
+        kv_heads=problem.kv_heads,
+        head_dim=problem.head_dim,
+        bounds=bounds,
+        epsilon=problem.epsilon,
         logit_mean=problem.logit_mean,
-    )  # fmt: skip
+    )
     q, k, v = short.draw(place, dtype)
     packed = _bounds(short, place)
     with torch.no_grad():
@@ -348,22 +368,45 @@ def _row(problem: Problem, metric: str, unit: str, value: float) -> Row:
 
 
 def keep(
-    attention: str, backend: str, family: str, rows: Sequence[Row], place: torch.device, dtype: str, results_dir: Path,
-    config: object, *, model: str = "", params: int = 0,
-) -> None:  # fmt: skip
+    attention: str,
+    backend: str,
+    family: str,
+    rows: Sequence[Row],
+    place: torch.device,
+    dtype: str,
+    results_dir: Path,
+    config: object,
+    *,
+    model: str = "",
+    params: int = 0,
+) -> None:
     """Write the run file, then the rows."""
     step = rows[0].step
     cell = f"{family}-{step}-{attention}-{backend}-{digest_of([attention, backend, dtype, model, config])}"
     origin = provenance.collect(
-        cell=cell, preset="", corpus="", tokenizer="", train_tokens=0, dtype=dtype, device=str(place),
-        device_name=device.describe(place), backend=backend,
-    )  # fmt: skip
+        cell=cell,
+        preset="",
+        corpus="",
+        tokenizer="",
+        train_tokens=0,
+        dtype=dtype,
+        device=str(place),
+        device_name=device.describe(place),
+        backend=backend,
+    )
     provenance.write_run(
         results_dir / "runs" / f"{cell}.json",
         provenance.run_record(config=config, provenance=origin, status="finished"),
     )
     identity = Identity(
-        family=family, task=step, model=model, attention=attention, options="", params=params,
-        train_len=rows[0].queries, eval_len=rows[0].keys, seed=0,
-    )  # fmt: skip
+        family=family,
+        task=step,
+        model=model,
+        attention=attention,
+        options="",
+        params=params,
+        train_len=rows[0].queries,
+        eval_len=rows[0].keys,
+        seed=0,
+    )
     table.write(results_dir / f"{family}.csv", table.frame(identity, rows, origin))

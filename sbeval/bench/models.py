@@ -97,9 +97,13 @@ def peers(attentions: Sequence[str]) -> list[Peer]:
 
 
 def measure(
-    found: Sequence[Problem], contenders: Sequence[Peer], repeats: int, place: torch.device, dtype: str,
+    found: Sequence[Problem],
+    contenders: Sequence[Peer],
+    repeats: int,
+    place: torch.device,
+    dtype: str,
     results_dir: Path,
-) -> Table:  # fmt: skip
+) -> Table:
     """Time all peers on every problem, keep the rows in model.csv, and return a table for the terminal."""
     kernels.needs_gpu(place)
     shapes = {(problem, peer): problem.shape(peer.attention) for problem in found for peer in contenders}
@@ -117,15 +121,27 @@ def measure(
             shape, backend = shapes[problem, peer], peer.backend(place)
             rows = summary(problem, shape, speeds)
             kernels.keep(
-                peer.attention, backend, "model", rows, place, dtype, results_dir, problem, model=problem.size,
+                peer.attention,
+                backend,
+                "model",
+                rows,
+                place,
+                dtype,
+                results_dir,
+                problem,
+                model=problem.size,
                 params=n_parameters(shape),
-            )  # fmt: skip
+            )
             values = {(row.step, row.metric): row.value for row in rows}
             shown.add_row(
-                problem.size, f"{problem.head_dim}", f"{problem.batch}x{problem.length}",
-                f"{peer.attention} {backend}", f"{values['train', 'throughput']:,.0f}",
-                f"{values.get(('train', 'mfu'), math.nan):.3f}", f"{values['evaluate', 'throughput']:,.0f}",
-            )  # fmt: skip
+                problem.size,
+                f"{problem.head_dim}",
+                f"{problem.batch}x{problem.length}",
+                f"{peer.attention} {backend}",
+                f"{values['train', 'throughput']:,.0f}",
+                f"{values.get(('train', 'mfu'), math.nan):.3f}",
+                f"{values['evaluate', 'throughput']:,.0f}",
+            )
     return shown
 
 
@@ -172,11 +188,20 @@ def summary(problem: Problem, shape: ModelConfig, speeds: Sequence[Speeds]) -> l
     def row(step: str, metric: str, unit: str, values: Sequence[float], scale: float = 1.0) -> Row:
         n = len(values)
         return Row(
-            metric=metric, unit=unit, value=statistics.fmean(values) * scale,
-            stderr=statistics.stdev(values) * scale / math.sqrt(n) if n > 1 else None, n=n, step=step,
-            batch=problem.batch, queries=problem.length, keys=problem.length, heads=shape.heads,
-            kv_heads=shape.n_kv_heads, head_dim=shape.d_head, sequences=1,
-        )  # fmt: skip
+            metric=metric,
+            unit=unit,
+            value=statistics.fmean(values) * scale,
+            stderr=statistics.stdev(values) * scale / math.sqrt(n) if n > 1 else None,
+            n=n,
+            step=step,
+            batch=problem.batch,
+            queries=problem.length,
+            keys=problem.length,
+            heads=shape.heads,
+            kv_heads=shape.n_kv_heads,
+            head_dim=shape.d_head,
+            sequences=1,
+        )
 
     train, evaluate = [run.train for run in speeds], [run.evaluate for run in speeds]
     rows = [row("train", "throughput", "tokens/s", train)]
