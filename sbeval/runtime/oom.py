@@ -35,7 +35,7 @@ def in_parts(
         if enough(functools.partial(work, part)):
             start += len(part)
         elif len(part) == 1:
-            raise torch.OutOfMemoryError("out of memory with a single item: nothing smaller to try")
+            raise torch.OutOfMemoryError("out of memory with a single item: nothing smaller is left to try")
         else:
             size = len(part) // 2
             say(f"out of memory at {len(part)} at a time: going on with {size}")

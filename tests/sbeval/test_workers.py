@@ -122,7 +122,7 @@ def test_processes_of_torchrun_start_no_others(options: str, tmp_path: Path, mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = run("length-gen", "--device", "cpu", *options.split(), "--results-dir", tmp_path)
     assert code == 2 and err == (
-        "sbeval: --workers and --executor ray start processes of their own: leave them out, or torchrun\n"
+        "sbeval: --workers and --executor ray start their own processes: leave them out, or start without torchrun\n"
     )
 
 
