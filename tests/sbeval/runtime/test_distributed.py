@@ -145,7 +145,7 @@ def test_shards_that_are_cut_short_are_said(tmp_path: Path) -> None:
             key: x.tolist() for key, x in again.state[b].items()
         }
     # from outside no pickle is read
-    with pytest.raises(InputError, match="a sharded model that is still training"):
+    with pytest.raises(InputError, match="is a checkpoint of a sharded model in training"):
         checkpoint.load_model(tmp_path / "saved")
     for path in sorted((tmp_path / "saved" / "shards").iterdir()):
         whole = path.read_bytes()
