@@ -26,8 +26,8 @@ from sbeval.sweep import scheduler
 from sbeval.sweep.graph import steps
 from sbeval.tables import provenance
 from sbeval.tasks import attention_map, length_gen
-from sbeval.tasks.text_training import likely_vocabulary
 from sbeval.training.config import TrainConfig
+from sbeval.training.text_model import likely_vocabulary
 
 # module, name on PyPI, purpose
 PACKAGES = (

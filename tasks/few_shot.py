@@ -26,8 +26,8 @@ from sbeval.tables import epochs
 from sbeval.tables.rows import Measurement
 from sbeval.tasks import length_gen
 from sbeval.tasks.text_cell import TextCell, outcome
-from sbeval.tasks.text_model import uncut
 from sbeval.tasks.text_training import cautions, models, open_tokenizer
+from sbeval.training.text_model import uncut
 
 if TYPE_CHECKING:
     import pandas as pd

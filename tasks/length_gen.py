@@ -19,8 +19,8 @@ from sbeval.sweep.family import Family
 from sbeval.tables import epochs
 from sbeval.tables.rows import Measurement
 from sbeval.tasks.text_cell import Subject, TextCell, outcome
-from sbeval.tasks.text_model import EvaluatedModel, uncut
 from sbeval.tasks.text_training import cautions, models, open_corpus
+from sbeval.training.text_model import EvaluatedModel, uncut
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -30,15 +30,14 @@ from sbeval.tables.published import LONGEST, RULER_TASKS, SHORTEST
 from sbeval.tables.rows import Measurement
 from sbeval.tasks import length_gen
 from sbeval.tasks.text_cell import TextCell, outcome
-from sbeval.tasks.text_model import uncut
 from sbeval.tasks.text_training import (
     cautions,
-    likely_vocabulary,
     models,
     open_tokenizer,
     train_config,
     training_options,
 )
+from sbeval.training.text_model import likely_vocabulary, uncut
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,8 +13,8 @@ from sbeval.models.config import ModelConfig, flops_per_token
 from sbeval.sweep.cell import Cell, Outcome, TrainingStep, timing
 from sbeval.tables import epochs
 from sbeval.tables.rows import Identity
-from sbeval.tasks.text_model import EvaluatedModel, TextModel
-from sbeval.tasks.text_training import Training, likely_vocabulary, model_shape, open_corpus, training_options
+from sbeval.tasks.text_training import Training, model_shape, open_corpus, training_options
+from sbeval.training.text_model import EvaluatedModel, TextModel, likely_vocabulary
 
 if TYPE_CHECKING:
     from sbeval.data.corpus import Corpus

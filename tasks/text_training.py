@@ -18,7 +18,7 @@ from sbeval.models.config import (
 )
 from sbeval.sweep.cell import TrainingStep
 from sbeval.tables import epochs
-from sbeval.tasks.text_model import TRAINING, EvaluatedModel, TextModel
+from sbeval.training.text_model import TRAINING, EvaluatedModel, TextModel, likely_vocabulary
 
 if TYPE_CHECKING:
     from sbeval.data.corpus import Corpus
@@ -83,6 +83,10 @@ class Training(TrainingStep):
     @property
     def flops(self) -> float:
         return 3 * flops_per_token(self.leaves, self.config.train_len) * self.schedule().tokens
+
+    @property
+    def reads(self) -> TextModel:
+        return self.config
 
     @property
     def leaves(self) -> ModelConfig:
@@ -192,14 +196,6 @@ def open_tokenizer(config: EvaluatedModel, progress: "Progress") -> "Tokenizer":
     if config.checkpoint is None or tokenizer.is_trained(config.tokenizer):
         return open_corpus(config, progress).tokenizer
     return tokenizer.load(config.tokenizer, cache_dir=Path(platformdirs.user_cache_dir("sbeval")))
-
-
-def likely_vocabulary(tokenizer: str) -> int:
-    """Return an estimate of the vocabulary size, without loading the tokenizer."""
-    if tokenizer == "bytes":
-        return 257
-    size = tokenizer.removeprefix("bpe:")
-    return int(size) if size.isdecimal() else 32000
 
 
 def cautions(config: EvaluatedModel, progress: "Progress") -> list[str]:

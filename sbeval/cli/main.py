@@ -16,7 +16,7 @@ from sbeval.cli import options
 from sbeval.cli.options import Common, Sweep, Training
 from sbeval.errors import InputError, choose
 from sbeval.tables.results import Results
-from sbeval.tasks.text_model import TextModel
+from sbeval.training.text_model import TextModel
 
 if TYPE_CHECKING:
     from sbeval.sweep.context import RunContext

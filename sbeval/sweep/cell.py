@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sbeval.models.config import ModelConfig
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
+    from sbeval.training.text_model import TextModel
     from sbeval.training.trainer import Trained
 
 # `status` of the rows of a cell without a result
@@ -65,6 +66,11 @@ class Step(ABC):
     @property
     def leaves(self) -> "ModelConfig | None":
         """Config of the model that it trains, without reading a tokenizer; None if it trains none."""
+        return None
+
+    @property
+    def reads(self) -> "TextModel | None":
+        """Options whose corpus it trains on; None if it trains on no text."""
         return None
 
 

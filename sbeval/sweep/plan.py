@@ -15,7 +15,7 @@ from sbeval.sweep.cell import Cell, Step, cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
 from sbeval.sweep.study_file import Part
-from sbeval.tasks.text_training import Training, likely_vocabulary
+from sbeval.training.text_model import TextModel, likely_vocabulary
 
 # bytes of text per token of a subword tokenizer
 TOKEN_BYTES = 3
@@ -89,7 +89,7 @@ def lines(parts: Sequence[Part], context: RunContext) -> list[Line]:
     seconds = dict(
         zip(every, scheduler.seconds(every, scheduler.speeds(every, context.device), context.device), strict=True)
     )
-    rows = [Line("text", disk=_text([step for step in every if isinstance(step, Training)]))]
+    rows = [Line("text", disk=_text([step.reads for step in every if step.reads]))]
     for name, share in shares.items():
         parameters = [decoder.n_parameters(step.leaves) for step in share if step.leaves]
         pending = len(todo.get(name, ()))
@@ -119,12 +119,10 @@ def _shares(todo: Mapping[str, Sequence[Cell]]) -> dict[str, list[Step]]:
     return shares
 
 
-def _text(trainings: Sequence[Training]) -> float | None:
+def _text(models: Sequence[TextModel]) -> float | None:
     """Return the bytes that the tokens of all corpora take in the cache; None if the size of one is unknown."""
     total = 0.0
-    for corpus, tokenizer, limit in {
-        (c.corpus, c.tokenizer, c.corpus_tokens) for c in (one.config for one in trainings)
-    }:
+    for corpus, tokenizer, limit in {(one.corpus, one.tokenizer, one.corpus_tokens) for one in models}:
         size = sources.size(corpus)
         if limit is None and size is None:
             return None

@@ -20,7 +20,7 @@ from sbeval.sweep.executor import Executor
 from sbeval.sweep.study_file import Part
 from sbeval.tables import provenance
 from sbeval.tables.results import Results
-from sbeval.tasks.text_model import TextModel, trained_on
+from sbeval.training.text_model import TextModel, trained_on
 
 
 def cells(part: Part) -> list[Cell]:

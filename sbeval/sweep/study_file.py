@@ -24,7 +24,7 @@ import yaml
 
 from sbeval import registry
 from sbeval.errors import InputError, choose
-from sbeval.tasks.text_model import TRAINING, TextModel, uncut
+from sbeval.training.text_model import TRAINING, TextModel, uncut
 
 STUDIES = resources.files("sbeval") / "studies"
 NOTHING = ("", "~", "null")

@@ -30,9 +30,9 @@ from sbeval.sweep.context import RunContext
 from sbeval.tables import table
 from sbeval.tasks import length_gen, needle
 from sbeval.tasks.needle import Cell, Config, Row, cells, measured
-from sbeval.tasks.text_model import TRAINING
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
+from sbeval.training.text_model import TRAINING
 from sbeval.training.trainer import Trainer
 
 TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}

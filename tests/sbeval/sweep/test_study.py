@@ -26,7 +26,7 @@ from sbeval.sweep import study as studies
 from sbeval.sweep.context import RunContext
 from sbeval.tables import table
 from sbeval.tasks import length_gen, needle, text_training
-from sbeval.tasks.text_model import TextModel
+from sbeval.training.text_model import TextModel
 from sbeval.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("home")

@@ -15,7 +15,7 @@ from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.sweep import study_file
 from sbeval.tasks import few_shot, length_gen, mqrar, needle
-from sbeval.tasks.text_model import TRAINING
+from sbeval.training.text_model import TRAINING
 
 # 10,000 documents and more
 FULL = os.environ.get("SBEVAL_TESTS") == "full"

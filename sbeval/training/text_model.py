@@ -87,3 +87,11 @@ def uncut(options: dict[str, Any]) -> dict[str, Any]:
     """Return options without a bound on epochs where `train_tokens` is given and `max_epochs` is not."""
     unbounded = "train_tokens" in options and "max_epochs" not in options
     return options | ({"max_epochs": None} if unbounded else {})
+
+
+def likely_vocabulary(tokenizer: str) -> int:
+    """Return an estimate of the vocabulary size, without loading the tokenizer."""
+    if tokenizer == "bytes":
+        return 257
+    size = tokenizer.removeprefix("bpe:")
+    return int(size) if size.isdecimal() else 32000
