@@ -261,7 +261,8 @@ class Cell(TextCell):
 
         name = digest_of([digest, self.config.attention, self.dtype])
         path = context.results.answers(name)
-        return Answers(path, anew=context.begins_anew(path))
+        with context.clearing(path) as stale:
+            return Answers(path, anew=stale)
 
     def _length(self, model: "Pretrained") -> int:
         """Return eval_len, for models that are not ours at most the length that their config allows."""

@@ -71,17 +71,19 @@ class RunContext:
 
     def kept(self, path: Path) -> Path:
         """Return the path of a file that an interrupted run may have left; `force` removes the file."""
-        if self._is_stale(path):
-            path.unlink(missing_ok=True)
-            self._mark(path)
+        with self.clearing(path) as stale:
+            if stale:
+                path.unlink(missing_ok=True)
         return path
 
-    def begins_anew(self, path: Path) -> bool:
-        """Return whether `force` is to clear this path: true once in a run, whichever worker asks."""
+    @contextmanager
+    def clearing(self, path: Path) -> Iterator[bool]:
+        """Yield whether `force` is to clear this path, which the block does: once in a run, whichever worker asks."""
         stale = self._is_stale(path)
+        yield stale
+        # only now: a worker killed before this clears again
         if stale:
             self._mark(path)
-        return stale
 
     def _is_stale(self, path: Path) -> bool:
         marker = self.results.cleared(path.name)

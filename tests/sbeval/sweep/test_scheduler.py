@@ -113,7 +113,16 @@ def test_force_clears_a_file_once(tmp_path: Path) -> None:
     assert not file.exists()
     file.touch()
     forced.kept(file)
-    assert file.exists() and not forced.begins_anew(file)
+    assert file.exists()
+
+
+def test_what_was_not_cleared_to_the_end_is_cleared_again(tmp_path: Path) -> None:
+    forced = RunContext(results_dir=tmp_path, device=torch.device("cpu"), force=True)
+    with pytest.raises(KeyboardInterrupt), forced.clearing(tmp_path / "answers"):
+        raise KeyboardInterrupt
+    for stale in (True, False):
+        with forced.clearing(tmp_path / "answers") as found:
+            assert found == stale
 
 
 def test_a_run_file_has_the_command_of_the_driver(tmp_path: Path) -> None:
