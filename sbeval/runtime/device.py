@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 import torch
 
+from sbeval import config
 from sbeval.errors import InputError, choose
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in config.DTYPES}
 # dense bfloat16 matrix products, TFLOP/s, from the vendor's datasheets
 PEAK_TFLOPS = {"A100": 312, "H100": 989, "H200": 989, "H800": 989, "L40S": 362, "B200": 2250}
 # number of timings whose median is taken, and the minimum seconds of one
