@@ -32,8 +32,8 @@ DISTRIBUTIONS: dict[Role, tuple[str, ...]] = {
         *("annotated-doc", "annotated-types", "click", "contourpy", "cycler", "filelock", "fsspec", "httpx2", "idna"),
         *("jinja2", "kiwisolver", "markdown-it-py", "markupsafe", "mdurl", "mpmath", "numpy", "packaging", "pandas"),
         *("platformdirs", "pyarrow", "pydantic", "pydantic-core", "pygments", "pyparsing", "python-dateutil"),
-        *("pyyaml", "rich", "safetensors", "setuptools", "shellingham", "six", "sympy", "tokenizers", "torch", "tqdm"),
-        *("typer", "typing-extensions", "typing-inspection"),
+        *("pyyaml", "rich", "safetensors", "scipy", "setuptools", "shellingham", "six", "sympy", "tokenizers", "torch"),
+        *("tqdm", "typer", "typing-extensions", "typing-inspection"),
     ),
 }
 # folders of the standard library that hold tests or other packages
