@@ -249,7 +249,10 @@ TRAINING = [
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, chosen: str) -> Tensor:
     """Attend T = S or T = 1 queries on a GPU; `chosen` forces a kernel unless it is `sdpa`."""
-    causal = q.shape[1] > 1
+    causal = True
+    if q.shape[1] == 1:
+        # a branch, since in a compiled model a comparison stays symbolic, and SDPA takes only a bool
+        causal = False
     if q.dtype == torch.float32:
         # the only float32 kernel that is linear in memory does not group heads
         k, v = heads(k, v, q.shape[2])
