@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sbeval import registry
 from sbeval.models.config import ModelConfig, flops_per_token
-from sbeval.sweep.cell import Cell, Outcome, TrainingStep, timing
+from sbeval.sweep.cell import Cell, Outcome, Step, TrainingStep, timing
 from sbeval.tables import epochs
 from sbeval.tables.rows import Identity
 from sbeval.tasks.text_training import Training, model_shape, open_corpus, training_options
@@ -46,8 +46,8 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextCell(Cell):
-    """A cell that evaluates one text model: a config of one method and seed, or of a checkpoint."""
+class TextStep(Step):
+    """A step that works on one text model: a config of one method and seed, or of a checkpoint."""
 
     config: EvaluatedModel
 
@@ -74,10 +74,6 @@ class TextCell(Cell):
         """The training of the model; not for given checkpoints."""
         return Training(config=TextModel(**training_options(self.config)))
 
-    @property
-    def needs(self) -> tuple[TrainingStep, ...]:
-        return () if self.config.checkpoint is not None else (self.training_step,)
-
     def model(self, vocab_size: int) -> ModelConfig:
         """Return the shape of the model as it is evaluated."""
         return model_shape(self.config, vocab_size)
@@ -97,6 +93,15 @@ class TextCell(Cell):
     def train_model(self, context: "RunContext", progress: "Progress") -> str:
         """Return the given checkpoint, or the checkpoint folder of the trained model."""
         return self.config.checkpoint or str(self.training_step.train(context, progress))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextCell(TextStep, Cell):
+    """A cell that evaluates one text model."""
+
+    @property
+    def needs(self) -> tuple[TrainingStep, ...]:
+        return () if self.config.checkpoint is not None else (self.training_step,)
 
     def origin(self, progress: "Progress") -> tuple[str, str]:
         """Return name and digest of the training corpus; for a given checkpoint "" and the digest of its weights."""
