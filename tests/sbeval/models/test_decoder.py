@@ -362,6 +362,25 @@ def test_options_of_the_block_start_at_no_effect_on_means(spec: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "spec",
+    [
+        "stick_breaking:remainder=bias,head_norm=true",
+        "stick_breaking:remainder=none,qkv_bias=true,logit_bias=spread",
+        "rope:qkv_bias=true,head_norm=true",
+    ],
+)
+def test_blocks_with_these_options_compile_whole(spec: str) -> None:
+    model, x = build(attention=spec), torch.randn(2, 20, 32, dtype=torch.float64)
+    block = model.blocks[0]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    found, wanted = (
+        torch.autograd.grad(run(x, None).square().sum(), list(block.parameters())) for run in (compiled, block)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("ropee", "unknown attention 'ropee'; did you mean 'rope'? known: alibi, "),
