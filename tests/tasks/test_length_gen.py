@@ -285,6 +285,35 @@ def test_what_only_evaluation_sees_shares_a_training(config: Config, tmp_path: P
     assert scaled.rows != plain.rows
 
 
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        ("remainder=bias", ("mixer.bias",)),
+        ("remainder=none,qkv_bias=true", ("qkv.bias",)),
+        ("remainder=bias,head_norm=true", ("mixer.bias", "norm.weight", "norm.bias")),
+        ("remainder=none,logit_bias=spread", ("mixer.logit_bias",)),
+    ],
+)
+def test_options_of_a_method_are_trained(
+    options: str, trained: tuple[str, ...], config: Config, tmp_path: Path, progress: Progress
+) -> None:
+    spec = f"stick_breaking:{options}"
+    outcome = run(dataclasses.replace(config, attention=(spec,)), tmp_path / "results", progress)
+    assert (outcome.identity.attention, outcome.identity.options) == ("stick_breaking", options)
+    (folder,) = (tmp_path / "results" / "checkpoints").iterdir()
+    decoder = checkpoint.load_model(folder)
+    torch.manual_seed(0)
+    before = model.Decoder(decoder.config).state_dict()
+    for name in trained:
+        key = f"blocks.0.attention.{name}"
+        assert not torch.equal(decoder.state_dict()[key], before[key]), name
+    # evaluated from its checkpoint, with the same weights, it is the same model
+    again = run(dataclasses.replace(config, attention=("",), checkpoint=str(folder)), tmp_path / "again", progress)
+    assert (again.identity.options, again.identity.params) == (options, outcome.identity.params)
+    values = [[row.value for row in found.rows] for found in (outcome, again)]
+    assert values[0] == pytest.approx(values[1])
+
+
 # epochs, and held-out text
 
 
