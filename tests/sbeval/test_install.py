@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -93,15 +94,13 @@ def test_an_editable_install_imports_from_the_folder(sources: dict[str, Path], f
 def check_import(prepare: str, expected: Path, elsewhere: Path) -> None:
     """Import the package as installed there, and not from this repository."""
     code = f"""
-import sys, pathlib
-sys.path[:] = [path for path in sys.path if not (pathlib.Path(path) / "sbeval").exists()]
-sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder).lower()]
-for name in [name for name in sys.modules if "editable" in name]:
-    del sys.modules[name]
+import sys
 {prepare}
+sys.path.append({sysconfig.get_path("purelib")!r})
 import importlib.util, sbeval.tasks.mqrar, sbeval.plots.style
 print(importlib.util.find_spec("sbeval.kernels.rope").origin)
 """
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=elsewhere, capture_output=True, text=True)
+    # without `site`, which would find the editable install of these tests first
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], cwd=elsewhere, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     assert Path(done.stdout.strip()).resolve() == expected.resolve()
