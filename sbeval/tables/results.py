@@ -3,8 +3,7 @@
 <family>.csv                     result tables
 runs/<cell>.json                 run files
 checkpoints/<digest>/            models, and locks/<digest>.lock while one is trained
-answers/<digest>.sqlite          cached model responses, which a resumed run does not generate again
-samples/<prompts>-<digest>.jsonl
+answers/<family>-<digest>.sqlite stored responses of models, which a resumed run does not generate again
 figures/<figure>.{png,pdf,html}
 """
 
@@ -43,9 +42,6 @@ class Results:
 
     def answers(self, name: str) -> Path:
         return self.folder / "answers" / f"{name}.sqlite"
-
-    def samples(self, name: str) -> Path:
-        return self.folder / "samples" / f"{name}.jsonl"
 
     @property
     def figures(self) -> Path:
