@@ -17,6 +17,8 @@ from sbeval.tasks.text_training import Training, model_shape, open_corpus, train
 from sbeval.training.text_model import EvaluatedModel, TextModel, likely_vocabulary
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sbeval.data.corpus import Corpus
     from sbeval.evaluation.perplexity import Predictor
     from sbeval.models.decoder import Decoder
@@ -179,6 +181,7 @@ def outcome(
     corpus_digest: str,
     tokenizer: str,
     measured: Mapping[str, object] = MappingProxyType({}),
+    values: "pd.DataFrame | None" = None,
 ) -> Outcome:
     """Return the result of a finished cell. The class of `rows` has a status, which becomes the model's."""
     unique = subject.unique_tokens
@@ -204,6 +207,7 @@ def outcome(
         backend=subject.backend,
         tokens_per_s=subject.tokens_per_s,
         measured={**measured, **subject.measured},
+        values=values,
     )
 
 

@@ -11,6 +11,8 @@ from sbeval.config import digest_of
 from sbeval.tables.rows import Identity, Measurement
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sbeval.models.config import ModelConfig
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
@@ -23,7 +25,8 @@ FAILED = ("diverged", "failed")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Result of a finished cell."""
+    """Result of a finished cell. values: of each unit (document, item) that its rows are means of; see
+    `sbeval.tables.values`."""
 
     identity: Identity
     rows: Sequence[Measurement]
@@ -36,6 +39,7 @@ class Outcome:
     backend: str
     tokens_per_s: float | None
     measured: Mapping[str, object] = field(default_factory=dict)
+    values: "pd.DataFrame | None" = None
 
 
 class Step(ABC):
