@@ -223,7 +223,7 @@ class Cell(TextCell):
             answers=answers,
             begin=functools.partial(progress.add, f"ask {self.title}"),
         )
-        scores = _lm_eval().scores(benchmark, adapter, config.limit)
+        scores, items = _lm_eval().scores(benchmark, adapter, config.limit)
         answers.close()
         return outcome(
             subject,
@@ -236,6 +236,7 @@ class Cell(TextCell):
             corpus_digest=self.source(progress),
             tokenizer=config.tokenizer,
             measured={"lm_eval": _lm_eval().version(), "requests_cut": adapter.cut, "model_digest": digest},
+            values=items,
         )
 
     def _row(self, score: Any, benchmark: Any, cut: int) -> Row:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sbeval import registry
 from sbeval.models.config import ModelConfig, flops_per_token
-from sbeval.sweep.cell import Cell, Outcome, TrainingStep, timing
+from sbeval.sweep.cell import Cell, Outcome, TrainingStep, held_out_curve, loss_curves, timing
 from sbeval.tables import epochs
 from sbeval.tables.rows import Identity
 from sbeval.tasks.text_training import Training, model_shape, open_corpus, training_options
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sbeval.pretrained.load import Pretrained
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
+    from sbeval.tables.curves import Curves
     from sbeval.training.checkpoint import State
     from sbeval.training.config import TrainConfig
 
@@ -45,6 +46,7 @@ class Subject:
     status: str = ""
     tokens_per_s: float | None = None
     measured: Mapping[str, object] = field(default_factory=dict)
+    curves: "Curves" = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,8 +143,12 @@ class TextCell(Cell):
         """Train, unless a finished checkpoint exists, and return the model as it is evaluated."""
         _, trained = self.training_step.run(text, context, progress, log_name=log_name)
         subject = self._trained_subject(trained.model, trained.state, text, context)
-        measured = {**timing(trained), **subject.measured}
-        return dataclasses.replace(subject, tokens_per_s=trained.tokens_per_second, measured=measured)
+        return dataclasses.replace(
+            subject,
+            tokens_per_s=trained.tokens_per_second,
+            measured={**timing(trained), **subject.measured},
+            curves=loss_curves(trained.state),
+        )
 
     def _trained_subject(self, trained: "Decoder", state: "State", text: "Corpus", context: "RunContext") -> Subject:
         from sbeval.data.dataloader import epoch_tokens
@@ -161,8 +167,8 @@ class TextCell(Cell):
             unique_tokens=epoch_tokens(text.train, training.length),
             status=_status(state.held_out),
             backend=registry.method(name).backend_name(context.device.type),
+            curves=held_out_curve(state),
             measured={
-                "held_out": [(step, round(loss, 4)) for step, loss in state.held_out],
                 "ended_by": self.training_step.ended_by(state, training),
                 **({"corpus_versions": dict(text.versions)} if text.versions else {}),
             },
@@ -208,6 +214,7 @@ def outcome(
         tokens_per_s=subject.tokens_per_s,
         measured={**measured, **subject.measured},
         values=values,
+        curves=subject.curves,
     )
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from sbeval.models.config import ModelConfig
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
+    from sbeval.tables.curves import Curves
+    from sbeval.training.checkpoint import State
     from sbeval.training.text_model import TextModel
     from sbeval.training.trainer import Trained
 
@@ -25,8 +27,11 @@ FAILED = ("diverged", "failed")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Result of a finished cell. values: of each unit (document, item) that its rows are means of; see
-    `sbeval.tables.values`."""
+    """Result of a finished cell.
+
+    values: one for each document, item or prompt behind the rows (see `sbeval.tables.values`). curves: by training step
+    (see `sbeval.tables.curves`).
+    """
 
     identity: Identity
     rows: Sequence[Measurement]
@@ -40,6 +45,7 @@ class Outcome:
     tokens_per_s: float | None
     measured: Mapping[str, object] = field(default_factory=dict)
     values: "pd.DataFrame | None" = None
+    curves: "Curves" = field(default_factory=dict)
 
 
 class Step(ABC):
@@ -132,5 +138,15 @@ def timing(trained: "Trained") -> dict[str, object]:
         "train_time": str(timedelta(seconds=round(trained.state.seconds))),
         "mfu": trained.mfu,
         "sequences_at_a_time": trained.rows,
-        "losses": [round(loss, 4) for loss in trained.state.losses],
     }
+
+
+def loss_curves(state: "State") -> "Curves":
+    """Return the loss of every training step, and the held-out losses if there are any, in nats/token."""
+    losses = [(step, round(loss, 4)) for step, loss in enumerate(state.losses, start=1)]
+    return {"loss": losses, **held_out_curve(state)}
+
+
+def held_out_curve(state: "State") -> "Curves":
+    """Return the held-out losses, if there are any, in nats/token."""
+    return {"held_out_loss": [(step, round(loss, 4)) for step, loss in state.held_out]} if state.held_out else {}
