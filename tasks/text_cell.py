@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from sbeval import registry
 from sbeval.config import digest_of
 from sbeval.models.config import ModelConfig, flops_per_token
-from sbeval.sweep.cell import Cell, Outcome, Step, TrainingStep, timing
+from sbeval.sweep.cell import Cell, Outcome, Step, TrainingStep, held_out_curve, loss_curves, timing
 from sbeval.tables import epochs
 from sbeval.tables.rows import Identity
 from sbeval.tasks.text_training import Training, model_shape, open_corpus, training_options
 from sbeval.training.text_model import EvaluatedModel, TextModel, likely_vocabulary
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sbeval.data.corpus import Corpus
     from sbeval.evaluation.perplexity import Predictor
     from sbeval.evaluation.response_cache import Answers
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from sbeval.pretrained.load import Pretrained
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
+    from sbeval.tables.curves import Curves
     from sbeval.training.checkpoint import State
     from sbeval.training.config import TrainConfig
 
@@ -46,6 +49,7 @@ class Subject:
     status: str = ""
     tokens_per_s: float | None = None
     measured: Mapping[str, object] = field(default_factory=dict)
+    curves: "Curves" = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,8 +162,12 @@ class TextCell(TextStep, Cell):
         """Train, unless a finished checkpoint exists, and return the model as it is evaluated."""
         _, trained = self.training_step.run(text, context, progress, log_name=log_name)
         subject = self._trained_subject(trained.model, trained.state, text, context)
-        measured = {**timing(trained), **subject.measured}
-        return dataclasses.replace(subject, tokens_per_s=trained.tokens_per_second, measured=measured)
+        return dataclasses.replace(
+            subject,
+            tokens_per_s=trained.tokens_per_second,
+            measured={**timing(trained), **subject.measured},
+            curves=loss_curves(trained.state),
+        )
 
     def _trained_subject(self, trained: "Decoder", state: "State", text: "Corpus", context: "RunContext") -> Subject:
         from sbeval.data.dataloader import epoch_tokens
@@ -178,8 +186,8 @@ class TextCell(TextStep, Cell):
             unique_tokens=epoch_tokens(text.train, training.length),
             status=_status(state.held_out),
             backend=registry.method(name).backend_name(context.device.type),
+            curves=held_out_curve(state),
             measured={
-                "held_out": [(step, round(loss, 4)) for step, loss in state.held_out],
                 "ended_by": self.training_step.ended_by(state, training),
                 **({"corpus_versions": dict(text.versions)} if text.versions else {}),
             },
@@ -198,6 +206,7 @@ def outcome(
     corpus_digest: str,
     tokenizer: str,
     measured: Mapping[str, object] = MappingProxyType({}),
+    values: "pd.DataFrame | None" = None,
 ) -> Outcome:
     """Return the result of a finished cell. The class of `rows` has a status, which becomes the model's."""
     unique = subject.unique_tokens
@@ -223,6 +232,8 @@ def outcome(
         backend=subject.backend,
         tokens_per_s=subject.tokens_per_s,
         measured={**measured, **subject.measured},
+        values=values,
+        curves=subject.curves,
     )
 
 

@@ -29,7 +29,8 @@ from sbeval.models.decoder import Decoder
 from sbeval.sweep import scheduler
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
-from sbeval.tables import table
+from sbeval.tables import curves, table
+from sbeval.tables.results import Results
 from sbeval.tasks import length_gen, needle
 from sbeval.tasks.needle import Cell, Config, Row, cells, measured
 from sbeval.training import checkpoint
@@ -445,5 +446,7 @@ def test_rows_say_how_their_model_was_trained(config: Config, tmp_path: Path, mo
     assert set(rows["status"]) == {"overfit"} and (rows["train_tokens"] == 640).all()
     assert (rows["epochs"] - 640 / rows["unique_tokens"]).abs().max() < 1e-4
     record = json.loads((tmp_path / "results" / "runs" / f"{cell_id(cell)}.json").read_text())
-    assert record["measured"]["held_out"][0][1] == 2.0 and record["measured"]["ended_by"] == "train_tokens"
+    assert record["measured"]["ended_by"] == "train_tokens"
+    held_out = curves.read(Results(tmp_path / "results"), [cell_id(cell)])
+    assert set(held_out["metric"]) == {"held_out_loss"} and held_out["value"].tolist()[0] == 2.0
     assert "above its lowest): rope." in str(needle.FAMILY.summary(rows).caption)
