@@ -23,6 +23,7 @@ from sbeval.sweep.cell import Outcome, TrainingStep
 from sbeval.sweep.family import Family
 from sbeval.tables.needle import summary
 from sbeval.tables.rows import Measurement
+from sbeval.tasks import length_gen
 from sbeval.tasks.needle_options import FILES, evaluated_tasks, not_finetuned, notes
 from sbeval.tasks.needle_options import PRESETS as PRESETS
 from sbeval.tasks.needle_options import Config as Config
@@ -34,7 +35,6 @@ from sbeval.tasks.text_training import (
     open_tokenizer,
     training_options,
 )
-from sbeval.training.text_model import uncut
 
 if TYPE_CHECKING:
     from sbeval.evaluation.ruler_prompts import Prompt, Writer
@@ -225,10 +225,6 @@ def cells(config: Config) -> list[Cell]:
     ]
 
 
-def _completed(given: dict[str, Any]) -> dict[str, Any]:
-    return uncut(given | ({"eval_len": given["train_len"]} if "train_len" in given else {}))
-
-
 FAMILY = Family(
     name=NAME,
     help="RULER's needles in haystacks: is a fact found anywhere in a text longer than the training length?",
@@ -238,5 +234,5 @@ FAMILY = Family(
     summary=summary,
     notes=notes,
     cautions=cautions,
-    completed=_completed,
+    completed=length_gen.completed,
 )
