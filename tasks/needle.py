@@ -14,15 +14,15 @@ questions are given, is left out.
 
 import dataclasses
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sbeval.config import LATER, digest_of
+from sbeval.config import digest_of
 from sbeval.errors import InputError
 from sbeval.sweep.cell import Outcome, TrainingStep
 from sbeval.sweep.family import Family
+from sbeval.tables.needle import Row as Row
 from sbeval.tables.needle import summary
-from sbeval.tables.rows import Measurement
 from sbeval.tasks import length_gen
 from sbeval.tasks.needle_options import FILES, evaluated_tasks, not_finetuned, notes
 from sbeval.tasks.needle_options import PRESETS as PRESETS
@@ -48,19 +48,6 @@ NAME = "needle"
 BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}
 # width of the bins of depth, in per cent
 BIN = 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row(Measurement):
-    """Factors: length of prompt and answer in tokens; depth_start <= depth < depth_end of the needle, in per cent (100
-    is in the last bin; empty: all samples); tokens of fine-tuning. status: `overfit` where the model's training on text
-    was, or empty."""
-
-    length: int
-    depth_start: int | None = None
-    depth_end: int | None = None
-    finetune_tokens: int = 0
-    status: str = field(default="", metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
