@@ -1,7 +1,10 @@
 """The layout of a results folder, defined here alone.
 
 <family>.csv                     result tables
-runs/<cell>.json                 run files
+parts/<family>/<cell>.csv         rows of finished cells, until the run ends and they go into the table
+runs/<cell>.json                 run files, with digests of the cell's rows and other files
+values/<cell>.parquet            values of each document, item or prompt behind the rows
+curves/<cell>.parquet            losses and scores by training step
 checkpoints/<digest>/            models, and locks/<digest>.lock while one is trained
 answers/<digest>.sqlite          cached model responses, which a resumed run does not generate again
 samples/<prompts>-<digest>.jsonl
@@ -28,6 +31,12 @@ class Results:
     def run_file(self, cell: str) -> Path:
         """Return the path of the run file of the cell with this id."""
         return self.runs / f"{cell}.json"
+
+    def values(self, cell: str) -> Path:
+        return self.folder / "values" / f"{cell}.parquet"
+
+    def curves(self, cell: str) -> Path:
+        return self.folder / "curves" / f"{cell}.parquet"
 
     @property
     def checkpoints(self) -> Path:

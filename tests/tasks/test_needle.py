@@ -27,7 +27,8 @@ from sbeval.models.decoder import Decoder
 from sbeval.sweep import scheduler
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
-from sbeval.tables import table
+from sbeval.tables import curves, table
+from sbeval.tables.results import Results
 from sbeval.tasks import length_gen, needle
 from sbeval.tasks.needle import Cell, Config, Row, cells, measured
 from sbeval.training import checkpoint
@@ -114,12 +115,14 @@ def test_every_model_is_asked_every_task_of_which_the_files_are_there(config: Co
     options = {name: getattr(wide, name) for name in TRAINING}
     lengths = length_gen.cells(length_gen.Config(**options, eval_len=4096))
     assert found[0].needs == found[1].needs == lengths[0].needs != found[-1].needs
-    assert needle.notes(wide) == [
+    assert needle.FAMILY.notes(wide) == [
         "qa_1 is not run without its questions: give --squad PATH to SQuAD v2's dev-v2.0.json",
         "qa_2 is not run without its questions: give --hotpot PATH to HotpotQA's hotpot_dev_distractor_v1.json",
     ]
     with_file = dataclasses.replace(wide, squad="dev.json")
-    assert len(cells(with_file)) == 24 and len(needle.notes(with_file)) == 1 and needle.notes(config) == []
+    assert (
+        len(cells(with_file)) == 24 and len(needle.FAMILY.notes(with_file)) == 1 and needle.FAMILY.notes(config) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,7 @@ def test_every_model_is_asked_every_task_of_which_the_files_are_there(config: Co
 def test_a_file_that_no_task_asks_for_is_said(
     tasks: tuple[str, ...], squad: str, hotpot: str | None, unused: list[tuple[str, str]], config: Config
 ) -> None:
-    assert needle.notes(dataclasses.replace(config, tasks=tasks, squad=squad, hotpot=hotpot)) == [
+    assert needle.FAMILY.notes(dataclasses.replace(config, tasks=tasks, squad=squad, hotpot=hotpot)) == [
         f"--{option} is not used: {task} is not among the tasks; give --task {task} too" for option, task in unused
     ]
 
@@ -159,7 +162,7 @@ def test_mistakes_are_errors(config: Config, change: dict[str, Any], said: str) 
 def test_a_model_of_others_is_not_fine_tuned(config: Config) -> None:
     given = dataclasses.replace(config, finetune=9, checkpoint="some/model")
     assert [cell.config.finetune for cell in cells(given)] == [0]
-    assert needle.notes(given) == ["some/model is not fine-tuned: only checkpoint folders of ours are"]
+    assert needle.FAMILY.notes(given) == ["some/model is not fine-tuned: only checkpoint folders of ours are"]
 
 
 def test_a_length_that_does_not_fit_is_said_before_training(config: Config, tmp_path: Path) -> None:
@@ -423,5 +426,7 @@ def test_rows_say_how_their_model_was_trained(config: Config, tmp_path: Path, mo
     assert set(rows["status"]) == {"overfit"} and (rows["train_tokens"] == 640).all()
     assert (rows["epochs"] - 640 / rows["unique_tokens"]).abs().max() < 1e-4
     record = json.loads((tmp_path / "results" / "runs" / f"{cell_id(cell)}.json").read_text())
-    assert record["measured"]["held_out"][0][1] == 2.0 and record["measured"]["ended_by"] == "train_tokens"
-    assert "above its lowest): rope." in str(needle.summary(rows).caption)
+    assert record["measured"]["ended_by"] == "train_tokens"
+    held_out = curves.read(Results(tmp_path / "results"), [cell_id(cell)])
+    assert set(held_out["metric"]) == {"held_out_loss"} and held_out["value"].tolist()[0] == 2.0
+    assert "above its lowest): rope." in str(needle.FAMILY.summary(rows).caption)

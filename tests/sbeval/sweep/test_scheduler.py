@@ -129,7 +129,7 @@ def test_a_run_file_has_the_command_of_the_driver(tmp_path: Path) -> None:
     context = RunContext(results_dir=tmp_path, device=torch.device("cpu"), argv=("/bin/sbeval", "run", "quick"))
     with Progress(Console(quiet=True)) as progress:
         done = scheduler.run_cell(Cell(title="good", value=0.5), context, "quick", progress)
-    assert done.record is not None and done.record["argv"] == ["sbeval", "run", "quick"]
+    assert done.stored is not None and done.stored.record["argv"] == ["sbeval", "run", "quick"]
 
 
 def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
