@@ -4,6 +4,21 @@ from dataclasses import dataclass, field
 
 from sbeval.config import LATER
 
+# metrics that are shares of a whole, 0 to 1, in whatever table
+SHARES = (
+    "acc",
+    "acc_bytes",
+    "acc_norm",
+    "accuracy",
+    "error_rate",
+    "greedy",
+    "score",
+    "share",
+    "solved",
+    "validation_accuracy",
+    "weight",
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
