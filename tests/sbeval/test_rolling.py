@@ -64,9 +64,15 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 def rolled(window: int, batch: int) -> perplexity.Rolling:
     tokenizer = Bytes()
     return perplexity.rolling(
-        build(), [tokenizer.encode(text) for text in TEXTS], tokenizer.decode, window=window, prefix=EOS, place=CPU,
-        dtype="float32", batch=batch,
-    )  # fmt: skip
+        build(),
+        [tokenizer.encode(text) for text in TEXTS],
+        tokenizer.decode,
+        window=window,
+        prefix=EOS,
+        place=CPU,
+        dtype="float32",
+        batch=batch,
+    )
 
 
 @pytest.mark.parametrize(("window", "batch"), [(8, 1), (16, 5), (7, 3), (512, 2)])

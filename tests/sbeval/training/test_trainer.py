@@ -45,8 +45,14 @@ CPU = torch.device("cpu")
 MODEL = ModelConfig(vocab_size=VOCABULARY, width=16, layers=2, heads=2, hidden=24, init_std=0.2)
 # looks at the loss after 4, 8, ... steps, and asks whether to stop after 8 and 16
 RUN: dict[str, Any] = {
-    "steps": 18, "batch": 4, "length": 8, "lr": 0.01, "warmup": 3, "log_every": 4, "check_every": 8,
-}  # fmt: skip
+    "steps": 18,
+    "batch": 4,
+    "length": 8,
+    "lr": 0.01,
+    "warmup": 3,
+    "log_every": 4,
+    "check_every": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,12 @@ class Untouched:
 
 
 def trainer(
-    folder: Path | None = None, batches: Batches | None = None, model: ModelConfig = MODEL,
-    held_out: Batch | None = None, **changes: Any,
-) -> Trainer:  # fmt: skip
+    folder: Path | None = None,
+    batches: Batches | None = None,
+    model: ModelConfig = MODEL,
+    held_out: Batch | None = None,
+    **changes: Any,
+) -> Trainer:
     return Trainer(model, TrainConfig(**(RUN | changes)), batches or Data(), folder, CPU, held_out=held_out)
 
 
@@ -404,9 +413,10 @@ def test_a_look_compiles_nothing(micro_batch: int | None, monkeypatch: pytest.Mo
     frames = CompileCounter()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=frames))
     ready = trainer(
-        held_out=Batch(tokens=HELD_OUT.tokens[:3], targets=HELD_OUT.targets[:3], cu_seqlens=None), look_every=6,
+        held_out=Batch(tokens=HELD_OUT.tokens[:3], targets=HELD_OUT.targets[:3], cu_seqlens=None),
+        look_every=6,
         micro_batch=micro_batch,
-    )  # fmt: skip
+    )
     ready.compiles = True
     ready.loss.compile_parts(in_place=False)  # type: ignore[operator]  # it is a Loss
     counted: list[tuple[int, int]] = []
@@ -613,8 +623,11 @@ def test_a_process_that_is_ended_goes_on(sent: signal.Signals, saved: int, tmp_p
     seconds = "0" if sent == signal.SIGKILL else "1e9"
     process = subprocess.Popen(
         [sys.executable, __file__, str(folder), "9", seconds],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "in step 9\n"
     process.send_signal(sent)
@@ -649,9 +662,16 @@ def test_compiled_code_is_kept_for_one_model_and_up_to_a_limit(monkeypatch: pyte
     monkeypatch.setattr("sbeval.training.trainer._compiled", set())
     rope, nope = (named("quick", vocab_size=257, attention=name) for name in ("rope", "nope"))
     steps = (
-        (rope, 1, 0), (rope, 1, 0), (rope, 2, 0), (rope, 3, 0), (rope, 2, 0), (rope, 4, 1), (rope, 1, 1), (nope, 1, 2),
+        (rope, 1, 0),
+        (rope, 1, 0),
+        (rope, 2, 0),
+        (rope, 3, 0),
+        (rope, 2, 0),
+        (rope, 4, 1),
+        (rope, 1, 1),
+        (nope, 1, 2),
         (rope, 1, 3),
-    )  # fmt: skip
+    )
     with torch._dynamo.config.patch(recompile_limit=3):
         for model, variant, known in steps:
             _make_room(model, variant)
