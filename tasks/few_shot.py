@@ -126,6 +126,9 @@ class Config(length_gen.Config):
     documents: int = 32
     windows: int = 1
     window: tuple[int, ...] = field(default=(), metadata=LATER)
+    window_octaves: bool = field(default=False, metadata=LATER)
+    eval_corpus: tuple[str, ...] = field(default=(), metadata=LATER)
+    fixed_targets: int = field(default=0, metadata=LATER)
 
     def __post_init__(self) -> None:
         # zero-argument super does not work in a class with slots
@@ -218,7 +221,7 @@ class Cell(TextCell):
                 answers=answers,
                 begin=functools.partial(progress.add, f"evaluate {self.title}"),
             )
-            scores = _lm_eval().scores(benchmark, adapter, config.limit)
+            scores, items = _lm_eval().scores(benchmark, adapter, config.limit)
         return outcome(
             subject,
             [self._row(score, benchmark, adapter.cut) for score in scores],
@@ -230,6 +233,7 @@ class Cell(TextCell):
             corpus_digest=self.source(progress),
             tokenizer=config.tokenizer,
             measured={"lm_eval": _lm_eval().version(), "requests_cut": adapter.cut, "model_digest": digest},
+            values=items,
         )
 
     def _row(self, score: Any, benchmark: Any, cut: int) -> Row:
