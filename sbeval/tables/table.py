@@ -19,11 +19,10 @@ import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]  # it ships no types
 import pyarrow.compute as pc  # type: ignore[import-untyped]  # likewise
 
-from sbeval.config import LATER
 from sbeval.errors import InputError
 from sbeval.runtime.files import locked, replacing, storing
 from sbeval.tables import csv_text
-from sbeval.tables.rows import SHARES, Identity, Measurement, Provenance
+from sbeval.tables.rows import SHARES, Identity, Measurement, Provenance, later
 
 INT = re.compile(r"[+-]?[0-9]{1,18}")
 FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -48,9 +47,8 @@ def columns(row_type: type[Measurement]) -> tuple[str, ...]:
 
 def required(row_type: type[Measurement]) -> tuple[str, ...]:
     """Return the names of the columns without which a family's table cannot be read: all but those added later."""
-    parts = (Identity, row_type, Provenance)
-    later = {entry.name for part in parts for entry in fields(part) if LATER.items() <= entry.metadata.items()}
-    return tuple(name for name in columns(row_type) if name not in later)
+    absent = later(Identity, row_type, Provenance)
+    return tuple(name for name in columns(row_type) if name not in absent)
 
 
 def frame(identity: Identity, measurements: Iterable[Measurement], provenance: Provenance) -> pd.DataFrame:
