@@ -251,6 +251,7 @@ def open_corpus(config: TextModel, progress: "Progress") -> "Corpus":
         max_tokens=config.corpus_tokens,
         text_field=config.text_field,
         progress=task.advance,
+        say=progress.say,
     )
     task.close()
     return text

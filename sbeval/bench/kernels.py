@@ -25,8 +25,10 @@ from sbeval.config import LATER, digest_of
 from sbeval.errors import InputError
 from sbeval.kernels import softmax, stick_breaking
 from sbeval.runtime import device as devices
-from sbeval.tables import provenance, table
+from sbeval.tables import provenance, store, table
+from sbeval.tables.results import Results
 from sbeval.tables.rows import Identity, Measurement
+from sbeval.tables.store import Stored
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 # half the distance from 1 to the next float32: the kernel's own default
@@ -394,10 +396,7 @@ def keep(
         device_name=devices.describe(device),
         backend=backend,
     )
-    provenance.write_run(
-        results_dir / "runs" / f"{cell}.json",
-        provenance.run_record(config=config, provenance=origin, status="finished"),
-    )
+    record = provenance.run_record(config=config, provenance=origin, status="finished")
     identity = Identity(
         family=family,
         task=step,
@@ -409,4 +408,6 @@ def keep(
         eval_len=rows[0].keys,
         seed=0,
     )
-    table.write(results_dir / f"{family}.csv", table.frame(identity, rows, origin))
+    results = Results(results_dir)
+    store.keep(results, family, Stored(cell, record, table.frame(identity, rows, origin)))
+    table.assemble(results.table(family))

@@ -129,6 +129,7 @@ def table(
     from sbeval.tables.table import read
 
     choose("table", family.replace("-", "_"), ["few_shot"])
+    _warn([Results(results_dir).table("few_shot")])
     rendered = few_shot.render(read(Results(results_dir).table("few_shot"), required=few_shot.COLUMNS), format)
     if isinstance(rendered, str):
         print(rendered)
@@ -158,6 +159,7 @@ def compare(
     """Compare two results folders: differences with intervals, and rows in only one; needs no torch."""
     from sbeval.tables.compare import render
 
+    _warn([path for folder in (first, second) for path in sorted(folder.glob("*.csv"))])
     rendered = render(first, second, format)
     if isinstance(rendered, str):
         print(rendered)
@@ -237,6 +239,22 @@ def report(
     from sbeval.report.html import write
 
     _say(str(write(results_dir, out, say=_say)))
+
+
+@app.command(rich_help_panel=RESULTS)
+def check(results_dir: ResultsDir = Path("results")) -> None:
+    """Check that tables, run files, values and curves are what the runs wrote; needs no torch."""
+    from sbeval.tables.check import Checked, folder
+
+    checked, faults = Checked(), 0
+    for line in folder(Results(results_dir), checked):
+        faults += 1
+        _say(line)
+    unknown = f"; {checked.unknown} cells are of a version without digests" if checked.unknown else ""
+    counts = f"{checked.rows:,} rows in {checked.tables} tables, {checked.cells:,} run files, {checked.files:,} others"
+    _say(f"{results_dir}: {counts}: {f'{faults} faults' if faults else 'as written'}{unknown}")
+    if faults:
+        raise typer.Exit(1)
 
 
 bench = typer.Typer(help="Benchmark kernels and models beside their peers, on a GPU.", no_args_is_help=True)
@@ -324,6 +342,14 @@ def bench_skipping(
     grid = skipping.measure(checkpoint, text.test, lengths, where, devices.pick_dtype(dtype, where), results_dir)
     Console().print(grid)
     _draw(results_dir, ["skipping"])
+
+
+def _warn(tables: list[Path]) -> None:
+    """Say on stderr which rows are not what a run wrote."""
+    from sbeval.tables.check import notes
+
+    for line in notes(path for path in tables if path.exists()):
+        print(f"sbeval: {line}", file=sys.stderr)
 
 
 def _draw(results_dir: Path, names: list[str]) -> None:

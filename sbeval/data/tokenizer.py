@@ -25,6 +25,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sbeval.errors import InputError, first_line
 from sbeval.runtime.files import replacing, storing
+from sbeval.runtime.seals import is_intact, seal
 
 EOS = "<|endoftext|>"
 # names of the token that ends a document, searched when no config beside tokenizer.json gives it
@@ -157,11 +158,13 @@ class Library(Tokenizer):
         stages = json.loads(self._backend.to_str())
         return tokenizers.Tokenizer.from_str(json.dumps(stages | {"post_processor": None}))
 
-    def save(self, path: Path) -> None:
-        """Write the tokenizer as a tokenizer.json file, atomically."""
+    def save(self, path: Path, *, sealed: bool = False) -> None:
+        """Write the tokenizer as a tokenizer.json file, atomically. sealed: see `sbeval.runtime.seals`."""
         # the library's own `save` does not name a full disk in its error
         with replacing(path) as temporary:
             temporary.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+            if sealed:
+                seal(path, temporary)
 
 
 def load(spec: str, *, train_texts: Callable[[], Iterable[str]] | None = None, cache_dir: Path) -> Tokenizer:
@@ -234,11 +237,11 @@ def _cached(spec: str, size: int, texts: Iterable[str], cache_dir: Path) -> Libr
     for text in sample:
         digest.update(hashlib.sha256(text.encode()).digest())
     path = cache_dir / "tokenizers" / digest.hexdigest()[:16] / "tokenizer.json"
-    if not path.exists():
+    if not is_intact(path):
         trained = _train(sample, size, spec)
         with storing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        trained.save(path)
+        trained.save(path, sealed=True)
     return read(path, name=spec)
 
 

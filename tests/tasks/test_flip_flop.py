@@ -11,7 +11,8 @@ from rich.console import Console
 from sbeval.errors import InputError
 from sbeval.sweep import scheduler
 from sbeval.sweep.context import RunContext
-from sbeval.tables import table
+from sbeval.tables import table, values
+from sbeval.tables.results import Results
 from sbeval.tables.selection import flip_flop_errors
 from sbeval.tasks import flip_flop
 from sbeval.tasks.flip_flop import Config
@@ -58,6 +59,12 @@ def test_cells_leave_rows(results: Path) -> None:
     }
     assert tests["value"].between(0, 1).all()
     assert set(rows.loc[rows["metric"] == "solved", "status"]) == {"budget"}
+    found = values.read(Results(results), rows["cell"]).fillna({"distance_start": 0})
+    counts = found.pivot(index=["cell", "test", "distance_start"], columns="metric", values="value")
+    errors = rows[(rows["metric"] == "error_rate") & (rows["test"] != "validation")].fillna({"distance_start": 0})
+    of = counts.loc[list(errors[["cell", "test", "distance_start"]].itertuples(index=False, name=None))]
+    assert len(of) == len(counts) and of["reads"].tolist() == errors["reads"].tolist()
+    assert (of["wrong"] / of["reads"]).tolist() == pytest.approx(errors["value"].tolist())
 
 
 def test_the_summary_stands_beside_published_figures(results: Path) -> None:

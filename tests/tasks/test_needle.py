@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from rich.console import Console
@@ -24,7 +25,7 @@ from sbeval.models.decoder import Decoder
 from sbeval.sweep import scheduler
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
-from sbeval.tables import curves, table
+from sbeval.tables import curves, table, values
 from sbeval.tables.results import Results
 from sbeval.tasks import length_gen, needle
 from sbeval.tasks.needle import Cell, Config, Row, cells, measured
@@ -273,6 +274,12 @@ def test_a_command_leaves_table_and_figures(command: list[object], tmp_path: Pat
         assert (tmp_path / "results" / "figures" / name).stat().st_size > 0
     rows = table.read(tmp_path / "results" / "needle.csv", table.columns(Row))
     assert set(rows["task"]) == {"niah_single_1", "niah_multiquery"} and rows["n"].max() == 2
+    found = values.read(Results(tmp_path / "results"), rows["cell"]).merge(rows[["cell", "task"]].drop_duplicates())
+    for row in rows[(rows["metric"] != "filled")].itertuples():
+        mine = found[(found["task"] == row.task) & (found["metric"] == row.metric) & (found["length"] == row.length)]
+        if not pd.isna(row.depth_start):
+            mine = mine[(mine["depth"] >= row.depth_start) & (mine["depth"] < row.depth_end)]
+        assert mine["value"].mean() == pytest.approx(row.value, abs=1e-4) and mine["unit_id"].nunique() == row.n
     # four needles have no one depth
     assert rows[rows["task"] == "niah_multiquery"]["depth_start"].isna().all()
 

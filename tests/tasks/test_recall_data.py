@@ -15,6 +15,7 @@ from torch import Tensor
 from sbeval.data import recall
 from sbeval.data.recall import Recall
 from sbeval.models.decoder import IGNORE
+from sbeval.tables import values
 from sbeval.tasks import recall_data
 from sbeval.tasks.recall_data import Examples, generate
 
@@ -208,6 +209,20 @@ def test_each_accuracy_is_over_its_own_positions() -> None:
         assert accuracy.n == int(where.any(1).sum())
         seen.add((name, factors[name]))
     assert seen == {name for name, where in masks.items() if where.any()}
+
+
+def test_values_are_the_counts_behind_the_rows() -> None:
+    examples = draw(Recall(vocab_size=40, seq_len=32, kv_pairs=6), 50)
+    scored = examples.targets != IGNORE
+    correct = scored & (torch.rand(scored.shape, generator=torch.Generator().manual_seed(1)) < 0.7)
+    found = values.counted(recall_data.counts(examples, correct), "correct", "scored", by_example=True)
+    for accuracy, factors in recall_data.accuracies(examples, correct):
+        mine = found[np.logical_and.reduce([(found[name] == value).fillna(False) for name, value in factors.items()])]
+        sums = mine.groupby("metric")["value"].sum()
+        assert sums["correct"] / sums["scored"] == pytest.approx(accuracy.value)
+    each = found[(found["split"] == "all") & (found["metric"] == "correct")]
+    assert each["value"].tolist() == correct.sum(1).tolist() and each["unit_id"].tolist() == list(map(str, range(50)))
+    assert str(found["distance_start"].dtype) == "Int64"
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,7 @@ def test_a_write_that_is_stopped_leaves_what_was_there(small: Writer, monkeypatc
         patch.setattr(np, "savez", stopped)
         small.prompts("niah_single_1", 1024, 42, 4)
     assert path.read_bytes() == before
-    assert {item.name for item in path.parent.iterdir()} == {path.name, f"{path.name}.lock"}
+    assert {item.name for item in path.parent.iterdir()} == {path.name, f"{path.name}.lock", f"{path.name}.sha256"}
     assert same(small.prompts("niah_single_1", 1024, 42, 4)[:2], first)
 
 
@@ -146,6 +146,24 @@ def test_kept_prompts_are_read_not_written(small: Writer, monkeypatch: pytest.Mo
     wanted = small.prompts("niah_single_1", 1024, 42, 3)
     monkeypatch.setattr(ruler_tasks, "draft", None)
     assert same(small.prompts("niah_single_1", 1024, 42, 2), wanted[:2])
+
+
+@pytest.mark.parametrize("name", ["", ".sha256"])
+def test_kept_prompts_that_were_changed_are_named_and_written_again(
+    name: str, small: Writer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = small.prompts("niah_single_1", 1024, 42, 2)
+    path = small.path("niah_single_1", 1024, 42)
+    changed = path.with_name(path.name + name)
+    whole = changed.read_bytes()
+    for damaged in (whole[:-1], whole[:9] + bytes([whole[9] ^ 1]) + whole[10:], b"", None):
+        changed.unlink()
+        if damaged is not None:
+            changed.write_bytes(damaged)
+        assert same(small.prompts("niah_single_1", 1024, 42, 2), wanted)
+        assert changed.read_bytes() == whole
+        said = capsys.readouterr().out
+        assert str(path) in said and said.endswith("made again\n") if name or damaged is not None else not said
 
 
 def test_prompts_are_kept_by_what_they_depend_on(small: Writer, tmp_path: Path) -> None:
