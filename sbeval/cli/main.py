@@ -304,10 +304,10 @@ def bench_model(
     from sbeval.bench import models
     from sbeval.runtime import device as devices
 
-    place = devices.pick(device)
+    picked = devices.pick(device)
     found = models.problems(size or ("350m", "1b"), head_dim or (64, 128), length=length, batch=batch)
     peers = models.peers(attention or ("stick_breaking", "rope"))
-    shown = models.measure(found, peers, repeats, place, devices.pick_dtype(dtype, place), results_dir)
+    shown = models.measure(found, peers, repeats, picked, devices.pick_dtype(dtype, picked), results_dir)
     Console().print(shown)
     _say(str(Results(results_dir).table("model")))
     _draw(results_dir, ["model"])

@@ -140,26 +140,6 @@ def test_the_same_length_is_long_enough() -> None:
     assert Config(train_len=64, eval_len=64).eval_len == 64
 
 
-@pytest.mark.parametrize(
-    ("changes", "batch", "steps", "micro"),
-    [
-        ({}, 2, 6, None),
-        ({"micro_batch_tokens": 8}, 2, 6, 1),
-        ({"micro_batch_tokens": 4}, 2, 6, 1),
-        ({"micro_batch_tokens": 4096}, 2, 6, 2),
-        ({"batch_tokens": 4}, 1, 12, None),
-        ({"train_tokens": 1}, 2, 1, None),
-        ({"train_tokens": 95}, 2, 5, None),
-    ],
-)
-def test_amounts_of_tokens_become_sequences_and_steps(
-    changes: dict[str, int], batch: int, steps: int, micro: int | None
-) -> None:
-    config = Config(train_len=8, train_tokens=96, batch_tokens=16)
-    training = cells(dataclasses.replace(config, **changes))[0].training()  # type: ignore[arg-type]
-    assert (training.batch, training.steps, training.micro_batch) == (batch, steps, micro)
-
-
 def test_the_grid_has_every_method_with_every_seed() -> None:
     grid = cells(Config(attention=("rope", "nope", "rope:theta=10000"), seeds=(1, 0)))
     assert [(cell.attention, cell.seed) for cell in grid] == [("rope", 1), ("nope", 1), ("rope", 0), ("nope", 0)]
@@ -173,20 +153,6 @@ def test_the_grid_has_every_method_with_every_seed() -> None:
 def test_presets_name_methods_and_shapes_that_exist(preset: str) -> None:
     found = cells(length_gen.PRESETS[preset])
     assert len({cell_id(cell) for cell in found}) == len(found) and all(cell.flops > 0 for cell in found)
-
-
-@pytest.mark.parametrize(("tokens", "padded"), [(257, 257), (8192, 8192), (50257, 50304)])
-def test_large_vocabularies_are_padded_for_the_tensor_cores(tokens: int, padded: int) -> None:
-    assert cells(Config())[0].model(tokens).vocab_size == padded
-
-
-def test_the_nanogpt_baseline_learns_from_the_same_tokens_in_the_same_order() -> None:
-    ours, theirs = (cells(length_gen.PRESETS[name])[0] for name in ("recipe", "nanogpt"))
-    assert dataclasses.replace(ours.training(), lr=6e-4) == theirs.training()
-    shape = theirs.model(8192)
-    assert (shape.mlp, shape.positions, shape.hidden, shape.init_std) == ("gelu", 2048, 4 * shape.width, 0.02)
-    sizes = [model.Decoder(cell.model(8192)).n_parameters() for cell in (ours, theirs)]
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
 
 
 def test_windows_of_whole_documents_cost_too() -> None:
