@@ -13,6 +13,7 @@ questions are given, is left out.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ from sbeval.training.text_model import uncut
 
 if TYPE_CHECKING:
     from sbeval.evaluation.ruler_prompts import Prompt, Writer
-    from sbeval.evaluation.ruler_scores import Answered, Samples
+    from sbeval.evaluation.ruler_scores import Answered
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
 
@@ -118,11 +119,10 @@ class Cell(TextCell):
 
     def run(self, context: "RunContext", progress: "Progress") -> Outcome:
         """Write the prompts, train unless a finished checkpoint exists, and evaluate the samples without an answer."""
-        from sbeval.evaluation import ruler_tasks
-        from sbeval.evaluation.ruler_scores import ask
+        from sbeval.evaluation import ruler_scores, ruler_tasks
         from sbeval.pretrained import load
 
-        config = self.config
+        config, task = self.config, ruler_tasks.TASKS[self.task]
         text, writer = open_writer(config, progress)
         prompts = {length: self._prompts(writer, length, progress) for length in config.lengths}
         trained = self.train_model(context, progress)
@@ -133,25 +133,22 @@ class Cell(TextCell):
         model.check_length(max(config.lengths), folder)
         subject = self.subject(model, trained, context, progress)
         rows: list[Row] = []
-        for length, written in prompts.items():
-            samples = self._samples(digest, writer.path(self.task, length, config.sample_seed).stem, context)
-            known = sum(index in samples.found for index in range(len(written)))
-            task = progress.add(f"ask {self.title} at {length}", total=len(written), completed=known)
-            answers = ask(
-                subject.model,
-                written,
-                text,
-                samples,
-                rule=ruler_tasks.TASKS[self.task].score,
-                new_tokens=ruler_tasks.TASKS[self.task].new_tokens,
-                place=context.device,
-                dtype=self.dtype,
-                batch=max(1, BATCH_TOKENS[context.device.type] // length),
-                advance=task.advance,
-            )
-            task.close()
-            tuned = self.tuning.schedule().tokens if config.finetune else 0
-            rows += measured(answers, length, ruler_tasks.TASKS[self.task].new_tokens, tuned)
+        tuned = self.tuning.schedule().tokens if config.finetune else 0
+        with self.answers(digest, context, progress) as answers:
+            for length, written in prompts.items():
+                results = ruler_scores.evaluate(
+                    subject.model,
+                    written,
+                    text,
+                    answers,
+                    rule=task.score,
+                    new_tokens=task.new_tokens,
+                    device=context.device,
+                    dtype=self.dtype,
+                    batch=max(1, BATCH_TOKENS[context.device.type] // length),
+                    begin=functools.partial(progress.add, f"evaluate {self.title} at {length}"),
+                )
+                rows += measured(results, length, task.new_tokens, tuned)
         return outcome(
             subject,
             rows,
@@ -170,13 +167,6 @@ class Cell(TextCell):
         prompts = writer.prompts(self.task, length, self.config.sample_seed, self.config.samples, advance=task.advance)
         task.close()
         return prompts
-
-    def _samples(self, digest: str, prompts: str, context: "RunContext") -> "Samples":
-        """Return the stored answers of the model of this digest; none with `force`."""
-        from sbeval.evaluation.ruler_scores import Samples
-
-        name = digest_of([digest, self.attention, self.dtype, prompts])
-        return Samples(context.kept(context.results.samples(f"{prompts}-{name}")))
 
 
 def measured(answers: "list[Answered]", length: int, new_tokens: int, finetuned: int) -> list[Row]:

@@ -2,13 +2,15 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sbeval import registry
+from sbeval.config import digest_of
 from sbeval.models.config import ModelConfig, flops_per_token
 from sbeval.sweep.cell import Cell, Outcome, Step, TrainingStep, held_out_curve, loss_curves, timing
 from sbeval.tables import epochs
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from sbeval.data.corpus import Corpus
     from sbeval.evaluation.perplexity import Predictor
+    from sbeval.evaluation.response_cache import Answers
     from sbeval.models.decoder import Decoder
     from sbeval.pretrained.load import Pretrained
     from sbeval.runtime.progress import Progress
@@ -116,6 +119,17 @@ class TextCell(TextStep, Cell):
             return "", load.digest(self.config.checkpoint)
         text = open_corpus(self.config, progress)
         return text.name, text.digest
+
+    @contextmanager
+    def answers(self, digest: str, context: "RunContext", progress: "Progress") -> Iterator["Answers"]:
+        """Open the stored answers of the model of this digest in the block; there are none with `force`."""
+        from sbeval.evaluation.response_cache import Answers
+
+        path = context.results.answers(f"{self.family}-{digest_of([digest, self.attention, self.dtype])}")
+        with context.clearing(path) as stale:
+            answers = Answers(path, anew=stale, say=progress.say)
+        with closing(answers):
+            yield answers
 
     def subject(self, loaded: "Pretrained", folder: str, context: "RunContext", progress: "Progress") -> Subject:
         """Return the model as it is evaluated. folder: the checkpoint of its training on text, or the given one."""
