@@ -68,6 +68,8 @@ PHRASES = {
     "dropout": "dropout {}",
     "stored_rows": "{:.0f} stored rows",
     "batch": "batch {:.0f}",
+    "batch_tokens": "{:,.0f} tokens a step",
+    "lr": "learning rate {:g}",
     "optimizer": "trained with {}",
     "max_steps": "{:.0f} steps at most",
     "schedule": "{} schedule",

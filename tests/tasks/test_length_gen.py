@@ -24,13 +24,16 @@ from sbeval.errors import InputError
 from sbeval.evaluation.perplexity import PositionLosses
 from sbeval.models import config as model_config
 from sbeval.models import decoder as model
+from sbeval.plots import length_gen as length_gen_figure
 from sbeval.runtime.progress import Progress
 from sbeval.sweep import scheduler
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.sweep.graph import steps
-from sbeval.tasks import length_gen, text_training
-from sbeval.tasks.length_gen import Config, Row, cells, rows
+from sbeval.tables.table import read
+from sbeval.tasks import length_gen, length_gen_losses, text_training
+from sbeval.tasks.length_gen import Config, cells
+from sbeval.tasks.length_gen_rows import FACTORS, Row, rows
 from sbeval.training import checkpoint, held_out, trainer
 from sbeval.training.trainer import Trainer
 
@@ -124,6 +127,9 @@ def test_eval_len_need_be_no_power_of_two() -> None:
         ({"patience": -1}, "patience must be at least 0; got -1"),
         ({"corpus_tokens": 0}, "corpus_tokens must be at least 1, or left out; got 0"),
         ({"size": "25b"}, "unknown model size '25b'; did you mean '25m'"),
+        ({"fixed_targets": 4097}, "--fixed-targets must be 0 to --eval-len 4096; got 4097"),
+        ({"eval_corpus": ("wikitext",)}, "--eval-corpus wikitext is evaluated in windows: give their --window, or"),
+        ({"checkpoint": "x", "eval_len": 64, "window_octaves": True}, "--window-octaves needs --eval-len 256"),
         ({"packing": "streams"}, "unknown packing 'streams'; did you mean 'stream'"),
     ],
 )
@@ -202,7 +208,7 @@ def test_windows_are_the_first_of_the_first_long_documents() -> None:
 
     def windows(**changes: int) -> list[tuple[int, list[int]]]:
         config = dataclasses.replace(Config(train_len=4, eval_len=9), **changes)  # type: ignore[arg-type]
-        found = length_gen._windows(Text(), config)  # type: ignore[arg-type]  # the split is all that is looked at
+        found = length_gen_losses.long_windows(Text(), config)  # type: ignore[arg-type]  # the split is all that is looked at
         return [(document, tokens.tolist()) for document, tokens in found]
 
     # eval_len tokens of context and one more to predict
@@ -231,6 +237,62 @@ def test_a_cell_measures_what_its_model_predicts(config: Config, tmp_path: Path,
     for length, row in by(found, "loss_last_k", "context_length").items():
         assert row.last_k == 2 and row.n == 3
         assert row.value == pytest.approx(by_hand[:, length - 2 : length].mean(), rel=1e-5)
+
+
+def with_controls(config: Config, folder: Path) -> Config:
+    folder.mkdir()
+    pages = [f" = Page {number} = \\n It says this , and @-@ that . " * (2 + number) for number in range(3)]
+    (folder / "pages.jsonl").write_text("".join(f'{{"text": "{page}"}}\n' for page in pages))
+    spec = f"wikitext:{folder / 'pages.jsonl'}"
+    return dataclasses.replace(config, window_octaves=True, window=(12,), eval_corpus=(spec,), fixed_targets=4)
+
+
+def test_controls_are_measured_by_document(config: Config, tmp_path: Path, progress: Progress) -> None:
+    outcome = run(with_controls(config, tmp_path / "other"), tmp_path / "results", progress)
+    found = [row for row in outcome.rows if isinstance(row, Row)]
+    fixed = {row.context_length: row for row in found if row.metric == "loss_fixed_targets"}
+    assert list(fixed) == [4, 8, 16, 32] and {(row.targets, row.n, row.unit) for row in fixed.values()} == {
+        (4, 3, "nats/token")
+    }
+    assert len({row.value for row in fixed.values()}) == 4
+    windows = {(row.eval_corpus, row.window) for row in found if row.window}
+    assert windows == {(text, window) for text in ("", "wikitext") for window in (8, 12, 16, 32)}
+    # the values of documents give every row again
+    values = outcome.values
+    assert values is not None and list(values.columns[:3]) == ["metric", "unit_id", "value"]
+    for row in found:
+        same = {name: getattr(row, name) for name in FACTORS}
+        of = values[(values[list(same)].fillna(-1) == [-1 if x is None else x for x in same.values()]).all(axis=1)]
+        sums = of[of["eval_corpus"] == row.eval_corpus].pivot(index="unit_id", columns="metric", values="value")
+        assert len(sums) == row.n == 3
+        total = sums["nll_sum"].sum()
+        wanted = {
+            "perplexity": lambda: math.exp(total / sums[f"{row.per or 'token'}s"].sum()),  # noqa: B023
+            "bits_per_byte": lambda: total / math.log(2) / sums["bytes"].sum(),  # noqa: B023
+        }.get(row.metric, lambda: total / sums["tokens"].sum())()  # noqa: B023
+        assert row.value == pytest.approx(wanted), row
+    names = set(values[values["eval_corpus"] == ""]["unit_id"])
+    assert names == {f"test{number}.txt" for number in range(3)}
+
+
+def test_a_cell_of_other_text_is_another_source(config: Config, tmp_path: Path, progress: Progress) -> None:
+    (cell,) = cells(with_controls(config, tmp_path / "other"))
+    before = cell.source(progress)
+    assert before.startswith(f"{cells(config)[0].source(progress)}-")
+    (tmp_path / "other" / "pages.jsonl").write_text('{"text": "other"}\n')
+    assert cell.source(progress) != before
+    (tmp_path / "other" / "pages.jsonl").unlink()
+    with pytest.raises(InputError, match="pages.jsonl"):
+        cell.check(progress)
+
+
+def test_windows_and_contexts_are_octaves() -> None:
+    config = Config(train_len=256, eval_len=3000, window=(100,), window_octaves=True, fixed_targets=512)
+    assert config.rolling == (100, 256, 512, 1024, 2048) and config.contexts == (512, 1024, 2048, 3000)
+    assert (Config().rolling, Config().contexts) == ((), ())
+    paper = Config(train_len=2048, eval_len=65536, window_octaves=True)
+    assert paper.rolling == tuple(2**power for power in range(11, 17)) == length_gen.PRESETS["paper"].rolling
+    assert cell_id(cells(config)[0]) != cell_id(cells(Config(train_len=256, eval_len=3000))[0])
 
 
 def test_one_training_serves_every_evaluation(
@@ -318,6 +380,26 @@ def test_options_of_a_method_are_trained(
     assert values[0] == pytest.approx(values[1])
 
 
+def test_rates_are_told_apart(config: Config, tmp_path: Path) -> None:
+    context = RunContext(results_dir=tmp_path / "results", device=torch.device("cpu"))
+    grid = [cell for lr in (1e-3, 0.5) for cell in cells(dataclasses.replace(config, lr=lr))]
+    assert scheduler.run(grid, context, preset="quick", console=Console(file=io.StringIO()))
+    table = read(tmp_path / "results" / "length_gen.csv")
+    assert set(zip(table["lr"], table["optimizer"], table["batch_tokens"], strict=True)) == {
+        (1e-3, "adamw", 16),
+        (0.5, "adamw", 16),
+    }
+    console = Console(file=io.StringIO(), width=200)
+    console.print(length_gen.summary(table))
+    lines = [line for line in console.file.getvalue().splitlines() if "rope" in line]  # type: ignore[attr-defined]
+    assert len(lines) == 2 and "0.001" in lines[0] and "0.5" in lines[1]
+    last = table[(table["metric"] == "loss_last_k") & (table["context_length"] == 32)].set_index("lr")["value"]
+    assert f"{last[0.001]:.3f}" in lines[0] and f"{last[0.5]:.3f}" in lines[1]
+    # a row of panels each
+    titles = [axis.texts[0].get_text() for axis in length_gen_figure.draw(table).axes if axis.texts]
+    assert [title for title in titles if "rate 0.001" in title] and [title for title in titles if "rate 0.5" in title]
+
+
 # decays that branch off one training
 
 
@@ -362,7 +444,7 @@ def test_branches_are_trained_once_and_as_straight_through(config: Config, tmp_p
     }
     assert len(folders) == 12
     found = {cell_id(cell): cell for cell in cells(config)}
-    table = pd.read_csv(tmp_path / "results" / "length_gen.csv")
+    table = read(tmp_path / "results" / "length_gen.csv")
     assert set(table["train_tokens"]) == {96, 192, 384} and set(table["cell"]) == set(found)
     for cell in cells(config):
         alone = dataclasses.replace(cell.config, branches=())
@@ -531,8 +613,10 @@ def test_our_checkpoint_is_evaluated_as_when_it_was_trained(config: Config, tmp_
     trained = run(config, tmp_path / "results", progress)
     (folder,) = (tmp_path / "results" / "checkpoints").glob("[!.]*")
     loaded = run(dataclasses.replace(config, checkpoint=str(folder), train_len=16), tmp_path / "other", progress)
-    # the checkpoint says at what length it was trained
-    assert loaded.rows == trained.rows and loaded.identity.train_len == 8
+    # the checkpoint says at what length it was trained, but not by which options
+    recipe = {"lr": config.lr, "optimizer": "adamw", "batch_tokens": 16, "schedule": "cosine"}
+    assert [dataclasses.replace(row, **recipe) for row in loaded.rows] == list(trained.rows) != list(loaded.rows)
+    assert loaded.identity.train_len == 8
     assert (loaded.identity.model, loaded.identity.attention) == (folder.name, "rope")
     assert loaded.tokens_per_s is None and not (tmp_path / "other" / "checkpoints").exists()
     found = {(row.window, row.per, row.metric) for row in loaded.rows if isinstance(row, Row) and row.window}
