@@ -614,7 +614,7 @@ def test_our_checkpoint_is_evaluated_as_when_it_was_trained(config: Config, tmp_
     (folder,) = (tmp_path / "results" / "checkpoints").glob("[!.]*")
     loaded = run(dataclasses.replace(config, checkpoint=str(folder), train_len=16), tmp_path / "other", progress)
     # the checkpoint says at what length it was trained, but not by which options
-    recipe = {"lr": config.lr, "optimizer": "adamw", "batch_tokens": 16, "schedule": "cosine"}
+    recipe: dict[str, Any] = {"lr": config.lr, "optimizer": "adamw", "batch_tokens": 16, "schedule": "cosine"}
     assert [dataclasses.replace(row, **recipe) for row in loaded.rows] == list(trained.rows) != list(loaded.rows)
     assert loaded.identity.train_len == 8
     assert (loaded.identity.model, loaded.identity.attention) == (folder.name, "rope")
