@@ -223,7 +223,7 @@ def train_config(
     batch = max(1, config.batch_tokens // length)
     micro = config.micro_batch_tokens and max(1, config.micro_batch_tokens // length)
     steps = max(1, tokens // (batch * length))
-    return TrainConfig(
+    training = TrainConfig(
         steps=steps,
         batch=batch,
         length=length,
@@ -231,12 +231,12 @@ def train_config(
         lr=lr,
         schedule=config.schedule,
         warmup=max(1, steps // 20),
-        **({"decay": DECAY} if config.schedule == "wsd" else {}),
         optimizer=config.optimizer,
         seed=seed,
         dtype=config.dtype,
         sparse=sparse,
     )
+    return dataclasses.replace(training, decay=DECAY) if config.schedule == "wsd" else training
 
 
 def open_corpus(config: TextModel, progress: "Progress") -> "Corpus":
