@@ -1,6 +1,7 @@
 """Training of text models, for cells of any family that evaluate them."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,9 +22,13 @@ from sbeval.tables import epochs
 from sbeval.training.text_model import TRAINING, EvaluatedModel, TextModel, likely_vocabulary
 
 if TYPE_CHECKING:
+    import torch
+
     from sbeval.data.corpus import Corpus
     from sbeval.data.dataloader import Batch
     from sbeval.data.tokenizer import Tokenizer
+    from sbeval.evaluation.diagnostics import Size
+    from sbeval.models.decoder import Decoder
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
     from sbeval.training.checkpoint import State
@@ -102,7 +107,31 @@ class Training(TrainingStep):
             tokens = min(tokens, int(config.max_epochs * epoch_tokens(text.train, config.train_len)))
         training = train_config(config, tokens=tokens, length=config.train_len, lr=config.lr, seed=config.seeds[0])
         looks, _ = held_out.plan(training.tokens, training.length)
-        return dataclasses.replace(training, patience=config.patience, look_every=-(-training.steps // looks))
+        training = dataclasses.replace(training, patience=config.patience, look_every=-(-training.steps // looks))
+        if not config.diagnostics:
+            return training
+        return dataclasses.replace(training, diagnose_every=-(-training.steps // self._diagnoses(training)[0]))
+
+    def _diagnoses(self, training: "TrainConfig") -> "tuple[int, Size]":
+        """Return how often, and with how much, retrieval is diagnosed."""
+        from sbeval.evaluation import diagnostics
+
+        times = min(self.config.diagnostics, training.steps)
+        return diagnostics.plan(self.leaves, training.length, training.tokens, times)
+
+    def _diagnose(
+        self, text: "Corpus", training: "TrainConfig", place: "torch.device"
+    ) -> "Callable[[Decoder], list[dict[str, Any]]] | None":
+        from sbeval.evaluation import diagnostics
+
+        if not self.config.diagnostics:
+            return None
+        _, size = self._diagnoses(training)
+        tokenizer = text.tokenizer
+        probes = diagnostics.probes(text.test, tokenizer.vocab_size, tokenizer.eos, size, training.length)
+        return lambda model: [
+            dataclasses.asdict(reading) for reading in diagnostics.measure(model, probes, place, training.dtype)
+        ]
 
     def train(self, context: "RunContext", progress: "Progress") -> Path:
         """Train, unless a finished checkpoint exists, and return the checkpoint folder."""
@@ -130,6 +159,7 @@ class Training(TrainingStep):
                 shard=context.shard,
                 tokenizer=text.tokenizer.digest,
                 held_out=_held_out(text, training, packing),
+                diagnose=self._diagnose(text, training, context.device),
             )
             task = progress.add(self.title, training.steps, completed=trainer.state.step)
             trained = trainer.run(task, log=context.logger(log_name))

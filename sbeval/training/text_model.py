@@ -39,6 +39,9 @@ class TextModel:
         0, TRAIN, "Held-out evaluations without a new lowest loss after which training ends; 0: never.", LATER
     )
     optimizer: str = option("adamw", TRAIN, "adamw, or muon for the matrices inside the blocks.", LATER)
+    diagnostics: int = option(
+        0, TRAIN, "Times at which retrieval is diagnosed while models train, at most; see `sbeval diagnostics`.", LATER
+    )
 
     def __post_init__(self) -> None:
         check_swept(self, "attention", "seeds")
@@ -53,8 +56,9 @@ class TextModel:
                 raise InputError(f"{name} must be at least 1, or left out; got {amount}")
         if self.max_epochs is not None and not 0 < self.max_epochs < math.inf:
             raise InputError(f"max_epochs must be above 0 and finite; got {self.max_epochs}")
-        if self.patience < 0:
-            raise InputError(f"patience must be at least 0; got {self.patience}")
+        for name in ("patience", "diagnostics"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0; got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,7 @@ def parts(text: str, *changes: str, tmp_path: Path) -> dict[str, study_file.Part
 def test_studies_of_the_package_have_cells(name: str) -> None:
     found = study_file.parts(study_file.read(name), lambda said: said or "float32")
     assert all(registry.task(part.family).cells(part.config) for part in found)
-    assert {part.family for part in found} >= set(registry.TASKS) - {"few_shot"}
+    assert {part.family for part in found} >= set(registry.TASKS) - {"diagnostics", "few_shot"}
 
 
 def test_the_study_of_the_readme_can_be_read(tmp_path: Path) -> None:
