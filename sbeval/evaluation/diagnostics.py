@@ -97,7 +97,7 @@ class Size:
         lengths += [(d + 2 * PASSAGE, 2 * rows) for d, rows in self.passages.items()]
         lengths.append((LATE + AROUND, self.rows(1 << 15, LATE, 16)))
         total = sum(flops_per_token(shape, length) * length * rows for length, rows in lengths)
-        for length, rows in (2 * COPIES[0], self.rows(1 << 9, 2 * COPIES[0], 2)), (_reach(train_len), 2):
+        for length, rows in (2 * COPIES[0], 4), (_reach(train_len), 2):
             # each reading runs the mixers alone
             mixers = flops_per_token(shape, length) - flops_per_token(shape, 0)
             total += (flops_per_token(shape, length) + mixers * -(-length // shape.d_head)) * length * rows
@@ -123,14 +123,15 @@ def plan(shape: ModelConfig, train_len: int, train_tokens: int, times: int) -> t
 class Probes:
     """The rows of tokens that are read: the same for every method and at every time.
 
-    copies: (rows, 2 n) by n. passages: by distance, (2 rows, d + 2 PASSAGE), all P F P, then all Q F P. context and
-    reach: text. Where the text has no long enough documents, a probe is absent.
+    copies: (rows, 2 n) by n. passages: by distance, (2 rows, d + 2 PASSAGE), all P F P, then all Q F P. prefix: copies
+    for prefix matching. context and reach: text. Where the text has no long enough documents, a probe is absent.
     """
 
     copies: dict[int, Rows]
     passages: dict[int, Rows]
-    context: Rows | None
-    reach: Rows | None
+    prefix: Rows | None = None
+    context: Rows | None = None
+    reach: Rows | None = None
 
 
 def probes(text: Split, vocab_size: int, eos: int, size: Size, train_len: int, above: int = 0) -> Probes:
@@ -151,10 +152,11 @@ def probes(text: Split, vocab_size: int, eos: int, size: Size, train_len: int, a
             passages[distance] = np.concatenate([np.concatenate([start, rest, first], 1) for start in (first, other)])
     if above:
         far = [{key: rows for key, rows in by.items() if key > above} for by in (copies, passages)]
-        return Probes(copies=far[0], passages=far[1], context=None, reach=None)
+        return Probes(copies=far[0], passages=far[1])
     return Probes(
         copies=copies,
         passages=passages,
+        prefix=copies[COPIES[0]][:4],
         context=_windows(text, LATE + AROUND + 1, size.rows(1 << 15, LATE, 16), middle=True),
         reach=_windows(text, _reach(train_len), 2, middle=True),
     )
@@ -225,9 +227,9 @@ def _losses(
 def heads(model: Decoder, given: Probes, place: torch.device, dtype: str) -> list[Reading]:
     """Return the readings of every head."""
     out: list[Reading] = []
-    if given.copies:
-        n = min(given.copies)
-        tokens = torch.from_numpy(given.copies[n][:4]).to(place)
+    if given.prefix is not None:
+        n = given.prefix.shape[1] // 2
+        tokens = torch.from_numpy(given.prefix).to(place)
         for layer, (mixer, inputs) in enumerate(mixer_inputs(model, tokens, dtype), 1):
             out += _by_head("prefix_matching", "1", prefix_matching(mixed_weights(mixer, *inputs)), layer, n)
     if given.reach is not None:

@@ -113,7 +113,8 @@ def test_probes_are_the_same_for_every_model_and_absent_where_documents_are_shor
     none = probes(Size(64), text(60))
     assert none.passages == {} and none.context is None and none.reach is None
     far = probes(Size(1024), above=256)
-    assert (list(far.copies), list(far.passages)) == ([1024], [512, 1024]) and far.context is None and far.reach is None
+    assert (list(far.copies), list(far.passages)) == ([1024], [512, 1024])
+    assert far.context is None and far.reach is None and far.prefix is None
 
 
 # heads
@@ -164,7 +165,7 @@ def test_reach_of_stick_breaking_is_the_stick_that_is_left(remainder: str) -> No
     model: Any = Decoder(shape).eval()
     with torch.no_grad():
         model.blocks[0].attention.qkv.weight[:32] = 0
-    given = Probes(copies={}, passages={}, context=None, reach=np.arange(64)[None] % 8)
+    given = Probes(copies={}, passages={}, reach=np.arange(64)[None] % 8)
     found = [
         reading for reading in diagnostics.heads(model, given, CPU, "float32") if reading.metric == "weight_beyond"
     ]
@@ -177,7 +178,7 @@ def test_reach_of_an_even_softmax() -> None:
     model: Any = Decoder(shape).eval()
     with torch.no_grad():
         model.blocks[0].attention.qkv.weight[:32] = 0
-    given = Probes(copies={}, passages={}, context=None, reach=np.arange(64)[None] % 8)
+    given = Probes(copies={}, passages={}, reach=np.arange(64)[None] % 8)
     found = {
         (reading.metric, reading.head): reading.value for reading in diagnostics.heads(model, given, CPU, "float32")
     }
