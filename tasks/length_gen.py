@@ -173,6 +173,11 @@ def preset(kind: Callable[..., Kind], name: str, **options: Any) -> Kind:
     return kind(**{**trained, "eval_len": trained["train_len"], "window": (), "fixed_targets": 0, **options})
 
 
+def completed(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of such a family with those that they imply: eval_len follows train_len."""
+    return uncut(({"eval_len": given["train_len"]} if "train_len" in given else {}) | given)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell(TextCell):
     """One method and seed: a config whose `attention` and `seeds` have one entry each."""

@@ -128,7 +128,12 @@ class Cell(Step):
 
 def cell_id(cell: Cell) -> str:
     """Return the id of a cell in tables and of its run file: a readable name, then a digest of all fields."""
-    return f"{cell.family}-{cell.title.replace(' ', '-').replace(':', '-')}-{digest_of(cell)}"
+    return f"{cell.family}-{step_id(cell)}"
+
+
+def step_id(step: Step) -> str:
+    """Return a readable name and a digest of all fields of a step, for folders of logs."""
+    return f"{step.title.replace(' ', '-').replace(':', '-')}-{digest_of(step)}"
 
 
 def timing(trained: "Trained") -> dict[str, object]:

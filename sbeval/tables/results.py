@@ -6,8 +6,7 @@ runs/<cell>.json                 run files, with digests of the cell's rows and 
 values/<cell>.parquet            values of each document, item or prompt behind the rows
 curves/<cell>.parquet            losses and scores by training step
 checkpoints/<digest>/            models, and locks/<digest>.lock while one is trained
-answers/<digest>.sqlite          cached model responses, which a resumed run does not generate again
-samples/<prompts>-<digest>.jsonl
+answers/<family>-<digest>.sqlite stored responses of models, which a resumed run does not generate again
 figures/<figure>.{png,pdf,html}
 """
 
@@ -52,9 +51,6 @@ class Results:
 
     def answers(self, name: str) -> Path:
         return self.folder / "answers" / f"{name}.sqlite"
-
-    def samples(self, name: str) -> Path:
-        return self.folder / "samples" / f"{name}.jsonl"
 
     @property
     def figures(self) -> Path:

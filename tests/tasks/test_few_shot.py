@@ -403,7 +403,7 @@ def _answers(folder: Path) -> int:
     """How many answers are on disk, 0 while there is no file."""
     for path in folder.glob("*.sqlite"):
         with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(path)) as file:
-            return int(file.execute("SELECT count(*) FROM answers").fetchone()[0])
+            return int(file.execute("SELECT count(*) FROM responses").fetchone()[0])
     return 0
 
 
