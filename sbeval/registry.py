@@ -33,6 +33,7 @@ ATTENTION = {
 }
 TASKS = {
     "attention_map": "sbeval.tasks.attention_map",
+    "diagnostics": "sbeval.tasks.diagnostics",
     "few_shot": "sbeval.tasks.few_shot",
     "flip_flop": "sbeval.tasks.flip_flop",
     "length_gen": "sbeval.tasks.length_gen",
@@ -41,6 +42,7 @@ TASKS = {
 }
 FIGURES = {
     "attention_map": "sbeval.plots.attention_map",
+    "diagnostics": "sbeval.plots.diagnostics",
     "few_shot": "sbeval.plots.few_shot",
     "flip_flop": "sbeval.plots.flip_flop",
     "kernel": "sbeval.plots.kernel",
