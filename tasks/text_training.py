@@ -130,7 +130,8 @@ class Training(TrainingStep):
                 held_out=_held_out(text, training, packing),
             )
             task = progress.add(self.title, training.steps, completed=trainer.state.step)
-            trained = trainer.run(task, log=context.logger(log_name))
+            with context.logger(log_name) as log:
+                trained = trainer.run(task, log=log)
             task.close()
         return folder, trained
 
