@@ -121,7 +121,7 @@ def evaluate(
     from sbeval.evaluation import perplexity
     from sbeval.models.decoder import Decoder
     from sbeval.tables.rows import Identity
-    from sbeval.tasks import length_gen
+    from sbeval.tasks import length_gen_rows
 
     if train_len < 1:
         raise InputError(f"train_len must be at least 1; got {train_len}")
@@ -152,7 +152,7 @@ def evaluate(
         eval_len=losses.length,
         seed=0,
     )
-    found = length_gen.rows(losses, train_len)
+    found = length_gen_rows.rows(losses, train_len)
     made_here = {"corpus": "", "tokenizer": "", "preset": "", "train_tokens": 0, "dtype": dtype}
     return pd.DataFrame(
         [

@@ -46,8 +46,10 @@ def tables() -> Iterator[tuple[str, type[Measurement], dict[str, str]]]:
 
 
 def describe(family: str, factor: str, options: dict[str, str]) -> str:
-    """Return the meaning of a factor; KeyError for one that is described nowhere."""
-    return columns.FACTORS[family].get(factor) or options[factor]
+    """Return the meaning of a factor."""
+    found = columns.FACTORS[family].get(factor) or options.get(factor)
+    assert found, f"describe the column {factor!r} of {family} in sbeval/tables/columns.py"
+    return found
 
 
 def _common(hints: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -63,6 +63,8 @@ FACTORS: dict[str, dict[str, str]] = {
         "last_k": "The number is over the last k of these positions, k a quarter of train_len.",
         "window": "Tokens of a disjoint window, for perplexities of whole documents.",
         "per": "Unit of such a perplexity: token, word or byte.",
+        "eval_corpus": "Text of such windows; empty: the test documents of the corpus.",
+        "targets": "Fixed targets: the last tokens of each window, the same at every context length.",
         "status": _STATUS,
     },
     "mqrar": _MAP | {
