@@ -219,7 +219,8 @@ class Training(TrainingStep):
                 trunk=self.trunk,
             )
             task = progress.add(self.title, training.steps, completed=trainer.state.step)
-            trained = trainer.run(task, log=context.logger(log_name or step_id(self)))
+            with context.logger(log_name or step_id(self)) as log:
+                trained = trainer.run(task, log=log)
             task.close()
         return folder, trained
 

@@ -36,6 +36,9 @@ class Common:
     force: bool = option(False, RUN, "Run finished cells again.")
     dry_run: bool = option(False, RUN, "Print the cells and their cost, and stop.")
     tensorboard: Path | None = option(None, RUN, "Folder for TensorBoard logs.", metavar="DIR")
+    track: tuple[str, ...] | None = option(
+        None, RUN, "Show training in tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT.", metavar="KIND:WHERE"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
