@@ -209,7 +209,7 @@ class Cell(TextCell):
         digest = load.digest(folder)
         model = _loaded(folder, digest, context.device, self.dtype, config.trust_remote_code)
         subject = self.subject(model, folder, context, progress)
-        answers = self._answers(digest, context)
+        answers = self._answers(digest, subject.model.by_length, context)
         adapter = _lm_eval().Adapter(
             subject.model,
             self._text(model, progress),
@@ -255,11 +255,13 @@ class Cell(TextCell):
         name, shots = _parse(self.task)
         return _lm_eval().load(name, shots, None if self.config.data_dir is None else Path(self.config.data_dir))
 
-    def _answers(self, digest: str, context: "RunContext") -> "Answers":
+    def _answers(self, digest: str, by_length: bool, context: "RunContext") -> "Answers":
         """Return the stored answers of the model of this digest; none with `force`."""
         from sbeval.evaluation.response_cache import Answers
 
-        name = digest_of([digest, self.config.attention, self.dtype])
+        # earlier versions padded the rows of these
+        unpadded = ["unpadded"] if by_length else []
+        name = digest_of([digest, self.config.attention, self.dtype, *unpadded])
         path = context.results.answers(name)
         with context.clearing(path) as stale:
             return Answers(path, anew=stale)

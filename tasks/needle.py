@@ -259,7 +259,8 @@ class Cell(TextCell):
         subject = self.subject(model, trained, context, progress)
         rows: list[Row] = []
         for length, written in prompts.items():
-            samples = self._samples(digest, writer.path(self.task, length, config.sample_seed).stem, context)
+            stem = writer.path(self.task, length, config.sample_seed).stem
+            samples = self._samples(digest, subject.model.by_length, stem, context)
             known = sum(index in samples.found for index in range(len(written)))
             task = progress.add(f"ask {self.title} at {length}", total=len(written), completed=known)
             answers = ask(
@@ -369,11 +370,13 @@ class Cell(TextCell):
             task.close()
         return folder
 
-    def _samples(self, digest: str, prompts: str, context: "RunContext") -> "Samples":
+    def _samples(self, digest: str, by_length: bool, prompts: str, context: "RunContext") -> "Samples":
         """Return the stored answers of the model of this digest; none with `force`."""
         from sbeval.evaluation.ruler_scores import Samples
 
-        name = digest_of([digest, self.attention, self.dtype, prompts])
+        # earlier versions padded the rows of these
+        unpadded = ["unpadded"] if by_length else []
+        name = digest_of([digest, self.attention, self.dtype, prompts, *unpadded])
         return Samples(context.kept(context.results.samples(f"{prompts}-{name}")))
 
 

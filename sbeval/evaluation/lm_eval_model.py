@@ -3,7 +3,8 @@
 The numbers are those of lm-eval's own `HFLM` in float32 (a test compares them), with less memory:
 
 - Rows are padded on the right, after all scored positions, and sorted by length: batching changes no number beyond
-  rounding. The head runs at scored positions alone, in float32 and in chunks: no (B, T, vocabulary) tensor.
+  rounding. Models whose numbers depend on a row's length, padding included, get rows of one length. The head runs at
+  scored positions alone, in float32 and in chunks: no (B, T, vocabulary) tensor.
 - Inputs longer than `length` lose their beginning, as in lm-eval; `cut` counts them. A continuation that is longer by
   itself is an error. Whole documents are scored in lm-eval's disjoint windows of `length` tokens.
 - Equal inputs of all tasks are run once, and every response is stored at once (`sbeval.evaluation.response_cache`).
@@ -254,11 +255,17 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """Yield rows, longest first, in batches of at most batch_tokens."""
         start = 0
         while start < len(rows):
-            size = min(ROWS, max(1, self.batch_tokens // self._padded(len(rows[start]))))
-            yield rows[start : start + size]
-            start += size
+            longest = len(rows[start])
+            size = min(ROWS, max(1, self.batch_tokens // self._padded(longest)))
+            batch = rows[start : start + size]
+            if self.model.by_length:
+                batch = [row for row in batch if len(row) == longest]
+            yield batch
+            start += len(batch)
 
     def _padded(self, length: int) -> int:
+        if self.model.by_length:
+            return length
         # a table of positions may have only `length` rows
         return min(-(-length // PAD) * PAD, max(self.length, length))
 

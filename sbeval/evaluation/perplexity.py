@@ -32,6 +32,10 @@ Tokens = npt.NDArray[np.integer]
 class Predictor(Protocol):
     """A model with separate hidden states and logits, so that logits of a long text are never in memory at once."""
 
+    @property
+    def by_length(self) -> bool:
+        """Whether its numbers depend on the length of a row, padding included."""
+
     def __call__(self, tokens: Tensor, /) -> Tensor:
         """Return hidden states (N, T, width) of tokens (N, T) int64."""
 
@@ -134,8 +138,13 @@ def endings(
     """Return the log-probability in nats of each (index of a row, targets), and whether all targets are likeliest.
 
     The n targets follow the row's last n tokens, one each. Rows are padded on the right to `width`, by default to the
-    longest row, after all scored positions. The head runs at scored positions alone.
+    longest row, after all scored positions; those of a model that is `by_length` run without padding, equally long ones
+    together. The head runs at scored positions alone.
     """
+    if model.by_length:
+        width = None
+        if len(set(map(len, rows))) > 1:
+            return _of_each_length(model, rows, wanted, place, dtype)
     tokens = np.zeros((len(rows), width or max(map(len, rows))), dtype=np.int64)
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = row
@@ -156,6 +165,25 @@ def endings(
     sums = np.add.reduceat(torch.cat(log_probabilities).double().cpu().numpy(), starts)
     whole = np.logical_and.reduceat(torch.cat(greedy).cpu().numpy(), starts)
     return list(zip(sums.tolist(), whole.tolist(), strict=True))
+
+
+def _of_each_length(
+    model: Predictor,
+    rows: Sequence[Sequence[int]],
+    wanted: Sequence[tuple[int, Sequence[int]]],
+    place: torch.device,
+    dtype: str,
+) -> list[tuple[float, bool]]:
+    found: dict[int, tuple[float, bool]] = {}
+    for length in set(map(len, rows)):
+        chosen = [index for index, row in enumerate(rows) if len(row) == length]
+        of_row = {index: part for part, index in enumerate(chosen)}
+        asked = [number for number, (index, _) in enumerate(wanted) if index in of_row]
+        if asked:
+            part = [(of_row[wanted[number][0]], wanted[number][1]) for number in asked]
+            results = endings(model, [rows[index] for index in chosen], part, place=place, dtype=dtype)
+            found |= zip(asked, results, strict=True)
+    return [found[number] for number in range(len(wanted))]
 
 
 def measure(

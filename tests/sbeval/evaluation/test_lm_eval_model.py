@@ -19,7 +19,7 @@ from sbeval.evaluation.lm_eval_model import Adapter, HubText, PlainText
 from sbeval.evaluation.response_cache import Answers, key
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
-from sbeval.pretrained.load import HubModel
+from sbeval.pretrained.hub_model import HubModel
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -138,7 +138,9 @@ def test_lm_evals_registry_keeps_its_models() -> None:
 # batches and lengths
 
 
-@pytest.mark.parametrize("attention", ["stick_breaking", "rope", "alibi"])
+@pytest.mark.parametrize(
+    "attention", ["stick_breaking", "rope", "alibi", "rope:scaling=dynamic_ntk,factor=8,train_len=8"]
+)
 def test_a_batch_of_one_is_a_batch_of_eight(attention: str) -> None:
     model = decoder(attention)
     requests, rolled = asked("loglikelihood", *PAIRS), asked("loglikelihood_rolling", *((x,) for x in DOCUMENTS))
@@ -192,6 +194,8 @@ def test_what_cannot_be_scored_is_an_error() -> None:
 
 class Counting:
     """A model that counts the rows it reads, and stops at a given one."""
+
+    by_length = False
 
     def __init__(self, model: Decoder, until: int = 10**9) -> None:
         self.model, self.rows, self.until = model, 0, until
