@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import platformdirs
 
-from sbeval.config import digest_of
 from sbeval.models.config import (
     ModelConfig,
     canonical_attention,
@@ -16,7 +15,7 @@ from sbeval.models.config import (
     padded_vocabulary,
     trained_attention,
 )
-from sbeval.sweep.cell import TrainingStep
+from sbeval.sweep.cell import TrainingStep, step_id
 from sbeval.tables import epochs
 from sbeval.training.text_model import TRAINING, EvaluatedModel, TextModel, likely_vocabulary
 
@@ -106,8 +105,7 @@ class Training(TrainingStep):
 
     def train(self, context: "RunContext", progress: "Progress") -> Path:
         """Train, unless a finished checkpoint exists, and return the checkpoint folder."""
-        name = f"{self.title.replace(' ', '-').replace(':', '-')}-{digest_of(self)}"
-        return self.run(open_corpus(self.config, progress), context, progress, log_name=name)[0]
+        return self.run(open_corpus(self.config, progress), context, progress, log_name=step_id(self))[0]
 
     def run(
         self, text: "Corpus", context: "RunContext", progress: "Progress", *, log_name: str

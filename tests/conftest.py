@@ -6,7 +6,9 @@ one a module's stay together, in two.
 
 import importlib.util
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,27 @@ def odd_models() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    def switch(mode: str) -> None:
+        with warnings.catch_warnings():
+            # once a process; the mode is changed before the warning, which must not end the test with the mode on
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+            torch.cuda.set_sync_debug_mode(mode)
+
+    switch("error")
+    try:
+        yield
+    finally:
+        switch("default")
+
+
+@pytest.fixture
+def waiting_is_an_error() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which an operation that waits for the GPU raises RuntimeError."""
+    return _waiting_is_an_error
 
 
 @pytest.fixture(scope="module")

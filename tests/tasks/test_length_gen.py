@@ -240,7 +240,7 @@ def test_one_training_serves_every_evaluation(
     said = capsys.readouterr().err
     assert "evaluate rope" in said and "train rope" not in said
     # the checkpoint knows at what speed it was trained
-    assert longer.tokens_per_s == first.tokens_per_s and longer.measured["losses"] == first.measured["losses"]
+    assert longer.tokens_per_s == first.tokens_per_s and longer.curves == first.curves
     assert longer.identity.eval_len == 64 and len(list((results / "checkpoints").glob("[!.]*"))) == 1
     forced = run(config, results, progress, force=True)
     assert forced.tokens_per_s is not None and forced.rows == first.rows
@@ -265,7 +265,7 @@ def test_a_text_that_changed_is_trained_on_again(config: Config, tmp_path: Path,
     (Path(config.corpus) / "train0.txt").write_text("something else altogether " * 9)
     other = run(config, results, progress)
     assert other.corpus_digest != first.corpus_digest == before
-    assert other.tokens_per_s is not None and other.measured["losses"] != first.measured["losses"]
+    assert other.tokens_per_s is not None and other.curves["loss"] != first.curves["loss"]
 
 
 def test_documents_too_short_are_said_before_training(
@@ -283,6 +283,35 @@ def test_what_only_evaluation_sees_shares_a_training(config: Config, tmp_path: P
     assert scaled.tokens_per_s == plain.tokens_per_s and scaled.identity.options == "scaling=linear,factor=4.0"
     assert len(list((results / "checkpoints").glob("[!.]*"))) == 1
     assert scaled.rows != plain.rows
+
+
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        ("remainder=bias", ("mixer.bias",)),
+        ("remainder=none,qkv_bias=true", ("qkv.bias",)),
+        ("remainder=bias,head_norm=true", ("mixer.bias", "norm.weight", "norm.bias")),
+        ("remainder=none,logit_bias=spread", ("mixer.logit_bias",)),
+    ],
+)
+def test_options_of_a_method_are_trained(
+    options: str, trained: tuple[str, ...], config: Config, tmp_path: Path, progress: Progress
+) -> None:
+    spec = f"stick_breaking:{options}"
+    outcome = run(dataclasses.replace(config, attention=(spec,)), tmp_path / "results", progress)
+    assert (outcome.identity.attention, outcome.identity.options) == ("stick_breaking", options)
+    (folder,) = (tmp_path / "results" / "checkpoints").iterdir()
+    decoder = checkpoint.load_model(folder)
+    torch.manual_seed(0)
+    before = model.Decoder(decoder.config).state_dict()
+    for name in trained:
+        key = f"blocks.0.attention.{name}"
+        assert not torch.equal(decoder.state_dict()[key], before[key]), name
+    # evaluated from its checkpoint, with the same weights, it is the same model
+    again = run(dataclasses.replace(config, attention=("",), checkpoint=str(folder)), tmp_path / "again", progress)
+    assert (again.identity.options, again.identity.params) == (options, outcome.identity.params)
+    values = [[row.value for row in found.rows] for found in (outcome, again)]
+    assert values[0] == pytest.approx(values[1])
 
 
 # epochs, and held-out text
@@ -303,7 +332,7 @@ def test_a_presets_tokens_end_at_four_epochs(packing: str, config: Config, tmp_p
     assert (outcome.train_tokens, outcome.unique_tokens) == (steps * 16, unique)
     assert outcome.epochs == pytest.approx(steps * 16 / unique, abs=1e-4)
     assert outcome.epochs is not None and 3.9 < outcome.epochs <= 4
-    assert len(outcome.measured["losses"]) == steps and outcome.measured["ended_by"] == "max_epochs"  # type: ignore[arg-type]
+    assert len(outcome.curves["loss"]) == steps and outcome.measured["ended_by"] == "max_epochs"
     # the schedule is that of so many steps
     (cell,) = cells(config)
     text = text_training.open_corpus(config, progress)
@@ -349,7 +378,7 @@ def test_held_out_loss_is_that_of_the_same_windows_for_every_method(
     looks = []
     for attention in ("rope", "alibi"):
         outcome = run(dataclasses.replace(config, attention=(attention,)), tmp_path / "results", progress)
-        looks.append(outcome.measured["held_out"])
+        looks.append(outcome.curves["held_out_loss"])
         folder = max((tmp_path / "results" / "checkpoints").glob("[!.]*"), key=lambda path: path.stat().st_mtime)
         # by hand, on the windows that are there: text that no split shares
         text = text_training.open_corpus(config, progress)
@@ -359,9 +388,9 @@ def test_held_out_loss_is_that_of_the_same_windows_for_every_method(
         decoder = checkpoint.load_model(folder).eval()
         with torch.inference_mode():
             loss = decoder.loss(batch.tokens, batch.targets).item() / batch.tokens.numel()
-        steps = [step for step, _ in looks[-1]]  # type: ignore[attr-defined]
+        steps = [step for step, _ in looks[-1]]
         assert steps[-1] == 40 and len(steps) == len(set(steps)) >= 3
-        assert looks[-1][-1][1] == pytest.approx(loss, abs=1e-4)  # type: ignore[index]
+        assert looks[-1][-1][1] == pytest.approx(loss, abs=1e-4)
     assert looks[0] != looks[1]
     assert bytes(text.valid.document(0).tolist()).decode().startswith("valid 0 says")
 
@@ -370,7 +399,7 @@ def test_without_held_out_text_that_is_said(config: Config, tmp_path: Path, prog
     (line,) = text_training.cautions(config, progress)
     assert "'texts' has 0 tokens of held-out text, less than a window of 8: no held-out loss" in line
     outcome = run(config, tmp_path / "results", progress)
-    assert outcome.measured["held_out"] == [] and all(row.status == "" for row in outcome.rows)  # type: ignore[attr-defined]
+    assert "held_out_loss" not in outcome.curves and all(row.status == "" for row in outcome.rows)  # type: ignore[attr-defined]
 
 
 def test_a_model_that_overfits_is_marked(
@@ -395,9 +424,9 @@ def test_patience_is_of_the_model_and_said_in_the_run_file(
     assert run(config, tmp_path / "results", progress).measured["ended_by"] == "train_tokens"
     monkeypatch.setattr(Trainer, "_held_out_loss", lambda self, batch: 2.0)
     outcome = run(dataclasses.replace(config, patience=2), tmp_path / "results", progress)
-    found = outcome.measured["held_out"]
-    assert outcome.measured["ended_by"] == "patience" and [loss for _, loss in found] == [2.0] * 3  # type: ignore[attr-defined]
-    assert outcome.train_tokens == found[-1][0] * 16 < 640  # type: ignore[index]
+    found = outcome.curves["held_out_loss"]
+    assert outcome.measured["ended_by"] == "patience" and [loss for _, loss in found] == [2.0] * 3
+    assert outcome.train_tokens == found[-1][0] * 16 < 640
     assert len(list((tmp_path / "results" / "checkpoints").glob("[!.]*"))) == 2
 
 
@@ -529,7 +558,7 @@ def test_a_run_says_of_which_versions_its_text_is(
 def test_models_of_two_optimizers_are_two(config: Config, tmp_path: Path, progress: Progress) -> None:
     muon = dataclasses.replace(config, optimizer="muon")
     assert len({cell_id(cells(one)[0]) for one in (config, muon)}) == 2
-    losses = [run(one, tmp_path / "results", progress).measured["losses"] for one in (config, muon)]
+    losses = [run(one, tmp_path / "results", progress).curves["loss"] for one in (config, muon)]
     assert losses[0] != losses[1]
     with pytest.raises(InputError, match="optimizer"):
         dataclasses.replace(config, optimizer="sgd")
