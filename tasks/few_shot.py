@@ -27,7 +27,6 @@ from sbeval.tables.rows import Measurement
 from sbeval.tasks import length_gen
 from sbeval.tasks.text_cell import TextCell, outcome
 from sbeval.tasks.text_training import cautions, models, open_tokenizer
-from sbeval.training.text_model import uncut
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -127,6 +126,9 @@ class Config(length_gen.Config):
     documents: int = 32
     windows: int = 1
     window: tuple[int, ...] = field(default=(), metadata=LATER)
+    window_octaves: bool = field(default=False, metadata=LATER)
+    eval_corpus: tuple[str, ...] = field(default=(), metadata=LATER)
+    fixed_targets: int = field(default=0, metadata=LATER)
 
     def __post_init__(self) -> None:
         # zero-argument super does not work in a class with slots
@@ -336,8 +338,7 @@ def summary(results: "pd.DataFrame") -> "Table":
 
 def _completed(given: dict[str, Any]) -> dict[str, Any]:
     """Let eval_len follow train_len, and named tasks replace the preset's suites."""
-    follows = {"eval_len": given["train_len"]} if "train_len" in given else {}
-    return uncut(follows | ({"suites": ()} if "tasks" in given else {}) | given)
+    return length_gen.completed(({"suites": ()} if "tasks" in given else {}) | given)
 
 
 def _preset(given: Mapping[str, Any]) -> str | None:

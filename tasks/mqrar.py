@@ -26,10 +26,10 @@ from sbeval.data.recall import Recall
 from sbeval.models.config import ModelConfig, canonical_attention, flops_per_token
 from sbeval.sweep.cell import Outcome
 from sbeval.sweep.family import Family
+from sbeval.tables.mqrar import Row as Row
 from sbeval.tables.mqrar import summary
 from sbeval.tasks.mqrar_options import PRESETS as PRESETS
 from sbeval.tasks.mqrar_options import Config as Config
-from sbeval.tasks.mqrar_options import Row as Row
 from sbeval.tasks.mqrar_options import factors
 from sbeval.tasks.synthetic import TEST_SEED, VALIDATION_SEED, Scores, Synthetic
 

@@ -1,14 +1,13 @@
-"""Options and presets of multi-query repeated associative recall (see `sbeval.tasks.mqrar`), and the columns that
-record them."""
+"""Options and presets of multi-query repeated associative recall (see `sbeval.tasks.mqrar`), and the values of
+the columns that record them."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sbeval.config import ATTENTION, EVALUATION, LATER, LR, MODEL, SEED, TASK, TRAINING, option
 from sbeval.data.recall import Recall
 from sbeval.errors import InputError, check_swept
-from sbeval.tables.rows import Measurement
 from sbeval.tasks.synthetic import METHODS
 
 
@@ -83,46 +82,6 @@ class Config:
             n_back=n_back,
             score_prefix=self.score_prefix,
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row(Measurement):
-    """Factors: sizes of the task and the model; `split` is `all`, `fresh`, `stale`, or empty for the finer ones by
-    number of stale values or by distance (distance_start <= d < distance_end, in positions).
-
-    `status` of the row of metric `solved` is how training ended: `solved`, `plateau`, `budget` (out of steps),
-    `diverged` (a loss that is not finite) or `failed`. The last two have no accuracy; their run file has the reason.
-    """
-
-    kv_pairs: int
-    seq_len: int
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    lr: float
-    split: str = ""
-    stale_values: int | None = None
-    distance_start: int | None = None
-    distance_end: int | None = None
-    slot_power: float | None = field(default=None, metadata=LATER)
-    filler: str | None = field(default=None, metadata=LATER)
-    distinct: str | None = field(default=None, metadata=LATER)
-    key_pool: int | None = field(default=None, metadata=LATER)
-    n_back: int | None = field(default=None, metadata=LATER)
-    score_prefix: str | None = field(default=None, metadata=LATER)
-    positions: str | None = field(default=None, metadata=LATER)
-    dropout: float | None = field(default=None, metadata=LATER)
-    stored_rows: int | None = field(default=None, metadata=LATER)
-    batch: int | None = field(default=None, metadata=LATER)
-    max_steps: int | None = field(default=None, metadata=LATER)
-    optimizer: str | None = field(default=None, metadata=LATER)
-    schedule: str | None = field(default=None, metadata=LATER)
-    weight_decay: float | None = field(default=None, metadata=LATER)
-    init_std: float | None = field(default=None, metadata=LATER)
-    stop_accuracy: float | None = field(default=None, metadata=LATER)
-    patience: int | None = field(default=None, metadata=LATER)
-    status: str | None = field(default=None, metadata=LATER)
 
 
 def factors(config: Config) -> dict[str, Any]:

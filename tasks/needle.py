@@ -14,15 +14,16 @@ questions are given, is left out.
 
 import dataclasses
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sbeval.config import LATER, digest_of
+from sbeval.config import digest_of
 from sbeval.errors import InputError
 from sbeval.sweep.cell import Outcome, TrainingStep
 from sbeval.sweep.family import Family
+from sbeval.tables.needle import Row as Row
 from sbeval.tables.needle import summary
-from sbeval.tables.rows import Measurement
+from sbeval.tasks import length_gen
 from sbeval.tasks.needle_options import FILES, evaluated_tasks, not_finetuned, notes
 from sbeval.tasks.needle_options import PRESETS as PRESETS
 from sbeval.tasks.needle_options import Config as Config
@@ -34,7 +35,6 @@ from sbeval.tasks.text_training import (
     open_tokenizer,
     training_options,
 )
-from sbeval.training.text_model import uncut
 
 if TYPE_CHECKING:
     from sbeval.evaluation.ruler_prompts import Prompt, Writer
@@ -48,19 +48,6 @@ NAME = "needle"
 BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}
 # width of the bins of depth, in per cent
 BIN = 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row(Measurement):
-    """Factors: length of prompt and answer in tokens; depth_start <= depth < depth_end of the needle, in per cent (100
-    is in the last bin; empty: all samples); tokens of fine-tuning. status: `overfit` where the model's training on text
-    was, or empty."""
-
-    length: int
-    depth_start: int | None = None
-    depth_end: int | None = None
-    finetune_tokens: int = 0
-    status: str = field(default="", metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,10 +212,6 @@ def cells(config: Config) -> list[Cell]:
     ]
 
 
-def _completed(given: dict[str, Any]) -> dict[str, Any]:
-    return uncut(given | ({"eval_len": given["train_len"]} if "train_len" in given else {}))
-
-
 FAMILY = Family(
     name=NAME,
     help="RULER's needles in haystacks: is a fact found anywhere in a text longer than the training length?",
@@ -238,5 +221,5 @@ FAMILY = Family(
     summary=summary,
     notes=notes,
     cautions=cautions,
-    completed=_completed,
+    completed=length_gen.completed,
 )

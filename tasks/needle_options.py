@@ -46,6 +46,9 @@ class Config(length_gen.Config):
     documents: int = 32
     windows: int = 1
     window: tuple[int, ...] = field(default=(), metadata=LATER)
+    window_octaves: bool = field(default=False, metadata=LATER)
+    eval_corpus: tuple[str, ...] = field(default=(), metadata=LATER)
+    fixed_targets: int = field(default=0, metadata=LATER)
 
     def __post_init__(self) -> None:
         # zero-argument super does not work in a class with slots

@@ -6,7 +6,8 @@
     mqrar:                                                         the preset as it is
 
 `models`, with the training options of its preset, sets defaults for `length_gen`, `needle` and `few_shot`, which their
-own sections override. A section without a preset uses that of `models`, by default `quick`.
+own sections override. A section without a preset uses that of `models`, by default `quick`. Options imply others as
+those of the family's command do (`Family.completed`).
 """
 
 import dataclasses
@@ -100,16 +101,16 @@ def parts(document: Mapping[str, object], dtype: Callable[[str | None], str]) ->
 def _part(
     family: str, section: dict[str, Any], preset: str, models: dict[str, Any], dtype: Callable[[str | None], str]
 ) -> Part:
-    presets = registry.task(family).presets
+    of = registry.task(family)
     preset = _value(f"{family}.preset", section.pop("preset", preset), str)
-    base = presets[choose(f"preset of {family}", preset, presets)]
-    options = uncut(_options(family, section, type(base), [field.name for field in dataclasses.fields(base)]))
-    if isinstance(base, TextModel):
-        # only length_gen is about length: others evaluate at a training length other than the preset's
-        longer = family != MODELS and models["train_len"] != base.train_len
-        options = models | ({"eval_len": models["train_len"]} if longer else {}) | options
-    options["dtype"] = dtype(options.get("dtype"))
+    base = of.presets[choose(f"preset of {family}", preset, of.presets)]
+    given = _options(family, section, type(base), [field.name for field in dataclasses.fields(base)])
     try:
+        options = of.completed(given)
+        if isinstance(base, TextModel):
+            changed = {name: value for name, value in models.items() if value != getattr(base, name)}
+            options = of.completed(changed) | models | options
+        options["dtype"] = dtype(options.get("dtype"))
         return Part(family=family, preset=preset, config=dataclasses.replace(base, **options))
     except InputError as error:
         raise InputError(f"{family}: {error}") from None

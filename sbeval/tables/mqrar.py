@@ -1,10 +1,55 @@
-"""Table of MQRAR for the terminal."""
+"""The table of multi-query repeated associative recall: its columns, and as it is printed in the terminal."""
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from sbeval.config import LATER
+from sbeval.tables.rows import Measurement, column
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Measurement):
+    """Factors: sizes of the task and the model; `split` is `all`, `fresh`, `stale`, or empty for the finer ones by
+    number of stale values or by distance (distance_start <= d < distance_end, in positions).
+
+    `status` of the row of metric `solved` is how training ended: `solved`, `plateau`, `budget` (out of steps),
+    `diverged` (a loss that is not finite) or `failed`. The last two have no accuracy; their run file has the reason.
+    """
+
+    kv_pairs: int = column("{} key-value pairs")
+    seq_len: int = column("sequences of {} tokens")
+    vocab_size: int = column("vocabulary of {}")
+    width: int = column("width {}")
+    layers: int = column("{} layers")
+    heads: int = column("{} heads")
+    lr: float
+    split: str = ""
+    stale_values: int | None = None
+    distance_start: int | None = None
+    distance_end: int | None = None
+    slot_power: float | None = column("slot law {}", LATER, default=None)
+    filler: str | None = column("filler: {}", LATER, default=None)
+    distinct: str | None = column("distinct {}", LATER, default=None)
+    key_pool: int | None = column("{:.0f} keys", LATER, default=None)
+    n_back: int | None = column("{:g}-th last value", LATER, default=None)
+    score_prefix: str | None = column("prefix scored: {}", LATER, default=None)
+    positions: str | None = column("positions: {}", LATER, default=None)
+    dropout: float | None = column("dropout {}", LATER, default=None)
+    stored_rows: int | None = column("{:.0f} stored rows", LATER, default=None)
+    batch: int | None = column("batch {:.0f}", LATER, default=None)
+    max_steps: int | None = column("{:.0f} steps at most", LATER, default=None)
+    optimizer: str | None = column("trained with {}", LATER, default=None)
+    schedule: str | None = column("{} schedule", LATER, default=None)
+    weight_decay: float | None = column("weight decay {}", LATER, default=None)
+    init_std: float | None = column("weights from N(0, {}²)", LATER, default=None)
+    stop_accuracy: float | None = column("stopped at {}", LATER, default=None)
+    patience: int | None = column("patience {:.0f}", LATER, default=None)
+    status: str | None = field(default=None, metadata=LATER)
+
 
 # below the table where a cell was not solved: plateaus have ended after 10,000 steps
 UNDECIDED = (

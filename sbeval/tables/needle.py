@@ -1,12 +1,28 @@
-"""Table of needles in haystacks for the terminal."""
+"""The table of needles in haystacks: its columns, and as it is printed in the terminal."""
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from sbeval.config import LATER
 from sbeval.tables import epochs
+from sbeval.tables.rows import Measurement, column
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Measurement):
+    """Factors: length of prompt and answer in tokens; depth_start <= depth < depth_end of the needle, in per cent (100
+    is in the last bin; empty: all samples); tokens of fine-tuning. status: `overfit` where the model's training on text
+    was, or empty."""
+
+    length: int
+    depth_start: int | None = None
+    depth_end: int | None = None
+    finetune_tokens: int = column("{:,.0f} tokens of fine-tuning", default=0)
+    status: str = field(default="", metadata=LATER)
 
 
 def summary(results: "pd.DataFrame") -> "Table":

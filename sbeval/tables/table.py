@@ -18,10 +18,9 @@ from typing import Any, get_args, get_type_hints
 
 import pandas as pd
 
-from sbeval.config import LATER
 from sbeval.errors import InputError
 from sbeval.runtime.files import locked, replacing
-from sbeval.tables.rows import Identity, Measurement, Provenance
+from sbeval.tables.rows import Identity, Measurement, Provenance, later
 
 INT = re.compile(r"[+-]?[0-9]{1,18}")
 FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -44,9 +43,8 @@ def columns(row_type: type[Measurement]) -> tuple[str, ...]:
 
 def required(row_type: type[Measurement]) -> tuple[str, ...]:
     """Return the names of the columns without which a family's table cannot be read: all but those added later."""
-    parts = (Identity, row_type, Provenance)
-    later = {entry.name for part in parts for entry in fields(part) if LATER.items() <= entry.metadata.items()}
-    return tuple(name for name in columns(row_type) if name not in later)
+    absent = later(Identity, row_type, Provenance)
+    return tuple(name for name in columns(row_type) if name not in absent)
 
 
 def frame(identity: Identity, measurements: Iterable[Measurement], provenance: Provenance) -> pd.DataFrame:

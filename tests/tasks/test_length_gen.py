@@ -25,8 +25,9 @@ from sbeval.models import decoder as model
 from sbeval.runtime.progress import Progress
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.context import RunContext
-from sbeval.tasks import length_gen, text_training
-from sbeval.tasks.length_gen import Config, Row, cells, rows
+from sbeval.tasks import length_gen, length_gen_losses, text_training
+from sbeval.tasks.length_gen import Config, cells
+from sbeval.tasks.length_gen_rows import FACTORS, Row, rows
 from sbeval.training import checkpoint, held_out, trainer
 from sbeval.training.trainer import Trainer
 
@@ -120,6 +121,9 @@ def test_eval_len_need_be_no_power_of_two() -> None:
         ({"patience": -1}, "patience must be at least 0; got -1"),
         ({"corpus_tokens": 0}, "corpus_tokens must be at least 1, or left out; got 0"),
         ({"size": "25b"}, "unknown model size '25b'; did you mean '25m'"),
+        ({"fixed_targets": 4097}, "--fixed-targets must be 0 to --eval-len 4096; got 4097"),
+        ({"eval_corpus": ("wikitext",)}, "--eval-corpus wikitext is evaluated in windows: give their --window, or"),
+        ({"checkpoint": "x", "eval_len": 64, "window_octaves": True}, "--window-octaves needs --eval-len 256"),
         ({"packing": "streams"}, "unknown packing 'streams'; did you mean 'stream'"),
     ],
 )
@@ -198,7 +202,7 @@ def test_windows_are_the_first_of_the_first_long_documents() -> None:
 
     def windows(**changes: int) -> list[tuple[int, list[int]]]:
         config = dataclasses.replace(Config(train_len=4, eval_len=9), **changes)  # type: ignore[arg-type]
-        found = length_gen._windows(Text(), config)  # type: ignore[arg-type]  # the split is all that is looked at
+        found = length_gen_losses.long_windows(Text(), config)  # type: ignore[arg-type]  # the split is all that is looked at
         return [(document, tokens.tolist()) for document, tokens in found]
 
     # eval_len tokens of context and one more to predict
@@ -227,6 +231,62 @@ def test_a_cell_measures_what_its_model_predicts(config: Config, tmp_path: Path,
     for length, row in by(found, "loss_last_k", "context_length").items():
         assert row.last_k == 2 and row.n == 3
         assert row.value == pytest.approx(by_hand[:, length - 2 : length].mean(), rel=1e-5)
+
+
+def with_controls(config: Config, folder: Path) -> Config:
+    folder.mkdir()
+    pages = [f" = Page {number} = \\n It says this , and @-@ that . " * (2 + number) for number in range(3)]
+    (folder / "pages.jsonl").write_text("".join(f'{{"text": "{page}"}}\n' for page in pages))
+    spec = f"wikitext:{folder / 'pages.jsonl'}"
+    return dataclasses.replace(config, window_octaves=True, window=(12,), eval_corpus=(spec,), fixed_targets=4)
+
+
+def test_controls_are_measured_by_document(config: Config, tmp_path: Path, progress: Progress) -> None:
+    outcome = run(with_controls(config, tmp_path / "other"), tmp_path / "results", progress)
+    found = [row for row in outcome.rows if isinstance(row, Row)]
+    fixed = {row.context_length: row for row in found if row.metric == "loss_fixed_targets"}
+    assert list(fixed) == [4, 8, 16, 32] and {(row.targets, row.n, row.unit) for row in fixed.values()} == {
+        (4, 3, "nats/token")
+    }
+    assert len({row.value for row in fixed.values()}) == 4
+    windows = {(row.eval_corpus, row.window) for row in found if row.window}
+    assert windows == {(text, window) for text in ("", "wikitext") for window in (8, 12, 16, 32)}
+    # the values of documents give every row again
+    values = outcome.values
+    assert values is not None and list(values.columns[:3]) == ["metric", "unit_id", "value"]
+    for row in found:
+        same = {name: getattr(row, name) for name in FACTORS}
+        of = values[(values[list(same)].fillna(-1) == [-1 if x is None else x for x in same.values()]).all(axis=1)]
+        sums = of[of["eval_corpus"] == row.eval_corpus].pivot(index="unit_id", columns="metric", values="value")
+        assert len(sums) == row.n == 3
+        total = sums["nll_sum"].sum()
+        wanted = {
+            "perplexity": lambda: math.exp(total / sums[f"{row.per or 'token'}s"].sum()),  # noqa: B023
+            "bits_per_byte": lambda: total / math.log(2) / sums["bytes"].sum(),  # noqa: B023
+        }.get(row.metric, lambda: total / sums["tokens"].sum())()  # noqa: B023
+        assert row.value == pytest.approx(wanted), row
+    names = set(values[values["eval_corpus"] == ""]["unit_id"])
+    assert names == {f"test{number}.txt" for number in range(3)}
+
+
+def test_a_cell_of_other_text_is_another_source(config: Config, tmp_path: Path, progress: Progress) -> None:
+    (cell,) = cells(with_controls(config, tmp_path / "other"))
+    before = cell.source(progress)
+    assert before.startswith(f"{cells(config)[0].source(progress)}-")
+    (tmp_path / "other" / "pages.jsonl").write_text('{"text": "other"}\n')
+    assert cell.source(progress) != before
+    (tmp_path / "other" / "pages.jsonl").unlink()
+    with pytest.raises(InputError, match="pages.jsonl"):
+        cell.check(progress)
+
+
+def test_windows_and_contexts_are_octaves() -> None:
+    config = Config(train_len=256, eval_len=3000, window=(100,), window_octaves=True, fixed_targets=512)
+    assert config.rolling == (100, 256, 512, 1024, 2048) and config.contexts == (512, 1024, 2048, 3000)
+    assert (Config().rolling, Config().contexts) == ((), ())
+    paper = Config(train_len=2048, eval_len=65536, window_octaves=True)
+    assert paper.rolling == tuple(2**power for power in range(11, 17)) == length_gen.PRESETS["paper"].rolling
+    assert cell_id(cells(config)[0]) != cell_id(cells(Config(train_len=256, eval_len=3000))[0])
 
 
 def test_one_training_serves_every_evaluation(

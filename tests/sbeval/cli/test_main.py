@@ -19,7 +19,7 @@ import torch
 from sbeval.cli import main
 from sbeval.tables import curves, table
 from sbeval.tables.results import Results
-from sbeval.tasks import drawn, length_gen, mqrar
+from sbeval.tasks import drawn, length_gen, length_gen_rows, mqrar
 from sbeval.training import trainer
 from sbeval.training.trainer import Trainer
 
@@ -113,7 +113,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_length_gen_leaves_table_runs_and_figures(kept: Kept) -> None:
     done, folder = kept.lengths, kept.results
     assert done.code == 0, done
-    rows = table.read(folder / "length_gen.csv", table.columns(length_gen.Row))
+    rows = table.read(folder / "length_gen.csv", table.columns(length_gen_rows.Row))
     assert set(rows["attention"]) == {"stick_breaking", "rope"}
     assert set(rows["metric"]) == {"loss", "perplexity", "bits_per_byte", "loss_last_k"}
     assert (rows["n"] == 3).all() and (rows["train_len"] == 16).all() and (rows["eval_len"] == 64).all()
@@ -150,7 +150,7 @@ def test_a_presets_tokens_end_at_four_epochs_and_that_is_said(
     assert "training ends after 4 epochs" in lines[0] and "another --corpus" in lines[0]
     assert "held-out" in done.err
     if command == "length-gen":
-        rows = table.read(tmp_path / "r" / "length_gen.csv", table.columns(length_gen.Row))
+        rows = table.read(tmp_path / "r" / "length_gen.csv", table.columns(length_gen_rows.Row))
         assert set(rows["epochs"]) == {4.0} and (rows["train_tokens"] == 4 * rows["unique_tokens"]).all()
         (cell,) = cells(tmp_path / "r", "length_gen")
         measured = record(tmp_path / "r", cell)["measured"]

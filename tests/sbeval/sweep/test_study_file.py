@@ -84,6 +84,26 @@ def test_families_of_text_models_share_what_models_says(tmp_path: Path) -> None:
     assert benchmarks.attention == ("nope",) and found["mqrar"].config.attention == mqrar.Config().attention
 
 
+def test_options_of_a_section_imply_what_those_of_the_command_do(tmp_path: Path) -> None:
+    text = """
+        needle: {train_len: 512, train_tokens: 4096}
+        few_shot: {train_len: 512, tasks: [copa]}
+    """
+    found = parts(text, tmp_path=tmp_path)
+    asked, benchmarks = found["needle"].config, found["few_shot"].config
+    assert (asked.eval_len, asked.max_epochs) == (512, None)
+    assert (benchmarks.eval_len, benchmarks.tasks, benchmarks.suites) == (512, ("copa",), ())
+    assert benchmarks.max_epochs == few_shot.PRESETS["quick"].max_epochs
+    for family, options in (("needle", {"train_len": 512, "train_tokens": 4096}), ("few_shot", {"tasks": ("copa",)})):
+        completed = registry.task(family).completed(dict(options))
+        assert all(getattr(found[family].config, name) == value for name, value in completed.items())
+    # what is given is not replaced
+    both = parts("few_shot: {train_len: 512, eval_len: 1024}", tmp_path=tmp_path)["few_shot"].config
+    assert both.eval_len == 1024
+    with pytest.raises(InputError, match="attention_map: --layers: a --checkpoint decides that already"):
+        parts("attention_map: {checkpoint: [there], layers: 2}", tmp_path=tmp_path)
+
+
 def test_a_study_of_a_preset_names_its_cells_as_the_familys_command_does(tmp_path: Path) -> None:
     found = parts("models: {preset: h200}\nneedle: {attention: [rope]}\nlength_gen:\n", tmp_path=tmp_path)
     for family, attention in (("needle", ("rope",)), ("length_gen", length_gen.PRESETS["h200"].attention)):
