@@ -70,7 +70,8 @@ class TextStep(Step):
     def model_title(self) -> str:
         if self.config.checkpoint is not None:
             return re.sub(r"[^\w.-]+", "-", self.config.checkpoint.strip("/"))
-        return f"{self.attention} seed {self.seed}"
+        tokens = f" {self.config.train_tokens} tokens" if self.config.schedule == "wsd" else ""
+        return f"{self.attention} seed {self.seed}{tokens}"
 
     @property
     def dtype(self) -> str:
@@ -108,7 +109,7 @@ class TextCell(TextStep, Cell):
 
     @property
     def needs(self) -> tuple[TrainingStep, ...]:
-        return () if self.config.checkpoint is not None else (self.training_step,)
+        return () if self.config.checkpoint is not None else (*self.training_step.needs, self.training_step)
 
     def origin(self, progress: "Progress") -> tuple[str, str]:
         """Return name and digest of the training corpus; for a given checkpoint "" and the digest of its weights."""

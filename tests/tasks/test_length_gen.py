@@ -1,6 +1,7 @@
 """Which windows are evaluated, what is made of their losses, and what shares a checkpoint."""
 
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pandas as pd
 import platformdirs
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from sbeval.data import python_source, tokenizer
@@ -23,8 +25,10 @@ from sbeval.evaluation.perplexity import PositionLosses
 from sbeval.models import config as model_config
 from sbeval.models import decoder as model
 from sbeval.runtime.progress import Progress
+from sbeval.sweep import scheduler
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.context import RunContext
+from sbeval.sweep.graph import steps
 from sbeval.tasks import length_gen, length_gen_losses, text_training
 from sbeval.tasks.length_gen import Config, cells
 from sbeval.tasks.length_gen_rows import FACTORS, Row, rows
@@ -372,6 +376,86 @@ def test_options_of_a_method_are_trained(
     assert (again.identity.options, again.identity.params) == (options, outcome.identity.params)
     values = [[row.value for row in found.rows] for found in (outcome, again)]
     assert values[0] == pytest.approx(values[1])
+
+
+# decays that branch off one training
+
+
+def branching(config: Config, *branches: int) -> Config:
+    config = dataclasses.replace(config, schedule="wsd", max_epochs=None, attention=("rope", "nope"))
+    return dataclasses.replace(config, branches=branches)
+
+
+def test_branches_are_cells_of_the_trainings_that_they_equal(config: Config) -> None:
+    grid = cells(branching(config, 160, 80, 320))
+    assert [(cell.config.train_tokens, cell.attention) for cell in grid] == [
+        (tokens, method) for tokens in (96, 192, 384) for method in ("rope", "nope")
+    ]
+    # what they share is the warm-up of the shortest, and no part of their names
+    assert {cell.config.warmup_tokens for cell in grid} == {96 // 20}
+    straight = dataclasses.replace(branching(config), train_tokens=192, warmup_tokens=96 // 20)
+    assert cell_id(cells(straight)[0]) == cell_id(grid[2]) == cell_id(cells(branching(config, 160, 80))[2])
+    assert "rope-seed-0-192-tokens-" in cell_id(grid[2])
+    # 16 tokens a step: 24 steps, of which a sixth is the decay
+    training = grid[4].training()
+    assert (training.steps, training.trunk_steps, training.warmup) == (24, 20, 1)
+    assert [need.title for need in grid[4].needs] == [
+        "train the trunk of rope seed 0 96 tokens",
+        "train the trunk of rope seed 0 192 tokens",
+        "train the trunk of rope seed 0 384 tokens",
+        "train rope seed 0 384 tokens",
+    ]
+    # every step costs once
+    trainings = [step for step in steps(grid) if isinstance(step, text_training.Training)]
+    alone = steps(cells(dataclasses.replace(branching(config), train_tokens=16)))[0].flops
+    assert sum(step.flops for step in trainings) == pytest.approx(2 * (20 + 1 + 2 + 4) * alone)
+
+
+def test_branches_are_trained_once_and_as_straight_through(config: Config, tmp_path: Path, progress: Progress) -> None:
+    config = with_valid(branching(config, 80, 160, 320))
+    context = RunContext(results_dir=tmp_path / "results", device=torch.device("cpu"))
+    console = Console(file=io.StringIO())
+    assert scheduler.run(cells(config), context, preset="quick", console=console)
+    # of each method three trunks and three models
+    folders = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "checkpoints").glob("[!.]*/config.json")
+    }
+    assert len(folders) == 12
+    found = {cell_id(cell): cell for cell in cells(config)}
+    table = pd.read_csv(tmp_path / "results" / "length_gen.csv")
+    assert set(table["train_tokens"]) == {96, 192, 384} and set(table["cell"]) == set(found)
+    for cell in cells(config):
+        alone = dataclasses.replace(cell.config, branches=())
+        outcome = run(alone, tmp_path / "straight", progress)
+        own = table[table["cell"] == cell_id(cell)]
+        assert sorted(row.value for row in outcome.rows) == pytest.approx(sorted(own["value"]), rel=1e-12)
+    # a longer one continues from the longest trunk
+    assert scheduler.run(cells(branching(config, 80, 160, 320, 640)), context, preset="quick", console=console)
+    assert {path: path.stat().st_mtime_ns for path in folders} == folders
+
+
+def test_branches_of_a_text_that_ends_sooner(config: Config, tmp_path: Path, progress: Progress) -> None:
+    config = dataclasses.replace(branching(config, 80, 4000, 8000), max_epochs=1.0, attention=("rope",))
+    context = RunContext(results_dir=tmp_path / "results", device=torch.device("cpu"))
+    outcomes = [cell.run(context, progress) for cell in cells(config)]
+    tokens = [outcome.train_tokens for outcome in outcomes]
+    assert tokens[0] == 96 and tokens[1] == tokens[2] < 4000
+    assert outcomes[1].measured["ended_by"] == "max_epochs"
+    assert [row.value for row in outcomes[1].rows] == [row.value for row in outcomes[2].rows]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "cosine"}, "--branch is for --schedule wsd; the schedule is cosine"),
+        ({"patience": 2}, "--branch and --patience exclude each other"),
+        ({"branches": (80, 3)}, "--branch must be at least --batch-tokens 16; got 3"),
+        ({"warmup_tokens": 0}, "warmup_tokens must be at least 1, or left out; got 0"),
+    ],
+)
+def test_branches_that_cannot_be(changes: dict[str, object], message: str, config: Config) -> None:
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(branching(config, 80), **changes)  # type: ignore[arg-type]  # each is of its field's type
 
 
 # epochs, and held-out text

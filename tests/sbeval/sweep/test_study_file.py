@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from sbeval import registry
 from sbeval.errors import InputError
-from sbeval.sweep import study_file
+from sbeval.sweep import study, study_file
 from sbeval.tasks import few_shot, length_gen, mqrar, needle
 from sbeval.training.text_model import TRAINING
 
@@ -63,6 +63,54 @@ def test_a_section_without_options_is_the_preset(tmp_path: Path) -> None:
     found = parts("mqrar:\nflip_flop: {preset: small}\nattention_map: {}\n", tmp_path=tmp_path)
     assert list(found) == ["mqrar", "flip_flop", "attention_map"]
     assert found["mqrar"].config == mqrar.PRESETS["quick"] and found["flip_flop"].preset == "small"
+
+
+def test_a_section_may_hold_several_sweeps(tmp_path: Path) -> None:
+    text = """
+        models: {preset: h200, attention: [alibi, rope], train_len: 1024}
+        length_gen: [{eval_len: 8192, lr: 1e-3}, {lr: 2e-3, optimizer: muon}, {eval_len: 8192, lr: 1e-3}]
+    """
+    part = parts(text, tmp_path=tmp_path)["length_gen"]
+    assert [(config.lr, config.optimizer, config.eval_len) for config in part.configs] == [
+        (1e-3, "adamw", 8192),
+        (2e-3, "muon", 16384),
+        (1e-3, "adamw", 8192),
+    ]
+    # in this order, and a sweep that is there twice has its cells once
+    assert [(cell.config.lr, cell.attention) for cell in study.cells(part)] == [  # type: ignore[attr-defined]
+        (1e-3, "alibi"),
+        (1e-3, "rope"),
+        (2e-3, "alibi"),
+        (2e-3, "rope"),
+    ]
+    # a change is of every sweep
+    part = parts(text, "length_gen.eval_len=4096", "models.train_len=2048", tmp_path=tmp_path)["length_gen"]
+    assert {(config.eval_len, config.train_len) for config in part.configs} == {(4096, 2048)}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("length_gen: []", "length_gen is an empty list: give a sweep, or leave the section out"),
+        ("length_gen: [3]", "length_gen.0. must hold names with values"),
+        ("length_gen: [{lr: 1e-3, lr: 2e-3}]", "duplicate key 'lr'"),
+        ("length_gen: [{}, {larning_rate: 3}]", "unknown option of length_gen 'larning_rate'"),
+        ("length_gen: [{preset: quick}, {preset: h200}]", "start from different presets .quick, h200.: give one"),
+    ],
+)
+def test_sweeps_that_cannot_be(section: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        parts(section, tmp_path=tmp_path)
+
+
+def test_further_seeds_of_each_sweep_follow_its_own_results() -> None:
+    quick = mqrar.PRESETS["quick"]
+    sweep = dataclasses.replace(quick, lrs=(1e-3, 2e-3), seeds=(0, 1), attention=("rope",))
+    part = study_file.Part(
+        family="mqrar", preset="quick", config=sweep, others=(dataclasses.replace(sweep, kv_pairs=(4,)), sweep)
+    )
+    assert len(study.cells(part)) == 4
+    assert [cell.config.kv_pairs for cell in study.further(part, None)] == [(8,), (4,)]  # type: ignore[attr-defined]
 
 
 def test_families_of_text_models_share_what_models_says(tmp_path: Path) -> None:
@@ -141,7 +189,7 @@ def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None
         ("mqrar: {steps: 1.5}", "mqrar.steps must be an integer; got '1.5'"),
         ("mqrar: {steps: }", "mqrar.steps must be an integer; got ''"),
         ("mqrar: {filler: [a]}", r"mqrar.filler must be text; got \['a'\]"),
-        ("mqrar: [steps]", r"mqrar must hold names with values, such as {samples: 20}; got \['steps'\]"),
+        ("mqrar: [steps]", r"mqrar\[0\] must hold names with values, such as {samples: 20}; got 'steps'"),
         ("mqrar: {seeds: []}", "mqrar: seeds is empty: give one or more"),
         ("mqrar: {seeds: [-1]}", r"mqrar: a seed \(--seed\) must be 0 to 2147483647; got -1"),
         ("needle: {samples: 0}", "needle: needle needs a length, 1 sample or more"),
