@@ -74,7 +74,7 @@ def rolled(window: int, batch: int) -> perplexity.Rolling:
         [tokenizer.encode(text) for text in TEXTS],
         TEXTS,
         window=window,
-        prefix=EOS,
+        prefix=[EOS],
         place=CPU,
         dtype="float32",
         batch=batch,
@@ -115,7 +115,7 @@ def test_wikitext_is_lm_evals(tmp_path: Path) -> None:
     """Loss of the page without the spaces of its tokenization, for each word and byte of the page with them."""
     path = tmp_path / "pages.jsonl"
     path.write_text("".join(json.dumps({"text": page}) + "\n" for page in PAGES))
-    text = evaluation_text.read(f"wikitext:{path}", "text", Bytes())
+    text = evaluation_text.read(f"wikitext:{path}", "text", Bytes(), [EOS])
     found = perplexity.rolling(
         build(), text.tokens, text.counted, window=16, prefix=text.eos, place=CPU, dtype="float32"
     )

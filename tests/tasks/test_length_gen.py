@@ -675,6 +675,57 @@ def test_lengths_past_a_table_of_positions_are_an_error(
         run(dataclasses.replace(config, checkpoint=str(folder), window=window), tmp_path / "results", progress)
 
 
+# windows of whole documents: BOS, bytes and words
+
+
+def windowed(
+    config: Config, checkpoint: Path, corpus: Path, progress: Progress, **options: Any
+) -> dict[tuple[str, str | None], float]:
+    """Figures of two documents in windows of 128 tokens, by metric and unit."""
+    config = dataclasses.replace(
+        config, checkpoint=str(checkpoint), corpus=str(corpus), documents=2, window=(128,), **options
+    )
+    found = run(config, checkpoint.with_name("results"), progress)
+    return {(row.metric, row.per): row.value for row in found.rows if isinstance(row, Row) and row.window == 128}
+
+
+def test_a_document_begins_with_one_bos(config: Config, odd_models: Any, tmp_path: Path, progress: Progress) -> None:
+    """Numbers of lm-eval 0.4.13's own HFLM, with and without the BOS that the tokenizer adds to its own."""
+    model = odd_models.write(tmp_path / "begins", tokenizer=odd_models.byte_level(begin=True))
+    corpus = odd_models.corpus(tmp_path / "corpus")
+    once = windowed(config, model, corpus, progress)
+    assert once["perplexity", "word"] == pytest.approx(9287.513, rel=1e-6)
+    assert once["bits_per_byte", None] == pytest.approx(2.914555, rel=1e-6)
+    twice = windowed(config, model, corpus, progress, bos="lm-eval-0.4.13")
+    assert twice["perplexity", "word"] == pytest.approx(9454.623, rel=1e-6)
+    with pytest.raises(InputError, match="unknown bos 'twice'; known: lm-eval-0.4.13, once"):
+        dataclasses.replace(config, bos="twice")
+
+
+def test_bytes_are_those_of_the_text_where_a_tokenizer_does_not_spell_it(
+    config: Config, odd_models: Any, tmp_path: Path, progress: Progress
+) -> None:
+    model = odd_models.write(tmp_path / "letters", tokenizer=odd_models.of_letters(), bos_token_id=1, eos_token_id=2)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for place in range(4):
+        text = f"the cat {place} " + "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3092\u8aad\u3080 the dog ran " * 30
+        (corpus / f"{place}.txt").write_text(text)
+    found = windowed(config, model, corpus, progress)
+    assert found["bits_per_byte", None] == pytest.approx(1.68323, rel=1e-5)
+
+
+def test_text_without_spaces_has_no_perplexity_per_word(
+    config: Config, odd_models: Any, tmp_path: Path, progress: Progress
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for place in range(6):
+        (corpus / f"{place}.txt").write_text("".join(chr(0x4E00 + (place + 7 * i * i) % 400) for i in range(600)))
+    found = windowed(config, odd_models.write(tmp_path / "model"), corpus, progress)
+    assert set(found) == {("perplexity", "token"), ("perplexity", "byte"), ("bits_per_byte", None)}
+
+
 # the text of Python itself
 
 
