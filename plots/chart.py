@@ -13,8 +13,8 @@ import pandas as pd
 import seaborn as sns
 
 from sbeval.plots import style
-from sbeval.tables import statistics
-from sbeval.tables.statistics import Method
+from sbeval.tables import intervals
+from sbeval.tables.statistics import Method, Scale
 
 # for each of matplotlib's markers plotly's symbol, and a letter like it
 SYMBOLS = {
@@ -83,7 +83,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """The line of one method; `points` has the columns POINT, as `statistics.spread` returns them."""
+    """The line of one method; `points` has the columns POINT, as `intervals.points` returns them."""
 
     look: style.Look
     points: pd.DataFrame
@@ -268,16 +268,12 @@ class Heat:
         return {"data": [heat], "layout": axes}
 
 
-def lines(rows: pd.DataFrame, looks: Mapping[Method, style.Look], by: str = "x", share: bool = False) -> list[Line]:
-    """Return the line of each method that has rows, by column `by`; bands of a `share` are clipped to 0 and 1."""
-    drawn = []
-    for method, look in looks.items():
-        points = statistics.spread(statistics.method(rows, method), [by]).rename(columns={by: "x"})
-        if share:
-            points = points.assign(low=points["low"].clip(lower=0), high=points["high"].clip(upper=1))
-        if len(points):
-            drawn.append(Line(look, points))
-    return drawn
+def lines(
+    rows: pd.DataFrame, looks: Mapping[Method, style.Look], by: str = "x", scale: Scale = Scale.LINEAR
+) -> list[Line]:
+    """Return the line of each method that has rows, by column `by`; `rows` are all those of one setting."""
+    points = intervals.points(rows, [by], scale).rename(columns={by: "x"})
+    return [Line(look, mine) for method, look in looks.items() if len(mine := intervals.method(points, method))]
 
 
 def bare(values: Mapping[Method, "pd.Series[float]"], looks: Mapping[Method, style.Look]) -> list[Line]:
@@ -290,7 +286,7 @@ def bare(values: Mapping[Method, "pd.Series[float]"], looks: Mapping[Method, sty
 
 
 def spreads(groups: Sequence[Group]) -> list[pd.DataFrame]:
-    """Return the points of all lines, as `statistics.explain` takes them."""
+    """Return the points of all lines, as `intervals.explain` takes them."""
     panels = [panel for group in groups for panel in group.panels]
     return [line.points for panel in panels if isinstance(panel, Lines) for line in panel.lines]
 

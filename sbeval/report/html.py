@@ -16,7 +16,7 @@ from sbeval.plots import style
 from sbeval.plots.chart import SYMBOLS, Chart, Group, Panel, plain, readable
 from sbeval.report import page
 from sbeval.report.claims import CLAIMS
-from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Finding, findings
+from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Evidence, Finding, findings
 from sbeval.runtime.files import prepare, replacing
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Measurement
@@ -48,7 +48,7 @@ def build(results_dir: Path, say: Callable[[str], None] = print) -> str:
     tables = _tables(results_dir)
     charts = _charts(tables, results_dir, say)
     runs = {name: gather(table, results_dir / "runs") for name, table in tables.items()}
-    judged = findings(CLAIMS, tables)
+    judged = findings(CLAIMS, Evidence(tables))
     sections = [_findings(judged, charts)]
     sections += [_figure(name, chart, runs[registry.figure(name).TABLE]) for name, chart in charts.items()]
     sections += [_all_runs(runs), _again(runs)]
