@@ -12,8 +12,8 @@ Nothing is registered with lm-eval: its registry fills itself only while it is e
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby, islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -26,8 +26,9 @@ from sbeval.data.tokenizer import Tokenizer
 from sbeval.errors import InputError
 from sbeval.evaluation import perplexity
 from sbeval.evaluation.perplexity import Predictor
-from sbeval.evaluation.response_cache import Answers, key
+from sbeval.evaluation.response_cache import Answers, batched, key
 from sbeval.generate import Generator, generate
+from sbeval.runtime.progress import Bar, Silent
 
 # rows are padded to multiples of this, so that kernels are compiled for few shapes
 PAD = 16
@@ -57,24 +58,6 @@ class Text(Protocol):
 
     def spelling(self, token: int) -> str:
         """Return the text of a special token."""
-
-
-class Bar(Protocol):
-    """A progress bar of requests."""
-
-    def advance(self, steps: int, /) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Silent:
-    """A progress bar that shows nothing."""
-
-    def __init__(self, total: int) -> None: ...
-
-    def advance(self, steps: int, /) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class PlainText:
@@ -118,7 +101,7 @@ class HubText:
 
 class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """See the module. length: maximum input tokens of the model. batch_tokens: tokens of a forward pass, padding
-    included. begin: makes a progress bar for a number of requests."""
+    included. begin: makes a progress bar for a number of requests and of those that are stored."""
 
     def __init__(
         self,
@@ -130,11 +113,11 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         dtype: str,
         batch_tokens: int,
         answers: Answers | None = None,
-        begin: Callable[[int], Bar] | None = None,
+        begin: Callable[[int, int], Bar] = Silent,
     ) -> None:
         super().__init__()
         self.model, self.text, self.length, self.place, self.dtype = model, text, length, place, dtype
-        self.batch_tokens, self.answers, self.begin = batch_tokens, answers or Answers(), begin or Silent
+        self.batch_tokens, self.answers, self.begin = batch_tokens, answers or Answers(), begin
         self.cut = 0
 
     @property
@@ -176,9 +159,8 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         prompts = [self._prompt(*request.args) for request in requests]
         keys = [key(f"generate {new} until {until}", prompt) for prompt, new, until in prompts]
         known = self.answers.find(set(keys))
-        bar = self.begin(len(keys))
+        bar = self.begin(len(keys), sum(one in known for one in keys))
         counts = Counter(keys)
-        bar.advance(sum(count for one, count in counts.items() if one in known))
         todo = {one: prompt for one, prompt in zip(keys, prompts, strict=True) if one not in known}
         order = sorted(todo, key=lambda one: (todo[one][1:], len(todo[one][0])))
         for (new, until), group in groupby(order, key=lambda one: todo[one][1:]):
@@ -219,8 +201,7 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         rows = [self._row(*pair) for pair in pairs]
         keys = [key(f"score the last {count}", row) for row, count in rows]
         known = self.answers.find(set(keys))
-        bar = self.begin(len(keys))
-        bar.advance(sum(one in known for one in keys))
+        bar = self.begin(len(keys), sum(one in known for one in keys))
         # requests with the same input share a row, whatever they score of it
         inputs: defaultdict[tuple[int, ...], dict[bytes, tuple[Sequence[int], int]]] = defaultdict(dict)
         for one, (row, count) in zip(keys, rows, strict=True):
@@ -266,10 +247,3 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """Return the scores of (row, targets): the targets follow the row's last tokens."""
         width = self._padded(len(rows[0]))
         return perplexity.endings(self.model, rows, wanted, place=self.place, dtype=self.dtype, width=width)
-
-
-def batched(things: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
-    """Yield lists of at most `size` things, in their order."""
-    rest = iter(things)
-    while some := list(islice(rest, size)):
-        yield some
