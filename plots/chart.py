@@ -88,6 +88,10 @@ class Line:
     look: style.Look
     points: pd.DataFrame
 
+    def lowest(self, top: float) -> float:
+        """Return the lowest end of its band, or, where that leaves the panel at `top`, its lowest mean."""
+        return float(self.points["low" if self.points["high"].max() <= top else "mean"].min())
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lines:
@@ -140,7 +144,7 @@ class Lines:
         if self.decades:
             y |= {"type": "log"} | (_ones_twos_fives() if self._narrow() else {"dtick": 1, "exponentformat": "power"})
         if self.top < math.inf:
-            low = min(line.points["low"].min() for line in self.lines)
+            low = min(line.lowest(self.top) for line in self.lines)
             y |= {"range": [math.log10(value) if self.decades else value for value in (low, self.top)]}
         lines = [_level(y=value, text=name) for name, value in self.levels.items()]
         lines += [_level(x=value) for value in self.marks]

@@ -109,10 +109,11 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
         style.title(line[0], title)
         top = scale.top(of_row)
         points = intervals.points(of_row, ["x"], scale.values)
+        line[0].set_ylim(bottom=0.98 * _lowest(points, top))
         for axis, column in zip(line, columns, strict=True):
             lines = _lines(axis, of_row, points, column)
             spreads += lines.values()
-            beyond |= {column.looks[name].label: None for name, spread in lines.items() if spread["high"].max() > top}
+            beyond |= {column.looks[name].label: None for name, spread in lines.items() if spread["mean"].max() > top}
             if axis.axison and scale.decades(of_row):
                 style.decades(axis)
         if top < math.inf:
@@ -125,6 +126,12 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
     note = intervals.explain(spreads, "bands", "documents") + cut
     style.note_below(figure, style.with_caution(note, table, _names(columns)))
     return figure
+
+
+def _lowest(points: pd.DataFrame, top: float) -> float:
+    """Return the lowest end of a band; of a method that leaves the panel at `top`, the lowest mean."""
+    inside = points.groupby(["attention", "options"])["high"].transform("max") <= top
+    return float(points["low"].where(inside, points["mean"]).min())
 
 
 def panel_groups(table: pd.DataFrame, scale: Scale) -> list[Group]:

@@ -222,6 +222,8 @@ def bands(axis: Axes, rows: pd.DataFrame, looks: dict[Method, Look]) -> list[pd.
     drawn = []
     for of, look in looks.items():
         mine = intervals.method(points, of)
+        if mine.empty:
+            continue
         axis.plot(mine["x"], mine["mean"], label=look.label, **look.line())
         axis.fill_between(mine["x"], mine["low"], mine["high"], color=look.colour, alpha=0.2, linewidth=0)
         seeds(axis, mine["x"], mine, look)

@@ -160,4 +160,4 @@ def young(rows: pd.DataFrame, evidence: Evidence) -> str:
 
 def models(rows: pd.DataFrame) -> str:
     tokens, params = rows["train_tokens"].max(), rows["params"].max()
-    return f"{size(params)} parameters, {size(tokens)} training tokens, {tokens / params:.1f} a parameter"
+    return f"{size(params)} parameters, {size(tokens)} training tokens, {tokens / max(params, 1):.1f} a parameter"

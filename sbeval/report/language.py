@@ -59,7 +59,7 @@ def within(table: pd.DataFrame, evidence: Evidence) -> Judged:
     stick = differences[STICK]
     margin, lower = against(differences, MARGIN), against(differences, 0.0)
     spread = statistics.spreads(samples)[STICK]
-    effect = f", {abs(stick.mean) / spread.sd:.1f} standard deviations of a seed" if spread.freedom else ""
+    effect = f", {abs(stick.mean) / spread.sd:.1f} standard deviations of a seed" if spread.sd > 0 else ""
     found = (
         f"Perplexity at {rows['x'].iloc[0]} tokens: stick-breaking {math.exp(samples[STICK].mean):.1f}, RoPE "
         f"{math.exp(samples[ROPE].mean):.1f}; {stick.text('{:+.3f}'.format)} nats/token{effect} "

@@ -44,7 +44,7 @@ class Canaries:
     def faults(self) -> list[str]:
         """Return why these models are too young to rank; empty when they are not."""
         faults = []
-        if (share := self.tokens / self.params) < ENOUGH:
+        if (share := self.tokens / max(self.params, 1)) < ENOUGH:
             faults.append(f"trained on {share:.1f} tokens a parameter, fewer than {ENOUGH:g}")
         if missing := [name for name, one in (("sliding_window", self.window), ("nope", self.nope)) if one is None]:
             faults.append(f"maturity unknown: {' and '.join(missing)} not trained in this setting")
@@ -79,6 +79,19 @@ def canaries(table: pd.DataFrame) -> list[Canaries]:
                 )
             )
     return found
+
+
+def table(length_gen: pd.DataFrame) -> pd.DataFrame:
+    """Return the canaries of each setting of `length_gen` in words, for pages."""
+    lines = []
+    for one in canaries(length_gen):
+        differences = ["" if each is None else each.text("{:+.3f}".format) for each in (one.window, one.nope)]
+        read = "" if one.epochs is None else f"{one.epochs:.2f}"
+        tokens = f"{one.tokens / max(one.params, 1):.1f}"
+        verdict = "; ".join(one.faults()) or "old enough"
+        lines.append([*map(str, one.setting.values()), tokens, read, *differences, verdict])
+    headings = ["tokens a parameter", "epochs", "sliding window minus RoPE", "NoPE minus RoPE", "verdict"]
+    return pd.DataFrame(lines, columns=[*SETTING, *headings])
 
 
 def _window(differences: dict[Method, Interval], train_len: int) -> Interval | None:

@@ -77,7 +77,7 @@ class Spread:
     """The standard deviation of a method's seeds, and its degrees of freedom; NaN and 0 where none is known."""
 
     sd: float
-    freedom: int
+    freedom: float
 
 
 UNKNOWN = Spread(math.nan, 0)
@@ -157,16 +157,26 @@ def spreads(samples: Mapping[Method, Sample]) -> dict[Method, Spread]:
 
     A method with one seed takes the pooled one.
     """
-    pool = {of: one.own for of, one in samples.items() if one.seeds > 1 and SAME_WEIGHTS not in of[1]}
+    common, pool, apart = _pool(samples)
     alone = {of: one.own for of, one in samples.items() if one.seeds > 1 and SAME_WEIGHTS in of[1]}
+    for of, own in alone.items():
+        if common.freedom == 0 or _excess(own, common) < OUTLYING / (len(pool) + 1):
+            apart[of] = own
+    return {of: apart.get(of, common) for of in samples}
+
+
+def pooled(samples: Mapping[Method, Sample]) -> Spread:
+    """Return the standard deviation over seeds, pooled over the methods of a setting that do not keep their own."""
+    return _pool(samples)[0]
+
+
+def _pool(samples: Mapping[Method, Sample]) -> tuple[Spread, dict[Method, Spread], dict[Method, Spread]]:
+    """Return the pooled standard deviation, those it is pooled from, and those that vary more."""
+    pool = {of: one.own for of, one in samples.items() if one.seeds > 1 and SAME_WEIGHTS not in of[1]}
     apart: dict[Method, Spread] = {}
     while (widest := _outlying(pool)) is not None:
         apart[widest] = pool.pop(widest)
-    pooled = _pooled(pool.values())
-    for of, own in alone.items():
-        if pooled.freedom == 0 or _excess(own, pooled) < OUTLYING / (len(pool) + 1):
-            apart[of] = own
-    return {of: apart.get(of, pooled) for of in samples}
+    return _pooled(pool.values()), pool, apart
 
 
 def _outlying(pool: Mapping[Method, Spread]) -> Method | None:
