@@ -340,7 +340,7 @@ def _lm_eval() -> Any:
 
 
 def summary(results: "pd.DataFrame") -> "Table":
-    """Return the table for the terminal: models by benchmarks, with their average."""
+    """Return the table for the terminal: models by benchmarks, with the mean of those above chance."""
     from sbeval.tables import few_shot
 
     table = few_shot.terminal(few_shot.table(results))

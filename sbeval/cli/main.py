@@ -15,6 +15,7 @@ from sbeval import registry
 from sbeval.cli import options
 from sbeval.cli.options import Common, Sweep, Training
 from sbeval.errors import InputError, choose
+from sbeval.tables import power_options
 from sbeval.tables.results import Results
 from sbeval.training.text_model import TextModel
 
@@ -264,6 +265,24 @@ def check(results_dir: ResultsDir = Path("results")) -> None:
     if faults:
         raise typer.Exit(1)
 
+
+def _power(config: power_options.Config) -> None:
+    from sbeval.tables import power
+
+    plan = power.plan(config)
+    _print_table("Seeds that find a difference of two methods", plan.headings, plan.rows)
+    for note in plan.notes:
+        _say(note)
+
+
+options.plain(
+    app,
+    "power",
+    power_options.Config,
+    _power,
+    help="Say how many seeds and documents find a given difference in perplexity; needs no torch.",
+    panel=RESULTS,
+)
 
 bench = typer.Typer(help="Benchmark kernels and models beside their peers, on a GPU.", no_args_is_help=True)
 app.add_typer(bench, name="bench", rich_help_panel=TOOLS)
