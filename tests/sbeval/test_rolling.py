@@ -97,7 +97,7 @@ def test_padding_shares_shapes_and_changes_nothing(batch: int, passes: int) -> N
     texts = [tokenizer.decode(tokens) for tokens in documents]
     shapes: list[tuple[int, ...]] = []
     model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
-    how: dict[str, Any] = {"window": 256, "prefix": EOS, "place": CPU, "dtype": "float32", "batch": batch}
+    how: dict[str, Any] = {"window": 256, "prefix": [EOS], "place": CPU, "dtype": "float32", "batch": batch}
     plain = perplexity.rolling(model, documents, texts, **how).losses
     assert len({length for _, length in shapes}) == 6
     shapes.clear()
