@@ -219,7 +219,8 @@ class Training(TrainingStep):
                 trunk=self.trunk,
             )
             task = progress.add(self.title, training.steps, completed=trainer.state.step)
-            trained = trainer.run(task, log=context.logger(log_name or step_id(self)))
+            with context.logger(log_name or step_id(self)) as log:
+                trained = trainer.run(task, log=log)
             task.close()
         return folder, trained
 
@@ -252,7 +253,7 @@ def train_config(
     batch = max(1, config.batch_tokens // length)
     micro = config.micro_batch_tokens and max(1, config.micro_batch_tokens // length)
     steps = max(1, tokens // (batch * length))
-    return TrainConfig(
+    training = TrainConfig(
         steps=steps,
         batch=batch,
         length=length,
@@ -260,12 +261,12 @@ def train_config(
         lr=lr,
         schedule=config.schedule,
         warmup=max(1, steps // 20),
-        **({"decay": DECAY} if config.schedule == "wsd" else {}),
         optimizer=config.optimizer,
         seed=seed,
         dtype=config.dtype,
         sparse=sparse,
     )
+    return dataclasses.replace(training, decay=DECAY) if config.schedule == "wsd" else training
 
 
 def open_corpus(config: TextModel, progress: "Progress") -> "Corpus":
@@ -280,6 +281,7 @@ def open_corpus(config: TextModel, progress: "Progress") -> "Corpus":
         max_tokens=config.corpus_tokens,
         text_field=config.text_field,
         progress=task.advance,
+        say=progress.say,
     )
     task.close()
     return text

@@ -10,6 +10,10 @@ from sbeval.errors import InputError, check_swept, choose
 from sbeval.models.config import SIZES
 from sbeval.tables import epochs
 
+# BOS before a whole document, in windows: once, or as lm-eval 0.4.13 has it, where a tokenizer's own comes after it and
+# is scored
+LM_EVAL = "lm-eval-0.4.13"
+BOS = ("once", LM_EVAL)
 PACKINGS = ("documents", "stream")
 
 
