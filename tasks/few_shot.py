@@ -251,7 +251,7 @@ class Cell(TextCell):
     def _row(self, score: Any, benchmark: Any, cut: int) -> Row:
         return Row(
             metric=score.metric,
-            unit="bits/byte" if score.metric == "bits_per_byte" else "1",
+            unit="bits/byte" if score.metric.endswith("bits_per_byte") else "1",
             value=score.value,
             stderr=score.stderr,
             n=score.n,

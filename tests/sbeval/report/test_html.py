@@ -194,6 +194,7 @@ def skipping(run: Row, place: int) -> Iterator[Row]:
 
 def diagnostics(run: Row, place: int) -> Iterator[Row]:
     run |= {"task": "books", "distance": "", "layer": "", "head": "", "heads": ""}
+    run |= {"lr": 2e-3, "optimizer": "adamw", "batch_tokens": 131072, "schedule": "cosine"}
     for seen in (5 * 10**6, 10**8):
         yield run | {"metric": "in_context_score", "value": -0.1 * place, "tokens_seen": seen}
         for distance in (64, 256):
