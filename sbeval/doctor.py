@@ -27,7 +27,7 @@ from sbeval.sweep.graph import steps
 from sbeval.tables import provenance
 from sbeval.tasks import attention_map, length_gen, length_gen_losses
 from sbeval.training.config import TrainConfig
-from sbeval.training.text_model import likely_vocabulary
+from sbeval.training.text_model import EvaluatedModel, likely_vocabulary
 
 # module, name on PyPI, purpose
 PACKAGES = (
@@ -235,11 +235,13 @@ def _presets(device: torch.device, free: int) -> Iterator[tuple[str, ...]]:
 
 def _sizes(config: Any, cell: Any, device: torch.device) -> tuple[ModelConfig, TrainConfig, int, str]:
     """Return model, training, tokens of a forward pass in evaluation, and the flag for those in training."""
-    if isinstance(config, length_gen.Config):
-        one = length_gen.Cell(config=config)
+    if isinstance(config, EvaluatedModel):
+        options: Any = config
+        # of which only the model and its training are asked for, the same in all families
+        one = length_gen.Cell(config=options)
         longest = max(
-            config.eval_len,
-            *config.rolling,
+            *(getattr(config, name, 0) for name in ("eval_len", "longest")),
+            *getattr(config, "rolling", ()),
             *getattr(config, "lengths", ()),
             length_gen_losses.EVAL_TOKENS[device.type],
         )

@@ -38,6 +38,9 @@ class Common:
     force: bool = option(False, RUN, "Run finished cells again.")
     dry_run: bool = option(False, RUN, "Print the cells and their cost, and stop.")
     tensorboard: Path | None = option(None, RUN, "Folder for TensorBoard logs.", metavar="DIR")
+    track: tuple[str, ...] | None = option(
+        None, RUN, "Show training in tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT.", metavar="KIND:WHERE"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +65,7 @@ class Training(Common):
 
 
 Kind = TypeVar("Kind", bound=Common)
+Given = TypeVar("Given")
 
 
 def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> list[inspect.Parameter]:
@@ -123,6 +127,18 @@ def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "" if value is None else str(value)
+
+
+def plain(
+    app: typer.Typer, name: str, config: type[Given], run: Callable[[Given], None], *, help: str, panel: str
+) -> None:
+    """Add a command with the options of a config alone, and no presets; `run` gets the config."""
+
+    def invoke(**values: Any) -> None:
+        run(config(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}))
+
+    invoke.__signature__ = inspect.Signature(parameters(config))  # type: ignore[attr-defined]
+    app.command(name, help=help, rich_help_panel=panel)(invoke)
 
 
 def command(

@@ -110,7 +110,7 @@ def test_evaluation_goes_on_with_fewer_windows(
     def measured() -> tuple[Any, Any]:
         how: dict[str, Any] = {"place": CPU, "dtype": "float32", "batch": 8}
         losses = perplexity.measure(model, windows, np.ones_like, **how)
-        return losses.losses, perplexity.rolling(model, documents, [""] * 4, window=10, prefix=0, **how).losses
+        return losses.losses, perplexity.rolling(model, documents, [""] * 4, window=10, prefix=[0], **how).losses
 
     whole = measured()
     assert capsys.readouterr().out == ""

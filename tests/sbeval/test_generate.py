@@ -13,7 +13,7 @@ from sbeval.errors import InputError
 from sbeval.generate import generate
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
-from sbeval.pretrained.load import HubModel
+from sbeval.pretrained.hub_model import HubModel
 
 CPU = torch.device("cpu")
 VOCABULARY = 50

@@ -44,6 +44,7 @@ class Oracle:
     """Knows what follows each prompt: a hidden state is the next token, 0 where there is none."""
 
     ragged = True
+    by_length = False
 
     def __init__(self) -> None:
         self.texts = [[*item.tokens.tolist(), *item.answer.tolist(), Bytes().eos] for item in PROMPTS]

@@ -298,6 +298,8 @@ def test_a_name_of_the_hub_fetches_the_config_and_safetensors_alone(
         @staticmethod
         def hf_hub_download(name: str, file: str) -> str:
             asked.append((name, file))
+            if file != "config.json":
+                raise OSError("no such file")
             return str(folder / file)
 
         @staticmethod
@@ -311,6 +313,7 @@ def test_a_name_of_the_hub_fetches_the_config_and_safetensors_alone(
     assert asked == [
         ("someone/sb-3b", "config.json"),
         ("someone/sb-3b", "config.json", "model*.safetensors", "model.safetensors.index.json"),
+        ("someone/sb-3b", "adapter_config.json"),
     ]
 
 

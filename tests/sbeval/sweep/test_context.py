@@ -70,7 +70,8 @@ def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_tensorboard_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"), tensorboard=tmp_path)
-    with pytest.raises(InputError, match=r"pip install 'sbeval\[tensorboard\]'"):
-        context.logger("a")
-    assert dataclasses.replace(context, tensorboard=None).logger("a") is None
+    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"), track=(f"tensorboard:{tmp_path}",))
+    with pytest.raises(InputError, match=r"pip install 'sbeval\[tensorboard\]'"), context.logger("a"):
+        pass
+    with dataclasses.replace(context, track=()).logger("a") as log:
+        assert log is None

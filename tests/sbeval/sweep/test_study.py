@@ -217,4 +217,4 @@ def test_a_study_is_shown_to_write_another_from(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(out)
     assert study_file.read(str(tmp_path / "mine.yaml")) == study_file.read("quick")
     code, _, err = run("quik", "--dry-run")
-    assert code == 2 and err.startswith("sbeval: unknown study 'quik'; did you mean 'quick'? known: h200, ")
+    assert code == 2 and err.startswith("sbeval: unknown study 'quik'; did you mean 'quick'? known: ")
