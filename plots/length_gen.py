@@ -18,7 +18,7 @@ from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals, statistics
-from sbeval.tables.selection import LENGTH_GEN, by_context
+from sbeval.tables.selection import LENGTH_GEN, by_context, length_gen_setting
 from sbeval.tables.statistics import Method
 
 TABLE = "length_gen"
@@ -101,7 +101,7 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
     A line that leaves its panel is named below.
     """
     columns = groups(table)
-    rows = style.panels(table, LENGTH_GEN.always, LENGTH_GEN.others)
+    rows = _rows(table)
     figure, axes = style.grid(len(rows), len(columns))
     spreads: list[pd.DataFrame] = []
     beyond: dict[str, None] = {}
@@ -138,7 +138,7 @@ def panel_groups(table: pd.DataFrame, scale: Scale) -> list[Group]:
     """Return what `panels` draws as interactive panels: a group for each, with a legend of its own."""
     columns = groups(table)
     drawn = []
-    for title, rows in style.panels(table, LENGTH_GEN.always, LENGTH_GEN.others):
+    for title, rows in _rows(table):
         for column in columns:
             lines = charts.lines(rows, column.looks, scale=scale.values)
             if not {line.look.label for line in lines} & {look.label for look in column.own.values()}:
@@ -155,6 +155,12 @@ def panel_groups(table: pd.DataFrame, scale: Scale) -> list[Group]:
             )
             drawn.append(Group(title, [panel]))
     return drawn
+
+
+def _rows(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Return title and rows of each row of panels."""
+    setting = length_gen_setting(table)
+    return style.panels(table, setting.always, setting.others)
 
 
 def explained(drawn: list[Group], table: pd.DataFrame) -> str:

@@ -19,7 +19,7 @@ from sbeval.report import maturity, page
 from sbeval.report.claims import CLAIMS
 from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Evidence, Finding, findings
 from sbeval.runtime.files import prepare, replacing
-from sbeval.tables import values
+from sbeval.tables import check, values
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Measurement
 from sbeval.tables.run_files import Runs, gather
@@ -35,7 +35,8 @@ INSTALL = "pip install -c constraints.txt -e '.[html]'"
 def write(results_dir: Path, out: Path | None = None, say: Callable[[str], None] = print) -> Path:
     """Write the report on the tables in `results_dir` to `out`, by default report.html there, in one step.
 
-    A figure whose table has nothing to draw is skipped and reported. InputError where there is no table at all.
+    A figure whose table has nothing to draw is skipped and reported, and so are rows that are not what a run wrote.
+    InputError where there is no table at all.
     """
     out = out or results_dir / "report.html"
     text = build(results_dir, say)
@@ -48,6 +49,8 @@ def write(results_dir: Path, out: Path | None = None, say: Callable[[str], None]
 def build(results_dir: Path, say: Callable[[str], None] = print) -> str:
     """Return the report as HTML."""
     tables = _tables(results_dir)
+    for line in check.notes(Results(results_dir).table(name) for name in tables):
+        say(line)
     charts = _charts(tables, results_dir, say)
     runs = {name: gather(table, results_dir / "runs") for name, table in tables.items()}
     judged = findings(CLAIMS, Evidence(tables, partial(values.read, Results(results_dir))))

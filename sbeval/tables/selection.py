@@ -29,6 +29,8 @@ class Setting:
 LENGTH_GEN = Setting(
     ("model", "train_len", "corpus"), ("task", "eval_len", "tokenizer", "preset", "train_tokens", "dtype")
 )
+# how models were trained: columns that older tables lack
+RECIPE = ("lr", "optimizer", "batch_tokens", "schedule")
 NEEDLE = Setting(("model", "train_len", "finetune_tokens"), ("tokenizer", "preset", "corpus", "train_tokens", "dtype"))
 NEEDLE_METRICS = ("score", "greedy")
 # columns that identify a number
@@ -42,6 +44,16 @@ _LATER = [name for name in labels(mqrar.Row) if name in later(mqrar.Row)]
 MQRAR_LATER = ("optimizer", *(name for name in _LATER if name not in ("optimizer", "n_back")))
 FLIP_FLOP = Setting(("model", "seq_len"), ("task", "heads", "p_train", "preset", "dtype"))
 ATTENTION_MAP = ["task", "vocab_size", "seq_len", "kv_pairs"]
+
+
+def length_gen_setting(table: pd.DataFrame) -> Setting:
+    """Return the columns that define a setting in a table of `length_gen`; an older table has fewer."""
+    return Setting(LENGTH_GEN.always, (*LENGTH_GEN.others, *(name for name in RECIPE if name in table)))
+
+
+def recipe_columns(table: pd.DataFrame) -> list[str]:
+    """Return the columns in which the trainings of these rows differ, besides method and seed."""
+    return [name for name in ("train_tokens", *RECIPE) if name in table and table[name].nunique() > 1]
 
 
 def by_context(table: pd.DataFrame) -> pd.DataFrame:
