@@ -209,7 +209,7 @@ class Lines:
 
     def _seeds(self, line: Line) -> list[dict[str, Any]]:
         """Return a trace of the seeds of points that have few."""
-        each = line.points["each"] if "each" in line.points else []
+        each: Sequence[Sequence[float]] = list(line.points["each"]) if "each" in line.points else []
         few = [(at, one) for at, of in zip(line.points["x"], each, strict=False) if 1 < len(of) <= FEW for one in of]
         if not few:
             return []

@@ -17,7 +17,7 @@ import pandas as pd
 
 from sbeval import registry
 from sbeval.errors import InputError
-from sbeval.tables import provenance, selection
+from sbeval.tables import intervals, provenance, selection
 from sbeval.tables.results import Results
 from sbeval.tables.table import read
 
