@@ -363,7 +363,7 @@ def _preset(given: Mapping[str, Any]) -> str | None:
 
 FAMILY = Family(
     name=NAME,
-    help="Benchmarks through lm-eval, of length-gen's models or any others; preset paper is the default of others.",
+    help="Benchmarks of lm-eval, for the models of length-gen or for given ones, whose default preset is paper.",
     config=Config,
     presets=PRESETS,
     cells=cells,

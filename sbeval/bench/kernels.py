@@ -243,7 +243,7 @@ def kernel(
                 continue
             try:
                 rows = list(_time(contender, problem, device, devices.DTYPES[dtype]))
-            # a peer is somebody else's code: whatever it raises is said, and the benchmark goes on
+            # a peer is third-party code: any error that it raises is printed, and the benchmark continues
             except Exception as error:
                 if contender.backend == OURS:
                     raise

@@ -44,7 +44,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: 
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="Of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU."
+        help="Data type of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU."
     ),
 ]
 ResultsDir = Annotated[Path, typer.Option(help="Folder of tables, run files, checkpoints and figures.")]

@@ -9,9 +9,11 @@ FOLDERS = {"sbeval": "tests/sbeval", "kernels": "tests/kernels", "tasks": "tests
 # constants and interfaces, which their users test; else the tests of the module in whose work they take part
 WITHOUT = {
     "sbeval/sweep/family.py": "an interface: tests/sbeval/test_registry.py",
+    "sbeval/tables/power_options.py": "options of a command: tests/sbeval/tables/test_power.py",
     "sbeval/tables/published.py": "constants",
     "sbeval/report/claims.py": "a table of claims, each decided in tests/sbeval/report/test_judge.py",
     "sbeval/report/page.py": "part of a report: tests/sbeval/report/test_html.py",
+    "sbeval/tables/columns.py": "words: tests/sbeval/cli/test_columns.py",
     "sbeval/tables/curves.py": "stored with values: tests/sbeval/tables/test_values.py",
     "sbeval/tables/parquet.py": "stored with values: tests/sbeval/tables/test_values.py",
     "sbeval/tables/store.py": "stored with values: tests/sbeval/tables/test_values.py",

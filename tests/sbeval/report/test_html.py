@@ -320,7 +320,7 @@ def test_a_line_its_table_and_its_words_hold_the_numbers_of_the_rows(results: Pa
     table = read(results / "length_gen.csv", registry.figure("length_gen").COLUMNS)
     chart = registry.figure("length_gen").chart(table)
     (panel,) = chart.groups[0].panels
-    rope = next(trace for trace in panel.plotly()["data"] if trace["meta"] == "RoPE")
+    rope = next(trace for trace in panel.plotly()["data"] if trace["meta"] == "RoPE" and "lines+" in trace["mode"])
     assert rope["x"] == [256, 512, 1024, 2048] and rope["y"] == pytest.approx([40.5, 41, 42, 44])
     assert "RoPE 40.5 at 256 to 44 at 2048" in panel.words()
     rows = panel.rows()
