@@ -160,7 +160,7 @@ def test_other_patterns_are_not_cut() -> None:
     coder = tokenizer.Library(words, name="words", eos=2)
     assert not coder.cuts_at_spaces
     assert coder.encode("a\nb").tolist() == [0]
-    with pytest.raises(InputError, match="has no bytes for its tokens: give one"):
+    with pytest.raises(InputError, match="has no bytes for these tokens: give one"):
         coder.byte_lengths([0])
 
 
