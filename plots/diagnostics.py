@@ -19,7 +19,7 @@ from sbeval.tables.table import numbers
 TABLE = "diagnostics"
 ALWAYS = ("model", "train_len", "corpus")
 OTHERS = ("task", "tokenizer", "preset", "train_tokens", "dtype")
-FACTORS = ("tokens_seen", "distance", "heads")
+FACTORS = ("tokens_seen", "distance", "layer", "heads")
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *ALWAYS, *OTHERS, *FACTORS)
 SEEN, DISTANCE = "training tokens (millions)", "distance (tokens)"
 
@@ -46,8 +46,7 @@ class View:
 
     def rows(self, table: pd.DataFrame) -> pd.DataFrame:
         """Return the rows to draw, with their `x`."""
-        mine = table[(table["metric"] == self.metric) & (table["heads"].fillna("") == self.heads)]
-        mine = mine[mine["layer"].isna()] if "layer" in mine else mine
+        mine = table[(table["metric"] == self.metric) & (table["heads"] == self.heads) & table["layer"].isna()]
         if self.by_distance:
             mine = mine[
                 mine["tokens_seen"] == mine.groupby(["attention", "options", "seed"])["tokens_seen"].transform("max")
@@ -119,7 +118,9 @@ def _plotted(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["metric"].isin(metrics)]
     if table.empty:
         raise InputError(f"there are no rows with one of the metrics {', '.join(dict.fromkeys(metrics))} to draw")
-    return numbers(table, ["tokens_seen", "train_len"])
+    # a blank column is read as text
+    blank = {name: pd.to_numeric(table[name], errors="coerce") for name in ("distance", "layer")}
+    return numbers(table.assign(heads=table["heads"].fillna(""), **blank), ["tokens_seen", "train_len"])
 
 
 def _lines(

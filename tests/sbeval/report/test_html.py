@@ -192,9 +192,20 @@ def skipping(run: Row, place: int) -> Iterator[Row]:
             yield run | {"step": step, "task": step, "keys": keys, "epsilon": epsilon, "value": 1.0 + place}
 
 
+def diagnostics(run: Row, place: int) -> Iterator[Row]:
+    run |= {"task": "books", "distance": "", "layer": "", "head": "", "heads": ""}
+    for seen in (5 * 10**6, 10**8):
+        yield run | {"metric": "in_context_score", "value": -0.1 * place, "tokens_seen": seen}
+        for distance in (64, 256):
+            yield run | {"metric": "copy_gain", "value": place, "tokens_seen": seen, "distance": distance}
+        for heads in ("mean", "highest"):
+            of_heads = run | {"value": 0.1 * place, "tokens_seen": seen, "heads": heads, "distance": 64}
+            yield from (of_heads | {"metric": metric} for metric in ("prefix_matching", "weight_beyond"))
+
+
 FAMILIES = {
     each.__name__: each
-    for each in (attention_map, few_shot, flip_flop, kernel, length_gen, model, mqrar, needle, skipping)
+    for each in (attention_map, diagnostics, few_shot, flip_flop, kernel, length_gen, model, mqrar, needle, skipping)
 }
 
 
