@@ -10,7 +10,8 @@ FOLDERS = {"sbeval": "tests/sbeval", "kernels": "tests/kernels", "tasks": "tests
 WITHOUT = {
     "sbeval/sweep/family.py": "an interface: tests/sbeval/test_registry.py",
     "sbeval/tables/published.py": "constants",
-    "sbeval/report/claims.py": "a table of claims, each decided in tests/sbeval/report/test_judge.py",
+    "sbeval/tables/power_options.py": "options of: tests/sbeval/tables/test_power.py",
+    "sbeval/report/claims.py": "a table of claims: tests/sbeval/report/test_judge.py",
     "sbeval/report/page.py": "part of a report: tests/sbeval/report/test_html.py",
     "sbeval/tables/curves.py": "stored with values: tests/sbeval/tables/test_values.py",
     "sbeval/tables/parquet.py": "stored with values: tests/sbeval/tables/test_values.py",
