@@ -19,7 +19,7 @@ from sbeval.data.tokenizer import Ids, Library, Tokenizer, is_trained
 from sbeval.data.tokenizer import load as load_tokenizer
 from sbeval.data.tokenizer import read as read_tokenizer
 from sbeval.errors import InputError
-from sbeval.runtime.files import locked, storing
+from sbeval.runtime.files import clear, locked, storing
 
 # part of a store's key: a store of another format is not opened
 FORMAT = 2
@@ -156,7 +156,7 @@ def _build(
         )
     unfinished = folder.with_suffix(".unfinished")
     # we hold the lock: an existing folder was left by a process that was killed
-    shutil.rmtree(unfinished, ignore_errors=True)
+    clear(unfinished)
     try:
         with storing(folder):
             unfinished.mkdir()

@@ -207,11 +207,13 @@ def read(path: Path, *, name: str) -> Library:
     """Read a tokenizer.json file; raise InputError when it is not one, or has no token that ends a document."""
     try:
         text = path.read_text(encoding="utf-8")
-        # the library raises a bare Exception
         json.loads(text)["model"]["vocab"]
-    except (OSError, ValueError, LookupError, TypeError):
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:
+        # the library, in Rust, raises the class Exception itself
+        if type(error) is not Exception and not isinstance(error, (OSError, ValueError, LookupError, TypeError)):
+            raise
         raise InputError(f"{path} is not a tokenizer.json file of the tokenizers library") from None
-    backend = tokenizers.Tokenizer.from_str(text)
     known = [backend.token_to_id(token) for token in EOS_NAMES]
     eos = next((number for number in known if number is not None), None)
     if eos is None:
@@ -269,8 +271,8 @@ def _from_transformers(spec: str) -> Library:
     try:
         # the fast form that is read here needs no code of the repository
         loaded: Any = transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
-    # raised for an unknown name, without network, and for files that it cannot read
-    except (OSError, ValueError, KeyError) as error:
+    # raised for an unknown name, without network, for files that it cannot read, and packages that it lacks
+    except (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError) as error:
         raise InputError(
             f"unknown tokenizer {spec!r}; give bytes, bpe:N, a file, a folder or a hub name: {first_line(error)}"
         ) from None

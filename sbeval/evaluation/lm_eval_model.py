@@ -94,12 +94,12 @@ class PlainText:
 
 
 class HubText:
-    """A tokenizer of transformers, with its special tokens, as lm-eval uses it."""
+    """A tokenizer of transformers, with its special tokens, as lm-eval uses it. vocab_size: tokens of its model."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no eos token, which must end a text")
-        self.tokenizer, self.eos = tokenizer, int(tokenizer.eos_token_id)
+        self.tokenizer, self.vocab_size, self.eos = tokenizer, vocab_size, int(tokenizer.eos_token_id)
         self.prefix = self.eos if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
 
     def encode(self, text: str, special: bool | None) -> list[int]:
@@ -107,6 +107,11 @@ class HubText:
             # no second BOS for a prompt that begins with one
             special = not text.startswith(self.spelling(self.prefix))
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
+        if (largest := max(tokens, default=0)) >= self.vocab_size:
+            raise InputError(
+                f"tokenizer {self.tokenizer.name_or_path!r} has token {largest} "
+                f"({self.spelling(largest)!r}) in a text, and its model knows {self.vocab_size}: they do not fit"
+            )
         return tokens
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sbeval.errors import InputError, choose
+from sbeval.runtime.signals import terminable
 from sbeval.sweep import pool
-from sbeval.sweep.pool import RETRIES, Hear, Item, Lost, Result, Then, terminable
+from sbeval.sweep.pool import RETRIES, Hear, Item, Lost, Result, Then
 
 KINDS = ("local", "ray")
 

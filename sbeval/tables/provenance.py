@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, spelled
 from sbeval.runtime.files import replacing, storing
 from sbeval.tables.rows import Provenance
 
@@ -47,8 +47,8 @@ def collect(
     return Provenance(
         cell=cell,
         preset=preset,
-        corpus=corpus,
-        tokenizer=tokenizer,
+        corpus=spelled(corpus),
+        tokenizer=spelled(tokenizer),
         train_tokens=train_tokens,
         unique_tokens=unique_tokens,
         epochs=epochs,
@@ -172,12 +172,14 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def _plain(value: Any) -> Any:
     """Convert a value to JSON's types; TypeError where that would be a guess."""
-    if value is None or isinstance(value, (str, bool, int)):
+    if isinstance(value, str):
+        return spelled(value)
+    if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Path):
-        return value.as_posix()
+        return spelled(value.as_posix())
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
