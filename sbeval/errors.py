@@ -56,11 +56,12 @@ def reading(what: object, *kinds: type[BaseException]) -> Iterator[None]:
     These are errors of the system, an early end, text of another encoding, values of another kind, and `kinds`: those
     of the library that reads it.
     """
+    raised: tuple[type[BaseException], ...] = (OSError, EOFError, ValueError, OverflowError, RecursionError, *kinds)
     try:
         yield
     except InputError:
         raise
-    except (OSError, EOFError, ValueError, OverflowError, RecursionError, *kinds) as error:
+    except raised as error:
         raise InputError(f"cannot read {what}: {reason(error)}") from None
 
 

@@ -273,6 +273,7 @@ class Cell(TextCell):
                 dtype=self.dtype,
                 batch=max(1, BATCH_TOKENS[context.device.type] // length),
                 advance=task.advance,
+                notify=task.say,
             )
             task.close()
             tuned = self._tuning().tokens if config.finetune else 0

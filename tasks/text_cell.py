@@ -12,6 +12,7 @@ from sbeval import registry
 from sbeval.models.config import ModelConfig, flops_per_token
 from sbeval.sweep.cell import Cell, Outcome, TrainingStep, timing
 from sbeval.tables import epochs
+from sbeval.tables.privacy import shared
 from sbeval.tables.rows import Identity
 from sbeval.tasks.text_training import Training, model_shape, open_corpus, training_options
 from sbeval.training.text_model import EvaluatedModel, TextModel, likely_vocabulary
@@ -62,7 +63,7 @@ class TextCell(Cell):
     @property
     def model_title(self) -> str:
         if self.config.checkpoint is not None:
-            return re.sub(r"[^\w.-]+", "-", self.config.checkpoint.strip("/"))
+            return re.sub(r"[^\w.-]+", "-", shared(self.config.checkpoint).strip("~/"))
         return f"{self.attention} seed {self.seed}"
 
     @property

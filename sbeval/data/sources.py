@@ -218,7 +218,7 @@ def _load_dataset(name: str, config: str) -> Mapping[str, Iterable[object]]:
 
 def _stream_errors() -> tuple[type[Exception], ...]:
     """Return what streaming from the hub raises, besides what `reading` knows."""
-    names = ("datasets.exceptions.DatasetsError", "httpx.HTTPError", "aiohttp.ClientError")
+    names = ("datasets.exceptions.DatasetsError", "huggingface_hub.errors.HTTPError", "aiohttp.ClientError")
     found = [getattr(importlib.import_module(module), name) for module, _, name in (x.rpartition(".") for x in names)]
     return (LookupError, TypeError, zlib.error, lzma.LZMAError, pa.ArrowException, *found)
 

@@ -29,6 +29,7 @@ from sbeval.runtime.files import replacing, storing
 EOS = "<|endoftext|>"
 # names of the token that ends a document, searched when no config beside tokenizer.json gives it
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+MAX_IDS = 1 << 20
 TRAINING_CHARACTERS = 64_000_000
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 # the library needs some 350 bytes of memory per token while it encodes
@@ -225,8 +226,11 @@ def read(path: Path, *, name: str) -> Library:
 
 def _size(spec: str) -> int:
     number = spec.removeprefix("bpe:")
-    if not re.fullmatch(r"[0-9]{1,9}", number) or int(number) < 257:
-        raise InputError(f"tokenizer {spec!r}: the size after bpe: must be at least 257 ids (bytes and eos)")
+    # the library takes memory for them all, and its process ends where that is too much
+    if not re.fullmatch(r"[0-9]{1,9}", number) or not 257 <= int(number) <= MAX_IDS:
+        raise InputError(
+            f"tokenizer {spec!r}: the size after bpe: must be at least 257 ids (bytes and eos), at most {MAX_IDS}"
+        )
     return int(number)
 
 

@@ -12,8 +12,8 @@ Nothing is registered with lm-eval: its registry fills itself only while it is e
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby, islice
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -28,6 +28,7 @@ from sbeval.evaluation import perplexity
 from sbeval.evaluation.perplexity import Predictor
 from sbeval.evaluation.response_cache import Answers, key
 from sbeval.generate import Generator, generate
+from sbeval.runtime import oom
 
 # rows are padded to multiples of this, so that kernels are compiled for few shapes
 PAD = 16
@@ -64,6 +65,8 @@ class Bar(Protocol):
 
     def advance(self, steps: int, /) -> None: ...
 
+    def say(self, line: str, /) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -73,6 +76,8 @@ class Silent:
     def __init__(self, total: int) -> None: ...
 
     def advance(self, steps: int, /) -> None: ...
+
+    def say(self, line: str, /) -> None: ...
 
     def close(self) -> None: ...
 
@@ -140,7 +145,7 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         super().__init__()
         self.model, self.text, self.length, self.place, self.dtype = model, text, length, place, dtype
         self.batch_tokens, self.answers, self.begin = batch_tokens, answers or Answers(), begin or Silent
-        self.cut = 0
+        self.generated, self.cut = GENERATED, 0
 
     @property
     def eot_token_id(self) -> int:
@@ -185,14 +190,20 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         counts = Counter(keys)
         bar.advance(sum(count for one, count in counts.items() if one in known))
         todo = {one: prompt for one, prompt in zip(keys, prompts, strict=True) if one not in known}
+
+        def keep(answers: dict[bytes, Any]) -> None:
+            self.answers.keep(answers)
+            known.update(answers)
+            bar.advance(sum(counts[one] for one in answers))
+
         order = sorted(todo, key=lambda one: (todo[one][1:], len(todo[one][0])))
         for (new, until), group in groupby(order, key=lambda one: todo[one][1:]):
-            for batch in batched(group, GENERATED):
+
+            def complete(batch: Sequence[bytes], new: int = new, until: tuple[str, ...] = until) -> None:
                 texts = self._generated([todo[one][0] for one in batch], new, until)
-                answers = dict(zip(batch, texts, strict=True))
-                self.answers.keep(answers)
-                known |= answers
-                bar.advance(sum(counts[one] for one in batch))
+                keep(dict(zip(batch, texts, strict=True)))
+
+            self.generated = oom.in_parts(list(group), self.generated, complete, bar.say)
         bar.close()
         return [str(known[one]) for one in keys]
 
@@ -216,7 +227,7 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             return tokens[-1] == self.eot_token_id or any(one in self.text.decode(tokens) for one in until if one)
 
         model = cast(Generator, self.model)
-        generated = generate(model, prompts, new, self.place, dtype=self.dtype, stop=stop, batch=GENERATED)
+        generated = generate(model, prompts, new, self.place, dtype=self.dtype, stop=stop, batch=len(prompts))
         texts = [self.text.decode([token for token in tokens if token != self.eot_token_id]) for tokens in generated]
         return [str(postprocess_generated_text(text, list(until), None)) for text in texts]
 
@@ -232,13 +243,16 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             if one not in known:
                 inputs[tuple(row[:-1])][one] = (row, count)
         counts = Counter(keys)
-        for batch in self._batches(sorted(inputs, key=lambda row: (-len(row), row))):
+
+        def score(batch: Sequence[tuple[int, ...]]) -> None:
             wanted = [(index, one, *part) for index, row in enumerate(batch) for one, part in inputs[row].items()]
             scores = self._forward(batch, [(index, row[-count:]) for index, _, row, count in wanted])
             answers = {one: score for (_, one, _, _), score in zip(wanted, scores, strict=True)}
             self.answers.keep(answers)
-            known |= answers
+            known.update(answers)
             bar.advance(sum(counts[one] for one in answers))
+
+        self._score_all(sorted(inputs, key=lambda row: (-len(row), row)), score, bar.say)
         bar.close()
         return [(float(known[one][0]), bool(known[one][1])) for one in keys]
 
@@ -255,13 +269,21 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self.cut += len(row) > self.length + 1
         return row[-(self.length + 1) :], count
 
-    def _batches(self, rows: Sequence[tuple[int, ...]]) -> Iterator[Sequence[tuple[int, ...]]]:
-        """Yield rows, longest first, in batches of at most batch_tokens."""
+    def _score_all(
+        self,
+        rows: Sequence[tuple[int, ...]],
+        score: Callable[[Sequence[tuple[int, ...]]], None],
+        say: Callable[[str], None],
+    ) -> None:
+        """Pass rows, longest first, to `score` in batches of at most batch_tokens, halved when out of memory."""
         start = 0
         while start < len(rows):
-            size = min(ROWS, max(1, self.batch_tokens // self._padded(len(rows[start]))))
-            yield rows[start : start + size]
-            start += size
+            padded = self._padded(len(rows[start]))
+            batch = rows[start : start + min(ROWS, max(1, self.batch_tokens // padded))]
+            fitted = oom.in_parts(batch, len(batch), score, say)
+            if fitted < len(batch):
+                self.batch_tokens = padded * fitted
+            start += len(batch)
 
     def _padded(self, length: int) -> int:
         # a table of positions may have only `length` rows
@@ -271,10 +293,3 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """Return the scores of (row, targets): the targets follow the row's last tokens."""
         width = self._padded(len(rows[0]))
         return perplexity.endings(self.model, rows, wanted, place=self.place, dtype=self.dtype, width=width)
-
-
-def batched(things: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
-    """Yield lists of at most `size` things, in their order."""
-    rest = iter(things)
-    while some := list(islice(rest, size)):
-        yield some

@@ -112,8 +112,9 @@ def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
     if shots is not None and used != {shots}:
         raise InputError(f"task {name!r} is defined with {max(used)} examples in its prompt; give --task {name}")
     with _quiet():
-        for task in loaded["tasks"].values() if folder is not None else ():
-            lm_eval_local.check(task, folder)
+        if folder is not None:
+            for task in loaded["tasks"].values():
+                lm_eval_local.check(task, folder)
         digest = lm_eval_local.digest(loaded["tasks"])
     return Benchmark(name=name, tasks=loaded["tasks"], groups=loaded.get("groups", {}), shots=max(used), digest=digest)
 

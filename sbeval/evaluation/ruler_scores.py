@@ -23,6 +23,7 @@ from sbeval.evaluation import perplexity
 from sbeval.evaluation.perplexity import Predictor
 from sbeval.evaluation.ruler_prompts import Prompt
 from sbeval.generate import Generator, generate
+from sbeval.runtime import oom
 from sbeval.runtime.files import storing
 
 CONTROL = re.compile(r"[\x00-\x1f]")
@@ -104,17 +105,18 @@ def ask(
     dtype: str,
     batch: int,
     advance: Callable[[int], None] = lambda done: None,
+    notify: Callable[[str], None] = print,
 ) -> list[Answered]:
     """Evaluate the prompts without a result, `batch` at a time, and return the results of all.
 
-    model: a `Predictor` that is a `Generator` too. A completion ends at the token that ends a document.
+    model: a `Predictor` that is a `Generator` too. A completion ends at the token that ends a document. batch is halved
+    when out of memory, which `notify` reports.
     """
-    todo = [index for index in range(len(prompts)) if index not in samples.found]
-    for start in range(0, len(todo), batch):
-        indices = todo[start : start + batch]
+
+    def answer(indices: Sequence[int]) -> None:
         chosen = [prompts[index] for index in indices]
-        likely = teacher_forced(model, chosen, place, dtype, batch)
-        said = say(model, chosen, tokenizer, new_tokens, place, dtype, batch)
+        likely = teacher_forced(model, chosen, place, dtype, len(chosen))
+        said = say(model, chosen, tokenizer, new_tokens, place, dtype, len(chosen))
         samples.add(
             [
                 Answered(
@@ -130,6 +132,8 @@ def ask(
             ]
         )
         advance(len(indices))
+
+    oom.in_parts([index for index in range(len(prompts)) if index not in samples.found], batch, answer, notify)
     return [samples.found[index] for index in range(len(prompts))]
 
 

@@ -9,6 +9,9 @@ from sbeval import registry
 from sbeval.config import LATER
 from sbeval.errors import InputError, choose
 
+# of a model in any direction: the number of elements of its largest matrix is below 2^63
+MAX_SIZE = 1 << 24
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
@@ -44,6 +47,8 @@ class ModelConfig:
         for name in ("vocab_size", "width", "layers", "heads", "hidden", "kv_heads", "head_dim"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise InputError(f"{name} must be at least 1; got {size}")
+            if size is not None and size > MAX_SIZE:
+                raise InputError(f"{name} must be at most {MAX_SIZE}; got {size}")
         if self.init_std is not None and not 0 < self.init_std < math.inf:
             raise InputError(f"init_std must be above 0 and finite; got {self.init_std}")
         if not 0 <= self.dropout < 1:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # `status` of the rows of a cell without a result
 FAILED = ("diverged", "failed")
+# bytes of a cell's title in its id: the name of a file has 255, with what temporary files and locks add to it
+LONGEST_TITLE = 160
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +120,10 @@ class Cell(Step):
 
 def cell_id(cell: Cell) -> str:
     """Return the id of a cell in tables and of its run file: a readable name, then a digest of all fields."""
-    return f"{cell.family}-{cell.title.replace(' ', '-').replace(':', '-')}-{digest_of(cell)}"
+    title = cell.title.replace(" ", "-").replace(":", "-")
+    if len(title.encode()) > LONGEST_TITLE:
+        title = title.encode()[:LONGEST_TITLE].decode(errors="ignore")
+    return f"{cell.family}-{title}-{digest_of(cell)}"
 
 
 def timing(trained: "Trained") -> dict[str, object]:

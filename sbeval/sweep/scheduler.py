@@ -279,7 +279,7 @@ def progress_of(context: RunContext) -> Progress:
 
 def _pending(cells: Sequence[Cell], context: RunContext, progress: Progress) -> list[Cell]:
     # with `force` too: report an unreadable table before the work, not after it
-    missing = unfinished(cells, context.results_dir)
+    missing = set(unfinished(cells, context.results_dir))
     if context.force:
         return list(cells)
     return [cell for cell in cells if cell in missing or _source_of_run(cell, context) != cell.source(progress)]

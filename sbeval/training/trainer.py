@@ -225,7 +225,10 @@ class Trainer:
         """Record the held-out loss if it is due."""
         step = self.state.step
         if self.held_out and (step % self.config.look_every == 0 or step == self.config.steps):
-            self.state.held_out.append((step, self._held_out_loss(self.held_out)))
+            batch, losses = self.held_out, list[float]()
+            while not oom.enough(lambda: losses.append(self._held_out_loss(batch))):
+                self._halve()
+            self.state.held_out.append((step, losses[0]))
 
     def _held_out_loss(self, batch: Batch) -> float:
         """Return the mean loss over the scored tokens of held-out text, of which each process runs a share."""

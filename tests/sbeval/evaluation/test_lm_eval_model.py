@@ -79,7 +79,12 @@ def theirs(hub: tuple[Any, Any]) -> Any:
 
 def ours(hub: tuple[Any, Any], batch_tokens: int = 64) -> Adapter:
     return Adapter(
-        HubModel(hub[0]), HubText(hub[1], hub[0].config.vocab_size), length=LENGTH, place=CPU, dtype="float32", batch_tokens=batch_tokens
+        HubModel(hub[0]),
+        HubText(hub[1], hub[0].config.vocab_size),
+        length=LENGTH,
+        place=CPU,
+        dtype="float32",
+        batch_tokens=batch_tokens,
     )
 
 

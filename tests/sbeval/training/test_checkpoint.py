@@ -16,6 +16,7 @@ from torch import Tensor
 from sbeval.errors import InputError
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
+from sbeval.runtime import files
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State, find, load_model, load_state, remove, restore, save, tidy
 from sbeval.training.config import TrainConfig
@@ -134,7 +135,7 @@ def save_until(folder: Path, step: int, changes: int) -> bool:
     model, optimizer = trained()
     for parameter in model.parameters():
         parameter.data.fill_(step)
-    clear = checkpoint.clear
+    clear = files.clear
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
             (Path, "mkdir"), (Path, "rename"), (Path, "write_text"), (checkpoint, "clear"), (checkpoint, "save_file"),
