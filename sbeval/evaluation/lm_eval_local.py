@@ -213,8 +213,12 @@ def check(task: Any, folder: Path) -> None:
     """Raise InputError that names the first item of a task that lacks what its definition asks for."""
     for number, item in enumerate(task.eval_docs, 1):
         with reading(f"item {number} of task {task.config.task!r} in {folder}", *NOT_ITEMS):
-            task.doc_to_text(item)
+            prompt = task.doc_to_text(item)
             task.doc_to_target(item)
+            # a field that is absent or null is no text: templates write it as the word None
+            present = {name: value for name, value in item.items() if value is not None}
+            if len(present) < len(item) and task.doc_to_text(present) != prompt:
+                raise ValueError(f"it has no {' or '.join(sorted(item.keys() - present.keys()))}")
 
 
 def _dataset(items: list[Item]) -> datasets.Dataset:

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from sbeval.errors import InputError, first_line, reason
 from sbeval.evaluation import lm_eval_local
 from sbeval.evaluation.lm_eval_model import Adapter, HubText, PlainText
-from sbeval.pretrained.released import BROKEN
+from sbeval.pretrained.released import broken
 
 __all__ = ["Adapter", "Benchmark", "HubText", "PlainText", "Score", "hub_text", "load", "scores", "version"]
 
@@ -126,7 +126,7 @@ def hub_text(spec: str, vocab_size: int, trust_remote_code: bool = False) -> Hub
     except InputError:
         raise
     # for a name that is unknown or out of reach, and for files that it cannot read
-    except BROKEN as error:
+    except broken() as error:
         raise InputError(f"no tokenizer with model {spec!r}: {reason(error)}") from None
 
 

@@ -283,7 +283,7 @@ def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: boo
             spec, dtype=device.DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code
         )
     # raised for an unknown name, without network, for files that it cannot read, and for custom code
-    except released.BROKEN as error:
+    except released.broken() as error:
         if "custom code" in str(error):
             raise InputError(
                 f"model {spec!r} comes with code of its own, which is not run; --trust-remote-code runs it"

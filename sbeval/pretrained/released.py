@@ -14,6 +14,7 @@ gate]. The models have no positional encoding, whatever their `position_embeddin
 """
 
 import dataclasses
+import importlib
 import json
 import os
 import re
@@ -35,8 +36,6 @@ from sbeval.runtime.files import check_not_pointer
 KINDS = ("sb_dolomite", "stickbreaking", "moe_stickbreaking", "gpt_dolomite", "gpt_base", "sba")
 # the files of a repository on the hub that are downloaded
 FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json")
-# what safetensors and transformers raise for files that are not what they should be, and for packages that they lack
-BROKEN = (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, SafetensorError)
 NONE, VALUE, BIAS = "stick_breaking:remainder=none", "stick_breaking", "stick_breaking:remainder=bias"
 
 
@@ -162,6 +161,17 @@ class Settings:
         if given is not None and given != present:
             holds = "there is" if present else "there is no"
             raise InputError(f"{self.where}: config.json has {key}={self.get(key)}, but {holds} {what}")
+
+
+def broken() -> tuple[type[Exception], ...]:
+    """Return what safetensors and transformers raise for files that are not what they should be, and for packages that
+    they lack."""
+    known = (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, SafetensorError)
+    try:
+        errors = importlib.import_module("huggingface_hub.errors")
+    except ImportError:
+        return known
+    return (*known, errors.StrictDataclassError)
 
 
 def explained(spec: str, error: BaseException) -> str:

@@ -303,8 +303,8 @@ def test_a_config_of_something_else(content: object, reason: str, saved: Path) -
         ({"positions": 4}, 'Missing key.* "positions.weight"'),
         ({"layers": 2}, "it has 1 layers, not 2"),
         # would take all memory, or forever
-        ({"vocab_size": 1 << 50}, "size mismatch"),
-        ({"layers": 1 << 50}, "it has 1 layers"),
+        ({"vocab_size": 1 << 24}, "size mismatch"),
+        ({"layers": 1 << 24}, "it has 1 layers"),
         ({"tied": True, "width": 32}, "size mismatch"),
     ],
     ids=str,
