@@ -10,7 +10,7 @@ import pandas as pd
 from sbeval import registry
 from sbeval.errors import InputError, choose
 from sbeval.report import html
-from sbeval.runtime.files import prepare, replacing
+from sbeval.runtime.files import prepare, remove_left, replacing
 from sbeval.tables.results import Results
 from sbeval.tables.table import read
 
@@ -37,6 +37,7 @@ def draw_figures(
     chosen = [choose("format", name, (*FORMATS, "html")) for name in formats]
     modules = {name: registry.figure(name) for name in names or registry.FIGURES}
     folder = prepare(out_dir or Results(results_dir).figures)
+    remove_left(folder)
     files = []
     for name, module in modules.items():
         path = Results(results_dir).table(module.TABLE)

@@ -17,7 +17,7 @@ from sbeval.plots.chart import SYMBOLS, Chart, Group, Panel, plain, readable
 from sbeval.report import page
 from sbeval.report.claims import CLAIMS
 from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Finding, findings
-from sbeval.runtime.files import prepare, replacing
+from sbeval.runtime.files import prepare, remove_left, replacing
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Measurement
 from sbeval.tables.run_files import Runs, gather
@@ -37,7 +37,7 @@ def write(results_dir: Path, out: Path | None = None, say: Callable[[str], None]
     """
     out = out or results_dir / "report.html"
     text = build(results_dir, say)
-    prepare(out.parent)
+    remove_left(prepare(out.parent))
     with replacing(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return out

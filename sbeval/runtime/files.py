@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,9 @@ from uuid import uuid4
 from filelock import FileLock
 
 from sbeval.errors import InputError, reason
+
+# names that `replacing` gives; other programs have `.tmp` files too
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)
 
 
 @contextmanager
@@ -41,15 +45,14 @@ def prepare(results_dir: Path) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which atomically replaces `path` at the end of the block, after fsync.
 
-    On an error it is removed and `path` is unchanged; those of killed processes are removed too. A link stays one: the
-    file that it names is replaced. InputError on a disk error, and where `path` is a folder or a device.
+    On an error it is removed and `path` is unchanged; what a killed process leaves, `remove_left` removes. A link stays
+    one: the file that it names is replaced. InputError on a disk error, and where `path` is a folder or a device.
     """
     with storing(path):
         path = Path(os.path.realpath(path))
         # a device such as /dev/null would become a file
         if path.exists() and not path.is_file():
             raise InputError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'not a file'}")
-        _remove_left(path)
         with _temporary(path) as temporary:
             yield temporary
             with temporary.open("rb+") as file:
@@ -61,26 +64,26 @@ def replacing(path: Path) -> Iterator[Path]:
 def _temporary(path: Path) -> Iterator[Path]:
     """Create a file beside `path`, locked while this process lives, and remove it at the end."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    # without access to its content: the lock alone
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # some network disks have no locks: what is left there stays
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _remove_left(path: Path) -> None:
-    """Remove temporary files of killed processes: those that nobody holds locked."""
-    for left in path.parent.glob(f".{path.name.translate(GLOB)}.*.tmp"):
-        # another process may remove it or, on some network disks, lock it
-        with suppress(OSError), left.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
-
-
-GLOB = {ord(letter): f"[{letter}]" for letter in "[*?"}
+def remove_left(folder: Path) -> None:
+    """Remove the temporary files of killed processes in a folder: those that no process holds locked."""
+    for left in folder.glob(".*.tmp"):
+        # another process may hold it, or remove it first
+        with suppress(OSError):
+            if TEMPORARY.fullmatch(left.name):
+                with left.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.unlink()
 
 
 def clear(path: Path) -> None:

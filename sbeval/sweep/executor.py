@@ -141,12 +141,16 @@ def _cluster(ray: Any, how: Executor) -> Iterator[None]:
 
 def _check_answers(address: str) -> None:
     """Raise InputError where no cluster answers: in a process of its own, since Ray tries for minutes, unstoppable."""
-    joins = "import ray, sys; ray.init(sys.argv[1], logging_level='ERROR', log_to_driver=False)"
-    try:
-        command = [sys.executable, "-c", joins, address]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise InputError(f"no Ray cluster answers at {address} within {ANSWER_S} s: is it running?") from None
-    if done.returncode:
-        why = (done.stderr.strip() or "no reason given").splitlines()[-1]
-        raise InputError(f"no Ray cluster at {address}: {why}")
+    joins = "import ray, sys; print(flush=True); ray.init(sys.argv[1], logging_level='ERROR', log_to_driver=False)"
+    command = [sys.executable, "-c", joins, address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as probe:
+        assert probe.stdout is not None
+        # the time of the import is this machine's
+        probe.stdout.readline()
+        try:
+            said = probe.communicate(timeout=ANSWER_S)[1].strip()
+        except subprocess.TimeoutExpired:
+            probe.kill()
+            raise InputError(f"no Ray cluster answers at {address} within {ANSWER_S} s: is it running?") from None
+    if probe.returncode:
+        raise InputError(f"no Ray cluster at {address}: {said.splitlines()[-1] if said else 'it gives no reason'}")

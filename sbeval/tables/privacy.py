@@ -16,11 +16,11 @@ SECRET = r"(?:token|secret|password|passwd|api[-_]?key|credential|signature)"
 # (pattern, replacement): credentials in a URL, a secret in its query, and keys that are known by their first letters
 MASKED = (
     (re.compile(r"([a-z][a-z0-9+.-]*://)[^/@\s]+@", re.IGNORECASE), rf"\1{MASK}@"),
-    (re.compile(rf"([?&;][^=&;\s]*{SECRET}[^=&;\s]*=)[^&;#\s]+", re.IGNORECASE), rf"\1{MASK}"),
+    (re.compile(rf"([?&;](?:key|sig|[^=&;\s]*{SECRET}[^=&;\s]*)=)[^&;#\s]+", re.IGNORECASE), rf"\1{MASK}"),
     (re.compile(r"\b(?:hf_|gh[opsu]_|github_pat_|sk-|AKIA)[A-Za-z0-9_-]{16,}"), MASK),
 )
 # an option whose value is a secret or the name of a machine
-HIDDEN = re.compile(rf"--(?:address|(?:[\w-]+[-_])?{SECRET})", re.IGNORECASE)
+HIDDEN = re.compile(rf"--(?:address|(?:[\w-]+[-_])?(?:key|{SECRET}))", re.IGNORECASE)
 # where a path may begin and a part of it end: not /home/anna for /home/ann
 BEGIN, END = r"(?<![\w.~/])", r"(?![^/\s'\":,])"
 HOMES = re.compile(rf"{BEGIN}(?:/home|/Users|/var/home)/[^/\s'\":,]+")

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,18 +82,18 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
-    path = tmp_path / "figure[1].png"
-    left = tmp_path / ".figure[1].png.0123.tmp"
-    other = tmp_path / ".figure1.png.0123.tmp"
-    left.touch()
+    write = "import os, sys\nfrom pathlib import Path\nfrom sbeval.runtime import files\n"
+    write += "with files.replacing(Path(sys.argv[1])):\n    os.kill(os.getpid(), 9)"
+    path, other = tmp_path / "figure.png", tmp_path / ".figure.png.tmp"
+    killed = subprocess.run([sys.executable, "-c", write, str(path)], check=False)
+    assert killed.returncode == -9 and len(list(tmp_path.glob(".figure.png.*.tmp"))) == 1
+    # of another program
     other.touch()
-    with files.replacing(path) as first:
-        assert not left.exists()
-        first.write_text("first")
-        with files.replacing(path) as second:
-            second.write_text("second")
-        assert first.exists()
-    assert path.read_text() == "first" and set(tmp_path.iterdir()) == {path, other}
+    with files.replacing(path) as temporary:
+        temporary.write_text("new")
+        files.remove_left(tmp_path)
+        assert set(tmp_path.iterdir()) == {temporary, other}
+    assert set(tmp_path.iterdir()) == {path, other} and path.read_text() == "new"
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "folder", "nothing"])

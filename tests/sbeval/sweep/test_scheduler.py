@@ -344,3 +344,16 @@ def test_tensorboard_without_its_package(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(InputError, match=r"pip install 'sbeval\[tensorboard\]'"):
         context.logger("a")
     assert dataclasses.replace(context, tensorboard=None).logger("a") is None
+
+
+def test_the_id_of_a_cell_is_the_name_of_a_file_whatever_its_model_is_called(tmp_path: Path) -> None:
+    config = length_gen.Config(corpus="books")
+    ids = set()
+    for spec in ("m" * 200, "m" * 250, "\u65e5" * 80, "/home/ann/models/one", "/home/bob/models/one"):
+        (cell,) = length_gen.cells(dataclasses.replace(config, checkpoint=spec))
+        name = cell_id(cell)
+        # with what a temporary file adds to it
+        (tmp_path / f".{name}.json.{'0' * 32}.tmp").touch()
+        assert "ann" not in name and "bob" not in name
+        ids.add(name)
+    assert len(ids) == 5

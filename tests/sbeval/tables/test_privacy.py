@@ -33,6 +33,7 @@ def ann(monkeypatch: pytest.MonkeyPatch) -> None:
         ("/scratch/ann/books", "/scratch/USER/books"),
         ("cannot read /data/people/ann/x: gone", "cannot read ~/x: gone"),
         ("https://ann:pass@host/set?token=abc&n=1", "https://***@host/set?token=***&n=1"),
+        ("https://host/set?key=abc", "https://host/set?key=***"),
         ("https://host/set?X-Amz-Signature=abc#top", "https://host/set?X-Amz-Signature=***#top"),
         ("hf_AbCdEfGhIjKlMnOpQrStUvWx", "***"),
         ("hf:allenai/c4:en", "hf:allenai/c4:en"),
