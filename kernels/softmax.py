@@ -229,12 +229,17 @@ def _rows(
     return _fused(q, k, v, scale, mask=mask)
 
 
+def _decided(condition: bool) -> bool:
+    """Return a plain bool, which SDPA takes alone: while a model is compiled, a comparison of sizes is symbolic."""
+    return True if condition else False
+
+
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, mask: Tensor | None = None
 ) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=_decided(q.shape[1] != k.shape[1])
     )
     return out.transpose(1, 2)
 
@@ -249,7 +254,7 @@ TRAINING = [
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, chosen: str) -> Tensor:
     """Attend T = S or T = 1 queries on a GPU; `chosen` forces a kernel unless it is `sdpa`."""
-    causal = q.shape[1] > 1
+    causal = _decided(q.shape[1] > 1)
     if q.dtype == torch.float32:
         # the only float32 kernel that is linear in memory does not group heads
         k, v = heads(k, v, q.shape[2])

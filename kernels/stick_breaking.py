@@ -14,9 +14,9 @@ Shapes: q (B, T, H, D); k, v (B, S, G, D), head h of the queries reading head h 
 the last T of the S positions. Keys before the query only (j < i), or j <= i with `attend_current`.
 
 Departures from the paper: the stick of a whole query tile can be called used up once less than `epsilon` of it is left;
-older tiles, which could add at most epsilon max|v|, are then not visited, in backward neither. `bias`, one learned
-number for each head, is not in the paper: without it every beta is near 1/2 at initialisation, and a key at distance t
-finds 2^-t of the stick; starting at -3, it finds 0.95^t.
+older tiles, which could add at most epsilon max|v|, are then not visited, in backward neither. `bias`, one number for
+each head, is not in the paper: without it every beta is near 1/2 at initialisation, and a key at distance t finds 2^-t
+of the stick; at -3, it finds 0.95^t.
 """
 
 import math
@@ -36,6 +36,7 @@ from sbeval.models.kv_cache import Layer, through
 TILE = 128
 BACKENDS = ("torch", "triton", "triton-hopper")
 REMAINDERS = ("none", "value", "bias")
+SPREAD = "spread"
 
 
 def reference(
@@ -480,23 +481,39 @@ def attention(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the model may choose. remainder: what the rest of the stick buys: nothing (`none`), the token's own `value`
-    (the paper) or a learned `bias` for each head. logit_scale: multiplies the model's logit scale. logit_bias: starting
-    value of a learned number that is added to the logits of each head; none by default."""
+    """Options of the model. remainder: by what the remainder is multiplied and added to the output: nothing (`none`),
+    the token's own `value` or a vector learned for each head (`bias`). logit_scale: multiplies the model's logit scale.
+
+    logit_bias: initial value of a parameter of each head that is added to its logits; none by default. Adam moves it
+    by at most the sum of the learning rates, 0.9 in 800 steps of a cosine from 2e-3: in effect it is a fixed offset.
+    `spread`: from beta = 1/2 to 1/1024 over the heads, geometrically, the same in every layer.
+    """
 
     remainder: str = "value"
     attend_current: bool = False
     logit_scale: float = 1.0
     epsilon: float | None = None
-    logit_bias: float | None = None
+    logit_bias: float | str | None = None
 
     def __post_init__(self) -> None:
         choose("remainder", self.remainder, REMAINDERS)
+        if isinstance(self.logit_bias, str) and self.logit_bias != SPREAD:
+            raise InputError(f"logit_bias must be a number or {SPREAD!r}; got {self.logit_bias!r}")
         for name in ("logit_scale", "logit_bias"):
-            if (number := getattr(self, name)) is not None and not math.isfinite(number):
+            if isinstance(number := getattr(self, name), int | float) and not math.isfinite(number):
                 raise InputError(f"{name} must be a finite number; got {number}")
         if self.epsilon is not None:
             _check_epsilon(self.epsilon)
+
+
+def initial_bias(start: float | str, heads: int) -> Tensor:
+    """Return the initial logit bias of each head (H,): the same number, or with `spread` logits of 2^-1 ... 2^-10."""
+    if not isinstance(start, str):
+        return torch.full((heads,), start)
+    if heads < 2:
+        raise InputError(f"logit_bias={start} is spread over heads, and the model has one: give a number")
+    # sigmoid(-log(2^e - 1)) = 2^-e
+    return -torch.expm1(torch.linspace(1, 10, heads, dtype=torch.float64) * math.log(2)).log().float()
 
 
 class Mixer(nn.Module):
@@ -510,7 +527,7 @@ class Mixer(nn.Module):
         if options.remainder == "bias":
             self.bias = nn.Parameter(torch.zeros(heads, head_dim))
         start = options.logit_bias
-        self.logit_bias = None if start is None else nn.Parameter(torch.full((heads,), start))
+        self.logit_bias = None if start is None else nn.Parameter(initial_bias(start, heads))
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None

@@ -17,7 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from sbeval.tables import epochs, statistics
+from sbeval.tables import epochs, mqrar, needle, statistics
+from sbeval.tables.rows import Identity, Provenance, labels
 from sbeval.tables.statistics import Method
 
 # the position in this table fixes a method's colour, marker and dashes in every figure
@@ -41,42 +42,8 @@ DASHES: tuple[tuple[float, ...], ...] = (
     (3, 1.2),
     (7, 1.2, 1.2, 1.2, 1.2, 1.2),
 )
-# titles name what the rows of a panel share; a column without an entry appears as "name value"
-PHRASES = {
-    "task": "{}",
-    "model": "{} model",
-    "train_len": "trained at length {}",
-    "eval_len": "evaluated to {} tokens",
-    "corpus": "{}",
-    "tokenizer": "{} tokenizer",
-    "preset": "preset {}",
-    "train_tokens": "{:,} training tokens",
-    "dtype": "{}",
-    "width": "width {}",
-    "layers": "{} layers",
-    "heads": "{} heads",
-    "vocab_size": "vocabulary of {}",
-    "seq_len": "sequences of {} tokens",
-    "kv_pairs": "{} key-value pairs",
-    "n_back": "{:g}-th last value",
-    "slot_power": "slot law {}",
-    "filler": "filler: {}",
-    "distinct": "distinct {}",
-    "key_pool": "{:.0f} keys",
-    "score_prefix": "prefix scored: {}",
-    "positions": "positions: {}",
-    "dropout": "dropout {}",
-    "stored_rows": "{:.0f} stored rows",
-    "batch": "batch {:.0f}",
-    "optimizer": "trained with {}",
-    "max_steps": "{:.0f} steps at most",
-    "schedule": "{} schedule",
-    "weight_decay": "weight decay {}",
-    "init_std": "weights from N(0, {}²)",
-    "stop_accuracy": "stopped at {}",
-    "patience": "patience {:.0f}",
-    "finetune_tokens": "{:,.0f} tokens of fine-tuning",
-}
+# titles name what the rows of a panel share; a column without a label appears as "name value"
+LABELS = labels(Identity, Provenance, mqrar.Row, needle.Row)
 TEXT_PT, SMALL_PT = 8, 7
 WIDTH_IN, ROW_IN = 7.2, 2.3
 MARK = "0.35"
@@ -367,7 +334,7 @@ def training_length(axis: Axes, length: int) -> None:
 def _title(rows: pd.DataFrame, names: Sequence[str]) -> str:
     single = {name: rows[name].iloc[0] for name in names if rows[name].nunique() == 1 and str(rows[name].iloc[0])}
     words = ", ".join(
-        PHRASES.get(name, f"{name.replace('_', ' ')} {{}}").format(value) for name, value in single.items()
+        LABELS.get(name, f"{name.replace('_', ' ')} {{}}").format(value) for name, value in single.items()
     )
     words = re.sub(r"\b1 (head|layer)s", r"1 \1", words)
     return words[:1].upper() + words[1:]

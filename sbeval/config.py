@@ -12,7 +12,7 @@ LATER = {"later": True}
 IGNORE = -100
 # groups of options in `--help`
 TASK, MODEL, TRAINING, EVALUATION, DATA, RUN = "Task", "Model", "Training", "Evaluation", "Data", "Run"
-ATTENTION = "Method, with options as name:key=value,..."
+ATTENTION = "Method, or package.module of your own, with options as name:key=value,..."
 SEED = "Seed of weights and data."
 LR = "Peak learning rate."
 OPTIMIZERS = ("adamw", "muon")

@@ -25,7 +25,7 @@ from sbeval.runtime import device
 from sbeval.sweep import scheduler
 from sbeval.sweep.graph import steps
 from sbeval.tables import provenance
-from sbeval.tasks import attention_map, length_gen
+from sbeval.tasks import attention_map, length_gen, length_gen_losses
 from sbeval.training.config import TrainConfig
 from sbeval.training.text_model import likely_vocabulary
 
@@ -238,7 +238,7 @@ def _sizes(config: Any, cell: Any, place: torch.device) -> tuple[ModelConfig, Tr
     if isinstance(config, length_gen.Config):
         one = length_gen.Cell(config=config)
         longest = max(
-            config.eval_len, *config.window, *getattr(config, "lengths", ()), length_gen.EVAL_TOKENS[place.type]
+            config.eval_len, *config.rolling, *getattr(config, "lengths", ()), length_gen_losses.EVAL_TOKENS[place.type]
         )
         shape = one.model(likely_vocabulary(config.tokenizer))
         return shape, one.training(), longest, "--micro-batch-tokens"

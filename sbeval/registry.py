@@ -1,12 +1,18 @@
 """Names of methods, task families and figures; each is one module and one line here.
 
-The dictionaries have module names, not modules, so that `--help` and `sbeval plot` never import torch.
+The dictionaries have module names, not modules, so that `--help` and `sbeval plot` never import torch. Installed
+packages add theirs by entry points of the groups `sbeval.attention`, `sbeval.tasks` and `sbeval.figures`, each a name
+and a module. A method needs no entry point: `package.module` names it wherever a method is named.
 """
 
 import importlib
+import warnings
+from collections.abc import Iterable, Mapping
+from importlib.metadata import entry_points
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
-from sbeval.errors import choose
+from sbeval.errors import InputError, choose
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,6 +54,20 @@ FIGURES = {
     "needle_depth": "sbeval.plots.needle_depth",
     "skipping": "sbeval.plots.skipping",
 }
+
+
+def _add_installed() -> None:
+    """Add the entry points of installed packages; warn of one whose name is taken."""
+    installed = entry_points()
+    for group, modules in (("attention", ATTENTION), ("tasks", TASKS), ("figures", FIGURES)):
+        for entry in installed.select(group=f"sbeval.{group}"):
+            if modules.setdefault(entry.name, entry.module) != entry.module:
+                warnings.warn(
+                    f"sbeval.{group}: {entry.name!r} is {modules[entry.name]}; {entry.module} is left out", stacklevel=2
+                )
+
+
+_add_installed()
 # figures of which a run writes an interactive page too; `sbeval plot --format html` makes one of any
 PAGES = ("attention_map",)
 
@@ -87,8 +107,10 @@ class Figure(Protocol):
 
 
 def method(name: str) -> Method:
-    """Import the attention method `name`; raise InputError, offering the nearest name, for an unknown one."""
-    return cast(Method, importlib.import_module(ATTENTION[choose("attention", name, ATTENTION)]))
+    """Import the attention method `name`, or that of a module `package.module`; raise InputError for an unknown one."""
+    if name == "softmax":
+        raise InputError("attention 'softmax' has no positions of its own: 'rope' is softmax with RoPE, 'nope' without")
+    return cast(Method, _load("attention", name, ATTENTION, ("Options", "Mixer", "backend_name")))
 
 
 def trained_as(name: str, options: Any) -> Any:
@@ -101,9 +123,27 @@ def trained_as(name: str, options: Any) -> Any:
 
 def task(name: str) -> "Family":
     """Import the task family `name`; raise InputError as `method`."""
-    return cast("Family", importlib.import_module(TASKS[choose("task family", name, TASKS)]).FAMILY)
+    return cast("Family", _load("task family", name, TASKS, ("FAMILY",)).FAMILY)
 
 
 def figure(name: str) -> Figure:
     """Import the figure `name`; raise InputError as `method`."""
-    return cast(Figure, importlib.import_module(FIGURES[choose("figure", name, FIGURES)]))
+    return cast(Figure, _load("figure", name, FIGURES, ("TABLE", "COLUMNS", "draw", "chart")))
+
+
+def _load(kind: str, name: str, modules: Mapping[str, str], needs: Iterable[str]) -> ModuleType:
+    """Import the module of a name, or `name` itself if it has a dot; raise InputError if it is not one of this kind."""
+    own = name not in modules and "." in name and all(part.isidentifier() for part in name.split("."))
+    path = name if own else modules[choose(kind, name, modules)]
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        # not one that the module imports itself
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise
+        raise InputError(
+            f"{kind} {name!r}: no module {error.name!r}; install its package, or put its folder on PYTHONPATH"
+        ) from None
+    if missing := [need for need in needs if not hasattr(module, need)]:
+        raise InputError(f"{kind} {name!r}: the module {path} has no {', '.join(missing)}")
+    return module

@@ -24,7 +24,7 @@ from sbeval.data.recall import Recall
 from sbeval.errors import InputError, check_swept
 from sbeval.models.config import canonical_attention, flops_per_token
 from sbeval.sweep.cell import Cell as BaseCell
-from sbeval.sweep.cell import Outcome, timing
+from sbeval.sweep.cell import Outcome, loss_curves, timing
 from sbeval.sweep.family import Family
 from sbeval.tables.rows import Identity, Measurement
 from sbeval.tasks import mqrar
@@ -276,8 +276,8 @@ class Cell(BaseCell):
             train_tokens=trained.state.step * config.batch * config.seq_len if trained else 0,
             backend=registry.method(name).backend_name(context.device.type),
             tokens_per_s=trained.tokens_per_second if trained else None,
-            measured={"example": example}
-            | ({"validation_accuracy": trained.state.scores, **timing(trained)} if trained else {}),
+            measured={"example": example, **(timing(trained) if trained else {})},
+            curves={**loss_curves(trained.state), "validation_accuracy": trained.state.scores} if trained else {},
         )
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sbeval.config import DATA, EVALUATION, LATER, MODEL, TASK, digest_of, option
+from sbeval.config import DATA, EVALUATION, LATER, MODEL, TASK, option
 from sbeval.errors import InputError, choose
 from sbeval.sweep.cell import Outcome
 from sbeval.sweep.family import Family
@@ -27,14 +27,12 @@ from sbeval.tables.rows import Measurement
 from sbeval.tasks import length_gen
 from sbeval.tasks.text_cell import TextCell, outcome
 from sbeval.tasks.text_training import cautions, models, open_tokenizer
-from sbeval.training.text_model import uncut
 
 if TYPE_CHECKING:
     import pandas as pd
     import torch
     from rich.table import Table
 
-    from sbeval.evaluation.response_cache import Answers
     from sbeval.pretrained.load import Pretrained
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
@@ -128,6 +126,9 @@ class Config(length_gen.Config):
     documents: int = 32
     windows: int = 1
     window: tuple[int, ...] = field(default=(), metadata=LATER)
+    window_octaves: bool = field(default=False, metadata=LATER)
+    eval_corpus: tuple[str, ...] = field(default=(), metadata=LATER)
+    fixed_targets: int = field(default=0, metadata=LATER)
 
     def __post_init__(self) -> None:
         # zero-argument super does not work in a class with slots
@@ -209,19 +210,18 @@ class Cell(TextCell):
         digest = load.digest(folder)
         model = _loaded(folder, digest, context.device, self.dtype, config.trust_remote_code)
         subject = self.subject(model, folder, context, progress)
-        answers = self._answers(digest, context)
-        adapter = _lm_eval().Adapter(
-            subject.model,
-            self._text(model, progress),
-            length=self._length(model),
-            place=context.device,
-            dtype=self.dtype,
-            batch_tokens=BATCH_TOKENS[context.device.type],
-            answers=answers,
-            begin=functools.partial(progress.add, f"ask {self.title}"),
-        )
-        scores = _lm_eval().scores(benchmark, adapter, config.limit)
-        answers.close()
+        with self.answers(digest, context, progress) as answers:
+            adapter = _lm_eval().Adapter(
+                subject.model,
+                self._text(model, progress),
+                length=self._length(model),
+                place=context.device,
+                dtype=self.dtype,
+                batch_tokens=BATCH_TOKENS[context.device.type],
+                answers=answers,
+                begin=functools.partial(progress.add, f"evaluate {self.title}"),
+            )
+            scores, items = _lm_eval().scores(benchmark, adapter, config.limit)
         return outcome(
             subject,
             [self._row(score, benchmark, adapter.cut) for score in scores],
@@ -233,6 +233,7 @@ class Cell(TextCell):
             corpus_digest=self.source(progress),
             tokenizer=config.tokenizer,
             measured={"lm_eval": _lm_eval().version(), "requests_cut": adapter.cut, "model_digest": digest},
+            values=items,
         )
 
     def _row(self, score: Any, benchmark: Any, cut: int) -> Row:
@@ -254,15 +255,6 @@ class Cell(TextCell):
     def _benchmark(self) -> Any:
         name, shots = _parse(self.task)
         return _lm_eval().load(name, shots, None if self.config.data_dir is None else Path(self.config.data_dir))
-
-    def _answers(self, digest: str, context: "RunContext") -> "Answers":
-        """Return the stored answers of the model of this digest; none with `force`."""
-        from sbeval.evaluation.response_cache import Answers
-
-        name = digest_of([digest, self.config.attention, self.dtype])
-        path = context.results.answers(name)
-        with context.clearing(path) as stale:
-            return Answers(path, anew=stale)
 
     def _length(self, model: "Pretrained") -> int:
         """Return eval_len, for models that are not ours at most the length that their config allows."""
@@ -346,8 +338,7 @@ def summary(results: "pd.DataFrame") -> "Table":
 
 def _completed(given: dict[str, Any]) -> dict[str, Any]:
     """Let eval_len follow train_len, and named tasks replace the preset's suites."""
-    follows = {"eval_len": given["train_len"]} if "train_len" in given else {}
-    return uncut(follows | ({"suites": ()} if "tasks" in given else {}) | given)
+    return length_gen.completed(({"suites": ()} if "tasks" in given else {}) | given)
 
 
 def _preset(given: Mapping[str, Any]) -> str | None:

@@ -5,19 +5,29 @@ tokens still predicts well with `eval_len` tokens of context. Every method train
 
     train    |--- train_len ---|                       loss on every token
     test     |--- train_len ---|------- eval_len ------|   loss at each position, over documents that long
+
+Far text that does not help looks the same in these figures as far text that cannot be seen: perplexity falls along
+documents for a window of 512 tokens too. Two controls tell a method from its text:
+
+- `--fixed-targets 512`: the loss of the last 512 tokens of each window of eval_len tokens, the same tokens for every
+  context length of 512, 1024, ... eval_len (metric `loss_fixed_targets`). A method that uses far text is better with
+  more of it; a sliding window is not.
+- `--window-octaves`: the paper's own metric, lm-eval's perplexity of whole documents in disjoint windows of train_len
+  tokens, doubled up to eval_len (column `window`); of other texts too (`--eval-corpus wikitext`, column `eval_corpus`).
 """
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sbeval.config import EVALUATION, LATER, option
+from sbeval.config import DATA, EVALUATION, LATER, option
 from sbeval.errors import InputError
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.family import Family
 from sbeval.tables import epochs
-from sbeval.tables.rows import Measurement
+from sbeval.tasks.length_gen_losses import Evaluation, long_windows, whole_texts
+from sbeval.tasks.length_gen_rows import Row, joined
 from sbeval.tasks.text_cell import Subject, TextCell, outcome
 from sbeval.tasks.text_training import cautions, models, open_corpus
 from sbeval.training.text_model import EvaluatedModel, uncut
@@ -27,30 +37,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sbeval.data.corpus import Corpus
-    from sbeval.data.tokenizer import Ids
-    from sbeval.evaluation.perplexity import PositionLosses, Rolling
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
-    from sbeval.tables.statistics import Estimate
 
 NAME = "length_gen"
-# tokens of evaluation windows in a forward pass
-EVAL_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 17}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row(Measurement):
-    """Factors: positions position_start <= i < position_end of a loss; the context length l of a figure over positions
-    1 ... l; the last k of them; the tokens of a disjoint window, and the unit of a perplexity over such windows
-    (`token`, `word` or `byte`). status: `overfit`, or empty."""
-
-    position_start: int | None = None
-    position_end: int | None = None
-    context_length: int | None = None
-    last_k: int | None = None
-    window: int | None = field(default=None, metadata=LATER)
-    per: str | None = field(default=None, metadata=LATER)
-    status: str = field(default="", metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +53,18 @@ class Config(EvaluatedModel):
     window: tuple[int, ...] = option(
         (), EVALUATION, "Tokens of the disjoint windows of lm-eval's perplexity of whole documents.", LATER
     )
+    window_octaves: bool = option(
+        False, EVALUATION, "Windows of --train-len tokens, too, and of its doublings up to --eval-len.", LATER
+    )
+    eval_corpus: tuple[str, ...] = option(
+        (), DATA, "Other text for --window: wikitext[:PATH], or as --corpus; all its documents.", LATER
+    )
+    fixed_targets: int = option(
+        0,
+        EVALUATION,
+        "Last tokens of each window whose loss is measured by context, from as many to --eval-len.",
+        LATER,
+    )
 
     def __post_init__(self) -> None:
         # zero-argument super does not work in a class with slots
@@ -72,11 +74,33 @@ class Config(EvaluatedModel):
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
         if short := [length for length in self.window if length < 1]:
             raise InputError(f"--window must be at least 1; got {short[0]}")
+        if self.eval_corpus and not self.rolling:
+            raise InputError(
+                f"--eval-corpus {self.eval_corpus[0]} is evaluated in windows: give their --window, or --window-octaves"
+            )
+        if self.window_octaves and self.eval_len < self.train_len:
+            raise InputError(f"--window-octaves needs --eval-len {self.train_len} (--train-len) or more")
+        if not 0 <= self.fixed_targets <= self.eval_len:
+            raise InputError(f"--fixed-targets must be 0 to --eval-len {self.eval_len}; got {self.fixed_targets}")
         if self.trains and self.eval_len < self.train_len:
             raise InputError(
                 f"--eval-len {self.eval_len} is shorter than --train-len {self.train_len}: nothing to generalise to; "
                 f"give --eval-len {self.train_len} or more"
             )
+
+    @property
+    def rolling(self) -> tuple[int, ...]:
+        """Tokens of the disjoint windows in which whole documents are evaluated."""
+        octaves = range((self.eval_len // self.train_len).bit_length()) if self.window_octaves else ()
+        return tuple(sorted({*self.window, *(self.train_len << octave for octave in octaves)}))
+
+    @property
+    def contexts(self) -> tuple[int, ...]:
+        """Context lengths of the fixed targets, the last one that of whole windows; empty without targets."""
+        if not self.fixed_targets:
+            return ()
+        octaves = range((self.eval_len // self.fixed_targets).bit_length())
+        return tuple(sorted({*(self.fixed_targets << octave for octave in octaves), self.eval_len}))
 
 
 # the methods of the paper's figure 5, which names NTK and the window 512; the other factors and windows are ours
@@ -135,6 +159,7 @@ PRESETS = {
         attention=FIGURE_5, size="350m", train_len=2048, eval_len=65536, train_tokens=15 * 10**9, batch_tokens=1 << 19,
         micro_batch_tokens=1 << 16, lr=3e-4, corpus="hf:cerebras/SlimPajama-627B", corpus_tokens=15 * 10**9,
         tokenizer="TinyLlama/TinyLlama_v1.1", documents=64, window=tuple(2048 << octave for octave in range(6)),
+        fixed_targets=512,
     ),
 }  # fmt: skip
 
@@ -145,7 +170,12 @@ Kind = TypeVar("Kind", bound=Config)
 def preset(kind: Callable[..., Kind], name: str, **options: Any) -> Kind:
     """Return a preset of another family: models trained as by the preset `name`, evaluated up to their train_len."""
     trained = {entry.name: getattr(PRESETS[name], entry.name) for entry in dataclasses.fields(Config)}
-    return kind(**{**trained, "eval_len": trained["train_len"], "window": (), **options})
+    return kind(**{**trained, "eval_len": trained["train_len"], "window": (), "fixed_targets": 0, **options})
+
+
+def completed(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of such a family with those that they imply: eval_len follows train_len."""
+    return uncut(({"eval_len": given["train_len"]} if "train_len" in given else {}) | given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,8 +198,10 @@ class Cell(TextCell):
         config = self.config
         # whole documents are estimated as eval_len tokens each
         tokens = {config.eval_len: config.documents * config.windows * config.eval_len}
-        for length in config.window:
-            tokens[length] = tokens.get(length, 0) + config.documents * config.eval_len
+        for length in config.rolling:
+            tokens[length] = tokens.get(length, 0) + config.documents * config.eval_len * (1 + len(config.eval_corpus))
+        for length in config.contexts[:-1]:
+            tokens[length] = tokens.get(length, 0) + config.documents * config.windows * length
         return sum(self.flops_per_token(length) * count for length, count in tokens.items())
 
     def source(self, progress: "Progress") -> str:
@@ -177,21 +209,27 @@ class Cell(TextCell):
         return self._source(open_corpus(self.config, progress))
 
     def check(self, progress: "Progress") -> None:
-        """Raise InputError where no document of the corpus is long enough."""
-        _windows(open_corpus(self.config, progress), self.config)
+        """Raise InputError where no document of the corpus is long enough, or another text does not exist."""
+        long_windows(open_corpus(self.config, progress), self.config)
+        self._texts_digests()
 
     def run(self, context: "RunContext", progress: "Progress") -> Outcome:
         """Train, unless a finished checkpoint exists, and evaluate."""
         text = open_corpus(self.config, progress)
-        # before training: raises InputError where documents are too short
-        windows = _windows(text, self.config)
+        # before training: raises InputError where documents are too short or a text cannot be read
+        windows, texts = long_windows(text, self.config), whole_texts(text, self.config)
         if self.config.checkpoint is None:
             subject = self.trained_subject(text, context, progress, log_name=cell_id(self))
         else:
             subject = self._loaded(self.config.checkpoint, text, context)
+        evaluation = Evaluation(self.config, self.title, subject, context, progress)
+        measured = [
+            *evaluation.by_position(text, windows),
+            *evaluation.in_windows(texts),
+        ]
         return outcome(
             subject,
-            self._measured(text, windows, subject, context, progress),
+            [row for rows, _ in measured for row in rows],
             family=NAME,
             task=text.name,
             eval_len=self.config.eval_len,
@@ -199,13 +237,20 @@ class Cell(TextCell):
             corpus=text.name,
             corpus_digest=self._source(text),
             tokenizer=text.tokenizer.name,
+            values=joined([part for _, values in measured for part in values]),
         )
 
     def _source(self, text: "Corpus") -> str:
         from sbeval.pretrained import load
 
         given = self.config.checkpoint
-        return text.digest if given is None else f"{load.digest(given)}-{text.digest}"
+        own = text.digest if given is None else f"{load.digest(given)}-{text.digest}"
+        return "-".join([own, *self._texts_digests()])
+
+    def _texts_digests(self) -> list[str]:
+        from sbeval.data import evaluation_text
+
+        return [evaluation_text.digest(spec, self.config.text_field) for spec in self.config.eval_corpus]
 
     def _loaded(self, spec: str, text: "Corpus", context: "RunContext") -> Subject:
         from sbeval.pretrained import load
@@ -213,50 +258,8 @@ class Cell(TextCell):
         config = self.config
         model = load.load(spec, context.device, config.dtype, trust_remote_code=config.trust_remote_code)
         model.check_tokenizer(text.tokenizer, spec)
-        model.check_length(max((config.eval_len, *config.window)), spec)
+        model.check_length(max((config.eval_len, *config.rolling)), spec)
         return self.given_subject(model, spec)
-
-    def _measured(
-        self,
-        text: "Corpus",
-        windows: "list[tuple[int, Ids]]",
-        subject: Subject,
-        context: "RunContext",
-        progress: "Progress",
-    ) -> list[Row]:
-        from sbeval.evaluation import perplexity
-
-        config = self.config
-        how: Any = {"place": context.device, "dtype": config.dtype, "world": context.world}
-        task = progress.add(f"evaluate {self.title} to {config.eval_len}", total=len(windows))
-        losses = perplexity.measure(
-            subject.model,
-            windows,
-            text.tokenizer.byte_lengths,
-            batch=_batch(context, config.eval_len),
-            advance=task.advance,
-            say=task.say,
-            **how,
-        )
-        task.close()
-        measured = rows(losses, subject.train_len)
-        documents = [text.test.document(index) for index in range(min(config.documents, len(text.test)))]
-        for length in config.window:
-            task = progress.add(f"evaluate {self.title} in windows of {length}", total=sum(map(len, documents)))
-            whole = perplexity.rolling(
-                subject.model,
-                documents,
-                text.tokenizer.decode,
-                window=length,
-                prefix=text.tokenizer.eos,
-                batch=_batch(context, length),
-                advance=task.advance,
-                say=task.say,
-                **how,
-            )
-            task.close()
-            measured += windowed_rows(whole, length)
-        return measured
 
 
 def cells(config: Config) -> list[Cell]:
@@ -265,52 +268,6 @@ def cells(config: Config) -> list[Cell]:
     Raise InputError for an unknown method or option.
     """
     return [Cell(config=one) for one in models(config)]
-
-
-def rows(losses: "PositionLosses", train_len: int) -> list[Row]:
-    """Return every figure that follows from the losses by position."""
-    from sbeval.evaluation import perplexity
-
-    out = [
-        _row("loss", "nats/token", losses.mean(first, last), position_start=first, position_end=last + 1)
-        for first, last in perplexity.bins(losses.length)
-    ]
-    k = max(1, train_len // 4)
-    for length in perplexity.lengths(train_len, losses.length):
-        out.append(_row("perplexity", "1", losses.perplexity(length), context_length=length))
-        out.append(_row("bits_per_byte", "bits/byte", losses.bits_per_byte(length), context_length=length))
-        if length >= k:
-            last = losses.mean(length - k + 1, length)
-            out.append(_row("loss_last_k", "nats/token", last, context_length=length, last_k=k))
-    return out
-
-
-def windowed_rows(losses: "Rolling", window: int) -> list[Row]:
-    """Return perplexity per token, word and byte of whole documents in windows of `window` tokens, and bits/byte."""
-    return [
-        *(_row("perplexity", "1", losses.perplexity(per), window=window, per=per) for per in ("token", "word", "byte")),
-        _row("bits_per_byte", "bits/byte", losses.bits_per_byte(), window=window),
-    ]
-
-
-def _row(metric: str, unit: str, estimate: "Estimate", **factors: Any) -> Row:
-    return Row(metric=metric, unit=unit, value=estimate.value, stderr=estimate.stderr, n=estimate.n, **factors)
-
-
-def _windows(text: "Corpus", config: Config) -> "list[tuple[int, Ids]]":
-    """Return (document, tokens) of the evaluation windows, eval_len + 1 tokens each."""
-    windows = text.test.windows(config.eval_len + 1, per_document=config.windows)
-    documents = list(dict.fromkeys(document for document, _ in windows))[: config.documents]
-    return [
-        (document, text.test.document(document)[start : start + config.eval_len + 1])
-        for document, start in windows
-        if document in documents
-    ]
-
-
-def _batch(context: "RunContext", length: int) -> int:
-    """Return how many windows of `length` tokens a forward pass has."""
-    return max(1, EVAL_TOKENS[context.device.type] // length)
 
 
 def summary(results: "pd.DataFrame") -> "Table":

@@ -19,21 +19,22 @@ For keys 1 2 and values 5 ... 8, N = 2, with labels under the tokens (loss and l
 
 import dataclasses
 import functools
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from sbeval.config import ATTENTION, EVALUATION, LATER, LR, MODEL, SEED, TASK, TRAINING, option
 from sbeval.data.recall import Recall
-from sbeval.errors import InputError, check_swept
 from sbeval.models.config import ModelConfig, canonical_attention, flops_per_token
 from sbeval.sweep.cell import Outcome
 from sbeval.sweep.family import Family
-from sbeval.tables.rows import Measurement
-from sbeval.tasks.synthetic import METHODS, TEST_SEED, VALIDATION_SEED, Scores, Synthetic
+from sbeval.tables.mqrar import Row as Row
+from sbeval.tables.mqrar import summary
+from sbeval.tasks.mqrar_options import PRESETS as PRESETS
+from sbeval.tasks.mqrar_options import Config as Config
+from sbeval.tasks.mqrar_options import factors
+from sbeval.tasks.synthetic import TEST_SEED, VALIDATION_SEED, Scores, Synthetic
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.table import Table
     from torch import Tensor
 
     from sbeval.runtime.progress import Progress
@@ -47,167 +48,6 @@ NAME = "mqrar"
 SCORES = "validation_accuracy"
 # gain in accuracy that counts as progress
 GAIN = 0.005
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row(Measurement):
-    """Factors: sizes of the task and the model; `split` is `all`, `fresh`, `stale`, or empty for the finer ones by
-    number of stale values or by distance (distance_start <= d < distance_end, in positions).
-
-    `status` of the row of metric `solved` is how training ended: `solved`, `plateau`, `budget` (out of steps),
-    `diverged` (a loss that is not finite) or `failed`. The last two have no accuracy; their run file has the reason.
-    """
-
-    kv_pairs: int
-    seq_len: int
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    lr: float
-    split: str = ""
-    stale_values: int | None = None
-    distance_start: int | None = None
-    distance_end: int | None = None
-    slot_power: float | None = field(default=None, metadata=LATER)
-    filler: str | None = field(default=None, metadata=LATER)
-    distinct: str | None = field(default=None, metadata=LATER)
-    key_pool: int | None = field(default=None, metadata=LATER)
-    n_back: int | None = field(default=None, metadata=LATER)
-    score_prefix: str | None = field(default=None, metadata=LATER)
-    positions: str | None = field(default=None, metadata=LATER)
-    dropout: float | None = field(default=None, metadata=LATER)
-    stored_rows: int | None = field(default=None, metadata=LATER)
-    batch: int | None = field(default=None, metadata=LATER)
-    max_steps: int | None = field(default=None, metadata=LATER)
-    optimizer: str | None = field(default=None, metadata=LATER)
-    schedule: str | None = field(default=None, metadata=LATER)
-    weight_decay: float | None = field(default=None, metadata=LATER)
-    init_std: float | None = field(default=None, metadata=LATER)
-    stop_accuracy: float | None = field(default=None, metadata=LATER)
-    patience: int | None = field(default=None, metadata=LATER)
-    status: str | None = field(default=None, metadata=LATER)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
-    """A sweep over attention x pairs x n-back x width x learning rate x seed.
-
-    The options of the task are documented in `sbeval.data.recall.Recall`.
-    """
-
-    attention: tuple[str, ...] = option(("stick_breaking", "rope"), MODEL, ATTENTION, metavar="SPEC")
-    seeds: tuple[int, ...] = option((0,), TRAINING, SEED, flag="--seed")
-    kv_pairs: tuple[int, ...] = option((8,), TASK, "Key-value pairs N.")
-    widths: tuple[int, ...] = option((64,), MODEL, "Width of the model.", flag="--width")
-    lrs: tuple[float, ...] = option((3e-3,), TRAINING, LR, flag="--lr")
-    n_back: tuple[int, ...] = option((1,), TASK, "The answer is the n-th last value.")
-    vocab_size: int = option(128, TASK, "Tokens V: half are keys, half values.")
-    seq_len: int = option(64, TASK, "Positions L of an example, at least 4 N.")
-    slot_power: float = option(0.01, TASK, "Exponent a of the slot law.")
-    filler: str = option("value", TASK, "Tokens at all other positions: value, padding or any.")
-    distinct: tuple[str, ...] = option((), TASK, "Draw keys, values or queries without replacement.")
-    key_pool: int | None = option(None, TASK, "Keys to draw from. Default: all V/2 - 1.")
-    score_prefix: bool = option(True, TASK, "Score keys that are repeated in the prefix.")
-    layers: int = option(2, MODEL, "Layers of the model.")
-    heads: int = option(1, MODEL, "Attention heads.")
-    positions: bool = option(False, MODEL, "Add a learned table of absolute positions, for every method.")
-    logit_scale: float = option(
-        1.5, MODEL, "Scale of stick-breaking's logits, times 1 / sqrt(head size), unless --attention gives one."
-    )
-    dropout: float = option(0.0, MODEL, "Dropout of embeddings and of attention's output.")
-    init_std: float | None = option(None, MODEL, "Standard deviation of the initial weights. Default: 1 / sqrt(width).")
-    stored_rows: int = option(0, TRAINING, "Train in epochs on this many stored examples; 0: new ones at every step.")
-    batch: int = option(64, TRAINING, "Examples of an optimizer step.")
-    steps: int = option(2000, TRAINING, "Optimizer steps at most.")
-    schedule: str = option("cosine", TRAINING, "Learning rate schedule: cosine, power or constant.")
-    optimizer: str = option("adamw", TRAINING, "adamw, or muon for the matrices inside the blocks.", LATER)
-    weight_decay: float = option(0.1, TRAINING, "Weight decay.")
-    stop_accuracy: float = option(0.99, TRAINING, "Validation accuracy at which training ends.")
-    patience: int = option(0, TRAINING, "Steps without progress in validation after which training ends; 0: never.")
-    check_every: int = option(100, TRAINING, "Steps between validations.")
-    test_rows: int = option(3000, EVALUATION, "Test examples.")
-    dtype: str = "float32"
-
-    def __post_init__(self) -> None:
-        check_swept(self, "attention", "seeds", "kv_pairs", "widths", "lrs", "n_back")
-        for name in ("heads", "batch", "steps", "test_rows", "check_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.patience < 0:
-            raise InputError(f"patience must be at least 0; got {self.patience}")
-        # a value above 1 is never reached
-        if not self.stop_accuracy >= 0:
-            raise InputError(f"stop_accuracy must be at least 0; got {self.stop_accuracy}")
-        if self.stored_rows and self.stored_rows < self.batch:
-            raise InputError(f"stored_rows must be 0 or at least the batch {self.batch}; got {self.stored_rows}")
-        for pairs in self.kv_pairs:
-            for n_back in self.n_back:
-                self.task(pairs, n_back)
-        for width in self.widths:
-            if width % self.heads:
-                raise InputError(f"width {width} is not a multiple of {self.heads} heads")
-
-    def task(self, kv_pairs: int, n_back: int) -> Recall:
-        return Recall(
-            vocab_size=self.vocab_size,
-            seq_len=self.seq_len,
-            kv_pairs=kv_pairs,
-            slot_power=self.slot_power,
-            filler=self.filler,
-            distinct=tuple(sorted(set(self.distinct))),
-            key_pool=self.key_pool,
-            n_back=n_back,
-            score_prefix=self.score_prefix,
-        )
-
-
-# the author's: four from 1e-4 to 1e-2, evenly in the logarithm
-RATES = (1e-4, 4.64e-4, 2.15e-3, 1e-2)
-# the author's length and width, at an eighth of the paper's vocabulary and with Muon, which shortens the plateaus:
-# within 300 M tokens for stick-breaking and forgetting, not for softmax past 32 pairs
-H200 = Config(
-    attention=METHODS,
-    seeds=(0, 1, 2),
-    kv_pairs=(32, 64, 96, 128, 160, 192),
-    widths=(256,),
-    lrs=(2.5e-4, 5e-4, 1e-3, 2e-3),
-    vocab_size=1024,
-    seq_len=768,
-    batch=64,
-    steps=6000,
-    schedule="constant",
-    optimizer="muon",
-    patience=3000,
-)
-
-PRESETS = {
-    # sizes that learn the task in minutes on two cores
-    "quick": Config(),
-    "small": Config(
-        kv_pairs=(32,), widths=(128,), lrs=(1e-3,), vocab_size=1024, seq_len=768, batch=64, steps=6000,
-        optimizer="muon", check_every=250,
-    ),
-    "h200": H200,
-    # does a learned bias with these initial values make stick-breaking learn sooner?
-    "logit_bias": dataclasses.replace(
-        H200, attention=("stick_breaking", *(f"stick_breaking:logit_bias={start}" for start in (-1.5, -3, -4.5, -6))),
-        kv_pairs=(32, 128), lrs=(4.64e-4, 1e-3, 2.15e-3), schedule="cosine", optimizer="adamw", patience=0,
-    ),
-    # the N-th last value, as in PaTH (Yang et al. 2025, arXiv 2505.16381): 2 heads, 32 pairs. The number
-    # of keys and the optimizer are not published; these are ours.
-    "n_back": dataclasses.replace(
-        H200, kv_pairs=(32,), n_back=(1, 2, 3, 4), heads=2, key_pool=8, lrs=(5e-4, 1e-3, 2e-3),
-    ),
-    # the author's public code: 64 epochs of 100,000 rows, up to 4.9e9 tokens a cell. Unlike there, dropout applies to
-    # the output of attention, not to its weights, and a GPU multiplies in bfloat16 (--dtype float32 for the author's).
-    # AdamW, weight decay, learning rates and the cosine are published; warm-up, the final learning rate, betas and
-    # clipping are this project's
-    "paper": Config(
-        kv_pairs=(32, 64, 128, 192), widths=(256,), lrs=RATES, vocab_size=8192, seq_len=768, dropout=0.1,
-        stored_rows=100_000, batch=256, steps=25_000, check_every=250,
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,47 +172,20 @@ class Cell(Synthetic):
         return self.outcome(self._ended(how), context, SCORES)
 
     def _ended(self, how: str, steps: int | None = None) -> list[Row]:
-        solved = Row(metric="solved", unit="1", value=float(how == "solved"), n=1, status=how, **self._sizes())
+        solved = Row(metric="solved", unit="1", value=float(how == "solved"), n=1, status=how, **factors(self.config))
         if steps is None:
             return [solved]
-        return [solved, Row(metric="steps", unit="steps", value=steps, n=1, status=how, **self._sizes())]
+        return [solved, Row(metric="steps", unit="steps", value=steps, n=1, status=how, **factors(self.config))]
 
     def _rows(self, examples: "Examples", correct: "Tensor", metric: str) -> list[Row]:
         from sbeval.tasks.recall_data import accuracies
 
         return [
-            Row(metric=metric, unit="1", value=mean.value, stderr=mean.stderr, n=mean.n, **self._sizes(), **factors)
-            for mean, factors in accuracies(examples, correct)
+            Row(
+                metric=metric, unit="1", value=mean.value, stderr=mean.stderr, n=mean.n, **factors(self.config), **split
+            )
+            for mean, split in accuracies(examples, correct)
         ]
-
-    def _sizes(self) -> dict[str, Any]:
-        config, task = self.config, self.task
-        return {
-            "kv_pairs": task.kv_pairs,
-            "seq_len": task.seq_len,
-            "vocab_size": task.vocab_size,
-            "width": config.widths[0],
-            "layers": config.layers,
-            "heads": config.heads,
-            "lr": config.lrs[0],
-            "slot_power": task.slot_power,
-            "filler": task.filler,
-            "distinct": " ".join(task.distinct),
-            "key_pool": task.keys,
-            "n_back": task.n_back,
-            "score_prefix": str(task.score_prefix).lower(),
-            "positions": "learned" if config.positions else "none",
-            "dropout": config.dropout,
-            "stored_rows": config.stored_rows,
-            "batch": config.batch,
-            "max_steps": config.steps,
-            "optimizer": config.optimizer,
-            "schedule": config.schedule,
-            "weight_decay": config.weight_decay,
-            "init_std": config.init_std,
-            "stop_accuracy": config.stop_accuracy,
-            "patience": config.patience,
-        }
 
 
 def status(config: Config, scores: Scores) -> str:
@@ -459,46 +272,6 @@ def _spec(config: Config, spec: str) -> str:
     if name == "stick_breaking" and "logit_scale=" not in options:
         spec = f"{name}:{options + ',' if options else ''}logit_scale={config.logit_scale}"
     return canonical_attention(spec)
-
-
-# below the table where a cell was not solved: plateaus have ended after 10,000 steps
-UNDECIDED = (
-    "budget, plateau: not solved in these steps, which does not show that the method cannot. More --steps with "
-    "--patience 0, and other rates (--lr), would decide."
-)
-
-
-def summary(results: "pd.DataFrame") -> "Table":
-    """Return the table for the terminal: accuracy by method, pairs and rate, with lowest and highest seed."""
-    from rich.table import Table
-
-    # terminals are narrow: width and n-back only where they vary
-    factors = {"kv_pairs": "pairs", "lr": "lr"}
-    factors |= {name: name.replace("_", "-") for name in ("n_back", "width") if results[name].nunique() > 1}
-    table = Table(title="MQRAR accuracy (mean over seeds, lowest to highest)")
-    for name in ("attention", *factors.values(), "seeds", "valid.", "all", "fresh", "stale", "ended"):
-        table.add_column(name, justify="left" if name in ("attention", "ended") else "right")
-    for (attention, options, *values), group in results.groupby(["attention", "options", *factors]):
-        validation = group[group["metric"] == "validation_accuracy"]["value"]
-        accuracy = {split: rows["value"] for split, rows in group[group["metric"] == "accuracy"].groupby("split")}
-        ended = group[group["metric"] == "solved"]["status"].value_counts()
-        table.add_row(
-            f"{attention}:{options}" if options else f"{attention}",
-            *(f"{value:g}" for value in values),
-            f"{len(validation)}",
-            f"{validation.mean():.3f}" if len(validation) else "",
-            _span(accuracy["all"]) if accuracy else "",
-            *(f"{accuracy[split].mean():.3f}" if split in accuracy else "" for split in ("fresh", "stale")),
-            ", ".join(f"{count} {how}" for how, count in ended.items()),
-        )
-    if results["status"].isin(["budget", "plateau"]).any():
-        table.caption = UNDECIDED
-    return table
-
-
-def _span(values: "pd.Series[float]") -> str:
-    several = f" ({values.min():.3f} to {values.max():.3f})" if len(values) > 1 else ""
-    return f"{values.mean():.3f}{several}"
 
 
 FAMILY = Family(

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sbeval import registry
-from sbeval.sweep.cell import Cell, Outcome, timing
+from sbeval.sweep.cell import Cell, Outcome, loss_curves, timing
 from sbeval.tables.rows import Identity, Measurement
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sbeval.models.config import ModelConfig
     from sbeval.sweep.context import RunContext
     from sbeval.training.config import TrainConfig
@@ -45,9 +47,14 @@ class Synthetic(Cell):
         return self.model()
 
     def outcome(
-        self, rows: Sequence[Measurement], context: "RunContext", scores: str, trained: "Trained | None" = None
+        self,
+        rows: Sequence[Measurement],
+        context: "RunContext",
+        scores: str,
+        trained: "Trained | None" = None,
+        values: "pd.DataFrame | None" = None,
     ) -> Outcome:
-        """Return the result of the cell, or of a failure where `trained` is None. scores: their key in the run file."""
+        """Return the result of the cell, or of a failure where `trained` is None. scores: the name of their curve."""
         from sbeval.models.decoder import n_parameters
 
         shape, training = self.model(), self.training()
@@ -68,5 +75,7 @@ class Synthetic(Cell):
             train_tokens=trained.state.step * training.batch * training.length if trained else 0,
             backend=registry.method(name).backend_name(context.device.type),
             tokens_per_s=trained.tokens_per_second if trained else None,
-            measured={scores: trained.state.scores, **timing(trained)} if trained else {},
+            measured=timing(trained) if trained else {},
+            values=values,
+            curves={**loss_curves(trained.state), scores: trained.state.scores} if trained else {},
         )

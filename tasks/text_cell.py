@@ -2,15 +2,17 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sbeval import registry
+from sbeval.config import digest_of
 from sbeval.models.config import ModelConfig, flops_per_token
-from sbeval.sweep.cell import Cell, Outcome, TrainingStep, timing
+from sbeval.sweep.cell import Cell, Outcome, Step, TrainingStep, held_out_curve, loss_curves, timing
 from sbeval.tables import epochs
 from sbeval.tables.privacy import shared
 from sbeval.tables.rows import Identity
@@ -18,12 +20,16 @@ from sbeval.tasks.text_training import Training, model_shape, open_corpus, train
 from sbeval.training.text_model import EvaluatedModel, TextModel, likely_vocabulary
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sbeval.data.corpus import Corpus
     from sbeval.evaluation.perplexity import Predictor
+    from sbeval.evaluation.response_cache import Answers
     from sbeval.models.decoder import Decoder
     from sbeval.pretrained.load import Pretrained
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
+    from sbeval.tables.curves import Curves
     from sbeval.training.checkpoint import State
     from sbeval.training.config import TrainConfig
 
@@ -44,11 +50,12 @@ class Subject:
     status: str = ""
     tokens_per_s: float | None = None
     measured: Mapping[str, object] = field(default_factory=dict)
+    curves: "Curves" = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextCell(Cell):
-    """A cell that evaluates one text model: a config of one method and seed, or of a checkpoint."""
+class TextStep(Step):
+    """A step that works on one text model: a config of one method and seed, or of a checkpoint."""
 
     config: EvaluatedModel
 
@@ -64,7 +71,8 @@ class TextCell(Cell):
     def model_title(self) -> str:
         if self.config.checkpoint is not None:
             return re.sub(r"[^\w.-]+", "-", shared(self.config.checkpoint).strip("~/"))
-        return f"{self.attention} seed {self.seed}"
+        tokens = f" {self.config.train_tokens} tokens" if self.config.schedule == "wsd" else ""
+        return f"{self.attention} seed {self.seed}{tokens}"
 
     @property
     def dtype(self) -> str:
@@ -74,10 +82,6 @@ class TextCell(Cell):
     def training_step(self) -> Training:
         """The training of the model; not for given checkpoints."""
         return Training(config=TextModel(**training_options(self.config)))
-
-    @property
-    def needs(self) -> tuple[TrainingStep, ...]:
-        return () if self.config.checkpoint is not None else (self.training_step,)
 
     def model(self, vocab_size: int) -> ModelConfig:
         """Return the shape of the model as it is evaluated."""
@@ -99,6 +103,15 @@ class TextCell(Cell):
         """Return the given checkpoint, or the checkpoint folder of the trained model."""
         return self.config.checkpoint or str(self.training_step.train(context, progress))
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextCell(TextStep, Cell):
+    """A cell that evaluates one text model."""
+
+    @property
+    def needs(self) -> tuple[TrainingStep, ...]:
+        return () if self.config.checkpoint is not None else (*self.training_step.needs, self.training_step)
+
     def origin(self, progress: "Progress") -> tuple[str, str]:
         """Return name and digest of the training corpus; for a given checkpoint "" and the digest of its weights."""
         from sbeval.pretrained import load
@@ -107,6 +120,17 @@ class TextCell(Cell):
             return "", load.digest(self.config.checkpoint)
         text = open_corpus(self.config, progress)
         return text.name, text.digest
+
+    @contextmanager
+    def answers(self, digest: str, context: "RunContext", progress: "Progress") -> Iterator["Answers"]:
+        """Open the stored answers of the model of this digest in the block; there are none with `force`."""
+        from sbeval.evaluation.response_cache import Answers
+
+        path = context.results.answers(f"{self.family}-{digest_of([digest, self.attention, self.dtype])}")
+        with context.clearing(path) as stale:
+            answers = Answers(path, anew=stale, say=progress.say)
+        with closing(answers):
+            yield answers
 
     def subject(self, loaded: "Pretrained", folder: str, context: "RunContext", progress: "Progress") -> Subject:
         """Return the model as it is evaluated. folder: the checkpoint of its training on text, or the given one."""
@@ -140,8 +164,12 @@ class TextCell(Cell):
         """Train, unless a finished checkpoint exists, and return the model as it is evaluated."""
         _, trained = self.training_step.run(text, context, progress, log_name=log_name)
         subject = self._trained_subject(trained.model, trained.state, text, context)
-        measured = {**timing(trained), **subject.measured}
-        return dataclasses.replace(subject, tokens_per_s=trained.tokens_per_second, measured=measured)
+        return dataclasses.replace(
+            subject,
+            tokens_per_s=trained.tokens_per_second,
+            measured={**timing(trained), **subject.measured},
+            curves=loss_curves(trained.state),
+        )
 
     def _trained_subject(self, trained: "Decoder", state: "State", text: "Corpus", context: "RunContext") -> Subject:
         from sbeval.data.dataloader import epoch_tokens
@@ -160,8 +188,8 @@ class TextCell(Cell):
             unique_tokens=epoch_tokens(text.train, training.length),
             status=_status(state.held_out),
             backend=registry.method(name).backend_name(context.device.type),
+            curves=held_out_curve(state),
             measured={
-                "held_out": [(step, round(loss, 4)) for step, loss in state.held_out],
                 "ended_by": self.training_step.ended_by(state, training),
                 **({"corpus_versions": dict(text.versions)} if text.versions else {}),
             },
@@ -180,6 +208,7 @@ def outcome(
     corpus_digest: str,
     tokenizer: str,
     measured: Mapping[str, object] = MappingProxyType({}),
+    values: "pd.DataFrame | None" = None,
 ) -> Outcome:
     """Return the result of a finished cell. The class of `rows` has a status, which becomes the model's."""
     unique = subject.unique_tokens
@@ -205,6 +234,8 @@ def outcome(
         backend=subject.backend,
         tokens_per_s=subject.tokens_per_s,
         measured={**measured, **subject.measured},
+        values=values,
+        curves=subject.curves,
     )
 
 

@@ -1,13 +1,13 @@
 """Training of text models, for cells of any family that evaluate them."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import platformdirs
 
-from sbeval.config import digest_of
+from sbeval.config import LATER
 from sbeval.models.config import (
     ModelConfig,
     canonical_attention,
@@ -16,7 +16,7 @@ from sbeval.models.config import (
     padded_vocabulary,
     trained_attention,
 )
-from sbeval.sweep.cell import TrainingStep
+from sbeval.sweep.cell import TrainingStep, step_id
 from sbeval.tables import epochs
 from sbeval.training.text_model import TRAINING, EvaluatedModel, TextModel, likely_vocabulary
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from sbeval.training.trainer import Trained
 
 Kind = TypeVar("Kind", bound=EvaluatedModel)
+# share of the decay in the steps of `wsd`: a fifth of those before it
+DECAY = 1 / 6
 
 
 def models(config: Kind) -> list[Kind]:
@@ -45,10 +47,31 @@ def models(config: Kind) -> list[Kind]:
         return [dataclasses.replace(config, attention=("",), seeds=(0,), tokenizer=own)]
     methods = dict.fromkeys(canonical_attention(spec) for spec in config.attention)
     return [
-        dataclasses.replace(config, attention=(spec,), seeds=(seed,))
+        dataclasses.replace(branch, attention=(spec,), seeds=(seed,))
         for seed in dict.fromkeys(config.seeds)
+        for branch in _branches(config)
         for spec in methods
     ]
+
+
+def _branches(config: Kind) -> list[Kind]:
+    """Return a config for each branch, shortest first: the whole training, and the branches up to its own."""
+    if not config.branches:
+        return [config]
+    branches = sorted(set(config.branches))
+    # the same for all, since they share it
+    warmup = config.warmup_tokens or max(1, _whole(branches[0]) // 20)
+    return [
+        dataclasses.replace(
+            config, train_tokens=_whole(branch), warmup_tokens=warmup, branches=tuple(branches[: index + 1])
+        )
+        for index, branch in enumerate(branches)
+    ]
+
+
+def _whole(branch: int) -> int:
+    """Return the tokens of a training that decays after `branch` tokens."""
+    return round(branch / (1 - DECAY))
 
 
 def training_options(config: EvaluatedModel) -> dict[str, Any]:
@@ -64,17 +87,27 @@ def training_options(config: EvaluatedModel) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training(TrainingStep):
-    """The training of one model on text: a config of one method and seed, the same for all cells that evaluate it."""
+    """The training of one model on text: a config of one method and seed, the same for all cells that evaluate it.
+
+    trunk: only its part at a constant learning rate, which decays of several lengths share:
+
+        50 M ---- 100 M ------------ 200 M         trunks, each the beginning of the next
+          \\           \\                 \\
+           60 M        120 M             240 M     decays, each a model to evaluate
+    """
 
     config: TextModel
+    trunk: bool = field(default=False, metadata=LATER)
 
     @property
     def _model(self) -> str:
-        return f"{self.config.attention[0]} seed {self.config.seeds[0]}"
+        config = self.config
+        tokens = f" {config.train_tokens} tokens" if config.schedule == "wsd" else ""
+        return f"{config.attention[0]} seed {config.seeds[0]}{tokens}"
 
     @property
     def title(self) -> str:
-        return f"train {self._model}"
+        return f"train {'the trunk of ' if self.trunk else ''}{self._model}"
 
     @property
     def dtype(self) -> str:
@@ -82,7 +115,8 @@ class Training(TrainingStep):
 
     @property
     def flops(self) -> float:
-        return 3 * flops_per_token(self.leaves, self.config.train_len) * self.schedule().tokens
+        before = self.needs[-1].schedule().tokens if self.needs else 0
+        return 3 * flops_per_token(self.leaves, self.config.train_len) * (self.schedule().tokens - before)
 
     @property
     def reads(self) -> TextModel:
@@ -91,6 +125,20 @@ class Training(TrainingStep):
     @property
     def leaves(self) -> ModelConfig:
         return model_shape(self.config, likely_vocabulary(self.config.tokenizer))
+
+    @property
+    def needs(self) -> "tuple[Training, ...]":
+        """The trunks that it continues, shortest first."""
+        branches = self.config.branches[:-1] if self.trunk else self.config.branches
+        return tuple(
+            Training(
+                config=dataclasses.replace(
+                    self.config, train_tokens=_whole(branch), branches=self.config.branches[: index + 1]
+                ),
+                trunk=True,
+            )
+            for index, branch in enumerate(branches)
+        )
 
     def schedule(self, text: "Corpus | None" = None) -> "TrainConfig":
         """Return steps and optimizer settings; without the text as if it were long enough."""
@@ -102,24 +150,32 @@ class Training(TrainingStep):
             tokens = min(tokens, int(config.max_epochs * epoch_tokens(text.train, config.train_len)))
         training = train_config(config, tokens=tokens, length=config.train_len, lr=config.lr, seed=config.seeds[0])
         looks, _ = held_out.plan(training.tokens, training.length)
-        return dataclasses.replace(training, patience=config.patience, look_every=-(-training.steps // looks))
+        training = dataclasses.replace(training, patience=config.patience, look_every=-(-training.steps // looks))
+        if config.warmup_tokens is not None:
+            warmup = max(1, config.warmup_tokens // (training.batch * training.length))
+            training = dataclasses.replace(training, warmup=min(warmup, training.steps))
+        if self.trunk:
+            training = dataclasses.replace(training, schedule="constant", steps=training.trunk_steps)
+        return training
 
     def train(self, context: "RunContext", progress: "Progress") -> Path:
         """Train, unless a finished checkpoint exists, and return the checkpoint folder."""
-        name = f"{self.title.replace(' ', '-').replace(':', '-')}-{digest_of(self)}"
-        return self.run(open_corpus(self.config, progress), context, progress, log_name=name)[0]
+        return self.run(open_corpus(self.config, progress), context, progress)[0]
 
     def run(
-        self, text: "Corpus", context: "RunContext", progress: "Progress", *, log_name: str
+        self, text: "Corpus", context: "RunContext", progress: "Progress", *, log_name: str = ""
     ) -> "tuple[Path, Trained]":
         """Train on an open corpus, and return the checkpoint folder and the model. log_name: of TensorBoard logs."""
         from sbeval.data.dataloader import Batches
+        from sbeval.training import checkpoint
         from sbeval.training.trainer import Trainer
 
         packing, seed = self.config.packing, self.config.seeds[0]
         shape, training = model_shape(self.config, text.tokenizer.vocab_size), self.schedule(text)
         batches = Batches(text.train, training.length, training.batch, seed, packing)
-        with context.checkpoint([shape, training, text.digest, packing], progress) as folder:
+        key = [shape, training, text.digest, packing, *(["trunk"] if self.trunk else [])]
+        with context.checkpoint(key, progress) as folder:
+            begun = checkpoint.find(folder) is not None
             trainer = Trainer(
                 shape,
                 training,
@@ -130,11 +186,21 @@ class Training(TrainingStep):
                 shard=context.shard,
                 tokenizer=text.tokenizer.digest,
                 held_out=_held_out(text, training, packing),
+                after=None if begun else self._trunk(text, training, context, progress),
+                trunk=self.trunk,
             )
             task = progress.add(self.title, training.steps, completed=trainer.state.step)
-            trained = trainer.run(task, log=context.logger(log_name))
+            trained = trainer.run(task, log=context.logger(log_name or step_id(self)))
             task.close()
         return folder, trained
+
+    def _trunk(
+        self, text: "Corpus", training: "TrainConfig", context: "RunContext", progress: "Progress"
+    ) -> Path | None:
+        """Return the checkpoint of the longest trunk that is a part of this training, trained if it is not yet."""
+        # where the text bounds both, a shorter branch may have as long a trunk
+        shorter = [trunk for trunk in self.needs if trunk.schedule(text).steps < training.steps]
+        return shorter[-1].run(text, context, progress)[0] if shorter else None
 
     def ended_by(self, state: "State", training: "TrainConfig") -> str:
         """Return the option whose bound ended the training."""
@@ -165,6 +231,7 @@ def train_config(
         lr=lr,
         schedule=config.schedule,
         warmup=max(1, steps // 20),
+        **({"decay": DECAY} if config.schedule == "wsd" else {}),
         optimizer=config.optimizer,
         seed=seed,
         dtype=config.dtype,
@@ -205,7 +272,8 @@ def cautions(config: EvaluatedModel, progress: "Progress") -> list[str]:
     if not config.trains:
         return []
     text = open_corpus(config, progress)
-    training = Training(config=TextModel(**training_options(models(config)[0])))
+    # the longest of several branches
+    training = Training(config=TextModel(**training_options(models(config)[-1])))
     requested, trained = (training.schedule(each).tokens for each in (None, text))
     lines = epochs.notice(text.name, epoch_tokens(text.train, config.train_len), requested, trained)
     if not epoch_tokens(text.valid, config.train_len):

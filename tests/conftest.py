@@ -5,7 +5,9 @@ one a module's stay together, in two.
 """
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 # tests run in two processes, and start others: each with threads for all cores would wait for the others'
@@ -45,6 +47,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: SBEVAL_TESTS=full runs it"))
+
+
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    def switch(mode: str) -> None:
+        with warnings.catch_warnings():
+            # once a process; the mode is changed before the warning, which must not end the test with the mode on
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+            torch.cuda.set_sync_debug_mode(mode)
+
+    switch("error")
+    try:
+        yield
+    finally:
+        switch("default")
+
+
+@pytest.fixture
+def waiting_is_an_error() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which an operation that waits for the GPU raises RuntimeError."""
+    return _waiting_is_an_error
 
 
 @pytest.fixture(scope="module")

@@ -200,7 +200,7 @@ def _write_split(
     with (folder / f"{role}.npy").open("wb") as file:
         _write_header(file, tokenizer.dtype, 0)
         start = file.tell()
-        for document, ids in _encoded(documents, tokenizer):
+        for document, ids in encoded(documents, tokenizer):
             tokens = np.append(ids, ids.dtype.type(tokenizer.eos))
             file.write(tokens.data)
             digest.update(tokens.data)
@@ -222,7 +222,7 @@ def _write_header(file: BinaryIO, dtype: np.dtype[Any], count: int) -> None:
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def _encoded(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, Ids]]:
+def encoded(documents: Iterator[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, Ids]]:
     """Encode documents in batches that keep all cores busy and memory small."""
     batch: list[Document] = []
     characters = 0

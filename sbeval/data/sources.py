@@ -75,6 +75,7 @@ class Source:
     """A source of texts. `digest` identifies the texts; each call of `documents` reads a split from its start.
 
     limits: the most tokens of other splits when train is limited. versions: of the software whose source is the text.
+    whole: reads all documents, where neither files nor the source itself say which are for test; otherwise None.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Source:
     documents: Callable[[Role], Iterator[Document]]
     limits: Mapping[Role, int] = dataclasses.field(default_factory=dict)
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    whole: Callable[[], Iterator[Document]] | None = None
 
 
 def source(spec: str, field: str) -> Source:
@@ -153,14 +155,16 @@ def _files(path: Path, field: str) -> Source:
     if not chosen:
         raise InputError(f"folder {path} holds no file to read; give a folder of text, .jsonl, .json or .parquet files")
 
+    def read(files: list[str]) -> Iterator[Document]:
+        return _with_text(document for name in files for document in _read(folder / name, spelled(name), field))
+
     def documents(role: Role) -> Iterator[Document]:
-        files = splits.get(role, splits["train"]) if splits else chosen
-        documents = _with_text(document for name in files for document in _read(folder / name, spelled(name), field))
-        return _drawn(documents, role, splits or ())
+        return _drawn(read(splits.get(role, splits["train"]) if splits else chosen), role, splits or ())
 
     parts = [f"{spelled(name)} {sha256(folder / name)}" for name in chosen]
     name = path.resolve().name if path.is_dir() else Path(_unpacked(path.name)).stem
-    return Source(name=spelled(name), digest=digest(field, *parts), documents=documents)
+    whole = None if splits else lambda: read(chosen)
+    return Source(name=spelled(name), digest=digest(field, *parts), documents=documents, whole=whole)
 
 
 def _chosen(path: Path, folder: Path) -> tuple[list[str], dict[Role, list[str]] | None]:

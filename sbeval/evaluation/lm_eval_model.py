@@ -29,6 +29,7 @@ from sbeval.evaluation.perplexity import Predictor
 from sbeval.evaluation.response_cache import Answers, key
 from sbeval.generate import Generator, generate
 from sbeval.runtime import oom
+from sbeval.runtime.progress import Bar, Silent
 
 # rows are padded to multiples of this, so that kernels are compiled for few shapes
 PAD = 16
@@ -58,28 +59,6 @@ class Text(Protocol):
 
     def spelling(self, token: int) -> str:
         """Return the text of a special token."""
-
-
-class Bar(Protocol):
-    """A progress bar of requests."""
-
-    def advance(self, steps: int, /) -> None: ...
-
-    def say(self, line: str, /) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Silent:
-    """A progress bar that shows nothing."""
-
-    def __init__(self, total: int) -> None: ...
-
-    def advance(self, steps: int, /) -> None: ...
-
-    def say(self, line: str, /) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class PlainText:
@@ -128,7 +107,7 @@ class HubText:
 
 class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """See the module. length: maximum input tokens of the model. batch_tokens: tokens of a forward pass, padding
-    included. begin: makes a progress bar for a number of requests."""
+    included. begin: makes a progress bar for a number of requests and of those that are stored."""
 
     def __init__(
         self,
@@ -140,11 +119,11 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         dtype: str,
         batch_tokens: int,
         answers: Answers | None = None,
-        begin: Callable[[int], Bar] | None = None,
+        begin: Callable[[int, int], Bar] = Silent,
     ) -> None:
         super().__init__()
         self.model, self.text, self.length, self.place, self.dtype = model, text, length, place, dtype
-        self.batch_tokens, self.answers, self.begin = batch_tokens, answers or Answers(), begin or Silent
+        self.batch_tokens, self.answers, self.begin = batch_tokens, answers or Answers(), begin
         self.generated, self.cut = GENERATED, 0
 
     @property
@@ -186,9 +165,8 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         prompts = [self._prompt(*request.args) for request in requests]
         keys = [key(f"generate {new} until {until}", prompt) for prompt, new, until in prompts]
         known = self.answers.find(set(keys))
-        bar = self.begin(len(keys))
+        bar = self.begin(len(keys), sum(one in known for one in keys))
         counts = Counter(keys)
-        bar.advance(sum(count for one, count in counts.items() if one in known))
         todo = {one: prompt for one, prompt in zip(keys, prompts, strict=True) if one not in known}
 
         def keep(answers: dict[bytes, Any]) -> None:
@@ -235,8 +213,7 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         rows = [self._row(*pair) for pair in pairs]
         keys = [key(f"score the last {count}", row) for row, count in rows]
         known = self.answers.find(set(keys))
-        bar = self.begin(len(keys))
-        bar.advance(sum(one in known for one in keys))
+        bar = self.begin(len(keys), sum(one in known for one in keys))
         # requests with the same input share a row, whatever they score of it
         inputs: defaultdict[tuple[int, ...], dict[bytes, tuple[Sequence[int], int]]] = defaultdict(dict)
         for one, (row, count) in zip(keys, rows, strict=True):

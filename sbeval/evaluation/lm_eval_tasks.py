@@ -16,6 +16,7 @@ from typing import Any
 import datasets
 import lm_eval.api.task
 import lm_eval.utils
+import pandas as pd
 from datasets.exceptions import DatasetNotFoundError
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
@@ -24,7 +25,7 @@ from lm_eval.tasks._index import Entry
 from transformers import AutoTokenizer
 
 from sbeval.errors import InputError, first_line, reason
-from sbeval.evaluation import lm_eval_local
+from sbeval.evaluation import lm_eval_items, lm_eval_local
 from sbeval.evaluation.lm_eval_model import Adapter, HubText, PlainText
 from sbeval.pretrained.released import broken
 
@@ -150,15 +151,18 @@ def _index(everything: bool) -> dict[str, Entry]:
         return dict(TaskManager(include_path=None if everything else folders, include_defaults=everything).task_index)
 
 
-def scores(benchmark: Benchmark, adapter: Adapter, limit: int | None) -> list[Score]:
-    """Return the model's scores on the benchmark, then on its parts. limit: maximum items of each part."""
+def scores(benchmark: Benchmark, adapter: Adapter, limit: int | None) -> tuple[list[Score], pd.DataFrame]:
+    """Return the model's scores on the benchmark, then on its parts, and the values of their items.
+
+    limit: maximum items of each part.
+    """
     loaded = {
         "tasks": dict(benchmark.tasks),
         "groups": dict(benchmark.groups),
         "group_map": {name: group.child_names for name, group in benchmark.groups.items()},
     }
     with _quiet():
-        results = evaluate(adapter, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=False)
+        results = evaluate(adapter, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=True)
     chances = {name: _chance(task) for name, task in benchmark.tasks.items()}
     counts = {name: results["n-samples"][name]["effective"] for name in benchmark.tasks}
     for name, group in benchmark.groups.items():
@@ -167,13 +171,14 @@ def scores(benchmark: Benchmark, adapter: Adapter, limit: int | None) -> list[Sc
         parts = [(chance, counts[leaf]) for leaf in leaves if (chance := chances[leaf]) is not None]
         chances[name] = sum(chance * count for chance, count in parts) / counts[name] if parts else None
     names = sorted(results["results"], key=lambda name: (name != benchmark.name, name))
-    return [
+    found = [
         score
         for name in names
         for score in _scores(
             name, results["results"][name], counts[name], str(results["versions"][name]), chances[name]
         )
     ]
+    return found, lm_eval_items.values(benchmark.name, benchmark.tasks, results["samples"])
 
 
 def _scores(name: str, numbers: Mapping[str, Any], n: int, version: str, chance: float | None) -> Iterator[Score]:

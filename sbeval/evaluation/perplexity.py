@@ -3,6 +3,13 @@
 A window of n + 1 tokens, x_0 ... x_n, gives n losses: position i (1 <= i <= n) is the loss of x_i after the i tokens
 before it. Documents have no BOS, and their first token is not scored. Log-softmax is float32, in chunks of positions;
 sums are float64. Intervals are over documents, the units that were sampled: windows of one document are averaged first.
+
+Losses at different positions are of different tokens. With fixed targets they are of the same ones, the last of each
+window, after contexts of several lengths:
+
+    window, n = 8      x_0 x_1 x_2 x_3 x_4 x_5 x_6 x_7 x_8
+    context of 8        |----------------------| ==targets==      the last 2 losses after x_0 ... x_6 and x_0 ... x_7
+    context of 4                        |------| ==targets==      the same 2 after x_4 ... x_6 and x_4 ... x_7
 """
 
 import math
@@ -106,17 +113,18 @@ def lengths(train_len: int, eval_len: int) -> list[int]:
 
 
 @torch.inference_mode()
-def window_losses(model: Predictor, windows: Tensor, dtype: str) -> Tensor:
-    """Return losses (N, n) float32 of windows (N, n + 1) int64."""
+def window_losses(model: Predictor, windows: Tensor, dtype: str, scored: int | None = None) -> Tensor:
+    """Return losses (N, n) float32 of windows (N, n + 1) int64. scored: the last positions alone, (N, scored)."""
     place = windows.device
     size = max(1, CHUNK // len(windows))
+    first = 0 if scored is None else windows.shape[1] - 1 - scored
     with device.autocast(place, dtype):
-        hidden = model(windows[:, :-1])
+        hidden = model(windows[:, :-1])[:, first:]
         parts = [
             F.cross_entropy(model.logits(rows).flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(
                 targets
             )
-            for rows, targets in zip(hidden.split(size, 1), windows[:, 1:].split(size, 1), strict=True)
+            for rows, targets in zip(hidden.split(size, 1), windows[:, 1 + first :].split(size, 1), strict=True)
         ]
     return torch.cat(parts, 1)
 
@@ -177,18 +185,58 @@ def measure(
     and all return all losses.
     """
     tokens = np.stack([window for _, window in windows]).astype(np.int64)
-    losses = np.zeros((len(windows), tokens.shape[1] - 1))
+    losses = _losses(model, tokens, None, place, dtype, batch, advance, say, world)
+    size = np.cumsum(np.stack([byte_lengths(window[1:]) for window in tokens]), 1).astype(np.float64)
+    return PositionLosses(*(_by_document(values, windows) for values in (losses, size)))
+
+
+def fixed_targets(
+    model: Predictor,
+    windows: Sequence[tuple[int, Tokens]],
+    *,
+    targets: int,
+    context: int,
+    place: torch.device,
+    dtype: str,
+    batch: int = 1,
+    advance: Callable[[int], None] = lambda _: None,
+    say: Callable[[str], None] = print,
+    world: World = ALONE,
+) -> Floats:
+    """Return the losses of the last `targets` tokens of the windows of each document, (documents, targets).
+
+    The model reads the `context` tokens of each window before its last one; see the module. The rest as in `measure`.
+    """
+    tokens = np.stack([window[-context - 1 :] for _, window in windows]).astype(np.int64)
+    return _by_document(_losses(model, tokens, targets, place, dtype, batch, advance, say, world), windows)
+
+
+def _losses(
+    model: Predictor,
+    tokens: npt.NDArray[np.int64],
+    scored: int | None,
+    place: torch.device,
+    dtype: str,
+    batch: int,
+    advance: Callable[[int], None],
+    say: Callable[[str], None],
+    world: World,
+) -> Floats:
+    """Return the losses of windows (N, n + 1), of which each process evaluates a share; see `window_losses`."""
+    losses = np.zeros((len(tokens), scored or tokens.shape[1] - 1))
 
     def evaluate(rows: Sequence[int]) -> None:
-        losses[rows] = window_losses(model, torch.from_numpy(tokens[rows]).to(place), dtype).cpu().numpy()
+        losses[rows] = window_losses(model, torch.from_numpy(tokens[rows]).to(place), dtype, scored).cpu().numpy()
         advance(len(rows) * world.size)
 
-    oom.in_parts(range(len(windows))[world.rank :: world.size], batch, evaluate, say)
-    losses = distributed.summed(losses, world, place)
-    size = np.cumsum(np.stack([byte_lengths(window[1:]) for window in tokens]), 1).astype(np.float64)
+    oom.in_parts(range(len(tokens))[world.rank :: world.size], batch, evaluate, say)
+    return distributed.summed(losses, world, place)
+
+
+def _by_document(values: Floats, windows: Sequence[tuple[int, Tokens]]) -> Floats:
+    """Return the mean over the windows of each document, (documents, ...), in the order of their first windows."""
     document = np.array([index for index, _ in windows])
-    groups = [document == index for index in dict.fromkeys(document.tolist())]
-    return PositionLosses(*(np.stack([values[group].mean(0) for group in groups]) for values in (losses, size)))
+    return np.stack([values[document == index].mean(0) for index in dict.fromkeys(document.tolist())])
 
 
 def disjoint(tokens: Tokens, window: int, prefix: int) -> list[tuple[Tokens, int]]:
@@ -205,7 +253,7 @@ def disjoint(tokens: Tokens, window: int, prefix: int) -> list[tuple[Tokens, int
 def rolling(
     model: Predictor,
     documents: Sequence[Tokens],
-    decode: Callable[[Tokens], str],
+    texts: Sequence[str],
     *,
     window: int,
     prefix: int,
@@ -218,7 +266,7 @@ def rolling(
 ) -> Rolling:
     """Return the loss of whole documents as lm-eval's `loglikelihood_rolling` defines it: see `disjoint`.
 
-    decode: tokens to text, whose words and bytes are counted. advance: called with the number of finished tokens.
+    texts: of the documents, in which words and bytes are counted. advance: called with the number of finished tokens.
     """
     parts = [(index, *part) for index, tokens in enumerate(documents) for part in disjoint(tokens, window, prefix)]
     losses = np.zeros(len(documents))
@@ -232,7 +280,6 @@ def rolling(
 
     for rows in list(_of_one_length(parts, batch))[world.rank :: world.size]:
         oom.in_parts(rows, batch, evaluate, say)
-    texts = [decode(tokens) for tokens in documents]
     counts = ([len(x) for x in documents], [len(re.split(r"\s+", x)) for x in texts], [len(x.encode()) for x in texts])
     return Rolling(distributed.summed(losses, world, place), *(np.array(count, dtype=np.float64) for count in counts))
 

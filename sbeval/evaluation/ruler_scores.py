@@ -6,32 +6,30 @@ The completions of small models score near zero, so the reference is also evalua
     greedy            1 where each of them is the likeliest, so that greedy decoding would produce the reference
 """
 
-import dataclasses
-import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from sbeval.data.tokenizer import Tokenizer
-from sbeval.errors import InputError
 from sbeval.evaluation import perplexity
 from sbeval.evaluation.perplexity import Predictor
+from sbeval.evaluation.response_cache import Answers, key
 from sbeval.evaluation.ruler_prompts import Prompt
 from sbeval.generate import Generator, generate
 from sbeval.runtime import oom
-from sbeval.runtime.files import storing
+from sbeval.runtime.progress import Bar, Silent
 
 CONTROL = re.compile(r"[\x00-\x1f]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """The result of one sample. tokens: length of the prompt; said: the completion."""
+    """The result of one sample. tokens: length of the prompt; completion: its text."""
 
     index: int
     depth: float | None
@@ -39,21 +37,21 @@ class Answered:
     score: float
     log_probability: float
     greedy: bool
-    said: str
+    completion: str
 
 
-def score(said: str, references: Sequence[str], rule: str) -> float:
+def score(completion: str, references: Sequence[str], rule: str) -> float:
     """Return RULER's score of a completion: the fraction of references in it (`all`), or 1 if any is in it (`part`).
 
     Control characters become line ends first, and case is ignored.
     """
-    text = CONTROL.sub("\n", said.strip()).strip().lower()
+    text = CONTROL.sub("\n", completion.strip()).strip().lower()
     matches = [reference.lower() in text for reference in references]
     return float(any(matches)) if rule == "part" else sum(matches) / len(matches)
 
 
 def teacher_forced(
-    model: Predictor, prompts: Sequence[Prompt], place: torch.device, dtype: str, batch: int
+    model: Predictor, prompts: Sequence[Prompt], device: torch.device, dtype: str, batch: int
 ) -> list[tuple[float, bool]]:
     """Return the log-probability of each reference answer, and whether all its tokens are the likeliest."""
     results: list[tuple[float, bool]] = []
@@ -62,98 +60,75 @@ def teacher_forced(
         # the last token is a target only
         rows = [np.concatenate([prompt.tokens, prompt.answer[:-1]]).tolist() for prompt in chunk]
         answers = [(index, prompt.answer.tolist()) for index, prompt in enumerate(chunk)]
-        results += perplexity.endings(model, rows, answers, place=place, dtype=dtype)
+        results += perplexity.endings(model, rows, answers, place=device, dtype=dtype)
     return results
 
 
-class Samples:
-    """The results of one model on the prompts of one task and length, in a JSON Lines file that is written at once: a
-    killed run resumes after them."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found: dict[int, Answered] = {}
-        lines = path.read_bytes().split(b"\n") if path.exists() else []
-        # a killed writer leaves an incomplete last line
-        whole = lines[:-1]
-        for number, line in enumerate(whole, 1):
-            try:
-                item = Answered(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise InputError(f"{path}:{number}: {error}; remove that line") from None
-            self.found[item.index] = item
-        if lines and lines[-1]:
-            path.write_bytes(b"".join(line + b"\n" for line in whole))
-
-    def add(self, answers: Sequence[Answered]) -> None:
-        with storing(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        with storing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(dataclasses.asdict(item)) + "\n" for item in answers))
-        self.found.update((item.index, item) for item in answers)
-
-
-def ask(
+def evaluate(
     model: Any,
     prompts: Sequence[Prompt],
     tokenizer: Tokenizer,
-    samples: Samples,
+    answers: Answers,
     *,
     rule: str,
     new_tokens: int,
-    place: torch.device,
+    device: torch.device,
     dtype: str,
     batch: int,
-    advance: Callable[[int], None] = lambda done: None,
-    notify: Callable[[str], None] = print,
+    begin: Callable[[int, int], Bar] = Silent,
 ) -> list[Answered]:
-    """Evaluate the prompts without a result, `batch` at a time, and return the results of all.
+    """Evaluate the prompts without a stored answer, `batch` at a time, and return the results of all.
 
     model: a `Predictor` that is a `Generator` too. A completion ends at the token that ends a document. batch is halved
-    when out of memory, which `notify` reports.
+    when out of memory. begin: makes a progress bar for a number of prompts and the number of those that have an answer.
     """
+    kind = f"generate {new_tokens} until token {tokenizer.eos}, and score the last "
+    keys = [key(f"{kind}{len(item.answer)}", np.concatenate([item.tokens, item.answer]).tolist()) for item in prompts]
+    known = answers.find(set(keys))
+    todo = {one: prompt for one, prompt in zip(keys, prompts, strict=True) if one not in known}
+    bar = begin(len(prompts), sum(one in known for one in keys))
+    counts = Counter(keys)
 
-    def answer(indices: Sequence[int]) -> None:
-        chosen = [prompts[index] for index in indices]
-        likely = teacher_forced(model, chosen, place, dtype, len(chosen))
-        said = say(model, chosen, tokenizer, new_tokens, place, dtype, len(chosen))
-        samples.add(
-            [
-                Answered(
-                    index=index,
-                    depth=prompt.depth,
-                    tokens=len(prompt.tokens),
-                    score=score(text, prompt.references, rule),
-                    log_probability=log_probability,
-                    greedy=greedy,
-                    said=text,
-                )
-                for index, prompt, text, (log_probability, greedy) in zip(indices, chosen, said, likely, strict=True)
-            ]
-        )
-        advance(len(indices))
+    def answer(some: Sequence[bytes]) -> None:
+        chosen = [todo[one] for one in some]
+        likely = teacher_forced(model, chosen, device, dtype, len(chosen))
+        tokens = completions(model, chosen, tokenizer.eos, new_tokens, device, dtype, len(chosen))
+        new = {one: [*scored, completion] for one, scored, completion in zip(some, likely, tokens, strict=True)}
+        answers.keep(new)
+        known.update(new)
+        bar.advance(sum(counts[one] for one in some))
 
-    oom.in_parts([index for index in range(len(prompts)) if index not in samples.found], batch, answer, notify)
-    return [samples.found[index] for index in range(len(prompts))]
+    oom.in_parts(list(todo), batch, answer, bar.say)
+    bar.close()
+    return [
+        _answered(index, prompt, known[one], tokenizer, rule)
+        for index, (one, prompt) in enumerate(zip(keys, prompts, strict=True))
+    ]
 
 
-def say(
+def _answered(index: int, prompt: Prompt, answer: Any, tokenizer: Tokenizer, rule: str) -> Answered:
+    log_probability, greedy, tokens = answer
+    completion = tokenizer.decode(np.array(tokens))
+    return Answered(
+        index=index,
+        depth=prompt.depth,
+        tokens=len(prompt.tokens),
+        score=score(completion, prompt.references, rule),
+        log_probability=log_probability,
+        greedy=greedy,
+        completion=completion,
+    )
+
+
+def completions(
     model: Generator,
     prompts: Sequence[Prompt],
-    tokenizer: Tokenizer,
+    eos: int,
     new_tokens: int,
-    place: torch.device,
+    device: torch.device,
     dtype: str,
     batch: int,
-) -> list[str]:
-    """Return the greedy completion of each prompt."""
-    completions = generate(
-        model,
-        [prompt.tokens.tolist() for prompt in prompts],
-        new_tokens,
-        place,
-        dtype=dtype,
-        batch=batch,
-        stop=lambda tokens: tokens[-1] == tokenizer.eos,
-    )
-    return [tokenizer.decode(np.array(tokens)) for tokens in completions]
+) -> list[list[int]]:
+    """Return the tokens of the greedy completion of each prompt, up to `eos` and with it."""
+    texts = [prompt.tokens.tolist() for prompt in prompts]
+    return generate(model, texts, new_tokens, device, dtype=dtype, batch=batch, stop=lambda tokens: tokens[-1] == eos)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from sbeval import registry
 from sbeval.config import LATER
@@ -14,8 +16,32 @@ MAX_SIZE = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BlockOptions:
+    """Options that the spec of every method takes beside its own, as `rope:qkv_bias=true`: fields of ModelConfig.
+
+    qkv_bias: whether the projections to queries, keys and values have biases. head_norm: whether a GroupNorm normalises
+    each head's output. init_std: standard deviation of the initial weights, 1 / sqrt(width) by default.
+    """
+
+    qkv_bias: bool = False
+    head_norm: bool = False
+    init_std: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_init_std(self.init_std)
+
+
+def _check_init_std(std: float | None) -> None:
+    if std is not None and not 0 < std < math.inf:
+        raise InputError(f"init_std must be above 0 and finite; got {std}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Shape of a decoder. `attention` is a method with its options, `name` or `name:key=value,key=value`."""
+    """Shape of a decoder. `attention` is a method with its options, `name` or `name:key=value,key=value`.
+
+    Those of BlockOptions that it names are set in the fields of the same names too.
+    """
 
     vocab_size: int
     width: int
@@ -36,21 +62,22 @@ class ModelConfig:
     attention_multiplier: float | None = None  # scale of q . k, 1 / sqrt(head_dim) by default
     # of embeddings and of the heads' outputs: fused attention has no dropout of its weights
     dropout: float = field(default=0.0, metadata=LATER)
-    # in some released models: biases, and a GroupNorm of each head's output
+    # biases, and a GroupNorm of each head's output
     qkv_bias: bool = field(default=False, metadata=LATER)
     out_bias: bool = field(default=False, metadata=LATER)
     mlp_bias: bool = field(default=False, metadata=LATER)
     head_norm: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
+        for name, value in _block_options(self.attention).items():
+            object.__setattr__(self, name, value)
         choose("mlp", self.mlp, ("swiglu", "gelu"))
         for name in ("vocab_size", "width", "layers", "heads", "hidden", "kv_heads", "head_dim"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise InputError(f"{name} must be at least 1; got {size}")
             if size is not None and size > MAX_SIZE:
                 raise InputError(f"{name} must be at most {MAX_SIZE}; got {size}")
-        if self.init_std is not None and not 0 < self.init_std < math.inf:
-            raise InputError(f"init_std must be above 0 and finite; got {self.init_std}")
+        _check_init_std(self.init_std)
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be at least 0 and below 1; got {self.dropout}")
         if self.positions < 0:
@@ -110,53 +137,78 @@ def named(size: str, *, vocab_size: int, attention: str) -> ModelConfig:
 
 
 def parse_attention(spec: str) -> tuple[str, Any]:
-    """Parse `name` or `name:key=value,key=value` into the method's name and Options; raise InputError if invalid."""
-    name, _, text = spec.partition(":")
+    """Parse `name` or `name:key=value,key=value` into the method's name and Options; raise InputError if invalid.
+
+    BlockOptions are checked and left out.
+    """
+    name, _, _ = spec.partition(":")
     kinds = registry.method(name).Options
-    fields = {field.name: field for field in dataclasses.fields(kinds)}
+    own, block = _fields(kinds), _fields(BlockOptions)
     values: dict[str, Any] = {}
-    for item in filter(None, text.split(",")):
-        key, equals, value = item.partition("=")
-        field = fields.get(key) if fields else None
-        if field is None:
-            if not fields:
-                raise InputError(f"attention {name!r} has no options; got {item!r}")
-            choose(f"option of attention {name!r}", key, fields)
-        if key in values:
-            raise InputError(f"option {key!r} of attention {name!r} is given twice in {spec!r}")
-        assert field is not None
-        if not equals:
-            raise InputError(f"option {key!r} of attention {name!r} needs a value: {name}:{key}=...")
-        values[key] = _convert(f"{name}:{key}", value, field.default)
+    for key, value in _items(spec):
+        choose(f"option of attention {name!r}", key, {**own, **block})
+        if key in own:
+            values[key] = _convert(f"{name}:{key}", value, own[key])
+    BlockOptions(**_block_options(spec))
     return name, kinds(**values)
 
 
-def _convert(what: str, text: str, default: object) -> object:
-    """Convert `text` to the type of `default`; an option that is None by default is a number."""
-    if isinstance(default, bool):
+def _block_options(spec: str) -> dict[str, Any]:
+    """Return the BlockOptions that a spec names; needs no torch."""
+    name, _, _ = spec.partition(":")
+    block = _fields(BlockOptions)
+    return {key: _convert(f"{name}:{key}", value, block[key]) for key, value in _items(spec) if key in block}
+
+
+def _fields(options: type[Any]) -> "dict[str, dataclasses.Field[Any]]":
+    return {entry.name: entry for entry in dataclasses.fields(options)}
+
+
+def _items(spec: str) -> Iterator[tuple[str, str]]:
+    """Yield the options of a spec with their values, as text; InputError for one without a value or given twice."""
+    name, _, text = spec.partition(":")
+    seen: set[str] = set()
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if key in seen:
+            raise InputError(f"option {key!r} of attention {name!r} is given twice in {spec!r}")
+        if not equals:
+            raise InputError(f"option {key!r} of attention {name!r} needs a value: {name}:{key}=...")
+        seen.add(key)
+        yield key, value
+
+
+def _convert(what: str, text: str, entry: "dataclasses.Field[Any]") -> object:
+    """Convert `text` to the type of an option; one that is None by default is a number, or text if it may be."""
+    if isinstance(entry.default, bool):
         return choose(what, text.lower(), ("true", "false")) == "true"
-    if isinstance(default, str):
+    if isinstance(entry.default, str):
         return text
     try:
-        return int(text) if isinstance(default, int) else float(text)
+        return int(text) if isinstance(entry.default, int) else float(text)
     except ValueError:
+        # a word that stands for a number, which the method knows
+        if isinstance(entry.type, types.UnionType) and str in get_args(entry.type):
+            return text
         raise InputError(f"{what} must be a number; got {text!r}") from None
 
 
 def canonical_attention(spec: str) -> str:
-    """Return the shortest equivalent spec: without options at their defaults, the others in the class's order."""
-    return _spec(*parse_attention(spec))
+    """Return the shortest equivalent spec: without options at their defaults, the others in the classes' order."""
+    name, options = parse_attention(spec)
+    return _spec(name, options, BlockOptions(**_block_options(spec)))
 
 
 def trained_attention(spec: str) -> str:
     """Return the canonical spec that the weights of `spec` are trained with: without options of evaluation alone."""
     name, options = parse_attention(spec)
-    return _spec(name, registry.trained_as(name, options))
+    return _spec(name, registry.trained_as(name, options), BlockOptions(**_block_options(spec)))
 
 
-def _spec(name: str, options: Any) -> str:
+def _spec(name: str, *parts: Any) -> str:
     text = ",".join(
         f"{field.name}={str(value).lower() if isinstance(value, bool) else value}"
+        for options in parts
         for field in dataclasses.fields(options)
         if (value := getattr(options, field.name)) != field.default
     )

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from rich import progress
 from rich.console import Console
@@ -14,6 +14,28 @@ from rich.console import Console
 PERIOD_S, STEP_PERCENT, PAUSE_S = 10.0, 10.0, 1.0
 # seconds between messages of a task in another process; maximum characters of their text
 TELL_S, MAX_TEXT = 0.1, 800
+
+
+class Bar(Protocol):
+    """A display of how many steps are done."""
+
+    def advance(self, steps: int, /) -> None: ...
+
+    def say(self, line: str, /) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Silent:
+    """A Bar that displays nothing."""
+
+    def __init__(self, total: int, completed: int) -> None: ...
+
+    def advance(self, steps: int, /) -> None: ...
+
+    def say(self, line: str, /) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Progress:

@@ -11,9 +11,13 @@ from sbeval.config import digest_of
 from sbeval.tables.rows import Identity, Measurement
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sbeval.models.config import ModelConfig
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
+    from sbeval.tables.curves import Curves
+    from sbeval.training.checkpoint import State
     from sbeval.training.text_model import TextModel
     from sbeval.training.trainer import Trained
 
@@ -25,7 +29,11 @@ LONGEST_TITLE = 160
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """Result of a finished cell."""
+    """Result of a finished cell.
+
+    values: one for each document, item or prompt behind the rows (see `sbeval.tables.values`). curves: by training step
+    (see `sbeval.tables.curves`).
+    """
 
     identity: Identity
     rows: Sequence[Measurement]
@@ -38,6 +46,8 @@ class Outcome:
     backend: str
     tokens_per_s: float | None
     measured: Mapping[str, object] = field(default_factory=dict)
+    values: "pd.DataFrame | None" = None
+    curves: "Curves" = field(default_factory=dict)
 
 
 class Step(ABC):
@@ -120,10 +130,15 @@ class Cell(Step):
 
 def cell_id(cell: Cell) -> str:
     """Return the id of a cell in tables and of its run file: a readable name, then a digest of all fields."""
-    title = cell.title.replace(" ", "-").replace(":", "-")
+    return f"{cell.family}-{step_id(cell)}"
+
+
+def step_id(step: Step) -> str:
+    """Return a readable name and a digest of all fields of a step, for folders of logs."""
+    title = step.title.replace(" ", "-").replace(":", "-")
     if len(title.encode()) > LONGEST_TITLE:
         title = title.encode()[:LONGEST_TITLE].decode(errors="ignore")
-    return f"{cell.family}-{title}-{digest_of(cell)}"
+    return f"{title}-{digest_of(step)}"
 
 
 def timing(trained: "Trained") -> dict[str, object]:
@@ -133,5 +148,15 @@ def timing(trained: "Trained") -> dict[str, object]:
         "train_time": str(timedelta(seconds=round(trained.state.seconds))),
         "mfu": trained.mfu,
         "sequences_at_a_time": trained.rows,
-        "losses": [round(loss, 4) for loss in trained.state.losses],
     }
+
+
+def loss_curves(state: "State") -> "Curves":
+    """Return the loss of every training step, and the held-out losses if there are any, in nats/token."""
+    losses = [(step, round(loss, 4)) for step, loss in enumerate(state.losses, start=1)]
+    return {"loss": losses, **held_out_curve(state)}
+
+
+def held_out_curve(state: "State") -> "Curves":
+    """Return the held-out losses, if there are any, in nats/token."""
+    return {"held_out_loss": [(step, round(loss, 4)) for step, loss in state.held_out]} if state.held_out else {}

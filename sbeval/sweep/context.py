@@ -69,13 +69,6 @@ class RunContext:
         finally:
             lock.release()
 
-    def kept(self, path: Path) -> Path:
-        """Return the path of a file that an interrupted run may have left; `force` removes the file."""
-        with self.clearing(path) as stale:
-            if stale:
-                path.unlink(missing_ok=True)
-        return path
-
     @contextmanager
     def clearing(self, path: Path) -> Iterator[bool]:
         """Yield whether `force` is to clear this path, which the block does: once in a run, whichever worker asks."""

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -23,9 +22,10 @@ from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
 from sbeval.sweep.graph import Graph, steps
 from sbeval.sweep.pool import Lost
-from sbeval.tables import provenance, table
+from sbeval.tables import provenance, store, table
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Provenance
+from sbeval.tables.store import Stored
 from sbeval.training.trainer import DivergedError
 
 # throughput of a small model relative to a large matrix product: a guess, good enough for an estimate
@@ -97,10 +97,9 @@ def in_words(time_s: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Result of a step: for a cell its run record and rows, if any. `how`: empty, or one of FAILED."""
+    """Result of a step: for a cell what it stores. `how`: empty, or one of FAILED."""
 
-    record: dict[str, Any] | None = None
-    rows: pd.DataFrame | None = None
+    stored: Stored | None = None
     how: str = ""
     reason: str = ""
 
@@ -145,7 +144,8 @@ class Work:
         record = provenance.run_record(
             config=step, provenance=origin, status="failed", reason=reason, argv=self.context.argv
         )
-        return Done(record, table.frame(outcome.identity, outcome.rows, origin) if outcome else None, how, reason)
+        rows = table.frame(outcome.identity, outcome.rows, origin) if outcome else None
+        return Done(Stored(cell_id(step), record, rows), how, reason)
 
 
 def run(
@@ -226,7 +226,8 @@ class _Course:
         results = [(other, self.work.failure(other, done.how, f"{step.title}: {done.reason}")) for other in lost]
         for cell, result in [(step, done), *results] if isinstance(step, Cell) else results:
             if context.world.leads:
-                _store(cell, result, context)
+                assert result.stored is not None, "a cell has a run file"
+                store.keep(context.results, cell.family, result.stored)
             self.waiting[cell.family].discard(cell)
             if self.overall:
                 self.overall.advance(status=cell.title)
@@ -318,7 +319,8 @@ def run_cell(cell: Cell, context: RunContext, preset: str, progress: Progress) -
         measured=outcome.measured,
         argv=context.argv,
     )
-    return Done(record, table.frame(outcome.identity, outcome.rows, origin))
+    rows = table.frame(outcome.identity, outcome.rows, origin)
+    return Done(Stored(cell_id(cell), record, rows, outcome.values, outcome.curves))
 
 
 def _mishap(error: Exception) -> tuple[str, str]:
@@ -342,14 +344,6 @@ def _origin(cell: Cell, context: RunContext, preset: str, outcome: Outcome | Non
         unique_tokens=outcome.unique_tokens if outcome else None,
         epochs=outcome.epochs if outcome else None,
     )
-
-
-def _store(cell: Cell, done: Done, context: RunContext) -> None:
-    assert done.record is not None, "a cell has a run file"
-    # before the rows, which require it
-    provenance.write_run(context.results.run_file(cell_id(cell)), done.record)
-    if done.rows is not None:
-        table.write(context.results.table(cell.family), done.rows)
 
 
 def results_of(cells: Sequence[Cell], results_dir: Path) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -30,12 +31,16 @@ MAX_CELLS = 10_000
 
 def cells(part: Part) -> list[Cell]:
     """Return the first cells of a part, which depend on no results; InputError where they would be too many."""
-    values = {field.name: getattr(part.config, field.name) for field in dataclasses.fields(part.config)}
+    return list(dict.fromkeys(cell for config in part.configs for cell in _cells(part, config)))
+
+
+def _cells(part: Part, config: Any) -> list[Cell]:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     swept = {name: len(set(some)) for name, some in values.items() if isinstance(some, tuple) and len(set(some)) > 1}
     if (count := math.prod(swept.values())) > MAX_CELLS:
         sizes = " x ".join(f"{size:,} {name}" for name, size in swept.items())
         raise InputError(f"{part.family}: {sizes} are {count:,} cells, of at most {MAX_CELLS:,}: give several studies")
-    return list(registry.task(part.family).cells(part.config))
+    return list(registry.task(part.family).cells(config))
 
 
 def further(part: Part, results_dir: Path | None) -> list[Cell]:
@@ -43,14 +48,17 @@ def further(part: Part, results_dir: Path | None) -> list[Cell]:
     more = registry.task(part.family).more
     if more is None:
         return []
-    return list(more(part.config, None if results_dir is None else scheduler.results_of(cells(part), results_dir)))
+    found: dict[Cell, None] = {}
+    for config in part.configs:
+        results = None if results_dir is None else scheduler.results_of(_cells(part, config), results_dir)
+        found |= dict.fromkeys(more(config, results))
+    return list(found)
 
 
 def notes(parts: Sequence[Part]) -> list[str]:
     """Return lines on what is not run, and why: within the families, and for a study the other families."""
-    lines: list[str] = []
-    for part in parts:
-        lines += registry.task(part.family).notes(part.config)
+    every = (line for part in parts for config in part.configs for line in registry.task(part.family).notes(config))
+    lines = list(dict.fromkeys(every))
     others = [name for name in registry.TASKS if name not in {part.family for part in parts}]
     if len(parts) > 1 and others:
         lines.append(
@@ -63,13 +71,15 @@ def cautions(parts: Sequence[Part], context: RunContext) -> list[str]:
     """Return warnings about the epochs of training, before it starts; opens the texts."""
     # open the text once for families that share models: it can take a second
     different = {
-        (*trained_on(part.config), getattr(part.config, "checkpoint", None))
-        if isinstance(part.config, TextModel)
-        else part.family: part
+        (*trained_on(config), getattr(config, "checkpoint", None)) if isinstance(config, TextModel) else part.family: (
+            part.family,
+            config,
+        )
         for part in parts
+        for config in part.configs
     }
     with scheduler.progress_of(context) as progress:
-        lines = [registry.task(part.family).cautions(part.config, progress) for part in different.values()]
+        lines = [registry.task(family).cautions(config, progress) for family, config in different.values()]
     return list(dict.fromkeys(line for some in lines for line in some))
 
 

@@ -4,9 +4,11 @@
     length_gen: {eval_len: 4096}                                   a family, with options over its preset
     needle: {preset: quick, tasks: [niah_single_1], samples: 20}
     mqrar:                                                         the preset as it is
+    flip_flop: [{seeds: [0]}, {seeds: [1], lrs: [1e-3]}]           several sweeps, in this order
 
 `models`, with the training options of its preset, sets defaults for `length_gen`, `needle` and `few_shot`, which their
-own sections override. A section without a preset uses that of `models`, by default `quick`.
+own sections override. A section without a preset uses that of `models`, by default `quick`. Options imply others as
+those of the family's command do (`Family.completed`).
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ import re
 import reprlib
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -38,11 +40,16 @@ KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A family and the config to run, of the family's config class."""
+    """A family and the config to run, of the family's config class; `others` are of further sweeps, which follow it."""
 
     family: str
     preset: str
     config: Any
+    others: tuple[Any, ...] = ()
+
+    @property
+    def configs(self) -> tuple[Any, ...]:
+        return (self.config, *self.others)
 
 
 def names() -> list[str]:
@@ -80,7 +87,9 @@ def read(study: str, changes: Iterable[str] = ()) -> dict[str, Any]:
         if match is None:
             raise InputError(f"--set takes SECTION.OPTION=VALUE, such as needle.samples=20; got {change!r}")
         section, option, value = match.groups()
-        document[section] = _mapping(section, document.get(section)) | {option: _parsed(f"--set {change}", value)}
+        given = {option: _parsed(f"--set {change}", value)}
+        sweeps = [sweep | given for sweep in _sweeps(section, document.get(section))]
+        document[section] = sweeps if len(sweeps) > 1 else sweeps[0]
     return document
 
 
@@ -101,23 +110,46 @@ def parts(document: Mapping[str, object], dtype: Callable[[str | None], str]) ->
     families = [name for name in document if name != "models"]
     if not families:
         raise InputError(f"nothing to run: a study has a section for each of its families: {', '.join(registry.TASKS)}")
-    return [_part(name, _mapping(name, document[name]), preset, models, dtype) for name in families]
+    return [_part(name, _sweeps(name, document[name]), preset, models, dtype) for name in families]
+
+
+def _sweeps(family: str, given: object) -> list[dict[str, Any]]:
+    """Return the sweeps of a section, which holds the options of one or a list of several."""
+    if not isinstance(given, list):
+        return [_mapping(family, given)]
+    if not given:
+        raise InputError(f"{family} is an empty list: give a sweep, or leave the section out")
+    return [_mapping(f"{family}[{index}]", sweep) for index, sweep in enumerate(given)]
 
 
 def _part(
-    family: str, section: dict[str, Any], preset: str, models: dict[str, Any], dtype: Callable[[str | None], str]
+    family: str,
+    sweeps: Sequence[dict[str, Any]],
+    preset: str,
+    models: dict[str, Any],
+    dtype: Callable[[str | None], str],
 ) -> Part:
-    presets = registry.task(family).presets
+    presets, configs = zip(*(_config(family, sweep, preset, models, dtype) for sweep in sweeps), strict=True)
+    if len(set(presets)) > 1:
+        raise InputError(f"the sweeps of {family} start from different presets ({', '.join(presets)}): give one")
+    return Part(family=family, preset=presets[0], config=configs[0], others=configs[1:])
+
+
+def _config(
+    family: str, section: dict[str, Any], preset: str, models: dict[str, Any], dtype: Callable[[str | None], str]
+) -> tuple[str, Any]:
+    """Return the preset and the config of one sweep."""
+    of = registry.task(family)
     preset = _value(f"{family}.preset", section.pop("preset", preset), str)
-    base = presets[choose(f"preset of {family}", preset, presets)]
-    options = uncut(_options(family, section, type(base), [field.name for field in dataclasses.fields(base)]))
-    if isinstance(base, TextModel):
-        # only length_gen is about length: others evaluate at a training length other than the preset's
-        longer = family != MODELS and models["train_len"] != base.train_len
-        options = models | ({"eval_len": models["train_len"]} if longer else {}) | options
-    options["dtype"] = dtype(options.get("dtype"))
+    base = of.presets[choose(f"preset of {family}", preset, of.presets)]
+    given = _options(family, section, type(base), [field.name for field in dataclasses.fields(base)])
     try:
-        return Part(family=family, preset=preset, config=dataclasses.replace(base, **options))
+        options = of.completed(given)
+        if isinstance(base, TextModel):
+            changed = {name: value for name, value in models.items() if value != getattr(base, name)}
+            options = of.completed(changed) | models | options
+        options["dtype"] = dtype(options.get("dtype"))
+        return preset, dataclasses.replace(base, **options)
     except InputError as error:
         raise InputError(f"{family}: {error}") from None
 
@@ -127,7 +159,7 @@ def _parsed(where: str, text: str) -> Any:
     and `no` for false."""
     try:
         root = yaml.compose(text, Loader=yaml.BaseLoader)
-        for node in (root, *(value for _, value in root.value)) if isinstance(root, yaml.MappingNode) else ():
+        for node in _mappings(root):
             _check_duplicates(where, node)
         # from the nodes: parsing takes longest
         return None if root is None else yaml.BaseLoader("").construct_document(root)
@@ -135,6 +167,17 @@ def _parsed(where: str, text: str) -> Any:
         raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise InputError(f"{where} is not a study: it is nested too deep") from None
+
+
+def _mappings(node: Any) -> Iterator[Any]:
+    """Yield a node and those inside it."""
+    yield node
+    if isinstance(node, yaml.MappingNode):
+        for _, value in node.value:
+            yield from _mappings(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _mappings(value)
 
 
 def _check_duplicates(where: str, node: Any) -> None:

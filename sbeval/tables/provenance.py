@@ -4,6 +4,7 @@ A run file is results/runs/<cell>.json. JSON has no NaN and no infinity: both ar
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -78,7 +79,7 @@ def run_record(
     """Collect the contents of a run file.
 
     reason: why a run failed. wall_s: seconds. tokens_per_s: of training; None where nothing was trained. measured:
-    anything else, such as a loss curve, memory and timings.
+    anything else, such as memory and timings.
     """
     program, *arguments = sys.argv if argv is None else argv
     assert (status == "failed") == bool(reason), "a failed run has a reason, a finished one has none"
@@ -100,19 +101,23 @@ def run_record(
 
 
 def write_run(path: Path, record: Mapping[str, object]) -> None:
-    """Write a run file atomically, as JSON with one entry on a line; create its folder.
+    """Write a run file atomically, as JSON with one entry on a line and its own digest; create its folder.
 
     Dataclasses become objects, Paths text, sets sorted lists, arrays and tensors lists, NaN and infinity null. Secrets,
     and names of users and home folders, are left out (`sbeval.tables.privacy`).
     """
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+    plain = _plain(record)
     with replacing(path) as temporary:
-        temporary.write_text(_layout(_plain(record)) + "\n", encoding="utf-8")
+        temporary.write_text(_layout(plain | {"digest": _digest(plain)}) + "\n", encoding="utf-8")
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Read a run file; InputError when it is missing or not a JSON object."""
+    """Read a run file without its digest; InputError when it is missing, not a JSON object or not as it was written.
+
+    Files from before there were digests are not checked.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -121,6 +126,8 @@ def read_run(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read the run file {path}: {error}") from None
     if not isinstance(record, dict):
         raise InputError(f"the run file {path} is not a JSON object")
+    if record.pop("digest", None) not in (None, _digest(record)):
+        raise InputError(f"the run file {path} is not as it was written: its digest does not match; run its cell again")
     return record
 
 
@@ -196,8 +203,12 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a {type(value).__name__} cannot be written to a run file")
 
 
+def _digest(record: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
 def _layout(value: Any, margin: str = "") -> str:
-    """Write objects with one entry on a line and lists on one line: a loss curve is one line, not thousands."""
+    """Write objects with one entry on a line and lists on one line, however long."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value, allow_nan=False, ensure_ascii=False)
     inner = margin + "  "

@@ -1,10 +1,12 @@
 """The layout of a results folder, defined here alone.
 
 <family>.csv                     result tables
-runs/<cell>.json                 run files
+parts/<family>/<cell>.csv         rows of finished cells, until the run ends and they go into the table
+runs/<cell>.json                 run files, with digests of the cell's rows and other files
+values/<cell>.parquet            values of each document, item or prompt behind the rows
+curves/<cell>.parquet            losses and scores by training step
 checkpoints/<digest>/            models, and locks/<digest>.lock while one is trained
-answers/<digest>.sqlite          cached model responses, which a resumed run does not generate again
-samples/<prompts>-<digest>.jsonl
+answers/<family>-<digest>.sqlite stored responses of models, which a resumed run does not generate again
 figures/<figure>.{png,pdf,html}
 """
 
@@ -29,6 +31,12 @@ class Results:
         """Return the path of the run file of the cell with this id."""
         return self.runs / f"{cell}.json"
 
+    def values(self, cell: str) -> Path:
+        return self.folder / "values" / f"{cell}.parquet"
+
+    def curves(self, cell: str) -> Path:
+        return self.folder / "curves" / f"{cell}.parquet"
+
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
@@ -43,9 +51,6 @@ class Results:
 
     def answers(self, name: str) -> Path:
         return self.folder / "answers" / f"{name}.sqlite"
-
-    def samples(self, name: str) -> Path:
-        return self.folder / "samples" / f"{name}.jsonl"
 
     @property
     def figures(self) -> Path:

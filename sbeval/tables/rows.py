@@ -1,8 +1,29 @@
 """Rows of result tables: the columns common to all families; each adds its factors in a subclass of `Measurement`."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
 
 from sbeval.config import LATER
+
+
+def column(label: str, *metadata: Mapping[str, Any], default: Any = MISSING) -> Any:
+    """Declare a column that titles of figures can name. label: a phrase with its value, such as `{} layers`.
+
+    metadata: marks of the field, such as LATER. Columns of one name, whatever their family, share the label.
+    """
+    marks = {key: value for part in (*metadata, {"label": label}) for key, value in part.items()}
+    return field(default=default, metadata=marks)
+
+
+def labels(*rows: type[Any]) -> dict[str, str]:
+    """Return the labels of the columns of these dataclasses."""
+    return {entry.name: entry.metadata["label"] for of in rows for entry in fields(of) if "label" in entry.metadata}
+
+
+def later(*rows: type[Any]) -> set[str]:
+    """Return the columns of these dataclasses that published tables may lack."""
+    return {entry.name for of in rows for entry in fields(of) if LATER.items() <= entry.metadata.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10,13 +31,13 @@ class Identity:
     """The model measured: method, training and evaluation. Lengths are in tokens."""
 
     family: str
-    task: str
-    model: str
+    task: str = column("{}")
+    model: str = column("{} model")
     attention: str
     options: str
     params: int
-    train_len: int
-    eval_len: int
+    train_len: int = column("trained at length {}")
+    eval_len: int = column("evaluated to {} tokens")
     seed: int
 
 
@@ -39,13 +60,13 @@ class Provenance:
     """
 
     cell: str
-    preset: str
-    corpus: str
-    tokenizer: str
-    train_tokens: int
+    preset: str = column("preset {}")
+    corpus: str = column("{}")
+    tokenizer: str = column("{} tokenizer")
+    train_tokens: int = column("{:,} training tokens")
     unique_tokens: int | None = field(default=None, metadata=LATER)
     epochs: float | None = field(default=None, metadata=LATER)
-    dtype: str
+    dtype: str = column("{}")
     device: str
     backend: str
     commit: str

@@ -7,8 +7,11 @@ from typing import Any
 
 import pandas as pd
 
+from sbeval.errors import InputError
+from sbeval.runtime.files import sha256
 from sbeval.tables.privacy import shared_argv
 from sbeval.tables.provenance import read_run
+from sbeval.tables.results import Results
 
 COLUMNS = ("cell", "preset", "seed", "corpus", "dtype", "device", "commit", "torch", "triton", "utc")
 # what `origin` lists, in this order
@@ -50,6 +53,24 @@ def gather(table: pd.DataFrame, folder: Path) -> Runs:
         python=[str(record.get("versions", {}).get("python", "")) for record in records],
     )
     return Runs(cells, sorted({command for command in commands if command}))
+
+
+def is_written(results: Results, cell: str, path: Path) -> bool:
+    """Return whether the run of a cell wrote `path`, its file of values or curves, by the digest in its run file.
+
+    A file without a run file is taken as it is. Raise InputError for one that is missing, damaged or of another run.
+    """
+    run = results.run_file(cell)
+    if not run.exists():
+        return path.exists()
+    digest = read_run(run).get("files", {}).get(path.parent.name)
+    if digest is None and not path.exists():
+        return False
+    if not path.exists():
+        raise InputError(f"{path} is missing, which the run of {cell} wrote: restore it, or run the cell again")
+    if sha256(path) != digest:
+        raise InputError(f"{path} is not what the run of {cell} wrote: restore it, or run the cell again")
+    return True
 
 
 def command_line(argv: list[str]) -> str:

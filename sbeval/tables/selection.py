@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import pandas as pd
 
 from sbeval.errors import InputError
+from sbeval.tables import mqrar
 from sbeval.tables.published import FLIP_FLOP_TESTS
+from sbeval.tables.rows import labels, later
 from sbeval.tables.table import numbers
 
 
@@ -35,25 +37,9 @@ MQRAR = Setting(
     ("model", "vocab_size", "seq_len"),
     ("task", "width", "layers", "heads", "train_len", "eval_len", "preset", "dtype"),
 )
-# columns that older tables lack
-MQRAR_LATER = (
-    "optimizer",
-    "slot_power",
-    "filler",
-    "distinct",
-    "key_pool",
-    "score_prefix",
-    "positions",
-    "dropout",
-    "stored_rows",
-    "batch",
-    "max_steps",
-    "schedule",
-    "weight_decay",
-    "init_std",
-    "stop_accuracy",
-    "patience",
-)
+# columns that older tables lack; titles name the optimizer first
+_LATER = [name for name in labels(mqrar.Row) if name in later(mqrar.Row)]
+MQRAR_LATER = ("optimizer", *(name for name in _LATER if name not in ("optimizer", "n_back")))
 FLIP_FLOP = Setting(("model", "seq_len"), ("task", "heads", "p_train", "preset", "dtype"))
 ATTENTION_MAP = ["task", "vocab_size", "seq_len", "kv_pairs"]
 

@@ -6,6 +6,7 @@ of factors: when read, one is a number if all its cells are numbers or empty; `n
 """
 
 import csv
+import hashlib
 import io
 import math
 import re
@@ -17,10 +18,9 @@ from typing import Any, get_args, get_type_hints
 
 import pandas as pd
 
-from sbeval.config import LATER
 from sbeval.errors import InputError
 from sbeval.runtime.files import locked, replacing
-from sbeval.tables.rows import Identity, Measurement, Provenance
+from sbeval.tables.rows import Identity, Measurement, Provenance, later
 
 INT = re.compile(r"[+-]?[0-9]{1,18}")
 FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -43,9 +43,8 @@ def columns(row_type: type[Measurement]) -> tuple[str, ...]:
 
 def required(row_type: type[Measurement]) -> tuple[str, ...]:
     """Return the names of the columns without which a family's table cannot be read: all but those added later."""
-    parts = (Identity, row_type, Provenance)
-    later = {entry.name for part in parts for entry in fields(part) if LATER.items() <= entry.metadata.items()}
-    return tuple(name for name in columns(row_type) if name not in later)
+    absent = later(Identity, row_type, Provenance)
+    return tuple(name for name in columns(row_type) if name not in absent)
 
 
 def frame(identity: Identity, measurements: Iterable[Measurement], provenance: Provenance) -> pd.DataFrame:
@@ -72,7 +71,7 @@ def write(path: Path, new: pd.DataFrame) -> None:
     keys = [name for name in new.columns if name not in OUTCOME]
     twice = new[new.duplicated(keys)]
     assert twice.empty, f"two rows for one number: {twice.iloc[0].to_dict()}"
-    text = pd.DataFrame({name: [_cell(value) for value in new[name]] for name in new.columns}, dtype=str)
+    text = _text(new)
     with locked(path):
         if path.exists():
             old = _load(path, required=required(Measurement))
@@ -82,6 +81,20 @@ def write(path: Path, new: pd.DataFrame) -> None:
             table = csv.writer(file, lineterminator="\n")
             table.writerow(text.columns)
             table.writerows(_sorted(text).to_numpy())
+
+
+def digests(rows: pd.DataFrame) -> list[str]:
+    """Return the digest of each row, in the order of digests, for a run file. Blank cells and the columns' order do not
+    count: a table with a column more has the same rows."""
+    return sorted(row_digests(_text(rows)))
+
+
+def row_digests(text: pd.DataFrame) -> list[str]:
+    """Return the digest of each row of cells as they are written, ten hexadecimal digits."""
+    names = sorted(str(name) for name in text.columns)
+    rows = zip(*(text[name].tolist() for name in names), strict=True)
+    joined = ("\n".join(f"{name}={cell}" for name, cell in zip(names, row, strict=True) if cell) for row in rows)
+    return [hashlib.sha256(row.encode()).hexdigest()[:10] for row in joined]
 
 
 def read(path: Path, required: Iterable[str] = ()) -> pd.DataFrame:
@@ -143,6 +156,11 @@ def _cell(value: Any, kind: Kind | None = None) -> str:
         number = value.item() if hasattr(value, "item") else value
     assert math.isfinite(number), f"{number} cannot be read back"
     return repr(number)
+
+
+def _text(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows as they are written."""
+    return pd.DataFrame({name: [_cell(value) for value in rows[name]] for name in rows.columns}, dtype=str)
 
 
 def _load(path: Path, required: Iterable[str]) -> pd.DataFrame:

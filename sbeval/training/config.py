@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from sbeval.config import DTYPES, LATER, OPTIMIZERS
 from sbeval.errors import InputError, choose
 
-SCHEDULES = ("cosine", "power", "constant")
+SCHEDULES = ("cosine", "power", "constant", "wsd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +15,8 @@ class TrainConfig:
 
     Schedules, after a warm-up from 0 over `warmup` steps: `cosine` from lr to final_lr * lr; `power` is min(lr, batch a
     n^b) after n tokens (Shen et al. 2024, arXiv 2408.13359), then decays exponentially over the last `decay` of the
-    steps, by a factor of final_lr; `constant`.
+    steps, by a factor of final_lr; `constant`; `wsd` is constant, then falls linearly to 0 over the last `decay` of the
+    steps (Hu et al. 2024, arXiv 2404.06395).
     """
 
     steps: int
@@ -62,3 +63,8 @@ class TrainConfig:
     @property
     def tokens(self) -> int:
         return self.steps * self.batch * self.length
+
+    @property
+    def trunk_steps(self) -> int:
+        """Steps before the decay of `wsd`, which any training of at least as many shares."""
+        return self.steps - round(self.steps * self.decay)

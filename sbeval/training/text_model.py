@@ -25,7 +25,7 @@ class TextModel:
     batch_tokens: int = option(8 * 256, TRAIN, "Tokens of an optimizer step.")
     micro_batch_tokens: int | None = option(None, TRAIN, "Tokens of a forward pass. Default: all of a step.")
     lr: float = option(3e-3, TRAIN, LR)
-    schedule: str = option("cosine", TRAIN, "Learning rate schedule: cosine, power or constant.")
+    schedule: str = option("cosine", TRAIN, "Learning rate schedule: cosine, power, constant or wsd.")
     packing: str = option("stream", TRAIN, "stream, or documents: no attention across documents.")
     corpus: str = option("stdlib", DATA, "python, stdlib, a file or folder, or hf:NAME[:CONFIG].")
     tokenizer: str = option("bytes", DATA, "bytes, bpe:SIZE, or a Hugging Face name or folder.")
@@ -39,6 +39,18 @@ class TextModel:
         0, TRAIN, "Held-out evaluations without a new lowest loss after which training ends; 0: never.", LATER
     )
     optimizer: str = option("adamw", TRAIN, "adamw, or muon for the matrices inside the blocks.", LATER)
+    warmup_tokens: int | None = option(
+        None, TRAIN, "Tokens of the warm-up of the learning rate. Default: 5 % of all; of the first --branch.", LATER
+    )
+    # not part of a model's identity: it says which trainings share their beginning, and changes no number
+    branches: tuple[int, ...] = option(
+        (),
+        TRAIN,
+        "With --schedule wsd: tokens at a constant rate after which a decay over a fifth as many branches off, a model "
+        "each, in place of --train-tokens.",
+        flag="--branch",
+        compare=False,
+    )
 
     def __post_init__(self) -> None:
         check_swept(self, "attention", "seeds")
@@ -55,6 +67,19 @@ class TextModel:
             raise InputError(f"max_epochs must be above 0 and finite; got {self.max_epochs}")
         if self.patience < 0:
             raise InputError(f"patience must be at least 0; got {self.patience}")
+        if self.warmup_tokens is not None and self.warmup_tokens < 1:
+            raise InputError(f"warmup_tokens must be at least 1, or left out; got {self.warmup_tokens}")
+        self._check_branches()
+
+    def _check_branches(self) -> None:
+        if not self.branches:
+            return
+        if self.schedule != "wsd":
+            raise InputError(f"--branch is for --schedule wsd; the schedule is {self.schedule}")
+        if self.patience:
+            raise InputError("--branch and --patience exclude each other: branches share steps that none may leave out")
+        if min(self.branches) < self.batch_tokens:
+            raise InputError(f"--branch must be at least --batch-tokens {self.batch_tokens}; got {min(self.branches)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

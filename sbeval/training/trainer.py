@@ -1,4 +1,4 @@
-"""Train one model: AdamW or Muon, warm-up, cosine or power schedule, gradient accumulation and clipping, exact resume.
+"""Train one model: AdamW or Muon, warm-up and schedules, gradient accumulation and clipping, exact resume.
 
 Each of several processes runs its share of a step's sequences. A loss is summed over scored tokens and divided by their
 number in the whole step, so gradients and losses are those of one process.
@@ -73,6 +73,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
         return config.lr
+    if config.schedule == "wsd":
+        return config.lr * min(1.0, (config.steps - step) / max(1, config.steps - config.trunk_steps))
     if config.schedule == "cosine":
         done = (step - config.warmup) / max(1, config.steps - config.warmup)
         return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
@@ -147,9 +149,13 @@ class Trainer:
         shard: bool = False,
         tokenizer: str | None = None,
         held_out: Batch | None = None,
+        after: Path | None = None,
+        trunk: bool = False,
     ) -> None:
         """tokenizer: digest of the model's tokenizer, stored in checkpoints. held_out: text whose loss is computed at
-        multiples of `look_every` and at the end."""
+        multiples of `look_every` and at the end. after: the checkpoint of a finished trunk, from which this training
+        continues. trunk: whether others continue from this one, whose checkpoint then keeps the optimizer's state.
+        """
         if shard and world.size == 1:
             raise InputError("--shard needs several processes: start them with torchrun --nproc-per-node")
         if shard and config.optimizer == "muon":
@@ -158,7 +164,7 @@ class Trainer:
             raise InputError(f"batch must be a multiple of the {world.size} processes; got {config.batch} sequences")
         torch.manual_seed(config.seed)
         self.config, self.batches, self.folder, self.place, self.world = config, batches, folder, place, world
-        self.shard, self.tokenizer = shard, tokenizer
+        self.shard, self.tokenizer, self.trunk = shard, tokenizer, trunk
         self.held_out = held_out if config.look_every else None
         self.model = Decoder(model).to(place)
         self.state = State()
@@ -171,7 +177,7 @@ class Trainer:
         self.loss = self._prepare()
         # after sharding, which replaces the model's parameters
         self.optimizer = optimizer_for(self.model, config)
-        self._restore()
+        self._restore(after)
         if not shard and world.size > 1:
             devices = [place] if place.type == "cuda" else None
             self.loss = DistributedDataParallel(self.loss, device_ids=devices, gradient_as_bucket_view=True)
@@ -382,22 +388,26 @@ class Trainer:
             fsdp.shard(loss, self.model.blocks)
         return loss
 
-    def _restore(self) -> None:
+    def _restore(self, after: Path | None) -> None:
         saved = checkpoint.find(self.folder) if self.folder else None
         if saved is not None:
             self.state = checkpoint.load_state(saved)
             checkpoint.restore(saved, self.model, None if self.state.finished else self.optimizer)
+        elif after is not None:
+            self.state = dataclasses.replace(checkpoint.load_state(after), finished=False)
+            checkpoint.restore(after, self.model, self.optimizer)
 
     def _save(self) -> None:
         self._measure()
         if self.folder is not None:
             training = dataclasses.asdict(self.config) | {"tokenizer": self.tokenizer}
-            if self.shard and not self.state.finished:
+            complete = self.state.finished and not self.trunk
+            if self.shard and not complete:
                 checkpoint.save_sharded(self.folder, self.model, self.state, self.optimizer, self.world, training)
                 return
             model = self._whole()
             if self.world.leads:
-                optimizer = None if self.state.finished else self.optimizer
+                optimizer = None if complete else self.optimizer
                 checkpoint.save(self.folder, model, self.state, optimizer, training)
         distributed.wait(self.world)
 

@@ -19,7 +19,6 @@ from sbeval.cli import main
 from sbeval.data import corpus
 from sbeval.errors import InputError
 from sbeval.evaluation.response_cache import Answers
-from sbeval.evaluation.ruler_scores import Answered, Samples
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 from sbeval.runtime import distributed, files
@@ -223,13 +222,6 @@ def answer(path: Path) -> None:
         file.close()
 
 
-def sample(path: Path) -> None:
-    samples = Samples(path / "samples.jsonl")
-    for number in range(200):
-        said = Answered(index=number, depth=0.0, tokens=1, score=1.0, log_probability=0.0, greedy=True, said="x" * 9000)
-        samples.add([said])
-
-
 def draw(path: Path) -> None:
     import matplotlib.pyplot as plt
 
@@ -243,7 +235,7 @@ def draw(path: Path) -> None:
         plt.close(figure)
 
 
-@pytest.mark.parametrize("write", [save, save_sharded, tokenize, train_tokenizer, answer, sample, draw])
+@pytest.mark.parametrize("write", [save, save_sharded, tokenize, train_tokenizer, answer, draw])
 def test_everything_that_is_written_says_that_the_disk_is_full(
     write: Callable[[Path], None], disk: Path, tmp_path: Path
 ) -> None:

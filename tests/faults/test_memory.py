@@ -24,8 +24,9 @@ from sbeval.data.corpus import Split
 from sbeval.data.dataloader import Batches
 from sbeval.data.tokenizer import Bytes
 from sbeval.evaluation import perplexity
+from sbeval.evaluation.response_cache import Answers
 from sbeval.evaluation.ruler_prompts import Prompt
-from sbeval.evaluation.ruler_scores import Answered, Samples, ask
+from sbeval.evaluation.ruler_scores import Answered, evaluate
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 from sbeval.runtime import oom
@@ -127,7 +128,7 @@ def test_evaluation_goes_on_with_fewer_windows(
     def measured() -> tuple[Any, Any]:
         how: dict[str, Any] = {"place": CPU, "dtype": "float32", "batch": 8}
         losses = perplexity.measure(model, windows, np.ones_like, **how)
-        return losses.losses, perplexity.rolling(model, documents, str, window=10, prefix=0, **how).losses
+        return losses.losses, perplexity.rolling(model, documents, [""] * 4, window=10, prefix=0, **how).losses
 
     whole = measured()
     assert capsys.readouterr().out == ""
@@ -157,34 +158,49 @@ def limited_to(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(Decoder, "begin", limited)
 
 
-def test_needle_goes_on_with_fewer_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+class Bar:
+    """A display that keeps its lines."""
+
+    said: ClassVar[list[str]] = []
+
+    def __init__(self, total: int, completed: int) -> None: ...
+
+    def advance(self, steps: int, /) -> None: ...
+
+    def close(self) -> None: ...
+
+    def say(self, line: str, /) -> None:
+        self.said.append(line)
+
+
+def test_needle_goes_on_with_fewer_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = Decoder(dataclasses.replace(MODEL, vocab_size=257)).eval()
     texts = [np.frombuffer(f"what is {number}".encode(), np.uint8).astype(np.uint16) for number in range(9)]
     prompts = [Prompt(tokens=text, answer=text[-1:], references=("1",), depth=None) for text in texts]
 
-    def asked(name: str) -> tuple[list[Answered], list[str]]:
-        said: list[str] = []
-        samples = Samples(tmp_path / name)
-        how: dict[str, Any] = {"rule": "all", "new_tokens": 4, "place": CPU, "dtype": "float32", "batch": 8}
-        return ask(model, prompts, Bytes(), samples, notify=said.append, **how), said
+    def asked(answers: Answers) -> tuple[list[Answered], list[str]]:
+        how: dict[str, Any] = {"rule": "all", "new_tokens": 4, "device": CPU, "dtype": "float32", "batch": 8}
+        Bar.said.clear()
+        return evaluate(model, prompts, Bytes(), answers, begin=Bar, **how), list(Bar.said)
 
-    whole, said = asked("whole.jsonl")
+    had = Answers()
+    whole, said = asked(had)
     assert said == [] and len(whole) == 9
     limited_to(monkeypatch, 3)
-    fewer, said = asked("fewer.jsonl")
+    fewer, said = asked(Answers())
     assert said == [
         "out of memory at 8 at a time: going on with 4",
         "out of memory at 4 at a time: going on with 2",
     ]
     for a, b in zip(fewer, whole, strict=True):
-        assert (a.said, a.greedy) == (b.said, b.greedy)
+        assert (a.completion, a.greedy) == (b.completion, b.greedy)
         assert a.log_probability == pytest.approx(b.log_probability, rel=1e-5)
     # answers that were had are kept
     limited_to(monkeypatch, 0)
     with pytest.raises(torch.OutOfMemoryError, match="nothing smaller"):
-        asked("none.jsonl")
-    assert asked("whole.jsonl")[0] == whole
+        asked(Answers())
+    assert asked(had)[0] == whole
 
 
 def test_few_shot_goes_on_with_fewer_requests(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,20 +213,12 @@ def test_few_shot_goes_on_with_fewer_requests(monkeypatch: pytest.MonkeyPatch) -
     stops = {"until": ["z"], "max_gen_toks": 4}
     open_ends = [instance("generate_until", {}, (f"{number} is", stops), number) for number in range(20)]
 
-    class Bar:
-        said: ClassVar[list[str]] = []
-
-        def __init__(self, total: int) -> None: ...
-        def advance(self, steps: int, /) -> None: ...
-        def close(self) -> None: ...
-        def say(self, line: str, /) -> None:
-            self.said.append(line)
-
     def asked() -> tuple[Any, Any, int]:
         text = PlainText(Bytes())
         adapter = Adapter(model, text, length=32, place=CPU, dtype="float32", batch_tokens=256, begin=Bar)
         return adapter.loglikelihood(pairs), adapter.generate_until(open_ends), adapter.batch_tokens
 
+    Bar.said.clear()
     scores, texts, tokens = asked()
     assert Bar.said == [] and tokens == 256
     limited_to(monkeypatch, 5)

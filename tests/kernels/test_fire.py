@@ -1,7 +1,8 @@
 """FIRE: the blockwise path, and the Triton kernels, interpreted where there is no GPU."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,16 +233,15 @@ def test_compiles_whole() -> None:
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 @pytest.mark.parametrize("bounds", [None, (0, 40, 41, 70)])
-def test_never_waits_for_the_device(bounds: tuple[int, ...] | None) -> None:
+def test_never_waits_for_the_device(
+    bounds: tuple[int, ...] | None, waiting_is_an_error: Callable[[], AbstractContextManager[None]]
+) -> None:
     case = Case(70, heads=2, groups=1, bounds=bounds)
     tensors, cu_seqlens = case.draw(torch.float32), case.cu_seqlens()
     above = torch.randn_like(tensors[0])
     results(fire.attention, tensors, above, case, cu_seqlens=cu_seqlens)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         results(fire.attention, tensors, above, case, cu_seqlens=cu_seqlens)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_wrong_arguments_are_named() -> None:

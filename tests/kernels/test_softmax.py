@@ -204,6 +204,16 @@ def test_mixer_compiles_whole(method: ModuleType, t: int) -> None:
         torch.testing.assert_close(got, want)
 
 
+def test_sizes_may_be_symbolic() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(softmax._sdpa, backend="eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for t, kv_heads in ((5, 4), (9, 2), (1, 2)):
+            q, k, v = draw(2, t, t, 4, kv_heads, 16)
+            found, expected = (run(q, k, v, 0.25, "sdpa") for run in (compiled, softmax._sdpa))
+            torch.testing.assert_close(found, expected)
+
+
 def test_backend_names() -> None:
     assert [m.backend_name("cpu") for m in (nope, rope, alibi)] == ["torch"] * 3
     assert [m.backend_name("cuda") for m in (nope, rope, alibi)] == ["sdpa", "sdpa", "flex"]

@@ -1,5 +1,7 @@
 """What every softmax method does on a GPU: nope, rope and alibi."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -118,15 +120,16 @@ PLACES: list[tuple[int, tuple[int, ...] | None]] = [(200, None), (150, None), (2
     ids=str,
 )
 def test_never_waits_for_the_device(
-    method: ModuleType, dtype: torch.dtype, t: int, values: tuple[int, ...] | None
+    method: ModuleType,
+    dtype: torch.dtype,
+    t: int,
+    values: tuple[int, ...] | None,
+    waiting_is_an_error: Callable[[], AbstractContextManager[None]],
 ) -> None:
     tensors, cu_seqlens = draw(1, t, 200, 4, 2, 64, dtype=dtype), bounds(values)
     with_grads(method.attention, tensors, cu_seqlens=cu_seqlens)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         with_grads(method.attention, tensors, cu_seqlens=cu_seqlens)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sbeval.errors import InputError
 from sbeval.kernels import hopper, stick_breaking
-from sbeval.kernels.stick_breaking import Mixer, Options, attention, reference
+from sbeval.kernels.stick_breaking import Mixer, Options, attention, initial_bias, reference
 
 GPU = torch.cuda.is_available()
 PLACE = torch.device("cuda" if GPU else "cpu")
@@ -474,6 +474,28 @@ def test_mixer_spends_the_remainder(remainder: str) -> None:
     out, rest = reference(q, k, v, scale=0.25)
     bought = {"none": torch.zeros_like(out), "value": v.repeat_interleave(2, 2), "bias": bias}
     torch.testing.assert_close(mixer(q, k, v, q.flatten(2)), out + rest[..., None] * bought[remainder])
+
+
+def test_spread_biases_are_a_ladder_over_heads() -> None:
+    """The nearest key takes 2^-1 ... 2^-10 over the heads, evenly in the exponent."""
+    betas = initial_bias("spread", 10).double().sigmoid()
+    torch.testing.assert_close(betas, 0.5 ** torch.arange(1, 11, dtype=torch.float64), rtol=1e-6, atol=0)
+    exponents = -initial_bias("spread", 4).double().sigmoid().log2()
+    torch.testing.assert_close(exponents, torch.tensor([1.0, 4, 7, 10], dtype=torch.float64), rtol=1e-6, atol=0)
+    assert torch.equal(initial_bias(-3.0, 2), torch.tensor([-3.0, -3]))
+    with pytest.raises(
+        InputError, match="logit_bias=spread is spread over heads, and the model has one: give a number"
+    ):
+        initial_bias("spread", 1)
+
+
+@pytest.mark.parametrize("start", [-1.5, "spread"])
+def test_mixer_adds_the_bias_of_each_head(start: float | str) -> None:
+    options = Options(remainder="none", logit_bias=start)
+    mixer = Mixer(options, heads=4, kv_heads=2, head_dim=16, width=64, scale=0.25).double()
+    q, k, v = Case(30, heads=4).draw(torch.float64, torch.device("cpu"))
+    wanted = reference(q, k, v, scale=0.25, bias=initial_bias(start, 4).double())[0]
+    torch.testing.assert_close(mixer(q, k, v, q.flatten(2)), wanted)
 
 
 def test_wrong_arguments_are_named() -> None:

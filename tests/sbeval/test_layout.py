@@ -17,8 +17,11 @@ TEST_COMMAND = "pip install -c constraints.txt -e '.[test]' && pytest"
 @pytest.mark.parametrize("name", ["kernels", "tasks", "plots"])
 def test_folders_are_linked_and_not_packages(name: str) -> None:
     link = ROOT / "sbeval" / name
-    assert link.is_symlink() and link.readlink() == Path("..") / name
-    assert link.resolve() == ROOT / name and not (ROOT / name / "__init__.py").exists()
+    assert not (ROOT / name / "__init__.py").exists()
+    # an sdist has no links: there as in a zip the package is complete once it is installed
+    if (ROOT / ".git").exists():
+        assert link.is_symlink() and link.readlink() == Path("..") / name
+        assert link.resolve() == ROOT / name
 
 
 @pytest.mark.parametrize("name", registry.ATTENTION)

@@ -1,22 +1,28 @@
 """Whole documents in disjoint windows, against lm-eval's own rolling log-likelihood of the same model."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
 from lm_eval.api.model import TemplateLM
+from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from sbeval.data import evaluation_text
 from sbeval.data.tokenizer import Bytes
 from sbeval.evaluation import perplexity
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
-from sbeval.tasks import length_gen
+from sbeval.tasks import length_gen_rows
 
 TEXTS = ["one two  three\nfour" * 3, "short", "x" * 16, "Ünïcode wörds, and more of them " * 4]
+PAGES = [' = Du Fu = \n \n Du Fu ( Tu Fu ; 712 – 770 ) was , 1 @,@ 024 times , " a poet " . \n ', " a guest @-@ role "]
 CPU = torch.device("cpu")
 EOS = 256
 
@@ -64,7 +70,7 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 def rolled(window: int, batch: int) -> perplexity.Rolling:
     tokenizer = Bytes()
     return perplexity.rolling(
-        build(), [tokenizer.encode(text) for text in TEXTS], tokenizer.decode, window=window, prefix=EOS, place=CPU,
+        build(), [tokenizer.encode(text) for text in TEXTS], TEXTS, window=window, prefix=EOS, place=CPU,
         dtype="float32", batch=batch,
     )  # fmt: skip
 
@@ -89,7 +95,7 @@ def test_windows_are_lm_evals(window: int) -> None:
 def test_rows_are_normalised_as_lm_eval_does() -> None:
     found = rolled(16, 2)
     total, words = found.losses.sum(), sum(map(lambda text: len(text.split()), TEXTS))
-    rows = {(row.metric, row.per): row for row in length_gen.windowed_rows(found, 16)}
+    rows = {(row.metric, row.per): row for row in length_gen_rows.windowed_rows(found, 16)}
     size = sum(len(text.encode()) for text in TEXTS)
     # the last text ends in a space, behind which lm-eval counts one word more
     assert rows["perplexity", "word"].value == pytest.approx(math.exp(total / (words + 1)))
@@ -97,6 +103,26 @@ def test_rows_are_normalised_as_lm_eval_does() -> None:
     assert rows["perplexity", "token"].value == pytest.approx(math.exp(total / size))
     assert rows["bits_per_byte", None].value == pytest.approx(total / size / math.log(2))
     assert {row.window for row in rows.values()} == {16} and {row.context_length for row in rows.values()} == {None}
+
+
+def test_wikitext_is_lm_evals(tmp_path: Path) -> None:
+    """Loss of the page without the spaces of its tokenization, for each word and byte of the page with them."""
+    path = tmp_path / "pages.jsonl"
+    path.write_text("".join(json.dumps({"text": page}) + "\n" for page in PAGES))
+    text = evaluation_text.read(f"wikitext:{path}", "text", Bytes())
+    found = perplexity.rolling(
+        build(), text.tokens, text.counted, window=16, prefix=text.eos, place=CPU, dtype="float32"
+    )  # fmt: skip
+    harness, weighted = Harness(build(), 16), []
+    for index, page in enumerate(PAGES):
+        request = Instance("loglikelihood_rolling", {}, (wikitext_detokenizer({"page": page}),), index)
+        weighted.append(process_results({"page": page}, harness.loglikelihood_rolling([request])))
+    rows = {row.per or row.metric: row for row in length_gen_rows.windowed_rows(found, 16, text.name)}
+    for name, metric in ("word", "word_perplexity"), ("byte", "byte_perplexity"):
+        wanted = weighted_perplexity([page[metric] for page in weighted])
+        assert rows[name].value == pytest.approx(wanted, rel=1e-4)
+    assert rows["bits_per_byte"].value == pytest.approx(bits_per_byte([page["bits_per_byte"] for page in weighted]))
+    assert {row.eval_corpus for row in rows.values()} == {"wikitext"}
 
 
 def test_no_tokens_have_no_windows() -> None:

@@ -28,7 +28,8 @@ from sbeval.models.decoder import Decoder
 from sbeval.sweep import scheduler
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
-from sbeval.tables import table
+from sbeval.tables import table, values
+from sbeval.tables.results import Results
 from sbeval.tasks import few_shot
 from sbeval.tasks.few_shot import Cell, Config, Row, cells
 from sbeval.training import checkpoint
@@ -350,6 +351,12 @@ def test_a_command_leaves_table_and_figure(command: list[object], tmp_path: Path
     rows = table.read(tmp_path / "results" / "few_shot.csv", table.columns(Row))
     # the preset's limit
     assert set(rows["task"]) == {"copa", "arc_easy"} and rows["n"].max() == 20
+    items = values.read(Results(tmp_path / "results"), rows["cell"])
+    for row in rows.itertuples():
+        mine = items[(items["cell"] == row.cell) & (items["metric"] == row.metric)]
+        assert mine["value"].mean() == pytest.approx(row.value) and mine["unit_id"].nunique() == row.n == len(mine)
+    right = items[items["metric"] == "log_probability"]
+    assert len(right) == rows.loc[rows["metric"] == "acc", "n"].sum() and (right["value"] < 0).all()
     code, out = said("table", "few-shot", "--format", "markdown", "--results-dir", tmp_path / "results")
     assert code == 0 and "| model stick_breaking |" in out and "| chance | 29.2 | 50.0 | 39.6 |" in out
 
@@ -396,7 +403,7 @@ def _answers(folder: Path) -> int:
     """How many answers are on disk, 0 while there is no file."""
     for path in folder.glob("*.sqlite"):
         with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect(path)) as file:
-            return int(file.execute("SELECT count(*) FROM answers").fetchone()[0])
+            return int(file.execute("SELECT count(*) FROM responses").fetchone()[0])
     return 0
 
 

@@ -1,6 +1,7 @@
 """Which windows are evaluated, what is made of their losses, and what shares a checkpoint."""
 
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pandas as pd
 import platformdirs
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from sbeval.data import python_source, tokenizer
@@ -23,10 +25,13 @@ from sbeval.evaluation.perplexity import PositionLosses
 from sbeval.models import config as model_config
 from sbeval.models import decoder as model
 from sbeval.runtime.progress import Progress
+from sbeval.sweep import scheduler
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.context import RunContext
-from sbeval.tasks import length_gen, text_training
-from sbeval.tasks.length_gen import Config, Row, cells, rows
+from sbeval.sweep.graph import steps
+from sbeval.tasks import length_gen, length_gen_losses, text_training
+from sbeval.tasks.length_gen import Config, cells
+from sbeval.tasks.length_gen_rows import FACTORS, Row, rows
 from sbeval.training import checkpoint, held_out, trainer
 from sbeval.training.trainer import Trainer
 
@@ -120,6 +125,9 @@ def test_eval_len_need_be_no_power_of_two() -> None:
         ({"patience": -1}, "patience must be at least 0; got -1"),
         ({"corpus_tokens": 0}, "corpus_tokens must be at least 1, or left out; got 0"),
         ({"size": "25b"}, "unknown model size '25b'; did you mean '25m'"),
+        ({"fixed_targets": 4097}, "--fixed-targets must be 0 to --eval-len 4096; got 4097"),
+        ({"eval_corpus": ("wikitext",)}, "--eval-corpus wikitext is evaluated in windows: give their --window, or"),
+        ({"checkpoint": "x", "eval_len": 64, "window_octaves": True}, "--window-octaves needs --eval-len 256"),
         ({"packing": "streams"}, "unknown packing 'streams'; did you mean 'stream'"),
     ],
 )
@@ -198,7 +206,7 @@ def test_windows_are_the_first_of_the_first_long_documents() -> None:
 
     def windows(**changes: int) -> list[tuple[int, list[int]]]:
         config = dataclasses.replace(Config(train_len=4, eval_len=9), **changes)  # type: ignore[arg-type]
-        found = length_gen._windows(Text(), config)  # type: ignore[arg-type]  # the split is all that is looked at
+        found = length_gen_losses.long_windows(Text(), config)  # type: ignore[arg-type]  # the split is all that is looked at
         return [(document, tokens.tolist()) for document, tokens in found]
 
     # eval_len tokens of context and one more to predict
@@ -229,6 +237,62 @@ def test_a_cell_measures_what_its_model_predicts(config: Config, tmp_path: Path,
         assert row.value == pytest.approx(by_hand[:, length - 2 : length].mean(), rel=1e-5)
 
 
+def with_controls(config: Config, folder: Path) -> Config:
+    folder.mkdir()
+    pages = [f" = Page {number} = \\n It says this , and @-@ that . " * (2 + number) for number in range(3)]
+    (folder / "pages.jsonl").write_text("".join(f'{{"text": "{page}"}}\n' for page in pages))
+    spec = f"wikitext:{folder / 'pages.jsonl'}"
+    return dataclasses.replace(config, window_octaves=True, window=(12,), eval_corpus=(spec,), fixed_targets=4)
+
+
+def test_controls_are_measured_by_document(config: Config, tmp_path: Path, progress: Progress) -> None:
+    outcome = run(with_controls(config, tmp_path / "other"), tmp_path / "results", progress)
+    found = [row for row in outcome.rows if isinstance(row, Row)]
+    fixed = {row.context_length: row for row in found if row.metric == "loss_fixed_targets"}
+    assert list(fixed) == [4, 8, 16, 32] and {(row.targets, row.n, row.unit) for row in fixed.values()} == {
+        (4, 3, "nats/token")
+    }
+    assert len({row.value for row in fixed.values()}) == 4
+    windows = {(row.eval_corpus, row.window) for row in found if row.window}
+    assert windows == {(text, window) for text in ("", "wikitext") for window in (8, 12, 16, 32)}
+    # the values of documents give every row again
+    values = outcome.values
+    assert values is not None and list(values.columns[:3]) == ["metric", "unit_id", "value"]
+    for row in found:
+        same = {name: getattr(row, name) for name in FACTORS}
+        of = values[(values[list(same)].fillna(-1) == [-1 if x is None else x for x in same.values()]).all(axis=1)]
+        sums = of[of["eval_corpus"] == row.eval_corpus].pivot(index="unit_id", columns="metric", values="value")
+        assert len(sums) == row.n == 3
+        total = sums["nll_sum"].sum()
+        wanted = {
+            "perplexity": lambda: math.exp(total / sums[f"{row.per or 'token'}s"].sum()),  # noqa: B023
+            "bits_per_byte": lambda: total / math.log(2) / sums["bytes"].sum(),  # noqa: B023
+        }.get(row.metric, lambda: total / sums["tokens"].sum())()  # noqa: B023
+        assert row.value == pytest.approx(wanted), row
+    names = set(values[values["eval_corpus"] == ""]["unit_id"])
+    assert names == {f"test{number}.txt" for number in range(3)}
+
+
+def test_a_cell_of_other_text_is_another_source(config: Config, tmp_path: Path, progress: Progress) -> None:
+    (cell,) = cells(with_controls(config, tmp_path / "other"))
+    before = cell.source(progress)
+    assert before.startswith(f"{cells(config)[0].source(progress)}-")
+    (tmp_path / "other" / "pages.jsonl").write_text('{"text": "other"}\n')
+    assert cell.source(progress) != before
+    (tmp_path / "other" / "pages.jsonl").unlink()
+    with pytest.raises(InputError, match="pages.jsonl"):
+        cell.check(progress)
+
+
+def test_windows_and_contexts_are_octaves() -> None:
+    config = Config(train_len=256, eval_len=3000, window=(100,), window_octaves=True, fixed_targets=512)
+    assert config.rolling == (100, 256, 512, 1024, 2048) and config.contexts == (512, 1024, 2048, 3000)
+    assert (Config().rolling, Config().contexts) == ((), ())
+    paper = Config(train_len=2048, eval_len=65536, window_octaves=True)
+    assert paper.rolling == tuple(2**power for power in range(11, 17)) == length_gen.PRESETS["paper"].rolling
+    assert cell_id(cells(config)[0]) != cell_id(cells(Config(train_len=256, eval_len=3000))[0])
+
+
 def test_one_training_serves_every_evaluation(
     config: Config, tmp_path: Path, progress: Progress, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -240,7 +304,7 @@ def test_one_training_serves_every_evaluation(
     said = capsys.readouterr().err
     assert "evaluate rope" in said and "train rope" not in said
     # the checkpoint knows at what speed it was trained
-    assert longer.tokens_per_s == first.tokens_per_s and longer.measured["losses"] == first.measured["losses"]
+    assert longer.tokens_per_s == first.tokens_per_s and longer.curves == first.curves
     assert longer.identity.eval_len == 64 and len(list((results / "checkpoints").glob("[!.]*"))) == 1
     forced = run(config, results, progress, force=True)
     assert forced.tokens_per_s is not None and forced.rows == first.rows
@@ -265,7 +329,7 @@ def test_a_text_that_changed_is_trained_on_again(config: Config, tmp_path: Path,
     (Path(config.corpus) / "train0.txt").write_text("something else altogether " * 9)
     other = run(config, results, progress)
     assert other.corpus_digest != first.corpus_digest == before
-    assert other.tokens_per_s is not None and other.measured["losses"] != first.measured["losses"]
+    assert other.tokens_per_s is not None and other.curves["loss"] != first.curves["loss"]
 
 
 def test_documents_too_short_are_said_before_training(
@@ -283,6 +347,115 @@ def test_what_only_evaluation_sees_shares_a_training(config: Config, tmp_path: P
     assert scaled.tokens_per_s == plain.tokens_per_s and scaled.identity.options == "scaling=linear,factor=4.0"
     assert len(list((results / "checkpoints").glob("[!.]*"))) == 1
     assert scaled.rows != plain.rows
+
+
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        ("remainder=bias", ("mixer.bias",)),
+        ("remainder=none,qkv_bias=true", ("qkv.bias",)),
+        ("remainder=bias,head_norm=true", ("mixer.bias", "norm.weight", "norm.bias")),
+        ("remainder=none,logit_bias=spread", ("mixer.logit_bias",)),
+    ],
+)
+def test_options_of_a_method_are_trained(
+    options: str, trained: tuple[str, ...], config: Config, tmp_path: Path, progress: Progress
+) -> None:
+    spec = f"stick_breaking:{options}"
+    outcome = run(dataclasses.replace(config, attention=(spec,)), tmp_path / "results", progress)
+    assert (outcome.identity.attention, outcome.identity.options) == ("stick_breaking", options)
+    (folder,) = (tmp_path / "results" / "checkpoints").iterdir()
+    decoder = checkpoint.load_model(folder)
+    torch.manual_seed(0)
+    before = model.Decoder(decoder.config).state_dict()
+    for name in trained:
+        key = f"blocks.0.attention.{name}"
+        assert not torch.equal(decoder.state_dict()[key], before[key]), name
+    # evaluated from its checkpoint, with the same weights, it is the same model
+    again = run(dataclasses.replace(config, attention=("",), checkpoint=str(folder)), tmp_path / "again", progress)
+    assert (again.identity.options, again.identity.params) == (options, outcome.identity.params)
+    values = [[row.value for row in found.rows] for found in (outcome, again)]
+    assert values[0] == pytest.approx(values[1])
+
+
+# decays that branch off one training
+
+
+def branching(config: Config, *branches: int) -> Config:
+    config = dataclasses.replace(config, schedule="wsd", max_epochs=None, attention=("rope", "nope"))
+    return dataclasses.replace(config, branches=branches)
+
+
+def test_branches_are_cells_of_the_trainings_that_they_equal(config: Config) -> None:
+    grid = cells(branching(config, 160, 80, 320))
+    assert [(cell.config.train_tokens, cell.attention) for cell in grid] == [
+        (tokens, method) for tokens in (96, 192, 384) for method in ("rope", "nope")
+    ]
+    # what they share is the warm-up of the shortest, and no part of their names
+    assert {cell.config.warmup_tokens for cell in grid} == {96 // 20}
+    straight = dataclasses.replace(branching(config), train_tokens=192, warmup_tokens=96 // 20)
+    assert cell_id(cells(straight)[0]) == cell_id(grid[2]) == cell_id(cells(branching(config, 160, 80))[2])
+    assert "rope-seed-0-192-tokens-" in cell_id(grid[2])
+    # 16 tokens a step: 24 steps, of which a sixth is the decay
+    training = grid[4].training()
+    assert (training.steps, training.trunk_steps, training.warmup) == (24, 20, 1)
+    assert [need.title for need in grid[4].needs] == [
+        "train the trunk of rope seed 0 96 tokens",
+        "train the trunk of rope seed 0 192 tokens",
+        "train the trunk of rope seed 0 384 tokens",
+        "train rope seed 0 384 tokens",
+    ]
+    # every step costs once
+    trainings = [step for step in steps(grid) if isinstance(step, text_training.Training)]
+    alone = steps(cells(dataclasses.replace(branching(config), train_tokens=16)))[0].flops
+    assert sum(step.flops for step in trainings) == pytest.approx(2 * (20 + 1 + 2 + 4) * alone)
+
+
+def test_branches_are_trained_once_and_as_straight_through(config: Config, tmp_path: Path, progress: Progress) -> None:
+    config = with_valid(branching(config, 80, 160, 320))
+    context = RunContext(results_dir=tmp_path / "results", device=torch.device("cpu"))
+    console = Console(file=io.StringIO())
+    assert scheduler.run(cells(config), context, preset="quick", console=console)
+    # of each method three trunks and three models
+    folders = {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "results" / "checkpoints").glob("[!.]*/config.json")
+    }
+    assert len(folders) == 12
+    found = {cell_id(cell): cell for cell in cells(config)}
+    table = pd.read_csv(tmp_path / "results" / "length_gen.csv")
+    assert set(table["train_tokens"]) == {96, 192, 384} and set(table["cell"]) == set(found)
+    for cell in cells(config):
+        alone = dataclasses.replace(cell.config, branches=())
+        outcome = run(alone, tmp_path / "straight", progress)
+        own = table[table["cell"] == cell_id(cell)]
+        assert sorted(row.value for row in outcome.rows) == pytest.approx(sorted(own["value"]), rel=1e-12)
+    # a longer one continues from the longest trunk
+    assert scheduler.run(cells(branching(config, 80, 160, 320, 640)), context, preset="quick", console=console)
+    assert {path: path.stat().st_mtime_ns for path in folders} == folders
+
+
+def test_branches_of_a_text_that_ends_sooner(config: Config, tmp_path: Path, progress: Progress) -> None:
+    config = dataclasses.replace(branching(config, 80, 4000, 8000), max_epochs=1.0, attention=("rope",))
+    context = RunContext(results_dir=tmp_path / "results", device=torch.device("cpu"))
+    outcomes = [cell.run(context, progress) for cell in cells(config)]
+    tokens = [outcome.train_tokens for outcome in outcomes]
+    assert tokens[0] == 96 and tokens[1] == tokens[2] < 4000
+    assert outcomes[1].measured["ended_by"] == "max_epochs"
+    assert [row.value for row in outcomes[1].rows] == [row.value for row in outcomes[2].rows]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedule": "cosine"}, "--branch is for --schedule wsd; the schedule is cosine"),
+        ({"patience": 2}, "--branch and --patience exclude each other"),
+        ({"branches": (80, 3)}, "--branch must be at least --batch-tokens 16; got 3"),
+        ({"warmup_tokens": 0}, "warmup_tokens must be at least 1, or left out; got 0"),
+    ],
+)
+def test_branches_that_cannot_be(changes: dict[str, object], message: str, config: Config) -> None:
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(branching(config, 80), **changes)  # type: ignore[arg-type]  # each is of its field's type
 
 
 # epochs, and held-out text
@@ -303,7 +476,7 @@ def test_a_presets_tokens_end_at_four_epochs(packing: str, config: Config, tmp_p
     assert (outcome.train_tokens, outcome.unique_tokens) == (steps * 16, unique)
     assert outcome.epochs == pytest.approx(steps * 16 / unique, abs=1e-4)
     assert outcome.epochs is not None and 3.9 < outcome.epochs <= 4
-    assert len(outcome.measured["losses"]) == steps and outcome.measured["ended_by"] == "max_epochs"  # type: ignore[arg-type]
+    assert len(outcome.curves["loss"]) == steps and outcome.measured["ended_by"] == "max_epochs"
     # the schedule is that of so many steps
     (cell,) = cells(config)
     text = text_training.open_corpus(config, progress)
@@ -349,7 +522,7 @@ def test_held_out_loss_is_that_of_the_same_windows_for_every_method(
     looks = []
     for attention in ("rope", "alibi"):
         outcome = run(dataclasses.replace(config, attention=(attention,)), tmp_path / "results", progress)
-        looks.append(outcome.measured["held_out"])
+        looks.append(outcome.curves["held_out_loss"])
         folder = max((tmp_path / "results" / "checkpoints").glob("[!.]*"), key=lambda path: path.stat().st_mtime)
         # by hand, on the windows that are there: text that no split shares
         text = text_training.open_corpus(config, progress)
@@ -359,9 +532,9 @@ def test_held_out_loss_is_that_of_the_same_windows_for_every_method(
         decoder = checkpoint.load_model(folder).eval()
         with torch.inference_mode():
             loss = decoder.loss(batch.tokens, batch.targets).item() / batch.tokens.numel()
-        steps = [step for step, _ in looks[-1]]  # type: ignore[attr-defined]
+        steps = [step for step, _ in looks[-1]]
         assert steps[-1] == 40 and len(steps) == len(set(steps)) >= 3
-        assert looks[-1][-1][1] == pytest.approx(loss, abs=1e-4)  # type: ignore[index]
+        assert looks[-1][-1][1] == pytest.approx(loss, abs=1e-4)
     assert looks[0] != looks[1]
     assert bytes(text.valid.document(0).tolist()).decode().startswith("valid 0 says")
 
@@ -370,7 +543,7 @@ def test_without_held_out_text_that_is_said(config: Config, tmp_path: Path, prog
     (line,) = text_training.cautions(config, progress)
     assert "'texts' has 0 tokens of held-out text, less than a window of 8: no held-out loss" in line
     outcome = run(config, tmp_path / "results", progress)
-    assert outcome.measured["held_out"] == [] and all(row.status == "" for row in outcome.rows)  # type: ignore[attr-defined]
+    assert "held_out_loss" not in outcome.curves and all(row.status == "" for row in outcome.rows)  # type: ignore[attr-defined]
 
 
 def test_a_model_that_overfits_is_marked(
@@ -395,9 +568,9 @@ def test_patience_is_of_the_model_and_said_in_the_run_file(
     assert run(config, tmp_path / "results", progress).measured["ended_by"] == "train_tokens"
     monkeypatch.setattr(Trainer, "_held_out_loss", lambda self, batch: 2.0)
     outcome = run(dataclasses.replace(config, patience=2), tmp_path / "results", progress)
-    found = outcome.measured["held_out"]
-    assert outcome.measured["ended_by"] == "patience" and [loss for _, loss in found] == [2.0] * 3  # type: ignore[attr-defined]
-    assert outcome.train_tokens == found[-1][0] * 16 < 640  # type: ignore[index]
+    found = outcome.curves["held_out_loss"]
+    assert outcome.measured["ended_by"] == "patience" and [loss for _, loss in found] == [2.0] * 3
+    assert outcome.train_tokens == found[-1][0] * 16 < 640
     assert len(list((tmp_path / "results" / "checkpoints").glob("[!.]*"))) == 2
 
 
@@ -529,7 +702,7 @@ def test_a_run_says_of_which_versions_its_text_is(
 def test_models_of_two_optimizers_are_two(config: Config, tmp_path: Path, progress: Progress) -> None:
     muon = dataclasses.replace(config, optimizer="muon")
     assert len({cell_id(cells(one)[0]) for one in (config, muon)}) == 2
-    losses = [run(one, tmp_path / "results", progress).measured["losses"] for one in (config, muon)]
+    losses = [run(one, tmp_path / "results", progress).curves["loss"] for one in (config, muon)]
     assert losses[0] != losses[1]
     with pytest.raises(InputError, match="optimizer"):
         dataclasses.replace(config, optimizer="sgd")

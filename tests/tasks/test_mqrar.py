@@ -301,7 +301,7 @@ def test_a_batch_without_labels_teaches_nothing(tmp_path: Path) -> None:
     (cell,) = mqrar.cells(mqrar.Config(attention=("rope",), n_back=(3,), batch=1, steps=3, **sizes))
     with Progress() as progress:
         outcome = cell.run(RunContext(results_dir=tmp_path, device=torch.device("cpu")), progress)
-    assert outcome.measured["losses"] == [0.0] * 3
+    assert outcome.curves["loss"] == [(1, 0.0), (2, 0.0), (3, 0.0)]
 
 
 def test_the_extremes_of_the_slot_law_can_be_drawn() -> None:
@@ -330,7 +330,7 @@ def test_training_ends_when_validation_says_so(tmp_path: Path) -> None:
             for accuracy in (0.0, 2.0)
         )
     assert (stopped.train_tokens, never.train_tokens) == (3 * 2 * 16, 9 * 2 * 16)
-    assert stopped.measured["losses"] == never.measured["losses"][:3]  # type: ignore[index]  # it is a list
+    assert stopped.curves["loss"] == never.curves["loss"][:3]
     ends = [row.status for outcome in (stopped, never) for row in outcome.rows if isinstance(row, mqrar.Row)]
     assert {end for end in ends if end} == {"solved", "budget"}
     found = {(row.metric, row.split): row for row in stopped.rows if isinstance(row, mqrar.Row)}
@@ -348,7 +348,7 @@ def test_the_optimizer_makes_another_cell_and_its_rows_say_so(tmp_path: Path) ->
         with Progress() as progress:
             outcome = cell.run(context, progress)
         assert {row.optimizer for row in outcome.rows if isinstance(row, mqrar.Row)} == {optimizer}
-        losses[cell_id(cell)] = outcome.measured["losses"]
+        losses[cell_id(cell)] = [loss for _, loss in outcome.curves["loss"]]
     # the first loss is before any update
     adamw, muon = (np.asarray(found) for found in losses.values())
     assert adamw[0] == muon[0] and (adamw[1:] != muon[1:]).all()
@@ -434,7 +434,7 @@ def test_a_cell_that_diverges_has_a_row_that_says_so(tmp_path: Path) -> None:
     rows = table.read(tmp_path / "mqrar.csv")
     assert rows[["metric", "value", "status"]].to_numpy().tolist() == [["solved", 0.0, "diverged"]]
     assert "the loss is nan" in (tmp_path / "runs" / f"{cell_id(cell)}.json").read_text()
-    assert mqrar.summary(rows).row_count == 1 and mqrar.summary(rows).caption is None
+    assert mqrar.FAMILY.summary(rows).row_count == 1 and mqrar.FAMILY.summary(rows).caption is None
     # such a cell is tried again
     assert scheduler.unfinished([cell], tmp_path) == [cell]
 
@@ -442,10 +442,10 @@ def test_a_cell_that_diverges_has_a_row_that_says_so(tmp_path: Path) -> None:
 def test_the_table_says_what_would_decide_a_cell_that_is_not_solved() -> None:
     rows = table.read(RESULTS)
     cell = rows[(rows["metric"] == "solved") & (rows["status"] == "solved")]["cell"].iloc[0]
-    assert mqrar.summary(rows[rows["cell"] == cell]).caption is None
+    assert mqrar.FAMILY.summary(rows[rows["cell"] == cell]).caption is None
     for ended in ("budget", "plateau"):
         other = rows[(rows["metric"] == "solved") & (rows["status"] == ended)]["cell"].iloc[0]
-        assert "--steps" in str(mqrar.summary(rows[rows["cell"].isin([cell, other])]).caption)
+        assert "--steps" in str(mqrar.FAMILY.summary(rows[rows["cell"].isin([cell, other])]).caption)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import sqlite3
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,14 +21,16 @@ from sbeval.config import IGNORE
 from sbeval.data.tokenizer import Bytes
 from sbeval.errors import InputError
 from sbeval.evaluation import ruler_scores, ruler_tasks
+from sbeval.evaluation.response_cache import Answers
 from sbeval.evaluation.ruler_prompts import Prompt, PromptBatches, Writer
-from sbeval.evaluation.ruler_scores import Answered, Samples
+from sbeval.evaluation.ruler_scores import Answered
 from sbeval.models import config as model_config
 from sbeval.models.decoder import Decoder
 from sbeval.sweep import scheduler
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
-from sbeval.tables import table
+from sbeval.tables import curves, table
+from sbeval.tables.results import Results
 from sbeval.tasks import length_gen, needle
 from sbeval.tasks.needle import Cell, Config, Row, cells, measured
 from sbeval.training import checkpoint
@@ -73,10 +76,10 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 
 def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
-    found = cells(config)
+    grid = cells(config)
     context = RunContext(results_dir=results, device=CPU, force=force)
-    assert scheduler.run(found, context, preset="quick", console=Console(file=io.StringIO()))
-    return found
+    assert scheduler.run(grid, context, preset="quick", console=Console(file=io.StringIO()))
+    return grid
 
 
 def save(folder: Path, attention: str = "stick_breaking", seed: int = 0) -> Path:
@@ -90,13 +93,13 @@ def save(folder: Path, attention: str = "stick_breaking", seed: int = 0) -> Path
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Prompts that a model was asked, a number for each batch."""
     counts: list[int] = []
-    add = Samples.add
+    keep = Answers.keep
 
-    def count(self: Samples, answers: Any) -> None:
+    def count(self: Answers, answers: Any) -> None:
         counts.append(len(answers))
-        add(self, answers)
+        keep(self, answers)
 
-    monkeypatch.setattr(Samples, "add", count)
+    monkeypatch.setattr(Answers, "keep", count)
     return counts
 
 
@@ -114,12 +117,14 @@ def test_every_model_is_asked_every_task_of_which_the_files_are_there(config: Co
     options = {name: getattr(wide, name) for name in TRAINING}
     lengths = length_gen.cells(length_gen.Config(**options, eval_len=4096))
     assert found[0].needs == found[1].needs == lengths[0].needs != found[-1].needs
-    assert needle.notes(wide) == [
+    assert needle.FAMILY.notes(wide) == [
         "qa_1 is not run without its questions: give --squad PATH to SQuAD v2's dev-v2.0.json",
         "qa_2 is not run without its questions: give --hotpot PATH to HotpotQA's hotpot_dev_distractor_v1.json",
     ]
     with_file = dataclasses.replace(wide, squad="dev.json")
-    assert len(cells(with_file)) == 24 and len(needle.notes(with_file)) == 1 and needle.notes(config) == []
+    assert (
+        len(cells(with_file)) == 24 and len(needle.FAMILY.notes(with_file)) == 1 and needle.FAMILY.notes(config) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +139,7 @@ def test_every_model_is_asked_every_task_of_which_the_files_are_there(config: Co
 def test_a_file_that_no_task_asks_for_is_said(
     tasks: tuple[str, ...], squad: str, hotpot: str | None, unused: list[tuple[str, str]], config: Config
 ) -> None:
-    assert needle.notes(dataclasses.replace(config, tasks=tasks, squad=squad, hotpot=hotpot)) == [
+    assert needle.FAMILY.notes(dataclasses.replace(config, tasks=tasks, squad=squad, hotpot=hotpot)) == [
         f"--{option} is not used: {task} is not among the tasks; give --task {task} too" for option, task in unused
     ]
 
@@ -159,7 +164,7 @@ def test_mistakes_are_errors(config: Config, change: dict[str, Any], said: str) 
 def test_a_model_of_others_is_not_fine_tuned(config: Config) -> None:
     given = dataclasses.replace(config, finetune=9, checkpoint="some/model")
     assert [cell.config.finetune for cell in cells(given)] == [0]
-    assert needle.notes(given) == ["some/model is not fine-tuned: only checkpoint folders of ours are"]
+    assert needle.FAMILY.notes(given) == ["some/model is not fine-tuned: only checkpoint folders of ours are"]
 
 
 def test_a_length_that_does_not_fit_is_said_before_training(config: Config, tmp_path: Path) -> None:
@@ -186,7 +191,7 @@ def test_rows_are_by_length_and_depth(config: Config, tmp_path: Path) -> None:
 
 def test_means_are_those_of_the_samples() -> None:
     answers = [
-        Answered(index=n, depth=depth, tokens=90, score=n / 4, log_probability=-float(n), greedy=n == 3, said="")
+        Answered(index=n, depth=depth, tokens=90, score=n / 4, log_probability=-float(n), greedy=n == 3, completion="")
         for n, depth in enumerate((0, 9.99, 100, None))
     ]
     found = {(row.metric, row.depth_start): row for row in measured(answers, 100, 10, 7)}
@@ -202,17 +207,21 @@ def test_answers_do_not_depend_on_the_batch(
     attention: str, config: Config, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = dataclasses.replace(config, checkpoint=str(save(tmp_path / "model", attention)), lengths=(768,), samples=8)
-    found: list[dict[int, Answered]] = []
+    results: list[list[Answered]] = []
+    evaluate = ruler_scores.evaluate
+
+    def keep(*arguments: Any, **options: Any) -> list[Answered]:
+        results.append(evaluate(*arguments, **options))
+        return results[-1]
+
+    monkeypatch.setattr(ruler_scores, "evaluate", keep)
     for batch in (1, 8):
         asked.clear()
         monkeypatch.setitem(needle.BATCH_TOKENS, "cpu", batch * 768)
         run(given, tmp_path / f"results{batch}")
         assert asked == [batch] * (8 // batch)
-        (path,) = (tmp_path / f"results{batch}" / "samples").iterdir()
-        found.append(Samples(path).found)
-    assert len({item.tokens for item in found[0].values()}) > 1
-    for index, one in found[0].items():
-        other = found[1][index]
+    assert len(results[0]) == 8 and len({item.tokens for item in results[0]}) > 1
+    for one, other in zip(*results, strict=True):
         assert other.log_probability == pytest.approx(one.log_probability, rel=1e-5)
         assert dataclasses.replace(other, log_probability=0.0) == dataclasses.replace(one, log_probability=0.0)
 
@@ -225,30 +234,44 @@ def test_a_run_that_was_stopped_goes_on_sample_by_sample(
     run(given, tmp_path / "whole")
     assert asked == [1] * 5
     asked.clear()
-    say, said = ruler_scores.say, list[int]()
+    completions, batches = ruler_scores.completions, list[int]()
 
-    def stopped(*arguments: Any) -> list[str]:
-        said.append(1)
-        if len(said) == 3:
+    def stopped(*arguments: Any) -> list[list[int]]:
+        batches.append(1)
+        if len(batches) == 3:
             raise KeyboardInterrupt
-        return say(*arguments)
+        return completions(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ruler_scores, "say", stopped)
+        patch.setattr(ruler_scores, "completions", stopped)
         run(given, tmp_path / "results")
     assert asked == [1, 1] and not (tmp_path / "results" / "needle.csv").exists()
-    (path,) = (tmp_path / "results" / "samples").iterdir()
-    # what a writer that is killed leaves
-    path.write_bytes(path.read_bytes() + b'{"index": 2, "dep')
     (cell,) = run(given, tmp_path / "results")
     assert asked == [1] * 5
     one, other = (scheduler.results_of([cell], tmp_path / name).drop(columns="utc") for name in ("whole", "results"))
-    assert one.equals(other) and len(Samples(path).found) == 5
+    assert one.equals(other)
     # more samples are asked for the rest alone
     run(dataclasses.replace(given, samples=6), tmp_path / "results")
     assert asked == [1] * 6
     run(given, tmp_path / "results", force=True)
     assert asked == [1] * 11
+
+
+def test_a_digit_that_changed_in_a_stored_answer_changes_no_result(
+    config: Config, tmp_path: Path, asked: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = dataclasses.replace(config, checkpoint=str(save(tmp_path / "model")), lengths=(768,))
+    (cell,) = run(given, tmp_path / "results")
+    before = scheduler.results_of([cell], tmp_path / "results").drop(columns="utc")
+    (path,) = (tmp_path / "results" / "answers").iterdir()
+    with contextlib.closing(sqlite3.connect(path)) as file, file:
+        (answer,) = file.execute("SELECT answer FROM responses LIMIT 1").fetchone()
+        file.execute("UPDATE responses SET answer = ? WHERE answer = ?", (answer.replace(b"[-", b"[-1"), answer))
+    (tmp_path / "results" / "needle.csv").unlink()
+    run(given, tmp_path / "results")
+    assert sum(asked) == 5 + 1
+    assert f"{path.name}: 1 of 5 stored responses are not as they were written" in capsys.readouterr().err
+    assert scheduler.results_of([cell], tmp_path / "results").drop(columns="utc").equals(before)
 
 
 def test_another_model_at_the_same_path_is_asked_again(config: Config, tmp_path: Path, asked: list[int]) -> None:
@@ -423,5 +446,7 @@ def test_rows_say_how_their_model_was_trained(config: Config, tmp_path: Path, mo
     assert set(rows["status"]) == {"overfit"} and (rows["train_tokens"] == 640).all()
     assert (rows["epochs"] - 640 / rows["unique_tokens"]).abs().max() < 1e-4
     record = json.loads((tmp_path / "results" / "runs" / f"{cell_id(cell)}.json").read_text())
-    assert record["measured"]["held_out"][0][1] == 2.0 and record["measured"]["ended_by"] == "train_tokens"
-    assert "above its lowest): rope." in str(needle.summary(rows).caption)
+    assert record["measured"]["ended_by"] == "train_tokens"
+    held_out = curves.read(Results(tmp_path / "results"), [cell_id(cell)])
+    assert set(held_out["metric"]) == {"held_out_loss"} and held_out["value"].tolist()[0] == 2.0
+    assert "above its lowest): rope." in str(needle.FAMILY.summary(rows).caption)

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from sbeval.cli import main
-from sbeval.tables import table
-from sbeval.tasks import drawn, length_gen, mqrar
+from sbeval.tables import curves, table
+from sbeval.tables.results import Results
+from sbeval.tasks import drawn, length_gen, length_gen_rows, mqrar
 from sbeval.training import trainer
 from sbeval.training.trainer import Trainer
 
@@ -65,6 +66,12 @@ def cells(results: Path, family: str) -> set[str]:
     return set(table.read(results / f"{family}.csv")["cell"])
 
 
+def curve(results: Path, cell: str, metric: str) -> list[tuple[int, float]]:
+    found = curves.read(Results(results), [cell])
+    found = found[found["metric"] == metric]
+    return list(zip(found["step"], found["value"], strict=True))
+
+
 def record(results: Path, cell: str) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((results / "runs" / f"{cell}.json").read_text())
     return found
@@ -107,14 +114,14 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_length_gen_leaves_table_runs_and_figures(kept: Kept) -> None:
     done, folder = kept.lengths, kept.results
     assert done.code == 0, done
-    rows = table.read(folder / "length_gen.csv", table.columns(length_gen.Row))
+    rows = table.read(folder / "length_gen.csv", table.columns(length_gen_rows.Row))
     assert set(rows["attention"]) == {"stick_breaking", "rope"}
     assert set(rows["metric"]) == {"loss", "perplexity", "bits_per_byte", "loss_last_k"}
     assert (rows["n"] == 3).all() and (rows["train_len"] == 16).all() and (rows["eval_len"] == 64).all()
     for cell in cells(folder, "length_gen"):
         run_file = record(folder, cell)
         assert run_file["status"] == "finished" and run_file["config"]["config"]["train_len"] == 16
-        assert len(run_file["measured"]["losses"]) == 4 and len(run_file["corpus_digest"]) == 16
+        assert len(curve(folder, cell, "loss")) == 4 and len(run_file["corpus_digest"]) == 16
         assert run_file["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert "Loss of the last 4 tokens" in done.out and "stick_breaking" in done.out
     for file in ("length_gen.csv", "figures/length_gen.png", "figures/length_gen.pdf"):
@@ -144,11 +151,11 @@ def test_a_presets_tokens_end_at_four_epochs_and_that_is_said(
     assert "training ends after 4 epochs" in lines[0] and "another --corpus" in lines[0]
     assert "held-out" in done.err
     if command == "length-gen":
-        rows = table.read(tmp_path / "r" / "length_gen.csv", table.columns(length_gen.Row))
+        rows = table.read(tmp_path / "r" / "length_gen.csv", table.columns(length_gen_rows.Row))
         assert set(rows["epochs"]) == {4.0} and (rows["train_tokens"] == 4 * rows["unique_tokens"]).all()
         (cell,) = cells(tmp_path / "r", "length_gen")
         measured = record(tmp_path / "r", cell)["measured"]
-        assert measured["ended_by"] == "max_epochs" and len(measured["held_out"]) > 3
+        assert measured["ended_by"] == "max_epochs" and len(curve(tmp_path / "r", cell, "held_out_loss")) > 3
         assert record(tmp_path / "r", cell)["provenance"]["epochs"] == 4.0
     # nothing is left to train, nor to say, where tokens are asked for
     again = run(command, *where, "--train-tokens", 1024)
@@ -169,7 +176,7 @@ def test_mqrar_leaves_table_runs_and_figures(kept: Kept) -> None:
     everything = rows[(rows["metric"] == "accuracy") & (rows["split"] == "all")]
     assert everything["n"].tolist() == [30, 30] and (everything["train_tokens"] == 12 * 4 * 16).all()
     for cell in cells(folder, "mqrar"):
-        assert record(folder, cell)["status"] == "finished" and len(record(folder, cell)["measured"]["losses"]) == 12
+        assert record(folder, cell)["status"] == "finished" and len(curve(folder, cell, "loss")) == 12
     assert "MQRAR accuracy" in done.out
     for file in ("mqrar.csv", "figures/mqrar.png", "figures/mqrar.pdf"):
         assert (folder / file).stat().st_size > 0 and str(folder / file) in done.out
@@ -230,6 +237,7 @@ def test_a_text_that_changed_is_trained_on_again(results: Path, texts: Path, tmp
     assert run(*command).code == 0
     assert "1 of 1 cells are finished already" in run(*command).out
     before = {cell: record(results, cell) for cell in cells(results, "length_gen")}
+    losses = {cell: curve(results, cell, "loss") for cell in before}
     (changed / "train0.txt").write_text("another text " * 50)
     done = run(*command)
     assert done.code == 0 and "1 cell to run" in done.out
@@ -237,7 +245,7 @@ def test_a_text_that_changed_is_trained_on_again(results: Path, texts: Path, tmp
     differing = [cell for cell in after if after[cell] != before[cell]]
     assert len(differing) == 1 and after.keys() == before.keys()
     assert after[differing[0]]["corpus_digest"] != before[differing[0]]["corpus_digest"]
-    assert after[differing[0]]["measured"]["losses"] != before[differing[0]]["measured"]["losses"]
+    assert curve(results, differing[0], "loss") != losses[differing[0]]
 
 
 def test_force_trains_again_and_replaces_the_rows(results: Path) -> None:
@@ -364,7 +372,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_ends_as_if_unbroken(tmp_
     assert len(set(one["cell"])) == 2
     pd.testing.assert_frame_equal(one, other, check_exact=True)
     for cell in set(one["cell"]):
-        losses = [record(folder, cell)["measured"]["losses"] for folder in (broken, unbroken)]
+        losses = [curve(folder, cell, "loss") for folder in (broken, unbroken)]
         assert len(losses[0]) == 150 and losses[0] == losses[1]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from sbeval.data.tokenizer import Bytes
 from sbeval.errors import InputError
 from sbeval.evaluation.lm_eval_model import Adapter, HubText, PlainText
-from sbeval.evaluation.response_cache import Answers, key
+from sbeval.evaluation.response_cache import Answers
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 from sbeval.pretrained.load import HubModel
@@ -235,14 +235,3 @@ def test_what_is_answered_is_not_asked_again(tmp_path: Path, kept: Answers) -> N
     adapter(done, 1, again).loglikelihood(requests)
     assert done.rows == 0
     again.close()
-
-
-def test_an_answer_is_of_its_tokens_and_question() -> None:
-    keys = [key("a", [1, 2]), key("b", [1, 2]), key("a", [1, 2, 3]), key("a", [258])]
-    assert len(set(keys)) == 4 and key("a", [1, 2]) == key("a", (1, 2))
-
-
-def test_a_file_that_holds_no_answers_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "model.sqlite").write_text("no database, but a text that is long enough to be taken for one" * 20)
-    with pytest.raises(InputError, match="is not a cache of model responses"):
-        Answers(tmp_path / "model.sqlite")

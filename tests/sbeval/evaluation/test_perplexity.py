@@ -16,7 +16,7 @@ from sbeval.evaluation.perplexity import PositionLosses, bins, lengths, measure,
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 from sbeval.tables.statistics import Floats
-from sbeval.tasks import length_gen
+from sbeval.tasks import length_gen_rows
 
 VOCABULARY = 40
 CPU = torch.device("cpu")
@@ -123,6 +123,48 @@ def test_windows_of_a_document_are_averaged_first() -> None:
     assert found.perplexity(8).n == 3
 
 
+@pytest.mark.parametrize(("context", "batch"), [(5, 1), (5, 3), (8, 4), (16, 2)])
+def test_fixed_targets_are_the_same_tokens_after_any_context(context: int, batch: int) -> None:
+    model, rows = build(), draw(4, 17)
+    windows = [(3, rows[0]), (1, rows[1]), (3, rows[2]), (0, rows[3])]
+    done: list[int] = []
+    found = perplexity.fixed_targets(
+        model, windows, targets=5, context=context, place=CPU, dtype="float32", batch=batch, advance=done.append
+    )
+    # by hand, a target at a time: its context begins `context` tokens before the last target
+    losses = np.zeros((4, 5))
+    for row, target in itertools.product(range(4), range(5)):
+        end = 16 - 4 + target
+        losses[row, target] = exact(model, torch.from_numpy(rows[row : row + 1, 16 - context : end + 1]))[0, -1]
+    np.testing.assert_allclose(found, [(losses[0] + losses[2]) / 2, losses[1], losses[3]], atol=2e-5)
+    assert sum(done) == 4 and max(done) == batch
+
+
+def test_fixed_targets_of_whole_windows_are_the_last_positions() -> None:
+    model, windows = build(), [(index, row) for index, row in enumerate(draw(3, 17))]
+    whole = measure(model, windows, one_each, place=CPU, dtype="float32")
+    found = perplexity.fixed_targets(model, windows, targets=6, context=16, place=CPU, dtype="float32")
+    np.testing.assert_allclose(found, whole.losses[:, -6:], atol=1e-6)
+
+
+def test_a_window_that_cannot_see_far_has_the_same_loss_with_more_context() -> None:
+    """The control: its perplexity falls along a text that gets easier, and its loss on fixed targets does not."""
+    torch.manual_seed(0)
+    shape = ModelConfig(
+        vocab_size=VOCABULARY, width=32, layers=2, heads=4, hidden=48, attention="sliding_window:window=4", init_std=0.3
+    )
+    windows = [(index, row) for index, row in enumerate(draw(3, 33))]
+
+    def losses(model: Decoder, context: int) -> Floats:
+        return perplexity.fixed_targets(model, windows, targets=4, context=context, place=CPU, dtype="float32")
+
+    # two layers see 3 tokens before the query each
+    near, far = Decoder(shape).eval(), build()
+    np.testing.assert_allclose(losses(near, 4 + 6), losses(near, 32), atol=2e-5)
+    assert np.abs(losses(near, 4) - losses(near, 32)).max() > 0.01
+    assert np.abs(losses(far, 4 + 6) - losses(far, 32)).max() > 0.01
+
+
 @pytest.mark.parametrize("per_octave", [1, 4, 50])
 def test_bins_cover_every_position_once(per_octave: int) -> None:
     for length in [*range(1, 200), 1000, 1023, 4096, 65536]:
@@ -214,9 +256,9 @@ def test_rolling_likelihood_of_a_document() -> None:
     assert found.bits_per_byte(window).value == pytest.approx(-total / tokens / math.log(2), rel=1e-6)
 
 
-def table_of(losses: PositionLosses, train_len: int) -> dict[tuple[str, int | None, int | None], length_gen.Row]:
+def table_of(losses: PositionLosses, train_len: int) -> dict[tuple[str, int | None, int | None], length_gen_rows.Row]:
     """Rows by metric, first position and context length, each once."""
-    found = length_gen.rows(losses, train_len)
+    found = length_gen_rows.rows(losses, train_len)
     table = {(row.metric, row.position_start, row.context_length): row for row in found}
     assert len(table) == len(found)
     return table
@@ -253,7 +295,7 @@ def test_rows_of_the_length_family() -> None:
 
 
 def test_rows_of_one_document_have_no_errors() -> None:
-    assert all(row.stderr is None and row.n == 1 for row in length_gen.rows(random_losses(1, 30), 8))
+    assert all(row.stderr is None and row.n == 1 for row in length_gen_rows.rows(random_losses(1, 30), 8))
 
 
 def test_rows_past_a_very_short_training_length() -> None:

@@ -1,5 +1,6 @@
 """Log-probabilities are those of each prompt alone, and what is likeliest is what is said."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sbeval.data.tokenizer import Bytes
+from sbeval.evaluation.response_cache import Answers
 from sbeval.evaluation.ruler_prompts import Prompt
-from sbeval.evaluation.ruler_scores import say, teacher_forced
+from sbeval.evaluation.ruler_scores import completions, evaluate, teacher_forced
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 
@@ -70,8 +72,56 @@ class Oracle:
 def test_a_model_that_knows_says_the_answer() -> None:
     found = teacher_forced(Oracle(), PROMPTS, CPU, "float32", batch=2)
     assert all(greedy and abs(log_probability) < 1e-6 for log_probability, greedy in found)
-    said = say(Oracle(), PROMPTS, Bytes(), 32, CPU, "float32", 2)
-    assert said == ["1234", "a longer answer", "y"]
+    tokens = completions(Oracle(), PROMPTS, Bytes().eos, 32, CPU, "float32", 2)
+    assert [Bytes().decode(np.array(row)) for row in tokens] == ["1234", "a longer answer", "y"]
+
+
+class Display:
+    """A progress bar that counts."""
+
+    def __init__(self, total: int, completed: int) -> None:
+        self.total, self.completed = total, completed
+        shown.append(self)
+
+    def advance(self, steps: int, /) -> None:
+        self.completed += steps
+
+    def close(self) -> None:
+        assert self.completed == self.total
+
+
+shown: list[Display] = []
+
+
+def test_stored_answers_are_not_evaluated_again() -> None:
+    answers = Answers()
+    how: Any = {"rule": "all", "device": CPU, "dtype": "float32", "batch": 2, "begin": Display}
+    shown.clear()
+    first = evaluate(Oracle(), PROMPTS[:2], Bytes(), answers, new_tokens=32, **how)
+    assert [(item.index, item.score, item.greedy, item.completion) for item in first] == [
+        (0, 1.0, True, "1234"),
+        (1, 1.0, True, "a longer answer"),
+    ]
+    # the new prompt alone is run, whatever its number, and one that is there twice is run once
+    oracle = Oracle()
+    oracle.texts = oracle.texts[2:]
+    again = evaluate(oracle, [PROMPTS[2], *PROMPTS, PROMPTS[2]], Bytes(), answers, new_tokens=32, **how)
+    assert [item.completion for item in again] == ["y", "1234", "a longer answer", "y", "y"]
+    assert [item.index for item in again] == [0, 1, 2, 3, 4] and all(item.score == 1 for item in again)
+    assert [bar.total for bar in shown] == [2, 5]
+    # another number of new tokens is another request
+    (short,) = evaluate(Oracle(), PROMPTS[1:2], Bytes(), answers, new_tokens=3, **how)
+    assert short.completion == "a l" and short.score == 0
+
+
+def test_an_answer_is_scored_by_the_references_of_its_prompt() -> None:
+    answers = Answers()
+    how: Any = {"new_tokens": 32, "device": CPU, "dtype": "float32", "batch": 2}
+    evaluate(Oracle(), PROMPTS[:1], Bytes(), answers, rule="all", **how)
+    other = dataclasses.replace(PROMPTS[0], references=("1234", "99"))
+    for rule, wanted in (("all", 0.5), ("part", 1.0)):
+        (found,) = evaluate(Oracle(), [other], Bytes(), answers, rule=rule, **how)
+        assert found.score == wanted
 
 
 def test_one_wrong_token_is_not_greedy() -> None:
@@ -79,4 +129,4 @@ def test_one_wrong_token_is_not_greedy() -> None:
     oracle.texts[0][-2] = ord("5")
     ((log_probability, greedy),) = teacher_forced(oracle, PROMPTS[:1], CPU, "float32", batch=1)
     assert log_probability == pytest.approx(-100, rel=1e-3) and not greedy
-    assert say(oracle, PROMPTS[:1], Bytes(), 32, CPU, "float32", 1) == ["1235"]
+    assert bytes(completions(oracle, PROMPTS[:1], Bytes().eos, 32, CPU, "float32", 1)[0][:-1]) == b"1235"

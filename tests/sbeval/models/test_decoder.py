@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.kernels import nope
-from sbeval.models.config import SIZES, ModelConfig, canonical_attention, flops_per_token, named
+from sbeval.models.config import SIZES, ModelConfig, canonical_attention, flops_per_token, named, trained_attention
 from sbeval.models.decoder import IGNORE, Decoder
 
 METHODS = sorted(registry.ATTENTION)
@@ -79,12 +79,20 @@ def by_hand(model: Decoder, tokens: Tensor) -> Tensor:
     for layer in range(config.layers):
         name = f"blocks.{layer}"
         qkv = normed(x, f"{name}.norm_1") @ weights[f"{name}.attention.qkv.weight"].T
+        if config.qkv_bias:
+            qkv = qkv + weights[f"{name}.attention.qkv.bias"]
         q, k, v = qkv[:, :query], qkv[:, query:key], qkv[:, key:]
         outputs = []
         for index in range(config.heads):
             group = index // (config.heads // config.n_kv_heads)
             logits = scale * head(q, index) @ head(k, group).T
-            outputs.append(logits.masked_fill(later, -math.inf).softmax(1) @ head(v, group))
+            mixed = logits.masked_fill(later, -math.inf).softmax(1) @ head(v, group)
+            if config.head_norm:
+                mixed = mixed - mixed.mean(1, keepdim=True)
+                mixed = mixed / (mixed.square().mean(1, keepdim=True) + 1e-5).sqrt()
+                gain, shift = (weights[f"{name}.attention.norm.{part}"][None] for part in ("weight", "bias"))
+                mixed = mixed * head(gain, index) + head(shift, index)
+            outputs.append(mixed)
         x = x + config.m_residual * torch.cat(outputs, 1) @ weights[f"{name}.attention.out.weight"].T
         up = normed(x, f"{name}.norm_2") @ weights[f"{name}.mlp.up.weight"].T
         if config.mlp == "gelu":
@@ -111,11 +119,14 @@ def by_hand(model: Decoder, tokens: Tensor) -> Tensor:
         {"attention_multiplier": 0.05},
         {"m_emb": 12.0, "m_residual": 0.22, "m_width": 6.0, "attention_multiplier": 0.1, "tied": True},
         {"norm_eps": 0.1},
+        {"attention": "nope:qkv_bias=true", "kv_heads": 2},
+        {"attention": "nope:head_norm=true", "head_dim": 12},
+        {"attention": "nope:qkv_bias=true,head_norm=true"},
     ],
     ids=str,
 )
 def test_forward_is_the_one_written_out(changes: dict[str, Any]) -> None:
-    model = build(attention="nope", **changes)
+    model = build(**{"attention": "nope"} | changes)
     tokens = draw(3, 16)
     found = model.logits(model(tokens))
     assert found.shape == (3, 16, VOCABULARY)
@@ -305,6 +316,10 @@ def test_weights_follow_the_seed() -> None:
         ("stick_breaking:remainder=value,attend_current=False", "stick_breaking"),
         ("stick_breaking:attend_current=TRUE,remainder=bias", "stick_breaking:remainder=bias,attend_current=true"),
         ("stick_breaking:epsilon=0", "stick_breaking:epsilon=0.0"),
+        ("stick_breaking:logit_bias=-3", "stick_breaking:logit_bias=-3.0"),
+        ("stick_breaking:logit_bias=spread", "stick_breaking:logit_bias=spread"),
+        ("nope:qkv_bias=False,head_norm=false", "nope"),
+        ("rope:init_std=2e-2,qkv_bias=true,theta=5", "rope:theta=5.0,qkv_bias=true,init_std=0.02"),
     ],
 )
 def test_specs_that_mean_the_same_read_the_same(spec: str, canonical: str) -> None:
@@ -318,6 +333,53 @@ def test_options_reach_the_method() -> None:
     assert torch.equal(build(attention="rope")(tokens), build(attention="rope:theta=10000")(tokens))
 
 
+def test_a_spec_sets_the_block_around_its_method() -> None:
+    config = shape(attention="rope:init_std=0.02,qkv_bias=true")
+    assert (config.qkv_bias, config.head_norm, config.init_std) == (True, False, 0.02)
+    # what evaluation alone changes leaves the block as it was trained
+    assert trained_attention("rope:scaling=ntk,factor=4,head_norm=true") == "rope:head_norm=true"
+    model = build(attention="rope:head_norm=true")
+    other = model.evaluated_as("rope:scaling=ntk,factor=4,train_len=16,head_norm=true")
+    assert other.config.head_norm and other.state_dict().keys() == model.state_dict().keys()
+    # the spec before the size, which has a deviation of its own
+    assert named("nanogpt-60m", vocab_size=9, attention="nope:init_std=0.5").init_std == 0.5
+
+
+@pytest.mark.parametrize(
+    "spec", ["stick_breaking:qkv_bias=true,head_norm=true,logit_bias=spread,remainder=bias", "rope"]
+)
+def test_options_of_the_block_start_at_no_effect_on_means(spec: str) -> None:
+    """Biases and shifts are 0 and gains 1 before training, and each has a gradient."""
+    torch.manual_seed(0)
+    model = Decoder(shape(attention=spec))
+    model.loss(draw(2, 12), draw(2, 12, seed=2)).backward()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("qkv.bias", "attention.norm.bias", "mixer.bias")):
+            assert bool((parameter == 0).all()), name
+        if name.endswith("norm.weight"):
+            assert bool((parameter == 1).all()), name
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "stick_breaking:remainder=bias,head_norm=true",
+        "stick_breaking:remainder=none,qkv_bias=true,logit_bias=spread",
+        "rope:qkv_bias=true,head_norm=true",
+    ],
+)
+def test_blocks_with_these_options_compile_whole(spec: str) -> None:
+    model, x = build(attention=spec), torch.randn(2, 20, 32, dtype=torch.float64)
+    block = model.blocks[0]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    found, wanted = (
+        torch.autograd.grad(run(x, None).square().sum(), list(block.parameters())) for run in (compiled, block)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -325,7 +387,11 @@ def test_options_reach_the_method() -> None:
         ("stick-breaking", "did you mean 'stick_breaking'?"),
         ("rope:tetha=1", "unknown option of attention 'rope' 'tetha'; did you mean 'theta'?"),
         ("rope:theta", "option 'theta' of attention 'rope' needs a value: rope:theta=..."),
-        ("nope:theta=1", "attention 'nope' has no options; got 'theta=1'"),
+        ("nope:theta=1", "unknown option of attention 'nope' 'theta'; known: head_norm, init_std, qkv_bias"),
+        ("nope:qkv_bias=1", "unknown nope:qkv_bias '1'; known: false, true"),
+        ("rope:init_std=0", "init_std must be above 0 and finite; got 0.0"),
+        ("stick_breaking:logit_bias=spraed", "logit_bias must be a number or 'spread'; got 'spraed'"),
+        ("stick_breaking:logit_bias=inf", "logit_bias must be a finite number; got inf"),
         ("rope:theta=big", "rope:theta must be a number; got 'big'"),
         ("rope:theta=", "rope:theta must be a number; got ''"),
         ("rope:theta=-1", "theta must be positive and finite; it is -1"),

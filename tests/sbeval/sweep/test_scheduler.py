@@ -103,19 +103,6 @@ def test_force_empties_a_checkpoint(tmp_path: Path) -> None:
         assert not folder.exists()
 
 
-def test_force_clears_a_file_once(tmp_path: Path) -> None:
-    file = tmp_path / "samples.jsonl"
-    file.touch()
-    RunContext(results_dir=tmp_path, device=torch.device("cpu")).kept(file)
-    assert file.exists()
-    forced = RunContext(results_dir=tmp_path, device=torch.device("cpu"), force=True)
-    forced.kept(file)
-    assert not file.exists()
-    file.touch()
-    forced.kept(file)
-    assert file.exists()
-
-
 def test_what_was_not_cleared_to_the_end_is_cleared_again(tmp_path: Path) -> None:
     forced = RunContext(results_dir=tmp_path, device=torch.device("cpu"), force=True)
     with pytest.raises(KeyboardInterrupt), forced.clearing(tmp_path / "answers"):
@@ -129,7 +116,7 @@ def test_a_run_file_has_the_command_of_the_driver(tmp_path: Path) -> None:
     context = RunContext(results_dir=tmp_path, device=torch.device("cpu"), argv=("/bin/sbeval", "run", "quick"))
     with Progress(Console(quiet=True)) as progress:
         done = scheduler.run_cell(Cell(title="good", value=0.5), context, "quick", progress)
-    assert done.record is not None and done.record["argv"] == ["sbeval", "run", "quick"]
+    assert done.stored is not None and done.stored.record["argv"] == ["sbeval", "run", "quick"]
 
 
 def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

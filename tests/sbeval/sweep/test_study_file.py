@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sbeval import registry
 from sbeval.errors import InputError
-from sbeval.sweep import study_file
+from sbeval.sweep import study, study_file
 from sbeval.tasks import few_shot, length_gen, mqrar, needle
 from sbeval.training.text_model import TRAINING
 
@@ -35,7 +35,22 @@ def parts(text: str, *changes: str, tmp_path: Path) -> dict[str, study_file.Part
 def test_studies_of_the_package_have_cells(name: str) -> None:
     found = study_file.parts(study_file.read(name), lambda said: said or "float32")
     assert all(registry.task(part.family).cells(part.config) for part in found)
+
+
+@pytest.mark.parametrize("name", ["quick", "h200", "paper"])
+def test_studies_named_as_presets_have_every_family(name: str) -> None:
+    found = study_file.parts(study_file.read(name), lambda said: said or "float32")
     assert {part.family for part in found} >= set(registry.TASKS) - {"few_shot"}
+
+
+def test_a_study_of_methods_has_whole_comparisons_whenever_it_is_stopped() -> None:
+    (part,) = study_file.parts(study_file.read("which-stick-breaking"), lambda said: said or "float32")
+    cells = length_gen.cells(part.config)
+    # every method with one seed comes before any with the next
+    assert [cell.config.seeds for cell in cells] == [(seed,) for seed in (0, 1, 2) for _ in range(11)]
+    assert len({cell.config.attention for cell in cells}) == 11
+    training = cells[0].training()
+    assert (part.config.size, training.tokens, part.config.max_epochs) == ("25m", 800 * 131072, 4)
 
 
 def test_the_study_of_the_readme_can_be_read(tmp_path: Path) -> None:
@@ -49,6 +64,54 @@ def test_a_section_without_options_is_the_preset(tmp_path: Path) -> None:
     found = parts("mqrar:\nflip_flop: {preset: small}\nattention_map: {}\n", tmp_path=tmp_path)
     assert list(found) == ["mqrar", "flip_flop", "attention_map"]
     assert found["mqrar"].config == mqrar.PRESETS["quick"] and found["flip_flop"].preset == "small"
+
+
+def test_a_section_may_hold_several_sweeps(tmp_path: Path) -> None:
+    text = """
+        models: {preset: h200, attention: [alibi, rope], train_len: 1024}
+        length_gen: [{eval_len: 8192, lr: 1e-3}, {lr: 2e-3, optimizer: muon}, {eval_len: 8192, lr: 1e-3}]
+    """
+    part = parts(text, tmp_path=tmp_path)["length_gen"]
+    assert [(config.lr, config.optimizer, config.eval_len) for config in part.configs] == [
+        (1e-3, "adamw", 8192),
+        (2e-3, "muon", 16384),
+        (1e-3, "adamw", 8192),
+    ]
+    # in this order, and a sweep that is there twice has its cells once
+    assert [(cell.config.lr, cell.attention) for cell in study.cells(part)] == [  # type: ignore[attr-defined]
+        (1e-3, "alibi"),
+        (1e-3, "rope"),
+        (2e-3, "alibi"),
+        (2e-3, "rope"),
+    ]
+    # a change is of every sweep
+    part = parts(text, "length_gen.eval_len=4096", "models.train_len=2048", tmp_path=tmp_path)["length_gen"]
+    assert {(config.eval_len, config.train_len) for config in part.configs} == {(4096, 2048)}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("length_gen: []", "length_gen is an empty list: give a sweep, or leave the section out"),
+        ("length_gen: [3]", "length_gen.0. must hold names with values"),
+        ("length_gen: [{lr: 1e-3, lr: 2e-3}]", "duplicate key 'lr'"),
+        ("length_gen: [{}, {larning_rate: 3}]", "unknown option of length_gen 'larning_rate'"),
+        ("length_gen: [{preset: quick}, {preset: h200}]", "start from different presets .quick, h200.: give one"),
+    ],
+)
+def test_sweeps_that_cannot_be(section: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        parts(section, tmp_path=tmp_path)
+
+
+def test_further_seeds_of_each_sweep_follow_its_own_results() -> None:
+    quick = mqrar.PRESETS["quick"]
+    sweep = dataclasses.replace(quick, lrs=(1e-3, 2e-3), seeds=(0, 1), attention=("rope",))
+    part = study_file.Part(
+        family="mqrar", preset="quick", config=sweep, others=(dataclasses.replace(sweep, kv_pairs=(4,)), sweep)
+    )
+    assert len(study.cells(part)) == 4
+    assert [cell.config.kv_pairs for cell in study.further(part, None)] == [(8,), (4,)]  # type: ignore[attr-defined]
 
 
 def test_families_of_text_models_share_what_models_says(tmp_path: Path) -> None:
@@ -68,6 +131,26 @@ def test_families_of_text_models_share_what_models_says(tmp_path: Path) -> None:
     assert (asked.samples, asked.eval_len) == (needle.PRESETS["quick"].samples, 1024)
     assert (benchmarks.suites, benchmarks.eval_len) == (few_shot.PRESETS["h200"].suites, 4096)
     assert benchmarks.attention == ("nope",) and found["mqrar"].config.attention == mqrar.Config().attention
+
+
+def test_options_of_a_section_imply_what_those_of_the_command_do(tmp_path: Path) -> None:
+    text = """
+        needle: {train_len: 512, train_tokens: 4096}
+        few_shot: {train_len: 512, tasks: [copa]}
+    """
+    found = parts(text, tmp_path=tmp_path)
+    asked, benchmarks = found["needle"].config, found["few_shot"].config
+    assert (asked.eval_len, asked.max_epochs) == (512, None)
+    assert (benchmarks.eval_len, benchmarks.tasks, benchmarks.suites) == (512, ("copa",), ())
+    assert benchmarks.max_epochs == few_shot.PRESETS["quick"].max_epochs
+    for family, options in (("needle", {"train_len": 512, "train_tokens": 4096}), ("few_shot", {"tasks": ("copa",)})):
+        completed = registry.task(family).completed(dict(options))
+        assert all(getattr(found[family].config, name) == value for name, value in completed.items())
+    # what is given is not replaced
+    both = parts("few_shot: {train_len: 512, eval_len: 1024}", tmp_path=tmp_path)["few_shot"].config
+    assert both.eval_len == 1024
+    with pytest.raises(InputError, match="attention_map: --layers: a --checkpoint decides that already"):
+        parts("attention_map: {checkpoint: [there], layers: 2}", tmp_path=tmp_path)
 
 
 def test_a_study_of_a_preset_names_its_cells_as_the_familys_command_does(tmp_path: Path) -> None:
@@ -107,7 +190,7 @@ def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None
         ("mqrar: {steps: 1.5}", "mqrar.steps must be an integer; got '1.5'"),
         ("mqrar: {steps: }", "mqrar.steps must be an integer; got ''"),
         ("mqrar: {filler: [a]}", r"mqrar.filler must be text; got \['a'\]"),
-        ("mqrar: [steps]", r"mqrar must hold names with values, such as {samples: 20}; got \['steps'\]"),
+        ("mqrar: [steps]", r"mqrar\[0\] must hold names with values, such as {samples: 20}; got 'steps'"),
         ("mqrar: {seeds: []}", "mqrar: seeds is empty: give one or more"),
         ("mqrar: {seeds: [-1]}", r"mqrar: a seed \(--seed\) must be 0 to 2147483647; got -1"),
         ("needle: {samples: 0}", "needle: needle needs a length, 1 sample or more"),
@@ -127,9 +210,7 @@ def test_mistakes_are_one_line(text: str, said: str, tmp_path: Path) -> None:
 
 
 def test_a_study_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError, match="unknown study 'quik'; did you mean 'quick'. known: h200, paper, quick, or the path"
-    ):
+    with pytest.raises(InputError, match="unknown study 'quik'; did you mean 'quick'. known: h200, .*, or the path"):
         study_file.read("quik")
     with pytest.raises(InputError, match="cannot read .*: .*directory"):
         study_file.read(str(tmp_path))

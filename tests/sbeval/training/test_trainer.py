@@ -85,9 +85,10 @@ class Untouched:
 
 def trainer(
     folder: Path | None = None, batches: Batches | None = None, model: ModelConfig = MODEL,
-    held_out: Batch | None = None, **changes: Any,
+    held_out: Batch | None = None, after: Path | None = None, trunk: bool = False, **changes: Any,
 ) -> Trainer:  # fmt: skip
-    return Trainer(model, TrainConfig(**(RUN | changes)), batches or Data(), folder, CPU, held_out=held_out)
+    config = TrainConfig(**(RUN | changes))
+    return Trainer(model, config, batches or Data(), folder, CPU, held_out=held_out, after=after, trunk=trunk)
 
 
 def run(ready: Trainer, **options: Any) -> Trained:
@@ -128,7 +129,7 @@ def schedule(name: str, **changes: Any) -> Callable[[int], float]:
     return functools.partial(learning_rate, TrainConfig(**(fields | changes)))
 
 
-@pytest.mark.parametrize("name", ["cosine", "power", "constant"])
+@pytest.mark.parametrize("name", ["cosine", "power", "constant", "wsd"])
 def test_warm_up_rises_evenly_to_the_peak(name: str) -> None:
     rate = schedule(name)
     assert [rate(step) for step in range(10)] == pytest.approx([0.05 * (step + 1) for step in range(10)])
@@ -147,6 +148,20 @@ def test_cosine() -> None:
 
 def test_constant() -> None:
     assert {schedule("constant")(step) for step in range(9, 100)} == {0.5}
+
+
+def test_constant_then_linear_to_zero() -> None:
+    rate = schedule("wsd", decay=0.25)
+    assert {rate(step) for step in range(9, 76)} == {0.5}
+    assert [rate(step) for step in range(75, 101)] == pytest.approx(
+        [0.5 * (100 - step) / 25 for step in range(75, 101)]
+    )
+    # trainings of other lengths share what is before their decay
+    longer = schedule("wsd", steps=200, decay=0.25)
+    assert [longer(step) for step in range(75)] == [rate(step) for step in range(75)]
+    steps = range(1, 200)
+    trunks = [TrainConfig(**(RUN | {"steps": count, "schedule": "wsd", "decay": 1 / 6})).trunk_steps for count in steps]
+    assert trunks == [count - round(count / 6) for count in steps]
 
 
 def test_power() -> None:
@@ -336,6 +351,51 @@ def test_looks_are_at_multiples_of_either() -> None:
     logged: list[int] = []
     run(trainer(log_every=5, check_every=4), stop=score, log=lambda step, _: logged.append(step))
     assert logged == [4, 5, 8, 10, 12, 15, 16, 18]
+
+
+# trainings that share a trunk
+
+
+TRUNK: dict[str, Any] = {"schedule": "wsd", "decay": 1 / 3, "check_every": 0}
+
+
+def branched(folder: Path, **changes: Any) -> Trained:
+    """Train 6 steps, 6 more from there, and then the 6 of the decay of a training of 18."""
+    plain = TRUNK | changes | {"schedule": "constant"}
+    run(trainer(folder / "6", steps=6, trunk=True, **plain))
+    run(trainer(folder / "12", Calls(5, pytest.fail), steps=12, trunk=True, after=folder / "6", **plain))
+    return run(trainer(folder / "18", Calls(11, pytest.fail), after=folder / "12", **(TRUNK | changes)))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_branch_is_the_training_straight_through(optimizer: str, dropout: float, tmp_path: Path) -> None:
+    model = dataclasses.replace(MODEL, dropout=dropout)
+    found = branched(tmp_path, model=model, optimizer=optimizer)
+    assert_same_bits(found, run(trainer(model=model, optimizer=optimizer, **TRUNK)))
+    # another branch of the same trunk, of 9 steps, decays sooner
+    short = run(trainer(after=tmp_path / "6", model=model, optimizer=optimizer, **(TRUNK | {"steps": 9})))
+    assert_same_bits(short, run(trainer(model=model, optimizer=optimizer, **(TRUNK | {"steps": 9}))))
+    # what others continue from keeps the state of its optimizer, and what is evaluated does not
+    kept = {folder.name for folder in tmp_path.iterdir() if (folder / "optimizer.safetensors").exists()}
+    assert kept == {"6", "12"}
+
+
+@pytest.mark.parametrize("at", [3, 8, 14])
+def test_trunks_and_branches_that_are_interrupted_go_on(at: int, tmp_path: Path) -> None:
+    plain = TRUNK | {"schedule": "constant", "trunk": True}
+    parts: list[dict[str, Any]] = [
+        {"folder": tmp_path / "6", "steps": 6, **plain},
+        {"folder": tmp_path / "12", "steps": 12, "after": tmp_path / "6", **plain},
+        {"folder": tmp_path / "18", "after": tmp_path / "12", **TRUNK},
+    ]
+    for part in parts[: at // 6]:
+        run(trainer(**part))
+    with pytest.raises(KeyboardInterrupt):
+        run(trainer(batches=Calls(at, interrupt), **parts[at // 6]))
+    for part in parts:
+        found = run(trainer(batches=Calls(at, pytest.fail), **part))
+    assert_same_bits(found, run(trainer(**TRUNK)))
 
 
 # held-out text

@@ -1,4 +1,4 @@
-"""Toy method: causal softmax attention with a temperature.
+"""Causal softmax attention with a temperature.
 
     o_i = sum_{j <= i} a_ij v_j        a_ij = softmax_j(scale * q_i . k_j / temperature)
 

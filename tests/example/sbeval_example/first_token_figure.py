@@ -1,4 +1,4 @@
-"""Toy figure: accuracy of the toy task by length."""
+"""Accuracy of the task by length."""
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -8,7 +8,7 @@ from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import statistics
 
-TABLE = "toy"
+TABLE = "first_token"
 COLUMNS = ("attention", "options", "seed", "value", "stderr", "model", "seq_len")
 
 
@@ -32,4 +32,6 @@ def chart(table: pd.DataFrame) -> Chart:
     lines = charts.lines(table, style.looks(table), by="seq_len", share=True)
     groups = [Group("", [Lines(title="", x="tokens", y="accuracy", lines=lines)])]
     note = statistics.explain(charts.spreads(groups), "bands", "rows")
-    return Chart("Toy", "Accuracy (1 is all) of repeating the first token, by length. Higher is better.", groups, note)
+    return Chart(
+        "First token", "Accuracy (1 is all) of repeating the first token, by length. Higher is better.", groups, note
+    )

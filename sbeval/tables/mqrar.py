@@ -1,0 +1,91 @@
+"""The table of multi-query repeated associative recall: its columns, and as it is printed in the terminal."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sbeval.config import LATER
+from sbeval.tables.rows import Measurement, column
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row(Measurement):
+    """Factors: sizes of the task and the model; `split` is `all`, `fresh`, `stale`, or empty for the finer ones by
+    number of stale values or by distance (distance_start <= d < distance_end, in positions).
+
+    `status` of the row of metric `solved` is how training ended: `solved`, `plateau`, `budget` (out of steps),
+    `diverged` (a loss that is not finite) or `failed`. The last two have no accuracy; their run file has the reason.
+    """
+
+    kv_pairs: int = column("{} key-value pairs")
+    seq_len: int = column("sequences of {} tokens")
+    vocab_size: int = column("vocabulary of {}")
+    width: int = column("width {}")
+    layers: int = column("{} layers")
+    heads: int = column("{} heads")
+    lr: float
+    split: str = ""
+    stale_values: int | None = None
+    distance_start: int | None = None
+    distance_end: int | None = None
+    slot_power: float | None = column("slot law {}", LATER, default=None)
+    filler: str | None = column("filler: {}", LATER, default=None)
+    distinct: str | None = column("distinct {}", LATER, default=None)
+    key_pool: int | None = column("{:.0f} keys", LATER, default=None)
+    n_back: int | None = column("{:g}-th last value", LATER, default=None)
+    score_prefix: str | None = column("prefix scored: {}", LATER, default=None)
+    positions: str | None = column("positions: {}", LATER, default=None)
+    dropout: float | None = column("dropout {}", LATER, default=None)
+    stored_rows: int | None = column("{:.0f} stored rows", LATER, default=None)
+    batch: int | None = column("batch {:.0f}", LATER, default=None)
+    max_steps: int | None = column("{:.0f} steps at most", LATER, default=None)
+    optimizer: str | None = column("trained with {}", LATER, default=None)
+    schedule: str | None = column("{} schedule", LATER, default=None)
+    weight_decay: float | None = column("weight decay {}", LATER, default=None)
+    init_std: float | None = column("weights from N(0, {}²)", LATER, default=None)
+    stop_accuracy: float | None = column("stopped at {}", LATER, default=None)
+    patience: int | None = column("patience {:.0f}", LATER, default=None)
+    status: str | None = field(default=None, metadata=LATER)
+
+
+# below the table where a cell was not solved: plateaus have ended after 10,000 steps
+UNDECIDED = (
+    "budget, plateau: not solved in these steps, which does not show that the method cannot. More --steps with "
+    "--patience 0, and other rates (--lr), would decide."
+)
+
+
+def summary(results: "pd.DataFrame") -> "Table":
+    """Return the table for the terminal: accuracy by method, pairs and rate, with lowest and highest seed."""
+    from rich.table import Table
+
+    # terminals are narrow: width and n-back only where they vary
+    factors = {"kv_pairs": "pairs", "lr": "lr"}
+    factors |= {name: name.replace("_", "-") for name in ("n_back", "width") if results[name].nunique() > 1}
+    table = Table(title="MQRAR accuracy (mean over seeds, lowest to highest)")
+    for name in ("attention", *factors.values(), "seeds", "valid.", "all", "fresh", "stale", "ended"):
+        table.add_column(name, justify="left" if name in ("attention", "ended") else "right")
+    for (attention, options, *values), group in results.groupby(["attention", "options", *factors]):
+        validation = group[group["metric"] == "validation_accuracy"]["value"]
+        accuracy = {split: rows["value"] for split, rows in group[group["metric"] == "accuracy"].groupby("split")}
+        ended = group[group["metric"] == "solved"]["status"].value_counts()
+        table.add_row(
+            f"{attention}:{options}" if options else f"{attention}",
+            *(f"{value:g}" for value in values),
+            f"{len(validation)}",
+            f"{validation.mean():.3f}" if len(validation) else "",
+            _span(accuracy["all"]) if accuracy else "",
+            *(f"{accuracy[split].mean():.3f}" if split in accuracy else "" for split in ("fresh", "stale")),
+            ", ".join(f"{count} {how}" for how, count in ended.items()),
+        )
+    if results["status"].isin(["budget", "plateau"]).any():
+        table.caption = UNDECIDED
+    return table
+
+
+def _span(values: "pd.Series[float]") -> str:
+    several = f" ({values.min():.3f} to {values.max():.3f})" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{several}"
