@@ -120,8 +120,8 @@ def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
     return Benchmark(name=name, tasks=loaded["tasks"], groups=loaded.get("groups", {}), shots=max(used), digest=digest)
 
 
-def hub_text(spec: str, vocab_size: int, trust_remote_code: bool = False) -> HubText:
-    """Return the tokenizer of a Hugging Face folder or name, whose model knows `vocab_size` tokens."""
+def hub_text(spec: str, vocab_size: int | None = None, trust_remote_code: bool = False) -> HubText:
+    """Return the tokenizer of a Hugging Face folder or name, whose model has `vocab_size` tokens, if known."""
     try:
         return HubText(AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code), vocab_size)
     except InputError:

@@ -29,7 +29,6 @@ from sbeval.evaluation.ruler_prompts import Prompt
 from sbeval.evaluation.ruler_scores import Answered, evaluate
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
-from sbeval.runtime import oom
 from sbeval.runtime.progress import Progress
 from sbeval.tables import table
 from sbeval.tasks import drawn
@@ -128,7 +127,7 @@ def test_evaluation_goes_on_with_fewer_windows(
     def measured() -> tuple[Any, Any]:
         how: dict[str, Any] = {"place": CPU, "dtype": "float32", "batch": 8}
         losses = perplexity.measure(model, windows, np.ones_like, **how)
-        return losses.losses, perplexity.rolling(model, documents, [""] * 4, window=10, prefix=0, **how).losses
+        return losses.losses, perplexity.rolling(model, documents, [""] * 4, window=10, prefix=[0], **how).losses
 
     whole = measured()
     assert capsys.readouterr().out == ""
@@ -267,19 +266,6 @@ def test_validation_on_generated_examples_goes_on_with_fewer_rows(
     fits(monkeypatch, 100)
     assert torch.equal(drawn.predict(model, examples, "float32"), whole) and model.training
     assert capsys.readouterr().out.count("out of memory") == 2
-
-
-def test_parts_are_all_items_once() -> None:
-    for limit in (1, 2, 3, 7, 100):
-        taken: list[int] = []
-
-        def work(part: Sequence[int], limit: int = limit, taken: list[int] = taken) -> None:
-            if len(part) > limit:
-                raise torch.OutOfMemoryError
-            taken.extend(part)
-
-        assert oom.in_parts(range(23), 16, work, lambda _: None) == {1: 1, 2: 2, 3: 2, 7: 4, 100: 16}[limit]
-        assert taken == list(range(23))
 
 
 def command(*arguments: object) -> tuple[object, str]:

@@ -1,12 +1,13 @@
-"""Errors of the outside become one line that names what was read."""
+"""Errors of the user's, and of the outside, are one line that names what was given or read, and what is allowed."""
 
 import errno
 import lzma
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from sbeval.errors import SHOWN, InputError, choose, reading, reason, shown, spelled
+from sbeval.errors import SEEDS, SHOWN, InputError, check_swept, choose, first_line, reading, reason, shown, spelled
 
 RAISED = (
     (OSError(errno.EIO, "Input/output error"), "Input/output error"),
@@ -47,3 +48,27 @@ def test_long_words_are_cut() -> None:
 
 def test_names_that_are_not_utf8_are_text() -> None:
     assert spelled(b"caf\xe9".decode(errors="surrogateescape")) == "caf\\xe9" and spelled("caf\xe9") == "caf\xe9"
+
+
+def test_the_nearest_name_is_offered() -> None:
+    assert choose("fruit", "pear", ("apple", "pear")) == "pear"
+    with pytest.raises(InputError, match=r"^unknown fruit 'paer'; did you mean 'pear'\? known: apple, pear$"):
+        choose("fruit", "paer", ("pear", "apple"))
+    with pytest.raises(InputError, match=r"^unknown fruit 'xyz'; known: apple$"):
+        choose("fruit", "xyz", ("apple",))
+    # as the command line spells it
+    with pytest.raises(InputError, match="did you mean 'flip_flop'"):
+        choose("task", "flip-flop", ("flip_flop", "mqrar"))
+
+
+def test_swept_options_have_a_value_and_seeds_are_in_range() -> None:
+    check_swept(SimpleNamespace(lrs=(1.0,), seeds=(0, SEEDS[-1])), "lrs", "seeds")
+    with pytest.raises(InputError, match="lrs is empty: give one or more"):
+        check_swept(SimpleNamespace(lrs=()), "lrs")
+    for seed in (-1, 1 << 31):
+        with pytest.raises(InputError, match=rf"a seed \(--seed\) must be 0 to 2147483647; got {seed}"):
+            check_swept(SimpleNamespace(seeds=(0, seed)))
+
+
+def test_the_first_line_of_an_error_is_never_empty() -> None:
+    assert first_line(ValueError("\none\ntwo")) == "one" and first_line(KeyboardInterrupt()) == "KeyboardInterrupt"

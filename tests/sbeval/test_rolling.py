@@ -70,9 +70,15 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 def rolled(window: int, batch: int) -> perplexity.Rolling:
     tokenizer = Bytes()
     return perplexity.rolling(
-        build(), [tokenizer.encode(text) for text in TEXTS], TEXTS, window=window, prefix=EOS, place=CPU,
-        dtype="float32", batch=batch,
-    )  # fmt: skip
+        build(),
+        [tokenizer.encode(text) for text in TEXTS],
+        TEXTS,
+        window=window,
+        prefix=[EOS],
+        place=CPU,
+        dtype="float32",
+        batch=batch,
+    )
 
 
 @pytest.mark.parametrize(("window", "batch"), [(8, 1), (16, 5), (7, 3), (512, 2)])
@@ -109,10 +115,10 @@ def test_wikitext_is_lm_evals(tmp_path: Path) -> None:
     """Loss of the page without the spaces of its tokenization, for each word and byte of the page with them."""
     path = tmp_path / "pages.jsonl"
     path.write_text("".join(json.dumps({"text": page}) + "\n" for page in PAGES))
-    text = evaluation_text.read(f"wikitext:{path}", "text", Bytes())
+    text = evaluation_text.read(f"wikitext:{path}", "text", Bytes(), [EOS])
     found = perplexity.rolling(
         build(), text.tokens, text.counted, window=16, prefix=text.eos, place=CPU, dtype="float32"
-    )  # fmt: skip
+    )
     harness, weighted = Harness(build(), 16), []
     for index, page in enumerate(PAGES):
         request = Instance("loglikelihood_rolling", {}, (wikitext_detokenizer({"page": page}),), index)

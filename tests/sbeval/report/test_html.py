@@ -309,10 +309,10 @@ def test_a_line_its_table_and_its_words_hold_the_numbers_of_the_rows(results: Pa
     chart = registry.figure("length_gen").chart(table)
     (panel,) = chart.groups[0].panels
     rope = next(trace for trace in panel.plotly()["data"] if trace["meta"] == "RoPE")
-    assert rope["x"] == [256, 512, 1024, 2048] and rope["y"] == [40.5, 41, 42, 44]
+    assert rope["x"] == [256, 512, 1024, 2048] and rope["y"] == pytest.approx([40.5, 41, 42, 44])
     assert "RoPE 40.5 at 256 to 44 at 2048" in panel.words()
     rows = panel.rows()
-    assert rows[rows["method"] == "RoPE"]["perplexity (per token)"].tolist() == [40.5, 41, 42, 44]
+    assert rows[rows["method"] == "RoPE"]["perplexity (per token)"].tolist() == pytest.approx([40.5, 41, 42, 44])
 
 
 def test_models_that_overfit_are_named_and_decide_nothing(text: str, tmp_path: Path) -> None:

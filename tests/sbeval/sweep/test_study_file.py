@@ -40,7 +40,7 @@ def test_studies_of_the_package_have_cells(name: str) -> None:
 @pytest.mark.parametrize("name", ["quick", "h200", "paper"])
 def test_studies_named_as_presets_have_every_family(name: str) -> None:
     found = study_file.parts(study_file.read(name), lambda said: said or "float32")
-    assert {part.family for part in found} >= set(registry.TASKS) - {"few_shot"}
+    assert {part.family for part in found} >= set(registry.TASKS) - {"diagnostics", "few_shot"}
 
 
 def test_a_study_of_methods_has_whole_comparisons_whenever_it_is_stopped() -> None:
@@ -210,7 +210,9 @@ def test_mistakes_are_one_line(text: str, said: str, tmp_path: Path) -> None:
 
 
 def test_a_study_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="unknown study 'quik'; did you mean 'quick'. known: h200, .*, or the path"):
+    with pytest.raises(
+        InputError, match="unknown study 'quik'; did you mean 'quick'. known: .*, h200, .*, or the path"
+    ):
         study_file.read("quik")
     with pytest.raises(InputError, match="cannot read .*: .*directory"):
         study_file.read(str(tmp_path))
