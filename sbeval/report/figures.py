@@ -10,7 +10,7 @@ import pandas as pd
 from sbeval import registry
 from sbeval.errors import InputError, choose
 from sbeval.report import html
-from sbeval.runtime.files import prepare, replacing
+from sbeval.runtime.files import prepare, remove_left, replacing
 from sbeval.tables import check
 from sbeval.tables.results import Results
 from sbeval.tables.table import read
@@ -39,6 +39,7 @@ def draw_figures(
     chosen = [choose("format", name, (*FORMATS, "html")) for name in formats]
     modules = {name: registry.figure(name) for name in names or registry.FIGURES}
     folder = prepare(out_dir or Results(results_dir).figures)
+    remove_left(folder)
     files = []
     tables = dict.fromkeys(Results(results_dir).table(module.TABLE) for module in modules.values())
     for line in check.notes(path for path in tables if path.exists()):

@@ -18,7 +18,7 @@ from sbeval.plots.chart import SYMBOLS, Chart, Group, Panel, plain, readable
 from sbeval.report import maturity, page
 from sbeval.report.claims import CLAIMS
 from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Evidence, Finding, findings
-from sbeval.runtime.files import prepare, replacing
+from sbeval.runtime.files import prepare, remove_left, replacing
 from sbeval.tables import check, values
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Measurement
@@ -40,7 +40,7 @@ def write(results_dir: Path, out: Path | None = None, say: Callable[[str], None]
     """
     out = out or results_dir / "report.html"
     text = build(results_dir, say)
-    prepare(out.parent)
+    remove_left(prepare(out.parent))
     with replacing(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return out
