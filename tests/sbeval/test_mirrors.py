@@ -11,7 +11,6 @@ WITHOUT = {
     "sbeval/sweep/family.py": "an interface: tests/sbeval/test_registry.py",
     "sbeval/tables/power_options.py": "options of a command: tests/sbeval/tables/test_power.py",
     "sbeval/tables/published.py": "constants",
-    "sbeval/tables/power_options.py": "options of: tests/sbeval/tables/test_power.py",
     "sbeval/report/claims.py": "a table of claims: tests/sbeval/report/test_judge.py",
     "sbeval/report/page.py": "part of a report: tests/sbeval/report/test_html.py",
     "sbeval/tables/columns.py": "words: tests/sbeval/cli/test_columns.py",
