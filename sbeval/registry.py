@@ -52,6 +52,7 @@ FIGURES = {
     "mqrar_splits": "sbeval.plots.mqrar_splits",
     "needle": "sbeval.plots.needle",
     "needle_depth": "sbeval.plots.needle_depth",
+    "rates": "sbeval.plots.rates",
     "skipping": "sbeval.plots.skipping",
     "tokens": "sbeval.plots.tokens",
 }

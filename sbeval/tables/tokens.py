@@ -98,7 +98,8 @@ def ladders(table: pd.DataFrame) -> list[Ladder]:
     setting = [name for name in (*LENGTH_GEN.columns, *RECIPE) if name != "train_tokens" and name in rows]
     found = []
     for key, group in rows.groupby(setting, dropna=False):
-        losses = np.log(group.pivot_table("value", ["attention", "options", "seed"], "train_tokens").astype(float))
+        counts = group.pivot_table("value", ["attention", "options", "seed"], "train_tokens")
+        losses = counts.astype(float).map(math.log, na_action="ignore")
         named = dict(zip(setting, key, strict=True))
         title = ", ".join(
             LABELS.get(name, f"{name.replace('_', ' ')} {{}}").format(named[name])
@@ -187,7 +188,7 @@ def render(table: pd.DataFrame, format: str = "terminal") -> Terminal | str:
     if format == "csv":
         return rows.to_csv(index=False).rstrip("\n")
     if format == "markdown":
-        lines = [list(rows), ["---"] * len(rows.columns), *rows.to_numpy().tolist()]
+        lines: list[list[str]] = [list(rows), ["---"] * len(rows.columns), *rows.to_numpy().tolist()]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     shown = Terminal(title="Loss minus RoPE's by training tokens D (nats per token): limit + amplitude D^-exponent")
     for name in rows:
