@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from sbeval.errors import InputError
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group
-from sbeval.tables import statistics
+from sbeval.tables import intervals
 from sbeval.tables.selection import ATTENTION_MAP
 from sbeval.tables.table import numbers
 
@@ -88,7 +88,7 @@ def models(table: pd.DataFrame) -> list[Model]:
     drawn = []
     for _, setting in table.groupby(ATTENTION_MAP):
         for method, look in looks.items():
-            for name, rows in statistics.method(setting, method).groupby("model"):
+            for name, rows in intervals.method(setting, method).groupby("model"):
                 rows = rows[rows["seed"] == rows["seed"].min()]
                 for _, cell in rows.groupby("cell"):
                     drawn.append(_model(cell, look.label, str(name)))

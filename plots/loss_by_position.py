@@ -15,6 +15,7 @@ from sbeval.plots import length_gen
 from sbeval.plots.chart import Chart
 from sbeval.plots.length_gen import TABLE
 from sbeval.tables.selection import LENGTH_GEN, length_gen_setting
+from sbeval.tables.statistics import Scale
 from sbeval.tables.table import numbers
 
 FACTORS = ("position_start", "position_end")
@@ -25,6 +26,7 @@ FIRST_SHOWN = 1 / 16
 SCALE = length_gen.Scale(
     "position in the document (tokens)",
     "loss (nats per token)",
+    Scale.LINEAR,
     lambda *_: False,
     lambda best: best + math.log(length_gen.SHOWN),
 )

@@ -12,7 +12,7 @@ from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import statistics
+from sbeval.tables import intervals
 from sbeval.tables.selection import LENGTH_GEN, RECIPE
 from sbeval.tables.statistics import Method
 
@@ -37,7 +37,7 @@ def draw(table: pd.DataFrame) -> Figure:
         style.title(axis, title)
         style.label(axis, X, Y)
         for method, look in looks.items():
-            _line(axis, statistics.method(rows, method), look)
+            _line(axis, intervals.method(rows, method), look)
         axis.set_xscale("log")
         rates = sorted(rows["lr"].unique())
         axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
@@ -52,7 +52,7 @@ def chart(table: pd.DataFrame) -> Chart:
     looks = style.looks(pd.concat([rows for _, rows in panels]))
     groups = []
     for title, rows in panels:
-        means: dict[Method, pd.Series[float]] = {of: _means(statistics.method(rows, of)) for of in looks}
+        means: dict[Method, pd.Series[float]] = {of: _means(intervals.method(rows, of)) for of in looks}
         lines = charts.bare(means, looks)
         groups.append(Group(title, [Lines(title="", x=X, y=Y, lines=lines)]))
     sentence = (

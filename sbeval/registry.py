@@ -33,6 +33,7 @@ ATTENTION = {
 }
 TASKS = {
     "attention_map": "sbeval.tasks.attention_map",
+    "diagnostics": "sbeval.tasks.diagnostics",
     "few_shot": "sbeval.tasks.few_shot",
     "flip_flop": "sbeval.tasks.flip_flop",
     "length_gen": "sbeval.tasks.length_gen",
@@ -41,6 +42,7 @@ TASKS = {
 }
 FIGURES = {
     "attention_map": "sbeval.plots.attention_map",
+    "diagnostics": "sbeval.plots.diagnostics",
     "few_shot": "sbeval.plots.few_shot",
     "flip_flop": "sbeval.plots.flip_flop",
     "kernel": "sbeval.plots.kernel",
@@ -91,6 +93,8 @@ class Method(Protocol):
 
         cache: in generation the `sbeval.models.kv_cache.Layer` to which the mixer adds what later tokens need; q, k, v
         and x are then of the new tokens alone: packed prompts, or one token for each row.
+
+        Where outputs depend on the length of a row, padding on its right included, its attribute `by_length` is true.
         """
 
     def backend_name(self, device_type: str) -> str:

@@ -60,7 +60,8 @@ def train(
         return status(state.scores) != "budget"
 
     task = progress.add(f"train {cell.title}", total=training.steps, completed=trainer.state.step)
-    trained = trainer.run(task, stop=stop, log=context.logger(cell_id(cell)))
+    with context.logger(cell_id(cell)) as log:
+        trained = trainer.run(task, stop=stop, log=log)
     task.close()
     return trained
 

@@ -27,6 +27,7 @@ from sbeval.tables.rows import Measurement
 from sbeval.tasks import length_gen
 from sbeval.tasks.text_cell import TextCell, outcome
 from sbeval.tasks.text_training import cautions, models, open_tokenizer
+from sbeval.training.text_model import LM_EVAL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -220,8 +221,14 @@ class Cell(TextCell):
                 batch_tokens=BATCH_TOKENS[context.device.type],
                 answers=answers,
                 begin=functools.partial(progress.add, f"evaluate {self.title}"),
+                bos_twice=config.bos == LM_EVAL,
             )
             scores, items = _lm_eval().scores(benchmark, adapter, config.limit)
+        if adapter.apart:
+            progress.say(
+                f"{self.title}: {adapter.apart} continuations are encoded apart from their contexts, since the "
+                "tokenizer has one token for the end of both"
+            )
         return outcome(
             subject,
             [self._row(score, benchmark, adapter.cut) for score in scores],
@@ -232,7 +239,12 @@ class Cell(TextCell):
             corpus=self.origin(progress)[0],
             corpus_digest=self.source(progress),
             tokenizer=config.tokenizer,
-            measured={"lm_eval": _lm_eval().version(), "requests_cut": adapter.cut, "model_digest": digest},
+            measured={
+                "lm_eval": _lm_eval().version(),
+                "requests_cut": adapter.cut,
+                "requests_encoded_apart": adapter.apart,
+                "model_digest": digest,
+            },
             values=items,
         )
 
@@ -328,7 +340,7 @@ def _lm_eval() -> Any:
 
 
 def summary(results: "pd.DataFrame") -> "Table":
-    """Return the table for the terminal: models by benchmarks, with their average."""
+    """Return the table for the terminal: models by benchmarks, with the mean of those above chance."""
     from sbeval.tables import few_shot
 
     table = few_shot.terminal(few_shot.table(results))

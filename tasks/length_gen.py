@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sbeval.config import DATA, EVALUATION, LATER, option
-from sbeval.errors import InputError
+from sbeval.errors import InputError, choose
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.family import Family
 from sbeval.tables import epochs
@@ -31,7 +31,7 @@ from sbeval.tasks.length_gen_losses import Evaluation, long_windows, whole_texts
 from sbeval.tasks.length_gen_rows import Row, joined
 from sbeval.tasks.text_cell import Subject, TextCell, outcome
 from sbeval.tasks.text_training import cautions, models, open_corpus
-from sbeval.training.text_model import EvaluatedModel, uncut
+from sbeval.training.text_model import BOS, LM_EVAL, EvaluatedModel, uncut
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,9 +67,17 @@ class Config(EvaluatedModel):
         LATER,
     )
 
+    bos: str = option(
+        "once",
+        EVALUATION,
+        f"BOS before a whole document: once, or {LM_EVAL}, twice where a tokenizer adds one itself.",
+        LATER,
+    )
+
     def __post_init__(self) -> None:
         # zero-argument super does not work in a class with slots
         EvaluatedModel.__post_init__(self)
+        choose("bos", self.bos, BOS)
         for name in ("documents", "windows"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")

@@ -3,9 +3,14 @@
 The numbers are those of lm-eval's own `HFLM` in float32 (a test compares them), with less memory:
 
 - Rows are padded on the right, after all scored positions, and sorted by length: batching changes no number beyond
-  rounding. The head runs at scored positions alone, in float32 and in chunks: no (B, T, vocabulary) tensor.
+  rounding. Models whose numbers depend on a row's length, padding included, get rows of one length. The head runs at
+  scored positions alone, in float32 and in chunks: no (B, T, vocabulary) tensor.
 - Inputs longer than `length` lose their beginning, as in lm-eval; `cut` counts them. A continuation that is longer by
-  itself is an error. Whole documents are scored in lm-eval's disjoint windows of `length` tokens.
+  itself is an error. Whole documents are scored in lm-eval's disjoint windows of `length` tokens, after one BOS: HFLM
+  0.4.13 has two where a tokenizer adds one, and scores the second (`bos_twice`).
+- Where one token spans the end of a context and its whole continuation, lm-eval stops at an assertion. As its
+  maintainers advise (https://github.com/EleutherAI/lm-evaluation-harness/issues/1053), the two are encoded apart, which
+  `apart` counts.
 - Equal inputs of all tasks are run once, and every response is stored at once (`sbeval.evaluation.response_cache`).
 
 Nothing is registered with lm-eval: its registry fills itself only while it is empty, and would lack its own models.
@@ -84,13 +89,15 @@ class HubText:
             raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no eos token, which must end a text")
         self.tokenizer, self.eos = tokenizer, int(tokenizer.eos_token_id)
         self.prefix = self.eos if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+        self._after = _after(tokenizer)
 
     def encode(self, text: str, special: bool | None) -> list[int]:
         if special is None:
             # no second BOS for a prompt that begins with one
             special = not text.startswith(self.spelling(self.prefix))
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
-        return tokens
+        # a context has not ended, and what ends a continuation is not scored
+        return tokens[: -len(self._after)] if special and self._after else tokens
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -99,9 +106,17 @@ class HubText:
         return str(self.tokenizer.decode([token]))
 
 
+def _after(tokenizer: Any) -> list[int]:
+    """Return the special tokens that a tokenizer puts after a text."""
+    plain, whole = (tokenizer.encode("a", add_special_tokens=special) for special in (False, True))
+    starts = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
+    return list(whole[next(starts, len(whole)) + len(plain) :])
+
+
 class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
     """See the module. length: maximum input tokens of the model. batch_tokens: tokens of a forward pass, padding
-    included. begin: makes a progress bar for a number of requests and of those that are stored."""
+    included. begin: makes a progress bar for a number of requests and of those that are stored. bos_twice: whether a
+    tokenizer's own BOS follows that before a whole document."""
 
     def __init__(
         self,
@@ -114,11 +129,13 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         batch_tokens: int,
         answers: Answers | None = None,
         begin: Callable[[int, int], Bar] = Silent,
+        bos_twice: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.text, self.length, self.place, self.dtype = model, text, length, place, dtype
         self.batch_tokens, self.answers, self.begin = batch_tokens, answers or Answers(), begin
-        self.cut = 0
+        self.bos_twice = bos_twice
+        self.cut = self.apart = 0
 
     @property
     def eot_token_id(self) -> int:
@@ -133,20 +150,31 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Score]:
         """Return the log-likelihood in nats of each continuation, and whether greedy decoding would produce it."""
+        if empty := [context for context, continuation in (request.args for request in requests) if not continuation]:
+            raise InputError(f"a continuation of {empty[0][-40:]!r} is empty: there is nothing to score")
         scores: list[Score] = super().loglikelihood(requests, disable_tqdm=True)
         return scores
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[Score]:
         return self._scored([(context, continuation) for _, context, continuation in requests])
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        first, second = super()._encode_pair(context, continuation)
+        if not second:
+            self.apart += 1
+            # its spaces belong to the continuation, as in lm-eval
+            spaces = context[len(context.rstrip()) :]
+            second = self.tok_encode(spaces + continuation, add_special_tokens=False)
+        return first, second
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Return the log-likelihood in nats of each text, every token scored once."""
+        special = None if self.bos_twice else False
+        texts = [np.array(self.tok_encode(request.args[0], special), dtype=np.int64) for request in requests]
         windows = [
             (index, (part[:-count].tolist(), part[-count:].tolist()))
-            for index, request in enumerate(requests)
-            for part, count in perplexity.disjoint(
-                np.array(self.tok_encode(request.args[0]), dtype=np.int64), self.length, self.prefix_token_id
-            )
+            for index, tokens in enumerate(texts)
+            for part, count in perplexity.disjoint(tokens, self.length, self.prefix_token_id)
         ]
         totals = [0.0] * len(requests)
         # windows fit into length: nothing is cut
@@ -222,7 +250,7 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """Return the tokens of a request and how many at the end are scored; the very last one is not an input."""
         count = len(continuation)
         if not count:
-            raise InputError("a continuation has no tokens of its own: the tokenizer merges it with its context")
+            raise InputError("a continuation has no tokens: there is nothing to score")
         if count > self.length:
             raise InputError(
                 f"a continuation has {count} tokens, and the model's input is {self.length}: give a larger --eval-len"
@@ -235,11 +263,17 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """Yield rows, longest first, in batches of at most batch_tokens."""
         start = 0
         while start < len(rows):
-            size = min(ROWS, max(1, self.batch_tokens // self._padded(len(rows[start]))))
-            yield rows[start : start + size]
-            start += size
+            longest = len(rows[start])
+            size = min(ROWS, max(1, self.batch_tokens // self._padded(longest)))
+            batch = rows[start : start + size]
+            if self.model.by_length:
+                batch = [row for row in batch if len(row) == longest]
+            yield batch
+            start += len(batch)
 
     def _padded(self, length: int) -> int:
+        if self.model.by_length:
+            return length
         # a table of positions may have only `length` rows
         return min(-(-length // PAD) * PAD, max(self.length, length))
 

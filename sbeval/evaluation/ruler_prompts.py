@@ -22,6 +22,7 @@ from sbeval.evaluation import ruler_tasks
 from sbeval.evaluation.ruler_tasks import Draft, Sample, Setting
 from sbeval.evaluation.ruler_texts import Sources, Tables
 from sbeval.runtime.files import locked, replacing
+from sbeval.runtime.seals import is_intact, seal
 from sbeval.tables.published import LONGEST
 
 # version of the prompts: raise it with any change of their text
@@ -65,7 +66,7 @@ class Writer:
         """Return the first `count` prompts of a task at a length; raise InputError where the smallest does not fit."""
         path = self.path(task, length, seed, training)
         with locked(path):
-            prompts = _read(path)
+            prompts = _read(path) if is_intact(path) else []
             if len(prompts) < count:
                 prompts += self._write(task, range(len(prompts), count), length, seed, training, advance)
                 _store(path, prompts)
@@ -220,11 +221,11 @@ def _store(path: Path, prompts: Sequence[Prompt]) -> None:
             ends=np.cumsum([len(prompt.tokens) for prompt in prompts]),
             answer_ends=np.cumsum([len(prompt.answer) for prompt in prompts]),
         )
+        file.flush()
+        seal(path, temporary)
 
 
 def _read(path: Path) -> list[Prompt]:
-    if not path.exists():
-        return []
     try:
         with np.load(io.BytesIO(path.read_bytes())) as stored:
             tokens = np.split(stored["tokens"], stored["ends"][:-1])

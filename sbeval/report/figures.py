@@ -11,6 +11,7 @@ from sbeval import registry
 from sbeval.errors import InputError, choose
 from sbeval.report import html
 from sbeval.runtime.files import prepare, replacing
+from sbeval.tables import check
 from sbeval.tables.results import Results
 from sbeval.tables.table import read
 
@@ -30,8 +31,9 @@ def draw_figures(
 ) -> list[Path]:
     """Draw the named figures, or all whose table exists, and return the files, `out_dir`/<name>.<format>.
 
-    out_dir: `results_dir`/figures unless given. say: reports each figure that is skipped because it has no table. One
-    that few tables have, and this one has not, is left out unless it is named.
+    out_dir: `results_dir`/figures unless given. say: reports each figure that is skipped because it has no table, and
+    rows that are not what a run wrote. A figure that only some tables have rows for is left out where there are none,
+    unless it is named.
     Raise InputError for an unknown name or format, a table that cannot be read or has nothing to draw and, for a named
     figure, no table.
     """
@@ -39,6 +41,9 @@ def draw_figures(
     modules = {name: registry.figure(name) for name in names or registry.FIGURES}
     folder = prepare(out_dir or Results(results_dir).figures)
     files = []
+    tables = dict.fromkeys(Results(results_dir).table(module.TABLE) for module in modules.values())
+    for line in check.notes(path for path in tables if path.exists()):
+        say(line)
     for name, module in modules.items():
         path = Results(results_dir).table(module.TABLE)
         if not names and not path.exists():

@@ -25,7 +25,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from sbeval import registry
-from sbeval.errors import InputError, choose
+from sbeval.errors import InputError, choose, first_line
 from sbeval.training.text_model import TRAINING, TextModel, uncut
 
 STUDIES = resources.files("sbeval") / "studies"
@@ -84,6 +84,15 @@ def read(study: str, changes: Iterable[str] = ()) -> dict[str, Any]:
         sweeps = [sweep | given for sweep in _sweeps(section, document.get(section))]
         document[section] = sweeps if len(sweeps) > 1 else sweeps[0]
     return document
+
+
+def given(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the document of a study that is given as its content: sections of options, in Python's types."""
+    try:
+        text = yaml.safe_dump(dict(content), sort_keys=False)
+    except yaml.YAMLError as error:
+        raise InputError(f"a study has options of numbers, text and lists; {first_line(error)}") from None
+    return _mapping("the study", _parsed("the study", text))
 
 
 def parts(document: Mapping[str, object], dtype: Callable[[str | None], str]) -> list[Part]:

@@ -27,7 +27,7 @@ class Stored:
 
 
 def keep(results: Results, family: str, stored: Stored) -> None:
-    """Store the result of a cell, replacing that of an earlier run."""
+    """Store the result of a cell, replacing that of an earlier run; `table.assemble` adds its rows to the table."""
     cell, files = stored.cell, {}
     if stored.values is not None:
         files["values"] = values.write(results, cell, stored.values)
@@ -40,4 +40,4 @@ def keep(results: Results, family: str, stored: Stored) -> None:
         if path.parent.name not in files:
             path.unlink(missing_ok=True)
     if stored.rows is not None:
-        table.write(results.table(family), stored.rows)
+        table.keep(results.table(family), stored.rows)

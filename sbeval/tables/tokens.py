@@ -22,7 +22,7 @@ from rich.table import Table as Terminal
 from sbeval.errors import InputError, choose
 from sbeval.tables import mqrar
 from sbeval.tables.rows import Identity, Provenance, labels
-from sbeval.tables.selection import LENGTH_GEN, RECIPE
+from sbeval.tables.selection import LENGTH_GEN, RECIPE, length_gen_setting
 
 Floats = npt.NDArray[np.float64]
 Method = tuple[str, str]
@@ -95,7 +95,7 @@ def ladders(table: pd.DataFrame) -> list[Ladder]:
     A seed without all of these counts is left out.
     """
     rows = table[(table["metric"] == "perplexity") & (table["context_length"] == table["train_len"])]
-    setting = [name for name in (*LENGTH_GEN.columns, *RECIPE) if name != "train_tokens" and name in rows]
+    setting = [name for name in length_gen_setting(rows).columns if name != "train_tokens"]
     found = []
     for key, group in rows.groupby(setting, dropna=False):
         counts = group.pivot_table("value", ["attention", "options", "seed"], "train_tokens")
@@ -104,7 +104,7 @@ def ladders(table: pd.DataFrame) -> list[Ladder]:
         title = ", ".join(
             LABELS.get(name, f"{name.replace('_', ' ')} {{}}").format(named[name])
             for name in (*LENGTH_GEN.always, *RECIPE)
-            if name in named and named[name] == named[name] and named[name] != ""
+            if name in named
         )
         for method in dict.fromkeys((str(attention), str(options)) for attention, options, _ in losses.index):
             if method != BASELINE and (ladder := _ladder(title, losses, method)):

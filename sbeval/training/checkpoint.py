@@ -39,13 +39,16 @@ class State:
     """Progress of a training run.
 
     losses: of every step, in nats/token. scores: (step, score) on validation data. held_out: (step, nats/token) on
-    held-out text. seconds: of all steps. tokens_per_second, mfu: the speed, and model FLOP utilisation, last measured.
+    held-out text. diagnoses: the fields of each `evaluation.diagnostics.Reading`, and the step. seconds: of all steps;
+    diagnosis_seconds: of all diagnoses. tokens_per_second, mfu: the speed, and model FLOP utilisation, last measured.
     """
 
     losses: list[float] = field(default_factory=list)
     scores: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    diagnoses: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    diagnosis_seconds: float = 0.0
     tokens_per_second: float | None = None
     mfu: float | None = None
     finished: bool = False
@@ -176,6 +179,13 @@ def training_length(folder: Path) -> int | None:
     """Return the tokens per sequence that a checkpoint was trained on; None if not recorded."""
     length = (_read_config(folder).training or {}).get("length")
     return length if isinstance(length, int) else None
+
+
+def training_step_tokens(folder: Path) -> int | None:
+    """Return the tokens of an optimizer step of a checkpoint's training; None if not recorded."""
+    training = _read_config(folder).training or {}
+    batch, length = training.get("batch"), training.get("length")
+    return batch * length if isinstance(batch, int) and isinstance(length, int) else None
 
 
 def training_tokenizer(folder: Path) -> str | None:

@@ -44,6 +44,8 @@ class TrainConfig:
     log_every: int = 10  # steps between logs of the loss
     check_every: int = 0  # steps between calls of `stop`; 0: never
     look_every: int = field(default=0, compare=False)  # steps between validation steps; 0: none
+    # steps between diagnoses; 0: none. Part of a training's identity: one without them has no curves to show
+    diagnose_every: int = field(default=0, metadata=LATER)
     # validation steps without a new lowest held-out loss after which training ends; 0: never
     patience: int = field(default=0, metadata=LATER)
     checkpoint_seconds: float = 120.0

@@ -10,7 +10,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,13 +167,18 @@ class Trainer:
         held_out: Batch | None = None,
         after: Path | None = None,
         trunk: bool = False,
+        diagnose: Callable[[Decoder], Sequence[Mapping[str, object]]] | None = None,
     ) -> None:
         """tokenizer: digest of the model's tokenizer, stored in checkpoints. held_out: text whose loss is computed at
         multiples of `look_every` and at the end. after: the checkpoint of a finished trunk, from which this training
         continues. trunk: whether others continue from this one, whose checkpoint then keeps the optimizer's state.
+        diagnose: called at multiples of `diagnose_every` and at the end, with the model in evaluation mode; what it
+        returns is stored.
         """
         if shard and world.size == 1:
             raise InputError("--shard needs several processes: start them with torchrun --nproc-per-node")
+        if shard and config.diagnose_every:
+            raise InputError("--diagnostics does not support --shard: use 0, or no --shard")
         if shard and config.optimizer == "muon":
             raise InputError("optimizer muon does not support --shard: use adamw, or no --shard")
         if config.batch % world.size:
@@ -182,6 +187,7 @@ class Trainer:
         self.config, self.batches, self.folder, self.place, self.world = config, batches, folder, place, world
         self.shard, self.tokenizer, self.trunk = shard, tokenizer, trunk
         self.held_out = held_out if config.look_every else None
+        self.diagnose = diagnose if config.diagnose_every else None
         self.model = Decoder(model).to(place)
         self.state = State()
         self.speeds: list[float] = []  # tokens/s of each log interval
@@ -225,6 +231,7 @@ class Trainer:
                     checks = self.config.check_every and self.state.step % self.config.check_every == 0
                     self.state.finished |= bool(stop and checks and stop(self.model, self.state))
                 self.state.finished |= self.state.step >= self.config.steps
+                self._diagnose()
                 due = time.perf_counter() - saved > self.config.checkpoint_seconds
                 ended = self._anywhere(interrupted.is_set())
                 if self.state.finished or ended or self._anywhere(due):
@@ -240,7 +247,8 @@ class Trainer:
     def _next_log(self) -> int:
         """Return the next step to log: the next multiple of an interval, or the end."""
         step, validation = self.state.step, self.config.look_every if self.held_out else 0
-        intervals = (self.config.log_every, self.config.check_every, validation)
+        diagnosis = self.config.diagnose_every if self.diagnose else 0
+        intervals = (self.config.log_every, self.config.check_every, validation, diagnosis)
         return min(self.config.steps, *((step // every + 1) * every for every in intervals if every))
 
     def _validate(self) -> None:
@@ -248,6 +256,16 @@ class Trainer:
         step = self.state.step
         if self.held_out and (step % self.config.look_every == 0 or step == self.config.steps):
             self.state.held_out.append((step, self._held_out_loss(self.held_out)))
+
+    def _diagnose(self) -> None:
+        """Record a diagnosis if it is due; every process makes the same one."""
+        step, done = self.state.step, self.state.diagnoses[-1]["step"] if self.state.diagnoses else 0
+        if self.diagnose and step > done and (step % self.config.diagnose_every == 0 or self.state.finished):
+            start = time.perf_counter()
+            self.model.eval()
+            self.state.diagnoses += [{"step": step, **reading} for reading in self.diagnose(self.model)]
+            self.model.train()
+            self.state.diagnosis_seconds += time.perf_counter() - start
 
     def _held_out_loss(self, batch: Batch) -> float:
         """Return the mean loss over the scored tokens of held-out text, of which each process runs a share."""

@@ -8,7 +8,7 @@ import io
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from sbeval.data.dataloader import Batches
 from sbeval.evaluation import perplexity
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
-from sbeval.runtime import oom
 from sbeval.runtime.progress import Progress
 from sbeval.tables import table
 from sbeval.training import trainer as train
@@ -111,7 +110,7 @@ def test_evaluation_goes_on_with_fewer_windows(
     def measured() -> tuple[Any, Any]:
         how: dict[str, Any] = {"place": CPU, "dtype": "float32", "batch": 8}
         losses = perplexity.measure(model, windows, np.ones_like, **how)
-        return losses.losses, perplexity.rolling(model, documents, [""] * 4, window=10, prefix=0, **how).losses
+        return losses.losses, perplexity.rolling(model, documents, [""] * 4, window=10, prefix=[0], **how).losses
 
     whole = measured()
     assert capsys.readouterr().out == ""
@@ -126,19 +125,6 @@ def test_evaluation_goes_on_with_fewer_windows(
     fits(monkeypatch, 0)
     with pytest.raises(torch.OutOfMemoryError, match="nothing smaller"):
         measured()
-
-
-def test_parts_are_all_items_once() -> None:
-    for limit in (1, 2, 3, 7, 100):
-        taken: list[int] = []
-
-        def work(part: Sequence[int], limit: int = limit, taken: list[int] = taken) -> None:
-            if len(part) > limit:
-                raise torch.OutOfMemoryError
-            taken.extend(part)
-
-        oom.in_parts(range(23), 16, work, lambda _: None)
-        assert taken == list(range(23))
 
 
 def command(*arguments: object) -> tuple[object, str]:

@@ -16,17 +16,15 @@ import pytest
 import torch
 
 from sbeval.cli import main
-from sbeval.data import sources
 from sbeval.data.corpus import Corpus
 from sbeval.errors import InputError
-from sbeval.models import decoder
 from sbeval.runtime.progress import Progress
-from sbeval.sweep import plan, scheduler, study_file
 from sbeval.sweep import study as studies
+from sbeval.sweep import study_file
 from sbeval.sweep.context import RunContext
 from sbeval.tables import curves, table
 from sbeval.tables.results import Results
-from sbeval.tasks import length_gen, needle, text_training
+from sbeval.tasks import needle, text_training
 from sbeval.training.text_model import TextModel
 from sbeval.training.trainer import Trainer
 
@@ -126,42 +124,6 @@ def test_families_that_share_models_are_cautioned_once(
     # a model that is there already was trained before
     there = ["length_gen.checkpoint=there", "needle.checkpoint=there"]
     assert studies.cautions(study_file.parts(study_file.read(str(study), there), str), context) == []
-
-
-def test_a_dry_run_says_the_plan_and_writes_nothing(study: Path, tmp_path: Path) -> None:
-    code, out, err = run(study, "--set", "mqrar.preset=h200", "--device", "cpu", "--results-dir", tmp_path, "--dry-run")
-    assert (code, err) == (0, "") and not list(tmp_path.iterdir())
-    rows = {cells[1].strip(): cells for line in out.splitlines() if len(cells := line.split("│")) > 3}
-    # cells, then models; of the further seeds as many as there can be
-    counts = {name: (cells[2].strip(), cells[4].strip()) for name, cells in rows.items()}
-    assert counts == {
-        "text": ("", ""),
-        "training": ("", "2"),
-        "length_gen": ("3", ""),
-        "needle": ("2", ""),
-        "flip_flop": ("2", "2"),
-        "mqrar": ("180", "180"),
-        "all": ("187", "184"),
-    }
-    assert "left out: attention_map, few_shot" in out
-
-
-def test_a_plan_adds_up(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e9)
-    monkeypatch.setitem(scheduler.EFFICIENCY, "cpu", 0.5)
-    parts = study_file.parts(study_file.read(str(study)), lambda said: "float32")
-    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"))
-    lines = {line.name: line for line in plan.lines(parts, context)}
-    shape = length_gen.cells(parts[0].config)[0].model(257)
-    weights = 2 * decoder.n_parameters(shape)
-    assert lines["training"].disk == 4 * weights and lines["training"].models == 2
-    assert all(line.hours == pytest.approx(line.flops / 0.5e9 / 3600) for line in lines.values())
-    # bytes are kept in two each
-    files = sum(path.stat().st_size for path in (study.parent / "texts").iterdir())
-    assert lines["text"].disk == 2 * files == 2 * (sources.size(str(study.parent / "texts")) or 0)
-    monkeypatch.setattr(sources, "size", lambda spec: None)
-    assert {line.name: line for line in plan.lines(parts, context)}["text"].disk is None
-    assert "unknown" in plan._words(plan._all(plan.lines(parts, context)))
 
 
 def test_a_study_that_is_killed_goes_on_and_trains_nothing_again(study: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_studies_of_the_package_have_cells(name: str) -> None:
 @pytest.mark.parametrize("name", ["quick", "h200", "paper"])
 def test_studies_named_as_presets_have_every_family(name: str) -> None:
     found = study_file.parts(study_file.read(name), lambda said: said or "float32")
-    assert {part.family for part in found} >= set(registry.TASKS) - {"few_shot"}
+    assert {part.family for part in found} >= set(registry.TASKS) - {"diagnostics", "few_shot"}
 
 
 def test_a_study_of_methods_has_whole_comparisons_whenever_it_is_stopped() -> None:

@@ -137,8 +137,12 @@ def save_until(folder: Path, step: int, changes: int) -> bool:
     rmtree = shutil.rmtree
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in (
-            (Path, "mkdir"), (Path, "rename"), (Path, "write_text"), (shutil, "rmtree"), (checkpoint, "save_file"),
-        ):  # fmt: skip
+            (Path, "mkdir"),
+            (Path, "rename"),
+            (Path, "write_text"),
+            (shutil, "rmtree"),
+            (checkpoint, "save_file"),
+        ):
             patch.setattr(owner, name, counted(getattr(owner, name)))
         try:
             save(folder, model, State(losses=[0.0] * step), optimizer)
