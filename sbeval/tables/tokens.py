@@ -188,7 +188,7 @@ def render(table: pd.DataFrame, format: str = "terminal") -> Terminal | str:
     if format == "csv":
         return rows.to_csv(index=False).rstrip("\n")
     if format == "markdown":
-        lines: list[list[str]] = [list(rows), ["---"] * len(rows.columns), *rows.to_numpy().tolist()]
+        lines: list[list[str]] = [[str(name) for name in rows], ["---"] * len(rows.columns), *rows.to_numpy().tolist()]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
     shown = Terminal(title="Loss minus RoPE's by training tokens D (nats per token): limit + amplitude D^-exponent")
     for name in rows:

@@ -37,7 +37,8 @@ def test_a_panel_an_optimizer_and_a_point_a_seed() -> None:
     titles = [axis.texts[0].get_text() for axis in figure.axes]
     assert "trained with adamw" in titles[0] and "trained with muon" in titles[1] and "131072" in titles[0]
     for axis, less in ((adamw, 0.0), (muon, np.log(2))):
-        means, points = {}, {}
+        means: dict[int, Any] = {}
+        points: dict[int, Any] = {}
         for line in axis.get_lines():
             x, y = np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
             (points if line.get_linestyle() == "None" else means)[len(means)] = (x, y)
