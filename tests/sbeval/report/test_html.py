@@ -13,13 +13,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from plotly.graph_objects import Figure
 
 from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.report import html, page
 from sbeval.report.figures import draw_figures
 from sbeval.tables.table import read
+
+graph_objects: Any = pytest.importorskip("plotly.graph_objects")
 
 Row = dict[str, Any]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -319,7 +320,7 @@ def test_every_figure_can_be_a_page_of_its_own(name: str, results: Path, text: s
 
 def test_plotly_knows_all_that_is_drawn(text: str) -> None:
     for plot in Page(text).plots():
-        Figure(data=plot["data"], layout=plot["layout"])
+        graph_objects.Figure(data=plot["data"], layout=plot["layout"])
 
 
 def test_a_line_its_table_and_its_words_hold_the_numbers_of_the_rows(results: Path) -> None:
