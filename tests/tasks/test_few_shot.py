@@ -1,4 +1,4 @@
-"""What is asked of which model, what comes of it, and that a run that was killed goes on where it was."""
+"""Few-shot: the grid, rows and stored answers of evaluations, which a killed run resumes."""
 
 import contextlib
 import dataclasses
