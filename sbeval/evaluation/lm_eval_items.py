@@ -68,7 +68,7 @@ def _numbers(task: Any, sample: Mapping[str, Any]) -> Iterator[tuple[str, float]
         elif metric == "perplexity":
             found["log_probability"] = value
         elif isinstance(value, Real):
-            found[metric] = value
+            found[metric] = float(value)
     right = 0 if task.OUTPUT_TYPE == "loglikelihood" else None
     if task.OUTPUT_TYPE == "multiple_choice":
         right = _right(task, sample["doc"])

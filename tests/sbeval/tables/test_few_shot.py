@@ -148,3 +148,23 @@ def test_a_model_that_overfits_is_marked_in_every_form() -> None:
     assert "| 25m rope (overfit) |" in str(scores.render(rows, "markdown"))
     assert "above its lowest): rope." in str(few_shot.summary(rows).caption)
     assert few_shot.summary(results()).caption is None
+
+
+def test_right_answers_stand_beside_scores() -> None:
+    more = [
+        row("rope", "copa", "gold_bits_per_byte", 1.25, chance=None, stderr=0.01),
+        row("rope", "copa", "gold_bits_per_byte", 9.0, chance=None, n=20),
+        row("stick_breaking", "copa", "gold_bits_per_byte", 1.2, chance=None, stderr=0.01),
+        row("rope", "copa", "gold_bits_per_byte", 9.0, part="one_of_its_parts"),
+    ]
+    found = by_name(scores.table(results(*more)))
+    plain = by_name(scores.table(results()))
+    for name, cells in found.items():
+        cell = cells.pop("copa (0) gold bits/byte")
+        assert cells == plain[name]
+        if name == "chance":
+            assert cell is None
+        else:
+            assert cell is not None and cell.value == (1.25 if "rope" in name else 1.2)
+            assert cell.half == pytest.approx(0.0196, rel=0.03) and cell.text().startswith("1.2")
+            assert len(cell.text()) == len("1.250 ± 0.020")
