@@ -44,6 +44,7 @@ FIGURES = {
     "attention_map": "sbeval.plots.attention_map",
     "diagnostics": "sbeval.plots.diagnostics",
     "few_shot": "sbeval.plots.few_shot",
+    "fixed_targets": "sbeval.plots.fixed_targets",
     "flip_flop": "sbeval.plots.flip_flop",
     "kernel": "sbeval.plots.kernel",
     "kernel_error": "sbeval.plots.kernel_error",
