@@ -18,7 +18,6 @@ from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.family import Family
 from sbeval.tables import epochs
 from sbeval.tables.rows import Measurement
-from sbeval.tables.selection import RECIPE
 from sbeval.tasks import length_gen
 from sbeval.tasks.text_cell import Subject, TextCell, outcome
 from sbeval.tasks.text_training import cautions, models, open_corpus
@@ -133,6 +132,8 @@ class Cell(TextCell):
 
     def _recipe(self) -> dict[str, Any]:
         """Return the columns on how the model was trained; none for a given one."""
+        from sbeval.tables.selection import RECIPE
+
         return {name: getattr(self.config, name) for name in RECIPE} if self.config.trains else {}
 
     def _source(self, text: "Corpus") -> str:

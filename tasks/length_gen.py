@@ -26,7 +26,6 @@ from sbeval.errors import InputError, choose
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.family import Family
 from sbeval.tables import epochs
-from sbeval.tables.selection import recipe_columns
 from sbeval.tasks.length_gen_losses import Evaluation, long_windows, whole_texts
 from sbeval.tasks.length_gen_rows import Row, joined
 from sbeval.tasks.text_cell import Subject, TextCell, outcome
@@ -288,6 +287,8 @@ def summary(results: "pd.DataFrame") -> "Table":
     """Return the table for the terminal: loss of the last k tokens at each context length, averaged over seeds."""
     from rich.table import Table
 
+    from sbeval.tables import selection
+
     last = results[results["metric"] == "loss_last_k"]
     lengths = sorted(last["context_length"].unique())
     train_len = int(last["train_len"].iloc[0])
@@ -300,7 +301,7 @@ def summary(results: "pd.DataFrame") -> "Table":
     table.add_column("attention")
     for length in lengths:
         table.add_column(f"{length}", justify="right", style="" if length <= train_len else "bold")
-    recipe = recipe_columns(last)
+    recipe = selection.recipe_columns(last)
     for name in recipe:
         table.add_column(name, justify="right")
     for (attention, options, *differing), group in last.groupby(["attention", "options", *recipe], dropna=False):

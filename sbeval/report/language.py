@@ -1,5 +1,6 @@
 """Rules of claims on language models: perplexity by length and within the training length, needles, benchmarks."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -99,7 +100,9 @@ def lengths(table: pd.DataFrame, evidence: Evidence) -> Judged:
         raise InputError(f"no model trained at {train_len} tokens was evaluated up to {longest}")
     rows = nearest(rows, setting)
     rows = rows.assign(stderr=rows["stderr"] / rows["value"], value=np.log(rows["value"].astype(float)))
-    change = intervals.intervals(intervals.samples(_changes(rows)))
+    samples = intervals.samples(_changes(rows))
+    change, by_document = intervals.intervals(samples), _by_document(rows, evidence)
+    change |= {of: pairs for of in (STICK, ROPE) if (pairs := _in_pairs(by_document, rows, of, None, samples))}
     ends = {name: [_level(rows[rows["x"] == at], of) for at in LENGTHS] for name, of in METHODS.items()}
     rises = " and ".join(
         f"{name} from {start:.1f} to {end:.1f}, {change[METHODS[name]].text(percent)}"
@@ -154,29 +157,44 @@ def _far_text(table: pd.DataFrame, rows: pd.DataFrame, evidence: Evidence) -> tu
     samples = intervals.samples(_changes(targets[complete])) if complete.any() else {}
     if STICK not in samples or WINDOW not in samples:
         return None, ""
+    count = {"targets": targets["targets"].iloc[0]} if "targets" in targets else {}
     own = intervals.intervals(samples)[STICK]
     beyond = intervals.differences(samples, WINDOW)[STICK]
-    if (pairs := _paired_change(targets, samples, evidence)) is not None:
-        beyond = pairs
+    by_document = _by_document(targets, evidence, **count)
+    own = _in_pairs(by_document, targets, STICK, None, samples) or own
+    beyond = _in_pairs(by_document, targets, STICK, WINDOW, samples) or beyond
     text = (
-        f" Loss of the same targets: {own.text('{:+.3f}'.format)} nats/token, against the window's change "
+        f" Loss of the same targets: {own.text('{:+.3f}'.format)} nats/token, less the window's change "
         f"{beyond.text('{:+.3f}'.format)} ({beyond.over('documents')})."
     )
     both = statistics.holm([own.below(0.0), beyond.below(0.0)])
     return all(p < ALPHA for p in both), text
 
 
-def _paired_change(targets: pd.DataFrame, samples: Mapping[Method, Sample], evidence: Evidence) -> Interval | None:
-    values = evidence.values(targets["cell"]) if "cell" in targets else documents.nothing(())
-    count = {"targets": targets["targets"].iloc[0]} if "targets" in targets else {}
-    ends = [documents.sums(values, "nll_sum", context_length=at, **count) for at in LENGTHS]
-    tokens = documents.sums(values, "tokens", context_length=LENGTHS[0], **count)
-    if any(end.empty for end in ends):
-        return None
-    change = (ends[1] - ends[0]).dropna()
-    of, other = (change[change.index.isin(documents.cells_of(targets, one))] for one in (STICK, WINDOW))
+def _by_document(rows: pd.DataFrame, evidence: Evidence, **count: object) -> pd.DataFrame:
+    """Return the change of the mean loss of each document (across) from the shorter context to the longer, by cell."""
+    values = evidence.values(rows["cell"]) if "cell" in rows else documents.nothing(())
+    start, end = (
+        documents.sums(values, "nll_sum", context_length=at, **count)
+        / documents.sums(values, "tokens", context_length=at, **count)
+        for at in LENGTHS
+    )
+    change: pd.DataFrame = (end - start).dropna(axis=1)
+    return change
+
+
+def _in_pairs(
+    change: pd.DataFrame, rows: pd.DataFrame, of: Method, other: Method | None, samples: Mapping[Method, Sample]
+) -> Interval | None:
+    """Return the mean of changes by document of a method, less another's; None where they are not stored."""
     spreads = statistics.spreads(samples)
-    return documents.difference(of, other, tokens, (spreads[STICK], spreads[WINDOW]))
+    each = pd.DataFrame(1.0, index=change.index[:1], columns=change.columns)
+    mine = change[change.index.isin(documents.cells_of(rows, of))]
+    if other is None:
+        found = documents.difference(mine, 0.0 * each, each, (spreads[of], statistics.UNKNOWN))
+        return found and dataclasses.replace(found, seeds=(len(mine),))
+    others = change[change.index.isin(documents.cells_of(rows, other))]
+    return documents.difference(mine, others, each, (spreads[of], spreads[other]))
 
 
 def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:

@@ -224,3 +224,33 @@ def test_few_shot(stick: float, more: Row, verdict: str, frame: Tables, perplexi
 def test_few_shot_at_chance(frame: Tables) -> None:
     found = language.benchmarks(shots(frame, 0.4).assign(chance=0.7), Evidence({}))
     assert found.verdict == UNDECIDED and "3 benchmarks in common" in found.found
+
+
+def test_changes_by_context_are_paired_by_document_too(frame: Tables, perplexities: Tables) -> None:
+    """One seed each: books differ widely, and yet each is read better with more context, but not by the window."""
+    table = pd.concat([perplexities(both((40, 39), (40, 80))), targets(frame, FAR)])
+    table = table[table["seed"] == 0].assign(stderr=1.0, n=16)
+    wide = judged(language.lengths, table)
+    assert wide.verdict == UNDECIDED and "in pairs" not in wide.found
+
+    def stored(cells: Iterable[str]) -> pd.DataFrame:
+        change = {STICK: -0.05, ROPE: 0.7, WINDOW: 0.0, "nope": 0.0}
+        rows = [
+            {"cell": cell, "unit_id": f"{number}", "context_length": at, "targets": count} | value
+            for cell in set(cells)
+            for number in range(16)
+            for at in (2048, 16384)
+            for count in (None, 512)
+            for value in (
+                {"metric": "tokens", "value": float(count or at)},
+                {
+                    "metric": "nll_sum",
+                    "value": (count or at)
+                    * (3 + number / 10 + (change[cell.partition("-")[0]] + number % 2 / 100) * (at > 2048)),
+                },
+            )
+        ]
+        return pd.DataFrame(rows).assign(eval_corpus="")
+
+    paired = judged(language.lengths, table, values=stored)
+    assert paired.verdict == AGREES and "16 documents in pairs" in paired.found
