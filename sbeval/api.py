@@ -17,7 +17,7 @@ import pandas as pd
 
 from sbeval import registry
 from sbeval.errors import InputError
-from sbeval.tables import curves, provenance, selection, statistics, values
+from sbeval.tables import curves, intervals, provenance, selection, values
 from sbeval.tables.results import Results
 from sbeval.tables.table import read
 
@@ -219,10 +219,11 @@ def _panel(table: pd.DataFrame, family: str, x: str | None, axes: "Axes") -> "Ax
         raise InputError(f"a panel has rows of one metric; the table has {', '.join(metrics)}: select one of them")
     else:
         rows = table[table[x].notna()]
+    points = intervals.points(rows, [x], intervals.scale_of(str(rows["metric"].iloc[0])))
     for method, look in style.looks(rows).items():
-        points = statistics.spread(statistics.method(rows, method), [x])
-        axes.plot(points[x], points["mean"], label=look.label, **look.line())
-        axes.fill_between(points[x], points["low"], points["high"], color=look.colour, alpha=0.2, linewidth=0)
+        mine = intervals.method(points, method)
+        axes.plot(mine[x], mine["mean"], label=look.label, **look.line())
+        axes.fill_between(mine[x], mine["low"], mine["high"], color=look.colour, alpha=0.2, linewidth=0)
     style.label(axes, x.replace("_", " "), str(rows["metric"].iloc[0]).replace("_", " "))
     axes.legend(frameon=False)
     return axes

@@ -179,6 +179,8 @@ def run(
         raise InputError(f"--device {context.device}: a Ray task sees only the GPU that Ray assigns; give cuda or cpu")
     for folder in (context.results.runs, context.results.checkpoints):
         files.prepare(folder)
+    for folder in (context.results_dir, context.results.runs, context.results.locks):
+        files.remove_left(folder)
     families = dict.fromkeys(cell.family for cell in cells)
     presets = dict.fromkeys(families, preset) if isinstance(preset, str) else preset
     errors = _errors(context) if len(families) < 2 else (*_errors(context), InputError)
@@ -263,7 +265,7 @@ class _Course:
         if done.how:
             self.failed = True
             recorded = f"{len(lost)} cells that need it recorded" if lost else "recorded"
-            self.say(f"{step.title}: {done.reason}; {recorded} as {done.how}, going on with the next")
+            self.say(f"{step.title}: {done.reason}; {recorded} as {done.how}, continuing with the next")
 
     def then(self, step: Step) -> list[Step]:
         """Return the steps that are ready after a step."""
@@ -294,7 +296,7 @@ def train(cells: Sequence[Cell], context: RunContext, *, console: Console) -> bo
             try:
                 message = str(step.train(context, progress))
             except errors as error:
-                failed, message = True, f"{error}; going on with the next"
+                failed, message = True, f"{error}; continuing with the next"
             console.print(f"{step.title}: {message}", highlight=False, soft_wrap=True, markup=False)
     return not failed
 
@@ -311,7 +313,7 @@ def progress_of(context: RunContext) -> Progress:
 
 def _pending(cells: Sequence[Cell], context: RunContext, progress: Progress) -> list[Cell]:
     # with `force` too: report an unreadable table before the work, not after it
-    missing = unfinished(cells, context.results_dir, progress.say)
+    missing = set(unfinished(cells, context.results_dir, progress.say))
     if context.force:
         return list(cells)
     return [cell for cell in cells if cell in missing or _source_of_run(cell, context) != cell.source(progress)]

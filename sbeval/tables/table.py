@@ -253,10 +253,10 @@ def _impossible(rows: pd.DataFrame) -> Iterator[tuple[str, "pd.Series[bool]", st
     if "stderr" in rows:
         yield "stderr", rows["stderr"] < 0, "is a negative standard error"
     if "n" in rows:
-        yield "n", rows["n"] < 1, "is no number of units, of which there is at least one"
+        yield "n", rows["n"] < 1, "is not a number of units, of which there is at least one"
     if {"metric", "value"} <= set(rows.columns):
         outside = (rows["value"] < 0) | (rows["value"] > 1 + ROUNDING)
-        yield "value", rows["metric"].isin(SHARES) & outside, "is no share, which is 0 to 1"
+        yield "value", rows["metric"].isin(SHARES) & outside, "is not a share, which is 0 to 1"
 
 
 def _wrong(path: Path, text: pd.DataFrame, name: str, where: "pd.Series[bool]", why: str) -> InputError:

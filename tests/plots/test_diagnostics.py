@@ -24,6 +24,10 @@ COMMON: dict[str, Any] = {
     "tokenizer": "bpe:8192",
     "preset": "h200",
     "dtype": "bfloat16",
+    "lr": 2e-3,
+    "optimizer": "adamw",
+    "batch_tokens": 131072,
+    "schedule": "cosine",
     "distance": float("nan"),
     "layer": float("nan"),
     "heads": "",
@@ -85,8 +89,10 @@ def test_the_page_has_the_same_lines() -> None:
     chart = diagnostics.chart(table())
     (over, end) = chart.groups
     assert [one.title for one in over.panels] == [
-        "copy of 256 random tokens", "best induction head", "loss at 500 − loss at 50",
-    ]  # fmt: skip
+        "copy of 256 random tokens",
+        "best induction head",
+        "loss at 500 − loss at 50",
+    ]
     assert [one.title for one in end.panels] == ["copy of random tokens", "copy of 64 tokens of text"]
     assert over.title.endswith("over training") and "gain (nats per token)" in over.panels[0].words()
 

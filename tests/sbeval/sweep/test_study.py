@@ -1,6 +1,7 @@
 """Test whole studies of tiny models: their results, resuming after an interrupt, and continuing after failures."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from sbeval import registry
 from sbeval.cli import main
 from sbeval.data.corpus import Corpus
 from sbeval.errors import InputError
@@ -159,7 +161,7 @@ def test_cells_at_once_with_force_train_their_model_once_again(study: Path, tmp_
 def test_a_training_that_fails_fails_all_that_needs_it_and_the_study_goes_on(study: Path, tmp_path: Path) -> None:
     changes = ("--set", "models.lr=1e9", "--set", "models.attention=[rope]", "--set", "length_gen.attention=[rope]")
     code, out, _ = run(study, *changes, "--device", "cpu", "--results-dir", tmp_path)
-    assert code == 1 and "2 cells that need it recorded as diverged, going on with the next" in out
+    assert code == 1 and "2 cells that need it recorded as diverged, continuing with the next" in out
     failed = {name: record["reason"] for name, record in records(tmp_path).items() if record["status"] == "failed"}
     assert {name.split("-")[0] for name in failed} == {"length_gen", "needle"}
     assert all(reason.startswith("train rope seed 0: the loss is ") for reason in failed.values())
@@ -174,7 +176,7 @@ def test_what_one_family_cannot_do_ends_no_study(study: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(needle.Cell, "run", refuse)
     code, out, _ = run(study, "--device", "cpu", "--results-dir", tmp_path)
-    assert code == 1 and "niah_single_1: no needle here; recorded as failed, going on with the next" in out
+    assert code == 1 and "niah_single_1: no needle here; recorded as failed, continuing with the next" in out
     assert (tmp_path / "flip_flop.csv").exists() and not (tmp_path / "needle.csv").exists()
     assert [record["reason"] for record in records(tmp_path).values() if record["status"] == "failed"] == 2 * [
         "no needle here"
@@ -218,3 +220,9 @@ def test_a_study_is_shown_to_write_another_from(tmp_path: Path) -> None:
     assert study_file.read(str(tmp_path / "mine.yaml")) == study_file.read("quick")
     code, _, err = run("quik", "--dry-run")
     assert code == 2 and err.startswith("sbeval: unknown study 'quik'; did you mean 'quick'? known: ")
+
+
+def test_a_sweep_without_end_is_refused_at_once() -> None:
+    config = dataclasses.replace(registry.task("mqrar").presets["quick"], seeds=tuple(range(20_000)))
+    with pytest.raises(InputError, match=r"^mqrar: .*20,000 seeds .*cells, of at most 10,000: give several studies$"):
+        studies.cells(study_file.Part(family="mqrar", preset="quick", config=config))

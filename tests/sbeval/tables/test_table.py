@@ -319,10 +319,10 @@ def test_a_large_table_is_read_fast_and_a_cell_stored_faster(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("0.3333333333333333", "17.0"), r"toy\.csv:2: '17\.0' in column 'value' is no share, which is 0 to 1"),
-        (("0.3333333333333333", "-1"), r"toy\.csv:2: '-1' in column 'value' is no share"),
+        (("0.3333333333333333", "17.0"), r"toy\.csv:2: '17\.0' in column 'value' is not a share, which is 0 to 1"),
+        (("0.3333333333333333", "-1"), r"toy\.csv:2: '-1' in column 'value' is not a share"),
         (("1e-17", "-1e-17"), r"toy\.csv:2: '-1e-17' in column 'stderr' is a negative standard error"),
-        ((",7,0,", ",0,0,"), r"toy\.csv:3: '0' in column 'n' is no number of units"),
+        ((",7,0,", ",0,0,"), r"toy\.csv:3: '0' in column 'n' is not a number of units"),
     ],
 )
 def test_a_number_that_no_run_writes_is_an_error(tmp_path: Path, change: tuple[str, str], message: str) -> None:
