@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from rich.console import Console
@@ -154,6 +155,44 @@ def test_a_cell_that_diverges_is_recorded_and_leaves_no_row(tmp_path: Path) -> N
     complete, said = run([good], tmp_path)
     assert complete and "1 of 1 cells are finished already" in said and "nothing to run" in said
     assert run([good], tmp_path, force=True)[1].startswith("1 cell to run")
+
+
+def test_a_cell_whose_rows_no_run_wrote_is_named_and_runs_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [Cell(title=title, value=0.5) for title in ("one", "two")]
+    run(cells, tmp_path)
+    path = tmp_path / "fake.csv"
+    whole = table.read(path)
+    path.write_text(path.read_text().replace("0.5", "0.25", 1))
+    assert scheduler.unfinished(cells, tmp_path) == cells[:1]
+    said = run(cells, tmp_path)[1]
+    assert "1 of 2 cells are finished already" in said and "1 cell to run" in said
+    assert f"the rows of 1 cell, such as {cell_id(cells[0])}, are not what the run wrote" in capsys.readouterr().err
+    pd.testing.assert_frame_equal(table.read(path).drop(columns="utc"), whole.drop(columns="utc"))
+    assert scheduler.unfinished(cells, tmp_path) == []
+
+
+def test_rows_are_in_the_table_at_the_end_also_of_a_run_that_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [Cell(title=title) for title in "abc"]
+
+    def interrupted(self: Cell, context: RunContext, progress: Progress) -> Outcome:
+        if self.title == "c":
+            # while a run goes on its rows are parts, which readers find
+            assert len(list((tmp_path / "parts" / "fake").glob("*.csv"))) == 1
+            assert set(table.read(tmp_path / "fake.csv")["cell"]) == {cell_id(cell) for cell in cells[:2]}
+            raise KeyboardInterrupt
+        return whole(self, context, progress)
+
+    whole = Cell.run
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Cell, "run", interrupted)
+        run(cells, tmp_path)
+    assert not list((tmp_path / "parts").rglob("*.csv"))
+    assert (tmp_path / "fake.csv").read_text().count("\n") == 3
+    assert run(cells, tmp_path)[0] and (tmp_path / "fake.csv").read_text().count("\n") == 4
 
 
 def test_a_finished_cell_is_run_again_when_its_text_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
