@@ -299,8 +299,8 @@ def _plotly(model: Model, one: Map) -> dict[str, Any]:
 
 def _hover(model: Model, one: Map, query: int, key: int) -> str:
     kind = next((f", the {target} value" for target in MARKS if (query, key) in model.targets[target]), "")
-    asked, attended = _token(model, model.tokens[query]), _token(model, model.tokens[key])
-    return f"query: {asked} at {query}<br>key: {attended} at {key}{kind}<br>weight {one.weights[query, key]:.3f}"
+    from_token, to_token = _token(model, model.tokens[query]), _token(model, model.tokens[key])
+    return f"query: {from_token} at {query}<br>key: {to_token} at {key}{kind}<br>weight {one.weights[query, key]:.3f}"
 
 
 def _token(model: Model, token: int) -> str:

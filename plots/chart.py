@@ -14,6 +14,7 @@ import seaborn as sns
 
 from sbeval.plots import style
 from sbeval.tables import intervals
+from sbeval.tables.intervals import FEW
 from sbeval.tables.statistics import Method, Scale
 
 # for each of matplotlib's markers plotly's symbol, and a letter like it
@@ -189,7 +190,7 @@ class Lines:
                 "fillcolor": _faint(colour),
                 "line": {"width": 0},
             }
-            return [band, points] if low != high else [points]
+            return [*([band] if low != high else []), *self._seeds(line), points]
         bars = {
             "type": "data",
             "symmetric": False,
@@ -205,6 +206,25 @@ class Lines:
         if self.across:
             return [points | {"x": mean, "y": at, "orientation": "h", "error_x": bars}]
         return [points | {"error_y": bars}]
+
+    def _seeds(self, line: Line) -> list[dict[str, Any]]:
+        """Return a trace of the seeds of points that have few."""
+        each: Sequence[Sequence[float]] = list(line.points["each"]) if "each" in line.points else []
+        few = [(at, one) for at, of in zip(line.points["x"], each, strict=False) if 1 < len(of) <= FEW for one in of]
+        if not few:
+            return []
+        at, values = zip(*few, strict=True)
+        return [
+            {
+                "type": "scatter",
+                "meta": line.look.label,
+                "mode": "markers",
+                "x": list(map(_short, at)),
+                "y": [_short(max(value, self.floor)) for value in values],
+                "hoverinfo": "skip",
+                "marker": {"color": readable(line.look), "size": 3, "opacity": 0.6},
+            }
+        ]
 
     def _texts(self, line: Line) -> list[str]:
         """Return the text of each point on hover."""

@@ -13,13 +13,15 @@ from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import statistics
+from sbeval.tables import intervals
+from sbeval.tables.selection import RECIPE
+from sbeval.tables.statistics import Method
 from sbeval.tables.table import numbers
 
 TABLE = "diagnostics"
 ALWAYS = ("model", "train_len", "corpus")
-OTHERS = ("task", "tokenizer", "preset", "train_tokens", "dtype")
-FACTORS = ("tokens_seen", "distance", "heads")
+OTHERS = ("task", "tokenizer", "preset", "train_tokens", "dtype", *RECIPE)
+FACTORS = ("tokens_seen", "distance", "layer", "heads")
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *ALWAYS, *OTHERS, *FACTORS)
 SEEN, DISTANCE = "training tokens (millions)", "distance (tokens)"
 
@@ -46,8 +48,7 @@ class View:
 
     def rows(self, table: pd.DataFrame) -> pd.DataFrame:
         """Return the rows to draw, with their `x`."""
-        mine = table[(table["metric"] == self.metric) & (table["heads"].fillna("") == self.heads)]
-        mine = mine[mine["layer"].isna()] if "layer" in mine else mine
+        mine = table[(table["metric"] == self.metric) & (table["heads"] == self.heads) & table["layer"].isna()]
         if self.by_distance:
             mine = mine[
                 mine["tokens_seen"] == mine.groupby(["attention", "options", "seed"])["tokens_seen"].transform("max")
@@ -85,7 +86,7 @@ def draw(table: pd.DataFrame) -> Figure:
         for line, views in zip(axes[2 * index : 2 * index + 2], (OVER_TRAINING, AT_END), strict=True):
             for axis, view in zip(line, views, strict=True):
                 spreads += _lines(axis, view, rows, looks)
-    note = statistics.explain(spreads, "bands", "rows of tokens")
+    note = intervals.explain(spreads, "bands", "rows of tokens")
     style.finish(figure, [look.handle() for look in looks.values()], style.with_caution(note, table, looks))
     return figure
 
@@ -110,7 +111,7 @@ def chart(table: pd.DataFrame) -> Chart:
         "What a model saves, in nats per token, on tokens that it has read before, how much weight its best head puts "
         "on what followed the same token, how much text of 500 tokens helps, and how far heads reach."
     )
-    note = statistics.explain(charts.spreads(groups), "bands", "rows of tokens")
+    note = intervals.explain(charts.spreads(groups), "bands", "rows of tokens")
     return Chart("Learning to retrieve", sentence, groups, style.with_caution(note, table, looks))
 
 
@@ -119,23 +120,25 @@ def _plotted(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["metric"].isin(metrics)]
     if table.empty:
         raise InputError(f"there are no rows with one of the metrics {', '.join(dict.fromkeys(metrics))} to draw")
-    return numbers(table, ["tokens_seen", "train_len"])
+    # a blank column is read as text
+    blank = {name: pd.to_numeric(table[name], errors="coerce") for name in ("distance", "layer")}
+    return numbers(table.assign(heads=table["heads"].fillna(""), **blank), ["tokens_seen", "train_len"])
 
 
-def _lines(
-    axis: Axes, view: View, table: pd.DataFrame, looks: dict[statistics.Method, style.Look]
-) -> list[pd.DataFrame]:
+def _lines(axis: Axes, view: View, table: pd.DataFrame, looks: dict[Method, style.Look]) -> list[pd.DataFrame]:
     """Draw a line and a band for each method; an empty panel is hidden."""
     rows = view.rows(table)
     if rows.empty:
         axis.set_axis_off()
         return []
     spreads = []
+    points = intervals.points(rows, ["x"])
     for method, look in looks.items():
-        spread = statistics.spread(statistics.method(rows, method), ["x"])
-        axis.plot(spread["x"], spread["mean"], label=look.label, **look.line())
-        axis.fill_between(spread["x"], spread["low"], spread["high"], color=look.colour, alpha=0.2, linewidth=0)
-        spreads.append(spread)
+        if len(spread := intervals.method(points, method)):
+            axis.plot(spread["x"], spread["mean"], label=look.label, **look.line())
+            axis.fill_between(spread["x"], spread["low"], spread["high"], color=look.colour, alpha=0.2, linewidth=0)
+            style.seeds(axis, spread["x"], spread, look)
+            spreads.append(spread)
     style.subtitle(axis, view.named(rows))
     style.label(axis, view.x, view.y)
     if view.by_distance:

@@ -251,7 +251,7 @@ class Cell(TextCell):
     def _row(self, score: Any, benchmark: Any, cut: int) -> Row:
         return Row(
             metric=score.metric,
-            unit="bits/byte" if score.metric == "bits_per_byte" else "1",
+            unit="bits/byte" if score.metric.endswith("bits_per_byte") else "1",
             value=score.value,
             stderr=score.stderr,
             n=score.n,
@@ -363,7 +363,7 @@ def _preset(given: Mapping[str, Any]) -> str | None:
 
 FAMILY = Family(
     name=NAME,
-    help="Benchmarks through lm-eval, of length-gen's models or any others; preset paper is the default of others.",
+    help="Benchmarks of lm-eval, for the models of length-gen or for given ones, whose default preset is paper.",
     config=Config,
     presets=PRESETS,
     cells=cells,

@@ -146,7 +146,7 @@ def measure(
 
 
 def ordered(contenders: Sequence[Peer], repeats: int) -> list[Peer]:
-    """Every peer so many times, in an order that favours none, the same whenever it is asked for."""
+    """Return every peer that many times, in a fixed order that favours none."""
     runs = [peer for _ in range(repeats) for peer in contenders]
     random.Random(0).shuffle(runs)
     return runs

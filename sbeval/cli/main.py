@@ -68,7 +68,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: 
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="Of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU."
+        help="Data type of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU."
     ),
 ]
 ResultsDir = Annotated[Path, typer.Option(help="Folder of tables, run files, checkpoints and figures.")]
@@ -153,17 +153,24 @@ def export(
 
 @app.command(rich_help_panel=RESULTS)
 def table(
-    family: Annotated[str, typer.Argument(help="Table to print: few-shot.")],
-    format: Annotated[str, typer.Option(help="terminal, markdown, latex or csv.")] = "terminal",
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="few-shot: models by benchmarks, as papers print them; tokens: gaps to RoPE by training tokens."
+        ),
+    ],
+    format: Annotated[str, typer.Option(help="terminal, markdown or csv; few-shot also latex.")] = "terminal",
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Print a table of models by benchmarks, as in papers, from the result table; needs no torch."""
-    from sbeval.tables import few_shot
+    """Print a table that follows from a result table; needs no torch."""
+    from sbeval.tables import few_shot, tokens
     from sbeval.tables.table import read
 
-    choose("table", family.replace("-", "_"), ["few_shot"])
-    _warn([Results(results_dir).table("few_shot")])
-    rendered = few_shot.render(read(Results(results_dir).table("few_shot"), required=few_shot.COLUMNS), format)
+    tables: dict[str, tuple[str, Any]] = {"few_shot": ("few_shot", few_shot), "tokens": ("length_gen", tokens)}
+    source, module = tables[choose("table", name.replace("-", "_"), tables)]
+    path = Results(results_dir).table(source)
+    _warn([path])
+    rendered = module.render(read(path, required=module.COLUMNS), format)
     if isinstance(rendered, str):
         print(rendered)
     else:

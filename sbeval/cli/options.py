@@ -30,7 +30,9 @@ class Common:
     )
     device: str | None = option(None, RUN, "cpu, cuda or cuda:N. Default: the GPU if there is one.")
     dtype: str | None = option(
-        None, RUN, "Of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU."
+        None,
+        RUN,
+        "Data type of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU.",
     )
     results_dir: Path = option(Path("results"), RUN, "Folder of tables, run files, checkpoints and figures.")
     force: bool = option(False, RUN, "Run finished cells again.")

@@ -178,7 +178,28 @@ def scores(benchmark: Benchmark, adapter: Adapter, limit: int | None) -> tuple[l
             name, results["results"][name], counts[name], str(results["versions"][name]), chances[name]
         )
     ]
-    return found, lm_eval_items.values(benchmark.name, benchmark.tasks, results["samples"])
+    items = lm_eval_items.values(benchmark.name, benchmark.tasks, results["samples"])
+    versions = {name: str(results["versions"][name]) for name in names}
+    return [*found, *_gold(benchmark, items, versions)], items
+
+
+def _gold(benchmark: Benchmark, items: pd.DataFrame, versions: Mapping[str, str]) -> Iterator[Score]:
+    """Yield the bits per byte of right answers, of the benchmark and of each part whose items have them."""
+    for name, version in versions.items():
+        group = benchmark.groups.get(name)
+        tasks = [name] if group is None else [task.task_name for task in group.get_all_tasks()]
+        found = lm_eval_items.gold_bits_per_byte(items, ["" if task == benchmark.name else task for task in tasks])
+        if found is not None:
+            yield Score(
+                task=name,
+                metric="gold_bits_per_byte",
+                filter="",
+                value=found.value,
+                stderr=found.stderr,
+                n=found.n,
+                version=version,
+                chance=None,
+            )
 
 
 def _scores(name: str, numbers: Mapping[str, Any], n: int, version: str, chance: float | None) -> Iterator[Score]:

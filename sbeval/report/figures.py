@@ -32,7 +32,8 @@ def draw_figures(
     """Draw the named figures, or all whose table exists, and return the files, `out_dir`/<name>.<format>.
 
     out_dir: `results_dir`/figures unless given. say: reports each figure that is skipped because it has no table, and
-    rows that are not what a run wrote.
+    rows that are not what a run wrote. A figure that only some tables have rows for is left out where there are none,
+    unless it is named.
     Raise InputError for an unknown name or format, a table that cannot be read or has nothing to draw and, for a named
     figure, no table.
     """
@@ -50,6 +51,8 @@ def draw_figures(
             say(f"{name}: skipped, no table {path}")
             continue
         table = read(path, required=module.COLUMNS)
+        if not names and not registry.has_rows(name, table):
+            continue
         try:
             files += _draw(module, table, [folder / f"{name}.{suffix}" for suffix in chosen if suffix in FORMATS])
             if "html" in chosen:

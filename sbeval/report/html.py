@@ -90,6 +90,8 @@ def _charts(tables: dict[str, pd.DataFrame], results_dir: Path, say: Callable[[s
     names = [name for name in registry.FIGURES if registry.figure(name).TABLE in tables]
     for name in sorted(names, key=lambda name: order.index(registry.figure(name).TABLE)):
         table = registry.figure(name).TABLE
+        if not registry.has_rows(name, tables[table]):
+            continue
         try:
             charts[name] = registry.figure(name).chart(tables[table])
         except InputError as error:

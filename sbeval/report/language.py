@@ -52,7 +52,7 @@ CONTROL = (
 def within(table: pd.DataFrame, evidence: Evidence) -> Judged:
     """Judge whether perplexity at the training length is as low as RoPE's, or lower."""
     rows = selection.by_context(table)
-    rows = nearest(rows[rows["x"] == rows["train_len"]], selection.LENGTH_GEN.columns)
+    rows = nearest(rows[rows["x"] == rows["train_len"]], selection.length_gen_setting(rows).columns)
     samples = intervals.samples(rows, Scale.LOG)
     differences = trained(intervals.differences(samples, ROPE, Scale.LOG, same_units=True))
     differences |= _paired(rows, samples, evidence)
@@ -91,7 +91,7 @@ def lengths(table: pd.DataFrame, evidence: Evidence) -> Judged:
     train_len, longest = LENGTHS
     rows = selection.by_context(table)
     rows = rows[(rows["train_len"] == train_len) & rows["x"].isin(LENGTHS)]
-    setting = selection.LENGTH_GEN.columns
+    setting = selection.length_gen_setting(rows).columns
     rows = rows[
         rows.groupby(["attention", "options", *setting], dropna=False)["x"].transform("nunique") == len(LENGTHS)
     ]

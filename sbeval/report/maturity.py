@@ -31,7 +31,7 @@ class Canaries:
     window: of a sliding window shorter than the training length. nope: of a model without positions. None: not trained.
     """
 
-    setting: dict[str, object]
+    setting: dict[str, str]
     params: int
     epochs: float | None
     window: Interval | None
@@ -39,7 +39,7 @@ class Canaries:
 
     @property
     def tokens(self) -> int:
-        return int(str(self.setting["train_tokens"]))
+        return int(self.setting["train_tokens"])
 
     def faults(self) -> list[str]:
         """Return why these models are too young to rank; empty when they are not."""
@@ -64,14 +64,15 @@ def canaries(table: pd.DataFrame) -> list[Canaries]:
         return []
     rows = rows[rows["x"] == rows["train_len"]]
     found = []
-    for key, part in rows.groupby(SETTING, dropna=False):
+    names = [*SETTING, *(name for name in selection.RECIPE if name in rows)]
+    for _, part in rows.groupby(names, dropna=False):
         if ROPE in (samples := intervals.samples(part, Scale.LOG)):
             differences = intervals.differences(samples, ROPE, Scale.LOG, same_units=True)
             plain = intervals.method(part, ROPE)
             read = pd.to_numeric(plain["epochs"]).max() if "epochs" in plain else None
             found.append(
                 Canaries(
-                    setting=dict(zip(SETTING, key, strict=True)),
+                    setting={name: _plain(plain[name].iloc[0]) for name in names},
                     params=int(plain["params"].max()),
                     epochs=None if read is None or pd.isna(read) else float(read),
                     window=_window(differences, int(part["train_len"].iloc[0])),
@@ -89,7 +90,7 @@ def table(length_gen: pd.DataFrame) -> pd.DataFrame:
         read = "" if one.epochs is None else f"{one.epochs:.2f}"
         tokens = f"{one.tokens / max(one.params, 1):.1f}"
         verdict = "; ".join(one.faults()) or "old enough"
-        lines.append([*map(str, one.setting.values()), tokens, read, *differences, verdict])
+        lines.append([*(one.setting[name] for name in SETTING), tokens, read, *differences, verdict])
     headings = ["tokens a parameter", "epochs", "sliding window minus RoPE", "NoPE minus RoPE", "verdict"]
     return pd.DataFrame(lines, columns=[*SETTING, *headings])
 
@@ -109,12 +110,16 @@ def fault(rows: pd.DataFrame, table: pd.DataFrame | None) -> str:
 
     table: `length_gen`, which has the canaries.
     """
-    setting = {name: rows[name].iloc[0] for name in SETTING}
     for one in canaries(table) if table is not None else ():
-        if one.setting == setting:
+        if all(_plain(rows[name].iloc[0]) == value for name, value in one.setting.items() if name in rows):
             return "; ".join(one.faults())
     few = [f"trained on {short(rows):.1f} tokens a parameter, fewer than {ENOUGH:g}"] if short(rows) else []
     return "; ".join([*few, "maturity unknown: sliding_window, nope and rope not evaluated in this setting"])
+
+
+def _plain(value: object) -> str:
+    """Write a cell of a setting; tables of one family may lack a number that is blank in another's."""
+    return "" if value is None or value != value else str(value)
 
 
 def short(rows: pd.DataFrame) -> float:

@@ -38,5 +38,5 @@ def in_parts(
             raise torch.OutOfMemoryError("out of memory with a single item: nothing smaller is left to try")
         else:
             size = len(part) // 2
-            say(f"out of memory at {len(part)} at a time: going on with {size}")
+            say(f"out of memory at {len(part)} at a time: continuing with {size}")
     return size

@@ -265,7 +265,7 @@ class _Course:
         if done.how:
             self.failed = True
             recorded = f"{len(lost)} cells that need it recorded" if lost else "recorded"
-            self.say(f"{step.title}: {done.reason}; {recorded} as {done.how}, going on with the next")
+            self.say(f"{step.title}: {done.reason}; {recorded} as {done.how}, continuing with the next")
 
     def then(self, step: Step) -> list[Step]:
         """Return the steps that are ready after a step."""
@@ -296,7 +296,7 @@ def train(cells: Sequence[Cell], context: RunContext, *, console: Console) -> bo
             try:
                 message = str(step.train(context, progress))
             except errors as error:
-                failed, message = True, f"{reason(error)}; going on with the next"
+                failed, message = True, f"{reason(error)}; continuing with the next"
             console.print(f"{step.title}: {message}", highlight=False, soft_wrap=True, markup=False)
     return not failed
 

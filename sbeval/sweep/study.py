@@ -23,6 +23,7 @@ from sbeval.sweep.executor import Executor
 from sbeval.sweep.study_file import Part
 from sbeval.tables import provenance
 from sbeval.tables.results import Results
+from sbeval.tables.table import read
 from sbeval.training.text_model import TextModel, trained_on
 
 # cells of a family in one command: that many take seconds to list
@@ -135,7 +136,10 @@ def _show(family: str, cells: Sequence[Cell], results_dir: Path, console: Consol
     if not len(results):
         return say(console, str(path))
     console.print(registry.task(family).summary(results))
-    figures = [name for name in registry.FIGURES if registry.figure(name).TABLE == family]
+    table = read(path)
+    figures = [
+        name for name in registry.FIGURES if registry.figure(name).TABLE == family and registry.has_rows(name, table)
+    ]
     pages = [name for name in figures if name in registry.PAGES]
     files = [path, *draw_figures(results_dir, figures, ["png", "pdf"])]
     if pages and importlib.util.find_spec("plotly"):

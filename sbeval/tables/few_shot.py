@@ -80,7 +80,7 @@ def names(chosen: pd.DataFrame) -> dict[tuple[object, ...], str]:
         # the name of a Hugging Face model suffices
         name = f"{model}" if attention == "hf" else f"{model} {attention}"
         short[key] = f"{name}:{options}" if options and attention != "hf" else name
-        long[key] = f"{short[key]} ({train_tokens / 1e6:.0f} M tokens of {train_len}, read to {eval_len})"
+        long[key] = f"{short[key]} ({train_tokens / 1e6:.0f} M tokens of {train_len}, evaluated to {eval_len})"
     twice = {name for name in short.values() if list(short.values()).count(name) > 1}
     return {key: long[key] if name in twice else name for key, name in short.items()}
 

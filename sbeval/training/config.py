@@ -11,7 +11,7 @@ SCHEDULES = ("cosine", "power", "constant", "wsd")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """How to train. A step is `batch` sequences of `length` tokens, run `micro_batch` at a time.
+    """Settings of a training. A step is `batch` sequences of `length` tokens, run `micro_batch` at a time.
 
     Schedules, after a warm-up from 0 over `warmup` steps: `cosine` from lr to final_lr * lr; `power` is min(lr, batch a
     n^b) after n tokens (Shen et al. 2024, arXiv 2408.13359), then decays exponentially over the last `decay` of the

@@ -103,7 +103,7 @@ class EvaluatedModel(TextModel):
 
     @property
     def trains(self) -> bool:
-        """Whether models are trained rather than given."""
+        """True where models are trained rather than given."""
         return self.checkpoint is None
 
 

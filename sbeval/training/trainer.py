@@ -359,7 +359,7 @@ class Trainer:
             _forget()
             self.loss = self._prepare()
         self.say(
-            f"{what}: going on with {fewer}, the same run but for rounding (--micro-batch-tokens {fewer * length})"
+            f"{what}: continuing with {fewer}, the same run but for rounding (--micro-batch-tokens {fewer * length})"
         )
 
     def _parts(self, rows: int) -> list[slice]:

@@ -94,7 +94,7 @@ def test_training_goes_on_with_fewer_sequences_at_a_time(limit: int, monkeypatch
     assert fewer.rows == {1: 1, 3: 2, 5: 4}[limit]
     lines = [line for line in said.splitlines() if line.startswith("out of memory at ")]
     assert len(lines) == int(math.log2(8 // fewer.rows))
-    assert f"going on with {fewer.rows}," in lines[-1] and f"--micro-batch-tokens {fewer.rows * 16}" in lines[-1]
+    assert f"continuing with {fewer.rows}," in lines[-1] and f"--micro-batch-tokens {fewer.rows * 16}" in lines[-1]
     assert_close(fewer, whole)
 
 
@@ -134,7 +134,7 @@ def test_evaluation_goes_on_with_fewer_windows(
     fits(monkeypatch, 3)
     fewer = measured()
     assert (
-        "out of memory at 8 at a time: going on with 4\nout of memory at 4 at a time: going on with 2\n"
+        "out of memory at 8 at a time: continuing with 4\nout of memory at 4 at a time: continuing with 2\n"
         in capsys.readouterr().out
     )
     for a, b in zip(fewer, whole, strict=True):
@@ -295,7 +295,7 @@ def test_the_run_file_says_how_many_fitted(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Trainer, "_accumulate", limited)
     code, said = command(*RECALL, "--results-dir", tmp_path)
-    assert code == 0 and "out of memory at 4 sequences of 16 tokens at a time: going on with 2" in said
+    assert code == 0 and "out of memory at 4 sequences of 16 tokens at a time: continuing with 2" in said
     (path,) = (tmp_path / "runs").iterdir()
     assert json.loads(path.read_text())["measured"]["sequences_at_a_time"] == 2
 
@@ -312,7 +312,7 @@ def test_a_cell_that_does_not_fit_is_recorded_and_the_sweep_goes_on(
 
     monkeypatch.setattr(Decoder, "forward", limited)
     code, said = command(*RECALL, "--width", "24", "--results-dir", tmp_path)
-    assert code == 1 and "nothing smaller is left to try; recorded as failed, going on with the next" in said
+    assert code == 1 and "nothing smaller is left to try; recorded as failed, continuing with the next" in said
     rows = table.read(tmp_path / "mqrar.csv")
     assert set(rows.loc[rows["metric"] == "accuracy", "width"]) == {16}
     assert set(rows.loc[rows["status"] == "failed", "width"]) == {24}
@@ -344,7 +344,7 @@ def test_a_model_that_cannot_be_trained_is_one_line_and_the_next_is(
     )
     lines = [line for line in said.splitlines() if " seed 0: " in line and " %" not in line]
     assert code == 1 and "Traceback" not in said
-    assert lines[0] == "train rope seed 0: the loss is nan at step 2; going on with the next"
+    assert lines[0] == "train rope seed 0: the loss is nan at step 2; continuing with the next"
     assert lines[1].startswith(f"train alibi seed 0: {tmp_path}")
 
 

@@ -1,4 +1,4 @@
-"""Where the targets are, against one pass from the left; how much weight falls on them, against sums one by one."""
+"""Attention maps: rows and summary of trained models and of checkpoints."""
 
 import dataclasses
 from pathlib import Path

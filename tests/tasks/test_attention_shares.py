@@ -1,4 +1,4 @@
-"""Where the targets are, against one pass from the left; how much weight falls on them, against sums one by one."""
+"""Positions of the targets, against one pass from the left; the weight on them, against sums one by one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is asked of which model, what comes of it, and that a run that was stopped goes on where it was."""
+"""Needles: the grid, rows and stored answers of evaluations, which an interrupted run resumes."""
 
 import contextlib
 import dataclasses

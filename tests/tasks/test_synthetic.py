@@ -1,4 +1,4 @@
-"""What a cell that trains on generated examples records of its model, trained or failed."""
+"""Cells that train on generated examples record their model, trained or failed."""
 
 from pathlib import Path
 

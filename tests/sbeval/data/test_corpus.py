@@ -1,4 +1,4 @@
-"""What is stored is what was read, whole or not at all; what cannot be read is said in one line."""
+"""What is stored is what was read, whole or not at all; what cannot be read is a one-line error."""
 
 import json
 import subprocess

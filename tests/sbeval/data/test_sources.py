@@ -1,4 +1,4 @@
-"""Every text that is there is read, into the split that it belongs to; what cannot be read is said in one line."""
+"""Every text is read, into the split that it belongs to; what cannot be read is a one-line error."""
 
 import bz2
 import gzip

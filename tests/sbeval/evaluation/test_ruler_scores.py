@@ -1,4 +1,4 @@
-"""Log-probabilities are those of each prompt alone, and what is likeliest is what is said."""
+"""Log-probabilities are those of each prompt alone; the likeliest tokens are the completion."""
 
 import dataclasses
 from typing import Any

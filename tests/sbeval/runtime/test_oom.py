@@ -30,8 +30,8 @@ def test_each_halving_is_said_and_lasts() -> None:
     lines: list[str] = []
     oom.in_parts(range(40), 16, limited(5, []), lines.append)
     assert lines == [
-        "out of memory at 16 at a time: going on with 8",
-        "out of memory at 8 at a time: going on with 4",
+        "out of memory at 16 at a time: continuing with 8",
+        "out of memory at 8 at a time: continuing with 4",
     ]
 
 

@@ -144,7 +144,7 @@ def status(cell: Cell, results: Path) -> tuple[str, str]:
 def test_a_cell_that_diverges_is_recorded_and_leaves_no_row(tmp_path: Path) -> None:
     bad, worse, good = Cell(title="bad", value=None), Cell(title="worse", value=math.nan), Cell(title="good")
     complete, said = run([bad, worse, good], tmp_path)
-    assert not complete and said.count("recorded as diverged, going on with the next") == 2
+    assert not complete and said.count("recorded as diverged, continuing with the next") == 2
     assert status(bad, tmp_path) == ("failed", "the loss is nan at step 7")
     assert status(worse, tmp_path) == ("failed", "a measured value is not finite")
     assert status(good, tmp_path) == ("finished", "")

@@ -161,7 +161,7 @@ def test_cells_at_once_with_force_train_their_model_once_again(study: Path, tmp_
 def test_a_training_that_fails_fails_all_that_needs_it_and_the_study_goes_on(study: Path, tmp_path: Path) -> None:
     changes = ("--set", "models.lr=1e9", "--set", "models.attention=[rope]", "--set", "length_gen.attention=[rope]")
     code, out, _ = run(study, *changes, "--device", "cpu", "--results-dir", tmp_path)
-    assert code == 1 and "2 cells that need it recorded as diverged, going on with the next" in out
+    assert code == 1 and "2 cells that need it recorded as diverged, continuing with the next" in out
     failed = {name: record["reason"] for name, record in records(tmp_path).items() if record["status"] == "failed"}
     assert {name.split("-")[0] for name in failed} == {"length_gen", "needle"}
     assert all(reason.startswith("train rope seed 0: the loss is ") for reason in failed.values())
@@ -176,7 +176,7 @@ def test_what_one_family_cannot_do_ends_no_study(study: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(needle.Cell, "run", refuse)
     code, out, _ = run(study, "--device", "cpu", "--results-dir", tmp_path)
-    assert code == 1 and "niah_single_1: no needle here; recorded as failed, going on with the next" in out
+    assert code == 1 and "niah_single_1: no needle here; recorded as failed, continuing with the next" in out
     assert (tmp_path / "flip_flop.csv").exists() and not (tmp_path / "needle.csv").exists()
     assert [record["reason"] for record in records(tmp_path).values() if record["status"] == "failed"] == 2 * [
         "no needle here"

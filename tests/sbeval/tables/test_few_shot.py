@@ -98,10 +98,10 @@ def test_seeds_are_averaged_and_the_larger_run_counts() -> None:
         row("rope", "arc_easy", "acc_norm", 0.9, eval_len=256),
     ]
     found = by_name(scores.table(results(*more)))
-    longer = found["25m rope (100 M tokens of 2048, read to 2048)"]
+    longer = found["25m rope (100 M tokens of 2048, evaluated to 2048)"]
     # seeds at 0.3 and 0.5, and items with an error of 0.05
     assert pair(longer["arc_easy (0) acc_norm"]) == pytest.approx((40.0, 127.4), abs=0.1)
-    assert found["25m rope (100 M tokens of 2048, read to 256)"]["arc_easy (0) acc_norm"] is not None
+    assert found["25m rope (100 M tokens of 2048, evaluated to 256)"]["arc_easy (0) acc_norm"] is not None
 
 
 def test_markdown_latex_and_csv() -> None:

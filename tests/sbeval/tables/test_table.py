@@ -266,6 +266,15 @@ def test_writing_takes_the_parts_in_and_replaces_that_of_its_cell(tmp_path: Path
     assert not list((tmp_path / "parts").rglob("*.csv"))
 
 
+def test_a_part_of_a_table_that_was_removed_does_not_hide_new_rows(tmp_path: Path) -> None:
+    path = tmp_path / "toy.csv"
+    for cell in ("a", "b"):
+        table.keep(path, rows(cell, seed=ord(cell)))
+    path.unlink()
+    table.keep(path, rows("b", (9.0,), seed=99))
+    assert 9.0 in set(table.read(path)["value"])
+
+
 def test_a_damaged_part_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "toy.csv"
     table.keep(path, rows("a"))
@@ -310,10 +319,10 @@ def test_a_large_table_is_read_fast_and_a_cell_stored_faster(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("0.3333333333333333", "17.0"), r"toy\.csv:2: '17\.0' in column 'value' is no share, which is 0 to 1"),
-        (("0.3333333333333333", "-1"), r"toy\.csv:2: '-1' in column 'value' is no share"),
+        (("0.3333333333333333", "17.0"), r"toy\.csv:2: '17\.0' in column 'value' is not a share, which is 0 to 1"),
+        (("0.3333333333333333", "-1"), r"toy\.csv:2: '-1' in column 'value' is not a share"),
         (("1e-17", "-1e-17"), r"toy\.csv:2: '-1e-17' in column 'stderr' is a negative standard error"),
-        ((",7,0,", ",0,0,"), r"toy\.csv:3: '0' in column 'n' is no number of units"),
+        ((",7,0,", ",0,0,"), r"toy\.csv:3: '0' in column 'n' is not a number of units"),
     ],
 )
 def test_a_number_that_no_run_writes_is_an_error(tmp_path: Path, change: tuple[str, str], message: str) -> None:

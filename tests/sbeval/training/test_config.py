@@ -1,4 +1,4 @@
-"""Settings of a training: what cannot be is said; tokens are those of all steps."""
+"""Settings of a training: invalid ones are errors; tokens are those of all steps."""
 
 import math
 from typing import Any
