@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, reason
 from sbeval.runtime import device, distributed, files
 from sbeval.runtime.progress import Heard, Progress, Task, Telling
 from sbeval.sweep import pool
@@ -296,7 +296,7 @@ def train(cells: Sequence[Cell], context: RunContext, *, console: Console) -> bo
             try:
                 message = str(step.train(context, progress))
             except errors as error:
-                failed, message = True, f"{error}; continuing with the next"
+                failed, message = True, f"{reason(error)}; continuing with the next"
             console.print(f"{step.title}: {message}", highlight=False, soft_wrap=True, markup=False)
     return not failed
 
@@ -358,7 +358,8 @@ def _mishap(error: Exception) -> tuple[str, str]:
     """Return how a step failed (one of FAILED), and the reason."""
     if isinstance(error, DivergedError):
         return "diverged", str(error)
-    return "failed", str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    # torch's messages have several lines
+    return "failed", str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {reason(error)}"
 
 
 def _origin(cell: Cell, context: RunContext, preset: str, outcome: Outcome | None) -> Provenance:

@@ -189,8 +189,8 @@ def test_needle_goes_on_with_fewer_prompts(monkeypatch: pytest.MonkeyPatch) -> N
     limited_to(monkeypatch, 3)
     fewer, said = asked(Answers())
     assert said == [
-        "out of memory at 8 at a time: going on with 4",
-        "out of memory at 4 at a time: going on with 2",
+        "out of memory at 8 at a time: continuing with 4",
+        "out of memory at 4 at a time: continuing with 2",
     ]
     for a, b in zip(fewer, whole, strict=True):
         assert (a.completion, a.greedy) == (b.completion, b.greedy)

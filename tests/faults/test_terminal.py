@@ -104,8 +104,8 @@ def test_a_terminal_that_is_closed_saves_what_was_trained(workers: int, tmp_path
 
 
 def test_a_run_that_ignores_the_end_of_its_terminal_goes_on(tmp_path: Path) -> None:
-    with terminal(ENDLESS.replace("10000000", "3000"), tmp_path, "nohup") as shown:
+    with terminal(ENDLESS.replace("10000000", "600"), tmp_path, "nohup") as shown:
         shown.wait_for("loss")
         shown.close()
-        assert shown.process.wait(120) == 0
+        assert shown.process.wait(300) == 0
     assert len(table.read(tmp_path / "mqrar.csv"))
