@@ -55,7 +55,7 @@ class ResultTables(Mapping[str, pd.DataFrame]):
         """Return the run file of a row's `cell`: its whole configuration, versions and measurements."""
         return provenance.read_run(Results(self.folder).run_file(cell))
 
-    def values(self, cells: Iterable[str]) -> pd.DataFrame:
+    def unit_values(self, cells: Iterable[str]) -> pd.DataFrame:
         """Return the values of each document, item or prompt behind the rows of cells: see docs/results-folder.md."""
         return values.read(Results(self.folder), cells)
 
@@ -173,6 +173,9 @@ def evaluate(
 
 class _Logits:
     """A model of logits as a Predictor, whose hidden states they are."""
+
+    # not known, so rows are not padded
+    by_length = True
 
     def __init__(self, model: "nn.Module") -> None:
         self._model = model

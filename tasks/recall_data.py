@@ -4,7 +4,7 @@ See `sbeval.tasks.mqrar` for the task. An example is a function of (task, seed, 
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +149,7 @@ def accuracy(examples: Examples, correct: Tensor) -> float:
     return correct[examples.targets != IGNORE].float().mean().item()
 
 
-def accuracies(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, dict[str, Any]]]:
+def accuracies(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, Mapping[str, Any]]]:
     """Yield the accuracy over scored positions with the factors of its row, for each split of `counts`.
 
     Standard errors are over examples, since positions of one example are dependent.

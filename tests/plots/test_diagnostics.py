@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
@@ -59,7 +58,7 @@ def panel(figure: Figure, title: str) -> Axes:
 
 def points(axis: Axes, label: str) -> list[tuple[float, float]]:
     (line,) = [line for line in axis.get_lines() if line.get_label() == label]
-    return [(float(x), round(float(y), 6)) for x, y in np.asarray(line.get_xydata())]
+    return [(float(x), round(float(y), 6)) for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)]
 
 
 def test_panels_have_the_means_of_seeds_by_tokens_and_by_distance() -> None:

@@ -4,7 +4,7 @@ import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import platformdirs
@@ -107,7 +107,10 @@ def test_readings_are_those_of_the_model(config: Config, tmp_path: Path, progres
     given = run(dataclasses.replace(config, checkpoint=str(folder)), tmp_path / "other", progress)
     # a checkpoint brings the diagnoses of its training
     unknown: dict[str, Any] = {"lr": None, "optimizer": "", "batch_tokens": None, "schedule": ""}
-    assert given.rows == [dataclasses.replace(row, **unknown) for row in outcome.rows] and given.train_tokens == 0
+    assert (
+        given.rows == [dataclasses.replace(cast(Any, row), **unknown) for row in outcome.rows]
+        and given.train_tokens == 0
+    )
     for state in checkpoint.load_state(folder).diagnoses[-1:]:
         assert state["step"] == 10
     # and without these the finished model is read

@@ -8,7 +8,7 @@ import sqlite3
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -277,7 +277,7 @@ def test_a_command_leaves_table_and_figures(command: list[object], tmp_path: Pat
     found = values.read(Results(tmp_path / "results"), rows["cell"]).merge(rows[["cell", "task"]].drop_duplicates())
     for row in rows[(rows["metric"] != "filled")].itertuples():
         mine = found[(found["task"] == row.task) & (found["metric"] == row.metric) & (found["length"] == row.length)]
-        if not pd.isna(row.depth_start):
+        if pd.notna(cast(Any, row.depth_start)):
             mine = mine[(mine["depth"] >= row.depth_start) & (mine["depth"] < row.depth_end)]
         assert mine["value"].mean() == pytest.approx(row.value, abs=1e-4) and mine["unit_id"].nunique() == row.n
     # four needles have no one depth

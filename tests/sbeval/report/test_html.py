@@ -52,6 +52,8 @@ def length_gen(run: Row, place: int) -> Iterator[Row]:
     run |= {"task": "books", "position_start": "", "position_end": "", "context_length": "", "last_k": ""}
     for length in (256, 512, 1024, 2048):
         yield run | {"metric": "perplexity", "value": 40 + place * length / 512, "context_length": length}
+    for length in (512, 1024, 2048):
+        yield run | {"metric": "loss_fixed_targets", "context_length": length, "targets": 256, "value": 3.0 + place}
     for tokens in (10**7, 10**8, 10**9, 10**10):
         at = {"context_length": 512, "train_tokens": tokens, "corpus": "plays"}
         yield run | at | {"metric": "perplexity", "value": 40 + place * 10**8 / tokens}
@@ -341,9 +343,9 @@ def test_models_that_overfit_are_named_and_decide_nothing(text: str, tmp_path: P
         folder / "length_gen.csv", index=False
     )
     marked = html.build(folder, say=pytest.fail)
-    # both claims of the table, and both of its figures
+    # both claims of the table, and its three figures
     assert marked.count("Left out, as they overfit: models of rope") + marked.count("; left out, as they overfit") == 2
-    assert marked.count("above its lowest): RoPE.") == 2 and "verfit" not in text
+    assert marked.count("above its lowest): RoPE.") == 3 and "verfit" not in text
 
 
 def test_text_of_tables_is_text(text: str) -> None:

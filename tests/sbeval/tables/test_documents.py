@@ -29,8 +29,9 @@ def test_a_number_has_exactly_its_factors() -> None:
             stored({"a": [5.0, 5.0]}, context_length=2048, targets=512),
         ]
     )
-    assert documents.sums(values, "nll_sum", context_length=2048).loc["a"].tolist() == [300.0, 400.0]
-    assert documents.sums(values, "nll_sum", context_length=2048, targets=512).loc["a"].tolist() == [500.0, 500.0]
+    assert documents.sums(values, "nll_sum", context_length=2048).loc[["a"]].values.tolist() == [[300.0, 400.0]]
+    by_target = documents.sums(values, "nll_sum", context_length=2048, targets=512)
+    assert by_target.loc[["a"]].values.tolist() == [[500.0, 500.0]]
     assert documents.sums(values, "tokens", context_length=8192).empty
     assert documents.sums(documents.nothing(()), "tokens", context_length=8192).empty
 
