@@ -19,6 +19,7 @@ from sbeval.sweep.context import RunContext
 from sbeval.tables import table
 from sbeval.tasks import attention_map, attention_shares
 from sbeval.tasks.recall_data import generate
+from sbeval.training import checkpoint
 
 TASK = Recall(vocab_size=33, seq_len=32, kv_pairs=8)
 TINY = attention_map.Config(
@@ -32,6 +33,15 @@ TINY = attention_map.Config(
     steps=3,
     test_rows=40,
 )
+
+
+def test_a_language_model_is_refused(tmp_path: Path) -> None:
+    model = Decoder(ModelConfig(vocab_size=33, width=16, layers=1, heads=2, hidden=16))
+    checkpoint.save(
+        tmp_path / "text", model, checkpoint.State(finished=True), training={"length": 32, "tokenizer": "d"}
+    )
+    with pytest.raises(InputError, match="a language model; give one of sbeval mqrar or attention-map"):
+        attention_map.cells(dataclasses.replace(TINY, checkpoint=(str(tmp_path / "text"),)))
 
 
 def by_hand(row: list[int], half: int) -> dict[int, list[int]]:

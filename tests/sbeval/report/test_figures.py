@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,24 @@ def test_figures_are_drawn_where_torch_cannot_be_imported(results: Path) -> None
     command = [sys.executable, "-W", "error", "-c", BLOCKED, str(results)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, str(results / "figures" / "mqrar.png")), done.stderr
+
+
+def test_where_selects_rows(results: Path, tmp_path: Path) -> None:
+    (results / "mqrar.csv").write_text(MQRAR + MQRAR.split("\n", 1)[1].replace(",rope,", ",alibi,"))
+    everything = draw_figures(results, ["mqrar"], ["png"], tmp_path / "all")
+    one = draw_figures(results, ["mqrar"], ["png"], tmp_path / "one", where=["attention=rope"])
+    assert everything[0].read_bytes() != one[0].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("attention", "--where takes COLUMN=VALUE, such as seed=0; got 'attention'"),
+        ("atention=rope", "did you mean 'attention'?"),
+        ("attention=rop", "has no row with attention=rop; attention is "),
+        ("seed=77", "has no row with seed=77"),
+    ],
+)
+def test_where_names_what_selects_nothing(results: Path, tmp_path: Path, condition: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        draw_figures(results, ["mqrar"], ["png"], tmp_path, where=[condition])
