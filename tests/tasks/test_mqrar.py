@@ -25,6 +25,7 @@ from sbeval.sweep import scheduler
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.tables import table
+from sbeval.tables.mqrar import LEGEND
 from sbeval.tasks import mqrar, recall_data
 from sbeval.tasks.recall_data import Examples, generate
 from sbeval.tasks.synthetic import TEST_SEED, VALIDATION_SEED
@@ -434,7 +435,7 @@ def test_a_cell_that_diverges_has_a_row_that_says_so(tmp_path: Path) -> None:
     rows = table.read(tmp_path / "mqrar.csv")
     assert rows[["metric", "value", "status"]].to_numpy().tolist() == [["solved", 0.0, "diverged"]]
     assert "the loss is nan" in (tmp_path / "runs" / f"{cell_id(cell)}.json").read_text()
-    assert mqrar.FAMILY.summary(rows).row_count == 1 and mqrar.FAMILY.summary(rows).caption is None
+    assert mqrar.FAMILY.summary(rows).row_count == 1 and mqrar.FAMILY.summary(rows).caption == LEGEND
     # such a cell is tried again
     assert scheduler.unfinished([cell], tmp_path) == [cell]
 
@@ -442,7 +443,7 @@ def test_a_cell_that_diverges_has_a_row_that_says_so(tmp_path: Path) -> None:
 def test_the_table_says_what_would_decide_a_cell_that_is_not_solved() -> None:
     rows = table.read(RESULTS)
     cell = rows[(rows["metric"] == "solved") & (rows["status"] == "solved")]["cell"].iloc[0]
-    assert mqrar.FAMILY.summary(rows[rows["cell"] == cell]).caption is None
+    assert mqrar.FAMILY.summary(rows[rows["cell"] == cell]).caption == LEGEND
     for ended in ("budget", "plateau"):
         other = rows[(rows["metric"] == "solved") & (rows["status"] == ended)]["cell"].iloc[0]
         assert "--steps" in str(mqrar.FAMILY.summary(rows[rows["cell"].isin([cell, other])]).caption)
