@@ -4,7 +4,8 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,7 +95,8 @@ def test_ray_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 class Deadly(RunContext):
     """A context in which the process of each cell is killed once, at step 20, and every validation step is logged."""
 
-    def logger(self, name: str) -> Callable[[int, dict[str, float]], None]:
+    @contextmanager
+    def logger(self, name: str) -> Iterator[Callable[[int, dict[str, float]], None]]:
         looks = self.results_dir / f"looks-{name}"
 
         def log(step: int, numbers: dict[str, float]) -> None:
@@ -103,7 +105,7 @@ class Deadly(RunContext):
             if step == 20 and looks.read_text().count("20\n") == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        return log
+        yield log
 
 
 class Saving(mqrar.Cell):
