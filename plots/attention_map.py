@@ -49,6 +49,9 @@ TOKEN_PT = 3.2
 # weights are shown on a scale of their square roots, on which small ones can be seen
 POWER, TICKS = 0.5, (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
 
+# maps beside each other whose titles are legible, and maps of a model that one figure has
+MOST_COLUMNS, MOST = 2, 8
+
 Floats = npt.NDArray[np.float64]
 Position = tuple[int, int]
 
@@ -120,17 +123,16 @@ def _model(rows: pd.DataFrame, label: str, name: str) -> Model:
 def draw(table: pd.DataFrame) -> Figure:
     """Draw a panel for each layer (columns) and head of each model (rows)."""
     drawn = models(table)
-    columns = max(each.layer for model in drawn for each in model.maps)
-    lines = [(model, head) for model in drawn for head in sorted({each.head for each in model.maps})]
+    columns = min(MOST_COLUMNS, max(each.layer for model in drawn for each in model.maps))
+    lines = [(model, line) for model in drawn for line in _lines(model, columns)]
     side = style.WIDTH_IN / columns
     layout = ConstrainedLayoutEngine(w_pad=0.04, h_pad=0.08, wspace=0.02, hspace=0.03)
     figure = Figure(figsize=(style.WIDTH_IN, (side + 0.15) * len(lines) + 1.0), layout=layout)
     axes = figure.subplots(len(lines), columns, squeeze=False)
     norm, colours = PowerNorm(POWER, 0, 1), sns.color_palette("Blues", as_cmap=True)
-    for row, (model, head) in zip(axes, lines, strict=True):
-        of_head = {each.layer: each for each in model.maps if each.head == head}
-        for column, axis in enumerate(row):
-            if (one := of_head.get(column + 1)) is None:
+    for row, (model, line) in zip(axes, lines, strict=True):
+        for axis, one in zip(row, line, strict=True):
+            if one is None:
                 axis.set_axis_off()
                 continue
             _panel(axis, model, one, norm, colours, 72 * side / len(model.tokens))
@@ -144,12 +146,32 @@ def draw(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def shown(model: Model) -> list[Map]:
+    """Return the maps that are drawn: of many those with the most weight on values of the key, by layer and head."""
+    most = sorted(model.maps, key=lambda one: one.latest + one.stale, reverse=True)[:MOST]
+    return sorted(most, key=lambda one: (one.layer, one.head))
+
+
+def _lines(model: Model, columns: int) -> list[list[Map | None]]:
+    """Return rows of maps: a row for each head and a column for each layer, or as many as fit where layers do not."""
+    maps = shown(model)
+    if max(each.layer for each in model.maps) > columns:
+        filled = [*maps, *[None] * (-len(maps) % columns)]
+        return [list(filled[start : start + columns]) for start in range(0, len(filled), columns)]
+    at = {(each.head, each.layer): each for each in maps}
+    return [[at.get((head, layer)) for layer in range(1, columns + 1)] for head in sorted({one.head for one in maps})]
+
+
 def note(drawn: list[Model]) -> str:
     """Return what a reader must know beside the maps."""
+    cut = any(len(model.maps) > MOST for model in drawn)
+    heads = f" Of each model the {MOST} heads with the most weight on values of the key." if cut else ""
     # with a remainder that goes elsewhere, the label says so
     remainder = any("stick" in model.name and "remainder=" not in model.name for model in drawn)
-    return "One test example; tokens as numbers, keys bold. Weights in titles: mean over the test set." + (
-        " Stick-breaking's diagonal is the remainder." if remainder else ""
+    return (
+        "One test example; tokens as numbers, keys bold. Weights in titles: mean over the test set."
+        + heads
+        + (" Stick-breaking's diagonal is the remainder." if remainder else "")
     )
 
 
@@ -231,7 +253,7 @@ class Head:
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure, a panel for each layer and head."""
     drawn = models(table)
-    groups = [Group(model.name, [Head(model, one) for one in model.maps]) for model in drawn]
+    groups = [Group(model.name, [Head(model, one) for one in shown(model)]) for model in drawn]
     sentence = (
         "Attention weight (0 to 1) of every key at every query of one example: at a query whose key was assigned "
         "again, does a head attend to the latest value or to a stale one?"

@@ -22,20 +22,24 @@ def draw(table: pd.DataFrame) -> Figure:
     """Draw a point for each kernel, in a panel for each step."""
     rows = _points(table)
     looks = style.looks(rows)
+    # points of several kernels are so close that numbers beside them would cover each other
+    sizes = {float(size): 4.0 + 2.5 * index for index, size in enumerate(sorted(rows["head_dim"].unique()))}
     figure, [axes] = style.pairs(1)
     for axis, (step, text) in zip(axes, kernel.STEPS.items(), strict=True):
         style.label(axis, text, "relative error of the output")
         for method, look in looks.items():
             of_method = intervals.method(rows[rows["step"] == step], method)
             for size, point in of_method.groupby("head_dim"):
-                axis.plot(point["throughput"], point["error"], **look.line() | {"linestyle": "none"})
-                for x, y in zip(point["throughput"], point["error"], strict=True):
-                    axis.annotate(f"{size:g}", (x, y), (4, 3), textcoords="offset points", fontsize=style.SMALL_PT)
+                shape = {"linestyle": "none", "markersize": sizes[float(str(size))]}
+                axis.plot(point["throughput"], point["error"], **look.line() | shape)
         of_step = rows[rows["step"] == step]
         axis.set_xlim(0, 1.15 * max(of_step["throughput"].max(), 1))
         axis.set_ylim(0, 1.25 * max(rows["error"].max(), 1e-9))
     handles = [Line2D([], [], label=look.label, **look.line()) for look in looks.values()]
-    style.finish(figure, handles, "Numbers at the points are head sizes. Error against float64 at 2048 tokens.")
+    order = ", ".join(f"{size:g}" for size in sizes)
+    style.finish(
+        figure, handles, f"Heads of {order}, from small to large points. Error against float64 at 2048 tokens."
+    )
     return figure
 
 

@@ -2,6 +2,7 @@
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
@@ -34,7 +35,9 @@ def draw(table: pd.DataFrame) -> Figure:
                 axis.plot([sizes.index(size) for size in line.index], line, label=look.label, **look.line())
             axis.set_xticks(range(len(sizes)), sizes)
             axis.set_xlim(-0.5, len(sizes) - 0.5)
-            axis.set_ylim(bottom=0)
+            # room for the whole markers
+            axis.set_ylim(0, 1.1 * axis.dataLim.ymax)
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     devices = ", ".join(sorted(rows["device"].unique()))
     style.finish(figure, [look.handle() for look in looks.values()], f"{_runs(rows)}; {devices}.")
     return figure

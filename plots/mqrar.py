@@ -118,6 +118,7 @@ def _overall(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look], x:
         axis.plot(at, spread["mean"], label=look.label, zorder=3 - index / len(looks), **look.line())
         spreads.append(spread)
     style.ticks(axis, counts)
+    style.shares(axis)
     if len(counts) == 1:
         axis.set_xlim(counts[0] * 2**-0.5, counts[0] * 2**0.5)
     values = sorted({size - size // 2 for size in rows["vocab_size"]})

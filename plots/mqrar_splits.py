@@ -3,6 +3,8 @@
 First the number of earlier values of its key, then the distance back to its answer.
 """
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -22,6 +24,8 @@ TABLE = "mqrar"
 COLUMNS = (*mqrar.COLUMNS, "n", "stale_values", "distance_start", "distance_end")
 # a point over fewer queries of a seed is noise
 FEWEST = 10
+# what fits a page; figures of all would be two pages long
+MOST_SETTINGS, MOST_COLUMNS = 2, 4
 AGE, DISTANCE = "earlier values of the key", "distance to the answer (positions)"
 # titles of columns of panels
 VARIED = {"kv_pairs": "{:g} pairs", "n_back": "{:g}-back"}
@@ -35,14 +39,15 @@ def draw(table: pd.DataFrame) -> Figure:
     """
     table = _best(table)
     looks = style.looks(table)
-    settings = mqrar.settings(table)
-    columns = max(rows[x].nunique() for _, rows, x in settings)
+    every = mqrar.settings(table)
+    settings = every[:MOST_SETTINGS]
+    columns = max(min(MOST_COLUMNS, rows[x].nunique()) for _, rows, x in settings)
     figure, axes = style.grid(2 * len(settings), columns) if columns > 1 else style.grid(len(settings), 2)
     places = [([left], [right]) for left, right in axes] if columns == 1 else zip(axes[::2], axes[1::2], strict=True)
     spreads: list[pd.DataFrame] = []
     for (title, rows, x), (above, below) in zip(settings, places, strict=True):
         style.title(above[0], title)
-        parts = [(varied, part) for varied, part in rows.groupby(x)]
+        parts = _spaced([(varied, part) for varied, part in rows.groupby(x)])
         for axis in (*above[len(parts) :], *below[len(parts) :]):
             axis.set_axis_off()
         for (varied, part), upper, lower in zip(parts, above, below, strict=False):
@@ -51,13 +56,25 @@ def draw(table: pd.DataFrame) -> Figure:
             style.label(lower, DISTANCE, "accuracy" if lower is below[0] else "")
             far = _far(part)
             spreads += _lines(upper, _older(part), looks) + _lines(lower, far, looks)
+            style.shares(upper)
+            style.shares(lower)
             upper.xaxis.set_major_locator(MaxNLocator(integer=True))
             if len(far):
                 style.octaves(
                     lower, far["distance_start"].min(), far["distance_end"].max(), far["distance_start"].min()
                 )
-    style.finish(figure, [look.handle() for look in looks.values()], intervals.explain(spreads, "bands", "sequences"))
+    note = intervals.explain(spreads, "bands", "sequences")
+    if len(settings) < len(every) or any(rows[x].nunique() > MOST_COLUMNS for _, rows, x in settings):
+        note += " Not all settings and sizes: the page (--format html) has all, and --where selects others."
+    style.finish(figure, [look.handle() for look in looks.values()], note)
     return figure
+
+
+def _spaced(parts: list[tuple[Any, pd.DataFrame]]) -> list[tuple[Any, pd.DataFrame]]:
+    """Return at most MOST_COLUMNS parts, evenly spaced, with the first and the last."""
+    if len(parts) <= MOST_COLUMNS:
+        return parts
+    return [parts[round(index * (len(parts) - 1) / (MOST_COLUMNS - 1))] for index in range(MOST_COLUMNS)]
 
 
 def chart(table: pd.DataFrame) -> Chart:

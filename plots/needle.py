@@ -27,17 +27,18 @@ def draw(table: pd.DataFrame) -> Figure:
     table = needle_scores(table)
     looks = style.looks(table)
     grids = settings(table)
-    heights = [math.ceil((1 + some["task"].nunique()) / ACROSS) for _, some in grids]
+    split = [_parts(some) for _, some in grids]
+    heights = [math.ceil(len(parts) / ACROSS) for parts in split]
     figure, lines = style.grid(sum(heights), ACROSS)
     axes = [axis for line in lines for axis in line]
     spreads: list[pd.DataFrame] = []
-    for number, (title, some) in enumerate(grids):
+    for number, ((title, _), parts) in enumerate(zip(grids, split, strict=True)):
         first = sum(heights[:number]) * ACROSS
         panels = axes[first : first + heights[number] * ACROSS]
         style.title(panels[0], title)
-        for axis, (task, part) in zip(panels, _parts(some), strict=False):
-            spreads += _lines(axis, task, part, looks)
-        for axis in panels[1 + some["task"].nunique() :]:
+        for column, (axis, (task, part)) in enumerate(zip(panels, parts, strict=False)):
+            spreads += _lines(axis, task, part, looks, first=column % ACROSS == 0)
+        for axis in panels[len(parts) :]:
             axis.set_axis_off()
     note = style.with_caution(intervals.explain(spreads, "bars", "samples"), table, looks)
     style.finish(figure, [look.handle() for look in looks.values()], note)
@@ -66,7 +67,9 @@ def chart(table: pd.DataFrame) -> Chart:
 
 
 def _parts(some: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Return name and rows of each panel: the mean over tasks, then each task."""
+    """Return name and rows of each panel: the mean over tasks, unless there is one task, then each task."""
+    if some["task"].nunique() == 1:
+        return [(str(some["task"].iloc[0]), some)]
     shared = shared_tasks(some)
     tasks = sorted(shared["task"].unique())
     name = "mean" if len(tasks) == some["task"].nunique() else f"mean of {', '.join(tasks)}"
@@ -83,7 +86,9 @@ def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     ]
 
 
-def _lines(axis: Axes, task: str, some: pd.DataFrame, looks: dict[Method, style.Look]) -> list[pd.DataFrame]:
+def _lines(
+    axis: Axes, task: str, some: pd.DataFrame, looks: dict[Method, style.Look], *, first: bool
+) -> list[pd.DataFrame]:
     style.subtitle(axis, task)
     points = intervals.points(some, ["length"], Scale.SHARE)
     spreads = []
@@ -101,6 +106,6 @@ def _lines(axis: Axes, task: str, some: pd.DataFrame, looks: dict[Method, style.
         axis.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
         for length in some["train_len"].unique():
             axis.axvline(length, color=style.MARK, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
-    axis.set_ylim(-0.03, 1.03)
-    style.label(axis, "length (tokens)", "")
+    style.shares(axis)
+    style.label(axis, "length (tokens)", "share" if first else "")
     return spreads

@@ -30,6 +30,7 @@ COLUMNS = (
 )
 # times that differ by more than this factor are drawn on a logarithmic axis
 WIDE = 4
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LABELS = {
     "forward": ("tokens", "forward (ms)"),
     "forward_backward": ("tokens", "forward + backward (ms)"),
@@ -94,9 +95,12 @@ def totals(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _models(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Return title and rows of each model; several have letters, which the note explains."""
+    groups = list(rows.groupby("model"))
+    names = [f"model {letter}" for letter in LETTERS] if len(groups) > 1 else ["a model"]
     return [
-        (f"All layers of a model of {part['params'].iloc[0] / 1e6:.0f} M parameters ({model})", part)
-        for model, part in rows.groupby("model")
+        (f"All layers of {name} of {part['params'].iloc[0] / 1e6:.0f} M parameters", part)
+        for name, (_, part) in zip(names, groups, strict=False)
     ]
 
 
@@ -117,4 +121,7 @@ def _wide(rows: pd.DataFrame) -> bool:
 
 
 def _note(rows: pd.DataFrame) -> str:
-    return f"Medians; {', '.join(sorted(rows['device'].unique()))}."
+    names = sorted(rows["model"].unique())
+    models = ", ".join(f"{letter} {name}" for letter, name in zip(LETTERS, names, strict=False))
+    which = f" Models by digest: {models}." if len(names) > 1 else ""
+    return f"Medians; {', '.join(sorted(rows['device'].unique()))}.{which}"

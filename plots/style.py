@@ -304,6 +304,11 @@ def key(axis: Axes, handles: Sequence[Any]) -> None:
     )
 
 
+def shares(axis: Axes) -> None:
+    """Draw a y axis of shares from 0 to 1, with room for markers at both ends."""
+    axis.set_ylim(-0.03, 1.03)
+
+
 def octaves(axis: Axes, low: float, high: float, through: float, most: int = 8) -> None:
     """Make x logarithmic from `low` to `high`, with at most `most` labels at powers of two, one next to `through`."""
     first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))

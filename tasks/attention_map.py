@@ -285,10 +285,13 @@ def cells(config: Config) -> list[Cell]:
     """Return every method with every seed, or the checkpoints. Raise InputError for an unknown method or folder."""
     if config.checkpoint:
         from sbeval.pretrained import load
+        from sbeval.training import checkpoint
 
         for folder in config.checkpoint:
             if not load.is_own(folder):
                 raise InputError(f"--checkpoint {folder}: not a checkpoint folder of sbeval")
+            if checkpoint.training_tokenizer(checkpoint.find(Path(folder)) or Path(folder)):
+                raise InputError(f"--checkpoint {folder}: a language model; give one of sbeval mqrar or attention-map")
         one = dataclasses.replace(config, attention=("stick_breaking",), seeds=(0,))
         return [Cell(config=dataclasses.replace(one, checkpoint=(folder,))) for folder in config.checkpoint]
     methods = dict.fromkeys(canonical_attention(spec) for spec in config.attention)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from sbeval import registry
+from sbeval import __version__, registry
 from sbeval.cli import options
 from sbeval.cli.options import Common, Sweep, Training
 from sbeval.errors import InputError, choose, reason
@@ -49,6 +49,7 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Evaluate stick-breaking attention and its baselines (Tan et al., ICLR 2025, arXiv 2410.17980).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -89,6 +90,12 @@ GpusPerCell = Annotated[
 ]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"sbeval {__version__}")
+        raise typer.Exit
+
+
 def _runs(name: str) -> Callable[[Sweep, dict[str, Any]], None]:
     return lambda common, given: _family(name, common, given)
 
@@ -119,6 +126,15 @@ def _add_families() -> None:
 
 
 _add_families()
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Evaluate stick-breaking attention and its baselines (Tan et al., ICLR 2025, arXiv 2410.17980)."""
 
 
 @app.command(rich_help_panel=TOOLS)
@@ -260,13 +276,19 @@ def plot(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the figures. Default: results/figures.", metavar="DIR")
     ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Draw only rows with this value, such as seed=0; repeat for several.", metavar="COLUMN=VALUE"
+        ),
+    ] = None,
     results_dir: ResultsDir = Path("results"),
 ) -> None:
     """Draw figures from the result tables; needs no torch."""
     from sbeval.report.figures import draw_figures
 
     names = [name.replace("-", "_") for name in figure or []]
-    for path in draw_figures(results_dir, names, format or ("png", "pdf"), out, say=_say):
+    for path in draw_figures(results_dir, names, format or ("png", "pdf"), out, say=_say, where=where or ()):
         _say(str(path))
 
 
@@ -458,6 +480,7 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
     family = registry.task(name)
     if distributed.size() > 1 and name != "length_gen":
         raise InputError(f"{name.replace('_', '-')} runs in one process: start it without torchrun")
+    _use_threads(common.threads)
     how = scheduler.HERE
     if isinstance(common, Sweep):
         how = _how(common.executor, common.workers, common.address, common.gpus_per_cell)
@@ -483,6 +506,20 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
             raise typer.Exit(1)
 
 
+def _use_threads(threads: int | None) -> None:
+    """Set the threads of this process and, by the environment, of those that it starts."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise InputError(f"--threads must be at least 1; got {threads}")
+    import os
+
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+
+
 def _trackers(common: Common) -> tuple[str, ...]:
     from sbeval.runtime import trackers
 
@@ -501,11 +538,13 @@ def _run(
     parts: "list[Part]", context: "RunContext", how: "Executor", *, dry_run: bool, name: str | None = None
 ) -> None:
     """Run the unfinished cells, or with `dry_run` print their cost, as a table for a (named) study."""
-    from sbeval.sweep import plan, study
+    from sbeval.sweep import inputs, plan, study
 
     console = _console(context)
     for line in study.notes(parts):
         study.say(console, line)
+    if dry_run:
+        inputs.check(parts)
     if not dry_run:
         if not _resumable(lambda: study.run(parts, context, console, how), context.force):
             raise typer.Exit(1)

@@ -38,6 +38,9 @@ class Common:
     force: bool = option(False, RUN, "Run finished cells again.")
     dry_run: bool = option(False, RUN, "Print the cells and their cost, and stop.")
     tensorboard: Path | None = option(None, RUN, "Folder for TensorBoard logs.", metavar="DIR")
+    threads: int | None = option(
+        None, RUN, "Threads of a process on the CPU. Default: one a core; fewer are faster on a busy machine."
+    )
     track: tuple[str, ...] | None = option(
         None, RUN, "Show training in tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT.", metavar="KIND:WHERE"
     )
@@ -68,6 +71,22 @@ Kind = TypeVar("Kind", bound=Common)
 Given = TypeVar("Given")
 
 
+def _several(kind: type[int] | type[float]) -> Callable[[str], list[Any]]:
+    """Return the parser of numbers separated by commas: `--kv-pairs 8,16` is `--kv-pairs 8 --kv-pairs 16`."""
+
+    def parse(text: str) -> list[Any]:
+        try:
+            return [kind(one) for one in text.split(",")]
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not a valid {'integer' if kind is int else 'float'}.") from None
+
+    return parse
+
+
+def _flat(values: list[Any]) -> tuple[Any, ...]:
+    return tuple(one for value in values for one in (value if isinstance(value, list) else [value]))
+
+
 def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> list[inspect.Parameter]:
     """Return a keyword parameter for each field that is an option, as Typer reads them.
 
@@ -78,11 +97,15 @@ def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> l
         if "help" not in field.metadata:
             continue
         hint, help, default = hints[field.name], field.metadata["help"], None if presets else field.default
+        parser, metavar = None, field.metadata["metavar"]
         flags = (field.metadata["flag"] or f"--{field.name.replace('_', '-')}").split()
         if isinstance(hint, types.UnionType):
             (hint,) = (kind for kind in get_args(hint) if kind is not types.NoneType)
         if get_args(hint):
-            hint, help = types.GenericAlias(list, get_args(hint)[:1]), f"{help} Repeat for several."
+            (item,) = set(get_args(hint)) - {...}
+            hint, help = types.GenericAlias(list, (item,)), f"{help} Repeat for several."
+            if item in (int, float):
+                parser, metavar = _several(item), metavar or ("INTEGER" if item is int else "FLOAT")
         if hint is bool and presets:
             flags = [f"{flag}/--no-{flag[2:]}" for flag in flags]
         if presets and (values := _by_preset(field.name, presets)):
@@ -94,7 +117,8 @@ def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> l
             default,
             *flags,
             help=help,
-            metavar=field.metadata["metavar"],
+            metavar=metavar,
+            parser=parser,
             rich_help_panel=field.metadata["group"],
             show_default=not presets and hint is not bool,
         )
@@ -157,7 +181,7 @@ def command(
 
     def invoke(**values: Any) -> None:
         rest = {key: value for key, value in values.items() if key not in shared and value is not None}
-        given = {key: tuple(value) if isinstance(value, list) else value for key, value in rest.items()}
+        given = {key: _flat(value) if isinstance(value, list) else value for key, value in rest.items()}
         run(common(**{key: values[key] for key in shared}), given)
 
     both = [*parameters(config, presets), *_common(common)]

@@ -28,6 +28,7 @@ def draw_figures(
     formats: Iterable[str] = ("png", "pdf"),
     out_dir: Path | None = None,
     say: Callable[[str], None] = print,
+    where: Iterable[str] = (),
 ) -> list[Path]:
     """Draw the named figures, or all whose table exists, and return the files, `out_dir`/<name>.<format>.
 
@@ -35,7 +36,7 @@ def draw_figures(
     rows that are not what a run wrote. A figure that only some tables have rows for is left out where there are none,
     unless it is named.
     Raise InputError for an unknown name or format, a table that cannot be read or has nothing to draw and, for a named
-    figure, no table.
+    figure, no table. where: conditions `column=value` on rows.
     """
     chosen = [choose("format", name, (*FORMATS, "html")) for name in formats]
     modules = {name: registry.figure(name) for name in names or registry.FIGURES}
@@ -50,7 +51,7 @@ def draw_figures(
         if not names and not path.exists():
             say(f"{name}: skipped, no table {path}")
             continue
-        table = read(path, required=module.COLUMNS)
+        table = _selected(read(path, required=module.COLUMNS), path, where)
         if not names and not registry.has_rows(name, table):
             continue
         try:
@@ -60,6 +61,22 @@ def draw_figures(
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
     return files
+
+
+def _selected(table: pd.DataFrame, path: Path, where: Iterable[str]) -> pd.DataFrame:
+    """Return the rows that have the given values, each `column=value`; InputError where there are none."""
+    for condition in where:
+        column, equals, value = condition.partition("=")
+        if not equals:
+            raise InputError(f"--where takes COLUMN=VALUE, such as seed=0; got {condition!r}")
+        values = table[choose(f"column of {path}", column, table.columns)]
+        numeric = pd.to_numeric(pd.Series([value]), errors="coerce").iloc[0]
+        same = values == numeric if pd.api.types.is_numeric_dtype(values) else values == value
+        if not same.fillna(False).any():
+            known = ", ".join(f"{one}" for one in values.dropna().unique()[:8])
+            raise InputError(f"{path} has no row with {condition}; {column} is {known}")
+        table = table[same.fillna(False)]
+    return table
 
 
 def _write_page(module: registry.Figure, table: pd.DataFrame, file: Path) -> Path:

@@ -77,6 +77,11 @@ def at_once(executor: Executor, context: RunContext) -> int:
     return max(1, min(executor.workers or 1, len(device.spread(context.device))))
 
 
+# from which on an estimate comes with advice
+YEAR_S = 365 * 86400
+IMPRACTICAL_S = 60 * 86400
+
+
 def describe_cost(cells: Sequence[Step], context: RunContext, at_once: int = 1) -> str:
     """Describe the cost of the cells: FLOPs and a rough time; shared dependencies count once.
 
@@ -92,10 +97,11 @@ def describe_cost(cells: Sequence[Step], context: RunContext, at_once: int = 1) 
     at_once = min(at_once, len(cells)) * context.world.size
     time_s = sum(seconds(parts, speeds(parts, context.device), context.device)) / at_once
     devices = f"{at_once} x " if at_once > 1 else ""
-    return (
-        f"{count}, {sum(step.flops for step in parts):.1e} FLOPs: "
-        f"roughly {in_words(time_s)} on {devices}{device.describe(context.device)}"
-    )
+    where = f"{devices}{device.describe(context.device)}"
+    cost = f"{count}, {sum(step.flops for step in parts):.1e} FLOPs: "
+    if time_s > IMPRACTICAL_S:
+        return f"{cost}not practical on {where}, {in_words(time_s)}; a smaller --preset or more devices would do"
+    return f"{cost}roughly {in_words(time_s)} on {where}"
 
 
 def in_words(time_s: float) -> str:
@@ -104,7 +110,9 @@ def in_words(time_s: float) -> str:
         return f"{max(1, round(time_s))} s"
     if time_s < 5400:
         return f"{round(time_s / 60)} min"
-    return f"{time_s / 3600:.1f} h" if time_s < 172800 else f"{time_s / 86400:.0f} days"
+    if time_s < 172800:
+        return f"{time_s / 3600:.1f} h"
+    return f"{time_s / 86400:.0f} days" if time_s < 2 * YEAR_S else f"{time_s / YEAR_S:,.0f} years"
 
 
 @dataclass(frozen=True, slots=True)

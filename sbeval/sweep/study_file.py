@@ -225,6 +225,9 @@ def _value(path: str, given: object, hint: Any) -> Any:
             return value
         raise InputError(f"{path} must be {KINDS[hint]}; got {reprlib.repr(given)}")
     item = get_args(hint)[0]
+    if isinstance(given, str):
+        # one value is a list of one, and numbers may be separated by commas: --set mqrar.kv_pairs=8,16
+        given = [given] if item is str else given.split(",")
     if not isinstance(given, list):
         raise InputError(f"{path} must be a list, each {KINDS[item]}; got {reprlib.repr(given)}")
     return tuple(_value(f"{path}[{index}]", one, item) for index, one in enumerate(given))

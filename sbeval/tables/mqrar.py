@@ -58,6 +58,9 @@ UNDECIDED = (
 )
 
 
+LEGEND = "valid.: by which a rate is chosen; fresh: queries for a key's first value; stale: the key had another before."
+
+
 def summary(results: "pd.DataFrame") -> "Table":
     """Return the table for the terminal: accuracy by method, pairs and rate, with lowest and highest seed."""
     from rich.table import Table
@@ -81,8 +84,9 @@ def summary(results: "pd.DataFrame") -> "Table":
             *(f"{accuracy[split].mean():.3f}" if split in accuracy else "" for split in ("fresh", "stale")),
             ", ".join(f"{count} {how}" for how, count in ended.items()),
         )
+    table.caption = LEGEND
     if results["status"].isin(["budget", "plateau"]).any():
-        table.caption = UNDECIDED
+        table.caption += f" {UNDECIDED}"
     return table
 
 

@@ -186,3 +186,17 @@ def test_a_browser_draws_the_page_without_a_complaint(tmp_path: Path) -> None:
     assert "CONSOLE" not in done.stderr, done.stderr
     # as a plot, not as source
     assert done.stdout.count('class="main-svg"') >= 2 and 'class="hm"' in done.stdout
+
+
+def test_many_heads_are_wrapped_and_cut_to_those_with_most_weight_on_the_key() -> None:
+    figure = attention_map.draw(table(cell("rope", layers=4, heads=4), cell("stick_breaking", layers=1)))
+    figure.draw_without_rendering()
+    panels = [axis for axis in figure.axes if axis.get_images()]
+    # eight of sixteen, in two columns, and the other model's one
+    assert len(panels) == attention_map.MOST + 1 and figure.get_figheight() < 5 * figure.get_figwidth()
+    titles = [text.get_text() for axis in panels for text in axis.texts if text.get_text().startswith("layer")]
+    # shares grow with the layer
+    assert [title[:7] for title in titles[1:]] == ["layer 3"] * 4 + ["layer 4"] * 4
+    extents = [panel.get_window_extent() for panel in panels]
+    assert all(not a.overlaps(b) for index, a in enumerate(extents) for b in extents[:index])
+    assert "Of each model the 8 heads" in attention_map.note(attention_map.models(cell("rope", layers=4, heads=4)))

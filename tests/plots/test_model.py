@@ -68,3 +68,13 @@ def test_kernels_and_head_sizes_stand_apart() -> None:
 def test_a_table_without_throughput_is_an_error() -> None:
     with pytest.raises(InputError, match="no rows with metric 'throughput'"):
         model.draw(table().assign(metric="mfu"))
+
+
+def test_markers_are_whole_and_numbers_plain() -> None:
+    figure = model.draw(table().assign(value=1_250_000.0))
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        assert axis.get_ylim()[1] >= 1.05 * axis.dataLim.ymax
+        assert axis.yaxis.get_offset_text().get_text() == "" and any(
+            "," in t.get_text() for t in axis.get_yticklabels()
+        )

@@ -87,3 +87,14 @@ def test_nothing_to_draw_is_said() -> None:
     table = pd.DataFrame(rows("rope"))
     with pytest.raises(InputError, match="no rows with stale_values or distance_start"):
         mqrar_splits.draw(table.assign(stale_values=np.nan, distance_start=np.nan))
+
+
+def test_a_figure_fits_a_page_and_says_what_it_leaves_out() -> None:
+    many = [row for pairs in (2, 4, 6, 8, 10, 12) for row in rows("rope", kv_pairs=pairs)]
+    figure = mqrar_splits.draw(pd.DataFrame(many))
+    titles = [text.get_text() for axis in figure.axes for text in axis.texts if text.get_text().endswith("pairs")]
+    assert titles == ["2 pairs", "6 pairs", "8 pairs", "12 pairs"]
+    assert all(axis.get_ylim() == (-0.03, 1.03) for axis in figure.axes)
+    assert any("Not all settings and sizes" in text.get_text() for text in figure.texts)
+    few = mqrar_splits.draw(pd.DataFrame(rows("rope")))
+    assert not any("Not all settings" in text.get_text() for text in few.texts)

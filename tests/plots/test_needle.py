@@ -170,3 +170,9 @@ def test_models_that_overfit_are_named() -> None:
     said = "above its lowest): RoPE."
     for figure in (needle, needle_depth):
         assert said in figure.draw(table).get_supxlabel().replace("\n", " ") and said in figure.chart(table).note
+
+
+def test_one_task_is_one_panel_with_its_axis_named() -> None:
+    table = pd.DataFrame(rows(task="vt"))
+    panels = [axis for axis in needle.draw(table).axes if axis.axison]
+    assert len(panels) == table["metric"].nunique() and all(axis.get_ylabel() == "share" for axis in panels)

@@ -52,7 +52,7 @@ def test_times_far_apart_are_drawn_logarithmically() -> None:
 
 def test_the_page_has_the_same_numbers() -> None:
     (group,) = skipping.chart(table()).groups
-    assert group.title == "All layers of a model of 25 M parameters (m)"
+    assert group.title == "All layers of a model of 25 M parameters"
     whole = ["a whole sequence", "a whole sequence, with backward"]
     assert [panel.title for panel in group.panels] == [*whole, "decoding, batch 1", "decoding, batch 32"]
     rows = group.panels[0].rows()
@@ -62,3 +62,11 @@ def test_the_page_has_the_same_numbers() -> None:
 def test_nothing_to_draw_is_said() -> None:
     with pytest.raises(InputError, match="no rows with the metric time"):
         skipping.draw(table().query("metric == 'reach'"))
+
+
+def test_several_models_have_letters_which_the_note_explains() -> None:
+    both = pd.concat([table(), table().assign(model="n")])
+    assert [group.title for group in skipping.chart(both).groups] == [
+        f"All layers of model {letter} of 25 M parameters" for letter in "AB"
+    ]
+    assert "Models by digest: A m, B n." in skipping.chart(both).note

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sbeval import hf_attention
 from sbeval.errors import InputError
@@ -21,9 +21,8 @@ def llama(implementation: str) -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        attn_implementation=implementation,
     )
-    return LlamaForCausalLM(config).eval()
+    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
 
 
 def test_output_is_the_reference_with_the_remainder_on_the_own_value() -> None:

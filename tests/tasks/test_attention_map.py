@@ -9,11 +9,14 @@ import torch
 from rich.console import Console
 
 from sbeval.errors import InputError
+from sbeval.models.config import ModelConfig
+from sbeval.models.decoder import Decoder
 from sbeval.runtime.progress import Progress
 from sbeval.sweep import scheduler
 from sbeval.sweep.context import RunContext
 from sbeval.tables import table
 from sbeval.tasks import attention_map
+from sbeval.training import checkpoint
 
 TINY = attention_map.Config(
     attention=("rope", "stick_breaking"),
@@ -26,6 +29,15 @@ TINY = attention_map.Config(
     steps=3,
     test_rows=40,
 )
+
+
+def test_a_language_model_is_refused(tmp_path: Path) -> None:
+    model = Decoder(ModelConfig(vocab_size=33, width=16, layers=1, heads=2, hidden=16))
+    checkpoint.save(
+        tmp_path / "text", model, checkpoint.State(finished=True), training={"length": 32, "tokenizer": "d"}
+    )
+    with pytest.raises(InputError, match="a language model; give one of sbeval mqrar or attention-map"):
+        attention_map.cells(dataclasses.replace(TINY, checkpoint=(str(tmp_path / "text"),)))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,9 @@ FROZEN = Path(__file__).with_name("flags.json")
 def flags() -> dict[str, list[str]]:
     found = {}
     for name, command in _commands(typer.main.get_command(app)):
-        found[name] = sorted({flag for one in command.params for flag in (*one.opts, *one.secondary_opts)} - {"--help"})
+        found[name] = sorted(
+            {flag for one in command.params for flag in (*one.opts, *one.secondary_opts)} - {"--help", "-h"}
+        )
     return found
 
 
@@ -58,3 +60,16 @@ def test_fields_with_help_become_options_and_only_what_is_given_is_passed_on() -
     assert "Exact. [default: yes]" in text and "hidden" not in text
     assert text.index("Task") < text.index("Model") < text.index("Run")
     assert runner.invoke(toy, ["--hidden", "1"]).exit_code == 2
+    # numbers may be separated by commas
+    assert runner.invoke(toy, ["--size", "3,4", "--size", "5"]).exit_code == 0
+    assert given[-1][1] == {"sizes": (3, 4, 5)}
+    wrong = runner.invoke(toy, ["--size", "3,x"])
+    assert wrong.exit_code == 2 and "'3,x' is not a valid integer" in wrong.output
+
+
+def test_help_has_a_short_flag_and_the_version_is_printed() -> None:
+    from sbeval import __version__
+
+    runner = CliRunner()
+    assert runner.invoke(app, ["--version"]).stdout.strip() == f"sbeval {__version__}"
+    assert "Tasks" in runner.invoke(app, ["-h"]).stdout and "--kv-pairs" in runner.invoke(app, ["mqrar", "-h"]).stdout

@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,24 @@ def test_what_a_killed_run_left_is_removed(results: Path) -> None:
     left.touch()
     draw_figures(results, ["mqrar"], ["png"])
     assert [path.name for path in left.parent.iterdir()] == ["mqrar.png"]
+
+
+def test_where_selects_rows(results: Path, tmp_path: Path) -> None:
+    (results / "mqrar.csv").write_text(MQRAR + MQRAR.split("\n", 1)[1].replace(",rope,", ",alibi,"))
+    everything = draw_figures(results, ["mqrar"], ["png"], tmp_path / "all")
+    one = draw_figures(results, ["mqrar"], ["png"], tmp_path / "one", where=["attention=rope"])
+    assert everything[0].read_bytes() != one[0].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("attention", "--where takes COLUMN=VALUE, such as seed=0; got 'attention'"),
+        ("atention=rope", "did you mean 'attention'?"),
+        ("attention=rop", "has no row with attention=rop; attention is "),
+        ("seed=77", "has no row with seed=77"),
+    ],
+)
+def test_where_names_what_selects_nothing(results: Path, tmp_path: Path, condition: str, message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        draw_figures(results, ["mqrar"], ["png"], tmp_path, where=[condition])

@@ -73,6 +73,8 @@ def test_a_run_file_has_the_command_of_the_driver(tmp_path: Path) -> None:
         (5400, "1.5 h"),
         (172799, "48.0 h"),
         (172800, "2 days"),
+        (400 * 86400, "400 days"),
+        (958866 * 86400, "2,627 years"),
     ],
 )
 def test_times_in_words(seconds: float, words: str) -> None:

@@ -183,7 +183,7 @@ def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None
         ("models: {samples: 3}\nneedle:", "unknown option of models 'samples'; known: attention, "),
         ("mqrar: {preset: quik}", "unknown preset of mqrar 'quik'; did you mean 'quick'?"),
         ("models: {preset: figure5}\nmqrar:", "unknown preset of mqrar 'figure5'; known: h200, "),
-        ("mqrar: {attention: rope}", "mqrar.attention must be a list, each text; got 'rope'"),
+        ("mqrar: {attention: {a: b}}", "mqrar.attention must be a list, each text; got {'a': 'b'}"),
         ("mqrar: {lrs: [1e-3, fast]}", r"mqrar.lrs\[1\] must be a number; got 'fast'"),
         ("mqrar: {lrs: [.nan]}", r"mqrar.lrs\[0\] must be a number; got '.nan'"),
         ("mqrar: {positions: maybe}", "mqrar.positions must be true or false; got 'maybe'"),

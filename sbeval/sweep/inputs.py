@@ -1,0 +1,43 @@
+"""What a plan can check without reading a text or loading a model: that files, folders and packages are there."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from sbeval.errors import InputError
+from sbeval.sweep.study_file import Part
+
+# options that name files or folders, and words that they may be instead
+FILES = {"corpus": ("python", "stdlib"), "eval_corpus": (), "essays": (), "squad": (), "hotpot": (), "data_dir": ()}
+MODELS = ("checkpoint", "models")
+# what a family imports when it runs
+PACKAGES = {"few_shot": ("lm_eval", "few-shot"), "needle": ("wonderwords", "needle")}
+# names of models and datasets on the hub, which a plan does not look up
+ON_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def check(parts: Sequence[Part]) -> None:
+    """Raise InputError for the first file, folder or package of a plan that is not there."""
+    for part in parts:
+        package, extra = PACKAGES.get(part.family, ("", ""))
+        if package and not importlib.util.find_spec(package):
+            raise InputError(f"{part.family} needs {package}: pip install 'sbeval[{extra}]'")
+        for name, words in FILES.items():
+            for given in _values(part.config, name):
+                if not given.startswith("hf:") and given not in words and not os.path.exists(given):
+                    raise InputError(f"{_flag(name)} {given}: there is no such file or folder")
+        for name in MODELS:
+            for given in _values(part.config, name):
+                if not os.path.exists(given) and not ON_HUB.fullmatch(given):
+                    raise InputError(f"{_flag(name)} {given}: there is no such folder, and it is no name on the hub")
+
+
+def _values(config: Any, name: str) -> Iterable[str]:
+    value = getattr(config, name, None)
+    return () if value is None else (value,) if isinstance(value, str) else value
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-').removesuffix('s') if name == 'models' else name.replace('_', '-')}"

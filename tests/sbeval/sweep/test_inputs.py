@@ -1,0 +1,47 @@
+"""A dry run names what is not there: files, folders, packages, models."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sbeval import registry
+from sbeval.errors import InputError
+from sbeval.sweep import inputs
+from sbeval.sweep.study_file import Part
+
+
+def part(family: str, **changes: Any) -> Part:
+    import dataclasses
+
+    config = dataclasses.replace(registry.task(family).presets["quick"], **changes)
+    return Part(family=family, preset="quick", config=config)
+
+
+def test_what_is_there_or_is_not_looked_up_passes(tmp_path: Path) -> None:
+    inputs.check([part("length_gen"), part("mqrar"), part("length_gen", corpus=str(tmp_path))])
+    inputs.check([part("length_gen", corpus="hf:someone/texts"), part("length_gen", checkpoint="gpt2")])
+    inputs.check([part("few_shot", models=("someone/model",)), part("length_gen", checkpoint=str(tmp_path))])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("length_gen", {"corpus": "nowhere"}, "--corpus nowhere: there is no such file or folder"),
+        ("needle", {"squad": "dev.json"}, "--squad dev.json: there is no such file"),
+        ("few_shot", {"data_dir": "items/"}, "--data-dir items/: there is no such file or folder"),
+        ("length_gen", {"checkpoint": "a/b/c"}, "--checkpoint a/b/c: there is no such folder"),
+        ("few_shot", {"models": ("./model",)}, "--model ./model: there is no such folder"),
+    ],
+)
+def test_what_is_missing_is_named(family: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as error:
+        inputs.check([part(family, **changes)])
+    assert message in str(error.value)
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"few_shot needs lm_eval: pip install 'sbeval\[few-shot\]'"):
+        inputs.check([part("few_shot")])
