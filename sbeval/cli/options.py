@@ -103,7 +103,7 @@ def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> l
     return found
 
 
-_common = functools.cache(parameters)
+_common: Callable[[type[Any]], list[inspect.Parameter]] = functools.cache(parameters)
 
 
 def _by_preset(name: str, presets: Mapping[str, Any]) -> str:
