@@ -13,12 +13,14 @@ from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import intervals, statistics
+from sbeval.tables import intervals
+from sbeval.tables.selection import RECIPE
+from sbeval.tables.statistics import Method
 from sbeval.tables.table import numbers
 
 TABLE = "diagnostics"
 ALWAYS = ("model", "train_len", "corpus")
-OTHERS = ("task", "tokenizer", "preset", "train_tokens", "dtype")
+OTHERS = ("task", "tokenizer", "preset", "train_tokens", "dtype", *RECIPE)
 FACTORS = ("tokens_seen", "distance", "layer", "heads")
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *ALWAYS, *OTHERS, *FACTORS)
 SEEN, DISTANCE = "training tokens (millions)", "distance (tokens)"
@@ -123,24 +125,20 @@ def _plotted(table: pd.DataFrame) -> pd.DataFrame:
     return numbers(table.assign(heads=table["heads"].fillna(""), **blank), ["tokens_seen", "train_len"])
 
 
-def _lines(
-    axis: Axes, view: View, table: pd.DataFrame, looks: dict[statistics.Method, style.Look]
-) -> list[pd.DataFrame]:
+def _lines(axis: Axes, view: View, table: pd.DataFrame, looks: dict[Method, style.Look]) -> list[pd.DataFrame]:
     """Draw a line and a band for each method; an empty panel is hidden."""
     rows = view.rows(table)
     if rows.empty:
         axis.set_axis_off()
         return []
-    points = intervals.points(rows, ["x"])
     spreads = []
+    points = intervals.points(rows, ["x"])
     for method, look in looks.items():
-        spread = intervals.method(points, method)
-        if spread.empty:
-            continue
-        axis.plot(spread["x"], spread["mean"], label=look.label, **look.line())
-        axis.fill_between(spread["x"], spread["low"], spread["high"], color=look.colour, alpha=0.2, linewidth=0)
-        style.seeds(axis, spread["x"], spread, look)
-        spreads.append(spread)
+        if len(spread := intervals.method(points, method)):
+            axis.plot(spread["x"], spread["mean"], label=look.label, **look.line())
+            axis.fill_between(spread["x"], spread["low"], spread["high"], color=look.colour, alpha=0.2, linewidth=0)
+            style.seeds(axis, spread["x"], spread, look)
+            spreads.append(spread)
     style.subtitle(axis, view.named(rows))
     style.label(axis, view.x, view.y)
     if view.by_distance:

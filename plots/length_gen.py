@@ -109,7 +109,6 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
         style.title(line[0], title)
         top = scale.top(of_row)
         points = intervals.points(of_row, ["x"], scale.values)
-        line[0].set_ylim(bottom=0.98 * _lowest(points, top))
         for axis, column in zip(line, columns, strict=True):
             lines = _lines(axis, of_row, points, column)
             spreads += lines.values()
@@ -117,7 +116,7 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
             if axis.axison and scale.decades(of_row):
                 style.decades(axis)
         if top < math.inf:
-            line[0].set_ylim(top=top)
+            line[0].set_ylim(0.98 * _lowest(points, top), top)
         for axis in line:
             style.label(axis, scale.x if line is axes[-1] else "", scale.y if axis is line[0] else "")
     for axis, column in zip(axes[0], columns, strict=True):

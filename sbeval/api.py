@@ -9,7 +9,7 @@ torch is imported by the functions that compute with it, pandas with this module
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -17,7 +17,7 @@ import pandas as pd
 
 from sbeval import registry
 from sbeval.errors import InputError
-from sbeval.tables import intervals, provenance, selection
+from sbeval.tables import curves, intervals, provenance, selection, values
 from sbeval.tables.results import Results
 from sbeval.tables.table import read
 
@@ -54,6 +54,14 @@ class ResultTables(Mapping[str, pd.DataFrame]):
     def run_file(self, cell: str) -> dict[str, Any]:
         """Return the run file of a row's `cell`: its whole configuration, versions and measurements."""
         return provenance.read_run(Results(self.folder).run_file(cell))
+
+    def values(self, cells: Iterable[str]) -> pd.DataFrame:
+        """Return the values of each document, item or prompt behind the rows of cells: see docs/results-folder.md."""
+        return values.read(Results(self.folder), cells)
+
+    def curves(self, cells: Iterable[str]) -> pd.DataFrame:
+        """Return losses and scores by training step of cells: columns cell, metric, step, value."""
+        return curves.read(Results(self.folder), cells)
 
 
 def load_results(folder: str | Path = "results") -> ResultTables:

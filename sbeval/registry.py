@@ -54,7 +54,9 @@ FIGURES = {
     "mqrar_splits": "sbeval.plots.mqrar_splits",
     "needle": "sbeval.plots.needle",
     "needle_depth": "sbeval.plots.needle_depth",
+    "rates": "sbeval.plots.rates",
     "skipping": "sbeval.plots.skipping",
+    "tokens": "sbeval.plots.tokens",
 }
 
 
@@ -128,6 +130,11 @@ def trained_as(name: str, options: Any) -> Any:
 def task(name: str) -> "Family":
     """Import the task family `name`; raise InputError as `method`."""
     return cast("Family", _load("task family", name, TASKS, ("FAMILY",)).FAMILY)
+
+
+def has_rows(name: str, table: "pd.DataFrame") -> bool:
+    """Return whether a table has what the figure `name` draws: a figure that few tables have has a `has_rows`."""
+    return bool(getattr(figure(name), "has_rows", lambda _: True)(table))
 
 
 def figure(name: str) -> Figure:

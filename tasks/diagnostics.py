@@ -18,6 +18,7 @@ from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.family import Family
 from sbeval.tables import epochs
 from sbeval.tables.rows import Measurement
+from sbeval.tables.selection import RECIPE
 from sbeval.tasks import length_gen
 from sbeval.tasks.text_cell import Subject, TextCell, outcome
 from sbeval.tasks.text_training import cautions, models, open_corpus
@@ -33,21 +34,24 @@ if TYPE_CHECKING:
     from sbeval.sweep.context import RunContext
 
 NAME = "diagnostics"
-# where more of a head's metric is more retrieval, or more reach
-HEADS = ("prefix_matching", "weight_beyond", "mean_distance", "gate_half_life")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row(Measurement):
     """Factors: the training tokens that the model had seen, 0 if unknown; the distance of the metric in tokens. Layers
     and heads count from 1 and have rows for the finished model; `heads` is what a row without them says of all heads:
-    their `mean` or the `highest`. status: `overfit`, or empty."""
+    their `mean` or the `highest`. Of models trained here: peak learning rate, optimizer, tokens of a step, schedule.
+    status: `overfit`, or empty."""
 
     tokens_seen: int
     distance: int | None = None
     layer: int | None = None
     head: int | None = None
     heads: str = ""
+    lr: float | None = None
+    optimizer: str = ""
+    batch_tokens: int | None = None
+    schedule: str = ""
     status: str = ""
 
 
@@ -116,7 +120,7 @@ class Cell(TextCell):
         task.close()
         return outcome(
             subject,
-            list(rows(readings)),
+            [dataclasses.replace(row, **self._recipe()) for row in rows(readings)],
             family=NAME,
             task=text.name,
             eval_len=self.config.longest,
@@ -126,6 +130,10 @@ class Cell(TextCell):
             tokenizer=text.tokenizer.name,
             values=values(readings),
         )
+
+    def _recipe(self) -> dict[str, Any]:
+        """Return the columns on how the model was trained; none for a given one."""
+        return {name: getattr(self.config, name) for name in RECIPE} if self.config.trains else {}
 
     def _source(self, text: "Corpus") -> str:
         from sbeval.pretrained import load

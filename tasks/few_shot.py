@@ -251,7 +251,7 @@ class Cell(TextCell):
     def _row(self, score: Any, benchmark: Any, cut: int) -> Row:
         return Row(
             metric=score.metric,
-            unit="bits/byte" if score.metric == "bits_per_byte" else "1",
+            unit="bits/byte" if score.metric.endswith("bits_per_byte") else "1",
             value=score.value,
             stderr=score.stderr,
             n=score.n,
@@ -281,7 +281,7 @@ class Cell(TextCell):
 
         config = self.config
         if config.checkpoint is not None and not load.is_own(config.checkpoint):
-            return _lm_eval().hub_text(config.checkpoint, config.trust_remote_code)
+            return _lm_eval().hub_text(config.checkpoint, model.vocab_size, config.trust_remote_code)
         ours = open_tokenizer(config, progress)
         model.check_tokenizer(ours, str(config.checkpoint))
         return _lm_eval().PlainText(ours)

@@ -81,7 +81,7 @@ class Config:
     heads: int = option(2, MODEL, "Attention heads.")
     batch: int = option(64, TRAINING, "Examples of an optimizer step.")
     steps: int = option(10_000, TRAINING, "Optimizer steps at most.")
-    schedule: str = option("cosine", TRAINING, "Learning rate schedule: cosine, power or constant.")
+    schedule: str = option("cosine", TRAINING, "Learning rate schedule: cosine, power, constant or wsd.")
     weight_decay: float = option(0.1, TRAINING, "Weight decay.")
     stop_error: float = option(0.0, TRAINING, "Validation error, in distribution, at or below which training ends.")
     patience: int = option(0, TRAINING, "Steps without a lower validation error after which training ends; 0: never.")

@@ -77,8 +77,6 @@ class Evaluation:
         """Measure the loss of whole documents in disjoint windows of every length."""
         from sbeval.evaluation import perplexity
 
-        # dynamic NTK scales RoPE by the length of the input, and what models of others do is not known
-        padded = self.subject.attention != "hf" and not self.subject.model.by_length
         for text, length in itertools.product(texts, self.config.rolling):
             what = " ".join([*([text.name] if text.name else []), f"in windows of {length}"])
             with self._shown(what, sum(map(len, text.tokens)), length) as how:
@@ -88,7 +86,6 @@ class Evaluation:
                     text.counted,
                     window=length,
                     prefix=text.prefix,
-                    padded=padded,
                     **how,
                 )
             yield windowed_rows(losses, length, text.name), windowed_values(losses, length, text.documents, text.name)

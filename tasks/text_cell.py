@@ -14,6 +14,7 @@ from sbeval.config import digest_of
 from sbeval.models.config import ModelConfig, flops_per_token
 from sbeval.sweep.cell import Cell, Outcome, Step, TrainingStep, held_out_curve, loss_curves, timing
 from sbeval.tables import epochs
+from sbeval.tables.privacy import shared
 from sbeval.tables.rows import Identity
 from sbeval.tasks.text_training import Training, model_shape, open_corpus, training_options
 from sbeval.training.text_model import EvaluatedModel, TextModel, likely_vocabulary
@@ -72,7 +73,7 @@ class TextStep(Step):
     @property
     def model_title(self) -> str:
         if self.config.checkpoint is not None:
-            return re.sub(r"[^\w.-]+", "-", self.config.checkpoint.strip("/"))
+            return re.sub(r"[^\w.-]+", "-", shared(self.config.checkpoint).strip("~/"))
         tokens = f" {self.config.train_tokens} tokens" if self.config.schedule == "wsd" else ""
         return f"{self.attention} seed {self.seed}{tokens}"
 

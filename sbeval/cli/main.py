@@ -4,17 +4,20 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from sbeval import registry
 from sbeval.cli import options
 from sbeval.cli.options import Common, Sweep, Training
-from sbeval.errors import InputError, choose
+from sbeval.errors import InputError, choose, reason
+from sbeval.runtime import signals, streams
 from sbeval.tables import power_options
 from sbeval.tables.results import Results
 from sbeval.training.text_model import TextModel
@@ -24,7 +27,28 @@ if TYPE_CHECKING:
     from sbeval.sweep.executor import Executor
     from sbeval.sweep.study_file import Part
 
+
+class _Commands(TyperGroup):
+    """All commands: what fails outside of sbeval is an InputError, where no place that knows more has said so."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            # not when Python ends, where an error could not be told
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            raise
+        except (OSError, EOFError) as error:
+            name = getattr(error, "filename", None)
+            raise InputError(f"cannot read or write {name}: {reason(error)}" if name else reason(error)) from error
+        except KeyboardInterrupt:
+            signals.ignore()
+            raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Evaluate stick-breaking attention and its baselines (Tan et al., ICLR 2025, arXiv 2410.17980).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -129,17 +153,24 @@ def export(
 
 @app.command(rich_help_panel=RESULTS)
 def table(
-    family: Annotated[str, typer.Argument(help="Table to print: few-shot.")],
-    format: Annotated[str, typer.Option(help="terminal, markdown, latex or csv.")] = "terminal",
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="few-shot: models by benchmarks, as papers print them; tokens: gaps to RoPE by training tokens."
+        ),
+    ],
+    format: Annotated[str, typer.Option(help="terminal, markdown or csv; few-shot also latex.")] = "terminal",
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Print a table of models by benchmarks, as in papers, from the result table; needs no torch."""
-    from sbeval.tables import few_shot
+    """Print a table that follows from a result table; needs no torch."""
+    from sbeval.tables import few_shot, tokens
     from sbeval.tables.table import read
 
-    choose("table", family.replace("-", "_"), ["few_shot"])
-    _warn([Results(results_dir).table("few_shot")])
-    rendered = few_shot.render(read(Results(results_dir).table("few_shot"), required=few_shot.COLUMNS), format)
+    tables: dict[str, tuple[str, Any]] = {"few_shot": ("few_shot", few_shot), "tokens": ("length_gen", tokens)}
+    source, module = tables[choose("table", name.replace("-", "_"), tables)]
+    path = Results(results_dir).table(source)
+    _warn([path])
+    rendered = module.render(read(path, required=module.COLUMNS), format)
     if isinstance(rendered, str):
         print(rendered)
     else:
@@ -490,12 +521,10 @@ def _console(context: "RunContext") -> Console:
 
 
 def _resumable(work: Callable[[], bool], force: bool) -> bool:
-    from sbeval.sweep.pool import terminable
-
     try:
-        with terminable():
-            return work()
+        return work()
     except KeyboardInterrupt:
+        signals.ignore()
         then = "starts over" if force else "resumes"
         print(f"sbeval: interrupted; finished work is kept, and the same command {then}", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -503,8 +532,11 @@ def _resumable(work: Callable[[], bool], force: bool) -> bool:
 
 def main() -> None:
     """Run the command line; an InputError is printed as one line, with exit code 2."""
-    try:
-        app()
-    except InputError as error:
-        print(f"sbeval: {error}", file=sys.stderr)
-        sys.exit(2)
+    with streams.guarded(), signals.terminable():
+        try:
+            app()
+        except InputError as error:
+            # standard error may be what cannot be written
+            with suppress(OSError):
+                print(f"sbeval: {error}", file=sys.stderr)
+            sys.exit(2)

@@ -103,7 +103,8 @@ def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> l
     return found
 
 
-_common: Callable[[type[Any]], list[inspect.Parameter]] = functools.cache(parameters)
+# Any: mypy takes no class to be hashable
+_common: Any = functools.cache(parameters)
 
 
 def _by_preset(name: str, presets: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from sbeval.data.tokenizer import Ids, Library, Tokenizer, is_trained
 from sbeval.data.tokenizer import load as load_tokenizer
 from sbeval.data.tokenizer import read as read_tokenizer
 from sbeval.errors import InputError, first_line
-from sbeval.runtime.files import locked, sha256, storing
+from sbeval.runtime.files import clear, locked, sha256, storing
 
 # part of a store's key: a store of another format is not opened
 FORMAT = 3
@@ -190,7 +190,7 @@ def _build(
         )
     unfinished = folder.with_suffix(".unfinished")
     # we hold the lock: an existing folder was left by a process that was killed
-    shutil.rmtree(unfinished, ignore_errors=True)
+    clear(unfinished)
     try:
         with storing(folder):
             unfinished.mkdir()

@@ -299,7 +299,6 @@ def rolling(
     place: torch.device,
     dtype: str,
     batch: int = 1,
-    padded: bool = False,
     advance: Callable[[int], None] = lambda _: None,
     say: Callable[[str], None] = print,
     world: World = ALONE,
@@ -308,8 +307,8 @@ def rolling(
 
     texts: of the documents, in which words and bytes are counted. prefix: tokens before each document, the first of
     which is context alone and others are scored. batch: windows of a forward pass; of shorter ones as many tokens.
-    padded: whether documents shorter than a window may be padded at their end, so that many share a forward pass and a
-    shape; not for a model that depends on the length of its input. advance: called with the number of finished tokens.
+    Documents shorter than a window are padded at their end to one of few lengths, so that many share a pass and a
+    shape; not those of a model that is `by_length`. advance: called with the number of finished tokens.
     """
     whole = [np.concatenate([prefix[1:], tokens]) for tokens in documents]
     parts = [(index, *part) for index, tokens in enumerate(whole) for part in disjoint(tokens, window, prefix[0])]
@@ -317,7 +316,7 @@ def rolling(
 
     def evaluate(rows: Sequence[int]) -> None:
         lengths = [len(parts[row][1]) for row in rows]
-        width = _shared(max(lengths) - 1, window) + 1 if padded else max(lengths)
+        width = max(lengths) if model.by_length else _shared(max(lengths) - 1, window) + 1
         tokens = np.zeros((len(rows), width), dtype=np.int64)
         for line, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             tokens[line, :length] = parts[row][1]
@@ -327,7 +326,7 @@ def rolling(
             losses[index] += each[line, length - 1 - scored : length - 1].sum()
         advance(sum(parts[row][2] for row in rows) * world.size)
 
-    widths = [_shared(len(part) - 1, window) if padded else len(part) for _, part, _ in parts]
+    widths = [len(part) - 1 if model.by_length else _shared(len(part) - 1, window) for _, part, _ in parts]
     for rows in list(_of_one_length(widths, batch * window))[world.rank :: world.size]:
         oom.in_parts(rows, len(rows), evaluate, say)
     counts = ([len(x) for x in whole], [len(re.split(r"\s+", x)) for x in texts], [len(x.encode()) for x in texts])

@@ -212,16 +212,18 @@ def _underfilled(task: str, length: int, budget: int, training: bool, most: int)
 
 def _store(path: Path, prompts: Sequence[Prompt]) -> None:
     meta = json.dumps([(prompt.references, prompt.depth) for prompt in prompts]).encode()
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(
-            file,
-            meta=np.frombuffer(meta, np.uint8),
-            tokens=np.concatenate([prompt.tokens for prompt in prompts]),
-            answers=np.concatenate([prompt.answer for prompt in prompts]),
-            ends=np.cumsum([len(prompt.tokens) for prompt in prompts]),
-            answer_ends=np.cumsum([len(prompt.answer) for prompt in prompts]),
-        )
-        file.flush()
+    # in memory first: on a disk that fills, zipfile hides why
+    packed = io.BytesIO()
+    np.savez(
+        packed,
+        meta=np.frombuffer(meta, np.uint8),
+        tokens=np.concatenate([prompt.tokens for prompt in prompts]),
+        answers=np.concatenate([prompt.answer for prompt in prompts]),
+        ends=np.cumsum([len(prompt.tokens) for prompt in prompts]),
+        answer_ends=np.cumsum([len(prompt.answer) for prompt in prompts]),
+    )
+    with replacing(path) as temporary:
+        temporary.write_bytes(packed.getbuffer())
         seal(path, temporary)
 
 

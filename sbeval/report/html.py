@@ -18,7 +18,7 @@ from sbeval.plots.chart import SYMBOLS, Chart, Group, Panel, plain, readable
 from sbeval.report import maturity, page
 from sbeval.report.claims import CLAIMS
 from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Evidence, Finding, findings
-from sbeval.runtime.files import prepare, replacing
+from sbeval.runtime.files import prepare, remove_left, replacing
 from sbeval.tables import check, values
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Measurement
@@ -40,7 +40,7 @@ def write(results_dir: Path, out: Path | None = None, say: Callable[[str], None]
     """
     out = out or results_dir / "report.html"
     text = build(results_dir, say)
-    prepare(out.parent)
+    remove_left(prepare(out.parent))
     with replacing(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return out
@@ -90,6 +90,8 @@ def _charts(tables: dict[str, pd.DataFrame], results_dir: Path, say: Callable[[s
     names = [name for name in registry.FIGURES if registry.figure(name).TABLE in tables]
     for name in sorted(names, key=lambda name: order.index(registry.figure(name).TABLE)):
         table = registry.figure(name).TABLE
+        if not registry.has_rows(name, tables[table]):
+            continue
         try:
             charts[name] = registry.figure(name).chart(tables[table])
         except InputError as error:

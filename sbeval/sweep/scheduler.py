@@ -179,6 +179,8 @@ def run(
         raise InputError(f"--device {context.device}: a Ray task sees only the GPU that Ray assigns; give cuda or cpu")
     for folder in (context.results.runs, context.results.checkpoints):
         files.prepare(folder)
+    for folder in (context.results_dir, context.results.runs, context.results.locks):
+        files.remove_left(folder)
     families = dict.fromkeys(cell.family for cell in cells)
     presets = dict.fromkeys(families, preset) if isinstance(preset, str) else preset
     errors = _errors(context) if len(families) < 2 else (*_errors(context), InputError)
@@ -311,7 +313,7 @@ def progress_of(context: RunContext) -> Progress:
 
 def _pending(cells: Sequence[Cell], context: RunContext, progress: Progress) -> list[Cell]:
     # with `force` too: report an unreadable table before the work, not after it
-    missing = unfinished(cells, context.results_dir, progress.say)
+    missing = set(unfinished(cells, context.results_dir, progress.say))
     if context.force:
         return list(cells)
     return [cell for cell in cells if cell in missing or _source_of_run(cell, context) != cell.source(progress)]

@@ -13,6 +13,7 @@ import pandas as pd
 
 from sbeval.errors import InputError
 from sbeval.tables import csv_text, provenance, table
+from sbeval.tables.digests import row_digests
 from sbeval.tables.results import Results
 from sbeval.tables.run_files import is_written
 
@@ -38,7 +39,7 @@ def differences(text: pd.DataFrame, results: Results) -> Iterator[Difference]:
     Cells without a run file, or whose run file has no digests, are not checked.
     """
     found: dict[str, dict[int, str]] = {}
-    for number, cell, digest in zip(text.index, text["cell"], table.row_digests(text), strict=True):
+    for number, cell, digest in zip(text.index, text["cell"], row_digests(text), strict=True):
         found.setdefault(cell, {})[number] = digest
     for cell, rows in found.items():
         if not results.run_file(cell).exists():

@@ -47,8 +47,9 @@ ATTENTION_MAP = ["task", "vocab_size", "seq_len", "kv_pairs"]
 
 
 def length_gen_setting(table: pd.DataFrame) -> Setting:
-    """Return the columns that define a setting in a table of `length_gen`; an older table has fewer."""
-    return Setting(LENGTH_GEN.always, (*LENGTH_GEN.others, *(name for name in RECIPE if name in table)))
+    """Return the columns that define a setting in a table of `length_gen`: those of RECIPE only where they differ."""
+    recipe = (name for name in recipe_columns(table) if name != "train_tokens")
+    return Setting(LENGTH_GEN.always, (*LENGTH_GEN.others, *recipe))
 
 
 def recipe_columns(table: pd.DataFrame) -> list[str]:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from sbeval.tables import curves, provenance, table, values
 from sbeval.tables.curves import Curves
+from sbeval.tables.digests import row_digests
 from sbeval.tables.results import Results
 
 
@@ -33,7 +34,7 @@ def keep(results: Results, family: str, stored: Stored) -> None:
         files["values"] = values.write(results, cell, stored.values)
     if stored.curves:
         files["curves"] = curves.write(results, cell, stored.curves)
-    rows = [] if stored.rows is None else table.digests(stored.rows)
+    rows = [] if stored.rows is None else sorted(row_digests(table.as_text(stored.rows)))
     provenance.write_run(results.run_file(cell), {**stored.record, "files": files, "rows": rows})
     # of an earlier run, which had some
     for path in (results.values(cell), results.curves(cell)):

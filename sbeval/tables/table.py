@@ -5,7 +5,6 @@ subclass of `Measurement`, whose added fields are the family's factors, `Provena
 of factors: when read, one is a number if all its cells are numbers or empty; `numbers` checks those that must be.
 """
 
-import hashlib
 import math
 import re
 import types
@@ -16,8 +15,6 @@ from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa  # type: ignore[import-untyped]  # it ships no types
-import pyarrow.compute as pc  # type: ignore[import-untyped]  # likewise
 
 from sbeval.errors import InputError
 from sbeval.runtime.files import locked, replacing, storing
@@ -64,6 +61,11 @@ def frame(identity: Identity, measurements: Iterable[Measurement], provenance: P
     return _typed(pd.DataFrame(cells, columns=list(kinds), dtype=str), kinds)
 
 
+def as_text(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows as they are written."""
+    return pd.DataFrame({name: [_cell(value) for value in rows[name]] for name in rows.columns}, dtype=str)
+
+
 def keep(path: Path, new: pd.DataFrame) -> None:
     """Store the rows of one cell in time that does not depend on the table: as a part of it, which `assemble` adds.
 
@@ -73,9 +75,10 @@ def keep(path: Path, new: pd.DataFrame) -> None:
     text = _checked(new)
     (cell,) = set(text["cell"])
     with locked(path):
-        part = _parts(path) / f"{cell}.csv"
-        _replace(part if path.exists() else path, text)
-        if not path.exists():
+        part, first = _parts(path) / f"{cell}.csv", not path.exists()
+        _replace(path if first else part, text)
+        if first:
+            # left where somebody removed the table
             part.unlink(missing_ok=True)
 
 
@@ -125,34 +128,13 @@ def _replace(path: Path, text: pd.DataFrame) -> None:
 
 
 def _checked(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return rows as they are written."""
+    """Return rows as they are written, which a table may hold."""
     assert len(rows) and (rows["cell"] != "").all(), "every row names the cell that it comes from"
     assert rows["value"].map(math.isfinite).all(), "no data is an absent row, not NaN"
     keys = [name for name in rows.columns if name not in OUTCOME]
     twice = rows[rows.duplicated(keys)]
     assert twice.empty, f"two rows for one number: {twice.iloc[0].to_dict()}"
-    return _text(rows)
-
-
-def digests(rows: pd.DataFrame) -> list[str]:
-    """Return the digest of each row, in the order of digests, for a run file. Blank cells and the columns' order do not
-    count: a table with a column more has the same rows."""
-    return sorted(row_digests(_text(rows)))
-
-
-def row_digests(text: pd.DataFrame) -> list[str]:
-    """Return the digest of each row of cells as they are written, ten hexadecimal digits."""
-    named, none = [], _large("")
-    for name in sorted(map(str, text.columns)):
-        cells = pa.array(text[name], pa.large_string())
-        filled = pc.binary_join_element_wise(_large(f"{name}="), cells, none)
-        named.append(pc.if_else(pc.equal(cells, none), None, filled))
-    rows = pc.binary_join_element_wise(*named, _large("\n"), null_handling="skip")
-    return [hashlib.sha256(row.encode()).hexdigest()[:10] for row in rows.to_pylist()]
-
-
-def _large(text: str) -> pa.Scalar:
-    return pa.scalar(text, pa.large_string())
+    return as_text(rows)
 
 
 def read(path: Path, required: Iterable[str] = ()) -> pd.DataFrame:
@@ -243,11 +225,6 @@ def _cell(value: Any, kind: Kind | None = None) -> str:
         number = value.item() if hasattr(value, "item") else value
     assert math.isfinite(number), f"{number} cannot be read back"
     return repr(number)
-
-
-def _text(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return rows as they are written."""
-    return pd.DataFrame({name: [_cell(value) for value in rows[name]] for name in rows.columns}, dtype=str)
 
 
 def _load(path: Path, required: Iterable[str]) -> pd.DataFrame:

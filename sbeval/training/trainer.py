@@ -6,7 +6,6 @@ number in the whole step, so gradients and losses are those of one process.
 
 import dataclasses
 import math
-import signal
 import statistics
 import threading
 import time
@@ -25,7 +24,7 @@ from sbeval.data import counter_rng
 from sbeval.errors import InputError
 from sbeval.models.config import ModelConfig, flops_per_token
 from sbeval.models.decoder import Decoder
-from sbeval.runtime import device, distributed, oom
+from sbeval.runtime import device, distributed, oom, signals
 from sbeval.runtime.distributed import ALONE, World
 from sbeval.runtime.progress import Task
 from sbeval.tables import epochs
@@ -83,21 +82,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     tokens = (min(step, start) + 1) * config.batch * config.length
     rate = min(config.lr, config.batch * config.power_a * tokens**config.power_b)
     return float(rate * config.final_lr ** (max(0, step - start) / max(1, config.steps - start)))
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Turn SIGINT and SIGTERM into an event, so that no step is interrupted."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-    before = {sign: signal.signal(sign, lambda *_: interrupted.set()) for sign in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield interrupted
-    finally:
-        for sign, handler in before.items():
-            signal.signal(sign, handler)
 
 
 # models that the compiler holds code of, and the shapes that need code of their own
@@ -218,7 +202,7 @@ class Trainer:
         """
         saved, self.say = time.perf_counter(), task.say
         self.model.train()
-        with _deferred_interrupt() as interrupted:
+        with signals.deferred() as interrupted:
             ended = self._anywhere(interrupted.is_set())
             while not self.state.finished and not ended:
                 if done := self._run_steps(self._next_log(), interrupted):
@@ -255,7 +239,10 @@ class Trainer:
         """Record the held-out loss if it is due."""
         step = self.state.step
         if self.held_out and (step % self.config.look_every == 0 or step == self.config.steps):
-            self.state.held_out.append((step, self._held_out_loss(self.held_out)))
+            batch, losses = self.held_out, list[float]()
+            while not oom.enough(lambda: losses.append(self._held_out_loss(batch))):
+                self._halve()
+            self.state.held_out.append((step, losses[0]))
 
     def _diagnose(self) -> None:
         """Record a diagnosis if it is due; every process makes the same one."""

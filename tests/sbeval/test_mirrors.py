@@ -11,7 +11,7 @@ WITHOUT = {
     "sbeval/sweep/family.py": "an interface: tests/sbeval/test_registry.py",
     "sbeval/tables/power_options.py": "options of a command: tests/sbeval/tables/test_power.py",
     "sbeval/tables/published.py": "constants",
-    "sbeval/report/claims.py": "a table of claims, each decided in tests/sbeval/report/test_judge.py",
+    "sbeval/report/claims.py": "a table of claims: tests/sbeval/report/test_judge.py",
     "sbeval/report/page.py": "part of a report: tests/sbeval/report/test_html.py",
     "sbeval/tables/columns.py": "words: tests/sbeval/cli/test_columns.py",
     "sbeval/tables/curves.py": "stored with values: tests/sbeval/tables/test_values.py",
@@ -24,8 +24,6 @@ WITHOUT = {
     "plots/chart.py": "interactive figures: tests/sbeval/report/test_html.py",
     "plots/needle_depth.py": "the same rows by depth: tests/plots/test_needle.py",
     "plots/kernel_error.py": "the same rows by error: tests/plots/test_kernel.py",
-    "kernels/hopper.py": "part of the Hopper kernels: tests/kernels/test_stick_breaking_hopper.py",
-    "kernels/stick_breaking_hopper_backward.py": "as above: tests/kernels/test_stick_breaking_hopper.py",
     "kernels/stick_breaking_triton.py": "a backend: tests/kernels/test_stick_breaking.py",
     "kernels/fire_triton.py": "a backend: tests/kernels/test_fire.py",
 }

@@ -90,18 +90,20 @@ def test_losses_are_lm_evals(window: int, batch: int) -> None:
 
 
 @pytest.mark.parametrize(("batch", "passes"), [(1, 10), (3, 5)])
-def test_padding_shares_shapes_and_changes_nothing(batch: int, passes: int) -> None:
+def test_padding_shares_shapes_and_changes_nothing(batch: int, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = build(), Bytes()
     generator = np.random.default_rng(0)
     documents = [generator.integers(0, 256, size) for size in (700, 3, 65, 90, 257, 70, 0, 300, 1)]
     texts = [tokenizer.decode(tokens) for tokens in documents]
     shapes: list[tuple[int, ...]] = []
     model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
-    how: dict[str, Any] = {"window": 256, "prefix": EOS, "place": CPU, "dtype": "float32", "batch": batch}
-    plain = perplexity.rolling(model, documents, texts, **how).losses
+    how: dict[str, Any] = {"window": 256, "prefix": [EOS], "place": CPU, "dtype": "float32", "batch": batch}
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "by_length", True)
+        plain = perplexity.rolling(model, documents, texts, **how).losses
     assert len({length for _, length in shapes}) == 6
     shapes.clear()
-    np.testing.assert_allclose(perplexity.rolling(model, documents, texts, padded=True, **how).losses, plain, rtol=1e-5)
+    np.testing.assert_allclose(perplexity.rolling(model, documents, texts, **how).losses, plain, rtol=1e-5)
     # two lengths an octave, from 48 to the window; as many tokens of each as of windows
     assert {length for _, length in shapes} == {48, 96, 256}
     assert max(rows * length for rows, length in shapes) <= 256 * batch and len(shapes) == passes

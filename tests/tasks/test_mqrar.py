@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from sbeval.data.recall import Recall
+from sbeval.models.decoder import Decoder
 from sbeval.runtime.progress import Progress
 from sbeval.sweep import scheduler
 from sbeval.sweep.cell import cell_id
@@ -110,6 +111,24 @@ def test_the_optimizer_makes_another_cell_and_its_rows_say_so(tmp_path: Path) ->
     # the first loss is before any update
     adamw, muon = (np.asarray(found) for found in losses.values())
     assert adamw[0] == muon[0] and (adamw[1:] != muon[1:]).all()
+
+
+def test_options_of_the_block_reach_recall(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"kv_pairs": (2,), "widths": (16,), "vocab_size": 32, "seq_len": 16, "test_rows": 12}
+    specs = ("rope:qkv_bias=true", "stick_breaking:head_norm=true,init_std=0.02", "rope")
+    grid = mqrar.cells(mqrar.Config(attention=specs, batch=2, steps=3, init_std=0.5, heads=2, **sizes))
+    shapes = [cell.model() for cell in grid]
+    # the spec is before --init-std
+    assert [(shape.qkv_bias, shape.head_norm, shape.init_std) for shape in shapes] == [
+        (True, False, 0.5),
+        (False, True, 0.02),
+        (False, False, 0.5),
+    ]
+    with Progress() as progress:
+        outcome = grid[0].run(RunContext(results_dir=tmp_path, device=torch.device("cpu")), progress)
+    assert (outcome.identity.attention, outcome.identity.options) == ("rope", "qkv_bias=true")
+    # two layers, and biases for the queries, keys and values of a width of 16
+    assert outcome.identity.params == Decoder(shapes[2]).n_parameters() + 2 * 3 * 16
 
 
 def test_grid_of_cells() -> None:

@@ -42,6 +42,8 @@ def by(readings: list[Reading], metric: str) -> dict[int | None, Reading]:
 class Induction:
     """Predicts the token behind the last occurrence of the current one, and all tokens alike where there is none."""
 
+    by_length = False
+
     def __call__(self, tokens: Tensor) -> Tensor:
         same = (tokens[:, :, None] == tokens[:, None]).tril(-1)
         last = torch.where(same, torch.arange(tokens.shape[1]), -1).amax(-1)

@@ -87,6 +87,8 @@ class Display:
     def advance(self, steps: int, /) -> None:
         self.completed += steps
 
+    def say(self, line: str) -> None: ...
+
     def close(self) -> None:
         assert self.completed == self.total
 

@@ -88,3 +88,11 @@ def test_figures_are_drawn_where_torch_cannot_be_imported(results: Path) -> None
     command = [sys.executable, "-W", "error", "-c", BLOCKED, str(results)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, str(results / "figures" / "mqrar.png")), done.stderr
+
+
+def test_what_a_killed_run_left_is_removed(results: Path) -> None:
+    left = results / "figures" / f".mqrar.png.{'0' * 32}.tmp"
+    left.parent.mkdir()
+    left.touch()
+    draw_figures(results, ["mqrar"], ["png"])
+    assert [path.name for path in left.parent.iterdir()] == ["mqrar.png"]

@@ -51,6 +51,12 @@ def length_gen(run: Row, place: int) -> Iterator[Row]:
     run |= {"task": "books", "position_start": "", "position_end": "", "context_length": "", "last_k": ""}
     for length in (256, 512, 1024, 2048):
         yield run | {"metric": "perplexity", "value": 40 + place * length / 512, "context_length": length}
+    for tokens in (10**7, 10**8, 10**9, 10**10):
+        at = {"context_length": 512, "train_tokens": tokens, "corpus": "plays"}
+        yield run | at | {"metric": "perplexity", "value": 40 + place * 10**8 / tokens}
+    for rate in (1e-3, 2e-3):
+        at = {"context_length": 512, "lr": rate, "optimizer": "adamw", "batch_tokens": 512, "schedule": "cosine"}
+        yield run | at | {"metric": "perplexity", "value": 40 + place * rate, "corpus": "songs"}
     for start in OCTAVES:
         loss = 3.5 + place * start / 1024
         yield run | {"metric": "loss", "value": loss, "position_start": start, "position_end": 2 * start}
@@ -194,6 +200,7 @@ def skipping(run: Row, place: int) -> Iterator[Row]:
 
 def diagnostics(run: Row, place: int) -> Iterator[Row]:
     run |= {"task": "books", "distance": "", "layer": "", "head": "", "heads": ""}
+    run |= {"lr": 2e-3, "optimizer": "adamw", "batch_tokens": 131072, "schedule": "cosine"}
     for seen in (5 * 10**6, 10**8):
         yield run | {"metric": "in_context_score", "value": -0.1 * place, "tokens_seen": seen}
         for distance in (64, 256):

@@ -1,6 +1,7 @@
 """Test whole studies of tiny models: their results, resuming after an interrupt, and continuing after failures."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from sbeval import registry
 from sbeval.cli import main
 from sbeval.data.corpus import Corpus
 from sbeval.errors import InputError
@@ -218,3 +220,9 @@ def test_a_study_is_shown_to_write_another_from(tmp_path: Path) -> None:
     assert study_file.read(str(tmp_path / "mine.yaml")) == study_file.read("quick")
     code, _, err = run("quik", "--dry-run")
     assert code == 2 and err.startswith("sbeval: unknown study 'quik'; did you mean 'quick'? known: ")
+
+
+def test_a_sweep_without_end_is_refused_at_once() -> None:
+    config = dataclasses.replace(registry.task("mqrar").presets["quick"], seeds=tuple(range(20_000)))
+    with pytest.raises(InputError, match=r"^mqrar: .*20,000 seeds .*cells, of at most 10,000: give several studies$"):
+        studies.cells(study_file.Part(family="mqrar", preset="quick", config=config))

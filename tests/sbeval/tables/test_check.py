@@ -1,5 +1,7 @@
 """Test that what no run wrote is found: rows, run files, values and curves."""
 
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from sbeval.cli import main
 from sbeval.errors import InputError
 from sbeval.tables import check, provenance, store, table
 from sbeval.tables.check import Checked
@@ -66,7 +69,7 @@ def test_what_runs_wrote_is_as_written_before_and_after_it_goes_into_the_table(t
     assert faults(results) == []
 
 
-CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "value": (lambda path: edit(path, "0.125", "0.126"), "toy.csv: a: 1 of 3 rows are not what its run wrote (line 2)"),
     "seed": (lambda path: edit(path, f",{ord('b')},", ",7,"), "toy.csv: b: 1 of 3 rows are not"),
     "as a spreadsheet writes it": (lambda path: edit(path, "0.125", ".125", 3), "toy.csv: c: 1 of 3 rows are not"),
@@ -135,9 +138,54 @@ def test_a_table_that_cannot_be_read_is_an_error_of_its_readers(results: Results
     assert "'x' in column 'value'" in faults(results)[0]
 
 
-@pytest.mark.parametrize(
-    "folder", sorted({path.parent for path in COMMITTED.glob("**/*.csv")}), ids=lambda path: path.name
-)
+@pytest.fixture
+def quick(tmp_path: Path) -> Path:
+    """A copy of results, in which somebody changed a number of MQRAR."""
+    folder = Path(shutil.copytree(COMMITTED / "quick", tmp_path / "quick", ignore=shutil.ignore_patterns("figures")))
+    edit(folder / "mqrar.csv", "validation_accuracy,1,0.99", "validation_accuracy,1,0.98")
+    return folder
+
+
+WRONG = "quick/mqrar.csv: mqrar-"
+
+
+def code(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Return the exit code of a command."""
+    monkeypatch.setattr(sys, "argv", ["sbeval", *arguments])
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+@pytest.mark.parametrize("command", [["check"], ["plot", "mqrar", "--format", "png", "--out", "OUT"], ["report"]])
+def test_commands_say_what_no_run_wrote(
+    quick: Path, tmp_path: Path, command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command == ["report"]:
+        pytest.importorskip("plotly")
+        command = ["report", "--out", str(tmp_path / "report.html")]
+    command = [str(tmp_path) if word == "OUT" else word for word in command]
+    assert code([*command, "--results-dir", str(quick)], monkeypatch) == (command == ["check"])
+    out = capsys.readouterr().out
+    assert out.count(WRONG) == 1 and "1 of 20 rows are not what its run wrote (line 41)" in out
+    assert code([*command, "--results-dir", str(COMMITTED / "quick")], monkeypatch) == 0
+    assert WRONG not in capsys.readouterr().out
+
+
+def test_compare_says_what_no_run_wrote(
+    quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert code(["compare", str(quick), str(COMMITTED / "quick"), "--format", "csv"], monkeypatch) == 0
+    found = capsys.readouterr()
+    assert found.err.count(WRONG) == 1 and WRONG not in found.out
+
+
+FOLDERS = sorted({path.parent for path in COMMITTED.glob("**/*.csv")})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 def test_committed_results_are_what_runs_wrote(folder: Path) -> None:
     checked = Checked()
     assert list(check.folder(Results(folder), checked)) == [] and checked.rows > 0

@@ -1,47 +1,61 @@
-"""Losses of single documents: sums of exactly one number, and differences of methods on the texts that they share."""
+"""Values of documents: chosen by all their factors, and paired between methods."""
 
-import numpy as np
+import math
+
 import pandas as pd
+import pytest
 
 from sbeval.tables import documents
-from sbeval.tables.statistics import Spread
-
-LOSSES = {"a": 100.0, "b": 240.0, "c": 310.0}
-NO_SPREAD = (Spread(0.0, 0), Spread(0.0, 0))
+from sbeval.tables.statistics import UNKNOWN, Spread
 
 
-def values(cell: str, by: float = 0.0, **factors: object) -> list[dict[str, object]]:
-    same = {"cell": cell, "metric": "nll_sum", "context_length": None, "window": None} | factors
-    return [same | {"unit_id": name, "value": loss + by} for name, loss in LOSSES.items()]
-
-
-def test_sums_are_of_the_number_with_exactly_these_factors() -> None:
-    frame = pd.DataFrame([*values("x"), *values("x", 5.0, context_length=64), *values("y", 7.0, context_length=64)])
-    assert documents.sums(frame, "nll_sum").to_dict("list") == {name: [loss] for name, loss in LOSSES.items()}
-    by_context = documents.sums(frame, "nll_sum", context_length=64)
-    assert by_context.loc[["x", "y"]].to_numpy().tolist() == [[105, 245, 315], [107, 247, 317]]
-    assert documents.sums(frame, "tokens").empty
-
-
-def test_a_document_that_a_cell_lacks_is_left_out() -> None:
-    frame = pd.DataFrame([*values("x"), *values("y")[:2]])
-    assert list(documents.sums(frame, "nll_sum").columns) == ["a", "b"]
-
-
-def test_a_difference_is_paired_by_document() -> None:
-    one = pd.DataFrame([LOSSES])
-    tokens = pd.DataFrame([{name: 10.0 for name in LOSSES}])
-    found = documents.difference(one + 5.0, one, tokens, NO_SPREAD)
-    # all documents differ by half a nat a token, however different they are
-    assert found is not None and np.allclose([found.mean, found.low, found.high], 0.5)
-    assert documents.difference(one[["a"]], one, tokens, NO_SPREAD) is None
-    other = pd.concat([tokens, tokens + 1])
-    assert documents.difference(one, one, other, NO_SPREAD) is None
-
-
-def test_cells_are_those_of_the_method() -> None:
-    rows = pd.DataFrame(
-        [{"attention": "rope", "options": option, "cell": option or "plain"} for option in ("", "", "o")]
+def stored(losses: dict[str, list[float]], tokens: float = 100.0, **factors: object) -> pd.DataFrame:
+    """Values of cells: mean losses of their documents."""
+    empty = {name: pd.NA for name in documents.FACTORS} | {"eval_corpus": ""}
+    return pd.DataFrame(
+        {"cell": cell, "metric": metric, "unit_id": f"book-{number}", "value": value} | empty | factors
+        for cell, each in losses.items()
+        for number, loss in enumerate(each)
+        for metric, value in (("nll_sum", tokens * loss), ("tokens", tokens))
     )
-    assert documents.cells_of(rows, ("rope", "")) == ["plain"] and documents.cells_of(rows, ("nope", "")) == []
-    assert documents.nothing(["plain"]).empty
+
+
+def test_a_number_has_exactly_its_factors() -> None:
+    values = pd.concat(
+        [
+            stored({"a": [3.0, 4.0]}, context_length=2048),
+            stored({"a": [1.0, 1.0]}, context_length=2048, last_k=512),
+            stored({"a": [2.0, 2.0]}, context_length=4096),
+            stored({"a": [5.0, 5.0]}, context_length=2048, targets=512),
+        ]
+    )
+    assert documents.sums(values, "nll_sum", context_length=2048).loc["a"].tolist() == [300.0, 400.0]
+    assert documents.sums(values, "nll_sum", context_length=2048, targets=512).loc["a"].tolist() == [500.0, 500.0]
+    assert documents.sums(values, "tokens", context_length=8192).empty
+    assert documents.sums(documents.nothing(()), "tokens", context_length=8192).empty
+
+
+def test_differences_are_taken_document_by_document() -> None:
+    levels = [2.0, 3.0, 4.0, 5.0, 6.0]
+    values = stored({"a": [level - 0.1 for level in levels], "b": levels, "c": [level + 0.2 for level in levels]})
+    sums, tokens = (documents.sums(values, name) for name in ("nll_sum", "tokens"))
+    # the means of one method's two seeds
+    found = documents.difference(sums.loc[["a"]], sums.loc[["b", "c"]], tokens, (UNKNOWN, UNKNOWN))
+    assert found is not None and found.mean == pytest.approx(-0.2) and found.high - found.low < 1e-9
+    assert found.over("books") == "95 % over 1 and 2 seeds, 5 books in pairs"
+    spread = Spread(0.1, 10)
+    wide = documents.difference(sums.loc[["a"]], sums.loc[["b", "c"]], tokens, (spread, spread))
+    # 2.228: the 97.5 % quantile of Student's t with ten degrees of freedom
+    assert wide is not None and wide.high - wide.mean == pytest.approx(2.228 * 0.1 * math.sqrt(1.5), rel=0.01)
+
+
+def test_other_documents_are_not_pairs() -> None:
+    values = stored({"a": [1.0, 2.0, 3.0], "b": [1.0, 2.0, 3.0]})
+    sums, tokens = (documents.sums(values, name) for name in ("nll_sum", "tokens"))
+    renamed = sums.loc[["b"]].rename(columns="other-{}".format)
+    pair = (UNKNOWN, UNKNOWN)
+    assert documents.difference(sums.loc[["a"]], renamed, tokens, pair) is None
+    # the same names, another text
+    other = pd.concat([tokens.loc[["a"]], 2 * tokens.loc[["b"]]])
+    assert documents.difference(sums.loc[["a"]], sums.loc[["b"]], other, pair) is None
+    assert documents.difference(sums.loc[["a"]].iloc[:0], sums.loc[["b"]], tokens, pair) is None

@@ -266,6 +266,15 @@ def test_writing_takes_the_parts_in_and_replaces_that_of_its_cell(tmp_path: Path
     assert not list((tmp_path / "parts").rglob("*.csv"))
 
 
+def test_a_part_of_a_table_that_was_removed_does_not_hide_new_rows(tmp_path: Path) -> None:
+    path = tmp_path / "toy.csv"
+    for cell in ("a", "b"):
+        table.keep(path, rows(cell, seed=ord(cell)))
+    path.unlink()
+    table.keep(path, rows("b", (9.0,), seed=99))
+    assert 9.0 in set(table.read(path)["value"])
+
+
 def test_a_damaged_part_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "toy.csv"
     table.keep(path, rows("a"))

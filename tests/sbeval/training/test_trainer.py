@@ -608,7 +608,7 @@ def test_an_interrupt_outside_a_step_is_kept(tmp_path: Path) -> None:
 def test_a_run_interrupted_before_its_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = threading.Event()
     asked.set()
-    monkeypatch.setattr("sbeval.training.trainer._deferred_interrupt", lambda: contextlib.nullcontext(asked))
+    monkeypatch.setattr("sbeval.runtime.signals.deferred", lambda: contextlib.nullcontext(asked))
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "run")
     monkeypatch.undo()
