@@ -127,7 +127,8 @@ def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> l
     return found
 
 
-_common = functools.cache(parameters)
+# Any: mypy takes no class to be hashable
+_common: Any = functools.cache(parameters)
 
 
 def _by_preset(name: str, presets: Mapping[str, Any]) -> str:
