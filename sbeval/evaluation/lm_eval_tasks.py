@@ -7,7 +7,6 @@ import importlib.metadata
 import io
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from lm_eval.tasks._index import Entry
 from transformers import AutoTokenizer
 
 from sbeval.errors import InputError, first_line
-from sbeval.evaluation import lm_eval_items, lm_eval_local
+from sbeval.evaluation import lm_eval_choices, lm_eval_items, lm_eval_local
 from sbeval.evaluation.lm_eval_model import Adapter, HubText, PlainText
 
 __all__ = ["Adapter", "Benchmark", "HubText", "PlainText", "Score", "hub_text", "load", "scores", "version"]
@@ -112,6 +111,8 @@ def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
     if shots is not None and used != {shots}:
         raise InputError(f"task {name!r} is defined with {max(used)} examples in its prompt; give --task {name}")
     with _quiet():
+        for part, task in loaded["tasks"].items():
+            lm_eval_choices.check(part, task)
         digest = lm_eval_local.digest(loaded["tasks"])
     return Benchmark(name=name, tasks=loaded["tasks"], groups=loaded.get("groups", {}), shots=max(used), digest=digest)
 
@@ -157,13 +158,13 @@ def scores(benchmark: Benchmark, adapter: Adapter, limit: int | None) -> tuple[l
     }
     with _quiet():
         results = evaluate(adapter, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=True)
-    chances = {name: _chance(task) for name, task in benchmark.tasks.items()}
+    chances = {name: lm_eval_choices.chance(task) for name, task in benchmark.tasks.items()}
     counts = {name: results["n-samples"][name]["effective"] for name in benchmark.tasks}
     for name, group in benchmark.groups.items():
         leaves = [task.task_name for task in group.get_all_tasks()]
         counts[name] = sum(counts[leaf] for leaf in leaves)
-        parts = [(chance, counts[leaf]) for leaf in leaves if (chance := chances[leaf]) is not None]
-        chances[name] = sum(chance * count for chance, count in parts) / counts[name] if parts else None
+        parts = [chance * counts[leaf] for leaf in leaves if (chance := chances[leaf]) is not None]
+        chances[name] = sum(parts) / counts[name] if len(parts) == len(leaves) else None
     names = sorted(results["results"], key=lambda name: (name != benchmark.name, name))
     found = [
         score
@@ -191,14 +192,6 @@ def _scores(name: str, numbers: Mapping[str, Any], n: int, version: str, chance:
             version=version,
             chance=chance if metric in ("acc", "acc_norm") else None,
         )
-
-
-def _chance(task: Any) -> float | None:
-    """Return the accuracy of guessing among the choices of each item; None where there are no choices."""
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return None
-    choices = Counter(instance.doc_id for instance in task.instances)
-    return sum(1 / count for count in choices.values()) / len(choices)
 
 
 @contextlib.contextmanager

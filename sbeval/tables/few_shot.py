@@ -13,7 +13,7 @@ import pandas as pd
 from rich.table import Table as Terminal
 
 from sbeval.errors import InputError, choose
-from sbeval.tables import epochs
+from sbeval.tables import epochs, markup
 from sbeval.tables.statistics import half_width
 
 # candidates for the score of a benchmark, the preferred first; whether they are in percent and averaged
@@ -131,16 +131,16 @@ def terminal(scores: Scores) -> Terminal:
 
 
 def markdown(scores: Scores) -> str:
-    lines = [["", *scores.headings], ["---"] * (1 + len(scores.headings))]
-    lines += [[name, *map(_text, cells)] for name, cells in scores.rows]
+    lines = [["", *map(markup.markdown, scores.headings)], ["---"] * (1 + len(scores.headings))]
+    lines += [[markup.markdown(name), *map(_text, cells)] for name, cells in scores.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def latex(scores: Scores) -> str:
     """Write a LaTeX tabular with the rules of booktabs."""
     lines = [[name, *(_text(cell, r" $\pm$ ") for cell in cells)] for name, cells in scores.rows]
-    body = [" & ".join([_escaped(line[0]), *line[1:]]) + r" \\" for line in lines]
-    head = " & ".join(["", *map(_escaped, scores.headings)]) + r" \\"
+    body = [" & ".join([markup.latex(line[0]), *line[1:]]) + r" \\" for line in lines]
+    head = " & ".join(["", *map(markup.latex, scores.headings)]) + r" \\"
     columns = "l" + "r" * len(scores.headings)
     begin = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
     end = [r"\midrule", body[-1], r"\bottomrule", r"\end{tabular}"]
@@ -159,10 +159,6 @@ def comma_separated(scores: Scores) -> str:
 
 def _text(cell: Cell | None, between: str = " ± ") -> str:
     return "" if cell is None else cell.text(between)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")
 
 
 FORMATS: dict[str, Callable[[Scores], str | Terminal]] = {
