@@ -6,13 +6,16 @@ import functools
 import importlib.metadata
 import io
 import logging
+import math
 import os
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import lm_eval.api.metrics
 import lm_eval.api.task
 import lm_eval.utils
 import pandas as pd
@@ -103,6 +106,11 @@ def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
         raise InputError(
             f"cannot load task {name!r} from the hub ({first_line(error)}): give a folder of its items with --data-dir"
         ) from None
+    # lm-eval reads the first item when it builds a task
+    except (KeyError, IndexError) as error:
+        raise InputError(
+            f"item 1 of task {name!r} has no answer among its choices, or lacks a field ({type(error).__name__}: {error})"
+        ) from None
     for task in loaded["tasks"].values():
         if task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
@@ -179,7 +187,8 @@ def scores(benchmark: Benchmark, adapter: Adapter, limit: int | None) -> tuple[l
 def _scores(name: str, numbers: Mapping[str, Any], n: int, version: str, chance: float | None) -> Iterator[Score]:
     for column, value in numbers.items():
         metric, comma, kind = column.partition(",")
-        if not comma or metric.endswith("_stderr"):
+        # a perplexity that no number holds has no row
+        if not comma or metric.endswith("_stderr") or math.isinf(float(value)):
             continue
         error = numbers[f"{metric}_stderr,{kind}"]
         yield Score(
@@ -187,16 +196,26 @@ def _scores(name: str, numbers: Mapping[str, Any], n: int, version: str, chance:
             metric=metric,
             filter="" if kind == "none" else kind,
             value=float(value),
-            stderr=None if error == "N/A" else float(error),
+            stderr=None if error == "N/A" or not math.isfinite(float(error)) else float(error),
             n=n,
             version=version,
             chance=chance if metric in ("acc", "acc_norm") else None,
         )
 
 
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence bars and warnings of lm-eval and datasets, cache compiled templates, and start no processes."""
+    """Silence bars and warnings of lm-eval and datasets, cache compiled templates, and start no processes.
+
+    A perplexity of lm-eval's that no number holds is infinite instead of an error.
+    """
     logger, bar, templates = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm, lm_eval.utils.env
     compiled = templates.from_string
     level, bars = logger.level, datasets.is_progress_bar_enabled()
@@ -204,6 +223,7 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda iterable, **_: iterable
+    lm_eval.api.metrics.math = types.SimpleNamespace(**vars(math) | {"exp": _exp})
     # it compiles a task's few templates for every item, which takes most of the time of small models
     templates.from_string = functools.lru_cache(maxsize=1024)(compiled)
     # the bootstrap would fork a pool of processes from one that holds a GPU
@@ -214,6 +234,7 @@ def _quiet() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         lm_eval.api.task.tqdm, templates.from_string = bar, compiled
+        lm_eval.api.metrics.math = math
         if bars:
             datasets.enable_progress_bars()
         if processes is None:

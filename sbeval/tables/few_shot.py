@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 from rich.table import Table as Terminal
 
-from sbeval.errors import InputError, choose
+from sbeval.errors import NothingToDraw, choose
 from sbeval.tables import epochs, markup
 from sbeval.tables.statistics import half_width
 
@@ -59,7 +59,7 @@ def headline(results: pd.DataFrame) -> pd.DataFrame:
     """
     whole = results[(results["part"] == "") & results["metric"].isin(METRICS) & results["filter"].isin(FILTERS)].copy()
     if whole.empty:
-        raise InputError("there is no score of a whole benchmark")
+        raise NothingToDraw("there is no score of a whole benchmark")
     # a blank column is read as text
     whole["chance"] = pd.to_numeric(whole["chance"], errors="coerce")
     whole["benchmark"] = [f"{task} ({shots})" for task, shots in zip(whole["task"], whole["shots"], strict=True)]
@@ -127,6 +127,14 @@ def terminal(scores: Scores) -> Terminal:
         table.add_column(name, justify="right")
     for index, heading in enumerate(scores.headings):
         table.add_row(heading, *(_text(cells[index]) for _, cells in scores.rows))
+    return table
+
+
+def others(results: pd.DataFrame) -> Terminal:
+    """Lay out results without a score that is compared between benchmarks, as lm-eval names them."""
+    table = Terminal("benchmark", "metric", "model", "value", title="Scores as lm-eval has them")
+    for row in results[results["part"] == ""].itertuples():
+        table.add_row(f"{row.task} ({row.shots})", f"{row.metric}", f"{row.model} {row.attention}", f"{row.value:.4g}")
     return table
 
 
