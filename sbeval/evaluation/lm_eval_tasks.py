@@ -109,7 +109,7 @@ def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
     # lm-eval reads the first item when it builds a task
     except (KeyError, IndexError) as error:
         raise InputError(
-            f"item 1 of task {name!r} has no answer among its choices, or lacks a field ({type(error).__name__}: {error})"
+            f"item 1 of task {name!r} has no answer among its choices or lacks a field ({type(error).__name__}: {error})"
         ) from None
     for task in loaded["tasks"].values():
         if task.config.num_fewshot is None:
