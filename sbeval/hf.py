@@ -1,8 +1,9 @@
 """Our models as models of Hugging Face transformers.
 
 Importing this module registers them: AutoModelForCausalLM.from_pretrained then loads what `export` wrote, without code
-from the folder. Generation packs prompts, so that padding on the left changes nothing, and decodes with the cache of
-`sbeval.models.kv_cache`. A forward pass makes a cache only with `use_cache=True`, as generate() passes.
+from the folder. It registers `attn_implementation="stick_breaking"` for other models too. Generation packs prompts, so
+that padding on the left changes nothing, and decodes with the cache of `sbeval.models.kv_cache`. A forward pass makes a
+cache only with `use_cache=True`, as generate() passes.
 """
 
 import dataclasses
@@ -24,13 +25,15 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from sbeval import hf_attention as hf_attention  # registers attn_implementation="stick_breaking"
+from sbeval import hf_card
 from sbeval.data import sources
 from sbeval.data.tokenizer import Tokenizer, check_same, is_trained, load
 from sbeval.errors import InputError, first_line
 from sbeval.models.config import ModelConfig, padded_vocabulary
 from sbeval.models.decoder import Decoder
 from sbeval.models.kv_cache import Cache
-from sbeval.runtime.files import new_folder, storing
+from sbeval.runtime.files import new_folder, readable_as_others, storing
 from sbeval.training import checkpoint
 
 
@@ -270,10 +273,11 @@ def tokenizer_of(spec: str | None, corpus: str | None, text_field: str) -> Token
     return load(spec, train_texts=texts, cache_dir=Path(platformdirs.user_cache_dir("sbeval")))
 
 
-def export(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
+def export(folder: Path, out: Path, tokenizer: Tokenizer | None, *, code: bool = False) -> None:
     """Write a checkpoint as a folder of transformers; raise InputError when that would overwrite files.
 
-    tokenizer: that of the training texts; None for a model that was not trained on text.
+    tokenizer: that of the training texts; None for a model that was not trained on text. code: add a module by which
+    `trust_remote_code=True` loads the folder without `import sbeval.hf`.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not empty: give another folder")
@@ -288,15 +292,22 @@ def export(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
         check_same(checkpoint.training_tokenizer(folder), tokenizer, str(folder))
     fast = None if tokenizer is None else fast_tokenizer(tokenizer)
     ends = {} if tokenizer is None else {"eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.eos}
-    model = SbevalForCausalLM(SbevalConfig.of(decoder.config, train_len=checkpoint.training_length(folder), **ends))
+    train_len = checkpoint.training_length(folder)
+    model = SbevalForCausalLM(SbevalConfig.of(decoder.config, train_len=train_len, **ends))
     model.decoder.load_state_dict(decoder.state_dict())
     with new_folder(out) as partial, storing(out):
         try:
             model.save_pretrained(partial)
             if fast is not None:
                 fast.save_pretrained(partial)
+            if code:
+                hf_card.write_code(partial)
+            name = None if tokenizer is None else tokenizer.name
+            hf_card.write_card(partial, decoder.config, train_len=train_len, tokenizer=name, code=code)
         except SafetensorError as error:
             raise OSError(first_line(error)) from None
+        for path in partial.glob("*.safetensors"):
+            readable_as_others(path)
 
 
 AutoConfig.register(SbevalConfig.model_type, SbevalConfig)

@@ -251,7 +251,7 @@ class Cell(TextCell):
     def _row(self, score: Any, benchmark: Any, cut: int) -> Row:
         return Row(
             metric=score.metric,
-            unit="bits/byte" if score.metric == "bits_per_byte" else "1",
+            unit="bits/byte" if score.metric.endswith("bits_per_byte") else "1",
             value=score.value,
             stderr=score.stderr,
             n=score.n,
@@ -281,7 +281,7 @@ class Cell(TextCell):
 
         config = self.config
         if config.checkpoint is not None and not load.is_own(config.checkpoint):
-            return _lm_eval().hub_text(config.checkpoint, config.trust_remote_code)
+            return _lm_eval().hub_text(config.checkpoint, model.vocab_size, config.trust_remote_code)
         ours = open_tokenizer(config, progress)
         model.check_tokenizer(ours, str(config.checkpoint))
         return _lm_eval().PlainText(ours)
@@ -340,7 +340,7 @@ def _lm_eval() -> Any:
 
 
 def summary(results: "pd.DataFrame") -> "Table":
-    """Return the table for the terminal: models by benchmarks, with their average."""
+    """Return the table for the terminal: models by benchmarks, with the mean of those above chance."""
     from sbeval.tables import few_shot
 
     # such as CoLA's correlation
@@ -365,7 +365,7 @@ def _preset(given: Mapping[str, Any]) -> str | None:
 
 FAMILY = Family(
     name=NAME,
-    help="Benchmarks through lm-eval, of length-gen's models or any others; preset paper is the default of others.",
+    help="Benchmarks of lm-eval, for the models of length-gen or for given ones, whose default preset is paper.",
     config=Config,
     presets=PRESETS,
     cells=cells,

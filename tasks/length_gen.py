@@ -26,6 +26,7 @@ from sbeval.errors import InputError, choose
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.family import Family
 from sbeval.tables import epochs
+from sbeval.tables.selection import recipe_columns
 from sbeval.tasks.length_gen_losses import Evaluation, long_windows, whole_texts
 from sbeval.tasks.length_gen_rows import Row, joined
 from sbeval.tasks.text_cell import Subject, TextCell, outcome
@@ -237,7 +238,7 @@ class Cell(TextCell):
         ]
         return outcome(
             subject,
-            [row for rows, _ in measured for row in rows],
+            [dataclasses.replace(row, **self._recipe()) for rows, _ in measured for row in rows],
             family=NAME,
             task=text.name,
             eval_len=self.config.eval_len,
@@ -247,6 +248,11 @@ class Cell(TextCell):
             tokenizer=text.tokenizer.name,
             values=joined([part for _, values in measured for part in values]),
         )
+
+    def _recipe(self) -> dict[str, Any]:
+        """Return the columns on how the model was trained; none for a given one."""
+        names = ("lr", "optimizer", "batch_tokens", "schedule") if self.config.trains else ()
+        return {name: getattr(self.config, name) for name in names}
 
     def _source(self, text: "Corpus") -> str:
         from sbeval.pretrained import load
@@ -294,10 +300,15 @@ def summary(results: "pd.DataFrame") -> "Table":
     table.add_column("attention")
     for length in lengths:
         table.add_column(f"{length}", justify="right", style="" if length <= train_len else "bold")
-    for (attention, options), group in last.groupby(["attention", "options"]):
+    recipe = recipe_columns(last)
+    for name in recipe:
+        table.add_column(name, justify="right")
+    for (attention, options, *differing), group in last.groupby(["attention", "options", *recipe], dropna=False):
         means = group.groupby("context_length")["value"].mean()
         table.add_row(
-            f"{attention}:{options}" if options else f"{attention}", *(f"{means[length]:.3f}" for length in lengths)
+            f"{attention}:{options}" if options else f"{attention}",
+            *(f"{means[length]:.3f}" if length in means else "" for length in lengths),
+            *(f"{value:g}" if isinstance(value, float) else f"{value}" for value in differing),
         )
     return table
 

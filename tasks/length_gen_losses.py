@@ -81,7 +81,12 @@ class Evaluation:
             what = " ".join([*([text.name] if text.name else []), f"in windows of {length}"])
             with self._shown(what, sum(map(len, text.tokens)), length) as how:
                 losses = perplexity.rolling(
-                    self.subject.model, text.tokens, text.counted, window=length, prefix=text.prefix, **how
+                    self.subject.model,
+                    text.tokens,
+                    text.counted,
+                    window=length,
+                    prefix=text.prefix,
+                    **how,
                 )
             yield windowed_rows(losses, length, text.name), windowed_values(losses, length, text.documents, text.name)
 

@@ -35,8 +35,8 @@ class Row(Measurement):
     """Factors: positions position_start <= i < position_end of a loss; the context length l of a figure over positions
     1 ... l; the last k of them; the tokens of a disjoint window, and the unit of a perplexity over such windows
     (`token`, `word` or `byte`); the text of these windows, if not the test documents of the corpus; the number of fixed
-    targets, the last tokens of each window, which are the same whatever their context length. status: `overfit`, or
-    empty."""
+    targets, the last tokens of each window, which are the same whatever their context length. Of models trained here:
+    peak learning rate, optimizer, tokens of a step, and schedule. status: `overfit`, or empty."""
 
     position_start: int | None = None
     position_end: int | None = None
@@ -46,6 +46,10 @@ class Row(Measurement):
     per: str | None = field(default=None, metadata=LATER)
     eval_corpus: str = field(default="", metadata=LATER)
     targets: int | None = field(default=None, metadata=LATER)
+    lr: float | None = field(default=None, metadata=LATER)
+    optimizer: str = field(default="", metadata=LATER)
+    batch_tokens: int | None = field(default=None, metadata=LATER)
+    schedule: str = field(default="", metadata=LATER)
     status: str = field(default="", metadata=LATER)
 
 

@@ -95,7 +95,8 @@ class Tuning(TextStep, TrainingStep):
             if trainer.state.step == 0:
                 trainer.model.load_state_dict(pretrained.model.state_dict())
             task = progress.add(self.title, training.steps, completed=trainer.state.step)
-            trainer.run(task, log=context.logger(step_id(self)))
+            with context.logger(step_id(self)) as log:
+                trainer.run(task, log=log)
             task.close()
         return folder
 

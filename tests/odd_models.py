@@ -14,10 +14,18 @@ from torch import Tensor
 
 WORDS = "the a cat dog sat ran on under mat tree and then river stone light dark old new green blue".split()
 SHAPE: dict[str, Any] = {
-    "vocab_size": 320, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 64, "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1,
-    "pad_token_id": None, "initializer_range": 0.5,
-}  # fmt: skip
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "initializer_range": 0.5,
+}
 
 
 def byte_level(begin: bool = False, end: bool = False) -> Any:
@@ -65,9 +73,13 @@ def write(folder: Path, kind: str = "Llama", tokenizer: Any = None, **changes: A
 def longrope(folder: Path) -> Path:
     """A Phi-3 that reads up to 64 tokens with its short factors, and longer texts with its long ones."""
     rope = {
-        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
-        "original_max_position_embeddings": 64, "factor": 4.0,
-    }  # fmt: skip
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 64,
+        "factor": 4.0,
+    }
     more: dict[str, Any] = {"original_max_position_embeddings": 64, "max_position_embeddings": 256}
     return write(folder, "Phi3", rope_parameters=rope, **more)
 

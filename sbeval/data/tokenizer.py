@@ -25,10 +25,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sbeval.errors import InputError, first_line
 from sbeval.runtime.files import replacing, storing
+from sbeval.runtime.seals import is_intact, seal
 
 EOS = "<|endoftext|>"
 # names of the token that ends a document, searched when no config beside tokenizer.json gives it
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+MAX_IDS = 1 << 20
 TRAINING_CHARACTERS = 64_000_000
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 # the library needs some 350 bytes of memory per token while it encodes
@@ -167,11 +169,13 @@ class Library(Tokenizer):
         stages = json.loads(self._backend.to_str())
         return tokenizers.Tokenizer.from_str(json.dumps(stages | {"post_processor": None}))
 
-    def save(self, path: Path) -> None:
-        """Write the tokenizer as a tokenizer.json file, atomically."""
+    def save(self, path: Path, *, sealed: bool = False) -> None:
+        """Write the tokenizer as a tokenizer.json file, atomically. sealed: see `sbeval.runtime.seals`."""
         # the library's own `save` does not name a full disk in its error
         with replacing(path) as temporary:
             temporary.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+            if sealed:
+                seal(path, temporary)
 
 
 def load(spec: str, *, train_texts: Callable[[], Iterable[str]] | None = None, cache_dir: Path) -> Tokenizer:
@@ -217,11 +221,13 @@ def read(path: Path, *, name: str) -> Library:
     """Read a tokenizer.json file; raise InputError when it is not one, or has no token that ends a document."""
     try:
         text = path.read_text(encoding="utf-8")
-        # the library raises a bare Exception
         json.loads(text)["model"]["vocab"]
-    except (OSError, ValueError, LookupError, TypeError):
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:
+        # the library, in Rust, raises the class Exception itself
+        if type(error) is not Exception and not isinstance(error, (OSError, ValueError, LookupError, TypeError)):
+            raise
         raise InputError(f"{path} is not a tokenizer.json file of the tokenizers library") from None
-    backend = tokenizers.Tokenizer.from_str(text)
     known = [backend.token_to_id(token) for token in EOS_NAMES]
     eos = next((number for number in known if number is not None), None)
     if eos is None:
@@ -233,8 +239,11 @@ def read(path: Path, *, name: str) -> Library:
 
 def _size(spec: str) -> int:
     number = spec.removeprefix("bpe:")
-    if not re.fullmatch(r"[0-9]{1,9}", number) or int(number) < 257:
-        raise InputError(f"tokenizer {spec!r}: the size after bpe: must be at least 257 ids (bytes and eos)")
+    # the library takes memory for them all, and its process ends where that is too much
+    if not re.fullmatch(r"[0-9]{1,9}", number) or not 257 <= int(number) <= MAX_IDS:
+        raise InputError(
+            f"tokenizer {spec!r}: the size after bpe: must be at least 257 ids (bytes and eos), at most {MAX_IDS}"
+        )
     return int(number)
 
 
@@ -244,11 +253,11 @@ def _cached(spec: str, size: int, texts: Iterable[str], cache_dir: Path) -> Libr
     for text in sample:
         digest.update(hashlib.sha256(text.encode()).digest())
     path = cache_dir / "tokenizers" / digest.hexdigest()[:16] / "tokenizer.json"
-    if not path.exists():
+    if not is_intact(path):
         trained = _train(sample, size, spec)
         with storing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        trained.save(path)
+        trained.save(path, sealed=True)
     return read(path, name=spec)
 
 
@@ -279,8 +288,8 @@ def _from_transformers(spec: str) -> Library:
     try:
         # the fast form that is read here needs no code of the repository
         loaded: Any = transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
-    # raised for an unknown name, without network, and for files that it cannot read
-    except (OSError, ValueError, KeyError) as error:
+    # raised for an unknown name, without network, for files that it cannot read, and packages that it lacks
+    except (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError) as error:
         raise InputError(
             f"unknown tokenizer {spec!r}; give bytes, bpe:N, a file, a folder or a hub name: {first_line(error)}"
         ) from None

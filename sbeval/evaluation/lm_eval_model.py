@@ -17,7 +17,7 @@ Nothing is registered with lm-eval: its registry fills itself only while it is e
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any, Protocol, cast
 
@@ -31,8 +31,9 @@ from sbeval.data.tokenizer import Tokenizer
 from sbeval.errors import InputError
 from sbeval.evaluation import perplexity
 from sbeval.evaluation.perplexity import Predictor
-from sbeval.evaluation.response_cache import Answers, batched, key
+from sbeval.evaluation.response_cache import Answers, key
 from sbeval.generate import Generator, generate
+from sbeval.runtime import oom
 from sbeval.runtime.progress import Bar, Silent
 
 # rows are padded to multiples of this, so that kernels are compiled for few shapes
@@ -82,12 +83,12 @@ class PlainText:
 
 
 class HubText:
-    """A tokenizer of transformers, with its special tokens, as lm-eval uses it."""
+    """A tokenizer of transformers, with its special tokens, as lm-eval uses it. vocab_size: of its model, if known."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no eos token, which must end a text")
-        self.tokenizer, self.eos = tokenizer, int(tokenizer.eos_token_id)
+        self.tokenizer, self.vocab_size, self.eos = tokenizer, vocab_size, int(tokenizer.eos_token_id)
         self.prefix = self.eos if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
         self._after = _after(tokenizer)
 
@@ -96,6 +97,11 @@ class HubText:
             # no second BOS for a prompt that begins with one
             special = not text.startswith(self.spelling(self.prefix))
         tokens: list[int] = self.tokenizer.encode(text, add_special_tokens=special)
+        if self.vocab_size is not None and (largest := max(tokens, default=0)) >= self.vocab_size:
+            raise InputError(
+                f"tokenizer {self.tokenizer.name_or_path!r} has token {largest} "
+                f"({self.spelling(largest)!r}) in a text, and its model knows {self.vocab_size}: they do not fit"
+            )
         # a context has not ended, and what ends a continuation is not scored
         return tokens[: -len(self._after)] if special and self._after else tokens
 
@@ -134,7 +140,7 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         super().__init__()
         self.model, self.text, self.length, self.place, self.dtype = model, text, length, place, dtype
         self.batch_tokens, self.answers, self.begin = batch_tokens, answers or Answers(), begin
-        self.bos_twice = bos_twice
+        self.bos_twice, self.generated = bos_twice, GENERATED
         self.cut = self.apart = 0
 
     @property
@@ -190,14 +196,20 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         bar = self.begin(len(keys), sum(one in known for one in keys))
         counts = Counter(keys)
         todo = {one: prompt for one, prompt in zip(keys, prompts, strict=True) if one not in known}
+
+        def keep(answers: dict[bytes, Any]) -> None:
+            self.answers.keep(answers)
+            known.update(answers)
+            bar.advance(sum(counts[one] for one in answers))
+
         order = sorted(todo, key=lambda one: (todo[one][1:], len(todo[one][0])))
         for (new, until), group in groupby(order, key=lambda one: todo[one][1:]):
-            for batch in batched(group, GENERATED):
+
+            def complete(batch: Sequence[bytes], new: int = new, until: tuple[str, ...] = until) -> None:
                 texts = self._generated([todo[one][0] for one in batch], new, until)
-                answers = dict(zip(batch, texts, strict=True))
-                self.answers.keep(answers)
-                known |= answers
-                bar.advance(sum(counts[one] for one in batch))
+                keep(dict(zip(batch, texts, strict=True)))
+
+            self.generated = oom.in_parts(list(group), self.generated, complete, bar.say)
         bar.close()
         return [str(known[one]) for one in keys]
 
@@ -221,7 +233,7 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             return tokens[-1] == self.eot_token_id or any(one in self.text.decode(tokens) for one in until if one)
 
         model = cast(Generator, self.model)
-        generated = generate(model, prompts, new, self.place, dtype=self.dtype, stop=stop, batch=GENERATED)
+        generated = generate(model, prompts, new, self.place, dtype=self.dtype, stop=stop, batch=len(prompts))
         texts = [self.text.decode([token for token in tokens if token != self.eot_token_id]) for tokens in generated]
         return [str(postprocess_generated_text(text, list(until), None)) for text in texts]
 
@@ -236,13 +248,16 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
             if one not in known:
                 inputs[tuple(row[:-1])][one] = (row, count)
         counts = Counter(keys)
-        for batch in self._batches(sorted(inputs, key=lambda row: (-len(row), row))):
+
+        def score(batch: Sequence[tuple[int, ...]]) -> None:
             wanted = [(index, one, *part) for index, row in enumerate(batch) for one, part in inputs[row].items()]
             scores = self._forward(batch, [(index, row[-count:]) for index, _, row, count in wanted])
             answers = {one: score for (_, one, _, _), score in zip(wanted, scores, strict=True)}
             self.answers.keep(answers)
-            known |= answers
+            known.update(answers)
             bar.advance(sum(counts[one] for one in answers))
+
+        self._score_all(sorted(inputs, key=lambda row: (-len(row), row)), score, bar.say)
         bar.close()
         return [(float(known[one][0]), bool(known[one][1])) for one in keys]
 
@@ -259,16 +274,23 @@ class Adapter(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         self.cut += len(row) > self.length + 1
         return row[-(self.length + 1) :], count
 
-    def _batches(self, rows: Sequence[tuple[int, ...]]) -> Iterator[Sequence[tuple[int, ...]]]:
-        """Yield rows, longest first, in batches of at most batch_tokens."""
+    def _score_all(
+        self,
+        rows: Sequence[tuple[int, ...]],
+        score: Callable[[Sequence[tuple[int, ...]]], None],
+        say: Callable[[str], None],
+    ) -> None:
+        """Pass rows, longest first, to `score` in batches of at most batch_tokens, halved when out of memory."""
         start = 0
         while start < len(rows):
             longest = len(rows[start])
-            size = min(ROWS, max(1, self.batch_tokens // self._padded(longest)))
-            batch = rows[start : start + size]
+            padded = self._padded(longest)
+            batch = rows[start : start + min(ROWS, max(1, self.batch_tokens // padded))]
             if self.model.by_length:
                 batch = [row for row in batch if len(row) == longest]
-            yield batch
+            fitted = oom.in_parts(batch, len(batch), score, say)
+            if fitted < len(batch):
+                self.batch_tokens = padded * fitted
             start += len(batch)
 
     def _padded(self, length: int) -> int:

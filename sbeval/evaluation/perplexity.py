@@ -306,29 +306,44 @@ def rolling(
     """Return the loss of whole documents as lm-eval's `loglikelihood_rolling` defines it: see `disjoint`.
 
     texts: of the documents, in which words and bytes are counted. prefix: tokens before each document, the first of
-    which is context alone and others are scored. advance: called with the number of finished tokens.
+    which is context alone and others are scored. batch: windows of a forward pass; of shorter ones as many tokens.
+    Documents shorter than a window are padded at their end to one of few lengths, so that many share a pass and a
+    shape; not those of a model that is `by_length`. advance: called with the number of finished tokens.
     """
     whole = [np.concatenate([prefix[1:], tokens]) for tokens in documents]
     parts = [(index, *part) for index, tokens in enumerate(whole) for part in disjoint(tokens, window, prefix[0])]
     losses = np.zeros(len(documents))
 
     def evaluate(rows: Sequence[int]) -> None:
-        tokens = torch.from_numpy(np.stack([parts[row][1] for row in rows])).to(place)
-        each = window_losses(model, tokens, dtype).double().cpu().numpy()
-        sums = [line[-parts[row][2] :].sum() for row, line in zip(rows, each, strict=True)]
-        np.add.at(losses, [parts[row][0] for row in rows], sums)
+        lengths = [len(parts[row][1]) for row in rows]
+        width = max(lengths) if model.by_length else _shared(max(lengths) - 1, window) + 1
+        tokens = np.zeros((len(rows), width), dtype=np.int64)
+        for line, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            tokens[line, :length] = parts[row][1]
+        each = window_losses(model, torch.from_numpy(tokens).to(place), dtype).double().cpu().numpy()
+        for line, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            index, _, scored = parts[row]
+            losses[index] += each[line, length - 1 - scored : length - 1].sum()
         advance(sum(parts[row][2] for row in rows) * world.size)
 
-    for rows in list(_of_one_length(parts, batch))[world.rank :: world.size]:
-        oom.in_parts(rows, batch, evaluate, say)
+    widths = [len(part) - 1 if model.by_length else _shared(len(part) - 1, window) for _, part, _ in parts]
+    for rows in list(_of_one_length(widths, batch * window))[world.rank :: world.size]:
+        oom.in_parts(rows, len(rows), evaluate, say)
     counts = ([len(x) for x in whole], [len(re.split(r"\s+", x)) for x in texts], [len(x.encode()) for x in texts])
     return Rolling(distributed.summed(losses, world, place), *(np.array(count, dtype=np.float64) for count in counts))
 
 
-def _of_one_length(parts: Sequence[tuple[int, Tokens, int]], batch: int) -> Iterable[list[int]]:
-    """Yield the indices of the parts in groups of at most `batch`, equally long ones together."""
+def _shared(length: int, window: int) -> int:
+    """Return a length that few others share, of two an octave, and at most `window`: at least `length`."""
+    octave = 1 << max(6, (length - 1).bit_length())
+    return min(window, octave * 3 // 4 if length <= octave * 3 // 4 else octave)
+
+
+def _of_one_length(lengths: Sequence[int], tokens: int) -> Iterable[list[int]]:
+    """Yield the indices of lengths, equal ones together, in groups of at most so many tokens, or of one."""
     by_length: dict[int, list[int]] = {}
-    for row, (_, part, _) in enumerate(parts):
-        by_length.setdefault(len(part), []).append(row)
-    for rows in by_length.values():
+    for row, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(row)
+    for length, rows in by_length.items():
+        batch = max(1, tokens // length)
         yield from (rows[start : start + batch] for start in range(0, len(rows), batch))

@@ -218,12 +218,12 @@ def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: boo
                 ignore_mismatched_sizes=True,
             )
     # raised for an unknown name, without network, for files that it cannot read, and for custom code
-    except (OSError, ValueError, KeyError) as error:
+    except released.broken() as error:
         if "custom code" in str(error):
             raise InputError(
                 f"model {spec!r} comes with code of its own, which is not run; --trust-remote-code runs it"
             ) from None
-        raise InputError(f"no causal language model {spec!r}: {first_line(error)}") from None
+        raise InputError(f"no causal language model {spec!r}: {released.explained(spec, error)}") from None
     checks.complete(model, found, spec)
     checks.dtypes(_downloaded(spec), spec)
     model = model.to(place).eval()

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +12,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from sbeval.config import digest_of
-from sbeval.errors import InputError
-from sbeval.runtime import distributed, files
+from sbeval.runtime import distributed, files, trackers
 from sbeval.runtime.distributed import ALONE, World
 from sbeval.runtime.files import storing
 from sbeval.runtime.progress import Progress
@@ -26,12 +25,12 @@ POLL_S = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """Where a sweep runs and stores its results; nothing here changes a number beyond rounding."""
+    """The device, processes and results folder of a sweep; nothing here changes a number beyond rounding."""
 
     results_dir: Path
     device: torch.device
     force: bool = False  # train and evaluate finished cells again
-    tensorboard: Path | None = None
+    track: tuple[str, ...] = ()  # see `sbeval.runtime.trackers`
     world: World = ALONE
     shard: bool = False  # shard weights and optimizer state over the ranks of `world` while training
     # command line, for run files: a worker has another
@@ -71,7 +70,7 @@ class RunContext:
 
     @contextmanager
     def clearing(self, path: Path) -> Iterator[bool]:
-        """Yield whether `force` is to clear this path, which the block does: once in a run, whichever worker asks."""
+        """Yield whether `force` is to clear this path, which the block does: once in a run, by its first worker."""
         stale = self._is_stale(path)
         yield stale
         # only now: a worker killed before this clears again
@@ -87,26 +86,11 @@ class RunContext:
         with files.replacing(self.results.cleared(path.name)) as temporary:
             temporary.write_text(self.run_id, encoding="utf-8")
 
-    def logger(self, name: str) -> Callable[[int, dict[str, float]], None] | None:
-        """Return a function that logs the training of a cell to TensorBoard; None without --tensorboard."""
-        if self.tensorboard is None or not self.world.leads:
-            return None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError("--tensorboard needs the tensorboard package: pip install 'sbeval[tensorboard]'") from None
-        folder = self.tensorboard / name
-        try:
-            writer = SummaryWriter(folder)
-        except OSError as error:
-            raise InputError(f"cannot write TensorBoard logs to {folder}: {error.strerror}") from None
-
-        def log(step: int, numbers: dict[str, float]) -> None:
-            for metric, value in numbers.items():
-                writer.add_scalar(metric, value, step)
-            writer.flush()
-
-        return log
+    @contextmanager
+    def logger(self, name: str) -> Iterator[trackers.Log | None]:
+        """Yield a function that logs the training of a cell to the trackers; None without any."""
+        with trackers.opened(self.track if self.world.leads else (), name) as log:
+            yield log
 
 
 def _taken(lock: FileLock) -> bool:

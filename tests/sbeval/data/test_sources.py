@@ -1,4 +1,4 @@
-"""Every text that is there is read, into the split that it belongs to; what cannot be read is said in one line."""
+"""Every text is read, into the split that it belongs to; what cannot be read is a one-line error."""
 
 import bz2
 import gzip
@@ -285,13 +285,13 @@ def test_configurations(folder: Path) -> None:
     (folder / "README.md").write_text(f"---\nconfigs:\n{files}---\n")
     found = read(f"hf:{folder}:two")
     assert (texts(found.test), found.name) == (["two"], "mine:two")
-    with pytest.raises(InputError, match="cannot load dataset .*three"):
+    with pytest.raises(InputError, match="cannot read dataset .*three"):
         read(f"hf:{folder}:three")
 
 
 @pytest.mark.usefixtures("offline")
 def test_datasets_that_will_not_do(folder: Path) -> None:
-    with pytest.raises(InputError, match="cannot load dataset 'sbeval-has/no-such'") as caught:
+    with pytest.raises(InputError, match="cannot read dataset 'sbeval-has/no-such'") as caught:
         read("hf:sbeval-has/no-such")
     assert "\n" not in str(caught.value)
     spec = dataset(folder, test=TEXTS)

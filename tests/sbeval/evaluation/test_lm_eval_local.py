@@ -237,7 +237,7 @@ def test_mmlus_examples_are_its_dev_split(tmp_path: Path) -> None:
     ("name", "shots", "content", "said"),
     [
         ("piqa", None, None, r"reads piqa_validation.jsonl or piqa_val.jsonl, and .* has no such file"),
-        ("piqa", None, "no json\n", r"piqa_val.jsonl:1: not a JSON object in UTF-8"),
+        ("piqa", None, "no json\n", r"piqa_val.jsonl:1: not JSON"),
         ("piqa", None, '{"goal": "a"}\n', r"not in a form that sbeval.evaluation.lm_eval_local reads \(KeyError"),
         ("piqa", None, "", r"piqa_val.jsonl is empty"),
         (
@@ -246,7 +246,6 @@ def test_mmlus_examples_are_its_dev_split(tmp_path: Path) -> None:
             '{"goal": "a", "choices": ["b", "c"], "gold": -1}\n',
             r"item 1 of .* has no answer: gold",
         ),
-        ("piqa", None, '{"goal": null, "choices": ["b", "c"], "gold": 1}\n', r"item 1 of .* has no text: null in goal"),
         ("piqa", 2, '{"goal": "a", "choices": ["b", "c"], "gold": 0}\n', r"needs 2 examples"),
         ("wsc273", 1, "", r"has only one split: no examples to draw; give --task wsc273:0"),
         ("blimp_causative", 2, "", r"defined with 0 examples"),
@@ -284,5 +283,5 @@ def test_a_byte_order_mark_and_blank_lines_are_no_items(tmp_path: Path) -> None:
     path.write_text(f"\ufeff{first}\n\n  \n{rest}", encoding="utf-8")
     assert lm_eval_local._read(path, None, 1) == plain
     path.write_bytes(b'{"goal": "a"}\n{"goal": "caf\xe9"}\n')
-    with pytest.raises(InputError, match="piqa_val.jsonl:2: not a JSON object in UTF-8"):
+    with pytest.raises(InputError, match="piqa_val.jsonl:2: not JSON"):
         lm_eval_local._read(path, None, 2)

@@ -19,9 +19,15 @@ CPU = torch.device("cpu")
 # tied, random models repeat what they read
 NONE = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "tie_word_embeddings": False}
 SMALL = {
-    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 32, **NONE,
-}  # fmt: skip
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    **NONE,
+}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 GPT2 = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, **NONE}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -142,10 +148,12 @@ OPT = {"ffn_dim": 40, "word_embed_proj_dim": 32}
 @pytest.mark.parametrize(
     "name, changes",
     [
-        ("GPT2", {}), ("OPT", OPT), ("GPTJ", {**GPT2, "rotary_dim": 4}),
+        ("GPT2", {}),
+        ("OPT", OPT),
+        ("GPTJ", {**GPT2, "rotary_dim": 4}),
         ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 32}),
     ],
-)  # fmt: skip
+)
 def test_a_table_of_positions_has_an_end(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     assert positions(tmp_path, build(name, **changes)) == 32
 
@@ -198,7 +206,12 @@ def test_generation_past_the_switch_is_that_of_transformers(name: str, scaled: d
     for prompt, tokens in zip(prompts, found, strict=True):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(scaled[name])
         wanted = theirs.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, min_new_tokens=12,
-            do_sample=False, pad_token_id=0, eos_token_id=None,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=12,
+            min_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
         assert [*prompt, *tokens] == wanted[0].tolist()

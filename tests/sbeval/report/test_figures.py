@@ -60,7 +60,12 @@ def test_what_cannot_be_drawn_is_said(results: Path) -> None:
     header = MQRAR.splitlines(keepends=True)[0]
     (results / "mqrar.csv").write_text(header)
     with pytest.raises(InputError, match="mqrar.csv: there are no rows"):
-        draw_figures(results)
+        draw_figures(results, ["mqrar"])
+    # after a run, or where no figure is named, it is left out
+    for names in (["mqrar"], None):
+        said: list[str] = []
+        assert draw_figures(results, names, say=said.append, required=False) == []
+        assert "mqrar: left out, there are no rows with metric 'accuracy' and split 'all' to draw" in said
     (results / "mqrar.csv").write_text(header.replace("kv_pairs", "pairs"))
     with pytest.raises(InputError, match="mqrar.csv has no column 'kv_pairs'"):
         draw_figures(results, ["mqrar"])
@@ -88,3 +93,17 @@ def test_figures_are_drawn_where_torch_cannot_be_imported(results: Path) -> None
     command = [sys.executable, "-W", "error", "-c", BLOCKED, str(results)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, str(results / "figures" / "mqrar.png")), done.stderr
+
+
+def test_what_a_killed_run_left_is_removed(results: Path) -> None:
+    left = results / "figures" / f".mqrar.png.{'0' * 32}.tmp"
+    left.parent.mkdir()
+    left.touch()
+    draw_figures(results, ["mqrar"], ["png"])
+    assert [path.name for path in left.parent.iterdir()] == ["mqrar.png"]
+
+
+def test_a_dollar_in_a_name_begins_no_formula(results: Path) -> None:
+    (results / "mqrar.csv").write_text(MQRAR.replace(",rope,", ",package.a$^$b,"))
+    # as a formula it would be an error of matplotlib
+    assert len(draw_figures(results, ["mqrar"], ["png"])) == 1

@@ -1,0 +1,148 @@
+"""The Python interface, and the notebook that shows it."""
+
+import math
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import sbeval
+from sbeval.errors import InputError
+from sbeval.kernels import rope, stick_breaking
+from sbeval.models.config import ModelConfig
+from sbeval.models.decoder import Decoder
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_importing_the_package_imports_no_libraries() -> None:
+    code = "import sys, sbeval; print(sorted({'torch', 'pandas', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+    assert sorted(sbeval.__all__) == sorted(name for name in sbeval.__all__ if callable(getattr(sbeval, name)))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        sbeval.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_attention_is_that_of_each_methods_module() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 9, 2, 8) for _ in range(3))
+    torch.testing.assert_close(sbeval.attention(q, k, v, method="rope"), rope.attention(q, k, v))
+    out, _ = stick_breaking.attention(q, k, v, scale=0.3)
+    torch.testing.assert_close(sbeval.attention(q, k, v, method="stick_breaking:remainder=none", scale=0.3), out)
+    with pytest.raises(InputError, match="attention 'forgetting' has weights of its own"):
+        sbeval.attention(q, k, v, method="forgetting")
+
+
+class Uniform(torch.nn.Module):
+    """A model that knows nothing: its loss is log 16 at every position."""
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(*tokens.shape, 16)
+
+
+def test_evaluate_measures_any_module() -> None:
+    tokens = torch.randint(16, (3, 33))
+    table = sbeval.evaluate(Uniform(), tokens, train_len=8, name="uniform")
+    assert set(table["metric"]) == {"loss", "perplexity", "loss_last_k"}
+    assert np.allclose(table.loc[table["metric"] == "loss", "value"], math.log(16))
+    perplexity = table[table["metric"] == "perplexity"]
+    assert np.allclose(perplexity["value"], 16) and list(perplexity["context_length"]) == [1, 2, 4, 8, 16, 32]
+    # a list of arrays is the same
+    again = sbeval.evaluate(Uniform(), [row.numpy() for row in tokens], train_len=8, name="uniform", batch=2)
+    pd.testing.assert_frame_equal(table, again)
+
+
+def test_evaluate_runs_a_decoder_as_its_logits_and_leaves_its_mode() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(ModelConfig(vocab_size=16, width=8, layers=1, heads=1, hidden=16, dropout=0.5)).train()
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = decoder
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return decoder.logits(decoder(tokens))
+
+    tokens = torch.randint(16, (2, 17))
+    ours = sbeval.evaluate(decoder, tokens, train_len=4)
+    assert decoder.training
+    np.testing.assert_allclose(ours["value"], sbeval.evaluate(Logits(), tokens, train_len=4)["value"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"), [([], "got nothing"), ([[1]], r"got \(1,\)"), ([[1, 2], [1, 2, 3]], r"\(2,\), \(3,\)")]
+)
+def test_evaluate_names_what_is_wrong_with_tokens(tokens: list[list[int]], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        sbeval.evaluate(Uniform(), tokens, train_len=8)
+
+
+def test_evaluate_names_a_module_that_gives_no_logits() -> None:
+    with pytest.raises(InputError, match=r"must map tokens \(1, 2\) to logits .* got \(1, 2\)"):
+        sbeval.evaluate(torch.nn.Identity(), [[1, 2, 3]], train_len=8)
+
+
+def test_results_are_their_tables() -> None:
+    results = sbeval.load_results(ROOT / "results" / "quick")
+    assert {"length_gen", "mqrar"} <= set(results) and len(results) == len(list(results))
+    cells = results["mqrar"]["cell"]
+    assert results.run_file(cells.iloc[0])["config"]
+    losses = results.curves(cells)
+    assert set(losses["cell"]) == set(cells) and {"loss", "validation_accuracy"} <= set(losses["metric"])
+    assert list(results.values(cells).columns) == ["cell", "metric", "unit_id", "value"]
+    with pytest.raises(KeyError, match="no table 'nothing'; it has: .*length_gen"):
+        results["nothing"]
+    with pytest.raises(InputError, match="no results folder nowhere"):
+        sbeval.load_results("nowhere")
+
+
+@pytest.mark.parametrize("family", ["length_gen", "mqrar", "needle"])
+def test_draw_draws_a_figure_or_a_panel(family: str) -> None:
+    table = sbeval.load_results(ROOT / "results" / "quick")[family]
+    assert isinstance(sbeval.draw(table), Figure)
+    axes = Figure().subplots()
+    assert sbeval.draw(table, axes=axes) is axes
+    methods = table.groupby(["attention", "options"]).ngroups
+    assert len(axes.get_lines()) == methods and all(len(line.get_xydata()) for line in axes.get_lines())
+
+
+def test_draw_refuses_what_has_no_one_x_or_metric() -> None:
+    table = sbeval.load_results(ROOT / "results" / "quick")["length_gen"]
+    axes = Figure().subplots()
+    with pytest.raises(InputError, match="a panel has rows of one metric; the table has bits_per_byte, loss"):
+        sbeval.draw(table, x="context_length", axes=axes)
+    with pytest.raises(InputError, match="give the column of the x axis"):
+        sbeval.draw(table.assign(family="flip_flop"), axes=axes)
+    with pytest.raises(InputError, match="no rows"):
+        sbeval.draw(table[:0])
+
+
+def test_a_study_may_be_a_mapping_with_pythons_types() -> None:
+    from sbeval.sweep import study_file
+
+    document = study_file.given({"mqrar": {"kv_pairs": (8, 16), "lrs": [1e-3], "seeds": [0]}})
+    (part,) = study_file.parts(document, lambda dtype: "float32")
+    assert part.config.kv_pairs == (8, 16) and part.config.lrs == (1e-3,)
+    with pytest.raises(InputError, match="numbers, text and lists"):
+        study_file.given({"mqrar": {"kv_pairs": object()}})
+
+
+def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    try:
+        found = runpy.run_path(str(ROOT / "docs" / "tour.py"))
+    finally:
+        plt.close("all")
+    assert len(found["left"].get_lines()) == 1 and found["right"].get_lines()
+    assert set(found["table"]["attention"]) == {"stick_breaking", "rope"}

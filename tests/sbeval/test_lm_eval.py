@@ -1,0 +1,67 @@
+"""lm-eval's command line evaluates a checkpoint by the name `sbeval`, with the numbers of the adapter."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+
+from sbeval import lm_eval
+from sbeval.data.tokenizer import Bytes
+from sbeval.errors import InputError
+from sbeval.evaluation.lm_eval_model import Adapter, PlainText
+from sbeval.models.config import ModelConfig
+from sbeval.models.decoder import Decoder
+from sbeval.training import checkpoint
+
+TASK = """
+task: two_words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {items}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: [" yes", " no"]
+doc_to_target: 0
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "checkpoint"
+    torch.manual_seed(0)
+    decoder = Decoder(ModelConfig(vocab_size=257, width=16, layers=1, heads=2, hidden=16))
+    checkpoint.save(folder, decoder, checkpoint.State(finished=True), training={"length": 32})
+    return folder
+
+
+def test_the_name_is_found_and_its_numbers_are_the_adapters(saved: Path) -> None:
+    lm_eval.register()
+    lm_eval.register()
+    model = get_model("sbeval").create_from_arg_string(f"checkpoint={saved},dtype=float32", {"device": "cpu"})
+    assert get_model("hf").__name__ == "HFLM" and model.length == 32
+    decoder = checkpoint.load_model(saved).eval()
+    own = Adapter(
+        decoder, PlainText(Bytes()), length=32, place=torch.device("cpu"), dtype="float32", batch_tokens=1 << 13
+    )
+    asked = [Instance("loglikelihood", {}, ("Is it?", answer), 0) for answer in (" yes", " no")]
+    assert model.loglikelihood(asked) == own.loglikelihood(asked)
+    with pytest.raises(InputError, match="'bpe:300' is trained on a corpus and none is given"):
+        lm_eval.CheckpointLM(str(saved), tokenizer="bpe:300", device="cpu")
+
+
+def test_the_command_writes_lm_evals_own_results(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps({"question": f"Is it {x}?"}) + "\n" for x in range(4)))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "two_words.yaml").write_text(TASK.format(items=tmp_path / "items.jsonl"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    arguments = ["run", "--model", "sbeval", "--model_args", f"checkpoint={saved}", "--device", "cpu"]
+    arguments += ["--tasks", "two_words", "--include_path", str(tmp_path / "tasks"), "--output_path", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments])
+    lm_eval.main()
+    (found,) = tmp_path.rglob("results_*.json")
+    assert 0 <= json.loads(found.read_text())["results"]["two_words"]["acc,none"] <= 1
