@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from sbeval.errors import InputError
+from sbeval.errors import NothingToDraw
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group
 from sbeval.tables import intervals
@@ -86,7 +86,7 @@ def models(table: pd.DataFrame) -> list[Model]:
     """Return the models of a table, by setting and method; of several seeds the lowest."""
     table = table[table["metric"].isin(["accuracy", "share", "token", "weight"])]
     if not (table["metric"] == "weight").any():
-        raise InputError("there are no rows with metric 'weight' to draw")
+        raise NothingToDraw("there are no rows with metric 'weight' to draw")
     looks = style.looks(table)
     drawn = []
     for _, setting in table.groupby(ATTENTION_MAP):

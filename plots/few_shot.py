@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
-from sbeval.errors import InputError
+from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
@@ -70,7 +70,7 @@ def _percent(table: pd.DataFrame) -> pd.DataFrame:
     chosen = few_shot.headline(table)
     chosen = chosen[[few_shot.METRICS[metric] for metric in chosen["metric"]]]
     if chosen.empty:
-        raise InputError("there are no scores in percent to draw")
+        raise NothingToDraw("there are no scores in percent to draw")
     # a model of another library is its own method
     chosen = chosen.assign(
         options=chosen["options"].where(chosen["attention"] != "hf", chosen["model"]),

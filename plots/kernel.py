@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sbeval.errors import InputError
+from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
@@ -87,5 +87,5 @@ def best(rows: pd.DataFrame, by: str) -> "pd.Series[float]":
 def _throughput(table: pd.DataFrame) -> pd.DataFrame:
     rows = dense_kernels(table, "throughput")
     if rows.empty:
-        raise InputError("no rows with the metric throughput of whole sequences")
+        raise NothingToDraw("no rows with the metric throughput of whole sequences")
     return rows

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sbeval.errors import InputError
+from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
 from sbeval.plots import kernel, style
 from sbeval.plots.chart import Chart, Group, Lines
@@ -78,5 +78,5 @@ def _points(table: pd.DataFrame) -> pd.DataFrame:
     error = dense_kernels(table, "relative_error")[[*keys, "value"]].rename(columns={"value": "error"})
     rows = speed.merge(error, on=keys)
     if rows.empty:
-        raise InputError("no rows with the metrics throughput and relative_error of whole sequences")
+        raise NothingToDraw("no rows with the metrics throughput and relative_error of whole sequences")
     return rows[rows["queries"] == rows.groupby(["attention", "options", "step"])["queries"].transform("max")]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sbeval.errors import InputError
+from sbeval.errors import NothingToDraw
 from sbeval.plots import length_gen
 from sbeval.plots.chart import Chart
 from sbeval.plots.length_gen import TABLE
@@ -50,7 +50,7 @@ def chart(table: pd.DataFrame) -> Chart:
 def _plotted(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["metric"] == "loss"]
     if table.empty:
-        raise InputError("there are no rows with metric 'loss' to draw")
+        raise NothingToDraw("there are no rows with metric 'loss' to draw")
     table = numbers(table, FACTORS)
     table = smoothed(table.assign(end=table["position_end"] - 1))
     first = FIRST_SHOWN * np.minimum(table["train_len"], table["end"].max())

@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from sbeval.errors import InputError
+from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
@@ -63,7 +63,7 @@ def chart(table: pd.DataFrame) -> Chart:
 def _throughput(table: pd.DataFrame) -> pd.DataFrame:
     rows = table[(table["metric"] == "throughput") & table["step"].isin(list(STEPS))]
     if rows.empty:
-        raise InputError("there are no rows with metric 'throughput' of a model")
+        raise NothingToDraw("there are no rows with metric 'throughput' of a model")
     named = rows["options"].fillna("").str.cat(rows["backend"], sep=",").str.strip(",")
     rows = rows.assign(options=rows["options"].mask(rows["backend"].isin(SOFTMAX), named))
     return rows.sort_values("params", kind="stable")

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sbeval.errors import InputError
+from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
@@ -85,7 +85,7 @@ def _ended(table: pd.DataFrame, drawn: pd.DataFrame) -> str:
 def _best(table: pd.DataFrame) -> pd.DataFrame:
     table = recall_accuracy(table)
     if not (table["split"] == "all").any():
-        raise InputError("there are no rows with metric 'accuracy' and split 'all' to draw")
+        raise NothingToDraw("there are no rows with metric 'accuracy' and split 'all' to draw")
     return table
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sbeval.errors import InputError
+from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
 from sbeval.plots import mqrar, style
 from sbeval.plots.chart import Chart, Group, Lines
@@ -102,7 +102,7 @@ def _best(table: pd.DataFrame) -> pd.DataFrame:
     """Return the rows at the best learning rates."""
     table = recall_accuracy(table)
     if not (_has(table, "stale_values") | _has(table, "distance_start")).any():
-        raise InputError("there are no rows with stale_values or distance_start to draw")
+        raise NothingToDraw("there are no rows with stale_values or distance_start to draw")
     return table
 
 

@@ -7,7 +7,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from sbeval.errors import InputError
+from sbeval.errors import NothingToDraw
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Heat
 from sbeval.plots.needle import METRICS, TABLE, settings
@@ -71,7 +71,7 @@ def chart(table: pd.DataFrame) -> Chart:
 def _by_depth(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["metric"].isin(list(METRICS)) & table["depth_start"].notna()]
     if table.empty:
-        raise InputError("there are no rows with a depth to draw: tasks with a single needle have them")
+        raise NothingToDraw("there are no rows with a depth to draw: tasks with a single needle have them")
     return shared_tasks(most_samples(numbers(table, [*DEPTHS, "length", "train_len", "finetune_tokens"])))
 
 

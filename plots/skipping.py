@@ -7,7 +7,7 @@ cache, for one sequence and for a batch.
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sbeval.errors import InputError
+from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
@@ -87,7 +87,7 @@ def totals(table: pd.DataFrame) -> pd.DataFrame:
     """Return the time in all layers of each kernel, by keys; `options` is `skipping`, or the backend if not ours."""
     rows = table[table["metric"] == "time"]
     if rows.empty:
-        raise InputError("no rows with the metric time")
+        raise NothingToDraw("no rows with the metric time")
     skips = rows["epsilon"].fillna(0) > 0
     rows = rows.assign(options=rows["backend"].where(rows["backend"] != "triton", "").where(~skips, "skipping"))
     by = ["model", "params", "attention", "options", "step", "batch", "keys", "device"]

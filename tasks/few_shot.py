@@ -343,7 +343,9 @@ def summary(results: "pd.DataFrame") -> "Table":
     """Return the table for the terminal: models by benchmarks, with the mean of those above chance."""
     from sbeval.tables import few_shot
 
-    table = few_shot.terminal(few_shot.table(results))
+    # such as CoLA's correlation
+    others = not results["metric"].isin(few_shot.METRICS).any()
+    table = few_shot.others(results) if others else few_shot.terminal(few_shot.table(results))
     table.caption = epochs.caution(results) or None
     return table
 

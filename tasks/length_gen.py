@@ -77,7 +77,7 @@ class Config(EvaluatedModel):
         # zero-argument super does not work in a class with slots
         EvaluatedModel.__post_init__(self)
         choose("bos", self.bos, BOS)
-        for name in ("documents", "windows"):
+        for name in ("eval_len", "documents", "windows"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
         if short := [length for length in self.window if length < 1]:

@@ -64,7 +64,7 @@ def rows(losses: "PositionLosses", train_len: int) -> list[Row]:
     for length in perplexity.lengths(train_len, losses.length):
         out += _known("perplexity", "1", losses.perplexity(length), context_length=length)
         out += _known("bits_per_byte", "bits/byte", losses.bits_per_byte(length), context_length=length)
-        if length >= (k := _last_k(train_len)):
+        if length >= (k := _last_k(train_len, losses.length)):
             last = losses.mean(length - k + 1, length)
             out.append(_row("loss_last_k", "nats/token", last, context_length=length, last_k=k))
     return out
@@ -112,7 +112,7 @@ def values(losses: "PositionLosses", train_len: int, documents: Sequence[str]) -
         if losses.bits_per_byte(length) is None:
             del sums["bytes"]
         out.append(_values(documents, sums, context_length=length))
-        if length >= (k := _last_k(train_len)):
+        if length >= (k := _last_k(train_len, losses.length)):
             sums = {"nll_sum": losses.losses[:, length - k : length].sum(1), "tokens": k}
             out.append(_values(documents, sums, context_length=length, last_k=k))
     return out
@@ -143,8 +143,9 @@ def joined(parts: "Iterable[pd.DataFrame]") -> "pd.DataFrame":
     return table.astype({name: "Int64" for name in FACTORS} | {"value": "float64"}).fillna({"eval_corpus": ""})
 
 
-def _last_k(train_len: int) -> int:
-    return max(1, train_len // 4)
+def _last_k(train_len: int, eval_len: int) -> int:
+    """Return a quarter of the training length, or of what was evaluated of models trained at much longer lengths."""
+    return max(1, train_len // 4 if train_len // 4 <= eval_len else eval_len // 4)
 
 
 def _known(metric: str, unit: str, estimate: "Estimate | None", **factors: Any) -> list[Row]:

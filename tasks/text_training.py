@@ -48,8 +48,9 @@ def models(config: Kind) -> list[Kind]:
     from sbeval.pretrained import load
 
     if config.checkpoint is not None:
-        own = config.tokenizer if load.is_own(config.checkpoint) else config.checkpoint
-        return [dataclasses.replace(config, attention=("",), seeds=(0,), tokenizer=own)]
+        spec = load.located(config.checkpoint)
+        own = config.tokenizer if load.is_own(spec) else spec
+        return [dataclasses.replace(config, checkpoint=spec, attention=("",), seeds=(0,), tokenizer=own)]
     methods = dict.fromkeys(canonical_attention(spec) for spec in config.attention)
     return [
         dataclasses.replace(branch, attention=(spec,), seeds=(seed,))

@@ -18,6 +18,7 @@ from sbeval.cli import options
 from sbeval.cli.options import Common, Sweep, Training
 from sbeval.errors import InputError, choose, reason
 from sbeval.runtime import signals, streams
+from sbeval.runtime.console import plain
 from sbeval.tables import power_options
 from sbeval.tables.results import Results
 from sbeval.training.text_model import TextModel
@@ -190,7 +191,7 @@ def table(
     if isinstance(rendered, str):
         print(rendered)
     else:
-        Console().print(rendered)
+        plain().print(rendered)
 
 
 @app.command(rich_help_panel=TOOLS)
@@ -220,7 +221,7 @@ def compare(
     if isinstance(rendered, str):
         print(rendered)
     else:
-        Console().print(rendered, soft_wrap=False)
+        plain().print(rendered, soft_wrap=False)
 
 
 @app.command("run", rich_help_panel=TASKS)
@@ -362,7 +363,7 @@ def bench_kernel(
     problems = benchmarks.problems(
         sorted(length or (1024, 4096, 16384, 65536)), head_dim or (64, 128), heads, cache or (16384, 65536)
     )
-    Console().print(benchmarks.kernel(problems, where, devices.pick_dtype(dtype, where), results_dir, _say))
+    plain().print(benchmarks.kernel(problems, where, devices.pick_dtype(dtype, where), results_dir, _say))
     _draw(results_dir, ["kernel", "kernel_error"])
 
 
@@ -388,7 +389,7 @@ def bench_model(
     found = models.problems(size or ("350m", "1b"), head_dim or (64, 128), length=length, batch=batch)
     peers = models.peers(attention or ("stick_breaking", "rope"))
     shown = models.measure(found, peers, repeats, picked, devices.pick_dtype(dtype, picked), results_dir)
-    Console().print(shown)
+    plain().print(shown)
     _say(str(Results(results_dir).table("model")))
     _draw(results_dir, ["model"])
 
@@ -420,7 +421,7 @@ def bench_skipping(
         text = open_corpus(config, progress)
     lengths = sorted(length or (2048, 4096, 8192, 16384, 32768, 65536))
     grid = skipping.measure(checkpoint, text.test, lengths, where, devices.pick_dtype(dtype, where), results_dir)
-    Console().print(grid)
+    plain().print(grid)
     _draw(results_dir, ["skipping"])
 
 
@@ -435,18 +436,18 @@ def _warn(tables: list[Path]) -> None:
 def _draw(results_dir: Path, names: list[str]) -> None:
     from sbeval.report.figures import draw_figures
 
-    for path in draw_figures(results_dir, names):
+    for path in draw_figures(results_dir, names, say=_say, required=False):
         _say(str(path))
 
 
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table in a terminal, elsewhere plain lines with aligned columns, however wide."""
-    console = Console()
+    console = plain()
     if console.is_terminal:
         grid = Table(*headings, title=title)
         for row in rows:
             grid.add_row(*row)
-        console.print(grid, markup=False)
+        console.print(grid)
         return
     widths = [max(len(row[index]) for row in (headings, *rows)) for index in range(len(headings))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (headings, *rows))
@@ -454,7 +455,7 @@ def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[st
 
 
 def _say(line: object) -> None:
-    Console().print(line, highlight=False, soft_wrap=True, markup=False)
+    plain().print(line, highlight=False, soft_wrap=True)
 
 
 def _how(kind: str, workers: int | None, address: str | None, gpus_per_cell: float | None) -> "Executor":
@@ -556,7 +557,7 @@ def _run(
 
 def _console(context: "RunContext") -> Console:
     """Return the console, which prints on rank 0 only."""
-    return Console(quiet=not context.world.leads)
+    return plain(quiet=not context.world.leads)
 
 
 def _resumable(work: Callable[[], bool], force: bool) -> bool:

@@ -14,6 +14,7 @@ Examples for a prompt come from the split that lm-eval draws them from, where th
 HELD_OUT items of the scored file are set aside for that and not scored.
 """
 
+import codecs
 import functools
 import hashlib
 import json
@@ -247,7 +248,15 @@ def _split(folder: Path, dataset: str, name: str | None, split: str) -> list[Ite
         return None
     items = read(path, short.config).get(name if short.config else None)
     try:
+        for number, item in enumerate(items or [], 1):
+            choices = item.get("choices") or item.get("contexts")
+            # Python would take -1 for the last one
+            if choices and item.get("gold") not in range(len(choices)):
+                given = f"gold is {item.get('gold')!r}, of {len(choices)} choices"
+                raise InputError(f"item {number} of {path} has no answer: {given}")
         return items and [short.convert(item) for item in items]
+    except InputError:
+        raise
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is not in a form that sbeval.evaluation.lm_eval_local reads ({type(error).__name__}: {error})"
@@ -257,7 +266,7 @@ def _split(folder: Path, dataset: str, name: str | None, split: str) -> list[Ite
 def read(path: Path, group: str | None) -> dict[str | None, list[Item]]:
     """Return the items of a JSONL file by the value of their field `group`; all under None where `group` is None.
 
-    Raise InputError for a line that is not JSON.
+    Raise InputError for a line that is not a JSON object in UTF-8. A byte order mark and blank lines are no items.
     """
     return _read(path, group, path.stat().st_mtime_ns)
 
@@ -265,14 +274,17 @@ def read(path: Path, group: str | None) -> dict[str | None, list[Item]]:
 @functools.lru_cache(maxsize=4)
 def _read(path: Path, group: str | None, _: int) -> dict[str | None, list[Item]]:
     items: dict[str | None, list[Item]] = {}
-    with reading(path), path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                item = json.loads(line.decode())
-                items.setdefault(item[group] if group else None, []).append(item)
-            except (ValueError, KeyError, TypeError, RecursionError):
-                wanted = f"a JSON object with {group!r}" if group else "JSON"
-                raise InputError(f"{path}:{number}: not {wanted}") from None
+    with reading(path):
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item = dict(json.loads(line.decode()))
+            items.setdefault(item[group] if group else None, []).append(item)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            wanted = f"a JSON object with {group!r}" if group else "JSON"
+            raise InputError(f"{path}:{number}: not {wanted}") from None
     if not items:
         raise InputError(f"{path} is empty")
     return items

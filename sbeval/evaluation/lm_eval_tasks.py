@@ -6,14 +6,16 @@ import functools
 import importlib.metadata
 import io
 import logging
+import math
 import os
-from collections import Counter
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import lm_eval.api.metrics
 import lm_eval.api.task
 import lm_eval.utils
 import pandas as pd
@@ -25,7 +27,7 @@ from lm_eval.tasks._index import Entry
 from transformers import AutoTokenizer
 
 from sbeval.errors import InputError, first_line, reason
-from sbeval.evaluation import lm_eval_items, lm_eval_local
+from sbeval.evaluation import lm_eval_choices, lm_eval_items, lm_eval_local
 from sbeval.evaluation.lm_eval_model import Adapter, HubText, PlainText
 from sbeval.pretrained.released import broken
 
@@ -105,6 +107,10 @@ def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
         raise InputError(
             f"cannot load task {name!r} from the hub ({first_line(error)}): give a folder of its items with --data-dir"
         ) from None
+    # lm-eval reads the first item when it builds a task
+    except (KeyError, IndexError) as error:
+        lacks = f"has no answer among its choices or lacks a field ({type(error).__name__}: {error})"
+        raise InputError(f"item 1 of task {name!r} {lacks}") from None
     for task in loaded["tasks"].values():
         if task.config.num_fewshot is None:
             task.set_config(key="num_fewshot", value=0)
@@ -113,9 +119,10 @@ def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
     if shots is not None and used != {shots}:
         raise InputError(f"task {name!r} is defined with {max(used)} examples in its prompt; give --task {name}")
     with _quiet():
-        if folder is not None:
-            for task in loaded["tasks"].values():
+        for part, task in loaded["tasks"].items():
+            if folder is not None:
                 lm_eval_local.check(task, folder)
+            lm_eval_choices.check(part, task)
         digest = lm_eval_local.digest(loaded["tasks"])
     return Benchmark(name=name, tasks=loaded["tasks"], groups=loaded.get("groups", {}), shots=max(used), digest=digest)
 
@@ -163,13 +170,13 @@ def scores(benchmark: Benchmark, adapter: Adapter, limit: int | None) -> tuple[l
     }
     with _quiet():
         results = evaluate(adapter, loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=True)
-    chances = {name: _chance(task) for name, task in benchmark.tasks.items()}
+    chances = {name: lm_eval_choices.chance(task) for name, task in benchmark.tasks.items()}
     counts = {name: results["n-samples"][name]["effective"] for name in benchmark.tasks}
     for name, group in benchmark.groups.items():
         leaves = [task.task_name for task in group.get_all_tasks()]
         counts[name] = sum(counts[leaf] for leaf in leaves)
-        parts = [(chance, counts[leaf]) for leaf in leaves if (chance := chances[leaf]) is not None]
-        chances[name] = sum(chance * count for chance, count in parts) / counts[name] if parts else None
+        parts = [chance * counts[leaf] for leaf in leaves if (chance := chances[leaf]) is not None]
+        chances[name] = sum(parts) / counts[name] if len(parts) == len(leaves) else None
     names = sorted(results["results"], key=lambda name: (name != benchmark.name, name))
     found = [
         score
@@ -205,7 +212,8 @@ def _gold(benchmark: Benchmark, items: pd.DataFrame, versions: Mapping[str, str]
 def _scores(name: str, numbers: Mapping[str, Any], n: int, version: str, chance: float | None) -> Iterator[Score]:
     for column, value in numbers.items():
         metric, comma, kind = column.partition(",")
-        if not comma or metric.endswith("_stderr"):
+        # a perplexity that no number holds has no row
+        if not comma or metric.endswith("_stderr") or math.isinf(float(value)):
             continue
         error = numbers[f"{metric}_stderr,{kind}"]
         yield Score(
@@ -213,24 +221,26 @@ def _scores(name: str, numbers: Mapping[str, Any], n: int, version: str, chance:
             metric=metric,
             filter="" if kind == "none" else kind,
             value=float(value),
-            stderr=None if error == "N/A" else float(error),
+            stderr=None if error == "N/A" or not math.isfinite(float(error)) else float(error),
             n=n,
             version=version,
             chance=chance if metric in ("acc", "acc_norm") else None,
         )
 
 
-def _chance(task: Any) -> float | None:
-    """Return the accuracy of guessing among the choices of each item; None where there are no choices."""
-    if task.OUTPUT_TYPE != "multiple_choice":
-        return None
-    choices = Counter(instance.doc_id for instance in task.instances)
-    return sum(1 / count for count in choices.values()) / len(choices)
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence bars and warnings of lm-eval and datasets, cache compiled templates, and start no processes."""
+    """Silence bars and warnings of lm-eval and datasets, cache compiled templates, and start no processes.
+
+    A perplexity of lm-eval's that no number holds is infinite instead of an error.
+    """
     logger, bar, templates = logging.getLogger("lm_eval"), lm_eval.api.task.tqdm, lm_eval.utils.env
     compiled = templates.from_string
     level, bars = logger.level, datasets.is_progress_bar_enabled()
@@ -238,6 +248,7 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = lambda iterable, **_: iterable
+    lm_eval.api.metrics.math = types.SimpleNamespace(**vars(math) | {"exp": _exp})
     # it compiles a task's few templates for every item, which takes most of the time of small models
     templates.from_string = functools.lru_cache(maxsize=1024)(compiled)
     # the bootstrap would fork a pool of processes from one that holds a GPU
@@ -248,6 +259,7 @@ def _quiet() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         lm_eval.api.task.tqdm, templates.from_string = bar, compiled
+        lm_eval.api.metrics.math = math
         if bars:
             datasets.enable_progress_bars()
         if processes is None:

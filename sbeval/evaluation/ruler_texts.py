@@ -206,7 +206,11 @@ def _essays(path: Path) -> str:
     texts: list[str] = []
     for file in files:
         if file.suffix in (".json", ".jsonl"):
-            texts += [str(row["text"]) for row in _rows(file) if isinstance(row, dict) and "text" in row]
+            # null is no text
+            given = [row["text"] for row in _rows(file) if isinstance(row, dict) and row.get("text") is not None]
+            if wrong := [text for text in given if not isinstance(text, str)]:
+                raise InputError(f"--essays {file}: field 'text' holds a {type(wrong[0]).__name__}, not text")
+            texts += given
         elif file == path or file.suffix in (".txt", ".md"):
             texts.append(_read(file))
     text = " ".join(texts)
@@ -217,7 +221,8 @@ def _essays(path: Path) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        # without a byte order mark
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -227,7 +232,8 @@ def _rows(path: Path) -> list[Any]:
     text = _read(path)
     try:
         if path.suffix == ".jsonl":
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            # not splitlines, for which U+2028 inside a string ends a line
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
@@ -239,6 +245,8 @@ def _squad(path: Path) -> Questions:
     are rows `id, text` of a file of the same name but `contexts` for `questions`."""
     try:
         triples = list(_published(_rows(path)) if path.suffix != ".jsonl" else _split(path))
+        for _, text, pairs in triples:
+            _strings(text, *(part for question, answers in pairs for part in (question, *answers)))
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"--squad {path} is not SQuAD: {type(error).__name__} {error}") from None
     documents = sorted({text for _, text, _ in triples})
@@ -290,6 +298,8 @@ def _hotpot(path: Path) -> Questions:
     rows = _rows(path)
     try:
         texts = [[f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]] for row in rows]
+        for row in rows:
+            _strings(row["question"], row["answer"])
         documents = sorted({text for context in texts for text in context})
         index_of = {text: index for index, text in enumerate(documents)}
         asked = [
@@ -299,6 +309,12 @@ def _hotpot(path: Path) -> Questions:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"--hotpot {path} is not HotpotQA: {type(error).__name__} {error}") from None
     return _checked(Questions(str(path), documents, asked), "--hotpot")
+
+
+def _strings(*given: object) -> None:
+    """Raise TypeError for what is not text: null would be the word None in a prompt."""
+    if wrong := [one for one in given if not isinstance(one, str)]:
+        raise TypeError(f"{wrong[0]!r} is not text")
 
 
 def _checked(questions: Questions, option: str) -> Questions:

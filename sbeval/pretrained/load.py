@@ -157,6 +157,11 @@ def _decoder(
     )
 
 
+def located(spec: str) -> str:
+    """Return a folder's path with its name: `.` is another model elsewhere."""
+    return os.path.abspath(spec) if os.path.isdir(spec) and Path(spec).name in ("", "..") else spec
+
+
 def name(spec: str) -> str:
     """Return the model's name in tables: the name of its folder, or its name on the hub."""
     # os.path returns False for an invalid path, where Path raises

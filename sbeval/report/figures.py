@@ -8,7 +8,7 @@ import matplotlib
 import pandas as pd
 
 from sbeval import registry
-from sbeval.errors import InputError, choose
+from sbeval.errors import InputError, NothingToDraw, choose
 from sbeval.report import html
 from sbeval.runtime.files import prepare, remove_left, replacing
 from sbeval.tables import check
@@ -29,14 +29,15 @@ def draw_figures(
     out_dir: Path | None = None,
     say: Callable[[str], None] = print,
     where: Iterable[str] = (),
+    *,
+    required: bool = True,
 ) -> list[Path]:
     """Draw the named figures, or all whose table exists, and return the files, `out_dir`/<name>.<format>.
 
-    out_dir: `results_dir`/figures unless given. say: reports each figure that is skipped because it has no table, and
-    rows that are not what a run wrote. A figure that only some tables have rows for is left out where there are none,
-    unless it is named.
-    Raise InputError for an unknown name or format, a table that cannot be read or has nothing to draw and, for a named
-    figure, no table. where: conditions `column=value` on rows.
+    out_dir: `results_dir`/figures unless given. say: reports each figure that is skipped because it has no table, or
+    none of its rows, and rows that are not what a run wrote. where: conditions `column=value` on rows. A figure that
+    only some tables have rows for is left out where there are none, unless it is named. Raise InputError for an unknown
+    name or format, a table that cannot be read and, for a named figure, no table or, if `required`, none of its rows.
     """
     chosen = [choose("format", name, (*FORMATS, "html")) for name in formats]
     modules = {name: registry.figure(name) for name in names or registry.FIGURES}
@@ -58,6 +59,10 @@ def draw_figures(
             files += _draw(module, table, [folder / f"{name}.{suffix}" for suffix in chosen if suffix in FORMATS])
             if "html" in chosen:
                 files.append(_write_page(module, table, folder / f"{name}.html"))
+        except NothingToDraw as error:
+            if names and required:
+                raise InputError(f"{path}: {error}") from None
+            say(f"{name}: left out, {error}")
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
     return files
@@ -89,9 +94,9 @@ def _write_page(module: registry.Figure, table: pd.DataFrame, file: Path) -> Pat
 def _draw(module: registry.Figure, table: pd.DataFrame, files: list[Path]) -> list[Path]:
     if not files:
         return []
-    figure = module.draw(table)
-    # fonts go into a pdf as outlines that editors and printers can read
-    with matplotlib.rc_context({"pdf.fonttype": 42}):
+    # fonts go into a pdf as outlines that editors and printers can read; a $ in a name begins no formula
+    with matplotlib.rc_context({"pdf.fonttype": 42, "text.parse_math": False}):
+        figure = module.draw(table)
         for file in files:
             with replacing(file) as temporary:
                 suffix = file.suffix.removeprefix(".")

@@ -101,7 +101,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
     `folder` must not exist, or be empty, and only one process at a time may create it.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = beside(folder, "partial")
     # left over from a killed process
     clear(partial)
     try:
@@ -133,6 +133,12 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """Return a hidden path beside a folder, which may be `.`: its name and an ending."""
+    whole = Path(os.path.abspath(folder))
+    return whole.with_name(f".{whole.name}.{ending}")
 
 
 def check_not_pointer(path: Path, head: bytes) -> None:

@@ -10,6 +10,8 @@ from typing import Any, Protocol, Self
 from rich import progress
 from rich.console import Console
 
+from sbeval.runtime.console import plain
+
 # a plain line is due after PERIOD_S seconds, or STEP_PERCENT percent, but never within PAUSE_S
 PERIOD_S, STEP_PERCENT, PAUSE_S = 10.0, 10.0, 1.0
 # seconds between messages of a task in another process; maximum characters of their text
@@ -46,7 +48,7 @@ class Progress:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True)
+        self._console = console or plain(stderr=True)
         self._bars = progress.Progress(
             progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(),

@@ -141,9 +141,10 @@ def _show(family: str, cells: Sequence[Cell], results_dir: Path, console: Consol
         name for name in registry.FIGURES if registry.figure(name).TABLE == family and registry.has_rows(name, table)
     ]
     pages = [name for name in figures if name in registry.PAGES]
-    files = [path, *draw_figures(results_dir, figures, ["png", "pdf"])]
+    left_out = functools.partial(say, console)
+    files = [path, *draw_figures(results_dir, figures, ["png", "pdf"], say=left_out, required=False)]
     if pages and importlib.util.find_spec("plotly"):
-        files += draw_figures(results_dir, pages, ["html"])
+        files += draw_figures(results_dir, pages, ["html"], say=lambda line: None, required=False)
     elif pages:
         say(console, f"no interactive page: pip install 'sbeval[html]', then sbeval plot {family.replace('_', '-')}")
     for file in files:

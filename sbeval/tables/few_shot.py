@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import pandas as pd
 from rich.table import Table as Terminal
 
-from sbeval.errors import InputError, choose
-from sbeval.tables import epochs, intervals
+from sbeval.errors import NothingToDraw, choose
+from sbeval.tables import epochs, intervals, markup
 from sbeval.tables.statistics import UNKNOWN, Interval, Sample, interval
 
 # candidates for the score of a benchmark, the preferred first; whether they are in percent and averaged
@@ -68,7 +68,7 @@ def headline(results: pd.DataFrame, metrics: Mapping[str, bool] = METRICS) -> pd
     """
     whole = results[(results["part"] == "") & results["metric"].isin(metrics) & results["filter"].isin(FILTERS)].copy()
     if whole.empty:
-        raise InputError("there is no score of a whole benchmark")
+        raise NothingToDraw("there is no score of a whole benchmark")
     # a blank column is read as text
     whole["chance"] = pd.to_numeric(whole["chance"], errors="coerce")
     whole["benchmark"] = [f"{task} ({shots})" for task, shots in zip(whole["task"], whole["shots"], strict=True)]
@@ -177,17 +177,25 @@ def terminal(scores: Scores) -> Terminal:
     return table
 
 
+def others(results: pd.DataFrame) -> Terminal:
+    """Lay out results without a score that is compared between benchmarks, as lm-eval names them."""
+    table = Terminal("benchmark", "metric", "model", "value", title="Scores as lm-eval has them")
+    for row in results[results["part"] == ""].itertuples():
+        table.add_row(f"{row.task} ({row.shots})", f"{row.metric}", f"{row.model} {row.attention}", f"{row.value:.4g}")
+    return table
+
+
 def markdown(scores: Scores) -> str:
-    lines = [["", *scores.headings], ["---"] * (1 + len(scores.headings))]
-    lines += [[name, *map(_text, cells)] for name, cells in scores.rows]
+    lines = [["", *map(markup.markdown, scores.headings)], ["---"] * (1 + len(scores.headings))]
+    lines += [[markup.markdown(name), *map(_text, cells)] for name, cells in scores.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def latex(scores: Scores) -> str:
     """Write a LaTeX tabular with the rules of booktabs."""
     lines = [[name, *(_text(cell, r" $\pm$ ") for cell in cells)] for name, cells in scores.rows]
-    body = [" & ".join([_escaped(line[0]), *line[1:]]) + r" \\" for line in lines]
-    head = " & ".join(["", *map(_escaped, scores.headings)]) + r" \\"
+    body = [" & ".join([markup.latex(line[0]), *line[1:]]) + r" \\" for line in lines]
+    head = " & ".join(["", *map(markup.latex, scores.headings)]) + r" \\"
     columns = "l" + "r" * len(scores.headings)
     begin = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule"]
     end = [r"\midrule", body[-1], r"\bottomrule", r"\end{tabular}"]
@@ -206,10 +214,6 @@ def comma_separated(scores: Scores) -> str:
 
 def _text(cell: Cell | None, between: str = " ± ") -> str:
     return "" if cell is None else cell.text(between)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")
 
 
 FORMATS: dict[str, Callable[[Scores], str | Terminal]] = {

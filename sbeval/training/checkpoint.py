@@ -27,7 +27,7 @@ from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 from sbeval.runtime import distributed
 from sbeval.runtime.distributed import ALONE, World
-from sbeval.runtime.files import clear, readable_as_others, sha256, storing
+from sbeval.runtime.files import beside, clear, readable_as_others, sha256, storing
 from sbeval.training.optimizer import state_names
 
 AGAIN = "remove its folder to train again"
@@ -107,11 +107,11 @@ def save_sharded(
 
 
 def _partial(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.partial")
+    return beside(folder, "partial")
 
 
 def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
+    return beside(folder, "old")
 
 
 @contextmanager

@@ -747,3 +747,34 @@ def test_models_of_two_optimizers_are_two(config: Config, tmp_path: Path, progre
     assert losses[0] != losses[1]
     with pytest.raises(InputError, match="optimizer"):
         dataclasses.replace(config, optimizer="sgd")
+
+
+def test_contexts_shorter_than_a_quarter_of_the_training_length_are_shown(
+    config: Config, odd_models: Any, tmp_path: Path, progress: Progress
+) -> None:
+    model = odd_models.write(tmp_path / "long", max_position_embeddings=4096)
+    config = dataclasses.replace(config, checkpoint=str(model), corpus=str(odd_models.corpus(tmp_path / "corpus")))
+    found = [row for row in run(config, tmp_path / "results", progress).rows if isinstance(row, Row)]
+    assert [(row.context_length, row.last_k) for row in found if row.metric == "loss_last_k"] == [(32, 8)]
+    columns = {"attention": "hf", "options": "llama", "train_len": 4096, "seed": 0}
+    shown = length_gen.summary(pd.DataFrame([dataclasses.asdict(row) | columns for row in found]))
+    assert shown.row_count == 1
+
+
+def test_options_out_of_range_and_repeated_ones(config: Config) -> None:
+    wrong: list[dict[str, Any]] = [{"eval_len": -5}, {"lr": -1.0}, {"lr": math.nan}, {"lr": math.inf}]
+    for options in wrong:
+        with pytest.raises(InputError, match=rf"(eval_len|a learning rate) must be .*; got {[*options.values()][0]}"):
+            dataclasses.replace(config, checkpoint="x", **options)
+    once, twice = (dataclasses.replace(config, window=(64,) * count, seeds=(0,) * count) for count in (1, 2))
+    assert once == twice and [cell_id(cell) for cell in cells(once)] == [cell_id(cell) for cell in cells(twice)]
+
+
+def test_the_folder_itself_is_a_model(
+    config: Config, odd_models: Any, tmp_path: Path, progress: Progress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, corpus = odd_models.write(tmp_path / "here"), odd_models.corpus(tmp_path / "corpus")
+    monkeypatch.chdir(model)
+    found = run(dataclasses.replace(config, checkpoint=".", corpus=str(corpus)), tmp_path / "results", progress)
+    named = run(dataclasses.replace(config, checkpoint=str(model), corpus=str(corpus)), tmp_path / "results", progress)
+    assert found.identity == named.identity and found.identity.model == "here"

@@ -240,6 +240,12 @@ def test_mmlus_examples_are_its_dev_split(tmp_path: Path) -> None:
         ("piqa", None, "no json\n", r"piqa_val.jsonl:1: not JSON"),
         ("piqa", None, '{"goal": "a"}\n', r"not in a form that sbeval.evaluation.lm_eval_local reads \(KeyError"),
         ("piqa", None, "", r"piqa_val.jsonl is empty"),
+        (
+            "piqa",
+            None,
+            '{"goal": "a", "choices": ["b", "c"], "gold": -1}\n',
+            r"item 1 of .* has no answer: gold",
+        ),
         ("piqa", 2, '{"goal": "a", "choices": ["b", "c"], "gold": 0}\n', r"needs 2 examples"),
         ("wsc273", 1, "", r"has only one split: no examples to draw; give --task wsc273:0"),
         ("blimp_causative", 2, "", r"defined with 0 examples"),
@@ -267,3 +273,15 @@ def test_without_a_network_the_hub_is_an_error(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(InputError, match=r"cannot load task 'piqa' .*reach the Hub.*--data-dir"):
         lm_eval_tasks.load("piqa", None, None)
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_items(tmp_path: Path) -> None:
+    write(tmp_path, "piqa_val", *({"goal": f"{n}", "choices": ["b", "c"], "gold": 1} for n in range(3)))
+    path = tmp_path / "piqa_val.jsonl"
+    plain = lm_eval_local.read(path, None)
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(f"\ufeff{first}\n\n  \n{rest}", encoding="utf-8")
+    assert lm_eval_local._read(path, None, 1) == plain
+    path.write_bytes(b'{"goal": "a"}\n{"goal": "caf\xe9"}\n')
+    with pytest.raises(InputError, match="piqa_val.jsonl:2: not JSON"):
+        lm_eval_local._read(path, None, 2)

@@ -61,7 +61,12 @@ def test_what_cannot_be_drawn_is_said(results: Path) -> None:
     header = MQRAR.splitlines(keepends=True)[0]
     (results / "mqrar.csv").write_text(header)
     with pytest.raises(InputError, match="mqrar.csv: there are no rows"):
-        draw_figures(results)
+        draw_figures(results, ["mqrar"])
+    # after a run, or where no figure is named, it is left out
+    for names in (["mqrar"], None):
+        said: list[str] = []
+        assert draw_figures(results, names, say=said.append, required=False) == []
+        assert "mqrar: left out, there are no rows with metric 'accuracy' and split 'all' to draw" in said
     (results / "mqrar.csv").write_text(header.replace("kv_pairs", "pairs"))
     with pytest.raises(InputError, match="mqrar.csv has no column 'kv_pairs'"):
         draw_figures(results, ["mqrar"])
@@ -118,3 +123,9 @@ def test_where_selects_rows(results: Path, tmp_path: Path) -> None:
 def test_where_names_what_selects_nothing(results: Path, tmp_path: Path, condition: str, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         draw_figures(results, ["mqrar"], ["png"], tmp_path, where=[condition])
+
+
+def test_a_dollar_in_a_name_begins_no_formula(results: Path) -> None:
+    (results / "mqrar.csv").write_text(MQRAR.replace(",rope,", ",package.a$^$b,"))
+    # as a formula it would be an error of matplotlib
+    assert len(draw_figures(results, ["mqrar"], ["png"])) == 1
