@@ -117,11 +117,15 @@ class Mixer(nn.Module):
     ) -> Tensor:
         if x.shape[1] != k.shape[1]:
             raise InputError(f"gates need x of all {k.shape[1]} keys; it has {x.shape[1]} positions")
-        gates = F.linear(x, self.gate.weight.to(x.dtype), self.gate.bias.to(x.dtype))
-        log_f = F.logsigmoid(gates if gates.dtype == torch.float64 else gates.float())
+        log_f = self.log_gates(x)
         if self.options.rotary:
             rotation = rope.Options(theta=self.options.theta)
             first, past = (None, 0) if cache is None else (cache.starts, cache.past)
             q, k = rope.rotated(q, k, cu_seqlens, rotation, starts=first, past=past)
         starts, (k, v, log_f) = through(cache, k, v, log_f)
         return attention(q, k, v, log_f, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts)
+
+    def log_gates(self, x: Tensor) -> Tensor:
+        """Return the logarithms of the gates (B, S, H) of all positions of x (B, S, width)."""
+        gates = F.linear(x, self.gate.weight.to(x.dtype), self.gate.bias.to(x.dtype))
+        return F.logsigmoid(gates if gates.dtype == torch.float64 else gates.float())

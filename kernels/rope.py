@@ -240,6 +240,8 @@ class Mixer(nn.Module):
         super().__init__()
         self.scale = scale
         self.options = options
+        # of the row with its padding: see sbeval.evaluation.perplexity.Predictor
+        self.by_length = options.scaling == "dynamic_ntk"
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from sbeval.errors import InputError
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group
-from sbeval.tables import statistics
+from sbeval.tables import intervals
 from sbeval.tables.selection import ATTENTION_MAP
 from sbeval.tables.table import numbers
 
@@ -91,7 +91,7 @@ def models(table: pd.DataFrame) -> list[Model]:
     drawn = []
     for _, setting in table.groupby(ATTENTION_MAP):
         for method, look in looks.items():
-            for name, rows in statistics.method(setting, method).groupby("model"):
+            for name, rows in intervals.method(setting, method).groupby("model"):
                 rows = rows[rows["seed"] == rows["seed"].min()]
                 for _, cell in rows.groupby("cell"):
                     drawn.append(_model(cell, look.label, str(name)))
@@ -321,8 +321,8 @@ def _plotly(model: Model, one: Map) -> dict[str, Any]:
 
 def _hover(model: Model, one: Map, query: int, key: int) -> str:
     kind = next((f", the {target} value" for target in MARKS if (query, key) in model.targets[target]), "")
-    asked, attended = _token(model, model.tokens[query]), _token(model, model.tokens[key])
-    return f"query: {asked} at {query}<br>key: {attended} at {key}{kind}<br>weight {one.weights[query, key]:.3f}"
+    from_token, to_token = _token(model, model.tokens[query]), _token(model, model.tokens[key])
+    return f"query: {from_token} at {query}<br>key: {to_token} at {key}{kind}<br>weight {one.weights[query, key]:.3f}"
 
 
 def _token(model: Model, token: int) -> str:

@@ -13,8 +13,9 @@ import pandas as pd
 import seaborn as sns
 
 from sbeval.plots import style
-from sbeval.tables import statistics
-from sbeval.tables.statistics import Method
+from sbeval.tables import intervals
+from sbeval.tables.intervals import FEW
+from sbeval.tables.statistics import Method, Scale
 
 # for each of matplotlib's markers plotly's symbol, and a letter like it
 SYMBOLS = {
@@ -83,10 +84,14 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """The line of one method; `points` has the columns POINT, as `statistics.spread` returns them."""
+    """The line of one method; `points` has the columns POINT, as `intervals.points` returns them."""
 
     look: style.Look
     points: pd.DataFrame
+
+    def lowest(self, top: float) -> float:
+        """Return the lowest end of its band, or, where that leaves the panel at `top`, its lowest mean."""
+        return float(self.points["low" if self.points["high"].max() <= top else "mean"].min())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +145,7 @@ class Lines:
         if self.decades:
             y |= {"type": "log"} | (_ones_twos_fives() if self._narrow() else {"dtick": 1, "exponentformat": "power"})
         if self.top < math.inf:
-            low = min(line.points["low"].min() for line in self.lines)
+            low = min(line.lowest(self.top) for line in self.lines)
             y |= {"range": [math.log10(value) if self.decades else value for value in (low, self.top)]}
         lines = [_level(y=value, text=name) for name, value in self.levels.items()]
         lines += [_level(x=value) for value in self.marks]
@@ -185,7 +190,7 @@ class Lines:
                 "fillcolor": _faint(colour),
                 "line": {"width": 0},
             }
-            return [band, points] if low != high else [points]
+            return [*([band] if low != high else []), *self._seeds(line), points]
         bars = {
             "type": "data",
             "symmetric": False,
@@ -201,6 +206,25 @@ class Lines:
         if self.across:
             return [points | {"x": mean, "y": at, "orientation": "h", "error_x": bars}]
         return [points | {"error_y": bars}]
+
+    def _seeds(self, line: Line) -> list[dict[str, Any]]:
+        """Return a trace of the seeds of points that have few."""
+        each: Sequence[Sequence[float]] = list(line.points["each"]) if "each" in line.points else []
+        few = [(at, one) for at, of in zip(line.points["x"], each, strict=False) if 1 < len(of) <= FEW for one in of]
+        if not few:
+            return []
+        at, values = zip(*few, strict=True)
+        return [
+            {
+                "type": "scatter",
+                "meta": line.look.label,
+                "mode": "markers",
+                "x": list(map(_short, at)),
+                "y": [_short(max(value, self.floor)) for value in values],
+                "hoverinfo": "skip",
+                "marker": {"color": readable(line.look), "size": 3, "opacity": 0.6},
+            }
+        ]
 
     def _texts(self, line: Line) -> list[str]:
         """Return the text of each point on hover."""
@@ -268,16 +292,12 @@ class Heat:
         return {"data": [heat], "layout": axes}
 
 
-def lines(rows: pd.DataFrame, looks: Mapping[Method, style.Look], by: str = "x", share: bool = False) -> list[Line]:
-    """Return the line of each method that has rows, by column `by`; bands of a `share` are clipped to 0 and 1."""
-    drawn = []
-    for method, look in looks.items():
-        points = statistics.spread(statistics.method(rows, method), [by]).rename(columns={by: "x"})
-        if share:
-            points = points.assign(low=points["low"].clip(lower=0), high=points["high"].clip(upper=1))
-        if len(points):
-            drawn.append(Line(look, points))
-    return drawn
+def lines(
+    rows: pd.DataFrame, looks: Mapping[Method, style.Look], by: str = "x", scale: Scale = Scale.LINEAR
+) -> list[Line]:
+    """Return the line of each method that has rows, by column `by`; `rows` are all those of one setting."""
+    points = intervals.points(rows, [by], scale).rename(columns={by: "x"})
+    return [Line(look, mine) for method, look in looks.items() if len(mine := intervals.method(points, method))]
 
 
 def bare(values: Mapping[Method, "pd.Series[float]"], looks: Mapping[Method, style.Look]) -> list[Line]:
@@ -290,7 +310,7 @@ def bare(values: Mapping[Method, "pd.Series[float]"], looks: Mapping[Method, sty
 
 
 def spreads(groups: Sequence[Group]) -> list[pd.DataFrame]:
-    """Return the points of all lines, as `statistics.explain` takes them."""
+    """Return the points of all lines, as `intervals.explain` takes them."""
     panels = [panel for group in groups for panel in group.panels]
     return [line.points for panel in panels if isinstance(panel, Lines) for line in panel.lines]
 

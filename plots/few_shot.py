@@ -10,7 +10,7 @@ from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import few_shot, statistics
+from sbeval.tables import few_shot, intervals
 from sbeval.tables.statistics import Method
 
 TABLE = "few_shot"
@@ -37,7 +37,7 @@ def draw(table: pd.DataFrame) -> Figure:
         style.title(axis, title)
         spreads += _panel(axis, rows, looks)
     guess = Line2D([], [], label="guessing", color=style.MARK, marker="|", markersize=10, linestyle="")
-    note = style.with_caution(statistics.explain(spreads, "bars", "items"), chosen, looks)
+    note = style.with_caution(intervals.explain(spreads, "bars", "items"), chosen, looks)
     style.finish(figure, [*(_handle(look) for look in looks.values()), guess], note)
     return figure
 
@@ -61,7 +61,7 @@ def chart(table: pd.DataFrame) -> Chart:
         "Score in percent of each benchmark (examples in the prompt in brackets) beside that of guessing; a score "
         "whose interval includes that of guessing is no evidence. Higher is better."
     )
-    note = style.with_caution(statistics.explain(spreads, "bars", "items"), chosen, looks)
+    note = style.with_caution(intervals.explain(spreads, "bars", "items"), chosen, looks)
     return Chart("Few-shot benchmarks", sentence, groups, note)
 
 
@@ -87,12 +87,12 @@ def _panels(chosen: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 def _panel(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> list[pd.DataFrame]:
     benchmarks = list(dict.fromkeys(rows.sort_values(["task", "shots"])["benchmark"]))
     heights = {name: index for index, name in enumerate(benchmarks)}
+    points = intervals.points(rows, ["benchmark"])
     spreads = []
     for index, (method, look) in enumerate(looks.items()):
-        mine = statistics.method(rows, method)
-        if mine.empty:
+        spread = intervals.method(points, method)
+        if spread.empty:
             continue
-        spread = statistics.spread(mine, ["benchmark"])
         y = [heights[name] + 0.6 * ((index + 0.5) / len(looks) - 0.5) for name in spread["benchmark"]]
         bars = [spread["mean"] - spread["low"], spread["high"] - spread["mean"]]
         axis.errorbar(

@@ -12,11 +12,11 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Line, Lines
-from sbeval.tables import statistics
+from sbeval.tables import intervals
 from sbeval.tables.published import FLIP_FLOP as PUBLISHED_RATES
 from sbeval.tables.published import FLIP_FLOP_SOURCE
 from sbeval.tables.selection import FLIP_FLOP, flip_flop_errors
-from sbeval.tables.statistics import Method
+from sbeval.tables.statistics import Method, Scale
 from sbeval.tables.table import numbers
 
 TABLE = "flip_flop"
@@ -58,7 +58,7 @@ def draw(table: pd.DataFrame) -> Figure:
         _log(left, max(rows["value"].max(), max(max(rates.values()) for rates in PUBLISHED_RATES.values())))
     star = Line2D([], [], label=PUBLISHED_LABEL, color="0.7", **PUBLISHED)
     style.finish(
-        figure, [*(look.handle() for look in looks.values()), star], statistics.explain(spreads, "bars", "sequences")
+        figure, [*(look.handle() for look in looks.values()), star], intervals.explain(spreads, "bars", "sequences")
     )
     return figure
 
@@ -71,11 +71,11 @@ def chart(table: pd.DataFrame) -> Chart:
     groups: list[Group] = []
     spreads: list[pd.DataFrame] = []
     for title, rows in style.panels(best, FLIP_FLOP.always, FLIP_FLOP.others):
-        lines = charts.lines(rows.assign(test=rows["test"].map(TESTS)), looks, by="test", share=True)
+        lines = charts.lines(rows.assign(test=rows["test"].map(TESTS)), looks, by="test", scale=Scale.SHARE)
         both, names = lines + _published(looks), list(TESTS.values())
         panels = [Lines(title="by test set", x="test set", y=Y, lines=both, names=names, decades=True, floor=LINEAR)]
         if len(far := _of_setting(finest, rows)):
-            distances = charts.lines(_far(far), looks, share=True)
+            distances = charts.lines(_far(far), looks, scale=Scale.SHARE)
             panels.append(Lines(title="by distance", x=X, y=Y, lines=distances, decades=True, floor=LINEAR))
             lines += distances
         spreads += [line.points for line in lines]
@@ -84,7 +84,7 @@ def chart(table: pd.DataFrame) -> Chart:
         "Share of reads that do not return the bit last written, by test set, beside published rates (stars), and in "
         f"the sparse test by distance to the write. Lower is better; rates below {LINEAR:g} are drawn there."
     )
-    note = statistics.explain(spreads, "bars and bands", "sequences")
+    note = intervals.explain(spreads, "bars and bands", "sequences")
     return Chart("Flip-flop language", sentence, groups, f"{note} Stars: {PUBLISHED_LABEL}.")
 
 
@@ -125,9 +125,10 @@ def _tests(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> l
     style.label(axis, "test set", Y)
     others = [name for name in PUBLISHED_RATES if all(name != method for method, _ in looks)]
     width = 0.8 / (len(looks) + len(others))
+    points = intervals.points(rows, ["test"], Scale.SHARE)
     spreads = []
     for index, (method, look) in enumerate(looks.items()):
-        spread = statistics.spread(statistics.method(rows, method), ["test"])
+        spread = intervals.method(points, method)
         spread = spread.set_index("test").reindex(list(TESTS)).dropna()
         x = np.array([list(TESTS).index(str(test)) for test in spread.index]) - 0.4 + (index + 0.5) * width
         style.bars(axis, x, spread, look, width=1.2)

@@ -12,7 +12,7 @@ from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import statistics
+from sbeval.tables import intervals
 from sbeval.tables.selection import dense_kernels
 
 TABLE = "kernel"
@@ -49,7 +49,7 @@ def draw(table: pd.DataFrame) -> Figure:
             of_step = rows[(rows["head_dim"] == size) & (rows["step"] == step)]
             axis.set_xscale("log", base=2)
             for method, look in looks.items():
-                line = best(statistics.method(of_step, method), "queries")
+                line = best(intervals.method(of_step, method), "queries")
                 axis.plot(line.index, line, label=look.label, **look.line())
             axis.set_ylim(0, 1.1 * max(of_step["value"].max(), 1))
             style.ticks(axis, sorted(of_step["queries"].unique()))
@@ -67,7 +67,7 @@ def chart(table: pd.DataFrame) -> Chart:
         panels = []
         for step, text in STEPS.items():
             of_step = rows[(rows["head_dim"] == size) & (rows["step"] == step)]
-            speeds = {method: best(statistics.method(of_step, method), "queries") for method in looks}
+            speeds = {method: best(intervals.method(of_step, method), "queries") for method in looks}
             if lines := charts.bare(speeds, looks):
                 panels.append(Lines(title=NAMES[step], x="tokens of a sequence", y=text, lines=lines, from_zero=True))
         groups.append(Group(f"Heads of size {size:g}", panels))

@@ -11,7 +11,7 @@ from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import kernel, style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import statistics
+from sbeval.tables import intervals
 from sbeval.tables.selection import dense_kernels
 
 TABLE = kernel.TABLE
@@ -28,7 +28,7 @@ def draw(table: pd.DataFrame) -> Figure:
     for axis, (step, text) in zip(axes, kernel.STEPS.items(), strict=True):
         style.label(axis, text, "relative error of the output")
         for method, look in looks.items():
-            of_method = statistics.method(rows[rows["step"] == step], method)
+            of_method = intervals.method(rows[rows["step"] == step], method)
             for size, point in of_method.groupby("head_dim"):
                 shape = {"linestyle": "none", "markersize": sizes[float(str(size))]}
                 axis.plot(point["throughput"], point["error"], **look.line() | shape)
@@ -52,7 +52,7 @@ def chart(table: pd.DataFrame) -> Chart:
         panels = []
         for step, text in kernel.STEPS.items():
             of_step = of_size[of_size["step"] == step]
-            errors = {method: statistics.method(of_step, method).set_index("throughput")["error"] for method in looks}
+            errors = {method: intervals.method(of_step, method).set_index("throughput")["error"] for method in looks}
             points = charts.bare(errors, looks)
             panel = Lines(
                 title=kernel.NAMES[step],

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import statistics
-from sbeval.tables.selection import LENGTH_GEN, by_context
+from sbeval.tables import intervals, statistics
+from sbeval.tables.selection import LENGTH_GEN, by_context, length_gen_setting
 from sbeval.tables.statistics import Method
 
 TABLE = "length_gen"
@@ -58,6 +58,7 @@ class Scale:
 
     x: str
     y: str
+    values: statistics.Scale
     wide: Callable[[float, float], bool]
     ceiling: Callable[[float], float]
 
@@ -71,7 +72,11 @@ class Scale:
 
 
 SCALE = Scale(
-    "context length (tokens)", "perplexity (per token)", lambda low, high: high > WIDE * low, lambda best: SHOWN * best
+    "context length (tokens)",
+    "perplexity (per token)",
+    statistics.Scale.LOG,
+    lambda low, high: high > WIDE * low,
+    lambda best: SHOWN * best,
 )
 
 
@@ -96,38 +101,45 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
     A line that leaves its panel is named below.
     """
     columns = groups(table)
-    rows = style.panels(table, LENGTH_GEN.always, LENGTH_GEN.others)
+    rows = _rows(table)
     figure, axes = style.grid(len(rows), len(columns))
     spreads: list[pd.DataFrame] = []
     beyond: dict[str, None] = {}
     for (title, of_row), line in zip(rows, axes, strict=True):
         style.title(line[0], title)
         top = scale.top(of_row)
+        points = intervals.points(of_row, ["x"], scale.values)
         for axis, column in zip(line, columns, strict=True):
-            lines = _lines(axis, of_row, column)
+            lines = _lines(axis, of_row, points, column)
             spreads += lines.values()
-            beyond |= {column.looks[name].label: None for name, spread in lines.items() if spread["high"].max() > top}
+            beyond |= {column.looks[name].label: None for name, spread in lines.items() if spread["mean"].max() > top}
             if axis.axison and scale.decades(of_row):
                 style.decades(axis)
         if top < math.inf:
-            line[0].set_ylim(top=top)
+            line[0].set_ylim(0.98 * _lowest(points, top), top)
         for axis in line:
             style.label(axis, scale.x if line is axes[-1] else "", scale.y if axis is line[0] else "")
     for axis, column in zip(axes[0], columns, strict=True):
         style.column(axis, column.title, [look.handle() for look in column.looks.values()], axes[0][0])
     cut = f" {', '.join(beyond)} {'leaves' if len(beyond) == 1 else 'leave'} the panels." if beyond else ""
-    note = statistics.explain(spreads, "bands", "documents") + cut
+    note = intervals.explain(spreads, "bands", "documents") + cut
     style.note_below(figure, style.with_caution(note, table, _names(columns)))
     return figure
+
+
+def _lowest(points: pd.DataFrame, top: float) -> float:
+    """Return the lowest end of a band; of a method that leaves the panel at `top`, the lowest mean."""
+    inside = points.groupby(["attention", "options"])["high"].transform("max") <= top
+    return float(points["low"].where(inside, points["mean"]).min())
 
 
 def panel_groups(table: pd.DataFrame, scale: Scale) -> list[Group]:
     """Return what `panels` draws as interactive panels: a group for each, with a legend of its own."""
     columns = groups(table)
     drawn = []
-    for title, rows in style.panels(table, LENGTH_GEN.always, LENGTH_GEN.others):
+    for title, rows in _rows(table):
         for column in columns:
-            lines = charts.lines(rows, column.looks)
+            lines = charts.lines(rows, column.looks, scale=scale.values)
             if not {line.look.label for line in lines} & {look.label for look in column.own.values()}:
                 continue
             marks = [int(rows["train_len"].iloc[0])]
@@ -144,9 +156,15 @@ def panel_groups(table: pd.DataFrame, scale: Scale) -> list[Group]:
     return drawn
 
 
+def _rows(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Return title and rows of each row of panels."""
+    setting = length_gen_setting(table)
+    return style.panels(table, setting.always, setting.others)
+
+
 def explained(drawn: list[Group], table: pd.DataFrame) -> str:
     """Explain the bands of these panels, and name the models that overfit."""
-    note = statistics.explain(charts.spreads(drawn), "bands", "documents")
+    note = intervals.explain(charts.spreads(drawn), "bands", "documents")
     return style.with_caution(note, table, _names(groups(table)))
 
 
@@ -207,22 +225,21 @@ def _shades(ranks: dict[Method, tuple[str, float, str]]) -> dict[Method, style.L
     }
 
 
-def _lines(axis: Axes, rows: pd.DataFrame, column: Column) -> dict[Method, pd.DataFrame]:
-    """Draw a line and a band for each method and return their spreads; hide a panel without rows of its own."""
-    lines = {method: mine for method in column.looks if len(mine := statistics.method(rows, method))}
+def _lines(axis: Axes, rows: pd.DataFrame, points: pd.DataFrame, column: Column) -> dict[Method, pd.DataFrame]:
+    """Draw a line and a band for each method and return their points; hide a panel without rows of its own."""
+    lines = {method: mine for method in column.looks if len(mine := intervals.method(points, method))}
     if not lines.keys() & column.own.keys():
         axis.set_axis_off()
         return {}
     train_len = int(rows["train_len"].iloc[0])
-    spreads = {}
-    for index, (method, mine) in enumerate(lines.items()):
-        spread, look = statistics.spread(mine, ["x"]), column.looks[method]
-        # markers on some of many points only, at other points for each method
+    for index, (method, spread) in enumerate(lines.items()):
+        look = column.looks[method]
+        # markers and seeds on some of many points only, at other points for each method
         every = math.ceil(len(spread) / MARKED) or 1
         marked = (index * every // len(lines), every)
         axis.plot(spread["x"], spread["mean"], label=look.label, markevery=marked, **look.line())
         axis.fill_between(spread["x"], spread["low"], spread["high"], color=look.colour, alpha=0.2, linewidth=0)
-        spreads[method] = spread
+        style.seeds(axis, spread["x"][marked[0] :: every], spread[marked[0] :: every], look)
     style.octaves(axis, min(rows["x"].min(), train_len), max(rows["end"].max(), train_len), train_len, most=6)
     style.training_length(axis, train_len)
-    return spreads
+    return lines

@@ -14,7 +14,8 @@ from sbeval.errors import InputError
 from sbeval.plots import length_gen
 from sbeval.plots.chart import Chart
 from sbeval.plots.length_gen import TABLE
-from sbeval.tables.selection import LENGTH_GEN
+from sbeval.tables.selection import LENGTH_GEN, length_gen_setting
+from sbeval.tables.statistics import Scale
 from sbeval.tables.table import numbers
 
 FACTORS = ("position_start", "position_end")
@@ -25,6 +26,7 @@ FIRST_SHOWN = 1 / 16
 SCALE = length_gen.Scale(
     "position in the document (tokens)",
     "loss (nats per token)",
+    Scale.LINEAR,
     lambda *_: False,
     lambda best: best + math.log(length_gen.SHOWN),
 )
@@ -59,7 +61,7 @@ def _plotted(table: pd.DataFrame) -> pd.DataFrame:
 
 def smoothed(table: pd.DataFrame) -> pd.DataFrame:
     """Average `value` over each bin and its neighbours; `stderr` likewise, as if neighbours were fully correlated."""
-    lines = ["attention", "options", "seed", *LENGTH_GEN.columns]
+    lines = ["attention", "options", "seed", *length_gen_setting(table).columns]
     rows = table.sort_values([*lines, "position_start"])
     past = rows["position_start"] > rows["train_len"]
     keys = [rows[name] for name in lines] + [past]

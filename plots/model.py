@@ -8,7 +8,7 @@ from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import statistics
+from sbeval.tables import intervals
 from sbeval.tables.statistics import Method
 
 TABLE = "model"
@@ -85,4 +85,4 @@ def _settings(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def _line(rows: pd.DataFrame, step: str, method: Method) -> "pd.Series[float]":
     """Return tokens per second by model, the smallest first."""
-    return statistics.method(rows[rows["step"] == step], method).groupby("model", sort=False)["value"].max()
+    return intervals.method(rows[rows["step"] == step], method).groupby("model", sort=False)["value"].max()

@@ -14,9 +14,9 @@ from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import statistics
+from sbeval.tables import intervals
 from sbeval.tables.selection import MQRAR, recall_accuracy, recall_setting
-from sbeval.tables.statistics import Method
+from sbeval.tables.statistics import Method, Scale
 
 TABLE = "mqrar"
 # columns that titles always name where settings differ in them
@@ -46,7 +46,7 @@ def draw(table: pd.DataFrame) -> Figure:
         style.title(left, title)
         spreads += _overall(left, rows[rows["split"] == "all"], looks, x)
         spreads += _pairs(right, rows[rows["split"].isin(list(KINDS))], looks, x)
-    note = statistics.explain(spreads, "bars", "sequences") + _ended(table, drawn)
+    note = intervals.explain(spreads, "bars", "sequences") + _ended(table, drawn)
     style.finish(figure, [look.handle() for look in looks.values()], note)
     return figure
 
@@ -61,14 +61,14 @@ def chart(table: pd.DataFrame) -> Chart:
         panels = [
             Lines(title=name, x=AXES[x], y="accuracy", lines=lines, levels=chance)
             for split, name in ({"all": "all queries"} | KINDS).items()
-            if (lines := charts.lines(rows[rows["split"] == split], looks, by=x, share=True))
+            if (lines := charts.lines(rows[rows["split"] == split], looks, by=x, scale=Scale.SHARE))
         ]
         groups.append(Group(title, panels))
     sentence = (
         "Share of queries for which the latest value of the key is returned (1 is all), by the number of key-value "
         "pairs in the sequence. What older values of a key cost is the difference between fresh and stale."
     )
-    note = statistics.explain(charts.spreads(groups), "bars and bands", "sequences") + _ended(table, drawn)
+    note = intervals.explain(charts.spreads(groups), "bars and bands", "sequences") + _ended(table, drawn)
     return Chart("Associative recall by number of pairs", sentence, groups, note)
 
 
@@ -107,9 +107,10 @@ def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, str]]:
 def _overall(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look], x: str) -> list[pd.DataFrame]:
     style.label(axis, AXES[x], "accuracy (all queries)")
     counts = sorted(rows[x].unique())
+    points = intervals.points(rows, [x], Scale.SHARE)
     spreads = []
     for index, (method, look) in enumerate(looks.items()):
-        spread = statistics.spread(statistics.method(rows, method), [x])
+        spread = intervals.method(points, method)
         # with a single number of pairs the methods would overlap
         at = spread[x] * 2 ** (_dodge(index, len(looks)) if len(counts) == 1 else 0)
         style.bars(axis, at, spread, look)
@@ -134,10 +135,10 @@ def _pairs(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look], x: s
     style.label(axis, AXES[x], "accuracy (fresh, stale)")
     counts = sorted(rows[x].unique())
     half = 0.2 / len(looks)
+    points = intervals.points(rows, [x, "split"], Scale.SHARE)
     spreads = []
     for index, (method, look) in enumerate(looks.items()):
-        for count, both in statistics.method(rows, method).groupby(x):
-            spread = statistics.spread(both, ["split"])
+        for count, spread in intervals.method(points, method).groupby(x):
             middle = counts.index(count) + _dodge(index, len(looks))
             ats = spread["split"].map({"fresh": middle - half, "stale": middle + half})
             axis.plot(ats, spread["mean"], color=look.colour, linewidth=1.0, zorder=2)

@@ -15,9 +15,9 @@ from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import mqrar, style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import statistics
+from sbeval.tables import intervals
 from sbeval.tables.selection import recall_accuracy
-from sbeval.tables.statistics import Method
+from sbeval.tables.statistics import Method, Scale
 from sbeval.tables.table import numbers
 
 TABLE = "mqrar"
@@ -63,7 +63,7 @@ def draw(table: pd.DataFrame) -> Figure:
                 style.octaves(
                     lower, far["distance_start"].min(), far["distance_end"].max(), far["distance_start"].min()
                 )
-    note = statistics.explain(spreads, "bands", "sequences")
+    note = intervals.explain(spreads, "bands", "sequences")
     if len(settings) < len(every) or any(rows[x].nunique() > MOST_COLUMNS for _, rows, x in settings):
         note += " Not all settings and sizes: the page (--format html) has all, and --where selects others."
     style.finish(figure, [look.handle() for look in looks.values()], note)
@@ -87,14 +87,14 @@ def chart(table: pd.DataFrame) -> Chart:
             Lines(title=f"{VARIED[x].format(varied)}: {name}", x=name, y="accuracy", lines=lines, octaves=octaves)
             for varied, part in rows.groupby(x)
             for name, points, octaves in ((AGE, _older(part), False), (DISTANCE, _far(part), True))
-            if (lines := charts.lines(points[points["n"] >= FEWEST], looks, share=True))
+            if (lines := charts.lines(points[points["n"] >= FEWEST], looks, scale=Scale.SHARE))
         ]
         groups.append(Group(title, panels))
     sentence = (
         "Share of queries answered rightly (1 is all), by how many values the key had before and by how many positions "
         "back the answer is."
     )
-    note = statistics.explain(charts.spreads(groups), "bands", "sequences")
+    note = intervals.explain(charts.spreads(groups), "bands", "sequences")
     return Chart("Associative recall by what makes a query hard", sentence, groups, note)
 
 

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import statistics
+from sbeval.tables import intervals
 from sbeval.tables.selection import NEEDLE, NEEDLE_SAME, mean_over_tasks, needle_scores, shared_tasks
-from sbeval.tables.statistics import Method
+from sbeval.tables.statistics import Method, Scale
 
 TABLE = "needle"
 COLUMNS = ("cell", "value", "stderr", "n", "depth_start", *NEEDLE_SAME)
@@ -40,7 +40,7 @@ def draw(table: pd.DataFrame) -> Figure:
             spreads += _lines(axis, task, part, looks, first=column % ACROSS == 0)
         for axis in panels[len(parts) :]:
             axis.set_axis_off()
-    note = style.with_caution(statistics.explain(spreads, "bars", "samples"), table, looks)
+    note = style.with_caution(intervals.explain(spreads, "bars", "samples"), table, looks)
     style.finish(figure, [look.handle() for look in looks.values()], note)
     return figure
 
@@ -55,14 +55,14 @@ def chart(table: pd.DataFrame) -> Chart:
         panels = [
             Lines(title=task, x="length (tokens)", y="score", lines=lines, marks=marks)
             for task, part in _parts(some)
-            if (lines := charts.lines(part, looks, by="length", share=True))
+            if (lines := charts.lines(part, looks, by="length", scale=Scale.SHARE))
         ]
         groups.append(Group(title, panels))
     sentence = (
         "Share of what was hidden in a text that is retrieved (1 is all), by the length of text and answer in "
         "tokens, for each of RULER's tasks and as the mean of them. Higher is better."
     )
-    note = style.with_caution(statistics.explain(charts.spreads(groups), "bands", "samples"), table, looks)
+    note = style.with_caution(intervals.explain(charts.spreads(groups), "bands", "samples"), table, looks)
     return Chart("Needles in haystacks", sentence, groups, note)
 
 
@@ -90,9 +90,10 @@ def _lines(
     axis: Axes, task: str, some: pd.DataFrame, looks: dict[Method, style.Look], *, first: bool
 ) -> list[pd.DataFrame]:
     style.subtitle(axis, task)
+    points = intervals.points(some, ["length"], Scale.SHARE)
     spreads = []
     for method, look in looks.items():
-        spread = statistics.spread(statistics.method(some, method), ["length"])
+        spread = intervals.method(points, method)
         if spread.empty:
             continue
         style.bars(axis, spread["length"], spread, look)

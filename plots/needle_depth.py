@@ -11,7 +11,7 @@ from sbeval.errors import InputError
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Heat
 from sbeval.plots.needle import METRICS, TABLE, settings
-from sbeval.tables import statistics
+from sbeval.tables import intervals
 from sbeval.tables.selection import NEEDLE_SAME, most_samples, shared_tasks
 from sbeval.tables.table import numbers
 
@@ -34,7 +34,7 @@ def draw(table: pd.DataFrame) -> Figure:
     for row, (title, some) in enumerate(grids):
         for column, (method, look) in enumerate(looks.items()):
             axis = axes[row][column]
-            _map(axis, statistics.method(some, method), look.label, first=column == 0)
+            _map(axis, intervals.method(some, method), look.label, first=column == 0)
         style.title(axes[row][0], title)
     colours = ScalarMappable(Normalize(0, 1), COLOURS)
     bar = figure.colorbar(colours, ax=[axis for line in axes for axis in line], fraction=0.04, pad=0.02)
@@ -54,7 +54,7 @@ def chart(table: pd.DataFrame) -> Chart:
             [
                 Heat(title=look.label, x="length (tokens)", y="depth (%)", value="score", table=_pivot(mine))
                 for method, look in looks.items()
-                if len(mine := statistics.method(some, method))
+                if len(mine := intervals.method(some, method))
             ],
         )
         for title, some in settings(table)

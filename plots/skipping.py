@@ -11,7 +11,7 @@ from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import statistics
+from sbeval.tables import intervals
 
 TABLE = "skipping"
 COLUMNS = (
@@ -51,7 +51,7 @@ def draw(table: pd.DataFrame) -> Figure:
             style.subtitle(axis, _name(step, batch))
             chosen = of_model[(of_model["step"] == step) & (of_model["batch"] == batch)]
             for method, look in looks.items():
-                of_method = statistics.method(chosen, method)
+                of_method = intervals.method(chosen, method)
                 axis.plot(of_method["keys"], of_method["value"], **look.line())
             style.octaves(axis, chosen["keys"].min(), chosen["keys"].max(), chosen["keys"].max(), most=4)
             if _wide(chosen):
@@ -71,7 +71,7 @@ def chart(table: pd.DataFrame) -> Chart:
         panels = []
         for step, batch in _panels(of_model):
             chosen = of_model[(of_model["step"] == step) & (of_model["batch"] == batch)]
-            times = {method: statistics.method(chosen, method).set_index("keys")["value"] for method in looks}
+            times = {method: intervals.method(chosen, method).set_index("keys")["value"] for method in looks}
             x, y = LABELS[step]
             lines = charts.bare(times, looks)
             panels.append(Lines(title=_name(step, batch), x=x, y=y, lines=lines, decades=_wide(chosen)))

@@ -17,9 +17,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from sbeval.tables import epochs, mqrar, needle, statistics
+from sbeval.tables import epochs, intervals, mqrar, needle
+from sbeval.tables.intervals import FEW
 from sbeval.tables.rows import Identity, Provenance, labels
-from sbeval.tables.statistics import Method
+from sbeval.tables.statistics import Method, Scale
 
 # the position in this table fixes a method's colour, marker and dashes in every figure
 NAMES = {
@@ -201,21 +202,33 @@ def subtitle(axis: Axes, text: str) -> None:
     )
 
 
-def bars(axis: Axes, x: Any, spread: pd.DataFrame, look: Look, width: float = 1.0) -> None:
-    """Draw a spread as vertical bars, clipped to 0 and 1: values are shares."""
-    axis.vlines(x, spread["low"].clip(lower=0), spread["high"].clip(upper=1), color=look.colour, linewidth=width)
+def bars(axis: Axes, x: Any, points: pd.DataFrame, look: Look, width: float = 1.0) -> None:
+    """Draw the intervals of points (see `intervals.points`) as vertical bars, and their seeds as dots."""
+    axis.vlines(x, points["low"], points["high"], color=look.colour, linewidth=width)
+    seeds(axis, x, points, look)
+
+
+def seeds(axis: Axes, x: Any, points: pd.DataFrame, look: Look) -> None:
+    """Draw each seed of points that have few as a dot."""
+    few = [(at, value) for at, each in zip(x, points["each"], strict=True) if 1 < len(each) <= FEW for value in each]
+    if few:
+        at, values = zip(*few, strict=True)
+        axis.scatter(at, values, s=5, color=look.colour, alpha=0.6, linewidths=0, zorder=2)
 
 
 def bands(axis: Axes, rows: pd.DataFrame, looks: dict[Method, Look]) -> list[pd.DataFrame]:
-    """Draw a line of `value` by `x` and a band, clipped to 0 and 1, for each method; return their spreads."""
-    spreads = []
+    """Draw a line of `value`, a share, by `x` and a band for each method; return their points."""
+    points = intervals.points(rows, ["x"], Scale.SHARE)
+    drawn = []
     for of, look in looks.items():
-        spread = statistics.spread(statistics.method(rows, of), ["x"])
-        axis.plot(spread["x"], spread["mean"], label=look.label, **look.line())
-        low, high = spread["low"].clip(lower=0), spread["high"].clip(upper=1)
-        axis.fill_between(spread["x"], low, high, color=look.colour, alpha=0.2, linewidth=0)
-        spreads.append(spread)
-    return spreads
+        mine = intervals.method(points, of)
+        if mine.empty:
+            continue
+        axis.plot(mine["x"], mine["mean"], label=look.label, **look.line())
+        axis.fill_between(mine["x"], mine["low"], mine["high"], color=look.colour, alpha=0.2, linewidth=0)
+        seeds(axis, mine["x"], mine, look)
+        drawn.append(mine)
+    return drawn
 
 
 def finish(figure: Figure, handles: Sequence[Any], note: str) -> None:

@@ -9,7 +9,7 @@ torch is imported by the functions that compute with it, pandas with this module
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -17,7 +17,7 @@ import pandas as pd
 
 from sbeval import registry
 from sbeval.errors import InputError
-from sbeval.tables import provenance, selection, statistics
+from sbeval.tables import curves, intervals, provenance, selection, values
 from sbeval.tables.results import Results
 from sbeval.tables.table import read
 
@@ -54,6 +54,14 @@ class ResultTables(Mapping[str, pd.DataFrame]):
     def run_file(self, cell: str) -> dict[str, Any]:
         """Return the run file of a row's `cell`: its whole configuration, versions and measurements."""
         return provenance.read_run(Results(self.folder).run_file(cell))
+
+    def values(self, cells: Iterable[str]) -> pd.DataFrame:
+        """Return the values of each document, item or prompt behind the rows of cells: see docs/results-folder.md."""
+        return values.read(Results(self.folder), cells)
+
+    def curves(self, cells: Iterable[str]) -> pd.DataFrame:
+        """Return losses and scores by training step of cells: columns cell, metric, step, value."""
+        return curves.read(Results(self.folder), cells)
 
 
 def load_results(folder: str | Path = "results") -> ResultTables:
@@ -211,10 +219,11 @@ def _panel(table: pd.DataFrame, family: str, x: str | None, axes: "Axes") -> "Ax
         raise InputError(f"a panel has rows of one metric; the table has {', '.join(metrics)}: select one of them")
     else:
         rows = table[table[x].notna()]
+    points = intervals.points(rows, [x], intervals.scale_of(str(rows["metric"].iloc[0])))
     for method, look in style.looks(rows).items():
-        points = statistics.spread(statistics.method(rows, method), [x])
-        axes.plot(points[x], points["mean"], label=look.label, **look.line())
-        axes.fill_between(points[x], points["low"], points["high"], color=look.colour, alpha=0.2, linewidth=0)
+        mine = intervals.method(points, method)
+        axes.plot(mine[x], mine["mean"], label=look.label, **look.line())
+        axes.fill_between(mine[x], mine["low"], mine["high"], color=look.colour, alpha=0.2, linewidth=0)
     style.label(axes, x.replace("_", " "), str(rows["metric"].iloc[0]).replace("_", " "))
     axes.legend(frameon=False)
     return axes

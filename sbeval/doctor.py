@@ -16,18 +16,17 @@ import platformdirs
 import torch
 
 from sbeval import registry
-from sbeval.errors import InputError, first_line
+from sbeval.errors import first_line
 from sbeval.evaluation import perplexity
-from sbeval.kernels import stick_breaking
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder, n_parameters
-from sbeval.runtime import device
+from sbeval.runtime import device as devices
 from sbeval.sweep import scheduler
 from sbeval.sweep.graph import steps
 from sbeval.tables import provenance
 from sbeval.tasks import attention_map, length_gen, length_gen_losses
 from sbeval.training.config import TrainConfig
-from sbeval.training.text_model import likely_vocabulary
+from sbeval.training.text_model import EvaluatedModel, likely_vocabulary
 
 # module, name on PyPI, purpose
 PACKAGES = (
@@ -65,20 +64,20 @@ class Report:
     able: bool
 
 
-def examine(place: torch.device, results_dir: Path) -> Report:
-    """Build the report, with memory and times of `place`. Takes some seconds, mostly for imports."""
-    free, total = memory(place)
-    methods, presets = list(_methods(place)), list(_presets(place, int(USABLE * free)))
-    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+def examine(device: torch.device, results_dir: Path) -> Report:
+    """Build the report, with memory and times of `device`. Takes some seconds, mostly for imports."""
+    free, total = memory(device)
+    methods, presets = list(_methods(device)), list(_presets(device, int(USABLE * free)))
+    all_devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     return Report(
         [
             Section("Versions", ("package", "version"), list(_versions())),
-            Section("Devices", ("device", "name", "free GiB", "of", "TFLOP/s"), [_device(one) for one in devices]),
-            Section(f"Attention on {place}", ("method", "backend", "runs"), [*methods, _hopper(place)]),
+            Section("Devices", ("device", "name", "free GiB", "of", "TFLOP/s"), [_device(one) for one in all_devices]),
+            Section(f"Attention on {device}", ("method", "backend", "runs"), [*methods]),
             Section("Optional packages", ("package", "here", "what for"), [_package(*each) for each in PACKAGES]),
             Section("Folders", ("folder", "path", "free GiB"), list(_folders(results_dir))),
             Section(
-                f"Presets on {place} ({free / GIB:.1f} of {total / GIB:.1f} GiB free; memory and time are estimates)",
+                f"Presets on {device} ({free / GIB:.1f} of {total / GIB:.1f} GiB free; memory and time are estimates)",
                 ("family", "preset", "model", "training GiB", "evaluation GiB", "verdict", "time"),
                 presets,
             ),
@@ -87,10 +86,10 @@ def examine(place: torch.device, results_dir: Path) -> Report:
     )
 
 
-def memory(place: torch.device) -> tuple[int, int]:
+def memory(device: torch.device) -> tuple[int, int]:
     """Return free and total memory of a device in bytes; for a CPU free is what the system reports as available."""
-    if place.type == "cuda":
-        free, total = torch.cuda.mem_get_info(place)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
         return int(free), int(total)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     info = Path("/proc/meminfo")
@@ -150,37 +149,26 @@ def _versions() -> Iterator[tuple[str, ...]]:
     yield "CUDA of torch", str(torch.version.cuda or "none")
 
 
-def _device(place: torch.device) -> tuple[str, ...]:
-    free, total = memory(place)
-    dtype = device.pick_dtype(None, place)
-    speed = f"{device.measured_flops(place, dtype) / 1e12:.2f} in {dtype}"
-    return str(place), device.describe(place), f"{free / GIB:.1f}", f"{total / GIB:.1f}", speed
+def _device(device: torch.device) -> tuple[str, ...]:
+    free, total = memory(device)
+    dtype = devices.pick_dtype(None, device)
+    speed = f"{devices.measured_flops(device, dtype) / 1e12:.2f} in {dtype}"
+    return str(device), devices.describe(device), f"{free / GIB:.1f}", f"{total / GIB:.1f}", speed
 
 
-def _methods(place: torch.device) -> Iterator[tuple[str, ...]]:
+def _methods(device: torch.device) -> Iterator[tuple[str, ...]]:
     """Run a forward and backward pass of a small model of each method."""
     for name in registry.ATTENTION:
         shape = ModelConfig(vocab_size=64, width=64, layers=1, heads=1, hidden=64, attention=name)
-        tokens = torch.arange(64, device=place)[None]
+        tokens = torch.arange(64, device=device)[None]
         try:
-            with device.autocast(place, device.pick_dtype(None, place)):
-                Decoder(shape).to(place).loss(tokens, tokens).backward()
+            with devices.autocast(device, devices.pick_dtype(None, device)):
+                Decoder(shape).to(device).loss(tokens, tokens).backward()
             runs = "yes"
         # raised if a kernel does not fit or a compiler is missing
         except (RuntimeError, ImportError, OSError) as error:
             runs = f"no: {first_line(error)}"
-        yield name, registry.method(name).backend_name(place.type), runs
-
-
-def _hopper(place: torch.device) -> tuple[str, ...]:
-    """Run the Hopper kernels of stick-breaking, selected by name."""
-    q = torch.randn(1, 64, 1, 64, device=place, dtype=torch.bfloat16, requires_grad=True)
-    try:
-        stick_breaking.attention(q, q, q, backend="triton-hopper")[0].sum().backward()
-        runs = "yes"
-    except (InputError, RuntimeError, ImportError, OSError) as error:
-        runs = f"no: {first_line(error)}"
-    return "stick_breaking", "triton-hopper", runs
+        yield name, registry.method(name).backend_name(device.type), runs
 
 
 def _package(module: str, name: str, use: str) -> tuple[str, ...]:
@@ -208,16 +196,16 @@ def _folders(results_dir: Path) -> Iterator[tuple[str, ...]]:
         yield name, f"{path}{writable}", f"{shutil.disk_usage(existing).free / GIB:.1f}"
 
 
-def _presets(place: torch.device, free: int) -> Iterator[tuple[str, ...]]:
-    dtype = device.pick_dtype(None, place)
-    speeds = {dtype: device.measured_flops(place, dtype)}
+def _presets(device: torch.device, free: int) -> Iterator[tuple[str, ...]]:
+    dtype = devices.pick_dtype(None, device)
+    speeds = {dtype: devices.measured_flops(device, dtype)}
     for family in registry.TASKS:
         task = registry.task(family)
         for name, preset in task.presets.items():
             config: Any = dataclasses.replace(preset, dtype=dtype)
             # few-shot: the time of training alone, without opening lm-eval's tasks
             cells: Any = length_gen.cells(config) if family == "few_shot" else task.cells(config)
-            sizes = [_sizes(cell.config, cell, place) for cell in cells]
+            sizes = [_sizes(cell.config, cell, device) for cell in cells]
             shape, training, tokens, option = max(
                 sizes, key=lambda one: _training(one[0], one[1], one[1].micro_batch or one[1].batch)
             )
@@ -229,16 +217,21 @@ def _presets(place: torch.device, free: int) -> Iterator[tuple[str, ...]]:
                 f"{whole / GIB:.2f}",
                 f"{evaluation_bytes(shape, tokens, dtype) / GIB:.2f}",
                 verdict(shape, training, tokens, free, option),
-                scheduler.in_words(sum(scheduler.seconds(steps(cells), speeds, place))),
+                scheduler.in_words(sum(scheduler.seconds(steps(cells), speeds, device))),
             )
 
 
-def _sizes(config: Any, cell: Any, place: torch.device) -> tuple[ModelConfig, TrainConfig, int, str]:
+def _sizes(config: Any, cell: Any, device: torch.device) -> tuple[ModelConfig, TrainConfig, int, str]:
     """Return model, training, tokens of a forward pass in evaluation, and the flag for those in training."""
-    if isinstance(config, length_gen.Config):
-        one = length_gen.Cell(config=config)
+    if isinstance(config, EvaluatedModel):
+        options: Any = config
+        # of which only the model and its training are asked for, the same in all families
+        one = length_gen.Cell(config=options)
         longest = max(
-            config.eval_len, *config.rolling, *getattr(config, "lengths", ()), length_gen_losses.EVAL_TOKENS[place.type]
+            *(getattr(config, name, 0) for name in ("eval_len", "longest")),
+            *getattr(config, "rolling", ()),
+            *getattr(config, "lengths", ()),
+            length_gen_losses.EVAL_TOKENS[device.type],
         )
         shape = one.model(likely_vocabulary(config.tokenizer))
         return shape, one.training(), longest, "--micro-batch-tokens"

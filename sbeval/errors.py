@@ -1,9 +1,13 @@
 """Errors that a user can fix: one line that names what was given and what is allowed."""
 
 import difflib
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 SEEDS = range(1 << 31)
+# characters of a library's message that are shown
+SHOWN = 300
 
 
 class InputError(ValueError):
@@ -15,9 +19,9 @@ def choose(kind: str, given: str, options: Iterable[str]) -> str:
     names = sorted(options)
     if given in names:
         return given
-    nearest = difflib.get_close_matches(given.replace("-", "_"), names, n=1)
+    nearest = difflib.get_close_matches(given[:SHOWN].replace("-", "_"), names, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise InputError(f"unknown {kind} {given!r}; {hint}known: {', '.join(names)}")
+    raise InputError(f"unknown {kind} {shown(given)!r}; {hint}known: {', '.join(names)}")
 
 
 def check_swept(config: object, *names: str) -> None:
@@ -32,3 +36,35 @@ def check_swept(config: object, *names: str) -> None:
 def first_line(error: BaseException) -> str:
     """Return the first line of a library's error message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def reason(error: BaseException) -> str:
+    """Return a library's error message as one short line; of an error of the system its words alone."""
+    words = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return textwrap.shorten(str(words), SHOWN, placeholder=" ...")
+
+
+def shown(text: str) -> str:
+    """Return a text, cut where it is too long for a line."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+@contextmanager
+def reading(what: object, *kinds: type[BaseException]) -> Iterator[None]:
+    """Convert what a file or stream from outside can raise while the block reads it, to an InputError that names it.
+
+    These are errors of the system, an early end, text of another encoding, values of another kind, and `kinds`: those
+    of the library that reads it.
+    """
+    raised: tuple[type[BaseException], ...] = (OSError, EOFError, ValueError, OverflowError, RecursionError, *kinds)
+    try:
+        yield
+    except InputError:
+        raise
+    except raised as error:
+        raise InputError(f"cannot read {what}: {reason(error)}") from None
+
+
+def spelled(name: str) -> str:
+    """Return the name of a file as text: bytes that are not UTF-8 as in `caf\\xe9`."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")

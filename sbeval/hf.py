@@ -33,7 +33,7 @@ from sbeval.errors import InputError, first_line
 from sbeval.models.config import ModelConfig, padded_vocabulary
 from sbeval.models.decoder import Decoder
 from sbeval.models.kv_cache import Cache
-from sbeval.runtime.files import new_folder, storing
+from sbeval.runtime.files import new_folder, readable_as_others, storing
 from sbeval.training import checkpoint
 
 
@@ -306,6 +306,8 @@ def export(folder: Path, out: Path, tokenizer: Tokenizer | None, *, code: bool =
             hf_card.write_card(partial, decoder.config, train_len=train_len, tokenizer=name, code=code)
         except SafetensorError as error:
             raise OSError(first_line(error)) from None
+        for path in partial.glob("*.safetensors"):
+            readable_as_others(path)
 
 
 AutoConfig.register(SbevalConfig.model_type, SbevalConfig)

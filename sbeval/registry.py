@@ -33,6 +33,7 @@ ATTENTION = {
 }
 TASKS = {
     "attention_map": "sbeval.tasks.attention_map",
+    "diagnostics": "sbeval.tasks.diagnostics",
     "few_shot": "sbeval.tasks.few_shot",
     "flip_flop": "sbeval.tasks.flip_flop",
     "length_gen": "sbeval.tasks.length_gen",
@@ -41,7 +42,9 @@ TASKS = {
 }
 FIGURES = {
     "attention_map": "sbeval.plots.attention_map",
+    "diagnostics": "sbeval.plots.diagnostics",
     "few_shot": "sbeval.plots.few_shot",
+    "fixed_targets": "sbeval.plots.fixed_targets",
     "flip_flop": "sbeval.plots.flip_flop",
     "kernel": "sbeval.plots.kernel",
     "kernel_error": "sbeval.plots.kernel_error",
@@ -52,7 +55,9 @@ FIGURES = {
     "mqrar_splits": "sbeval.plots.mqrar_splits",
     "needle": "sbeval.plots.needle",
     "needle_depth": "sbeval.plots.needle_depth",
+    "rates": "sbeval.plots.rates",
     "skipping": "sbeval.plots.skipping",
+    "tokens": "sbeval.plots.tokens",
 }
 
 
@@ -89,6 +94,8 @@ class Method(Protocol):
 
         cache: in generation the `sbeval.models.kv_cache.Layer` to which the mixer adds what later tokens need; q, k, v
         and x are then of the new tokens alone: packed prompts, or one token for each row.
+
+        Where outputs depend on the length of a row, padding on its right included, its attribute `by_length` is true.
         """
 
     def backend_name(self, device_type: str) -> str:
@@ -124,6 +131,11 @@ def trained_as(name: str, options: Any) -> Any:
 def task(name: str) -> "Family":
     """Import the task family `name`; raise InputError as `method`."""
     return cast("Family", _load("task family", name, TASKS, ("FAMILY",)).FAMILY)
+
+
+def has_rows(name: str, table: "pd.DataFrame") -> bool:
+    """Return whether a table has what the figure `name` draws: a figure that few tables have has a `has_rows`."""
+    return bool(getattr(figure(name), "has_rows", lambda _: True)(table))
 
 
 def figure(name: str) -> Figure:

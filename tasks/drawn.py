@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sbeval.models.decoder import IGNORE, Decoder
-from sbeval.runtime import device
+from sbeval.runtime import device, oom
 from sbeval.runtime.progress import Progress
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
@@ -70,12 +70,16 @@ def train(
 def predict(decoder: Decoder, examples: Batch, dtype: str) -> Tensor:
     """Return whether the most likely token is the label, (B, L) bool; false where there is no label."""
     decoder.eval()
+    parts: list[Tensor] = []
+
+    def label(rows: Sequence[int]) -> None:
+        tokens, targets = (x[rows[0] : rows[-1] + 1] for x in (examples.tokens, examples.targets))
+        correct = torch.zeros_like(targets, dtype=torch.bool)
+        scored = targets != IGNORE
+        correct[scored] = decoder.logits(decoder(tokens)[scored]).argmax(-1) == targets[scored]
+        parts.append(correct)
+
     with device.autocast(examples.tokens.device, dtype):
-        parts = []
-        for tokens, targets in zip(examples.tokens.split(EVAL_ROWS), examples.targets.split(EVAL_ROWS), strict=True):
-            correct = torch.zeros_like(targets, dtype=torch.bool)
-            scored = targets != IGNORE
-            correct[scored] = decoder.logits(decoder(tokens)[scored]).argmax(-1) == targets[scored]
-            parts.append(correct)
+        oom.in_parts(range(len(examples.tokens)), EVAL_ROWS, label, print)
     decoder.train()
     return torch.cat(parts)

@@ -27,6 +27,7 @@ from sbeval.tables.rows import Measurement
 from sbeval.tasks import length_gen
 from sbeval.tasks.text_cell import TextCell, outcome
 from sbeval.tasks.text_training import cautions, models, open_tokenizer
+from sbeval.training.text_model import LM_EVAL
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -220,8 +221,14 @@ class Cell(TextCell):
                 batch_tokens=BATCH_TOKENS[context.device.type],
                 answers=answers,
                 begin=functools.partial(progress.add, f"evaluate {self.title}"),
+                bos_twice=config.bos == LM_EVAL,
             )
             scores, items = _lm_eval().scores(benchmark, adapter, config.limit)
+        if adapter.apart:
+            progress.say(
+                f"{self.title}: {adapter.apart} continuations are encoded apart from their contexts, since the "
+                "tokenizer has one token for the end of both"
+            )
         return outcome(
             subject,
             [self._row(score, benchmark, adapter.cut) for score in scores],
@@ -232,14 +239,19 @@ class Cell(TextCell):
             corpus=self.origin(progress)[0],
             corpus_digest=self.source(progress),
             tokenizer=config.tokenizer,
-            measured={"lm_eval": _lm_eval().version(), "requests_cut": adapter.cut, "model_digest": digest},
+            measured={
+                "lm_eval": _lm_eval().version(),
+                "requests_cut": adapter.cut,
+                "requests_encoded_apart": adapter.apart,
+                "model_digest": digest,
+            },
             values=items,
         )
 
     def _row(self, score: Any, benchmark: Any, cut: int) -> Row:
         return Row(
             metric=score.metric,
-            unit="bits/byte" if score.metric == "bits_per_byte" else "1",
+            unit="bits/byte" if score.metric.endswith("bits_per_byte") else "1",
             value=score.value,
             stderr=score.stderr,
             n=score.n,
@@ -269,7 +281,7 @@ class Cell(TextCell):
 
         config = self.config
         if config.checkpoint is not None and not load.is_own(config.checkpoint):
-            return _lm_eval().hub_text(config.checkpoint, config.trust_remote_code)
+            return _lm_eval().hub_text(config.checkpoint, model.vocab_size, config.trust_remote_code)
         ours = open_tokenizer(config, progress)
         model.check_tokenizer(ours, str(config.checkpoint))
         return _lm_eval().PlainText(ours)
@@ -328,7 +340,7 @@ def _lm_eval() -> Any:
 
 
 def summary(results: "pd.DataFrame") -> "Table":
-    """Return the table for the terminal: models by benchmarks, with their average."""
+    """Return the table for the terminal: models by benchmarks, with the mean of those above chance."""
     from sbeval.tables import few_shot
 
     table = few_shot.terminal(few_shot.table(results))
@@ -351,7 +363,7 @@ def _preset(given: Mapping[str, Any]) -> str | None:
 
 FAMILY = Family(
     name=NAME,
-    help="Benchmarks through lm-eval, of length-gen's models or any others; preset paper is the default of others.",
+    help="Benchmarks of lm-eval, for the models of length-gen or for given ones, whose default preset is paper.",
     config=Config,
     presets=PRESETS,
     cells=cells,

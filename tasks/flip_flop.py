@@ -31,8 +31,8 @@ from sbeval.tasks.synthetic import METHODS, TEST_SEED, VALIDATION_SEED, Scores, 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
+    from torch import Tensor
 
-    from sbeval.models.decoder import Decoder
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
     from sbeval.tasks.flip_flop_data import Examples
@@ -81,7 +81,7 @@ class Config:
     heads: int = option(2, MODEL, "Attention heads.")
     batch: int = option(64, TRAINING, "Examples of an optimizer step.")
     steps: int = option(10_000, TRAINING, "Optimizer steps at most.")
-    schedule: str = option("cosine", TRAINING, "Learning rate schedule: cosine, power or constant.")
+    schedule: str = option("cosine", TRAINING, "Learning rate schedule: cosine, power, constant or wsd.")
     weight_decay: float = option(0.1, TRAINING, "Weight decay.")
     stop_error: float = option(0.0, TRAINING, "Validation error, in distribution, at or below which training ends.")
     patience: int = option(0, TRAINING, "Steps without a lower validation error after which training ends; 0: never.")
@@ -182,8 +182,9 @@ class Cell(Synthetic):
 
     def run(self, context: "RunContext", progress: "Progress") -> Outcome:
         """Train until solved, on a plateau or out of steps, then test."""
+        from sbeval.tables.values import counted, joined
         from sbeval.tasks import drawn
-        from sbeval.tasks.flip_flop_data import batches, errors
+        from sbeval.tasks.flip_flop_data import batches, counts, errors
 
         config = self.config
         validation = self._examples(config.p_ignore, VALIDATION_SEED, max(1, config.test_rows // 3), context)
@@ -199,13 +200,15 @@ class Cell(Synthetic):
                 context,
                 progress,
             )
-        rows = self._rows(trained.model, validation, "validation", config.p_ignore)[:1]
+        correct = drawn.predict(trained.model, validation, config.dtype)
+        rows, values = self._rows(validation, correct, "validation", config.p_ignore)[:1], []
         for test, p_ignore in zip(TESTS, (config.p_ignore, config.p_sparse, config.p_dense), strict=True):
-            rows += self._rows(
-                trained.model, self._examples(p_ignore, TEST_SEED, config.test_rows, context), test, p_ignore
-            )
+            examples = self._examples(p_ignore, TEST_SEED, config.test_rows, context)
+            correct = drawn.predict(trained.model, examples, config.dtype)
+            rows += self._rows(examples, correct, test, p_ignore)
+            values.append(counted(counts(examples, correct), "wrong", "reads", test=test))
         how = status(config, trained.state.scores)
-        return self.outcome([*rows, self._ended(how)], context, SCORES, trained)
+        return self.outcome([*rows, self._ended(how)], context, SCORES, trained, joined(values))
 
     def failed(self, how: str, context: "RunContext") -> Outcome:
         return self.outcome([self._ended(how)], context, SCORES)
@@ -217,14 +220,13 @@ class Cell(Synthetic):
 
         return generate(self.config.seq_len, p_ignore, seed, torch.arange(rows, device=context.device))
 
-    def _rows(self, decoder: "Decoder", examples: "Examples", test: str, p_ignore: float) -> list[Row]:
-        from sbeval.tasks.drawn import predict
+    def _rows(self, examples: "Examples", correct: "Tensor", test: str, p_ignore: float) -> list[Row]:
         from sbeval.tasks.flip_flop_data import errors
 
         where: dict[str, Any] = {"test": test, "p_ignore": p_ignore} | self._sizes()
         return [
             Row(metric="error_rate", unit="1", value=rate.value, stderr=rate.stderr, n=rate.n, **where, **factors)
-            for rate, factors in errors(examples, predict(decoder, examples, self.config.dtype))
+            for rate, factors in errors(examples, correct)
         ]
 
     def _ended(self, how: str) -> Row:

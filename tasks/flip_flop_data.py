@@ -12,6 +12,7 @@ from sbeval.data import counter_rng
 from sbeval.models.decoder import IGNORE
 from sbeval.tables import statistics
 from sbeval.tables.statistics import Estimate
+from sbeval.tables.values import Split
 from sbeval.tasks.drawn import Drawn
 from sbeval.tasks.synthetic import TRAIN_SEED
 
@@ -67,9 +68,17 @@ def batches(length: int, p_ignore: float, seed: int, batch: int, device: torch.d
 
 
 def errors(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, dict[str, Any]]]:
-    """Yield the error rate over reads with the factors of its row: overall, then by distance in octaves.
+    """Yield the error rate over reads with the factors of its row, for each split of `counts`.
 
     Standard errors are over examples.
+    """
+    for wrong, count, factors in counts(examples, correct):
+        yield statistics.ratio(wrong, count), {"reads": int(count.sum()), **factors}
+
+
+def counts(examples: Examples, correct: Tensor) -> Iterator[Split]:
+    """Yield the wrong reads and the reads of each example, and the factors of the split: all, then by distance in
+    octaves. An empty split is left out.
     """
     scored = examples.targets != IGNORE
     splits: list[tuple[Tensor, dict[str, Any]]] = [(scored, {})]
@@ -81,4 +90,4 @@ def errors(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, dict
     for where, factors in splits:
         wrong, count = ((mask & where).sum(1).double().cpu().numpy() for mask in (~correct, where))
         if count.any():
-            yield statistics.ratio(wrong, count), {"reads": int(count.sum()), **factors}
+            yield wrong, count, factors

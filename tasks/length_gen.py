@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sbeval.config import DATA, EVALUATION, LATER, option
-from sbeval.errors import InputError
+from sbeval.errors import InputError, choose
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.family import Family
 from sbeval.tables import epochs
@@ -30,7 +30,7 @@ from sbeval.tasks.length_gen_losses import Evaluation, long_windows, whole_texts
 from sbeval.tasks.length_gen_rows import Row, joined
 from sbeval.tasks.text_cell import Subject, TextCell, outcome
 from sbeval.tasks.text_training import cautions, models, open_corpus
-from sbeval.training.text_model import EvaluatedModel, uncut
+from sbeval.training.text_model import BOS, LM_EVAL, EvaluatedModel, uncut
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,9 +66,17 @@ class Config(EvaluatedModel):
         LATER,
     )
 
+    bos: str = option(
+        "once",
+        EVALUATION,
+        f"BOS before a whole document: once, or {LM_EVAL}, twice where a tokenizer adds one itself.",
+        LATER,
+    )
+
     def __post_init__(self) -> None:
         # zero-argument super does not work in a class with slots
         EvaluatedModel.__post_init__(self)
+        choose("bos", self.bos, BOS)
         for name in ("documents", "windows"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -229,7 +237,7 @@ class Cell(TextCell):
         ]
         return outcome(
             subject,
-            [row for rows, _ in measured for row in rows],
+            [dataclasses.replace(row, **self._recipe()) for rows, _ in measured for row in rows],
             family=NAME,
             task=text.name,
             eval_len=self.config.eval_len,
@@ -239,6 +247,11 @@ class Cell(TextCell):
             tokenizer=text.tokenizer.name,
             values=joined([part for _, values in measured for part in values]),
         )
+
+    def _recipe(self) -> dict[str, Any]:
+        """Return the columns on how the model was trained; none for a given one."""
+        names = ("lr", "optimizer", "batch_tokens", "schedule") if self.config.trains else ()
+        return {name: getattr(self.config, name) for name in names}
 
     def _source(self, text: "Corpus") -> str:
         from sbeval.pretrained import load
@@ -274,6 +287,8 @@ def summary(results: "pd.DataFrame") -> "Table":
     """Return the table for the terminal: loss of the last k tokens at each context length, averaged over seeds."""
     from rich.table import Table
 
+    from sbeval.tables import selection
+
     last = results[results["metric"] == "loss_last_k"]
     lengths = sorted(last["context_length"].unique())
     train_len = int(last["train_len"].iloc[0])
@@ -286,10 +301,15 @@ def summary(results: "pd.DataFrame") -> "Table":
     table.add_column("attention")
     for length in lengths:
         table.add_column(f"{length}", justify="right", style="" if length <= train_len else "bold")
-    for (attention, options), group in last.groupby(["attention", "options"]):
+    recipe = selection.recipe_columns(last)
+    for name in recipe:
+        table.add_column(name, justify="right")
+    for (attention, options, *differing), group in last.groupby(["attention", "options", *recipe], dropna=False):
         means = group.groupby("context_length")["value"].mean()
         table.add_row(
-            f"{attention}:{options}" if options else f"{attention}", *(f"{means[length]:.3f}" for length in lengths)
+            f"{attention}:{options}" if options else f"{attention}",
+            *(f"{means[length]:.3f}" if length in means else "" for length in lengths),
+            *(f"{value:g}" if isinstance(value, float) else f"{value}" for value in differing),
         )
     return table
 

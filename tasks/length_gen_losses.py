@@ -19,13 +19,14 @@ from sbeval.tasks.length_gen_rows import (
     windowed_values,
 )
 from sbeval.tasks.text_cell import Subject
+from sbeval.training.text_model import LM_EVAL
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from sbeval.data.corpus import Corpus
     from sbeval.data.evaluation_text import Text
-    from sbeval.data.tokenizer import Ids
+    from sbeval.data.tokenizer import Ids, Tokenizer
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
     from sbeval.tables.statistics import Floats
@@ -54,8 +55,13 @@ class Evaluation:
 
         config, subject = self.config, self.subject
         documents = [text.test.documents[index] for index in dict.fromkeys(index for index, _ in windows)]
+        spelled = all(text.tokenizer.spells(tokens) for _, tokens in windows)
         with self._shown(f"to {config.eval_len}", len(windows), config.eval_len) as how:
-            losses = perplexity.measure(subject.model, windows, text.tokenizer.byte_lengths, **how)
+            if not spelled:
+                name = text.tokenizer.name
+                how["say"](f"no bits per byte by position: tokenizer {name!r} does not spell all of {text.name!r}")
+            byte_lengths = text.tokenizer.byte_lengths if spelled else None
+            losses = perplexity.measure(subject.model, windows, byte_lengths, **how)
         yield rows(losses, subject.train_len), values(losses, subject.train_len, documents)
         if not (last := config.fixed_targets):
             return
@@ -75,7 +81,12 @@ class Evaluation:
             what = " ".join([*([text.name] if text.name else []), f"in windows of {length}"])
             with self._shown(what, sum(map(len, text.tokens)), length) as how:
                 losses = perplexity.rolling(
-                    self.subject.model, text.tokens, text.counted, window=length, prefix=text.eos, **how
+                    self.subject.model,
+                    text.tokens,
+                    text.counted,
+                    window=length,
+                    prefix=text.prefix,
+                    **how,
                 )
             yield windowed_rows(losses, length, text.name), windowed_values(losses, length, text.documents, text.name)
 
@@ -120,12 +131,36 @@ def whole_texts(text: "Corpus", config: "Config") -> "list[Text]":
     if not config.rolling:
         return []
     count = min(config.documents, len(text.test))
-    tokens = [text.test.document(index) for index in range(count)]
+    tokens, prefix = [text.test.document(index) for index in range(count)], _prefix(text.tokenizer, config)
     own = Text(
         name="",
-        eos=text.tokenizer.eos,
+        prefix=prefix,
         documents=text.test.documents[:count],
         tokens=tokens,
-        counted=[text.tokenizer.decode(each) for each in tokens],
+        counted=_counted(text, tokens, config),
     )
-    return [own, *(evaluation_text.read(spec, config.text_field, text.tokenizer) for spec in config.eval_corpus)]
+    others = (evaluation_text.read(spec, config.text_field, text.tokenizer, prefix) for spec in config.eval_corpus)
+    return [own, *others]
+
+
+def _counted(text: "Corpus", tokens: "list[Ids]", config: "Config") -> list[str]:
+    """Return the first test documents; the tokenizer has them unless it does not spell all of their tokens."""
+    from sbeval.data import sources
+
+    if all(map(text.tokenizer.spells, tokens)):
+        return [text.tokenizer.decode(each) for each in tokens]
+    documents = sources.source(config.corpus, config.text_field).documents("test")
+    return [document.text for document in itertools.islice(documents, len(tokens))]
+
+
+def _prefix(tokenizer: "Tokenizer", config: "Config") -> tuple[int, ...]:
+    """Return the tokens before a document: BOS for models whose tokenizer puts it before a text, EOS for others.
+
+    Our models have read EOS before each document, whatever their tokenizer.
+    """
+    from sbeval.pretrained import load
+
+    ours = config.checkpoint is None or load.is_own(config.checkpoint)
+    if ours or not tokenizer.prefix:
+        return (tokenizer.eos,)
+    return (tokenizer.prefix[-1], *(tokenizer.prefix if config.bos == LM_EVAL else ()))

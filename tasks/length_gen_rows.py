@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # columns of values
 FACTORS = ("position_start", "position_end", "context_length", "last_k", "window", "targets")
+PER = ("token", "word", "byte")
 VALUES = ("metric", "unit_id", "value", *FACTORS, "eval_corpus")
 
 
@@ -34,8 +35,8 @@ class Row(Measurement):
     """Factors: positions position_start <= i < position_end of a loss; the context length l of a figure over positions
     1 ... l; the last k of them; the tokens of a disjoint window, and the unit of a perplexity over such windows
     (`token`, `word` or `byte`); the text of these windows, if not the test documents of the corpus; the number of fixed
-    targets, the last tokens of each window, which are the same whatever their context length. status: `overfit`, or
-    empty."""
+    targets, the last tokens of each window, which are the same whatever their context length. Of models trained here:
+    peak learning rate, optimizer, tokens of a step, and schedule. status: `overfit`, or empty."""
 
     position_start: int | None = None
     position_end: int | None = None
@@ -45,6 +46,10 @@ class Row(Measurement):
     per: str | None = field(default=None, metadata=LATER)
     eval_corpus: str = field(default="", metadata=LATER)
     targets: int | None = field(default=None, metadata=LATER)
+    lr: float | None = field(default=None, metadata=LATER)
+    optimizer: str = field(default="", metadata=LATER)
+    batch_tokens: int | None = field(default=None, metadata=LATER)
+    schedule: str = field(default="", metadata=LATER)
     status: str = field(default="", metadata=LATER)
 
 
@@ -57,8 +62,8 @@ def rows(losses: "PositionLosses", train_len: int) -> list[Row]:
         for first, last in perplexity.bins(losses.length)
     ]
     for length in perplexity.lengths(train_len, losses.length):
-        out.append(_row("perplexity", "1", losses.perplexity(length), context_length=length))
-        out.append(_row("bits_per_byte", "bits/byte", losses.bits_per_byte(length), context_length=length))
+        out += _known("perplexity", "1", losses.perplexity(length), context_length=length)
+        out += _known("bits_per_byte", "bits/byte", losses.bits_per_byte(length), context_length=length)
         if length >= (k := _last_k(train_len)):
             last = losses.mean(length - k + 1, length)
             out.append(_row("loss_last_k", "nats/token", last, context_length=length, last_k=k))
@@ -66,10 +71,13 @@ def rows(losses: "PositionLosses", train_len: int) -> list[Row]:
 
 
 def windowed_rows(losses: "Rolling", window: int, eval_corpus: str = "") -> list[Row]:
-    """Return perplexity per token, word and byte of whole documents in windows of `window` tokens, and bits/byte."""
+    """Return perplexity per token, word and byte of whole documents in windows of `window` tokens, and bits/byte.
+
+    A perplexity that is not finite has no row, such as that per word of text without spaces.
+    """
     of: dict[str, Any] = {"window": window, "eval_corpus": eval_corpus}
     return [
-        *(_row("perplexity", "1", losses.perplexity(per), per=per, **of) for per in ("token", "word", "byte")),
+        *(row for per in PER for row in _known("perplexity", "1", losses.perplexity(per), per=per, **of)),
         _row("bits_per_byte", "bits/byte", losses.bits_per_byte(), **of),
     ]
 
@@ -101,6 +109,8 @@ def values(losses: "PositionLosses", train_len: int, documents: Sequence[str]) -
     for length in perplexity.lengths(train_len, losses.length):
         whole = losses.losses[:, :length].sum(1)
         sums = {"nll_sum": whole, "tokens": length, "bytes": losses.bytes[:, length - 1]}
+        if losses.bits_per_byte(length) is None:
+            del sums["bytes"]
         out.append(_values(documents, sums, context_length=length))
         if length >= (k := _last_k(train_len)):
             sums = {"nll_sum": losses.losses[:, length - k : length].sum(1), "tokens": k}
@@ -135,6 +145,10 @@ def joined(parts: "Iterable[pd.DataFrame]") -> "pd.DataFrame":
 
 def _last_k(train_len: int) -> int:
     return max(1, train_len // 4)
+
+
+def _known(metric: str, unit: str, estimate: "Estimate | None", **factors: Any) -> list[Row]:
+    return [] if estimate is None else [_row(metric, unit, estimate, **factors)]
 
 
 def _row(metric: str, unit: str, estimate: "Estimate", **factors: Any) -> Row:

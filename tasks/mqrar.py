@@ -131,16 +131,19 @@ class Cell(Synthetic):
 
     def run(self, context: "RunContext", progress: "Progress") -> Outcome:
         """Train until solved, on a plateau or out of steps, then test."""
+        from sbeval.tables.values import counted
         from sbeval.tasks.drawn import predict
-        from sbeval.tasks.recall_data import held_out
+        from sbeval.tasks.recall_data import counts, held_out
 
         config, validation = self.config, self._validation(context)
         trained = self.trained(context, progress)
         test = held_out(self.task, TEST_SEED, config.test_rows, context.device)
         rows = self._rows(validation, predict(trained.model, validation, config.dtype), "validation_accuracy")[:1]
-        rows += self._rows(test, predict(trained.model, test, config.dtype), "accuracy")
+        correct = predict(trained.model, test, config.dtype)
+        rows += self._rows(test, correct, "accuracy")
         rows += self._ended(status(config, trained.state.scores), trained.state.step)
-        return self.outcome(rows, context, SCORES, trained)
+        values = counted(counts(test, correct), "correct", "scored", by_example=True)
+        return self.outcome(rows, context, SCORES, trained, values)
 
     def trained(self, context: "RunContext", progress: "Progress") -> "Trained":
         """Train until solved, on a plateau or out of steps, unless a finished checkpoint exists."""

@@ -42,7 +42,7 @@ class Config:
     stored_rows: int = option(0, TRAINING, "Train in epochs on this many stored examples; 0: new ones at every step.")
     batch: int = option(64, TRAINING, "Examples of an optimizer step.")
     steps: int = option(2000, TRAINING, "Optimizer steps at most.")
-    schedule: str = option("cosine", TRAINING, "Learning rate schedule: cosine, power or constant.")
+    schedule: str = option("cosine", TRAINING, "Learning rate schedule: cosine, power, constant or wsd.")
     optimizer: str = option("adamw", TRAINING, "adamw, or muon for the matrices inside the blocks.", LATER)
     weight_decay: float = option(0.1, TRAINING, "Weight decay.")
     stop_accuracy: float = option(0.99, TRAINING, "Validation accuracy at which training ends.")
@@ -142,7 +142,7 @@ PRESETS = {
         optimizer="muon", check_every=250,
     ),
     "h200": H200,
-    # does a learned bias with these initial values make stick-breaking learn sooner?
+    # does an offset of the logits with these initial values make stick-breaking learn sooner?
     "logit_bias": dataclasses.replace(
         H200, attention=("stick_breaking", *(f"stick_breaking:logit_bias={start}" for start in (-1.5, -3, -4.5, -6))),
         kv_pairs=(32, 128), lrs=(4.64e-4, 1e-3, 2.15e-3), schedule="cosine", optimizer="adamw", patience=0,

@@ -37,6 +37,8 @@ from sbeval.tasks.text_training import (
 )
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from sbeval.evaluation.ruler_prompts import Prompt, Writer
     from sbeval.evaluation.ruler_scores import Answered
     from sbeval.runtime.progress import Progress
@@ -108,6 +110,7 @@ class Cell(TextCell):
         """Write the prompts, train unless a finished checkpoint exists, and evaluate the samples without an answer."""
         from sbeval.evaluation import ruler_scores, ruler_tasks
         from sbeval.pretrained import load
+        from sbeval.tables.values import joined
 
         config, task = self.config, ruler_tasks.TASKS[self.task]
         text, writer = open_writer(config, progress)
@@ -120,6 +123,7 @@ class Cell(TextCell):
         model.check_length(max(config.lengths), folder)
         subject = self.subject(model, trained, context, progress)
         rows: list[Row] = []
+        parts: list[pd.DataFrame] = []
         tuned = self.tuning.schedule().tokens if config.finetune else 0
         with self.answers(digest, context, progress) as answers:
             for length, written in prompts.items():
@@ -136,6 +140,7 @@ class Cell(TextCell):
                     begin=functools.partial(progress.add, f"evaluate {self.title} at {length}"),
                 )
                 rows += measured(results, length, task.new_tokens, tuned)
+                parts.append(values(results, length))
         return outcome(
             subject,
             rows,
@@ -147,6 +152,7 @@ class Cell(TextCell):
             corpus_digest=self.source(progress),
             tokenizer=text.name,
             measured={"haystack": sources(config).digests},
+            values=joined(parts),
         )
 
     def _prompts(self, writer: "Writer", length: int, progress: "Progress") -> "list[Prompt]":
@@ -154,6 +160,25 @@ class Cell(TextCell):
         prompts = writer.prompts(self.task, length, self.config.sample_seed, self.config.samples, advance=task.advance)
         task.close()
         return prompts
+
+
+def values(answers: "list[Answered]", length: int) -> "pd.DataFrame":
+    """Return score, greedy and log-probability of each prompt, with the depth of its needle in percent."""
+    import pandas as pd
+
+    prompts = pd.DataFrame(
+        {
+            "unit_id": [str(item.index) for item in answers],
+            "score": [item.score for item in answers],
+            "greedy": [float(item.greedy) for item in answers],
+            # as of losses by step
+            "log_probability": [round(item.log_probability, 4) for item in answers],
+            "length": length,
+            "depth": pd.Series([item.depth for item in answers], dtype="float64"),
+        }
+    )
+    long = prompts.melt(["unit_id", "length", "depth"], var_name="metric")
+    return long[["metric", "unit_id", "value", "length", "depth"]]
 
 
 def measured(answers: "list[Answered]", length: int, new_tokens: int, finetuned: int) -> list[Row]:

@@ -49,6 +49,7 @@ class Config(length_gen.Config):
     window_octaves: bool = field(default=False, metadata=LATER)
     eval_corpus: tuple[str, ...] = field(default=(), metadata=LATER)
     fixed_targets: int = field(default=0, metadata=LATER)
+    bos: str = field(default="once", metadata=LATER)
 
     def __post_init__(self) -> None:
         # zero-argument super does not work in a class with slots

@@ -17,6 +17,7 @@ from sbeval.data.recall import Recall
 from sbeval.models.decoder import IGNORE
 from sbeval.tables import statistics
 from sbeval.tables.statistics import Estimate
+from sbeval.tables.values import Split
 from sbeval.tasks import drawn
 from sbeval.tasks.synthetic import TRAIN_SEED
 
@@ -149,10 +150,16 @@ def accuracy(examples: Examples, correct: Tensor) -> float:
 
 
 def accuracies(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, dict[str, Any]]]:
-    """Yield the accuracy over scored positions with the factors of its row: overall, by fresh or stale, number of stale
-    values, and distance.
+    """Yield the accuracy over scored positions with the factors of its row, for each split of `counts`.
 
-    Standard errors are over examples, since positions of one example are dependent. An empty split has no row.
+    Standard errors are over examples, since positions of one example are dependent.
+    """
+    return ((statistics.ratio(right, count), factors) for right, count, factors in counts(examples, correct))
+
+
+def counts(examples: Examples, correct: Tensor) -> Iterator[Split]:
+    """Yield the correct and the scored positions of each example, and the factors of the split: all of them, fresh or
+    stale, number of stale values, and distance. An empty split is left out.
     """
     scored = examples.targets != IGNORE
     splits: list[tuple[Tensor, dict[str, Any]]] = [
@@ -169,4 +176,4 @@ def accuracies(examples: Examples, correct: Tensor) -> Iterator[tuple[Estimate, 
     for where, factors in splits:
         if where.any():
             right, count = ((mask & where).sum(1).double().cpu().numpy() for mask in (correct, where))
-            yield statistics.ratio(right, count), factors
+            yield right, count, factors

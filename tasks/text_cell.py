@@ -14,6 +14,7 @@ from sbeval.config import digest_of
 from sbeval.models.config import ModelConfig, flops_per_token
 from sbeval.sweep.cell import Cell, Outcome, Step, TrainingStep, held_out_curve, loss_curves, timing
 from sbeval.tables import epochs
+from sbeval.tables.privacy import shared
 from sbeval.tables.rows import Identity
 from sbeval.tasks.text_training import Training, model_shape, open_corpus, training_options
 from sbeval.training.text_model import EvaluatedModel, TextModel, likely_vocabulary
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A model to evaluate, and what its rows record about it. train_tokens: 0 where it was not trained here."""
+    """A model to evaluate, and what its rows record about it. train_tokens: 0 where it was not trained here.
+    tokens_seen: 0 where that is not known. diagnoses: those of its training, with the tokens that it had seen."""
 
     model: "Predictor"
     name: str
@@ -45,11 +47,13 @@ class Subject:
     train_len: int
     backend: str
     train_tokens: int = 0
+    tokens_seen: int = 0
     unique_tokens: int | None = None
     status: str = ""
     tokens_per_s: float | None = None
     measured: Mapping[str, object] = field(default_factory=dict)
     curves: "Curves" = field(default_factory=dict)
+    diagnoses: "Sequence[Mapping[str, Any]]" = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +73,7 @@ class TextStep(Step):
     @property
     def model_title(self) -> str:
         if self.config.checkpoint is not None:
-            return re.sub(r"[^\w.-]+", "-", self.config.checkpoint.strip("/"))
+            return re.sub(r"[^\w.-]+", "-", shared(self.config.checkpoint).strip("~/"))
         tokens = f" {self.config.train_tokens} tokens" if self.config.schedule == "wsd" else ""
         return f"{self.attention} seed {self.seed}{tokens}"
 
@@ -147,7 +151,9 @@ class TextCell(TextStep, Cell):
         from sbeval.pretrained import load
         from sbeval.training import checkpoint
 
-        losses = checkpoint.load_state(Path(folder)).held_out if load.is_own(folder) else []
+        own = load.is_own(folder)
+        state = checkpoint.load_state(Path(folder)) if own else checkpoint.State()
+        step_tokens = (checkpoint.training_step_tokens(Path(folder)) if own else None) or 0
         return Subject(
             model=loaded.model,
             name=loaded.name,
@@ -156,7 +162,9 @@ class TextCell(TextStep, Cell):
             params=loaded.params,
             train_len=loaded.train_len or self.config.train_len,
             backend=loaded.backend,
-            status=_status(losses),
+            status=_status(state.held_out),
+            tokens_seen=state.step * step_tokens,
+            diagnoses=_diagnoses(state, step_tokens),
         )
 
     def trained_subject(self, text: "Corpus", context: "RunContext", progress: "Progress", *, log_name: str) -> Subject:
@@ -184,12 +192,15 @@ class TextCell(TextStep, Cell):
             params=evaluated.n_parameters(),
             train_len=training.length,
             train_tokens=state.step * training.batch * training.length,
+            tokens_seen=state.step * training.batch * training.length,
             unique_tokens=epoch_tokens(text.train, training.length),
             status=_status(state.held_out),
             backend=registry.method(name).backend_name(context.device.type),
             curves=held_out_curve(state),
+            diagnoses=_diagnoses(state, training.batch * training.length),
             measured={
                 "ended_by": self.training_step.ended_by(state, training),
+                **({"diagnosis_seconds": state.diagnosis_seconds} if state.diagnoses else {}),
                 **({"corpus_versions": dict(text.versions)} if text.versions else {}),
             },
         )
@@ -240,3 +251,11 @@ def outcome(
 
 def _status(losses: epochs.Looks) -> str:
     return epochs.OVERFIT if epochs.overfits(losses) else ""
+
+
+def _diagnoses(state: "State", step_tokens: int) -> list[dict[str, Any]]:
+    """Return the diagnoses of a training with the tokens seen instead of steps, of which each has so many tokens."""
+    return [
+        {"tokens_seen": step_tokens * reading["step"], **{name: reading[name] for name in reading if name != "step"}}
+        for reading in state.diagnoses
+    ]

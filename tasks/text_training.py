@@ -1,6 +1,7 @@
 """Training of text models, for cells of any family that evaluate them."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,9 +22,13 @@ from sbeval.tables import epochs
 from sbeval.training.text_model import TRAINING, EvaluatedModel, TextModel, likely_vocabulary
 
 if TYPE_CHECKING:
+    import torch
+
     from sbeval.data.corpus import Corpus
     from sbeval.data.dataloader import Batch
     from sbeval.data.tokenizer import Tokenizer
+    from sbeval.evaluation.diagnostics import Size
+    from sbeval.models.decoder import Decoder
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
     from sbeval.training.checkpoint import State
@@ -156,7 +161,30 @@ class Training(TrainingStep):
             training = dataclasses.replace(training, warmup=min(warmup, training.steps))
         if self.trunk:
             training = dataclasses.replace(training, schedule="constant", steps=training.trunk_steps)
-        return training
+        if not config.diagnostics:
+            return training
+        return dataclasses.replace(training, diagnose_every=-(-training.steps // self._diagnoses(training)[0]))
+
+    def _diagnoses(self, training: "TrainConfig") -> "tuple[int, Size]":
+        """Return how often, and with how much, retrieval is diagnosed."""
+        from sbeval.evaluation import diagnostics
+
+        times = min(self.config.diagnostics, training.steps)
+        return diagnostics.plan(self.leaves, training.length, training.tokens, times)
+
+    def _diagnose(
+        self, text: "Corpus", training: "TrainConfig", place: "torch.device"
+    ) -> "Callable[[Decoder], list[dict[str, Any]]] | None":
+        from sbeval.evaluation import diagnostics
+
+        if not self.config.diagnostics:
+            return None
+        _, size = self._diagnoses(training)
+        tokenizer = text.tokenizer
+        probes = diagnostics.probes(text.test, tokenizer.vocab_size, tokenizer.eos, size, training.length)
+        return lambda model: [
+            dataclasses.asdict(reading) for reading in diagnostics.measure(model, probes, place, training.dtype)
+        ]
 
     def train(self, context: "RunContext", progress: "Progress") -> Path:
         """Train, unless a finished checkpoint exists, and return the checkpoint folder."""
@@ -186,6 +214,7 @@ class Training(TrainingStep):
                 shard=context.shard,
                 tokenizer=text.tokenizer.digest,
                 held_out=_held_out(text, training, packing),
+                diagnose=self._diagnose(text, training, context.device),
                 after=None if begun else self._trunk(text, training, context, progress),
                 trunk=self.trunk,
             )
@@ -224,7 +253,7 @@ def train_config(
     batch = max(1, config.batch_tokens // length)
     micro = config.micro_batch_tokens and max(1, config.micro_batch_tokens // length)
     steps = max(1, tokens // (batch * length))
-    return TrainConfig(
+    training = TrainConfig(
         steps=steps,
         batch=batch,
         length=length,
@@ -232,12 +261,12 @@ def train_config(
         lr=lr,
         schedule=config.schedule,
         warmup=max(1, steps // 20),
-        **({"decay": DECAY} if config.schedule == "wsd" else {}),
         optimizer=config.optimizer,
         seed=seed,
         dtype=config.dtype,
         sparse=sparse,
     )
+    return dataclasses.replace(training, decay=DECAY) if config.schedule == "wsd" else training
 
 
 def open_corpus(config: TextModel, progress: "Progress") -> "Corpus":
@@ -252,6 +281,7 @@ def open_corpus(config: TextModel, progress: "Progress") -> "Corpus":
         max_tokens=config.corpus_tokens,
         text_field=config.text_field,
         progress=task.advance,
+        say=progress.say,
     )
     task.close()
     return text

@@ -4,11 +4,13 @@ With one most of the time goes into compiling: kernels' tests are then dealt out
 one a module's stay together, in two.
 """
 
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 # tests run in two processes, and start others: each with threads for all cores would wait for the others'
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,6 +49,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: SBEVAL_TESTS=full runs it"))
+
+
+@pytest.fixture(scope="session")
+def odd_models() -> Any:
+    """The module of tiny, odd models beside this one."""
+    pytest.importorskip("transformers")
+    spec = importlib.util.spec_from_file_location("odd_models", Path(__file__).with_name("odd_models.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager

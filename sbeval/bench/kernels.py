@@ -24,9 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sbeval.config import LATER, digest_of
 from sbeval.errors import InputError
 from sbeval.kernels import softmax, stick_breaking
-from sbeval.runtime import device
-from sbeval.tables import provenance, table
+from sbeval.runtime import device as devices
+from sbeval.tables import provenance, store, table
+from sbeval.tables.results import Results
 from sbeval.tables.rows import Identity, Measurement
+from sbeval.tables.store import Stored
 
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 # half the distance from 1 to the next float32: the kernel's own default
@@ -93,9 +95,9 @@ class Problem:
         """Bytes that decoding reads: keys and values in 16 bits."""
         return 4.0 * self.batch * self.keys * self.kv_heads * self.head_dim
 
-    def draw(self, place: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         shapes = [(self.queries, self.heads), (self.keys, self.kv_heads), (self.keys, self.kv_heads)]
-        q, k, v = (torch.randn(self.batch, n, heads, self.head_dim, device=place, dtype=dtype) for n, heads in shapes)
+        q, k, v = (torch.randn(self.batch, n, heads, self.head_dim, device=device, dtype=dtype) for n, heads in shapes)
         if self.logit_mean is not None:
             # one coordinate of its own makes the mean
             q[..., 0], k[..., 0] = self.logit_mean * self.head_dim**0.5, 1.0
@@ -111,21 +113,14 @@ class Contender:
     build: Callable[[Problem, torch.device], Run]
 
 
-def _ours(backend: str | None = None) -> Callable[[Problem, torch.device], Run]:
-    def build(problem: Problem, place: torch.device) -> Run:
-        bounds = _bounds(problem, place)
-
-        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return stick_breaking.attention(q, k, v, cu_seqlens=bounds, epsilon=problem.epsilon, backend=backend)[0]
-
-        return run
-
-    return build
+def _ours(problem: Problem, device: torch.device) -> Run:
+    bounds = _bounds(problem, device)
+    return lambda q, k, v: stick_breaking.attention(q, k, v, cu_seqlens=bounds, epsilon=problem.epsilon)[0]
 
 
-def _fla(problem: Problem, place: torch.device) -> Run:
+def _fla(problem: Problem, device: torch.device) -> Run:
     attend = importlib.import_module("fla.ops.stickbreaking_attn").parallel_stickbreaking_attn
-    bounds = _bounds(problem, place)
+    bounds = _bounds(problem, device)
     _plain(problem, "fla", packed=True)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -135,7 +130,7 @@ def _fla(problem: Problem, place: torch.device) -> Run:
     return run
 
 
-def _authors(problem: Problem, place: torch.device) -> Run:
+def _authors(problem: Problem, device: torch.device) -> Run:
     attend = importlib.import_module("stickbreaking_attention.sb_attn").sb_attn
     _plain(problem, "the authors' package")
 
@@ -148,7 +143,7 @@ def _authors(problem: Problem, place: torch.device) -> Run:
 
 
 def sdpa(backend: SDPBackend) -> Callable[[Problem, torch.device], Run]:
-    def build(problem: Problem, place: torch.device) -> Run:
+    def build(problem: Problem, device: torch.device) -> Run:
         if problem.bounds or problem.queries not in (1, problem.keys):
             raise InputError("SDPA takes whole sequences")
 
@@ -164,8 +159,8 @@ def sdpa(backend: SDPBackend) -> Callable[[Problem, torch.device], Run]:
     return build
 
 
-def _flex(problem: Problem, place: torch.device) -> Run:
-    bounds = _bounds(problem, place)
+def _flex(problem: Problem, device: torch.device) -> Run:
+    bounds = _bounds(problem, device)
     return lambda q, k, v: softmax.attention(q, k, v, cu_seqlens=bounds, backend="flex")
 
 
@@ -174,14 +169,14 @@ def _plain(problem: Problem, who: str, *, packed: bool = False) -> None:
         raise InputError(f"{who} takes whole sequences without grouped heads{'' if packed else ' or packing'}")
 
 
-def _bounds(problem: Problem, place: torch.device) -> Tensor | None:
-    return torch.tensor(problem.bounds, dtype=torch.int32, device=place) if problem.bounds else None
+def _bounds(problem: Problem, device: torch.device) -> Tensor | None:
+    return torch.tensor(problem.bounds, dtype=torch.int32, device=device) if problem.bounds else None
 
 
-# whose failure ends the benchmark, but for what they say that they can't serve
-OURS = ("triton", "triton-hopper")
+# whose failure ends the benchmark
+OURS = "triton"
 CONTENDERS = (
-    *(Contender("stick_breaking", backend, _ours(backend)) for backend in OURS),
+    Contender("stick_breaking", OURS, _ours),
     Contender("softmax", "flash", sdpa(SDPBackend.FLASH_ATTENTION)),
     Contender("softmax", "cudnn", sdpa(SDPBackend.CUDNN_ATTENTION)),
     Contender("softmax", "flex", _flex),
@@ -234,28 +229,28 @@ def _documents(length: int) -> tuple[int, ...]:
 
 
 def kernel(
-    found: Sequence[Problem], place: torch.device, dtype: str, results_dir: Path, say: Callable[[str], None]
+    found: Sequence[Problem], device: torch.device, dtype: str, results_dir: Path, say: Callable[[str], None]
 ) -> Table:
     """Time every contender on every problem, write the rows to kernel.csv, and return a table for the terminal."""
-    needs_gpu(place)
-    shown = Table(title=f"Attention kernels on {device.describe(place)}, {dtype}")
+    needs_gpu(device)
+    shown = Table(title=f"Attention kernels on {devices.describe(device)}, {dtype}")
     for name in ("step", "problem", "kernel", "ms", "TFLOP/s", "GB/s", "peak MB", "error"):
         shown.add_column(name, justify="right" if name not in ("step", "problem", "kernel") else "left")
     skipped: dict[str, str] = {}
     for contender in CONTENDERS:
         for problem in found:
-            if problem.epsilon and contender.backend not in OURS:
+            if problem.epsilon and contender.backend != OURS:
                 continue
             try:
-                rows = list(_time(contender, problem, place, device.DTYPES[dtype]))
-            # a peer is somebody else's code: whatever it raises is said, and the benchmark goes on
+                rows = list(_time(contender, problem, device, devices.DTYPES[dtype]))
+            # a peer is third-party code: any error that it raises is printed, and the benchmark continues
             except Exception as error:
-                if contender.backend in OURS and not isinstance(error, InputError):
+                if contender.backend == OURS:
                     raise
                 reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
                 skipped.setdefault(f"{contender.attention} by {contender.backend}, {reason}", _title(problem))
                 continue
-            keep(contender.attention, contender.backend, "kernel", rows, place, dtype, results_dir, problem)
+            keep(contender.attention, contender.backend, "kernel", rows, device, dtype, results_dir, problem)
             values = {row.metric: row.value for row in rows}
             shown.add_row(
                 problem.step,
@@ -279,15 +274,15 @@ def _title(problem: Problem) -> str:
     return f"{problem.batch}x{problem.keys} {problem.heads}{group}x{problem.head_dim}{packed}{skips}"
 
 
-def needs_gpu(place: torch.device) -> None:
-    if place.type != "cuda":
-        raise InputError(f"benchmarks need a GPU; this device is {place.type}")
+def needs_gpu(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise InputError(f"benchmarks need a GPU; this device is {device.type}")
 
 
-def _time(contender: Contender, problem: Problem, place: torch.device, dtype: torch.dtype) -> Iterator[Row]:
-    yield _row(problem, "relative_error", "1", _error(contender, problem, place, dtype))
-    attend = contender.build(problem, place)
-    inputs = problem.draw(place, dtype)
+def _time(contender: Contender, problem: Problem, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
+    yield _row(problem, "relative_error", "1", _error(contender, problem, device, dtype))
+    attend = contender.build(problem, device)
+    inputs = problem.draw(device, dtype)
     step: Callable[[], object] = lambda: attend(*inputs)  # noqa: E731
     if problem.step == "forward_backward":
         for x in inputs:
@@ -299,12 +294,12 @@ def _time(contender: Contender, problem: Problem, place: torch.device, dtype: to
 
         step = both
     step()
-    torch.cuda.synchronize(place)
-    before = torch.cuda.memory_allocated(place)
-    torch.cuda.reset_peak_memory_stats(place)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
     step()
-    torch.cuda.synchronize(place)
-    peak = torch.cuda.max_memory_allocated(place) - before
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
     times = timed(step, decodes=problem.step == "decode")
     for name, ms in times.items():
         yield _row(problem, name, "ms", ms)
@@ -332,7 +327,7 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def _error(contender: Contender, problem: Problem, place: torch.device, dtype: torch.dtype) -> float:
+def _error(contender: Contender, problem: Problem, device: torch.device, dtype: torch.dtype) -> float:
     """Return the relative error of the output against float64 on standard normal inputs of at most 2048 tokens."""
     length = min(2048, problem.keys)
     bounds = (0, length // 3, length) if problem.bounds else ()
@@ -348,15 +343,15 @@ def _error(contender: Contender, problem: Problem, place: torch.device, dtype: t
         epsilon=problem.epsilon,
         logit_mean=problem.logit_mean,
     )
-    q, k, v = short.draw(place, dtype)
-    packed = _bounds(short, place)
+    q, k, v = short.draw(device, dtype)
+    packed = _bounds(short, device)
     with torch.no_grad():
         exact = [x.double() for x in (q, k, v)]
         if contender.attention == "softmax":
             wanted = softmax.reference(*exact, scale=short.head_dim**-0.5, cu_seqlens=packed)
         else:
             wanted = stick_breaking.reference(*exact, cu_seqlens=packed)[0]
-        found = contender.build(short, place)(q, k, v).double()
+        found = contender.build(short, device)(q, k, v).double()
     error = float((found - wanted).norm() / wanted.norm())
     if not error < 0.05:
         raise ArithmeticError(f"wrong by {error:.1e}")
@@ -372,7 +367,7 @@ def keep(
     backend: str,
     family: str,
     rows: Sequence[Row],
-    place: torch.device,
+    device: torch.device,
     dtype: str,
     results_dir: Path,
     config: object,
@@ -390,14 +385,11 @@ def keep(
         tokenizer="",
         train_tokens=0,
         dtype=dtype,
-        device=str(place),
-        device_name=device.describe(place),
+        device=str(device),
+        device_name=devices.describe(device),
         backend=backend,
     )
-    provenance.write_run(
-        results_dir / "runs" / f"{cell}.json",
-        provenance.run_record(config=config, provenance=origin, status="finished"),
-    )
+    record = provenance.run_record(config=config, provenance=origin, status="finished")
     identity = Identity(
         family=family,
         task=step,
@@ -409,4 +401,6 @@ def keep(
         eval_len=rows[0].keys,
         seed=0,
     )
-    table.write(results_dir / f"{family}.csv", table.frame(identity, rows, origin))
+    results = Results(results_dir)
+    store.keep(results, family, Stored(cell, record, table.frame(identity, rows, origin)))
+    table.assemble(results.table(family))

@@ -25,7 +25,7 @@ from sbeval.errors import InputError, choose
 from sbeval.kernels import nope, rope
 from sbeval.models.config import SIZES, ModelConfig, flops_per_token, named, parse_attention
 from sbeval.models.decoder import IGNORE, Decoder, n_parameters
-from sbeval.runtime import device
+from sbeval.runtime import device as devices
 from sbeval.runtime.progress import Progress, Task
 from sbeval.training.config import TrainConfig
 from sbeval.training.trainer import Trainer
@@ -59,8 +59,8 @@ class Peer(NamedTuple):
     attention: str
     softmax: str | None
 
-    def backend(self, place: torch.device) -> str:
-        return self.softmax or registry.method(parse_attention(self.attention)[0]).backend_name(place.type)
+    def backend(self, device: torch.device) -> str:
+        return self.softmax or registry.method(parse_attention(self.attention)[0]).backend_name(device.type)
 
 
 class Speeds(NamedTuple):
@@ -100,14 +100,14 @@ def measure(
     found: Sequence[Problem],
     contenders: Sequence[Peer],
     repeats: int,
-    place: torch.device,
+    device: torch.device,
     dtype: str,
     results_dir: Path,
 ) -> Table:
     """Time all peers on every problem, keep the rows in model.csv, and return a table for the terminal."""
-    kernels.needs_gpu(place)
+    kernels.needs_gpu(device)
     shapes = {(problem, peer): problem.shape(peer.attention) for problem in found for peer in contenders}
-    shown = Table(title=f"Models on {device.describe(place)}, {dtype}, {repeats} runs each")
+    shown = Table(title=f"Models on {devices.describe(device)}, {dtype}, {repeats} runs each")
     for name in ("size", "heads of", "length", "attention", "train tokens/s", "utilisation", "evaluate tokens/s"):
         shown.add_column(name, justify="left" if name in ("size", "attention") else "right")
     for problem in found:
@@ -115,17 +115,17 @@ def measure(
         for peer in ordered(contenders, repeats):
             with Progress() as progress:
                 task = progress.add(f"train {problem.size} {' '.join(filter(None, peer))}", total=problem.steps)
-                runs[peer].append(_run(problem, peer, shapes[problem, peer], place, dtype, task))
+                runs[peer].append(_run(problem, peer, shapes[problem, peer], device, dtype, task))
                 task.close()
         for peer, speeds in runs.items():
-            shape, backend = shapes[problem, peer], peer.backend(place)
+            shape, backend = shapes[problem, peer], peer.backend(device)
             rows = summary(problem, shape, speeds)
             kernels.keep(
                 peer.attention,
                 backend,
                 "model",
                 rows,
-                place,
+                device,
                 dtype,
                 results_dir,
                 problem,
@@ -146,31 +146,31 @@ def measure(
 
 
 def ordered(contenders: Sequence[Peer], repeats: int) -> list[Peer]:
-    """Every peer so many times, in an order that favours none, the same whenever it is asked for."""
+    """Return every peer that many times, in a fixed order that favours none."""
     runs = [peer for _ in range(repeats) for peer in contenders]
     random.Random(0).shuffle(runs)
     return runs
 
 
-def _run(problem: Problem, peer: Peer, shape: ModelConfig, place: torch.device, dtype: str, task: Task) -> Speeds:
+def _run(problem: Problem, peer: Peer, shape: ModelConfig, device: torch.device, dtype: str, task: Task) -> Speeds:
     from triton.testing import do_bench
 
     # what was compiled for another peer's kernel is of no use
     torch.compiler.reset()
-    tokens = torch.randint(0, shape.vocab_size, (problem.batch, problem.length), device=place)
+    tokens = torch.randint(0, shape.vocab_size, (problem.batch, problem.length), device=device)
     targets = tokens.roll(-1, 1)
     targets[:, -1] = IGNORE
     config = TrainConfig(steps=problem.steps, batch=problem.batch, length=problem.length, lr=1e-4, dtype=dtype)
     # a CPU takes minutes to draw a billion weights, and which they are does not matter here
-    with place:
-        trainer = Trainer(shape, config, _Drawn(tokens, targets), None, place)
+    with device:
+        trainer = Trainer(shape, config, _Drawn(tokens, targets), None, device)
     choose_kernel(trainer.model, peer.softmax)
     trained = trainer.run(task)
     assert trained.tokens_per_second is not None
     decoder: Decoder = trained.model
     # there is no dropout: training mode only means that compiled blocks run
     decoder.train().compile_blocks()
-    with torch.no_grad(), device.autocast(place, dtype):
+    with torch.no_grad(), devices.autocast(device, dtype):
         ms = statistics.median(do_bench(lambda: decoder(tokens), warmup=20, rep=100, return_mode="all"))
     return Speeds(trained.tokens_per_second, tokens.numel() / ms * 1e3, trained.mfu)
 

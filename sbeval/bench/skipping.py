@@ -26,7 +26,7 @@ from sbeval.errors import InputError
 from sbeval.kernels import stick_breaking
 from sbeval.models.decoder import Decoder
 from sbeval.pretrained import load
-from sbeval.runtime import device
+from sbeval.runtime import device as devices
 
 DECODED = (1, 32)
 # number of queries whose reach is measured, at the end of a sequence
@@ -63,7 +63,7 @@ def capture(model: Decoder, tokens: Tensor, dtype: str) -> list[Captured]:
     mixers = [module for module in model.modules() if isinstance(module, stick_breaking.Mixer)]
     hooks = [mixer.register_forward_pre_hook(keep) for mixer in mixers]
     try:
-        with device.autocast(tokens.device, dtype):
+        with devices.autocast(tokens.device, dtype):
             model(tokens)
     finally:
         for hook in hooks:
@@ -89,25 +89,27 @@ def reach(captured: Captured, epsilon: float, sample: int = SAMPLE) -> Tensor:
 
 
 def measure(
-    checkpoint: str, text: Split, lengths: Sequence[int], place: torch.device, dtype: str, results_dir: Path
+    checkpoint: str, text: Split, lengths: Sequence[int], device: torch.device, dtype: str, results_dir: Path
 ) -> Table:
     """Time every layer at every length, write the rows to skipping.csv, and return a table for the terminal.
 
     Raise InputError if the model is not a stick-breaking model, or no document is long enough.
     """
-    kernels.needs_gpu(place)
-    loaded = load.load(checkpoint, place, dtype)
+    kernels.needs_gpu(device)
+    loaded = load.load(checkpoint, device, dtype)
     if not isinstance(loaded.model, Decoder) or loaded.attention != "stick_breaking":
         raise InputError(
             f"only stick-breaking skips blocks; {checkpoint} attends with {loaded.attention or 'something else'}"
         )
-    grid = Table(title=f"{loaded.params / 1e6:.0f} M parameters on {device.describe(place)}, {dtype}: ms in all layers")
+    grid = Table(
+        title=f"{loaded.params / 1e6:.0f} M parameters on {devices.describe(device)}, {dtype}: ms in all layers"
+    )
     for name in ("step", "tokens", *(_name(contender) for contender in CONTENDERS), "reach"):
         grid.add_column(name, justify="left" if name == "step" else "right")
     for length in lengths:
         document, start = text.windows(length)[0]
         tokens = text.document(document)[start : start + length].astype(np.int64)
-        layers = capture(loaded.model, torch.from_numpy(tokens)[None].to(place), dtype)
+        layers = capture(loaded.model, torch.from_numpy(tokens)[None].to(device), dtype)
         reached = torch.stack([reach(layer, EPSILON) for layer in layers])
         for step, batch in (("forward", 1), ("forward_backward", 1), *(("decode", rows) for rows in DECODED)):
             total = []
@@ -119,7 +121,7 @@ def measure(
                     contender.backend,
                     "skipping",
                     rows,
-                    place,
+                    device,
                     dtype,
                     results_dir,
                     problem,

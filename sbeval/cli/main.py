@@ -4,17 +4,21 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from sbeval import __version__, registry
 from sbeval.cli import options
 from sbeval.cli.options import Common, Sweep, Training
-from sbeval.errors import InputError, choose
+from sbeval.errors import InputError, choose, reason
+from sbeval.runtime import signals, streams
+from sbeval.tables import power_options
 from sbeval.tables.results import Results
 from sbeval.training.text_model import TextModel
 
@@ -23,7 +27,28 @@ if TYPE_CHECKING:
     from sbeval.sweep.executor import Executor
     from sbeval.sweep.study_file import Part
 
+
+class _Commands(TyperGroup):
+    """All commands: what fails outside of sbeval is an InputError, where no place that knows more has said so."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            result = super().invoke(ctx)
+            # not when Python ends, where an error could not be told
+            sys.stdout.flush()
+            return result
+        except BrokenPipeError:
+            raise
+        except (OSError, EOFError) as error:
+            name = getattr(error, "filename", None)
+            raise InputError(f"cannot read or write {name}: {reason(error)}" if name else reason(error)) from error
+        except KeyboardInterrupt:
+            signals.ignore()
+            raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Evaluate stick-breaking attention and its baselines (Tan et al., ICLR 2025, arXiv 2410.17980).",
     no_args_is_help=True,
@@ -44,7 +69,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: 
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="Of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU."
+        help="Data type of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU."
     ),
 ]
 ResultsDir = Annotated[Path, typer.Option(help="Folder of tables, run files, checkpoints and figures.")]
@@ -144,16 +169,24 @@ def export(
 
 @app.command(rich_help_panel=RESULTS)
 def table(
-    family: Annotated[str, typer.Argument(help="Table to print: few-shot.")],
-    format: Annotated[str, typer.Option(help="terminal, markdown, latex or csv.")] = "terminal",
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="few-shot: models by benchmarks, as papers print them; tokens: gaps to RoPE by training tokens."
+        ),
+    ],
+    format: Annotated[str, typer.Option(help="terminal, markdown or csv; few-shot also latex.")] = "terminal",
     results_dir: ResultsDir = Path("results"),
 ) -> None:
-    """Print a table of models by benchmarks, as in papers, from the result table; needs no torch."""
-    from sbeval.tables import few_shot
+    """Print a table that follows from a result table; needs no torch."""
+    from sbeval.tables import few_shot, tokens
     from sbeval.tables.table import read
 
-    choose("table", family.replace("-", "_"), ["few_shot"])
-    rendered = few_shot.render(read(Results(results_dir).table("few_shot"), required=few_shot.COLUMNS), format)
+    tables: dict[str, tuple[str, Any]] = {"few_shot": ("few_shot", few_shot), "tokens": ("length_gen", tokens)}
+    source, module = tables[choose("table", name.replace("-", "_"), tables)]
+    path = Results(results_dir).table(source)
+    _warn([path])
+    rendered = module.render(read(path, required=module.COLUMNS), format)
     if isinstance(rendered, str):
         print(rendered)
     else:
@@ -182,6 +215,7 @@ def compare(
     """Compare two results folders: differences with intervals, and rows in only one; needs no torch."""
     from sbeval.tables.compare import render
 
+    _warn([path for folder in (first, second) for path in sorted(folder.glob("*.csv"))])
     rendered = render(first, second, format)
     if isinstance(rendered, str):
         print(rendered)
@@ -269,6 +303,40 @@ def report(
     _say(str(write(results_dir, out, say=_say)))
 
 
+@app.command(rich_help_panel=RESULTS)
+def check(results_dir: ResultsDir = Path("results")) -> None:
+    """Check that tables, run files, values and curves are what the runs wrote; needs no torch."""
+    from sbeval.tables.check import Checked, folder
+
+    checked, faults = Checked(), 0
+    for line in folder(Results(results_dir), checked):
+        faults += 1
+        _say(line)
+    unknown = f"; {checked.unknown} cells are of a version without digests" if checked.unknown else ""
+    counts = f"{checked.rows:,} rows in {checked.tables} tables, {checked.cells:,} run files, {checked.files:,} others"
+    _say(f"{results_dir}: {counts}: {f'{faults} faults' if faults else 'as written'}{unknown}")
+    if faults:
+        raise typer.Exit(1)
+
+
+def _power(config: power_options.Config) -> None:
+    from sbeval.tables import power
+
+    plan = power.plan(config)
+    _print_table("Seeds that find a difference of two methods", plan.headings, plan.rows)
+    for note in plan.notes:
+        _say(note)
+
+
+options.plain(
+    app,
+    "power",
+    power_options.Config,
+    _power,
+    help="Say how many seeds and documents find a given difference in perplexity; needs no torch.",
+    panel=RESULTS,
+)
+
 bench = typer.Typer(help="Benchmark kernels and models beside their peers, on a GPU.", no_args_is_help=True)
 app.add_typer(bench, name="bench", rich_help_panel=TOOLS)
 Lengths = Annotated[list[int] | None, typer.Option(help="Tokens of a sequence; repeat for several.", min=1)]
@@ -316,10 +384,10 @@ def bench_model(
     from sbeval.bench import models
     from sbeval.runtime import device as devices
 
-    place = devices.pick(device)
+    picked = devices.pick(device)
     found = models.problems(size or ("350m", "1b"), head_dim or (64, 128), length=length, batch=batch)
     peers = models.peers(attention or ("stick_breaking", "rope"))
-    shown = models.measure(found, peers, repeats, place, devices.pick_dtype(dtype, place), results_dir)
+    shown = models.measure(found, peers, repeats, picked, devices.pick_dtype(dtype, picked), results_dir)
     Console().print(shown)
     _say(str(Results(results_dir).table("model")))
     _draw(results_dir, ["model"])
@@ -354,6 +422,14 @@ def bench_skipping(
     grid = skipping.measure(checkpoint, text.test, lengths, where, devices.pick_dtype(dtype, where), results_dir)
     Console().print(grid)
     _draw(results_dir, ["skipping"])
+
+
+def _warn(tables: list[Path]) -> None:
+    """Say on stderr which rows are not what a run wrote."""
+    from sbeval.tables.check import notes
+
+    for line in notes(path for path in tables if path.exists()):
+        print(f"sbeval: {line}", file=sys.stderr)
 
 
 def _draw(results_dir: Path, names: list[str]) -> None:
@@ -484,12 +560,10 @@ def _console(context: "RunContext") -> Console:
 
 
 def _resumable(work: Callable[[], bool], force: bool) -> bool:
-    from sbeval.sweep.pool import terminable
-
     try:
-        with terminable():
-            return work()
+        return work()
     except KeyboardInterrupt:
+        signals.ignore()
         then = "starts over" if force else "resumes"
         print(f"sbeval: interrupted; finished work is kept, and the same command {then}", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -497,8 +571,11 @@ def _resumable(work: Callable[[], bool], force: bool) -> bool:
 
 def main() -> None:
     """Run the command line; an InputError is printed as one line, with exit code 2."""
-    try:
-        app()
-    except InputError as error:
-        print(f"sbeval: {error}", file=sys.stderr)
-        sys.exit(2)
+    with streams.guarded(), signals.terminable():
+        try:
+            app()
+        except InputError as error:
+            # standard error may be what cannot be written
+            with suppress(OSError):
+                print(f"sbeval: {error}", file=sys.stderr)
+            sys.exit(2)

@@ -1,11 +1,12 @@
 """Commands derived from configs: a config field with help is an option of the command, described only there."""
 
+import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import typer
 
@@ -29,7 +30,9 @@ class Common:
     )
     device: str | None = option(None, RUN, "cpu, cuda or cuda:N. Default: the GPU if there is one.")
     dtype: str | None = option(
-        None, RUN, "Of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU."
+        None,
+        RUN,
+        "Data type of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU.",
     )
     results_dir: Path = option(Path("results"), RUN, "Folder of tables, run files, checkpoints and figures.")
     force: bool = option(False, RUN, "Run finished cells again.")
@@ -65,6 +68,7 @@ class Training(Common):
 
 
 Kind = TypeVar("Kind", bound=Common)
+Given = TypeVar("Given")
 
 
 def _several(kind: type[int] | type[float]) -> Callable[[str], list[Any]]:
@@ -107,7 +111,10 @@ def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> l
         if presets and (values := _by_preset(field.name, presets)):
             # escaped, since Rich reads brackets as markup
             help = f"{help} [dim]\\[{values}][/dim]"
+        assert default is not MISSING, "an option has a default"
+        # as the default, not in Annotated, which takes most of the time of building a command
         info = typer.Option(
+            default,
             *flags,
             help=help,
             metavar=metavar,
@@ -115,13 +122,12 @@ def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> l
             rich_help_panel=field.metadata["group"],
             show_default=not presets and hint is not bool,
         )
-        assert default is not MISSING, "an option has a default"
         kind: Any = hint | None if default is None else hint
-        annotation = Annotated[kind, info]
-        found.append(
-            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        )
+        found.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=kind))
     return found
+
+
+_common = functools.cache(parameters)
 
 
 def _by_preset(name: str, presets: Mapping[str, Any]) -> str:
@@ -147,6 +153,18 @@ def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
+def plain(
+    app: typer.Typer, name: str, config: type[Given], run: Callable[[Given], None], *, help: str, panel: str
+) -> None:
+    """Add a command with the options of a config alone, and no presets; `run` gets the config."""
+
+    def invoke(**values: Any) -> None:
+        run(config(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}))
+
+    invoke.__signature__ = inspect.Signature(parameters(config))  # type: ignore[attr-defined]
+    app.command(name, help=help, rich_help_panel=panel)(invoke)
+
+
 def command(
     app: typer.Typer,
     name: str,
@@ -166,7 +184,7 @@ def command(
         given = {key: _flat(value) if isinstance(value, list) else value for key, value in rest.items()}
         run(common(**{key: values[key] for key in shared}), given)
 
-    both = [*parameters(config, presets), *parameters(common)]
-    both.sort(key=lambda one: GROUPS.index(get_args(one.annotation)[1].rich_help_panel))
+    both = [*parameters(config, presets), *_common(common)]
+    both.sort(key=lambda one: GROUPS.index(one.default.rich_help_panel))
     invoke.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
     app.command(name, help=help, rich_help_panel=panel)(invoke)

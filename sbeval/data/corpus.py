@@ -1,6 +1,7 @@
 """Corpora: the texts of a source, tokenized once and memory-mapped. See `sources` for what a source can be."""
 
 import array
+import functools
 import hashlib
 import json
 import shutil
@@ -18,11 +19,11 @@ from sbeval.data.sources import ROLES, Document, Source
 from sbeval.data.tokenizer import Ids, Library, Tokenizer, is_trained
 from sbeval.data.tokenizer import load as load_tokenizer
 from sbeval.data.tokenizer import read as read_tokenizer
-from sbeval.errors import InputError
-from sbeval.runtime.files import locked, storing
+from sbeval.errors import InputError, first_line
+from sbeval.runtime.files import clear, locked, sha256, storing
 
 # part of a store's key: a store of another format is not opened
-FORMAT = 2
+FORMAT = 3
 BATCH_CHARACTERS = 1 << 23
 
 
@@ -101,16 +102,17 @@ def open(
     max_tokens: int | None = None,
     text_field: str = "text",
     progress: Callable[[int], None] | None = None,
+    say: Callable[[str], None] = print,
 ) -> Corpus:
     """Open a corpus; the first call tokenizes it and stores it in cache_dir/corpora/<digest>.
 
     spec: as in `sources`. tokenizer: as in `sbeval.data.tokenizer`. max_tokens: train ends with the document that
     reaches it; test and valid stay whole, except those of a dataset of the hub, which then end with the document that
     reaches 2^22 and 2^18 tokens. text_field: the field of a row that holds its text. progress: called with the number
-    of tokens added since its last call.
+    of tokens added since its last call. say: names a store that is not as it was written, which is tokenized anew.
 
-    Changed files are tokenized anew; a dataset that changes on the hub is not. Raise InputError for files that cannot
-    be read, hold no text, or too little to split.
+    Changed files are tokenized anew too; a dataset that changes on the hub is not. Raise InputError for files that
+    cannot be read, hold no text, or too little to split.
     """
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"max_tokens must be at least 1; got {max_tokens}")
@@ -118,9 +120,14 @@ def open(
     definition = tokenizer if is_trained(tokenizer) else load_tokenizer(tokenizer, cache_dir=cache_dir).digest
     key = sources.digest(str(FORMAT), source.digest, definition, str(max_tokens))
     folder = cache_dir / "corpora" / key
-    with locked(folder):
-        if not folder.exists():
-            _build(folder, source, tokenizer, cache_dir, max_tokens, progress or (lambda tokens: None))
+    # without the lock: large stores are checked by many processes at once
+    if _fault(folder) is not None:
+        with locked(folder):
+            # another process may have built it meanwhile
+            if (fault := _fault(folder)) is not None:
+                if folder.exists():
+                    say(f"{fault}: {source.name!r} is tokenized again")
+                _build(folder, source, tokenizer, cache_dir, max_tokens, progress or (lambda tokens: None))
     return _read_store(folder, source.name, tokenizer, cache_dir)
 
 
@@ -143,6 +150,33 @@ def _read_store(folder: Path, name: str, spec: str, cache_dir: Path) -> Corpus:
     return Corpus(name=name, digest=meta["digest"], tokenizer=tokenizer, **splits, versions=meta["versions"])
 
 
+def _fault(folder: Path) -> str | None:
+    """Return what of a store is not as it was written, before anything is mapped; None for a whole store."""
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_bytes())
+        if meta.pop("seal") != _seal(meta):
+            return f"{path} is not as it was written"
+        for name, (size, digest) in meta["files"].items():
+            path = folder / name
+            found = path.stat()
+            if found.st_size != size or _sha256(path, found.st_size, found.st_mtime_ns) != digest:
+                return f"{path} is not as it was written"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return f"{path} cannot be read ({getattr(error, 'strerror', None) or first_line(error)})"
+    return None
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(path: Path, size: int, changed: int) -> str:
+    """Return the digest of a file, once in a process unless its size or its time of change is another."""
+    return sha256(path)
+
+
+def _seal(meta: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
 def _build(
     folder: Path, source: Source, spec: str, cache_dir: Path, max_tokens: int | None, progress: Callable[[int], None]
 ) -> None:
@@ -156,7 +190,7 @@ def _build(
         )
     unfinished = folder.with_suffix(".unfinished")
     # we hold the lock: an existing folder was left by a process that was killed
-    shutil.rmtree(unfinished, ignore_errors=True)
+    clear(unfinished)
     try:
         with storing(folder):
             unfinished.mkdir()
@@ -177,12 +211,26 @@ def _build(
             # without valid, on which no result depends
             "digest": sources.digest(tokenizer.digest, digests["train"], digests["test"]),
             "versions": dict(source.versions),
+            "files": {path.name: (path.stat().st_size, sha256(path)) for path in sorted(unfinished.iterdir())},
         }
         with storing(folder):
-            (unfinished / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            sealed = {**meta, "seal": _seal(meta)}
+            (unfinished / "meta.json").write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
+            _set_aside(folder)
             unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> None:
+    """Remove a damaged store, if there is one; processes that have mapped its files keep these."""
+    if folder.is_dir() and not folder.is_symlink():
+        damaged = folder.with_suffix(".damaged")
+        shutil.rmtree(damaged, ignore_errors=True)
+        folder.rename(damaged)
+        shutil.rmtree(damaged, ignore_errors=True)
+    else:
+        folder.unlink(missing_ok=True)
 
 
 def _write_split(

@@ -32,11 +32,11 @@ ENCLOSED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Text:
-    """Whole documents: names, tokens, and the texts in which words and bytes are counted. name: of all of them; eos:
-    the token before the first of each."""
+    """Whole documents: names, tokens, and the texts in which words and bytes are counted. name: of all of them; prefix:
+    tokens before each: see `perplexity.rolling`."""
 
     name: str
-    eos: int
+    prefix: Sequence[int]
     documents: Sequence[str]
     tokens: Sequence[Ids]
     counted: Sequence[str]
@@ -47,7 +47,7 @@ def digest(spec: str, field: str) -> str:
     return _source(spec, field).digest
 
 
-def read(spec: str, field: str, tokenizer: Tokenizer) -> Text:
+def read(spec: str, field: str, tokenizer: Tokenizer, prefix: Sequence[int]) -> Text:
     """Read and tokenize the documents of a specification (see the module); `field` of a row holds its text.
 
     A dataset of the hub ends with the document that reaches its limit of test tokens. Raise InputError when the text
@@ -74,7 +74,7 @@ def read(spec: str, field: str, tokenizer: Tokenizer) -> Text:
         raise InputError(f"evaluation text {spec!r} holds no documents: give another --eval-corpus")
     return Text(
         name=WIKITEXT if wikitext else source.name,
-        eos=tokenizer.eos,
+        prefix=prefix,
         documents=names,
         tokens=tokens,
         counted=texts[: len(names)],

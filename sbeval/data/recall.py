@@ -39,6 +39,8 @@ class Recall:
             )
         if self.vocab_size <= self.seq_len:
             raise InputError(f"vocab_size must be above seq_len {self.seq_len}; got {self.vocab_size}")
+        if self.vocab_size > 1 << 24:
+            raise InputError(f"vocab_size must be at most {1 << 24}; got {self.vocab_size}")
         # beyond these, weights of slots overflow or vanish
         if not -10 <= self.slot_power <= 10:
             raise InputError(f"slot_power must be -10 to 10; got {self.slot_power}")

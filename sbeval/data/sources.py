@@ -51,8 +51,8 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]  # likewise
 
 from sbeval.data import python_source
 from sbeval.data.python_source import Role
-from sbeval.errors import InputError, first_line
-from sbeval.runtime.files import sha256
+from sbeval.errors import InputError, reading, shown, spelled
+from sbeval.runtime.files import check_not_pointer, sha256
 
 ROLES: tuple[Role, ...] = ("train", "valid", "test")
 # the most test and valid tokens of a hub dataset that are stored when the train tokens are limited
@@ -98,11 +98,13 @@ def source(spec: str, field: str) -> Source:
     if spec.startswith("hf:"):
         return _hub(spec.removeprefix("hf:"), field)
     path = Path(spec)
-    if not os.path.exists(path):
+    # a device or a pipe has no end, or is gone when it is read again
+    if not os.path.isdir(path) and not os.path.isfile(path):
         raise InputError(
-            f"unknown corpus {spec!r}; give python, stdlib, an existing file or folder, or hf:NAME[:CONFIG]"
+            f"unknown corpus {shown(spec)!r}; give python, stdlib, an existing file or folder, or hf:NAME[:CONFIG]"
         )
-    return _files(path, field)
+    with reading(f"corpus {spec!r}"):
+        return _files(path, field)
 
 
 def size(spec: str) -> int | None:
@@ -154,15 +156,15 @@ def _files(path: Path, field: str) -> Source:
         raise InputError(f"folder {path} holds no file to read; give a folder of text, .jsonl, .json or .parquet files")
 
     def read(files: list[str]) -> Iterator[Document]:
-        return _with_text(document for name in files for document in _read(folder / name, name, field))
+        return _with_text(document for name in files for document in _read(folder / name, spelled(name), field))
 
     def documents(role: Role) -> Iterator[Document]:
         return _drawn(read(splits.get(role, splits["train"]) if splits else chosen), role, splits or ())
 
-    parts = [f"{name} {sha256(folder / name)}" for name in chosen]
+    parts = [f"{spelled(name)} {sha256(folder / name)}" for name in chosen]
     name = path.resolve().name if path.is_dir() else Path(_unpacked(path.name)).stem
     whole = None if splits else lambda: read(chosen)
-    return Source(name=name, digest=digest(field, *parts), documents=documents, whole=whole)
+    return Source(name=spelled(name), digest=digest(field, *parts), documents=documents, whole=whole)
 
 
 def _chosen(path: Path, folder: Path) -> tuple[list[str], dict[Role, list[str]] | None]:
@@ -198,12 +200,14 @@ def _hub(spec: str, field: str) -> Source:
         split = named.get(role, "train")
         rows = enumerate(splits[split])
         documents = _with_text(_document(f"{split}:{row}", values, field, dataset) for row, values in rows)
-        return _drawn(documents, role, named if held_out else ())
+        # streams end early, change their columns or lose their connection
+        with reading(f"dataset {dataset!r}", *_stream_errors()):
+            yield from _drawn(documents, role, named if held_out else ())
 
-    local = sorted(path for path in Path(dataset).rglob("*") if path.is_file())
-    parts = [sha256(path) for path in local]
+    with reading(f"dataset {dataset!r}"):
+        parts = [sha256(path) for path in sorted(Path(dataset).rglob("*")) if path.is_file()]
     name = f"{short}:{config}" if config else short
-    return Source(name=name, digest=digest("hf", spec, field, *parts), documents=documents, limits=HUB_TOKENS)
+    return Source(name=name, digest=digest("hf", spelled(spec), field, *parts), documents=documents, limits=HUB_TOKENS)
 
 
 def _load_dataset(name: str, config: str) -> Mapping[str, Iterable[object]]:
@@ -211,11 +215,16 @@ def _load_dataset(name: str, config: str) -> Mapping[str, Iterable[object]]:
         datasets = importlib.import_module("datasets")
     except ImportError:
         raise InputError(f"corpus hf:{name} needs datasets: pip install 'sbeval[hf]'") from None
-    try:
+    # a RuntimeError for datasets that are programs
+    with reading(f"dataset {name!r}", RuntimeError, *_stream_errors()):
         return cast(Mapping[str, Iterable[object]], datasets.load_dataset(name, config or None, streaming=True))
-    # raised for an unknown name or configuration, without network, and for datasets that are programs
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot load dataset {name!r}: {first_line(error)}") from None
+
+
+def _stream_errors() -> tuple[type[Exception], ...]:
+    """Return what streaming from the hub raises, besides what `reading` knows."""
+    names = ("datasets.exceptions.DatasetsError", "huggingface_hub.errors.HTTPError", "aiohttp.ClientError")
+    found = [getattr(importlib.import_module(module), name) for module, _, name in (x.rpartition(".") for x in names)]
+    return (LookupError, TypeError, zlib.error, lzma.LZMAError, pa.ArrowException, *found)
 
 
 def _with_text(documents: Iterable[Document]) -> Iterator[Document]:
@@ -241,6 +250,7 @@ def _drawn(documents: Iterable[Document], role: Role, named: Collection[Role]) -
 def _read(path: Path, name: str, field: str) -> Iterator[Document]:
     """Read the documents of one file, called `name` in messages and in the documents' names."""
     with _opened(path) as file:
+        check_not_pointer(path, file.peek(64) if isinstance(file, io.BufferedReader) else b"")
         if _kind(name) in (".jsonl", ".json"):
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -256,11 +266,19 @@ def _read(path: Path, name: str, field: str) -> Iterator[Document]:
 
 def _parsed(line: bytes, where: str) -> object:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        text = line.decode("utf-8-sig")
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            problem = f"{error.msg} (column {error.colno})"
+        # an integer of more digits than Python reads; it is another field's, or not text
+        except ValueError:
+            return json.loads(text, parse_int=float)
     except UnicodeDecodeError:
         raise InputError(f"{where} is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON: {error.msg} (column {error.colno}); give one object a line") from None
+    except RecursionError:
+        problem = "it is nested too deep"
+    raise InputError(f"{where} is not JSON: {problem}; give one object a line")
 
 
 def _parquet(file: BinaryIO, name: str, field: str) -> Iterator[Document]:
@@ -269,9 +287,20 @@ def _parquet(file: BinaryIO, name: str, field: str) -> Iterator[Document]:
     columns = [field] if field in table.schema_arrow.names else None
     row = 0
     for batch in table.iter_batches(batch_size=256, columns=columns):
-        for values in batch.to_pylist():
+        for values in _rows(batch, name, row):
             row += 1
             yield _document(f"{name}:{row}", values, field, name)
+
+
+def _rows(batch: Any, name: str, before: int) -> list[Any]:
+    """Return the rows of a batch, which begins after so many rows; InputError names one that is not UTF-8."""
+    try:
+        rows: list[Any] = batch.to_pylist()
+        return rows
+    except UnicodeDecodeError:
+        if batch.num_rows == 1:
+            raise InputError(f"{name}:{before + 1} is not UTF-8 text") from None
+    return [row for index in range(batch.num_rows) for row in _rows(batch.slice(index, 1), name, before + index)]
 
 
 def _document(name: str, row: object, field: str, origin: str) -> Document:
@@ -304,11 +333,9 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         # in the standard library from Python 3.14 on
         ".zst": lambda packed: io.BufferedReader(pa.input_stream(str(packed), compression="zstd")),
     }
-    try:
+    with reading(path, lzma.LZMAError, zlib.error, pa.ArrowException):
         with openers.get(path.suffix.lower(), partial(Path.open, mode="rb"))(path) as file:
             yield file
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowInvalid) as error:
-        raise InputError(f"cannot read {path}: {first_line(error)}") from None
 
 
 def _kind(name: str) -> str:

@@ -25,10 +25,12 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sbeval.errors import InputError, first_line
 from sbeval.runtime.files import replacing, storing
+from sbeval.runtime.seals import is_intact, seal
 
 EOS = "<|endoftext|>"
 # names of the token that ends a document, searched when no config beside tokenizer.json gives it
 EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+MAX_IDS = 1 << 20
 TRAINING_CHARACTERS = 64_000_000
 PARALLELISM = "TOKENIZERS_PARALLELISM"
 # the library needs some 350 bytes of memory per token while it encodes
@@ -44,7 +46,8 @@ Ids = npt.NDArray[np.uint16 | np.uint32]
 class Tokenizer(ABC):
     """Text to ids and back. `digest` changes with the ids of any text; `eos` ends a document.
 
-    prefix: the ids that models of this tokenizer expect before a text: its BOS, if it has one.
+    prefix: the special ids that it puts before a text for its models, such as BOS. unknown: the id of text that it
+    cannot spell, if there is one.
     cuts_at_spaces: a text that is cut before white space that follows other characters keeps its ids.
     """
 
@@ -54,6 +57,7 @@ class Tokenizer(ABC):
         self.vocab_size = vocab_size
         self.eos = eos
         self.prefix: tuple[int, ...] = ()
+        self.unknown: int | None = None
         self.cuts_at_spaces = True
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
@@ -77,8 +81,12 @@ class Tokenizer(ABC):
         """Return the bytes of UTF-8 text of each id, (n,) int64 for (n,) integers; 0 for eos.
 
         Exact for bytes and byte-level BPE, also where a character is spread over ids. SentencePiece's include the space
-        that they put before a text. Text counts as normalized. Raise InputError for other kinds of tokenizers.
+        that they put before a text. Text counts as normalized. Raise InputError for ids whose bytes are not known.
         """
+
+    def spells(self, ids: npt.ArrayLike) -> bool:
+        """Return whether the bytes of these ids are known: not of other kinds of tokenizers, nor of <unk>."""
+        return True
 
     @abstractmethod
     def library(self) -> tokenizers.Tokenizer:
@@ -128,6 +136,7 @@ class Library(Tokenizer):
         self._backend = backend
         self.prefix = _prefix(backend)
         stages = json.loads(definition)
+        self.unknown = _unknown(backend, stages["model"])
         self.cuts_at_spaces = _is_gpt2(stages)
         spell = _spelling(stages["decoder"])
         self._bytes = _byte_table(backend, size, eos, spell) if spell else None
@@ -146,22 +155,27 @@ class Library(Tokenizer):
         return str(self._backend.decode(array[array != self.eos].tolist(), skip_special_tokens=False))
 
     def byte_lengths(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
-        if self._bytes is None:
+        if self._bytes is None or not self.spells(ids):
             raise InputError(
-                f"tokenizer {self.name!r} has no bytes for its tokens: give one that is byte-level or SentencePiece's"
+                f"tokenizer {self.name!r} has no bytes for these tokens: give one that is byte-level or SentencePiece's"
             )
         lengths: npt.NDArray[np.int64] = self._bytes[np.asarray(ids, dtype=np.int64)]
         return lengths
+
+    def spells(self, ids: npt.ArrayLike) -> bool:
+        return self._bytes is not None and not (np.asarray(ids) == self.unknown).any()
 
     def library(self) -> tokenizers.Tokenizer:
         stages = json.loads(self._backend.to_str())
         return tokenizers.Tokenizer.from_str(json.dumps(stages | {"post_processor": None}))
 
-    def save(self, path: Path) -> None:
-        """Write the tokenizer as a tokenizer.json file, atomically."""
+    def save(self, path: Path, *, sealed: bool = False) -> None:
+        """Write the tokenizer as a tokenizer.json file, atomically. sealed: see `sbeval.runtime.seals`."""
         # the library's own `save` does not name a full disk in its error
         with replacing(path) as temporary:
             temporary.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+            if sealed:
+                seal(path, temporary)
 
 
 def load(spec: str, *, train_texts: Callable[[], Iterable[str]] | None = None, cache_dir: Path) -> Tokenizer:
@@ -207,11 +221,13 @@ def read(path: Path, *, name: str) -> Library:
     """Read a tokenizer.json file; raise InputError when it is not one, or has no token that ends a document."""
     try:
         text = path.read_text(encoding="utf-8")
-        # the library raises a bare Exception
         json.loads(text)["model"]["vocab"]
-    except (OSError, ValueError, LookupError, TypeError):
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:
+        # the library, in Rust, raises the class Exception itself
+        if type(error) is not Exception and not isinstance(error, (OSError, ValueError, LookupError, TypeError)):
+            raise
         raise InputError(f"{path} is not a tokenizer.json file of the tokenizers library") from None
-    backend = tokenizers.Tokenizer.from_str(text)
     known = [backend.token_to_id(token) for token in EOS_NAMES]
     eos = next((number for number in known if number is not None), None)
     if eos is None:
@@ -223,8 +239,11 @@ def read(path: Path, *, name: str) -> Library:
 
 def _size(spec: str) -> int:
     number = spec.removeprefix("bpe:")
-    if not re.fullmatch(r"[0-9]{1,9}", number) or int(number) < 257:
-        raise InputError(f"tokenizer {spec!r}: the size after bpe: must be at least 257 ids (bytes and eos)")
+    # the library takes memory for them all, and its process ends where that is too much
+    if not re.fullmatch(r"[0-9]{1,9}", number) or not 257 <= int(number) <= MAX_IDS:
+        raise InputError(
+            f"tokenizer {spec!r}: the size after bpe: must be at least 257 ids (bytes and eos), at most {MAX_IDS}"
+        )
     return int(number)
 
 
@@ -234,11 +253,11 @@ def _cached(spec: str, size: int, texts: Iterable[str], cache_dir: Path) -> Libr
     for text in sample:
         digest.update(hashlib.sha256(text.encode()).digest())
     path = cache_dir / "tokenizers" / digest.hexdigest()[:16] / "tokenizer.json"
-    if not path.exists():
+    if not is_intact(path):
         trained = _train(sample, size, spec)
         with storing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        trained.save(path)
+        trained.save(path, sealed=True)
     return read(path, name=spec)
 
 
@@ -269,8 +288,8 @@ def _from_transformers(spec: str) -> Library:
     try:
         # the fast form that is read here needs no code of the repository
         loaded: Any = transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
-    # raised for an unknown name, without network, and for files that it cannot read
-    except (OSError, ValueError, KeyError) as error:
+    # raised for an unknown name, without network, for files that it cannot read, and packages that it lacks
+    except (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError) as error:
         raise InputError(
             f"unknown tokenizer {spec!r}; give bytes, bpe:N, a file, a folder or a hub name: {first_line(error)}"
         ) from None
@@ -327,6 +346,14 @@ def _prefix(backend: tokenizers.Tokenizer) -> tuple[int, ...]:
     """Return the special tokens that the tokenizer's own post-processor puts before a text."""
     plain, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
     return tuple(whole[: next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)])
+
+
+def _unknown(backend: tokenizers.Tokenizer, model: dict[str, Any]) -> int | None:
+    """Return the id of text that the model cannot spell; None where it has none, or spells all text in bytes."""
+    if isinstance(model.get("unk_id"), int):
+        return None if model.get("byte_fallback") else int(model["unk_id"])
+    unknown = model.get("unk_token")
+    return None if unknown is None or model.get("byte_fallback") else backend.token_to_id(unknown)
 
 
 def _spelling(decoder: dict[str, Any] | None) -> Callable[[str], int] | None:

@@ -3,14 +3,21 @@
 metric            value of an item
 acc, acc_norm     1 where the answer is right, else 0; so for each metric that lm-eval averages
 log_probability   of the right answer, in nats: of several choices, of a continuation, or of a whole text
+answer_bytes      UTF-8 bytes of that answer as the model reads it, with the space before it; not for whole texts
 words, bytes      of a whole text, by which its log-probability is divided
+
+`gold_bits_per_byte` is the cost of right answers: no chance floor, and it moves in models that guess.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import pandas as pd
+
+from sbeval.tables import statistics
+from sbeval.tables.statistics import Estimate
 
 # a text's metrics, which lm-eval calculates from its log-probability and one of these
 AMOUNTS = {"word_perplexity": "words", "byte_perplexity": "bytes", "bits_per_byte": "bytes"}
@@ -34,6 +41,19 @@ def values(name: str, tasks: Mapping[str, Any], samples: Mapping[str, Sequence[M
     return frame.assign(value=frame["value"].astype(float).round(DECIMALS))
 
 
+def gold_bits_per_byte(frame: pd.DataFrame, parts: Collection[str]) -> Estimate | None:
+    """Return the bits of all right answers of these parts over their bytes; None where no answer is known.
+
+    frame: as `values` returns it. Errors are over items.
+    """
+    mine = frame[frame["part"].isin(parts) & frame["metric"].isin(["log_probability", "answer_bytes"])]
+    items = mine.pivot_table("value", ["part", "unit_id"], "metric", aggfunc="first")
+    if "answer_bytes" not in items or (items := items.dropna()).empty:
+        return None
+    bits, size = (items[name].to_numpy(dtype=float) for name in ("log_probability", "answer_bytes"))
+    return statistics.ratio(-bits / math.log(2), size)
+
+
 def _filter(sample: Mapping[str, Any]) -> str:
     return "" if sample["filter"] == "none" else str(sample["filter"])
 
@@ -48,9 +68,13 @@ def _numbers(task: Any, sample: Mapping[str, Any]) -> Iterator[tuple[str, float]
         elif metric == "perplexity":
             found["log_probability"] = value
         elif isinstance(value, Real):
-            found[metric] = value
-    if task.OUTPUT_TYPE == "multiple_choice" and (right := _right(task, sample["doc"])) is not None:
+            found[metric] = float(value)
+    right = 0 if task.OUTPUT_TYPE == "loglikelihood" else None
+    if task.OUTPUT_TYPE == "multiple_choice":
+        right = _right(task, sample["doc"])
+    if right is not None:
         found["log_probability"] = sample["filtered_resps"][right][0]
+        found["answer_bytes"] = len(sample["arguments"][right][1].encode())
     yield from found.items()
 
 

@@ -24,12 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import jinja2
+import pyarrow as pa  # type: ignore[import-untyped]  # it ships no types
 from lm_eval.api.task import ConfigurableTask
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, reading
 
 # items to draw examples from, where they are taken from the scored ones
 HELD_OUT = 32
+# what templates and tables raise for items that lack a field or hold another kind of value
+NOT_ITEMS = (LookupError, TypeError, AttributeError, pa.ArrowException, jinja2.TemplateError)
 
 Item = dict[str, Any]
 
@@ -205,8 +209,22 @@ def splits(folder: Path, config: Any, dataset: str, name: str | None) -> dict[st
     return {pool: _dataset(examples), scored: _dataset(items)}
 
 
+def check(task: Any, folder: Path) -> None:
+    """Raise InputError that names the first item of a task that lacks what its definition asks for."""
+    for number, item in enumerate(task.eval_docs, 1):
+        with reading(f"item {number} of task {task.config.task!r} in {folder}", *NOT_ITEMS):
+            prompt = task.doc_to_text(item)
+            task.doc_to_target(item)
+            # a field that is absent or null is no text: templates write it as the word None
+            present = {name: value for name, value in item.items() if value is not None}
+            if len(present) < len(item) and task.doc_to_text(present) != prompt:
+                raise ValueError(f"it has no {' or '.join(sorted(item.keys() - present.keys()))}")
+
+
 def _dataset(items: list[Item]) -> datasets.Dataset:
-    return datasets.Dataset.from_list(items)
+    # fields of several kinds, and integers of more than 64 bits, are none of a table
+    with reading("the items", *NOT_ITEMS):
+        return datasets.Dataset.from_list(items)
 
 
 def _stems(dataset: str, name: str | None, split: str) -> list[str]:
@@ -230,7 +248,7 @@ def _split(folder: Path, dataset: str, name: str | None, split: str) -> list[Ite
     items = read(path, short.config).get(name if short.config else None)
     try:
         return items and [short.convert(item) for item in items]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is not in a form that sbeval.evaluation.lm_eval_local reads ({type(error).__name__}: {error})"
         ) from None
@@ -247,12 +265,12 @@ def read(path: Path, group: str | None) -> dict[str | None, list[Item]]:
 @functools.lru_cache(maxsize=4)
 def _read(path: Path, group: str | None, _: int) -> dict[str | None, list[Item]]:
     items: dict[str | None, list[Item]] = {}
-    with path.open(encoding="utf-8") as file:
+    with reading(path), path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                item = json.loads(line)
+                item = json.loads(line.decode())
                 items.setdefault(item[group] if group else None, []).append(item)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 wanted = f"a JSON object with {group!r}" if group else "JSON"
                 raise InputError(f"{path}:{number}: not {wanted}") from None
     if not items:

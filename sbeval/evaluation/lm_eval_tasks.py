@@ -24,9 +24,10 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry
 from transformers import AutoTokenizer
 
-from sbeval.errors import InputError, first_line
+from sbeval.errors import InputError, first_line, reason
 from sbeval.evaluation import lm_eval_items, lm_eval_local
 from sbeval.evaluation.lm_eval_model import Adapter, HubText, PlainText
+from sbeval.pretrained.released import broken
 
 __all__ = ["Adapter", "Benchmark", "HubText", "PlainText", "Score", "hub_text", "load", "scores", "version"]
 
@@ -112,17 +113,22 @@ def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
     if shots is not None and used != {shots}:
         raise InputError(f"task {name!r} is defined with {max(used)} examples in its prompt; give --task {name}")
     with _quiet():
+        if folder is not None:
+            for task in loaded["tasks"].values():
+                lm_eval_local.check(task, folder)
         digest = lm_eval_local.digest(loaded["tasks"])
     return Benchmark(name=name, tasks=loaded["tasks"], groups=loaded.get("groups", {}), shots=max(used), digest=digest)
 
 
-def hub_text(spec: str, trust_remote_code: bool = False) -> HubText:
-    """Return the tokenizer of a Hugging Face folder or name."""
+def hub_text(spec: str, vocab_size: int | None = None, trust_remote_code: bool = False) -> HubText:
+    """Return the tokenizer of a Hugging Face folder or name, whose model has `vocab_size` tokens, if known."""
     try:
-        return HubText(AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code))
-    # it raises these for a name that is unknown or out of reach, and for files that it cannot read
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"no tokenizer with model {spec!r}: {first_line(error)}") from None
+        return HubText(AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code), vocab_size)
+    except InputError:
+        raise
+    # for a name that is unknown or out of reach, and for files that it cannot read
+    except broken() as error:
+        raise InputError(f"no tokenizer with model {spec!r}: {reason(error)}") from None
 
 
 def _find(name: str) -> tuple[Entry, dict[str, Entry]]:
@@ -172,7 +178,28 @@ def scores(benchmark: Benchmark, adapter: Adapter, limit: int | None) -> tuple[l
             name, results["results"][name], counts[name], str(results["versions"][name]), chances[name]
         )
     ]
-    return found, lm_eval_items.values(benchmark.name, benchmark.tasks, results["samples"])
+    items = lm_eval_items.values(benchmark.name, benchmark.tasks, results["samples"])
+    versions = {name: str(results["versions"][name]) for name in names}
+    return [*found, *_gold(benchmark, items, versions)], items
+
+
+def _gold(benchmark: Benchmark, items: pd.DataFrame, versions: Mapping[str, str]) -> Iterator[Score]:
+    """Yield the bits per byte of right answers, of the benchmark and of each part whose items have them."""
+    for name, version in versions.items():
+        group = benchmark.groups.get(name)
+        tasks = [name] if group is None else [task.task_name for task in group.get_all_tasks()]
+        found = lm_eval_items.gold_bits_per_byte(items, ["" if task == benchmark.name else task for task in tasks])
+        if found is not None:
+            yield Score(
+                task=name,
+                metric="gold_bits_per_byte",
+                filter="",
+                value=found.value,
+                stderr=found.stderr,
+                n=found.n,
+                version=version,
+                chance=None,
+            )
 
 
 def _scores(name: str, numbers: Mapping[str, Any], n: int, version: str, chance: float | None) -> Iterator[Score]:

@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sbeval.errors import InputError
 from sbeval.runtime import device, distributed, oom
 from sbeval.runtime.distributed import ALONE, World
 from sbeval.tables import statistics
@@ -32,12 +31,18 @@ from sbeval.tables.statistics import Estimate, Floats
 
 # tokens, of all windows together, whose logits are in memory at a time
 CHUNK = 4096
+# the logarithm of the largest number
+LARGEST = math.log(np.finfo(np.float64).max)
 
 Tokens = npt.NDArray[np.integer]
 
 
 class Predictor(Protocol):
     """A model with separate hidden states and logits, so that logits of a long text are never in memory at once."""
+
+    @property
+    def by_length(self) -> bool:
+        """Whether its numbers depend on the length of a row, padding included."""
 
     def __call__(self, tokens: Tensor, /) -> Tensor:
         """Return hidden states (N, T, width) of tokens (N, T) int64."""
@@ -49,7 +54,7 @@ class Predictor(Protocol):
 @dataclass(frozen=True, slots=True)
 class PositionLosses:
     """Losses in nats, (documents, positions) float64; column i - 1 is position i. bytes: cumulative UTF-8 bytes of the
-    scored tokens, (documents, positions)."""
+    scored tokens, (documents, positions), NaN where they are not known."""
 
     losses: Floats
     bytes: Floats
@@ -62,14 +67,14 @@ class PositionLosses:
         """Return the mean loss at positions first ... last, inclusive."""
         return statistics.mean(self.losses[:, first - 1 : last].mean(1))
 
-    def perplexity(self, length: int) -> Estimate:
-        """Return P(l) = exp of the mean loss at positions 1 ... l, with its standard error by the delta method."""
-        mean = self.mean(1, length)
-        value = math.exp(mean.value)
-        return Estimate(value, None if mean.stderr is None else value * mean.stderr, mean.n)
+    def perplexity(self, length: int) -> Estimate | None:
+        """Return P(l) = exp of the mean loss at positions 1 ... l: see `exponential`."""
+        return exponential(self.mean(1, length))
 
-    def bits_per_byte(self, length: int) -> Estimate:
-        """Return the loss at positions 1 ... l in bits per byte of their text."""
+    def bits_per_byte(self, length: int) -> Estimate | None:
+        """Return the loss at positions 1 ... l in bits per byte of their text; None where its bytes are not known."""
+        if np.isnan(self.bytes).any():
+            return None
         return statistics.ratio(self.losses[:, :length].sum(1) / math.log(2), self.bytes[:, length - 1])
 
 
@@ -85,18 +90,26 @@ class Rolling:
     words: Floats
     bytes: Floats
 
-    def perplexity(self, per: str) -> Estimate:
-        """Return exp of the loss per `token`, `word` or `byte` of all documents; standard error by the delta method."""
+    def perplexity(self, per: str) -> Estimate | None:
+        """Return exp of the loss per `token`, `word` or `byte` of all documents: see `exponential`."""
         amounts = {"token": self.tokens, "word": self.words, "byte": self.bytes}[per]
-        mean = statistics.ratio(self.losses, amounts)
-        if mean.value > math.log(np.finfo(np.float64).max):
-            raise InputError(f"the loss per {per} is {mean.value:.0f} nats: its exponential is not finite")
-        value = math.exp(mean.value)
-        return Estimate(value, None if mean.stderr is None else value * mean.stderr, mean.n)
+        return exponential(statistics.ratio(self.losses, amounts))
 
     def bits_per_byte(self) -> Estimate:
         """Return the loss in bits per byte of the documents."""
         return statistics.ratio(self.losses / math.log(2), self.bytes)
+
+
+def exponential(mean: Estimate) -> Estimate | None:
+    """Return exp of a loss in nats, with its standard error by the delta method; None where it is not finite.
+
+    Text without spaces has few, long words, whose perplexity is more than a number holds.
+    """
+    if mean.value > LARGEST:
+        return None
+    value = math.exp(mean.value)
+    stderr = math.inf if mean.stderr is None else value * mean.stderr
+    return Estimate(value, None if math.isinf(stderr) else stderr, mean.n)
 
 
 def bins(length: int, per_octave: int = 4) -> list[tuple[int, int]]:
@@ -142,8 +155,13 @@ def endings(
     """Return the log-probability in nats of each (index of a row, targets), and whether all targets are likeliest.
 
     The n targets follow the row's last n tokens, one each. Rows are padded on the right to `width`, by default to the
-    longest row, after all scored positions. The head runs at scored positions alone.
+    longest row, after all scored positions; those of a model that is `by_length` run without padding, equally long ones
+    together. The head runs at scored positions alone.
     """
+    if model.by_length:
+        width = None
+        if len(set(map(len, rows))) > 1:
+            return _of_each_length(model, rows, wanted, place, dtype)
     tokens = np.zeros((len(rows), width or max(map(len, rows))), dtype=np.int64)
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = row
@@ -166,10 +184,29 @@ def endings(
     return list(zip(sums.tolist(), whole.tolist(), strict=True))
 
 
+def _of_each_length(
+    model: Predictor,
+    rows: Sequence[Sequence[int]],
+    wanted: Sequence[tuple[int, Sequence[int]]],
+    place: torch.device,
+    dtype: str,
+) -> list[tuple[float, bool]]:
+    found: dict[int, tuple[float, bool]] = {}
+    for length in set(map(len, rows)):
+        chosen = [index for index, row in enumerate(rows) if len(row) == length]
+        of_row = {index: part for part, index in enumerate(chosen)}
+        asked = [number for number, (index, _) in enumerate(wanted) if index in of_row]
+        if asked:
+            part = [(of_row[wanted[number][0]], wanted[number][1]) for number in asked]
+            results = endings(model, [rows[index] for index in chosen], part, place=place, dtype=dtype)
+            found |= zip(asked, results, strict=True)
+    return [found[number] for number in range(len(wanted))]
+
+
 def measure(
     model: Predictor,
     windows: Sequence[tuple[int, Tokens]],
-    byte_lengths: Callable[[Tokens], Tokens],
+    byte_lengths: Callable[[Tokens], Tokens] | None,
     *,
     place: torch.device,
     dtype: str,
@@ -180,13 +217,15 @@ def measure(
 ) -> PositionLosses:
     """Return losses by position of (document, tokens) windows of length n + 1, averaged over each document's windows.
 
-    byte_lengths: bytes of each token of an array. batch: windows of a forward pass, halved when out of memory, which
-    `say` reports. advance: called with the number of finished windows. Each process evaluates a share of the windows,
-    and all return all losses.
+    byte_lengths: bytes of each token of an array, None where they are not known. batch: windows of a forward pass,
+    halved when out of memory, which `say` reports. advance: called with the number of finished windows. Each process
+    evaluates a share of the windows, and all return all losses.
     """
     tokens = np.stack([window for _, window in windows]).astype(np.int64)
     losses = _losses(model, tokens, None, place, dtype, batch, advance, say, world)
-    size = np.cumsum(np.stack([byte_lengths(window[1:]) for window in tokens]), 1).astype(np.float64)
+    size = np.full(losses.shape, np.nan)
+    if byte_lengths is not None:
+        size = np.cumsum(np.stack([byte_lengths(window[1:]) for window in tokens]), 1).astype(np.float64)
     return PositionLosses(*(_by_document(values, windows) for values in (losses, size)))
 
 
@@ -256,7 +295,7 @@ def rolling(
     texts: Sequence[str],
     *,
     window: int,
-    prefix: int,
+    prefix: Sequence[int],
     place: torch.device,
     dtype: str,
     batch: int = 1,
@@ -266,28 +305,45 @@ def rolling(
 ) -> Rolling:
     """Return the loss of whole documents as lm-eval's `loglikelihood_rolling` defines it: see `disjoint`.
 
-    texts: of the documents, in which words and bytes are counted. advance: called with the number of finished tokens.
+    texts: of the documents, in which words and bytes are counted. prefix: tokens before each document, the first of
+    which is context alone and others are scored. batch: windows of a forward pass; of shorter ones as many tokens.
+    Documents shorter than a window are padded at their end to one of few lengths, so that many share a pass and a
+    shape; not those of a model that is `by_length`. advance: called with the number of finished tokens.
     """
-    parts = [(index, *part) for index, tokens in enumerate(documents) for part in disjoint(tokens, window, prefix)]
+    whole = [np.concatenate([prefix[1:], tokens]) for tokens in documents]
+    parts = [(index, *part) for index, tokens in enumerate(whole) for part in disjoint(tokens, window, prefix[0])]
     losses = np.zeros(len(documents))
 
     def evaluate(rows: Sequence[int]) -> None:
-        tokens = torch.from_numpy(np.stack([parts[row][1] for row in rows])).to(place)
-        each = window_losses(model, tokens, dtype).double().cpu().numpy()
-        sums = [line[-parts[row][2] :].sum() for row, line in zip(rows, each, strict=True)]
-        np.add.at(losses, [parts[row][0] for row in rows], sums)
+        lengths = [len(parts[row][1]) for row in rows]
+        width = max(lengths) if model.by_length else _shared(max(lengths) - 1, window) + 1
+        tokens = np.zeros((len(rows), width), dtype=np.int64)
+        for line, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            tokens[line, :length] = parts[row][1]
+        each = window_losses(model, torch.from_numpy(tokens).to(place), dtype).double().cpu().numpy()
+        for line, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            index, _, scored = parts[row]
+            losses[index] += each[line, length - 1 - scored : length - 1].sum()
         advance(sum(parts[row][2] for row in rows) * world.size)
 
-    for rows in list(_of_one_length(parts, batch))[world.rank :: world.size]:
-        oom.in_parts(rows, batch, evaluate, say)
-    counts = ([len(x) for x in documents], [len(re.split(r"\s+", x)) for x in texts], [len(x.encode()) for x in texts])
+    widths = [len(part) - 1 if model.by_length else _shared(len(part) - 1, window) for _, part, _ in parts]
+    for rows in list(_of_one_length(widths, batch * window))[world.rank :: world.size]:
+        oom.in_parts(rows, len(rows), evaluate, say)
+    counts = ([len(x) for x in whole], [len(re.split(r"\s+", x)) for x in texts], [len(x.encode()) for x in texts])
     return Rolling(distributed.summed(losses, world, place), *(np.array(count, dtype=np.float64) for count in counts))
 
 
-def _of_one_length(parts: Sequence[tuple[int, Tokens, int]], batch: int) -> Iterable[list[int]]:
-    """Yield the indices of the parts in groups of at most `batch`, equally long ones together."""
+def _shared(length: int, window: int) -> int:
+    """Return a length that few others share, of two an octave, and at most `window`: at least `length`."""
+    octave = 1 << max(6, (length - 1).bit_length())
+    return min(window, octave * 3 // 4 if length <= octave * 3 // 4 else octave)
+
+
+def _of_one_length(lengths: Sequence[int], tokens: int) -> Iterable[list[int]]:
+    """Yield the indices of lengths, equal ones together, in groups of at most so many tokens, or of one."""
     by_length: dict[int, list[int]] = {}
-    for row, (_, part, _) in enumerate(parts):
-        by_length.setdefault(len(part), []).append(row)
-    for rows in by_length.values():
+    for row, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(row)
+    for length, rows in by_length.items():
+        batch = max(1, tokens // length)
         yield from (rows[start : start + batch] for start in range(0, len(rows), batch))

@@ -11,7 +11,6 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +92,3 @@ def _digest(key: bytes, answer: bytes) -> bytes:
 def _is_whole(key: bytes, answer: object, digest: object) -> bool:
     """Return whether a record is as it was written, down to the kinds of its values."""
     return isinstance(answer, bytes) and digest == _digest(key, answer)
-
-
-def batched(keys: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
-    """Yield lists of at most `size` keys, in their order."""
-    rest = iter(keys)
-    while some := list(islice(rest, size)):
-        yield some

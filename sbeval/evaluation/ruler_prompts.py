@@ -22,6 +22,7 @@ from sbeval.evaluation import ruler_tasks
 from sbeval.evaluation.ruler_tasks import Draft, Sample, Setting
 from sbeval.evaluation.ruler_texts import Sources, Tables
 from sbeval.runtime.files import locked, replacing
+from sbeval.runtime.seals import is_intact, seal
 from sbeval.tables.published import LONGEST
 
 # version of the prompts: raise it with any change of their text
@@ -65,7 +66,7 @@ class Writer:
         """Return the first `count` prompts of a task at a length; raise InputError where the smallest does not fit."""
         path = self.path(task, length, seed, training)
         with locked(path):
-            prompts = _read(path)
+            prompts = _read(path) if is_intact(path) else []
             if len(prompts) < count:
                 prompts += self._write(task, range(len(prompts), count), length, seed, training, advance)
                 _store(path, prompts)
@@ -211,20 +212,22 @@ def _underfilled(task: str, length: int, budget: int, training: bool, most: int)
 
 def _store(path: Path, prompts: Sequence[Prompt]) -> None:
     meta = json.dumps([(prompt.references, prompt.depth) for prompt in prompts]).encode()
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(
-            file,
-            meta=np.frombuffer(meta, np.uint8),
-            tokens=np.concatenate([prompt.tokens for prompt in prompts]),
-            answers=np.concatenate([prompt.answer for prompt in prompts]),
-            ends=np.cumsum([len(prompt.tokens) for prompt in prompts]),
-            answer_ends=np.cumsum([len(prompt.answer) for prompt in prompts]),
-        )
+    # in memory first: on a disk that fills, zipfile hides why
+    packed = io.BytesIO()
+    np.savez(
+        packed,
+        meta=np.frombuffer(meta, np.uint8),
+        tokens=np.concatenate([prompt.tokens for prompt in prompts]),
+        answers=np.concatenate([prompt.answer for prompt in prompts]),
+        ends=np.cumsum([len(prompt.tokens) for prompt in prompts]),
+        answer_ends=np.cumsum([len(prompt.answer) for prompt in prompts]),
+    )
+    with replacing(path) as temporary:
+        temporary.write_bytes(packed.getbuffer())
+        seal(path, temporary)
 
 
 def _read(path: Path) -> list[Prompt]:
-    if not path.exists():
-        return []
     try:
         with np.load(io.BytesIO(path.read_bytes())) as stored:
             tokens = np.split(stored["tokens"], stored["ends"][:-1])

@@ -18,9 +18,10 @@ import torch
 from sbeval.data.tokenizer import Tokenizer
 from sbeval.evaluation import perplexity
 from sbeval.evaluation.perplexity import Predictor
-from sbeval.evaluation.response_cache import Answers, batched, key
+from sbeval.evaluation.response_cache import Answers, key
 from sbeval.evaluation.ruler_prompts import Prompt
 from sbeval.generate import Generator, generate
+from sbeval.runtime import oom
 from sbeval.runtime.progress import Bar, Silent
 
 CONTROL = re.compile(r"[\x00-\x1f]")
@@ -78,8 +79,8 @@ def evaluate(
 ) -> list[Answered]:
     """Evaluate the prompts without a stored answer, `batch` at a time, and return the results of all.
 
-    model: a `Predictor` that is a `Generator` too. A completion ends at the token that ends a document. begin: makes a
-    progress bar for a number of prompts and the number of those that have an answer.
+    model: a `Predictor` that is a `Generator` too. A completion ends at the token that ends a document. batch is halved
+    when out of memory. begin: makes a progress bar for a number of prompts and the number of those that have an answer.
     """
     kind = f"generate {new_tokens} until token {tokenizer.eos}, and score the last "
     keys = [key(f"{kind}{len(item.answer)}", np.concatenate([item.tokens, item.answer]).tolist()) for item in prompts]
@@ -87,14 +88,17 @@ def evaluate(
     todo = {one: prompt for one, prompt in zip(keys, prompts, strict=True) if one not in known}
     bar = begin(len(prompts), sum(one in known for one in keys))
     counts = Counter(keys)
-    for some in batched(todo, batch):
+
+    def answer(some: Sequence[bytes]) -> None:
         chosen = [todo[one] for one in some]
-        likely = teacher_forced(model, chosen, device, dtype, batch)
-        tokens = completions(model, chosen, tokenizer.eos, new_tokens, device, dtype, batch)
+        likely = teacher_forced(model, chosen, device, dtype, len(chosen))
+        tokens = completions(model, chosen, tokenizer.eos, new_tokens, device, dtype, len(chosen))
         new = {one: [*scored, completion] for one, scored, completion in zip(some, likely, tokens, strict=True)}
         answers.keep(new)
-        known |= new
+        known.update(new)
         bar.advance(sum(counts[one] for one in some))
+
+    oom.in_parts(list(todo), batch, answer, bar.say)
     bar.close()
     return [
         _answered(index, prompt, known[one], tokenizer, rule)

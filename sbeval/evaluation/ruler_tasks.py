@@ -90,7 +90,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What a draft depends on. `training` draws other samples, whose essay starts anywhere."""
+    """The inputs of a draft. `training` draws other samples, whose essay starts anywhere."""
 
     length: int
     seed: int

@@ -47,7 +47,7 @@ class Pieces:
 
     @functools.cached_property
     def apart(self) -> tuple[bool, bool]:
-        """Whether all texts begin with white space, and whether none ends with it."""
+        """Return whether all texts begin with white space, and whether none ends with it."""
         return all(text[:1].isspace() for text in self.texts), not any(text[-1:].isspace() for text in self.texts)
 
     def part(self, indices: Sequence[int]) -> "Part":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sbeval.models.decoder import Decoder
+from sbeval.runtime import device
 
 
 @torch.inference_mode()
@@ -20,22 +21,36 @@ def attention_weights(model: Decoder, tokens: Tensor) -> Tensor:
     Rows of a softmax sum to 1. Those of stick-breaking sum to 1 when the remainder goes to the query's own value
     (`remainder=value`), which is then on the diagonal, and to 1 minus the remainder otherwise. tokens: (B, T) int64.
     """
+    return torch.stack([mixed_weights(mixer, *inputs) for mixer, inputs in mixer_inputs(model, tokens)])
+
+
+@torch.inference_mode()
+def mixer_inputs(
+    model: Decoder, tokens: Tensor, dtype: str = "float32"
+) -> list[tuple[nn.Module, tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    """Return the mixer of each layer, and its q, k, v and x, in the dtype of the model's weights.
+
+    tokens: (B, T) int64. dtype: of matrix products in the forward pass.
+    """
     layers: list[nn.Module] = [block.attention.mixer for block in cast("Any", model.blocks)]
     inputs: dict[nn.Module, tuple[Any, ...]] = {}
 
     def keep(mixer: nn.Module, given: tuple[Any, ...]) -> None:
-        inputs[mixer] = given
+        inputs[mixer] = given[:4]
 
     hooks = [mixer.register_forward_pre_hook(keep) for mixer in layers]
     try:
-        # not __call__, which runs no hooks when the model is compiled
-        model.forward(tokens)
+        with device.autocast(tokens.device, dtype):
+            # not __call__, which runs no hooks when the model is compiled
+            model.forward(tokens)
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack([mixed_weights(mixer, *inputs[mixer][:4]) for mixer in layers])
+    exact = model.head.weight.dtype
+    return [(mixer, cast("Any", tuple(x.to(exact) for x in inputs[mixer]))) for mixer in layers]
 
 
+@torch.inference_mode()
 def mixed_weights(mixer: nn.Module, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
     """Return the weights (B, H, T, S) of one mixer; the arguments are those of its forward (see `registry.Method`)."""
     positions, size = k.shape[1], v.shape[-1]

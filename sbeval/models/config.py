@@ -11,6 +11,9 @@ from sbeval import registry
 from sbeval.config import LATER
 from sbeval.errors import InputError, choose
 
+# of a model in any direction: the number of elements of its largest matrix is below 2^63
+MAX_SIZE = 1 << 24
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockOptions:
@@ -72,6 +75,8 @@ class ModelConfig:
         for name in ("vocab_size", "width", "layers", "heads", "hidden", "kv_heads", "head_dim"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise InputError(f"{name} must be at least 1; got {size}")
+            if size is not None and size > MAX_SIZE:
+                raise InputError(f"{name} must be at most {MAX_SIZE}; got {size}")
         _check_init_std(self.init_std)
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout must be at least 0 and below 1; got {self.dropout}")

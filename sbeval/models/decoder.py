@@ -104,6 +104,11 @@ class Decoder(nn.Module):
         if config.tied:
             self.head.weight = self.embedding.weight
 
+    @property
+    def by_length(self) -> bool:
+        """Whether numbers depend on the length of a row, padding included."""
+        return any(getattr(module, "by_length", False) for module in self.blocks.modules())
+
     def _initialise(self) -> None:
         """Draw from N(0, init_std); linear layers / sqrt(m_width), those writing to the residual / sqrt(2 layers)."""
         std = self.config.width**-0.5 if self.config.init_std is None else self.config.init_std

@@ -5,36 +5,31 @@ Weights are read from safetensors alone, and code that comes with a model runs o
 
 import hashlib
 import importlib
-import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sbeval import registry
 from sbeval.data.tokenizer import Tokenizer, check_same
 from sbeval.errors import InputError, first_line
 from sbeval.evaluation.perplexity import Predictor
 from sbeval.models.decoder import Decoder
-from sbeval.pretrained import released
+from sbeval.pretrained import checks, released
+from sbeval.pretrained.hub_model import HubModel, positions_of
 from sbeval.runtime import device
 from sbeval.runtime.files import sha256
 from sbeval.training import checkpoint
 
-# names of caches in models of transformers; not the `state` of RWKV, which mixes the rows of a batch there
-CACHES = ("past_key_values", "cache_params")
-# names in their configs of c, where logits x become c tanh(x / c)
-CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# architectures of transformers whose table of positions is not a parameter, and the name of its length in their configs
-FIXED = {"codegen": "n_positions", "ctrl": "n_positions", "gptj": "n_positions", "mpt": "max_seq_len"}
-# files of their tokenizers
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
+# files of their tokenizers, and of code that comes with a model
+TEXT_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
+CODE_FILES = ("**/*.py",)
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,99 +69,6 @@ class Pretrained:
             )
 
 
-class HubModel(nn.Module):
-    """A model of transformers, split into hidden states and logits."""
-
-    # not all their architectures are exact with padding
-    ragged = False
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.body, self.head = model.base_model, model.get_output_embeddings()
-        if self.head is None or self.body is model:
-            raise InputError(f"{type(model).__name__} is not supported: it has no separate body and head")
-        # hidden states of some models are float32
-        self.dtype: torch.dtype = model.dtype
-        # as in their generate()
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        config = model.config.get_text_config()
-        self.cap: float | None = next((cap for name in CAPS if (cap := getattr(config, name, None))), None)
-        self.factor = self._factor(model)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden: Tensor = self.body(input_ids=tokens, use_cache=False).last_hidden_state
-        return hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.head(hidden.to(self.dtype))
-        return self._scaled(logits, self.factor)
-
-    def begin(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, dict[str, Any]]:
-        """Return hidden states (B, width) of the last tokens of equally long prompts, and the next pass's arguments.
-
-        These are the model's cache by its name, or all tokens if it has no cache that can be used.
-        """
-        tokens = torch.tensor(prompts, device=self.head.weight.device)
-        output = self.body(input_ids=tokens, use_cache=True)
-        past = {name: cache for name in CACHES if (cache := getattr(output, name, None)) is not None}
-        if not past:
-            return self(tokens)[:, -1], {"input_ids": tokens}
-        if self.takes_positions:
-            # hybrid models can't derive these from their caches
-            past["position_ids"] = torch.full_like(tokens[:, :1], tokens.shape[1])
-        return output.last_hidden_state[:, -1], past
-
-    def extend(self, tokens: Tensor, cache: dict[str, Any]) -> Tensor:
-        """Return hidden states (B, 1, width) of one further token of each row."""
-        if "input_ids" in cache:
-            cache["input_ids"] = torch.cat([cache["input_ids"], tokens], 1)
-            states: Tensor = self(cache["input_ids"])
-            return states[:, -1:]
-        output = self.body(input_ids=tokens, use_cache=True, **cache)
-        cache.update((name, output[name]) for name in CACHES if name in cache)
-        if self.takes_positions:
-            cache["position_ids"] = cache["position_ids"] + 1
-        hidden: Tensor = output.last_hidden_state
-        return hidden
-
-    def _scaled(self, logits: Tensor, factor: float) -> Tensor:
-        logits = logits * factor
-        return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
-
-    @torch.inference_mode()
-    def _factor(self, model: Any) -> float:
-        """Return the factor between the head's output and the model's logits; 1 for most models.
-
-        The head gets hidden states of several sizes, since a cap changes large logits and not small ones. Raise
-        InputError when logits differ by more than a factor and the cap.
-        """
-        tokens = torch.arange(8, device=model.device)[None]
-        hidden = self(tokens).to(self.dtype)
-        # scale the largest logit of each token to 0.1 ... 100
-        sizes = torch.logspace(-1, 2, 8, device=hidden.device)[:, None]
-        scale: Tensor = sizes / self.head(hidden).float().abs().amax(-1, keepdim=True)
-
-        def resized(_head: nn.Module, inputs: tuple[Tensor]) -> Tensor:
-            return (inputs[0] * scale).to(inputs[0].dtype)
-
-        plain = self.head(resized(self.head, (hidden,)))[0].float()
-        hook = self.head.register_forward_pre_hook(resized)
-        try:
-            wanted = model(input_ids=tokens, use_cache=False).logits[0].float()
-        finally:
-            hook.remove()
-        smallest = wanted[0] if self.cap is None else torch.atanh(wanted[0] / self.cap) * self.cap
-        factor = float((smallest * plain[0]).sum() / plain[0].square().sum())
-        # exactly 1 in float32
-        factor = 1.0 if abs(factor - 1) < 1e-3 else factor
-        error = (self._scaled(plain, factor) - wanted).abs()
-        if not (error <= 2e-2 * (wanted.abs() + wanted.std(-1, keepdim=True))).all():
-            raise InputError(
-                f"{type(model).__name__} is not supported: it changes its head's logits by more than a factor and a cap"
-            )
-        return factor
-
-
 def is_own(spec: str) -> bool:
     """Return whether `spec` is a checkpoint folder of ours."""
     try:
@@ -179,30 +81,51 @@ def load(spec: str, place: torch.device, dtype: str, *, trust_remote_code: bool 
     """Load the model at a path, or of that name on the Hugging Face hub; raise InputError when it cannot be read."""
     if is_own(spec):
         return _own(Path(spec), place)
-    if (folder := _released(spec)) is None:
+    folder = _released(spec)
+    _check_adapter(spec)
+    if folder is None:
         return _from_hub(spec, place, dtype, trust_remote_code)
     return _read(spec, folder, place, dtype)
 
 
 def digest(spec: str) -> str:
-    """Return a digest of a model's weights and tokenizer: 16 hexadecimal digits for a folder, a commit for the hub.
+    """Return a digest of a model's weights, tokenizer and code: 16 hexadecimal digits for a folder, a commit for the
+    hub, and both for code in another repository than the model.
 
     Downloads the config of a model on the hub. Raise InputError when there is no such model.
     """
     folder = Path(spec)
     if not os.path.isdir(folder):
         try:
-            return Path(_hub().hf_hub_download(spec, "config.json")).parent.name
+            config = Path(_hub().hf_hub_download(spec, "config.json"))
         except (OSError, ValueError) as error:
             raise InputError(f"no model {spec!r} in a folder or on the hub: {first_line(error)}") from None
+        return "-".join([config.parent.name, *_code_elsewhere(config)])
     folder = checkpoint.find(folder) or folder
     total = hashlib.sha256()
-    tokenizer = (path for pattern in TOKENIZER_FILES for path in folder.glob(pattern))
-    for path in sorted([folder / "config.json", *tokenizer, *folder.glob("*.safetensors")]):
+    for code in _code_elsewhere(folder / "config.json"):
+        total.update(code.encode())
+    others = {path for pattern in (*TEXT_FILES, *CODE_FILES) for path in folder.glob(pattern)}
+    for path in sorted({folder / "config.json", *others, *folder.glob("*.safetensors")}):
         # the optimizer's state is not part of the model
         if path.is_file() and path.name != "optimizer.safetensors":
             total.update(bytes.fromhex(sha256(path)))
     return total.hexdigest()[:16]
+
+
+def _code_elsewhere(path: Path) -> list[str]:
+    """Return the commits of other repositories whose code a config names: `repository--module.Class`."""
+    try:
+        named = dict(json.loads(path.read_text(encoding="utf-8")).get("auto_map", {})).values()
+    # who loads the model reports the error
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return []
+    files = sorted({str(one).rpartition(".")[0] for one in named if "--" in str(one)})
+    pairs = (one.split("--", 1) for one in files)
+    try:
+        return [Path(_hub().hf_hub_download(repository, f"{module}.py")).parent.name for repository, module in pairs]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} names code of {files[0].split('--')[0]!r}: {first_line(error)}") from None
 
 
 def likely_parameters(spec: str) -> int:
@@ -279,22 +202,33 @@ def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: boo
     from sbeval import hf
 
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            spec, dtype=device.DTYPES[dtype], use_safetensors=True, trust_remote_code=trust_remote_code
-        )
+        # what a file lacks or has in another shape is reported below, by its name
+        with _quiet(transformers):
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                spec,
+                dtype=device.DTYPES[dtype],
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     # raised for an unknown name, without network, for files that it cannot read, and for custom code
-    except (OSError, ValueError, KeyError) as error:
+    except released.broken() as error:
         if "custom code" in str(error):
             raise InputError(
                 f"model {spec!r} comes with code of its own, which is not run; --trust-remote-code runs it"
             ) from None
-        raise InputError(f"no causal language model {spec!r}: {first_line(error)}") from None
+        raise InputError(f"no causal language model {spec!r}: {released.explained(spec, error)}") from None
+    checks.complete(model, found, spec)
+    checks.dtypes(_downloaded(spec), spec)
     model = model.to(place).eval()
     if isinstance(model, hf.SbevalForCausalLM):
         return _decoder(model.decoder, name(spec), model.config.train_len, place)
-    text, positions = model.config.get_text_config(), _positions(model)
+    text, positions = model.config.get_text_config(), positions_of(model)
+    split = HubModel(model)
+    checks.causal(split, text.vocab_size, place, device.DTYPES[dtype], spec)
     return Pretrained(
-        model=HubModel(model),
+        model=split,
         name=name(spec),
         attention="hf",
         options=str(text.model_type),
@@ -306,33 +240,36 @@ def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: boo
     )
 
 
-class _Tables(TorchDispatchMode):
-    """Record the lengths of parameter tables that a pass over one row reads at consecutive rows."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
-        self.ends: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.embedding.default:
-            table, rows = args[0], args[1].flatten()
-            if isinstance(table, nn.Parameter) and rows.numel() > 1 and bool((rows.diff() == 1).all()):
-                # some tables have rows before the first position
-                self.ends.append(len(table) - int(rows[0]))
-        return func(*args, **(kwargs or {}))
+def _downloaded(spec: str) -> Path:
+    """Return the folder of a model whose config has been read."""
+    return Path(spec) if os.path.isdir(spec) else Path(_hub().hf_hub_download(spec, "config.json")).parent
 
 
-@torch.inference_mode()
-def _positions(model: Any) -> int | None:
-    """Return the size of a model's table of positions; None if it has none.
+def _check_adapter(spec: str) -> None:
+    """Raise InputError where an adapter lies beside the weights: without `peft` it would be ignored."""
+    found = (Path(spec) / ADAPTER).exists()
+    if not os.path.isdir(spec):
+        try:
+            found = bool(_hub().hf_hub_download(spec, ADAPTER))
+        # it has none, or is out of reach, which who loads it reports
+        except (ImportError, OSError, ValueError):
+            pass
+    if found:
+        raise InputError(
+            f"model {spec!r} has an adapter ({ADAPTER}), which is not applied: merge it into the weights "
+            "(peft's merge_and_unload) and save that, or remove it to evaluate the base model"
+        )
 
-    Configs do not tell: rotary models have the same fields, and read longer texts.
-    """
-    config = model.config.get_text_config()
-    if config.model_type in FIXED:
-        return int(getattr(config, FIXED[config.model_type]))
-    # tokens in an order that positions never have
-    tokens = torch.arange(7, -1, -1, device=model.device)[None]
-    with _Tables() as tables:
-        model(input_ids=tokens, use_cache=False)
-    return min(tables.ends, default=None)
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Silence the report of transformers on the tensors that it loaded, and its bar."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()

@@ -14,7 +14,9 @@ gate]. The models have no positional encoding, whatever their `position_embeddin
 """
 
 import dataclasses
+import importlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, reason
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
+from sbeval.runtime.files import check_not_pointer
 
 KINDS = ("sb_dolomite", "stickbreaking", "moe_stickbreaking", "gpt_dolomite", "gpt_base", "sba")
 # the files of a repository on the hub that are downloaded
@@ -160,6 +163,25 @@ class Settings:
             raise InputError(f"{self.where}: config.json has {key}={self.get(key)}, but {holds} {what}")
 
 
+def broken() -> tuple[type[Exception], ...]:
+    """Return what safetensors and transformers raise for files that are not what they should be, and for packages that
+    they lack."""
+    known = (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, SafetensorError)
+    try:
+        errors = importlib.import_module("huggingface_hub.errors")
+    except ImportError:
+        return known
+    return (*known, errors.StrictDataclassError)
+
+
+def explained(spec: str, error: BaseException) -> str:
+    """Return why a model cannot be read: the error's own words, unless a file is a pointer of Git LFS."""
+    for path in sorted(Path(spec).glob("*.safetensors")) if os.path.isdir(spec) else ():
+        with path.open("rb") as file:
+            check_not_pointer(path, file.read(64))
+    return reason(error)
+
+
 def is_released(config: object) -> bool:
     """Return whether a config.json is that of one of these models."""
     return isinstance(config, dict) and config.get("model_type") in KINDS
@@ -206,7 +228,8 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} can't be read: {error}; weights are read from safetensors alone") from None
+        why = explained(str(path.parent), error)
+        raise InputError(f"{path} can't be read: {why}; weights are read from safetensors alone") from None
 
 
 def convert(

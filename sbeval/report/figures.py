@@ -10,7 +10,8 @@ import pandas as pd
 from sbeval import registry
 from sbeval.errors import InputError, choose
 from sbeval.report import html
-from sbeval.runtime.files import prepare, replacing
+from sbeval.runtime.files import prepare, remove_left, replacing
+from sbeval.tables import check
 from sbeval.tables.results import Results
 from sbeval.tables.table import read
 
@@ -31,20 +32,29 @@ def draw_figures(
 ) -> list[Path]:
     """Draw the named figures, or all whose table exists, and return the files, `out_dir`/<name>.<format>.
 
-    out_dir: `results_dir`/figures unless given. say: reports each figure that is skipped because it has no table.
+    out_dir: `results_dir`/figures unless given. say: reports each figure that is skipped because it has no table, and
+    rows that are not what a run wrote. A figure that only some tables have rows for is left out where there are none,
+    unless it is named.
     Raise InputError for an unknown name or format, a table that cannot be read or has nothing to draw and, for a named
     figure, no table. where: conditions `column=value` on rows.
     """
     chosen = [choose("format", name, (*FORMATS, "html")) for name in formats]
     modules = {name: registry.figure(name) for name in names or registry.FIGURES}
     folder = prepare(out_dir or Results(results_dir).figures)
+    remove_left(folder)
     files = []
+    tables = dict.fromkeys(Results(results_dir).table(module.TABLE) for module in modules.values())
+    for line in check.notes(path for path in tables if path.exists()):
+        say(line)
     for name, module in modules.items():
         path = Results(results_dir).table(module.TABLE)
         if not names and not path.exists():
             say(f"{name}: skipped, no table {path}")
             continue
-        table = _selected(read(path, required=module.COLUMNS), path, where)
+        table = read(path, required=module.COLUMNS)
+        if not names and not registry.has_rows(name, table):
+            continue
+        table = _selected(table, path, where)
         try:
             files += _draw(module, table, [folder / f"{name}.{suffix}" for suffix in chosen if suffix in FORMATS])
             if "html" in chosen:

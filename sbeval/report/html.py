@@ -5,6 +5,7 @@ files make the same page.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.plots import style
 from sbeval.plots.chart import SYMBOLS, Chart, Group, Panel, plain, readable
-from sbeval.report import page
+from sbeval.report import maturity, page
 from sbeval.report.claims import CLAIMS
-from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Finding, findings
-from sbeval.runtime.files import prepare, replacing
+from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Evidence, Finding, findings
+from sbeval.runtime.files import prepare, remove_left, replacing
+from sbeval.tables import check, values
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Measurement
 from sbeval.tables.run_files import Runs, gather
@@ -33,11 +35,12 @@ INSTALL = "pip install -c constraints.txt -e '.[html]'"
 def write(results_dir: Path, out: Path | None = None, say: Callable[[str], None] = print) -> Path:
     """Write the report on the tables in `results_dir` to `out`, by default report.html there, in one step.
 
-    A figure whose table has nothing to draw is skipped and reported. InputError where there is no table at all.
+    A figure whose table has nothing to draw is skipped and reported, and so are rows that are not what a run wrote.
+    InputError where there is no table at all.
     """
     out = out or results_dir / "report.html"
     text = build(results_dir, say)
-    prepare(out.parent)
+    remove_left(prepare(out.parent))
     with replacing(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return out
@@ -46,13 +49,17 @@ def write(results_dir: Path, out: Path | None = None, say: Callable[[str], None]
 def build(results_dir: Path, say: Callable[[str], None] = print) -> str:
     """Return the report as HTML."""
     tables = _tables(results_dir)
+    for line in check.notes(Results(results_dir).table(name) for name in tables):
+        say(line)
     charts = _charts(tables, results_dir, say)
     runs = {name: gather(table, results_dir / "runs") for name, table in tables.items()}
-    judged = findings(CLAIMS, tables)
-    sections = [_findings(judged, charts)]
+    judged = findings(CLAIMS, Evidence(tables, partial(values.read, Results(results_dir))))
+    canaries = maturity.table(tables["length_gen"]) if "length_gen" in tables else pd.DataFrame()
+    sections = [_findings(judged, charts), *([] if canaries.empty else [_maturity(canaries)])]
     sections += [_figure(name, chart, runs[registry.figure(name).TABLE]) for name, chart in charts.items()]
     sections += [_all_runs(runs), _again(runs)]
-    links = {"findings": "Findings"} | {_id("figure", name): chart.heading for name, chart in charts.items()}
+    links = {"findings": "Findings"} | ({} if canaries.empty else {"maturity": "Maturity"})
+    links |= {_id("figure", name): chart.heading for name, chart in charts.items()}
     links |= {"runs": "Runs", "again": "Run it again"}
     nav = "".join(f'<li><a href="#{name}">{escape(text)}</a></li>' for name, text in links.items())
     body = (
@@ -83,6 +90,8 @@ def _charts(tables: dict[str, pd.DataFrame], results_dir: Path, say: Callable[[s
     names = [name for name in registry.FIGURES if registry.figure(name).TABLE in tables]
     for name in sorted(names, key=lambda name: order.index(registry.figure(name).TABLE)):
         table = registry.figure(name).TABLE
+        if not registry.has_rows(name, tables[table]):
+            continue
         try:
             charts[name] = registry.figure(name).chart(tables[table])
         except InputError as error:
@@ -126,6 +135,16 @@ def _finding(each: Finding, charts: dict[str, Chart]) -> str:
         f'<tr><th scope="row">{_text(claim.text)} <details><summary>Rule</summary><p class="soft">{_text(claim.rule)} '
         f"Source: {_text(claim.source)}.</p></details></th><td>{found}</td>"
         f'<td class="verdict {judged.verdict.split()[0]}">{sign}</td></tr>\n'
+    )
+
+
+def _maturity(canaries: pd.DataFrame) -> str:
+    return (
+        '<section id="maturity" aria-labelledby="maturity-title"><h2 id="maturity-title">Maturity</h2>\n'
+        "<p>Young models are ranked by how soon a method becomes local, and gaps close later. In grown ones a sliding "
+        f"window is behind RoPE, and NoPE is at most {maturity.BEHIND:g} nats behind it. Differences are in nats per "
+        "token at the training length, with 95 % intervals over seeds, or over documents where there is one seed.</p>\n"
+        f"{_table(canaries, 'Whether models are old enough to rank methods')}</section>\n"
     )
 
 

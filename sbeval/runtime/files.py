@@ -1,32 +1,31 @@
 """Atomic writes and locks: a kill, a full disk or a second process cannot leave a partial file."""
 
-import errno
+import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
 from filelock import FileLock
 
-from sbeval.errors import InputError, first_line
+from sbeval.errors import InputError, reason
 
-# disk full, read-only, not permitted or broken; libraries that wrap such errors give no number
-STORAGE = (None, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# names that `replacing` gives; other programs have `.tmp` files too
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)
 
 
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Convert a disk error while the block writes `path` to a one-line InputError."""
+    """Convert an error of the disk or the path while the block writes `path` to a one-line InputError."""
     try:
         yield
     except OSError as error:
-        if error.errno not in STORAGE:
-            raise
         raise InputError(
-            f"cannot write {path}: {error.strerror or first_line(error)}; "
+            f"cannot write {path}: {reason(error)}; "
             "what is finished is kept: fix this and run the same command again to resume"
         ) from None
 
@@ -46,17 +45,54 @@ def prepare(results_dir: Path) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which atomically replaces `path` at the end of the block, after fsync.
 
-    On an error it is removed and `path` is unchanged. InputError on a disk error.
+    On an error it is removed and `path` is unchanged; what a killed process leaves, `remove_left` removes. A link stays
+    one: the file that it names is replaced. InputError on a disk error, and where `path` is a folder or a device.
     """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     with storing(path):
-        try:
+        path = Path(os.path.realpath(path))
+        # a device such as /dev/null would become a file
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'not a file'}")
+        with _temporary(path) as temporary:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """Create a file beside `path`, locked while this process lives, and remove it at the end."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        # some network disks have no locks: what is left there stays
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def remove_left(folder: Path) -> None:
+    """Remove the temporary files of killed processes in a folder: those that no process holds locked."""
+    for left in folder.glob(".*.tmp"):
+        # another process may hold it, or remove it first
+        with suppress(OSError):
+            if TEMPORARY.fullmatch(left.name):
+                with left.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    left.unlink()
+
+
+def clear(path: Path) -> None:
+    """Remove what is at `path`, if anything: a folder, a file, or a link, but not what it points to."""
+    with storing(path):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+        else:
+            shutil.rmtree(path)
 
 
 @contextmanager
@@ -67,7 +103,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     partial = folder.with_name(f".{folder.name}.partial")
     # left over from a killed process
-    shutil.rmtree(partial, ignore_errors=True)
+    clear(partial)
     try:
         with storing(folder):
             partial.mkdir(parents=True)
@@ -76,6 +112,14 @@ def new_folder(folder: Path) -> Iterator[Path]:
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def readable_as_others(path: Path) -> None:
+    """Give a file the mode of any new file of this process: a library may have kept it to its owner."""
+    # the umask can only be read by setting it
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 @contextmanager
@@ -89,6 +133,12 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def check_not_pointer(path: Path, head: bytes) -> None:
+    """Raise InputError where a file, of which `head` is the beginning, is a pointer of Git LFS to the file itself."""
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise InputError(f"{path} is a pointer of Git LFS, not the file: git lfs pull fetches it")
 
 
 def sha256(path: Path) -> str:

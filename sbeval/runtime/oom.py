@@ -24,10 +24,10 @@ def enough(work: Callable[[], None]) -> bool:
 
 def in_parts(
     items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], None], say: Callable[[str], None]
-) -> None:
+) -> int:
     """Pass all items to `work` in order, `size` at a time; when out of memory, continue with half as many.
 
-    Raise torch.OutOfMemoryError if a single item does not fit.
+    Return how many at a time fitted. Raise torch.OutOfMemoryError if a single item does not fit.
     """
     start = 0
     while start < len(items):
@@ -38,4 +38,5 @@ def in_parts(
             raise torch.OutOfMemoryError("out of memory with a single item: nothing smaller is left to try")
         else:
             size = len(part) // 2
-            say(f"out of memory at {len(part)} at a time: going on with {size}")
+            say(f"out of memory at {len(part)} at a time: continuing with {size}")
+    return size

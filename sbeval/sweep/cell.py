@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # `status` of the rows of a cell without a result
 FAILED = ("diverged", "failed")
+# bytes of a cell's title in its id: the name of a file has 255, with what temporary files and locks add to it
+LONGEST_TITLE = 160
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +135,10 @@ def cell_id(cell: Cell) -> str:
 
 def step_id(step: Step) -> str:
     """Return a readable name and a digest of all fields of a step, for folders of logs."""
-    return f"{step.title.replace(' ', '-').replace(':', '-')}-{digest_of(step)}"
+    title = step.title.replace(" ", "-").replace(":", "-")
+    if len(title.encode()) > LONGEST_TITLE:
+        title = title.encode()[:LONGEST_TITLE].decode(errors="ignore")
+    return f"{title}-{digest_of(step)}"
 
 
 def timing(trained: "Trained") -> dict[str, object]:

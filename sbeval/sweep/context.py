@@ -25,7 +25,7 @@ POLL_S = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunContext:
-    """Where a sweep runs and stores its results; nothing here changes a number beyond rounding."""
+    """The device, processes and results folder of a sweep; nothing here changes a number beyond rounding."""
 
     results_dir: Path
     device: torch.device
@@ -70,7 +70,7 @@ class RunContext:
 
     @contextmanager
     def clearing(self, path: Path) -> Iterator[bool]:
-        """Yield whether `force` is to clear this path, which the block does: once in a run, whichever worker asks."""
+        """Yield whether `force` is to clear this path, which the block does: once in a run, by its first worker."""
         stale = self._is_stale(path)
         yield stale
         # only now: a worker killed before this clears again

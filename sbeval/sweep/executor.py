@@ -5,16 +5,21 @@ checkpoints resumes from the last one. Results are yielded as they complete, in 
 """
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from sbeval.errors import InputError, choose
+from sbeval.runtime.signals import terminable
 from sbeval.sweep import pool
-from sbeval.sweep.pool import RETRIES, Hear, Item, Lost, Result, Then, terminable
+from sbeval.sweep.pool import RETRIES, Hear, Item, Lost, Result, Then
 
 KINDS = ("local", "ray")
+# seconds that a Ray cluster has to answer
+ANSWER_S = 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,11 +130,27 @@ def _cluster(ray: Any, how: Executor) -> Iterator[None]:
     """Connect to the cluster at the address, or run a local one for the duration of the block."""
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     local = {} if how.address else {"num_cpus": how.workers} | quiet
-    try:
-        ray.init(how.address or "local", **local)
-    except ConnectionError as error:
-        raise InputError(f"no Ray cluster at {how.address}: {error}") from None
+    if how.address:
+        _check_answers(how.address)
+    ray.init(how.address or "local", **local)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise InputError where no cluster answers: in a process of its own, since Ray tries for minutes, unstoppable."""
+    joins = "import ray, sys; print(flush=True); ray.init(sys.argv[1], logging_level='ERROR', log_to_driver=False)"
+    command = [sys.executable, "-c", joins, address]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as probe:
+        assert probe.stdout is not None
+        # the time of the import is this machine's
+        probe.stdout.readline()
+        try:
+            said = probe.communicate(timeout=ANSWER_S)[1].strip()
+        except subprocess.TimeoutExpired:
+            probe.kill()
+            raise InputError(f"no Ray cluster answers at {address} within {ANSWER_S} s: is it running?") from None
+    if probe.returncode:
+        raise InputError(f"no Ray cluster at {address}: {said.splitlines()[-1] if said else 'it gives no reason'}")

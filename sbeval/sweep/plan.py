@@ -45,8 +45,9 @@ def list_cells(part: Part, context: RunContext, console: Console, executor: Exec
     for step in graph.steps(pending):
         if not isinstance(step, Cell):
             study.say(console, f"{step.title}  {step.flops:.1e} FLOPs")
+    missing = set(pending)
     for cell in cells:
-        study.say(console, f"{cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in pending else '  finished'}")
+        study.say(console, f"{cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in missing else '  finished'}")
     study.say(console, scheduler.describe_cost(pending, context, scheduler.at_once(executor, context)))
     if later:
         flops = sum(cell.flops for cell in later)

@@ -21,8 +21,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from types import FrameType
 from typing import Any, TypeVar
+
+from sbeval.runtime.signals import terminable, unheard
 
 # retries of an item whose worker died
 RETRIES = 3
@@ -102,23 +103,6 @@ def _send(connection: Connection, message: object) -> None:
         connection.send_bytes(data)
 
 
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C in the block, so that work is saved and workers do not outlive their driver."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class _Worker:
     """A process that starts with its first item. gpu: its CUDA_VISIBLE_DEVICES; None: that of this process."""
 
@@ -128,12 +112,14 @@ class _Worker:
         self.pool = self._pool()
 
     def submit(self, work: Callable[[Item], Result], item: Item) -> Future[Result]:
-        try:
-            return self.pool.submit(_guarded, work, item)
-        except BrokenProcessPool:
-            # it died while idle
-            self.renew()
-            return self.pool.submit(_guarded, work, item)
+        # what a terminal sends to all processes is for this one, which lets the others save
+        with unheard():
+            try:
+                return self.pool.submit(_guarded, work, item)
+            except BrokenProcessPool:
+                # it died while idle
+                self.renew()
+                return self.pool.submit(_guarded, work, item)
 
     def renew(self) -> None:
         """Replace a process that died."""

@@ -5,7 +5,8 @@ cell -> build or load the model, train, evaluate -> results/runs/<cell>.json -> 
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pandas as pd
 import torch
 from rich.console import Console
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, reason
 from sbeval.runtime import device, distributed, files
 from sbeval.runtime.progress import Heard, Progress, Task, Telling
 from sbeval.sweep import pool
@@ -22,7 +23,7 @@ from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
 from sbeval.sweep.graph import Graph, steps
 from sbeval.sweep.pool import Lost
-from sbeval.tables import provenance, store, table
+from sbeval.tables import check, provenance, store, table
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Provenance
 from sbeval.tables.store import Stored
@@ -35,13 +36,24 @@ HERE = Executor()
 CELL_ERRORS = (RuntimeError, MemoryError, ArithmeticError)
 
 
-def unfinished(cells: Sequence[Cell], results_dir: Path) -> list[Cell]:
-    """Return the cells without rows in their table; InputError if a table is unreadable or has other columns."""
-    paths = {Results(results_dir).table(cell.family): table.required(cell.row) for cell in cells}
+def unfinished(cells: Sequence[Cell], results_dir: Path, say: Callable[[str], None] = lambda line: None) -> list[Cell]:
+    """Return the cells without rows in their table, or with others than their run wrote, of which `say` tells.
+
+    InputError if a table is unreadable or has other columns.
+    """
+    results, names = Results(results_dir), {cell_id(cell) for cell in cells}
+    paths = {results.table(cell.family): table.required(cell.row) for cell in cells}
     done: set[str] = set()
-    for path, names in paths.items():
-        if path.exists():
-            done.update(found(table.read(path, names))["cell"])
+    for path, columns in paths.items():
+        if not path.exists():
+            continue
+        rows = table.text(path, columns)
+        rows = rows[rows["cell"].isin(names)]
+        changed = {each.cell for each in check.differences(rows, results)}
+        if changed:
+            count = f"{len(changed)} cell{'s' * (len(changed) > 1)}"
+            say(f"{path}: the rows of {count}, such as {min(changed)}, are not what the run wrote, which starts over")
+        done.update(set(found(rows)["cell"]) - changed)
     return [cell for cell in cells if cell_id(cell) not in done]
 
 
@@ -175,11 +187,13 @@ def run(
         raise InputError(f"--device {context.device}: a Ray task sees only the GPU that Ray assigns; give cuda or cpu")
     for folder in (context.results.runs, context.results.checkpoints):
         files.prepare(folder)
+    for folder in (context.results_dir, context.results.runs, context.results.locks):
+        files.remove_left(folder)
     families = dict.fromkeys(cell.family for cell in cells)
     presets = dict.fromkeys(families, preset) if isinstance(preset, str) else preset
     errors = _errors(context) if len(families) < 2 else (*_errors(context), InputError)
     gpus = device.spread(context.device)
-    with progress_of(context) as progress:
+    with progress_of(context) as progress, _assembled(families, context):
         work = Work(context, presets, errors, progress if executor.alone else None)
         overall = None if executor.alone else progress.add("cells", total=0)
         course = _Course(work, console, progress, dict(more or {}), overall, at_once(executor, context))
@@ -191,6 +205,25 @@ def run(
         if overall:
             overall.close()
     return not course.failed
+
+
+@contextmanager
+def _assembled(families: Iterable[str], context: RunContext) -> Iterator[None]:
+    """Add the rows of finished cells to the tables at the end of the block, also of one that is interrupted.
+
+    After a kill a reader finds them in the parts, and the next run adds them.
+    """
+    tables = [context.results.table(family) for family in families] if context.world.leads else []
+    try:
+        yield
+    except BaseException:
+        # the first error is what is reported: with a full disk there are two
+        with suppress(InputError):
+            for path in tables:
+                table.assemble(path)
+        raise
+    for path in tables:
+        table.assemble(path)
 
 
 @dataclass(slots=True)
@@ -240,7 +273,7 @@ class _Course:
         if done.how:
             self.failed = True
             recorded = f"{len(lost)} cells that need it recorded" if lost else "recorded"
-            self.say(f"{step.title}: {done.reason}; {recorded} as {done.how}, going on with the next")
+            self.say(f"{step.title}: {done.reason}; {recorded} as {done.how}, continuing with the next")
 
     def then(self, step: Step) -> list[Step]:
         """Return the steps that are ready after a step."""
@@ -271,7 +304,7 @@ def train(cells: Sequence[Cell], context: RunContext, *, console: Console) -> bo
             try:
                 message = str(step.train(context, progress))
             except errors as error:
-                failed, message = True, f"{error}; going on with the next"
+                failed, message = True, f"{reason(error)}; continuing with the next"
             console.print(f"{step.title}: {message}", highlight=False, soft_wrap=True, markup=False)
     return not failed
 
@@ -288,7 +321,7 @@ def progress_of(context: RunContext) -> Progress:
 
 def _pending(cells: Sequence[Cell], context: RunContext, progress: Progress) -> list[Cell]:
     # with `force` too: report an unreadable table before the work, not after it
-    missing = unfinished(cells, context.results_dir)
+    missing = set(unfinished(cells, context.results_dir, progress.say))
     if context.force:
         return list(cells)
     return [cell for cell in cells if cell in missing or _source_of_run(cell, context) != cell.source(progress)]
@@ -333,7 +366,8 @@ def _mishap(error: Exception) -> tuple[str, str]:
     """Return how a step failed (one of FAILED), and the reason."""
     if isinstance(error, DivergedError):
         return "diverged", str(error)
-    return "failed", str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+    # torch's messages have several lines
+    return "failed", str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {reason(error)}"
 
 
 def _origin(cell: Cell, context: RunContext, preset: str, outcome: Outcome | None) -> Provenance:

@@ -3,8 +3,10 @@
 The command of one family runs a study of that family alone.
 """
 
+import dataclasses
 import functools
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,24 @@ from sbeval.sweep.executor import Executor
 from sbeval.sweep.study_file import Part
 from sbeval.tables import provenance
 from sbeval.tables.results import Results
+from sbeval.tables.table import read
 from sbeval.training.text_model import TextModel, trained_on
+
+# cells of a family in one command: that many take seconds to list
+MAX_CELLS = 10_000
 
 
 def cells(part: Part) -> list[Cell]:
-    """Return the first cells of a part, which depend on no results."""
+    """Return the first cells of a part, which depend on no results; InputError where they would be too many."""
     return list(dict.fromkeys(cell for config in part.configs for cell in _cells(part, config)))
 
 
 def _cells(part: Part, config: Any) -> list[Cell]:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    swept = {name: len(set(some)) for name, some in values.items() if isinstance(some, tuple) and len(set(some)) > 1}
+    if (count := math.prod(swept.values())) > MAX_CELLS:
+        sizes = " x ".join(f"{size:,} {name}" for name, size in swept.items())
+        raise InputError(f"{part.family}: {sizes} are {count:,} cells, of at most {MAX_CELLS:,}: give several studies")
     return list(registry.task(part.family).cells(config))
 
 
@@ -125,7 +136,10 @@ def _show(family: str, cells: Sequence[Cell], results_dir: Path, console: Consol
     if not len(results):
         return say(console, str(path))
     console.print(registry.task(family).summary(results))
-    figures = [name for name in registry.FIGURES if registry.figure(name).TABLE == family]
+    table = read(path)
+    figures = [
+        name for name in registry.FIGURES if registry.figure(name).TABLE == family and registry.has_rows(name, table)
+    ]
     pages = [name for name in figures if name in registry.PAGES]
     files = [path, *draw_figures(results_dir, figures, ["png", "pdf"])]
     if pages and importlib.util.find_spec("plotly"):

@@ -16,6 +16,7 @@ import math
 import re
 import reprlib
 import types
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -25,13 +26,15 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from sbeval import registry
-from sbeval.errors import InputError, choose, first_line
+from sbeval.errors import InputError, choose, first_line, shown
 from sbeval.training.text_model import TRAINING, TextModel, uncut
 
 STUDIES = resources.files("sbeval") / "studies"
 NOTHING = ("", "~", "null")
 # the family whose presets say how models are trained
 MODELS = "length_gen"
+# of a study file: a list of thousands of seeds is an error, and takes seconds to read
+MAX_CHARACTERS = 1 << 18
 KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -59,7 +62,8 @@ def text(study: str) -> str:
     if study in names():
         return (STUDIES / f"{study}.yaml").read_text(encoding="utf-8")
     try:
-        return Path(study).read_text(encoding="utf-8")
+        with Path(study).open(encoding="utf-8") as file:
+            content = file.read(MAX_CHARACTERS + 1)
     except FileNotFoundError:
         try:
             return choose("study", study, names())
@@ -67,6 +71,9 @@ def text(study: str) -> str:
             raise InputError(f"{error}, or the path of a study file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {study}: {getattr(error, 'strerror', None) or error}") from None
+    if len(content) > MAX_CHARACTERS:
+        raise InputError(f"{study} has more than {MAX_CHARACTERS:,} characters: it is no study")
+    return content
 
 
 def read(study: str, changes: Iterable[str] = ()) -> dict[str, Any]:
@@ -163,7 +170,8 @@ def _parsed(where: str, text: str) -> Any:
         root = yaml.compose(text, Loader=yaml.BaseLoader)
         for node in _mappings(root):
             _check_duplicates(where, node)
-        return yaml.load(text, Loader=yaml.BaseLoader)
+        # from the nodes: parsing takes longest
+        return None if root is None else yaml.BaseLoader("").construct_document(root)
     except yaml.YAMLError as error:
         raise InputError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
@@ -183,9 +191,9 @@ def _mappings(node: Any) -> Iterator[Any]:
 
 def _check_duplicates(where: str, node: Any) -> None:
     """Raise InputError if a mapping has duplicate keys, of which YAML keeps the last."""
-    keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise InputError(f"{where}: duplicate key {twice[0]!r}")
+    keys = Counter(str(key.value) for key, _ in node.value) if isinstance(node, yaml.MappingNode) else Counter()
+    if twice := [key for key, count in keys.items() if count > 1]:
+        raise InputError(f"{where}: duplicate key {shown(twice[0])!r}")
 
 
 def _mapping(path: str, given: object) -> dict[str, Any]:

@@ -106,6 +106,14 @@ FACTORS: dict[str, dict[str, str]] = {
         "finetune_tokens": "Tokens of prompts that the model was fine-tuned on.",
         "status": _STATUS,
     },
+    "diagnostics": {
+        "tokens_seen": "Training tokens that the model had seen; 0 if unknown.",
+        "distance": "Tokens between copies (gains, prefix_matching), or keys after which weight is summed.",
+        "layer": "Layer, from 1; for one head of the finished model.",
+        "head": "Head, from 1.",
+        "heads": "`mean` or `highest` of all heads; empty for one head, and for metrics of the whole model.",
+        "status": _STATUS,
+    },
     "few_shot": {
         "part": "Part of the benchmark; empty: all of it.",
         "filter": "lm-eval's filter of the answer.",
@@ -132,6 +140,7 @@ METRICS: dict[str, dict[str, str]] = {
         "loss": "Mean loss at the positions of the row, in nats per token.",
         "perplexity": "exp of the mean loss at positions 1 ... context_length, or over whole documents in windows.",
         "bits_per_byte": "That loss in bits per byte of the text, which makes tokenizers comparable.",
+        "loss_fixed_targets": "Mean loss of the fixed targets, the same tokens at every context length.",
         "loss_last_k": "Mean loss at the last k of context_length positions.",
     },
     "mqrar": {
@@ -156,9 +165,19 @@ METRICS: dict[str, dict[str, str]] = {
         "log_probability": "Of the reference answer's tokens, summed, in nats.",
         "filled": "Tokens of prompt and answer over `length`.",
     },
+    "diagnostics": {
+        "copy_gain": "Loss on random tokens minus loss on the same tokens repeated right after them.",
+        "passage_gain": "Loss that 64 tokens of text save where they were read `distance` tokens before.",
+        "in_context_score": "Loss at token 500 minus loss at token 50, each averaged over 17 positions.",
+        "prefix_matching": "Weight on the token behind the last occurrence of the query's token.",
+        "weight_beyond": "1 minus the weight on the `distance` nearest keys; of stick-breaking the stick that is left.",
+        "mean_distance": "Mean of the weights' distances; the query's own position, and with it a remainder, is 0.",
+        "gate_half_life": "Tokens after which the product of a head's mean gate is 1/2.",
+    },
     "few_shot": {
         "acc": "Share of items whose answer has the highest log-likelihood.",
         "acc_norm": "The same with log-likelihoods per byte of the answer.",
+        "gold_bits_per_byte": "Bits of all right answers over their bytes, the space before them included.",
         "other": "Metrics of lm-eval's tasks, by their names there.",
     },
     "kernel": _TIMES | {

@@ -1,11 +1,12 @@
 """Compare two folders of results: numbers in both, with difference and interval; and those in one alone.
 
 Rows match when all key columns (`sbeval.tables.table`) but the seed agree, whatever their origin: another machine,
-another version. Where a folder has several numbers that differ in origin alone, as many columns of origin as are needed
-(backend, dtype, text, ..., at last the cell) become keys too. A column that is empty in one folder, as in tables older
-than the column, is ignored.
+another version; the seeds of the two folders may differ. Where a folder has several numbers that differ in origin
+alone, as many columns of origin as are needed (backend, dtype, text, ..., at last the cell) become keys too. A column
+that is empty in one folder, as in tables older than the column, is ignored.
 
-The interval of a difference, paired by seed, is that of `sbeval.tables.statistics`.
+Intervals are those of `sbeval.tables.statistics`, with the seeds' standard deviation pooled over the methods of both
+folders; a mark is a p value below 5 % after Holm's correction for the methods that a number was measured of.
 """
 
 import math
@@ -21,8 +22,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Terminal
 
 from sbeval.errors import InputError, choose
+from sbeval.tables import intervals, statistics
 from sbeval.tables.rows import Measurement
-from sbeval.tables.statistics import half_width
+from sbeval.tables.statistics import Method, Sample, Scale
 from sbeval.tables.table import OUTCOME, read, required
 
 # results of a run beside its number
@@ -45,16 +47,18 @@ METHOD = ["task", "model", "attention", "options"]
 # columns with a place of their own in a line
 NAMED = ("family", "attention", "options", "metric", "unit")
 HEADINGS = ("attention", "metric", "where", "A", "B", "B - A", "B / A", "")
-NUMBERS = ("A", "B", "difference", "interval", "ratio", "beyond")
+NUMBERS = ("A", "B", "difference", "low", "high", "p", "ratio", "beyond")
+# p values below this one are marked
+ALPHA = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
     """One family.
 
-    both: key columns and NUMBERS: the difference B - A, the half-width of its 95 % interval (NaN without one), B / A of
-    times and rates, and whether the difference exceeds the interval. only: the rows of A and of B that the other lacks,
-    by key columns and seed.
+    both: key columns, seeds and NUMBERS: the difference B - A, its 95 % interval and its p value after Holm's
+    correction (NaN without an interval), B / A of times and rates, and whether the folders differ by that p value.
+    only: the rows of A and of B whose number the other lacks, by key columns and seed.
     """
 
     family: str
@@ -83,14 +87,13 @@ def _family(name: str, first: pd.DataFrame | None, second: pd.DataFrame | None) 
     tables = [present.iloc[:0] if rows is None else rows for rows in (first, second)]
     keys = _keys(*tables)
     a, b = (_comparable(rows, keys) for rows in tables)
-    merged = a.merge(b, on=[*keys, "seed"], how="outer", suffixes=("_A", "_B"), indicator="where")
-    # in the order of the tables, which are sorted
-    merged = merged.sort_values(["index_A", "index_B"])
+    numbers = a[keys].merge(b[keys]).drop_duplicates()
     only = []
-    for side, where in zip("AB", ("left_only", "right_only"), strict=True):
-        rows = merged[merged["where"] == where].rename(columns={f"value_{side}": "value"})
-        only.append(rows[[*keys, "seed", "value"]].reset_index(drop=True))
-    return Compared(name, _numbers(merged[merged["where"] == "both"], keys), (only[0], only[1]))
+    for rows in (a, b):
+        merged = rows.merge(numbers, on=keys, how="left", indicator="where")
+        alone = merged[merged["where"] == "left_only"].sort_values("index")
+        only.append(alone[[*keys, "seed", "value"]].reset_index(drop=True))
+    return Compared(name, _numbers(a.merge(numbers, on=keys), b.merge(numbers, on=keys), keys), (only[0], only[1]))
 
 
 def _keys(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
@@ -111,7 +114,7 @@ def _keys(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
 def _comparable(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Write keys as text, so that 8 and 8.0, and blanks of any type, are equal in both tables."""
     text = pd.DataFrame({name: [_text(cell) for cell in rows[name]] for name in keys}, dtype="object")
-    for name in ("seed", "value", "stderr"):
+    for name in ("seed", "value", "stderr", "n"):
         text[name] = rows[name].to_numpy()
     return text.assign(index=range(len(rows)))
 
@@ -122,21 +125,56 @@ def _text(cell: Any) -> str:
     return f"{float(cell):.12g}" if isinstance(cell, int | float | np.number) else str(cell)
 
 
-def _numbers(both: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    if both.empty:
-        return pd.DataFrame(columns=[*keys, "seeds", *NUMBERS])
-    groups = both.groupby(keys, sort=False, dropna=False)
-    rows = [[*key, len(group), *_difference(group, dict(zip(keys, key, strict=True)))] for key, group in groups]
-    return pd.DataFrame(rows, columns=[*keys, "seeds", *NUMBERS])
+def _numbers(a: pd.DataFrame, b: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Compare the numbers that both have, in the order of A."""
+    columns = [*keys, "seeds", *NUMBERS]
+    if a.empty:
+        return pd.DataFrame(columns=columns)
+    by = [name for name in keys if name not in ("attention", "options")]
+    lines = []
+    for metric, rows in a.groupby("metric", sort=False):
+        scale = intervals.scale_of(str(metric))
+        others = intervals.grouped(b[b["metric"] == metric], by, scale)
+        for at, of_a in intervals.grouped(rows, by, scale).items():
+            key = dict(zip(by, at, strict=True))
+            compared = _compared(of_a, others[at], scale, rate=_is_rate(str(key["unit"])))
+            for method, (seeds, *numbers) in compared.items():
+                identity = key | {"attention": method[0], "options": method[1]}
+                lines.append([*(identity[name] for name in keys), seeds, *numbers])
+    order = a.groupby(keys, as_index=False)["index"].min()
+    found: pd.DataFrame = pd.DataFrame(lines, columns=columns).merge(order, on=keys).sort_values("index")
+    return found.drop(columns="index").reset_index(drop=True)
 
 
-def _difference(group: pd.DataFrame, key: dict[str, Any]) -> list[Any]:
-    first, second = (group[f"value_{side}"].to_numpy(dtype=float) for side in "AB")
-    apart = second - first
-    half = half_width(apart, math.hypot(*(float(group[f"stderr_{side}"].iloc[0]) for side in "AB")))
-    a, b, difference = float(first.mean()), float(second.mean()), float(apart.mean())
-    ratio = b / a if _is_rate(str(key["unit"])) and a else math.nan
-    return [a, b, difference, half, ratio, bool(abs(difference) > half)]
+def _compared(
+    a: Mapping[Method, Sample], b: Mapping[Method, Sample], scale: Scale, *, rate: bool
+) -> dict[Method, list[Any]]:
+    """Return seeds and NUMBERS of each method of one number."""
+    sides = {
+        (f"{side} {name}", options): of[name, options] for side, of in (("A", a), ("B", b)) for name, options in of
+    }
+    spreads = statistics.spreads(sides)
+    differences = {}
+    for name, options in a:
+        first, second = a[name, options], b[name, options]
+        if scale is Scale.SHARE:
+            differences[name, options] = statistics.minus(statistics.share(second), statistics.share(first))
+        else:
+            spread = (spreads[f"B {name}", options], spreads[f"A {name}", options])
+            differences[name, options] = statistics.less(second, first, spread)
+    p_values = {method: p for method, found in differences.items() if not math.isnan(p := found.apart(0.0))}
+    adjusted = dict(zip(p_values, statistics.holm(list(p_values.values())), strict=True))
+    lines = {}
+    for method, found in differences.items():
+        before, after = (intervals.back(of[method].mean, scale) for of in (a, b))
+        # a factor of A, as a difference to it
+        ends = [before * math.expm1(end) if scale is Scale.LOG else end for end in (found.low, found.high)]
+        p = adjusted.get(method, math.nan)
+        ratio = after / before if rate and before else math.nan
+        seeds = "" if max(found.seeds) == 1 else " and ".join(map(str, dict.fromkeys(reversed(found.seeds))))
+        shown = ends if method in adjusted else [math.nan, math.nan]
+        lines[method] = [seeds, before, after, after - before, *shown, p, ratio, p < ALPHA]
+    return lines
 
 
 def _is_rate(unit: str) -> bool:
@@ -150,21 +188,21 @@ def _lines(one: Compared) -> list[list[str]]:
     lines = []
     for row in one.both.to_dict("records"):
         where = " ".join(f"{name}={row[name]}" for name in varied if row[name])
-        seeds = f" {row['seeds']} seeds" if row["seeds"] > 1 else ""
-        half = "" if math.isnan(row["interval"]) else f" ± {row['interval']:.2g}"
+        seeds = f" {row['seeds']} seeds" if row["seeds"] else ""
+        bounds = "" if math.isnan(row["low"]) else f" [{row['low']:+.2g}, {row['high']:+.2g}]"
         ratio = "" if math.isnan(row["ratio"]) else f"{row['ratio']:.3f}"
         what = f"{row['metric']}{'' if row['unit'] == '1' else ' ' + row['unit']}"
-        numbers = [f"{row['A']:.4g}", f"{row['B']:.4g}", f"{row['difference']:+.3g}{half}", ratio]
+        numbers = [f"{row['A']:.4g}", f"{row['B']:.4g}", f"{row['difference']:+.3g}{bounds}", ratio]
         lines.append([_method(row), what, where + seeds, *numbers, "*" if row["beyond"] else ""])
     return lines
 
 
 def _counts(one: Compared) -> list[str]:
     """Return how many numbers differ, and how many one folder has alone, by method."""
-    marked, bare = int(one.both["beyond"].sum()), int(one.both["interval"].isna().sum())
+    marked, bare = int(one.both["beyond"].sum()), int(one.both["low"].isna().sum())
     without = f", {bare} without an interval" if bare else ""
     sentences = [
-        f"{one.family}: {len(one.both)} numbers in both, {marked} apart by more than the interval (*){without}"
+        f"{one.family}: {len(one.both)} numbers in both, {marked} apart (*: p < {ALPHA:g}, Holm over methods){without}"
     ]
     for side, rows in zip("AB", one.only, strict=True):
         if len(rows):

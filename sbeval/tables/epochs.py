@@ -39,17 +39,17 @@ def looks_without_progress(held_out: Looks) -> int:
     return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
-def notice(corpus: str, unique: int, asked: int, trained: int) -> list[str]:
+def notice(corpus: str, unique: int, requested: int, trained: int) -> list[str]:
     """Return notices on the tokens requested and those trained on, `unique` being one epoch; often empty."""
     if not unique:
         return []
-    what = f"{asked:,} training tokens are {asked / unique:.3g} epochs of {corpus!r}, which has {unique:,}"
-    if trained < asked:
+    what = f"{requested:,} training tokens are {requested / unique:.3g} epochs of {corpus!r}, which has {unique:,}"
+    if trained < requested:
         return [
             f"{what}: training ends after {trained / unique:.3g} epochs, {trained:,} tokens, for more of the same text "
             "teaches little (arXiv 2305.16264); another --corpus has more, --train-tokens or --max-epochs goes on"
         ]
-    if asked <= MAX_EPOCHS * unique:
+    if requested <= MAX_EPOCHS * unique:
         return []
     return [
         f"{what}: past {MAX_EPOCHS:g} epochs the same text teaches little and models learn it by heart "

@@ -1,20 +1,22 @@
-"""Tables of few-shot scores as papers print them: a row for each model, a column for each benchmark, and the average.
+"""Tables of few-shot scores as papers print them: a row for each model, a column for each benchmark, and a mean.
 
 The score of a benchmark is its acc_norm where lm-eval has it, else acc, else an exact match; perplexities are shown and
 not averaged. Scores are in percent with the half-width of their 95 % interval (see `sbeval.tables.statistics`). A row
-of its own is the score of guessing: a score whose interval includes it is no evidence.
+of its own is the score of guessing: a score whose interval includes it is no evidence. The mean is over the benchmarks
+on which the models together are above guessing: the others would add noise alone. Bits per byte of right answers stand
+beside the scores: they have no chance floor.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
 from rich.table import Table as Terminal
 
 from sbeval.errors import InputError, choose
-from sbeval.tables import epochs
-from sbeval.tables.statistics import half_width
+from sbeval.tables import epochs, intervals
+from sbeval.tables.statistics import UNKNOWN, Interval, Sample, interval
 
 # candidates for the score of a benchmark, the preferred first; whether they are in percent and averaged
 METRICS = {
@@ -26,22 +28,29 @@ METRICS = {
     "word_perplexity": False,
     "perplexity": False,
 }
+# what right answers cost, where it was measured
+GOLD = {"gold_bits_per_byte": False}
 # of several ways to extract an answer from a completion, the lenient one first
 FILTERS = ("", "flexible-extract", "strict-match")
 # columns that identify a model
 MODEL = ["model", "attention", "options", "params", "train_len", "train_tokens", "eval_len"]
+# columns that models share whose seeds are pooled
+ALIKE = ["model", "train_len", "train_tokens", "eval_len"]
 COLUMNS = (*MODEL, "task", "seed", "metric", "value", "stderr", "n", "part", "filter", "shots", "chance")
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A score and the half-width of its 95 % interval, None where there is none; in percent unless a perplexity."""
+    """A score and the half-width of its 95 % interval, None where there is none; in percent unless a perplexity or bits
+    per byte. digits: decimals that are shown."""
 
     value: float
     half: float | None = None
+    digits: int = 1
 
     def text(self, between: str = " ± ") -> str:
-        return f"{self.value:.1f}" if self.half is None else f"{self.value:.1f}{between}{self.half:.1f}"
+        shown = [f"{number:.{self.digits}f}" for number in (self.value, self.half) if number is not None]
+        return between.join(shown)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +61,18 @@ class Scores:
     rows: list[tuple[str, list[Cell | None]]]
 
 
-def headline(results: pd.DataFrame) -> pd.DataFrame:
+def headline(results: pd.DataFrame, metrics: Mapping[str, bool] = METRICS) -> pd.DataFrame:
     """Return the score of each whole benchmark, for each model and seed the one over the most items.
 
-    Column `benchmark` is the task with its number of shots.
+    metrics: candidates, the preferred first. Column `benchmark` is the task with its number of shots.
     """
-    whole = results[(results["part"] == "") & results["metric"].isin(METRICS) & results["filter"].isin(FILTERS)].copy()
+    whole = results[(results["part"] == "") & results["metric"].isin(metrics) & results["filter"].isin(FILTERS)].copy()
     if whole.empty:
         raise InputError("there is no score of a whole benchmark")
     # a blank column is read as text
     whole["chance"] = pd.to_numeric(whole["chance"], errors="coerce")
     whole["benchmark"] = [f"{task} ({shots})" for task, shots in zip(whole["task"], whole["shots"], strict=True)]
-    order = {metric: index for index, metric in enumerate(METRICS)}
+    order = {metric: index for index, metric in enumerate(metrics)}
     whole["choice"] = whole["metric"].map(order) * len(FILTERS) + whole["filter"].map(FILTERS.index)
     whole = whole.sort_values(["choice", "n"], ascending=[True, False], kind="stable")
     return whole.drop_duplicates([*MODEL, "seed", "benchmark"]).sort_index()
@@ -77,7 +86,7 @@ def names(chosen: pd.DataFrame) -> dict[tuple[object, ...], str]:
         # the name of a Hugging Face model suffices
         name = f"{model}" if attention == "hf" else f"{model} {attention}"
         short[key] = f"{name}:{options}" if options and attention != "hf" else name
-        long[key] = f"{short[key]} ({train_tokens / 1e6:.0f} M tokens of {train_len}, read to {eval_len})"
+        long[key] = f"{short[key]} ({train_tokens / 1e6:.0f} M tokens of {train_len}, evaluated to {eval_len})"
     twice = {name for name in short.values() if list(short.values()).count(name) > 1}
     return {key: long[key] if name in twice else name for key, name in short.items()}
 
@@ -87,26 +96,64 @@ def table(results: pd.DataFrame) -> Scores:
     chosen = headline(results)
     benchmarks = list(dict.fromkeys(chosen["benchmark"]))
     metrics = {str(name): str(group["metric"].iloc[0]) for name, group in chosen.groupby("benchmark")}
-    averaged = [name for name in benchmarks if METRICS[metrics[name]]]
-    named, rows = names(chosen), []
+    percent = {name: METRICS[metric] for name, metric in metrics.items()}
+    averaged = above_guessing(chosen)
+    named, rows, bits = names(chosen), [], _gold(results)
+    cells = {
+        (*key, of, name): _cell(found, percent[str(name)])
+        for (*key, name), part in chosen.groupby([*ALIKE, "benchmark"], dropna=False)
+        for of, found in intervals.intervals(intervals.samples(part)).items()
+    }
     for key, group in chosen.groupby(MODEL):
-        scores = {str(name): _cell(part, METRICS[metrics[str(name)]]) for name, part in group.groupby("benchmark")}
+        alike, of = group[ALIKE].iloc[0], (str(group["attention"].iloc[0]), str(group["options"].iloc[0]))
+        scores = {name: cell for name in benchmarks if (cell := cells.get((*alike, of, name)))}
         mark = f" ({epochs.OVERFIT})" if epochs.overfit(group).any() else ""
-        rows.append((named[key] + mark, [*(scores.get(name) for name in benchmarks), _average(scores, averaged)]))
+        gold = [cells_of.get((*alike, of)) for cells_of in bits.values()]
+        rows.append(
+            (named[key] + mark, [*(scores.get(name) for name in benchmarks), _average(scores, averaged), *gold])
+        )
     chance = {
         str(name): Cell(100 * float(group["chance"].iloc[0]))
         for name, group in chosen.groupby("benchmark")
         if group["chance"].notna().any()
     }
-    rows.append(("chance", [*(chance.get(name) for name in benchmarks), _average(chance, averaged)]))
-    return Scores([*(f"{name} {metrics[name]}" for name in benchmarks), "average"], rows)
+    # in a benchmark without choices guessing scores nothing
+    guessed = chance | {name: Cell(0.0) for name in averaged if name not in chance}
+    none = [None] * len(bits)
+    rows.append(("chance", [*(chance.get(name) for name in benchmarks), _average(guessed, averaged), *none]))
+    headings = [*(f"{name} {metrics[name]}" for name in benchmarks), "mean above chance"]
+    return Scores([*headings, *(f"{name} gold bits/byte" for name in bits)], rows)
 
 
-def _cell(rows: pd.DataFrame, percent: bool) -> Cell:
-    """Return the mean over seeds and its interval."""
+def _gold(results: pd.DataFrame) -> dict[str, dict[tuple[object, ...], Cell]]:
+    """Return the bits per byte of right answers of each benchmark that has them, by ALIKE and method."""
+    if not results["metric"].isin(GOLD).any():
+        return {}
+    found: dict[str, dict[tuple[object, ...], Cell]] = {}
+    for (*key, name), part in headline(results, GOLD).groupby([*ALIKE, "benchmark"], dropna=False, sort=False):
+        for of, each in intervals.intervals(intervals.samples(part)).items():
+            half = each.high - each.mean
+            found.setdefault(str(name), {})[*key, of] = Cell(each.mean, half if half > 0 else None, digits=3)
+    return found
+
+
+def above_guessing(chosen: pd.DataFrame) -> list[str]:
+    """Return the benchmarks in percent on which the mean over these models is above guessing, by its interval."""
+    above = []
+    for name, group in chosen[[METRICS[metric] for metric in chosen["metric"]]].groupby("benchmark", sort=False):
+        guess = 0.0 if group["chance"].isna().all() else float(group["chance"].max())
+        # all models answer the same items, whose error does not average out
+        error = math.sqrt((group["stderr"].astype(float) ** 2).mean())
+        together = Sample(group["value"].to_numpy(dtype=float), error, int(group["n"].min()))
+        if interval(together, UNKNOWN).low > guess:
+            above.append(str(name))
+    return above
+
+
+def _cell(found: Interval, percent: bool) -> Cell:
     scale = 100 if percent else 1
-    half = scale * half_width(rows["value"].to_numpy(dtype=float), float(rows["stderr"].iloc[0]))
-    return Cell(scale * float(rows["value"].mean()), None if math.isnan(half) else half)
+    half = scale * (found.high - found.mean)
+    return Cell(scale * found.mean, half if half > 0 else None)
 
 
 def _average(cells: dict[str, Cell], averaged: list[str]) -> Cell | None:
@@ -115,7 +162,7 @@ def _average(cells: dict[str, Cell], averaged: list[str]) -> Cell | None:
     if not scores or len(scores) < len(averaged):
         return None
     halves = [cell.half for cell in scores if cell.half is not None]
-    half = math.sqrt(sum(one**2 for one in halves)) / len(scores) if len(halves) == len(scores) else None
+    half = math.hypot(*halves) / len(scores) if len(halves) == len(scores) else None
     return Cell(sum(cell.value for cell in scores) / len(scores), half)
 
 

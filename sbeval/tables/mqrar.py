@@ -26,7 +26,7 @@ class Row(Measurement):
     width: int = column("width {}")
     layers: int = column("{} layers")
     heads: int = column("{} heads")
-    lr: float
+    lr: float = column("learning rate {:g}")
     split: str = ""
     stale_values: int | None = None
     distance_start: int | None = None

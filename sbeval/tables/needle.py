@@ -32,7 +32,7 @@ def summary(results: "pd.DataFrame") -> "Table":
     rows = results[results["metric"].isin(["score", "greedy"]) & results["depth_start"].isna()]
     lengths = sorted(rows["length"].unique())
     table = Table(
-        title="Score of what is said (accuracy of greedy decoding of the reference) by length in tokens",
+        title="Score of completions (accuracy of greedy decoding of the reference) by length in tokens",
         caption=epochs.caution(results) or None,
         caption_justify="left",
     )

@@ -4,6 +4,7 @@ Numbers that have four decimals or fewer, such as counts and recorded losses, ar
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -61,7 +62,7 @@ def read(path: Path) -> pd.DataFrame:
     return pd.DataFrame({name: _unpacked(table[name]) for name in table.column_names})
 
 
-def _packed(column: "pd.Series[object]") -> pa.Array:
+def _packed(column: "pd.Series[Any]") -> pa.Array:
     if pd.api.types.is_integer_dtype(column.dtype):
         return pa.array(column, pa.int64())
     if not pd.api.types.is_float_dtype(column.dtype):
@@ -75,10 +76,12 @@ def _packed(column: "pd.Series[object]") -> pa.Array:
     return array
 
 
-def _unpacked(column: pa.ChunkedArray) -> "pd.Series[object]":
+def _unpacked(column: pa.ChunkedArray) -> "pd.Series[Any]":
     if pa.types.is_decimal(column.type):
         # the cast is off by a bit here and there, which rounding mends
         return pd.Series(np.round(column.cast(pa.float64()).to_numpy(), SCALE))
     if pa.types.is_integer(column.type) and column.null_count:
-        return column.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
-    return column.to_pandas()
+        whole: pd.Series[Any] = column.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+        return whole
+    plain: pd.Series[Any] = column.to_pandas()
+    return plain

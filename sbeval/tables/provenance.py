@@ -18,8 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, spelled
 from sbeval.runtime.files import replacing, storing
+from sbeval.tables.privacy import shared, shared_argv
 from sbeval.tables.rows import Provenance
 
 SOURCE = Path(__file__).resolve().parents[1]
@@ -48,8 +49,8 @@ def collect(
     return Provenance(
         cell=cell,
         preset=preset,
-        corpus=corpus,
-        tokenizer=tokenizer,
+        corpus=spelled(corpus),
+        tokenizer=shared(spelled(tokenizer)),
         train_tokens=train_tokens,
         unique_tokens=unique_tokens,
         epochs=epochs,
@@ -88,7 +89,7 @@ def run_record(
         "provenance": provenance,
         "config": config,
         # without the folder of the program, which depends on the machine
-        "argv": [Path(program).name, *arguments],
+        "argv": [Path(program).name, *shared_argv(arguments)],
         "versions": versions(),
         "host": {"platform": platform.platform(), "machine": platform.machine(), "cpus": os.cpu_count()},
         "device": provenance.device,
@@ -102,7 +103,8 @@ def run_record(
 def write_run(path: Path, record: Mapping[str, object]) -> None:
     """Write a run file atomically, as JSON with one entry on a line and its own digest; create its folder.
 
-    Dataclasses become objects, Paths text, sets sorted lists, arrays and tensors lists, NaN and infinity null.
+    Dataclasses become objects, Paths text, sets sorted lists, arrays and tensors lists, NaN and infinity null. Secrets,
+    and names of users and home folders, are left out (`sbeval.tables.privacy`).
     """
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,12 +181,14 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 def _plain(value: Any) -> Any:
     """Convert a value to JSON's types; TypeError where that would be a guess."""
-    if value is None or isinstance(value, (str, bool, int)):
+    if isinstance(value, str):
+        return shared(spelled(value))
+    if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Path):
-        return value.as_posix()
+        return shared(spelled(value.as_posix()))
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):

@@ -11,6 +11,8 @@ WIKITEXT = {"stick_breaking": 13.4, "rope": 13.8}
 SOLVED = {"stick_breaking": 192, "rope": 128}
 SOLVED_AT = {"vocab_size": 8192, "seq_len": 768}
 SOLVED_ACCURACY, SOLVED_TOKENS = 0.99, 64 * 100_000 * 768
+# of 256 rows
+SOLVED_STEPS = 64 * 100_000 // 256
 # tokens per second in training, as a share of softmax's with FlashAttention-2, models of 1 B parameters
 SPEED = 0.78
 # the authors' package (commit 3147a38) forward, as a share of FlashAttention-2 through SDPA in the same run, by head

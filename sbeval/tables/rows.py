@@ -6,6 +6,21 @@ from typing import Any
 
 from sbeval.config import LATER
 
+# metrics that are shares of a whole, 0 to 1, in whatever table
+SHARES = (
+    "acc",
+    "acc_bytes",
+    "acc_norm",
+    "accuracy",
+    "error_rate",
+    "greedy",
+    "score",
+    "share",
+    "solved",
+    "validation_accuracy",
+    "weight",
+)
+
 
 def column(label: str, *metadata: Mapping[str, Any], default: Any = MISSING) -> Any:
     """Declare a column that titles of figures can name. label: a phrase with its value, such as `{} layers`.

@@ -9,6 +9,7 @@ import pandas as pd
 
 from sbeval.errors import InputError
 from sbeval.runtime.files import sha256
+from sbeval.tables.privacy import shared_argv
 from sbeval.tables.provenance import read_run
 from sbeval.tables.results import Results
 
@@ -77,7 +78,13 @@ def command_line(argv: list[str]) -> str:
     if not argv:
         return ""
     program = ["python", "-m", "sbeval"] if argv[0] == "__main__.py" else argv[:1]
-    return shlex.join([*program, *argv[1:]])
+    # run files of earlier versions hold these as they were given
+    return " ".join(map(_quoted, [*program, *shared_argv(argv[1:])]))
+
+
+def _quoted(word: str) -> str:
+    """Quote a word for a shell, which expands `~/`."""
+    return f"~/{shlex.quote(word[2:])}" if word.startswith("~/") and word != "~/" else shlex.quote(word)
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pandas as pd
 
 from sbeval.errors import InputError
 from sbeval.tables import mqrar
-from sbeval.tables.published import FLIP_FLOP_TESTS
+from sbeval.tables.published import FLIP_FLOP_TESTS, SOLVED_ACCURACY
 from sbeval.tables.rows import labels, later
 from sbeval.tables.table import numbers
 
@@ -29,6 +29,8 @@ class Setting:
 LENGTH_GEN = Setting(
     ("model", "train_len", "corpus"), ("task", "eval_len", "tokenizer", "preset", "train_tokens", "dtype")
 )
+# how models were trained: columns that older tables lack
+RECIPE = ("lr", "optimizer", "batch_tokens", "schedule")
 NEEDLE = Setting(("model", "train_len", "finetune_tokens"), ("tokenizer", "preset", "corpus", "train_tokens", "dtype"))
 NEEDLE_METRICS = ("score", "greedy")
 # columns that identify a number
@@ -42,6 +44,17 @@ _LATER = [name for name in labels(mqrar.Row) if name in later(mqrar.Row)]
 MQRAR_LATER = ("optimizer", *(name for name in _LATER if name not in ("optimizer", "n_back")))
 FLIP_FLOP = Setting(("model", "seq_len"), ("task", "heads", "p_train", "preset", "dtype"))
 ATTENTION_MAP = ["task", "vocab_size", "seq_len", "kv_pairs"]
+
+
+def length_gen_setting(table: pd.DataFrame) -> Setting:
+    """Return the columns that define a setting in a table of `length_gen`: those of RECIPE only where they differ."""
+    recipe = (name for name in recipe_columns(table) if name != "train_tokens")
+    return Setting(LENGTH_GEN.always, (*LENGTH_GEN.others, *recipe))
+
+
+def recipe_columns(table: pd.DataFrame) -> list[str]:
+    """Return the columns in which the trainings of these rows differ, besides method and seed."""
+    return [name for name in ("train_tokens", *RECIPE) if name in table and table[name].nunique() > 1]
 
 
 def by_context(table: pd.DataFrame) -> pd.DataFrame:
@@ -60,13 +73,14 @@ def recall_setting(table: pd.DataFrame) -> Setting:
 
 
 def recall_accuracy(table: pd.DataFrame) -> pd.DataFrame:
-    """Return, for each method and setting of `mqrar`, the accuracies at the rate with the best validation accuracy.
+    """Return, for each method and setting of `mqrar`, the accuracies at the best learning rate.
 
-    The best has the highest mean over the seeds that every rate has; ties go to the fewest training steps, if the table
-    has them, then to the smallest rate. A single rate is kept. Several rates without validation accuracy are an
-    InputError: the test score must not choose.
+    The best solves the task in most of the seeds that every rate has, then in the fewest steps. Where none solves it,
+    the best has the highest validation accuracy, which may be chance: a failure is one of all rates (`recall_cells`).
+    Ties go to the smallest rate. A single rate is kept. Several rates without validation accuracy are an InputError:
+    the test score must not choose.
     """
-    wanted = table["metric"].isin(["accuracy", "validation_accuracy", "steps"])
+    wanted = table["metric"].isin(["accuracy", "validation_accuracy", "steps", "solved"])
     table = numbers(table[wanted], ["kv_pairs", "vocab_size", "lr"])
     table = table.assign(n_back=table["n_back"].fillna(1) if "n_back" in table else 1)
     # runs from before the option existed
@@ -97,12 +111,57 @@ def ranked_rates(rows: pd.DataFrame) -> list[float] | None:
     if validation.empty:
         return None
     scores = validation.pivot_table("value", "seed", "lr")
-    # further seeds are run at the best rate alone
+    # further seeds may have been run at one rate alone
     shared = scores.dropna() if scores.notna().all(axis=1).any() else scores
-    steps = rows[rows["metric"] == "steps"].groupby("lr")["value"].mean()
-    return sorted(
-        (float(rate) for rate in shared.columns), key=lambda rate: (-shared[rate].mean(), steps.get(rate, 0.0), rate)
+    solved, steps = (
+        rows[rows["metric"] == name].pivot_table("value", "seed", "lr").reindex_like(shared)
+        for name in ("solved", "steps")
     )
+
+    def rank(rate: float) -> tuple[float, float, float, float]:
+        until = steps[rate][solved[rate] == 1].mean()
+        at_all = solved[rate].mean()
+        return (
+            -at_all if at_all > 0 else 0.0,
+            until if at_all > 0 else 0.0,
+            # without a solved cell, accuracies may be chance and their order noise
+            -shared[rate].mean(),
+            0.0 if at_all > 0 or pd.isna(steps[rate].mean()) else steps[rate].mean(),
+        )
+
+    return sorted((float(rate) for rate in shared.columns), key=lambda rate: (rank(rate), rate))
+
+
+def recall_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the test accuracy over all queries of each cell of `mqrar`, all rates, with columns `steps` and `solved`.
+
+    A cell is solved if its training stopped for it, or, in a table without that, at an accuracy of SOLVED_ACCURACY.
+    """
+    cells = table[(table["metric"] == "accuracy") & (table["split"] == "all")]
+    cells = numbers(cells, ["kv_pairs", "vocab_size", "lr"])
+    both = {name: table[table["metric"] == name].set_index("cell")["value"] for name in ("steps", "solved")}
+    solved = cells["cell"].map(both["solved"])
+    return cells.assign(
+        n_back=cells["n_back"].fillna(1) if "n_back" in cells else 1,
+        status=cells["status"] if "status" in cells else "",
+        steps=cells["cell"].map(both["steps"]).fillna(0.0),
+        solved=(solved == 1) | (solved.isna() & (cells["value"] >= SOLVED_ACCURACY)),
+    )
+
+
+def by_steps(cells: pd.DataFrame) -> list[float]:
+    """Return the learning rates of `recall_cells` of one setting: most seeds solved first, then in the fewest steps.
+
+    Where no cell is solved the order says nothing.
+    """
+    rates = {rate: cells[cells["lr"] == rate] for rate in cells["lr"].unique().tolist()}
+
+    def rank(rate: float) -> tuple[float, float, float]:
+        solved = rates[rate]["solved"]
+        steps = rates[rate].loc[solved, "steps"].mean() if solved.any() else 0.0
+        return -float(solved.mean()), float(steps), rate
+
+    return sorted(rates, key=rank)
 
 
 def flip_flop_errors(table: pd.DataFrame) -> pd.DataFrame:
@@ -159,7 +218,7 @@ def mean_over_tasks(scores: pd.DataFrame) -> pd.DataFrame:
     by = ["attention", "options", "seed", "length", "train_len"]
     scores = scores.assign(square=scores["stderr"].fillna(0.0) ** 2)
     means = scores.groupby(by, as_index=False).agg(
-        value=("value", "mean"), square=("square", "sum"), tasks=("task", "nunique")
+        value=("value", "mean"), square=("square", "sum"), tasks=("task", "nunique"), n=("n", "sum")
     )
     means["stderr"] = means["square"] ** 0.5 / means["tasks"]
     return means[means["tasks"] == scores["task"].nunique()]

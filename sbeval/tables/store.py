@@ -12,6 +12,7 @@ import pandas as pd
 
 from sbeval.tables import curves, provenance, table, values
 from sbeval.tables.curves import Curves
+from sbeval.tables.digests import row_digests
 from sbeval.tables.results import Results
 
 
@@ -27,17 +28,17 @@ class Stored:
 
 
 def keep(results: Results, family: str, stored: Stored) -> None:
-    """Store the result of a cell, replacing that of an earlier run."""
+    """Store the result of a cell, replacing that of an earlier run; `table.assemble` adds its rows to the table."""
     cell, files = stored.cell, {}
     if stored.values is not None:
         files["values"] = values.write(results, cell, stored.values)
     if stored.curves:
         files["curves"] = curves.write(results, cell, stored.curves)
-    rows = [] if stored.rows is None else table.digests(stored.rows)
+    rows = [] if stored.rows is None else sorted(row_digests(table.as_text(stored.rows)))
     provenance.write_run(results.run_file(cell), {**stored.record, "files": files, "rows": rows})
     # of an earlier run, which had some
     for path in (results.values(cell), results.curves(cell)):
         if path.parent.name not in files:
             path.unlink(missing_ok=True)
     if stored.rows is not None:
-        table.write(results.table(family), stored.rows)
+        table.keep(results.table(family), stored.rows)

@@ -5,25 +5,26 @@ subclass of `Measurement`, whose added fields are the family's factors, `Provena
 of factors: when read, one is a number if all its cells are numbers or empty; `numbers` checks those that must be.
 """
 
-import csv
-import hashlib
-import io
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import pandas as pd
 
 from sbeval.errors import InputError
-from sbeval.runtime.files import locked, replacing
-from sbeval.tables.rows import Identity, Measurement, Provenance, later
+from sbeval.runtime.files import locked, replacing, storing
+from sbeval.tables import csv_text
+from sbeval.tables.rows import SHARES, Identity, Measurement, Provenance, later
 
 INT = re.compile(r"[+-]?[0-9]{1,18}")
 FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+# by which sums of float32 shares exceed 1
+ROUNDING = 1e-5
 # columns that do not identify a number: they differ when the same cell is run again
 OUTCOME = ("value", "stderr", "n", "commit", "torch", "triton", "utc")
 
@@ -60,51 +61,119 @@ def frame(identity: Identity, measurements: Iterable[Measurement], provenance: P
     return _typed(pd.DataFrame(cells, columns=list(kinds), dtype=str), kinds)
 
 
+def as_text(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows as they are written."""
+    return pd.DataFrame({name: [_cell(value) for value in rows[name]] for name in rows.columns}, dtype=str)
+
+
+def keep(path: Path, new: pd.DataFrame) -> None:
+    """Store the rows of one cell in time that does not depend on the table: as a part of it, which `assemble` adds.
+
+    The first rows of a table are the table. Safe against concurrent writers (a lock beside the table) and against being
+    killed.
+    """
+    text = _checked(new)
+    (cell,) = set(text["cell"])
+    with locked(path):
+        part, first = _parts(path) / f"{cell}.csv", not path.exists()
+        _replace(path if first else part, text)
+        if first:
+            # left where somebody removed the table
+            part.unlink(missing_ok=True)
+
+
+def assemble(path: Path) -> None:
+    """Add the parts to the table; see `write`."""
+    if _parts(path).exists():
+        with locked(path):
+            _merge(path, None)
+
+
 def write(path: Path, new: pd.DataFrame) -> None:
-    """Replace the rows of the cells in `new`, keep all others unchanged, sort, and replace the file atomically.
+    """Replace the rows of the cells in `new`, keep all others unchanged, add parts, sort, replace the file atomically.
 
     Safe against concurrent writers (a lock beside the table) and against being killed. A table that cannot be read
     raises InputError as in `read`, before anything is changed.
     """
-    assert len(new) and (new["cell"] != "").all(), "every row names the cell that it comes from"
-    assert new["value"].map(math.isfinite).all(), "no data is an absent row, not NaN"
-    keys = [name for name in new.columns if name not in OUTCOME]
-    twice = new[new.duplicated(keys)]
-    assert twice.empty, f"two rows for one number: {twice.iloc[0].to_dict()}"
-    text = _text(new)
+    text = _checked(new)
     with locked(path):
-        if path.exists():
-            old = _load(path, required=required(Measurement))
-            others = old[~old["cell"].isin(set(text["cell"]))]
-            text = pd.concat([text, others], ignore_index=True).fillna("")
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(text.columns)
-            table.writerows(_sorted(text).to_numpy())
+        _merge(path, text)
 
 
-def digests(rows: pd.DataFrame) -> list[str]:
-    """Return the digest of each row, in the order of digests, for a run file. Blank cells and the columns' order do not
-    count: a table with a column more has the same rows."""
-    return sorted(row_digests(_text(rows)))
+def _merge(path: Path, new: pd.DataFrame | None) -> None:
+    """Write `new`, the parts and the table as the table; of the rows of a cell, the first of these."""
+    files = sorted(_parts(path).glob("*.csv"))
+    frames = [] if new is None else [new]
+    frames += [_load(file, required(Measurement)) for file in files if new is None or file.stem not in set(new["cell"])]
+    if path.exists():
+        old = _load(path, required(Measurement))
+        frames.append(old[~old["cell"].isin({cell for frame in frames for cell in frame["cell"]})])
+    if frames:
+        _replace(path, pd.concat(frames, ignore_index=True).fillna(""))
+    for file in files:
+        file.unlink()
+    if _parts(path).exists():
+        _parts(path).rmdir()
 
 
-def row_digests(text: pd.DataFrame) -> list[str]:
-    """Return the digest of each row of cells as they are written, ten hexadecimal digits."""
-    names = sorted(str(name) for name in text.columns)
-    rows = zip(*(text[name].tolist() for name in names), strict=True)
-    joined = ("\n".join(f"{name}={cell}" for name, cell in zip(names, row, strict=True) if cell) for row in rows)
-    return [hashlib.sha256(row.encode()).hexdigest()[:10] for row in joined]
+def _parts(path: Path) -> Path:
+    return path.parent / "parts" / path.stem
+
+
+def _replace(path: Path, text: pd.DataFrame) -> None:
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        csv_text.write(temporary, _sorted(text))
+
+
+def _checked(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows as they are written, which a table may hold."""
+    assert len(rows) and (rows["cell"] != "").all(), "every row names the cell that it comes from"
+    assert rows["value"].map(math.isfinite).all(), "no data is an absent row, not NaN"
+    keys = [name for name in rows.columns if name not in OUTCOME]
+    twice = rows[rows.duplicated(keys)]
+    assert twice.empty, f"two rows for one number: {twice.iloc[0].to_dict()}"
+    return as_text(rows)
 
 
 def read(path: Path, required: Iterable[str] = ()) -> pd.DataFrame:
-    """Read a table. Integers are int64 (Int64 where cells may be empty), floats exact, empty text stays empty text.
+    """Read a table and its parts. Integers are int64 (Int64 where cells may be empty), floats exact, empty text stays
+    empty text.
 
-    Raise InputError when the file is missing, lacks a required column, has a ragged or half-written line, or something
-    other than a number in a numeric column.
+    Raise InputError when the file is missing, lacks a required column, has a ragged or half-written line, something
+    other than a number in a numeric column, or a number that no run writes (see `_impossible`).
     """
-    text = _load(path, required)
-    return _typed(text, _guess(text))
+    rows = text(path, required)
+    return _typed(rows, _guess(rows))
+
+
+def text(path: Path, required: Iterable[str] = ()) -> pd.DataFrame:
+    """Read a table and its parts as text; see `read`."""
+    return pd.concat([rows for _, rows in pieces(path, required)], ignore_index=True).fillna("")
+
+
+def pieces(path: Path, required: Iterable[str] = ()) -> list[tuple[Path, pd.DataFrame]]:
+    """Read the parts and the table as text: of each its file, and its rows, by their number in it; see `read`.
+
+    Rows of the table are left out whose cell has a part, which is newer.
+    """
+    # parts first: one that a run adds to the table between the two is in the table
+    parts = [(file, part) for file in sorted(_parts(path).glob("*.csv")) if (part := _part(file)) is not None]
+    if not parts:
+        return [(path, _load(path, required))]
+    table = _load(path, {*required, "cell"})
+    return [*parts, (path, table[~table["cell"].isin({cell for _, part in parts for cell in part["cell"]})])]
+
+
+def _part(file: Path) -> pd.DataFrame | None:
+    """Return the rows of a part; None where a run added it to the table meanwhile."""
+    try:
+        return _load(file, ())
+    except InputError:
+        if file.exists():
+            raise
+        return None
 
 
 def numbers(table: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
@@ -158,61 +227,43 @@ def _cell(value: Any, kind: Kind | None = None) -> str:
     return repr(number)
 
 
-def _text(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return rows as they are written."""
-    return pd.DataFrame({name: [_cell(value) for value in rows[name]] for name in rows.columns}, dtype=str)
-
-
 def _load(path: Path, required: Iterable[str]) -> pd.DataFrame:
-    """Read the cells as text and check the shape of the file and its common columns."""
-    header, rows, lines = _parse(path)
+    """Read the cells of one file as text and check its common columns."""
+    text = csv_text.read(path)
+    header = [str(name) for name in text.columns]
     if not set(columns(Measurement)) & set(header):
         raise InputError(f"{path} is not a table of sbeval: it has none of its columns")
     if missing := [name for name in required if name not in header]:
         names = ", ".join(name if name.isprintable() else repr(name) for name in header)
         raise InputError(f"{path} has no column {', '.join(map(repr, missing))}; it has: {names}")
-    text = pd.DataFrame(rows, columns=header, dtype=str)
-    for name, kind in _guess(text).items():
-        for line, cell in zip(lines, text[name], strict=True):
-            if not _reads(cell, kind):
-                noun = "whole number" if kind.number is int else "number"
-                raise InputError(f"{path}:{line}: {cell!r} in column {name!r} is not a {noun}; fix or remove that line")
+    declared = {name: kind for name, kind in _kinds(Measurement).items() if name in header}
+    for name, kind in declared.items():
+        wrong = {cell for cell in text[name].unique() if not _reads(cell, kind)}
+        if wrong:
+            noun = "whole number" if kind.number is int else "number"
+            raise _wrong(path, text, name, text[name].isin(wrong), f"is not a {noun}")
+    for name, wrong_rows, why in _impossible(_typed(text[[*declared]], declared)):
+        if wrong_rows.any():
+            raise _wrong(path, text, name, wrong_rows, why)
     return text
 
 
-def _parse(path: Path) -> tuple[list[str], list[list[str]], list[int]]:
-    """Split a CSV file into its header, its rows and the line on which each begins."""
-    try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"no table {path}; the command that measures it writes it") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not content.strip():
-        raise InputError(f"{path} is empty, without even a header; remove it")
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
-    rows: list[list[str]] = []
-    lines: list[int] = []
-    line = 1
-    try:
-        header = next(reader)
-        line = reader.line_num + 1
-        for row in reader:
-            if len(row) != len(header):
-                raise csv.Error(f"{len(row)} cells where the header has {len(header)}")
-            rows.append(row)
-            lines.append(line)
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(f"{path}:{line}: {error}; fix or remove that line") from None
-    if twice := {name for name in header if header.count(name) > 1}:
-        raise InputError(f"{path}:1: column {', '.join(map(repr, sorted(twice)))} is duplicated; rename or remove one")
-    # a value cut short can still have all its commas
-    if not content.endswith("\n"):
-        raise InputError(
-            f"{path}:{lines[-1] if lines else 1}: the last line is not ended, it may be half written; fix or remove it"
-        )
-    return header, rows, lines
+def _impossible(rows: pd.DataFrame) -> Iterator[tuple[str, "pd.Series[bool]", str]]:
+    """Yield (column, which rows, why) of numbers that no run writes."""
+    if "stderr" in rows:
+        yield "stderr", rows["stderr"] < 0, "is a negative standard error"
+    if "n" in rows:
+        yield "n", rows["n"] < 1, "is not a number of units, of which there is at least one"
+    if {"metric", "value"} <= set(rows.columns):
+        outside = (rows["value"] < 0) | (rows["value"] > 1 + ROUNDING)
+        yield "value", rows["metric"].isin(SHARES) & outside, "is not a share, which is 0 to 1"
+
+
+def _wrong(path: Path, text: pd.DataFrame, name: str, where: "pd.Series[bool]", why: str) -> InputError:
+    """Return the error for the first of the rows `where`."""
+    index = int(where.to_numpy().argmax())
+    line = csv_text.lines(path)[index]
+    return InputError(f"{path}:{line}: {text[name].iloc[index]!r} in column {name!r} {why}; fix or remove that line")
 
 
 def _guess(text: pd.DataFrame) -> dict[str, Kind]:
@@ -221,8 +272,8 @@ def _guess(text: pd.DataFrame) -> dict[str, Kind]:
     return {str(name): declared.get(str(name)) or _factor(text[name]) for name in text.columns}
 
 
-def _factor(cells: Iterable[str]) -> Kind:
-    filled = [cell for cell in cells if cell]
+def _factor(cells: "pd.Series[str]") -> Kind:
+    filled = [cell for cell in pd.unique(cells) if cell]
     if not filled or not all(FLOAT.fullmatch(cell) for cell in filled):
         return Kind(None, True)
     return Kind(int if all(INT.fullmatch(cell) for cell in filled) else float, True)
@@ -241,10 +292,14 @@ def _typed(text: pd.DataFrame, kinds: Mapping[str, Kind]) -> pd.DataFrame:
 def _column(cells: "pd.Series[str]", kind: Kind) -> "pd.Series[Any]":
     if kind.number is None:
         return cells
+    # most columns have few different numbers
+    codes, different = pd.factorize(cells)
     if kind.number is float:
-        return pd.Series([float(cell) if cell else math.nan for cell in cells], dtype="float64", index=cells.index)
-    values = [int(cell) if cell else None for cell in cells]
-    return pd.Series(values, dtype="Int64" if None in values else "int64", index=cells.index)
+        floats = np.array([float(cell) if cell else math.nan for cell in different], dtype=np.float64)
+        return pd.Series(floats[codes], index=cells.index)
+    blank = np.array([not cell for cell in different], dtype=bool)[codes]
+    whole = np.array([int(cell) if cell else 0 for cell in different], dtype=np.int64)[codes]
+    return pd.Series(pd.arrays.IntegerArray(whole, blank) if blank.any() else whole, index=cells.index)
 
 
 def _sorted(text: pd.DataFrame) -> pd.DataFrame:

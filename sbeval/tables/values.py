@@ -8,7 +8,8 @@ compute what the table has not. Long form, one number a row: `metric`, `unit_id`
     tokens    book-17   13         65              78
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,8 +17,11 @@ import pandas as pd
 from sbeval.tables import parquet
 from sbeval.tables.results import Results
 from sbeval.tables.run_files import is_written
+from sbeval.tables.statistics import Floats
 
 COLUMNS = ("metric", "unit_id", "value")
+# counts of each example, of hits and of positions, (n,) each, and the factors of their row
+Split = tuple[Floats, Floats, Mapping[str, Any]]
 
 
 def write(results: Results, cell: str, values: pd.DataFrame) -> str:
@@ -44,3 +48,32 @@ def read(results: Results, cells: Iterable[str]) -> pd.DataFrame:
             frame.insert(0, "cell", cell)
             frames.append(frame)
     return pd.concat(frames[1:] or frames, ignore_index=True)
+
+
+def counted(
+    splits: Iterable[Split], hits: str, scored: str, *, by_example: bool = False, **factors: Any
+) -> pd.DataFrame:
+    """Return the counts of each split in all, with an empty `unit_id`.
+
+    by_example: of the first split, which is the whole evaluation, return those of each example, by its number.
+    """
+    parts = []
+    for number, (right, count, split) in enumerate(splits):
+        each = by_example and number == 0
+        units = [str(unit) for unit in range(len(count))] if each else [""]
+        for metric, counts in ((hits, right), (scored, count)):
+            values = counts if each else [counts.sum()]
+            parts.append(pd.DataFrame({"metric": metric, "unit_id": units, "value": values, **split, **factors}))
+    return joined(parts)
+
+
+def joined(parts: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Return values with different factors as one frame: a factor is blank where a part has none."""
+    frame = pd.concat(parts, ignore_index=True)
+    # blanks make whole numbers floats
+    whole = [
+        name
+        for name in frame.columns
+        if name != "value" and frame[name].dtype == "float64" and (frame[name].dropna() % 1 == 0).all()
+    ]
+    return frame.astype(dict.fromkeys(whole, "Int64"))

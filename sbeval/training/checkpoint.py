@@ -27,7 +27,7 @@ from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 from sbeval.runtime import distributed
 from sbeval.runtime.distributed import ALONE, World
-from sbeval.runtime.files import sha256, storing
+from sbeval.runtime.files import clear, readable_as_others, sha256, storing
 from sbeval.training.optimizer import state_names
 
 AGAIN = "remove its folder to train again"
@@ -39,13 +39,16 @@ class State:
     """Progress of a training run.
 
     losses: of every step, in nats/token. scores: (step, score) on validation data. held_out: (step, nats/token) on
-    held-out text. seconds: of all steps. tokens_per_second, mfu: the speed, and model FLOP utilisation, last measured.
+    held-out text. diagnoses: the fields of each `evaluation.diagnostics.Reading`, and the step. seconds: of all steps;
+    diagnosis_seconds: of all diagnoses. tokens_per_second, mfu: the speed, and model FLOP utilisation, last measured.
     """
 
     losses: list[float] = field(default_factory=list)
     scores: list[tuple[int, float]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    diagnoses: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
+    diagnosis_seconds: float = 0.0
     tokens_per_second: float | None = None
     mfu: float | None = None
     finished: bool = False
@@ -79,6 +82,7 @@ def save(
                 save_file(values, partial / name)
             except SafetensorError as error:
                 raise OSError(first_line(error)) from None
+            readable_as_others(partial / name)
         files = {name: sha256(partial / name) for name in tensors}
         _complete(folder, partial, model.config, state, training, files)
 
@@ -117,7 +121,7 @@ def _written(folder: Path, world: World = ALONE) -> Iterator[Path]:
     with storing(folder):
         try:
             if world.leads:
-                shutil.rmtree(partial, ignore_errors=True)
+                clear(partial)
                 partial.mkdir(parents=True)
             distributed.wait(world)
             yield partial
@@ -141,25 +145,26 @@ def _complete(
     old = _old(folder)
     if folder.exists():
         # without `folder`, `old` is the only checkpoint
-        shutil.rmtree(old, ignore_errors=True)
+        clear(old)
         folder.rename(old)
     partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    clear(old)
 
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint, and the one it was about to replace, if any."""
     for path in (_old(folder), folder):
         # delete config.json first: a partly deleted folder is then not a checkpoint
-        (path / "config.json").unlink(missing_ok=True)
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            (path / "config.json").unlink(missing_ok=True)
+        clear(path)
 
 
 def tidy(folder: Path) -> None:
     """Remove what a killed writer left beside a checkpoint; no other process may write to it."""
-    shutil.rmtree(_partial(folder), ignore_errors=True)
+    clear(_partial(folder))
     if (folder / "config.json").is_file():
-        shutil.rmtree(_old(folder), ignore_errors=True)
+        clear(_old(folder))
 
 
 def find(folder: Path) -> Path | None:
@@ -176,6 +181,13 @@ def training_length(folder: Path) -> int | None:
     """Return the tokens per sequence that a checkpoint was trained on; None if not recorded."""
     length = (_read_config(folder).training or {}).get("length")
     return length if isinstance(length, int) else None
+
+
+def training_step_tokens(folder: Path) -> int | None:
+    """Return the tokens of an optimizer step of a checkpoint's training; None if not recorded."""
+    training = _read_config(folder).training or {}
+    batch, length = training.get("batch"), training.get("length")
+    return batch * length if isinstance(batch, int) and isinstance(length, int) else None
 
 
 def training_tokenizer(folder: Path) -> str | None:

@@ -11,7 +11,7 @@ SCHEDULES = ("cosine", "power", "constant", "wsd")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """How to train. A step is `batch` sequences of `length` tokens, run `micro_batch` at a time.
+    """Settings of a training. A step is `batch` sequences of `length` tokens, run `micro_batch` at a time.
 
     Schedules, after a warm-up from 0 over `warmup` steps: `cosine` from lr to final_lr * lr; `power` is min(lr, batch a
     n^b) after n tokens (Shen et al. 2024, arXiv 2408.13359), then decays exponentially over the last `decay` of the
@@ -44,6 +44,8 @@ class TrainConfig:
     log_every: int = 10  # steps between logs of the loss
     check_every: int = 0  # steps between calls of `stop`; 0: never
     look_every: int = field(default=0, compare=False)  # steps between validation steps; 0: none
+    # steps between diagnoses; 0: none. Part of a training's identity: one without them has no curves to show
+    diagnose_every: int = field(default=0, metadata=LATER)
     # validation steps without a new lowest held-out loss after which training ends; 0: never
     patience: int = field(default=0, metadata=LATER)
     checkpoint_seconds: float = 120.0

@@ -10,6 +10,10 @@ from sbeval.errors import InputError, check_swept, choose
 from sbeval.models.config import SIZES
 from sbeval.tables import epochs
 
+# BOS before a whole document, in windows: once, or as lm-eval 0.4.13 has it, where a tokenizer's own comes after it and
+# is scored
+LM_EVAL = "lm-eval-0.4.13"
+BOS = ("once", LM_EVAL)
 PACKINGS = ("documents", "stream")
 
 
@@ -39,6 +43,9 @@ class TextModel:
         0, TRAIN, "Held-out evaluations without a new lowest loss after which training ends; 0: never.", LATER
     )
     optimizer: str = option("adamw", TRAIN, "adamw, or muon for the matrices inside the blocks.", LATER)
+    diagnostics: int = option(
+        0, TRAIN, "Times at which retrieval is diagnosed while models train, at most; see `sbeval diagnostics`.", LATER
+    )
     warmup_tokens: int | None = option(
         None, TRAIN, "Tokens of the warm-up of the learning rate. Default: 5 % of all; of the first --branch.", LATER
     )
@@ -65,8 +72,9 @@ class TextModel:
                 raise InputError(f"{name} must be at least 1, or left out; got {amount}")
         if self.max_epochs is not None and not 0 < self.max_epochs < math.inf:
             raise InputError(f"max_epochs must be above 0 and finite; got {self.max_epochs}")
-        if self.patience < 0:
-            raise InputError(f"patience must be at least 0; got {self.patience}")
+        for name in ("patience", "diagnostics"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.warmup_tokens is not None and self.warmup_tokens < 1:
             raise InputError(f"warmup_tokens must be at least 1, or left out; got {self.warmup_tokens}")
         self._check_branches()
@@ -95,7 +103,7 @@ class EvaluatedModel(TextModel):
 
     @property
     def trains(self) -> bool:
-        """Whether models are trained rather than given."""
+        """True where models are trained rather than given."""
         return self.checkpoint is None
 
 

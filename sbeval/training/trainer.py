@@ -6,11 +6,10 @@ number in the whole step, so gradients and losses are those of one process.
 
 import dataclasses
 import math
-import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from sbeval.data import counter_rng
 from sbeval.errors import InputError
 from sbeval.models.config import ModelConfig, flops_per_token
 from sbeval.models.decoder import Decoder
-from sbeval.runtime import device, distributed, oom
+from sbeval.runtime import device, distributed, oom, signals
 from sbeval.runtime.distributed import ALONE, World
 from sbeval.runtime.progress import Task
 from sbeval.tables import epochs
@@ -83,21 +82,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     tokens = (min(step, start) + 1) * config.batch * config.length
     rate = min(config.lr, config.batch * config.power_a * tokens**config.power_b)
     return float(rate * config.final_lr ** (max(0, step - start) / max(1, config.steps - start)))
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Turn SIGINT and SIGTERM into an event, so that no step is interrupted."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-    before = {sign: signal.signal(sign, lambda *_: interrupted.set()) for sign in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield interrupted
-    finally:
-        for sign, handler in before.items():
-            signal.signal(sign, handler)
 
 
 # models that the compiler holds code of, and the shapes that need code of their own
@@ -167,13 +151,18 @@ class Trainer:
         held_out: Batch | None = None,
         after: Path | None = None,
         trunk: bool = False,
+        diagnose: Callable[[Decoder], Sequence[Mapping[str, object]]] | None = None,
     ) -> None:
         """tokenizer: digest of the model's tokenizer, stored in checkpoints. held_out: text whose loss is computed at
         multiples of `look_every` and at the end. after: the checkpoint of a finished trunk, from which this training
         continues. trunk: whether others continue from this one, whose checkpoint then keeps the optimizer's state.
+        diagnose: called at multiples of `diagnose_every` and at the end, with the model in evaluation mode; what it
+        returns is stored.
         """
         if shard and world.size == 1:
             raise InputError("--shard needs several processes: start them with torchrun --nproc-per-node")
+        if shard and config.diagnose_every:
+            raise InputError("--diagnostics does not support --shard: use 0, or no --shard")
         if shard and config.optimizer == "muon":
             raise InputError("optimizer muon does not support --shard: use adamw, or no --shard")
         if config.batch % world.size:
@@ -182,6 +171,7 @@ class Trainer:
         self.config, self.batches, self.folder, self.place, self.world = config, batches, folder, place, world
         self.shard, self.tokenizer, self.trunk = shard, tokenizer, trunk
         self.held_out = held_out if config.look_every else None
+        self.diagnose = diagnose if config.diagnose_every else None
         self.model = Decoder(model).to(place)
         self.state = State()
         self.speeds: list[float] = []  # tokens/s of each log interval
@@ -212,7 +202,7 @@ class Trainer:
         """
         saved, self.say = time.perf_counter(), task.say
         self.model.train()
-        with _deferred_interrupt() as interrupted:
+        with signals.deferred() as interrupted:
             ended = self._anywhere(interrupted.is_set())
             while not self.state.finished and not ended:
                 if done := self._run_steps(self._next_log(), interrupted):
@@ -225,6 +215,7 @@ class Trainer:
                     checks = self.config.check_every and self.state.step % self.config.check_every == 0
                     self.state.finished |= bool(stop and checks and stop(self.model, self.state))
                 self.state.finished |= self.state.step >= self.config.steps
+                self._diagnose()
                 due = time.perf_counter() - saved > self.config.checkpoint_seconds
                 ended = self._anywhere(interrupted.is_set())
                 if self.state.finished or ended or self._anywhere(due):
@@ -240,14 +231,28 @@ class Trainer:
     def _next_log(self) -> int:
         """Return the next step to log: the next multiple of an interval, or the end."""
         step, validation = self.state.step, self.config.look_every if self.held_out else 0
-        intervals = (self.config.log_every, self.config.check_every, validation)
+        diagnosis = self.config.diagnose_every if self.diagnose else 0
+        intervals = (self.config.log_every, self.config.check_every, validation, diagnosis)
         return min(self.config.steps, *((step // every + 1) * every for every in intervals if every))
 
     def _validate(self) -> None:
         """Record the held-out loss if it is due."""
         step = self.state.step
         if self.held_out and (step % self.config.look_every == 0 or step == self.config.steps):
-            self.state.held_out.append((step, self._held_out_loss(self.held_out)))
+            batch, losses = self.held_out, list[float]()
+            while not oom.enough(lambda: losses.append(self._held_out_loss(batch))):
+                self._halve()
+            self.state.held_out.append((step, losses[0]))
+
+    def _diagnose(self) -> None:
+        """Record a diagnosis if it is due; every process makes the same one."""
+        step, done = self.state.step, self.state.diagnoses[-1]["step"] if self.state.diagnoses else 0
+        if self.diagnose and step > done and (step % self.config.diagnose_every == 0 or self.state.finished):
+            start = time.perf_counter()
+            self.model.eval()
+            self.state.diagnoses += [{"step": step, **reading} for reading in self.diagnose(self.model)]
+            self.model.train()
+            self.state.diagnosis_seconds += time.perf_counter() - start
 
     def _held_out_loss(self, batch: Batch) -> float:
         """Return the mean loss over the scored tokens of held-out text, of which each process runs a share."""
@@ -354,7 +359,7 @@ class Trainer:
             _forget()
             self.loss = self._prepare()
         self.say(
-            f"{what}: going on with {fewer}, the same run but for rounding (--micro-batch-tokens {fewer * length})"
+            f"{what}: continuing with {fewer}, the same run but for rounding (--micro-batch-tokens {fewer * length})"
         )
 
     def _parts(self, rows: int) -> list[slice]:

@@ -22,8 +22,7 @@ from sbeval.evaluation.response_cache import Answers
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 from sbeval.runtime import distributed, files
-from sbeval.sweep import scheduler
-from sbeval.tables import provenance, table
+from sbeval.tables import provenance, store, table
 from sbeval.tasks import drawn
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
@@ -130,7 +129,7 @@ def assert_nothing_torn(results: Path) -> None:
 WRITERS = (
     (checkpoint, "save", "checkpoints/", 1),
     (provenance, "write_run", "runs/mqrar", 0),
-    (table, "write", "mqrar.csv", 1),
+    (table, "keep", "", 0),
 )
 
 
@@ -164,7 +163,7 @@ def test_results_that_become_read_only_in_the_middle(
     disk: Path, unbroken: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Any] = []
-    keep = scheduler._store
+    keep = store.keep
 
     def protecting(*arguments: Any) -> None:
         if kept:
@@ -172,7 +171,7 @@ def test_results_that_become_read_only_in_the_middle(
         kept.append(arguments)
         keep(*arguments)
 
-    monkeypatch.setattr(scheduler, "_store", protecting)
+    monkeypatch.setattr(store, "keep", protecting)
     results = disk / "results"
     code, said = run(*RECALL, "--results-dir", results)
     assert_one_line(code, said, READ_ONLY)

@@ -4,13 +4,14 @@ Without a GPU the model says that it has run out, as CUDA does, when it is given
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,14 +22,19 @@ from torch import Tensor
 from sbeval.cli import main
 from sbeval.data.corpus import Split
 from sbeval.data.dataloader import Batches
+from sbeval.data.tokenizer import Bytes
 from sbeval.evaluation import perplexity
+from sbeval.evaluation.response_cache import Answers
+from sbeval.evaluation.ruler_prompts import Prompt
+from sbeval.evaluation.ruler_scores import Answered, evaluate
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
-from sbeval.runtime import oom
 from sbeval.runtime.progress import Progress
 from sbeval.tables import table
+from sbeval.tasks import drawn
 from sbeval.training import trainer as train
 from sbeval.training.config import TrainConfig
+from sbeval.training.held_out import Rows
 from sbeval.training.trainer import Trained, Trainer
 
 CPU = torch.device("cpu")
@@ -50,12 +56,22 @@ def fits(monkeypatch: pytest.MonkeyPatch, rows: int, calls: float = math.inf) ->
     monkeypatch.setattr(Decoder, "forward", limited)
 
 
-def run(model: ModelConfig = MODEL, place: torch.device = CPU, **changes: Any) -> tuple[Trained, str]:
-    tokens = (np.arange(4001) * 7 % 61).astype(np.uint16)
-    split = Split(corpus="any", role="train", tokens=tokens, offsets=np.array([0, 4001]), documents=("one",))
+SPLIT = Split(
+    corpus="any",
+    role="train",
+    tokens=(np.arange(4001) * 7 % 61).astype(np.uint16),
+    offsets=np.array([0, 4001]),
+    documents=("one",),
+)
+
+
+def run(
+    model: ModelConfig = MODEL, place: torch.device = CPU, held_out: Any = None, **changes: Any
+) -> tuple[Trained, str]:
     options: dict[str, Any] = {"steps": 6, "batch": 8, "length": 16, "lr": 0.01} | changes
     config = TrainConfig(**options)
-    trainer = Trainer(model, config, Batches(split, config.length, config.batch, 0, "stream"), None, place)
+    batches = Batches(SPLIT, config.length, config.batch, 0, "stream")
+    trainer = Trainer(model, config, batches, None, place, held_out=held_out)
     said = Console(file=io.StringIO(), width=200)
     with Progress(said) as progress:
         trained = trainer.run(progress.add("train", total=6))
@@ -78,7 +94,7 @@ def test_training_goes_on_with_fewer_sequences_at_a_time(limit: int, monkeypatch
     assert fewer.rows == {1: 1, 3: 2, 5: 4}[limit]
     lines = [line for line in said.splitlines() if line.startswith("out of memory at ")]
     assert len(lines) == int(math.log2(8 // fewer.rows))
-    assert f"going on with {fewer.rows}," in lines[-1] and f"--micro-batch-tokens {fewer.rows * 16}" in lines[-1]
+    assert f"continuing with {fewer.rows}," in lines[-1] and f"--micro-batch-tokens {fewer.rows * 16}" in lines[-1]
     assert_close(fewer, whole)
 
 
@@ -111,14 +127,14 @@ def test_evaluation_goes_on_with_fewer_windows(
     def measured() -> tuple[Any, Any]:
         how: dict[str, Any] = {"place": CPU, "dtype": "float32", "batch": 8}
         losses = perplexity.measure(model, windows, np.ones_like, **how)
-        return losses.losses, perplexity.rolling(model, documents, [""] * 4, window=10, prefix=0, **how).losses
+        return losses.losses, perplexity.rolling(model, documents, [""] * 4, window=10, prefix=[0], **how).losses
 
     whole = measured()
     assert capsys.readouterr().out == ""
     fits(monkeypatch, 3)
     fewer = measured()
     assert (
-        "out of memory at 8 at a time: going on with 4\nout of memory at 4 at a time: going on with 2\n"
+        "out of memory at 8 at a time: continuing with 4\nout of memory at 4 at a time: continuing with 2\n"
         in capsys.readouterr().out
     )
     for a, b in zip(fewer, whole, strict=True):
@@ -128,17 +144,128 @@ def test_evaluation_goes_on_with_fewer_windows(
         measured()
 
 
-def test_parts_are_all_items_once() -> None:
-    for limit in (1, 2, 3, 7, 100):
-        taken: list[int] = []
+def limited_to(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Make a model run out of memory above a number of rows, whether it reads or continues them."""
+    fits(monkeypatch, rows)
+    begin = Decoder.begin
 
-        def work(part: Sequence[int], limit: int = limit, taken: list[int] = taken) -> None:
-            if len(part) > limit:
-                raise torch.OutOfMemoryError
-            taken.extend(part)
+    def limited(self: Decoder, prompts: Sequence[Sequence[int]], room: int) -> Any:
+        if len(prompts) > rows:
+            raise torch.OutOfMemoryError
+        return begin(self, prompts, room)
 
-        oom.in_parts(range(23), 16, work, lambda _: None)
-        assert taken == list(range(23))
+    monkeypatch.setattr(Decoder, "begin", limited)
+
+
+class Bar:
+    """A display that keeps its lines."""
+
+    said: ClassVar[list[str]] = []
+
+    def __init__(self, total: int, completed: int) -> None: ...
+
+    def advance(self, steps: int, /) -> None: ...
+
+    def close(self) -> None: ...
+
+    def say(self, line: str, /) -> None:
+        self.said.append(line)
+
+
+def test_needle_goes_on_with_fewer_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Decoder(dataclasses.replace(MODEL, vocab_size=257)).eval()
+    texts = [np.frombuffer(f"what is {number}".encode(), np.uint8).astype(np.uint16) for number in range(9)]
+    prompts = [Prompt(tokens=text, answer=text[-1:], references=("1",), depth=None) for text in texts]
+
+    def asked(answers: Answers) -> tuple[list[Answered], list[str]]:
+        how: dict[str, Any] = {"rule": "all", "new_tokens": 4, "device": CPU, "dtype": "float32", "batch": 8}
+        Bar.said.clear()
+        return evaluate(model, prompts, Bytes(), answers, begin=Bar, **how), list(Bar.said)
+
+    had = Answers()
+    whole, said = asked(had)
+    assert said == [] and len(whole) == 9
+    limited_to(monkeypatch, 3)
+    fewer, said = asked(Answers())
+    assert said == [
+        "out of memory at 8 at a time: continuing with 4",
+        "out of memory at 4 at a time: continuing with 2",
+    ]
+    for a, b in zip(fewer, whole, strict=True):
+        assert (a.completion, a.greedy) == (b.completion, b.greedy)
+        assert a.log_probability == pytest.approx(b.log_probability, rel=1e-5)
+    # answers that were had are kept
+    limited_to(monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError, match="nothing smaller"):
+        asked(Answers())
+    assert asked(had)[0] == whole
+
+
+def test_few_shot_goes_on_with_fewer_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    instance = pytest.importorskip("lm_eval.api.instance").Instance
+    from sbeval.evaluation.lm_eval_model import Adapter, PlainText
+
+    torch.manual_seed(0)
+    model = Decoder(dataclasses.replace(MODEL, vocab_size=257)).eval()
+    pairs = [instance("loglikelihood", {}, (f"{number} is", " x" * (1 + number % 3)), number) for number in range(20)]
+    stops = {"until": ["z"], "max_gen_toks": 4}
+    open_ends = [instance("generate_until", {}, (f"{number} is", stops), number) for number in range(20)]
+
+    def asked() -> tuple[Any, Any, int]:
+        text = PlainText(Bytes())
+        adapter = Adapter(model, text, length=32, place=CPU, dtype="float32", batch_tokens=256, begin=Bar)
+        return adapter.loglikelihood(pairs), adapter.generate_until(open_ends), adapter.batch_tokens
+
+    Bar.said.clear()
+    scores, texts, tokens = asked()
+    assert Bar.said == [] and tokens == 256
+    limited_to(monkeypatch, 5)
+    fewer, same, tokens = asked()
+    # each is halved once or twice, not at every batch
+    assert tokens == 4 * 16 and len(Bar.said) == 4
+    assert same == texts and [greedy for _, greedy in fewer] == [greedy for _, greedy in scores]
+    assert [score for score, _ in fewer] == pytest.approx([score for score, _ in scores], rel=1e-5)
+    limited_to(monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError, match="nothing smaller"):
+        asked()
+
+
+def test_validation_goes_on_with_fewer_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory can end there first: on a GPU validation has shapes of its own."""
+    held_out = Batches(SPLIT, 16, 8, 1, "stream")[0]
+    options: dict[str, Any] = {"held_out": held_out, "look_every": 3}
+    whole, _ = run(**options)
+    measure, calls = Trainer._held_out_loss, 0
+
+    def limited(self: Trainer, batch: Any) -> float:
+        nonlocal calls
+        calls += 1
+        if self.rows > 2:
+            raise torch.OutOfMemoryError
+        return measure(self, batch)
+
+    monkeypatch.setattr(Trainer, "_held_out_loss", limited)
+    fewer, said = run(**options)
+    assert fewer.rows == 2 and said.count("out of memory") == 2 and calls == 4
+    assert_close(fewer, whole)
+    assert [step for step, _ in fewer.state.held_out] == [3, 6]
+    for (_, a), (_, b) in zip(fewer.state.held_out, whole.state.held_out, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_validation_on_generated_examples_goes_on_with_fewer_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    model = Decoder(MODEL)
+    tokens = torch.randint(64, (300, 8))
+    examples = Rows(tokens, torch.where(tokens % 2 == 0, tokens, -100), None)
+    whole = drawn.predict(model, examples, "float32")
+    assert whole.shape == (300, 8)
+    fits(monkeypatch, 100)
+    assert torch.equal(drawn.predict(model, examples, "float32"), whole) and model.training
+    assert capsys.readouterr().out.count("out of memory") == 2
 
 
 def command(*arguments: object) -> tuple[object, str]:
@@ -168,7 +295,7 @@ def test_the_run_file_says_how_many_fitted(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Trainer, "_accumulate", limited)
     code, said = command(*RECALL, "--results-dir", tmp_path)
-    assert code == 0 and "out of memory at 4 sequences of 16 tokens at a time: going on with 2" in said
+    assert code == 0 and "out of memory at 4 sequences of 16 tokens at a time: continuing with 2" in said
     (path,) = (tmp_path / "runs").iterdir()
     assert json.loads(path.read_text())["measured"]["sequences_at_a_time"] == 2
 
@@ -185,7 +312,7 @@ def test_a_cell_that_does_not_fit_is_recorded_and_the_sweep_goes_on(
 
     monkeypatch.setattr(Decoder, "forward", limited)
     code, said = command(*RECALL, "--width", "24", "--results-dir", tmp_path)
-    assert code == 1 and "nothing smaller is left to try; recorded as failed, going on with the next" in said
+    assert code == 1 and "nothing smaller is left to try; recorded as failed, continuing with the next" in said
     rows = table.read(tmp_path / "mqrar.csv")
     assert set(rows.loc[rows["metric"] == "accuracy", "width"]) == {16}
     assert set(rows.loc[rows["status"] == "failed", "width"]) == {24}
@@ -217,7 +344,7 @@ def test_a_model_that_cannot_be_trained_is_one_line_and_the_next_is(
     )
     lines = [line for line in said.splitlines() if " seed 0: " in line and " %" not in line]
     assert code == 1 and "Traceback" not in said
-    assert lines[0] == "train rope seed 0: the loss is nan at step 2; going on with the next"
+    assert lines[0] == "train rope seed 0: the loss is nan at step 2; continuing with the next"
     assert lines[1].startswith(f"train alibi seed 0: {tmp_path}")
 
 

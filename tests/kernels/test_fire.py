@@ -204,9 +204,7 @@ def test_a_row_of_a_cache_counts_from_its_start(backend: str) -> None:
         found = fire.attention(q, k, v, weights, starts=starts, backend=backend, threshold=40.0)
         for b, start in enumerate(starts.tolist()):
             rows = slice(b, b + 1)
-            wanted = fire.attention(
-                q[rows], k[rows, start:], v[rows, start:], weights, backend=backend, threshold=40.0
-            )  # fmt: skip
+            wanted = fire.attention(q[rows], k[rows, start:], v[rows, start:], weights, backend=backend, threshold=40.0)
             assert error(found[b], wanted[0]) <= 1e-5
 
 

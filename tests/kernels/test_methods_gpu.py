@@ -1,4 +1,4 @@
-"""What fire, forgetting and sliding_window do on a GPU."""
+"""fire, forgetting and sliding_window on a GPU."""
 
 from collections.abc import Callable
 from typing import Any

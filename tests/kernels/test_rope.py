@@ -111,9 +111,13 @@ def test_odd_heads_and_bad_theta_are_refused() -> None:
 @pytest.mark.parametrize("kind", ["linear", "dynamic_ntk", "yarn", "llama3"])
 def test_scaled_frequencies_are_those_of_transformers(kind: str, factor: float) -> None:
     parameters = {
-        "rope_type": kind.replace("dynamic_ntk", "dynamic"), "rope_theta": 10000.0, "factor": factor,
-        "original_max_position_embeddings": 2048, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    }  # fmt: skip
+        "rope_type": kind.replace("dynamic_ntk", "dynamic"),
+        "rope_theta": 10000.0,
+        "factor": factor,
+        "original_max_position_embeddings": 2048,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
     config = LlamaConfig(hidden_size=128, num_attention_heads=2, max_position_embeddings=2048)
     config.rope_parameters = parameters
     options = rope.Options(scaling=kind, factor=factor, train_len=2048)

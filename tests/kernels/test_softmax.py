@@ -1,4 +1,4 @@
-"""What holds for every softmax method: nope, rope and alibi."""
+"""Properties of every softmax method: nope, rope and alibi."""
 
 import itertools
 import warnings

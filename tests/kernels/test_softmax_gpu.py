@@ -1,4 +1,4 @@
-"""What every softmax method does on a GPU: nope, rope and alibi."""
+"""Every softmax method on a GPU: nope, rope and alibi."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

@@ -63,7 +63,8 @@ def test_bars_are_intervals_over_items() -> None:
     container = figure.axes[0].containers[0]
     assert isinstance(container, ErrorbarContainer)
     low, high = container.lines[2][0].get_segments()[0][:, 0]
-    assert high - low == pytest.approx(2 * 1.96 * 5)
+    # the 97.5 % quantile of Student's t for 100 items
+    assert high - low == pytest.approx(2 * 1.984 * 5, rel=1e-3)
     assert any("95 % interval over items" in text.get_text() for text in figure.texts)
 
 

@@ -84,7 +84,8 @@ def test_our_rates_stand_beside_the_published_ones() -> None:
     legend = [text.get_text() for text in figure.legends[0].get_texts()]
     assert any("2505.16381" in text for text in legend)
     bars = [segment for part in left.collections if isinstance(part, LineCollection) for segment in part.get_segments()]
-    assert any(np.asarray(bar)[:, 1].tolist() == pytest.approx([0.1, 0.3]) for bar in bars)
+    # wider than the two seeds, and within what a rate can be
+    assert any(0 <= low < 0.1 and 0.3 < high <= 1 for low, high in (np.asarray(bar)[:, 1] for bar in bars))
 
 
 def test_validation_chooses_the_learning_rate() -> None:

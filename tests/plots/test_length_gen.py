@@ -80,7 +80,9 @@ def test_few_methods_have_one_panel() -> None:
     (axis,) = figure.axes
     assert heads(figure) == ["attention schemes"]
     assert labels(axis) == ["stick-breaking", "RoPE"] == list(lines(axis))
-    assert xs(lines(axis)["RoPE"]) == [128, 256, 512, 1024] and ys(lines(axis)["RoPE"]) == [45, 44, 60, 90]
+    assert xs(lines(axis)["RoPE"]) == [128, 256, 512, 1024] and ys(lines(axis)["RoPE"]) == pytest.approx(
+        [45, 44, 60, 90]
+    )
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("context length (tokens)", "perplexity (per token)")
     assert axis.texts[0].get_text().replace("\n", " ") == "Small model, trained at length 256, books"
     # the title takes two lines here, and what heads the column stands above both
@@ -165,7 +167,7 @@ def test_perplexities_far_apart_are_drawn_logarithmically(last: float, scale: st
 def test_a_method_that_is_lost_leaves_the_panel_and_is_named() -> None:
     last = 50.0
     figure = length_gen.draw(table(cell("alibi"), cell("rope", (45, 44, 46, 399)), cell("nope", (45, 44, 46, 9000))))
-    assert figure.axes[0].get_ylim()[1] == 8 * last
+    assert figure.axes[0].get_ylim()[1] == pytest.approx(8 * last)
     assert note(figure).endswith("NoPE leaves the panels.")
     both = length_gen.draw(table(cell("alibi"), cell("rope", (45, 44, 46, 500)), cell("nope", (45, 44, 46, 9000))))
     assert note(both).endswith("RoPE, NoPE leave the panels.")
@@ -173,27 +175,40 @@ def test_a_method_that_is_lost_leaves_the_panel_and_is_named() -> None:
     assert inside.axes[0].get_ylim()[1] > 390 and "leave" not in note(inside)
 
 
-def test_seeds_are_averaged_with_a_band_from_lowest_to_highest() -> None:
-    cells = [cell("rope", (40, 40, 40, 40 + seed), seed=seed) for seed in (0, 1, 5)]
+def test_seeds_are_averaged_as_logarithms_with_an_interval_and_drawn_as_dots() -> None:
+    cells = [cell("rope", (40, 40, 40, 40 * 1.1**seed), seed=seed) for seed in (0, 1, 2)]
     figure = length_gen.draw(table(*cells))
     (axis,) = figure.axes
-    assert ys(lines(axis)["RoPE"])[-1] == 42
-    assert band(axis) == (40, 45)
-    assert note(figure) == "Mean of 3 seeds; bands: lowest to highest seed."
+    assert ys(lines(axis)["RoPE"])[-1] == pytest.approx(40 * 1.1)
+    # 4.303: the 97.5 % quantile of Student's t with two degrees of freedom
+    assert band(axis) == pytest.approx((40 * 1.1 ** (1 - 4.3027 / 3**0.5), 40 * 1.1 ** (1 + 4.3027 / 3**0.5)), rel=1e-2)
+    assert note(figure) == "Means of 3 seeds; bands: 95 % interval over seeds and documents; dots: seeds."
+    dots = np.asarray(axis.collections[1].get_offsets())
+    assert sorted(dots[:, 1])[-3:] == pytest.approx([40, 40 * 1.1, 40 * 1.1**2]) and len(dots) == 12
+
+
+def test_a_wide_band_of_a_method_that_is_lost_does_not_stretch_the_panel() -> None:
+    lost = [cell("nope", (45, 44, 46, value), seed=seed) for seed, value in enumerate((500.0, 90000.0))]
+    good = [cell("rope", (45, 44, 46, 45.1 + seed), seed=seed) for seed in (0, 1)]
+    assert length_gen.draw(table(*good, *lost)).axes[0].get_ylim()[0] > 30
+    (panel,) = length_gen.chart(table(*good, *lost)).groups[0].panels
+    assert panel.plotly()["layout"]["yaxis"]["range"][0] > 1.4
 
 
 def test_one_seed_has_the_interval_over_documents() -> None:
-    figure = length_gen.draw(table(cell("rope", stderr=0.5)))
-    assert band(figure.axes[0]) == pytest.approx((44 - 0.98, 50 + 0.98))
+    figure = length_gen.draw(table(cell("rope", stderr=0.5, n=16)))
+    # 2.131: the 97.5 % quantile of Student's t for 16 documents
+    low, high = (value * math.exp(sign * 2.131 * 0.5 / value) for value, sign in ((44, -1), (50, 1)))
+    assert band(figure.axes[0]) == pytest.approx((low, high), rel=1e-3)
     assert note(figure) == "One seed; bands: 95 % interval over documents."
     without = length_gen.draw(table(cell("rope", stderr=math.nan)))
-    assert band(without.axes[0]) == (44, 50)
+    assert band(without.axes[0]) == pytest.approx((44, 50))
     assert note(without) == "One seed."
 
 
 def test_the_note_covers_mixed_numbers_of_seeds() -> None:
     figure = length_gen.draw(table(cell("rope"), cell("rope", seed=1), cell("alibi")))
-    expected = "Mean of up to 2 seeds; bands: lowest to highest seed; for one seed, 95 % interval over documents."
+    expected = "Means of 1 to 2 seeds; bands: 95 % interval over seeds and documents; dots: seeds."
     assert note(figure) == expected
 
 

@@ -85,8 +85,9 @@ def test_bars_are_intervals_and_that_of_a_mean_is_narrower() -> None:
         low, high = bars.get_segments()[0][:, 1]
         return float(high - low)
 
-    assert height("vt") == pytest.approx(2 * 1.96 * 0.05, rel=1e-3)
-    assert height("mean") == pytest.approx(2 * 1.96 * 0.05 / 2**0.5, rel=1e-3)
+    # Wilson's interval of a half is a little narrower than the normal one
+    assert height("vt") == pytest.approx(2 * 1.96 * 0.05, rel=0.03)
+    assert height("mean") == pytest.approx(2 * 1.96 * 0.05 / 2**0.5, rel=0.03)
 
 
 def test_a_mean_compares_methods_on_the_same_tasks() -> None:

@@ -1,4 +1,4 @@
-"""How methods look and what legends call them, whatever else a figure has."""
+"""The look and the legend entry of each method, whatever else a figure has."""
 
 from sbeval.plots import style
 

@@ -94,7 +94,11 @@ def test_evaluate_names_a_module_that_gives_no_logits() -> None:
 def test_results_are_their_tables() -> None:
     results = sbeval.load_results(ROOT / "results" / "quick")
     assert {"length_gen", "mqrar"} <= set(results) and len(results) == len(list(results))
-    assert results.run_file(results["mqrar"]["cell"].iloc[0])["config"]
+    cells = results["mqrar"]["cell"]
+    assert results.run_file(cells.iloc[0])["config"]
+    losses = results.curves(cells)
+    assert set(losses["cell"]) == set(cells) and {"loss", "validation_accuracy"} <= set(losses["metric"])
+    assert list(results.values(cells).columns) == ["cell", "metric", "unit_id", "value"]
     with pytest.raises(KeyError, match="no table 'nothing'; it has: .*length_gen"):
         results["nothing"]
     with pytest.raises(InputError, match="no results folder nowhere"):

@@ -70,8 +70,9 @@ def test_a_study_trains_in_workers_and_leaves_rows_figures_and_a_page(installed:
     assert "first_token: accuracy" in run(installed, *command)
     table = pd.read_csv(results / "first_token.csv", keep_default_na=False)
     assert set(zip(table["attention"], table["options"], table["seq_len"], strict=True)) == {
-        ("tempered", "temperature=2.0", 32), ("sbeval_example.tempered", "", 32)
-    }  # fmt: skip
+        ("tempered", "temperature=2.0", 32),
+        ("sbeval_example.tempered", "", 32),
+    }
     assert len(list((results / "runs").iterdir())) == 2 and (results / "figures" / "first_token.png").exists()
     run(installed, "plot", "first-token", "--format", "html", "--results-dir", results)
     assert "repeating the first token" in (results / "figures" / "first_token.html").read_text()

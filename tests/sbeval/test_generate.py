@@ -13,7 +13,7 @@ from sbeval.errors import InputError
 from sbeval.generate import generate
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
-from sbeval.pretrained.load import HubModel
+from sbeval.pretrained.hub_model import HubModel
 
 CPU = torch.device("cpu")
 VOCABULARY = 50
@@ -31,7 +31,7 @@ SPECS = [
     "stick_breaking:remainder=bias",
     "stick_breaking:attend_current=true",
     "stick_breaking:logit_bias=-1,logit_scale=2,epsilon=0",
-]  # fmt: skip
+]
 
 
 def build(attention: str, **changes: Any) -> Decoder:
@@ -168,9 +168,16 @@ def test_what_no_row_sees_is_not_read(attention: str) -> None:
 
 def test_models_of_transformers() -> None:
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.5, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
     torch.manual_seed(0)
     whole: Any = transformers.LlamaForCausalLM(config)
     whole.double().eval()

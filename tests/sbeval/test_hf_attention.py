@@ -54,9 +54,12 @@ def test_cached_decoding_equals_the_whole_pass_and_padding_changes_nothing() -> 
             logits = model(rows, attention_mask=mask, position_ids=positions).logits
             torch.testing.assert_close(logits[:1, slots], wanted)
         both = model.generate(
-            torch.nn.functional.pad(tokens, (3, 0)), max_new_tokens=5, do_sample=False, pad_token_id=0,
+            torch.nn.functional.pad(tokens, (3, 0)),
+            max_new_tokens=5,
+            do_sample=False,
+            pad_token_id=0,
             attention_mask=torch.nn.functional.pad(torch.ones_like(tokens), (3, 0)),
-        )  # fmt: skip
+        )
         alone = model.generate(tokens, max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert both[0, 12:].tolist() == alone[0, 9:].tolist()
 

@@ -11,13 +11,15 @@ from sbeval import registry
 from sbeval.sweep.cell import cell_id
 
 RESULTS = Path(__file__).parents[2] / "results"
+# families without committed results yet
+NEW = ("diagnostics",)
 RUNS = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("**/runs/*.json"))}
 
 
 @pytest.mark.parametrize("family", registry.TASKS)
 def test_committed_run_files_are_of_the_cells_that_their_configs_describe(family: str) -> None:
     runs = {path.stem: record["config"] for path, record in RUNS.items() if path.name.startswith(f"{family}-")}
-    assert runs, "every family has committed results"
+    assert bool(runs) == (family not in NEW), "every other family has committed results"
     assert {name: _rebuilt(family, config) for name, config in runs.items()} == {name: name for name in runs}
 
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from sbeval import registry
-
 ROOT = Path(__file__).parents[2]
 TEST_COMMAND = "pip install -c constraints.txt -e '.[test]' && pytest"
 
@@ -22,30 +20,6 @@ def test_folders_are_linked_and_not_packages(name: str) -> None:
     if (ROOT / ".git").exists():
         assert link.is_symlink() and link.readlink() == Path("..") / name
         assert link.resolve() == ROOT / name
-
-
-@pytest.mark.parametrize("name", registry.ATTENTION)
-def test_methods_implement_the_interface(name: str) -> None:
-    method = registry.method(name)
-    mixer = method.Mixer(method.Options(), heads=4, kv_heads=2, head_dim=8, width=32, scale=0.5)
-    assert callable(mixer)
-    assert {method.backend_name(kind) for kind in ("cpu", "cuda")} >= {"torch"}
-    module = __import__(registry.ATTENTION[name], fromlist=["reference"])
-    assert module.reference and module.attention and module.__doc__
-
-
-@pytest.mark.parametrize("name", registry.TASKS)
-def test_families_implement_the_interface(name: str) -> None:
-    family = registry.task(name)
-    assert name == family.name and "quick" in family.presets
-    cells = family.cells(family.presets["quick"])
-    assert {cell.family for cell in cells} == {name} and all(cell.flops > 0 for cell in cells)
-
-
-@pytest.mark.parametrize("name", registry.FIGURES)
-def test_figures_implement_the_interface(name: str) -> None:
-    figure = registry.figure(name)
-    assert figure.TABLE and figure.COLUMNS and callable(figure.draw) and callable(figure.chart)
 
 
 def test_every_dependency_has_a_tested_version() -> None:

@@ -58,9 +58,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "items").mkdir()
     (home / "mine.yaml").write_text(study_file.text("h200"))
     shutil.copytree(ROOT / "results" / "quick", home / "other")
-    (home / "dev-v2.0.json").write_text(json.dumps({"data": [{"paragraphs": [
-        {"context": "Ada wrote.", "qas": [{"question": "Who?", "answers": [{"text": "Ada"}], "is_impossible": False}]}
-    ]}]}))  # fmt: skip
+    (home / "dev-v2.0.json").write_text(
+        json.dumps(
+            {
+                "data": [
+                    {
+                        "paragraphs": [
+                            {
+                                "context": "Ada wrote.",
+                                "qas": [{"question": "Who?", "answers": [{"text": "Ada"}], "is_impossible": False}],
+                            }
+                        ]
+                    }
+                ]
+            }
+        )
+    )
     return home
 
 

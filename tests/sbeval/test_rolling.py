@@ -70,9 +70,15 @@ class Harness(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
 def rolled(window: int, batch: int) -> perplexity.Rolling:
     tokenizer = Bytes()
     return perplexity.rolling(
-        build(), [tokenizer.encode(text) for text in TEXTS], TEXTS, window=window, prefix=EOS, place=CPU,
-        dtype="float32", batch=batch,
-    )  # fmt: skip
+        build(),
+        [tokenizer.encode(text) for text in TEXTS],
+        TEXTS,
+        window=window,
+        prefix=[EOS],
+        place=CPU,
+        dtype="float32",
+        batch=batch,
+    )
 
 
 @pytest.mark.parametrize(("window", "batch"), [(8, 1), (16, 5), (7, 3), (512, 2)])
@@ -81,6 +87,26 @@ def test_losses_are_lm_evals(window: int, batch: int) -> None:
     requests = [Instance("loglikelihood_rolling", {}, (text,), index) for index, text in enumerate(TEXTS)]
     wanted = harness.loglikelihood_rolling(requests)
     np.testing.assert_allclose(rolled(window, batch).losses, -np.array(wanted), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("batch", "passes"), [(1, 10), (3, 5)])
+def test_padding_shares_shapes_and_changes_nothing(batch: int, passes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = build(), Bytes()
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(0, 256, size) for size in (700, 3, 65, 90, 257, 70, 0, 300, 1)]
+    texts = [tokenizer.decode(tokens) for tokens in documents]
+    shapes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
+    how: dict[str, Any] = {"window": 256, "prefix": [EOS], "place": CPU, "dtype": "float32", "batch": batch}
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "by_length", True)
+        plain = perplexity.rolling(model, documents, texts, **how).losses
+    assert len({length for _, length in shapes}) == 6
+    shapes.clear()
+    np.testing.assert_allclose(perplexity.rolling(model, documents, texts, **how).losses, plain, rtol=1e-5)
+    # two lengths an octave, from 48 to the window; as many tokens of each as of windows
+    assert {length for _, length in shapes} == {48, 96, 256}
+    assert max(rows * length for rows, length in shapes) <= 256 * batch and len(shapes) == passes
 
 
 @pytest.mark.parametrize("window", [8, 16, 512])
@@ -109,10 +135,10 @@ def test_wikitext_is_lm_evals(tmp_path: Path) -> None:
     """Loss of the page without the spaces of its tokenization, for each word and byte of the page with them."""
     path = tmp_path / "pages.jsonl"
     path.write_text("".join(json.dumps({"text": page}) + "\n" for page in PAGES))
-    text = evaluation_text.read(f"wikitext:{path}", "text", Bytes())
+    text = evaluation_text.read(f"wikitext:{path}", "text", Bytes(), [EOS])
     found = perplexity.rolling(
-        build(), text.tokens, text.counted, window=16, prefix=text.eos, place=CPU, dtype="float32"
-    )  # fmt: skip
+        build(), text.tokens, text.counted, window=16, prefix=text.prefix, place=CPU, dtype="float32"
+    )
     harness, weighted = Harness(build(), 16), []
     for index, page in enumerate(PAGES):
         request = Instance("loglikelihood_rolling", {}, (wikitext_detokenizer({"page": page}),), index)

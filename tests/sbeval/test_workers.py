@@ -178,9 +178,18 @@ def test_a_sweep_is_at_work_on_every_gpu_unless_it_is_put_on_one(device: str, ea
         with Watch() as watch:
             # one rate: all seeds but the first begin when that is known
             code, out, err = run(
-                *command, "--attention", "stick_breaking", "--attention", "rope", "--device", device, "--workers",
-                each * GPUS, "--results-dir", tmp_path,
-            )  # fmt: skip
+                *command,
+                "--attention",
+                "stick_breaking",
+                "--attention",
+                "rope",
+                "--device",
+                device,
+                "--workers",
+                each * GPUS,
+                "--results-dir",
+                tmp_path,
+            )
     finally:
         # the driver is this process
         torch.cuda.set_device(0)

@@ -1,9 +1,10 @@
-"""What is asked of which model, what comes of it, and that a run that was killed goes on where it was."""
+"""Few-shot: the grid, rows and stored answers of evaluations, which a killed run resumes."""
 
 import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import signal
 import sqlite3
@@ -186,7 +187,9 @@ def test_presets_ask_what_they_say() -> None:
 def test_rows_are_lm_evals(config: Config, tmp_path: Path) -> None:
     (cell,) = run(dataclasses.replace(config, tasks=("arc_easy:2",)), tmp_path / "results")
     rows = scheduler.results_of([cell], tmp_path / "results")
-    assert set(rows["metric"]) == {"acc", "acc_norm"} and (rows["shots"] == 2).all()
+    assert set(rows["metric"]) == {"acc", "acc_norm", "gold_bits_per_byte"} and (rows["shots"] == 2).all()
+    gold, rows = rows[rows["metric"] == "gold_bits_per_byte"], rows[rows["metric"] != "gold_bits_per_byte"]
+    assert (gold["unit"] == "bits/byte").all() and (gold["n"] == 8).all()
     # 32 of 40 are set aside for examples; half of the rest have three choices
     assert (rows["n"] == 8).all() and rows["chance"].tolist() == pytest.approx([7 / 24] * 2)
     value = rows["value"].to_numpy(dtype=float)
@@ -200,6 +203,8 @@ def test_rows_are_lm_evals(config: Config, tmp_path: Path) -> None:
 def test_a_group_has_rows_of_its_parts(config: Config, tmp_path: Path) -> None:
     (cell,) = run(dataclasses.replace(config, tasks=("blimp",)), tmp_path / "results")
     rows = scheduler.results_of([cell], tmp_path / "results")
+    gold, rows = rows[rows["metric"] == "gold_bits_per_byte"], rows[rows["metric"] != "gold_bits_per_byte"]
+    assert len(gold) == 68 and gold["n"].max() == 134
     whole, parts = rows[rows["part"] == ""], rows[rows["part"] != ""]
     assert len(whole) == 1 and len(parts) == 67 and (rows["chance"] == 0.5).all() and (rows["metric"] == "acc").all()
     assert whole["value"].iloc[0] == pytest.approx(parts["value"].mean()) and whole["n"].iloc[0] == 134
@@ -208,7 +213,10 @@ def test_a_group_has_rows_of_its_parts(config: Config, tmp_path: Path) -> None:
 def test_a_likelihood_has_perplexity_and_accuracy(config: Config, tmp_path: Path) -> None:
     (cell,) = run(dataclasses.replace(config, tasks=("lambada_openai",), limit=4), tmp_path / "results")
     rows = scheduler.results_of([cell], tmp_path / "results").set_index("metric")
-    assert set(rows.index) == {"acc", "perplexity"} and (rows["n"] == 4).all()
+    assert set(rows.index) == {"acc", "perplexity", "gold_bits_per_byte"} and (rows["n"] == 4).all()
+    # a space and a digit each
+    bits = math.log2(float(rows["value"]["perplexity"]))
+    assert float(rows["value"]["gold_bits_per_byte"]) == pytest.approx(bits / 2, rel=1e-4)
     # guessing has no score there
     assert float(rows["stderr"]["perplexity"]) > 0 and (rows["chance"] == "").all()
 
@@ -353,7 +361,13 @@ def test_a_command_leaves_table_and_figure(command: list[object], tmp_path: Path
     assert set(rows["task"]) == {"copa", "arc_easy"} and rows["n"].max() == 20
     items = values.read(Results(tmp_path / "results"), rows["cell"])
     for row in rows.itertuples():
-        mine = items[(items["cell"] == row.cell) & (items["metric"] == row.metric)]
+        of_cell = items[items["cell"] == row.cell]
+        if row.metric == "gold_bits_per_byte":
+            nats, size = (of_cell[of_cell["metric"] == name]["value"] for name in ("log_probability", "answer_bytes"))
+            assert -nats.sum() / math.log(2) / size.sum() == pytest.approx(row.value)
+            assert len(nats) == len(size) == row.n
+            continue
+        mine = of_cell[of_cell["metric"] == row.metric]
         assert mine["value"].mean() == pytest.approx(row.value) and mine["unit_id"].nunique() == row.n == len(mine)
     right = items[items["metric"] == "log_probability"]
     assert len(right) == rows.loc[rows["metric"] == "acc", "n"].sum() and (right["value"] < 0).all()

@@ -24,11 +24,13 @@ from sbeval.errors import InputError
 from sbeval.evaluation.perplexity import PositionLosses
 from sbeval.models import config as model_config
 from sbeval.models import decoder as model
+from sbeval.plots import length_gen as length_gen_figure
 from sbeval.runtime.progress import Progress
 from sbeval.sweep import scheduler
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.sweep.graph import steps
+from sbeval.tables.table import read
 from sbeval.tasks import length_gen, length_gen_losses, text_training
 from sbeval.tasks.length_gen import Config, cells
 from sbeval.tasks.length_gen_rows import FACTORS, Row, rows
@@ -140,26 +142,6 @@ def test_the_same_length_is_long_enough() -> None:
     assert Config(train_len=64, eval_len=64).eval_len == 64
 
 
-@pytest.mark.parametrize(
-    ("changes", "batch", "steps", "micro"),
-    [
-        ({}, 2, 6, None),
-        ({"micro_batch_tokens": 8}, 2, 6, 1),
-        ({"micro_batch_tokens": 4}, 2, 6, 1),
-        ({"micro_batch_tokens": 4096}, 2, 6, 2),
-        ({"batch_tokens": 4}, 1, 12, None),
-        ({"train_tokens": 1}, 2, 1, None),
-        ({"train_tokens": 95}, 2, 5, None),
-    ],
-)
-def test_amounts_of_tokens_become_sequences_and_steps(
-    changes: dict[str, int], batch: int, steps: int, micro: int | None
-) -> None:
-    config = Config(train_len=8, train_tokens=96, batch_tokens=16)
-    training = cells(dataclasses.replace(config, **changes))[0].training()  # type: ignore[arg-type]
-    assert (training.batch, training.steps, training.micro_batch) == (batch, steps, micro)
-
-
 def test_the_grid_has_every_method_with_every_seed() -> None:
     grid = cells(Config(attention=("rope", "nope", "rope:theta=10000"), seeds=(1, 0)))
     assert [(cell.attention, cell.seed) for cell in grid] == [("rope", 1), ("nope", 1), ("rope", 0), ("nope", 0)]
@@ -173,20 +155,6 @@ def test_the_grid_has_every_method_with_every_seed() -> None:
 def test_presets_name_methods_and_shapes_that_exist(preset: str) -> None:
     found = cells(length_gen.PRESETS[preset])
     assert len({cell_id(cell) for cell in found}) == len(found) and all(cell.flops > 0 for cell in found)
-
-
-@pytest.mark.parametrize(("tokens", "padded"), [(257, 257), (8192, 8192), (50257, 50304)])
-def test_large_vocabularies_are_padded_for_the_tensor_cores(tokens: int, padded: int) -> None:
-    assert cells(Config())[0].model(tokens).vocab_size == padded
-
-
-def test_the_nanogpt_baseline_learns_from_the_same_tokens_in_the_same_order() -> None:
-    ours, theirs = (cells(length_gen.PRESETS[name])[0] for name in ("recipe", "nanogpt"))
-    assert dataclasses.replace(ours.training(), lr=6e-4) == theirs.training()
-    shape = theirs.model(8192)
-    assert (shape.mlp, shape.positions, shape.hidden, shape.init_std) == ("gelu", 2048, 4 * shape.width, 0.02)
-    sizes = [model.Decoder(cell.model(8192)).n_parameters() for cell in (ours, theirs)]
-    assert sizes[1] == pytest.approx(sizes[0], rel=0.1)
 
 
 def test_windows_of_whole_documents_cost_too() -> None:
@@ -378,6 +346,26 @@ def test_options_of_a_method_are_trained(
     assert values[0] == pytest.approx(values[1])
 
 
+def test_rates_are_told_apart(config: Config, tmp_path: Path) -> None:
+    context = RunContext(results_dir=tmp_path / "results", device=torch.device("cpu"))
+    grid = [cell for lr in (1e-3, 0.5) for cell in cells(dataclasses.replace(config, lr=lr))]
+    assert scheduler.run(grid, context, preset="quick", console=Console(file=io.StringIO()))
+    table = read(tmp_path / "results" / "length_gen.csv")
+    assert set(zip(table["lr"], table["optimizer"], table["batch_tokens"], strict=True)) == {
+        (1e-3, "adamw", 16),
+        (0.5, "adamw", 16),
+    }
+    console = Console(file=io.StringIO(), width=200)
+    console.print(length_gen.summary(table))
+    lines = [line for line in console.file.getvalue().splitlines() if "rope" in line]  # type: ignore[attr-defined]
+    assert len(lines) == 2 and "0.001" in lines[0] and "0.5" in lines[1]
+    last = table[(table["metric"] == "loss_last_k") & (table["context_length"] == 32)].set_index("lr")["value"]
+    assert f"{last[0.001]:.3f}" in lines[0] and f"{last[0.5]:.3f}" in lines[1]
+    # a row of panels each
+    titles = [axis.texts[0].get_text() for axis in length_gen_figure.draw(table).axes if axis.texts]
+    assert [title for title in titles if "rate 0.001" in title] and [title for title in titles if "rate 0.5" in title]
+
+
 # decays that branch off one training
 
 
@@ -422,7 +410,7 @@ def test_branches_are_trained_once_and_as_straight_through(config: Config, tmp_p
     }
     assert len(folders) == 12
     found = {cell_id(cell): cell for cell in cells(config)}
-    table = pd.read_csv(tmp_path / "results" / "length_gen.csv")
+    table = read(tmp_path / "results" / "length_gen.csv")
     assert set(table["train_tokens"]) == {96, 192, 384} and set(table["cell"]) == set(found)
     for cell in cells(config):
         alone = dataclasses.replace(cell.config, branches=())
@@ -591,8 +579,10 @@ def test_our_checkpoint_is_evaluated_as_when_it_was_trained(config: Config, tmp_
     trained = run(config, tmp_path / "results", progress)
     (folder,) = (tmp_path / "results" / "checkpoints").glob("[!.]*")
     loaded = run(dataclasses.replace(config, checkpoint=str(folder), train_len=16), tmp_path / "other", progress)
-    # the checkpoint says at what length it was trained
-    assert loaded.rows == trained.rows and loaded.identity.train_len == 8
+    # the checkpoint says at what length it was trained, but not by which options
+    recipe: dict[str, Any] = {"lr": config.lr, "optimizer": "adamw", "batch_tokens": 16, "schedule": "cosine"}
+    assert [dataclasses.replace(row, **recipe) for row in loaded.rows] == list(trained.rows) != list(loaded.rows)
+    assert loaded.identity.train_len == 8
     assert (loaded.identity.model, loaded.identity.attention) == (folder.name, "rope")
     assert loaded.tokens_per_s is None and not (tmp_path / "other" / "checkpoints").exists()
     found = {(row.window, row.per, row.metric) for row in loaded.rows if isinstance(row, Row) and row.window}
@@ -683,6 +673,57 @@ def test_lengths_past_a_table_of_positions_are_an_error(
         InputError, match=f"has a table of {size} positions and can't read {40 if window else 32} tokens"
     ):
         run(dataclasses.replace(config, checkpoint=str(folder), window=window), tmp_path / "results", progress)
+
+
+# windows of whole documents: BOS, bytes and words
+
+
+def windowed(
+    config: Config, checkpoint: Path, corpus: Path, progress: Progress, **options: Any
+) -> dict[tuple[str, str | None], float]:
+    """Figures of two documents in windows of 128 tokens, by metric and unit."""
+    config = dataclasses.replace(
+        config, checkpoint=str(checkpoint), corpus=str(corpus), documents=2, window=(128,), **options
+    )
+    found = run(config, checkpoint.with_name("results"), progress)
+    return {(row.metric, row.per): row.value for row in found.rows if isinstance(row, Row) and row.window == 128}
+
+
+def test_a_document_begins_with_one_bos(config: Config, odd_models: Any, tmp_path: Path, progress: Progress) -> None:
+    """Numbers of lm-eval 0.4.13's own HFLM, with and without the BOS that the tokenizer adds to its own."""
+    model = odd_models.write(tmp_path / "begins", tokenizer=odd_models.byte_level(begin=True))
+    corpus = odd_models.corpus(tmp_path / "corpus")
+    once = windowed(config, model, corpus, progress)
+    assert once["perplexity", "word"] == pytest.approx(9287.513, rel=1e-6)
+    assert once["bits_per_byte", None] == pytest.approx(2.914555, rel=1e-6)
+    twice = windowed(config, model, corpus, progress, bos="lm-eval-0.4.13")
+    assert twice["perplexity", "word"] == pytest.approx(9454.623, rel=1e-6)
+    with pytest.raises(InputError, match="unknown bos 'twice'; known: lm-eval-0.4.13, once"):
+        dataclasses.replace(config, bos="twice")
+
+
+def test_bytes_are_those_of_the_text_where_a_tokenizer_does_not_spell_it(
+    config: Config, odd_models: Any, tmp_path: Path, progress: Progress
+) -> None:
+    model = odd_models.write(tmp_path / "letters", tokenizer=odd_models.of_letters(), bos_token_id=1, eos_token_id=2)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for place in range(4):
+        text = f"the cat {place} " + "\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3092\u8aad\u3080 the dog ran " * 30
+        (corpus / f"{place}.txt").write_text(text)
+    found = windowed(config, model, corpus, progress)
+    assert found["bits_per_byte", None] == pytest.approx(1.68323, rel=1e-5)
+
+
+def test_text_without_spaces_has_no_perplexity_per_word(
+    config: Config, odd_models: Any, tmp_path: Path, progress: Progress
+) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for place in range(6):
+        (corpus / f"{place}.txt").write_text("".join(chr(0x4E00 + (place + 7 * i * i) % 400) for i in range(600)))
+    found = windowed(config, odd_models.write(tmp_path / "model"), corpus, progress)
+    assert set(found) == {("perplexity", "token"), ("perplexity", "byte"), ("bits_per_byte", None)}
 
 
 # the text of Python itself

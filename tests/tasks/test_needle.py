@@ -1,4 +1,4 @@
-"""What is asked of which model, what comes of it, and that a run that was stopped goes on where it was."""
+"""Needles: the grid, rows and stored answers of evaluations, which an interrupted run resumes."""
 
 import contextlib
 import dataclasses
@@ -10,26 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import platformdirs
+import pandas as pd
 import pytest
 import torch
 from rich.console import Console
 
 from sbeval.cli import main
-from sbeval.config import IGNORE
-from sbeval.data.tokenizer import Bytes
 from sbeval.errors import InputError
 from sbeval.evaluation import ruler_scores, ruler_tasks
 from sbeval.evaluation.response_cache import Answers
-from sbeval.evaluation.ruler_prompts import Prompt, PromptBatches, Writer
 from sbeval.evaluation.ruler_scores import Answered
 from sbeval.models import config as model_config
 from sbeval.models.decoder import Decoder
 from sbeval.sweep import scheduler
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
-from sbeval.tables import curves, table
+from sbeval.tables import curves, table, values
 from sbeval.tables.results import Results
 from sbeval.tasks import length_gen, needle
 from sbeval.tasks.needle import Cell, Config, Row, cells, measured
@@ -40,39 +36,6 @@ from sbeval.training.trainer import Trainer
 
 TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setitem(model_config.SIZES, "tiny", TINY)
-    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
-    # which times the machine
-    monkeypatch.setattr(scheduler, "describe_cost", lambda *_: "")
-    # answers are long, and what a model says has tests of its own
-    monkeypatch.setattr(
-        ruler_tasks,
-        "TASKS",
-        {name: dataclasses.replace(task, new_tokens=8) for name, task in ruler_tasks.TASKS.items()},
-    )
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for role in ("train0", "test0"):
-        (folder / f"{role}.txt").write_text(f"{role} says this and that. " * 9)
-    essay = tmp_path / "essay.txt"
-    essay.write_text("This is a sentence. Here is another one! Is it? It is the end, my friend. " * 20)
-    return Config(
-        attention=("rope",),
-        size="tiny",
-        train_len=8,
-        eval_len=8,
-        train_tokens=96,
-        batch_tokens=16,
-        corpus=str(folder),
-        essays=str(essay),
-        tasks=("niah_single_2",),
-        lengths=(768, 1024),
-        samples=5,
-    )
 
 
 def run(config: Config, results: Path, *, force: bool = False) -> list[Cell]:
@@ -125,46 +88,6 @@ def test_every_model_is_asked_every_task_of_which_the_files_are_there(config: Co
     assert (
         len(cells(with_file)) == 24 and len(needle.FAMILY.notes(with_file)) == 1 and needle.FAMILY.notes(config) == []
     )
-
-
-@pytest.mark.parametrize(
-    ("tasks", "squad", "hotpot", "unused"),
-    [
-        (("niah_single_1",), "f", None, [("squad", "qa_1")]),
-        (("vt", "qa_1"), "f", "f", [("hotpot", "qa_2")]),
-        (("qa_1",), "f", None, []),
-        ((), "f", "f", []),
-    ],
-)
-def test_a_file_that_no_task_asks_for_is_said(
-    tasks: tuple[str, ...], squad: str, hotpot: str | None, unused: list[tuple[str, str]], config: Config
-) -> None:
-    assert needle.FAMILY.notes(dataclasses.replace(config, tasks=tasks, squad=squad, hotpot=hotpot)) == [
-        f"--{option} is not used: {task} is not among the tasks; give --task {task} too" for option, task in unused
-    ]
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"tasks": ("niah_single_4",)}, "unknown needle task 'niah_single_4'; did you mean 'niah_single_"),
-        ({"tasks": ("qa_1",)}, "qa_1 is not run without its questions: give --squad PATH"),
-        ({"lengths": (511,)}, "--length must be 512 to 131072 tokens; got 511"),
-        ({"lengths": (1024, 131073)}, "got 131073"),
-        ({"samples": 0}, "1 sample or more"),
-        ({"finetune": 9, "finetune_tasks": ("qa_2",)}, "qa_2 cannot be fine-tuned on"),
-        ({"finetune": 9, "tasks": ("qa_1",), "squad": "x"}, "--finetune needs a task other than qa"),
-    ],
-)
-def test_mistakes_are_errors(config: Config, change: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        cells(dataclasses.replace(config, **change))
-
-
-def test_a_model_of_others_is_not_fine_tuned(config: Config) -> None:
-    given = dataclasses.replace(config, finetune=9, checkpoint="some/model")
-    assert [cell.config.finetune for cell in cells(given)] == [0]
-    assert needle.FAMILY.notes(given) == ["some/model is not fine-tuned: only checkpoint folders of ours are"]
 
 
 def test_a_length_that_does_not_fit_is_said_before_training(config: Config, tmp_path: Path) -> None:
@@ -309,71 +232,6 @@ def test_lengths_past_a_table_of_positions_are_an_error(config: Config, tmp_path
     assert not asked, "shorter prompts too"
 
 
-# fine-tuning
-
-
-def test_fine_tuning_prompts_are_not_in_the_test(
-    config: Config, tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    written: dict[bool, list[Prompt]] = {False: [], True: []}
-    prompts = Writer.prompts
-
-    def keep(self: Writer, *arguments: Any, training: bool = False, **others: Any) -> list[Prompt]:
-        found = prompts(self, *arguments, training=training, **others)
-        written[training] += found
-        return found
-
-    monkeypatch.setattr(Writer, "prompts", keep)
-    given = dataclasses.replace(
-        config,
-        checkpoint=str(save(tmp_path / "model")),
-        tasks=("niah_single_1", "niah_single_2"),
-        lengths=(768,),
-        finetune=768 * 12,
-        batch_tokens=768 * 4,
-    )
-    found = run(given, tmp_path / "results")
-    tests, lessons = ({item.tokens.tobytes() for item in written[kind]} for kind in (False, True))
-    assert len(tests) == 10 and len(lessons) == 12 and not tests & lessons
-    values = [{value for item in written[kind] for value in item.references} for kind in (False, True)]
-    assert not values[0] & values[1]
-    # both tasks are asked of one model that was trained on both
-    assert len(list((tmp_path / "results" / "checkpoints").iterdir())) == 1 and sum(asked) == 10
-    rows = scheduler.results_of(found, tmp_path / "results")
-    assert (rows["finetune_tokens"] == 768 * 12).all() and (rows["train_len"] == 768).all()
-
-
-def test_fine_tuning_starts_from_the_model_and_changes_it(config: Config, tmp_path: Path) -> None:
-    # what was trained is whole steps
-    given = dataclasses.replace(
-        config,
-        checkpoint=str(save(tmp_path / "model")),
-        lengths=(768,),
-        finetune=768 * 8 + 5,
-        batch_tokens=768 * 4,
-        finetune_lr=1e-12,
-    )
-    (still,) = run(given, tmp_path / "results")
-    (tuned,) = run(dataclasses.replace(given, finetune_lr=1e-2), tmp_path / "results")
-    (plain,) = run(dataclasses.replace(given, finetune=0), tmp_path / "results")
-    found = [scheduler.results_of([cell], tmp_path / "results").set_index("metric") for cell in (plain, still, tuned)]
-    first, same, other = (float(rows[rows["depth_start"].isna()]["value"]["log_probability"]) for rows in found)
-    assert same == pytest.approx(first, rel=1e-4) and other > first + 1
-    assert [set(rows["finetune_tokens"]) for rows in found] == [{0}, {768 * 8}, {768 * 8}]
-
-
-def test_the_loss_is_on_the_answer_and_the_end() -> None:
-    def prompt(tokens: list[int], answer: list[int]) -> Prompt:
-        ids = [np.array(item, dtype=np.uint16) for item in (tokens, answer)]
-        return Prompt(tokens=ids[0], answer=ids[1], references=(), depth=None)
-
-    text = Bytes()
-    batch = PromptBatches([prompt([1, 2, 3], [4, 5]), prompt([1, 2, 3, 4], [5, 6, 7])], text, 6, 2)[0]
-    end, no = text.eos, IGNORE
-    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, end], [1, 2, 3, 4, 5, 6]]
-    assert batch.targets.tolist() == [[no, no, 4, 5, end, no], [no, no, no, 5, 6, 7]]
-
-
 # the command line
 
 
@@ -416,6 +274,12 @@ def test_a_command_leaves_table_and_figures(command: list[object], tmp_path: Pat
         assert (tmp_path / "results" / "figures" / name).stat().st_size > 0
     rows = table.read(tmp_path / "results" / "needle.csv", table.columns(Row))
     assert set(rows["task"]) == {"niah_single_1", "niah_multiquery"} and rows["n"].max() == 2
+    found = values.read(Results(tmp_path / "results"), rows["cell"]).merge(rows[["cell", "task"]].drop_duplicates())
+    for row in rows[(rows["metric"] != "filled")].itertuples():
+        mine = found[(found["task"] == row.task) & (found["metric"] == row.metric) & (found["length"] == row.length)]
+        if not pd.isna(row.depth_start):
+            mine = mine[(mine["depth"] >= row.depth_start) & (mine["depth"] < row.depth_end)]
+        assert mine["value"].mean() == pytest.approx(row.value, abs=1e-4) and mine["unit_id"].nunique() == row.n
     # four needles have no one depth
     assert rows[rows["task"] == "niah_multiquery"]["depth_start"].isna().all()
 

@@ -6,7 +6,8 @@ from matplotlib.figure import Figure
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import statistics
+from sbeval.tables import intervals
+from sbeval.tables.statistics import Scale
 
 TABLE = "first_token"
 COLUMNS = ("attention", "options", "seed", "value", "stderr", "model", "seq_len")
@@ -23,15 +24,15 @@ def draw(table: pd.DataFrame) -> Figure:
         style.title(axis, title)
         style.label(axis, "tokens", "accuracy")
         spreads += style.bands(axis, part, looks)
-    style.finish(figure, [look.handle() for look in looks.values()], statistics.explain(spreads, "bands", "rows"))
+    style.finish(figure, [look.handle() for look in looks.values()], intervals.explain(spreads, "bands", "rows"))
     return figure
 
 
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
-    lines = charts.lines(table, style.looks(table), by="seq_len", share=True)
+    lines = charts.lines(table, style.looks(table), by="seq_len", scale=Scale.SHARE)
     groups = [Group("", [Lines(title="", x="tokens", y="accuracy", lines=lines)])]
-    note = statistics.explain(charts.spreads(groups), "bands", "rows")
+    note = intervals.explain(charts.spreads(groups), "bands", "rows")
     return Chart(
         "First token", "Accuracy (1 is all) of repeating the first token, by length. Higher is better.", groups, note
     )

@@ -17,8 +17,11 @@ CPU = torch.device("cpu")
 def test_plain_softmax_runs_once_for_each_kernel() -> None:
     found = models.peers(("stick_breaking:remainder=none", "rope", "alibi"))
     assert found == [
-        Peer("stick_breaking:remainder=none", None), Peer("rope", "cudnn"), Peer("rope", "flash"), Peer("alibi", None),
-    ]  # fmt: skip
+        Peer("stick_breaking:remainder=none", None),
+        Peer("rope", "cudnn"),
+        Peer("rope", "flash"),
+        Peer("alibi", None),
+    ]
     assert [peer.backend(torch.device("cuda")) for peer in found] == ["triton", "cudnn", "flash", "flex"]
 
 

@@ -1,6 +1,7 @@
 """Test commands and their results, and that a mistake gives one line, exit code 2 and changes nothing."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -327,7 +328,7 @@ def test_flip_flop_leaves_a_table_and_a_figure(tmp_path: Path) -> None:
 def test_a_cell_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> None:
     command = (*RECALL, "--attention", "rope", "--lr", "1e4", "--lr", "1e-3", "--results-dir", tmp_path)
     done = run(*command)
-    assert done.code == 1 and "recorded as diverged, going on with the next" in done.out
+    assert done.code == 1 and "recorded as diverged, continuing with the next" in done.out
     rows = table.read(tmp_path / "mqrar.csv")
     (finished,) = set(rows[rows["metric"] == "accuracy"]["cell"])
     (failed,) = {path.stem for path in (tmp_path / "runs").iterdir()} - {finished}
@@ -432,7 +433,7 @@ def test_compare_needs_no_torch(results: Path) -> None:
         [sys.executable, "-W", "error", "-c", WITHOUT_TORCH, *command], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("numbers in both, 0 apart by more than the interval") == 2
+    assert done.stdout.count("numbers in both, 0 apart (*: p < 0.05, Holm over methods)") == 2
 
 
 # mistakes
@@ -626,3 +627,68 @@ def test_tensorboard_logs_that_cannot_be_written(tmp_path: Path, monkeypatch: py
     done = run(*RECALL, "--results-dir", tmp_path / "results", "--tensorboard", file / "logs")
     assert_one_line(done, "cannot write TensorBoard logs", str(file / "logs"))
     assert file.read_text() == "precious"
+
+
+def test_errors_that_no_place_expects_are_one_line(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And never the parser's own `Aborted.`."""
+    raised = (
+        (EOFError("the stream ended early"), "the stream ended early"),
+        (OSError(errno.EIO, "Input/output error", "some/file"), "cannot read or write some/file: Input/output error"),
+        (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
+    )
+    for error, line in raised:
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("sbeval.tables.few_shot.render", fail)
+        monkeypatch.setattr("sbeval.tables.table.read", lambda *_, **__: None)
+        done = run("table", "few-shot", "--results-dir", results)
+        assert (done.code, done.err) == (2, f"sbeval: {line}\n")
+
+
+@pytest.mark.parametrize("command", ["report --out {folder}", "report --out /dev/null", "plot --out /dev/null"])
+def test_an_output_that_is_no_file_stays_what_it_is(command: str, results: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    done = run(*command.format(folder=tmp_path).split(), "--results-dir", results)
+    assert done.code == 2 and done.err.splitlines()[-1].startswith("sbeval: cannot ")
+    assert "Traceback" not in done.err and Path("/dev/null").is_char_device() and tmp_path.is_dir()
+
+
+def test_an_output_that_is_full_is_one_line(results: Path) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "sbeval", "compare", str(results), str(results)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "sbeval: cannot read or write standard output: No space left on device\n"
+
+
+def test_files_in_the_way_of_checkpoints_are_cleared_and_the_weights_can_be_read(tmp_path: Path) -> None:
+    """A file where `.partial` and a link where `.old` belong: as other programs, or a copy of a folder, leave them."""
+    assert run(*RECALL, "--attention", "rope", "--results-dir", tmp_path).code == 0
+    (folder,) = (path for path in (tmp_path / "checkpoints").iterdir() if path.is_dir())
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    folder.with_name(f".{folder.name}.partial").touch()
+    folder.with_name(f".{folder.name}.old").symlink_to(kept)
+    before = os.umask(0o022)
+    try:
+        assert run(*RECALL, "--attention", "rope", "--results-dir", tmp_path, "--force").code == 0
+    finally:
+        os.umask(before)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [folder.name] and kept.is_dir()
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_what_stands_where_a_lock_belongs_is_one_line(kind: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("kept")
+    lock = tmp_path / "mqrar.csv.lock"
+    if kind == "link":
+        lock.symlink_to(target)
+    else:
+        lock.mkdir()
+    done = run(*RECALL, "--attention", "rope", "--steps", "2", "--results-dir", tmp_path)
+    assert done.code == 2 and done.err.splitlines()[-1].startswith("sbeval: cannot write "), done.err
+    assert "Traceback" not in done.err and target.read_text() == "kept"

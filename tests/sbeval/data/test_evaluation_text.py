@@ -31,22 +31,22 @@ def test_pages_are_lm_evals(page: str) -> None:
 
 def test_wikitext_is_read_without_its_spaces_and_counted_with_them(tmp_path: Path) -> None:
     path = written(tmp_path / "pages.jsonl", PAGES)
-    text = read(f"wikitext:{path}", "text", Bytes())
-    assert text.name == "wikitext" and list(text.counted) == PAGES and text.eos == Bytes().eos
+    text = read(f"wikitext:{path}", "text", Bytes(), [7])
+    assert text.name == "wikitext" and list(text.counted) == PAGES and text.prefix == [7]
     assert [Bytes().decode(tokens) for tokens in text.tokens] == [detokenized(page) for page in PAGES]
     assert list(text.documents) == ["pages.jsonl:1", "pages.jsonl:2", "pages.jsonl:3"]
-    as_it_is = read(str(path), "text", Bytes())
+    as_it_is = read(str(path), "text", Bytes(), [7])
     assert as_it_is.name == "pages" and [Bytes().decode(tokens) for tokens in as_it_is.tokens] == PAGES
 
 
 def test_all_documents_are_read_unless_names_say_which_are_for_test(tmp_path: Path) -> None:
     pages = [f"page {number}" for number in range(30)]
-    assert list(read(str(written(tmp_path / "pages.jsonl", pages)), "text", Bytes()).counted) == pages
+    assert list(read(str(written(tmp_path / "pages.jsonl", pages)), "text", Bytes(), [7]).counted) == pages
     folder = tmp_path / "split"
     folder.mkdir()
     written(folder / "train.jsonl", pages)
     written(folder / "test.jsonl", ["for test"], "text")
-    assert list(read(str(folder), "text", Bytes()).counted) == ["for test"]
+    assert list(read(str(folder), "text", Bytes(), [7]).counted) == ["for test"]
 
 
 def test_a_digest_is_of_the_documents(tmp_path: Path) -> None:
@@ -66,4 +66,4 @@ def test_a_text_that_does_not_exist(spec: str) -> None:
 def test_a_text_without_documents(tmp_path: Path) -> None:
     path = written(tmp_path / "pages.jsonl", [" "])
     with pytest.raises(InputError, match="holds no documents: give another --eval-corpus"):
-        read(str(path), "text", Bytes())
+        read(str(path), "text", Bytes(), [7])

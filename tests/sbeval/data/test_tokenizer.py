@@ -95,6 +95,25 @@ def test_bpe_is_trained_once_for_a_text(cache: Path, bpe: Tokenizer, monkeypatch
     assert not list(cache.rglob(".*")), "no temporary files are left"
 
 
+def test_a_kept_tokenizer_that_was_changed_is_named_and_trained_again(
+    tmp_path: Path, bpe: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def again() -> Tokenizer:
+        return tokenizer.load("bpe:300", train_texts=lambda: [TEXT], cache_dir=tmp_path)
+
+    again()
+    (path,) = tmp_path.rglob("tokenizer.json")
+    whole = path.read_text()
+    # it would load, with another id for a letter
+    path.write_text(whole.replace('"a": ', '"§": ', 1))
+    assert path.read_text() != whole
+    assert again().digest == bpe.digest and path.read_text() == whole
+    assert capsys.readouterr().out == f"{path} is not as it was written, and is made again\n"
+    path.with_name("tokenizer.json.sha256").unlink()
+    assert again().digest == bpe.digest
+    assert capsys.readouterr().out == f"{path} has no digest beside it, and is made again\n"
+
+
 def test_training_twice_gives_the_same(tmp_path: Path, bpe: Tokenizer) -> None:
     assert tokenizer.load("bpe:300", train_texts=lambda: [TEXT], cache_dir=tmp_path).digest == bpe.digest
 
@@ -141,7 +160,7 @@ def test_other_patterns_are_not_cut() -> None:
     coder = tokenizer.Library(words, name="words", eos=2)
     assert not coder.cuts_at_spaces
     assert coder.encode("a\nb").tolist() == [0]
-    with pytest.raises(InputError, match="has no bytes for its tokens: give one"):
+    with pytest.raises(InputError, match="has no bytes for these tokens: give one"):
         coder.byte_lengths([0])
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from sbeval.data.tokenizer import Bytes
 from sbeval.errors import InputError
+from sbeval.evaluation import perplexity
 from sbeval.evaluation.lm_eval_model import Adapter, HubText, PlainText
 from sbeval.evaluation.response_cache import Answers
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
-from sbeval.pretrained.load import HubModel
+from sbeval.pretrained.hub_model import HubModel
 
 transformers: Any = pytest.importorskip("transformers")
 
@@ -77,10 +78,9 @@ def theirs(hub: tuple[Any, Any]) -> Any:
     )
 
 
-def ours(hub: tuple[Any, Any], batch_tokens: int = 64) -> Adapter:
-    return Adapter(
-        HubModel(hub[0]), HubText(hub[1]), length=LENGTH, place=CPU, dtype="float32", batch_tokens=batch_tokens
-    )
+def ours(hub: tuple[Any, Any], batch_tokens: int = 64, **options: Any) -> Adapter:
+    model, text = HubModel(hub[0]), HubText(hub[1])
+    return Adapter(model, text, length=LENGTH, place=CPU, dtype="float32", batch_tokens=batch_tokens, **options)
 
 
 def asked(kind: str, *arguments: tuple[Any, ...]) -> list[Instance]:
@@ -111,8 +111,42 @@ def test_log_likelihoods_are_hflms(hub: tuple[Any, Any], theirs: Any) -> None:
 
 def test_rolling_is_hflms(hub: tuple[Any, Any], theirs: Any) -> None:
     requests = asked("loglikelihood_rolling", *((text,) for text in DOCUMENTS))
-    wanted = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
-    np.testing.assert_allclose(ours(hub).loglikelihood_rolling(requests), wanted, rtol=1e-4)
+    twice = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
+    np.testing.assert_allclose(ours(hub, bos_twice=True).loglikelihood_rolling(requests), twice, rtol=1e-4)
+    theirs.add_bos_token = False
+    once = theirs.loglikelihood_rolling(requests, disable_tqdm=True)
+    np.testing.assert_allclose(ours(hub).loglikelihood_rolling(requests), once, rtol=1e-4)
+    assert np.abs(np.subtract(once, twice)).min() > 1
+
+
+def test_a_tokenizer_that_ends_texts_changes_nothing(odd_models: Any, tmp_path: Path) -> None:
+    """No context has ended before its continuation, and no EOS is scored."""
+    requests = asked(
+        "loglikelihood", ("the cat sat on the", " mat"), ("the old tree", " and then the river"), ("", "a")
+    )
+    rolled = asked("loglikelihood_rolling", ("the cat sat on the mat",))
+    generated = asked("generate_until", ("the cat sat", {"until": ["tree"], "max_gen_toks": 6}))
+    model = HubModel(transformers.AutoModelForCausalLM.from_pretrained(odd_models.write(tmp_path / "model")))
+    found = []
+    for end in (False, True):
+        text = HubText(odd_models.byte_level(end=end))
+        lm = Adapter(model, text, length=LENGTH, place=CPU, dtype="float32", batch_tokens=64)
+        found.append((lm.loglikelihood(requests), lm.loglikelihood_rolling(rolled), lm.generate_until(generated)))
+    assert found[0] == found[1]
+
+
+def test_a_continuation_that_merges_into_its_context_is_encoded_apart(odd_models: Any, tmp_path: Path) -> None:
+    text = HubText(odd_models.byte_level())
+    assert len(text.encode("tre", None)) >= len(text.encode("tree", None)), "lm-eval's cut leaves nothing"
+    model = HubModel(transformers.AutoModelForCausalLM.from_pretrained(odd_models.write(tmp_path / "model")))
+    lm = Adapter(model, text, length=LENGTH, place=CPU, dtype="float32", batch_tokens=64)
+    ((found, _), _) = lm.loglikelihood(asked("loglikelihood", ("the old tre", "e"), ("the old", " tree")))
+    assert lm.apart == 1
+    before, after = text.encode("the old tre", None), text.encode("e", False)
+    ((wanted, _),) = perplexity.endings(model, [[*before, *after[:-1]]], [(0, after)], place=CPU, dtype="float32")
+    assert found == pytest.approx(wanted)
+    with pytest.raises(InputError, match="a continuation of 'the old' is empty: there is nothing to score"):
+        lm.loglikelihood(asked("loglikelihood", ("the old", "")))
 
 
 def test_generation_is_hflms(hub: tuple[Any, Any], theirs: Any) -> None:
@@ -138,7 +172,9 @@ def test_lm_evals_registry_keeps_its_models() -> None:
 # batches and lengths
 
 
-@pytest.mark.parametrize("attention", ["stick_breaking", "rope", "alibi"])
+@pytest.mark.parametrize(
+    "attention", ["stick_breaking", "rope", "alibi", "rope:scaling=dynamic_ntk,factor=8,train_len=8"]
+)
 def test_a_batch_of_one_is_a_batch_of_eight(attention: str) -> None:
     model = decoder(attention)
     requests, rolled = asked("loglikelihood", *PAIRS), asked("loglikelihood_rolling", *((x,) for x in DOCUMENTS))
@@ -192,6 +228,8 @@ def test_what_cannot_be_scored_is_an_error() -> None:
 
 class Counting:
     """A model that counts the rows it reads, and stops at a given one."""
+
+    by_length = False
 
     def __init__(self, model: Decoder, until: int = 10**9) -> None:
         self.model, self.rows, self.until = model, 0, until

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sbeval.errors import InputError
-from sbeval.evaluation.response_cache import Answers, batched, key
+from sbeval.evaluation.response_cache import Answers, key
 
 WRITTEN = {key("score", [number]): [-1.5 * number, number % 2 == 0, [number, 2, 3]] for number in range(20)}
 
@@ -106,7 +106,3 @@ def test_a_file_without_answers_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.sqlite").write_text("no database, but a text that is long enough to be taken for one" * 20)
     with pytest.raises(InputError, match="is not a cache of model responses"):
         Answers(tmp_path / "model.sqlite")
-
-
-def test_batches_keep_the_order() -> None:
-    assert list(batched([b"a", b"b", b"c"], 2)) == [[b"a", b"b"], [b"c"]] and list(batched([], 2)) == []

@@ -1,4 +1,4 @@
-"""Log-probabilities are those of each prompt alone, and what is likeliest is what is said."""
+"""Log-probabilities are those of each prompt alone; the likeliest tokens are the completion."""
 
 import dataclasses
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from sbeval.data.tokenizer import Bytes
 from sbeval.evaluation.response_cache import Answers
 from sbeval.evaluation.ruler_prompts import Prompt
-from sbeval.evaluation.ruler_scores import completions, evaluate, teacher_forced
+from sbeval.evaluation.ruler_scores import completions, evaluate, score, teacher_forced
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 
@@ -44,6 +44,7 @@ class Oracle:
     """Knows what follows each prompt: a hidden state is the next token, 0 where there is none."""
 
     ragged = True
+    by_length = False
 
     def __init__(self) -> None:
         self.texts = [[*item.tokens.tolist(), *item.answer.tolist(), Bytes().eos] for item in PROMPTS]
@@ -85,6 +86,8 @@ class Display:
 
     def advance(self, steps: int, /) -> None:
         self.completed += steps
+
+    def say(self, line: str) -> None: ...
 
     def close(self) -> None:
         assert self.completed == self.total
@@ -130,3 +133,9 @@ def test_one_wrong_token_is_not_greedy() -> None:
     ((log_probability, greedy),) = teacher_forced(oracle, PROMPTS[:1], CPU, "float32", batch=1)
     assert log_probability == pytest.approx(-100, rel=1e-3) and not greedy
     assert bytes(completions(oracle, PROMPTS[:1], Bytes().eos, 32, CPU, "float32", 1)[0][:-1]) == b"1235"
+
+
+def test_scores_are_rulers() -> None:
+    assert score("It is A or\x07b", ("a", "B", "c", "d"), "all") == 0.5
+    assert score("it is b", ("a", "B", "c"), "part") == 1 and score("", ("a",), "part") == 0
+    assert score("8231406, 12", ("8231406",), "all") == 1 and score("823140", ("8231406",), "all") == 0

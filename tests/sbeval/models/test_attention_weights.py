@@ -24,9 +24,11 @@ def inputs(kv_heads: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def mixer(spec: str, kv_heads: int = 2) -> torch.nn.Module:
     name, options = parse_attention(spec)
-    return registry.method(name).Mixer(
-        options, heads=HEADS, kv_heads=kv_heads, head_dim=SIZE, width=HEADS * SIZE, scale=0.7
-    ).double()  # fmt: skip
+    return (
+        registry.method(name)
+        .Mixer(options, heads=HEADS, kv_heads=kv_heads, head_dim=SIZE, width=HEADS * SIZE, scale=0.7)
+        .double()
+    )
 
 
 def logits(q: Tensor, k: Tensor) -> Tensor:

@@ -31,10 +31,16 @@ def build(layout: str, *, groups: int = HEADS, tied: bool = True, bias: str = ""
     counts = {"num_key_value_heads": groups, "attention_head_type": {HEADS: "mha", 1: "mqa"}.get(groups, "gqa")}
     if layout == "flame":
         config = both | {
-            "model_type": "sba", "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_heads": HEADS,
-            "num_kv_heads": groups, "intermediate_size": HIDDEN, "norm_eps": 1e-5, "hidden_act": "swish",
+            "model_type": "sba",
+            "hidden_size": WIDTH,
+            "num_hidden_layers": LAYERS,
+            "num_heads": HEADS,
+            "num_kv_heads": groups,
+            "intermediate_size": HIDDEN,
+            "norm_eps": 1e-5,
+            "hidden_act": "swish",
             "max_position_embeddings": 64,
-        }  # fmt: skip
+        }
         shapes |= {"model.embeddings.weight": (VOCABULARY, WIDTH), "model.norm.weight": (WIDTH,)}
         for i in range(LAYERS):
             block = f"model.layers.{i}."
@@ -49,25 +55,47 @@ def build(layout: str, *, groups: int = HEADS, tied: bool = True, bias: str = ""
         if layout == "D":
             mixer = counts | more | {"sequence_mixer_type": "stickbreaking_attention", "num_attention_heads": HEADS}
             mlp = more | {"mlp_type": "MLP", "intermediate_size": HIDDEN, "activation_function": "swiglu"}
-            config = both | named | {
-                "model_type": "gpt_base", "hidden_size": WIDTH, "num_layers": LAYERS, "max_position_embeddings": 64,
-                "sequence_mixer_blocks": [mixer] * LAYERS, "mlp_blocks": [mlp] * LAYERS,
-            }  # fmt: skip
+            config = (
+                both
+                | named
+                | {
+                    "model_type": "gpt_base",
+                    "hidden_size": WIDTH,
+                    "num_layers": LAYERS,
+                    "max_position_embeddings": 64,
+                    "sequence_mixer_blocks": [mixer] * LAYERS,
+                    "mlp_blocks": [mlp] * LAYERS,
+                }
+            )
         else:
-            config = both | named | counts | more | {
-                "model_type": "sb_dolomite" if layout == "A" else "stickbreaking", "n_embd": WIDTH, "n_layer": LAYERS,
-                "n_head": HEADS, "n_inner": HIDDEN, "n_positions": 64, "activation_function": "swiglu",
-                "add_qkv_bias": bias == "qkv", "position_embedding_type": "rope",
-            }  # fmt: skip
+            config = (
+                both
+                | named
+                | counts
+                | more
+                | {
+                    "model_type": "sb_dolomite" if layout == "A" else "stickbreaking",
+                    "n_embd": WIDTH,
+                    "n_layer": LAYERS,
+                    "n_head": HEADS,
+                    "n_inner": HIDDEN,
+                    "n_positions": 64,
+                    "activation_function": "swiglu",
+                    "add_qkv_bias": bias == "qkv",
+                    "position_embedding_type": "rope",
+                }
+            )
         attn, mlp_name = ("sequence_mixer.", "mlp_block.") if layout == "D" else ("attn.", "mlp.")
         shapes |= {"transformer.wte.weight": (VOCABULARY, WIDTH), "transformer.ln_f.weight": (WIDTH,)}
         for i in range(LAYERS):
             block = f"transformer.h.{i}."
             shapes |= {block + f"ln_{k}.weight": (WIDTH,) for k in (1, 2)}
             linear = {
-                attn + "c_attn": (WIDTH + 2 * groups * SIZE, WIDTH), attn + "c_proj": (WIDTH, WIDTH),
-                mlp_name + "c_fc": (2 * HIDDEN, WIDTH), mlp_name + "c_proj": (WIDTH, HIDDEN),
-            }  # fmt: skip
+                attn + "c_attn": (WIDTH + 2 * groups * SIZE, WIDTH),
+                attn + "c_proj": (WIDTH, WIDTH),
+                mlp_name + "c_fc": (2 * HIDDEN, WIDTH),
+                mlp_name + "c_proj": (WIDTH, HIDDEN),
+            }
             for name, shape in linear.items():
                 shapes[f"{block}{name}.weight"] = shape
                 if bias == "all" or bias == "qkv" and name.endswith("c_attn"):
@@ -270,6 +298,8 @@ def test_a_name_of_the_hub_fetches_the_config_and_safetensors_alone(
         @staticmethod
         def hf_hub_download(name: str, file: str) -> str:
             asked.append((name, file))
+            if file != "config.json":
+                raise OSError("no such file")
             return str(folder / file)
 
         @staticmethod
@@ -283,6 +313,7 @@ def test_a_name_of_the_hub_fetches_the_config_and_safetensors_alone(
     assert asked == [
         ("someone/sb-3b", "config.json"),
         ("someone/sb-3b", "config.json", "model*.safetensors", "model.safetensors.index.json"),
+        ("someone/sb-3b", "adapter_config.json"),
     ]
 
 
@@ -357,7 +388,7 @@ BAD: list[tuple[str, Callable[[Settings, Weights], object], str]] = [
     ("D", say(num_layers=3), "config.json has 2 sequence_mixer_blocks for 3 layers"),
     ("D", say(mlp_blocks=3), "mlp_blocks must be a list of settings; got 3"),
     ("D", mixed, "sequence_mixer_blocks differ from layer to layer"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("layout", "spoil", "message"), BAD, ids=[message for _, _, message in BAD])

@@ -110,3 +110,11 @@ def test_where_selects_rows(results: Path, tmp_path: Path) -> None:
 def test_where_names_what_selects_nothing(results: Path, tmp_path: Path, condition: str, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         draw_figures(results, ["mqrar"], ["png"], tmp_path, where=[condition])
+
+
+def test_what_a_killed_run_left_is_removed(results: Path) -> None:
+    left = results / "figures" / f".mqrar.png.{'0' * 32}.tmp"
+    left.parent.mkdir()
+    left.touch()
+    draw_figures(results, ["mqrar"], ["png"])
+    assert [path.name for path in left.parent.iterdir()] == ["mqrar.png"]

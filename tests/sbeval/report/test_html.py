@@ -13,13 +13,14 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from plotly.graph_objects import Figure
 
 from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.report import html, page
 from sbeval.report.figures import draw_figures
 from sbeval.tables.table import read
+
+graph_objects: Any = pytest.importorskip("plotly.graph_objects")
 
 Row = dict[str, Any]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -51,6 +52,12 @@ def length_gen(run: Row, place: int) -> Iterator[Row]:
     run |= {"task": "books", "position_start": "", "position_end": "", "context_length": "", "last_k": ""}
     for length in (256, 512, 1024, 2048):
         yield run | {"metric": "perplexity", "value": 40 + place * length / 512, "context_length": length}
+    for tokens in (10**7, 10**8, 10**9, 10**10):
+        at = {"context_length": 512, "train_tokens": tokens, "corpus": "plays"}
+        yield run | at | {"metric": "perplexity", "value": 40 + place * 10**8 / tokens}
+    for rate in (1e-3, 2e-3):
+        at = {"context_length": 512, "lr": rate, "optimizer": "adamw", "batch_tokens": 512, "schedule": "cosine"}
+        yield run | at | {"metric": "perplexity", "value": 40 + place * rate, "corpus": "songs"}
     for start in OCTAVES:
         loss = 3.5 + place * start / 1024
         yield run | {"metric": "loss", "value": loss, "position_start": start, "position_end": 2 * start}
@@ -192,9 +199,21 @@ def skipping(run: Row, place: int) -> Iterator[Row]:
             yield run | {"step": step, "task": step, "keys": keys, "epsilon": epsilon, "value": 1.0 + place}
 
 
+def diagnostics(run: Row, place: int) -> Iterator[Row]:
+    run |= {"task": "books", "distance": "", "layer": "", "head": "", "heads": ""}
+    run |= {"lr": 2e-3, "optimizer": "adamw", "batch_tokens": 131072, "schedule": "cosine"}
+    for seen in (5 * 10**6, 10**8):
+        yield run | {"metric": "in_context_score", "value": -0.1 * place, "tokens_seen": seen}
+        for distance in (64, 256):
+            yield run | {"metric": "copy_gain", "value": place, "tokens_seen": seen, "distance": distance}
+        for heads in ("mean", "highest"):
+            of_heads = run | {"value": 0.1 * place, "tokens_seen": seen, "heads": heads, "distance": 64}
+            yield from (of_heads | {"metric": metric} for metric in ("prefix_matching", "weight_beyond"))
+
+
 FAMILIES = {
     each.__name__: each
-    for each in (attention_map, few_shot, flip_flop, kernel, length_gen, model, mqrar, needle, skipping)
+    for each in (attention_map, diagnostics, few_shot, flip_flop, kernel, length_gen, model, mqrar, needle, skipping)
 }
 
 
@@ -301,18 +320,18 @@ def test_every_figure_can_be_a_page_of_its_own(name: str, results: Path, text: s
 
 def test_plotly_knows_all_that_is_drawn(text: str) -> None:
     for plot in Page(text).plots():
-        Figure(data=plot["data"], layout=plot["layout"])
+        graph_objects.Figure(data=plot["data"], layout=plot["layout"])
 
 
 def test_a_line_its_table_and_its_words_hold_the_numbers_of_the_rows(results: Path) -> None:
     table = read(results / "length_gen.csv", registry.figure("length_gen").COLUMNS)
     chart = registry.figure("length_gen").chart(table)
     (panel,) = chart.groups[0].panels
-    rope = next(trace for trace in panel.plotly()["data"] if trace["meta"] == "RoPE")
-    assert rope["x"] == [256, 512, 1024, 2048] and rope["y"] == [40.5, 41, 42, 44]
+    rope = next(trace for trace in panel.plotly()["data"] if trace["meta"] == "RoPE" and "lines+" in trace["mode"])
+    assert rope["x"] == [256, 512, 1024, 2048] and rope["y"] == pytest.approx([40.5, 41, 42, 44])
     assert "RoPE 40.5 at 256 to 44 at 2048" in panel.words()
     rows = panel.rows()
-    assert rows[rows["method"] == "RoPE"]["perplexity (per token)"].tolist() == [40.5, 41, 42, 44]
+    assert rows[rows["method"] == "RoPE"]["perplexity (per token)"].tolist() == pytest.approx([40.5, 41, 42, 44])
 
 
 def test_models_that_overfit_are_named_and_decide_nothing(text: str, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import dataclasses
 import os
 import signal
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,3 +140,16 @@ def test_a_ray_cluster_of_two_workers_that_are_killed_in_the_middle(tmp_path: Pa
     pd.testing.assert_frame_equal(results(cells, broken.results_dir), results(cells, whole.results_dir))
     # a driver that begins again finds them done
     assert scheduler.unfinished(cells, broken.results_dir) == []
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that takes connections and says nothing; Ray itself waits for minutes."""
+    pytest.importorskip("ray")
+    monkeypatch.setattr("sbeval.sweep.executor.ANSWER_S", 1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        start = time.monotonic()
+        with pytest.raises(InputError, match=f"^no Ray cluster answers at {address} within 1 s"):
+            list(Executor(kind="ray", address=address).run(square, [1]))
+        # and what importing ray takes
+        assert time.monotonic() - start < 60

@@ -3,13 +3,10 @@
 import dataclasses
 import io
 import math
-import pickle
-import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from rich.console import Console
@@ -28,31 +25,6 @@ from sbeval.tasks import length_gen
 from sbeval.training.trainer import DivergedError
 
 RESULTS = Path(__file__).parents[3] / "results"
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("lr", 1e-4),
-        ("train_len", 128),
-        ("corpus", "books"),
-        ("dtype", "bfloat16"),
-        ("seeds", (3,)),
-        ("packing", "documents"),
-    ],
-)
-def test_any_change_of_a_config_is_another_cell(name: str, value: Any) -> None:
-    config = length_gen.Config(attention=("rope",))
-    first, again = (length_gen.cells(config)[0] for _ in range(2))
-    other = length_gen.cells(dataclasses.replace(config, **{name: value}))[0]
-    assert cell_id(first) == cell_id(again) != cell_id(other)
-    assert cell_id(first).startswith("length_gen-rope-seed-0-")
-
-
-def test_another_method_leaves_finished_cells_their_names() -> None:
-    one = length_gen.cells(length_gen.Config(attention=("rope",)))
-    two = length_gen.cells(length_gen.Config(attention=("stick_breaking", "rope"), seeds=(1, 0)))
-    assert {cell_id(cell) for cell in one} <= {cell_id(cell) for cell in two}
 
 
 def test_committed_results_are_those_of_the_presets() -> None:
@@ -84,62 +56,11 @@ def test_cost_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scheduler.describe_cost([], context) == "nothing to run"
 
 
-def test_force_empties_a_checkpoint(tmp_path: Path) -> None:
-    context, progress = RunContext(results_dir=tmp_path, device=torch.device("cpu")), Progress(Console(quiet=True))
-    with context.checkpoint(["key"], progress) as folder:
-        folder.mkdir(parents=True)
-        (folder / "config.json").touch()
-    with context.checkpoint(["key"], progress) as again:
-        assert again == folder and folder.exists()
-    forced = dataclasses.replace(context, force=True)
-    with forced.checkpoint(["key"], progress) as again:
-        assert again == folder and not folder.exists()
-        folder.mkdir()
-    # once in a run: the copy is that of another worker
-    for other in (forced, pickle.loads(pickle.dumps(forced))):
-        with other.checkpoint(["key"], progress):
-            assert folder.exists()
-    with RunContext(results_dir=tmp_path, device=torch.device("cpu"), force=True).checkpoint(["key"], progress):
-        assert not folder.exists()
-
-
-def test_what_was_not_cleared_to_the_end_is_cleared_again(tmp_path: Path) -> None:
-    forced = RunContext(results_dir=tmp_path, device=torch.device("cpu"), force=True)
-    with pytest.raises(KeyboardInterrupt), forced.clearing(tmp_path / "answers"):
-        raise KeyboardInterrupt
-    for stale in (True, False):
-        with forced.clearing(tmp_path / "answers") as found:
-            assert found == stale
-
-
 def test_a_run_file_has_the_command_of_the_driver(tmp_path: Path) -> None:
     context = RunContext(results_dir=tmp_path, device=torch.device("cpu"), argv=("/bin/sbeval", "run", "quick"))
     with Progress(Console(quiet=True)) as progress:
         done = scheduler.run_cell(Cell(title="good", value=0.5), context, "quick", progress)
     assert done.stored is not None and done.stored.record["argv"] == ["sbeval", "run", "quick"]
-
-
-def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sbeval.sweep.context.POLL_S", 0.01)
-    context, console = (
-        RunContext(results_dir=tmp_path, device=torch.device("cpu")),
-        Console(file=io.StringIO(), width=200),
-    )
-    order: list[str] = []
-
-    def second() -> None:
-        with context.checkpoint(["key"], Progress(console)):
-            order.append("second")
-
-    with context.checkpoint(["key"], Progress(console)) as folder:
-        other = threading.Thread(target=second)
-        other.start()
-        time.sleep(0.1)
-        order.append("first")
-    other.join()
-    assert order == ["first", "second"]
-    assert isinstance(console.file, io.StringIO)
-    assert console.file.getvalue() == f"another process trains {folder}: waiting\n"
 
 
 @pytest.mark.parametrize(
@@ -226,7 +147,7 @@ def status(cell: Cell, results: Path) -> tuple[str, str]:
 def test_a_cell_that_diverges_is_recorded_and_leaves_no_row(tmp_path: Path) -> None:
     bad, worse, good = Cell(title="bad", value=None), Cell(title="worse", value=math.nan), Cell(title="good")
     complete, said = run([bad, worse, good], tmp_path)
-    assert not complete and said.count("recorded as diverged, going on with the next") == 2
+    assert not complete and said.count("recorded as diverged, continuing with the next") == 2
     assert status(bad, tmp_path) == ("failed", "the loss is nan at step 7")
     assert status(worse, tmp_path) == ("failed", "a measured value is not finite")
     assert status(good, tmp_path) == ("finished", "")
@@ -236,6 +157,44 @@ def test_a_cell_that_diverges_is_recorded_and_leaves_no_row(tmp_path: Path) -> N
     complete, said = run([good], tmp_path)
     assert complete and "1 of 1 cells are finished already" in said and "nothing to run" in said
     assert run([good], tmp_path, force=True)[1].startswith("1 cell to run")
+
+
+def test_a_cell_whose_rows_no_run_wrote_is_named_and_runs_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [Cell(title=title, value=0.5) for title in ("one", "two")]
+    run(cells, tmp_path)
+    path = tmp_path / "fake.csv"
+    whole = table.read(path)
+    path.write_text(path.read_text().replace("0.5", "0.25", 1))
+    assert scheduler.unfinished(cells, tmp_path) == cells[:1]
+    said = run(cells, tmp_path)[1]
+    assert "1 of 2 cells are finished already" in said and "1 cell to run" in said
+    assert f"the rows of 1 cell, such as {cell_id(cells[0])}, are not what the run wrote" in capsys.readouterr().err
+    pd.testing.assert_frame_equal(table.read(path).drop(columns="utc"), whole.drop(columns="utc"))
+    assert scheduler.unfinished(cells, tmp_path) == []
+
+
+def test_rows_are_in_the_table_at_the_end_also_of_a_run_that_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = [Cell(title=title) for title in "abc"]
+
+    def interrupted(self: Cell, context: RunContext, progress: Progress) -> Outcome:
+        if self.title == "c":
+            # while a run goes on its rows are parts, which readers find
+            assert len(list((tmp_path / "parts" / "fake").glob("*.csv"))) == 1
+            assert set(table.read(tmp_path / "fake.csv")["cell"]) == {cell_id(cell) for cell in cells[:2]}
+            raise KeyboardInterrupt
+        return whole(self, context, progress)
+
+    whole = Cell.run
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Cell, "run", interrupted)
+        run(cells, tmp_path)
+    assert not list((tmp_path / "parts").rglob("*.csv"))
+    assert (tmp_path / "fake.csv").read_text().count("\n") == 3
+    assert run(cells, tmp_path)[0] and (tmp_path / "fake.csv").read_text().count("\n") == 4
 
 
 def test_a_finished_cell_is_run_again_when_its_text_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,12 +284,3 @@ def test_results_are_those_of_the_cells_alone(tmp_path: Path) -> None:
     cells = [Cell(title=name) for name in ("a", "b", "c")]
     run(cells, tmp_path)
     assert sorted(scheduler.results_of(cells[:2], tmp_path)["attention"]) == ["a", "b"]
-
-
-def test_tensorboard_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"), track=(f"tensorboard:{tmp_path}",))
-    with pytest.raises(InputError, match=r"pip install 'sbeval\[tensorboard\]'"), context.logger("a"):
-        pass
-    with dataclasses.replace(context, track=()).logger("a") as log:
-        assert log is None

@@ -1,6 +1,7 @@
 """Test whole studies of tiny models: their results, resuming after an interrupt, and continuing after failures."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -15,18 +16,17 @@ from typing import Any
 import pytest
 import torch
 
+from sbeval import registry
 from sbeval.cli import main
-from sbeval.data import sources
 from sbeval.data.corpus import Corpus
 from sbeval.errors import InputError
-from sbeval.models import decoder
 from sbeval.runtime.progress import Progress
-from sbeval.sweep import plan, scheduler, study_file
 from sbeval.sweep import study as studies
+from sbeval.sweep import study_file
 from sbeval.sweep.context import RunContext
 from sbeval.tables import curves, table
 from sbeval.tables.results import Results
-from sbeval.tasks import length_gen, needle, text_training
+from sbeval.tasks import needle, text_training
 from sbeval.training.text_model import TextModel
 from sbeval.training.trainer import Trainer
 
@@ -128,42 +128,6 @@ def test_families_that_share_models_are_cautioned_once(
     assert studies.cautions(study_file.parts(study_file.read(str(study), there), str), context) == []
 
 
-def test_a_dry_run_says_the_plan_and_writes_nothing(study: Path, tmp_path: Path) -> None:
-    code, out, err = run(study, "--set", "mqrar.preset=h200", "--device", "cpu", "--results-dir", tmp_path, "--dry-run")
-    assert (code, err) == (0, "") and not list(tmp_path.iterdir())
-    rows = {cells[1].strip(): cells for line in out.splitlines() if len(cells := line.split("│")) > 3}
-    # cells, then models; of the further seeds as many as there can be
-    counts = {name: (cells[2].strip(), cells[4].strip()) for name, cells in rows.items()}
-    assert counts == {
-        "text": ("", ""),
-        "training": ("", "2"),
-        "length_gen": ("3", ""),
-        "needle": ("2", ""),
-        "flip_flop": ("2", "2"),
-        "mqrar": ("180", "180"),
-        "all": ("187", "184"),
-    }
-    assert "left out: attention_map, few_shot" in out
-
-
-def test_a_plan_adds_up(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e9)
-    monkeypatch.setitem(scheduler.EFFICIENCY, "cpu", 0.5)
-    parts = study_file.parts(study_file.read(str(study)), lambda said: "float32")
-    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"))
-    lines = {line.name: line for line in plan.lines(parts, context)}
-    shape = length_gen.cells(parts[0].config)[0].model(257)
-    weights = 2 * decoder.n_parameters(shape)
-    assert lines["training"].disk == 4 * weights and lines["training"].models == 2
-    assert all(line.hours == pytest.approx(line.flops / 0.5e9 / 3600) for line in lines.values())
-    # bytes are kept in two each
-    files = sum(path.stat().st_size for path in (study.parent / "texts").iterdir())
-    assert lines["text"].disk == 2 * files == 2 * (sources.size(str(study.parent / "texts")) or 0)
-    monkeypatch.setattr(sources, "size", lambda spec: None)
-    assert {line.name: line for line in plan.lines(parts, context)}["text"].disk is None
-    assert "unknown" in plan._words(plan._all(plan.lines(parts, context)))
-
-
 def test_a_study_that_is_killed_goes_on_and_trains_nothing_again(study: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sbeval", "run", str(study), "--device", "cpu", "--results-dir", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
@@ -197,7 +161,7 @@ def test_cells_at_once_with_force_train_their_model_once_again(study: Path, tmp_
 def test_a_training_that_fails_fails_all_that_needs_it_and_the_study_goes_on(study: Path, tmp_path: Path) -> None:
     changes = ("--set", "models.lr=1e9", "--set", "models.attention=[rope]", "--set", "length_gen.attention=[rope]")
     code, out, _ = run(study, *changes, "--device", "cpu", "--results-dir", tmp_path)
-    assert code == 1 and "2 cells that need it recorded as diverged, going on with the next" in out
+    assert code == 1 and "2 cells that need it recorded as diverged, continuing with the next" in out
     failed = {name: record["reason"] for name, record in records(tmp_path).items() if record["status"] == "failed"}
     assert {name.split("-")[0] for name in failed} == {"length_gen", "needle"}
     assert all(reason.startswith("train rope seed 0: the loss is ") for reason in failed.values())
@@ -212,7 +176,7 @@ def test_what_one_family_cannot_do_ends_no_study(study: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(needle.Cell, "run", refuse)
     code, out, _ = run(study, "--device", "cpu", "--results-dir", tmp_path)
-    assert code == 1 and "niah_single_1: no needle here; recorded as failed, going on with the next" in out
+    assert code == 1 and "niah_single_1: no needle here; recorded as failed, continuing with the next" in out
     assert (tmp_path / "flip_flop.csv").exists() and not (tmp_path / "needle.csv").exists()
     assert [record["reason"] for record in records(tmp_path).values() if record["status"] == "failed"] == 2 * [
         "no needle here"
@@ -255,4 +219,10 @@ def test_a_study_is_shown_to_write_another_from(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(out)
     assert study_file.read(str(tmp_path / "mine.yaml")) == study_file.read("quick")
     code, _, err = run("quik", "--dry-run")
-    assert code == 2 and err.startswith("sbeval: unknown study 'quik'; did you mean 'quick'? known: h200, ")
+    assert code == 2 and err.startswith("sbeval: unknown study 'quik'; did you mean 'quick'? known: ")
+
+
+def test_a_sweep_without_end_is_refused_at_once() -> None:
+    config = dataclasses.replace(registry.task("mqrar").presets["quick"], seeds=tuple(range(20_000)))
+    with pytest.raises(InputError, match=r"^mqrar: .*20,000 seeds .*cells, of at most 10,000: give several studies$"):
+        studies.cells(study_file.Part(family="mqrar", preset="quick", config=config))

@@ -50,13 +50,19 @@ class Row(Measurement):
 
 
 def write(
-    folder: Path, values: dict[int, float], *, unit: str = "1", stderr: float | None = None, **origin: Any
+    folder: Path,
+    values: dict[int, float],
+    *,
+    metric: str = "loss",
+    unit: str = "1",
+    stderr: float | None = None,
+    **origin: Any,
 ) -> None:
     """A cell for each seed, of one number at position 8."""
     folder.mkdir(exist_ok=True)
     identity = replace(IDENTITY, attention=origin.pop("attention", "rope"), options=origin.pop("options", ""))
     for seed, value in values.items():
-        row = Row(metric="loss", unit=unit, value=value, stderr=stderr, n=9, position=8, status=f"{value}")
+        row = Row(metric=metric, unit=unit, value=value, stderr=stderr, n=9, position=8, status=f"{value}")
         cell = replace(PROVENANCE, cell=f"{identity.attention}{identity.options}{seed}{origin}", **origin)
         table.write(folder / "toy.csv", table.frame(replace(identity, seed=seed), [row], cell))
 
@@ -75,10 +81,13 @@ def test_one_seed_has_the_interval_of_both_errors(tmp_path: Path) -> None:
     write(tmp_path / "a", {0: 1.0}, stderr=0.3)
     write(tmp_path / "b", {0: 2.0}, stderr=0.4, device="another", commit="another")
     found = numbers(tmp_path)
-    assert (found["A"], found["B"], found["difference"], found["seeds"]) == (1.0, 2.0, 1.0, 1)
-    assert found["interval"] == pytest.approx(1.96 * 0.5) and found["beyond"] and pd.isna(found["ratio"])
-    write(tmp_path / "b", {0: 1.9}, stderr=0.4, device="another", commit="another")
-    assert not numbers(tmp_path)["beyond"]
+    assert (found["A"], found["B"], found["difference"], found["seeds"]) == (1.0, 2.0, 1.0, "")
+    # 2.306: the 97.5 % quantile of Student's t for 9 units
+    assert found["high"] - 1.0 == pytest.approx(2.306 * 0.5, rel=1e-3) and not found["beyond"]
+    assert pd.isna(found["ratio"])
+    write(tmp_path / "b", {0: 2.2}, stderr=0.4, device="another", commit="another")
+    found = numbers(tmp_path)
+    assert found["beyond"] and found["low"] > 0 and 0.025 < found["p"] < 0.05
 
 
 def test_how_often_a_text_was_read_tells_no_numbers_apart(tmp_path: Path) -> None:
@@ -93,21 +102,47 @@ def test_how_often_a_text_was_read_tells_no_numbers_apart(tmp_path: Path) -> Non
     assert numbers(tmp_path)["difference"] == 1.0
 
 
-def test_several_seeds_are_compared_pair_by_pair(tmp_path: Path) -> None:
-    write(tmp_path / "a", {0: 1.0, 1: 5.0, 2: 9.0, 7: 100.0}, stderr=50.0)
-    write(tmp_path / "b", {0: 1.1, 1: 5.3, 2: 9.2, 8: 100.0}, stderr=50.0)
+def test_seeds_are_not_pairs_and_their_deviation_is_pooled(tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 1.0, 1: 2.0, 2: 3.0})
+    write(tmp_path / "b", {0: 1.5, 7: 3.5})
     found = numbers(tmp_path)
-    # differences 0.1, 0.3, 0.2: their standard deviation is 0.1
-    assert found["seeds"] == 3 and found["difference"] == pytest.approx(0.2)
-    assert found["interval"] == pytest.approx(4.30 * 0.1 / 3**0.5) and not found["beyond"]
-    assert [list(rows["seed"]) for rows in compared(tmp_path).only] == [[7], [8]]
+    # standard deviations 1 with two degrees of freedom and 1.41 with one: 1.15 with three, quantile 3.182
+    assert found["seeds"] == "3 and 2" and found["difference"] == pytest.approx(0.5)
+    assert found["high"] - 0.5 == pytest.approx(3.182 * (4 / 3) ** 0.5 * (1 / 3 + 1 / 2) ** 0.5, rel=1e-3)
+    assert not found["beyond"]
+    # another method, measured alike, adds degrees of freedom
+    for folder in ("a", "b"):
+        write(tmp_path / folder, {0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0}, attention="alibi")
+    wide = found["high"] - found["low"]
+    (row,) = compared(tmp_path).both.query("attention == 'rope'").to_dict("records")
+    assert row["high"] - row["low"] < wide
+    assert all(rows.empty for rows in compared(tmp_path).only)
+
+
+def test_perplexities_are_compared_as_logarithms(tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 10.0, 1: 40.0}, metric="perplexity")
+    write(tmp_path / "b", {0: 40.0, 1: 160.0}, metric="perplexity")
+    found = numbers(tmp_path)
+    assert (found["A"], found["B"]) == pytest.approx((20.0, 80.0))
+    assert found["low"] > -20.0
+
+
+def test_marks_are_corrected_for_the_number_of_methods(tmp_path: Path) -> None:
+    write(tmp_path / "a", {0: 1.0}, stderr=0.01)
+    write(tmp_path / "b", {0: 1.035}, stderr=0.01)
+    alone = numbers(tmp_path)
+    assert alone["beyond"] and 0.025 < alone["p"] < 0.05
+    for folder in ("a", "b"):
+        write(tmp_path / folder, {0: 1.0}, attention="alibi", stderr=0.01)
+    both = compared(tmp_path).both.set_index("attention")
+    assert not both.loc["rope", "beyond"] and both.loc["rope", "p"] == pytest.approx(2 * alone["p"])
 
 
 def test_without_errors_there_is_no_interval_and_no_mark(tmp_path: Path) -> None:
     write(tmp_path / "a", {0: 4.0}, unit="ms")
     write(tmp_path / "b", {0: 3.0}, unit="ms")
     found = numbers(tmp_path)
-    assert pd.isna(found["interval"]) and not found["beyond"] and found["ratio"] == 0.75
+    assert pd.isna(found["low"]) and not found["beyond"] and found["ratio"] == 0.75
 
 
 @pytest.mark.parametrize(("unit", "ratio"), [("TFLOP/s", 2.0), ("s", 2.0), ("nats/token", None), ("bits/byte", None)])
@@ -155,7 +190,7 @@ def test_committed_results_are_like_themselves(tmp_path: Path) -> None:
     for one in compare.compare(RESULTS, RESULTS):
         read = table.read(RESULTS / f"{one.family}.csv")
         # every row is in one number, over seeds where there are several
-        assert one.both["seeds"].sum() == len(read) > 0
+        assert sum(int(seeds or 1) for seeds in one.both["seeds"]) == len(read) > 0
         assert not one.both["beyond"].any() and (one.both["difference"] == 0).all()
         assert all(rows.empty for rows in one.only)
     shutil.copy(RESULTS / "mqrar.csv", tmp_path)
@@ -169,20 +204,22 @@ def test_what_is_shown(tmp_path: Path) -> None:
     write(tmp_path / "b", {0: 2.0}, stderr=0.1, unit="s")
     write(tmp_path / "a", {0: 1.0, 1: 3.0}, attention="stick_breaking", options="remainder=none")
     write(tmp_path / "b", {0: 1.0, 2: 3.0}, attention="stick_breaking", options="remainder=none")
+    write(tmp_path / "b", {0: 1.0}, attention="alibi")
+    write(tmp_path / "a", {0: 1.0}, attention="nope")
     shown = compare.render(tmp_path / "a", tmp_path / "b", "markdown")
     assert isinstance(shown, str)
-    assert "| rope | loss s |  | 1 | 2 | +1 ± 0.28 | 2.000 | * |" in shown.splitlines()
-    assert "toy: 2 numbers in both, 1 apart by more than the interval (*), 1 without an interval" in shown.splitlines()
-    assert "toy: 1 only in B (toy tiny stick_breaking:remainder=none: 1)" in shown.splitlines()
+    assert "| rope | loss s |  | 1 | 2 | +1 [+0.67, +1.3] | 2.000 | * |" in shown.splitlines()
+    assert "toy: 2 numbers in both, 1 apart (*: p < 0.05, Holm over methods)" in shown.splitlines()
+    assert "toy: 1 only in B (toy tiny alibi: 1)" in shown.splitlines()
     console = Console(file=io.StringIO(), width=120)
     console.print(compare.render(tmp_path / "a", tmp_path / "b", "terminal"))
     assert isinstance(console.file, io.StringIO)
-    assert "+1 ± 0.28" in console.file.getvalue() and "1 only in A" in console.file.getvalue()
+    assert "+1 [+0.67, +1.3]" in console.file.getvalue() and "1 only in A" in console.file.getvalue()
     text = compare.render(tmp_path / "a", tmp_path / "b", "csv")
     assert isinstance(text, str)
     rows = pd.read_csv(io.StringIO(text))
     assert len(rows) == 4 and rows["A"].notna().sum() == 3 and rows["B"].notna().sum() == 3
-    assert rows.set_index("attention").loc["rope", "interval"] == pytest.approx(1.96 * 0.02**0.5)
+    assert rows.set_index("attention").loc["rope", "high"] == pytest.approx(1 + 2.306 * 0.02**0.5, rel=1e-3)
 
 
 def test_mistakes(tmp_path: Path) -> None:

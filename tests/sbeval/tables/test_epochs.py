@@ -1,4 +1,4 @@
-"""When a model overfits, what is said of it, and that no committed result comes of too many epochs unsaid."""
+"""When a model overfits, the warnings about it, and that each committed result of too many epochs has one."""
 
 from pathlib import Path
 

@@ -68,22 +68,27 @@ def test_a_benchmark_has_one_score() -> None:
         "copa (0) acc",
         "wikitext (0) word_perplexity",
         "gsm8k (5) exact_match",
-        "average",
+        "mean above chance",
     ]
     rope = by_name(found)["25m rope"]
-    assert pair(rope["gsm8k (5) exact_match"]) == pytest.approx((2.0, 9.8))
+    assert pair(rope["gsm8k (5) exact_match"]) == pytest.approx((2.0, 9.92), abs=0.01)
     assert rope["wikitext (0) word_perplexity"] == scores.Cell(80.0, None)
     chance = by_name(found)["chance"]
     assert chance["copa (0) acc"] == scores.Cell(50.0) and chance["wikitext (0) word_perplexity"] is None
 
 
-def test_the_average_is_of_all_percentages_or_absent() -> None:
-    found = by_name(scores.table(results()))
-    average = found["25m rope"]["average"]
-    assert average is not None and average.value == pytest.approx((30 + 50 + 2) / 3)
-    assert average.half == pytest.approx(196 * (0.05**2 + 0.1**2 + 0.05**2) ** 0.5 / 3)
-    # of gsm8k the other has no score
-    assert found["25m stick_breaking"]["average"] is None and found["chance"]["average"] is None
+def test_the_mean_is_of_the_benchmarks_above_guessing_or_absent() -> None:
+    exact = [row(name, "lambada", "acc", 0.06, chance=None, stderr=0.01) for name in ("rope", "stick_breaking")]
+    mean = "mean above chance"
+    found = by_name(scores.table(results(*exact)))
+    # 0.35 of arc_easy is above 0.25 by its interval; 0.6 of copa, with its error of 0.1, and 0.02 of gsm8k are not
+    assert pair(found["25m rope"][mean]) == pytest.approx((18.0, 198.4 * (0.05**2 + 0.01**2) ** 0.5 / 2), rel=1e-3)
+    assert found["chance"][mean] == scores.Cell(12.5)
+    # of lambada the other has no score
+    lacking = by_name(scores.table(results(*exact[:1])))
+    assert lacking["25m stick_breaking"][mean] is None and lacking["25m rope"][mean] is not None
+    noisy = by_name(scores.table(results().replace({"stderr": {0.05: 0.06}})))
+    assert noisy["25m rope"][mean] is None
 
 
 def test_seeds_are_averaged_and_the_larger_run_counts() -> None:
@@ -93,9 +98,10 @@ def test_seeds_are_averaged_and_the_larger_run_counts() -> None:
         row("rope", "arc_easy", "acc_norm", 0.9, eval_len=256),
     ]
     found = by_name(scores.table(results(*more)))
-    longer = found["25m rope (100 M tokens of 2048, read to 2048)"]
-    assert pair(longer["arc_easy (0) acc_norm"]) == pytest.approx((40.0, 127.1))
-    assert found["25m rope (100 M tokens of 2048, read to 256)"]["arc_easy (0) acc_norm"] is not None
+    longer = found["25m rope (100 M tokens of 2048, evaluated to 2048)"]
+    # seeds at 0.3 and 0.5, and items with an error of 0.05
+    assert pair(longer["arc_easy (0) acc_norm"]) == pytest.approx((40.0, 127.4), abs=0.1)
+    assert found["25m rope (100 M tokens of 2048, evaluated to 256)"]["arc_easy (0) acc_norm"] is not None
 
 
 def test_markdown_latex_and_csv() -> None:
@@ -103,20 +109,20 @@ def test_markdown_latex_and_csv() -> None:
     small = small[small["task"].isin(["arc_easy", "copa"])]
     assert scores.render(small, "markdown") == "\n".join(
         [
-            "|  | arc_easy (0) acc_norm | copa (0) acc | average |",
+            "|  | arc_easy (0) acc_norm | copa (0) acc | mean above chance |",
             "| --- | --- | --- | --- |",
-            "| 25m rope | 30.0 ± 9.8 | 50.0 ± 19.6 | 40.0 ± 11.0 |",
-            "| 25m stick_breaking | 40.0 ± 9.8 | 70.0 ± 19.6 | 55.0 ± 11.0 |",
-            "| chance | 25.0 | 50.0 | 37.5 |",
+            "| 25m rope | 30.0 ± 9.9 | 50.0 ± 19.8 | 30.0 ± 9.9 |",
+            "| 25m stick_breaking | 40.0 ± 9.9 | 70.0 ± 19.8 | 40.0 ± 9.9 |",
+            "| chance | 25.0 | 50.0 | 25.0 |",
         ]
     )
     latex = scores.render(small, "latex")
-    assert isinstance(latex, str) and r"25m stick\_breaking & 40.0 $\pm$ 9.8 & 70.0 $\pm$ 19.6" in latex
+    assert isinstance(latex, str) and r"25m stick\_breaking & 40.0 $\pm$ 9.9 & 70.0 $\pm$ 19.8" in latex
     assert latex.startswith(r"\begin{tabular}{lrrr}") and latex.count(r"\\") == 4
     plain = scores.render(small, "csv")
     assert isinstance(plain, str)
     read = pd.read_csv(io.StringIO(plain), index_col="model").T
-    assert read.loc["copa (0) acc ±", "25m rope"] == pytest.approx(19.6)
+    assert read.loc["copa (0) acc ±", "25m rope"] == pytest.approx(19.84, abs=0.01)
     assert read["chance"].notna().tolist() == [True, False] * 3
 
 
@@ -125,7 +131,7 @@ def test_in_a_terminal_models_stand_side_by_side() -> None:
     assert isinstance(shown, Table)
     out = io.StringIO()
     Console(file=out, width=120).print(shown)
-    assert "25m stick_breaking" in out.getvalue() and "70.0 ± 19.6" in out.getvalue()
+    assert "25m stick_breaking" in out.getvalue() and "70.0 ± 19.8" in out.getvalue()
 
 
 def test_what_cannot_be_shown_is_an_error() -> None:
@@ -142,3 +148,23 @@ def test_a_model_that_overfits_is_marked_in_every_form() -> None:
     assert "| 25m rope (overfit) |" in str(scores.render(rows, "markdown"))
     assert "above its lowest): rope." in str(few_shot.summary(rows).caption)
     assert few_shot.summary(results()).caption is None
+
+
+def test_right_answers_stand_beside_scores() -> None:
+    more = [
+        row("rope", "copa", "gold_bits_per_byte", 1.25, chance=None, stderr=0.01),
+        row("rope", "copa", "gold_bits_per_byte", 9.0, chance=None, n=20),
+        row("stick_breaking", "copa", "gold_bits_per_byte", 1.2, chance=None, stderr=0.01),
+        row("rope", "copa", "gold_bits_per_byte", 9.0, part="one_of_its_parts"),
+    ]
+    found = by_name(scores.table(results(*more)))
+    plain = by_name(scores.table(results()))
+    for name, cells in found.items():
+        cell = cells.pop("copa (0) gold bits/byte")
+        assert cells == plain[name]
+        if name == "chance":
+            assert cell is None
+        else:
+            assert cell is not None and cell.value == (1.25 if "rope" in name else 1.2)
+            assert cell.half == pytest.approx(0.0196, rel=0.03) and cell.text().startswith("1.2")
+            assert len(cell.text()) == len("1.250 ± 0.020")

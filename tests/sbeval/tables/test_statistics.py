@@ -1,13 +1,33 @@
-"""Means, ratios and their errors, against the formulas and against leaving units out one at a time; intervals."""
+"""Means, ratios and their errors against formulas and leaving units out; intervals against tables of quantiles, and
+their coverage in simulations."""
 
 import math
 import statistics
 
 import numpy as np
-import pandas as pd
 import pytest
 
-from sbeval.tables.statistics import Estimate, Floats, difference, half_width, mean, ratio
+from sbeval.tables.statistics import (
+    UNKNOWN,
+    Estimate,
+    Floats,
+    Interval,
+    Method,
+    Sample,
+    Spread,
+    bootstrap,
+    holm,
+    interval,
+    less,
+    mean,
+    minus,
+    ratio,
+    share,
+    spreads,
+)
+
+# draws of a simulation, and how far its coverage may be from 95 %
+DRAWS, NEAR = 2000, 0.015
 
 
 def draw(n: int) -> tuple[Floats, Floats]:
@@ -79,20 +99,201 @@ def test_a_single_unit_has_no_error() -> None:
     assert ratio(np.array([1.0, 0.0]), np.array([4.0, 0.0])) == Estimate(0.25, None, 1)
 
 
-def test_the_half_width_is_students_of_several_seeds_and_normal_of_one() -> None:
-    # 97.5 % quantiles from a table: 12.706 for one degree of freedom, 2.776 for four
-    assert half_width(np.array([0.10, 0.25]), math.nan) == pytest.approx(12.706 * 0.075, rel=1e-3)
-    values = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
-    assert half_width(values, 0.0) == pytest.approx(2.776 * statistics.stdev(values.tolist()) / 5**0.5, rel=2e-3)
-    assert half_width(np.array([3.0]), 0.5) == pytest.approx(1.96 * 0.5)
-    assert math.isnan(half_width(np.array([3.0]), math.nan))
+def seeds(*values: float, stderr: float = 0.0, units: int = 0) -> Sample:
+    return Sample(np.array(values), stderr, units)
 
 
-def test_a_difference_is_taken_seed_by_seed() -> None:
-    one = pd.DataFrame({"seed": [0, 1, 2], "value": [1.0, 5.0, 9.0], "stderr": 0.1})
-    two = pd.DataFrame({"seed": [0, 1, 3], "value": [0.9, 4.75, 0.0], "stderr": 0.1})
-    found = difference(one, two, "items")
-    assert found.over == "95 % over 2 seeds" and found.mean == pytest.approx(0.175)
-    assert (found.low, found.high) == pytest.approx((0.175 - 0.953, 0.175 + 0.953), abs=1e-3)
-    single = difference(one[:1], two[:1], "items")
-    assert single.over == "95 % over items" and single.high - single.mean == pytest.approx(1.96 * 0.1 * 2**0.5)
+def named(samples: list[Sample]) -> dict[Method, Sample]:
+    return {(f"{index}", ""): sample for index, sample in enumerate(samples)}
+
+
+def test_the_deviation_of_seeds_is_pooled_over_methods() -> None:
+    found = spreads(named([seeds(1.0, 2.0), seeds(0.0, 1.0, 5.0), seeds(9.0)]))
+    # squares 0.5 and 14, with one and two degrees of freedom; a single seed takes the pooled one
+    assert [spread.sd for spread in found.values()] == pytest.approx(3 * [math.sqrt(14.5 / 3)])
+    assert {spread.freedom for spread in found.values()} == {3}
+    assert spreads(named([seeds(1.0), seeds(2.0)])) == {("0", ""): UNKNOWN, ("1", ""): UNKNOWN}
+
+
+def test_a_method_with_wilder_seeds_keeps_its_own_deviation() -> None:
+    tame = [seeds(0.0, 0.1, 0.2) for _ in range(5)]
+    found = spreads(named([*tame, seeds(0.0, 1.0, 2.0)]))
+    assert (found["5", ""].sd, found["5", ""].freedom) == pytest.approx((1.0, 2))
+    assert (found["0", ""].sd, found["0", ""].freedom) == pytest.approx((0.1, 10))
+    # twice as wide is not beyond chance with three seeds
+    assert spreads(named([*tame, seeds(0.0, 0.2, 0.4)]))["0", ""].freedom == 12
+
+
+def test_a_model_evaluated_in_another_way_is_not_another_sample() -> None:
+    scaled = {("rope", f"scaling=ntk,factor={factor}"): seeds(0.0, 2.0) for factor in (2, 4, 8)}
+    found = spreads({("rope", ""): seeds(0.0, 2.0)} | scaled)
+    assert [spread.sd for spread in found.values()] == pytest.approx(4 * [math.sqrt(2)])
+    assert {spread.freedom for spread in found.values()} == {1}
+
+
+def test_intervals_have_students_quantiles() -> None:
+    # 97.5 % quantiles from a table: 12.706 for one degree of freedom, 2.776 for four, 2.131 for 15
+    one = seeds(0.10, 0.25)
+    assert interval(one, one.own).high - 0.175 == pytest.approx(12.706 * 0.075, rel=1e-4)
+    five = seeds(1.0, 2.0, 4.0, 8.0, 16.0)
+    assert interval(five, five.own).high - 6.2 == pytest.approx(2.776 * five.own.sd / 5**0.5, rel=1e-3)
+    single = seeds(3.0, stderr=0.5, units=16)
+    assert interval(single, UNKNOWN).high - 3.0 == pytest.approx(2.131 * 0.5, rel=1e-3)
+    both = interval(seeds(0.10, 0.25, stderr=0.5, units=16), one.own)
+    assert both.high - 0.175 == pytest.approx(math.hypot(12.706 * 0.075, 2.131 * 0.5), rel=1e-3)
+    assert (both.seeds, both.units, both.over("books")) == ((2,), 16, "95 % over 2 seeds, 16 books")
+
+
+def test_seeds_of_a_difference_are_not_pairs() -> None:
+    of, other = seeds(1.0, 5.0, 9.0), seeds(0.9, 4.9)
+    spread = Spread(2.0, 8)
+    found = less(of, other, (spread, spread))
+    # 2.306: 97.5 % quantile of Student's t with 8 degrees of freedom
+    assert found.mean == pytest.approx(2.1) and found.over("") == "95 % over 3 and 2 seeds"
+    assert found.high - found.mean == pytest.approx(2.306 * 2.0 * math.sqrt(1 / 3 + 1 / 2), rel=1e-3)
+    apart = less(of, other, (Spread(2.0, 8), Spread(3.0, 1)))
+    assert apart.high - apart.mean == pytest.approx(math.hypot(2.306 * 2.0 / 3**0.5, 12.706 * 3.0 / 2**0.5), rel=1e-3)
+
+
+def test_p_values_agree_with_the_interval() -> None:
+    found = interval(seeds(1.0, 2.0, 3.0), Spread(1.0, 2))
+    assert found.above(found.low) == pytest.approx(0.025) and found.below(found.high) == pytest.approx(0.025)
+    assert found.above(2.0) == pytest.approx(0.5) and found.above(5.0) > 0.9 and found.below(0.0) > 0.9
+    exact = Interval(1.0, 1.0, 1.0)
+    assert exact.above(0.5) == 0.0 and exact.above(1.0) == 1.0 and exact.below(2.0) == 0.0
+
+
+def test_shares_have_wilsons_interval() -> None:
+    # 0 of 10 and 1 of 10: Wilson's interval, from R's binom.confint
+    nothing = share(seeds(0.0, units=10))
+    assert nothing.low == 0.0 and nothing.high == pytest.approx(0.2775, abs=1e-4)
+    everything = share(seeds(1.0, 1.0, 1.0, units=10))
+    assert everything.low == pytest.approx(0.7225, abs=1e-4) and everything.high == 1.0
+    one = share(seeds(0.1, stderr=math.sqrt(0.09 / 10), units=10))
+    assert (one.low, one.high) == pytest.approx((0.0179, 0.4042), abs=1e-4)
+
+
+def test_seeds_that_differ_widen_the_interval_of_a_share() -> None:
+    alike, apart = share(seeds(0.9, 0.9, stderr=0.01, units=900)), share(seeds(0.85, 0.95, stderr=0.01, units=900))
+    assert alike.low > 0.85 and apart.low < 0.6 and apart.high > 0.95
+
+
+def test_a_difference_of_shares_is_newcombes() -> None:
+    # 56/70 less 48/80, in Newcombe 1998, table II (method 10): 0.0524 to 0.3339
+    first, second = (share(seeds(p, stderr=math.sqrt(p * (1 - p) / n), units=n)) for p, n in ((0.8, 70), (0.6, 80)))
+    found = minus(first, second)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def covers(found: Interval, truth: float = 0.0) -> bool:
+    return found.low <= truth <= found.high
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_coverage_over_seeds(count: int) -> None:
+    """Eight methods with the seed noise of ln perplexity; the mean of one, and its difference to another."""
+    generator = np.random.default_rng(count)
+    means = differences = 0
+    for values in generator.normal(0, 0.014, (DRAWS, 8, count)):
+        samples = named([Sample(row, 0.0, 0) for row in values])
+        spread = spreads(samples)
+        means += covers(interval(samples["0", ""], spread["0", ""]))
+        differences += covers(less(samples["0", ""], samples["1", ""], (spread["0", ""], spread["1", ""])))
+    assert means / DRAWS == pytest.approx(0.95, abs=NEAR)
+    assert differences / DRAWS == pytest.approx(0.95, abs=NEAR)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_coverage_over_seeds_and_documents(count: int) -> None:
+    generator = np.random.default_rng(10 + count)
+    found = 0
+    for _ in range(DRAWS):
+        losses = (
+            generator.normal(0, 0.014, (8, count, 1))
+            + generator.normal(0, 0.07, 16)
+            + generator.normal(0, 0.01, (8, count, 16))
+        )
+        errors = losses.std(-1, ddof=1).mean(1) / 4
+        samples = named([Sample(each.mean(-1), error, 16) for each, error in zip(losses, errors, strict=True)])
+        found += covers(interval(samples["0", ""], spreads(samples)["0", ""]))
+    assert found / DRAWS == pytest.approx(0.95, abs=NEAR)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_coverage_of_the_bootstrap_over_seeds_and_pairs_of_documents(count: int) -> None:
+    """27 documents of unequal length, whose difference varies less than their level."""
+    generator = np.random.default_rng(20 + count)
+    found = 0
+    for _ in range(DRAWS):
+        tokens = generator.lognormal(9, 0.5, 27)
+        noise = generator.normal(0, 0.014, (8, count))
+        level, gap = generator.normal(3.7, 0.15, 27), generator.normal(0, 0.02, 27)
+        each = noise[:2, :, None] + level + np.stack([gap, np.zeros(27)])[:, None]
+        pooled = Spread(math.sqrt(noise.var(1, ddof=1).mean()), 8 * (count - 1))
+        first, second = each * tokens
+        found += covers(bootstrap(first, second, tokens, (pooled, pooled), draws=400))
+    assert found / DRAWS == pytest.approx(0.95, abs=NEAR)
+
+
+@pytest.mark.parametrize("units", [50, 100, 500])
+@pytest.mark.parametrize("low", [0.0, 0.95])
+def test_coverage_of_shares_near_0_and_1(units: int, low: float) -> None:
+    generator = np.random.default_rng(60 + units)
+    truths = generator.uniform(low, low + 0.05, DRAWS)
+    shares = generator.binomial(units, truths) / units
+    errors = np.sqrt(shares * (1 - shares) / (units - 1))
+    found = [
+        covers(share(Sample(np.array([value]), error, units)), truth)
+        for truth, value, error in zip(truths, shares, errors, strict=True)
+    ]
+    assert np.mean(found) == pytest.approx(0.95, abs=NEAR)
+
+
+@pytest.mark.parametrize("low", [0.0, 0.3, 0.95])
+def test_coverage_of_shares_of_clustered_queries(low: float) -> None:
+    """500 sequences of 16 queries, which succeed together (correlation 0.1)."""
+    generator = np.random.default_rng(30)
+    truths = generator.uniform(low, low + 0.05, DRAWS)
+    rates = generator.beta(9 * truths, 9 * (1 - truths), (500, DRAWS))
+    sequences = generator.binomial(16, rates) / 16
+    means, errors = sequences.mean(0), sequences.std(0, ddof=1) / math.sqrt(500)
+    found = [
+        covers(share(Sample(np.array([value]), error, 500)), truth)
+        for truth, value, error in zip(truths, means, errors, strict=True)
+    ]
+    assert np.mean(found) == pytest.approx(0.95, abs=NEAR)
+    # as if queries were independent, it would not cover
+    count = 500 * 16
+    wrong = [
+        covers(share(Sample(np.array([value]), math.sqrt(value * (1 - value) / count), count)), truth)
+        for value, truth in zip(means, truths, strict=True)
+    ]
+    assert np.mean(wrong) < 0.85
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_coverage_of_shares_over_seeds(count: int) -> None:
+    """Seeds whose log odds vary by 1, each measured on 500 sequences."""
+    generator = np.random.default_rng(40 + count)
+    rates = 1 / (1 + np.exp(-generator.normal(0, 1, (DRAWS, count))))
+    values = generator.binomial(500, rates) / 500
+    errors = np.sqrt((values * (1 - values) / 499).mean(1))
+    found = [covers(share(Sample(row, error, 500)), 0.5) for row, error in zip(values, errors, strict=True)]
+    assert np.mean(found) == pytest.approx(0.95, abs=NEAR)
+
+
+def test_coverage_of_ratios_of_clustered_tokens() -> None:
+    """Documents of unequal length with a loss of their own: the error of the ratio counts documents, not tokens."""
+    generator = np.random.default_rng(50)
+    found = 0
+    for _ in range(DRAWS):
+        tokens = generator.integers(1000, 9000, 24).astype(np.float64)
+        estimate = ratio(tokens * generator.normal(3.7, 0.15, 24), tokens)
+        assert estimate.stderr is not None
+        found += covers(interval(seeds(estimate.value, stderr=estimate.stderr, units=24), UNKNOWN), 3.7)
+    assert found / DRAWS == pytest.approx(0.95, abs=NEAR)

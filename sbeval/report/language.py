@@ -1,0 +1,248 @@
+"""Rules of claims on language models: perplexity by length and within the training length, needles, benchmarks."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from sbeval.errors import InputError
+from sbeval.report.judge import (
+    AGREES,
+    ALPHA,
+    BILLION,
+    DISAGREES,
+    METHODS,
+    STICK,
+    UNDECIDED,
+    Evidence,
+    Judged,
+    against,
+    models,
+    nearest,
+    too_small,
+    trained,
+    verdict,
+    young,
+)
+from sbeval.report.maturity import ROPE
+from sbeval.tables import documents, few_shot, intervals, selection, statistics
+from sbeval.tables.intervals import percent
+from sbeval.tables.published import LENGTHS
+from sbeval.tables.statistics import Interval, Method, Sample, Scale
+
+# the smallest effects of interest. Nats/token: a third of the paper's 13.4 against 13.8 in perplexity per word
+MARGIN = 0.007
+# a perplexity that is higher by less has not risen
+RISE = 0.02
+# share of needles by which methods differ
+NEEDLES = 0.02
+# percentage points by which competitive scores may differ
+POINTS = 1.0
+# a model with a mean score below this finds nothing
+NOTHING = 0.05
+# the control of length: it cannot see far
+WINDOW = ("sliding_window", "")
+CONTROL = (
+    "that far text is used is not shown: perplexity falls along a document without it too, and no loss of fixed "
+    "targets (--fixed-targets 512) was measured of stick-breaking and a sliding window"
+)
+
+
+def within(table: pd.DataFrame, evidence: Evidence) -> Judged:
+    """Judge whether perplexity at the training length is as low as RoPE's, or lower."""
+    rows = selection.by_context(table)
+    rows = nearest(rows[rows["x"] == rows["train_len"]], selection.length_gen_setting(rows).columns)
+    samples = intervals.samples(rows, Scale.LOG)
+    differences = trained(intervals.differences(samples, ROPE, Scale.LOG, same_units=True))
+    differences |= _paired(rows, samples, evidence)
+    stick = differences[STICK]
+    margin, lower = against(differences, MARGIN), against(differences, 0.0)
+    spread = statistics.spreads(samples)[STICK]
+    effect = f", {abs(stick.mean) / spread.sd:.1f} standard deviations of a seed" if spread.sd > 0 else ""
+    found = (
+        f"Perplexity at {rows['x'].iloc[0]} tokens: stick-breaking {math.exp(samples[STICK].mean):.1f}, RoPE "
+        f"{math.exp(samples[ROPE].mean):.1f}; {stick.text('{:+.3f}'.format)} nats/token{effect} "
+        f"({stick.over('documents')}; {margin.words}; {models(rows)})."
+    )
+    if lower.below:
+        found += " Lower than RoPE's."
+    return verdict(margin.below, found, far="; ".join(filter(None, [too_small(rows, BILLION), young(rows, evidence)])))
+
+
+def _paired(rows: pd.DataFrame, samples: Mapping[Method, Sample], evidence: Evidence) -> dict[Method, Interval]:
+    """Return the difference to RoPE of each method whose losses of single documents are stored, paired by document."""
+    values = evidence.values(rows["cell"]) if "cell" in rows else documents.nothing(())
+    sums, tokens = (
+        documents.sums(values, name, context_length=int(rows["x"].iloc[0])) for name in ("nll_sum", "tokens")
+    )
+    spreads = statistics.spreads(samples)
+    found: dict[Method, Interval] = {}
+    for method in samples:
+        of, other = (sums[sums.index.isin(documents.cells_of(rows, one))] for one in (method, ROPE))
+        if method != ROPE and statistics.SAME_WEIGHTS not in method[1]:
+            difference = documents.difference(of, other, tokens, (spreads[method], spreads[ROPE]))
+            found |= {} if difference is None else {method: difference}
+    return found
+
+
+def lengths(table: pd.DataFrame, evidence: Evidence) -> Judged:
+    """Judge whether perplexity rises from the training length to eight times that, and whether far text is used."""
+    train_len, longest = LENGTHS
+    rows = selection.by_context(table)
+    rows = rows[(rows["train_len"] == train_len) & rows["x"].isin(LENGTHS)]
+    setting = selection.length_gen_setting(rows).columns
+    rows = rows[
+        rows.groupby(["attention", "options", *setting], dropna=False)["x"].transform("nunique") == len(LENGTHS)
+    ]
+    if rows.empty:
+        raise InputError(f"no model trained at {train_len} tokens was evaluated up to {longest}")
+    rows = nearest(rows, setting)
+    rows = rows.assign(stderr=rows["stderr"] / rows["value"], value=np.log(rows["value"].astype(float)))
+    samples = intervals.samples(_changes(rows))
+    change, by_document = intervals.intervals(samples), _by_document(rows, evidence)
+    change |= {of: pairs for of in (STICK, ROPE) if (pairs := _in_pairs(by_document, rows, of, None, samples))}
+    ends = {name: [_level(rows[rows["x"] == at], of) for at in LENGTHS] for name, of in METHODS.items()}
+    rises = " and ".join(
+        f"{name} from {start:.1f} to {end:.1f}, {change[METHODS[name]].text(percent)}"
+        for name, (start, end) in ends.items()
+    )
+    stick, rope = change[STICK], change[ROPE]
+    found = (
+        f"Perplexity from context {train_len} to {longest}: {rises} ({stick.over('documents')}, RoPE "
+        f"{rope.over('documents')}; {models(rows)})."
+    )
+    far, of_targets = _far_text(table, rows, evidence)
+    found += of_targets
+    if reason := young(rows, evidence):
+        return Judged(UNDECIDED, found, reason)
+    if stick.above(RISE) < ALPHA or rope.below(RISE) < ALPHA:
+        return Judged(DISAGREES, found)
+    if not of_targets:
+        return Judged(UNDECIDED, found, CONTROL)
+    rises_not = rope.above(RISE) < ALPHA and stick.mean <= RISE and stick.high < rope.low
+    return Judged(AGREES, found) if rises_not and far else verdict(None, found)
+
+
+def _level(rows: pd.DataFrame, of: Method) -> float:
+    return math.exp(intervals.samples(intervals.method(rows, of))[of].mean)
+
+
+def _changes(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return, for each model, its value at the longest x minus that at the shortest.
+
+    Both are of the same documents, so errors over documents, unless there is a single seed, are left out.
+    """
+    keys = ["attention", "options", "seed"]
+    start, end = (rows[rows["x"] == at] for at in (rows["x"].min(), rows["x"].max()))
+    both = end.merge(start, on=keys, suffixes=("", "_start"))
+    several = both["seed"].nunique() > 1
+    errors = np.hypot(both["stderr"].fillna(0.0), both["stderr_start"].fillna(0.0))
+    stderr, n = (0.0, 0) if several else (errors, both["n"])
+    changes: pd.DataFrame = both.assign(value=both["value"] - both["value_start"], stderr=stderr, n=n)
+    return changes
+
+
+def _far_text(table: pd.DataFrame, rows: pd.DataFrame, evidence: Evidence) -> tuple[bool | None, str]:
+    """Return whether the same targets are predicted better with a longer context, and by more than the window's.
+
+    rows: those of the setting. An empty text: fixed targets were not measured of both.
+    """
+    targets = table[(table["metric"] == "loss_fixed_targets") & (table["train_len"] == rows["train_len"].iloc[0])]
+    targets = targets.assign(x=pd.to_numeric(targets["context_length"]))
+    same = [name for name in ("model", "corpus", "tokenizer", "train_tokens") if name in rows]
+    targets = targets[targets["x"].isin(LENGTHS)].merge(rows[same].drop_duplicates(), on=same)
+    complete = targets.groupby(["attention", "options"])["x"].transform("nunique") == len(LENGTHS)
+    samples = intervals.samples(_changes(targets[complete])) if complete.any() else {}
+    if STICK not in samples or WINDOW not in samples:
+        return None, ""
+    count = {"targets": targets["targets"].iloc[0]} if "targets" in targets else {}
+    own = intervals.intervals(samples)[STICK]
+    beyond = intervals.differences(samples, WINDOW)[STICK]
+    by_document = _by_document(targets, evidence, **count)
+    own = _in_pairs(by_document, targets, STICK, None, samples) or own
+    beyond = _in_pairs(by_document, targets, STICK, WINDOW, samples) or beyond
+    text = (
+        f" Loss of the same targets: {own.text('{:+.3f}'.format)} nats/token, less the window's change "
+        f"{beyond.text('{:+.3f}'.format)} ({beyond.over('documents')})."
+    )
+    both = statistics.holm([own.below(0.0), beyond.below(0.0)])
+    return all(p < ALPHA for p in both), text
+
+
+def _by_document(rows: pd.DataFrame, evidence: Evidence, **count: object) -> pd.DataFrame:
+    """Return the change of the mean loss of each document (across) from the shorter context to the longer, by cell."""
+    values = evidence.values(rows["cell"]) if "cell" in rows else documents.nothing(())
+    start, end = (
+        documents.sums(values, "nll_sum", context_length=at, **count)
+        / documents.sums(values, "tokens", context_length=at, **count)
+        for at in LENGTHS
+    )
+    change: pd.DataFrame = (end - start).dropna(axis=1)
+    return change
+
+
+def _in_pairs(
+    change: pd.DataFrame, rows: pd.DataFrame, of: Method, other: Method | None, samples: Mapping[Method, Sample]
+) -> Interval | None:
+    """Return the mean of changes by document of a method, less another's; None where they are not stored."""
+    spreads = statistics.spreads(samples)
+    each = pd.DataFrame(1.0, index=change.index[:1], columns=change.columns)
+    mine = change[change.index.isin(documents.cells_of(rows, of))]
+    if other is None:
+        found = documents.difference(mine, 0.0 * each, each, (spreads[of], statistics.UNKNOWN))
+        return found and dataclasses.replace(found, seeds=(len(mine),))
+    others = change[change.index.isin(documents.cells_of(rows, other))]
+    return documents.difference(mine, others, each, (spreads[of], spreads[other]))
+
+
+def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
+    """Judge whether stick-breaking finds more needles past the training length."""
+    rows = selection.needle_scores(table)
+    rows = rows[(rows["metric"] == "score") & (rows["length"] > rows["train_len"])]
+    rows = nearest(rows, selection.NEEDLE.columns)
+    shared = rows[rows["attention"].isin([name for name, _ in METHODS.values()]) & (rows["options"] == "")]
+    rows = rows[rows["task"].isin(set(shared["task"]))]
+    means = selection.mean_over_tasks(rows)
+    samples = intervals.samples(means, Scale.SHARE)
+    gains = trained(intervals.differences(samples, ROPE, Scale.SHARE))
+    gain, answer = gains[STICK], against(gains, 0.0)
+    lengths = ", ".join(f"{length}" for length in sorted(means["length"].unique()))
+    found = (
+        f"Mean score at {lengths} tokens, trained at {rows['train_len'].iloc[0]}: stick-breaking "
+        f"{samples[STICK].mean:.3f}, RoPE {samples[ROPE].mean:.3f}; difference {gain.text('{:+.3f}'.format)} "
+        f"({gain.over('samples')}; {answer.words}; {models(rows)}; {rows['task'].nunique()} of RULER's 13 tasks)."
+    )
+    far = "; ".join(filter(None, [too_small(rows, BILLION), young(rows, evidence)]))
+    if max(samples[STICK].mean, samples[ROPE].mean) < NOTHING:
+        far = "neither finds anything there"
+    more = None if answer.below is None else not answer.below
+    return verdict(more if abs(gain.mean) >= NEEDLES else None, found, far=far)
+
+
+def benchmarks(table: pd.DataFrame, evidence: Evidence) -> Judged:
+    """Judge whether the mean score of the benchmarks above guessing is as high as RoPE's, or nearly."""
+    chosen = few_shot.headline(table)
+    chosen = chosen[[few_shot.METRICS[metric] for metric in chosen["metric"]]]
+    chosen = chosen[chosen["attention"] != "hf"]
+    rows = nearest(chosen, ["model", "train_len", "eval_len", "corpus", "train_tokens"])
+    by_method = {of: set(intervals.method(rows, of)["benchmark"]) for of in (STICK, ROPE)}
+    shared = by_method[STICK] & by_method[ROPE]
+    rows = rows[rows["benchmark"].isin(shared)]
+    above = few_shot.above_guessing(rows[rows["attention"].isin([STICK[0], ROPE[0]]) & (rows["options"] == "")])
+    far = "; ".join(filter(None, [too_small(rows, BILLION), young(rows, evidence)]))
+    if not above:
+        return Judged(UNDECIDED, f"{len(shared)} benchmarks in common ({models(rows)}).", far or "all are at chance")
+    rows = rows[rows["benchmark"].isin(above)]
+    complete = rows.groupby(["attention", "options"])["benchmark"].transform("nunique") == len(above)
+    rows = rows[complete].assign(value=100 * rows["value"], stderr=100 * rows["stderr"])
+    samples = intervals.samples(rows)
+    gains = intervals.differences(samples, ROPE)
+    gain, answer = gains[STICK], against(gains, -POINTS)
+    found = (
+        f"Mean of {', '.join(above)}, of {len(shared)} benchmarks those above chance: stick-breaking "
+        f"{samples[STICK].mean:.1f} %, RoPE {samples[ROPE].mean:.1f} %; difference "
+        f"{gain.text('{:+.1f}'.format)} points ({gain.over('items')}; {answer.words}; {models(rows)})."
+    )
+    return verdict(None if answer.below is None else not answer.below, found, far=far)

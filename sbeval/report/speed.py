@@ -1,0 +1,78 @@
+"""Rules of claims on speed: of training, and of the kernel."""
+
+import math
+
+import pandas as pd
+
+from sbeval.errors import InputError
+from sbeval.report.judge import BILLION, STICK, UNDECIDED, Evidence, Judged, nearest, too_small, verdict
+from sbeval.report.maturity import ROPE
+from sbeval.tables import intervals, selection
+from sbeval.tables.published import SPEED
+from sbeval.tables.statistics import Interval, Scale
+
+KERNELS = ["triton", "flash"]
+TIMES = ["time", "time_q20", "time_q80"]
+# softmax kernels that count as FlashAttention
+FUSED = ("flash", "cudnn")
+# runs of a model, fewer of which decide nothing
+RUNS = 3
+
+
+def training_speed(table: pd.DataFrame, evidence: Evidence) -> Judged:
+    """Judge which share of RoPE's tokens per second training reaches, by the faster of softmax's kernels."""
+    rows = table[(table["metric"] == "throughput") & (table["step"] == "train")]
+    rows = nearest(rows, ["model", "device", "dtype", "queries", "batch", "head_dim"])
+    stick, rope = (_fastest(intervals.method(rows, of)) for of in (STICK, ROPE))
+    samples = intervals.samples(pd.concat([stick, rope]), Scale.LOG)
+    change = intervals.differences(samples, ROPE, Scale.LOG)[STICK]
+    ratio = _percent(change)
+    runs, backends = int(rows["n"].min()), sorted(set(rope["backend"]))
+    found = (
+        f"{stick['value'].mean():,.0f} against {rope['value'].mean():,.0f} tokens/s: {ratio.text('{:.0f}'.format)} % "
+        f"({runs} run{'s' * (runs > 1)} each; RoPE through {', '.join(backends)}; {rows['model'].iloc[0]} model, "
+        f"{rows['queries'].iloc[0]} tokens a sequence, {rows['device'].iloc[0]})."
+    )
+    far = too_small(rows, BILLION)
+    if not set(backends) & set(FUSED):
+        far = f"RoPE ran through {', '.join(backends)}, and the claim is about FlashAttention-2"
+    elif runs < RUNS:
+        far = f"{runs} run{'s' * (runs > 1)} each, fewer than {RUNS}"
+    bound = math.log(SPEED)
+    answer = True if change.low >= bound else False if change.high < bound else None
+    return verdict(answer, found, far=far)
+
+
+def _percent(change: Interval) -> Interval:
+    """Return the ratio of a difference of logarithms, in percent."""
+    mean, low, high = (100 * math.exp(end) for end in (change.mean, change.low, change.high))
+    return Interval(mean, low, high)
+
+
+def _fastest(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the backend with the most tokens per second."""
+    means = rows.groupby("backend")["value"].mean()
+    return rows[rows["backend"] == means.idxmax()]
+
+
+def kernel_speed(step: str, table: pd.DataFrame, evidence: Evidence) -> Judged:
+    """Judge whether the kernel is slower than FlashAttention-2 at the longest sequence that both have on a device."""
+    times = pd.concat(selection.dense_kernels(table, metric) for metric in TIMES)
+    times = times[(times["step"] == step) & times["backend"].isin(KERNELS)]
+    wide = times.pivot_table("value", ["device", "head_dim", "queries", "batch"], ["metric", "backend"])
+    both = wide.reindex(columns=pd.MultiIndex.from_product([TIMES, KERNELS])).dropna()
+    if both.empty:
+        raise InputError(f"no times of {step.replace('_', ' + ')} of both this kernel and FlashAttention-2")
+    # the shortest times of one over the longest of the other
+    ends = zip(("mean", "low", "high"), TIMES, ("time", "time_q80", "time_q20"), strict=True)
+    each = pd.DataFrame({name: both[flash, "flash"] / both[ours, "triton"] for name, flash, ours in ends})
+    longest = each.reset_index().groupby(["device", "head_dim"]).tail(1)
+    ratios, parts = [], []
+    for device, dim, queries, _, mean, low, high in longest.itertuples(index=False, name=None):
+        ratios.append(Interval(mean, low, high))
+        parts.append(f"{ratios[-1].text('{:.2f}'.format)} (heads of {dim:g}, {queries:g} tokens, {device})")
+    found = f"This kernel's throughput over FlashAttention-2's: {', '.join(parts)}; 20 to 80 % of timings."
+    answers = {True if ratio.high <= 1 else False if ratio.low > 1 else None for ratio in ratios}
+    if len(answers) > 1:
+        return Judged(UNDECIDED, found, "it depends on the head size or the device")
+    return verdict(answers.pop(), found)

@@ -1,0 +1,57 @@
+"""Losses of single documents, from the values behind rows of `length_gen`: differences of methods paired by text."""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pandas as pd
+
+from sbeval.tables import statistics
+from sbeval.tables.statistics import Floats, Interval, Method, Spread
+
+# reads the values of cells: column `cell`, then those of `sbeval.tables.values`
+Values = Callable[[Iterable[str]], pd.DataFrame]
+# factors that tell the values of one number apart
+FACTORS = ("position_start", "position_end", "context_length", "last_k", "window", "targets", "eval_corpus")
+
+
+def nothing(cells: Iterable[str]) -> pd.DataFrame:
+    """Return no values: those of results from before they were stored."""
+    return pd.DataFrame(columns=["cell", "metric", "unit_id", "value"])
+
+
+def sums(values: pd.DataFrame, metric: str, **factors: object) -> pd.DataFrame:
+    """Return the sum of a metric by cell (down) and document (across), of the number with exactly these factors."""
+    chosen = values[values["metric"] == metric]
+    for name in FACTORS:
+        if name not in chosen:
+            continue
+        if name in factors:
+            chosen = chosen[chosen[name] == factors[name]]
+        else:
+            chosen = chosen[chosen[name].isna() | (chosen[name] == "")]
+    return chosen.pivot_table("value", "cell", "unit_id", aggfunc="sum").dropna(axis=1)
+
+
+def difference(
+    of: pd.DataFrame, other: pd.DataFrame, tokens: pd.DataFrame, spread: tuple[Spread, Spread]
+) -> Interval | None:
+    """Return the interval of the loss of one method minus another's, in nats/token, over seeds and pairs of documents.
+
+    of, other: sums of losses, a row for each seed. tokens: of any cell. None where they share fewer than two documents,
+    or the same document has different tokens.
+    """
+    shared = [name for name in of.columns if name in other.columns and name in tokens.columns]
+    if len(shared) < 2 or of.empty or other.empty or (tokens[shared].nunique() > 1).any():
+        return None
+    first, second, counts = (_array(frame[shared]) for frame in (of, other, tokens))
+    return statistics.bootstrap(first, second, counts[0], spread)
+
+
+def _array(frame: pd.DataFrame) -> Floats:
+    return np.asarray(frame.to_numpy(), dtype=np.float64)
+
+
+def cells_of(rows: pd.DataFrame, method: Method) -> list[str]:
+    """Return the cells of a method."""
+    mine = rows[(rows["attention"] == method[0]) & (rows["options"] == method[1])]
+    return list(dict.fromkeys(mine["cell"]))

@@ -1,0 +1,132 @@
+"""Intervals of rows of result tables, by `sbeval.tables.statistics`: means of methods, and their differences."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sbeval.tables import statistics
+from sbeval.tables.statistics import Interval, Method, Sample, Scale
+
+# seeds are drawn one by one up to this number
+FEW = 3
+# metrics that are shares of units
+SHARES = ("accuracy", "validation_accuracy", "error_rate", "score", "greedy", "filled")
+# columns of `points`; `each`: the values of the seeds
+COLUMNS = ("mean", "low", "high", "seeds", "units", "each")
+
+
+def scale_of(metric: str) -> Scale:
+    """Return how the values of a metric vary. Scores of benchmarks are far from 0 and 1, and are pooled."""
+    if metric.endswith("perplexity"):
+        return Scale.LOG
+    return Scale.SHARE if metric in SHARES else Scale.LINEAR
+
+
+def method(rows: pd.DataFrame, of: Method) -> pd.DataFrame:
+    """Return the rows of one method."""
+    return rows[(rows["attention"] == of[0]) & (rows["options"] == of[1])]
+
+
+def samples(rows: pd.DataFrame, scale: Scale = Scale.LINEAR) -> dict[Method, Sample]:
+    """Return the sample of each method, from columns seed, value, stderr and n, on the scale of its interval.
+
+    Several rows of a seed are averaged as independent.
+    """
+    return next(iter(grouped(rows, [], scale).values()), {})
+
+
+def points(rows: pd.DataFrame, by: Sequence[str], scale: Scale = Scale.LINEAR) -> pd.DataFrame:
+    """Return the mean and interval of each method for each value of `by`: attention, options, `by` and COLUMNS.
+
+    `rows` are those of one setting: the seeds' standard deviation is pooled over its methods, for each value of `by`.
+    """
+    lines = []
+    for key, of_key in grouped(rows, by, scale).items():
+        for of, interval in intervals(of_key, scale).items():
+            drawn = [back(value, scale) for value in (interval.mean, interval.low, interval.high)]
+            each = tuple(back(value, scale) for value in of_key[of].values.tolist())
+            lines.append([*of, *key, *drawn, len(each), interval.units, each])
+    columns = ["attention", "options", *by, *COLUMNS]
+    return pd.DataFrame(lines, columns=columns).astype({"seeds": "int64", "units": "int64"})
+
+
+def intervals(of: Mapping[Method, Sample], scale: Scale = Scale.LINEAR) -> dict[Method, Interval]:
+    """Return the interval of each method of a setting, on the scale of its sample."""
+    if scale is Scale.SHARE:
+        return {method: statistics.share(sample) for method, sample in of.items()}
+    spreads = statistics.spreads(of)
+    return {method: statistics.interval(sample, spreads[method]) for method, sample in of.items()}
+
+
+def differences(
+    of: Mapping[Method, Sample], reference: Method, scale: Scale = Scale.LINEAR, *, same_units: bool = False
+) -> dict[Method, Interval]:
+    """Return the interval of each method of a setting minus the reference, on the scale of the samples.
+
+    same_units: all are measured on the same documents, whose common part cancels: with a deviation over seeds, errors
+    over documents are left out. Without one, and otherwise, they add as if the documents were others.
+    """
+    others = {method: sample for method, sample in of.items() if method != reference}
+    if scale is Scale.SHARE:
+        each = intervals(of, scale)
+        return {method: statistics.minus(each[method], each[reference]) for method in others}
+    spreads = statistics.spreads(of)
+    found = {}
+    for method, sample in others.items():
+        pair, spread = [sample, of[reference]], (spreads[method], spreads[reference])
+        if same_units and all(one.freedom for one in spread):
+            pair = [dataclasses.replace(one, stderr=0.0, units=0) for one in pair]
+        found[method] = statistics.less(pair[0], pair[1], spread)
+    return found
+
+
+def grouped(rows: pd.DataFrame, by: Sequence[str], scale: Scale) -> dict[tuple[Any, ...], dict[Method, Sample]]:
+    """Return the sample of each method for each value of `by`, sorted by it, on the scale of its interval."""
+    values, errors = rows["value"].to_numpy(dtype=float), rows["stderr"].fillna(0.0).to_numpy(dtype=float)
+    if scale is Scale.LOG:
+        values, errors = np.log(values), errors / values
+    units = rows["n"] if "n" in rows else 0
+    rows = rows.assign(value=values, square=errors**2, units=units)
+    keys = [*by, "attention", "options"]
+    seeds = rows.groupby([*keys, "seed"], dropna=False, as_index=False).agg(
+        value=("value", "mean"), square=("square", "sum"), count=("value", "size"), units=("units", "sum")
+    )
+    seeds["square"] /= seeds["count"] ** 2
+    each: dict[tuple[Any, ...], list[tuple[float, float, int]]] = {}
+    for *key, _, value, square, _, count in seeds.itertuples(index=False, name=None):
+        each.setdefault(tuple(key), []).append((value, square, count))
+    grouped: dict[tuple[Any, ...], dict[Method, Sample]] = {}
+    for (*at, name, options), rows_of in each.items():
+        one, squares, counts = (list(column) for column in zip(*rows_of, strict=True))
+        sample = Sample(np.array(one, dtype=float), math.sqrt(sum(squares) / len(squares)), int(min(counts)))
+        grouped.setdefault(tuple(at), {})[str(name), str(options)] = sample
+    return grouped
+
+
+def back(value: float, scale: Scale) -> float:
+    """Return the number of a value on the scale of its interval."""
+    return math.exp(value) if scale is Scale.LOG else value
+
+
+def percent(change: float) -> str:
+    """Write a change of a logarithm as one of the number itself."""
+    return f"{100 * math.expm1(change):+.0f} %"
+
+
+def explain(drawn: Iterable[pd.DataFrame], shape: str, unit: str) -> str:
+    """Explain in a sentence the bands or bars (`shape`) of a figure; `unit`: what one seed's value is a mean over."""
+    # a table can have too few sequences for any point
+    rows = pd.concat([pd.DataFrame(columns=["seeds"]), *drawn])
+    if rows.empty:
+        return ""
+    fewest, most = int(rows["seeds"].min()), int(rows["seeds"].max())
+    if most == 1:
+        wide = bool((rows["high"] > rows["low"]).any())
+        return f"One seed; {shape}: 95 % interval over {unit}." if wide else "One seed."
+    counts = f"{most}" if fewest == most else f"{fewest} to {most}"
+    dots = "; dots: seeds" if fewest <= FEW else ""
+    return f"Means of {counts} seeds; {shape}: 95 % interval over seeds and {unit}{dots}."

@@ -1,0 +1,148 @@
+"""How many seeds and documents find a given difference of two methods in ln perplexity, by a two-sided t test.
+
+The difference of two means over n seeds and m documents has the variance 2 s²/n + d²/m: s is the standard deviation of
+seeds, d that of the difference over documents, which are the same for both methods. Both come from results; s is then
+an estimate, and power is its mean over the values of s that the estimate allows (O'Hagan et al. 2005, "assurance").
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import special, stats
+
+from sbeval.errors import InputError
+from sbeval.tables import documents, intervals, selection, statistics, table, values
+from sbeval.tables.power_options import Config
+from sbeval.tables.results import Results
+from sbeval.tables.statistics import Spread
+
+# points at which the distribution of an estimated standard deviation is averaged
+POINTS = 200
+# seeds that no one trains
+MOST = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Deviations in nats/token: of seeds, and of a difference over documents (None: not known); their number."""
+
+    seeds: Spread
+    documents: float | None
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A table of seeds a method by difference and number of documents, and what it rests on."""
+
+    headings: list[str]
+    rows: list[list[str]]
+    notes: list[str]
+
+
+def plan(config: Config) -> Plan:
+    """Return the seeds a method that find each difference, for each number of documents."""
+    noise = measured(config)
+    known = noise.documents is not None
+    counts = config.documents or ((noise.count, 4 * noise.count) if known else (0,))
+    rows = []
+    for difference in config.differences:
+        for count in counts:
+            over = (noise.documents or 0.0) ** 2 / count if known and count else 0.0
+            found = seeds(difference, noise.seeds, over, config.power, config.alpha)
+            rows.append([f"{difference:g}", f"{count}" if known else "", f"{found}" if found else "no number"])
+    freedom = f", {noise.seeds.freedom} degrees of freedom" if noise.seeds.freedom < MOST else ""
+    notes = [f"Power {config.power:g} at level {config.alpha:g}; seeds vary by {noise.seeds.sd:.4f} nats{freedom}."]
+    if known:
+        notes.append(f"The difference of two methods varies over documents by {noise.documents:.4f} nats.")
+    else:
+        notes.append("No losses of documents are stored for two methods: documents are not counted (--document-sd).")
+    return Plan(["difference (nats/token)", "documents", "seeds a method"], rows, notes)
+
+
+def seeds(difference: float, spread: Spread, of_documents: float, power: float, alpha: float) -> int | None:
+    """Return the fewest seeds of each of two methods that find a difference; None where no number does.
+
+    of_documents: the variance of the difference over documents. An `alpha`-level test never finds what documents hide.
+    """
+    low, high = 2, 4
+    while probability(high, difference, spread, of_documents, alpha) < power:
+        low, high = high, 2 * high
+        if low > MOST:
+            return None
+    while low < high:
+        middle = (low + high) // 2
+        if probability(middle, difference, spread, of_documents, alpha) < power:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def probability(count: int, difference: float, spread: Spread, of_documents: float, alpha: float) -> float:
+    """Return the probability that `count` seeds of each method find a difference: the power, or its mean over s."""
+    freedom = 2 * (count - 1)
+    quantile = float(special.stdtrit(freedom, 1 - alpha / 2))
+    share = (np.arange(POINTS) + 0.5) / POINTS
+    # an infinite number of degrees of freedom is a deviation that is known
+    known = math.isinf(spread.freedom)
+    squares = spread.sd**2 if known else spread.sd**2 * spread.freedom / special.chdtri(spread.freedom, share)
+    centers = difference / np.sqrt(2 * np.asarray(squares) / count + of_documents)
+    return float(np.mean(stats.nct.sf(quantile, freedom, centers) + stats.nct.cdf(-quantile, freedom, centers)))
+
+
+def measured(config: Config) -> Noise:
+    """Return the deviations that are given, and for others those of the setting of `length_gen` with the most seeds.
+
+    Raise InputError where neither says how much seeds vary.
+    """
+    found = None
+    path = Results(config.results_dir).table("length_gen")
+    if config.seed_sd is None or config.document_sd is None:
+        found = _of_results(path, config.results_dir) if path.exists() else None
+    spread = found.seeds if found else statistics.UNKNOWN
+    if config.seed_sd is not None:
+        spread = Spread(config.seed_sd, math.inf)
+    if spread.freedom == 0:
+        raise InputError(f"{path} has no method with two seeds to say how much seeds vary: give --seed-sd")
+    over = config.document_sd if config.document_sd is not None else found.documents if found else None
+    return Noise(spread, over, found.count if found else 16)
+
+
+def _of_results(path: Path, results_dir: Path) -> Noise | None:
+    try:
+        rows = selection.by_context(table.read(path))
+    except InputError:
+        return None
+    rows = rows[rows["x"] == rows["train_len"]]
+    best = None
+    for _, part in rows.groupby(["model", "train_len", "corpus", "train_tokens"]):
+        samples = intervals.samples(part, statistics.Scale.LOG)
+        spread = statistics.pooled(samples)
+        if best is None or spread.freedom > best.seeds.freedom:
+            over = _over_documents(part, lambda cells: values.read(Results(results_dir), cells))
+            best = Noise(spread, over, min(sample.units for sample in samples.values()))
+    return best
+
+
+def _over_documents(rows: pd.DataFrame, read: Callable[[Iterable[str]], pd.DataFrame]) -> float | None:
+    """Return the standard deviation over documents of the difference of two methods, of the mean over their seeds."""
+    stored = read(rows["cell"])
+    context = int(rows["x"].iloc[0])
+    sums, tokens = (documents.sums(stored, name, context_length=context) for name in ("nll_sum", "tokens"))
+    if sums.empty:
+        return None
+    losses = sums / tokens
+    methods = rows.drop_duplicates("cell").set_index("cell")[["attention", "options"]].agg(":".join, axis=1)
+    means = losses.groupby(methods.reindex(losses.index)).mean().dropna(axis=1)
+    if len(means) < 2 or means.shape[1] < 2:
+        return None
+    # the variance of a difference of two is twice that within the methods of a document
+    apart = means - means.mean()
+    apart = apart.sub(apart.mean(axis=1), axis=0)
+    freedom = (len(means) - 1) * (means.shape[1] - 1)
+    return math.sqrt(2 * float((apart.to_numpy() ** 2).sum()) / freedom)

@@ -1,0 +1,198 @@
+"""The gap between methods by training tokens: a limit plus a power of tokens, with intervals.
+
+    gap(D) = limit + amplitude (D / D1)^-exponent
+
+D are training tokens, D1 the fewest. A gap is a method's mean loss over test documents at the training length (nats per
+token, the logarithm of perplexity) minus the baseline's. The fit is by least squares, with exponents from 0.1 to 3.
+
+Intervals are 95 %. Models of one seed share a trunk, so their errors do too: the errors of a method's means at all
+token counts are drawn together, from the covariance of seeds around the mean of their method, pooled over methods, with
+Student's t for its degrees of freedom; the gaps with these errors are fitted again. Documents are the same for all
+methods and token counts, and their sampling is not part of it. If no method has a second seed there is no interval.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from rich.table import Table as Terminal
+
+from sbeval.errors import InputError, choose
+from sbeval.tables import mqrar
+from sbeval.tables.rows import Identity, Provenance, labels
+from sbeval.tables.selection import LENGTH_GEN, RECIPE, length_gen_setting
+
+Floats = npt.NDArray[np.float64]
+Method = tuple[str, str]
+COLUMNS = ("attention", "options", "seed", "metric", "value", "context_length", *LENGTH_GEN.columns)
+BASELINE = ("rope", "")
+# token counts below which three parameters are not fitted
+FEWEST = 4
+EXPONENTS = np.linspace(0.1, 3.0, 581)
+DRAWS = 4000
+TAILS = (2.5, 97.5)
+LABELS = labels(Identity, Provenance, mqrar.Row)
+FORMATS = ("terminal", "markdown", "csv")
+
+
+@dataclass(frozen=True, slots=True)
+class Bounded:
+    """A number and its 95 % interval; NaN where there is none."""
+
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+
+    def text(self) -> str:
+        shown = f"{self.value:+.3f}"
+        return (shown if math.isnan(self.low) else f"{shown} [{self.low:+.3f}, {self.high:+.3f}]").replace("-", "−")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ladder:
+    """The gap of one method to the baseline in one setting. seeds: of the method and of the baseline."""
+
+    setting: str
+    method: Method
+    seeds: tuple[int, int]
+    tokens: Floats
+    gaps: list[Bounded]
+    limit: Bounded
+    amplitude: float
+    exponent: Bounded
+
+    def at(self, tokens: Floats) -> Floats:
+        """Return the fitted gap at these training tokens."""
+        fitted: Floats = self.limit.value + self.amplitude * (tokens / self.tokens[0]) ** -self.exponent.value
+        return fitted
+
+    @property
+    def crossing(self) -> float:
+        """Training tokens at which the fit is 0; NaN if it never is."""
+        if self.limit.value * self.amplitude >= 0:
+            return math.nan
+        return float(self.tokens[0] * (-self.amplitude / self.limit.value) ** (1 / self.exponent.value))
+
+
+def fit(tokens: Floats, gaps: Floats) -> Floats:
+    """Return limit, amplitude and exponent (N, 3) of the power laws nearest to gaps (N, T) at tokens (T,)."""
+    x = (tokens / tokens[0]) ** -EXPONENTS[:, None]
+    x_mean, y_mean = x.mean(1), gaps.mean(1, keepdims=True)
+    x_off, y_off = x - x_mean[:, None], gaps - y_mean
+    covariance = y_off @ x_off.T
+    slopes = covariance / (x_off**2).sum(1)
+    # the sum of squares that is left is that of y_off less this
+    best = (covariance * slopes).argmax(1)
+    amplitude = slopes[np.arange(len(gaps)), best]
+    return np.stack([y_mean[:, 0] - amplitude * x_mean[best], amplitude, EXPONENTS[best]], 1)
+
+
+def ladders(table: pd.DataFrame) -> list[Ladder]:
+    """Return the gap by training tokens of every method that has enough token counts in common with the baseline.
+
+    A seed without all of these counts is left out.
+    """
+    rows = table[(table["metric"] == "perplexity") & (table["context_length"] == table["train_len"])]
+    setting = [name for name in length_gen_setting(rows).columns if name != "train_tokens"]
+    found = []
+    for key, group in rows.groupby(setting, dropna=False):
+        counts = group.pivot_table("value", ["attention", "options", "seed"], "train_tokens")
+        losses = counts.astype(float).map(math.log, na_action="ignore")
+        named = dict(zip(setting, key, strict=True))
+        title = ", ".join(
+            LABELS.get(name, f"{name.replace('_', ' ')} {{}}").format(named[name])
+            for name in (*LENGTH_GEN.always, *RECIPE)
+            if name in named
+        )
+        for method in dict.fromkeys((str(attention), str(options)) for attention, options, _ in losses.index):
+            if method != BASELINE and (ladder := _ladder(title, losses, method)):
+                found.append(ladder)
+    return found
+
+
+def _ladder(setting: str, losses: pd.DataFrame, method: Method) -> Ladder | None:
+    pair = [losses[_is(losses, of)] for of in (method, BASELINE)]
+    counts = [name for name in losses if all(of[name].notna().any() for of in pair)]
+    mine, base = (of[counts].dropna().to_numpy() for of in pair)
+    if len(counts) < FEWEST or not len(mine) or not len(base):
+        return None
+    tokens, gaps = np.array(counts, dtype=float), mine.mean(0) - base.mean(0)
+    limit, amplitude, exponent = (float(number) for number in fit(tokens, gaps[None])[0])
+    drawn = gaps + _errors(losses[counts].dropna(), len(mine), len(base))
+    refitted = fit(tokens, drawn) if len(drawn) else drawn
+    return Ladder(
+        setting=setting,
+        method=method,
+        seeds=(len(mine), len(base)),
+        tokens=tokens,
+        gaps=[_bounded(float(gap), drawn[:, index]) for index, gap in enumerate(gaps)],
+        limit=_bounded(limit, refitted[:, 0]),
+        amplitude=amplitude,
+        exponent=_bounded(exponent, refitted[:, 2]),
+    )
+
+
+def _is(losses: pd.DataFrame, method: Method) -> "npt.NDArray[np.bool_]":
+    return np.array([(attention, options) == method for attention, options, _ in losses.index])
+
+
+def _errors(losses: pd.DataFrame, mine: int, base: int) -> Floats:
+    """Draw errors of gaps (N, T) between means of so many seeds; none (0, T) if no method has a second seed."""
+    means = losses.groupby(level=["attention", "options"]).transform("mean")
+    off = (losses - means).to_numpy()
+    freedom = len(losses) - losses.groupby(level=["attention", "options"]).ngroups
+    if freedom < 1:
+        return np.empty((0, losses.shape[1]))
+    generator = np.random.default_rng(0)
+    student = generator.standard_normal((DRAWS, len(off))) / np.sqrt(generator.chisquare(freedom, (DRAWS, 1)))
+    errors: Floats = student @ off * math.sqrt(1 / mine + 1 / base)
+    return errors
+
+
+def _bounded(value: float, drawn: Floats) -> Bounded:
+    if not len(drawn):
+        return Bounded(value)
+    low, high = np.percentile(drawn, TAILS)
+    return Bounded(value, float(low), float(high))
+
+
+def frame(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the fits, a method each; InputError where no method has enough token counts."""
+    found = ladders(table)
+    if not found:
+        raise InputError(
+            f"no method has {FEWEST} or more counts of training tokens in common with RoPE in one setting; "
+            "sbeval run tokens, or length-gen --schedule wsd with --branch, trains such models"
+        )
+    return pd.DataFrame(
+        {
+            "setting": each.setting,
+            "method": ":".join(filter(None, each.method)),
+            "seeds": f"{each.seeds[0]} and {each.seeds[1]}",
+            "tokens": f"{each.tokens[0]:.4g} to {each.tokens[-1]:.4g}",
+            "gap at the most": each.gaps[-1].text(),
+            "limit": each.limit.text(),
+            "exponent": each.exponent.text().replace("+", ""),
+            "is 0 at": "" if math.isnan(each.crossing) else f"{each.crossing:.2g}",
+        }
+        for each in found
+    )
+
+
+def render(table: pd.DataFrame, format: str = "terminal") -> Terminal | str:
+    """Return the fits in a format."""
+    choose("format", format, FORMATS)
+    rows = frame(table)
+    if format == "csv":
+        return rows.to_csv(index=False).rstrip("\n")
+    if format == "markdown":
+        lines: list[list[str]] = [[str(name) for name in rows], ["---"] * len(rows.columns), *rows.to_numpy().tolist()]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    shown = Terminal(title="Loss minus RoPE's by training tokens D (nats per token): limit + amplitude D^-exponent")
+    for name in rows:
+        shown.add_column(str(name))
+    for line in rows.to_numpy().tolist():
+        shown.add_row(*line)
+    return shown

@@ -1,0 +1,65 @@
+"""The figure of gaps by training tokens: its points are the gaps, its lines the fit, and most tables have none."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+
+from sbeval import registry
+from sbeval.errors import InputError
+from sbeval.plots import style, tokens
+from sbeval.report.figures import draw_figures
+from sbeval.tables.tokens import ladders
+
+# the made-up tables of the fit's own tests
+SPEC = importlib.util.spec_from_file_location("made_up", Path(__file__).parents[1] / "sbeval/tables/test_tokens.py")
+assert SPEC and SPEC.loader
+made_up: Any = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(made_up)
+
+
+def table(seeds: int = 2) -> pd.DataFrame:
+    rows: pd.DataFrame = made_up.table(made_up.law(-0.05, 0.3, 1.0), seeds=seeds, noise=0.002)
+    return rows
+
+
+def test_points_are_the_gaps_and_lines_the_fit() -> None:
+    (ladder,) = ladders(table())
+    (axis,) = tokens.draw(table()).axes
+    points, fitted, beyond = [line for line in axis.get_lines() if len(line.get_xdata()) != 2]  # type: ignore[arg-type]
+    assert np.asarray(points.get_xdata()).tolist() == ladder.tokens.tolist()
+    assert np.asarray(points.get_ydata()).tolist() == [gap.value for gap in ladder.gaps]
+    (bars,) = axis.collections
+    assert [sorted(part[:, 1]) for part in bars.get_segments()] == [[gap.low, gap.high] for gap in ladder.gaps]  # type: ignore[attr-defined]
+    for line, ends in ((fitted, (6e7, 9.6e8)), (beyond, (9.6e8, 4 * 9.6e8))):
+        x = np.asarray(line.get_xdata())
+        assert (x[0], x[-1]) == pytest.approx(ends)
+        assert np.asarray(line.get_ydata()) == pytest.approx(ladder.at(x))
+    assert to_hex(points.get_color()) == style.COLOURS[0] and axis.get_xscale() == "log"
+
+
+def test_the_page_has_the_same_numbers_and_the_limit() -> None:
+    (ladder,) = ladders(table())
+    chart = tokens.chart(table())
+    (panel,) = chart.groups[0].panels
+    assert panel.rows()["low"].tolist() == [gap.low for gap in ladder.gaps]
+    assert f"stick-breaking {ladder.limit.text()}" in chart.note and "2 seeds" in chart.note
+    (panel,) = tokens.chart(table(seeds=1)).groups[0].panels
+    # without an interval a point has no bar
+    assert (panel.rows()["low"] == panel.rows()["high"]).all()
+
+
+def test_a_table_of_one_token_count_has_no_such_figure(tmp_path: Path) -> None:
+    once = table()
+    once = once[once["train_tokens"] == once["train_tokens"].max()]
+    assert registry.has_rows("tokens", table()) and not registry.has_rows("tokens", once)
+    assert registry.has_rows("length_gen", once)
+    once.assign(position_start="", position_end="", stderr="", cell="x").to_csv(
+        tmp_path / "length_gen.csv", index=False
+    )
+    with pytest.raises(InputError, match="no method has 4 or more counts of training tokens"):
+        draw_figures(tmp_path, ["tokens"], ["png"])

@@ -1,0 +1,77 @@
+"""A model is trained by one process at a time, and what --force clears is cleared once."""
+
+import dataclasses
+import io
+import pickle
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from sbeval.errors import InputError
+from sbeval.runtime.progress import Progress
+from sbeval.sweep.context import RunContext
+
+
+def test_force_empties_a_checkpoint(tmp_path: Path) -> None:
+    context, progress = RunContext(results_dir=tmp_path, device=torch.device("cpu")), Progress(Console(quiet=True))
+    with context.checkpoint(["key"], progress) as folder:
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+    with context.checkpoint(["key"], progress) as again:
+        assert again == folder and folder.exists()
+    forced = dataclasses.replace(context, force=True)
+    with forced.checkpoint(["key"], progress) as again:
+        assert again == folder and not folder.exists()
+        folder.mkdir()
+    # once in a run: the copy is that of another worker
+    for other in (forced, pickle.loads(pickle.dumps(forced))):
+        with other.checkpoint(["key"], progress):
+            assert folder.exists()
+    with RunContext(results_dir=tmp_path, device=torch.device("cpu"), force=True).checkpoint(["key"], progress):
+        assert not folder.exists()
+
+
+def test_what_was_not_cleared_to_the_end_is_cleared_again(tmp_path: Path) -> None:
+    forced = RunContext(results_dir=tmp_path, device=torch.device("cpu"), force=True)
+    with pytest.raises(KeyboardInterrupt), forced.clearing(tmp_path / "answers"):
+        raise KeyboardInterrupt
+    for stale in (True, False):
+        with forced.clearing(tmp_path / "answers") as found:
+            assert found == stale
+
+
+def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sbeval.sweep.context.POLL_S", 0.01)
+    context, console = (
+        RunContext(results_dir=tmp_path, device=torch.device("cpu")),
+        Console(file=io.StringIO(), width=200),
+    )
+    order: list[str] = []
+
+    def second() -> None:
+        with context.checkpoint(["key"], Progress(console)):
+            order.append("second")
+
+    with context.checkpoint(["key"], Progress(console)) as folder:
+        other = threading.Thread(target=second)
+        other.start()
+        time.sleep(0.1)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == f"another process trains {folder}: waiting\n"
+
+
+def test_tensorboard_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"), track=(f"tensorboard:{tmp_path}",))
+    with pytest.raises(InputError, match=r"pip install 'sbeval\[tensorboard\]'"), context.logger("a"):
+        pass
+    with dataclasses.replace(context, track=()).logger("a") as log:
+        assert log is None

@@ -1,0 +1,81 @@
+"""The plan of a study: its trainings, their cost, and their sum."""
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sbeval.cli import main
+from sbeval.data import sources
+from sbeval.models import decoder
+from sbeval.sweep import plan, scheduler, study_file
+from sbeval.sweep.context import RunContext
+from sbeval.tasks import length_gen
+
+STUDY = """
+models: {{attention: [rope, alibi], train_len: 16, train_tokens: 128, batch_tokens: 32, corpus: {corpus}}}
+length_gen: {{eval_len: 64, documents: 3, attention: [rope, "rope:scaling=ntk,factor=4", alibi]}}
+needle: {{tasks: [niah_single_1], lengths: [1024], samples: 1, finetune: 0, essays: {essay}}}
+flip_flop: {{seq_len: 16, width: 8, batch: 4, steps: 4, test_rows: 20}}
+"""
+
+
+def run(*arguments: object) -> tuple[Any, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["sbeval", "run", *map(str, arguments)])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main.main()
+    return ended.value.code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "texts").mkdir()
+    for role in ("train0", "test0", "test1", "test2"):
+        (folder / "texts" / f"{role}.txt").write_text(f"{role} says this and that. " * 9)
+    (folder / "essay.txt").write_text("This is a sentence. Here is another one! Is it? " * 30)
+    path = folder / "tiny.yaml"
+    path.write_text(STUDY.format(corpus=folder / "texts", essay=folder / "essay.txt"))
+    return path
+
+
+def test_a_dry_run_says_the_plan_and_writes_nothing(study: Path, tmp_path: Path) -> None:
+    code, out, err = run(study, "--set", "mqrar.preset=h200", "--device", "cpu", "--results-dir", tmp_path, "--dry-run")
+    assert (code, err) == (0, "") and not list(tmp_path.iterdir())
+    rows = {cells[1].strip(): cells for line in out.splitlines() if len(cells := line.split("│")) > 3}
+    # cells, then models; of the further seeds as many as there can be
+    counts = {name: (cells[2].strip(), cells[4].strip()) for name, cells in rows.items()}
+    assert counts == {
+        "text": ("", ""),
+        "training": ("", "2"),
+        "length_gen": ("3", ""),
+        "needle": ("2", ""),
+        "flip_flop": ("2", "2"),
+        "mqrar": ("180", "180"),
+        "all": ("187", "184"),
+    }
+    assert "left out: attention_map, few_shot" in out
+
+
+def test_a_plan_adds_up(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e9)
+    monkeypatch.setitem(scheduler.EFFICIENCY, "cpu", 0.5)
+    parts = study_file.parts(study_file.read(str(study)), lambda said: "float32")
+    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"))
+    lines = {line.name: line for line in plan.lines(parts, context)}
+    shape = length_gen.cells(parts[0].config)[0].model(257)
+    weights = 2 * decoder.n_parameters(shape)
+    assert lines["training"].disk == 4 * weights and lines["training"].models == 2
+    assert all(line.hours == pytest.approx(line.flops / 0.5e9 / 3600) for line in lines.values())
+    # bytes are kept in two each
+    files = sum(path.stat().st_size for path in (study.parent / "texts").iterdir())
+    assert lines["text"].disk == 2 * files == 2 * (sources.size(str(study.parent / "texts")) or 0)
+    monkeypatch.setattr(sources, "size", lambda spec: None)
+    assert {line.name: line for line in plan.lines(parts, context)}["text"].disk is None
+    assert "unknown" in plan._words(plan._all(plan.lines(parts, context)))

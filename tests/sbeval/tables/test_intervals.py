@@ -1,0 +1,93 @@
+"""Intervals of made-up rows: their scale, what is pooled, and how figures explain them."""
+
+import math
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from sbeval.tables import intervals
+from sbeval.tables.statistics import Scale
+
+ROPE, ALIBI = ("rope", ""), ("alibi", "")
+
+
+def rows(values: dict[str, list[float]], **common: Any) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"attention": name, "options": "", "seed": seed, "value": value, "stderr": math.nan, "n": 16, "x": 1} | common
+        for name, seeds in values.items()
+        for seed, value in enumerate(seeds)
+    )
+
+
+def test_perplexities_are_averaged_as_logarithms() -> None:
+    (mean,) = intervals.points(rows({"rope": [10.0, 40.0]}), ["x"], Scale.LOG)["mean"]
+    assert mean == pytest.approx(20.0)
+    (mean,) = intervals.points(rows({"rope": [10.0, 40.0]}), ["x"])["mean"]
+    assert mean == 25.0
+
+
+def test_seeds_are_pooled_at_each_x_alone() -> None:
+    table = pd.concat([rows({"rope": [1.0, 2.0], "alibi": [1.5]}), rows({"rope": [1.0, 5.0], "alibi": [1.5]}, x=2)])
+    found = intervals.points(table, ["x"])
+    assert found[["attention", "x", "seeds"]].values.tolist() == [
+        ["alibi", 1, 1],
+        ["rope", 1, 2],
+        ["alibi", 2, 1],
+        ["rope", 2, 2],
+    ]
+    # the single seed of one has the deviation of the other, which is four times as large at the second x
+    near, far = (part["high"] - part["mean"] for _, part in intervals.method(found, ALIBI).groupby("x"))
+    assert far.iloc[0] == pytest.approx(4 * near.iloc[0])
+    assert near.iloc[0] == pytest.approx(12.706 * math.sqrt(0.5), rel=1e-4)
+    assert found["each"].tolist() == [(1.5,), (1.0, 2.0), (1.5,), (1.0, 5.0)]
+
+
+def test_shares_are_not_pooled_and_stay_shares() -> None:
+    found = intervals.points(rows({"rope": [0.0, 1.0], "alibi": [1.0, 1.0]}), ["x"], Scale.SHARE).set_index("attention")
+    assert found.loc["alibi", "low"] > 0.8 and found.loc["alibi", "high"] == 1.0
+    assert found.loc["rope", "low"] < 0.1 and found.loc["rope", "high"] > 0.9
+
+
+def test_several_rows_of_a_seed_are_averaged_as_independent() -> None:
+    table = pd.concat([rows({"rope": [1.0]}, stderr=0.3), rows({"rope": [2.0]}, stderr=0.4)])
+    (sample,) = intervals.samples(table).values()
+    assert sample.mean == 1.5 and sample.stderr == pytest.approx(0.25) and sample.units == 32
+
+
+def test_errors_over_the_same_documents_cancel_where_seeds_tell_the_rest() -> None:
+    several = intervals.samples(rows({"rope": [1.0, 1.1], "alibi": [2.0, 2.1]}, stderr=5.0))
+    wide = intervals.differences(several, ROPE)[ALIBI]
+    narrow = intervals.differences(several, ROPE, same_units=True)[ALIBI]
+    assert wide.high > 10 and narrow.high < 1.5 and narrow.over("documents") == "95 % over 2 seeds each"
+    # a single seed each: errors over documents are all there is
+    single = intervals.samples(rows({"rope": [1.0], "alibi": [2.0]}, stderr=5.0))
+    assert intervals.differences(single, ROPE, same_units=True)[ALIBI].high > 10
+
+
+@pytest.mark.parametrize(
+    ("metric", "scale"),
+    [("perplexity", Scale.LOG), ("word_perplexity", Scale.LOG), ("accuracy", Scale.SHARE), ("loss", Scale.LINEAR)],
+)
+def test_scales(metric: str, scale: Scale) -> None:
+    assert intervals.scale_of(metric) is scale
+
+
+def test_what_a_band_is_is_explained() -> None:
+    one, two = rows({"rope": [1.0]}, stderr=0.1), rows({"rope": [1.0, 2.0]})
+    both = rows({"rope": [1.0, 2.0], "alibi": [3.0]})
+    assert intervals.explain([], "bands", "books") == ""
+    assert intervals.explain([intervals.points(rows({"rope": [1.0]}), ["x"])], "bands", "books") == "One seed."
+    assert intervals.explain([intervals.points(one, ["x"])], "bands", "books") == (
+        "One seed; bands: 95 % interval over books."
+    )
+    assert intervals.explain([intervals.points(two, ["x"])], "bands", "books") == (
+        "Means of 2 seeds; bands: 95 % interval over seeds and books; dots: seeds."
+    )
+    assert intervals.explain([intervals.points(both, ["x"])], "bars", "books").startswith("Means of 1 to 2 seeds; bars")
+    many = intervals.points(rows({"rope": [1.0, 2.0, 3.0, 4.0]}), ["x"])
+    assert "dots" not in intervals.explain([many], "bands", "books")
+
+
+def test_a_change_of_a_logarithm_in_percent() -> None:
+    assert intervals.percent(math.log(1.25)) == "+25 %" and intervals.percent(-math.log(2)) == "-50 %"

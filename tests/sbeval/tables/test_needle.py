@@ -1,0 +1,41 @@
+"""The table of the terminal: means over seeds by task and length, and a mean over tasks where there are several."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from sbeval.tables import needle, table
+
+RESULTS = Path(__file__).parents[3] / "results" / "quick" / "needle.csv"
+
+
+def row(task: str, length: int, metric: str, value: float, **changes: object) -> dict[str, object]:
+    same = {"attention": "rope", "options": "", "seed": 0, "depth_start": None, "status": ""}
+    return same | {"task": task, "length": length, "metric": metric, "value": value} | changes
+
+
+def cells(rows: list[dict[str, object]]) -> list[list[str]]:
+    grid = needle.summary(pd.DataFrame(rows))
+    return [[str(column._cells[index]) for column in grid.columns] for index in range(grid.row_count)]
+
+
+def test_scores_are_means_over_seeds_beside_greedy_accuracy() -> None:
+    rows = [row("vt", 512, "score", 0.25), row("vt", 512, "score", 0.75, seed=1), row("vt", 512, "greedy", 0.5)]
+    assert cells([*rows, row("vt", 512, "score", 0.0, depth_start=10)]) == [["rope", "vt", "0.50 (0.50)"]]
+
+
+def test_several_tasks_have_a_mean() -> None:
+    rows = [
+        row(task, 512, metric, value) for task, value in (("cwe", 0.2), ("vt", 0.6)) for metric in ("score", "greedy")
+    ]
+    assert cells(rows)[-1] == ["rope", "mean", "0.40 (0.40)"] and len(cells(rows)) == 3
+    other = [one | {"options": "theta=1"} for one in rows]
+    assert [line[0] for line in cells([*rows, *other])] == ["rope"] * 3 + ["rope:theta=1"] * 3
+
+
+def test_published_results_have_a_table() -> None:
+    rows = table.read(RESULTS)
+    grid = needle.summary(rows)
+    assert grid.row_count == rows.groupby(["attention", "task"]).ngroups + (
+        rows["attention"].nunique() if rows["task"].nunique() > 1 else 0
+    )

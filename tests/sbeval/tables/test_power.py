@@ -1,0 +1,109 @@
+"""Seeds that find a difference: against published power, simulation, and the committed results."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from typer.testing import CliRunner
+
+from sbeval.cli.main import app
+from sbeval.errors import InputError
+from sbeval.tables import power, table, values
+from sbeval.tables.power import plan, probability, seeds
+from sbeval.tables.power_options import PUBLISHED, Config
+from sbeval.tables.results import Results
+from sbeval.tables.statistics import Spread
+
+RESULTS = Path(__file__).parents[3] / "results"
+KNOWN = Spread(0.014, math.inf)
+
+
+def test_the_difference_that_the_paper_reports_takes_nine_seeds() -> None:
+    assert pytest.approx(0.020, abs=5e-4) == PUBLISHED
+    assert seeds(0.02, KNOWN, 0.0, 0.8, 0.05) == 9 and seeds(0.03, KNOWN, 0.0, 0.8, 0.05) == 5
+    # nor do the committed results, whose deviation is an estimate, ask for another number
+    found = plan(Config(results_dir=RESULTS))
+    assert found.rows == [["0.02", "", "9"], ["0.03", "", "5"], ["0.05", "", "3"]]
+    assert "0.0124 nats, 11 degrees of freedom" in found.notes[0] and "documents are not counted" in found.notes[1]
+
+
+def test_power_is_that_of_the_t_test() -> None:
+    # 17 a group for an effect of one standard deviation: power 0.807 (Cohen 1988, table 2.3.5)
+    assert probability(17, 1.0, Spread(1.0, math.inf), 0.0, 0.05) == pytest.approx(0.807, abs=2e-3)
+    assert seeds(1.0, Spread(1.0, math.inf), 0.0, 0.8, 0.05) == 17
+
+
+def test_an_estimated_deviation_costs_seeds() -> None:
+    """Against experiments whose true deviation is drawn as the estimate allows."""
+    generator = np.random.default_rng(0)
+    true = 0.014 * np.sqrt(8 / generator.chisquare(8, 4000))
+    groups = generator.normal(0, true[:, None, None], (4000, 2, 9)) + np.array([0.02, 0.0])[:, None]
+    found = np.mean(stats.ttest_ind(groups[:, 0], groups[:, 1], axis=1).pvalue < 0.05)
+    assert probability(9, 0.02, Spread(0.014, 8), 0.0, 0.05) == pytest.approx(found, abs=0.02)
+    assert probability(9, 0.02, Spread(0.014, 8), 0.0, 0.05) < probability(9, 0.02, KNOWN, 0.0, 0.05)
+
+
+def test_documents_bound_what_seeds_can_find() -> None:
+    few = plan(Config(results_dir=RESULTS, seed_sd=0.014, document_sd=0.03, differences=(0.02,), documents=(16, 64)))
+    assert [row[2] for row in few.rows] == ["no number", "13"]
+    many = plan(Config(results_dir=RESULTS, seed_sd=0.014, document_sd=0.03, differences=(0.02,), documents=(10**6,)))
+    assert [row[2] for row in many.rows] == ["9"]
+
+
+def test_deviations_come_from_the_results(tmp_path: Path) -> None:
+    """Two methods with two seeds each, whose documents differ by a pattern of their own."""
+    committed = table.read(RESULTS / "length_gen.csv")
+    same = (committed["context_length"] == 2048) & (committed["train_len"] == 2048)
+    same &= committed["metric"].eq("perplexity") & committed["attention"].isin(["rope", "alibi"])
+    rows = committed[same & (committed["options"] == "")]
+    results = Results(tmp_path)
+    table.write(results.table("length_gen"), rows)
+    found = plan(Config(results_dir=tmp_path, differences=(0.03,)))
+    assert "2 degrees of freedom" in found.notes[0] and "not counted" in found.notes[1]
+    gap = {"rope": 0.03, "alibi": -0.03}
+    losses = pd.concat(
+        pd.DataFrame(
+            {
+                "cell": cell,
+                "metric": metric,
+                "unit_id": [f"{number}" for number in range(16)],
+                "value": [
+                    2048.0 * (1 if metric == "tokens" else 3.7 + number / 10 + gap[name] * (-1) ** number)
+                    for number in range(16)
+                ],
+                "context_length": 2048,
+            }
+        )
+        for cell, name in rows[["cell", "attention"]].drop_duplicates().itertuples(index=False, name=None)
+        for metric in ("nll_sum", "tokens")
+    )
+    part = rows.assign(x=rows["context_length"])
+    over = power._over_documents(part, lambda cells: losses[losses["cell"].isin(set(cells))])
+    # differences of ±0.06 over 16 documents
+    assert over == pytest.approx(0.06 * math.sqrt(16 / 15))
+    assert values.read(results, rows["cell"]).empty
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"power": 1.0}, "--power must be between 0 and 1; got 1"),
+        ({"differences": (0.0,)}, "--difference must be above 0; got 0"),
+        ({"seed_sd": -1.0}, "--seed-sd must not be negative; got -1"),
+    ],
+)
+def test_mistakes(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Config(**options)
+
+
+def test_without_results_the_deviation_must_be_given(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no method with two seeds .* give --seed-sd"):
+        plan(Config(results_dir=tmp_path))
+    given = ["power", "--results-dir", str(tmp_path), "--seed-sd", "0.014", "--difference", "0.02"]
+    shown = CliRunner().invoke(app, given)
+    assert shown.exit_code == 0 and "0.02" in shown.stdout and " 9" in shown.stdout

@@ -1,0 +1,107 @@
+"""The gap by training tokens: laws that are known are found, and intervals cover as often as they say."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from sbeval.errors import InputError
+from sbeval.tables import tokens
+from sbeval.tables.tokens import fit, ladders
+
+TOKENS = np.array([60e6, 120e6, 240e6, 480e6, 960e6])
+COMMON: dict[str, Any] = {
+    "task": "books", "model": "25m", "corpus": "books", "tokenizer": "bpe:8192", "preset": "figure5", "dtype": "x",
+    "train_len": 2048, "eval_len": 65536, "context_length": 2048, "metric": "perplexity", "options": "", "lr": 2e-3,
+}  # fmt: skip
+
+
+def law(limit: float, amplitude: float, exponent: float) -> Any:
+    return limit + amplitude * (TOKENS / TOKENS[0]) ** -exponent
+
+
+def table(gap: Any, seeds: int = 1, noise: float = 0.0, seed: int = 0) -> pd.DataFrame:
+    """Losses of RoPE and of a method that differs by `gap`; a seed's errors are alike at all token counts."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for method, less in (("rope", 0.0), ("stick_breaking", gap)):
+        for number in range(seeds):
+            own = noise * (generator.standard_normal() + generator.standard_normal(len(TOKENS))) / math.sqrt(2)
+            losses = 3 + (TOKENS / 1e8) ** -0.2 + less + own
+            rows += [
+                COMMON | {"attention": method, "seed": number, "train_tokens": int(count), "value": math.exp(loss)}
+                for count, loss in zip(TOKENS, losses, strict=True)
+            ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("truth", [(-0.05, 0.3, 1.0), (0.02, 0.1, 0.5), (0.01, -0.2, 1.5)])
+def test_a_law_that_is_there_is_found(truth: tuple[float, float, float]) -> None:
+    (found,) = fit(TOKENS, law(*truth)[None])
+    assert found == pytest.approx(truth, rel=1e-6)
+    (ladder,) = ladders(table(law(*truth)))
+    assert (ladder.limit.value, ladder.amplitude, ladder.exponent.value) == pytest.approx(truth, rel=1e-6)
+    assert ladder.at(TOKENS) == pytest.approx(law(*truth))
+    assert [gap.value for gap in ladder.gaps] == pytest.approx(law(*truth))
+    # one seed of each has no interval
+    assert ladder.seeds == (1, 1) and math.isnan(ladder.limit.low) and math.isnan(ladder.gaps[0].high)
+
+
+def test_where_a_gap_closes() -> None:
+    (ladder,) = ladders(table(law(-0.05, 0.3, 1.0)))
+    # 0.3 / 0.05 = 6 times the fewest tokens
+    assert ladder.crossing == pytest.approx(6 * 60e6)
+    assert ladder.at(np.array([ladder.crossing])) == pytest.approx([0.0], abs=1e-9)
+    assert math.isnan(ladders(table(law(0.05, 0.3, 1.0)))[0].crossing)
+
+
+def test_intervals_cover_as_often_as_they_say() -> None:
+    """3 seeds each, 4 degrees of freedom: gaps by Student's t; the limit is not linear in them and covered roughly."""
+    truth = (0.02, 0.2, 0.8)
+    covered = np.zeros(3)
+    for seed in range(200):
+        (ladder,) = ladders(table(law(*truth), seeds=3, noise=0.01, seed=seed))
+        inside = [gap.low <= exact <= gap.high for gap, exact in zip(ladder.gaps, law(*truth), strict=True)]
+        covered += [inside[0], inside[-1], ladder.limit.low <= truth[0] <= ladder.limit.high]
+        assert ladder.seeds == (3, 3)
+    assert (covered[:2] / 200 >= 0.91).all() and (covered[:2] / 200 <= 0.99).all(), covered / 200
+    assert covered[2] / 200 >= 0.88, covered / 200
+
+
+def test_seeds_that_are_not_complete_are_left_out() -> None:
+    whole = table(law(0.02, 0.2, 0.8), seeds=3, noise=0.01)
+    cut = whole[~((whole["seed"] == 2) & (whole["attention"] == "rope") & (whole["train_tokens"] > 3e8))]
+    (ladder,) = ladders(cut)
+    assert ladder.seeds == (3, 2) and len(ladder.tokens) == 5
+    alone = whole[~((whole["seed"] == 2) & (whole["attention"] == "rope"))]
+    (same,) = ladders(alone)
+    assert (same.limit, same.gaps) == (ladder.limit, ladder.gaps)
+
+
+def test_settings_stand_apart_and_few_token_counts_are_not_fitted() -> None:
+    one = table(law(0.02, 0.2, 0.8))
+    both = pd.concat([one, one.assign(lr=1e-3)])
+    assert [ladder.setting for ladder in ladders(both)] == [
+        f"25m model, trained at length 2048, books, learning rate {rate}" for rate in ("0.001", "0.002")
+    ]
+    few = one[one["train_tokens"] < 4e8]
+    assert ladders(few) == []
+    with pytest.raises(InputError, match="no method has 4 or more counts of training tokens in common with RoPE"):
+        tokens.frame(few)
+
+
+def test_the_table_has_every_number() -> None:
+    rows = table(law(-0.05, 0.3, 1.0), seeds=2, noise=1e-4)
+    (ladder,) = ladders(rows)
+    text = tokens.render(rows, "markdown")
+    assert isinstance(text, str) and text.splitlines()[0].startswith("| setting | method | seeds | tokens |")
+    assert ladder.limit.text() in text and "| 2 and 2 | 6e+07 to 9.6e+08 |" in text and "3.6e+08" in text
+    console = Console(width=250, record=True)
+    console.print(tokens.render(rows))
+    assert ladder.gaps[-1].text() in console.export_text()
+    assert tokens.render(rows, "csv").count("\n") == 1  # type: ignore[union-attr]  # it is text
+    with pytest.raises(InputError, match="unknown format 'latex'"):
+        tokens.render(rows, "latex")

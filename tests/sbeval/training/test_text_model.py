@@ -1,0 +1,47 @@
+"""Options of text models: mistakes, what training depends on, and a bound on epochs that given tokens lift."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from sbeval.errors import InputError
+from sbeval.training.text_model import TRAINING, EvaluatedModel, TextModel, likely_vocabulary, trained_on, uncut
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": ()}, "attention is empty"),
+        ({"seeds": (-1,)}, "a seed"),
+        ({"size": "25 m"}, "unknown model size '25 m'; did you mean '25m'"),
+        ({"packing": "streams"}, "unknown packing 'streams'; did you mean 'stream'"),
+        ({"optimizer": "adam"}, "unknown optimizer 'adam'; did you mean 'adamw'"),
+        ({"train_tokens": 0}, "train_tokens must be at least 1; got 0"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1, or left out; got 0"),
+        ({"max_epochs": 0.0}, "max_epochs must be above 0 and finite; got 0"),
+        ({"max_epochs": float("inf")}, "max_epochs must be above 0 and finite; got inf"),
+        ({"patience": -1}, "patience must be at least 0; got -1"),
+    ],
+)
+def test_mistakes_are_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TextModel(**options)
+
+
+def test_training_depends_on_all_options_but_those_of_evaluation() -> None:
+    assert set(TRAINING) == {field.name for field in dataclasses.fields(TextModel)}
+    one = EvaluatedModel(attention=("rope",), seeds=(0,))
+    other = dataclasses.replace(one, attention=("nope",), seeds=(1, 2), trust_remote_code=True)
+    assert trained_on(one) == trained_on(other) != trained_on(dataclasses.replace(one, lr=1e-4))
+    assert one.trains and not dataclasses.replace(one, checkpoint="there").trains
+
+
+def test_given_tokens_lift_the_bound_on_epochs() -> None:
+    assert uncut({}) == {} and uncut({"lr": 1.0}) == {"lr": 1.0}
+    assert uncut({"train_tokens": 9}) == {"train_tokens": 9, "max_epochs": None}
+    assert uncut({"train_tokens": 9, "max_epochs": 2.0}) == {"train_tokens": 9, "max_epochs": 2.0}
+
+
+def test_a_vocabulary_is_estimated_without_its_tokenizer() -> None:
+    assert [likely_vocabulary(name) for name in ("bytes", "bpe:8192", "some/model")] == [257, 8192, 32000]
