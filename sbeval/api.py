@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sbeval.evaluation.perplexity import Predictor
 
 
-class ResultTables(Mapping[str, pd.DataFrame]):
+class ResultTables:
     """The tables of a results folder by family name, read when asked for; docs/columns.md explains every column."""
 
     def __init__(self, folder: str | Path) -> None:
@@ -173,6 +173,8 @@ def evaluate(
 
 class _Logits:
     """A model of logits as a Predictor, whose hidden states they are."""
+
+    by_length = False
 
     def __init__(self, model: "nn.Module") -> None:
         self._model = model
