@@ -52,9 +52,10 @@ def draw_figures(
         if not names and not path.exists():
             say(f"{name}: skipped, no table {path}")
             continue
-        table = _selected(read(path, required=module.COLUMNS), path, where)
+        table = read(path, required=module.COLUMNS)
         if not names and not registry.has_rows(name, table):
             continue
+        table = _selected(table, path, where)
         try:
             files += _draw(module, table, [folder / f"{name}.{suffix}" for suffix in chosen if suffix in FORMATS])
             if "html" in chosen:
