@@ -58,7 +58,8 @@ def panel(figure: Figure, title: str) -> Axes:
 
 def points(axis: Axes, label: str) -> list[tuple[float, float]]:
     (line,) = [line for line in axis.get_lines() if line.get_label() == label]
-    return [(float(x), round(float(y), 6)) for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)]
+    x, y = (np.asarray(data, dtype=float) for data in (line.get_xdata(), line.get_ydata()))
+    return list(zip(x.tolist(), y.round(6).tolist(), strict=True))
 
 
 def test_panels_have_the_means_of_seeds_by_tokens_and_by_distance() -> None:
