@@ -87,10 +87,13 @@ Kind = TypeVar("Kind", bound=Common)
 Given = TypeVar("Given")
 
 
-def _several(kind: type[int] | type[float]) -> Callable[[str], list[Any]]:
+def _several(kind: type[int] | type[float]) -> Callable[[str | float], list[Any]]:
     """Return the parser of numbers separated by commas: `--kv-pairs 8,16` is `--kv-pairs 8 --kv-pairs 16`."""
 
-    def parse(text: str) -> list[Any]:
+    def parse(text: str | float) -> list[Any]:
+        if not isinstance(text, str):
+            # one of a default
+            return [text]
         try:
             return [kind(one) for one in text.split(",")]
         except ValueError:
