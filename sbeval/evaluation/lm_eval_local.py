@@ -283,7 +283,7 @@ def _read(path: Path, group: str | None, _: int) -> dict[str | None, list[Item]]
             item = dict(json.loads(line.decode()))
             items.setdefault(item[group] if group else None, []).append(item)
         except (ValueError, KeyError, TypeError, RecursionError):
-            wanted = f"a JSON object with {group!r}" if group else "JSON"
+            wanted = f"a JSON object with {group!r}" if group else "JSON in UTF-8"
             raise InputError(f"{path}:{number}: not {wanted}") from None
     if not items:
         raise InputError(f"{path} is empty")

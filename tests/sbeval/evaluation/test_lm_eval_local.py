@@ -283,5 +283,5 @@ def test_a_byte_order_mark_and_blank_lines_are_no_items(tmp_path: Path) -> None:
     path.write_text(f"\ufeff{first}\n\n  \n{rest}", encoding="utf-8")
     assert lm_eval_local._read(path, None, 1) == plain
     path.write_bytes(b'{"goal": "a"}\n{"goal": "caf\xe9"}\n')
-    with pytest.raises(InputError, match="piqa_val.jsonl:2: not JSON"):
+    with pytest.raises(InputError, match="piqa_val.jsonl:2: not JSON in UTF-8"):
         lm_eval_local._read(path, None, 2)
