@@ -160,7 +160,7 @@ def plain(
     """Add a command with the options of a config alone, and no presets; `run` gets the config."""
 
     def invoke(**values: Any) -> None:
-        run(config(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}))
+        run(config(**{key: _flat(value) if isinstance(value, list) else value for key, value in values.items()}))
 
     invoke.__signature__ = inspect.Signature(parameters(config))  # type: ignore[attr-defined]
     app.command(name, help=help, rich_help_panel=panel)(invoke)

@@ -117,6 +117,8 @@ def _family(name: str, first: Side, second: Side) -> Compared:
 
 def _units(side: Side, chosen: pd.DataFrame, keys: list[str]) -> dict[tuple[str, ...], Units]:
     """Return the units of each number that has values, by its keys."""
+    with_values = side.rows["cell"].isin(side.stored.known(side.rows)).to_numpy()
+    chosen = chosen[with_values[chosen["index"].to_numpy(dtype=int)]]
     if chosen.empty:
         return {}
     groups = chosen.groupby(keys)["index"]
@@ -217,13 +219,15 @@ def _lines(one: Compared) -> list[list[str]]:
     lines = []
     for row in one.both.to_dict("records"):
         where = " ".join(f"{name}={row[name]}" for name in varied if row[name])
-        seeds = f" {row['seeds']} seeds" if row["seeds"] else ""
-        seeds += f" {row['pairs']:,} in pairs" if row["pairs"] else ""
+        seeds = f"{row['seeds']} seeds" if row["seeds"] else ""
+        units = f"{row['pairs']:,} in pairs" if row["pairs"] else ""
         bounds = "" if math.isnan(row["low"]) else f" [{row['low']:+.2g}, {row['high']:+.2g}]"
         ratio = "" if math.isnan(row["ratio"]) else f"{row['ratio']:.3f}"
         what = f"{row['metric']}{'' if row['unit'] == '1' else ' ' + row['unit']}"
         numbers = [f"{row['A']:.4g}", f"{row['B']:.4g}", f"{row['difference']:+.3g}{bounds}", ratio]
-        lines.append([_method(row), what, where + seeds, *numbers, "*" if row["beyond"] else ""])
+        lines.append(
+            [_method(row), what, " ".join(filter(None, [where, seeds, units])), *numbers, "*" if row["beyond"] else ""]
+        )
     return lines
 
 

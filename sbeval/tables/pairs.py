@@ -60,6 +60,13 @@ class Stored:
         self._cells: dict[str, dict[tuple[str, ...], tuple[bytes, Floats]]] = {}
         self._factors: dict[str, list[str]] = {}
 
+    def known(self, rows: pd.DataFrame) -> set[str]:
+        """Return the cells of a table that have values."""
+        first = rows.drop_duplicates("cell")
+        for row in first.to_dict("records"):
+            self._load(str(row["cell"]), row)
+        return {str(cell) for cell in first["cell"] if self._cells[str(cell)]}
+
     def behind(self, rows: pd.DataFrame) -> Units | None:
         """Return the units of one number, of which each seed has a row; None where they are not stored, or not the
         same for all seeds."""
@@ -76,8 +83,7 @@ class Stored:
         name, over, factor = RATIOS.get((family, metric), (metric, "", 1.0))
         if over == "tokens" and (per := as_text(row.get("per"))):
             over = f"{per}s"
-        if cell not in self._cells:
-            self._load(cell, row)
+        self._load(cell, row)
         found, key = self._cells[cell], tuple(as_text(row[factor]) for factor in self._factors[cell])
         if (name, *key) not in found or (over and (over, *key) not in found):
             return None
@@ -90,15 +96,20 @@ class Stored:
         return units if _gives(units, row) else None
 
     def _load(self, cell: str, row: Mapping[Any, Any]) -> None:
-        """Read a cell, and split it by metric and those factors that rows have too: needles' depths have none."""
+        """Read a cell once, and split it by metric and those factors that rows have too: needles' depths have none."""
+        if cell in self._cells:
+            return
+        self._factors[cell], self._cells[cell] = [], {}
         values = self._read([cell])
+        if values.empty:
+            return
         factors = [str(name) for name in values.columns if name not in ("cell", *COLUMNS) and name in row]
         values = values.assign(**{name: values[name].map(as_text, na_action=None) for name in factors})
-        if "part" in factors and len(values) and not (values["part"] == "").any():
+        if "part" in factors and not (values["part"] == "").any():
             # a group of tasks is all of their items
             whole = values.assign(unit_id=values["part"] + "/" + values["unit_id"], part="")
             values = pd.concat([values, whole])
-        self._factors[cell], self._cells[cell] = factors, {}
+        self._factors[cell] = factors
         for key, part in values.groupby(["metric", *factors], sort=False):
             if not part["unit_id"].duplicated().any():
                 part = part.sort_values("unit_id")
