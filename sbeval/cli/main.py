@@ -342,7 +342,7 @@ options.plain(
     "power",
     power_options.Config,
     _power,
-    help="Say how many seeds and documents find a given difference in perplexity; needs no torch.",
+    help="Say how many seeds and documents or items find a given difference in perplexity or a score; needs no torch.",
     panel=RESULTS,
 )
 

@@ -328,7 +328,7 @@ def test_coverage_in_pairs_over_seeds_and_documents(count: int) -> None:
     assert found / DRAWS == pytest.approx(0.95, abs=NEAR)
 
 
-@pytest.mark.parametrize("units", [100, 500])
+@pytest.mark.parametrize("units", [200, 500])
 @pytest.mark.parametrize("low", [0.05, 0.5, 0.9])
 def test_coverage_of_shares_in_pairs(units: int, low: float) -> None:
     """Items of which half are answered alike by both."""
