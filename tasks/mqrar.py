@@ -222,23 +222,24 @@ def cells(config: Config) -> list[Cell]:
 
 
 def more(config: Config, results: "pd.DataFrame | None") -> list[Cell]:
-    """Return the further seeds, at the learning rate with the best validation accuracy of the first seed; of equal ones
-    the rate that took the fewest steps; none where every rate failed. Without results: the first rate, for an estimate.
+    """Return the further seeds, at the learning rate that solves the task in the fewest steps with the first seed.
+
+    Where none solves it, accuracies may be chance, and the best of them noise: at every rate that did not fail. Without
+    results: at every rate, an upper bound.
     """
     seeds = list(dict.fromkeys(config.seeds))
     if len(set(config.lrs)) == 1:
         return []
-    cells = []
-    for cell in _settings(config):
-        rate: float | None = config.lrs[0] if results is None else _best_rate(cell, seeds[0], results)
-        if rate is None:
-            continue
-        for seed in seeds[1:]:
-            cells.append(dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,))))
-    return cells
+    return [
+        dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,)))
+        for cell in _settings(config)
+        for rate in (dict.fromkeys(config.lrs) if results is None else _rates(cell, seeds[0], results))
+        for seed in seeds[1:]
+    ]
 
 
-def _best_rate(cell: Cell, seed: int, results: "pd.DataFrame") -> float | None:
+def _rates(cell: Cell, seed: int, results: "pd.DataFrame") -> list[float]:
+    """Return the learning rates that are worth further seeds."""
     from sbeval.tables import selection
 
     name, _, options = cell.attention.partition(":")
@@ -251,8 +252,9 @@ def _best_rate(cell: Cell, seed: int, results: "pd.DataFrame") -> float | None:
         & (results["width"] == config.widths[0])
         & (results["n_back"] == config.n_back[0])
     ]
-    rates = selection.ranked_rates(mine)
-    return rates[0] if rates else None
+    rates = selection.ranked_rates(mine) or []
+    solved = (mine["metric"] == "validation_accuracy") & (mine["value"] >= config.stop_accuracy)
+    return rates[:1] if solved.any() else rates
 
 
 def _settings(config: Config) -> list[Cell]:

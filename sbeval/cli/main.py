@@ -181,14 +181,22 @@ def table(
     results_dir: ResultsDir = Path("results"),
 ) -> None:
     """Print a table that follows from a result table; needs no torch."""
-    from sbeval.tables import few_shot, tokens
+    from sbeval.tables import few_shot, tokens, values
     from sbeval.tables.table import read
 
-    tables: dict[str, tuple[str, Any]] = {"few_shot": ("few_shot", few_shot), "tokens": ("length_gen", tokens)}
-    source, module = tables[choose("table", name.replace("-", "_"), tables)]
-    path = Results(results_dir).table(source)
+    results = Results(results_dir)
+    tables: dict[str, tuple[str, Sequence[str], Callable[..., Any]]] = {
+        "few_shot": (
+            "few_shot",
+            few_shot.COLUMNS,
+            lambda rows, style: few_shot.render(rows, style, lambda cells: values.read(results, cells)),
+        ),
+        "tokens": ("length_gen", tokens.COLUMNS, tokens.render),
+    }
+    source, columns, render = tables[choose("table", name.replace("-", "_"), tables)]
+    path = results.table(source)
     _warn([path])
-    rendered = module.render(read(path, required=module.COLUMNS), format)
+    rendered = render(read(path, required=columns), format)
     if isinstance(rendered, str):
         print(rendered)
     else:
@@ -348,7 +356,7 @@ options.plain(
     "power",
     power_options.Config,
     _power,
-    help="Say how many seeds and documents find a given difference in perplexity; needs no torch.",
+    help="Say how many seeds and documents or items find a given difference in perplexity or a score; needs no torch.",
     panel=RESULTS,
 )
 

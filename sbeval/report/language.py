@@ -27,8 +27,9 @@ from sbeval.report.judge import (
     young,
 )
 from sbeval.report.maturity import ROPE
-from sbeval.tables import documents, few_shot, intervals, selection, statistics
+from sbeval.tables import documents, few_shot, intervals, pairs, selection, statistics
 from sbeval.tables.intervals import percent
+from sbeval.tables.pairs import Stored
 from sbeval.tables.published import LENGTHS
 from sbeval.tables.statistics import Interval, Method, Sample, Scale
 
@@ -42,6 +43,8 @@ NEEDLES = 0.02
 POINTS = 1.0
 # a model with a mean score below this finds nothing
 NOTHING = 0.05
+# columns of a setting of benchmarks
+SETTING = ("model", "train_len", "eval_len", "corpus", "train_tokens")
 # the control of length: it cannot see far
 WINDOW = ("sliding_window", "")
 CONTROL = (
@@ -206,7 +209,10 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
     rows = rows[rows["task"].isin(set(shared["task"]))]
     means = selection.mean_over_tasks(rows)
     samples = intervals.samples(means, Scale.SHARE)
-    gains = trained(intervals.differences(samples, ROPE, Scale.SHARE))
+    # prompts of a task and length are the same for all methods
+    shown = rows.merge(means[["attention", "options", "seed", "length"]].drop_duplicates())
+    joint = pairs.of_methods(shown, ROPE, Stored(evidence.values), ["task", "length"])
+    gains = trained(intervals.differences(samples, ROPE, Scale.SHARE, pairs=joint))
     gain, answer = gains[STICK], against(gains, 0.0)
     lengths = ", ".join(f"{length}" for length in sorted(means["length"].unique()))
     found = (
@@ -226,7 +232,7 @@ def benchmarks(table: pd.DataFrame, evidence: Evidence) -> Judged:
     chosen = few_shot.headline(table)
     chosen = chosen[[few_shot.METRICS[metric] for metric in chosen["metric"]]]
     chosen = chosen[chosen["attention"] != "hf"]
-    rows = nearest(chosen, ["model", "train_len", "eval_len", "corpus", "train_tokens"])
+    rows = nearest(chosen, SETTING)
     by_method = {of: set(intervals.method(rows, of)["benchmark"]) for of in (STICK, ROPE)}
     shared = by_method[STICK] & by_method[ROPE]
     rows = rows[rows["benchmark"].isin(shared)]
@@ -237,12 +243,37 @@ def benchmarks(table: pd.DataFrame, evidence: Evidence) -> Judged:
     rows = rows[rows["benchmark"].isin(above)]
     complete = rows.groupby(["attention", "options"])["benchmark"].transform("nunique") == len(above)
     rows = rows[complete].assign(value=100 * rows["value"], stderr=100 * rows["stderr"])
-    samples = intervals.samples(rows)
-    gains = intervals.differences(samples, ROPE)
+    samples, stored = intervals.samples(rows), Stored(evidence.values)
+    # rows as they are stored; their differences are in percent
+    joint = pairs.of_methods(rows.assign(value=rows["value"] / 100), ROPE, stored, ["benchmark"], scale=100)
+    gains = intervals.differences(samples, ROPE, pairs=joint)
     gain, answer = gains[STICK], against(gains, -POINTS)
     found = (
         f"Mean of {', '.join(above)}, of {len(shared)} benchmarks those above chance: stick-breaking "
         f"{samples[STICK].mean:.1f} %, RoPE {samples[ROPE].mean:.1f} %; difference "
         f"{gain.text('{:+.1f}'.format)} points ({gain.over('items')}; {answer.words}; {models(rows)})."
+        f"{_right_answers(table, rows, stored)}"
     )
     return verdict(None if answer.below is None else not answer.below, found, far=far)
+
+
+def _right_answers(table: pd.DataFrame, rows: pd.DataFrame, stored: Stored) -> str:
+    """Say what right answers cost, stick-breaking's less RoPE's: the mean over the benchmarks of which both have it.
+
+    rows: those of the setting.
+    """
+    if not table["metric"].isin(few_shot.GOLD).any():
+        return ""
+    same = [name for name in SETTING if name in rows]
+    gold = few_shot.headline(table, few_shot.GOLD).merge(rows[same].drop_duplicates(), on=same)
+    of_both = set(intervals.method(gold, STICK)["benchmark"]) & set(intervals.method(gold, ROPE)["benchmark"])
+    gold = gold[gold["benchmark"].isin(of_both)]
+    complete = gold.groupby(["attention", "options"])["benchmark"].transform("nunique") == len(of_both)
+    if not of_both:
+        return ""
+    joint = pairs.of_methods(gold[complete], ROPE, stored, ["benchmark"])
+    gain = intervals.differences(intervals.samples(gold[complete]), ROPE, pairs=joint)[STICK]
+    return (
+        f" Right answers of {len(of_both)} benchmarks cost stick-breaking {gain.text('{:+.3f}'.format)} bits/byte more "
+        f"({gain.over('items')})."
+    )

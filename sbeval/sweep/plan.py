@@ -52,7 +52,7 @@ def list_cells(part: Part, context: RunContext, console: Console, executor: Exec
     if later:
         flops = sum(cell.flops for cell in later)
         count = f"{len(later)} cell{'s' if len(later) > 1 else ''}"
-        study.say(console, f"then {count} at what rates turn out best, at most {flops:.1e} FLOPs")
+        study.say(console, f"then at most {count} at what rates turn out best, {flops:.1e} FLOPs")
 
 
 def _known(part: Part, context: RunContext) -> tuple[list[Cell], list[Cell]]:

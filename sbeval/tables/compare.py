@@ -6,25 +6,29 @@ alone, as many columns of origin as are needed (backend, dtype, text, ..., at la
 that is empty in one folder, as in tables older than the column, is ignored.
 
 Intervals are those of `sbeval.tables.statistics`, with the seeds' standard deviation pooled over the methods of both
-folders; a mark is a p value below 5 % after Holm's correction for the methods that a number was measured of.
+folders. Where both folders have the values behind a number, of the same units (documents, items, ...) with the same
+weights, such as tokens, the difference is taken unit by unit, and its line says `in pairs`. A mark is a p value below
+5 % after Holm's correction for the methods that a number was measured of.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from rich.box import SIMPLE
 from rich.console import Group, RenderableType
 from rich.table import Table as Terminal
 
 from sbeval.errors import InputError, choose
-from sbeval.tables import intervals, statistics
+from sbeval.tables import intervals, pairs, statistics, values
+from sbeval.tables.pairs import Stored, Units, as_text
+from sbeval.tables.results import Results
 from sbeval.tables.rows import Measurement
-from sbeval.tables.statistics import Method, Sample, Scale
+from sbeval.tables.statistics import Joint, Method, Sample, Scale
 from sbeval.tables.table import OUTCOME, read, required
 
 # results of a run beside its number
@@ -47,7 +51,7 @@ METHOD = ["task", "model", "attention", "options"]
 # columns with a place of their own in a line
 NAMED = ("family", "attention", "options", "metric", "unit")
 HEADINGS = ("attention", "metric", "where", "A", "B", "B - A", "B / A", "")
-NUMBERS = ("A", "B", "difference", "low", "high", "p", "ratio", "beyond")
+NUMBERS = ("A", "B", "difference", "low", "high", "p", "ratio", "beyond", "pairs")
 # p values below this one are marked
 ALPHA = 0.05
 
@@ -57,7 +61,8 @@ class Compared:
     """One family.
 
     both: key columns, seeds and NUMBERS: the difference B - A, its 95 % interval and its p value after Holm's
-    correction (NaN without an interval), B / A of times and rates, and whether the folders differ by that p value.
+    correction (NaN without an interval), B / A of times and rates, whether the folders differ by that p value, and the
+    number of units of which the difference was taken in pairs, or 0.
     only: the rows of A and of B whose number the other lacks, by key columns and seed.
     """
 
@@ -66,11 +71,25 @@ class Compared:
     only: tuple[pd.DataFrame, pd.DataFrame]
 
 
+@dataclass(frozen=True, slots=True)
+class Side:
+    """The rows of a family in one folder, and the values behind them."""
+
+    rows: pd.DataFrame
+    stored: Stored
+
+
 def compare(first: Path, second: Path) -> list[Compared]:
-    """Compare every family with a table in either folder. InputError: no table, or one that cannot be read."""
+    """Compare every family with a table in either folder. InputError: no table, or a file that cannot be read."""
     tables = [_tables(folder) for folder in (first, second)]
-    names = sorted({name for folder in tables for name in folder})
-    return [_family(name, *(folder.get(name) for folder in tables)) for name in names]
+    stored = [Stored(functools.partial(values.read, Results(folder))) for folder in (first, second)]
+    compared = []
+    for name in sorted({name for folder in tables for name in folder}):
+        present = next(folder[name] for folder in tables if name in folder)
+        # a missing table counts as one without rows
+        a, b = (Side(of.get(name, present.iloc[:0]), each) for of, each in zip(tables, stored, strict=True))
+        compared.append(_family(name, a, b))
+    return compared
 
 
 def _tables(folder: Path) -> dict[str, pd.DataFrame]:
@@ -80,20 +99,31 @@ def _tables(folder: Path) -> dict[str, pd.DataFrame]:
     return {path.stem: read(path, required=COMMON) for path in paths}
 
 
-def _family(name: str, first: pd.DataFrame | None, second: pd.DataFrame | None) -> Compared:
-    present = first if first is not None else second
-    assert present is not None
-    # a missing table counts as one without rows
-    tables = [present.iloc[:0] if rows is None else rows for rows in (first, second)]
-    keys = _keys(*tables)
-    a, b = (_comparable(rows, keys) for rows in tables)
+def _family(name: str, first: Side, second: Side) -> Compared:
+    keys = _keys(first.rows, second.rows)
+    a, b = (_comparable(side.rows, keys) for side in (first, second))
     numbers = a[keys].merge(b[keys]).drop_duplicates()
     only = []
     for rows in (a, b):
         merged = rows.merge(numbers, on=keys, how="left", indicator="where")
         alone = merged[merged["where"] == "left_only"].sort_values("index")
         only.append(alone[[*keys, "seed", "value"]].reset_index(drop=True))
-    return Compared(name, _numbers(a.merge(numbers, on=keys), b.merge(numbers, on=keys), keys), (only[0], only[1]))
+    a, b = (rows.merge(numbers, on=keys) for rows in (a, b))
+    units = [_units(side, rows, keys) for side, rows in ((first, a), (second, b))]
+    # of B less A
+    joint = {key: both for key, of in units[1].items() if (both := pairs.joint(of, units[0].get(key)))}
+    return Compared(name, _numbers(a, b, keys, joint), (only[0], only[1]))
+
+
+def _units(side: Side, chosen: pd.DataFrame, keys: list[str]) -> dict[tuple[str, ...], Units]:
+    """Return the units of each number that has values, by its keys."""
+    with_values = side.rows["cell"].isin(side.stored.known(side.rows)).to_numpy()
+    chosen = chosen[with_values[chosen["index"].to_numpy(dtype=int)]]
+    if chosen.empty:
+        return {}
+    groups = chosen.groupby(keys)["index"]
+    found = {tuple(map(str, key)): side.stored.behind(side.rows.iloc[index.to_list()]) for key, index in groups}
+    return {key: units for key, units in found.items() if units is not None}
 
 
 def _keys(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
@@ -102,7 +132,7 @@ def _keys(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
         str(name)
         for name in first.columns
         if name in second.columns and name not in (*OUTCOME, *FOUND, *ORIGIN, "seed")
-        if name in COMMON or all(rows.empty or any(map(_text, rows[name])) for rows in (first, second))
+        if name in COMMON or all(rows.empty or any(map(as_text, rows[name])) for rows in (first, second))
     ]
     for origin in ORIGIN:
         if not any(rows.duplicated([*names, "seed"]).any() for rows in (first, second)):
@@ -113,20 +143,14 @@ def _keys(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
 
 def _comparable(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Write keys as text, so that 8 and 8.0, and blanks of any type, are equal in both tables."""
-    text = pd.DataFrame({name: [_text(cell) for cell in rows[name]] for name in keys}, dtype="object")
+    text = pd.DataFrame({name: [as_text(cell) for cell in rows[name]] for name in keys}, dtype="object")
     for name in ("seed", "value", "stderr", "n"):
         text[name] = rows[name].to_numpy()
     return text.assign(index=range(len(rows)))
 
 
-def _text(cell: Any) -> str:
-    if pd.isna(cell):
-        return ""
-    return f"{float(cell):.12g}" if isinstance(cell, int | float | np.number) else str(cell)
-
-
-def _numbers(a: pd.DataFrame, b: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """Compare the numbers that both have, in the order of A."""
+def _numbers(a: pd.DataFrame, b: pd.DataFrame, keys: list[str], joint: Mapping[tuple[str, ...], Joint]) -> pd.DataFrame:
+    """Compare the numbers that both have, in the order of A. joint: of those in pairs, by keys."""
     columns = [*keys, "seeds", *NUMBERS]
     if a.empty:
         return pd.DataFrame(columns=columns)
@@ -137,17 +161,23 @@ def _numbers(a: pd.DataFrame, b: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
         others = intervals.grouped(b[b["metric"] == metric], by, scale)
         for at, of_a in intervals.grouped(rows, by, scale).items():
             key = dict(zip(by, at, strict=True))
-            compared = _compared(of_a, others[at], scale, rate=_is_rate(str(key["unit"])))
-            for method, (seeds, *numbers) in compared.items():
-                identity = key | {"attention": method[0], "options": method[1]}
-                lines.append([*(identity[name] for name in keys), seeds, *numbers])
+            identities = {of: key | {"attention": of[0], "options": of[1]} for of in of_a}
+            named = {of: tuple(identity[name] for name in keys) for of, identity in identities.items()}
+            both = {of: joint[name] for of, name in named.items() if name in joint}
+            compared = _compared(of_a, others[at], scale, both, rate=_is_rate(str(key["unit"])))
+            lines += [[*named[method], *numbers] for method, numbers in compared.items()]
     order = a.groupby(keys, as_index=False)["index"].min()
     found: pd.DataFrame = pd.DataFrame(lines, columns=columns).merge(order, on=keys).sort_values("index")
     return found.drop(columns="index").reset_index(drop=True)
 
 
 def _compared(
-    a: Mapping[Method, Sample], b: Mapping[Method, Sample], scale: Scale, *, rate: bool
+    a: Mapping[Method, Sample],
+    b: Mapping[Method, Sample],
+    scale: Scale,
+    joint: Mapping[Method, Joint],
+    *,
+    rate: bool,
 ) -> dict[Method, list[Any]]:
     """Return seeds and NUMBERS of each method of one number."""
     sides = {
@@ -155,13 +185,13 @@ def _compared(
     }
     spreads = statistics.spreads(sides)
     differences = {}
-    for name, options in a:
-        first, second = a[name, options], b[name, options]
+    for method in a:
+        name, options = method
         if scale is Scale.SHARE:
-            differences[name, options] = statistics.minus(statistics.share(second), statistics.share(first))
+            differences[method] = statistics.shares_less(b[method], a[method], joint.get(method))
         else:
             spread = (spreads[f"B {name}", options], spreads[f"A {name}", options])
-            differences[name, options] = statistics.less(second, first, spread)
+            differences[method] = statistics.less(b[method], a[method], spread, joint.get(method))
     p_values = {method: p for method, found in differences.items() if not math.isnan(p := found.apart(0.0))}
     adjusted = dict(zip(p_values, statistics.holm(list(p_values.values())), strict=True))
     lines = {}
@@ -173,7 +203,8 @@ def _compared(
         ratio = after / before if rate and before else math.nan
         seeds = "" if max(found.seeds) == 1 else " and ".join(map(str, dict.fromkeys(reversed(found.seeds))))
         shown = ends if method in adjusted else [math.nan, math.nan]
-        lines[method] = [seeds, before, after, after - before, *shown, p, ratio, p < ALPHA]
+        units = found.units if found.paired else 0
+        lines[method] = [seeds, before, after, after - before, *shown, p, ratio, p < ALPHA, units]
     return lines
 
 
@@ -188,21 +219,26 @@ def _lines(one: Compared) -> list[list[str]]:
     lines = []
     for row in one.both.to_dict("records"):
         where = " ".join(f"{name}={row[name]}" for name in varied if row[name])
-        seeds = f" {row['seeds']} seeds" if row["seeds"] else ""
+        seeds = f"{row['seeds']} seeds" if row["seeds"] else ""
+        units = f"{row['pairs']:,} in pairs" if row["pairs"] else ""
         bounds = "" if math.isnan(row["low"]) else f" [{row['low']:+.2g}, {row['high']:+.2g}]"
         ratio = "" if math.isnan(row["ratio"]) else f"{row['ratio']:.3f}"
         what = f"{row['metric']}{'' if row['unit'] == '1' else ' ' + row['unit']}"
         numbers = [f"{row['A']:.4g}", f"{row['B']:.4g}", f"{row['difference']:+.3g}{bounds}", ratio]
-        lines.append([_method(row), what, where + seeds, *numbers, "*" if row["beyond"] else ""])
+        lines.append(
+            [_method(row), what, " ".join(filter(None, [where, seeds, units])), *numbers, "*" if row["beyond"] else ""]
+        )
     return lines
 
 
 def _counts(one: Compared) -> list[str]:
     """Return how many numbers differ, and how many one folder has alone, by method."""
     marked, bare = int(one.both["beyond"].sum()), int(one.both["low"].isna().sum())
-    without = f", {bare} without an interval" if bare else ""
+    paired = int((one.both["pairs"] > 0).sum())
+    taken = f", {paired} in pairs of the same units" if paired else ""
+    taken += f", {bare} without an interval" if bare else ""
     sentences = [
-        f"{one.family}: {len(one.both)} numbers in both, {marked} apart (*: p < {ALPHA:g}, Holm over methods){without}"
+        f"{one.family}: {len(one.both)} numbers in both, {marked} apart (*: p < {ALPHA:g}, Holm over methods){taken}"
     ]
     for side, rows in zip("AB", one.only, strict=True):
         if len(rows):

@@ -4,19 +4,22 @@ The score of a benchmark is its acc_norm where lm-eval has it, else acc, else an
 not averaged. Scores are in percent with the half-width of their 95 % interval (see `sbeval.tables.statistics`). A row
 of its own is the score of guessing: a score whose interval includes it is no evidence. The mean is over the benchmarks
 on which the models together are above guessing: the others would add noise alone. Bits per byte of right answers stand
-beside the scores: they have no chance floor.
+beside the scores: they have no chance floor. Below the models are their differences to RoPE, taken item by item where
+the values of both are stored.
 """
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from rich.table import Table as Terminal
 
 from sbeval.errors import NothingToDraw, choose
-from sbeval.tables import epochs, intervals, markup
-from sbeval.tables.statistics import UNKNOWN, Interval, Sample, interval
+from sbeval.tables import epochs, intervals, markup, pairs
+from sbeval.tables.documents import Values, nothing
+from sbeval.tables.pairs import Stored
+from sbeval.tables.statistics import UNKNOWN, Interval, Method, Sample, interval
 
 # candidates for the score of a benchmark, the preferred first; whether they are in percent and averaged
 METRICS = {
@@ -36,21 +39,24 @@ FILTERS = ("", "flexible-extract", "strict-match")
 MODEL = ["model", "attention", "options", "params", "train_len", "train_tokens", "eval_len"]
 # columns that models share whose seeds are pooled
 ALIKE = ["model", "train_len", "train_tokens", "eval_len"]
+# the method whose differences are shown
+ROPE: Method = ("rope", "")
 COLUMNS = (*MODEL, "task", "seed", "metric", "value", "stderr", "n", "part", "filter", "shots", "chance")
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     """A score and the half-width of its 95 % interval, None where there is none; in percent unless a perplexity or bits
-    per byte. digits: decimals that are shown."""
+    per byte. digits: decimals that are shown. signed: a difference."""
 
     value: float
     half: float | None = None
     digits: int = 1
+    signed: bool = False
 
     def text(self, between: str = " ± ") -> str:
-        shown = [f"{number:.{self.digits}f}" for number in (self.value, self.half) if number is not None]
-        return between.join(shown)
+        value = f"{self.value:{'+' * self.signed}.{self.digits}f}"
+        return value if self.half is None else f"{value}{between}{self.half:.{self.digits}f}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +97,8 @@ def names(chosen: pd.DataFrame) -> dict[tuple[object, ...], str]:
     return {key: long[key] if name in twice else name for key, name in short.items()}
 
 
-def table(results: pd.DataFrame) -> Scores:
-    """Build the table of `results`, rows of the result table."""
+def table(results: pd.DataFrame, values: Values = nothing) -> Scores:
+    """Build the table of `results`, rows of the result table. values: reads those of items, for differences."""
     chosen = headline(results)
     benchmarks = list(dict.fromkeys(chosen["benchmark"]))
     metrics = {str(name): str(group["metric"].iloc[0]) for name, group in chosen.groupby("benchmark")}
@@ -104,14 +110,23 @@ def table(results: pd.DataFrame) -> Scores:
         for (*key, name), part in chosen.groupby([*ALIKE, "benchmark"], dropna=False)
         for of, found in intervals.intervals(intervals.samples(part)).items()
     }
+    stored, last = Stored(values), []
+    less = _differences(chosen[[METRICS[metric] for metric in chosen["metric"]]], stored, percent=True)
+    less_gold = _differences(headline(results, GOLD), stored, percent=False) if bits else {}
+
+    def line(scores: dict[str, Cell], gold: dict[str, Cell]) -> list[Cell | None]:
+        return [*map(scores.get, benchmarks), _average(scores, averaged), *map(gold.get, bits)]
+
     for key, group in chosen.groupby(MODEL):
         alike, of = group[ALIKE].iloc[0], (str(group["attention"].iloc[0]), str(group["options"].iloc[0]))
         scores = {name: cell for name in benchmarks if (cell := cells.get((*alike, of, name)))}
+        gold = {name: cell for name, cells_of in bits.items() if (cell := cells_of.get((*alike, of)))}
         mark = f" ({epochs.OVERFIT})" if epochs.overfit(group).any() else ""
-        gold = [cells_of.get((*alike, of)) for cells_of in bits.values()]
-        rows.append(
-            (named[key] + mark, [*(scores.get(name) for name in benchmarks), _average(scores, averaged), *gold])
-        )
+        rows.append((named[key] + mark, line(scores, gold)))
+        differences = less.get((*alike, of), {}), less_gold.get((*alike, of), {})
+        if any(differences):
+            last.append((f"{named[key]}{mark} less {ROPE[0]}", line(*differences)))
+    rows += last
     chance = {
         str(name): Cell(100 * float(group["chance"].iloc[0]))
         for name, group in chosen.groupby("benchmark")
@@ -134,6 +149,21 @@ def _gold(results: pd.DataFrame) -> dict[str, dict[tuple[object, ...], Cell]]:
         for of, each in intervals.intervals(intervals.samples(part)).items():
             half = each.high - each.mean
             found.setdefault(str(name), {})[*key, of] = Cell(each.mean, half if half > 0 else None, digits=3)
+    return found
+
+
+def _differences(chosen: pd.DataFrame, stored: Stored, *, percent: bool) -> dict[tuple[object, ...], dict[str, Cell]]:
+    """Return the difference of each method to RoPE, item by item, by ALIKE and method, and by benchmark."""
+    found: dict[tuple[object, ...], dict[str, Cell]] = {}
+    for (*key, name), part in chosen.groupby([*ALIKE, "benchmark"], dropna=False, sort=False):
+        joint = pairs.of_methods(part, ROPE, stored, ["benchmark"])
+        if not joint:
+            continue
+        differences = intervals.differences(intervals.samples(part), ROPE, pairs=joint)
+        for of in joint:
+            cell = _cell(differences[of], percent)
+            cells = found.setdefault((*key, of), {})
+            cells[str(name)] = replace(cell, signed=True, digits=1 if percent else 3)
     return found
 
 
@@ -163,7 +193,7 @@ def _average(cells: dict[str, Cell], averaged: list[str]) -> Cell | None:
         return None
     halves = [cell.half for cell in scores if cell.half is not None]
     half = math.hypot(*halves) / len(scores) if len(halves) == len(scores) else None
-    return Cell(sum(cell.value for cell in scores) / len(scores), half)
+    return Cell(sum(cell.value for cell in scores) / len(scores), half, signed=scores[0].signed)
 
 
 def terminal(scores: Scores) -> Terminal:
@@ -224,6 +254,6 @@ FORMATS: dict[str, Callable[[Scores], str | Terminal]] = {
 }
 
 
-def render(results: pd.DataFrame, style: str) -> str | Terminal:
-    """Render the table in the format `style`; InputError lists the formats."""
-    return FORMATS[choose("format", style, FORMATS)](table(results))
+def render(results: pd.DataFrame, style: str, values: Values = nothing) -> str | Terminal:
+    """Render the table in the format `style`; InputError lists the formats. values: reads those of items."""
+    return FORMATS[choose("format", style, FORMATS)](table(results, values))

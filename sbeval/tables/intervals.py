@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from sbeval.tables import statistics
-from sbeval.tables.statistics import Interval, Method, Sample, Scale
+from sbeval.tables.statistics import Interval, Joint, Method, Sample, Scale
 
 # seeds are drawn one by one up to this number
 FEW = 3
@@ -63,24 +63,33 @@ def intervals(of: Mapping[Method, Sample], scale: Scale = Scale.LINEAR) -> dict[
 
 
 def differences(
-    of: Mapping[Method, Sample], reference: Method, scale: Scale = Scale.LINEAR, *, same_units: bool = False
+    of: Mapping[Method, Sample],
+    reference: Method,
+    scale: Scale = Scale.LINEAR,
+    *,
+    same_units: bool = False,
+    pairs: Mapping[Method, Joint] | None = None,
 ) -> dict[Method, Interval]:
     """Return the interval of each method of a setting minus the reference, on the scale of the samples.
 
     same_units: all are measured on the same documents, whose common part cancels: with a deviation over seeds, errors
     over documents are left out. Without one, and otherwise, they add as if the documents were others.
+    pairs: how methods vary together with the reference, unit by unit, where that is known.
     """
+    pairs = pairs or {}
     others = {method: sample for method, sample in of.items() if method != reference}
     if scale is Scale.SHARE:
-        each = intervals(of, scale)
-        return {method: statistics.minus(each[method], each[reference]) for method in others}
+        return {
+            method: statistics.shares_less(sample, of[reference], pairs.get(method))
+            for method, sample in others.items()
+        }
     spreads = statistics.spreads(of)
     found = {}
     for method, sample in others.items():
         pair, spread = [sample, of[reference]], (spreads[method], spreads[reference])
-        if same_units and all(one.freedom for one in spread):
+        if same_units and method not in pairs and all(one.freedom for one in spread):
             pair = [dataclasses.replace(one, stderr=0.0, units=0) for one in pair]
-        found[method] = statistics.less(pair[0], pair[1], spread)
+        found[method] = statistics.less(pair[0], pair[1], spread, pairs.get(method))
     return found
 
 

@@ -3,6 +3,9 @@
 The difference of two means over n seeds and m documents has the variance 2 s²/n + d²/m: s is the standard deviation of
 seeds, d that of the difference over documents, which are the same for both methods. Both come from results; s is then
 an estimate, and power is its mean over the values of s that the estimate allows (O'Hagan et al. 2005, "assurance").
+
+The score of a benchmark is the same with items for documents. Where their values are not stored, d is that of answers
+that do not correlate, which is larger.
 """
 
 import math
@@ -14,8 +17,9 @@ import numpy as np
 import pandas as pd
 from scipy import special, stats
 
-from sbeval.errors import InputError
-from sbeval.tables import documents, intervals, selection, statistics, table, values
+from sbeval.errors import InputError, choose
+from sbeval.tables import documents, few_shot, intervals, selection, statistics, table, values
+from sbeval.tables.pairs import Stored
 from sbeval.tables.power_options import Config
 from sbeval.tables.results import Results
 from sbeval.tables.statistics import Spread
@@ -28,7 +32,8 @@ MOST = 1000
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Deviations in nats/token: of seeds, and of a difference over documents (None: not known); their number."""
+    """Deviations, in nats/token or in a score: of seeds, and of a difference over documents or items (None: not known);
+    their number."""
 
     seeds: Spread
     documents: float | None
@@ -50,18 +55,19 @@ def plan(config: Config) -> Plan:
     known = noise.documents is not None
     counts = config.documents or ((noise.count, 4 * noise.count) if known else (0,))
     rows = []
-    for difference in config.differences:
+    for difference in config.to_find:
         for count in counts:
             over = (noise.documents or 0.0) ** 2 / count if known and count else 0.0
             found = seeds(difference, noise.seeds, over, config.power, config.alpha)
             rows.append([f"{difference:g}", f"{count}" if known else "", f"{found}" if found else "no number"])
     freedom = f", {noise.seeds.freedom} degrees of freedom" if noise.seeds.freedom < MOST else ""
-    notes = [f"Power {config.power:g} at level {config.alpha:g}; seeds vary by {noise.seeds.sd:.4f} nats{freedom}."]
+    unit, of = ("score", "items") if config.benchmark else ("nats", "documents")
+    notes = [f"Power {config.power:g} at level {config.alpha:g}; seeds vary by {noise.seeds.sd:.4f} {unit}{freedom}."]
     if known:
-        notes.append(f"The difference of two methods varies over documents by {noise.documents:.4f} nats.")
+        notes.append(f"The difference of two methods varies over {of} by {noise.documents:.4f} {unit}.")
     else:
-        notes.append("No losses of documents are stored for two methods: documents are not counted (--document-sd).")
-    return Plan(["difference (nats/token)", "documents", "seeds a method"], rows, notes)
+        notes.append(f"No values of {of} are stored for two methods: {of} are not counted (--document-sd).")
+    return Plan([f"difference ({config.benchmark or 'nats/token'})", of, "seeds a method"], rows, notes)
 
 
 def seeds(difference: float, spread: Spread, of_documents: float, power: float, alpha: float) -> int | None:
@@ -96,14 +102,15 @@ def probability(count: int, difference: float, spread: Spread, of_documents: flo
 
 
 def measured(config: Config) -> Noise:
-    """Return the deviations that are given, and for others those of the setting of `length_gen` with the most seeds.
+    """Return the deviations that are given, and for others those of the setting with the most seeds.
 
     Raise InputError where neither says how much seeds vary.
     """
     found = None
-    path = Results(config.results_dir).table("length_gen")
-    if config.seed_sd is None or config.document_sd is None:
-        found = _of_results(path, config.results_dir) if path.exists() else None
+    results = Results(config.results_dir)
+    path = results.table("few_shot" if config.benchmark else "length_gen")
+    if (config.seed_sd is None or config.document_sd is None) and path.exists():
+        found = _of_benchmark(results, config.benchmark) if config.benchmark else _of_results(path, config.results_dir)
     spread = found.seeds if found else statistics.UNKNOWN
     if config.seed_sd is not None:
         spread = Spread(config.seed_sd, math.inf)
@@ -138,11 +145,38 @@ def _over_documents(rows: pd.DataFrame, read: Callable[[Iterable[str]], pd.DataF
         return None
     losses = sums / tokens
     methods = rows.drop_duplicates("cell").set_index("cell")[["attention", "options"]].agg(":".join, axis=1)
-    means = losses.groupby(methods.reindex(losses.index)).mean().dropna(axis=1)
+    return _of_differences(losses.groupby(methods.reindex(losses.index)).mean().dropna(axis=1))
+
+
+def _of_differences(means: pd.DataFrame) -> float | None:
+    """Return the standard deviation over units (across) of the difference of two methods (down)."""
     if len(means) < 2 or means.shape[1] < 2:
         return None
-    # the variance of a difference of two is twice that within the methods of a document
+    # the variance of a difference of two is twice that within the methods of a unit
     apart = means - means.mean()
     apart = apart.sub(apart.mean(axis=1), axis=0)
     freedom = (len(means) - 1) * (means.shape[1] - 1)
     return math.sqrt(2 * float((apart.to_numpy() ** 2).sum()) / freedom)
+
+
+def _of_benchmark(results: Results, benchmark: str) -> Noise | None:
+    rows = few_shot.headline(table.read(results.table("few_shot"), required=few_shot.COLUMNS))
+    names = sorted(set(rows["task"]))
+    rows = rows[rows["task"] == choose("benchmark", benchmark, names)]
+    stored = Stored(lambda cells: values.read(results, cells))
+    best = None
+    for _, part in rows.groupby([*few_shot.ALIKE, "benchmark"], dropna=False):
+        samples = intervals.samples(part)
+        spread = statistics.pooled(samples)
+        if best is None or spread.freedom > best.seeds.freedom:
+            best = Noise(spread, _over_items(part, stored), int(part["n"].min()))
+    return best
+
+
+def _over_items(rows: pd.DataFrame, stored: Stored) -> float | None:
+    """Return the standard deviation over items of the difference of two methods; without values, as if independent."""
+    units = [stored.behind(part) for _, part in rows.groupby(["attention", "options"])]
+    known = [one for one in units if one is not None and units[0] is not None and one.like(units[0])]
+    if len(known) < 2:
+        return math.sqrt(2 * float((rows["stderr"] ** 2 * rows["n"]).mean())) if rows["stderr"].notna().all() else None
+    return _of_differences(pd.DataFrame([one.sums.mean(0) for one in known]))

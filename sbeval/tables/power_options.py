@@ -18,25 +18,34 @@ class Config:
     """What to find, and how surely."""
 
     differences: tuple[float, ...] = option(
-        (round(PUBLISHED, 3), 0.03, 0.05),
+        (),
         EVALUATION,
-        "Difference to find, in nats per token (0.02: what the paper reports of stick-breaking and RoPE).",
+        "Difference to find. Default: 0.02 (what the paper reports of stick-breaking and RoPE), 0.03 and 0.05 nats per "
+        "token; in the score of a benchmark 0.01, 0.02 and 0.05.",
         flag="--difference",
     )
+    benchmark: str = option(
+        "", EVALUATION, "Benchmark of few-shot in whose score to find it, instead of perplexity.", metavar="TASK"
+    )
     documents: tuple[int, ...] = option(
-        (), EVALUATION, "Documents to evaluate. Default: as many as the results have, and four times as many."
+        (), EVALUATION, "Documents or items to evaluate. Default: as many as the results have, and four times as many."
     )
     power: float = option(0.8, EVALUATION, "Probability of finding the difference.")
     alpha: float = option(0.05, EVALUATION, "Probability of finding one where there is none.")
     seed_sd: float | None = option(
-        None, EVALUATION, "Standard deviation over seeds, in nats per token. Default: that of the results."
+        None, EVALUATION, "Standard deviation over seeds, in the unit of the difference. Default: that of the results."
     )
     document_sd: float | None = option(
         None,
         EVALUATION,
-        "Standard deviation over documents of the difference of two methods. Default: that of the results' values.",
+        "Standard deviation over documents or items of the difference of two methods. Default: that of the results.",
     )
     results_dir: Path = option(Path("results"), RUN, "Folder of tables, run files, checkpoints and figures.")
+
+    @property
+    def to_find(self) -> tuple[float, ...]:
+        default = (0.01, 0.02, 0.05) if self.benchmark else (round(PUBLISHED, 3), 0.03, 0.05)
+        return self.differences or default
 
     def __post_init__(self) -> None:
         for name in ("power", "alpha"):

@@ -181,17 +181,29 @@ def found(rate: float, validation: float, steps: int, test: float, seed: int = 0
     return [same | {"metric": metric, "value": value} for metric, value in values.items()]
 
 
+def further(config: mqrar.Config, rows: list[dict[str, object]]) -> list[tuple[str, float, int]]:
+    cells = mqrar.more(config, pd.DataFrame(rows))
+    return [(cell.attention, cell.config.lrs[0], cell.config.seeds[0]) for cell in cells]
+
+
 def test_further_seeds_run_at_the_rate_that_validation_chooses() -> None:
-    config = mqrar.Config(attention=("rope", "nope"), lrs=(1e-3, 2e-3, 3e-3), seeds=(0, 1, 2))
+    config = mqrar.Config(attention=("rope", "nope"), lrs=(1e-3, 2e-3, 3e-3), seeds=(0, 1, 2), stop_accuracy=0.7)
     first = mqrar.cells(config)
     assert {(cell.config.lrs[0], cell.config.seeds[0]) for cell in first} == {(rate, 0) for rate in config.lrs}
-    assert len(mqrar.more(config, None)) == 4
-    # the middle one validates best and tests worst; nope diverged everywhere and has no accuracy
-    results = pd.DataFrame(found(1e-3, 0.5, 100, 0.9) + found(2e-3, 0.7, 100, 0.1) + found(3e-3, 0.7, 200, 0.9))
-    then = [(cell.attention, cell.config.lrs, cell.config.seeds) for cell in mqrar.more(config, results)]
-    assert then == [("rope", (2e-3,), (1,)), ("rope", (2e-3,), (2,))]
+    # at most at every rate
+    assert len(mqrar.more(config, None)) == 12
+    # two solve it, and the faster tests worst; nope diverged everywhere and has no accuracy
+    rows = found(1e-3, 0.5, 100, 0.9) + found(2e-3, 0.7, 100, 0.1) + found(3e-3, 0.7, 200, 0.9)
+    assert further(config, rows) == [("rope", 2e-3, 1), ("rope", 2e-3, 2)]
     one_rate = dataclasses.replace(config, lrs=(1e-3,))
-    assert len(mqrar.cells(one_rate)) == 6 and mqrar.more(one_rate, results) == []
+    assert len(mqrar.cells(one_rate)) == 6 and further(one_rate, rows) == []
+
+
+def test_where_no_rate_solves_the_task_further_seeds_run_at_all() -> None:
+    """The best of accuracies at chance is noise. The third rate diverged."""
+    config = mqrar.Config(attention=("rope",), lrs=(1e-3, 2e-3, 3e-3), seeds=(0, 1), stop_accuracy=0.9)
+    rows = found(1e-3, 0.11, 100, 0.1) + found(2e-3, 0.12, 100, 0.1)
+    assert sorted(further(config, rows)) == [("rope", 1e-3, 1), ("rope", 2e-3, 1)]
 
 
 def test_a_cell_that_diverges_has_a_row_that_says_so(tmp_path: Path) -> None:

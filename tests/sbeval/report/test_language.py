@@ -1,5 +1,6 @@
 """Claims on language models are decided by made-up tables as their rules say, and left open where rows do not do."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -224,6 +225,60 @@ def test_few_shot(stick: float, more: Row, verdict: str, frame: Tables, perplexi
 def test_few_shot_at_chance(frame: Tables) -> None:
     found = language.benchmarks(shots(frame, 0.4).assign(chance=0.7), Evidence({}))
     assert found.verdict == UNDECIDED and "3 benchmarks in common" in found.found
+
+
+def test_benchmarks_and_right_answers_are_paired_by_item(frame: Tables) -> None:
+    """Four items, of which both answer the same, and whose right answers cost 8, 4, 8, 4 bits, RoPE's one more."""
+    rows: list[Row] = []
+    items = []
+    for name, more in ((STICK, 0.0), (ROPE, 1.0)):
+        for task in ("copa", "piqa"):
+            same: Row = {"attention": name, "task": task, "cell": f"{name} {task}", "family": "few_shot"}
+            rows.append(same | {"metric": "acc", "value": 0.75})
+            rows.append(same | {"metric": "gold_bits_per_byte", "value": (6 + more) / 4, "chance": None})
+            values = {
+                "acc": [1.0, 1.0, 0.0, 1.0],
+                "log_probability": [-math.log(2) * (bits + more) for bits in (8, 4, 8, 4)],
+                "answer_bytes": [4.0] * 4,
+            }
+            for metric, each in values.items():
+                of = {"cell": same["cell"], "metric": metric, "unit_id": list("0123"), "value": each}
+                items.append(pd.DataFrame(of))
+    everything = pd.concat(items)
+    table = frame(rows, part="", filter="", shots=0, chance=0.1, stderr=0.15, n=4)
+    apart = language.benchmarks(table, Evidence({}))
+    assert "in pairs" not in apart.found and "bits/byte more" in apart.found
+    found = language.benchmarks(table, Evidence({}, lambda cells: everything[everything["cell"].isin(list(cells))]))
+    assert "difference +0.0 points (95 % over 1 seed each, 8 items in pairs;" in found.found
+    assert "cost stick-breaking −0.250 bits/byte more (95 % over 1 seed each, 8 items in pairs)" in found.found
+
+
+def test_needles_are_paired_by_prompt(frame: Tables) -> None:
+    """Prompts that both find, or neither, are no error of the difference."""
+    right = {STICK: [1.0] * 60 + [0.0] * 40, ROPE: [1.0] * 50 + [0.0] * 50}
+    table = needles(frame, 0.6, 0.5).assign(family="needle", stderr=0.05)
+    everything = pd.concat(
+        pd.DataFrame(
+            {
+                "cell": f"{name} {task}",
+                "metric": "score",
+                "unit_id": [f"{number}" for number in range(100)],
+                "value": each if length > 2048 else 1.0,
+                "length": length,
+                "depth": 1.5,
+            }
+        )
+        for name, each in right.items()
+        for task in ("vt", "cwe")
+        for length in (2048, 4096, 8192)
+    )
+    apart = language.retrieval(table, Evidence({}))
+    found = language.retrieval(table, Evidence({}, lambda cells: everything[everything["cell"].isin(list(cells))]))
+    assert "+0.100 [" in apart.found and "in pairs" not in apart.found
+    assert "400 samples in pairs" in found.found
+    # correlation 0.816: the variance is 0.184 of that of independent samples
+    low, high = (float(x.replace("−", "-")) for x in found.found.split("+0.100 [")[1].split("]")[0].split(", "))
+    assert (high - low) / 2 == pytest.approx(1.96 * 0.05 * math.sqrt(2 / 4) * math.sqrt(1 - 0.816), rel=0.05)
 
 
 def test_changes_by_context_are_paired_by_document_too(frame: Tables, perplexities: Tables) -> None:

@@ -57,8 +57,8 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(study: Path, tmp_path: Path)
         "length_gen": ("3", ""),
         "needle": ("2", ""),
         "flip_flop": ("2", "2"),
-        "mqrar": ("180", "180"),
-        "all": ("187", "184"),
+        "mqrar": ("360", "360"),
+        "all": ("367", "364"),
     }
     assert "left out: attention_map, diagnostics, few_shot" in out
 

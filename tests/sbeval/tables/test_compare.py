@@ -1,6 +1,7 @@
 """Two folders side by side: which rows are the same, what a difference's interval is, what only one has."""
 
 import io
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 from rich.console import Console
 
 from sbeval.errors import InputError
-from sbeval.tables import compare, table
+from sbeval.tables import compare, table, values
 from sbeval.tables.compare import Compared
+from sbeval.tables.results import Results
 from sbeval.tables.rows import Identity, Measurement, Provenance
 
 RESULTS = Path(__file__).parents[3] / "results"
@@ -51,18 +53,19 @@ class Row(Measurement):
 
 def write(
     folder: Path,
-    values: dict[int, float],
+    seeds: dict[int, float],
     *,
     metric: str = "loss",
     unit: str = "1",
     stderr: float | None = None,
+    n: int = 9,
     **origin: Any,
 ) -> None:
     """A cell for each seed, of one number at position 8."""
     folder.mkdir(exist_ok=True)
     identity = replace(IDENTITY, attention=origin.pop("attention", "rope"), options=origin.pop("options", ""))
-    for seed, value in values.items():
-        row = Row(metric=metric, unit=unit, value=value, stderr=stderr, n=9, position=8, status=f"{value}")
+    for seed, value in seeds.items():
+        row = Row(metric=metric, unit=unit, value=value, stderr=stderr, n=n, position=8, status=f"{value}")
         cell = replace(PROVENANCE, cell=f"{identity.attention}{identity.options}{seed}{origin}", **origin)
         table.write(folder / "toy.csv", table.frame(replace(identity, seed=seed), [row], cell))
 
@@ -151,6 +154,43 @@ def test_ratios_are_of_times_and_rates(unit: str, ratio: float | None, tmp_path:
     write(tmp_path / "b", {0: 2.0}, unit=unit)
     found = numbers(tmp_path)["ratio"]
     assert found == ratio if ratio else pd.isna(found)
+
+
+def store(folder: Path, metric: str, each: list[float], names: str = "abcd") -> None:
+    """Values of four units of a single cell, whose row is their mean."""
+    write(folder, {0: sum(each) / 4}, metric=metric, stderr=0.25, n=4)
+    rows = table.read(folder / "toy.csv")
+    units = pd.DataFrame({"metric": metric, "unit_id": list(names), "value": each, "position": 8})
+    values.write(Results(folder), rows["cell"].iloc[0], units)
+
+
+def test_numbers_with_the_same_units_are_paired(tmp_path: Path) -> None:
+    """Units that differ by far more than the folders do."""
+    store(tmp_path / "a", "loss", [1.0, 2.0, 3.0, 4.0])
+    store(tmp_path / "b", "loss", [1.1, 2.2, 3.2, 4.1])
+    found = numbers(tmp_path)
+    # differences 0.1, 0.2, 0.2, 0.1; 3.182: Student's t with three degrees of freedom
+    half = 3.182 * math.sqrt(4 * 0.05**2 / 3 / 4)
+    assert (found["low"], found["high"]) == pytest.approx((0.15 - half, 0.15 + half), rel=1e-3)
+    assert found["beyond"] and found["pairs"] == 4
+    shown = compare.render(tmp_path / "a", tmp_path / "b", "markdown")
+    assert isinstance(shown, str) and "| 4 in pairs |" in shown
+    assert "toy: 1 numbers in both, 1 apart (*: p < 0.05, Holm over methods), 1 in pairs of the same units" in shown
+    # other units
+    store(tmp_path / "b", "loss", [1.1, 2.2, 3.2, 4.1], "abce")
+    found = numbers(tmp_path)
+    assert found["pairs"] == 0 and not found["beyond"]
+    assert "in pairs" not in str(compare.render(tmp_path / "a", tmp_path / "b", "markdown"))
+
+
+def test_shares_of_the_same_units_are_paired(tmp_path: Path) -> None:
+    store(tmp_path / "a", "score", [0.0, 0.0, 1.0, 1.0])
+    store(tmp_path / "b", "score", [0.0, 1.0, 1.0, 1.0])
+    paired = numbers(tmp_path)
+    store(tmp_path / "b", "score", [0.0, 1.0, 1.0, 1.0], "efgh")
+    alone = numbers(tmp_path)
+    assert paired["pairs"] == 4 and alone["pairs"] == 0 and paired["difference"] == alone["difference"] == 0.25
+    assert alone["low"] < paired["low"] < 0 < paired["high"] < alone["high"]
 
 
 def test_where_a_row_comes_from_counts_only_where_it_must(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The table of few-shot scores, in each of its forms."""
 
 import io
+import math
 from typing import Any
 
 import pandas as pd
@@ -89,6 +90,40 @@ def test_the_mean_is_of_the_benchmarks_above_guessing_or_absent() -> None:
     assert lacking["25m stick_breaking"][mean] is None and lacking["25m rope"][mean] is not None
     noisy = by_name(scores.table(results().replace({"stderr": {0.05: 0.06}})))
     assert noisy["25m rope"][mean] is None
+
+
+def test_differences_are_taken_item_by_item_where_items_are_stored() -> None:
+    """Ten items: both answer five, stick-breaking two more, and its right answers of 4 bytes cost 2 or 1 bits less."""
+    right = {"rope": [1.0] * 5 + [0.0] * 5, "stick_breaking": [1.0] * 7 + [0.0] * 3, "alibi": [0.0] * 10}
+    cost = {"rope": [4.0, 8.0] * 5, "stick_breaking": [2.0, 7.0] * 5, "alibi": [4.0] * 10}
+    rows = []
+    for name in right:
+        same: dict[str, Any] = {"family": "few_shot", "cell": name, "n": 10, "stderr": 0.16}
+        rows.append(row(name, "copa", "acc", sum(right[name]) / 10, **same))
+        bits = sum(cost[name]) / 40
+        rows.append(row(name, "copa", "gold_bits_per_byte", bits, **same | {"chance": None, "stderr": 0.1}))
+    items = pd.concat(
+        pd.DataFrame({"cell": name, "metric": metric, "unit_id": list("0123456789"), "value": each, "part": ""})
+        for name in ("rope", "stick_breaking")
+        for metric, each in (
+            ("acc", right[name]),
+            ("log_probability", [-math.log(2) * bits for bits in cost[name]]),
+            ("answer_bytes", 4.0),
+        )
+    )
+    table = pd.DataFrame(rows)
+    found = scores.table(table, lambda cells: items[items["cell"].isin(list(cells))])
+    assert [name for name, _ in found.rows][3:] == ["25m stick_breaking less rope", "chance"]
+    less = by_name(found)["25m stick_breaking less rope"]
+    # a deviation of 0.42 over ten items; Student's t with nine degrees of freedom is 2.262
+    error = math.sqrt((2 * 0.8**2 + 8 * 0.2**2) / 9 / 10)
+    assert pair(less["copa (0) acc"]) == pytest.approx((20.0, 100 * 2.262 * error), rel=1e-3)
+    gold = less["copa (0) gold bits/byte"]
+    assert gold is not None and gold.text() == "-0.375 ± 0.094"
+    assert "| 25m stick_breaking less rope | +20.0 ± 30.2 |" in scores.markdown(found)
+    # unpaired: 2.262 times the root of two errors of 0.16
+    assert 100 * 2.262 * error < 100 * 2.262 * 0.16 * math.sqrt(2)
+    assert len(scores.table(table).rows) == 4
 
 
 def test_seeds_are_averaged_and_the_larger_run_counts() -> None:

@@ -89,6 +89,41 @@ def test_deviations_come_from_the_results(tmp_path: Path) -> None:
     assert values.read(results, rows["cell"]).empty
 
 
+def test_scores_of_a_benchmark_vary_over_items(tmp_path: Path) -> None:
+    """Two methods with two seeds each; a third of the items tells them apart."""
+    results = Results(tmp_path)
+    committed = table.read(RESULTS / "few_shot.csv")
+    one = committed[(committed["metric"] == "acc") & (committed["part"] == "")].iloc[:1]
+    right = {"rope": [1.0, 0.0, 0.0] * 40, "alibi": [1.0, 0.0, 1.0] * 40}
+    rows = []
+    for name, each in right.items():
+        for seed in (0, 1):
+            flipped = [1 - each[0], *each[1:]] if seed else each
+            share = float(np.mean(flipped))
+            error = math.sqrt(share * (1 - share) / 119)
+            cell = f"{name}-{seed}"
+            given = {"attention": name, "options": "", "seed": seed, "cell": cell, "task": "copa", "params": 10}
+            rows.append(one.assign(**given, value=share, stderr=error, n=120))
+            units = [f"{number}" for number in range(120)]
+            frame = pd.DataFrame({"metric": "acc", "unit_id": units, "value": flipped, "part": "", "filter": ""})
+            values.write(results, cell, frame)
+    table.write(results.table("few_shot"), pd.concat(rows))
+    found = plan(Config(results_dir=tmp_path, benchmark="copa", differences=(0.05,)))
+    assert found.headings == ["difference (copa)", "items", "seeds a method"]
+    assert [row[1] for row in found.rows] == ["120", "480"]
+    # seeds at 1/3 and a 120th less, 2/3 likewise
+    assert f"seeds vary by {math.sqrt(0.5) / 120:.4f} score, 2 degrees of freedom" in found.notes[0]
+    gap = np.array(([0.0, 0.0, 1.0] * 40), dtype=float)
+    assert f"over items by {gap.std(ddof=1):.4f} score" in found.notes[1]
+    # without values: as if answers were independent
+    for path in (tmp_path / "values").iterdir():
+        path.unlink()
+    alone = plan(Config(results_dir=tmp_path, benchmark="copa", differences=(0.05,)))
+    assert "over items by 0.66" in alone.notes[1]
+    with pytest.raises(InputError, match="unknown benchmark 'copper'; did you mean 'copa'"):
+        plan(Config(results_dir=tmp_path, benchmark="copper"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

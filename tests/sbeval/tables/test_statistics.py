@@ -3,6 +3,7 @@ their coverage in simulations."""
 
 import math
 import statistics
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -18,11 +19,13 @@ from sbeval.tables.statistics import (
     bootstrap,
     holm,
     interval,
+    joint,
     less,
     mean,
     minus,
     ratio,
     share,
+    shares_less,
     spreads,
 )
 
@@ -185,6 +188,75 @@ def test_a_difference_of_shares_is_newcombes() -> None:
     assert (found.mean, found.low, found.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)
 
 
+def table_of_two(both: int, first: int, second: int, neither: int) -> tuple[Floats, Floats]:
+    """Two models' answers, (1, items): of so many items right by both, by one alone, and by neither."""
+    right = np.repeat([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0], [0.0, 0.0]], [both, first, second, neither], axis=0)
+    return right[None, :, 0], right[None, :, 1]
+
+
+def sample(each: Floats) -> Sample:
+    error = mean(each[0]).stderr
+    assert error is not None
+    return Sample(each.mean(1), error, each.shape[1])
+
+
+def test_errors_of_pairs() -> None:
+    """Two seeds of one method and one of the other, over three documents of 2, 4 and 6 tokens."""
+    of, other, tokens = (
+        np.array([[2.0, 5.0, 8.0], [4.0, 3.0, 10.0]]),
+        np.array([[2.0, 4.0, 3.0]]),
+        np.array([2, 4, 6.0]),
+    )
+    found = joint(of, other, tokens)
+    first, second = of.mean(0) - 16 / 12 * tokens, other[0] - 9 / 12 * tokens
+    assert found.units == 3
+    assert found.stderr == pytest.approx(ratio(of.mean(0) - other[0], tokens).stderr, rel=1e-12)
+    assert found.covariance == pytest.approx((first * second).sum() / 4**2 / 2 / 3, rel=1e-12)
+
+
+def test_a_difference_in_pairs_has_their_error_alone() -> None:
+    of, other = np.array([[1.0, 2.0, 4.0, 8.0]]), np.array([[0.9, 1.8, 3.9, 7.8]])
+    pairs = joint(of, other, np.ones(4))
+    found = less(sample(of), sample(other), (UNKNOWN, UNKNOWN), pairs)
+    # 3.182: Student's t with three degrees of freedom
+    assert found.mean == pytest.approx(0.15) and found.high - 0.15 == pytest.approx(3.182 * 0.0577 / 2, rel=1e-3)
+    assert found.over("items") == "95 % over 1 seed each, 4 items in pairs"
+    # 2.228: with ten
+    seeds = less(sample(of), sample(other), (Spread(0.1, 10), Spread(0.1, 10)), pairs)
+    half = math.hypot(3.182 * 0.0577 / 2, 2.228 * 0.1 * math.sqrt(2))
+    assert seeds.high - 0.15 == pytest.approx(half, rel=1e-3)
+
+
+def test_a_difference_of_shares_in_pairs_is_newcombes() -> None:
+    of, other = table_of_two(36, 12, 2, 10)
+    found = shares_less(sample(of), sample(other), joint(of, other, np.ones(60)))
+    one, two = share(sample(of)), share(sample(other))
+    phi = (36 * 10 - 12 * 2) / math.sqrt(48 * 12 * 38 * 22)
+    down, up = one.mean - one.low, two.high - two.mean
+    assert found.mean == pytest.approx(10 / 60) and found.paired and found.units == 60
+    assert found.mean - found.low == pytest.approx(math.sqrt(down**2 - 2 * phi * down * up + up**2), rel=1e-9)
+    assert found.low > 0.04 > 0.004 > shares_less(sample(of), sample(other)).low
+    # items that both answer alike have no error, and yet the interval has a width
+    same = table_of_two(50, 0, 0, 0)
+    alike = shares_less(sample(same[0]), sample(same[1]), joint(*same, np.ones(50)))
+    assert alike.low < 0 < alike.high
+
+
+def test_many_units_take_little_memory() -> None:
+    """The 67,000 items of BLiMP, 2,000 times drawn, are 1 GB."""
+    generator = np.random.default_rng(0)
+    of, other = (generator.normal(at, 1, (2, 67_000)) for at in (0.02, 0.0))
+    spread = Spread(0.001, 5)
+    tracemalloc.start()
+    found = bootstrap(of, other, np.ones(67_000), (spread, spread))
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    error = (of.mean(0) - other.mean(0)).std(ddof=1) / math.sqrt(67_000)
+    assert found.paired and found.mean == pytest.approx(of.mean() - other.mean())
+    # 2.571: Student's t with five degrees of freedom
+    assert found.high - found.mean == pytest.approx(math.hypot(1.96 * error, 2.571 * 0.001), rel=1e-3)
+
+
 def test_holm() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
@@ -237,6 +309,37 @@ def test_coverage_of_the_bootstrap_over_seeds_and_pairs_of_documents(count: int)
         pooled = Spread(math.sqrt(noise.var(1, ddof=1).mean()), 8 * (count - 1))
         first, second = each * tokens
         found += covers(bootstrap(first, second, tokens, (pooled, pooled), draws=400))
+    assert found / DRAWS == pytest.approx(0.95, abs=NEAR)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_coverage_in_pairs_over_seeds_and_documents(count: int) -> None:
+    """The same without drawing."""
+    generator = np.random.default_rng(40 + count)
+    found = 0
+    for _ in range(DRAWS):
+        tokens = generator.lognormal(9, 0.5, 27)
+        noise = generator.normal(0, 0.014, (8, count))
+        level, gap = generator.normal(3.7, 0.15, 27), generator.normal(0, 0.02, 27)
+        first, second = (noise[:2, :, None] + level + np.stack([gap, np.zeros(27)])[:, None]) * tokens
+        pooled = Spread(math.sqrt(noise.var(1, ddof=1).mean()), 8 * (count - 1))
+        samples = [Sample(each.sum(1) / tokens.sum(), 0.0, 27) for each in (first, second)]
+        found += covers(less(samples[0], samples[1], (pooled, pooled), joint(first, second, tokens)))
+    assert found / DRAWS == pytest.approx(0.95, abs=NEAR)
+
+
+@pytest.mark.parametrize("units", [200, 500])
+@pytest.mark.parametrize("low", [0.05, 0.5, 0.9])
+def test_coverage_of_shares_in_pairs(units: int, low: float) -> None:
+    """Items of which half are answered alike by both."""
+    generator = np.random.default_rng(70 + units)
+    found = 0
+    for _ in range(DRAWS):
+        draws = generator.random((2, 1, units))
+        draws[1] = np.where(generator.random(units) < 0.5, draws[0], draws[1])
+        first, second = (draws[0] < low + 0.05).astype(float), (draws[1] < low).astype(float)
+        pairs = joint(first, second, np.ones(units))
+        found += covers(shares_less(sample(first), sample(second), pairs), 0.05)
     assert found / DRAWS == pytest.approx(0.95, abs=NEAR)
 
 
