@@ -93,7 +93,7 @@ def _charts(tables: dict[str, pd.DataFrame], results_dir: Path, say: Callable[[s
         if not registry.has_rows(name, tables[table]):
             continue
         try:
-            charts[name] = registry.figure(name).chart(tables[table])
+            charts[name] = registry.figure(name).chart(style.named(tables[table]))
         except InputError as error:
             say(f"{name}: skipped, {results_dir / table}.csv: {error}")
     return charts
