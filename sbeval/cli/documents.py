@@ -6,6 +6,7 @@ python -m sbeval.cli.documents          in a checkout, writes the blocks anew
 <!-- end of numbers -->
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +16,14 @@ import pandas as pd
 
 from sbeval.errors import InputError, choose
 from sbeval.tables.results import Results
+from sbeval.tables.run_files import gather
 from sbeval.tables.table import read
 
 PAGES = ("README.md", "docs/results.md")
 BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end of numbers -->)", re.DOTALL)
 
+# families whose figures docs/results.md shows
+DRAWN = ("attention_map", "kernel", "length_gen", "mqrar", "needle", "skipping")
 ROPE, STICK = ("rope", ""), ("stick_breaking", "")
 # results folder, columns and rows of each table: (label, folder, method)
 TYPED = {"one H200": "typed", "two CPU cores": "typed-cpu"}
@@ -103,6 +107,15 @@ def _fixed_sentence(results: Path) -> str:
     return f"Nats per token with 2048 and 65536 tokens of context: {'; '.join(each)}.\n"
 
 
+def _made_by(results: Path, family: str) -> str:
+    """Name the command of a figure's rows, and how many further ones a few of them need."""
+    table = read(Results(results).table(family), ["cell"])
+    first, *others = gather(table, Results(results).runs).again
+    count = f"{len(others)} other commands" if len(others) > 1 else "another command"
+    rest = f" Some rows are of {count}, listed by `sbeval report`." if others else ""
+    return f"Made by `{first}`.{rest}\n"
+
+
 def _fixed_targets(results: Path) -> Mapping[tuple[str, str, int], float]:
     table = read(Results(results / "which-stick-breaking").table("length_gen"), ["metric"])
     return _means(table[table["metric"] == "loss_fixed_targets"])
@@ -140,6 +153,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "typed_sentence": _typed_sentence,
     "fixed_targets": _fixed,
     "fixed_targets_sentence": _fixed_sentence,
+    **{f"{family}_command": functools.partial(_made_by, family=family) for family in DRAWN},
 }
 
 if __name__ == "__main__":
