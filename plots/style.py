@@ -130,7 +130,7 @@ def looks_of(methods: Iterable[Method]) -> dict[Method, Look]:
 
 
 def _fixed(methods: Iterable[Method]) -> dict[Method, int]:
-    """Return the position of the look of each method that is one of VARIANTS, the first of several that are the same."""
+    """Return the position of the look of each method that is one of VARIANTS; of equal ones, the first has it."""
     found: dict[int, Method] = {}
     for name, options in sorted(methods):
         variant = (name, ",".join(option for option in options.split(",") if option != SHARED))

@@ -12,10 +12,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from sbeval.tables.privacy import shared_argv
+
 # options on which no number depends, with and without a value
 ASIDE = (
-    "--results-dir", "--workers", "--device", "--executor", "--address", "--gpus-per-cell", "--threads", "--tensorboard",
-    "--track",
+    "--results-dir", "--workers", "--device", "--executor", "--address", "--gpus-per-cell", "--threads", "--track",
+    "--tensorboard",
 )  # fmt: skip
 FLAGS = ("--force", "--dry-run", "--shard")
 # options that name files or folders
@@ -81,11 +83,11 @@ def _pair(commands: Sequence[tuple[_Command, int]]) -> tuple[tuple[int, int], _C
 def _parsed(line: Sequence[str]) -> _Command:
     words: list[str] = []
     options: dict[str, tuple[str, ...]] = {}
-    rest = [part for word in line[1:] for part in (word.split("=", 1) if _joined(word) else [word])]
+    rest = [part for word in shared_argv(line[1:]) for part in (word.split("=", 1) if _joined(word) else [word])]
     while rest:
         word = rest.pop(0)
         if not word.startswith("--"):
-            words.append(word)
+            words.append(PurePosixPath(word).name if word.startswith(LOCAL) else word)
         elif not rest or rest[0].startswith("--"):
             options[word] = ()
         else:
@@ -107,4 +109,6 @@ def _shared(option: str, value: str) -> str:
     path = PurePosixPath(given)
     if path.parent.name == "checkpoints":
         return f"{key}{equals}results/checkpoints/{path.name}"
-    return f"{key}{equals}{path.name}" if given.startswith(LOCAL) else value
+    # names on the hub have folders too
+    folder = given.startswith(LOCAL) or ("/" in given and option in PATHS[:-2] and not given.startswith("hf:"))
+    return f"{key}{equals}{path.name}" if folder else value
