@@ -133,8 +133,9 @@ def _perplexities(results: Path) -> Mapping[tuple[str, str, int], float]:
 
 def _means(rows: pd.DataFrame) -> Mapping[tuple[str, str, int], float]:
     """Return the mean of `value` over seeds by attention, options and context."""
-    means = rows.groupby(["attention", "options", "context_length"])["value"].mean()
-    return {(str(name), str(options), int(length)): float(value) for (name, options, length), value in means.items()}
+    means = rows.groupby(["attention", "options", "context_length"])["value"].mean().reset_index()
+    columns = (means[name].tolist() for name in ("attention", "options", "context_length", "value"))
+    return {(name, options, int(length)): value for name, options, length, value in zip(*columns, strict=True)}
 
 
 def _three(value: float) -> str:

@@ -22,6 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from sbeval.runtime.signals import terminable, unheard
@@ -109,6 +110,9 @@ def _send(connection: Connection, message: object) -> None:
 class _Worker:
     """A process that starts with its first item. gpu: its CUDA_VISIBLE_DEVICES; None: that of this process."""
 
+    pool: ProcessPoolExecutor
+    _process: BaseProcess | None
+
     def __init__(self, number: int, workers: int, gpu: str | None, connection: Connection | None) -> None:
         self.number, self.gpu, self._connection = number, gpu, connection
         self._options = (os.getpid(), number, workers, gpu, connection)
@@ -118,13 +122,16 @@ class _Worker:
         # what a terminal sends to all processes is for this one, which lets the others save
         with unheard():
             try:
-                future = self.pool.submit(_guarded, work, item)
+                return self._submit(work, item)
             except BrokenProcessPool:
                 # it died while idle
                 self.renew()
-                future = self.pool.submit(_guarded, work, item)
+                return self._submit(work, item)
+
+    def _submit(self, work: Callable[[Item], Result], item: Item) -> Future[Result]:
+        future = self.pool.submit(_guarded, work, item)
         # a pool that broke forgets its process
-        (self._process,) = (self.pool._processes or {0: self._process}).values()
+        self._process = next(iter((self.pool._processes or {}).values()), self._process)
         return future
 
     def renew(self) -> str:
