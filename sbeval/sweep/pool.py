@@ -260,6 +260,7 @@ def _begin(
 ) -> None:
     """Set up a worker: its GPU, its share of the CPUs, and a thread that stops it if the driver died."""
     global _me
+    own = os.dup(2)
     os.dup2(errors.fileno(), 2)
     errors.close()
     _me = None if connection is None else (number, connection)
@@ -276,8 +277,8 @@ def _begin(
     def watch() -> None:
         while os.getppid() == driver:
             time.sleep(1)
-        # nobody reads what it says from here on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        # nobody passes on what it says from here on
+        os.dup2(own, 2)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE_S)
         os._exit(1)
