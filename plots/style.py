@@ -31,7 +31,27 @@ NAMES = {
     "fire": "FIRE",
     "sliding_window": "sliding window",
     "forgetting": "forgetting",
+    # see `named`
+    "learned": "learned positions",
 }
+# and so does the position here, after those, of settings that several figures have: options beside SHARED
+VARIANTS = (
+    ("stick_breaking", "remainder=none"),
+    ("stick_breaking", "logit_bias=-3.0"),
+    ("stick_breaking", "logit_bias=-1.5"),
+    ("sliding_window", "window=256"),
+    ("sliding_window", "window=1024"),
+    ("stick_breaking", "remainder=bias"),
+    ("stick_breaking", "logit_bias=-4.5"),
+    ("stick_breaking", "logit_bias=-6.0"),
+    ("stick_breaking", "remainder=none,logit_bias=-1.5"),
+    ("stick_breaking", "remainder=none,logit_bias=-3.0"),
+    ("stick_breaking", "remainder=none,logit_bias=spread"),
+)
+# the authors' scale in recall, with which stick-breaking is drawn as without
+SHARED = "logit_scale=1.5"
+# sizes of `sbeval.models.config` with learned positions, whose method is called nope: its attention knows none
+LEARNED = ("nanogpt-60m",)
 # seaborn's colour-blind palette, its faint yellow and pink last
 COLOURS = [sns.color_palette("colorblind").as_hex()[index] for index in (0, 3, 2, 4, 1, 5, 9, 7, 6, 8)]
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "p", "<", ">")
@@ -83,17 +103,23 @@ def looks(table: pd.DataFrame) -> dict[Method, Look]:
 def looks_of(methods: Iterable[Method]) -> dict[Method, Look]:
     """Give each method its look, in the order of the legend.
 
-    The first of a named method's options has the method's own look; further ones, and methods not in NAMES, have
-    the next free. Options shared by all variants of a method are left out of labels.
+    VARIANTS have theirs, and the first other options of a named method have the method's own; further ones, and methods
+    not in NAMES, have the next free. Options shared by all variants of a method are left out of labels.
     """
     methods = set(methods)
     order = {name: index for index, name in enumerate(NAMES)}
+    fixed = _fixed(methods)
     absent = [index for name, index in order.items() if name not in {other for other, _ in methods}]
-    free = itertools.chain(range(len(NAMES), len(COLOURS)), absent, itertools.count(len(COLOURS)))
+    candidates = itertools.chain(range(len(NAMES), len(COLOURS)), absent, itertools.count(len(COLOURS)))
+    free = (index for index in candidates if index not in fixed.values())
     styled: dict[Method, Look] = {}
+    own: set[str] = set()
     for name, options in sorted(methods, key=lambda pair: (order.get(pair[0], len(NAMES)), pair)):
-        first = all(name != other for other, _ in styled)
-        index = order[name] if first and name in order else next(free)
+        if (name, options) in fixed:
+            index = fixed[name, options]
+        else:
+            index = order[name] if name in order and name not in own else next(free)
+            own.add(name)
         styled[name, options] = Look(
             label=_label(name, options, [other for method, other in methods if method == name]),
             colour=COLOURS[index % len(COLOURS)],
@@ -101,6 +127,24 @@ def looks_of(methods: Iterable[Method]) -> dict[Method, Look]:
             dashes=DASHES[index % len(DASHES)],
         )
     return styled
+
+
+def _fixed(methods: Iterable[Method]) -> dict[Method, int]:
+    """Return the position of the look of each method that is one of VARIANTS; of equal ones, the first has it."""
+    found: dict[int, Method] = {}
+    for name, options in sorted(methods):
+        variant = (name, ",".join(option for option in options.split(",") if option != SHARED))
+        if variant in VARIANTS:
+            found.setdefault(len(NAMES) + VARIANTS.index(variant), (name, options))
+    return {method: index for index, method in found.items()}
+
+
+def named(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table whose column `attention` says `learned` for models that have learned positions and no others."""
+    if not {"attention", "model"} <= set(table.columns):
+        return table
+    learned = (table["attention"] == "nope") & table["model"].isin(LEARNED)
+    return table.assign(attention=table["attention"].mask(learned, "learned")) if learned.any() else table
 
 
 def _label(name: str, options: str, all_options: Sequence[str]) -> str:

@@ -206,8 +206,11 @@ def draw(
     figure: a name of `sbeval plot`, with `_`; by default that of the table's family. x: with axes, the column of the x
     axis, for rows of one metric; by default what the family is about: `context_length`, `kv_pairs` or `length`.
     """
+    from sbeval.plots import style
+
     if not len(table):
         raise InputError("the table has no rows to draw")
+    table = style.named(table)
     name = figure or str(table["family"].iloc[0])
     return registry.figure(name).draw(table) if axes is None else _panel(table, name, x, axes)
 

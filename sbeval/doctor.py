@@ -217,7 +217,7 @@ def _presets(device: torch.device, free: int) -> Iterator[tuple[str, ...]]:
                 f"{whole / GIB:.2f}",
                 f"{evaluation_bytes(shape, tokens, dtype) / GIB:.2f}",
                 verdict(shape, training, tokens, free, option),
-                scheduler.in_words(sum(scheduler.seconds(steps(cells), speeds, device))),
+                scheduler.span(*scheduler.total(scheduler.seconds(steps(cells), speeds, device))),
             )
 
 

@@ -309,7 +309,8 @@ def summary(results: "pd.DataFrame") -> "Table":
 
     from sbeval.tasks.attention_shares import TARGETS
 
-    table = Table(title="Attention weight at queries with stale values, mean over the test set")
+    title = "Attention weight at queries with stale values, mean over the test set"
+    table = Table(title=title, caption="*: the head of a model with the most weight on the latest value.")
     for name in ("attention", "accuracy", "layer", "head", *TARGETS):
         table.add_column(name, justify="left" if name == "attention" else "right", no_wrap=name != "attention")
     keys = ["attention", "options", "model"]

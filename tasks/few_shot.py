@@ -340,6 +340,14 @@ def _lm_eval() -> Any:
         raise InputError(f"few-shot needs lm_eval ({error}): pip install 'sbeval[few-shot]'") from None
 
 
+def check_names(config: Config) -> None:
+    """Raise InputError for a task that lm-eval does not have. Looking up one takes seconds, those of suites none."""
+    suites = {_parse(task)[0] for tasks in SUITES.values() for task in tasks}
+    for name in dict.fromkeys(_parse(task)[0] for task in config.tasks):
+        if name not in suites:
+            _lm_eval().check_name(name)
+
+
 def summary(results: "pd.DataFrame") -> "Table":
     """Return the table for the terminal: models by benchmarks, with the mean of those above chance."""
     from sbeval.tables import few_shot
@@ -372,6 +380,7 @@ FAMILY = Family(
     cells=cells,
     summary=summary,
     cautions=cautions,
+    check_names=check_names,
     completed=_completed,
     preset=_preset,
 )

@@ -1,6 +1,7 @@
 """Training of text models, for cells of any family that evaluate them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import platformdirs
 
 from sbeval.config import LATER
+from sbeval.errors import InputError
 from sbeval.models.config import (
     ModelConfig,
     canonical_attention,
@@ -200,10 +202,9 @@ class Training(TrainingStep):
         from sbeval.training.trainer import Trainer
 
         packing, seed = self.config.packing, self.config.seeds[0]
-        shape, training = model_shape(self.config, text.tokenizer.vocab_size), self.schedule(text)
+        shape, training = self._shape(text), self.schedule(text)
         batches = Batches(text.train, training.length, training.batch, seed, packing)
-        key = [shape, training, text.digest, packing, *(["trunk"] if self.trunk else [])]
-        with context.checkpoint(key, progress) as folder:
+        with context.checkpoint(self._key(text), progress) as folder:
             begun = checkpoint.find(folder) is not None
             trainer = Trainer(
                 shape,
@@ -224,6 +225,29 @@ class Training(TrainingStep):
                 trained = trainer.run(task, log=log)
             task.close()
         return folder, trained
+
+    def trained(self, context: "RunContext") -> bool:
+        """Return whether a finished checkpoint is there; False too where the text is not tokenized yet."""
+        from sbeval.training import checkpoint
+
+        config = self.config
+        if not context.results.checkpoints.is_dir():
+            return False
+        text = _stored(config.corpus, config.tokenizer, config.corpus_tokens, config.text_field, context.run_id)
+        folder = checkpoint.find(context.folder(self._key(text))) if text else None
+        try:
+            return folder is not None and checkpoint.load_state(folder).finished
+        except InputError:
+            # one that is damaged is named when it is loaded
+            return False
+
+    def _shape(self, text: "Corpus") -> ModelConfig:
+        return model_shape(self.config, text.tokenizer.vocab_size)
+
+    def _key(self, text: "Corpus") -> list[Any]:
+        """Return what decides the trained weights."""
+        trunk = ["trunk"] if self.trunk else []
+        return [self._shape(text), self.schedule(text), text.digest, self.config.packing, *trunk]
 
     def _trunk(
         self, text: "Corpus", training: "TrainConfig", context: "RunContext", progress: "Progress"
@@ -286,6 +310,15 @@ def open_corpus(config: TextModel, progress: "Progress") -> "Corpus":
     )
     task.close()
     return text
+
+
+@functools.lru_cache(maxsize=4)
+def _stored(spec: str, tokenizer: str, tokens: int | None, field: str, run_id: str) -> "Corpus | None":
+    """Look for a tokenized corpus once in a run, for all its models: its files are listed each time."""
+    from sbeval.data import corpus
+
+    cache_dir = Path(platformdirs.user_cache_dir("sbeval"))
+    return corpus.stored(spec, tokenizer=tokenizer, cache_dir=cache_dir, max_tokens=tokens, text_field=field)
 
 
 def open_tokenizer(config: EvaluatedModel, progress: "Progress") -> "Tokenizer":

@@ -4,6 +4,7 @@ import array
 import functools
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -117,9 +118,7 @@ def open(
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"max_tokens must be at least 1; got {max_tokens}")
     source = sources.source(spec, text_field)
-    definition = tokenizer if is_trained(tokenizer) else load_tokenizer(tokenizer, cache_dir=cache_dir).digest
-    key = sources.digest(str(FORMAT), source.digest, definition, str(max_tokens))
-    folder = cache_dir / "corpora" / key
+    folder = _folder(source, tokenizer, cache_dir, max_tokens)
     # without the lock: large stores are checked by many processes at once
     if _fault(folder) is not None:
         with locked(folder):
@@ -129,6 +128,22 @@ def open(
                     say(f"{fault}: {source.name!r} is tokenized again")
                 _build(folder, source, tokenizer, cache_dir, max_tokens, progress or (lambda tokens: None))
     return _read_store(folder, source.name, tokenizer, cache_dir)
+
+
+def stored(
+    spec: str, *, tokenizer: str, cache_dir: Path, max_tokens: int | None = None, text_field: str = "text"
+) -> Corpus | None:
+    """Return a corpus that `open` has stored; None without such a store. Writes nothing, and asks no hub."""
+    if spec.startswith("hf:") or not (tokenizer == "bytes" or is_trained(tokenizer) or os.path.exists(tokenizer)):
+        return None
+    source = sources.source(spec, text_field)
+    folder = _folder(source, tokenizer, cache_dir, max_tokens)
+    return _read_store(folder, source.name, tokenizer, cache_dir) if _fault(folder) is None else None
+
+
+def _folder(source: Source, tokenizer: str, cache_dir: Path, max_tokens: int | None) -> Path:
+    definition = tokenizer if is_trained(tokenizer) else load_tokenizer(tokenizer, cache_dir=cache_dir).digest
+    return cache_dir / "corpora" / sources.digest(str(FORMAT), source.digest, definition, str(max_tokens))
 
 
 def _read_store(folder: Path, name: str, spec: str, cache_dir: Path) -> Corpus:

@@ -138,6 +138,11 @@ def hub_text(spec: str, vocab_size: int | None = None, trust_remote_code: bool =
         raise InputError(f"no tokenizer with model {spec!r}: {reason(error)}") from None
 
 
+def check_name(name: str) -> None:
+    """Raise InputError for a name that is no task or group of lm-eval."""
+    _find(name)
+
+
 def _find(name: str) -> tuple[Entry, dict[str, Entry]]:
     known = _index(False)
     if name not in known:

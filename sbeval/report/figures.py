@@ -9,6 +9,7 @@ import pandas as pd
 
 from sbeval import registry
 from sbeval.errors import InputError, NothingToDraw, choose
+from sbeval.plots import style
 from sbeval.report import html
 from sbeval.runtime.files import prepare, remove_left, replacing
 from sbeval.tables import check
@@ -86,7 +87,7 @@ def _selected(table: pd.DataFrame, path: Path, where: Iterable[str]) -> pd.DataF
 
 
 def _write_page(module: registry.Figure, table: pd.DataFrame, file: Path) -> Path:
-    text = html.figure(module.chart(table))
+    text = html.figure(module.chart(style.named(table)))
     with replacing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return file
@@ -97,7 +98,7 @@ def _draw(module: registry.Figure, table: pd.DataFrame, files: list[Path]) -> li
         return []
     # fonts go into a pdf as outlines that editors and printers can read; a $ in a name begins no formula
     with matplotlib.rc_context({"pdf.fonttype": 42, "text.parse_math": False}):
-        figure = module.draw(table)
+        figure = module.draw(style.named(table))
         for file in files:
             with replacing(file) as temporary:
                 suffix = file.suffix.removeprefix(".")

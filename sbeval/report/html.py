@@ -93,7 +93,7 @@ def _charts(tables: dict[str, pd.DataFrame], results_dir: Path, say: Callable[[s
         if not registry.has_rows(name, tables[table]):
             continue
         try:
-            charts[name] = registry.figure(name).chart(tables[table])
+            charts[name] = registry.figure(name).chart(style.named(tables[table]))
         except InputError as error:
             say(f"{name}: skipped, {results_dir / table}.csv: {error}")
     return charts
@@ -177,11 +177,20 @@ def _figure(name: str, chart: Chart, runs: Runs) -> str:
     return (
         f'<section id="{here}" aria-labelledby="{here}-title"><h2 id="{here}-title">{escape(chart.heading)}</h2>\n'
         f'<p>{escape(chart.sentence)}</p>\n<figure aria-labelledby="{here}-title"><div class="groups">{drawn}</div>\n'
-        f"<figcaption>{escape(chart.note)}</figcaption></figure>\n"
+        f"<figcaption>{escape(chart.note)}{_made_by(runs)}</figcaption></figure>\n"
         f"<details><summary>Numbers of this figure</summary>{numbers}</details>\n"
         f'<p class="soft">{escape(runs.origin())}. <a href="#{_id("runs", table)}">Its runs in {table}.csv</a></p>\n'
-        f"<pre>{escape(chr(10).join(runs.commands))}</pre></section>\n"
+        "</section>\n"
     )
+
+
+def _made_by(runs: Runs) -> str:
+    """Name the command that makes the rows of a figure, or most of them."""
+    if not runs.again:
+        return ""
+    first, *others = runs.again
+    rest = f' and <a href="#again">{len(others)} more</a>' if others else ""
+    return f" Made by <code>{escape(first)}</code>{rest}."
 
 
 def _group(group: Group, *, alone: bool) -> str:
@@ -250,7 +259,7 @@ def _all_runs(runs: dict[str, Runs]) -> str:
 
 
 def _again(runs: dict[str, Runs]) -> str:
-    commands = dict.fromkeys(command for each in runs.values() for command in each.commands)
+    commands = dict.fromkeys(command for each in runs.values() for command in each.again)
     lines = "\n".join([INSTALL, *commands, "sbeval report"])
     return (
         '<section id="again" aria-labelledby="again-title"><h2 id="again-title">Run it again</h2>\n<p>In a checkout of '

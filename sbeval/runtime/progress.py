@@ -9,11 +9,14 @@ from typing import Any, Protocol, Self
 
 from rich import progress
 from rich.console import Console
+from rich.table import Column
 
 from sbeval.runtime.console import plain
 
 # a plain line is due after PERIOD_S seconds, or STEP_PERCENT percent, but never within PAUSE_S
 PERIOD_S, STEP_PERCENT, PAUSE_S = 10.0, 10.0, 1.0
+# columns of a bar, and of a terminal that shows one
+BAR, WITH_BAR = 20, 120
 # seconds between messages of a task in another process; maximum characters of their text
 TELL_S, MAX_TEXT = 0.1, 800
 
@@ -49,13 +52,15 @@ class Progress:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or plain(stderr=True)
+        # text that does not fit goes on in the next line, and the bar leaves first
+        bar = [progress.BarColumn(bar_width=BAR)] if self._console.width >= WITH_BAR else []
         self._bars = progress.Progress(
-            progress.TextColumn("{task.description}", markup=False),
-            progress.BarColumn(),
+            progress.TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
+            *bar,
             progress.TaskProgressColumn(),
             progress.TimeElapsedColumn(),
             progress.TimeRemainingColumn(),
-            progress.TextColumn("{task.fields[status]}", markup=False),
+            progress.TextColumn("{task.fields[status]}", markup=False, table_column=Column(overflow="fold")),
             console=self._console,
             # seconds of history for the speed estimate; steps can take minutes
             speed_estimate_period=3600,

@@ -95,6 +95,10 @@ class TrainingStep(Step):
     def train(self, context: "RunContext", progress: "Progress") -> Path:
         """Train, or reuse a finished checkpoint, and return the checkpoint folder."""
 
+    def trained(self, context: "RunContext") -> bool:
+        """Return whether a finished checkpoint is known to be there, without opening or writing more than that."""
+        return False
+
 
 class Cell(Step):
     """One point of a sweep; its results depend on its fields alone."""

@@ -42,13 +42,17 @@ class RunContext:
     def results(self) -> Results:
         return Results(self.results_dir)
 
+    def folder(self, key: object) -> Path:
+        """Return the checkpoint folder of the model whose training `key` describes."""
+        return self.results.checkpoints / digest_of(key)
+
     @contextmanager
     def checkpoint(self, key: object, progress: Progress) -> Iterator[Path]:
         """Lock and yield the checkpoint folder of the model whose training `key` describes; `force` clears it.
 
         During the block no other command trains this model: a second one waits, and then finds it trained.
         """
-        folder = self.results.checkpoints / digest_of(key)
+        folder = self.folder(key)
         lock = FileLock(files.prepare(self.results.locks) / f"{folder.name}.lock")
         try:
             reported = False

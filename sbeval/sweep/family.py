@@ -31,6 +31,8 @@ class Family:
     notes: Callable[[Any], Sequence[str]] = lambda config: ()
     # warnings before training, about the texts that models train on
     cautions: Callable[[Any, "Progress"], Sequence[str]] = lambda config, progress: ()
+    # raises InputError for names that cells would not find; for plans, which open nothing else
+    check_names: Callable[[Any], None] = lambda config: None
     # options given to the command, completed by those that they imply
     completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda given: given
     # the preset that the options imply if none is named; None: the default of the device

@@ -1,4 +1,4 @@
-"""What a plan can check without reading a text or loading a model: that files, folders and packages are there."""
+"""What a plan checks without reading a text or loading a model: that files, folders, packages and names are there."""
 
 import importlib.util
 import os
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.sweep.study_file import Part
 
@@ -19,7 +20,7 @@ ON_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def check(parts: Sequence[Part]) -> None:
-    """Raise InputError for the first file, folder or package of a plan that is not there."""
+    """Raise InputError for the first file, folder, package or benchmark of a plan that is not there."""
     for part in parts:
         package, extra = PACKAGES.get(part.family, ("", ""))
         if package and not importlib.util.find_spec(package):
@@ -32,6 +33,8 @@ def check(parts: Sequence[Part]) -> None:
             for given in _values(part.config, name):
                 if not os.path.exists(given) and not ON_HUB.fullmatch(given):
                     raise InputError(f"{_flag(name)} {given}: there is no such folder, and it is no name on the hub")
+        for config in part.configs:
+            registry.task(part.family).check_names(config)
 
 
 def _values(config: Any, name: str) -> Iterable[str]:

@@ -1,6 +1,6 @@
 """Dry runs: list the cells of a study or family and estimate their cost, without opening or writing anything."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -20,21 +20,21 @@ from sbeval.training.text_model import TextModel, likely_vocabulary
 # bytes of text per token of a subword tokenizer
 TOKEN_BYTES = 3
 NOTE = (
-    "Estimated upper bounds: training can stop early. Disk counts model weights (three times that while a model "
-    "trains) and the tokens of the text, but not prompts, answers, tables and figures."
+    "Estimates, without models that are trained already; training can stop early. Disk counts model weights (three "
+    "times that while a model trains) and the tokens of the text, but not prompts, answers, tables and figures."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A row of the plan. cells: to run; models: to train; disk: bytes, None if unknown."""
+    """A row of the plan. cells: to run; models: to train; hours: least and most; disk: bytes, None if unknown."""
 
     name: str
     cells: int = 0
     finished: int = 0
     models: int = 0
     flops: float = 0.0
-    hours: float = 0.0
+    hours: scheduler.Span = (0.0, 0.0)
     disk: float | None = 0.0
 
 
@@ -42,9 +42,11 @@ def list_cells(part: Part, context: RunContext, console: Console, executor: Exec
     """Print the cost of each cell of a family and the total of the unfinished ones."""
     cells, later = _known(part, context)
     pending = cells if context.force else scheduler.unfinished(cells, context.results_dir)
-    for step in graph.steps(pending):
+    steps = graph.steps(pending)
+    untrained = set(scheduler.untrained(steps, context))
+    for step in steps:
         if not isinstance(step, Cell):
-            study.say(console, f"{step.title}  {step.flops:.1e} FLOPs")
+            study.say(console, f"{step.title}  {step.flops:.1e} FLOPs{'' if step in untrained else '  trained'}")
     missing = set(pending)
     for cell in cells:
         study.say(console, f"{cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in missing else '  finished'}")
@@ -85,7 +87,7 @@ def lines(parts: Sequence[Part], context: RunContext) -> list[Line]:
         family: known if context.force else scheduler.unfinished(known, context.results_dir)
         for family, known in cells.items()
     }
-    shares = _shares(todo)
+    shares = {name: scheduler.untrained(share, context) for name, share in _shares(todo).items()}
     every = [step for share in shares.values() for step in share]
     seconds = dict(
         zip(every, scheduler.seconds(every, scheduler.speeds(every, context.device), context.device), strict=True)
@@ -101,11 +103,16 @@ def lines(parts: Sequence[Part], context: RunContext) -> list[Line]:
                 finished=len(cells.get(name, ())) - pending,
                 models=len(parameters),
                 flops=sum(step.flops for step in share),
-                hours=sum(seconds[step] for step in share) / 3600,
+                hours=_hours(seconds[step] for step in share),
                 disk=4.0 * sum(parameters),
             )
         )
     return rows
+
+
+def _hours(seconds: Iterable[scheduler.Span]) -> scheduler.Span:
+    low, high = scheduler.total(seconds)
+    return low / 3600, high / 3600
 
 
 def _shares(todo: Mapping[str, Sequence[Cell]]) -> dict[str, list[Step]]:
@@ -140,13 +147,13 @@ def _all(rows: Sequence[Line]) -> Line:
         sum(line.finished for line in rows),
         sum(line.models for line in rows),
         sum(line.flops for line in rows),
-        sum(line.hours for line in rows),
+        scheduler.total(line.hours for line in rows),
         None if None in disk else sum(filter(None, disk)),
     )
 
 
 def _words(line: Line) -> list[str]:
-    hours = f"{line.hours:.2f}" if line.hours < 100 else f"{line.hours:,.0f}"
+    hours = " to ".join(f"{hours:.2f}" if hours < 100 else f"{hours:,.0f}" for hours in line.hours)
     disk = "unknown" if line.disk is None else decimal(round(line.disk)) if line.disk else ""
     return [
         line.name,

@@ -12,15 +12,17 @@ import os
 import pickle
 import select
 import signal
+import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from sbeval.runtime.signals import terminable, unheard
@@ -29,6 +31,8 @@ from sbeval.runtime.signals import terminable, unheard
 RETRIES = 3
 # seconds that a worker has to save a checkpoint after the driver died
 GRACE_S = 30
+# seconds for the last lines of a worker that ended
+ANSWER_S = 1
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -79,11 +83,11 @@ def run(
                 if not isinstance(future.exception(), BrokenProcessPool):
                     yield item, future.result()
                 else:
-                    worker.renew()
+                    cause = worker.renew()
                     if deaths < RETRIES:
                         (alone if deaths else waiting).append((item, deaths + 1))
                         continue
-                    yield item, Lost(f"its process died {deaths + 1} times; is the machine short of memory?")
+                    yield item, Lost(f"its process died {deaths + 1} times, at last {cause}")
                 waiting.extend((new, 0) for new in reversed(then(item) if then else ()))
 
 
@@ -106,36 +110,91 @@ def _send(connection: Connection, message: object) -> None:
 class _Worker:
     """A process that starts with its first item. gpu: its CUDA_VISIBLE_DEVICES; None: that of this process."""
 
+    pool: ProcessPoolExecutor
+    _process: BaseProcess | None
+
     def __init__(self, number: int, workers: int, gpu: str | None, connection: Connection | None) -> None:
         self.number, self.gpu, self._connection = number, gpu, connection
         self._options = (os.getpid(), number, workers, gpu, connection)
-        self.pool = self._pool()
+        self._begin()
 
     def submit(self, work: Callable[[Item], Result], item: Item) -> Future[Result]:
         # what a terminal sends to all processes is for this one, which lets the others save
         with unheard():
             try:
-                return self.pool.submit(_guarded, work, item)
+                return self._submit(work, item)
             except BrokenProcessPool:
                 # it died while idle
                 self.renew()
-                return self.pool.submit(_guarded, work, item)
+                return self._submit(work, item)
 
-    def renew(self) -> None:
-        """Replace a process that died."""
-        self.pool.shutdown()
-        self.pool = self._pool()
+    def _submit(self, work: Callable[[Item], Result], item: Item) -> Future[Result]:
+        future = self.pool.submit(_guarded, work, item)
+        # a pool that broke forgets its process
+        self._process = next(iter((self.pool._processes or {}).values()), self._process)
+        return future
+
+    def renew(self) -> str:
+        """Replace a process that died, and return what is known of its death."""
+        self.end()
+        cause = _cause(self._process.exitcode if self._process else None, self._errors.last)
+        self._begin()
         if self._connection is not None:
             _send(self._connection, (self.number, None))
+        return cause
+
+    def end(self) -> None:
+        """Wait until the process has ended."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        self._errors.close()
 
     def terminate(self) -> None:
         for process in list((self.pool._processes or {}).values()):
             process.terminate()
 
-    def _pool(self) -> ProcessPoolExecutor:
+    def _begin(self) -> None:
         # CUDA cannot be used in a forked process
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=self._options)
+        self._errors, self._process = _Errors(), None
+        options = (*self._options, self._errors.sender)
+        self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=_begin, initargs=options)
+
+
+class _Errors:
+    """The standard error of a worker, which appears on that of this process; `last` is its last line."""
+
+    def __init__(self) -> None:
+        self._receiver, self.sender = multiprocessing.Pipe(duplex=False)
+        self._lines: deque[str] = deque(maxlen=1)
+        self._thread = threading.Thread(target=self._pass_on, daemon=True)
+        self._thread.start()
+
+    @property
+    def last(self) -> str:
+        return self._lines[0] if self._lines else ""
+
+    def close(self) -> None:
+        """Wait for what a process that ended has written; its own children may still hold the other end."""
+        self.sender.close()
+        self._thread.join(timeout=ANSWER_S)
+
+    def _pass_on(self) -> None:
+        with self._receiver, open(os.dup(self._receiver.fileno()), encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if line.strip():
+                    self._lines.append(line.strip())
+                print(line, end="", file=sys.stderr, flush=True)
+
+
+def _cause(code: int | None, last: str) -> str:
+    """Describe a death by exit code, negative for a signal, and the last line of standard error."""
+    if code is not None and code < 0:
+        how = f"by {signal.Signals(-code).name}"
+    else:
+        how = "without an exit code" if code is None else f"with exit code {code}"
+    # what the kernel sends when memory runs out, and nothing else says
+    hint = "is the machine short of memory?" if code == -signal.SIGKILL else ""
+    return ": ".join(filter(None, [how, last or hint]))
 
 
 def _least_busy(free: Sequence[_Worker], begun: Any) -> _Worker:
@@ -161,7 +220,7 @@ def _workers(count: int, gpus: Sequence[str], hear: Hear | None) -> Iterator[lis
             raise
         finally:
             for worker in workers:
-                worker.pool.shutdown(wait=True, cancel_futures=True)
+                worker.end()
 
 
 @contextmanager
@@ -196,9 +255,14 @@ def _guarded(work: Callable[[Item], Result], item: Item) -> Result:
         os._exit(1)
 
 
-def _begin(driver: int, number: int, workers: int, gpu: str | None, connection: Connection | None) -> None:
+def _begin(
+    driver: int, number: int, workers: int, gpu: str | None, connection: Connection | None, errors: Connection
+) -> None:
     """Set up a worker: its GPU, its share of the CPUs, and a thread that stops it if the driver died."""
     global _me
+    own = os.dup(2)
+    os.dup2(errors.fileno(), 2)
+    errors.close()
     _me = None if connection is None else (number, connection)
     if gpu is not None:
         # before anything queries the GPUs; inherited by child processes
@@ -213,6 +277,8 @@ def _begin(driver: int, number: int, workers: int, gpu: str | None, connection: 
     def watch() -> None:
         while os.getppid() == driver:
             time.sleep(1)
+        # nobody passes on what it says from here on
+        os.dup2(own, 2)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(GRACE_S)
         os._exit(1)

@@ -29,9 +29,13 @@ from sbeval.tables.rows import Provenance
 from sbeval.tables.store import Stored
 from sbeval.training.trainer import DivergedError
 
-# throughput of a small model relative to a large matrix product: a guess, good enough for an estimate
-EFFICIENCY = {"cpu": 0.35, "cuda": 0.25}
+# throughput of a model relative to a large matrix product, least and most: on a GPU that of the models in results/
+EFFICIENCY = {"cpu": (0.2, 0.5), "cuda": (0.12, 0.4)}
+# models no wider than this keep a GPU waiting
+NARROW, NARROW_EFFICIENCY = 256, (0.006, 0.15)
 HERE = Executor()
+# least and most
+Span = tuple[float, float]
 # errors that the sizes and numbers of one cell can cause: out of memory, a kernel that does not fit, an overflow
 CELL_ERRORS = (RuntimeError, MemoryError, ArithmeticError)
 
@@ -67,9 +71,32 @@ def speeds(parts: Sequence[Step], place: torch.device) -> dict[str, float]:
     return {dtype: device.measured_flops(place, dtype) for dtype in {step.dtype for step in parts}}
 
 
-def seconds(parts: Sequence[Step], speeds: Mapping[str, float], place: torch.device) -> list[float]:
-    """Estimate the seconds that one process takes for each step."""
-    return [step.flops / speeds[step.dtype] / EFFICIENCY[place.type] for step in parts]
+def seconds(parts: Sequence[Step], speeds: Mapping[str, float], place: torch.device) -> list[Span]:
+    """Estimate the seconds that one process takes for each step, least and most."""
+    found = []
+    for step in parts:
+        ideal = step.flops / speeds[step.dtype]
+        low, high = _efficiency(step, place)
+        found.append((ideal / high, ideal / low))
+    return found
+
+
+def _efficiency(step: Step, place: torch.device) -> Span:
+    narrow = place.type == "cuda" and step.leaves is not None and step.leaves.width <= NARROW
+    return NARROW_EFFICIENCY if narrow else EFFICIENCY[place.type]
+
+
+def total(spans: Iterable[Span]) -> Span:
+    """Return the sum of times that are known as least and most."""
+    each = list(spans)
+    return sum(low for low, _ in each), sum(high for _, high in each)
+
+
+def untrained(parts: Sequence[Step], context: RunContext) -> list[Step]:
+    """Return the steps without trainings whose finished checkpoint is there, unless the context forces them."""
+    if context.force:
+        return list(parts)
+    return [step for step in parts if not (isinstance(step, TrainingStep) and step.trained(context))]
 
 
 def at_once(executor: Executor, context: RunContext) -> int:
@@ -89,19 +116,31 @@ def describe_cost(cells: Sequence[Step], context: RunContext, at_once: int = 1) 
     """
     if not cells:
         return "nothing to run"
-    parts = steps(cells)
+    every = steps(cells)
+    parts = untrained(every, context)
     count = f"{len(cells)} cell{'s' if len(cells) > 1 else ''} to run"
-    if not any(step.flops for step in parts):
+    if not any(step.flops for step in every):
         # the size of a model on the hub is unknown before its download
         return f"{count}, at a cost that is not known yet"
     at_once = min(at_once, len(cells)) * context.world.size
-    time_s = sum(seconds(parts, speeds(parts, context.device), context.device)) / at_once
+    low, high = total(seconds(parts, speeds(parts, context.device), context.device))
+    low, high = low / at_once, high / at_once
     devices = f"{at_once} x " if at_once > 1 else ""
     where = f"{devices}{device.describe(context.device)}"
-    cost = f"{count}, {sum(step.flops for step in parts):.1e} FLOPs: "
-    if time_s > IMPRACTICAL_S:
-        return f"{cost}not practical on {where}, {in_words(time_s)}; a smaller --preset or more devices would do"
-    return f"{cost}roughly {in_words(time_s)} on {where}"
+    trained = len(every) - len(parts)
+    without = f" without {trained} model{'s' if trained > 1 else ''} trained already" if trained else ""
+    cost = f"{count}, {sum(step.flops for step in parts):.1e} FLOPs{without}: "
+    if low > IMPRACTICAL_S:
+        return f"{cost}not practical on {where}, {span(low, high)}; a smaller --preset or more devices would do"
+    return f"{cost}roughly {span(low, high)} on {where}"
+
+
+def span(low_s: float, high_s: float) -> str:
+    """Format a duration that is known as least and most: `3 to 12 min`."""
+    low, high = in_words(low_s), in_words(high_s)
+    if low == high:
+        return low
+    return f"{low.split()[0] if low.split()[1] == high.split()[1] else low} to {high}"
 
 
 def in_words(time_s: float) -> str:
@@ -306,6 +345,9 @@ def train(cells: Sequence[Cell], context: RunContext, *, console: Console) -> bo
             except errors as error:
                 failed, message = True, f"{reason(error)}; continuing with the next"
             console.print(f"{step.title}: {message}", highlight=False, soft_wrap=True, markup=False)
+    if needed and not failed:
+        then = "next: sbeval length-gen with the same options evaluates what was trained"
+        console.print(then, highlight=False, soft_wrap=True, markup=False)
     return not failed
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,16 @@ def run(parts: Sequence[Part], context: RunContext, console: Console, executor: 
             _say_failed(
                 [cell for part_cells in everything.values() for cell in part_cells], context.results_dir, console
             )
+        else:
+            say(console, _next(context.results_dir))
     return complete
+
+
+def _next(results_dir: Path) -> str:
+    """Return a line with the command that shows results as a page of findings."""
+    install = "" if importlib.util.find_spec("plotly") else "pip install 'sbeval[html]', then "
+    where = "" if results_dir == Path("results") else f" --results-dir {shlex.quote(str(results_dir))}"
+    return f"next: {install}sbeval report{where} puts all results on one page, beside the paper's claims"
 
 
 def _show_family(family: str, cells: Sequence[Cell], results_dir: Path, console: Console, *, alone: bool) -> bool:

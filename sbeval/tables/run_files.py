@@ -9,6 +9,7 @@ import pandas as pd
 
 from sbeval.errors import InputError
 from sbeval.runtime.files import sha256
+from sbeval.tables.commands import fewest
 from sbeval.tables.privacy import shared_argv
 from sbeval.tables.provenance import read_run
 from sbeval.tables.results import Results
@@ -29,10 +30,11 @@ WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Runs:
-    """A row for each cell, by name, and the command lines that produced them."""
+    """A row for each cell, by name, the command lines that produced them, and the fewest that make the same rows."""
 
     cells: pd.DataFrame
     commands: list[str]
+    again: list[str]
 
     def origin(self) -> str:
         """Return the origin of the numbers in a line; what differs between runs is a list."""
@@ -52,7 +54,8 @@ def gather(table: pd.DataFrame, folder: Path) -> Runs:
         corpus=[f"{corpus} ({digest})" if digest else corpus for corpus, digest in texts],
         python=[str(record.get("versions", {}).get("python", "")) for record in records],
     )
-    return Runs(cells, sorted({command for command in commands if command}))
+    again = fewest(record.get("argv", []) for record in records)
+    return Runs(cells, sorted({command for command in commands if command}), again)
 
 
 def is_written(results: Results, cell: str, path: Path) -> bool:

@@ -1,5 +1,8 @@
 """The look and the legend entry of each method, whatever else a figure has."""
 
+import pandas as pd
+
+from sbeval.models import config
 from sbeval.plots import style
 
 
@@ -16,6 +19,27 @@ def test_options_that_all_of_a_method_share_are_not_repeated() -> None:
     for options in (["scaling=ntk,factor=2.0", "scaling=ntk,factor=4.0"], ["window=512"]):
         looks = style.looks_of(("rope", each) for each in options)
         assert [look.label for look in looks.values()] == [f"RoPE ({each})" for each in options]
+
+
+def test_a_setting_looks_the_same_in_every_figure() -> None:
+    base, none = ("stick_breaking", ""), ("stick_breaking", "remainder=none")
+    alone, beside = style.looks_of([none])[none], style.looks_of([base, none, ("rope", ""), ("other", "")])
+    assert (alone.colour, alone.marker, alone.dashes) == (beside[none].colour, beside[none].marker, beside[none].dashes)
+    assert beside[base] == style.looks_of([base])[base] and beside[base].colour != alone.colour
+    looks = style.looks_of([(name, "") for name in style.NAMES] + list(style.VARIANTS))
+    assert len({(look.colour, look.marker) for look in looks.values()}) == len(looks)
+    # with the scale of recall, too
+    bias = style.looks_of([("stick_breaking", "logit_bias=-3.0")])["stick_breaking", "logit_bias=-3.0"]
+    scaled = ("stick_breaking", "logit_scale=1.5,logit_bias=-3.0")
+    assert style.looks_of([("stick_breaking", "logit_scale=1.5"), scaled])[scaled].colour == bias.colour
+
+
+def test_a_model_with_learned_positions_is_not_called_one_without() -> None:
+    table = pd.DataFrame({"attention": ["nope", "nope", "rope"], "model": ["nanogpt-60m", "60m", "nanogpt-60m"]})
+    assert style.named(table)["attention"].tolist() == ["learned", "nope", "rope"]
+    assert style.looks_of([("learned", "")])["learned", ""].label == "learned positions"
+    with_learned = {name for name, size in config.SIZES.items() if size.get("positions")}
+    assert set(style.LEARNED) == with_learned
 
 
 def test_as_many_methods_as_there_are_colours_differ_in_theirs() -> None:

@@ -93,6 +93,20 @@ def test_bpe_is_trained_on_train_alone_and_kept_with_the_store(folder: Path, cac
     assert (again.digest, again.tokenizer.digest) == (found.digest, found.tokenizer.digest)
 
 
+def test_a_store_is_looked_for_without_building_one(folder: Path, cache: Path) -> None:
+    (folder / "train.txt").write_text("a text to train on")
+    (folder / "test.txt").write_text("a text to test with")
+
+    def look(tokenizer: str) -> corpus.Corpus | None:
+        return corpus.stored(str(folder), tokenizer=tokenizer, cache_dir=cache)
+
+    assert look("bytes") is None and look("hub/name") is None and not cache.exists()
+    built = corpus.open(str(folder), tokenizer="bytes", cache_dir=cache)
+    found = look("bytes")
+    assert found is not None and found.digest == built.digest
+    assert corpus.stored("hf:someone/texts", tokenizer="bytes", cache_dir=cache) is None
+
+
 def test_a_store_is_built_once(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "all.jsonl").write_text(ROWS)
     first = opened(folder, cache)

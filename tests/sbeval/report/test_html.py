@@ -18,6 +18,7 @@ from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.report import html, page
 from sbeval.report.figures import draw_figures
+from sbeval.tables.run_files import Runs
 from sbeval.tables.table import read
 
 graph_objects: Any = pytest.importorskip("plotly.graph_objects")
@@ -477,3 +478,10 @@ def test_a_browser_draws_every_figure_wide_and_narrow(text: str, tmp_path: Path)
         assert frame["wide"] <= frame["width"] and frame["places"] == len(Page(text).plots())
         assert frame["wrong"] == frame["empty"] == frame["dead"] == []
         assert frame["pressed"] == "false" and frame["hidden"] == ["stick-breaking"]
+
+
+def test_a_figure_names_one_command_of_its_rows() -> None:
+    one, two = (Runs(pd.DataFrame(), [], again) for again in (["sbeval mqrar"], ["sbeval mqrar", "sbeval flip-flop"]))
+    assert html._made_by(one) == " Made by <code>sbeval mqrar</code>."
+    assert html._made_by(two) == ' Made by <code>sbeval mqrar</code> and <a href="#again">1 more</a>.'
+    assert html._made_by(Runs(pd.DataFrame(), [], [])) == ""

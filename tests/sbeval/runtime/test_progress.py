@@ -47,6 +47,19 @@ def test_lines_when_the_output_is_no_terminal(clock: Clock) -> None:
     assert len(lines) == 20
 
 
+@pytest.mark.parametrize(("width", "bar"), [(80, False), (120, True)])
+def test_in_a_terminal_nothing_is_cut(width: int, bar: bool) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    progress = Progress(console)
+    words = "train stick_breaking:logit_scale=1.5 8 pairs width 64 lr 0.003 seed 0".split()
+    progress.add(" ".join(words), total=100).advance(40, status="loss 2.13, 12.3k tokens/s")
+    console.print(progress._bars.get_renderable())
+    assert isinstance(console.file, io.StringIO)
+    shown = console.file.getvalue()
+    assert all(word in shown for word in words) and "loss 2.13, 12.3k tokens/s" in shown and "…" not in shown
+    assert ("━" in shown) is bar and max(map(len, shown.splitlines())) <= width
+
+
 def test_fast_tasks_say_only_that_they_ended(clock: Clock) -> None:
     console, out = plain(clock)
     with Progress(console) as shown:

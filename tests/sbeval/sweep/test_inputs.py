@@ -2,6 +2,7 @@
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.sweep import inputs
 from sbeval.sweep.study_file import Part
+from sbeval.tasks import few_shot
 
 
 def part(family: str, **changes: Any) -> Part:
@@ -39,6 +41,22 @@ def test_what_is_missing_is_named(family: str, changes: dict[str, Any], message:
     with pytest.raises(InputError) as error:
         inputs.check([part(family, **changes)])
     assert message in str(error.value)
+
+
+def test_a_benchmark_that_lm_eval_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def check_name(name: str) -> None:
+        asked.append(name)
+        if name == "coppa":
+            raise InputError("lm-eval has no task 'coppa'; did you mean copa?")
+
+    monkeypatch.setattr(few_shot, "_lm_eval", lambda: SimpleNamespace(check_name=check_name))
+    # those of suites are known
+    inputs.check([part("few_shot", tasks=("mmlu:5", "copa", "triviaqa:3"))])
+    assert asked == ["triviaqa"]
+    with pytest.raises(InputError, match="no task 'coppa'; did you mean copa"):
+        inputs.check([part("few_shot", tasks=("coppa",))])
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

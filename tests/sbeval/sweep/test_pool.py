@@ -137,7 +137,10 @@ def test_what_died_twice_waits_until_the_others_are_done(monkeypatch: pytest.Mon
                 future.set_result(item)
             return future
 
-        def renew(self) -> None:
+        def renew(self) -> str:
+            return "by SIGKILL: too much"
+
+        def end(self) -> None:
             pass
 
     monkeypatch.setattr(pool, "_Worker", Worker)
@@ -146,9 +149,38 @@ def test_what_died_twice_waits_until_the_others_are_done(monkeypatch: pytest.Mon
     assert found == [
         (3, 3),
         (4, 4),
-        (2, Lost("its process died 4 times; is the machine short of memory?")),
+        (2, Lost("its process died 4 times, at last by SIGKILL: too much")),
         (1, 1),
     ]
+
+
+def end_badly(number: int) -> int:
+    os.write(2, b"a warning\nthe disk is on fire\n\n")
+    os._exit(3)
+
+
+def test_a_worker_that_is_lost_has_its_own_last_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pool, "RETRIES", 0)
+    ((_, lost),) = pool.run(end_badly, [1], 1, then=lambda item: [])
+    assert lost == Lost("its process died 1 times, at last with exit code 3: the disk is on fire")
+    # what workers say is heard
+    assert capsys.readouterr().err.startswith("a warning\nthe disk is on fire\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "last", "cause"),
+    [
+        (-9, "", "by SIGKILL: is the machine short of memory?"),
+        (-9, "Killed", "by SIGKILL: Killed"),
+        (-11, "", "by SIGSEGV"),
+        (1, "", "with exit code 1"),
+        (None, "CUDA error", "without an exit code: CUDA error"),
+    ],
+)
+def test_memory_is_suspected_where_nothing_else_is_known(code: int | None, last: str, cause: str) -> None:
+    assert pool._cause(code, last) == cause
 
 
 def test_an_error_of_the_users_ends_the_work_of_processes() -> None:

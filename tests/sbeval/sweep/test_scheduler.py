@@ -21,7 +21,7 @@ from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
 from sbeval.tables import provenance, table
 from sbeval.tables.rows import Identity, Measurement
-from sbeval.tasks import length_gen
+from sbeval.tasks import length_gen, mqrar
 from sbeval.training.trainer import DivergedError
 
 RESULTS = Path(__file__).parents[3] / "results"
@@ -47,13 +47,25 @@ def test_committed_results_are_those_of_the_presets() -> None:
 
 def test_cost_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e9)
-    monkeypatch.setitem(scheduler.EFFICIENCY, "cpu", 0.5)
+    monkeypatch.setitem(scheduler.EFFICIENCY, "cpu", (0.25, 0.5))
     cells = length_gen.cells(length_gen.Config())
     context = RunContext(results_dir=Path("results"), device=torch.device("cpu"))
     said = scheduler.describe_cost(cells, context)
     hours = sum(step.flops for step in graph.steps(cells)) / 0.5e9 / 3600
-    assert said.startswith("2 cells to run, ") and f"roughly {hours:.1f} h on cpu" in said
+    assert said.startswith("2 cells to run, ") and f"roughly {hours:.1f} to {2 * hours:.1f} h on cpu" in said
     assert scheduler.describe_cost([], context) == "nothing to run"
+
+
+def test_a_cost_is_least_and_most() -> None:
+    assert scheduler.total([(1, 2), (3, 5)]) == (4, 7)
+    assert [scheduler.span(*each) for each in ((60, 600), (180, 600), (5, 5))] == [
+        "60 s to 10 min",
+        "3 to 10 min",
+        "5 s",
+    ]
+    narrow = mqrar.cells(mqrar.PRESETS["quick"])[0]
+    gpu, cpu = (scheduler.seconds([narrow], {"float32": 1e12}, torch.device(name))[0] for name in ("cuda", "cpu"))
+    assert gpu[1] / gpu[0] == pytest.approx(25) and cpu[1] / cpu[0] == pytest.approx(2.5)
 
 
 def test_a_run_file_has_the_command_of_the_driver(tmp_path: Path) -> None:
@@ -225,7 +237,7 @@ def test_workers_are_given_the_gpus_and_idle_ones_are_said(tmp_path: Path, monke
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr("sbeval.runtime.device.describe", lambda place: "GPU")
     monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e6)
-    monkeypatch.setitem(scheduler.EFFICIENCY, "cuda", 0.1)
+    monkeypatch.setitem(scheduler.EFFICIENCY, "cuda", (0.1, 0.1))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     given: list[Any] = []
 

@@ -106,6 +106,16 @@ def test_a_study_trains_each_model_once_and_leaves_what_its_families_do(
     before = checkpoints(tmp_path)
     code, out, _ = run(study, "--device", "cpu", "--results-dir", tmp_path)
     assert code == 0 and "7 of 7 cells are finished already" in out and checkpoints(tmp_path) == before
+    # the next step, and what another evaluation of the same models would cost
+    assert out.splitlines()[-1].startswith("next: ") and f"sbeval report --results-dir {tmp_path} puts" in out
+    code, out, _ = run(
+        study, "--set", "length_gen.eval_len=32", "--device", "cpu", "--results-dir", tmp_path, "--dry-run"
+    )
+    rows = {cells[1].strip(): cells for line in out.splitlines() if len(cells := line.split("│")) > 3}
+    assert code == 0 and rows["training"][4].strip() == "" and rows["length_gen"][2].strip() == "3"
+    code, out, _ = run(study, "--force", "--device", "cpu", "--results-dir", tmp_path, "--dry-run")
+    rows = {cells[1].strip(): cells for line in out.splitlines() if len(cells := line.split("│")) > 3}
+    assert rows["training"][4].strip() == "2"
 
 
 def test_families_that_share_models_are_cautioned_once(

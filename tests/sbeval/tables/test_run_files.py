@@ -45,6 +45,7 @@ def test_the_origin_lists_what_differs(table: pd.DataFrame, tmp_path: Path) -> N
         "books, books (12ab)"
     )
     assert runs.commands == ["python -m sbeval mqrar --corpus 'my books'", "sbeval mqrar"]
+    assert runs.again == ["sbeval mqrar", "sbeval mqrar --corpus 'my books'"]
 
 
 def test_without_run_files_the_rows_alone_are_the_origin(table: pd.DataFrame, tmp_path: Path) -> None:

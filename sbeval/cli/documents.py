@@ -1,0 +1,163 @@
+"""Numbers in README and docs/results.md: blocks that are written from the tables, so that they are what was measured.
+
+python -m sbeval.cli.documents          in a checkout, writes the blocks anew
+
+<!-- numbers: typed -->                 a block: everything between its marks is written
+<!-- end of numbers -->
+"""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from sbeval.errors import InputError, choose
+from sbeval.tables.results import Results
+from sbeval.tables.run_files import gather
+from sbeval.tables.table import read
+
+PAGES = ("README.md", "docs/results.md")
+BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end of numbers -->)", re.DOTALL)
+
+# families whose figures docs/results.md shows
+DRAWN = ("attention_map", "kernel", "length_gen", "mqrar", "needle", "skipping")
+ROPE, STICK = ("rope", ""), ("stick_breaking", "")
+# results folder, columns and rows of each table: (label, folder, method)
+TYPED = {"one H200": "typed", "two CPU cores": "typed-cpu"}
+FIXED = {
+    "RoPE": ROPE,
+    "window of 512": ("sliding_window", ""),
+    "stick-breaking, remainder none": ("stick_breaking", "remainder=none"),
+    "stick-breaking, remainder value": STICK,
+}
+BOOKS = {
+    "forgetting": ("forgetting", ""),
+    "ALiBi": ("alibi", ""),
+    "sliding window of 512": ("sliding_window", ""),
+    "sliding window of 1024 (one seed)": ("sliding_window", "window=1024"),
+    "sliding window of 256": ("sliding_window", "window=256"),
+    "stick-breaking with a logit bias of -3": ("stick_breaking", "logit_bias=-3.0"),
+    "stick-breaking": STICK,
+    "FIRE": ("fire", ""),
+    "RoPE, dynamic NTK, f = 8": ("rope", "scaling=dynamic_ntk,factor=8.0,train_len=2048"),
+    "RoPE, NTK, f = 16": ("rope", "scaling=ntk,factor=16.0"),
+    "RoPE, Llama 3, f = 8": ("rope", "scaling=llama3,factor=8.0,train_len=2048"),
+    "RoPE, YaRN, f = 8": ("rope", "scaling=yarn,factor=8.0,train_len=2048"),
+    "RoPE, linear, f = 8": ("rope", "scaling=linear,factor=8.0"),
+    "RoPE": ROPE,
+    "NoPE": ("nope", ""),
+}
+
+
+def written(text: str, results: Path) -> str:
+    """Return the text of a page with its blocks as the tables below the folder `results` have them."""
+    if text.count("<!-- numbers:") != len(BLOCK.findall(text)):
+        raise InputError("a block of numbers has no end: <!-- end of numbers --> is missing")
+
+    def block(match: re.Match[str]) -> str:
+        return f"{match[1]}{BLOCKS[choose('block of numbers', match[2], BLOCKS)](results)}{match[3]}"
+
+    return BLOCK.sub(block, text)
+
+
+def _books(results: Path) -> str:
+    lengths = (512, 2048, 4096, 16384, 65536)
+    found = _perplexities(results)
+    rows = [[label, *(_three(found[(*method, length)]) for length in lengths)] for label, method in BOOKS.items()]
+    return _table("perplexity per token over the first l tokens, l =", lengths, rows)
+
+
+def _typed(results: Path) -> str:
+    lengths = (512, 2048, 4096, 8192, 16384)
+    rows = [
+        [f"{name}, {where}", *(_three(_perplexities(results / folder)[(*method, length)]) for length in lengths)]
+        for where, folder in TYPED.items()
+        for name, method in (("stick-breaking", STICK), ("RoPE", ROPE))
+    ]
+    return _table("perplexity per token over the first l tokens, l =", lengths, rows)
+
+
+def _typed_sentence(results: Path) -> str:
+    parts = []
+    for where, folder in TYPED.items():
+        found = _perplexities(results / folder)
+        each = [
+            f"{name} {_three(found[(*method, 2048)])} and {_three(found[(*method, 16384)])}"
+            for name, method in (("RoPE", ROPE), ("stick-breaking", STICK))
+        ]
+        parts.append(f"on {where} {', '.join(each)}")
+    return f"Perplexity at 2048 and 16384 tokens of context: {'; '.join(parts)}.\n"
+
+
+def _fixed(results: Path) -> str:
+    lengths = (512, 1024, 2048, 4096, 8192, 16384, 65536)
+    found = _fixed_targets(results)
+    rows = [[label, *(f"{found[(*method, length)]:.3f}" for length in lengths)] for label, method in FIXED.items()]
+    return _table("nats per token, context =", lengths, rows)
+
+
+def _fixed_sentence(results: Path) -> str:
+    found = _fixed_targets(results)
+    each = [
+        f"{label} {found[(*method, 2048)]:.3f} and {found[(*method, 65536)]:.3f}" for label, method in FIXED.items()
+    ]
+    return f"Nats per token with 2048 and 65536 tokens of context: {'; '.join(each)}.\n"
+
+
+def _made_by(results: Path, family: str) -> str:
+    """Name the command of a figure's rows, and how many further ones a few of them need."""
+    table = read(Results(results).table(family), ["cell"])
+    first, *others = gather(table, Results(results).runs).again
+    count = f"{len(others)} other commands" if len(others) > 1 else "another command"
+    rest = f" Some rows are of {count}, listed by `sbeval report`." if others else ""
+    return f"Made by `{first}`.{rest}\n"
+
+
+def _fixed_targets(results: Path) -> Mapping[tuple[str, str, int], float]:
+    table = read(Results(results / "which-stick-breaking").table("length_gen"), ["metric"])
+    return _means(table[table["metric"] == "loss_fixed_targets"])
+
+
+def _perplexities(results: Path) -> Mapping[tuple[str, str, int], float]:
+    """Return perplexities over the first tokens of documents, means of logarithms over seeds."""
+    table = read(Results(results).table("length_gen"), ["metric"])
+    # an empty column is read as text
+    whole = table["window"].isna() | (table["window"] == "")
+    rows = table[(table["metric"] == "perplexity") & (table["train_len"] == 2048) & whole]
+    logs = _means(rows.assign(value=rows["value"].map(math.log)))
+    return {key: math.exp(value) for key, value in logs.items()}
+
+
+def _means(rows: pd.DataFrame) -> Mapping[tuple[str, str, int], float]:
+    """Return the mean of `value` over seeds by attention, options and context."""
+    means = rows.groupby(["attention", "options", "context_length"])["value"].mean().reset_index()
+    columns = (means[name].tolist() for name in ("attention", "options", "context_length", "value"))
+    return {(name, options, int(length)): value for name, options, length, value in zip(*columns, strict=True)}
+
+
+def _three(value: float) -> str:
+    """Format a number with three digits, or all before the point."""
+    return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}"
+
+
+def _table(heading: str, lengths: Sequence[int], rows: Sequence[Sequence[str]]) -> str:
+    lines = [[heading, *map(str, lengths)], ["---"] * (1 + len(lengths)), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "books": _books,
+    "typed": _typed,
+    "typed_sentence": _typed_sentence,
+    "fixed_targets": _fixed,
+    "fixed_targets_sentence": _fixed_sentence,
+    **{f"{family}_command": functools.partial(_made_by, family=family) for family in DRAWN},
+}
+
+if __name__ == "__main__":
+    for name in PAGES:
+        page = Path(name)
+        page.write_text(written(page.read_text(encoding="utf-8"), Path("results")), encoding="utf-8")

@@ -1,0 +1,45 @@
+"""The numbers in documents are those of the tables."""
+
+from pathlib import Path
+
+import pytest
+
+from sbeval.cli import documents
+from sbeval.errors import InputError
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("page", documents.PAGES)
+def test_the_numbers_of_a_page_are_those_of_the_tables(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    current = documents.written(text, ROOT / "results")
+    assert text == current, "python -m sbeval.cli.documents writes them anew"
+
+
+def test_each_block_is_on_a_page() -> None:
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in documents.PAGES)
+    assert {name for _, name, _ in documents.BLOCK.findall(text)} == set(documents.BLOCKS)
+
+
+def test_a_wrong_number_is_mended_and_the_rest_stays() -> None:
+    text = "Before.\n<!-- numbers: typed_sentence -->\nRoPE 1.\n<!-- end of numbers -->\nAfter.\n"
+    mended = documents.written(text, ROOT / "results")
+    assert "RoPE 1." not in mended and mended.startswith("Before.\n<!--") and mended.endswith("-->\nAfter.\n")
+    assert documents.written(mended, ROOT / "results") == mended
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- numbers: typd -->\n<!-- end of numbers -->\n", "unknown block of numbers 'typd'; did you mean 'typed'"),
+        ("<!-- numbers: typed -->\nRoPE 1.\n", "a block of numbers has no end"),
+    ],
+)
+def test_a_block_that_cannot_be_written_is_named(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        documents.written(text, ROOT / "results")
+
+
+def test_digits() -> None:
+    assert [documents._three(value) for value in (7.016, 26.03, 107.8, 2917.6)] == ["7.02", "26.0", "108", "2918"]
