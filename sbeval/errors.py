@@ -48,7 +48,7 @@ def check_swept(config: Any, *names: str) -> None:
     single = [getattr(config, name) for name in ("lr", "finetune_lr") if hasattr(config, name)]
     rates = [*getattr(config, "lrs", ()), *single]
     if bad := [rate for rate in rates if not 0 < rate < math.inf]:
-        raise InputError(f"a learning rate must be above 0 and finite; got {bad[0]}")
+        raise InputError(f"a learning rate (--lr) must be above 0 and finite; got {bad[0]}")
 
 
 def first_line(error: BaseException) -> str:

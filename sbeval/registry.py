@@ -41,6 +41,16 @@ TASKS = {
     "mqrar": "sbeval.tasks.mqrar",
     "needle": "sbeval.tasks.needle",
 }
+# a line of each command in `sbeval --help`, which imports no family that is here
+HELP = {
+    "attention_map": "Attention weights on the latest and on stale values of a variable that is assigned again.",
+    "diagnostics": "Follow when models learn to retrieve: copying, induction heads, reach.",
+    "few_shot": "Benchmarks of lm-eval, for the models of length-gen or for given ones, whose default preset is paper.",
+    "flip_flop": "Flip-flop language: write, read and ignore one bit; is every read the bit last written?",
+    "length_gen": "Train at one length, evaluate the loss at every position far past it.",
+    "mqrar": "Multi-query repeated associative recall: does each use of a variable return its latest value?",
+    "needle": "RULER's needles in haystacks: is a fact found anywhere in a text longer than the training length?",
+}
 FIGURES = {
     "attention_map": "sbeval.plots.attention_map",
     "diagnostics": "sbeval.plots.diagnostics",
@@ -136,6 +146,11 @@ def trained_as(name: str, options: Any) -> Any:
 def task(name: str) -> "Family":
     """Import the task family `name`; raise InputError as `method`."""
     return cast("Family", _load("task family", name, TASKS, ("FAMILY",)).FAMILY)
+
+
+def command_help(name: str) -> str:
+    """Return the line of a family in `sbeval --help`; that of an installed package is in its module."""
+    return HELP.get(name) or task(name).help
 
 
 def gather(name: str, table: "pd.DataFrame", results_dir: Path) -> "pd.DataFrame":

@@ -23,6 +23,7 @@ from sbeval.config import ATTENTION, EVALUATION, LATER, LR, MODEL, SEED, TASK, T
 from sbeval.data.recall import Recall
 from sbeval.errors import InputError, check_swept
 from sbeval.models.config import canonical_attention, flops_per_token
+from sbeval.registry import HELP
 from sbeval.sweep.cell import Cell as BaseCell
 from sbeval.sweep.cell import Outcome, loss_curves, timing
 from sbeval.sweep.family import Family
@@ -338,7 +339,7 @@ def _completed(given: dict[str, Any]) -> dict[str, Any]:
 
 FAMILY = Family(
     name=NAME,
-    help="Attention weights on the latest and on stale values of a variable that is assigned again.",
+    help=HELP[NAME],
     config=Config,
     presets=PRESETS,
     cells=cells,

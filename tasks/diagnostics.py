@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sbeval.config import EVALUATION, LATER, TRAINING, option
 from sbeval.errors import InputError
+from sbeval.registry import HELP
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.family import Family
 from sbeval.tables import epochs
@@ -241,7 +242,7 @@ def summary(results: "pd.DataFrame") -> "Table":
 
 FAMILY = Family(
     name=NAME,
-    help="Follow when models learn to retrieve: copying, induction heads, reach.",
+    help=HELP[NAME],
     config=Config,
     presets=PRESETS,
     cells=cells,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sbeval.config import DATA, EVALUATION, LATER, MODEL, TASK, option
 from sbeval.errors import InputError, choose
+from sbeval.registry import HELP
 from sbeval.sweep.cell import Outcome
 from sbeval.sweep.family import Family
 from sbeval.tables import epochs
@@ -365,7 +366,7 @@ def _preset(given: Mapping[str, Any]) -> str | None:
 
 FAMILY = Family(
     name=NAME,
-    help="Benchmarks of lm-eval, for the models of length-gen or for given ones, whose default preset is paper.",
+    help=HELP[NAME],
     config=Config,
     presets=PRESETS,
     cells=cells,

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from sbeval.config import ATTENTION, EVALUATION, LR, MODEL, SEED, TASK, TRAINING, option
 from sbeval.errors import InputError, check_swept
 from sbeval.models.config import ModelConfig, canonical_attention, flops_per_token
+from sbeval.registry import HELP
 from sbeval.sweep.cell import Outcome
 from sbeval.sweep.family import Family
 from sbeval.tables.published import FLIP_FLOP, FLIP_FLOP_SOURCE
@@ -294,7 +295,7 @@ def summary(results: "pd.DataFrame") -> "Table":
 
 FAMILY = Family(
     name=NAME,
-    help="Flip-flop language: write, read and ignore one bit; is every read the bit last written?",
+    help=HELP[NAME],
     config=Config,
     presets=PRESETS,
     cells=cells,

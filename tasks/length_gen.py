@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sbeval.config import DATA, EVALUATION, LATER, option
 from sbeval.errors import InputError, choose
+from sbeval.registry import HELP
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.family import Family
 from sbeval.tables import epochs
@@ -316,7 +317,7 @@ def summary(results: "pd.DataFrame") -> "Table":
 
 FAMILY = Family(
     name=NAME,
-    help="Train at one length, evaluate the loss at every position far past it.",
+    help=HELP[NAME],
     config=Config,
     presets=PRESETS,
     cells=cells,

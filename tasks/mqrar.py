@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from sbeval.data.recall import Recall
 from sbeval.models.config import ModelConfig, canonical_attention, flops_per_token
+from sbeval.registry import HELP
 from sbeval.sweep.cell import Outcome
 from sbeval.sweep.family import Family
 from sbeval.tables.mqrar import Row as Row
@@ -279,7 +280,7 @@ def _spec(config: Config, spec: str) -> str:
 
 FAMILY = Family(
     name=NAME,
-    help="Multi-query repeated associative recall: does each use of a variable return its latest value?",
+    help=HELP[NAME],
     config=Config,
     presets=PRESETS,
     cells=cells,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sbeval.config import digest_of
 from sbeval.errors import InputError
+from sbeval.registry import HELP
 from sbeval.sweep.cell import Outcome, TrainingStep
 from sbeval.sweep.family import Family
 from sbeval.tables.needle import Row as Row
@@ -239,7 +240,7 @@ def cells(config: Config) -> list[Cell]:
 
 FAMILY = Family(
     name=NAME,
-    help="RULER's needles in haystacks: is a fact found anywhere in a text longer than the training length?",
+    help=HELP[NAME],
     config=Config,
     presets=PRESETS,
     cells=cells,

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
 
 from sbeval import __version__, registry
 from sbeval.cli import options
@@ -21,7 +20,6 @@ from sbeval.runtime import signals, streams
 from sbeval.runtime.console import plain
 from sbeval.tables import power_options
 from sbeval.tables.results import Results
-from sbeval.training.text_model import TextModel
 
 if TYPE_CHECKING:
     from sbeval.sweep.context import RunContext
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
     from sbeval.sweep.study_file import Part
 
 
-class _Commands(TyperGroup):
+class _Commands(options.Commands):
     """All commands: what fails outside of sbeval is an InputError, where no place that knows more has said so."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -97,36 +95,39 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-def _runs(name: str) -> Callable[[Sweep, dict[str, Any]], None]:
-    return lambda common, given: _family(name, common, given)
-
-
-def _add_families() -> None:
-    for name in registry.TASKS:
+def _add_family(name: str) -> None:
+    def add(alone: typer.Typer) -> None:
         family = registry.task(name)
         options.command(
-            app,
-            name.replace("_", "-"),
+            alone,
+            command,
             family.config,
             family.presets,
             Sweep,
-            _runs(name),
+            lambda common, given: _family(name, common, given),
             help=family.help,
             panel=TASKS,
         )
-    options.command(
-        app,
-        "train",
-        TextModel,
-        registry.task("length_gen").presets,
-        Training,
-        lambda common, given: _train(common, given),
-        help="Train the models that length-gen with the same options evaluates; under torchrun, on several GPUs.",
-        panel=TASKS,
-    )
+
+    command = name.replace("_", "-")
+    options.later(app, command, add, help=registry.command_help(name), panel=TASKS)
 
 
-_add_families()
+def _add_train() -> None:
+    help = "Train the models that length-gen with the same options evaluates; under torchrun, on several GPUs."
+
+    def add(alone: typer.Typer) -> None:
+        from sbeval.training.text_model import TextModel
+
+        presets = registry.task("length_gen").presets
+        options.command(alone, "train", TextModel, presets, Training, _train, help=help, panel=TASKS)
+
+    options.later(app, "train", add, help=help, panel=TASKS)
+
+
+for _name in registry.TASKS:
+    _add_family(_name)
+_add_train()
 
 
 @app.callback()
@@ -224,9 +225,8 @@ def compare(
         plain().print(rendered, soft_wrap=False)
 
 
-@app.command("run", rich_help_panel=TASKS)
 def run_study(
-    study: Annotated[str, typer.Argument(help="quick, h200, paper, or the path of a study file (YAML).")],
+    study: Annotated[str, typer.Argument(help="Name of a study, listed below, or the path of a study file (YAML).")],
     change: Annotated[
         list[str] | None,
         typer.Option(
@@ -263,6 +263,20 @@ def run_study(
         study_file.read(study, change or ()), lambda given: devices.pick_dtype(dtype or given, where)
     )
     _run(parts, RunContext(results_dir=results_dir, device=where, force=force), how, dry_run=dry_run, name=study)
+
+
+def _add_run() -> None:
+    def add(alone: typer.Typer) -> None:
+        from sbeval.sweep.study_file import summaries
+
+        # a paragraph is a line
+        lines = ("Studies:", *(f"[bold]{name}[/bold]: {line}" for name, line in summaries().items()))
+        alone.command("run", help=run_study.__doc__, epilog="\n\n".join(lines), rich_help_panel=TASKS)(run_study)
+
+    options.later(app, "run", add, help=str(run_study.__doc__), panel=TASKS)
+
+
+_add_run()
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -414,6 +428,7 @@ def bench_skipping(
     from sbeval.sweep import scheduler
     from sbeval.sweep.context import RunContext
     from sbeval.tasks.text_training import open_corpus
+    from sbeval.training.text_model import TextModel
 
     where = devices.pick(device)
     config = TextModel(corpus=corpus, tokenizer=tokenizer)

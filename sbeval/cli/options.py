@@ -8,7 +8,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
-import typer
+import typer.main
+from typer.core import TyperCommand, TyperGroup
 
 from sbeval.config import DATA, EVALUATION, MODEL, RUN, TASK, TRAINING, option
 
@@ -67,14 +68,32 @@ class Training(Common):
     shard: bool = option(False, RUN, "Shard weights and optimizer over the processes (FSDP2) instead of copies (DDP).")
 
 
+class Later(TyperCommand):
+    """A command's line in `--help`; its callback returns the command."""
+
+
+class Commands(TyperGroup):
+    """Commands, some of which are built when they are called or completed: the list of all needs a line of each."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if isinstance(command, Later):
+            assert command.callback is not None
+            command = command.callback()
+        return name, command, rest
+
+
 Kind = TypeVar("Kind", bound=Common)
 Given = TypeVar("Given")
 
 
-def _several(kind: type[int] | type[float]) -> Callable[[str], list[Any]]:
+def _several(kind: type[int] | type[float]) -> Callable[[str | float], list[Any]]:
     """Return the parser of numbers separated by commas: `--kv-pairs 8,16` is `--kv-pairs 8 --kv-pairs 16`."""
 
-    def parse(text: str) -> list[Any]:
+    def parse(text: str | float) -> list[Any]:
+        if not isinstance(text, str):
+            # one of a default
+            return [text]
         try:
             return [kind(one) for one in text.split(",")]
         except ValueError:
@@ -160,7 +179,7 @@ def plain(
     """Add a command with the options of a config alone, and no presets; `run` gets the config."""
 
     def invoke(**values: Any) -> None:
-        run(config(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}))
+        run(config(**{key: tuple(_flat(value)) if isinstance(value, list) else value for key, value in values.items()}))
 
     invoke.__signature__ = inspect.Signature(parameters(config))  # type: ignore[attr-defined]
     app.command(name, help=help, rich_help_panel=panel)(invoke)
@@ -189,3 +208,14 @@ def command(
     both.sort(key=lambda one: GROUPS.index(one.default.rich_help_panel))
     invoke.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
     app.command(name, help=help, rich_help_panel=panel)(invoke)
+
+
+def later(app: typer.Typer, name: str, add: Callable[[typer.Typer], None], *, help: str, panel: str) -> None:
+    """Add a command to an app whose group is `Commands`; when it is called, `add` adds it to an app of its own."""
+
+    def build() -> Any:
+        alone = typer.Typer(add_completion=False)
+        add(alone)
+        return typer.main.get_command(alone)
+
+    app.command(name, cls=Later, help=help, rich_help_panel=panel)(build)

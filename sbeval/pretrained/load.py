@@ -231,7 +231,7 @@ def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: boo
         return _decoder(model.decoder, name(spec), model.config.train_len, place)
     text, positions = model.config.get_text_config(), positions_of(model)
     split = HubModel(model)
-    checks.causal(split, text.vocab_size, place, device.DTYPES[dtype], spec)
+    checks.causal(split, text.vocab_size, place, device.DTYPES[dtype], spec, longest=positions)
     return Pretrained(
         model=split,
         name=name(spec),

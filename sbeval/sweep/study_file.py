@@ -57,6 +57,11 @@ def names() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in STUDIES.iterdir() if file.name.endswith(".yaml"))
 
 
+def summaries() -> dict[str, str]:
+    """Return the first line of each study in the package, which says what it is, by name."""
+    return {name: text(name).partition("\n")[0].removeprefix("# ") for name in names()}
+
+
 def text(study: str) -> str:
     """Return the text of a study file, given a name or a path."""
     if study in names():

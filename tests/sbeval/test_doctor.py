@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 
 from sbeval import doctor, registry
 from sbeval.cli import main
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
+from sbeval.runtime.console import plain
 from sbeval.training.config import TrainConfig
 
 CPU = torch.device("cpu")
@@ -132,8 +132,8 @@ def test_a_method_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=60)
-    monkeypatch.setattr(main, "Console", lambda: console)
+    console = plain(file=io.StringIO(), force_terminal=True, width=60)
+    monkeypatch.setattr(main, "plain", lambda: console)
     main._print_table("Title", ("a", "b"), [("1", "[x]")])
     assert isinstance(console.file, io.StringIO)
     assert "┃" in console.file.getvalue() and "[x]" in console.file.getvalue()

@@ -1,9 +1,10 @@
 """Errors of the user's, and of the outside, are one line that names what was given or read, and what is allowed."""
 
+import dataclasses
 import errno
 import lzma
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -61,13 +62,19 @@ def test_the_nearest_name_is_offered() -> None:
         choose("task", "flip-flop", ("flip_flop", "mqrar"))
 
 
+def config(**fields: Any) -> Any:
+    return dataclasses.make_dataclass("Config", list(fields), frozen=True)(**fields)
+
+
 def test_swept_options_have_a_value_and_seeds_are_in_range() -> None:
-    check_swept(SimpleNamespace(lrs=(1.0,), seeds=(0, SEEDS[-1])), "lrs", "seeds")
+    swept = config(lrs=(1.0, 2.0, 1.0), seeds=(0, SEEDS[-1]))
+    check_swept(swept, "lrs", "seeds")
+    assert swept.lrs == (1.0, 2.0), "each once"
     with pytest.raises(InputError, match="lrs is empty: give one or more"):
-        check_swept(SimpleNamespace(lrs=()), "lrs")
+        check_swept(config(lrs=()), "lrs")
     for seed in (-1, 1 << 31):
         with pytest.raises(InputError, match=rf"a seed \(--seed\) must be 0 to 2147483647; got {seed}"):
-            check_swept(SimpleNamespace(seeds=(0, seed)))
+            check_swept(config(seeds=(0, seed)))
 
 
 def test_the_first_line_of_an_error_is_never_empty() -> None:

@@ -19,6 +19,7 @@ def test_methods_implement_the_interface(name: str) -> None:
 def test_families_implement_the_interface(name: str) -> None:
     family = registry.task(name)
     assert name == family.name and "quick" in family.presets
+    assert family.help == registry.HELP[name] == registry.command_help(name)
     cells = family.cells(family.presets["quick"])
     assert {cell.family for cell in cells} == {name} and all(cell.flops > 0 for cell in cells)
 

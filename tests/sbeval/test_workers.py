@@ -76,7 +76,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mqrar", "flip-f
 def test_two_workers_leave_what_one_process_leaves(
     family: str, files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "draw_figures", lambda *_: [])
+    monkeypatch.setattr(study, "draw_figures", lambda *_, **__: [])
     command = (family, *COMMANDS[family].format(**files).split(), "--device", "cpu")
     found: list[pd.DataFrame] = []
     for name, workers in (("alone", ()), ("together", ("--workers", 2))):

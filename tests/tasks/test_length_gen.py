@@ -764,7 +764,8 @@ def test_contexts_shorter_than_a_quarter_of_the_training_length_are_shown(
 def test_options_out_of_range_and_repeated_ones(config: Config) -> None:
     wrong: list[dict[str, Any]] = [{"eval_len": -5}, {"lr": -1.0}, {"lr": math.nan}, {"lr": math.inf}]
     for options in wrong:
-        with pytest.raises(InputError, match=rf"(eval_len|a learning rate) must be .*; got {[*options.values()][0]}"):
+        (given,) = options.values()
+        with pytest.raises(InputError, match=rf"(eval_len|a learning rate \(--lr\)) must be .*; got {given}"):
             dataclasses.replace(config, checkpoint="x", **options)
     once, twice = (dataclasses.replace(config, window=(64,) * count, seeds=(0,) * count) for count in (1, 2))
     assert once == twice and [cell_id(cell) for cell in cells(once)] == [cell_id(cell) for cell in cells(twice)]

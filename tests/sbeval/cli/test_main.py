@@ -272,9 +272,9 @@ def test_dry_run_says_the_grid_and_its_cost_and_writes_nothing(results: Path, tm
     assert snapshot(results) == before
     forced = run(*RECALL, "--results-dir", results, "--dry-run", "--force")
     assert "finished" not in forced.out and "2 cells to run" in forced.out
-    # no corpus is opened and no folder made
+    # a corpus must be there, and no folder is made
     done = run(*LENGTHS, "--corpus", tmp_path / "absent", "--results-dir", tmp_path / "new", "--dry-run")
-    assert done.code == 0 and "2 cells to run" in done.out and not (tmp_path / "new").exists()
+    assert done.code == 2 and "there is no such file or folder" in done.err and not (tmp_path / "new").exists()
 
 
 def test_a_dry_run_lists_further_seeds_once_it_is_known_at_which_rate(tmp_path: Path) -> None:

@@ -58,11 +58,12 @@ def test_a_benchmark_has_the_items_of_its_file_and_their_digest(tmp_path: Path) 
 def test_scores_have_their_error_count_and_chance(tmp_path: Path) -> None:
     benchmark = lm_eval_tasks.load("copa", None, write(tmp_path / "items", "copa_val", copa(12)))
     model = Knows()
-    (score,), values = lm_eval_tasks.scores(benchmark, model, None)
+    (score, bits), values = lm_eval_tasks.scores(benchmark, model, None)
     assert (score.task, score.metric, score.filter, score.value, score.stderr) == ("copa", "acc", "", 1.0, 0.0)
     assert (score.n, score.chance) == (12, 0.5) and model.requests == 24
     assert (values[values["metric"] == "acc"]["value"] == 1).all()
-    (limited,), _ = lm_eval_tasks.scores(benchmark, Knows(), 5)
+    assert (bits.task, bits.metric, bits.n, bits.chance) == ("copa", "gold_bits_per_byte", 12, None)
+    (limited, _), _ = lm_eval_tasks.scores(benchmark, Knows(), 5)
     assert limited.n == 5
 
 

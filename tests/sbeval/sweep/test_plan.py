@@ -60,7 +60,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(study: Path, tmp_path: Path)
         "mqrar": ("180", "180"),
         "all": ("187", "184"),
     }
-    assert "left out: attention_map, few_shot" in out
+    assert "left out: attention_map, diagnostics, few_shot" in out
 
 
 def test_a_plan_adds_up(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

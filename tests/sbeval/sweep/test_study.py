@@ -54,7 +54,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the names of requested figures; drawing is tested with the families' commands."""
     names: list[str] = []
 
-    def draw(folder: Path, figures: Sequence[str], formats: Sequence[str]) -> list[Path]:
+    def draw(folder: Path, figures: Sequence[str], formats: Sequence[str], **_: object) -> list[Path]:
         names.extend(figures)
         return []
 

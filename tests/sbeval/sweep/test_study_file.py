@@ -37,6 +37,15 @@ def test_studies_of_the_package_have_cells(name: str) -> None:
     assert all(registry.task(part.family).cells(part.config) for part in found)
 
 
+def test_a_study_says_in_its_first_line_what_it_is() -> None:
+    found = study_file.summaries()
+    assert list(found) == study_file.names() and found["quick"] == "every family on two CPU cores in ten minutes"
+    for name in found:
+        first, second, *_ = study_file.text(name).splitlines()
+        # a sentence that goes on would be cut
+        assert first.startswith("# ") and second in ("#", ""), name
+
+
 @pytest.mark.parametrize("name", ["quick", "h200", "paper"])
 def test_studies_named_as_presets_have_every_family(name: str) -> None:
     found = study_file.parts(study_file.read(name), lambda said: said or "float32")

@@ -79,6 +79,4 @@ def test_committed_rows_of_models_of_text_say_their_epochs(path: Path) -> None:
     # whole windows of an epoch
     assert (trained["unique_tokens"] % trained["train_len"] == 0).all()
     assert (trained["epochs"] - trained["train_tokens"] / trained["unique_tokens"]).abs().max() < 1e-4
-    # the first command, as it was before presets ended at 4 epochs, is marked
-    marked = "Trained for more than 4 epochs of the text: rope 4.49, stick_breaking 4.49."
-    assert epochs.caution(rows) == (marked if path.parent.name == "typed" else "")
+    assert epochs.caution(rows) == ""

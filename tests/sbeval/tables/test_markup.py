@@ -1,11 +1,7 @@
-"""Names are read as they are in Markdown, LaTeX, terminals and figures."""
-
-import io
+"""Names are read as they are in Markdown and LaTeX."""
 
 import pytest
-from rich.table import Table
 
-from sbeval.runtime.console import plain
 from sbeval.tables import markup
 
 
@@ -23,12 +19,3 @@ from sbeval.tables import markup
 def test_names_are_no_markup(text: str, markdown: str, latex: str) -> None:
     assert markup.markdown(text) == markdown
     assert markup.latex(text) == latex
-
-
-def test_a_pipe_has_whole_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
-    file = io.StringIO()
-    grid = Table(*(f"run[{'a' * 60}{column}] :smile:" for column in range(9)), title="[b]")
-    plain(file=file).print(grid)
-    written = file.getvalue()
-    assert all(f"run[{'a' * 60}{column}] :smile:" in written for column in range(9)) and "[b]" in written

@@ -1,6 +1,7 @@
 """Seeds that find a difference: against published power, simulation, and the committed results."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,13 @@ def test_deviations_come_from_the_results(tmp_path: Path) -> None:
 def test_mistakes(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Config(**options)
+
+
+def test_the_command_as_typed() -> None:
+    shown = CliRunner().invoke(app, ["power", "--results-dir", str(RESULTS)])
+    assert shown.exit_code == 0, shown.exception
+    # the paper's difference is the first
+    assert re.search(r"0\.02\b.*\b9\b", shown.stdout), shown.stdout
 
 
 def test_without_results_the_deviation_must_be_given(tmp_path: Path) -> None:
