@@ -2,7 +2,7 @@
 
 One row of panels a model, training length and corpus. Columns: attention schemes; RoPE scaled at evaluation by several
 factors; sliding windows. The last two show plain RoPE and stick-breaking too, for comparison. A column
-without rows is left out.
+without rows is left out. All share one legend.
 """
 
 import math
@@ -98,7 +98,7 @@ def chart(table: pd.DataFrame) -> Chart:
 def panels(table: pd.DataFrame, scale: Scale) -> Figure:
     """Draw lines of `value` by `x`, a method each, in rows and columns of panels; `end` is the last token of a point.
 
-    A line that leaves its panel is named below.
+    A line that leaves its panel is named below; its band ends where it does.
     """
     columns = groups(table)
     rows = _rows(table)
@@ -110,20 +110,23 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
         top = scale.top(of_row)
         points = intervals.points(of_row, ["x"], scale.values)
         for axis, column in zip(line, columns, strict=True):
-            lines = _lines(axis, of_row, points, column)
+            lines = _lines(axis, of_row, points, column, top)
+            if lines and len(columns) > 1:
+                style.subtitle(axis, column.title)
             spreads += lines.values()
             beyond |= {column.looks[name].label: None for name, spread in lines.items() if spread["mean"].max() > top}
             if axis.axison and scale.decades(of_row):
                 style.decades(axis)
         if top < math.inf:
             line[0].set_ylim(0.98 * _lowest(points, top), top)
-        for axis in line:
-            style.label(axis, scale.x if line is axes[-1] else "", scale.y if axis is line[0] else "")
-    for axis, column in zip(axes[0], columns, strict=True):
-        style.column(axis, column.title, [look.handle() for look in column.looks.values()], axes[0][0])
+        style.label(line[0], "", scale.y)
+    for below in zip(*axes, strict=True):
+        next(axis for axis in reversed(below) if axis.axison).set_xlabel(scale.x, fontsize=style.TEXT_PT)
     cut = f" {', '.join(beyond)} {'leaves' if len(beyond) == 1 else 'leave'} the panels." if beyond else ""
     note = intervals.explain(spreads, "bands", "documents") + cut
-    style.note_below(figure, style.with_caution(note, table, _names(columns)))
+    looks = _names(columns)
+    handles = [*(look.handle() for look in looks.values()), style.training_length_handle()]
+    style.finish(figure, handles, style.with_caution(note, table, looks))
     return figure
 
 
@@ -182,8 +185,8 @@ def groups(table: pd.DataFrame) -> list[Column]:
     beside = {pair: schemes[pair] for pair in REFERENCES if pair in schemes}
     columns = [
         Column("attention schemes", schemes, {}),
-        Column("RoPE scaled at evaluation", _shades(scaled), beside),
-        Column("sliding windows", _shades(windowed), beside),
+        Column("RoPE scaled at evaluation", _shades(scaled, "viridis"), beside),
+        Column("sliding windows", _shades(windowed, f"dark:{style.colour('sliding_window')}"), beside),
     ]
     return [column for column in columns if column.own]
 
@@ -203,16 +206,17 @@ def _by_factor(options: str) -> tuple[str, float, str]:
 def _by_window(options: str) -> tuple[str, float, str]:
     settings = _settings(options)
     window = int(settings.pop("window", WINDOW))
-    return "", window, ", ".join([f"W = {window}", *_rest(settings)])
+    return "", window, ", ".join([f"window {window}", *_rest(settings)])
 
 
 def _rest(settings: dict[str, str]) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def _shades(ranks: dict[Method, tuple[str, float, str]]) -> dict[Method, style.Look]:
+def _shades(ranks: dict[Method, tuple[str, float, str]], palette: str) -> dict[Method, style.Look]:
     """Return looks of methods that have an order: from dark to light, each with its own marker and dashes."""
-    colours = sns.color_palette("viridis", len(ranks)).as_hex()
+    # the darkest of some palettes is black
+    colours = sns.color_palette(palette, len(ranks) + 1).as_hex()[1:]
     return {
         pair: style.Look(
             label=ranks[pair][2],
@@ -225,8 +229,13 @@ def _shades(ranks: dict[Method, tuple[str, float, str]]) -> dict[Method, style.L
     }
 
 
-def _lines(axis: Axes, rows: pd.DataFrame, points: pd.DataFrame, column: Column) -> dict[Method, pd.DataFrame]:
-    """Draw a line and a band for each method and return their points; hide a panel without rows of its own."""
+def _lines(
+    axis: Axes, rows: pd.DataFrame, points: pd.DataFrame, column: Column, top: float
+) -> dict[Method, pd.DataFrame]:
+    """Draw a line and a band for each method and return their points; hide a panel without rows of its own.
+
+    The band of a line that leaves the panel at `top` would fill it, so it ends before its upper end does.
+    """
     lines = {method: mine for method in column.looks if len(mine := intervals.method(points, method))}
     if not lines.keys() & column.own.keys():
         axis.set_axis_off()
@@ -238,7 +247,8 @@ def _lines(axis: Axes, rows: pd.DataFrame, points: pd.DataFrame, column: Column)
         every = math.ceil(len(spread) / MARKED) or 1
         marked = (index * every // len(lines), every)
         axis.plot(spread["x"], spread["mean"], label=look.label, markevery=marked, **look.line())
-        axis.fill_between(spread["x"], spread["low"], spread["high"], color=look.colour, alpha=0.2, linewidth=0)
+        band = spread[(spread["high"] <= top) | (spread["mean"].max() <= top)]
+        axis.fill_between(band["x"], band["low"], band["high"], color=look.colour, alpha=0.2, linewidth=0)
         style.seeds(axis, spread["x"][marked[0] :: every], spread[marked[0] :: every], look)
     style.octaves(axis, min(rows["x"].min(), train_len), max(rows["end"].max(), train_len), train_len, most=6)
     style.training_length(axis, train_len)

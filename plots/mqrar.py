@@ -1,8 +1,14 @@
-"""Multi-query repeated associative recall: accuracy by the number of key-value pairs, and what older values cost.
+"""Multi-query repeated associative recall: accuracy by the number of key-value pairs.
 
-The left panel is figure 3 of the paper (Tan et al., ICLR 2025, arXiv 2410.17980).
+This is figure 3 of the paper (Tan et al., ICLR 2025, arXiv 2410.17980): a panel for each size of model. Settings that
+differ in anything else, such as vocabulary, steps or optimizer, have figures of their own. What older values of a key
+cost is shown by `mqrar_splits` and, as fresh and stale, by the interactive page, which has all settings.
 """
 
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -19,8 +25,11 @@ from sbeval.tables.selection import MQRAR, recall_accuracy, recall_setting
 from sbeval.tables.statistics import Method, Scale
 
 TABLE = "mqrar"
-# columns that titles always name where settings differ in them
-NAMED = ("optimizer", "positions", "max_steps", "patience")
+# what tells settings apart at any number of pairs, and is named in their titles
+NAMED = ("vocab_size", "optimizer", "positions", "max_steps", "patience")
+SIZE = ("model", "width", "layers", "heads")
+# panels in a row
+MOST = 3
 AXES = {"kv_pairs": "key-value pairs", "n_back": "n, where the n-th last value is asked for"}
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", "kv_pairs", "lr", "split", *MQRAR.columns)
 CHANCE: dict[str, Any] = {"color": style.MARK, "linewidth": 1.0, "linestyle": ":"}
@@ -30,25 +39,34 @@ ENDS = {"solved": "solved", "plateau": "without progress", "budget": "out of ste
 KINDS = {"fresh": "fresh: the key's first value", "stale": "stale: the key had another"}
 
 
-def draw(table: pd.DataFrame) -> Figure:
-    """Draw the table, one row of panels for each setting, those with the most rows first.
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """The rows of one setting by column `x`; panels: title and rows of each size of model."""
 
-    Left: accuracy over all queries, with the chance level. Right: queries for fresh values beside those for stale ones.
-    Of several learning rates the one with the best validation accuracy is drawn. Where queries ask for older values
-    than the last, x is how old.
-    """
+    title: str
+    x: str
+    rows: pd.DataFrame
+    panels: list[tuple[str, pd.DataFrame]]
+
+
+def draw(table: pd.DataFrame) -> Figure:
+    """Draw the setting with the most rows, at the learning rate with the best validation accuracy of each method."""
+    return figures(table)[""]
+
+
+def figures(table: pd.DataFrame) -> dict[str, Figure]:
+    """Draw each setting, by the words that tell it from the first, which has the most rows and no words."""
     drawn = _best(table)
     looks = style.looks(drawn)
-    panels = settings(drawn)
-    figure, axes = style.pairs(len(panels), share_y=True)
-    spreads: list[pd.DataFrame] = []
-    for (title, rows, x), (left, right) in zip(panels, axes, strict=True):
-        style.title(left, title)
-        spreads += _overall(left, rows[rows["split"] == "all"], looks, x)
-        spreads += _pairs(right, rows[rows["split"].isin(list(KINDS))], looks, x)
-    note = intervals.explain(spreads, "bars", "sequences") + _ended(table, drawn)
-    style.finish(figure, [look.handle() for look in looks.values()], note)
-    return figure
+    first, *others = pictures(drawn)
+    beside = " Other settings have figures of their own." if others else ""
+    made = {"": _figure(first, looks, _ended(table, first.rows) + beside)}
+    for picture in others:
+        words = [word for word in picture.title.lower().split(", ") if word not in first.title.lower().split(", ")]
+        words += ["n-back"] if picture.x == "n_back" else []
+        name = "".join(f"-{re.sub('[^a-z0-9]+', '-', word)}" for word in words)
+        made[f"{name}-{len(made) + 1}" if name in made else name] = _figure(picture, looks, _ended(table, picture.rows))
+    return made
 
 
 def chart(table: pd.DataFrame) -> Chart:
@@ -90,22 +108,66 @@ def _best(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, str]]:
-    """Return title and rows of each setting and the column of its x; settings with the most rows first."""
-    always, others = MQRAR.always, recall_setting(table).others
-    setting = [*always, *others, "kv_pairs"]
-    by_age = table.groupby(setting, dropna=False)["n_back"].transform("nunique") > 1
-    grouped = []
-    if len(rows := table[~by_age]):
-        panels = style.panels(rows, always, [*others, "n_back"], within=["kv_pairs"], named=NAMED)
-        grouped += [(title, part, "kv_pairs") for title, part in panels]
-    if len(rows := table[by_age]):
-        panels = style.panels(rows, (*always, "kv_pairs"), others, within=["n_back"], named=NAMED)
-        grouped += [(title, part, "n_back") for title, part in panels]
+    """Return title and rows of each setting and size and the column of its x; those with the most rows first."""
+    grouped = [
+        (title, part, x)
+        for rows, x, always, others in _by_x(table)
+        for title, part in style.panels(rows, always, others, within=[x], named=NAMED)
+    ]
     return sorted(grouped, key=lambda setting: -len(setting[1]))
 
 
-def _overall(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look], x: str) -> list[pd.DataFrame]:
-    style.label(axis, AXES[x], "accuracy (all queries)")
+def pictures(table: pd.DataFrame) -> list[Picture]:
+    """Return the settings, in each the sizes of models; those with the most rows first."""
+    found = []
+    for rows, x, always, others in _by_x(table):
+        # each number of pairs has a panel where x is how old a value is
+        panel = [name for name in always if name in ("model", "kv_pairs")]
+        always, others = ([name for name in names if name not in (*panel, *SIZE)] for names in (always, others))
+        for title, part in style.panels(rows, always, others, within=[x], named=NAMED):
+            sizes = style.panels(part, panel, SIZE[1:])
+            found.append(Picture(title, x, part, sorted(sizes, key=lambda size: int(size[1]["width"].iloc[0]))))
+    return sorted(found, key=lambda picture: -len(picture.rows))
+
+
+def _by_x(table: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, str, list[str], list[str]]]:
+    """Split rows by what their x is, number of pairs or age; yield rows, x, and the two kinds of `style.panels`."""
+    always, others = [*MQRAR.always], [*recall_setting(table).others]
+    by_age = table.groupby([*always, *others, "kv_pairs"], dropna=False)["n_back"].transform("nunique") > 1
+    if len(rows := table[~by_age]):
+        yield rows, "kv_pairs", always, [*others, "n_back"]
+    if len(rows := table[by_age]):
+        yield rows, "n_back", [*always, "kv_pairs"], others
+
+
+def _figure(picture: Picture, looks: dict[Method, style.Look], ended: str) -> Figure:
+    methods = style.methods(picture.rows, looks)
+    columns = min(MOST, len(picture.panels))
+    figure, axes = style.grid(math.ceil(len(picture.panels) / columns), columns)
+    # room for titles and legends of several lines
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(max(width, style.WIDTH_IN * 3 / 4), height + 0.5)
+    places = [axis for line in axes for axis in line]
+    for axis in places[len(picture.panels) :]:
+        axis.set_axis_off()
+    alone = len(picture.panels) == 1
+    style.title(places[0], f"{picture.panels[0][0]}, {style.inside(picture.title)}" if alone else picture.title)
+    spreads: list[pd.DataFrame] = []
+    for (size, rows), axis in zip(picture.panels, places, strict=False):
+        spreads += _lines(axis, rows[rows["split"] == "all"], methods, picture.x)
+        style.label(axis, AXES[picture.x], "accuracy" if axis in [line[0] for line in axes] else "")
+        if not alone:
+            style.subtitle(axis, size)
+            axis.tick_params(axis="x", labelrotation=45)
+    values = sorted({size - size // 2 for size in picture.rows["vocab_size"]})
+    chances = [Line2D([], [], label=f"chance, 1/{value}", **CHANCE) for value in values]
+    note = intervals.explain(spreads, "bars", "sequences") + ended
+    style.finish(figure, [*(look.handle() for look in methods.values()), *chances], note)
+    return figure
+
+
+def _lines(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look], x: str) -> list[pd.DataFrame]:
+    """Draw a line for each method, with bars, and the chance level; return their points."""
     counts = sorted(rows[x].unique())
     points = intervals.points(rows, [x], Scale.SHARE)
     spreads = []
@@ -121,43 +183,9 @@ def _overall(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look], x:
     style.shares(axis)
     if len(counts) == 1:
         axis.set_xlim(counts[0] * 2**-0.5, counts[0] * 2**0.5)
-    values = sorted({size - size // 2 for size in rows["vocab_size"]})
-    chances = [axis.axhline(1 / value, label=f"chance, 1/{value}", **CHANCE) for value in values]
-    style.key(axis, chances)
+    for value in {size - size // 2 for size in rows["vocab_size"]}:
+        axis.axhline(1 / value, label=f"chance, 1/{value}", **CHANCE)
     return spreads
-
-
-def _pairs(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look], x: str) -> list[pd.DataFrame]:
-    """Draw fresh and stale accuracy of a method side by side, joined: the slope is the cost of older values."""
-    if rows.empty:
-        axis.set_axis_off()
-        return []
-    style.label(axis, AXES[x], "accuracy (fresh, stale)")
-    counts = sorted(rows[x].unique())
-    half = 0.2 / len(looks)
-    points = intervals.points(rows, [x, "split"], Scale.SHARE)
-    spreads = []
-    for index, (method, look) in enumerate(looks.items()):
-        for count, spread in intervals.method(points, method).groupby(x):
-            middle = counts.index(count) + _dodge(index, len(looks))
-            ats = spread["split"].map({"fresh": middle - half, "stale": middle + half})
-            axis.plot(ats, spread["mean"], color=look.colour, linewidth=1.0, zorder=2)
-            style.bars(axis, ats, spread, look)
-            for at, split, mean in zip(ats, spread["split"], spread["mean"], strict=True):
-                axis.plot([at], [mean], label=f"{look.label}, {split}", **look.line() | _fill(split, look.colour))
-            spreads.append(spread)
-    axis.set_xticks(range(len(counts)), [f"{count}" for count in counts])
-    axis.grid(False, axis="x")
-    for index in range(0, len(counts), 2) if len(counts) > 1 else ():
-        axis.axvspan(index - 0.5, index + 0.5, color="0.96", zorder=0)
-    axis.set_xlim(-0.5, len(counts) - 0.5)
-    dot: dict[str, Any] = {"color": style.MARK, "marker": "o", "markersize": 4, "linestyle": "none"}
-    style.key(axis, [Line2D([], [], label=KINDS[kind], **dot | _fill(kind, style.MARK)) for kind in KINDS])
-    return spreads
-
-
-def _fill(kind: str, colour: str) -> dict[str, Any]:
-    return {"markerfacecolor": colour if kind == "fresh" else "white"}
 
 
 def _dodge(index: int, count: int) -> float:

@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from sbeval.tables import epochs, intervals, mqrar, needle
 from sbeval.tables.intervals import FEW
@@ -68,6 +67,7 @@ LABELS = labels(Identity, Provenance, mqrar.Row, needle.Row)
 TEXT_PT, SMALL_PT = 8, 7
 WIDTH_IN, ROW_IN = 7.2, 2.3
 MARK = "0.35"
+TRAINED: dict[str, Any] = {"color": MARK, "linewidth": 1.0, "linestyle": (0, (2, 2))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +95,18 @@ class Look:
         return Line2D([], [], label=self.label, **self.line())
 
 
+def colour(name: str) -> str:
+    """Return the colour of a named method."""
+    return COLOURS[list(NAMES).index(name)]
+
+
 def looks(table: pd.DataFrame) -> dict[Method, Look]:
     """Give each method of a table, a pair (attention, options), its look, in the order of the legend."""
-    return looks_of((str(row.attention), str(row.options)) for row in table[["attention", "options"]].itertuples())
+    return looks_of(_methods(table))
+
+
+def _methods(table: pd.DataFrame) -> set[Method]:
+    return {(str(row.attention), str(row.options)) for row in table[["attention", "options"]].itertuples()}
 
 
 def looks_of(methods: Iterable[Method]) -> dict[Method, Look]:
@@ -155,6 +164,12 @@ def _label(name: str, options: str, all_options: Sequence[str]) -> str:
     return NAMES.get(name, name.replace("_", " ")) + (f" ({options})" if options else "")
 
 
+def methods(rows: pd.DataFrame, looks: dict[Method, Look]) -> dict[Method, Look]:
+    """Return the looks of the methods that rows have."""
+    present = _methods(rows)
+    return {of: look for of, look in looks.items() if of in present}
+
+
 def with_caution(note: str, rows: pd.DataFrame, looks: dict[Method, Look]) -> str:
     """Add to a note which models of these rows overfit, or trained for too many epochs."""
     return " ".join(filter(None, [note, epochs.caution(rows, lambda method: looks[method].label)]))
@@ -170,17 +185,16 @@ def panels(
 ) -> list[tuple[str, pd.DataFrame]]:
     """Split a table into the rows of each panel and its title.
 
-    A column of `always` or `others` splits when it has several values for the same value of `within`. Titles name the
-    columns of `always`, and of `others` those that split and are `named` or needed to tell panels apart.
+    A column of `always` or `others` splits when it has several values for the same value of `within` or, if it is
+    `named`, at all. Titles name the columns of `always`, and of `others` those that split and are `named` or needed to
+    tell panels apart.
     """
-    counts = (
-        table.groupby(list(within))[[*always, *others]].nunique().max()
-        if within
-        else table[[*always, *others]].nunique()
-    )
-    split = [name for name in (*always, *others) if counts[name] > 1]
+    counts = anywhere = table[[*always, *others]].nunique()
+    if within:
+        counts = table.groupby(list(within))[[*always, *others]].nunique().max()
+    split = [name for name in (*always, *others) if (anywhere if name in named else counts)[name] > 1]
     groups = [rows for _, rows in table.groupby(split, dropna=False)] if split else [table]
-    named_columns = [*always, *(name for name in split if name in named)]
+    named_columns = [*always, *(name for name in split if name in named and name not in always)]
     for name in others:
         apart = len(table[named_columns].drop_duplicates())
         if name in split and name not in named_columns and len(table[[*named_columns, name]].drop_duplicates()) > apart:
@@ -297,7 +311,7 @@ def _columns(handles: Sequence[Any], most: int, width_in: float) -> int:
             0.55 + 0.06 * max(len(handle.get_label()) for handle in handles[start : start + lines])
             for start in range(0, len(handles), lines)
         ]
-        if sum(widths) <= width_in:
+        if sum(widths) <= width_in - 0.1:
             return len(widths)
     return 1
 
@@ -307,45 +321,6 @@ def note_below(figure: Figure, text: str) -> None:
     # about 20 letters fit an inch
     lines = textwrap.fill(text, round(20 * figure.get_figwidth()))
     figure.supxlabel(lines, x=0.01, ha="left", fontsize=SMALL_PT, color=MARK)
-
-
-def column(axis: Axes, name: str, handles: Sequence[Any], titled: Axes) -> None:
-    """Head a column of panels, above its first, with its name and its legend; `titled` has the row's title."""
-    lines = titled.get_title(loc="left").count("\n") + 1
-    above = axis.transAxes + ScaledTranslation(0, (20 + 10 * lines) / 72, axis.figure.dpi_scale_trans)
-    legend = axis.legend(
-        handles=handles,
-        title=name,
-        loc="lower left",
-        bbox_to_anchor=(0.0, 1.0),
-        bbox_transform=above,
-        ncols=1 if len(handles) < 4 else _columns(handles, 2, 2.9),
-        fontsize=SMALL_PT,
-        frameon=False,
-        handlelength=2.6,
-        handletextpad=0.5,
-        columnspacing=1.0,
-        borderpad=0.0,
-        borderaxespad=0.0,
-        alignment="left",
-    )
-    legend.get_title().set(fontsize=TEXT_PT, fontweight="bold")
-
-
-def key(axis: Axes, handles: Sequence[Any]) -> None:
-    """Add the legend of this panel alone, between it and its title."""
-    axis.legend(
-        handles=handles,
-        loc="lower right",
-        bbox_to_anchor=(1.0, 0.99),
-        ncols=len(handles),
-        fontsize=SMALL_PT,
-        labelcolor=MARK,
-        frameon=False,
-        borderpad=0.2,
-        handletextpad=0.4,
-        columnspacing=1.2,
-    )
 
 
 def shares(axis: Axes) -> None:
@@ -378,19 +353,27 @@ def decades(axis: Axes) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
 
 
+def counts(axis: Axes) -> None:
+    """Make x logarithmic, with large numbers such as 20 M as labels."""
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
 def training_length(axis: Axes, length: int) -> None:
-    """Mark the training length by a vertical line, named above the panel."""
-    axis.axvline(length, color=MARK, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
-    axis.annotate(
-        f"training length {length}",
-        (length, 1.0),
-        xycoords=axis.get_xaxis_transform(),
-        xytext=(0, 3),
-        textcoords="offset points",
-        ha="center",
-        fontsize=SMALL_PT,
-        color=MARK,
-    )
+    """Mark the training length by a vertical line."""
+    axis.axvline(length, zorder=1, **TRAINED)
+
+
+def training_length_handle() -> Line2D:
+    """Return the entry of `training_length` for a legend."""
+    return Line2D([], [], label="training length", **TRAINED)
+
+
+def inside(text: str) -> str:
+    """Return a title as it goes on within another."""
+    return text[:1].lower() + text[1:]
 
 
 def _title(rows: pd.DataFrame, names: Sequence[str]) -> str:

@@ -39,7 +39,7 @@ def draw(table: pd.DataFrame) -> Figure:
         axis.axhline(0, color=style.MARK, linewidth=1.0)
         for ladder in ladders:
             _line(axis, ladder, looks[ladder.method])
-        axis.set_xscale("log")
+        style.counts(axis)
     style.finish(figure, [look.handle() for look in looks.values()], _note(settings))
     return figure
 

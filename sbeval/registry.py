@@ -9,6 +9,7 @@ import importlib
 import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
@@ -58,6 +59,7 @@ FIGURES = {
     "flip_flop": "sbeval.plots.flip_flop",
     "kernel": "sbeval.plots.kernel",
     "kernel_error": "sbeval.plots.kernel_error",
+    "learning_curves": "sbeval.plots.learning_curves",
     "length_gen": "sbeval.plots.length_gen",
     "loss_by_position": "sbeval.plots.loss_by_position",
     "model": "sbeval.plots.model",
@@ -113,7 +115,10 @@ class Method(Protocol):
 
 
 class Figure(Protocol):
-    """A module of `plots/`: one figure from one result table, for print and for an interactive page."""
+    """A module of `plots/`: one figure from one result table, for print and for an interactive page.
+
+    It may also have `has_rows`, `gather` and `figures`, see the functions of these names below.
+    """
 
     TABLE: ClassVar[str]  # stem of the CSV it reads
     COLUMNS: ClassVar[tuple[str, ...]]  # the columns it needs
@@ -146,6 +151,19 @@ def task(name: str) -> "Family":
 def command_help(name: str) -> str:
     """Return the line of a family in `sbeval --help`; that of an installed package is in its module."""
     return HELP.get(name) or task(name).help
+
+
+def gather(name: str, table: "pd.DataFrame", results_dir: Path) -> "pd.DataFrame":
+    """Return the rows that the figure `name` draws: the table, or what its `gather` reads beside the table."""
+    rows: pd.DataFrame = getattr(figure(name), "gather", lambda rows, _: rows)(table, results_dir)
+    return rows
+
+
+def figures(name: str, rows: "pd.DataFrame") -> "dict[str, MatplotlibFigure]":
+    """Draw the figure `name`: one, or those that its `figures` returns, by what their files' names add to it."""
+    module = figure(name)
+    drawn: dict[str, MatplotlibFigure] = getattr(module, "figures", lambda rows: {"": module.draw(rows)})(rows)
+    return drawn
 
 
 def has_rows(name: str, table: "pd.DataFrame") -> bool:

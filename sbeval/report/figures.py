@@ -35,6 +35,8 @@ def draw_figures(
 ) -> list[Path]:
     """Draw the named figures, or all whose table exists, and return the files, `out_dir`/<name>.<format>.
 
+    A figure of several settings may have a file for each, <name>-<setting>.<format>.
+
     out_dir: `results_dir`/figures unless given. say: reports each figure that is skipped because it has no table, or
     none of its rows, and rows that are not what a run wrote. where: conditions `column=value` on rows. A figure that
     only some tables have rows for is left out where there are none, unless it is named. Raise InputError for an unknown
@@ -54,13 +56,14 @@ def draw_figures(
             say(f"{name}: skipped, no table {path}")
             continue
         table = read(path, required=module.COLUMNS)
-        if not names and not registry.has_rows(name, table):
+        if not names and not registry.has_rows(name, registry.gather(name, table, results_dir)):
             continue
         table = _selected(table, path, where)
         try:
-            files += _draw(module, table, [folder / f"{name}.{suffix}" for suffix in chosen if suffix in FORMATS])
+            rows = registry.gather(name, table, results_dir)
+            files += _draw(name, rows, folder, [suffix for suffix in chosen if suffix in FORMATS])
             if "html" in chosen:
-                files.append(_write_page(module, table, folder / f"{name}.html"))
+                files.append(_write_page(module, rows, folder / f"{name}.html"))
         except NothingToDraw as error:
             if names and required:
                 raise InputError(f"{path}: {error}") from None
@@ -93,14 +96,16 @@ def _write_page(module: registry.Figure, table: pd.DataFrame, file: Path) -> Pat
     return file
 
 
-def _draw(module: registry.Figure, table: pd.DataFrame, files: list[Path]) -> list[Path]:
-    if not files:
+def _draw(name: str, rows: pd.DataFrame, folder: Path, suffixes: list[str]) -> list[Path]:
+    if not suffixes:
         return []
+    files = []
     # fonts go into a pdf as outlines that editors and printers can read; a $ in a name begins no formula
     with matplotlib.rc_context({"pdf.fonttype": 42, "text.parse_math": False}):
-        figure = module.draw(style.named(table))
-        for file in files:
-            with replacing(file) as temporary:
-                suffix = file.suffix.removeprefix(".")
-                figure.savefig(temporary, format=suffix, **FORMATS[suffix])
+        for setting, figure in registry.figures(name, style.named(rows)).items():
+            for suffix in suffixes:
+                file = folder / f"{name}{setting}.{suffix}"
+                with replacing(file) as temporary:
+                    figure.savefig(temporary, format=suffix, **FORMATS[suffix])
+                files.append(file)
     return files

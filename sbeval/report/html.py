@@ -90,10 +90,10 @@ def _charts(tables: dict[str, pd.DataFrame], results_dir: Path, say: Callable[[s
     names = [name for name in registry.FIGURES if registry.figure(name).TABLE in tables]
     for name in sorted(names, key=lambda name: order.index(registry.figure(name).TABLE)):
         table = registry.figure(name).TABLE
-        if not registry.has_rows(name, tables[table]):
-            continue
         try:
-            charts[name] = registry.figure(name).chart(style.named(tables[table]))
+            rows = registry.gather(name, tables[table], results_dir)
+            if registry.has_rows(name, rows):
+                charts[name] = registry.figure(name).chart(style.named(rows))
         except InputError as error:
             say(f"{name}: skipped, {results_dir / table}.csv: {error}")
     return charts

@@ -147,9 +147,8 @@ def _show(family: str, cells: Sequence[Cell], results_dir: Path, console: Consol
         return say(console, str(path))
     console.print(registry.task(family).summary(results))
     table = read(path)
-    figures = [
-        name for name in registry.FIGURES if registry.figure(name).TABLE == family and registry.has_rows(name, table)
-    ]
+    names = [name for name in registry.FIGURES if registry.figure(name).TABLE == family]
+    figures = [name for name in names if registry.has_rows(name, registry.gather(name, table, results_dir))]
     pages = [name for name in figures if name in registry.PAGES]
     left_out = functools.partial(say, console)
     files = [path, *draw_figures(results_dir, figures, ["png", "pdf"], say=left_out, required=False)]

@@ -5,6 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -56,15 +57,18 @@ def band(axis: Axes) -> tuple[float, float]:
     return float(heights.min()), float(heights.max())
 
 
-def labels(axis: Axes) -> list[str]:
-    legend = axis.get_legend()
-    assert legend is not None
-    return [text.get_text() for text in legend.get_texts()]
+def labels(figure: Figure) -> list[str]:
+    """The one legend of all panels, without the training length, which ends it."""
+    (legend,) = figure.legends
+    assert not any(axis.get_legend() for axis in figure.axes)
+    *methods, mark = [text.get_text() for text in legend.get_texts()]
+    assert mark == "training length"
+    return methods
 
 
 def heads(figure: Figure) -> list[str]:
-    legends = [axis.get_legend() for axis in figure.axes]
-    return [legend.get_title().get_text() for legend in legends if legend is not None]
+    """The names of columns: the last text of a panel."""
+    return [axis.texts[-1].get_text() for axis in figure.axes if axis.axison]
 
 
 def xs(line: Line2D) -> list[float]:
@@ -78,18 +82,16 @@ def ys(line: Line2D) -> list[float]:
 def test_few_methods_have_one_panel() -> None:
     figure = length_gen.draw(table(cell("rope", (45, 44, 60, 90)), cell("stick_breaking")))
     (axis,) = figure.axes
-    assert heads(figure) == ["attention schemes"]
-    assert labels(axis) == ["stick-breaking", "RoPE"] == list(lines(axis))
+    assert labels(figure) == ["stick-breaking", "RoPE"] == list(lines(axis))
     assert xs(lines(axis)["RoPE"]) == [128, 256, 512, 1024] and ys(lines(axis)["RoPE"]) == pytest.approx(
         [45, 44, 60, 90]
     )
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("context length (tokens)", "perplexity (per token)")
     assert axis.texts[0].get_text().replace("\n", " ") == "Small model, trained at length 256, books"
-    # the title takes two lines here, and what heads the column stands above both
+    # the title takes two lines here, and the legend stands above both
     figure.draw_without_rendering()
-    legend = axis.get_legend()
-    assert legend and "\n" in axis.texts[0].get_text()
-    assert legend.get_window_extent().y0 > axis.texts[0].get_window_extent().y1
+    assert "\n" in axis.texts[0].get_text() and len(axis.texts) == 1
+    assert figure.legends[0].get_window_extent().y0 > axis.texts[0].get_window_extent().y1
 
 
 def test_schemes_factors_and_windows_have_a_column_and_training_lengths_a_row() -> None:
@@ -104,11 +106,13 @@ def test_schemes_factors_and_windows_have_a_column_and_training_lengths_a_row() 
     ]
     figure = length_gen.draw(table(*everything))
     assert len(figure.axes) == 6
-    assert heads(figure) == ["attention schemes", "RoPE scaled at evaluation", "sliding windows"]
+    assert heads(figure) == ["attention schemes", "RoPE scaled at evaluation", "sliding windows"] * 2
+    schemes, scaled = ["stick-breaking", "RoPE", "FIRE"], ["NTK, f = 2", "NTK, f = 16", "YaRN, f = 4"]
+    windows = ["window 64, rotary=false", "window 512", "window 1024"]
+    assert labels(figure) == [*schemes, *scaled, *windows]
     for row, length in ((figure.axes[:3], 256), (figure.axes[3:], 512)):
-        assert list(lines(row[0])) == ["stick-breaking", "RoPE", "FIRE"]
-        assert list(lines(row[1])) == ["stick-breaking", "RoPE", "NTK, f = 2", "NTK, f = 16", "YaRN, f = 4"]
-        windows = ["W = 64, rotary=false", "W = 512", "W = 1024"]
+        assert list(lines(row[0])) == schemes
+        assert list(lines(row[1])) == ["stick-breaking", "RoPE", *scaled]
         assert list(lines(row[2])) == ["stick-breaking", "RoPE", *windows]
         for axis in row:
             looks = [(line.get_color(), line.get_marker()) for line in lines(axis).values()]
@@ -116,15 +120,24 @@ def test_schemes_factors_and_windows_have_a_column_and_training_lengths_a_row() 
             assert any(xs(line) == [length, length] for line in axis.get_lines())
             assert lines(axis)["RoPE"].get_color() == lines(row[0])["RoPE"].get_color()
             assert axis.get_ylim() == row[0].get_ylim()
+    # one legend tells all methods apart
+    colours = {label: line.get_color() for axis in figure.axes for label, line in lines(axis).items()}
+    assert len(set(colours.values())) == len(colours) == 9
     figure.draw_without_rendering()
+    places = [axis.get_position() for axis in figure.axes[:3]]
+    gaps = [right.x0 - left.x1 for left, right in zip(places, places[1:], strict=False)]
+    assert gaps[0] == pytest.approx(gaps[1], abs=1e-3)
+    assert len({round(place.width, 3) for place in places}) == 1
 
 
 def test_a_training_length_without_a_column_leaves_its_panel_empty() -> None:
     rope = [cell("rope"), cell("rope", train_len=512)]
     figure = length_gen.draw(table(*rope, cell("sliding_window")))
     assert [axis.axison for axis in figure.axes] == [True, True, True, False]
-    only = length_gen.draw(table(cell("sliding_window")))
-    assert heads(only) == ["sliding windows"]
+    # the lowest panel of a column names x
+    assert [bool(axis.get_xlabel()) for axis in figure.axes] == [False, True, True, False]
+    assert heads(figure) == ["attention schemes", "sliding windows", "attention schemes"]
+    assert labels(length_gen.draw(table(cell("sliding_window")))) == ["window 512"]
 
 
 def test_the_default_window_is_that_of_the_method() -> None:
@@ -139,7 +152,7 @@ def test_axes_are_in_powers_of_two_and_mark_the_training_length() -> None:
     (axis,) = figure.axes
     assert axis.get_xscale() == "log"
     assert any(xs(line) == [256, 256] for line in axis.get_lines())
-    assert [text.get_text() for text in axis.texts[1:]] == ["training length 256"]
+    assert figure.legends[0].get_texts()[-1].get_text() == "training length"
     assert [tick.get_text() for tick in axis.get_xticklabels()] == ["128", "256", "512", "1024"]
     low, high = axis.get_xlim()
     assert low < 128 and high > 1024
@@ -190,7 +203,12 @@ def test_seeds_are_averaged_as_logarithms_with_an_interval_and_drawn_as_dots() -
 def test_a_wide_band_of_a_method_that_is_lost_does_not_stretch_the_panel() -> None:
     lost = [cell("nope", (45, 44, 46, value), seed=seed) for seed, value in enumerate((500.0, 90000.0))]
     good = [cell("rope", (45, 44, 46, 45.1 + seed), seed=seed) for seed in (0, 1)]
-    assert length_gen.draw(table(*good, *lost)).axes[0].get_ylim()[0] > 30
+    (axis,) = length_gen.draw(table(*good, *lost)).axes
+    assert axis.get_ylim()[0] > 30
+    # nor does it fill the panel: it ends before the first point at which it leaves
+    bands = [item for item in axis.collections if isinstance(item, PolyCollection)]
+    ends = [float(np.asarray(each.get_paths()[0].vertices)[:, 0].max()) for each in bands]
+    assert ends == [1024, 512] and ys(lines(axis)["NoPE"])[-1] > axis.get_ylim()[1]
     (panel,) = length_gen.chart(table(*good, *lost)).groups[0].panels
     assert panel.plotly()["layout"]["yaxis"]["range"][0] > 1.4
 
@@ -229,7 +247,7 @@ def test_settings_are_never_mixed_in_a_panel() -> None:
         for line in lines(axis).values():
             assert len(xs(line)) == len(set(xs(line)))
     # both methods keep their entry, though five panels lack one of them
-    assert labels(figure.axes[0]) == ["RoPE", "NoPE"]
+    assert labels(figure) == ["RoPE", "NoPE"]
 
 
 def test_a_method_looks_the_same_in_every_figure() -> None:

@@ -35,6 +35,11 @@ def note(figure: Figure) -> str:
     return figure.get_supxlabel().replace("\n", " ")
 
 
+def title(figure: Figure) -> str:
+    """What stands above the first panel, in one line."""
+    return figure.axes[0].texts[0].get_text().replace("\n", " ")
+
+
 def cell(attention: str, kv_pairs: int, score: float, validation: float | None = None, **common: Any) -> pd.DataFrame:
     same = COMMON | {"attention": attention, "kv_pairs": kv_pairs, "metric": "accuracy"} | common
     rows = [
@@ -74,8 +79,9 @@ def test_accuracy_by_pairs_with_the_chance_level() -> None:
     figure = mqrar.draw(
         table(*(cell(name, pairs, scores[pairs]) for name in ("rope", "stick_breaking") for pairs in scores))
     )
-    left, right = figure.axes
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["stick-breaking", "RoPE"]
+    (left,) = figure.axes
+    legend = ["stick-breaking", "RoPE", "chance, 1/33"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == legend
     (rope,) = lines(left)["RoPE"]
     assert xs(rope) == [4, 8, 16] and ys(rope) == [1.0, 0.75, 0.5]
     # 65 tokens: 32 keys (with the unused 0) and 33 values
@@ -83,29 +89,38 @@ def test_accuracy_by_pairs_with_the_chance_level() -> None:
     assert ys(chance) == [1 / 33, 1 / 33] and chance.get_linestyle() == ":"
     figure.draw_without_rendering()
     assert [tick.get_text() for tick in left.get_xticklabels()] == ["4", "8", "16"]
-    assert (left.get_xlabel(), left.get_ylabel()) == ("key-value pairs", "accuracy (all queries)")
-    assert left.texts[0].get_text() == "Two_layers model, vocabulary of 65, sequences of 64 tokens"
-    assert left.get_ylim() == right.get_ylim()
+    assert (left.get_xlabel(), left.get_ylabel()) == ("key-value pairs", "accuracy")
+    assert left.get_ylim() == (-0.03, 1.03)
+    assert title(figure) == "Two_layers model, vocabulary of 65, sequences of 64 tokens"
     assert note(figure) == "One seed; bars: 95 % interval over sequences."
 
 
-def test_fresh_beside_stale() -> None:
-    figure = mqrar.draw(table(*(cell(name, pairs, 0.8) for name in ("rope", "nope") for pairs in (4, 8))))
-    right = figure.axes[1]
-    for index in range(2):
-        fresh, stale = lines(right)["RoPE, fresh"][index], lines(right)["RoPE, stale"][index]
-        assert ys(fresh) == pytest.approx([0.72]) and ys(stale) == [0.4]
-        assert index - 0.5 < xs(fresh)[0] < xs(stale)[0] < index + 0.5
-        assert fresh.get_markerfacecolor() == fresh.get_color() and stale.get_markerfacecolor() == "white"
-        assert xs(lines(right)["NoPE, fresh"][index])[0] > xs(stale)[0]
-    figure.draw_without_rendering()
-    assert [tick.get_text() for tick in right.get_xticklabels()] == ["4", "8"]
-    key = right.get_legend()
-    assert key is not None
-    assert [text.get_text() for text in key.get_texts()] == [
-        "fresh: the key's first value",
-        "stale: the key had another",
+def test_the_page_has_fresh_and_stale_queries() -> None:
+    (group,) = mqrar.chart(table(*(cell(name, pairs, 0.8) for name in ("rope", "nope") for pairs in (4, 8)))).groups
+    means = {panel.title: panel.rows()["accuracy"].tolist() for panel in group.panels}
+    assert list(means) == ["all queries", "fresh: the key's first value", "stale: the key had another"]
+    for mean, values in zip((0.8, 0.72, 0.4), means.values(), strict=True):
+        assert values == pytest.approx([mean] * 4)
+
+
+def test_a_panel_for_each_size_of_model() -> None:
+    sizes = [(64, "2x64"), (512, "2x512"), (128, "2x128"), (256, "2x256")]
+    cells = [
+        cell(name, pairs, width / 1024, width=width, model=model)
+        for name in ("rope", "nope")
+        for pairs in (4, 8)
+        for width, model in sizes
     ]
+    figure = mqrar.draw(table(*cells))
+    # by width, three in a row
+    assert [axis.axison for axis in figure.axes] == [True] * 4 + [False] * 2
+    shown = figure.axes[:4]
+    assert [axis.texts[-1].get_text() for axis in shown] == [f"2x{width} model" for width in (64, 128, 256, 512)]
+    assert title(figure) == "Vocabulary of 65, sequences of 64 tokens"
+    for axis, width in zip(shown, (64, 128, 256, 512), strict=True):
+        assert ys(lines(axis)["RoPE"][0]) == ys(lines(axis)["NoPE"][0]) == [width / 1024] * 2
+    assert [axis.get_ylabel() for axis in shown] == ["accuracy", "", "", "accuracy"]
+    assert list(mqrar.figures(table(*cells))) == [""]
 
 
 def test_a_single_number_of_pairs_keeps_methods_apart() -> None:
@@ -150,30 +165,36 @@ def test_several_rates_without_validation_are_refused() -> None:
         mqrar.draw(table(cell("rope", 4, 0.3, lr=1e-3), cell("rope", 4, 0.8, lr=1e-2)))
 
 
-def test_settings_are_never_mixed_in_a_panel() -> None:
-    figure = mqrar.draw(
-        table(cell("rope", 4, 0.3), cell("rope", 4, 0.4, vocab_size=1024), cell("rope", 4, 0.5, width=64))
-    )
-    titles = [axis.texts[0].get_text() for axis in figure.axes[::2]]
-    assert titles == [
-        "Two_layers model, vocabulary of 65, sequences of 64 tokens, width 32",
-        "Two_layers model, vocabulary of 65, sequences of 64 tokens, width 64",
-        "Two_layers model, vocabulary of 1024, sequences of 64 tokens, width 32",
-    ]
-    assert [ys(lines(axis)["RoPE"][0]) for axis in figure.axes[::2]] == [[0.3], [0.5], [0.4]]
-    assert "chance, 1/512" in lines(figure.axes[4])
+def test_settings_have_figures_of_their_own() -> None:
+    first = [cell("rope", pairs, 0.3) for pairs in (4, 8)]
+    larger, wider = cell("rope", 4, 0.4, vocab_size=1024), cell("rope", 4, 0.5, width=64, heads=2)
+    drawn = mqrar.figures(table(*first, larger, wider))
+    assert list(drawn) == ["", "-vocabulary-of-1024"]
+    small, large = drawn.values()
+    assert title(small) == "Vocabulary of 65, sequences of 64 tokens"
+    assert title(large) == "Two_layers model, vocabulary of 1024, sequences of 64 tokens"
+    # sizes are panels of one figure
+    assert [ys(lines(axis)["RoPE"][0]) for axis in small.axes] == [[0.3, 0.3], [0.5]]
+    assert [ys(lines(axis)["RoPE"][0]) for axis in large.axes] == [[0.4]]
+    assert "chance, 1/512" in lines(large.axes[0]) and "chance, 1/512" not in lines(small.axes[0])
+    assert "Other settings have figures of their own." in note(small) and "Other" not in note(large)
+    assert len(mqrar.chart(table(*first, larger, wider)).groups) == 3
+
+
+@pytest.mark.parametrize(
+    "other", [{"vocab_size": 1024}, {"optimizer": "muon"}, {"max_steps": 12000}, {"patience": 100}]
+)
+def test_not_even_other_numbers_of_pairs_mix_budgets_or_vocabularies(other: dict[str, Any]) -> None:
+    usual: dict[str, Any] = {"optimizer": "adamw", "max_steps": 6000, "patience": 3000}
+    rows = table(cell("rope", 4, 0.3, **usual), cell("rope", 8, 0.3, **usual), cell("rope", 16, 0.4, **usual | other))
+    drawn = list(mqrar.figures(rows).values())
+    assert [[xs(lines(axis)["RoPE"][0]) for axis in figure.axes] for figure in drawn] == [[[4, 8]], [[16]]]
 
 
 def test_sequences_that_grow_with_the_pairs_share_a_panel() -> None:
     figure = mqrar.draw(table(*(cell("rope", pairs, 0.5, seq_len=8 * pairs, eval_len=8 * pairs) for pairs in (4, 8))))
-    assert len(figure.axes) == 2
-    assert figure.axes[0].texts[0].get_text() == "Two_layers model, vocabulary of 65"
-
-
-def test_without_splits_the_right_panel_is_empty() -> None:
-    rows = table(cell("rope", 4, 0.3))
-    left, right = mqrar.draw(rows[rows["split"] == "all"]).axes
-    assert left.axison and not right.axison
+    assert len(figure.axes) == 1
+    assert title(figure) == "Two_layers model, vocabulary of 65"
 
 
 def test_nothing_to_draw_is_said() -> None:
@@ -209,40 +230,38 @@ def test_of_equal_rates_the_one_with_the_fewest_steps_is_drawn() -> None:
 
 def test_what_came_later_tells_settings_apart() -> None:
     fillers = [cell("rope", 4, score, filler=filler) for filler, score in (("any", 0.3), ("value", 0.4))]
-    figure = mqrar.draw(table(*fillers))
-    assert [ys(lines(axis)["RoPE"][0]) for axis in figure.axes[::2]] == [[0.3], [0.4]]
-    assert figure.axes[0].texts[0].get_text().endswith(", filler: any")
+    drawn = mqrar.figures(table(*fillers))
+    assert [ys(lines(figure.axes[0])["RoPE"][0]) for figure in drawn.values()] == [[0.3], [0.4]]
+    assert list(drawn) == ["", "-filler-value"] and title(drawn[""]).endswith(", filler: any")
 
 
 def test_rows_from_before_there_was_a_choice_of_optimizer_are_adamws() -> None:
     before = [cell("rope", 4, 0.3), cell("rope", 8, 0.2, optimizer="")]
     later = [cell("rope", 4, 0.9, optimizer="muon"), cell("rope", 16, 0.1, optimizer="adamw")]
-    adamw, muon = mqrar.draw(table(*before, *later)).axes[::2]
-    assert ys(lines(adamw)["RoPE"][0]) == [0.3, 0.2, 0.1] and ys(lines(muon)["RoPE"][0]) == [0.9]
-    assert adamw.texts[0].get_text().endswith(", trained with adamw")
-    assert muon.texts[0].get_text().endswith(", trained with muon")
+    adamw, muon = mqrar.figures(table(*before, *later)).values()
+    assert ys(lines(adamw.axes[0])["RoPE"][0]) == [0.3, 0.2, 0.1] and ys(lines(muon.axes[0])["RoPE"][0]) == [0.9]
+    assert title(adamw).endswith(", trained with adamw") and title(muon).endswith(", trained with muon")
 
 
 def test_older_values_are_drawn_by_their_age() -> None:
     ages = [cell("rope", 4, 1 / n, n_back=n, heads=2) for n in (1, 2, 4)]
     pairs = [cell("rope", pairs, 0.9) for pairs in (4, 8, 16, 32)]
     # a table has an empty cell where the column came later
-    by_pairs, by_age = (mqrar.draw(table(*pairs, *ages)).axes[index] for index in (0, 2))
+    drawn = mqrar.figures(table(*pairs, *ages))
+    assert list(drawn) == ["", "-n-back"]
+    by_pairs, by_age = (figure.axes[0] for figure in drawn.values())
     assert (xs(lines(by_pairs)["RoPE"][0]), by_pairs.get_xlabel()) == ([4, 8, 16, 32], "key-value pairs")
     (rope,) = lines(by_age)["RoPE"]
     assert (xs(rope), ys(rope)) == ([1, 2, 4], [1.0, 0.5, 0.25])
     assert by_age.get_xlabel() == "n, where the n-th last value is asked for"
-    assert by_age.texts[0].get_text().endswith("4 key-value pairs")
+    assert "4 key-value pairs" in title(drawn["-n-back"])
 
 
 def test_a_title_says_how_models_were_trained_where_less_would_tell_panels_apart() -> None:
     paths = [cell("rope", 4, 0.9, preset="h200", optimizer="muon", patience=3000)]
     paths += [cell("rope", 4, 0.3, preset="logit_bias", optimizer="adamw", patience=1000)]
-    titles = [axis.texts[0].get_text() for axis in mqrar.draw(table(*paths)).axes[::2]]
-    assert [title.split("tokens, ")[1].replace("\n", " ") for title in titles] == [
-        "trained with muon, patience 3000",
-        "trained with adamw, patience 1000",
-    ]
+    titles = [title(figure).split("tokens, ")[1] for figure in mqrar.figures(table(*paths)).values()]
+    assert titles == ["trained with muon, patience 3000", "trained with adamw, patience 1000"]
 
 
 def test_how_training_ended_is_said_where_the_table_has_it() -> None:

@@ -1,6 +1,7 @@
 """The look and the legend entry of each method, whatever else a figure has."""
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from sbeval.models import config
 from sbeval.plots import style
@@ -47,3 +48,13 @@ def test_as_many_methods_as_there_are_colours_differ_in_theirs() -> None:
     looks = style.looks_of(methods)
     assert len({look.colour for look in looks.values()}) == len(style.COLOURS) == len(methods)
     assert looks["rope", ""] == style.looks_of([("rope", "")])["rope", ""]
+
+
+def test_labels_of_counts_are_plain_numbers() -> None:
+    figure = Figure()
+    axis = figure.subplots()
+    axis.plot([4e6, 1e8], [1, 2])
+    style.counts(axis)
+    figure.draw_without_rendering()
+    labels = [text.get_text() for text in axis.get_xticklabels()]
+    assert {"5 M", "10 M", "50 M", "100 M"} <= set(labels) and not any("$" in label for label in labels)

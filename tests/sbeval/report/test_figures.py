@@ -1,3 +1,4 @@
+import importlib.util
 import re
 import subprocess
 import sys
@@ -35,6 +36,15 @@ def test_figures_without_a_table_are_left_out_and_said(results: Path) -> None:
     assert f"length_gen: skipped, no table {results / 'length_gen.csv'}" in said
     assert not any(line.startswith("mqrar") for line in said)
     assert sorted(path.name for path in (results / "figures").iterdir()) == sorted(names)
+
+
+def test_settings_have_files_of_their_own(results: Path) -> None:
+    larger = "".join(line.replace("64,64,32,2", "64,1024,32,2") for line in MQRAR.splitlines(keepends=True)[1:2])
+    (results / "mqrar.csv").write_text(MQRAR + larger.replace(",a,quick", ",b,quick"))
+    files = draw_figures(results, ["mqrar"], ["png", "html"] if importlib.util.find_spec("plotly") else ["png"])
+    assert [file.name for file in files if file.suffix == ".png"] == ["mqrar.png", "mqrar-vocabulary-of-1024.png"]
+    # the page has all
+    assert [file.name for file in files if file.suffix == ".html"] in ([], ["mqrar.html"])
 
 
 def test_drawn_again_the_files_are_the_same(results: Path) -> None:

@@ -18,6 +18,8 @@ from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.report import html, page
 from sbeval.report.figures import draw_figures
+from sbeval.tables import curves
+from sbeval.tables.results import Results
 from sbeval.tables.run_files import Runs
 from sbeval.tables.table import read
 
@@ -220,6 +222,9 @@ FAMILIES = {
 }
 
 
+CURVES: curves.Curves = {name: [(1, 3.0), (2, 2.0)] for name in ("loss", "held_out_loss")}
+
+
 def tables(folder: Path, families: Sequence[str] = tuple(FAMILIES), seeds: Sequence[int] = (0, 1)) -> Path:
     """Write the table of each family, and the run files of its cells."""
     (folder / "runs").mkdir()
@@ -236,6 +241,7 @@ def tables(folder: Path, families: Sequence[str] = tuple(FAMILIES), seeds: Seque
                 "argv": ["sbeval", name, "--corpus", "a b"],
                 "corpus_digest": "d1",
                 "versions": {"python": "3.12"},
+                "files": {"curves": curves.write(Results(folder), cell, CURVES)} if name == "length_gen" else {},
             }
             (folder / "runs" / f"{cell}.json").write_text(json.dumps(record))
         pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)

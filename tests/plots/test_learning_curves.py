@@ -1,0 +1,106 @@
+"""Learning curves: held-out losses by tokens, and gaps to RoPE of the same seed."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.axes import Axes
+
+from sbeval.errors import NothingToDraw
+from sbeval.plots import learning_curves
+from sbeval.tables import curves
+from sbeval.tables.results import Results
+
+COMMON: dict[str, Any] = {
+    "task": "books", "model": "25m", "corpus": "books", "tokenizer": "bpe:8192", "preset": "figure5", "dtype": "x",
+    "train_len": 2048, "eval_len": 65536, "metric": "perplexity", "options": "", "train_tokens": 8000,
+}  # fmt: skip
+# from 1000 tokens a step; the last step has the training loss alone
+STEPS = (2, 4, 6)
+# of the first seed, a method each
+LOSSES = {"rope": (6.0, 5.0, 4.0), "stick_breaking": (7.0, 5.5, 4.25)}
+
+
+def cell(folder: Path, attention: str, losses: tuple[float, ...] = (), **common: Any) -> pd.DataFrame:
+    """Write the curves of a cell and return its rows, one for each context length."""
+    row = COMMON | {"attention": attention, "seed": 0} | common
+    row["cell"] = "-".join(str(row[name]) for name in ("attention", "options", "seed", "train_len", "eval_len"))
+    training = [(step, 8.0 - step / 10) for step in range(1, 9)]
+    held_out = list(zip(STEPS, losses, strict=True)) if losses else []
+    curves.write(Results(folder), row["cell"], {"loss": training, learning_curves.METRIC: held_out})
+    return pd.DataFrame([row | {"context_length": length} for length in (1024, 2048)])
+
+
+def table(folder: Path, seeds: tuple[int, ...] = (0, 1)) -> pd.DataFrame:
+    return pd.concat(
+        cell(folder, name, tuple(loss + seed * (1 + place) / 4 for loss in losses), seed=seed)
+        for place, (name, losses) in enumerate(LOSSES.items())
+        for seed in seeds
+    )
+
+
+def line(axis: Axes, label: str) -> tuple[list[float], list[float]]:
+    (found,) = [line for line in axis.get_lines() if line.get_label() == label]
+    x, y = (np.asarray(data, dtype=float).tolist() for data in (found.get_xdata(), found.get_ydata()))
+    return x, y
+
+
+def test_losses_by_tokens_and_gaps_to_rope_below(tmp_path: Path) -> None:
+    rows = learning_curves.gather(table(tmp_path), tmp_path)
+    assert learning_curves.has_rows(rows)
+    figure = learning_curves.draw(rows)
+    above, below = figure.axes
+    assert line(above, "RoPE") == ([2000, 4000, 6000], [6.125, 5.125, 4.125])
+    assert line(above, "stick-breaking") == ([2000, 4000, 6000], [7.25, 5.75, 4.5])
+    # of seeds 0 and 1: 1.0 and 1.25, 0.5 and 0.75, 0.25 and 0.5
+    assert line(below, "stick-breaking")[1] == pytest.approx([1.125, 0.625, 0.375])
+    assert "RoPE" not in [one.get_label() for one in below.get_lines()]
+    # 12.7: the 97.5 % quantile of Student's t with one degree of freedom
+    band = np.asarray(below.collections[0].get_paths()[0].vertices)[:, 1]
+    assert band.max() == pytest.approx(1.125 + 12.706 * 0.125, rel=1e-3)
+    assert (above.get_xlabel(), below.get_xlabel()) == ("", "training tokens")
+    assert above.get_xlim() == below.get_xlim() and below.get_xscale() == "log"
+    figure.draw_without_rendering()
+    assert [text.get_text() for text in below.get_xticklabels() if text.get_text()][-2:] == ["2 k", "5 k"]
+    assert figure.get_supxlabel() == "Means of up to 2 seeds; bands: 95 % interval over seeds."
+
+
+def test_the_page_has_the_same_numbers(tmp_path: Path) -> None:
+    chart = learning_curves.chart(learning_curves.gather(table(tmp_path, (0,)), tmp_path))
+    loss, gap = chart.groups[0].panels
+    assert (loss.title, gap.title, chart.note) == ("held-out loss", "gap to RoPE", "One seed.")
+    rows = loss.rows()
+    assert rows.loc[rows["method"] == "RoPE", learning_curves.LOSS].tolist() == [6.0, 5.0, 4.0]
+    assert gap.rows()[learning_curves.GAP].tolist() == [1.0, 0.5, 0.25]
+
+
+def test_one_training_is_drawn_once(tmp_path: Path) -> None:
+    """Scaling at evaluation and another length of evaluation leave the model as it is."""
+    again = [
+        cell(tmp_path, "rope", LOSSES["rope"], options="scaling=ntk,factor=2.0"),
+        cell(tmp_path, "stick_breaking", LOSSES["stick_breaking"], eval_len=8192),
+    ]
+    rows = learning_curves.gather(pd.concat([*again, table(tmp_path, (0,))]), tmp_path)
+    assert set(rows["options"]) == {""} and len(rows) == 6
+    assert len(learning_curves.draw(rows).axes) == 2
+
+
+def test_settings_have_panels_of_their_own_and_gaps_where_there_is_rope(tmp_path: Path) -> None:
+    longer = [cell(tmp_path, name, (6.0, 5.5, 5.0), train_len=4096) for name in ("nope", "alibi")]
+    figure = learning_curves.draw(learning_curves.gather(pd.concat([table(tmp_path), *longer]), tmp_path))
+    assert [axis.get_ylabel()[:4] for axis in figure.axes] == ["held", "loss", "held"]
+    assert [axis.get_xlabel() for axis in figure.axes] == ["", "training tokens", "training tokens"]
+    assert line(figure.axes[2], "NoPE")[1] == [6.0, 5.5, 5.0]
+
+
+def test_models_without_held_out_losses_have_no_such_figure(tmp_path: Path) -> None:
+    alone = cell(tmp_path, "rope", LOSSES["rope"])
+    assert not learning_curves.has_rows(learning_curves.gather(alone, tmp_path))
+    none = learning_curves.gather(cell(tmp_path, "nope"), tmp_path)
+    assert not learning_curves.has_rows(none)
+    with pytest.raises(NothingToDraw, match="no held-out losses during training"):
+        learning_curves.draw(none)
+    # a table whose curves are not there
+    assert not learning_curves.has_rows(learning_curves.gather(alone, tmp_path / "elsewhere"))
