@@ -11,7 +11,15 @@ from sbeval.errors import InputError
 from sbeval.sweep.study_file import Part
 
 # options that name files or folders, and words that they may be instead
-FILES = {"corpus": ("python", "stdlib"), "eval_corpus": (), "essays": (), "squad": (), "hotpot": (), "data_dir": ()}
+TEXTS = ("python", "stdlib")
+FILES = {
+    "corpus": TEXTS,
+    "eval_corpus": (*TEXTS, "wikitext"),
+    "essays": (),
+    "squad": (),
+    "hotpot": (),
+    "data_dir": (),
+}
 MODELS = ("checkpoint", "models")
 # what a family imports when it runs
 PACKAGES = {"few_shot": ("lm_eval", "few-shot"), "needle": ("wonderwords", "needle")}
@@ -27,7 +35,9 @@ def check(parts: Sequence[Part]) -> None:
             raise InputError(f"{part.family} needs {package}: pip install 'sbeval[{extra}]'")
         for name, words in FILES.items():
             for given in _values(part.config, name):
-                if not given.startswith("hf:") and given not in words and not os.path.exists(given):
+                # pages of Wikitext may be a file of their own
+                path = given.removeprefix("wikitext:") if name == "eval_corpus" else given
+                if not path.startswith("hf:") and path not in words and not os.path.exists(path):
                     raise InputError(f"{_flag(name)} {given}: there is no such file or folder")
         for name in MODELS:
             for given in _values(part.config, name):

@@ -23,6 +23,8 @@ def part(family: str, **changes: Any) -> Part:
 
 def test_what_is_there_or_is_not_looked_up_passes(tmp_path: Path) -> None:
     inputs.check([part("length_gen"), part("mqrar"), part("length_gen", corpus=str(tmp_path))])
+    texts = ("wikitext", f"wikitext:{tmp_path}", "stdlib", "hf:someone/texts", str(tmp_path))
+    inputs.check([part("length_gen", eval_corpus=texts, window=(64,))])
     inputs.check([part("length_gen", corpus="hf:someone/texts"), part("length_gen", checkpoint="gpt2")])
     inputs.check([part("few_shot", models=("someone/model",)), part("length_gen", checkpoint=str(tmp_path))])
 
@@ -31,6 +33,11 @@ def test_what_is_there_or_is_not_looked_up_passes(tmp_path: Path) -> None:
     ("family", "changes", "message"),
     [
         ("length_gen", {"corpus": "nowhere"}, "--corpus nowhere: there is no such file or folder"),
+        (
+            "length_gen",
+            {"eval_corpus": ("wikitext:pages",), "window": (64,)},
+            "--eval-corpus wikitext:pages: there is no such file or folder",
+        ),
         ("needle", {"squad": "dev.json"}, "--squad dev.json: there is no such file"),
         ("few_shot", {"data_dir": "items/"}, "--data-dir items/: there is no such file or folder"),
         ("length_gen", {"checkpoint": "a/b/c"}, "--checkpoint a/b/c: there is no such folder"),
