@@ -2,6 +2,7 @@
 
 import os
 import pty
+import select
 import shlex
 import signal
 import subprocess
@@ -42,6 +43,7 @@ class Terminal:
         )
         os.close(slave)
         self.said = ""
+        self.deadline = time.monotonic() + 120
 
     def wait_for(self, text: str) -> None:
         while text not in self.said:
@@ -49,6 +51,10 @@ class Terminal:
 
     def read(self) -> bool:
         """Read what is written next; return False when the command has ended."""
+        while not select.select([self.master], [], [], 1.0)[0]:
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < self.deadline, self.said
         # the terminal of a process that has ended has no input or output
         with suppress(OSError):
             part = os.read(self.master, 1 << 16)

@@ -123,7 +123,8 @@ def test_further_seeds_of_each_sweep_follow_its_own_results() -> None:
         family="mqrar", preset="quick", config=sweep, others=(dataclasses.replace(sweep, kv_pairs=(4,)), sweep)
     )
     assert len(study.cells(part)) == 4
-    assert [cell.config.kv_pairs for cell in study.further(part, None)] == [(8,), (4,)]  # type: ignore[attr-defined]
+    # at every rate, since none has solved the task
+    assert [cell.config.kv_pairs for cell in study.further(part, None)] == [(8,), (8,), (4,), (4,)]  # type: ignore[attr-defined]
 
 
 def test_families_of_text_models_share_what_models_says(tmp_path: Path) -> None:
