@@ -127,18 +127,6 @@ class Cell(Synthetic):
     family: str = NAME
 
     @property
-    def attention(self) -> str:
-        return self.config.attention[0]
-
-    @property
-    def title(self) -> str:
-        return f"{self.attention} lr {self.config.lrs[0]:g} seed {self.config.seeds[0]}"
-
-    @property
-    def dtype(self) -> str:
-        return self.config.dtype
-
-    @property
     def row(self) -> type[Row]:
         return Row
 

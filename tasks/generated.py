@@ -99,18 +99,6 @@ class Generated(Synthetic):
         """Return examples number `rows`, (B,) int64, of a seed, on the device of `rows`."""
 
     @property
-    def attention(self) -> str:
-        return self.config.attention[0]
-
-    @property
-    def title(self) -> str:
-        return f"{self.attention} lr {self.config.lrs[0]:g} seed {self.config.seeds[0]}"
-
-    @property
-    def dtype(self) -> str:
-        return self.config.dtype
-
-    @property
     def flops(self) -> float:
         """FLOPs of all steps and of the test, an upper bound: training may end earlier."""
         forward = flops_per_token(self.model(), self.length)

@@ -195,10 +195,6 @@ class Cell(TextCell):
     family: str = NAME
 
     @property
-    def title(self) -> str:
-        return self.model_title
-
-    @property
     def row(self) -> type[Row]:
         return Row
 

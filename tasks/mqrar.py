@@ -59,10 +59,6 @@ class Cell(Synthetic):
     family: str = NAME
 
     @property
-    def attention(self) -> str:
-        return self.config.attention[0]
-
-    @property
     def task(self) -> Recall:
         return self.config.task(self.config.kv_pairs[0], self.config.n_back[0])
 
@@ -72,10 +68,6 @@ class Cell(Synthetic):
         size = f"{config.kv_pairs[0]} pairs width {config.widths[0]}"
         back = f" {config.n_back[0]} back" if config.n_back[0] > 1 else ""
         return f"{self.attention} {size}{back} lr {config.lrs[0]:g} seed {config.seeds[0]}"
-
-    @property
-    def dtype(self) -> str:
-        return self.config.dtype
 
     @property
     def row(self) -> type[Row]:

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from sbeval import registry
 from sbeval.sweep.cell import Cell, Outcome, loss_curves, timing
@@ -25,14 +25,23 @@ Scores = Sequence[tuple[int, float]]
 
 
 class Synthetic(Cell):
-    """A cell that trains one model on generated examples."""
+    """A cell that trains one model on generated examples: a config whose swept fields have one entry each."""
 
     __slots__ = ()
+    config: Any
 
     @property
-    @abstractmethod
     def attention(self) -> str:
         """Method and options."""
+        return cast(str, self.config.attention[0])
+
+    @property
+    def title(self) -> str:
+        return f"{self.attention} lr {self.config.lrs[0]:g} seed {self.config.seeds[0]}"
+
+    @property
+    def dtype(self) -> str:
+        return cast(str, self.config.dtype)
 
     @abstractmethod
     def model(self) -> "ModelConfig":

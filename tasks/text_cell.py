@@ -112,6 +112,10 @@ class TextCell(TextStep, Cell):
     """A cell that evaluates one text model."""
 
     @property
+    def title(self) -> str:
+        return self.model_title
+
+    @property
     def needs(self) -> tuple[TrainingStep, ...]:
         return () if self.config.checkpoint is not None else (*self.training_step.needs, self.training_step)
 

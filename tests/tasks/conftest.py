@@ -8,11 +8,26 @@ import platformdirs
 import pytest
 
 from sbeval.evaluation import ruler_tasks
+from sbeval.evaluation.response_cache import Answers
 from sbeval.models import config as model_config
 from sbeval.sweep import scheduler
 from sbeval.tasks.needle import Config
 
 TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Prompts that a model was asked, a number for each batch."""
+    counts: list[int] = []
+    keep = Answers.keep
+
+    def count(self: Answers, answers: Any) -> None:
+        counts.append(len(answers))
+        keep(self, answers)
+
+    monkeypatch.setattr(Answers, "keep", count)
+    return counts
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from rich.console import Console
 from sbeval.cli import main
 from sbeval.errors import InputError
 from sbeval.evaluation import ruler_scores, ruler_tasks
-from sbeval.evaluation.response_cache import Answers
 from sbeval.evaluation.ruler_scores import Answered
 from sbeval.models import config as model_config
 from sbeval.models.decoder import Decoder
@@ -50,20 +49,6 @@ def save(folder: Path, attention: str = "stick_breaking", seed: int = 0) -> Path
     decoder = Decoder(model_config.ModelConfig(vocab_size=257, attention=attention, **TINY))
     checkpoint.save(folder, decoder, State(finished=True), training={"length": 768})
     return folder
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Prompts that a model was asked, a number for each batch."""
-    counts: list[int] = []
-    keep = Answers.keep
-
-    def count(self: Answers, answers: Any) -> None:
-        counts.append(len(answers))
-        keep(self, answers)
-
-    monkeypatch.setattr(Answers, "keep", count)
-    return counts
 
 
 # the grid
