@@ -6,6 +6,7 @@ one a module's stay together, in two.
 
 import importlib.util
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -36,6 +37,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
+    # commands leave signals ignored that were so when they began, as in the background or under nohup: tests send them
+    for name, action in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(name) is signal.SIG_IGN:
+            signal.signal(name, action)
     if GPU and config.option.dist == "loadscope":
         config.option.dist = "loadgroup"
 
