@@ -1,4 +1,4 @@
-"""Test tokens in a file: any part as NumPy gives it, also of a file that is replaced; an error for one that is changed."""
+"""Tokens in a file: any part as NumPy gives it, also of a file that is replaced; an error for one that is changed."""
 
 import gc
 import os
