@@ -48,7 +48,7 @@ class TokenFile:
         missing, place = tokens.view(np.uint8), self._first + start * self.dtype.itemsize
         with reading(self._path):
             # one call of the system copies two gigabytes at most
-            while len(missing) and (copied := os.preadv(self._descriptor, [missing], place)):
+            while len(missing) and (copied := os.preadv(self._descriptor, [missing.data], place)):
                 missing, place = missing[copied:], place + copied
         if len(missing) or self._state() != self._opened:
             raise InputError(f"{self._path} was changed while it was in use: run the same command again to resume")
