@@ -20,12 +20,14 @@ class BlockOptions:
     """Options that the spec of every method takes beside its own, as `rope:qkv_bias=true`: fields of ModelConfig.
 
     qkv_bias: whether the projections to queries, keys and values have biases. head_norm: whether a GroupNorm normalises
-    each head's output. init_std: standard deviation of the initial weights, 1 / sqrt(width) by default.
+    each head's output. init_std: standard deviation of the initial weights, 1 / sqrt(width) by default. key_shift:
+    whether each key is mixed with the one before it (`sbeval.models.decoder.KeyShift`).
     """
 
     qkv_bias: bool = False
     head_norm: bool = False
     init_std: float | None = None
+    key_shift: bool = False
 
     def __post_init__(self) -> None:
         _check_init_std(self.init_std)
@@ -67,6 +69,7 @@ class ModelConfig:
     out_bias: bool = field(default=False, metadata=LATER)
     mlp_bias: bool = field(default=False, metadata=LATER)
     head_norm: bool = field(default=False, metadata=LATER)
+    key_shift: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         for name, value in _block_options(self.attention).items():

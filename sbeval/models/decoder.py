@@ -24,6 +24,35 @@ from sbeval.models.config import ModelConfig, parse_attention
 from sbeval.models.kv_cache import Cache, Layer
 
 
+class KeyShift(nn.Module):
+    """Mix each key with the one before it, k_t <- a k_t + (1 - a) k_{t-1}, with one a for each key head.
+
+    It is that of FoX (Pro) (Lin et al. 2025, arXiv 2503.02130), where a depends on the token, with a learned number:
+    a = sigmoid(w), w initially 0, so that from the start of training a query can find the token after one like it.
+    Before the first token of a sequence k is 0. Methods that rotate keys do so afterwards.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, k: Tensor, cu_seqlens: Tensor | None, cache: Layer | None) -> Tensor:
+        """Return the mixed keys (B, T, G, D), like k; see `registry.Method` for the arguments."""
+        if cache is not None and cache.starts is not None:
+            before = cache.last(k)
+        else:
+            before = F.pad(k, (0, 0, 0, 0, 1, 0))[:, :-1]
+            if cu_seqlens is not None:
+                # an empty sequence at the end starts past the last token
+                first = torch.zeros(k.shape[1] + 1, dtype=torch.bool, device=k.device)
+                first = first.scatter(0, cu_seqlens[:-1].long(), True)[:-1]
+                before = before.masked_fill(first[:, None, None], 0)
+            if cache is not None:
+                cache.last(k)
+        share, wide = self.weight.sigmoid()[:, None], self.weight.dtype
+        return torch.lerp(before.to(wide), k.to(wide), share).to(k.dtype)
+
+
 class Attention(nn.Module):
     """Project to heads, mix tokens with the configured method, project back."""
 
@@ -35,6 +64,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.dim, bias=config.qkv_bias)
         self.out = nn.Linear(self.heads * self.dim, config.width, bias=config.out_bias)
         self.norm = nn.GroupNorm(self.heads, self.heads * self.dim) if config.head_norm else None
+        self.key_shift = KeyShift(self.kv_heads) if config.key_shift else None
         scale = self.dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         self.mixer = registry.method(name).Mixer(
             options, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, width=config.width, scale=scale
@@ -43,6 +73,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None, cache: Layer | None = None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.dim))
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
+        if self.key_shift is not None:
+            k = self.key_shift(k, cu_seqlens, cache)
         mixed = F.dropout(self.mixer(q, k, v, x, cu_seqlens, cache), self.dropout, self.training).flatten(2)
         if self.norm is not None:
             mixed = self.norm(mixed.flatten(0, 1)).view_as(mixed)

@@ -57,6 +57,10 @@ def by_hand(model: Decoder, tokens: Tensor) -> Tensor:
         if config.qkv_bias:
             qkv = qkv + weights[f"{name}.attention.qkv.bias"]
         q, k, v = qkv[:, :query], qkv[:, query:key], qkv[:, key:]
+        if config.key_shift:
+            share = torch.sigmoid(weights[f"{name}.attention.key_shift.weight"]).repeat_interleave(config.d_head)
+            earlier = torch.cat([torch.zeros_like(k[:1]), k[:-1]])
+            k = share * k + (1 - share) * earlier
         outputs = []
         for index in range(config.heads):
             group = index // (config.heads // config.n_kv_heads)
@@ -97,6 +101,7 @@ def by_hand(model: Decoder, tokens: Tensor) -> Tensor:
         {"attention": "nope:qkv_bias=true", "kv_heads": 2},
         {"attention": "nope:head_norm=true", "head_dim": 12},
         {"attention": "nope:qkv_bias=true,head_norm=true"},
+        {"attention": "nope:key_shift=true", "kv_heads": 2},
     ],
     ids=str,
 )
@@ -138,7 +143,7 @@ def test_every_earlier_token_counts_and_no_later_one(method: str) -> None:
         assert float(sizes[1].sum()) == 0.0, "another row of the batch"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "rope:key_shift=true", "stick_breaking:key_shift=true"])
 def test_packed_sequences_do_not_see_each_other(method: str) -> None:
     model = build(attention=method, kv_heads=2)
     tokens, targets = draw(2, 12), draw(2, 12, seed=2)
@@ -288,7 +293,8 @@ def test_options_reach_the_method() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["stick_breaking:qkv_bias=true,head_norm=true,logit_bias=spread,remainder=bias", "rope"]
+    "spec",
+    ["stick_breaking:qkv_bias=true,head_norm=true,logit_bias=spread,remainder=bias", "rope", "alibi:key_shift=true"],
 )
 def test_options_of_the_block_start_at_no_effect_on_means(spec: str) -> None:
     """Biases and shifts are 0 and gains 1 before training, and each has a gradient."""
@@ -296,11 +302,17 @@ def test_options_of_the_block_start_at_no_effect_on_means(spec: str) -> None:
     model = Decoder(shape(attention=spec))
     model.loss(draw(2, 12), draw(2, 12, seed=2)).backward()
     for name, parameter in model.named_parameters():
-        if name.endswith(("qkv.bias", "attention.norm.bias", "mixer.bias")):
+        if name.endswith(("qkv.bias", "attention.norm.bias", "mixer.bias", "key_shift.weight")):
             assert bool((parameter == 0).all()), name
         if name.endswith("norm.weight"):
             assert bool((parameter == 1).all()), name
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_an_empty_sequence_has_no_first_key() -> None:
+    model, tokens = build(attention="rope:key_shift=true", layers=1), draw(1, 9)
+    found = model(tokens, torch.tensor([0, 0, 4, 4, 9, 9], dtype=torch.int32))
+    torch.testing.assert_close(found, model(tokens, torch.tensor([0, 4, 9], dtype=torch.int32)))
 
 
 @pytest.mark.parametrize(
@@ -309,6 +321,7 @@ def test_options_of_the_block_start_at_no_effect_on_means(spec: str) -> None:
         "stick_breaking:remainder=bias,head_norm=true",
         "stick_breaking:remainder=none,qkv_bias=true,logit_bias=spread",
         "rope:qkv_bias=true,head_norm=true",
+        "rope:key_shift=true",
     ],
 )
 def test_blocks_with_these_options_compile_whole(spec: str) -> None:
