@@ -38,17 +38,14 @@ class KeyShift(nn.Module):
 
     def forward(self, k: Tensor, cu_seqlens: Tensor | None, cache: Layer | None) -> Tensor:
         """Return the mixed keys (B, T, G, D), like k; see `registry.Method` for the arguments."""
-        if cache is not None and cache.starts is not None:
-            before = cache.last(k)
-        else:
+        before = None if cache is None else cache.last(k)
+        if before is None:
             before = F.pad(k, (0, 0, 0, 0, 1, 0))[:, :-1]
             if cu_seqlens is not None:
                 # an empty sequence at the end starts past the last token
                 first = torch.zeros(k.shape[1] + 1, dtype=torch.bool, device=k.device)
                 first = first.scatter(0, cu_seqlens[:-1].long(), True)[:-1]
                 before = before.masked_fill(first[:, None, None], 0)
-            if cache is not None:
-                cache.last(k)
         share, wide = self.weight.sigmoid()[:, None], self.weight.dtype
         return torch.lerp(before.to(wide), k.to(wide), share).to(k.dtype)
 
