@@ -13,6 +13,7 @@ from sbeval.errors import InputError, choose
 
 # of a model in any direction: the number of elements of its largest matrix is below 2^63
 MAX_SIZE = 1 << 24
+NORMS = ("rms", "layer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +71,13 @@ class ModelConfig:
     mlp_bias: bool = field(default=False, metadata=LATER)
     head_norm: bool = field(default=False, metadata=LATER)
     key_shift: bool = field(default=False, metadata=LATER)
+    norm: str = field(default="rms", metadata=LATER)  # or "layer", with gains and biases
 
     def __post_init__(self) -> None:
         for name, value in _block_options(self.attention).items():
             object.__setattr__(self, name, value)
         choose("mlp", self.mlp, ("swiglu", "gelu"))
+        choose("norm", self.norm, NORMS)
         for name in ("vocab_size", "width", "layers", "heads", "hidden", "kv_heads", "head_dim"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise InputError(f"{name} must be at least 1; got {size}")

@@ -1,10 +1,10 @@
-"""One decoder for every attention method: pre-norm RMSNorm, SwiGLU or GELU, grouped heads, optional biases.
+"""One decoder for every attention method: RMSNorm or LayerNorm, SwiGLU or GELU, grouped heads, optional biases.
 
 The multipliers m_emb, m_residual, m_width and attention_multiplier are those of the muP-style recipe behind the
 paper's 1B and 3B models (Shen et al. 2024, arXiv 2408.13359, table 4):
 
-    x = m_emb E[tokens]        x += m_residual Attention(RMSNorm(x))        x += m_residual MLP(RMSNorm(x))
-    logits = Head(RMSNorm(x)) / m_width
+    x = m_emb E[tokens]        x += m_residual Attention(Norm(x))        x += m_residual MLP(Norm(x))
+    logits = Head(Norm(x)) / m_width
 """
 
 import dataclasses
@@ -99,13 +99,18 @@ class MLP(nn.Module):
         return out
 
 
+def _norm(config: ModelConfig) -> nn.Module:
+    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    return kind(config.width, eps=config.norm_eps)
+
+
 class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.m_residual = config.m_residual
-        self.norm_1 = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm_1 = _norm(config)
         self.attention = Attention(config)
-        self.norm_2 = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm_2 = _norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None, cache: Layer | None = None) -> Tensor:
@@ -127,7 +132,7 @@ class Decoder(nn.Module):
         self.positions = nn.Embedding(config.positions, config.width) if config.positions else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self._compiled: list[Any] | None = None
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = _norm(config)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self._initialise()
         if config.tied:

@@ -79,7 +79,8 @@ def orthogonal(matrices: Tensor, group: Mapping[str, Any]) -> Tensor:
 def optimizer_for(model: Decoder, config: TrainConfig, *, recorded: bool = False) -> torch.optim.Optimizer:
     """Return the optimizer of a config. recorded: for a CUDA graph, with learning rates that are tensors.
 
-    Weight decay is on matrices alone; inside the blocks their learning rate is divided by m_width (muP).
+    Weight decay is on matrices alone, or on all parameters (`decay_all`); inside the blocks the learning rate of
+    matrices is divided by m_width (muP).
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) makes the update of a matrix orthogonal; scaled
     as in arXiv 2502.16982, section 2.2, it is as large as AdamW's and takes the same learning rate.
     """
@@ -89,7 +90,8 @@ def optimizer_for(model: Decoder, config: TrainConfig, *, recorded: bool = False
         in_block = is_matrix and name.startswith("blocks.")
         muon = config.optimizer == "muon" and in_block and parameter.ndim == 2
         divisor = model.config.m_width if in_block else 1.0
-        groups.setdefault((muon, config.weight_decay if is_matrix else 0.0, divisor), []).append(parameter)
+        decay = config.weight_decay if is_matrix or config.decay_all else 0.0
+        groups.setdefault((muon, decay, divisor), []).append(parameter)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(
         _described(groups, muon=False),
         lr=config.lr,

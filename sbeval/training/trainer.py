@@ -68,10 +68,14 @@ class Trained:
     rows: int  # sequences per forward pass of a process: fewer than configured after running out of memory
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: TrainConfig, step: float) -> float:
     """Return the learning rate of a step, counted from 0."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
+    if config.epoch_rows:
+        # the place, in steps, at which its epoch began
+        began = step * config.batch // config.epoch_rows * config.epoch_rows / config.batch
+        step = max(config.warmup, began)
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "wsd":
@@ -344,7 +348,8 @@ class Trainer:
 
     def _update(self) -> None:
         """Update the weights by the gradients, and drop these."""
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        if self.config.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -43,6 +43,10 @@ def by_hand(model: Decoder, tokens: Tensor) -> Tensor:
     later = torch.ones(len(tokens), len(tokens)).triu(1).bool()
 
     def normed(x: Tensor, name: str) -> Tensor:
+        if config.norm == "layer":
+            x = x - x.mean(1, keepdim=True)
+            x = x / (x.square().mean(1, keepdim=True) + config.norm_eps).sqrt()
+            return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
         return x / (x.square().mean(1, keepdim=True) + config.norm_eps).sqrt() * weights[f"{name}.weight"]
 
     def head(x: Tensor, index: int) -> Tensor:
@@ -72,14 +76,16 @@ def by_hand(model: Decoder, tokens: Tensor) -> Tensor:
                 gain, shift = (weights[f"{name}.attention.norm.{part}"][None] for part in ("weight", "bias"))
                 mixed = mixed * head(gain, index) + head(shift, index)
             outputs.append(mixed)
-        x = x + config.m_residual * torch.cat(outputs, 1) @ weights[f"{name}.attention.out.weight"].T
-        up = normed(x, f"{name}.norm_2") @ weights[f"{name}.mlp.up.weight"].T
+        mixed = torch.cat(outputs, 1) @ weights[f"{name}.attention.out.weight"].T
+        x = x + config.m_residual * (mixed + weights.get(f"{name}.attention.out.bias", 0.0))
+        up = normed(x, f"{name}.norm_2") @ weights[f"{name}.mlp.up.weight"].T + weights.get(f"{name}.mlp.up.bias", 0.0)
         if config.mlp == "gelu":
             inner = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
         else:
             up, gate = up[:, : config.hidden], up[:, config.hidden :]
             inner = up * gate / (1 + torch.exp(-gate))
-        x = x + config.m_residual * inner @ weights[f"{name}.mlp.down.weight"].T
+        down = inner @ weights[f"{name}.mlp.down.weight"].T + weights.get(f"{name}.mlp.down.bias", 0.0)
+        x = x + config.m_residual * down
     last = weights["embedding.weight" if config.tied else "head.weight"]
     return normed(x, "norm") @ last.T / config.m_width
 
@@ -102,6 +108,9 @@ def by_hand(model: Decoder, tokens: Tensor) -> Tensor:
         {"attention": "nope:head_norm=true", "head_dim": 12},
         {"attention": "nope:qkv_bias=true,head_norm=true"},
         {"attention": "nope:key_shift=true", "kv_heads": 2},
+        {"norm": "layer", "norm_eps": 0.1},
+        # the author's block in recall tasks
+        {"norm": "layer", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "mlp": "gelu", "positions": 16},
     ],
     ids=str,
 )
