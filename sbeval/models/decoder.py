@@ -99,7 +99,7 @@ class MLP(nn.Module):
         return out
 
 
-def _norm(config: ModelConfig) -> nn.Module:
+def _norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
     kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
     return kind(config.width, eps=config.norm_eps)
 
