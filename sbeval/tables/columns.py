@@ -75,6 +75,9 @@ FACTORS: dict[str, dict[str, str]] = {
         "distance_start": _FROM.format("distance (positions between query and value)"),
         "distance_end": _TO.format("distances"),
         "distinct": "What is drawn without replacement: keys, values or queries.",
+        "schedule": "Learning rate schedule; `by epoch`: the rate changes between epochs of the stored rows alone.",
+        "decayed": "Parameters with weight decay: matrices, or all.",
+        "warmup": "Steps of the warm-up; empty: 5 % of max_steps.",
         "status": _ENDS,
     },
     "attention_map": _MAP | {

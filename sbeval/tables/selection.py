@@ -85,10 +85,7 @@ def recall_accuracy(table: pd.DataFrame) -> pd.DataFrame:
     """
     wanted = table["metric"].isin(["accuracy", "validation_accuracy", "steps", "solved"])
     table = numbers(table[wanted], ["kv_pairs", "vocab_size", "lr"])
-    table = table.assign(n_back=table["n_back"].fillna(1) if "n_back" in table else 1)
-    # runs from before the option existed
-    optimizer = table["optimizer"].fillna("").replace("", "adamw") if "optimizer" in table else "adamw"
-    table = table.assign(optimizer=optimizer)
+    table = _completed(table)
     by = ["attention", "options", "kv_pairs", "n_back", *recall_setting(table).columns]
     kept = []
     for key, rows in table.groupby(by, dropna=False):
@@ -103,6 +100,16 @@ def recall_accuracy(table: pd.DataFrame) -> pd.DataFrame:
         kept.append(rows)
     rows = pd.concat(kept) if kept else table
     return rows[rows["metric"] == "accuracy"]
+
+
+def _completed(table: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of `mqrar` in which options that older ones predate have the values that these were run with."""
+    for name, value in mqrar.BEFORE.items():
+        if name in table:
+            table = table.assign(**{name: table[name].where(table[name].notna() & (table[name] != ""), value)})
+        elif name in ("n_back", "optimizer"):
+            table = table.assign(**{name: value})
+    return table
 
 
 def ranked_rates(rows: pd.DataFrame) -> list[float] | None:
@@ -141,11 +148,10 @@ def recall_cells(table: pd.DataFrame) -> pd.DataFrame:
     A cell is solved if its training stopped for it, or, in a table without that, at an accuracy of SOLVED_ACCURACY.
     """
     cells = table[(table["metric"] == "accuracy") & (table["split"] == "all")]
-    cells = numbers(cells, ["kv_pairs", "vocab_size", "lr"])
+    cells = numbers(_completed(cells), ["kv_pairs", "vocab_size", "lr"])
     both = {name: table[table["metric"] == name].set_index("cell")["value"] for name in ("steps", "solved")}
     solved = cells["cell"].map(both["solved"])
     return cells.assign(
-        n_back=cells["n_back"].fillna(1) if "n_back" in cells else 1,
         status=cells["status"] if "status" in cells else "",
         steps=cells["cell"].map(both["steps"]).fillna(0.0),
         solved=(solved == 1) | (solved.isna() & (cells["value"] >= SOLVED_ACCURACY)),
