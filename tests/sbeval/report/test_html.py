@@ -296,8 +296,21 @@ def test_every_figure_has_a_section_and_every_link_a_target(text: str) -> None:
     assert [attributes["aria-labelledby"] for attributes in found.all("figure")] == [
         f"{name}-title" for name in ids if name.startswith("figure-") and not name.endswith("-title")
     ]
-    # findings stand before all figures
-    assert text.index('id="findings"') < text.index("<figure")
+    # findings stand before all figures, the paper's claims before what is asked of our own kernel
+    assert text.index('id="findings"') < text.index('id="own"') < text.index("<figure")
+
+
+def test_claims_are_counted_without_our_own_measurements(results: Path, text: str, tmp_path: Path) -> None:
+    claims, own = text.partition('id="own"')[::2]
+    assert "Of 7 claims" in claims and "FlashAttention-2, forward?" not in claims
+    assert "FlashAttention-2, forward?" in own.partition("</section>")[0]
+    assert "are not measured here" not in text and "Not measured here" not in text
+    # with one table alone the claims of others are named, not judged
+    shutil.copy(results / "mqrar.csv", tmp_path)
+    alone = html.build(tmp_path, say=pytest.fail)
+    assert "6 are not measured here" in alone and 'id="own"' not in alone
+    missing = alone.partition("Not measured here")[2].partition("</section>")[0]
+    assert missing.count("<li>") == 6 and "sbeval few-shot" in missing
 
 
 def test_a_reader_who_sees_nothing_is_served(text: str) -> None:
