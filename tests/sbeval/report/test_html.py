@@ -222,7 +222,7 @@ FAMILIES = {
 }
 
 
-CURVES: curves.Curves = {name: [(1, 3.0), (2, 2.0)] for name in ("loss", "held_out_loss")}
+CURVES: curves.Curves = {name: [(1, 3.0), (2, 2.0)] for name in ("loss", "held_out_loss", "validation_accuracy")}
 
 
 def tables(folder: Path, families: Sequence[str] = tuple(FAMILIES), seeds: Sequence[int] = (0, 1)) -> Path:
@@ -241,7 +241,9 @@ def tables(folder: Path, families: Sequence[str] = tuple(FAMILIES), seeds: Seque
                 "argv": ["sbeval", name, "--corpus", "a b"],
                 "corpus_digest": "d1",
                 "versions": {"python": "3.12"},
-                "files": {"curves": curves.write(Results(folder), cell, CURVES)} if name == "length_gen" else {},
+                "files": {"curves": curves.write(Results(folder), cell, CURVES)}
+                if name in ("length_gen", "mqrar")
+                else {},
             }
             (folder / "runs" / f"{cell}.json").write_text(json.dumps(record))
         pd.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)
