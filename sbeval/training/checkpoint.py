@@ -177,6 +177,16 @@ def load_state(folder: Path) -> State:
     return _read_config(folder).state
 
 
+def is_finished(folder: Path) -> bool:
+    """Return whether there is a checkpoint at `folder` of a run that is finished; False too for one that is damaged."""
+    found = find(folder)
+    try:
+        return found is not None and load_state(found).finished
+    except InputError:
+        # who loads it names what is damaged
+        return False
+
+
 def training_length(folder: Path) -> int | None:
     """Return the tokens per sequence that a checkpoint was trained on; None if not recorded."""
     length = (_read_config(folder).training or {}).get("length")
