@@ -55,21 +55,11 @@ def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     panels = _settings(table)
     looks = style.looks(pd.concat([rows for _, rows in panels]))
-    groups = [
-        Group(
-            title,
-            [
-                Lines(
-                    title="",
-                    x=X,
-                    y=Y,
-                    lines=[charts.Line(look, solved(intervals.method(rows, of))) for of, look in looks.items()],
-                    decades=True,
-                )
-            ],
-        )
-        for title, rows in panels
-    ]
+    groups = []
+    for title, rows in panels:
+        points = {of: solved(intervals.method(rows, of)) for of in looks}
+        lines = [charts.Line(looks[of], mine) for of, mine in points.items() if len(mine)]
+        groups.append(Group(title, [Lines(title="", x=X, y=Y, lines=lines, decades=True)]))
     sentence = "Optimizer steps until the latest value of each key is returned, by the number of key-value pairs."
     return Chart("Steps until recall is solved", sentence, groups, _note(panels, looks))
 
@@ -154,10 +144,17 @@ def exponent(points: pd.DataFrame) -> float | None:
 
 
 def _note(panels: list[tuple[str, pd.DataFrame]], looks: dict[Method, style.Look]) -> str:
-    powers = []
+    powers, unsolved = list[str](), list[str]()
     for _, rows in panels:
         for of, mine in _by_method(rows):
-            if (power := exponent(solved(mine))) is not None:
+            points = solved(mine)
+            if (power := exponent(points)) is not None:
                 powers.append(f"{looks[of].label} {power:.2f}")
-    fitted = f" Power of pairs by which steps grow: {', '.join(dict.fromkeys(powers))}." if powers else ""
-    return " ".join([SEEDS + fitted, *mqrar.cautions(pd.concat([rows for _, rows in panels]))])
+            if points.empty:
+                unsolved.append(looks[of].label)
+    notes = [SEEDS]
+    if powers:
+        notes.append(f"Power of pairs by which steps grow: {', '.join(powers)}.")
+    if unsolved:
+        notes.append(f"Not solved by all seeds at any number of pairs: {', '.join(unsolved)}.")
+    return " ".join([*notes, *mqrar.cautions(pd.concat([rows for _, rows in panels]))])

@@ -71,6 +71,14 @@ def test_the_power_of_pairs_is_fitted_from_three_numbers_of_them() -> None:
     assert "Power" not in two and ONE_SLOPE in two
 
 
+def test_a_method_that_solves_nothing_is_named() -> None:
+    rows = [cell(32, 10), cell(64, 20), cell(32, 99, method="nope", solved=False)]
+    chart = mqrar_steps.chart(pd.DataFrame(rows))
+    assert "Not solved by all seeds at any number of pairs: NoPE." in chart.note
+    assert [look.label for look in chart.groups[0].panels[0].looks()] == ["RoPE"]
+    assert chart.groups[0].panels[0].words().startswith("steps until solved by key-value pairs. RoPE")
+
+
 def test_nothing_is_drawn_of_one_number_of_pairs_or_other_ages() -> None:
     for rows in ([cell(32, 10), cell(64, 10, solved=False)], [cell(32, 10, n_back=2), cell(64, 10, n_back=2)]):
         assert not mqrar_steps.has_rows(pd.DataFrame(rows))
