@@ -148,9 +148,9 @@ METRICS: dict[str, dict[str, str]] = {
     },
     "mqrar": {
         "accuracy": "Share of queries answered correctly, on test examples.",
-        "validation_accuracy": "The same on validation examples, by which learning rates are chosen.",
+        "validation_accuracy": "The same on validation examples, by which rates are ranked where none solves the task.",
         "solved": "1 if training ended above --stop-accuracy, else 0.",
-        "steps": "Optimizer steps of training.",
+        "steps": "Optimizer steps of training; until solved they rank learning rates.",
     },
     "attention_map": {
         "accuracy": "Share of queries answered correctly.",

@@ -94,7 +94,10 @@ DEPARTURES = (
 )
 # beside rows of ALiBi with one head
 ONE_SLOPE = "ALiBi with one head has a single slope, 2^-8: its accuracy is an artefact of that."
-LEGEND = "valid.: by which a rate is chosen; fresh: queries for a key's first value; stale: the key had another before."
+LEGEND = (
+    "steps: until solved, by which rates are ranked (valid. ranks them where none solves the task); fresh: queries for "
+    "a key's first value; stale: the key had another before."
+)
 
 
 def summary(results: "pd.DataFrame") -> "Table":
@@ -105,16 +108,18 @@ def summary(results: "pd.DataFrame") -> "Table":
     factors = {"kv_pairs": "pairs", "lr": "lr"}
     factors |= {name: name.replace("_", "-") for name in ("n_back", "width") if results[name].nunique() > 1}
     table = Table(title="MQRAR accuracy (mean over seeds, lowest to highest)")
-    for name in ("attention", *factors.values(), "seeds", "valid.", "all", "fresh", "stale", "ended"):
+    for name in ("attention", *factors.values(), "seeds", "steps", "valid.", "all", "fresh", "stale", "ended"):
         table.add_column(name, justify="left" if name in ("attention", "ended") else "right")
     for (attention, options, *values), group in results.groupby(["attention", "options", *factors]):
         validation = group[group["metric"] == "validation_accuracy"]["value"]
         accuracy = {split: rows["value"] for split, rows in group[group["metric"] == "accuracy"].groupby("split")}
         how_ended = group[group["metric"] == "solved"]["status"].value_counts()
+        steps = group[(group["metric"] == "steps") & (group["status"] == "solved")]["value"]
         table.add_row(
             f"{attention}:{options}" if options else f"{attention}",
             *(f"{value:g}" for value in values),
             f"{len(validation)}",
+            f"{steps.mean():,.0f}" if len(steps) else "",
             f"{validation.mean():.3f}" if len(validation) else "",
             _span(accuracy["all"]) if accuracy else "",
             *(f"{accuracy[split].mean():.3f}" if split in accuracy else "" for split in ("fresh", "stale")),

@@ -85,7 +85,7 @@ def recall_accuracy(table: pd.DataFrame) -> pd.DataFrame:
     """
     wanted = table["metric"].isin(["accuracy", "validation_accuracy", "steps", "solved"])
     table = numbers(table[wanted], ["kv_pairs", "vocab_size", "lr"])
-    table = _completed(table)
+    table = recall_completed(table)
     by = ["attention", "options", "kv_pairs", "n_back", *recall_setting(table).columns]
     kept = []
     for key, rows in table.groupby(by, dropna=False):
@@ -102,7 +102,7 @@ def recall_accuracy(table: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["metric"] == "accuracy"]
 
 
-def _completed(table: pd.DataFrame) -> pd.DataFrame:
+def recall_completed(table: pd.DataFrame) -> pd.DataFrame:
     """Return rows of `mqrar` in which options that older ones predate have the values that these were run with."""
     for name, value in mqrar.BEFORE.items():
         if name in table:
@@ -148,7 +148,7 @@ def recall_cells(table: pd.DataFrame) -> pd.DataFrame:
     A cell is solved if its training stopped for it, or, in a table without that, at an accuracy of SOLVED_ACCURACY.
     """
     cells = table[(table["metric"] == "accuracy") & (table["split"] == "all")]
-    cells = numbers(_completed(cells), ["kv_pairs", "vocab_size", "lr"])
+    cells = numbers(recall_completed(cells), ["kv_pairs", "vocab_size", "lr"])
     both = {name: table[table["metric"] == name].set_index("cell")["value"] for name in ("steps", "solved")}
     solved = cells["cell"].map(both["solved"])
     return cells.assign(

@@ -12,7 +12,11 @@ RESULTS = Path(__file__).parents[3] / "results" / "mqrar.csv"
 def test_the_table_says_what_would_decide_a_cell_that_is_not_solved() -> None:
     rows = table.read(RESULTS)
     cell = rows[(rows["metric"] == "solved") & (rows["status"] == "solved")]["cell"].iloc[0]
-    assert mqrar.FAMILY.summary(rows[rows["cell"] == cell]).caption == LEGEND
+    shown = mqrar.FAMILY.summary(rows[rows["cell"] == cell])
+    assert shown.caption == LEGEND
+    (steps,) = rows[(rows["cell"] == cell) & (rows["metric"] == "steps")]["value"]
+    (column,) = [column for column in shown.columns if column.header == "steps"]
+    assert list(column.cells) == [f"{steps:,.0f}"]
     for ended in ("budget", "plateau"):
         other = rows[(rows["metric"] == "solved") & (rows["status"] == ended)]["cell"].iloc[0]
         caption = str(mqrar.FAMILY.summary(rows[rows["cell"].isin([cell, other])]).caption)
