@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from sbeval.training.config import TrainConfig
     from sbeval.training.trainer import Trainer
 
-# held-out prompts of a task, and looks at them in a training
-HELD_OUT, LOOKS = 64, 30
+# held-out prompts of a task; looks at them in a training, at most, and the share of its cost that all may have, where a
+# forward pass is a third of a training step
+HELD_OUT, LOOKS, SHARE = 64, 30, 0.1
 # steps of the warm-up
 WARMUP = 50
 # tokens before a copy whose gain is measured, if the training length has room for both
@@ -77,8 +78,12 @@ class PackedTuning(Tuning):
             training,
             schedule="constant",
             warmup=min(training.steps, WARMUP),
-            check_every=-(-training.steps // LOOKS),
+            check_every=-(-training.steps // self._looks(training)),
         )
+
+    def _looks(self, training: "TrainConfig") -> int:
+        each = len(self.config.finetune_tasks) * HELD_OUT * training.length
+        return max(1, min(LOOKS, int(3 * SHARE * training.tokens / each)))
 
     def run(self, trained: str, writer: "Writer", context: "RunContext", progress: "Progress") -> Path:
         """Fine-tune the model of checkpoint `trained`, unless a finished checkpoint exists, and return the folder."""

@@ -43,6 +43,8 @@ def rows_of(found: list[Cell], results: Path) -> pd.DataFrame:
 @pytest.fixture
 def packed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setattr(needle_packed, "HELD_OUT", 3)
+    # looks at every step
+    monkeypatch.setattr(needle_packed, "SHARE", 9)
     # the models of `config`, trained at the length of the prompts
     (Path(config.corpus) / "train0.txt").write_text("train says this and that. " * 200)
     return dataclasses.replace(
@@ -90,7 +92,7 @@ def test_it_ends_when_all_tasks_are_solved(packed: Config, tmp_path: Path, solve
     found = run(both, tmp_path)
     rows = rows_of(found, tmp_path)
     after = rows[rows["metric"] == "tokens_to_solve"].set_index("task")
-    # the first look at which it was, also if training went on; looks are at every step here
+    # the first look at which it was, also if training went on
     assert after["value"].astype(float).to_dict() == {"niah_single_1": 2 * 1536, "niah_single_2": 4 * 1536}
     assert set(rows["ended"]) == {"solved"} and set(rows["finetune_tokens"]) == {6 * 1536}
     held_out = rows[rows["metric"] == "held_out"].set_index("task")
@@ -216,6 +218,17 @@ def test_seeds_and_methods_share_prompts_and_differ_in_their_order(packed: Confi
             orders[cell.attention, cell.seed] = batches[0].tokens.flatten().tolist()
     assert loaded[0] == loaded[-1] and len(loaded[0]) == 3 * 2
     assert orders["rope", 0] == orders["alibi", 0] != orders["rope", 1] == orders["alibi", 1]
+
+
+def test_looks_cost_a_tenth_of_training_at_most(packed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needle_packed, "SHARE", 0.1)
+    for steps, tasks, looks in ((600, 1, 30), (100, 1, 20), (100, 2, 10), (6, 1, 1)):
+        asked = dataclasses.replace(packed, finetune=steps * 1536, tasks=("niah_single_2", "niah_single_1")[:tasks])
+        (tuning,) = cells(asked)[0].tunings
+        training = tuning.schedule()
+        assert -(-training.steps // training.check_every) == looks
+        cost = looks * tasks * 3 * 768 / 3
+        assert cost <= 0.1 * training.tokens or looks == 1
 
 
 def test_rate_and_warm_up_are_constant_in_the_budget(packed: Config) -> None:
