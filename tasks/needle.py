@@ -179,13 +179,15 @@ class Cell(TextCell):
         if not packed:
             return str(tunings[0].run(trained, writer, context, progress)), factors, []
         chosen = best(packed, budget)
-        of_rates = {one.lr: factors | self._factors(one, one is chosen) for one in packed}
-        rows = [row for one in packed for row in learned(self.task, one, tunings[0].length, budget, of_rates[one.lr])]
-        return str(chosen.folder), of_rates[chosen.lr], rows
+        rows: list[Row] = []
+        for one in packed:
+            rate = {"finetune_lr": one.lr, "chosen": int(one is chosen)}
+            rows += learned(self.task, one, tunings[0].length, budget, factors | self._factors(one) | rate)
+        return str(chosen.folder), factors | self._factors(chosen), rows
 
-    def _factors(self, of: Tuned, chosen: bool) -> dict[str, Any]:
+    def _factors(self, of: Tuned) -> dict[str, Any]:
         ended = ("solved" if self.task in of.solved_after else "budget") if self.task in of.held_out else ""
-        return {"finetune_lr": of.lr, "chosen": int(chosen), "ended": ended, "copy_gain": round(of.copy_gain, 4)}
+        return {"ended": ended, "copy_gain": round(of.copy_gain, 4)}
 
     def _prompts(self, writer: "Writer", length: int, progress: "Progress") -> "list[Prompt]":
         task = progress.add(f"write {self.task} at {length}", total=self.config.samples)
