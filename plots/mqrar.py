@@ -20,7 +20,7 @@ from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import intervals
+from sbeval.tables import intervals, mqrar
 from sbeval.tables.selection import MQRAR, recall_accuracy, recall_setting
 from sbeval.tables.statistics import Method, Scale
 
@@ -51,7 +51,7 @@ class Picture:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Draw the setting with the most rows, at the learning rate with the best validation accuracy of each method."""
+    """Draw the setting with the most rows, each method at the rate that solves it soonest (`recall_accuracy`)."""
     return figures(table)[""]
 
 
@@ -100,13 +100,14 @@ def chart(table: pd.DataFrame) -> Chart:
 
 
 def _ended(table: pd.DataFrame, rows: pd.DataFrame) -> str:
-    """Count how training of the drawn models ended, where the table has it: not solved is not refuted."""
+    """Count how training of the drawn models ended, where the table has it: not solved is not refuted. Add cautions."""
     if not {"cell", "status"} <= set(table):
         return ""
     solved = table[(table["metric"] == "solved") & table["cell"].isin(rows["cell"])]
     counts = solved.drop_duplicates("cell")["status"].value_counts()
     parts = [f"{counts[how]} {words}" for how, words in ENDS.items() if how in counts]
-    return f" Training ended: {', '.join(parts)}." if parts else ""
+    ended = [f"Training ended: {', '.join(parts)}."] if parts else []
+    return "".join(f" {sentence}" for sentence in [*ended, *mqrar.cautions(rows)])
 
 
 def drawn(table: pd.DataFrame) -> pd.DataFrame:

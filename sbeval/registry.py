@@ -65,6 +65,7 @@ FIGURES = {
     "model": "sbeval.plots.model",
     "mqrar": "sbeval.plots.mqrar",
     "mqrar_splits": "sbeval.plots.mqrar_splits",
+    "mqrar_steps": "sbeval.plots.mqrar_steps",
     "needle": "sbeval.plots.needle",
     "needle_depth": "sbeval.plots.needle_depth",
     "rates": "sbeval.plots.rates",

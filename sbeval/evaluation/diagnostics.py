@@ -54,6 +54,9 @@ SHARE = 0.01
 TOKENS = {"cpu": 1 << 14, "cuda": 1 << 17}
 
 Rows = npt.NDArray[np.int64]
+# q, k, v and x of a mixer; metric, unit and distance of a reading
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Name = tuple[str, str, int | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,12 +140,7 @@ class Probes:
 def probes(text: Split, vocab_size: int, eos: int, size: Size, train_len: int, above: int = 0) -> Probes:
     """Draw the probes. above: only those of longer distances, and without those that have no distance."""
     generator = np.random.default_rng(0)
-    copies = {}
-    for n, rows in size.copies.items():
-        tokens = generator.integers(0, vocab_size - 1, (rows, n))
-        # all tokens but the separator
-        tokens += tokens >= eos
-        copies[n] = np.concatenate([tokens, tokens], 1)
+    copies = {n: _copies(generator, n, rows, vocab_size, eos) for n, rows in size.copies.items()}
     passages = {}
     for distance, rows in size.passages.items():
         if (found := _windows(text, PASSAGE + distance, rows + 1)) is not None and len(found) > 1:
@@ -160,6 +158,21 @@ def probes(text: Split, vocab_size: int, eos: int, size: Size, train_len: int, a
         context=_windows(text, LATE + AROUND + 1, size.rows(1 << 15, LATE, 16), middle=True),
         reach=_windows(text, _reach(train_len), 2, middle=True),
     )
+
+
+def _copies(generator: np.random.Generator, n: int, rows: int, vocab_size: int, eos: int) -> Rows:
+    tokens = generator.integers(0, vocab_size - 1, (rows, n))
+    # all tokens but the separator
+    tokens += tokens >= eos
+    return np.concatenate([tokens, tokens], 1)
+
+
+def copy_gain(model: Predictor, n: int, vocab_size: int, eos: int, place: torch.device, dtype: str) -> Reading:
+    """Return the gain from copying n random tokens, of a model in evaluation mode."""
+    rows = Size(n).rows(1 << 13, 2 * n, 2)
+    copies = {n: _copies(np.random.default_rng(0), n, rows, vocab_size, eos)}
+    (reading,) = gains(model, Probes(copies=copies, passages={}), place, dtype)
+    return reading
 
 
 def _reach(train_len: int) -> int:
@@ -185,6 +198,16 @@ def measure(
     model: Predictor, given: Probes, place: torch.device, dtype: str, say: Callable[[str], None] = print
 ) -> list[Reading]:
     """Return all readings of a model in evaluation mode; those by head of our decoder alone."""
+    out = gains(model, given, place, dtype, say)
+    if isinstance(model, Decoder):
+        out += heads(model, given, place, dtype, say)
+    return out
+
+
+def gains(
+    model: Predictor, given: Probes, place: torch.device, dtype: str, say: Callable[[str], None] = print
+) -> list[Reading]:
+    """Return the readings of a whole model, which are differences of losses."""
 
     def losses(tokens: Rows, scored: int | None = None) -> npt.NDArray[np.float64]:
         return _losses(model, tokens, scored, place, dtype, say)
@@ -201,8 +224,6 @@ def measure(
         each = losses(given.context)
         early, late = (each[:, middle - AROUND - 1 : middle + AROUND].mean(1) for middle in (EARLY, LATE))
         out.append(_reading("in_context_score", "nats/token", late - early))
-    if isinstance(model, Decoder):
-        out += heads(model, given, place, dtype)
     return out
 
 
@@ -224,25 +245,51 @@ def _losses(
     return out
 
 
-def heads(model: Decoder, given: Probes, place: torch.device, dtype: str) -> list[Reading]:
+def heads(
+    model: Decoder, given: Probes, place: torch.device, dtype: str, say: Callable[[str], None] = print
+) -> list[Reading]:
     """Return the readings of every head."""
+    stick = parse_attention(model.config.attention)[0] == "stick_breaking"
+
+    def matching(mixer: nn.Module, inputs: Inputs) -> dict[Name, Tensor]:
+        weights = mixed_weights(mixer, *inputs)
+        return {("prefix_matching", "1", weights.shape[-1] // 2): prefix_matching(weights)}
+
+    def reaching(mixer: nn.Module, inputs: Inputs) -> dict[Name, Tensor]:
+        weights, life = mixed_weights(mixer, *inputs), half_life(mixer, inputs[3])
+        near = [k for k in NEAR if 2 * k <= weights.shape[-1]]
+        found: dict[Name, Tensor] = {
+            ("weight_beyond", "1", k): weight_beyond(weights, k, own=not stick) for k in near
+        } | {("mean_distance", "tokens", None): mean_distance(weights)}
+        return found if life is None else found | {("gate_half_life", "tokens", None): life}
+
     out: list[Reading] = []
-    if given.prefix is not None:
-        n = given.prefix.shape[1] // 2
-        tokens = torch.from_numpy(given.prefix).to(place)
-        for layer, (mixer, inputs) in enumerate(mixer_inputs(model, tokens, dtype), 1):
-            out += _by_head("prefix_matching", "1", prefix_matching(mixed_weights(mixer, *inputs)), layer, n)
-    if given.reach is not None:
-        stick = parse_attention(model.config.attention)[0] == "stick_breaking"
-        for layer, (mixer, inputs) in enumerate(mixer_inputs(model, torch.from_numpy(given.reach).to(place), dtype), 1):
-            weights = mixed_weights(mixer, *inputs)
-            for k in NEAR:
-                if 2 * k <= weights.shape[-1]:
-                    out += _by_head("weight_beyond", "1", weight_beyond(weights, k, own=not stick), layer, k)
-            out += _by_head("mean_distance", "tokens", mean_distance(weights), layer)
-            if (life := half_life(mixer, inputs[3])) is not None:
-                out += _by_head("gate_half_life", "tokens", life, layer)
+    for tokens, read in ((given.prefix, matching), (given.reach, reaching)):
+        if tokens is not None:
+            out += _by_layer(model, tokens, read, place, dtype, say)
     return out
+
+
+def _by_layer(
+    model: Decoder,
+    tokens: Rows,
+    read: Callable[[nn.Module, Inputs], dict[Name, Tensor]],
+    place: torch.device,
+    dtype: str,
+    say: Callable[[str], None],
+) -> Iterator[Reading]:
+    """Yield what `read` gives of each layer, (B, H) by name, over all rows; they are halved when out of memory."""
+    parts: list[list[dict[Name, Tensor]]] = []
+
+    def evaluate(rows: Sequence[int]) -> None:
+        part = torch.from_numpy(tokens[rows]).to(place)
+        parts.append([read(mixer, inputs) for mixer, inputs in mixer_inputs(model, part, dtype)])
+
+    oom.in_parts(range(len(tokens)), len(tokens), evaluate, say)
+    for layer, same in enumerate(zip(*parts, strict=True), 1):
+        for metric, unit, distance in same[0]:
+            values = torch.cat([part[metric, unit, distance] for part in same])
+            yield from _by_head(metric, unit, values, layer, distance)
 
 
 def prefix_matching(weights: Tensor) -> Tensor:

@@ -58,9 +58,10 @@ class RunContext:
         try:
             reported = False
             while distributed.anywhere(self.world.leads and not _taken(lock), self.world, self.device):
-                if not reported:
+                # one that is finished is only read
+                if not reported and not checkpoint.is_finished(folder):
                     progress.say(f"another process trains {folder}: waiting")
-                reported = True
+                    reported = True
                 time.sleep(POLL_S)
             if self.world.leads and self._is_stale(folder):
                 checkpoint.remove(folder)

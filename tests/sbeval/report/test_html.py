@@ -89,6 +89,8 @@ def mqrar(run: Row, place: int) -> Iterator[Row]:
         yield from (at | {"split": split} for split in ("all", "fresh", "stale"))
         yield from (at | {"stale_values": count} for count in (0, 1, 2))
         yield from (at | {"distance_start": start, "distance_end": 2 * start} for start in (1, 2, 4))
+        ended = {"metric": "steps", "value": 100 * pairs, "status": "solved", "cell": f"{run['cell']}-{pairs}"}
+        yield at | ended
 
 
 def needle(run: Row, place: int) -> Iterator[Row]:

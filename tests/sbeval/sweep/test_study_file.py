@@ -202,7 +202,7 @@ def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None
         ("needel: {}", "unknown section 'needel'; did you mean 'needle'?"),
         ("models: {samples: 3}\nneedle:", "unknown option of models 'samples'; known: attention, "),
         ("mqrar: {preset: quik}", "unknown preset of mqrar 'quik'; did you mean 'quick'?"),
-        ("models: {preset: figure5}\nmqrar:", "unknown preset of mqrar 'figure5'; known: h200, "),
+        ("models: {preset: figure5}\nmqrar:", "unknown preset of mqrar 'figure5'; known: author, h200, "),
         ("mqrar: {attention: {a: b}}", "mqrar.attention must be a list, each text; got {'a': 'b'}"),
         ("mqrar: {lrs: [1e-3, fast]}", r"mqrar.lrs\[1\] must be a number; got 'fast'"),
         ("mqrar: {lrs: [.nan]}", r"mqrar.lrs\[0\] must be a number; got '.nan'"),
@@ -220,7 +220,7 @@ def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None
         ("", "nothing to run"),
         ("- mqrar", "must hold names with values"),
         ("mqrar: {", "is not valid YAML: "),
-        ("[" * 600, "nested too deep"),
+        ("[" * 5000, "nested too deep"),
     ],
 )
 def test_mistakes_are_one_line(text: str, said: str, tmp_path: Path) -> None:
@@ -354,3 +354,15 @@ def test_values_stay_text_and_order_stays(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text("mqrar: {lrs: [3e-4, 1e-3], seeds: [0]}\nlength_gen:\n")
     assert study_file.read(str(path)) == {"mqrar": {"lrs": ["3e-4", "1e-3"], "seeds": ["0"]}, "length_gen": ""}
+
+
+@pytest.mark.parametrize("name", ["mqrar-author", "mqrar-author-without-biases", "plateau", "plateau-causes", "n-back"])
+def test_each_sweep_of_a_recall_study_is_a_comparison(name: str) -> None:
+    """One seed or number of pairs at a time, all methods, none twice."""
+    (part,) = study_file.parts(study_file.read(name), lambda said: said or "float32")
+    sweeps = [registry.task("mqrar").cells(config) for config in part.configs]
+    for config in part.configs:
+        assert len(config.attention) > 1 or config.kv_pairs == (64,)
+        assert len(config.kv_pairs) == len(config.n_back) == 1
+    cells = [cell for sweep in sweeps for cell in sweep]
+    assert len(set(cells)) == len(cells)
