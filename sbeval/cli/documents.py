@@ -36,14 +36,24 @@ TYPED = {"one H200": "typed", "two CPU cores": "typed-cpu"}
 FIXED = {
     "RoPE": ROPE,
     "window of 512": ("sliding_window", ""),
-    "stick-breaking, remainder none": ("stick_breaking", "remainder=none"),
-    "stick-breaking, remainder value": STICK,
+    "stick-breaking, own value": STICK,
+    "stick-breaking, no remainder": ("stick_breaking", "remainder=none"),
+    "no remainder, offset spread": ("stick_breaking", "remainder=none,logit_bias=spread"),
+}
+# further forms, in the table alone
+FORMS = FIXED | {
+    "no remainder, offset -3": ("stick_breaking", "remainder=none,logit_bias=-3.0"),
+    "no remainder, offset -1.5": ("stick_breaking", "remainder=none,logit_bias=-1.5"),
+    "no remainder, biases of q, k, v": ("stick_breaking", "remainder=none,qkv_bias=true"),
+    "no remainder, weights of 0.02": ("stick_breaking", "remainder=none,init_std=0.02"),
+    "learned vector": ("stick_breaking", "remainder=bias"),
+    "learned vector, norm of heads": ("stick_breaking", "remainder=bias,head_norm=true"),
 }
 BOOKS = {
     "forgetting": ("forgetting", ""),
     "ALiBi": ("alibi", ""),
     "sliding window of 512": ("sliding_window", ""),
-    "sliding window of 1024 (one seed)": ("sliding_window", "window=1024"),
+    "sliding window of 1024": ("sliding_window", "window=1024"),
     "sliding window of 256": ("sliding_window", "window=256"),
     "stick-breaking with a logit bias of -3": ("stick_breaking", "logit_bias=-3.0"),
     "stick-breaking": STICK,
@@ -101,7 +111,7 @@ def _typed_sentence(results: Path) -> str:
 def _fixed(results: Path) -> str:
     lengths = (512, 1024, 2048, 4096, 8192, 16384, 65536)
     found = _fixed_targets(results)
-    rows = [[label, *(f"{found[(*method, length)]:.3f}" for length in lengths)] for label, method in FIXED.items()]
+    rows = [[label, *(f"{found[(*method, length)]:.3f}" for length in lengths)] for label, method in FORMS.items()]
     return _table("nats per token, context =", lengths, rows)
 
 
@@ -160,8 +170,9 @@ def _made_by(results: Path, family: str) -> str:
 
 
 def _fixed_targets(results: Path) -> Mapping[tuple[str, str, int], float]:
+    """Return the losses of seed 0, which every form has."""
     table = read(Results(results / "which-stick-breaking").table("length_gen"), ["metric"])
-    return _means(table[table["metric"] == "loss_fixed_targets"])
+    return _means(table[(table["metric"] == "loss_fixed_targets") & (table["seed"] == 0)])
 
 
 def _perplexities(results: Path) -> Mapping[tuple[str, str, int], float]:

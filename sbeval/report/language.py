@@ -213,11 +213,11 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
     rows = selection.needle_scores(table)
     rows = rows[(rows["metric"] == "score") & (rows["length"] > rows["train_len"])]
     rows = nearest(rows, selection.NEEDLE.columns)
-    asked = _of_both(rows)
+    asked, about = _of_both(rows), models(rows)
     rows, unsolved = _solved_by_both(rows[rows["task"].isin(asked)])
     tasks = _of_both(rows)
     if not tasks:
-        return Judged(UNDECIDED, f"{len(asked)} of RULER's 13 tasks ({models(rows)}).", unsolved)
+        return Judged(UNDECIDED, f"{len(asked)} of RULER's 13 tasks ({about}).", unsolved)
     rows = rows[rows["task"].isin(tasks)]
     means = selection.mean_over_tasks(rows)
     samples = intervals.samples(means, Scale.SHARE)
