@@ -213,11 +213,13 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
     rows = selection.needle_scores(table)
     rows = rows[(rows["metric"] == "score") & (rows["length"] > rows["train_len"])]
     rows = nearest(rows, selection.NEEDLE.columns)
-    asked, about = _of_both(rows), models(rows)
-    rows, unsolved = _solved_by_both(rows[rows["task"].isin(asked)])
+    asked = _of_both(rows)
+    both = rows[rows["task"].isin(asked)]
+    rows, unsolved = _solved_by_both(both)
     tasks = _of_both(rows)
     if not tasks:
-        return Judged(UNDECIDED, f"{len(asked)} of RULER's 13 tasks ({about}).", unsolved)
+        found = f"Both solve none of {len(asked)} of RULER's 13 tasks at the training length ({models(both)})."
+        return Judged(UNDECIDED, found, unsolved)
     rows = rows[rows["task"].isin(tasks)]
     means = selection.mean_over_tasks(rows)
     samples = intervals.samples(means, Scale.SHARE)
