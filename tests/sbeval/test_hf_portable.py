@@ -138,7 +138,7 @@ for beams in (1, 2):
     print(out[0].tolist())
 """
     printed = without_sbeval(code, tmp_path)
-    ours: Any = hf.SbevalForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ours: Any = hf.SbevalForCausalLM.from_pretrained(tmp_path / "model")
     given = hf.fast_tokenizer(tokenizer.Bytes())(["Hi", "stick-breaking"], return_tensors="pt", padding=True)
     wanted = [ours.generate(**given, max_new_tokens=8, do_sample=False, num_beams=beams)[0] for beams in (1, 2)]
     assert printed == [str(row.tolist()) for row in wanted]
