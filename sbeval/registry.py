@@ -69,6 +69,7 @@ FIGURES = {
     "needle": "sbeval.plots.needle",
     "needle_depth": "sbeval.plots.needle_depth",
     "rates": "sbeval.plots.rates",
+    "recall_curves": "sbeval.plots.recall_curves",
     "skipping": "sbeval.plots.skipping",
     "tokens": "sbeval.plots.tokens",
 }

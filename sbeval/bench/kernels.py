@@ -8,6 +8,8 @@ backward, skipped tiles included.
 `sbeval.bench.models` benchmarks whole models, `sbeval.bench.skipping` kernels on the activations of a trained model.
 """
 
+import dataclasses
+import functools
 import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +27,7 @@ from sbeval.config import LATER, digest_of
 from sbeval.errors import InputError
 from sbeval.kernels import softmax, stick_breaking
 from sbeval.runtime import device as devices
+from sbeval.runtime import oom
 from sbeval.tables import provenance, store, table
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Identity, Measurement
@@ -242,19 +245,21 @@ def kernel(
             if problem.epsilon and contender.backend != OURS:
                 continue
             try:
-                rows = list(_time(contender, problem, device, devices.DTYPES[dtype]))
+                measured, rows = fitted(
+                    problem, functools.partial(_time, contender, device, devices.DTYPES[dtype]), say
+                )
             # a peer is third-party code: any error that it raises is printed, and the benchmark continues
             except Exception as error:
-                if contender.backend == OURS:
+                if contender.backend == OURS and not isinstance(error, torch.OutOfMemoryError):
                     raise
                 reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
                 skipped.setdefault(f"{contender.attention} by {contender.backend}, {reason}", _title(problem))
                 continue
-            keep(contender.attention, contender.backend, "kernel", rows, device, dtype, results_dir, problem)
+            keep(contender.attention, contender.backend, "kernel", rows, device, dtype, results_dir, measured)
             values = {row.metric: row.value for row in rows}
             shown.add_row(
                 problem.step,
-                _title(problem),
+                _title(measured),
                 f"{contender.attention} {contender.backend}",
                 *(f"{values[name]:{form}}" if name in values else "" for name, form in SHOWN.items()),
             )
@@ -279,7 +284,19 @@ def needs_gpu(device: torch.device) -> None:
         raise InputError(f"benchmarks need a GPU; this device is {device.type}")
 
 
-def _time(contender: Contender, problem: Problem, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
+def fitted(
+    problem: Problem, time: Callable[[Problem], Iterator[Row]], say: Callable[[str], None]
+) -> tuple[Problem, list[Row]]:
+    """Time a problem, or where memory ends the same one at half its batch; return the problem that was timed."""
+
+    def work(batch: int) -> list[Row]:
+        return list(time(dataclasses.replace(problem, batch=batch)))
+
+    batch, rows = oom.fitting(problem.batch, work, lambda line: say(f"{problem.step} {_title(problem)}: {line}"))
+    return dataclasses.replace(problem, batch=batch), rows
+
+
+def _time(contender: Contender, device: torch.device, dtype: torch.dtype, problem: Problem) -> Iterator[Row]:
     yield _row(problem, "relative_error", "1", _error(contender, problem, device, dtype))
     attend = contender.build(problem, device)
     inputs = problem.draw(device, dtype)

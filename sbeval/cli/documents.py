@@ -1,6 +1,6 @@
 """Numbers in README and docs/results.md: blocks that are written from the tables, so that they are what was measured.
 
-python -m sbeval.cli.documents          in a checkout, writes the blocks anew
+python -m sbeval.cli.documents          in a checkout, writes the blocks and README's figures anew
 
 <!-- numbers: typed -->                 a block: everything between its marks is written
 <!-- end of numbers -->
@@ -15,6 +15,9 @@ from pathlib import Path
 import pandas as pd
 
 from sbeval.errors import InputError, choose
+from sbeval.report.claims import CLAIMS, OWN
+from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Claim, Evidence, Judged, findings
+from sbeval.tables import values
 from sbeval.tables.results import Results
 from sbeval.tables.run_files import gather
 from sbeval.tables.table import read
@@ -22,6 +25,9 @@ from sbeval.tables.table import read
 PAGES = ("README.md", "docs/results.md")
 BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end of numbers -->)", re.DOTALL)
 
+# results folders that can decide a claim: the first that does, else the first that has its table
+DECIDING = ("", "quick")
+LEANS = {AGREES: ", leaning towards it", DISAGREES: ", leaning against it"}
 # families whose figures docs/results.md shows
 DRAWN = ("attention_map", "kernel", "length_gen", "mqrar", "needle", "skipping")
 ROPE, STICK = ("rope", ""), ("stick_breaking", "")
@@ -107,6 +113,43 @@ def _fixed_sentence(results: Path) -> str:
     return f"Nats per token with 2048 and 65536 tokens of context: {'; '.join(each)}.\n"
 
 
+def _claims(results: Path, claims: Sequence[Claim]) -> str:
+    """Write the table of claims: what is claimed, what the tables show, whether that decides it, and what would."""
+    headings = ("The paper" if claims is CLAIMS else "Asked", "These runs", "Decided", "What would decide")
+    lines = [headings, ["---"] * len(headings)]
+    lines += [_claim(claim, *_judged(results, claim)) for claim in claims]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _judged(results: Path, claim: Claim) -> tuple[Judged, str]:
+    """Return the judgement of the folder that decides, and the folder."""
+    found = []
+    for folder in DECIDING:
+        here = Results(results / folder)
+        tables = {name: read(here.table(name)) for name in _needed(claim) if here.table(name).exists()}
+        (finding,) = findings([claim], Evidence(tables, functools.partial(values.read, here)))
+        found.append((finding.judged, folder))
+    decided = [one for one in found if one[0].verdict != UNDECIDED]
+    measured = [one for one in found if one[0].measured]
+    return (decided or measured or found)[0]
+
+
+def _needed(claim: Claim) -> set[str]:
+    # with the canaries of its models
+    return {claim.table, "length_gen"}
+
+
+def _claim(claim: Claim, judged: Judged, folder: str) -> list[str]:
+    where = f" ([results/{folder}](results/{folder}))" if folder else ""
+    verdict = f"**{judged.verdict}**{LEANS.get(judged.leans, '')}"
+    return [
+        f"{claim.text} ({claim.source})",
+        (judged.found or f"Not measured: `{claim.command}`.") + where,
+        verdict,
+        f"{claim.decides[:1].upper()}{claim.decides[1:]}" if judged.verdict == UNDECIDED else "",
+    ]
+
+
 def _made_by(results: Path, family: str) -> str:
     """Name the command of a figure's rows, and how many further ones a few of them need."""
     table = read(Results(results).table(family), ["cell"])
@@ -150,6 +193,8 @@ def _table(heading: str, lengths: Sequence[int], rows: Sequence[Sequence[str]]) 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "books": _books,
+    "claims": functools.partial(_claims, claims=CLAIMS),
+    "own": functools.partial(_claims, claims=OWN),
     "typed": _typed,
     "typed_sentence": _typed_sentence,
     "fixed_targets": _fixed,
@@ -158,6 +203,9 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
 }
 
 if __name__ == "__main__":
+    from sbeval.cli import documents_figures
+
+    documents_figures.draw(Path("results"), Path("docs") / "figures")
     for name in PAGES:
         page = Path(name)
         page.write_text(written(page.read_text(encoding="utf-8"), Path("results")), encoding="utf-8")

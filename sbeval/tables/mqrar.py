@@ -70,10 +70,15 @@ BEFORE: dict[str, str | float] = {
     "final_lr": 0.1,
 }
 
-# below the table where a cell was not solved: plateaus have ended after 10,000 steps
+# below the table: what its columns are, how training ended where it was not solved, and what that does not show
+ENDED = {
+    "budget": "budget: out of --steps before the task was solved",
+    "plateau": "plateau: no progress for --patience steps",
+}
+# plateaus have ended after 10,000 steps
 UNDECIDED = (
-    "budget, plateau: not solved in these steps, which does not show that the method cannot. More --steps with "
-    "--patience 0, and other rates (--lr), would decide."
+    "Not solved in these steps does not show that the method cannot: more --steps with --patience 0, and other rates "
+    "(--lr), would decide."
 )
 # of the preset `author` from the public code that it follows, shawntan/zoology at eff3566
 DEPARTURES = (
@@ -108,7 +113,7 @@ def summary(results: "pd.DataFrame") -> "Table":
     for (attention, options, *values), group in results.groupby(["attention", "options", *factors]):
         validation = group[group["metric"] == "validation_accuracy"]["value"]
         accuracy = {split: rows["value"] for split, rows in group[group["metric"] == "accuracy"].groupby("split")}
-        ended = group[group["metric"] == "solved"]["status"].value_counts()
+        how_ended = group[group["metric"] == "solved"]["status"].value_counts()
         steps = group[(group["metric"] == "steps") & (group["status"] == "solved")]["value"]
         table.add_row(
             f"{attention}:{options}" if options else f"{attention}",
@@ -118,10 +123,11 @@ def summary(results: "pd.DataFrame") -> "Table":
             f"{validation.mean():.3f}" if len(validation) else "",
             _span(accuracy["all"]) if accuracy else "",
             *(f"{accuracy[split].mean():.3f}" if split in accuracy else "" for split in ("fresh", "stale")),
-            ", ".join(f"{count} {how}" for how, count in ended.items()),
+            ", ".join(f"{count} {how}" for how, count in how_ended.items()),
         )
-    table.caption = LEGEND
-    if results["status"].isin(["budget", "plateau"]).any():
+    ended = [words for how, words in ENDED.items() if (results["status"] == how).any()]
+    table.caption = "; ".join([LEGEND.removesuffix("."), *ended]) + "."
+    if ended:
         table.caption += f" {UNDECIDED}"
     table.caption = " ".join([table.caption, *cautions(results)])
     return table

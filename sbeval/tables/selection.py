@@ -53,8 +53,11 @@ def length_gen_setting(table: pd.DataFrame) -> Setting:
 
 
 def recipe_columns(table: pd.DataFrame) -> list[str]:
-    """Return the columns in which the trainings of these rows differ, besides method and seed."""
-    return [name for name in ("train_tokens", *RECIPE) if name in table and table[name].nunique() > 1]
+    """Return the columns in which the trainings of these rows differ, besides method and seed.
+
+    A blank cell is of a row from before the table had the column, which is no difference.
+    """
+    return [name for name in ("train_tokens", *RECIPE) if name in table and table[name].replace("", None).nunique() > 1]
 
 
 def by_context(table: pd.DataFrame) -> pd.DataFrame:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from sbeval.config import DTYPES, LATER, OPTIMIZERS
 from sbeval.errors import InputError, choose
 
+# a list of more windows takes minutes and all memory before a step begins
+MAX_BATCH = 1 << 24
 SCHEDULES = ("cosine", "power", "constant", "wsd")
 
 
@@ -63,6 +65,8 @@ class TrainConfig:
         for name in ("steps", "batch", "length", "lr", "log_every"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be above 0 and finite; got {getattr(self, name)}")
+        if self.batch > MAX_BATCH:
+            raise InputError(f"a step must have at most {MAX_BATCH} sequences of {self.length}; got {self.batch}")
         for name in ("weight_decay", "clip", "warmup", "final_lr", "epoch_rows"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be at least 0 and finite; got {getattr(self, name)}")

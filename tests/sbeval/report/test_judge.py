@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from sbeval.report import language
-from sbeval.report.claims import CLAIMS
+from sbeval.report.claims import CLAIMS, OWN
 from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Claim, Evidence, Judged, against, findings, verdict
 from sbeval.tables.statistics import Interval, Method
 
@@ -21,7 +21,7 @@ BAD = {"stick_breaking": {2048: [15.4, 15.41]}, "rope": {2048: [13.8, 13.81]}}
 def test_without_the_rows_nothing_is_decided(perplexities: Tables) -> None:
     empty = findings(CLAIMS, Evidence({}))
     assert [each.judged.verdict for each in empty] == len(CLAIMS) * [UNDECIDED]
-    assert empty[0].judged == Judged(UNDECIDED, reason="not measured here; sbeval length-gen does")
+    assert empty[0].judged == Judged(UNDECIDED, reason="not measured here; sbeval length-gen does", measured=False)
     table = perplexities(GOOD)
     (found,) = findings([WITHIN], Evidence({"length_gen": table[table["attention"] == "rope"]}))
     assert found.judged.verdict == UNDECIDED and "no setting has rows of both" in found.judged.reason
@@ -67,4 +67,12 @@ def test_p_values_are_corrected_for_all_methods() -> None:
 def test_verdicts() -> None:
     assert verdict(True, "x") == Judged(AGREES, "x") and verdict(False, "x") == Judged(DISAGREES, "x")
     assert verdict(None, "x").verdict == UNDECIDED
-    assert verdict(True, "x", far="too small") == Judged(UNDECIDED, "x", "too small")
+    # too far from the paper's setting to decide, with numbers on one side, and on none
+    assert verdict(True, "x", far="too small") == Judged(UNDECIDED, "x", "too small", leans=AGREES)
+    assert verdict(False, "x", far="too small").leans == DISAGREES
+    assert verdict(None, "x", far="too small") == Judged(UNDECIDED, "x", "too small")
+
+
+def test_the_kernel_is_no_claim_of_the_paper() -> None:
+    assert {claim.table for claim in OWN} == {"kernel"} and not {claim.table for claim in CLAIMS} & {"kernel"}
+    assert all(claim.decides and not claim.decides.endswith(".") for claim in (*CLAIMS, *OWN))

@@ -19,7 +19,9 @@ def test_the_table_says_what_would_decide_a_cell_that_is_not_solved() -> None:
     assert list(column.cells) == [f"{steps:,.0f}"]
     for ended in ("budget", "plateau"):
         other = rows[(rows["metric"] == "solved") & (rows["status"] == ended)]["cell"].iloc[0]
-        assert "--steps" in str(mqrar.FAMILY.summary(rows[rows["cell"].isin([cell, other])]).caption)
+        caption = str(mqrar.FAMILY.summary(rows[rows["cell"].isin([cell, other])]).caption)
+        # the words of the column `ended` stand beside those of the other columns
+        assert caption.startswith(f"{LEGEND[:-1]}; {ended}: ") and "more --steps" in caption
 
 
 def test_what_qualifies_rows_is_below_them() -> None:

@@ -29,6 +29,7 @@ RUN: dict[str, Any] = {
         ({"lr": math.nan}, "lr must be above 0 and finite; got nan"),
         ({"lr": math.inf}, "lr must be above 0 and finite; got inf"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0 and finite; got -1"),
+        ({"batch": 2**36}, "a step must have at most 16777216 sequences of 8; got 68719476736"),
         ({"micro_batch": 5}, r"micro_batch must be 1 to 4 \(the batch\); got 5"),
         ({"micro_batch": 0}, r"micro_batch must be 1 to 4 \(the batch\); got 0"),
         ({"dtype": "bf16"}, "unknown dtype 'bf16'; did you mean 'bfloat16'"),
