@@ -326,8 +326,8 @@ def _columns(handles: Sequence[Any], most: int, width_in: float) -> int:
 
 def note_below(figure: Figure, text: str) -> None:
     """Write a note below the panels."""
-    # about 20 letters fit an inch
-    lines = textwrap.fill(text, round(20 * figure.get_figwidth()))
+    # about 19 letters fit an inch
+    lines = textwrap.fill(text, round(19 * figure.get_figwidth()))
     figure.supxlabel(lines, x=0.01, ha="left", fontsize=SMALL_PT, color=MARK)
 
 

@@ -215,9 +215,12 @@ class Decoder(nn.Module):
         """Return the cross-entropy in nats, float32, summed over the targets (B, T) that are not IGNORE."""
         return self.score(self(tokens, cu_seqlens), targets)
 
-    def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the same loss from hidden states (B, T, width)."""
+    def score(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the same loss from hidden states (B, T, width); weights: float32 (B, T), of each target's loss."""
         logits = self.logits(hidden).float()
+        if weights is not None:
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+            return (losses * weights.flatten()).sum()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
     def sparse_loss(

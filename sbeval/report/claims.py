@@ -106,12 +106,13 @@ CLAIMS = (
     Claim(
         text="Past the training length stick-breaking finds more of RULER's needles than RoPE.",
         source=f"{PAPER}, models of 1 B parameters",
-        rule="Mean score over tasks and over all lengths past the training length, stick-breaking's less RoPE's. "
-        f"Agrees: the interval lies above 0, and the mean by {NEEDLES:g} or more. Disagrees: below. {HOLM}. {LARGE}, "
-        f"one of which scores at least {NOTHING}. {GROWN}.",
-        decides=f"models of {LEAST} {CANARIES}, one of which finds needles",
+        rule="Mean score over tasks and over all lengths past the training length, stick-breaking's less RoPE's. Of "
+        "models that were fine-tuned, on the tasks that every model of both solved at the training length, with "
+        f"{SEEDS} seeds of each or more. Agrees: the interval lies above 0, and the mean by {NEEDLES:g} or more. "
+        f"Disagrees: below. {HOLM}. {LARGE}, one of which scores at least {NOTHING}. {GROWN}.",
+        decides=f"models of {LEAST} {CANARIES}, fine-tuned until they solve the tasks",
         table="needle",
-        command="sbeval needle",
+        command="sbeval run retrieval",
         figure="needle",
         judge=language.retrieval,
     ),

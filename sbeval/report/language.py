@@ -25,6 +25,7 @@ from sbeval.report.judge import (
     young,
 )
 from sbeval.report.maturity import ROPE
+from sbeval.report.recall import SEEDS
 from sbeval.tables import documents, few_shot, intervals, pairs, selection, statistics
 from sbeval.tables.intervals import percent
 from sbeval.tables.pairs import Stored
@@ -208,12 +209,16 @@ def _in_pairs(
 
 
 def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
-    """Judge whether stick-breaking finds more needles past the training length."""
+    """Judge whether stick-breaking finds more needles past the training length, on tasks that both solve at it."""
     rows = selection.needle_scores(table)
     rows = rows[(rows["metric"] == "score") & (rows["length"] > rows["train_len"])]
     rows = nearest(rows, selection.NEEDLE.columns)
-    shared = rows[rows["attention"].isin([name for name, _ in METHODS.values()]) & (rows["options"] == "")]
-    rows = rows[rows["task"].isin(set(shared["task"]))]
+    asked = _of_both(rows)
+    rows, unsolved = _solved_by_both(rows[rows["task"].isin(asked)])
+    tasks = _of_both(rows)
+    if not tasks:
+        return Judged(UNDECIDED, f"{len(asked)} of RULER's 13 tasks ({models(rows)}).", unsolved)
+    rows = rows[rows["task"].isin(tasks)]
     means = selection.mean_over_tasks(rows)
     samples = intervals.samples(means, Scale.SHARE)
     # prompts of a task and length are the same for all methods
@@ -225,13 +230,38 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
     found = (
         f"Mean score at {lengths} tokens, trained at {rows['train_len'].iloc[0]}: stick-breaking "
         f"{samples[STICK].mean:.3f}, RoPE {samples[ROPE].mean:.3f}; difference {gain.text('{:+.3f}'.format)} "
-        f"({gain.over('samples')}; {answer.words}; {models(rows)}; {rows['task'].nunique()} of RULER's 13 tasks)."
+        f"({gain.over('samples')}; {answer.words}; {models(rows)}; {len(tasks)} of RULER's 13 tasks).{unsolved}"
     )
     if max(samples[STICK].mean, samples[ROPE].mean) < NOTHING:
         return Judged(UNDECIDED, found, "neither finds anything there")
-    far = "; ".join(filter(None, [too_small(rows, BILLION), young(rows, evidence)]))
+    far = [too_small(rows, BILLION), young(rows, evidence)]
+    fewest = min(samples[STICK].seeds, samples[ROPE].seeds)
+    if (rows["finetune_tokens"] > 0).any() and fewest < SEEDS:
+        far.append(f"{fewest} seed{'s' * (fewest > 1)} of a method that was fine-tuned, fewer than {SEEDS}")
     more = None if answer.below is None else not answer.below
-    return verdict(more if abs(gain.mean) >= NEEDLES else None, found, far=far)
+    return verdict(more if abs(gain.mean) >= NEEDLES else None, found, far="; ".join(filter(None, far)))
+
+
+def _of_both(rows: pd.DataFrame) -> set[str]:
+    """Return the tasks that rows of stick-breaking and of RoPE have."""
+    by_method = [set(intervals.method(rows, of)["task"]) for of in (STICK, ROPE)]
+    return by_method[0] & by_method[1]
+
+
+def _solved_by_both(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Return the rows of the tasks that every model of both methods solved at its training length, without those of
+    models of other methods that did not; and a sentence on the tasks that are left out."""
+    both = pd.concat([intervals.method(rows, of) for of in (STICK, ROPE)])
+    unsolved = sorted(both.loc[~both["solved"], "task"].unique())
+    if not unsolved:
+        return rows[rows["solved"]], ""
+    by = [
+        f"{name} {', '.join(sorted(missed))}"
+        for name, of in METHODS.items()
+        if (missed := set(intervals.method(both[~both["solved"]], of)["task"]))
+    ]
+    text = f" Not solved at the training length, so not compared beyond: {'; '.join(by)}."
+    return rows[rows["solved"] & ~rows["task"].isin(unsolved)], text
 
 
 def benchmarks(table: pd.DataFrame, evidence: Evidence) -> Judged:

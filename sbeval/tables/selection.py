@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, NothingToDraw
 from sbeval.tables import mqrar
+from sbeval.tables.needle import SOLVED
 from sbeval.tables.published import FLIP_FLOP_TESTS, SOLVED_ACCURACY
 from sbeval.tables.rows import labels, later
 from sbeval.tables.table import numbers
@@ -31,10 +32,17 @@ LENGTH_GEN = Setting(
 )
 # how models were trained: columns that older tables lack
 RECIPE = ("lr", "optimizer", "batch_tokens", "schedule")
-NEEDLE = Setting(("model", "train_len", "finetune_tokens"), ("tokenizer", "preset", "corpus", "train_tokens", "dtype"))
+NEEDLE = Setting(
+    ("model", "train_len", "finetune_tokens"),
+    ("finetune_recipe", "tokenizer", "preset", "corpus", "train_tokens", "dtype"),
+)
 NEEDLE_METRICS = ("score", "greedy")
 # columns that identify a number
 NEEDLE_SAME = ["attention", "options", "seed", "task", "metric", "length", *NEEDLE.columns]
+# those of them that older tables have
+NEEDLE_COLUMNS = [name for name in NEEDLE_SAME if name != "finetune_recipe"]
+# those that identify a model and its task
+_NEEDLE_TASK = [name for name in NEEDLE_SAME if name not in ("metric", "length")]
 MQRAR = Setting(
     ("model", "vocab_size", "seq_len"),
     ("task", "width", "layers", "heads", "train_len", "eval_len", "preset", "dtype"),
@@ -190,11 +198,51 @@ def flip_flop_errors(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def needle_scores(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the scores of `needle` over all samples of a task and length; InputError where there are none."""
+    """Return the scores of `needle` over all samples of a task and length; InputError where there are none.
+
+    Column `solved`: whether the model solved the task at its training length. One that was fine-tuned did if its
+    fine-tuning says so, or, where that says nothing, if it scores SOLVED there; one that was not is taken as it is.
+    """
     table = table[table["metric"].isin(NEEDLE_METRICS) & table["depth_start"].isna()]
     if table.empty:
         raise InputError("there are no rows with metric 'score' or 'greedy' over all depths to draw")
-    return most_samples(numbers(table, ["length", "train_len", "finetune_tokens"]))
+    return _with_solved(most_samples(_of_recipes(numbers(table, ["length", "train_len", "finetune_tokens"]))))
+
+
+def needle_depths(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the scores of `needle` by depth, with the column `solved` of `needle_scores`.
+
+    InputError where there are none.
+    """
+    shown = table["metric"].isin(NEEDLE_METRICS)
+    rows = table[shown & table["depth_start"].notna()]
+    if rows.empty:
+        raise NothingToDraw("there are no rows with a depth to draw: tasks with a single needle have them")
+    names = ["depth_start", "depth_end", "length", "train_len", "finetune_tokens"]
+    rows = most_samples(_of_recipes(numbers(rows, names)))
+    if table[shown]["depth_start"].notna().all():
+        return rows.assign(solved=True)
+    scores = needle_scores(table)
+    apart = scores[~scores["solved"]][_NEEDLE_TASK].drop_duplicates()
+    found = rows.merge(apart, on=_NEEDLE_TASK, how="left", indicator="apart")
+    return found.assign(solved=found["apart"] == "left_only").drop(columns="apart")
+
+
+def _of_recipes(table: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of `needle` with the recipe of fine-tuning; older tables lack it, and all of theirs are by
+    `answers`."""
+    given = table["finetune_recipe"].fillna("") if "finetune_recipe" in table else pd.Series("", table.index)
+    return table.assign(finetune_recipe=given.mask((given == "") & (table["finetune_tokens"] > 0), "answers"))
+
+
+def _with_solved(scores: pd.DataFrame) -> pd.DataFrame:
+    there = scores[(scores["metric"] == "score") & (scores["length"] == scores["train_len"])]
+    right = there.groupby(_NEEDLE_TASK, dropna=False).agg(there=("value", "mean")).reset_index()
+    found = scores.merge(right, on=_NEEDLE_TASK, how="left")
+    ended = found["ended"].fillna("") if "ended" in found else pd.Series("", found.index)
+    by_score = found["there"].fillna(1.0) >= SOLVED
+    solved = (ended == "solved") | ((ended == "") & by_score) | (found["finetune_tokens"] == 0)
+    return found.drop(columns="there").assign(solved=solved)
 
 
 def most_samples(table: pd.DataFrame) -> pd.DataFrame:

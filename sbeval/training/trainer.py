@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sbeval.config import IGNORE
 from sbeval.data import counter_rng
+from sbeval.data.dataloader import WeightedBatch
 from sbeval.errors import InputError
 from sbeval.models.config import ModelConfig, flops_per_token
 from sbeval.models.decoder import Decoder
@@ -119,7 +120,11 @@ class Loss(nn.Module):
         self.model, self.sparse, self.capacity = model, sparse, capacity
         self.score = model.score
 
-    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, weights: Tensor | None = None
+    ) -> Tensor:
+        if weights is not None:
+            return self.score(self.model(tokens, cu_seqlens), targets, weights)
         if self.sparse:
             return self.model.sparse_loss(tokens, targets, cu_seqlens, self.capacity)
         return self.score(self.model(tokens, cu_seqlens), targets)
@@ -319,12 +324,14 @@ class Trainer:
         if self.model.config.dropout:
             # a resumed run draws the same dropout masks
             torch.manual_seed(counter_rng.key(self.config.seed, 0, step))
+        weights = self._moved(batch.weights) if isinstance(batch, WeightedBatch) else None
         # bounds of packed sequences differ in number
-        if self.replays and cu_seqlens is None and self.launched >= WARM_UP and self._record(tokens, targets):
-            assert self.graph is not None
-            return self.graph(tokens, targets)
+        if self.replays and cu_seqlens is None and weights is None:
+            if self.launched >= WARM_UP and self._record(tokens, targets):
+                assert self.graph is not None
+                return self.graph(tokens, targets)
         losses: list[Tensor] = []
-        while not oom.enough(lambda: losses.append(self._accumulate(tokens, targets, cu_seqlens))):
+        while not oom.enough(lambda: losses.append(self._accumulate(tokens, targets, cu_seqlens, weights))):
             self._halve()
         self._update()
         self.launched += 1
@@ -334,7 +341,7 @@ class Trainer:
         """Record the graph of a step, unless there is one; return False if memory ran out, after halving."""
 
         def whole(tokens: Tensor, targets: Tensor) -> Tensor:
-            loss = self._accumulate(tokens, targets, None)
+            loss = self._accumulate(tokens, targets, None, None)
             self._update()
             return loss
 
@@ -353,17 +360,18 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _accumulate(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def _accumulate(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, weights: Tensor | None) -> Tensor:
         """Accumulate the gradients of a batch, a part at a time; return its loss."""
         # gradients are averaged over processes, and their sum is wanted
-        count = (targets != IGNORE).sum().clamp(min=1) / self.world.size
+        count = (1 if weights is not None else (targets != IGNORE).sum().clamp(min=1)) / self.world.size
         total = torch.zeros((), device=self.place)
         parts = self._parts(len(tokens))
         for part in parts:
             within = _part_of(cu_seqlens, part, tokens.shape) if part != slice(0, len(tokens)) else cu_seqlens
             with self._gradients_stay(part != parts[-1]):
                 with device.autocast(self.place, self.config.dtype):
-                    loss = self.loss(tokens[part], targets[part], within) / count
+                    weighted = () if weights is None else (weights[part],)
+                    loss = self.loss(tokens[part], targets[part], within, *weighted) / count
                 loss.backward()
             total += loss.detach()
         return total

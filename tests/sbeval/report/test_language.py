@@ -204,6 +204,37 @@ def test_retrieval(
     assert found.verdict == verdict and reason in found.reason and "at 4096, 8192 tokens" in found.found
 
 
+def tuned(frame: Tables, ended: dict[str, str], seeds: int = 3) -> pd.DataFrame:
+    """Scores of models that were fine-tuned, by their method and task, such as `rope vt`, solved or not."""
+    found = pd.concat([needles(frame, 0.6, 0.2, finetune_tokens=10**8, seed=seed) for seed in range(seeds)])
+    names = found["attention"] + " " + found["task"]
+    return found.assign(finetune_recipe="packed", ended=[ended.get(name, "solved") for name in names])
+
+
+def test_needles_are_compared_where_both_solved_the_task(frame: Tables, perplexities: Tables) -> None:
+    canaries = Evidence({"length_gen": perplexities({ROPE: {2048: [13.8]}})})
+    found = language.retrieval(tuned(frame, {}), canaries)
+    assert found.verdict == AGREES and "2 of RULER's 13 tasks" in found.found and "Not solved" not in found.found
+    table = tuned(frame, {"rope vt": "budget"})
+    # what the others score there does not count
+    table.loc[table["task"] == "vt", "value"] = 0.9
+    found = language.retrieval(table, canaries)
+    assert found.verdict == AGREES and "stick-breaking 0.600, RoPE 0.200" in found.found
+    assert found.found.endswith(
+        "1 of RULER's 13 tasks). Not solved at the training length, so not compared beyond: RoPE vt."
+    )
+    found = language.retrieval(tuned(frame, {"rope vt": "budget", f"{STICK} cwe": "budget"}), canaries)
+    assert found.verdict == UNDECIDED and "stick-breaking cwe; RoPE vt" in found.reason
+    few = language.retrieval(tuned(frame, {}, seeds=2), canaries)
+    assert few.verdict == UNDECIDED and "2 seeds of a method that was fine-tuned, fewer than 3" in few.reason
+
+
+def test_one_seed_that_did_not_solve_a_task_leaves_it_out(frame: Tables) -> None:
+    table = tuned(frame, {})
+    table.loc[(table["seed"] == 1) & (table["task"] == "vt") & (table["attention"] == STICK), "ended"] = "budget"
+    assert "not compared beyond: stick-breaking vt." in language.retrieval(table, Evidence({})).found
+
+
 def shots(frame: Tables, stick: float, **common: Any) -> pd.DataFrame:
     rows = [
         {"attention": name, "task": task, "value": value}

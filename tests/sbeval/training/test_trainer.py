@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from sbeval.data.dataloader import Batch
+from sbeval.data.dataloader import Batch, WeightedBatch
 from sbeval.errors import InputError
 from sbeval.models.config import ModelConfig, named
 from sbeval.models.decoder import IGNORE, Decoder
@@ -208,6 +208,36 @@ def test_accumulated_batches_are_one_batch(micro_batch: int, packed: bool) -> No
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     if packed:
         assert whole.state.losses != pytest.approx(train(eps=1e-3).state.losses, rel=1e-4)
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """The same batches with weights of targets: equal ones if `even`, else of the first half of a row alone."""
+
+    even: bool
+
+    def __getitem__(self, step: int) -> WeightedBatch:
+        batch = Data()[step]
+        weights = torch.ones(4, 8) if self.even else (torch.arange(8) < 4).float().expand(4, 8)
+        weights = weights * (batch.targets != IGNORE)
+        return WeightedBatch(
+            tokens=batch.tokens, targets=batch.targets, cu_seqlens=None, weights=weights / weights.sum()
+        )
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1, 3])
+def test_weights_weigh_the_losses_of_targets(micro_batch: int | None) -> None:
+    plain = train(eps=1e-3)
+    even = train(batches=Weighted(even=True), eps=1e-3, micro_batch=micro_batch)
+    assert even.state.losses == pytest.approx(plain.state.losses, rel=1e-5)
+    for a, b in zip(weights(even), weights(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    # the first loss is of the same model
+    batch, ready = Weighted(even=False)[0], trainer()
+    half = batch.targets.masked_fill(torch.arange(8) >= 4, IGNORE)
+    wanted = ready.model.loss(batch.tokens, half).item() / int((half != IGNORE).sum())
+    uneven = train(batches=Weighted(even=False), micro_batch=micro_batch)
+    assert uneven.state.losses[0] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_losses_are_means_over_scored_tokens() -> None:
