@@ -214,10 +214,11 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
     rows = rows[(rows["metric"] == "score") & (rows["length"] > rows["train_len"])]
     rows = nearest(rows, selection.NEEDLE.columns)
     asked = _of_both(rows)
-    rows, unsolved = _solved_by_both(rows[rows["task"].isin(asked)])
+    every = rows[rows["task"].isin(asked)]
+    rows, unsolved = _solved_by_both(every)
     tasks = _of_both(rows)
     if not tasks:
-        return Judged(UNDECIDED, f"{len(asked)} of RULER's 13 tasks ({models(rows)}).", unsolved)
+        return Judged(UNDECIDED, f"{len(asked)} of RULER's 13 tasks ({models(every)}).", unsolved)
     rows = rows[rows["task"].isin(tasks)]
     means = selection.mean_over_tasks(rows)
     samples = intervals.samples(means, Scale.SHARE)
