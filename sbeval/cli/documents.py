@@ -17,7 +17,8 @@ import pandas as pd
 from sbeval.errors import InputError, choose
 from sbeval.report.claims import CLAIMS, OWN
 from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Claim, Evidence, Judged, findings
-from sbeval.tables import values
+from sbeval.tables import intervals, pairs, values
+from sbeval.tables.pairs import Stored
 from sbeval.tables.results import Results
 from sbeval.tables.run_files import gather
 from sbeval.tables.table import read
@@ -33,17 +34,29 @@ DRAWN = ("attention_map", "kernel", "length_gen", "mqrar", "needle", "skipping")
 ROPE, STICK = ("rope", ""), ("stick_breaking", "")
 # results folder, columns and rows of each table: (label, folder, method)
 TYPED = {"one H200": "typed", "two CPU cores": "typed-cpu"}
+FORMS = {
+    "no remainder": "remainder=none",
+    "remainder to its own value": "",
+    "remainder to a learned vector": "remainder=bias",
+    "the same, norm of heads": "remainder=bias,head_norm=true",
+    "biases of q, k and v": "remainder=none,qkv_bias=true",
+    "initial deviation of 0.02": "remainder=none,init_std=0.02",
+    "logit offset of -1.5": "remainder=none,logit_bias=-1.5",
+    "logit offset of -3": "remainder=none,logit_bias=-3.0",
+    "logit offsets spread over heads": "remainder=none,logit_bias=spread",
+}
 FIXED = {
     "RoPE": ROPE,
     "window of 512": ("sliding_window", ""),
-    "stick-breaking, remainder none": ("stick_breaking", "remainder=none"),
-    "stick-breaking, remainder value": STICK,
+    **{f"stick-breaking, {form}": (STICK[0], options) for form, options in FORMS.items()},
 }
+# those of README's sentence
+FIRST = ("RoPE", "window of 512", "stick-breaking, no remainder", "stick-breaking, logit offsets spread over heads")
 BOOKS = {
     "forgetting": ("forgetting", ""),
     "ALiBi": ("alibi", ""),
     "sliding window of 512": ("sliding_window", ""),
-    "sliding window of 1024 (one seed)": ("sliding_window", "window=1024"),
+    "sliding window of 1024": ("sliding_window", "window=1024"),
     "sliding window of 256": ("sliding_window", "window=256"),
     "stick-breaking with a logit bias of -3": ("stick_breaking", "logit_bias=-3.0"),
     "stick-breaking": STICK,
@@ -99,17 +112,24 @@ def _typed_sentence(results: Path) -> str:
 
 
 def _fixed(results: Path) -> str:
-    lengths = (512, 1024, 2048, 4096, 8192, 16384, 65536)
-    found = _fixed_targets(results)
-    rows = [[label, *(f"{found[(*method, length)]:.3f}" for length in lengths)] for label, method in FIXED.items()]
-    return _table("nats per token, context =", lengths, rows)
+    lengths = (512, 2048, 8192, 65536)
+    rows = _fixed_rows(results)
+    found = _means(rows)
+    at = rows[rows["context_length"] == 2048]
+    stored = Stored(functools.partial(values.read, Results(results / "which-stick-breaking")))
+    joint = pairs.of_methods(at, ROPE, stored, ["context_length"])
+    less = intervals.differences(intervals.samples(at), ROPE, pairs=joint)
+    lines = []
+    for label, method in FIXED.items():
+        seeds = intervals.method(at, method)["seed"].nunique()
+        gap = less[method].text("{:+.3f}".format) if method in less else ""
+        lines.append([label, str(seeds), *(f"{found[(*method, length)]:.3f}" for length in lengths), gap])
+    return _table("nats per token, context =", ["seeds", *lengths, "minus RoPE at 2048"], lines)
 
 
 def _fixed_sentence(results: Path) -> str:
-    found = _fixed_targets(results)
-    each = [
-        f"{label} {found[(*method, 2048)]:.3f} and {found[(*method, 65536)]:.3f}" for label, method in FIXED.items()
-    ]
+    found = _means(_fixed_rows(results))
+    each = [f"{label} {found[(*FIXED[label], 2048)]:.3f} and {found[(*FIXED[label], 65536)]:.3f}" for label in FIRST]
     return f"Nats per token with 2048 and 65536 tokens of context: {'; '.join(each)}.\n"
 
 
@@ -159,9 +179,9 @@ def _made_by(results: Path, family: str) -> str:
     return f"Made by `{first}`.{rest}\n"
 
 
-def _fixed_targets(results: Path) -> Mapping[tuple[str, str, int], float]:
+def _fixed_rows(results: Path) -> pd.DataFrame:
     table = read(Results(results / "which-stick-breaking").table("length_gen"), ["metric"])
-    return _means(table[table["metric"] == "loss_fixed_targets"])
+    return table[table["metric"] == "loss_fixed_targets"]
 
 
 def _perplexities(results: Path) -> Mapping[tuple[str, str, int], float]:
@@ -186,8 +206,8 @@ def _three(value: float) -> str:
     return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}"
 
 
-def _table(heading: str, lengths: Sequence[int], rows: Sequence[Sequence[str]]) -> str:
-    lines = [[heading, *map(str, lengths)], ["---"] * (1 + len(lengths)), *rows]
+def _table(heading: str, columns: Sequence[object], rows: Sequence[Sequence[str]]) -> str:
+    lines = [[heading, *map(str, columns)], ["---"] * (1 + len(columns)), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -214,11 +214,12 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
     rows = rows[(rows["metric"] == "score") & (rows["length"] > rows["train_len"])]
     rows = nearest(rows, selection.NEEDLE.columns)
     asked = _of_both(rows)
-    every = rows[rows["task"].isin(asked)]
-    rows, unsolved = _solved_by_both(every)
+    both = rows[rows["task"].isin(asked)]
+    rows, unsolved = _solved_by_both(both)
     tasks = _of_both(rows)
     if not tasks:
-        return Judged(UNDECIDED, f"{len(asked)} of RULER's 13 tasks ({models(every)}).", unsolved)
+        found = f"Both solve none of {len(asked)} of RULER's 13 tasks at the training length ({models(both)})."
+        return Judged(UNDECIDED, found, unsolved)
     rows = rows[rows["task"].isin(tasks)]
     means = selection.mean_over_tasks(rows)
     samples = intervals.samples(means, Scale.SHARE)
