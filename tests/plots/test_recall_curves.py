@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
@@ -40,7 +41,7 @@ def table(folder: Path, *pairs: int) -> pd.DataFrame:
 def lines(axis: Axes) -> dict[str, list[tuple[float, float]]]:
     """Points of the lines with a label, which are the means."""
     return {
-        str(line.get_label()): [(float(x), float(y)) for x, y in line.get_xydata()]  # type: ignore[union-attr]
+        str(line.get_label()): [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())]
         for line in axis.get_lines()
         if not str(line.get_label()).startswith("_")
     }
