@@ -7,9 +7,9 @@
     rate        constant after a short warm-up; of several, the one that solves the most tasks in the fewest tokens
     end         when greedy decoding is right for 95 % of the held-out prompts of every task, or --finetune tokens
 
-A task is solved at the first look at which it was, also if training went on for other tasks. Its tokens until then are
-censored at the budget where it never was. The gain from copying (`sbeval.evaluation.diagnostics`) of the model before
-fine-tuning is measured too: it predicts them.
+A task is solved at the first validation that finds it so, also if training continues for other tasks. Its tokens until
+then are censored at the budget where no validation does. What the model gained from copying before fine-tuning
+(`sbeval.evaluation.diagnostics`) is measured too: it predicts them.
 """
 
 import dataclasses
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from sbeval.training.config import TrainConfig
     from sbeval.training.trainer import Trainer
 
-# held-out prompts of a task; looks at them in a training, at most, and the share of its cost that all may have, where a
+# held-out prompts of a task; validations in a training, at most, and the share of its cost that all may have, where a
 # forward pass is a third of a training step
-HELD_OUT, LOOKS, SHARE = 64, 30, 0.1
+HELD_OUT, VALIDATIONS, SHARE = 64, 30, 0.1
 # steps of the warm-up
 WARMUP = 50
 # tokens before a copy whose gain is measured, if the training length has room for both
@@ -78,12 +78,12 @@ class PackedTuning(Tuning):
             training,
             schedule="constant",
             warmup=min(training.steps, WARMUP),
-            check_every=-(-training.steps // self._looks(training)),
+            check_every=-(-training.steps // self._validations(training)),
         )
 
-    def _looks(self, training: "TrainConfig") -> int:
+    def _validations(self, training: "TrainConfig") -> int:
         each = len(self.config.finetune_tasks) * HELD_OUT * training.length
-        return max(1, min(LOOKS, int(3 * SHARE * training.tokens / each)))
+        return max(1, min(VALIDATIONS, int(3 * SHARE * training.tokens / each)))
 
     def run(self, trained: str, writer: "Writer", context: "RunContext", progress: "Progress") -> Path:
         """Fine-tune the model of checkpoint `trained`, unless a finished checkpoint exists, and return the folder."""
@@ -171,15 +171,15 @@ class PackedTuning(Tuning):
 
         state, step_tokens = checkpoint.load_state(folder), training.batch * training.length
         solved: dict[str, int] = {}
-        for look in state.task_scores:
-            if look["score"] >= SOLVED:
-                solved.setdefault(look["task"], look["step"] * step_tokens)
+        for score in state.task_scores:
+            if score["score"] >= SOLVED:
+                solved.setdefault(score["task"], score["step"] * step_tokens)
         return Tuned(
             folder=folder,
             lr=self.rate,
             tokens=state.step * step_tokens,
             copy_gain=state.diagnoses[0]["value"],
-            held_out={look["task"]: look["score"] for look in state.task_scores},
+            held_out={score["task"]: score["score"] for score in state.task_scores},
             solved_after=solved,
         )
 

@@ -43,7 +43,7 @@ def rows_of(found: list[Cell], results: Path) -> pd.DataFrame:
 @pytest.fixture
 def packed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setattr(needle_packed, "HELD_OUT", 3)
-    # looks at every step
+    # validation at every step
     monkeypatch.setattr(needle_packed, "SHARE", 9)
     # the models of `config`, trained at the length of the prompts
     (Path(config.corpus) / "train0.txt").write_text("train says this and that. " * 200)
@@ -66,7 +66,7 @@ def packed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 @pytest.fixture
 def solved_at(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
-    """Shares of held-out prompts that are right, at each look; the last holds for all further looks."""
+    """Shares of held-out prompts that are right, at each validation; the last holds for all further ones."""
     shares: dict[str, list[float]] = {}
     names: dict[int, str] = {}
     prompts = Writer.prompts
@@ -92,7 +92,7 @@ def test_it_ends_when_all_tasks_are_solved(packed: Config, tmp_path: Path, solve
     found = run(both, tmp_path)
     rows = rows_of(found, tmp_path)
     after = rows[rows["metric"] == "tokens_to_solve"].set_index("task")
-    # the first look at which it was, also if training went on
+    # the first validation that found it so, also if training continued
     assert after["value"].astype(float).to_dict() == {"niah_single_1": 2 * 1536, "niah_single_2": 4 * 1536}
     assert set(rows["ended"]) == {"solved"} and set(rows["finetune_tokens"]) == {6 * 1536}
     held_out = rows[rows["metric"] == "held_out"].set_index("task")
@@ -220,15 +220,15 @@ def test_seeds_and_methods_share_prompts_and_differ_in_their_order(packed: Confi
     assert orders["rope", 0] == orders["alibi", 0] != orders["rope", 1] == orders["alibi", 1]
 
 
-def test_looks_cost_a_tenth_of_training_at_most(packed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validations_cost_a_tenth_of_training_at_most(packed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needle_packed, "SHARE", 0.1)
-    for steps, tasks, looks in ((600, 1, 30), (100, 1, 20), (100, 2, 10), (6, 1, 1)):
+    for steps, tasks, count in ((600, 1, 30), (100, 1, 20), (100, 2, 10), (6, 1, 1)):
         asked = dataclasses.replace(packed, finetune=steps * 1536, tasks=("niah_single_2", "niah_single_1")[:tasks])
         (tuning,) = cells(asked)[0].tunings
         training = tuning.schedule()
-        assert -(-training.steps // training.check_every) == looks
-        cost = looks * tasks * 3 * 768 / 3
-        assert cost <= 0.1 * training.tokens or looks == 1
+        assert -(-training.steps // training.check_every) == count
+        cost = count * tasks * 3 * 768 / 3
+        assert cost <= 0.1 * training.tokens or count == 1
 
 
 def test_rate_and_warm_up_are_constant_in_the_budget(packed: Config) -> None:
