@@ -18,7 +18,8 @@ from sbeval.models.decoder import Decoder
 from sbeval.sweep import graph, scheduler
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
-from sbeval.tables import table
+from sbeval.tables import curves, table
+from sbeval.tables.results import Results
 from sbeval.tasks import needle, needle_packed
 from sbeval.tasks.needle import Cell, Config, Row, cells
 from sbeval.tasks.needle_packed import PackedTuning, Tuned, best
@@ -98,6 +99,14 @@ def test_it_ends_when_all_tasks_are_solved(packed: Config, tmp_path: Path, solve
     held_out = rows[rows["metric"] == "held_out"].set_index("task")
     assert held_out["value"].astype(float).to_dict() == {"niah_single_1": 1.0, "niah_single_2": 0.96}
     assert set(held_out["n"]) == {3} and set(rows["finetune_recipe"]) == {"packed"}
+    # how it went is kept, of each task
+    kept = curves.read(Results(tmp_path), rows["cell"]).merge(rows[["cell", "task"]].drop_duplicates())
+    by_step = {key: of.sort_values("step")["value"].tolist() for key, of in kept.groupby(["task", "metric"])}
+    assert by_step["niah_single_1", "held_out_0.01"] == [0.0, 1.0, 0.5, 1.0]
+    assert len(by_step["niah_single_2", "finetune_loss_0.01"]) == 4
+    record = json.loads(Results(tmp_path).run_file(cell_id(found[0])).read_text())
+    (of_rate,) = record["measured"]["finetune"]
+    assert (of_rate["lr"], of_rate["tokens"]) == (1e-2, 4 * 1536) and of_rate["seconds"] > 0
     # one model for both tasks, trained on for four steps
     (folder,) = (tmp_path / "checkpoints" / one for one in _tuned(tmp_path))
     assert checkpoint.load_state(folder).step == 4
@@ -149,7 +158,8 @@ def test_validation_chooses_the_rate_and_every_rate_has_its_row(
 
 def test_the_best_rate_solves_most_then_in_the_fewest_tokens() -> None:
     def tuned(lr: float, solved: dict[str, int], **held_out: float) -> Tuned:
-        return Tuned(folder=Path(), lr=lr, tokens=9, copy_gain=0.0, held_out=held_out, solved_after=solved)
+        scores = {task: [(1, 0.0), (2, score)] for task, score in held_out.items()}
+        return Tuned(folder=Path(), lr=lr, tokens=9, copy_gain=0.0, scores=scores, solved_after=solved)
 
     none = tuned(1e-3, {}, a=0.9, b=0.9)
     one = tuned(2e-3, {"a": 5}, a=1.0, b=0.0)
