@@ -232,7 +232,7 @@ class Cell(BaseCell):
             for score, factors in accuracies(examples, predict(subject.model, examples, config.dtype))
             if "split" in factors
         ]
-        rows += [Row(**row, **sizes) for row in shares(subject.model.eval(), examples, task)]
+        rows += [Row(**row, **sizes) for row in shares(subject.model.eval(), examples, task, progress.say)]
         rows += [Row(**row, **sizes) for row in example_rows(subject.model, examples.tokens[example], task)]
         return self._outcome(subject, rows, context, example, self.source(progress))
 

@@ -1,6 +1,6 @@
 """Attention weights of recall's queries on the latest value of their key, on stale ones, and on all else."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from sbeval.data.recall import Recall
 from sbeval.errors import InputError
 from sbeval.models.attention_weights import attention_weights
 from sbeval.models.decoder import IGNORE, Decoder
+from sbeval.runtime import oom
 from sbeval.tables import statistics
 from sbeval.tasks.recall_data import Examples, label
 
@@ -43,20 +44,25 @@ def chosen(examples: Examples, start: int) -> int:
     return int(fits.long().argmax())
 
 
-def shares(decoder: Decoder, examples: Examples, task: Recall) -> Iterator[dict[str, Any]]:
+def shares(
+    decoder: Decoder, examples: Examples, task: Recall, say: Callable[[str], None] = print
+) -> Iterator[dict[str, Any]]:
     """Yield mean weights on each target at queries with stale values by layer and head; errors are over examples."""
     wanted = (examples.stale > 0).float()
     shape, length = decoder.config, task.seq_len
     rows = max(1, CHUNK // (shape.layers * shape.heads * length**2))
-    parts = []
-    for start in range(0, len(wanted), rows):
-        part = slice(start, start + rows)
+    parts: list[Tensor] = []
+
+    def add(some: Sequence[int]) -> None:
+        part = slice(some[0], some[-1] + 1)
         weights = attention_weights(decoder, examples.tokens[part])
         latest, stale = targets(_part(examples, part), task)
         own = torch.eye(length, dtype=torch.bool, device=latest.device).expand_as(latest)
         masks = torch.stack([latest, stale, own, ~(latest | stale | own)]).float()
         # (layers, targets, B, H): sums over the keys of a target and the wanted queries
         parts.append(torch.einsum("lbhij,tbij,bi->ltbh", weights, masks, wanted[part]))
+
+    oom.in_parts(range(len(wanted)), rows, add, say)
     sums, counts = torch.cat(parts, 2).double().cpu().numpy(), wanted.sum(1).double().cpu().numpy()
     for layer in range(shape.layers):
         for head in range(shape.heads):

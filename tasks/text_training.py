@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import platformdirs
 
 from sbeval.config import LATER
-from sbeval.errors import InputError
 from sbeval.models.config import (
     ModelConfig,
     canonical_attention,
@@ -234,12 +233,7 @@ class Training(TrainingStep):
         if not context.results.checkpoints.is_dir():
             return False
         text = _stored(config.corpus, config.tokenizer, config.corpus_tokens, config.text_field, context.run_id)
-        folder = checkpoint.find(context.folder(self._key(text))) if text else None
-        try:
-            return folder is not None and checkpoint.load_state(folder).finished
-        except InputError:
-            # one that is damaged is named when it is loaded
-            return False
+        return text is not None and checkpoint.is_finished(context.folder(self._key(text)))
 
     def _shape(self, text: "Corpus") -> ModelConfig:
         return model_shape(self.config, text.tokenizer.vocab_size)

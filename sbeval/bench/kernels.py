@@ -8,6 +8,8 @@ backward, skipped tiles included.
 `sbeval.bench.models` benchmarks whole models, `sbeval.bench.skipping` kernels on the activations of a trained model.
 """
 
+import dataclasses
+import functools
 import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +27,7 @@ from sbeval.config import LATER, digest_of
 from sbeval.errors import InputError
 from sbeval.kernels import softmax, stick_breaking
 from sbeval.runtime import device as devices
+from sbeval.runtime import oom
 from sbeval.tables import provenance, store, table
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Identity, Measurement
@@ -113,9 +116,16 @@ class Contender:
     build: Callable[[Problem, torch.device], Run]
 
 
-def _ours(problem: Problem, device: torch.device) -> Run:
-    bounds = _bounds(problem, device)
-    return lambda q, k, v: stick_breaking.attention(q, k, v, cu_seqlens=bounds, epsilon=problem.epsilon)[0]
+def _ours(backend: str | None = None) -> Callable[[Problem, torch.device], Run]:
+    def build(problem: Problem, device: torch.device) -> Run:
+        bounds = _bounds(problem, device)
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return stick_breaking.attention(q, k, v, cu_seqlens=bounds, epsilon=problem.epsilon, backend=backend)[0]
+
+        return run
+
+    return build
 
 
 def _fla(problem: Problem, device: torch.device) -> Run:
@@ -173,10 +183,10 @@ def _bounds(problem: Problem, device: torch.device) -> Tensor | None:
     return torch.tensor(problem.bounds, dtype=torch.int32, device=device) if problem.bounds else None
 
 
-# whose failure ends the benchmark
-OURS = "triton"
+# whose failure ends the benchmark, but for what they say that they can't serve
+OURS = ("triton", "triton-hopper")
 CONTENDERS = (
-    Contender("stick_breaking", OURS, _ours),
+    *(Contender("stick_breaking", backend, _ours(backend)) for backend in OURS),
     Contender("softmax", "flash", sdpa(SDPBackend.FLASH_ATTENTION)),
     Contender("softmax", "cudnn", sdpa(SDPBackend.CUDNN_ATTENTION)),
     Contender("softmax", "flex", _flex),
@@ -239,22 +249,24 @@ def kernel(
     skipped: dict[str, str] = {}
     for contender in CONTENDERS:
         for problem in found:
-            if problem.epsilon and contender.backend != OURS:
+            if problem.epsilon and contender.backend not in OURS:
                 continue
             try:
-                rows = list(_time(contender, problem, device, devices.DTYPES[dtype]))
+                measured, rows = fitted(
+                    problem, functools.partial(_time, contender, device, devices.DTYPES[dtype]), say
+                )
             # a peer is third-party code: any error that it raises is printed, and the benchmark continues
             except Exception as error:
-                if contender.backend == OURS:
+                if contender.backend in OURS and not isinstance(error, InputError | torch.OutOfMemoryError):
                     raise
                 reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
                 skipped.setdefault(f"{contender.attention} by {contender.backend}, {reason}", _title(problem))
                 continue
-            keep(contender.attention, contender.backend, "kernel", rows, device, dtype, results_dir, problem)
+            keep(contender.attention, contender.backend, "kernel", rows, device, dtype, results_dir, measured)
             values = {row.metric: row.value for row in rows}
             shown.add_row(
                 problem.step,
-                _title(problem),
+                _title(measured),
                 f"{contender.attention} {contender.backend}",
                 *(f"{values[name]:{form}}" if name in values else "" for name, form in SHOWN.items()),
             )
@@ -279,7 +291,19 @@ def needs_gpu(device: torch.device) -> None:
         raise InputError(f"benchmarks need a GPU; this device is {device.type}")
 
 
-def _time(contender: Contender, problem: Problem, device: torch.device, dtype: torch.dtype) -> Iterator[Row]:
+def fitted(
+    problem: Problem, time: Callable[[Problem], Iterator[Row]], say: Callable[[str], None]
+) -> tuple[Problem, list[Row]]:
+    """Time a problem, or where memory ends the same one at half its batch; return the problem that was timed."""
+
+    def work(batch: int) -> list[Row]:
+        return list(time(dataclasses.replace(problem, batch=batch)))
+
+    batch, rows = oom.fitting(problem.batch, work, lambda line: say(f"{problem.step} {_title(problem)}: {line}"))
+    return dataclasses.replace(problem, batch=batch), rows
+
+
+def _time(contender: Contender, device: torch.device, dtype: torch.dtype, problem: Problem) -> Iterator[Row]:
     yield _row(problem, "relative_error", "1", _error(contender, problem, device, dtype))
     attend = contender.build(problem, device)
     inputs = problem.draw(device, dtype)

@@ -21,11 +21,12 @@ from torch import Tensor
 from sbeval import registry
 from sbeval.bench import kernels
 from sbeval.bench.kernels import Row
-from sbeval.errors import InputError, choose
+from sbeval.errors import InputError, choose, reason
 from sbeval.kernels import nope, rope
 from sbeval.models.config import SIZES, ModelConfig, flops_per_token, named, parse_attention
 from sbeval.models.decoder import IGNORE, Decoder, n_parameters
 from sbeval.runtime import device as devices
+from sbeval.runtime import oom
 from sbeval.runtime.progress import Progress, Task
 from sbeval.training.config import TrainConfig
 from sbeval.training.trainer import Trainer
@@ -64,11 +65,12 @@ class Peer(NamedTuple):
 
 
 class Speeds(NamedTuple):
-    """Tokens per second of one run."""
+    """Tokens per second of one run. evaluated: sequences of an evaluation pass, fewer than the batch if memory ends."""
 
     train: float
     evaluate: float
     mfu: float | None
+    evaluated: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +116,17 @@ def measure(
         runs: dict[Peer, list[Speeds]] = {peer: [] for peer in contenders}
         for peer in ordered(contenders, repeats):
             with Progress() as progress:
-                task = progress.add(f"train {problem.size} {' '.join(filter(None, peer))}", total=problem.steps)
-                runs[peer].append(_run(problem, peer, shapes[problem, peer], device, dtype, task))
+                name = f"{problem.size} {' '.join(filter(None, peer))}"
+                task = progress.add(f"train {name}", total=problem.steps)
+                try:
+                    runs[peer].append(_run(problem, peer, shapes[problem, peer], device, dtype, task))
+                # others may fit
+                except torch.OutOfMemoryError as error:
+                    task.say(f"not measured: {name}, {reason(error)}")
                 task.close()
         for peer, speeds in runs.items():
+            if not speeds:
+                continue
             shape, backend = shapes[problem, peer], peer.backend(device)
             rows = summary(problem, shape, speeds)
             kernels.keep(
@@ -170,9 +179,14 @@ def _run(problem: Problem, peer: Peer, shape: ModelConfig, device: torch.device,
     decoder: Decoder = trained.model
     # there is no dropout: training mode only means that compiled blocks run
     decoder.train().compile_blocks()
+
+    def evaluate(rows: int) -> float:
+        times: list[float] = do_bench(lambda: decoder(tokens[:rows]), warmup=20, rep=100, return_mode="all")
+        return statistics.median(times)
+
     with torch.no_grad(), devices.autocast(device, dtype):
-        ms = statistics.median(do_bench(lambda: decoder(tokens), warmup=20, rep=100, return_mode="all"))
-    return Speeds(trained.tokens_per_second, tokens.numel() / ms * 1e3, trained.mfu)
+        rows, ms = oom.fitting(problem.batch, evaluate, task.say)
+    return Speeds(trained.tokens_per_second, rows * problem.length / ms * 1e3, trained.mfu, rows)
 
 
 def choose_kernel(model: Decoder, softmax: str | None) -> None:
@@ -187,6 +201,7 @@ def summary(problem: Problem, shape: ModelConfig, speeds: Sequence[Speeds]) -> l
 
     def row(step: str, metric: str, unit: str, values: Sequence[float], scale: float = 1.0) -> Row:
         n = len(values)
+        batch = problem.batch if step == "train" else min(run.evaluated for run in speeds)
         return Row(
             metric=metric,
             unit=unit,
@@ -194,7 +209,7 @@ def summary(problem: Problem, shape: ModelConfig, speeds: Sequence[Speeds]) -> l
             stderr=statistics.stdev(values) * scale / math.sqrt(n) if n > 1 else None,
             n=n,
             step=step,
-            batch=problem.batch,
+            batch=batch,
             queries=problem.length,
             keys=problem.length,
             heads=shape.heads,

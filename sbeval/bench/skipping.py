@@ -22,11 +22,12 @@ from torch.nn.attention import SDPBackend
 from sbeval.bench import kernels
 from sbeval.bench.kernels import EPSILON, Problem
 from sbeval.data.corpus import Split
-from sbeval.errors import InputError
+from sbeval.errors import InputError, reason
 from sbeval.kernels import stick_breaking
 from sbeval.models.decoder import Decoder
 from sbeval.pretrained import load
 from sbeval.runtime import device as devices
+from sbeval.runtime import oom
 
 DECODED = (1, 32)
 # number of queries whose reach is measured, at the end of a sequence
@@ -113,9 +114,14 @@ def measure(
         reached = torch.stack([reach(layer, EPSILON) for layer in layers])
         for step, batch in (("forward", 1), ("forward_backward", 1), *(("decode", rows) for rows in DECODED)):
             total = []
-            for contender in CONTENDERS:
-                rows = _measured(contender, step, batch, layers, reached)
-                problem = _problem(contender, step, batch, layers[0])
+            try:
+                rows_at_a_time, found = _fitted(step, batch, layers, reached)
+            # others may fit
+            except torch.OutOfMemoryError as error:
+                print(f"not measured: {step} of {length} tokens, {reason(error)}")
+                continue
+            for contender, rows in zip(CONTENDERS, found, strict=True):
+                problem = _problem(contender, step, rows_at_a_time, layers[0])
                 kernels.keep(
                     contender.attention,
                     contender.backend,
@@ -129,7 +135,9 @@ def measure(
                     params=loaded.params,
                 )
                 total.append(sum(row.value for row in rows if row.metric == "time"))
-            grid.add_row(f"{step} x {batch}", f"{length}", *(f"{ms:.3f}" for ms in total), f"{reached.mean():.0f}")
+            grid.add_row(
+                f"{step} x {rows_at_a_time}", f"{length}", *(f"{ms:.3f}" for ms in total), f"{reached.mean():.0f}"
+            )
     return grid
 
 
@@ -165,6 +173,15 @@ def _problem(contender: Contender, step: str, batch: int, layer: Captured) -> Pr
         head_dim=layer.q.shape[3],
         epsilon=contender.epsilon,
     )
+
+
+def _fitted(step: str, batch: int, layers: Sequence[Captured], reached: Tensor) -> tuple[int, list[list[Row]]]:
+    """Return the rows of each contender, all at the same batch, which is halved when out of memory, and the batch."""
+
+    def work(batch: int) -> list[list[Row]]:
+        return [_measured(contender, step, batch, layers, reached) for contender in CONTENDERS]
+
+    return oom.fitting(batch, work, lambda line: print(f"{step} of {layers[0].k.shape[1]} tokens: {line}"))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Corpora: the texts of a source, tokenized once and memory-mapped. See `sources` for what a source can be."""
+"""Corpora: the texts of a source, tokenized once and stored. See `sources` for what a source can be."""
 
 import array
 import functools
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from sbeval.data import sources
 from sbeval.data.python_source import Role
 from sbeval.data.sources import ROLES, Document, Source
+from sbeval.data.token_file import TokenFile, Tokens
 from sbeval.data.tokenizer import Ids, Library, Tokenizer, is_trained
 from sbeval.data.tokenizer import load as load_tokenizer
 from sbeval.data.tokenizer import read as read_tokenizer
@@ -32,12 +33,12 @@ BATCH_CHARACTERS = 1 << 23
 class Split:
     """Tokenized documents, concatenated, each followed by the end-of-document token.
 
-    tokens: (n,) uint16 or uint32, memory-mapped. offsets: (documents + 1,) int64, the start of each document.
+    tokens: (n,) uint16 or uint32, in a file. offsets: (documents + 1,) int64, the start of each document.
     """
 
     corpus: str
     role: Role
-    tokens: Ids
+    tokens: Tokens
     offsets: npt.NDArray[np.int64]
     documents: tuple[str, ...]
 
@@ -50,7 +51,7 @@ class Split:
         return np.diff(self.offsets) - 1
 
     def document(self, index: int) -> Ids:
-        """Return the tokens of a document without its end-of-document token, as a view of the store."""
+        """Return the tokens of a document without its end-of-document token."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1] - 1]
@@ -155,8 +156,8 @@ def _read_store(folder: Path, name: str, spec: str, cache_dir: Path) -> Corpus:
         role: Split(
             corpus=name,
             role=role,
-            tokens=np.load(folder / f"{role}.npy", mmap_mode="r"),
-            offsets=np.load(folder / f"{role}_offsets.npy", mmap_mode="r"),
+            tokens=TokenFile(folder / f"{role}.npy"),
+            offsets=np.load(folder / f"{role}_offsets.npy"),
             documents=tuple(json.loads((folder / f"{role}_documents.json").read_text(encoding="utf-8"))),
         )
         for role in ROLES
@@ -166,7 +167,7 @@ def _read_store(folder: Path, name: str, spec: str, cache_dir: Path) -> Corpus:
 
 
 def _fault(folder: Path) -> str | None:
-    """Return what of a store is not as it was written, before anything is mapped; None for a whole store."""
+    """Return what of a store is not as it was written, before anything is opened; None for a whole store."""
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_bytes())
@@ -238,7 +239,7 @@ def _build(
 
 
 def _set_aside(folder: Path) -> None:
-    """Remove a damaged store, if there is one; processes that have mapped its files keep these."""
+    """Remove a damaged store, if there is one; processes that have opened its files keep these."""
     if folder.is_dir() and not folder.is_symlink():
         damaged = folder.with_suffix(".damaged")
         shutil.rmtree(damaged, ignore_errors=True)

@@ -54,6 +54,9 @@ SHARE = 0.01
 TOKENS = {"cpu": 1 << 14, "cuda": 1 << 17}
 
 Rows = npt.NDArray[np.int64]
+# q, k, v and x of a mixer; metric, unit and distance of a reading
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+Name = tuple[str, str, int | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +200,7 @@ def measure(
     """Return all readings of a model in evaluation mode; those by head of our decoder alone."""
     out = gains(model, given, place, dtype, say)
     if isinstance(model, Decoder):
-        out += heads(model, given, place, dtype)
+        out += heads(model, given, place, dtype, say)
     return out
 
 
@@ -242,25 +245,51 @@ def _losses(
     return out
 
 
-def heads(model: Decoder, given: Probes, place: torch.device, dtype: str) -> list[Reading]:
+def heads(
+    model: Decoder, given: Probes, place: torch.device, dtype: str, say: Callable[[str], None] = print
+) -> list[Reading]:
     """Return the readings of every head."""
+    stick = parse_attention(model.config.attention)[0] == "stick_breaking"
+
+    def matching(mixer: nn.Module, inputs: Inputs) -> dict[Name, Tensor]:
+        weights = mixed_weights(mixer, *inputs)
+        return {("prefix_matching", "1", weights.shape[-1] // 2): prefix_matching(weights)}
+
+    def reaching(mixer: nn.Module, inputs: Inputs) -> dict[Name, Tensor]:
+        weights, life = mixed_weights(mixer, *inputs), half_life(mixer, inputs[3])
+        near = [k for k in NEAR if 2 * k <= weights.shape[-1]]
+        found: dict[Name, Tensor] = {
+            ("weight_beyond", "1", k): weight_beyond(weights, k, own=not stick) for k in near
+        } | {("mean_distance", "tokens", None): mean_distance(weights)}
+        return found if life is None else found | {("gate_half_life", "tokens", None): life}
+
     out: list[Reading] = []
-    if given.prefix is not None:
-        n = given.prefix.shape[1] // 2
-        tokens = torch.from_numpy(given.prefix).to(place)
-        for layer, (mixer, inputs) in enumerate(mixer_inputs(model, tokens, dtype), 1):
-            out += _by_head("prefix_matching", "1", prefix_matching(mixed_weights(mixer, *inputs)), layer, n)
-    if given.reach is not None:
-        stick = parse_attention(model.config.attention)[0] == "stick_breaking"
-        for layer, (mixer, inputs) in enumerate(mixer_inputs(model, torch.from_numpy(given.reach).to(place), dtype), 1):
-            weights = mixed_weights(mixer, *inputs)
-            for k in NEAR:
-                if 2 * k <= weights.shape[-1]:
-                    out += _by_head("weight_beyond", "1", weight_beyond(weights, k, own=not stick), layer, k)
-            out += _by_head("mean_distance", "tokens", mean_distance(weights), layer)
-            if (life := half_life(mixer, inputs[3])) is not None:
-                out += _by_head("gate_half_life", "tokens", life, layer)
+    for tokens, read in ((given.prefix, matching), (given.reach, reaching)):
+        if tokens is not None:
+            out += _by_layer(model, tokens, read, place, dtype, say)
     return out
+
+
+def _by_layer(
+    model: Decoder,
+    tokens: Rows,
+    read: Callable[[nn.Module, Inputs], dict[Name, Tensor]],
+    place: torch.device,
+    dtype: str,
+    say: Callable[[str], None],
+) -> Iterator[Reading]:
+    """Yield what `read` gives of each layer, (B, H) by name, over all rows; they are halved when out of memory."""
+    parts: list[list[dict[Name, Tensor]]] = []
+
+    def evaluate(rows: Sequence[int]) -> None:
+        part = torch.from_numpy(tokens[rows]).to(place)
+        parts.append([read(mixer, inputs) for mixer, inputs in mixer_inputs(model, part, dtype)])
+
+    oom.in_parts(range(len(tokens)), len(tokens), evaluate, say)
+    for layer, same in enumerate(zip(*parts, strict=True), 1):
+        for metric, unit, distance in same[0]:
+            values = torch.cat([part[metric, unit, distance] for part in same])
+            yield from _by_head(metric, unit, values, layer, distance)
 
 
 def prefix_matching(weights: Tensor) -> Tensor:

@@ -20,6 +20,14 @@ from sbeval.errors import InputError
 from sbeval.runtime.files import storing
 
 TABLE = "CREATE TABLE IF NOT EXISTS responses (key BLOB PRIMARY KEY, answer BLOB, digest BLOB) WITHOUT ROWID"
+# a disk that is full, read-only or broken, a folder that takes no file, a lock that another process does not release
+OF_THE_DISK = (
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_BUSY,
+)
 
 
 def key(request: str, tokens: Sequence[int]) -> bytes:
@@ -62,26 +70,24 @@ class Answers:
         """Write answers; they survive a kill after this returns."""
         texts = {one: json.dumps(answer).encode() for one, answer in answers.items()}
         rows = [(one, text, _digest(one, text)) for one, text in texts.items()]
-        with self._reading():
-            try:
-                with self._file:
-                    self._file.executemany("INSERT OR REPLACE INTO responses VALUES (?, ?, ?)", rows)
-            # a full or read-only disk; earlier answers stay
-            except sqlite3.OperationalError as error:
-                raise InputError(
-                    f"cannot write {self._path}: {error}; "
-                    "earlier answers are kept: fix this and run the same command again to resume"
-                ) from None
+        with self._reading(), self._file:
+            self._file.executemany("INSERT OR REPLACE INTO responses VALUES (?, ?, ?)", rows)
 
     def close(self) -> None:
         self._file.close()
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
-        """Raise InputError for a file that is not a database, or no longer one."""
+        """Raise InputError for a disk that is full, and for a file that is not a database, or no longer one."""
         try:
             yield
         except sqlite3.DatabaseError as error:
+            # the lowest byte is the kind of an error
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in OF_THE_DISK:
+                raise InputError(
+                    f"cannot write {self._path}: {error}; "
+                    "earlier answers are kept: fix this and run the same command again to resume"
+                ) from None
             raise InputError(f"{self._path} is not a cache of model responses ({error}): remove it") from None
 
 

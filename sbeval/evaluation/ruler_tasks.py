@@ -261,7 +261,8 @@ def _niah(niah: Niah, key: str, setting: Setting, questions: int = 1) -> Draft:
 
 
 def _noise(setting: Setting) -> Pieces:
-    return setting.tables.kept(f"noise {setting.length}", lambda: ["\n" + NOISE] * (setting.length // 4))
+    # one at least, of which the length is then said to be too short
+    return setting.tables.kept(f"noise {setting.length}", lambda: ["\n" + NOISE] * max(1, setting.length // 4))
 
 
 def _needles(niah: Niah, needle: str, rng: random.Random, setting: Setting) -> Pieces:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,7 @@ from sbeval.training import checkpoint
 TEXT_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model")
 CODE_FILES = ("**/*.py",)
 ADAPTER = "adapter_config.json"
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +196,7 @@ def _hub() -> Any:
 
 def _read(spec: str, folder: Path, place: torch.device, dtype: str) -> Pretrained:
     model, train_len = released.load(folder, device.DTYPES[dtype])
-    return _decoder(model.to(place).eval(), name(spec), train_len, place)
+    return _decoder(_unmapped(model.to(place)).eval(), name(spec), train_len, place)
 
 
 def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: bool) -> Pretrained:
@@ -226,7 +227,7 @@ def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: boo
         raise InputError(f"no causal language model {spec!r}: {released.explained(spec, error)}") from None
     checks.complete(model, found, spec)
     checks.dtypes(_downloaded(spec), spec)
-    model = model.to(place).eval()
+    model = _unmapped(model.to(place)).eval()
     if isinstance(model, hf.SbevalForCausalLM):
         return _decoder(model.decoder, name(spec), model.config.train_len, place)
     text, positions = model.config.get_text_config(), positions_of(model)
@@ -243,6 +244,14 @@ def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: boo
         backend=str(text._attn_implementation),
         positions=positions,
     )
+
+
+def _unmapped(model: Module) -> Module:
+    """Copy weights that are mapped files into memory: a file that is cut then would end the process with SIGBUS."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_cpu:
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def _downloaded(spec: str) -> Path:

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def enough(work: Callable[[], None]) -> bool:
@@ -40,3 +41,17 @@ def in_parts(
             size = len(part) // 2
             say(f"out of memory at {len(part)} at a time: continuing with {size}")
     return size
+
+
+def fitting(size: int, work: Callable[[int], Result], say: Callable[[str], None]) -> tuple[int, Result]:
+    """Return the largest of `size`, half of it, and so on, for which `work` fits into memory, and its result.
+
+    Raise torch.OutOfMemoryError if 1 does not fit.
+    """
+    results: list[Result] = []
+    while not enough(lambda tried=size: results.append(work(tried))):  # type: ignore[misc]
+        if size == 1:
+            raise torch.OutOfMemoryError("out of memory at 1: nothing smaller is left to try")
+        say(f"out of memory at {size} at a time: continuing with {size // 2}")
+        size //= 2
+    return size, results[0]

@@ -32,6 +32,7 @@ class RunContext:
     force: bool = False  # train and evaluate finished cells again
     track: tuple[str, ...] = ()  # see `sbeval.runtime.trackers`
     world: World = ALONE
+    quiet: bool = False  # show no progress
     shard: bool = False  # shard weights and optimizer state over the ranks of `world` while training
     # command line, for run files: a worker has another
     argv: tuple[str, ...] = field(default_factory=lambda: tuple(sys.argv))
@@ -57,9 +58,10 @@ class RunContext:
         try:
             reported = False
             while distributed.anywhere(self.world.leads and not _taken(lock), self.world, self.device):
-                if not reported:
+                # one that is finished is only read
+                if not reported and not checkpoint.is_finished(folder):
                     progress.say(f"another process trains {folder}: waiting")
-                reported = True
+                    reported = True
                 time.sleep(POLL_S)
             if self.world.leads and self._is_stale(folder):
                 checkpoint.remove(folder)

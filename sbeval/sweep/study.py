@@ -87,17 +87,21 @@ def cautions(parts: Sequence[Part], context: RunContext) -> list[str]:
 
 def train(part: Part, context: RunContext, console: Console) -> bool:
     """Train the models that a part needs; return False if one failed."""
+    # an option that is refused is so before a text is tokenized
+    first = cells(part)
     for line in cautions([part], context):
         say(console, line)
-    return scheduler.train(cells(part), context, console=console)
+    return scheduler.train(first, context, console=console)
 
 
 def run(parts: Sequence[Part], context: RunContext, console: Console, executor: Executor = scheduler.HERE) -> bool:
     """Run the unfinished cells, then print tables and draw figures; return True if every cell has a result."""
+    # an option that is refused is so before a text is tokenized
+    first = [cell for part in parts for cell in cells(part)]
     for line in cautions(parts, context):
         say(console, line)
     complete = scheduler.run(
-        [cell for part in parts for cell in cells(part)],
+        first,
         context,
         console=console,
         executor=executor,

@@ -75,6 +75,9 @@ FACTORS: dict[str, dict[str, str]] = {
         "distance_start": _FROM.format("distance (positions between query and value)"),
         "distance_end": _TO.format("distances"),
         "distinct": "What is drawn without replacement: keys, values or queries.",
+        "schedule": "Learning rate schedule; `by epoch`: the rate changes between epochs of the stored rows alone.",
+        "decayed": "Parameters with weight decay: matrices, or all.",
+        "warmup": "Steps of the warm-up; empty: 5 % of max_steps.",
         "status": _ENDS,
     },
     "attention_map": _MAP | {
@@ -152,9 +155,9 @@ METRICS: dict[str, dict[str, str]] = {
     },
     "mqrar": {
         "accuracy": "Share of queries answered correctly, on test examples.",
-        "validation_accuracy": "The same on validation examples, by which learning rates are chosen.",
+        "validation_accuracy": "The same on validation examples, by which rates are ranked where none solves the task.",
         "solved": "1 if training ended above --stop-accuracy, else 0.",
-        "steps": "Optimizer steps of training.",
+        "steps": "Optimizer steps of training; until solved they rank learning rates.",
     },
     "attention_map": {
         "accuracy": "Share of queries answered correctly.",

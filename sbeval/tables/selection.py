@@ -61,8 +61,11 @@ def length_gen_setting(table: pd.DataFrame) -> Setting:
 
 
 def recipe_columns(table: pd.DataFrame) -> list[str]:
-    """Return the columns in which the trainings of these rows differ, besides method and seed."""
-    return [name for name in ("train_tokens", *RECIPE) if name in table and table[name].nunique() > 1]
+    """Return the columns in which the trainings of these rows differ, besides method and seed.
+
+    A blank cell is of a row from before the table had the column, which is no difference.
+    """
+    return [name for name in ("train_tokens", *RECIPE) if name in table and table[name].replace("", None).nunique() > 1]
 
 
 def by_context(table: pd.DataFrame) -> pd.DataFrame:
@@ -90,10 +93,7 @@ def recall_accuracy(table: pd.DataFrame) -> pd.DataFrame:
     """
     wanted = table["metric"].isin(["accuracy", "validation_accuracy", "steps", "solved"])
     table = numbers(table[wanted], ["kv_pairs", "vocab_size", "lr"])
-    table = table.assign(n_back=table["n_back"].fillna(1) if "n_back" in table else 1)
-    # runs from before the option existed
-    optimizer = table["optimizer"].fillna("").replace("", "adamw") if "optimizer" in table else "adamw"
-    table = table.assign(optimizer=optimizer)
+    table = recall_completed(table)
     by = ["attention", "options", "kv_pairs", "n_back", *recall_setting(table).columns]
     kept = []
     for key, rows in table.groupby(by, dropna=False):
@@ -108,6 +108,16 @@ def recall_accuracy(table: pd.DataFrame) -> pd.DataFrame:
         kept.append(rows)
     rows = pd.concat(kept) if kept else table
     return rows[rows["metric"] == "accuracy"]
+
+
+def recall_completed(table: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of `mqrar` in which options that older ones predate have the values that these were run with."""
+    for name, value in mqrar.BEFORE.items():
+        if name in table:
+            table = table.assign(**{name: table[name].where(table[name].notna() & (table[name] != ""), value)})
+        elif name in ("n_back", "optimizer"):
+            table = table.assign(**{name: value})
+    return table
 
 
 def ranked_rates(rows: pd.DataFrame) -> list[float] | None:
@@ -146,11 +156,10 @@ def recall_cells(table: pd.DataFrame) -> pd.DataFrame:
     A cell is solved if its training stopped for it, or, in a table without that, at an accuracy of SOLVED_ACCURACY.
     """
     cells = table[(table["metric"] == "accuracy") & (table["split"] == "all")]
-    cells = numbers(cells, ["kv_pairs", "vocab_size", "lr"])
+    cells = numbers(recall_completed(cells), ["kv_pairs", "vocab_size", "lr"])
     both = {name: table[table["metric"] == name].set_index("cell")["value"] for name in ("steps", "solved")}
     solved = cells["cell"].map(both["solved"])
     return cells.assign(
-        n_back=cells["n_back"].fillna(1) if "n_back" in cells else 1,
         status=cells["status"] if "status" in cells else "",
         steps=cells["cell"].map(both["steps"]).fillna(0.0),
         solved=(solved == 1) | (solved.isna() & (cells["value"] >= SOLVED_ACCURACY)),

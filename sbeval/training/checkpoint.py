@@ -19,7 +19,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from sbeval.errors import InputError, first_line
@@ -179,6 +179,16 @@ def load_state(folder: Path) -> State:
     return _read_config(folder).state
 
 
+def is_finished(folder: Path) -> bool:
+    """Return whether there is a checkpoint at `folder` of a run that is finished; False too for one that is damaged."""
+    found = find(folder)
+    try:
+        return found is not None and load_state(found).finished
+    except InputError:
+        # who loads it names what is damaged
+        return False
+
+
 def training_length(folder: Path) -> int | None:
     """Return the tokens per sequence that a checkpoint was trained on; None if not recorded."""
     length = (_read_config(folder).training or {}).get("length")
@@ -321,22 +331,26 @@ def _digest(config: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-def _verify(folder: Path, name: str) -> None:
-    """Raise InputError unless a file has its recorded digest, if config.json has digests."""
+def _verify(folder: Path, name: str, content: bytes | None = None) -> None:
+    """Raise InputError unless a file, or its content, has its recorded digest, if config.json has digests."""
     files, path = _read_config(folder).files, folder / name
     try:
-        if files is not None and sha256(path) != files.get(name):
-            raise InputError(f"{path} can't be read: it is damaged, its digest does not match; {AGAIN}")
+        digest = sha256(path) if content is None else hashlib.sha256(content).hexdigest()
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}; {AGAIN}") from None
+    if files is not None and digest != files.get(name):
+        raise InputError(f"{path} can't be read: it is damaged, its digest does not match; {AGAIN}")
 
 
 def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    _verify(folder, name)
+    """Read a file of tensors into memory: one that is cut while it is mapped ends the process with SIGBUS."""
+    path = folder / name
     try:
-        return load_file(folder / name)
+        content = path.read_bytes()
+        _verify(folder, name, content)
+        return load(content)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / name} can't be read: {first_line(error)}; {AGAIN}") from None
+        raise InputError(f"{path} can't be read: {first_line(error)}; {AGAIN}") from None
 
 
 def _optimizer_tensors(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -72,6 +72,26 @@ def test_shares_are_sums_of_weights(attention: str, monkeypatch: pytest.MonkeyPa
     assert (total == pytest.approx(1)) == (attention == "rope")
 
 
+def test_shares_go_on_with_fewer_examples_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig(vocab_size=33, width=24, layers=2, heads=2, hidden=24)).eval()
+    examples = generate(TASK, 3, torch.arange(10))
+    said: list[str] = []
+    whole = list(attention_shares.shares(model, examples, TASK, said.append))
+    assert not said
+
+    def limited(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+        if len(tokens) > 3:
+            raise torch.OutOfMemoryError
+        return attention_weights(decoder, tokens)
+
+    monkeypatch.setattr(attention_shares, "attention_weights", limited)
+    assert list(attention_shares.shares(model, examples, TASK, said.append)) == [
+        row | {"value": pytest.approx(row["value"]), "stderr": pytest.approx(row["stderr"])} for row in whole
+    ]
+    assert said == [f"out of memory at {n} at a time: continuing with {n // 2}" for n in (10, 5)]
+
+
 def test_the_rows_of_an_example_are_its_weights() -> None:
     torch.manual_seed(0)
     model = Decoder(ModelConfig(vocab_size=33, width=24, layers=1, heads=2, hidden=24)).eval()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sbeval.bench import models
+from sbeval.bench import kernels, models
 from sbeval.bench.models import Peer, Speeds
 from sbeval.errors import InputError
 from sbeval.kernels import rope
@@ -62,14 +62,39 @@ def test_a_kernel_that_is_chosen_is_asked_for() -> None:
 
 def test_rows_are_means_over_the_runs() -> None:
     problem = models.Problem(size="quick", head_dim=40, length=16, batch=2)
-    rows = models.summary(problem, problem.shape("rope"), [Speeds(90.0, 200.0, 0.25), Speeds(110.0, 200.0, 0.35)])
+    rows = models.summary(problem, problem.shape("rope"), [Speeds(90.0, 200.0, 0.25, 2), Speeds(110.0, 200.0, 0.35, 2)])
     values = {(row.step, row.metric): row for row in rows}
     train = values["train", "throughput"]
     assert (train.value, train.n, train.head_dim) == (100.0, 2, 40)
     assert train.stderr == pytest.approx(10.0)
     assert values["train", "mfu"].value == pytest.approx(0.3)
-    (once,) = (row for row in models.summary(problem, problem.shape("rope"), [Speeds(90.0, 2.0, None)])[:1])
+    (once,) = (row for row in models.summary(problem, problem.shape("rope"), [Speeds(90.0, 2.0, None, 2)])[:1])
     assert (once.value, once.stderr, once.n) == (90.0, None, 1)
+
+
+def test_an_evaluation_that_did_not_fit_has_the_batch_that_did() -> None:
+    problem = models.Problem(size="quick", head_dim=40, length=16, batch=4)
+    rows = models.summary(problem, problem.shape("rope"), [Speeds(9.0, 2.0, None, 4), Speeds(9.0, 2.0, None, 2)])
+    assert [(row.step, row.batch) for row in rows] == [("train", 4), ("evaluate", 2), ("evaluate", 2)]
+
+
+def test_a_model_that_does_not_fit_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(problem: models.Problem, peer: Peer, *_: object) -> Speeds:
+        if peer.attention == "rope":
+            raise torch.OutOfMemoryError("out of memory at 1 sequences of 16 tokens at a time")
+        return Speeds(9.0, 2.0, None, 4)
+
+    kept: list[str] = []
+    monkeypatch.setattr(models, "_run", run)
+    monkeypatch.setattr(kernels, "needs_gpu", lambda _: None)
+    monkeypatch.setattr(kernels, "keep", lambda attention, *_, **__: kept.append(attention))
+    peers = [Peer("rope", "flash"), Peer("alibi", None)]
+    problem = models.Problem(size="quick", head_dim=40, length=16, batch=4)
+    assert models.measure([problem], peers, 2, CPU, "float32", tmp_path).row_count == 1
+    assert kept == ["alibi"]
+    assert capsys.readouterr().err.count("not measured: quick rope flash, out of memory at 1 sequences") == 2
 
 
 def test_it_needs_a_gpu(tmp_path: Path) -> None:

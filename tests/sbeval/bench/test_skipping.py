@@ -1,6 +1,7 @@
 """Test the captured inputs of the skipping benchmark, and the reach of heads; times need a GPU."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -49,6 +50,24 @@ def test_reach_counts_the_keys_read(attend_current: bool) -> None:
                 left *= float(torch.exp(F.logsigmoid(torch.tensor(-z))))
             counts.append(count)
         assert float(found[head]) == pytest.approx(sum(counts) / len(counts), abs=0.11)
+
+
+def test_rows_that_do_not_fit_are_fewer_for_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(contender: skipping.Contender, step: str, batch: int, *_: object) -> Any:
+        # softmax has no grouped heads to spare
+        if batch > 8 and contender.attention == "softmax":
+            raise torch.OutOfMemoryError
+        return [(contender.backend, batch)]
+
+    monkeypatch.setattr(skipping, "_measured", measured)
+    k = torch.zeros(1, 50, 2, 8)
+    batch, rows = skipping._fitted("decode", 32, [skipping.Captured(k, k, k, {})], k)
+    assert batch == 8 and rows == cast(Any, [[(contender.backend, 8)] for contender in skipping.CONTENDERS])
+    assert capsys.readouterr().out.splitlines() == [
+        f"decode of 50 tokens: out of memory at {n} at a time: continuing with {n // 2}" for n in (32, 16)
+    ]
 
 
 def test_it_needs_a_gpu(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What is stored is what was read, whole or not at all; what cannot be read is a one-line error."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from sbeval.data import corpus, sources
 from sbeval.data.corpus import Corpus, Split
+from sbeval.data.dataloader import Batches
 from sbeval.data.sources import Document, Source
 from sbeval.data.tokenizer import Bytes
 from sbeval.errors import InputError
@@ -60,12 +63,11 @@ def test_a_store_holds_documents_closed_by_eos(folder: Path, cache: Path) -> Non
     assert both(found) == sorted(TEXTS)
     assert (found.name, found.tokenizer.name) == ("mine", "bytes")
     for split in (found.train, found.valid, found.test):
-        assert isinstance(split.tokens, np.memmap)
-        assert split.tokens.dtype == np.dtype("uint16")
+        assert split.tokens[:].dtype == np.dtype("uint16")
         assert split.offsets.dtype == np.dtype("int64")
         assert len(split) == len(split.documents) == len(split.offsets) - 1
         assert split.offsets[-1] == len(split.tokens)
-        np.testing.assert_array_equal(np.flatnonzero(split.tokens == 256), split.offsets[1:] - 1)
+        np.testing.assert_array_equal(np.flatnonzero(split.tokens[:] == 256), split.offsets[1:] - 1)
         assert split.lengths.tolist() == [len(text.encode()) for text in texts(split)]
     first = found.train.documents.index("all.jsonl:1")
     assert texts(found.train)[first] == TEXTS[0]
@@ -201,12 +203,12 @@ def test_a_store_that_was_changed_is_named_and_built_again(name: str, folder: Pa
     def again() -> Corpus:
         return corpus.open(str(folder), tokenizer="bpe:300", cache_dir=cache, say=said.append)
 
-    tokens = [np.array(split.tokens) for split in (again().train, again().valid, again().test)]
+    tokens = [split.tokens[:] for split in (again().train, again().valid, again().test)]
     (store,) = (path for path in (cache / "corpora").iterdir() if path.is_dir())
     file = store / name
     whole = file.read_bytes()
     assert not said
-    # cut short, which mapped is a signal; zeros, a bit and a doubled part, which are other losses; missing
+    # cut short; zeros, a bit and a doubled part, which are other losses; missing
     half = len(whole) // 2
     damages = [whole[:-3], bytes(len(whole)), whole[:half] + bytes([whole[half] ^ 1]) + whole[half + 1 :]]
     for damaged in (*damages, whole[:half] + whole, b"", None):
@@ -215,9 +217,25 @@ def test_a_store_that_was_changed_is_named_and_built_again(name: str, folder: Pa
             file.write_bytes(damaged)
         found = again()
         for split, expected in zip((found.train, found.valid, found.test), tokens, strict=True):
-            assert np.array_equal(split.tokens, expected)
+            assert np.array_equal(split.tokens[:], expected)
         assert len(said) == 1 and str(file) in said.pop() and file.read_bytes() == whole
     assert sorted(path.suffix for path in (cache / "corpora").iterdir()) == ["", ".lock"]
+
+
+def test_a_store_that_is_cut_while_it_is_read_is_an_error_and_no_signal(folder: Path, cache: Path) -> None:
+    (folder / "all.jsonl").write_text(ROWS)
+    found = opened(folder, cache)
+    batches, before = Batches(found.train, 8, 2, 0, "documents"), found.test.document(0)
+    whole = batches[0]
+    (store,) = (path for path in (cache / "corpora").iterdir() if path.is_dir())
+    for role in ("train", "test"):
+        os.truncate(store / f"{role}.npy", 100)
+    for read in (lambda: batches[0], lambda: found.test.document(0)):
+        with pytest.raises(InputError, match=r"\.npy was changed while it was in use"):
+            read()
+    again = opened(folder, cache)
+    assert torch.equal(Batches(again.train, 8, 2, 0, "documents")[0].tokens, whole.tokens)
+    assert np.array_equal(again.test.document(0), before)
 
 
 def test_a_store_is_checked_once_in_a_process(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +244,7 @@ def test_a_store_is_checked_once_in_a_process(folder: Path, cache: Path, monkeyp
     opened(folder, cache)
     read: list[Path] = []
     monkeypatch.setattr(corpus, "sha256", lambda path: read.append(path))
-    assert np.array_equal(opened(folder, cache).train.tokens, first.train.tokens) and not read
+    assert np.array_equal(opened(folder, cache).train.tokens[:], first.train.tokens[:]) and not read
 
 
 def test_versions_of_the_text_are_kept_and_valid_is_no_part_of_the_digest(

@@ -61,7 +61,7 @@ def test_targets_are_one_further_on() -> None:
     torch.testing.assert_close(batch.targets[:, :-1], batch.tokens[:, 1:])
     after = {tuple(row): int(target) for row, target in zip(batch.tokens.tolist(), batch.targets[:, -1], strict=True)}
     for start in range(0, 80, 5):
-        assert after[tuple(SPLIT.tokens[start : start + 5].tolist())] == SPLIT.tokens[start + 5]
+        assert after[tuple(SPLIT.tokens[start : start + 5].tolist())] == SPLIT.tokens[start + 5 :][0]
 
 
 def test_documents_end_sequences() -> None:

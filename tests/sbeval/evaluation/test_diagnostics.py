@@ -14,7 +14,7 @@ from sbeval.data.corpus import Split
 from sbeval.evaluation import diagnostics
 from sbeval.evaluation.diagnostics import Probes, Reading, Size
 from sbeval.kernels import forgetting
-from sbeval.models.attention_weights import attention_weights
+from sbeval.models.attention_weights import attention_weights, mixer_inputs
 from sbeval.models.config import ModelConfig, flops_per_token, named
 from sbeval.models.decoder import Decoder
 
@@ -215,6 +215,30 @@ def test_heads_of_every_method_are_read(attention: str) -> None:
     wanted = diagnostics.prefix_matching(weights[1])[:, 0].mean().item()
     (reading,) = [one for one in found if (one.metric, one.layer, one.head) == ("prefix_matching", 2, 1)]
     assert reading.value == pytest.approx(wanted, rel=1e-5) and (reading.distance, reading.n) == (64, 4)
+
+
+def test_heads_are_read_from_fewer_rows_where_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can end there, in the middle of a training."""
+    torch.manual_seed(0)
+    shape = ModelConfig(vocab_size=VOCABULARY, width=32, layers=2, heads=2, hidden=32, attention="forgetting")
+    model, given = Decoder(shape).eval(), probes(Size(64))
+    given = dataclasses.replace(given, reach=given.copies[64][:5])
+    said: list[str] = []
+    whole = diagnostics.heads(model, given, CPU, "float32", said.append)
+    read = mixer_inputs
+
+    def limited(decoder: Decoder, tokens: torch.Tensor, dtype: str) -> Any:
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError
+        return read(decoder, tokens, dtype)
+
+    assert not said
+    monkeypatch.setattr(diagnostics, "mixer_inputs", limited)
+    fewer = diagnostics.heads(model, given, CPU, "float32", said.append)
+    assert said and all(line.startswith("out of memory at ") for line in said)
+    for one, other in zip(fewer, whole, strict=True):
+        assert dataclasses.replace(one, value=0.0, stderr=None) == dataclasses.replace(other, value=0.0, stderr=None)
+        assert (one.value, one.stderr) == pytest.approx((other.value, other.stderr), rel=1e-5)
 
 
 # cost

@@ -102,6 +102,23 @@ def test_a_changed_byte_anywhere_changes_no_answer(path: Path) -> None:
         assert found.items() <= WRITTEN.items()
 
 
+def test_a_disk_that_takes_no_answers_is_not_taken_for_a_damaged_file(path: Path) -> None:
+    """Nobody is to remove the answers of a day because the disk is full."""
+    answers = Answers(path)
+    try:
+        # no more than it has
+        answers._file.execute("PRAGMA max_page_count = 1")
+        with pytest.raises(InputError, match="^cannot write .* full; earlier answers are kept") as caught:
+            answers.keep({bytes([n]): "x" * 1000 for n in range(50)})
+    finally:
+        answers.close()
+    assert read(path)[0] == WRITTEN and "remove it" not in str(caught.value)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(InputError, match="^cannot write .*: unable to open database file; earlier answers are kept"):
+        Answers(path)
+
+
 def test_a_file_without_answers_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "model.sqlite").write_text("no database, but a text that is long enough to be taken for one" * 20)
     with pytest.raises(InputError, match="is not a cache of model responses"):

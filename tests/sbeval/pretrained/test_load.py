@@ -25,6 +25,18 @@ def test_our_own_have_one_or_not(tmp_path: Path) -> None:
         assert load.load(str(tmp_path / str(size)), CPU, "float32").positions == (size or None)
 
 
+def test_weights_are_not_mapped_from_their_file(odd_models: Any, tmp_path: Path) -> None:
+    """A file that is cut while it is mapped would end the process with SIGBUS."""
+    shape = ModelConfig(vocab_size=50, width=16, layers=1, heads=2, hidden=16, tied=True)
+    checkpoint.save(tmp_path / "own", Decoder(shape), checkpoint.State(finished=True))
+    loaded = [load.load(str(tmp_path / "own"), CPU, "float32")]
+    loaded += [
+        load.load(str(odd_models.write(tmp_path / str(tied), tie_word_embeddings=tied)), CPU, "float32")
+        for tied in (True, False)
+    ]
+    assert len(loaded) == 3 and str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "added_tokens.json", "spiece.model", "modeling_own.py", "own/a.py"])
 def test_a_digest_is_of_weights_tokenizer_and_code(file: str, odd_models: Any, tmp_path: Path) -> None:
     folder = odd_models.write(tmp_path / "model")

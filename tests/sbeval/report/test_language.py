@@ -76,6 +76,19 @@ def test_young_models_show_nothing_of_length(frame: Tables, perplexities: Tables
     assert found.verdict == UNDECIDED and found.reason == "trained on 1.0 tokens a parameter, fewer than 5"
 
 
+def test_another_training_length_leans(frame: Tables, perplexities: Tables) -> None:
+    """Models of another training length decide nothing, and still show on which side they are."""
+    short = {name: {at // 8: values for at, values in ends.items()} for name, ends in both((40, 39), (40, 80)).items()}
+    table = perplexities(short, train_len=256)
+    found = judged(language.lengths, table)
+    assert (found.verdict, found.leans) == (UNDECIDED, AGREES)
+    assert found.found.startswith("Perplexity from context 256 to 2048: stick-breaking from 40.0 to 39.0")
+    assert found.reason.startswith("trained at 256 tokens, the paper's at 2048")
+    # the paper's length is preferred, whatever else there is
+    at_paper = pd.concat([table, perplexities(both((40, 44), (40, 80))), targets(frame, FAR)])
+    assert judged(language.lengths, at_paper).verdict == DISAGREES
+
+
 def test_the_nearest_setting_decides(frame: Tables, perplexities: Tables) -> None:
     grown = pd.concat([perplexities(both((20, 19), (20, 40))), targets(frame, FAR)])
     # larger, on too few tokens a parameter
@@ -91,7 +104,7 @@ def test_what_was_not_evaluated_far_enough(perplexities: Tables) -> None:
     table = perplexities(both((40, 40), (40, 80)))
     with pytest.raises(InputError, match="no setting has rows of both stick-breaking and RoPE"):
         judged(language.lengths, table[table["attention"] == ROPE])
-    with pytest.raises(InputError, match="no model trained at 2048 tokens was evaluated up to 16384"):
+    with pytest.raises(InputError, match="no model was evaluated up to 8 times its training length"):
         judged(language.lengths, table[table["context_length"] == 2048])
 
 

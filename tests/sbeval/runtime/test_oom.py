@@ -40,6 +40,23 @@ def test_a_single_item_that_does_not_fit_ends_it() -> None:
         oom.in_parts(range(3), 2, limited(0, []), lambda _: None)
 
 
+@pytest.mark.parametrize(("limit", "fits"), [(1, 1), (3, 3), (5, 3), (12, 12), (100, 12)])
+def test_the_largest_half_that_fits_is_taken(limit: int, fits: int) -> None:
+    lines: list[str] = []
+
+    def work(size: int) -> str:
+        limited(limit, [])(range(size))
+        return f"done at {size}"
+
+    assert oom.fitting(12, work, lines.append) == (fits, f"done at {fits}")
+    assert len(lines) == {12: 0, 3: 2, 1: 3}[fits]
+
+
+def test_one_that_does_not_fit_ends_it() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="nothing smaller is left"):
+        oom.fitting(4, lambda size: limited(0, [])(range(size)), lambda _: None)
+
+
 def test_only_a_lack_of_memory_is_tried_again() -> None:
     def work() -> None:
         raise RuntimeError("another error")

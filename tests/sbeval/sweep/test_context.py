@@ -13,8 +13,11 @@ import torch
 from rich.console import Console
 
 from sbeval.errors import InputError
+from sbeval.models.config import ModelConfig
+from sbeval.models.decoder import Decoder
 from sbeval.runtime.progress import Progress
 from sbeval.sweep.context import RunContext
+from sbeval.training import checkpoint
 
 
 def test_force_empties_a_checkpoint(tmp_path: Path) -> None:
@@ -45,7 +48,11 @@ def test_what_was_not_cleared_to_the_end_is_cleared_again(tmp_path: Path) -> Non
             assert found == stale
 
 
-def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("finished", [None, False, True])
+def test_a_checkpoint_is_of_one_at_a_time(
+    finished: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits says so, unless the other one reads a checkpoint that is finished."""
     monkeypatch.setattr("sbeval.sweep.context.POLL_S", 0.01)
     context, console = (
         RunContext(results_dir=tmp_path, device=torch.device("cpu")),
@@ -57,6 +64,9 @@ def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
         with context.checkpoint(["key"], Progress(console)):
             order.append("second")
 
+    if finished is not None:
+        model = Decoder(ModelConfig(vocab_size=8, width=4, layers=1, heads=1, hidden=4))
+        checkpoint.save(context.folder(["key"]), model, checkpoint.State(finished=finished))
     with context.checkpoint(["key"], Progress(console)) as folder:
         other = threading.Thread(target=second)
         other.start()
@@ -65,7 +75,7 @@ def test_a_checkpoint_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     other.join()
     assert order == ["first", "second"]
     assert isinstance(console.file, io.StringIO)
-    assert console.file.getvalue() == f"another process trains {folder}: waiting\n"
+    assert console.file.getvalue() == ("" if finished else f"another process trains {folder}: waiting\n")
 
 
 def test_tensorboard_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

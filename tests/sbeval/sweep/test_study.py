@@ -207,6 +207,25 @@ def test_what_is_the_users_to_change_is_said_before_anything_is_trained(
     assert not list((tmp_path / "checkpoints").iterdir()) and not list((tmp_path / "runs").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("attention", "said"),
+    [
+        ("softmax", "has no positions of its own"),
+        ("rope:theta=-1", "theta must be positive"),
+        ("fire:some=1", "unknown option of attention 'fire' 'some'"),
+        ("sliding_window:window=0", "window must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize("family", ["length_gen", "needle"])
+def test_a_method_that_is_refused_is_so_before_a_text_is_tokenized(
+    family: str, attention: str, said: str, study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_training, "open_corpus", None)
+    options = ("--set", f"{family}.attention=['{attention}']", "--device", "cpu", "--results-dir", tmp_path)
+    code, _, err = run(study, *options)
+    assert code == 2 and said in err.splitlines()[-1] and err.splitlines()[-1].startswith("sbeval: "), err
+
+
 def test_further_seeds_follow_when_the_rates_of_their_family_are_known(study: Path, tmp_path: Path) -> None:
     options = [f"mqrar.{name}={json.dumps(value)}" for name, value in RECALL.items()]
     options += ["mqrar.lrs=[1e-3, 1e9]", "mqrar.seeds=[0, 1]", "mqrar.attention=[rope]", "mqrar.check_every=6"]
