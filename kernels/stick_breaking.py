@@ -29,12 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sbeval.errors import InputError, choose
-from sbeval.kernels import check
+from sbeval.kernels import check, hopper
 from sbeval.models.kv_cache import Layer, through
 
 # rows and columns of the tiles of the portable path
 TILE = 128
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "triton-hopper")
 REMAINDERS = ("none", "value", "bias")
 SPREAD = "spread"
 
@@ -208,6 +208,10 @@ def _operator(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, remainder, and for the gradient what rounding took off a 16-bit output (empty otherwise) and where each
     query tile stopped (empty on the portable path)."""
+    if backend == "triton-hopper":
+        from sbeval.kernels import stick_breaking_hopper
+
+        return stick_breaking_hopper.forward(q, k, v, bias, cu_seqlens, scale, attend_current, epsilon)
     if backend == "triton":
         from sbeval.kernels import stick_breaking_triton
 
@@ -242,6 +246,10 @@ def _(
         from sbeval.kernels import stick_breaking_triton
 
         stop = stop.new_empty(stick_breaking_triton.stop_shape(q, cu_seqlens))
+    elif backend == "triton-hopper":
+        from sbeval.kernels import stick_breaking_hopper
+
+        stop = stop.new_empty(stick_breaking_hopper.stop_shape(q, cu_seqlens))
     return out, torch.empty(q.shape[:3], dtype=wide, device=q.device), residual, stop
 
 
@@ -264,6 +272,12 @@ def _backward_operator(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and bias (empty without one)."""
+    if backend == "triton-hopper":
+        from sbeval.kernels import stick_breaking_hopper_backward
+
+        return stick_breaking_hopper_backward.backward(
+            q, k, v, bias, out, remainder, residual, stop, dout, dremainder, cu_seqlens, scale, attend_current, epsilon
+        )
     if backend == "triton":
         from sbeval.kernels import stick_breaking_triton
 
@@ -375,11 +389,19 @@ def pick_backend(q: Tensor, k: Tensor, backend: str | None) -> str:
     where the one that was asked for can't."""
     supported = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
     if backend is None:
+        # `triton-hopper` only where it is asked for: a model that is compiled has not been trained with it yet
         return "triton" if supported else "torch"
     choose("backend of stick_breaking", backend, BACKENDS)
     if backend == "triton" and not supported:
         raise InputError(f"backend 'triton' needs float16, bfloat16 or float32 on a GPU; q is {q.dtype} on {q.device}")
+    if backend == "triton-hopper" and (obstacle := _hopper_obstacle(q, k)):
+        raise InputError(f"backend 'triton-hopper' can't run: {obstacle}")
     return backend
+
+
+def _hopper_obstacle(q: Tensor, k: Tensor) -> str:
+    """Why `triton-hopper` can't run for inputs like these, in words; empty where it can."""
+    return hopper.obstacle(q.device) or hopper.inputs_obstacle(q, k)
 
 
 def backend_name(device_type: str) -> str:
@@ -422,8 +444,8 @@ def attention(
     scale: multiplies q . k, 1 / sqrt(D) by default. bias: (H,) float32, float64 for float64, added to the logits of
     each head; it has a gradient. epsilon: the stick below which older tiles are skipped; 0 visits all; by default half
     the spacing of numbers at 1 in the dtype that sums (2^-24, float64 2^-53), which changes the output by less than
-    rounding does. backend: `triton` (GPU), `torch` (anywhere) or None: `triton` where it can run, else `torch`. Memory
-    is linear in T.
+    rounding does. backend: `triton` (GPU), `torch` (anywhere), `triton-hopper` (faster: Hopper GPUs, 16 bits, heads of
+    64 or 128) or None: `triton` where it can run, else `torch`. Memory is linear in T.
 
     starts, lengths: int32 (B,), for a cache of keys: row b sees the keys starts[b] <= j < lengths[b], and its queries
     are the last T of those (where they are fewer, the first queries see nothing: output 0, remainder 1). No gradient.
@@ -438,7 +460,10 @@ def attention(
     _check_epsilon(epsilon)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bounded = starts is not None or lengths is not None
-    decodes = q.shape[1] <= min(FEW, k.shape[1] - 1)
+    if bounded and backend == "triton-hopper":
+        raise InputError("backend 'triton-hopper' has no kernel for starts and lengths: 'triton' has")
+    # few queries are decoded, by the portable kernels
+    decodes = backend != "triton-hopper" and q.shape[1] <= min(FEW, k.shape[1] - 1)
     backend = pick_backend(q, k, backend)
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
     if bounded and differentiable:

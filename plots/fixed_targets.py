@@ -1,31 +1,60 @@
 """Loss of the same tokens by how much context they are given: does a method use distant text?
 
-Panels as in `length_gen`. The targets are the last tokens of each long window. Perplexity over the first l tokens,
-which `length_gen` draws, also falls where a text's beginning is harder than its rest; here only the context changes.
+The targets are the last tokens of each long window. Perplexity over the first l tokens, which `length_gen` draws, also
+falls where a text's beginning is harder than its rest; here only the context changes.
+
+Two panels a setting: the loss, and beside it the change of the loss from that with the training length of context, past
+that length. The change is paired by document, so what all documents have in common is not in its interval.
 """
 
+from pathlib import Path
+
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sbeval.errors import InputError
-from sbeval.plots import length_gen
-from sbeval.plots.chart import Chart
-from sbeval.plots.length_gen import TABLE
-from sbeval.tables.selection import LENGTH_GEN
-from sbeval.tables.statistics import Scale
+from sbeval.plots import chart as charts
+from sbeval.plots import style
+from sbeval.plots.chart import Chart, Group, Lines
+from sbeval.tables import documents, intervals, values
+from sbeval.tables.results import Results
+from sbeval.tables.selection import LENGTH_GEN, length_gen_setting
 
+TABLE = "length_gen"
 METRIC = "loss_fixed_targets"
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *LENGTH_GEN.columns, "context_length")
-__all__ = ["COLUMNS", "TABLE", "chart", "draw", "has_rows"]
-# where a panel ends, in nats above the best method's last value
-SHOWN = 1.0
-SCALE = length_gen.Scale(
-    "context given (tokens)",
-    "loss of the same tokens (nats)",
-    Scale.LINEAR,
-    lambda *_: False,
-    lambda best: best + SHOWN,
-)
+X = "context given (tokens)"
+LOSS, CHANGE = "loss (nats)", "change of the loss (nats)"
+NAMES = {LOSS: "the same tokens", CHANGE: "past the training length"}
+# where panels end: nats above the best method's last loss, and above no change
+SHOWN = {LOSS: 0.5, CHANGE: 0.02}
+
+
+def gather(table: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
+    """Return the rows of fixed targets, with standard errors of their changes, in column `paired`, over documents."""
+    rows = table[table["metric"] == METRIC]
+    if rows.empty or "cell" not in rows:
+        return rows.assign(paired=float("nan"))
+    stored = values.read(Results(results_dir), rows["cell"])
+    errors = [_paired(stored[stored["cell"] == cell], of) for cell, of in rows.groupby("cell", sort=False)]
+    return rows.assign(paired=pd.concat(errors))
+
+
+def _paired(stored: pd.DataFrame, rows: pd.DataFrame) -> "pd.Series[float]":
+    """Return the standard error over documents of each row's change; NaN where values are not stored."""
+    found = pd.Series(float("nan"), rows.index)
+    if stored.empty or "targets" not in stored:
+        return found
+    train_len = int(rows["train_len"].iloc[0])
+    for index, targets, length in rows[["targets", "context_length"]].itertuples(name=None):
+        here, there, tokens = (
+            documents.sums(stored, name, targets=targets, context_length=at)
+            for name, at in (("nll_sum", length), ("nll_sum", train_len), ("tokens", length))
+        )
+        if len(here) and len(there) and here.shape[1] > 1:
+            found[index] = float(((here - there) / tokens).iloc[0].sem())
+    return found
 
 
 def has_rows(table: pd.DataFrame) -> bool:
@@ -33,28 +62,93 @@ def has_rows(table: pd.DataFrame) -> bool:
     return bool((table["metric"] == METRIC).any())
 
 
-def draw(table: pd.DataFrame) -> Figure:
-    """Draw the mean loss of the targets by the context they are given, a method each."""
-    return length_gen.panels(_plotted(table), SCALE)
+def draw(rows: pd.DataFrame) -> Figure:
+    """Draw the mean loss of the targets by the context they are given, and its change, a method each."""
+    settings, looks = _settings(rows), style.looks(rows)
+    figure, axes = style.pairs(len(settings))
+    spreads: list[pd.DataFrame] = []
+    beyond: dict[str, None] = {}
+    for (title, panels), of_row in zip(settings, axes, strict=True):
+        style.title(of_row[0], title)
+        for axis, (y, of) in zip(of_row, panels.items(), strict=False):
+            points = intervals.points(of, ["x"])
+            beyond |= dict.fromkeys(_lines(axis, points, looks, _top(y, of)))
+            train_len = int(of["train_len"].iloc[0])
+            style.octaves(axis, of["x"].min(), of["x"].max(), train_len, most=6)
+            style.training_length(axis, train_len)
+            style.label(axis, X, y)
+            style.subtitle(axis, NAMES[y])
+            spreads.append(points)
+        if len(panels) < len(of_row):
+            of_row[-1].set_axis_off()
+    cut = f" {', '.join(beyond)} {'leaves' if len(beyond) == 1 else 'leave'} the panels." if beyond else ""
+    note = style.with_caution(intervals.explain(spreads, "bands", "documents") + cut, rows, looks)
+    style.finish(figure, [*(look.handle() for look in looks.values()), style.training_length_handle()], note)
+    return figure
 
 
-def chart(table: pd.DataFrame) -> Chart:
+def _top(y: str, rows: pd.DataFrame) -> float:
+    """Return where a panel ends, so that a method that diverges flattens no other."""
+    best = float(rows.loc[rows["x"] == rows["x"].max(), "value"].min()) if y == LOSS else 0.0
+    return min(best + SHOWN[y], float(rows["value"].max()) + 0.1 * SHOWN[y])
+
+
+def _lines(axis: Axes, points: pd.DataFrame, looks: dict[style.Method, style.Look], top: float) -> list[str]:
+    """Draw a line and a band for each method, up to `top`; return the labels of those that leave the panel."""
+    beyond = []
+    low = float("inf")
+    for method, look in looks.items():
+        if (mine := intervals.method(points, method)).empty:
+            continue
+        axis.plot(mine["x"], mine["mean"], label=look.label, **look.line())
+        inside = mine["mean"].max() <= top
+        if inside:
+            axis.fill_between(mine["x"], mine["low"], mine["high"], color=look.colour, alpha=0.2, linewidth=0)
+            style.seeds(axis, mine["x"], mine, look)
+        else:
+            beyond.append(look.label)
+        low = min(low, float(mine["low" if inside else "mean"].min()))
+    axis.set_ylim(low - 0.05 * (top - low), top)
+    return beyond
+
+
+def chart(rows: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
-    rows = _plotted(table)
-    groups = length_gen.panel_groups(rows, SCALE)
-    counts = rows["targets"].unique()
+    settings, looks = _settings(rows), style.looks(rows)
+    groups = [Group(title, [_panel(y, of, looks) for y, of in panels.items()]) for title, panels in settings]
+    counts = rows["targets"].dropna().unique()
     tokens = f"the last {int(counts[0])} tokens" if len(counts) == 1 else "the last tokens"
     sentence = (
-        f"Mean loss, in nats per token, of {tokens} of long windows, given more and more of the text before them. A "
-        "line that stays level past a length uses nothing further away; one that rises is confused by it. Lower is "
-        "better."
+        f"Mean loss, in nats per token, of {tokens} of long windows, given more and more of the text before them, and "
+        "its change past the training length. A line that stays level past a length uses nothing further away; one "
+        "that rises is confused by it. Lower is better."
     )
-    return Chart("Loss of fixed targets", sentence, groups, length_gen.explained(groups, rows))
+    note = intervals.explain(charts.spreads(groups), "bands", "documents")
+    return Chart("Loss of fixed targets", sentence, groups, style.with_caution(note, rows, looks))
 
 
-def _plotted(table: pd.DataFrame) -> pd.DataFrame:
-    rows = table[table["metric"] == METRIC]
+def _panel(y: str, rows: pd.DataFrame, looks: dict[style.Method, style.Look]) -> Lines:
+    marks = [int(rows["train_len"].iloc[0])]
+    return Lines(title=NAMES[y], x=X, y=y, lines=charts.lines(rows, looks), marks=marks, top=_top(y, rows))
+
+
+def _settings(rows: pd.DataFrame) -> list[tuple[str, dict[str, pd.DataFrame]]]:
+    """Return the title of each setting and the rows of its panels, by their y: without longer contexts no change."""
+    rows = rows[rows["metric"] == METRIC]
     if rows.empty:
         raise InputError(f"there are no rows with metric {METRIC!r} to draw: --fixed-targets measures them")
     length = rows["context_length"].astype(float)
-    return rows.assign(x=length, end=length, value=rows["value"].astype(float))
+    rows = rows.assign(x=length, value=rows["value"].astype(float))
+    setting = length_gen_setting(rows)
+    panels = style.panels(rows, setting.always, setting.others)
+    return [(title, {LOSS: of} | ({} if (less := changes(of)).empty else {CHANGE: less})) for title, of in panels]
+
+
+def changes(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the losses of a setting minus those with the training length of context, from that length on."""
+    model = ["attention", "options", "seed", "targets"]
+    at = rows["x"] == rows["train_len"].astype(float)
+    reference = rows.loc[at, [*model, "value"]].rename(columns={"value": "reference"})
+    both = rows[rows["x"] >= rows["train_len"].astype(float)].merge(reference, on=model)
+    both = both.assign(value=both["value"] - both["reference"], stderr=both["paired"])
+    return both if both["x"].nunique() > 1 else both[:0]

@@ -20,7 +20,7 @@ from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import intervals
+from sbeval.tables import intervals, mqrar
 from sbeval.tables.selection import MQRAR, recall_accuracy, recall_setting
 from sbeval.tables.statistics import Method, Scale
 
@@ -31,6 +31,7 @@ SIZE = ("model", "width", "layers", "heads")
 # panels in a row
 MOST = 3
 AXES = {"kv_pairs": "key-value pairs", "n_back": "n, where the n-th last value is asked for"}
+COUNTED = {"kv_pairs": "pairs", "n_back": "back"}
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", "kv_pairs", "lr", "split", *MQRAR.columns)
 CHANCE: dict[str, Any] = {"color": style.MARK, "linewidth": 1.0, "linestyle": ":"}
 # how training ended
@@ -50,31 +51,39 @@ class Picture:
 
 
 def draw(table: pd.DataFrame) -> Figure:
-    """Draw the setting with the most rows, at the learning rate with the best validation accuracy of each method."""
+    """Draw the setting with the most rows, each method at the rate that solves it soonest (`recall_accuracy`)."""
     return figures(table)[""]
 
 
 def figures(table: pd.DataFrame) -> dict[str, Figure]:
     """Draw each setting, by the words that tell it from the first, which has the most rows and no words."""
-    drawn = _best(table)
-    looks = style.looks(drawn)
-    first, *others = pictures(drawn)
-    beside = " Other settings have figures of their own." if others else ""
-    made = {"": _figure(first, looks, _ended(table, first.rows) + beside)}
+    rows = drawn(table)
+    looks, named = style.looks(rows), by_name(pictures(rows))
+    beside = {"": " Other settings have figures of their own."} if len(named) > 1 else {}
+    return {
+        name: _figure(picture, looks, _ended(table, picture.rows) + beside.get(name, ""))
+        for name, picture in named.items()
+    }
+
+
+def by_name(found: list[Picture]) -> dict[str, Picture]:
+    """Return pictures by the words that tell each from the first, which has none."""
+    first, *others = found
+    named = {"": first}
     for picture in others:
         words = [word for word in picture.title.lower().split(", ") if word not in first.title.lower().split(", ")]
         words += ["n-back"] if picture.x == "n_back" else []
         name = "".join(f"-{re.sub('[^a-z0-9]+', '-', word)}" for word in words)
-        made[f"{name}-{len(made) + 1}" if name in made else name] = _figure(picture, looks, _ended(table, picture.rows))
-    return made
+        named[f"{name}-{len(named) + 1}" if name in named else name] = picture
+    return named
 
 
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure, with a panel for each split."""
-    drawn = _best(table)
-    looks = style.looks(drawn)
+    best = drawn(table)
+    looks = style.looks(best)
     groups = []
-    for title, rows, x in settings(drawn):
+    for title, rows, x in settings(best):
         chance = {f"chance, 1/{size - size // 2}": 1 / (size - size // 2) for size in sorted(set(rows["vocab_size"]))}
         panels = [
             Lines(title=name, x=AXES[x], y="accuracy", lines=lines, levels=chance)
@@ -86,21 +95,23 @@ def chart(table: pd.DataFrame) -> Chart:
         "Share of queries for which the latest value of the key is returned (1 is all), by the number of key-value "
         "pairs in the sequence. What older values of a key cost is the difference between fresh and stale."
     )
-    note = intervals.explain(charts.spreads(groups), "bars and bands", "sequences") + _ended(table, drawn)
+    note = intervals.explain(charts.spreads(groups), "bars and bands", "sequences") + _ended(table, best)
     return Chart("Associative recall by number of pairs", sentence, groups, note)
 
 
-def _ended(table: pd.DataFrame, drawn: pd.DataFrame) -> str:
-    """Count how training of the drawn models ended, where the table has it: not solved is not refuted."""
+def _ended(table: pd.DataFrame, rows: pd.DataFrame) -> str:
+    """Count how training of the drawn models ended, where the table has it: not solved is not refuted. Add cautions."""
     if not {"cell", "status"} <= set(table):
         return ""
-    solved = table[(table["metric"] == "solved") & table["cell"].isin(drawn["cell"])]
+    solved = table[(table["metric"] == "solved") & table["cell"].isin(rows["cell"])]
     counts = solved.drop_duplicates("cell")["status"].value_counts()
     parts = [f"{counts[how]} {words}" for how, words in ENDS.items() if how in counts]
-    return f" Training ended: {', '.join(parts)}." if parts else ""
+    ended = [f"Training ended: {', '.join(parts)}."] if parts else []
+    return "".join(f" {sentence}" for sentence in [*ended, *mqrar.cautions(rows)])
 
 
-def _best(table: pd.DataFrame) -> pd.DataFrame:
+def drawn(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the accuracies at the learning rate with the best validation accuracy of each method."""
     table = recall_accuracy(table)
     if not (table["split"] == "all").any():
         raise NothingToDraw("there are no rows with metric 'accuracy' and split 'all' to draw")

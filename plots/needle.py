@@ -1,6 +1,15 @@
-"""Needles in haystacks: score by length, for each task and as their mean."""
+"""Needles in haystacks: score by length, for each task and as their mean.
+
+Of models that were fine-tuned, a task has the lines of those that solved it at their training length; the others are
+named below the lines: what they score at other lengths says nothing about these. A mean is hollow where not all of its
+tasks were solved.
+"""
 
 import math
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -9,14 +18,45 @@ from matplotlib.figure import Figure
 from sbeval.plots import chart as charts
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Lines
+from sbeval.plots.style import Look
 from sbeval.tables import intervals
-from sbeval.tables.selection import NEEDLE, NEEDLE_SAME, mean_over_tasks, needle_scores, shared_tasks
+from sbeval.tables.needle import SOLVED
+from sbeval.tables.selection import NEEDLE, NEEDLE_COLUMNS, mean_over_tasks, needle_scores, shared_tasks
 from sbeval.tables.statistics import Method, Scale
 
 TABLE = "needle"
-COLUMNS = ("cell", "value", "stderr", "n", "depth_start", *NEEDLE_SAME)
+COLUMNS = ("cell", "value", "stderr", "n", "depth_start", *NEEDLE_COLUMNS)
 METRICS = {"score": "score of what is said", "greedy": "greedy decoding is right"}
 ACROSS = 4
+# letters of a line of the methods that did not solve a task
+LINE = 34
+HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "linestyle": (0, (1, 2)), "linewidth": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A panel: rows of its lines; lengths of its axis, training lengths; by method, how many of its models solved the
+    task, and of how many, where not all did. several: it is a mean over tasks, each of which counts."""
+
+    title: str
+    rows: pd.DataFrame
+    lengths: list[int]
+    marks: list[int]
+    short: Mapping[Method, tuple[int, int]] = field(default_factory=dict)
+    several: bool = False
+
+    def hollow(self, method: Method) -> bool:
+        return self.several and method in self.short
+
+    def apart(self, looks: Mapping[Method, Look]) -> list[str]:
+        """Return what is said of each method that did not solve the task, or a part of it."""
+        said = []
+        for method, look in looks.items():
+            done, of = self.short.get(method, (0, 0))
+            if of:
+                count = f"{done} of {of} solved" if self.several else f"{done} of {of} seeds"
+                said.append(f"{look.label} ({count})" if done else look.label)
+        return said
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -36,11 +76,12 @@ def draw(table: pd.DataFrame) -> Figure:
         first = sum(heights[:number]) * ACROSS
         panels = axes[first : first + heights[number] * ACROSS]
         style.title(panels[0], title)
-        for column, (axis, (task, part)) in enumerate(zip(panels, parts, strict=False)):
-            spreads += _lines(axis, task, part, looks, first=column % ACROSS == 0)
+        lengths = sorted({float(length) for part in parts for length in part.lengths})
+        for column, (axis, part) in enumerate(zip(panels, parts, strict=False)):
+            spreads += _lines(axis, part, looks, lengths, first=column % ACROSS == 0)
         for axis in panels[len(parts) :]:
             axis.set_axis_off()
-    note = style.with_caution(intervals.explain(spreads, "bars", "samples"), table, looks)
+    note = style.with_caution(_note(spreads, "bars", [part for parts in split for part in parts]), table, looks)
     style.finish(figure, [look.handle() for look in looks.values()], note)
     return figure
 
@@ -49,31 +90,65 @@ def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     table = needle_scores(table)
     looks = style.looks(table)
-    groups = []
+    groups, parts = [], list[Part]()
     for title, some in settings(table):
-        marks = [int(length) for length in some["train_len"].unique()]
+        split = _parts(some)
         panels = [
-            Lines(title=task, x="length (tokens)", y="score", lines=lines, marks=marks)
-            for task, part in _parts(some)
-            if (lines := charts.lines(part, looks, by="length", scale=Scale.SHARE))
+            Lines(title=_title(part, looks), x="length (tokens)", y="score", lines=lines, marks=part.marks)
+            for part in split
+            if (lines := charts.lines(part.rows, looks, by="length", scale=Scale.SHARE))
         ]
-        groups.append(Group(title, panels))
+        parts += split
+        groups += [Group(title, panels)] if panels else []
     sentence = (
         "Share of what was hidden in a text that is retrieved (1 is all), by the length of text and answer in "
         "tokens, for each of RULER's tasks and as the mean of them. Higher is better."
     )
-    note = style.with_caution(intervals.explain(charts.spreads(groups), "bands", "samples"), table, looks)
+    note = style.with_caution(_note(charts.spreads(groups), "bands", parts), table, looks)
     return Chart("Needles in haystacks", sentence, groups, note)
 
 
-def _parts(some: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Return name and rows of each panel: the mean over tasks, unless there is one task, then each task."""
-    if some["task"].nunique() == 1:
-        return [(str(some["task"].iloc[0]), some)]
+def _title(part: Part, looks: Mapping[Method, Look]) -> str:
+    apart = part.apart(looks)
+    return f"{part.title}; not {'all ' if part.several else ''}solved: {', '.join(apart)}" if apart else part.title
+
+
+def _note(spreads: Iterable[pd.DataFrame], shape: str, parts: Iterable[Part]) -> str:
+    lines = [intervals.explain(spreads, shape, "samples")]
+    if any(part.short for part in parts):
+        lines.append(
+            f"Not solved: less than {100 * SOLVED:.0f} % right at the training length after fine-tuning. Such models "
+            "have no line, and a mean is hollow where not all of its tasks are solved."
+        )
+    return " ".join(filter(None, lines))
+
+
+def _parts(some: pd.DataFrame) -> list[Part]:
+    """Return the panels: the mean over tasks, unless there is one task, then each task."""
+    tasks = [_part(str(task), part) for task, part in some.groupby("task")]
+    if len(tasks) == 1:
+        return tasks
     shared = shared_tasks(some)
-    tasks = sorted(shared["task"].unique())
-    name = "mean" if len(tasks) == some["task"].nunique() else f"mean of {', '.join(tasks)}"
-    return [(name, mean_over_tasks(shared)), *((str(task), part) for task, part in some.groupby("task"))]
+    names = sorted(shared["task"].unique())
+    name = "mean" if len(names) == len(tasks) else f"mean of {', '.join(names)}"
+    return [_part(name, shared, several=True), *tasks]
+
+
+def _part(title: str, some: pd.DataFrame, *, several: bool = False) -> Part:
+    models = some.drop_duplicates(["attention", "options", "seed", "task"])
+    counts = models.groupby(["attention", "options"])["solved"].agg(["sum", "size"])
+    short = {
+        (str(name), str(options)): (int(done), int(of))
+        for (name, options), done, of in counts.itertuples()
+        if done < of
+    }
+    lengths = sorted({int(length) for length in some["length"]})
+    marks = [int(length) for length in some["train_len"].unique()]
+    if not several:
+        return Part(title, some[some["solved"]], lengths, marks, short)
+    none = [method for method, (done, _) in short.items() if not done]
+    drawn = [(name, options) not in none for name, options in zip(some["attention"], some["options"], strict=True)]
+    return Part(title, mean_over_tasks(some[drawn]), lengths, marks, short, several=True)
 
 
 def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -87,25 +162,34 @@ def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def _lines(
-    axis: Axes, task: str, some: pd.DataFrame, looks: dict[Method, style.Look], *, first: bool
+    axis: Axes, part: Part, looks: dict[Method, Look], lengths: list[float], *, first: bool
 ) -> list[pd.DataFrame]:
-    style.subtitle(axis, task)
-    points = intervals.points(some, ["length"], Scale.SHARE)
+    style.subtitle(axis, part.title)
+    points = intervals.points(part.rows, ["length"], Scale.SHARE)
     spreads = []
     for method, look in looks.items():
         spread = intervals.method(points, method)
         if spread.empty:
             continue
         style.bars(axis, spread["length"], spread, look)
-        axis.plot(spread["length"], spread["mean"], label=look.label, **look.line())
+        how = look.line() | (HOLLOW if part.hollow(method) else {})
+        axis.plot(spread["length"], spread["mean"], label=look.label, **how)
         spreads.append(spread)
-    if spreads:
-        lengths = sorted({float(length) for length in some["length"]})
-        style.ticks(axis, lengths)
-        axis.set_xticklabels([f"{length / 1024:g}k" for length in lengths])
-        axis.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
-        for length in some["train_len"].unique():
-            axis.axvline(length, color=style.MARK, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
+    style.ticks(axis, lengths)
+    axis.set_xticklabels([f"{length / 1024:g}k" for length in lengths])
+    axis.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
+    for length in part.marks:
+        axis.axvline(length, color=style.MARK, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
     style.shares(axis)
     style.label(axis, "length (tokens)", "share" if first else "")
+    if apart := part.apart(looks):
+        said = f"not {'all ' if part.several else ''}solved: {', '.join(apart)}"
+        axis.text(
+            0.03,
+            0.04,
+            textwrap.fill(said, LINE),
+            transform=axis.transAxes,
+            fontsize=style.SMALL_PT - 1,
+            color=style.MARK,
+        )
     return spreads

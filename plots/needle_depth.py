@@ -7,16 +7,14 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from sbeval.errors import NothingToDraw
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Heat
-from sbeval.plots.needle import METRICS, TABLE, settings
+from sbeval.plots.needle import TABLE, settings
 from sbeval.tables import intervals
-from sbeval.tables.selection import NEEDLE_SAME, most_samples, shared_tasks
-from sbeval.tables.table import numbers
+from sbeval.tables.selection import NEEDLE_COLUMNS, needle_depths, shared_tasks
 
 DEPTHS = ("depth_start", "depth_end")
-COLUMNS = ("cell", "value", "n", *DEPTHS, *NEEDLE_SAME)
+COLUMNS = ("cell", "value", "n", *DEPTHS, *NEEDLE_COLUMNS)
 __all__ = ["COLUMNS", "TABLE", "chart", "draw"]
 # readable in grey and by colour-blind readers
 COLOURS = "viridis"
@@ -25,16 +23,22 @@ COLOURS = "viridis"
 def draw(table: pd.DataFrame) -> Figure:
     """Draw the table: a row for each setting and metric, in it a map for each method.
 
-    A cell is the mean over seeds and over the tasks with one needle that every method has; white is no sample.
+    A cell is the mean over seeds and over the tasks with one needle that every method has; white is no sample. Models
+    that did not solve a task at their training length are left out, and how many others there are is said.
     """
     table = _by_depth(table)
     looks = style.looks(table)
     grids = settings(table)
     figure, axes = style.grid(len(grids), len(looks))
     for row, (title, some) in enumerate(grids):
-        for column, (method, look) in enumerate(looks.items()):
-            axis = axes[row][column]
-            _map(axis, intervals.method(some, method), look.label, first=column == 0)
+        drawn = [
+            _map(axis, intervals.method(some, method), look.label)
+            for axis, (method, look) in zip(axes[row], looks.items(), strict=True)
+        ]
+        # in place of the leftmost, which may be empty
+        first = axes[row][drawn.index(True) if any(drawn) else 0]
+        first.tick_params(labelleft=True)
+        style.label(first, first.get_xlabel(), "depth of the needle (%)")
         style.title(axes[row][0], title)
     colours = ScalarMappable(Normalize(0, 1), COLOURS)
     bar = figure.colorbar(colours, ax=[axis for line in axes for axis in line], fraction=0.04, pad=0.02)
@@ -48,17 +52,17 @@ def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     table = _by_depth(table)
     looks = style.looks(table)
-    groups = [
-        Group(
-            title,
-            [
-                Heat(title=look.label, x="length (tokens)", y="depth (%)", value="score", table=_pivot(mine))
-                for method, look in looks.items()
-                if len(mine := intervals.method(some, method))
-            ],
-        )
-        for title, some in settings(table)
-    ]
+    groups = []
+    for title, some in settings(table):
+        rows = {method: intervals.method(some, method) for method in looks}
+        panels = [
+            Heat(
+                title=_title(mine, look.label), x="length (tokens)", y="depth (%)", value="score", table=_pivot(solved)
+            )
+            for mine, look in zip(rows.values(), looks.values(), strict=True)
+            if len(solved := mine[mine["solved"]])
+        ]
+        groups += [Group(title, panels)] if panels else []
     sentence = (
         "Share of needles that are found (1 is all), by the length of text and answer in tokens and by the depth in "
         "the text, in percent, of the needle; blank is no sample."
@@ -69,14 +73,18 @@ def chart(table: pd.DataFrame) -> Chart:
 
 
 def _by_depth(table: pd.DataFrame) -> pd.DataFrame:
-    table = table[table["metric"].isin(list(METRICS)) & table["depth_start"].notna()]
-    if table.empty:
-        raise NothingToDraw("there are no rows with a depth to draw: tasks with a single needle have them")
-    return shared_tasks(most_samples(numbers(table, [*DEPTHS, "length", "train_len", "finetune_tokens"])))
+    return shared_tasks(needle_depths(table))
 
 
 def _mean_of(table: pd.DataFrame) -> str:
-    return f"Mean of {', '.join(sorted(table['task'].unique()))}"
+    note = f"Mean of {', '.join(sorted(table['task'].unique()))}"
+    return note if table["solved"].all() else f"{note}, of models that solved them at their training length"
+
+
+def _title(some: pd.DataFrame, label: str) -> str:
+    """Name a method, with how many of its models are shown where not all solved their task."""
+    models = some.drop_duplicates(["seed", "task"])["solved"]
+    return label if models.all() else f"{label} ({int(models.sum())} of {len(models)} solved)"
 
 
 def _pivot(some: pd.DataFrame) -> pd.DataFrame:
@@ -86,12 +94,15 @@ def _pivot(some: pd.DataFrame) -> pd.DataFrame:
     return values.reindex(range(0, 100, width))
 
 
-def _map(axis: Axes, some: pd.DataFrame, label: str, *, first: bool) -> None:
+def _map(axis: Axes, some: pd.DataFrame, label: str) -> bool:
+    """Draw the map of one method; return whether there is one."""
     axis.grid(False)
+    if not some.empty:
+        style.subtitle(axis, _title(some, label))
+    some = some[some["solved"]]
     if some.empty:
         axis.set_axis_off()
-        return
-    style.subtitle(axis, label)
+        return False
     values = _pivot(some)
     lengths = sorted(some["length"].unique())
     axis.pcolormesh(np.arange(len(lengths) + 1), [*values.index, 100], values.to_numpy(), cmap=COLOURS, vmin=0, vmax=1)
@@ -102,4 +113,5 @@ def _map(axis: Axes, some: pd.DataFrame, label: str, *, first: bool) -> None:
     seen = sum(length <= train_len for length in lengths)
     if 0 < seen < len(lengths):
         axis.axvline(seen, color="white", linewidth=1.4, linestyle=(0, (3, 2)))
-    style.label(axis, "length (tokens)", "depth of the needle (%)" if first else "")
+    style.label(axis, "length (tokens)", "")
+    return True

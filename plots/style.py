@@ -66,6 +66,8 @@ DASHES: tuple[tuple[float, ...], ...] = (
 LABELS = labels(Identity, Provenance, mqrar.Row, needle.Row)
 TEXT_PT, SMALL_PT = 8, 7
 WIDTH_IN, ROW_IN = 7.2, 2.3
+# lines of a legend for which `grid` leaves room, and the height of a further one
+LEGEND_LINES, LINE_IN = 4, 0.17
 MARK = "0.35"
 TRAINED: dict[str, Any] = {"color": MARK, "linewidth": 1.0, "linestyle": (0, (2, 2))}
 
@@ -290,11 +292,17 @@ def bands(axis: Axes, rows: pd.DataFrame, looks: dict[Method, Look]) -> list[pd.
 
 
 def finish(figure: Figure, handles: Sequence[Any], note: str) -> None:
-    """Put the legend above the panels, where it covers no data, and the note below them."""
+    """Put the legend above the panels, where it covers no data, and the note below them.
+
+    The figure grows by the lines of a legend that it has no room for.
+    """
+    columns = _columns(handles, 4, figure.get_figwidth())
+    longer = max(0, math.ceil(len(handles) / columns) - LEGEND_LINES)
+    figure.set_figheight(figure.get_figheight() + LINE_IN * longer)
     figure.legend(
         handles=handles,
         loc="outside upper center",
-        ncols=_columns(handles, 4, figure.get_figwidth()),
+        ncols=columns,
         fontsize=TEXT_PT,
         frameon=False,
         handlelength=3,
@@ -318,8 +326,8 @@ def _columns(handles: Sequence[Any], most: int, width_in: float) -> int:
 
 def note_below(figure: Figure, text: str) -> None:
     """Write a note below the panels."""
-    # about 20 letters fit an inch
-    lines = textwrap.fill(text, round(20 * figure.get_figwidth()))
+    # about 19 letters fit an inch
+    lines = textwrap.fill(text, round(19 * figure.get_figwidth()))
     figure.supxlabel(lines, x=0.01, ha="left", fontsize=SMALL_PT, color=MARK)
 
 

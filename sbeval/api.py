@@ -98,7 +98,7 @@ def run(
     where = devices.pick(device)
     document = study_file.given(study) if isinstance(study, Mapping) else study_file.read(str(study))
     parts = study_file.parts(document, lambda named: devices.pick_dtype(dtype or named, where))
-    context = RunContext(results_dir=Path(results_dir), device=where, force=force)
+    context = RunContext(results_dir=Path(results_dir), device=where, force=force, quiet=quiet)
     if not studies.run(parts, context, Console(quiet=quiet), Executor(workers=workers)):
         raise RuntimeError(f"some cells failed: their run files in {Results(Path(results_dir)).runs} have the reasons")
     return load_results(results_dir)

@@ -16,6 +16,8 @@ ATTENTION = "Method, or package.module of your own, with options as name:key=val
 SEED = "Seed of weights and data."
 LR = "Peak learning rate."
 OPTIMIZERS = ("adamw", "muon")
+# of `--threads`
+AUTO = "auto"
 DTYPES = ("float32", "bfloat16", "float16")
 
 

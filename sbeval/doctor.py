@@ -16,8 +16,9 @@ import platformdirs
 import torch
 
 from sbeval import registry
-from sbeval.errors import first_line
+from sbeval.errors import InputError, first_line
 from sbeval.evaluation import perplexity
+from sbeval.kernels import stick_breaking
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder, n_parameters
 from sbeval.runtime import device as devices
@@ -73,7 +74,7 @@ def examine(device: torch.device, results_dir: Path) -> Report:
         [
             Section("Versions", ("package", "version"), list(_versions())),
             Section("Devices", ("device", "name", "free GiB", "of", "TFLOP/s"), [_device(one) for one in all_devices]),
-            Section(f"Attention on {device}", ("method", "backend", "runs"), [*methods]),
+            Section(f"Attention on {device}", ("method", "backend", "runs"), [*methods, _hopper(device)]),
             Section("Optional packages", ("package", "here", "what for"), [_package(*each) for each in PACKAGES]),
             Section("Folders", ("folder", "path", "free GiB"), list(_folders(results_dir))),
             Section(
@@ -169,6 +170,17 @@ def _methods(device: torch.device) -> Iterator[tuple[str, ...]]:
         except (RuntimeError, ImportError, OSError) as error:
             runs = f"no: {first_line(error)}"
         yield name, registry.method(name).backend_name(device.type), runs
+
+
+def _hopper(device: torch.device) -> tuple[str, ...]:
+    """Run the Hopper kernels of stick-breaking, selected by name."""
+    q = torch.randn(1, 64, 1, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    try:
+        stick_breaking.attention(q, q, q, backend="triton-hopper")[0].sum().backward()
+        runs = "yes"
+    except (InputError, RuntimeError, ImportError, OSError) as error:
+        runs = f"no: {first_line(error)}"
+    return "stick_breaking", "triton-hopper", runs
 
 
 def _package(module: str, name: str, use: str) -> tuple[str, ...]:

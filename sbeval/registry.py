@@ -65,9 +65,11 @@ FIGURES = {
     "model": "sbeval.plots.model",
     "mqrar": "sbeval.plots.mqrar",
     "mqrar_splits": "sbeval.plots.mqrar_splits",
+    "mqrar_steps": "sbeval.plots.mqrar_steps",
     "needle": "sbeval.plots.needle",
     "needle_depth": "sbeval.plots.needle_depth",
     "rates": "sbeval.plots.rates",
+    "recall_curves": "sbeval.plots.recall_curves",
     "skipping": "sbeval.plots.skipping",
     "tokens": "sbeval.plots.tokens",
 }

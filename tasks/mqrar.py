@@ -95,6 +95,10 @@ class Cell(Synthetic):
             positions=config.seq_len if config.positions else 0,
             init_std=config.init_std,
             dropout=config.dropout,
+            norm=config.norm,
+            qkv_bias=config.biases,
+            out_bias=config.biases,
+            mlp_bias=config.biases,
         )
 
     def training(self) -> "TrainConfig":
@@ -107,9 +111,14 @@ class Cell(Synthetic):
             length=config.seq_len,
             lr=config.lrs[0],
             schedule=config.schedule,
-            warmup=max(1, config.steps // 20),
+            warmup=max(1, config.steps // 20) if config.warmup is None else config.warmup,
+            final_lr=config.final_lr,
+            epoch_rows=config.stored_rows if config.lr_by_epoch else 0,
             optimizer=config.optimizer,
             weight_decay=config.weight_decay,
+            decay_all=config.decay_all,
+            beta_2=config.beta_2,
+            clip=config.clip,
             seed=config.seeds[0],
             dtype=config.dtype,
             sparse=True,

@@ -7,7 +7,8 @@ from typing import Any
 
 from sbeval.config import ATTENTION, EVALUATION, LATER, LR, MODEL, SEED, TASK, TRAINING, option
 from sbeval.data.recall import Recall
-from sbeval.errors import InputError, check_swept
+from sbeval.errors import InputError, check_swept, choose
+from sbeval.models.config import NORMS
 from sbeval.tasks.synthetic import METHODS
 
 
@@ -48,6 +49,14 @@ class Config:
     stop_accuracy: float = option(0.99, TRAINING, "Validation accuracy at which training ends.")
     patience: int = option(0, TRAINING, "Steps without progress in validation after which training ends; 0: never.")
     check_every: int = option(100, TRAINING, "Steps between validations.")
+    norm: str = option("rms", MODEL, "Norm of the blocks: rms, or layer (with biases).", LATER)
+    biases: bool = option(False, MODEL, "Biases of all projections inside the blocks.", LATER)
+    beta_2: float = option(0.95, TRAINING, "AdamW's decay rate of squared gradients.", LATER)
+    decay_all: bool = option(False, TRAINING, "Weight decay of all parameters, not of matrices alone.", LATER)
+    warmup: int | None = option(None, TRAINING, "Steps of the warm-up; 0: none. Default: 5 % of --steps.", LATER)
+    clip: float = option(1.0, TRAINING, "Norm to which larger gradients are clipped; 0: none are.", LATER)
+    final_lr: float = option(0.1, TRAINING, "Last rate of the cosine, as a share of the peak.", LATER)
+    lr_by_epoch: bool = option(False, TRAINING, "Change the rate between epochs of --stored-rows alone.", LATER)
     test_rows: int = option(3000, EVALUATION, "Test examples.")
     dtype: str = "float32"
 
@@ -63,6 +72,11 @@ class Config:
             raise InputError(f"stop_accuracy must be at least 0; got {self.stop_accuracy}")
         if self.stored_rows and self.stored_rows < self.batch:
             raise InputError(f"stored_rows must be 0 or at least the batch {self.batch}; got {self.stored_rows}")
+        if self.lr_by_epoch and not self.stored_rows:
+            raise InputError("--lr-by-epoch needs --stored-rows, whose epochs it is about")
+        if self.warmup is not None and self.warmup < 0:
+            raise InputError(f"warmup must be at least 0, or left out; got {self.warmup}")
+        choose("norm", self.norm, NORMS)
         for pairs in self.kv_pairs:
             for n_back in self.n_back:
                 self.task(pairs, n_back)
@@ -107,11 +121,18 @@ def factors(config: Config) -> dict[str, Any]:
         "batch": config.batch,
         "max_steps": config.steps,
         "optimizer": config.optimizer,
-        "schedule": config.schedule,
+        "schedule": f"{config.schedule} by epoch" if config.lr_by_epoch else config.schedule,
         "weight_decay": config.weight_decay,
         "init_std": config.init_std,
         "stop_accuracy": config.stop_accuracy,
         "patience": config.patience,
+        "norm": config.norm,
+        "biases": str(config.biases).lower(),
+        "beta_2": config.beta_2,
+        "decayed": "all" if config.decay_all else "matrices",
+        "warmup": config.warmup,
+        "clip": config.clip,
+        "final_lr": config.final_lr,
     }
 
 
@@ -152,12 +173,16 @@ PRESETS = {
     "n_back": dataclasses.replace(
         H200, kv_pairs=(32,), n_back=(1, 2, 3, 4), heads=2, key_pool=8, lrs=(5e-4, 1e-3, 2e-3),
     ),
-    # the author's public code: 64 epochs of 100,000 rows, up to 4.9e9 tokens a cell. Unlike there, dropout applies to
-    # the output of attention, not to its weights, and a GPU multiplies in bfloat16 (--dtype float32 for the author's).
-    # AdamW, weight decay, learning rates and the cosine are published; warm-up, the final learning rate, betas and
-    # clipping are this project's
+    # the paper's setting in this project's block and with its warm-up, betas, clipping and last learning rate
     "paper": Config(
         kv_pairs=(32, 64, 128, 192), widths=(256,), lrs=RATES, vocab_size=8192, seq_len=768, dropout=0.1,
         stored_rows=100_000, batch=256, steps=25_000, check_every=250,
+    ),
+    # the public code of the paper's first author (shawntan/zoology at eff3566), in which softmax has learned positions
+    # alone: `nope` here. What differs is in docs/tasks.md
+    "author": Config(
+        kv_pairs=(64, 128, 192), widths=(256,), lrs=RATES, vocab_size=8192, seq_len=768, dropout=0.1, positions=True,
+        norm="layer", biases=True, init_std=0.02, beta_2=0.999, decay_all=True, warmup=0, clip=0.0, final_lr=0.0,
+        lr_by_epoch=True, stored_rows=100_000, batch=256, steps=25_000, check_every=250,
     ),
 }  # fmt: skip

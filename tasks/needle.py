@@ -7,13 +7,18 @@ A text of a given number of tokens hides what the question after it asks for (se
     long-kayak mentioned in the provided text is| 8231406                 scored by the model's completion
 
 Models are those that length-gen trains with the same options, or a given checkpoint. With `finetune` tokens they are
-first fine-tuned on such prompts of their training length, with the answers as targets. No test sample is among those:
-they are drawn from other seeds, part of which is the word train, their essay begins at another sentence, and qa, whose
-questions are given, is left out.
+first fine-tuned on such prompts: by the recipe `packed` until they solve held-out prompts of their training length
+(`sbeval.tasks.needle_packed`), by `answers` on prompts of that length with the answers as targets. No test sample is
+among those: they are drawn from other seeds, part of which is the word train, their essay begins at another sentence,
+and qa, whose questions are given, is left out.
+
+By `packed` a method has two results: the tokens until it solves a task at its training length, and what it then scores
+at others. A method that does not solve a task is not compared at other lengths.
 """
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +29,11 @@ from sbeval.sweep.cell import Outcome, TrainingStep
 from sbeval.sweep.family import Family
 from sbeval.tables.needle import Row as Row
 from sbeval.tables.needle import summary
-from sbeval.tasks import length_gen
-from sbeval.tasks.needle_options import FILES, evaluated_tasks, not_finetuned, notes
+from sbeval.tasks.needle_options import FILES, completed, evaluated_tasks, not_finetuned, notes, tuned
 from sbeval.tasks.needle_options import PRESETS as PRESETS
 from sbeval.tasks.needle_options import Config as Config
+from sbeval.tasks.needle_packed import PackedTuning, Tuned, best
+from sbeval.tasks.needle_tuning import BATCH_TOKENS as BATCH_TOKENS
 from sbeval.tasks.needle_tuning import TUNING, Tuning, loaded, open_writer, sources
 from sbeval.tasks.text_cell import TextCell, outcome
 from sbeval.tasks.text_training import (
@@ -47,8 +53,6 @@ if TYPE_CHECKING:
 
 
 NAME = "needle"
-# tokens of prompts in a forward pass
-BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}
 # width of the bins of depth, in per cent
 BIN = 10
 
@@ -75,16 +79,22 @@ class Cell(TextCell):
 
     @property
     def needs(self) -> tuple[TrainingStep, ...]:
-        """The training of its model, unless that is given, and its fine-tuning."""
+        """The training of its model, unless that is given, and its fine-tuning at each rate."""
         # zero-argument super does not work in a class with slots
-        training = super(Cell, self).needs
-        return (*training, self.tuning) if self.config.finetune else training
+        return (*super(Cell, self).needs, *self.tunings)
 
     @property
-    def tuning(self) -> Tuning:
-        """The fine-tuning of its model, equal for all tasks that the model is evaluated on."""
+    def tunings(self) -> tuple[Tuning, ...]:
+        """The fine-tuning of its model at each rate, equal for all tasks that the model is evaluated on."""
+        if not self.config.finetune:
+            return ()
         options = training_options(self.config) | {name: getattr(self.config, name) for name in TUNING}
-        return Tuning(config=Config(**options, eval_len=self.config.train_len))
+        config = Config(**options, eval_len=self.config.train_len)
+        if config.finetune_recipe == "answers":
+            return (Tuning(config=config),)
+        return tuple(
+            PackedTuning(config=dataclasses.replace(config, finetune_lrs=(rate,))) for rate in config.finetune_lrs
+        )
 
     @property
     def flops(self) -> float:
@@ -104,8 +114,9 @@ class Cell(TextCell):
         _, writer = open_writer(self.config, progress)
         for length in self.config.lengths:
             writer.prompts(self.task, length, self.config.sample_seed, 1)
-        for name in self.config.finetune_tasks:
-            writer.prompts(name, self.tuning.length, self.seed, 1, training=True)
+        for tuning in self.tunings[:1]:
+            for name in self.config.finetune_tasks:
+                writer.prompts(name, tuning.length, self.seed, 1, use="train")
 
     def run(self, context: "RunContext", progress: "Progress") -> Outcome:
         """Write the prompts, train unless a finished checkpoint exists, and evaluate the samples without an answer."""
@@ -117,15 +128,14 @@ class Cell(TextCell):
         text, writer = open_writer(config, progress)
         prompts = {length: self._prompts(writer, length, progress) for length in config.lengths}
         trained = self.train_model(context, progress)
-        folder = str(self.tuning.run(trained, writer, context, progress)) if config.finetune else trained
+        folder, factors, of_tuning = self._tuned(trained, writer, context, progress)
         digest = load.digest(folder)
         model = loaded(folder, digest, context.device, self.dtype, config.trust_remote_code)
         model.check_tokenizer(text, folder)
         model.check_length(max(config.lengths), folder)
         subject = self.subject(model, trained, context, progress)
-        rows: list[Row] = []
+        rows = of_tuning
         parts: list[pd.DataFrame] = []
-        tuned = self.tuning.schedule().tokens if config.finetune else 0
         with self.answers(digest, context, progress) as answers:
             for length, written in prompts.items():
                 results = ruler_scores.evaluate(
@@ -140,7 +150,7 @@ class Cell(TextCell):
                     batch=max(1, BATCH_TOKENS[context.device.type] // length),
                     begin=functools.partial(progress.add, f"evaluate {self.title} at {length}"),
                 )
-                rows += measured(results, length, task.new_tokens, tuned)
+                rows += measured(results, length, task.new_tokens, factors)
                 parts.append(values(results, length))
         return outcome(
             subject,
@@ -155,6 +165,29 @@ class Cell(TextCell):
             measured={"haystack": sources(config).digests},
             values=joined(parts),
         )
+
+    def _tuned(
+        self, trained: str, writer: "Writer", context: "RunContext", progress: "Progress"
+    ) -> tuple[str, dict[str, Any], list[Row]]:
+        """Fine-tune, and return the checkpoint to evaluate, the columns of its rows, and the rows of each rate."""
+        tunings = self.tunings
+        if not tunings:
+            return trained, {}, []
+        budget = tunings[0].schedule().tokens
+        factors = {"finetune_tokens": budget, "finetune_recipe": self.config.finetune_recipe}
+        packed = [one.tuned(trained, writer, context, progress) for one in tunings if isinstance(one, PackedTuning)]
+        if not packed:
+            return str(tunings[0].run(trained, writer, context, progress)), factors, []
+        chosen = best(packed, budget)
+        rows: list[Row] = []
+        for one in packed:
+            rate = {"finetune_lr": one.lr, "chosen": int(one is chosen)}
+            rows += learned(self.task, one, tunings[0].length, budget, factors | self._factors(one) | rate)
+        return str(chosen.folder), factors | self._factors(chosen), rows
+
+    def _factors(self, of: Tuned) -> dict[str, Any]:
+        ended = ("solved" if self.task in of.solved_after else "budget") if self.task in of.held_out else ""
+        return {"ended": ended, "copy_gain": round(of.copy_gain, 4)}
 
     def _prompts(self, writer: "Writer", length: int, progress: "Progress") -> "list[Prompt]":
         task = progress.add(f"write {self.task} at {length}", total=self.config.samples)
@@ -182,19 +215,44 @@ def values(answers: "list[Answered]", length: int) -> "pd.DataFrame":
     return long[["metric", "unit_id", "value", "length", "depth"]]
 
 
-def measured(answers: "list[Answered]", length: int, new_tokens: int, finetuned: int) -> list[Row]:
-    """Return the rows of one length: over all samples, and by the depth of the needle where there is one."""
+def learned(task: str, of: Tuned, length: int, budget: int, factors: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of fine-tuning at one rate, on prompts of the training length; none of a task that it was not on.
+
+    The tokens until a task was solved are those of the budget where it was not.
+    """
+    from sbeval.tasks.needle_packed import HELD_OUT
+
+    if task not in of.held_out:
+        return []
+    return [
+        Row(
+            metric="tokens_to_solve",
+            unit="tokens",
+            value=float(of.solved_after.get(task, budget)),
+            n=1,
+            length=length,
+            **factors,
+        ),
+        Row(metric="held_out", unit="1", value=of.held_out[task], n=HELD_OUT, length=length, **factors),
+    ]
+
+
+def measured(answers: "list[Answered]", length: int, new_tokens: int, factors: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of one length: over all samples, and by the depth of the needle where there is one.
+
+    factors: columns on fine-tuning.
+    """
     import numpy as np
 
     from sbeval.tables import statistics
 
-    def rows(samples: "list[Answered]", **factors: Any) -> list[Row]:
+    def rows(samples: "list[Answered]", **depths: Any) -> list[Row]:
         metrics = {
             "score": ("1", [item.score for item in samples]),
             "greedy": ("1", [float(item.greedy) for item in samples]),
             "log_probability": ("nats", [item.log_probability for item in samples]),
         }
-        if not factors:
+        if not depths:
             metrics["filled"] = ("1", [(item.tokens + new_tokens) / length for item in samples])
         means = {name: (unit, statistics.mean(np.array(values))) for name, (unit, values) in metrics.items()}
         return [
@@ -205,7 +263,7 @@ def measured(answers: "list[Answered]", length: int, new_tokens: int, finetuned:
                 stderr=mean.stderr,
                 n=mean.n,
                 length=length,
-                finetune_tokens=finetuned,
+                **depths,
                 **factors,
             )
             for name, (unit, mean) in means.items()
@@ -226,6 +284,7 @@ def cells(config: Config) -> list[Cell]:
     tasks = evaluated_tasks(config)
     if not_finetuned(config):
         config = dataclasses.replace(config, finetune=0)
+    config = tuned(config)
     tuned_on = config.finetune_tasks or tuple(name for name in tasks if name not in FILES)
     if not config.finetune:
         tuned_on = ()
@@ -247,5 +306,5 @@ FAMILY = Family(
     summary=summary,
     notes=notes,
     cautions=cautions,
-    completed=length_gen.completed,
+    completed=completed,
 )

@@ -9,7 +9,7 @@ import platformdirs
 
 from sbeval.models.config import ModelConfig
 from sbeval.sweep.cell import TrainingStep, step_id
-from sbeval.tasks.needle_options import Config
+from sbeval.tasks.needle_options import PACKED, Config
 from sbeval.tasks.text_cell import TextStep
 from sbeval.tasks.text_training import open_tokenizer, train_config
 from sbeval.training.text_model import likely_vocabulary
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from sbeval.training.config import TrainConfig
 
 # options of fine-tuning, besides those of the training on text
-TUNING = ("checkpoint", "finetune", "finetune_lr", "finetune_tasks", "essays", "squad", "hotpot")
+TUNING = ("checkpoint", "finetune", "finetune_lr", "finetune_tasks", "essays", "squad", "hotpot", *PACKED)
+# tokens of prompts in a forward pass
+BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuning(TextStep, TrainingStep):
-    """The fine-tuning of one model, the same for all tasks that it is evaluated on."""
+    """The fine-tuning of one model by the recipe `answers`, the same for all tasks that it is evaluated on."""
 
     config: Config
 
@@ -80,12 +82,12 @@ class Tuning(TextStep, TrainingStep):
         assert isinstance(pretrained.model, Decoder), "only our models are fine-tuned"
         training, names = self.schedule(), self.config.finetune_tasks
         length = training.length
-        kinds = [writer.path(name, length, self.seed, training=True).stem for name in names]
+        kinds = [writer.path(name, length, self.seed, use="train").stem for name in names]
         each = -(-training.steps * training.batch // len(names))
         written: list[list[Prompt]] = []
         for name in names:
             task = progress.add(f"write fine-tuning prompts of {name} at {length}", total=each)
-            written.append(writer.prompts(name, length, self.seed, each, training=True, advance=task.advance))
+            written.append(writer.prompts(name, length, self.seed, each, use="train", advance=task.advance))
             task.close()
         prompts = [prompt for together in zip(*written, strict=True) for prompt in together]
         batches = PromptBatches(prompts, writer.tokenizer, length, training.batch)

@@ -1,6 +1,6 @@
 """Numbers in README and docs/results.md: blocks that are written from the tables, so that they are what was measured.
 
-python -m sbeval.cli.documents          in a checkout, writes the blocks anew
+python -m sbeval.cli.documents          in a checkout, writes the blocks and README's figures anew
 
 <!-- numbers: typed -->                 a block: everything between its marks is written
 <!-- end of numbers -->
@@ -15,6 +15,10 @@ from pathlib import Path
 import pandas as pd
 
 from sbeval.errors import InputError, choose
+from sbeval.report.claims import CLAIMS, OWN
+from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Claim, Evidence, Judged, findings
+from sbeval.tables import intervals, pairs, values
+from sbeval.tables.pairs import Stored
 from sbeval.tables.results import Results
 from sbeval.tables.run_files import gather
 from sbeval.tables.table import read
@@ -22,22 +26,37 @@ from sbeval.tables.table import read
 PAGES = ("README.md", "docs/results.md")
 BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end of numbers -->)", re.DOTALL)
 
+# results folders that can decide a claim: the first that does, else the first that has its table
+DECIDING = ("", "quick")
+LEANS = {AGREES: ", leaning towards it", DISAGREES: ", leaning against it"}
 # families whose figures docs/results.md shows
 DRAWN = ("attention_map", "kernel", "length_gen", "mqrar", "needle", "skipping")
 ROPE, STICK = ("rope", ""), ("stick_breaking", "")
 # results folder, columns and rows of each table: (label, folder, method)
 TYPED = {"one H200": "typed", "two CPU cores": "typed-cpu"}
+FORMS = {
+    "no remainder": "remainder=none",
+    "remainder to its own value": "",
+    "remainder to a learned vector": "remainder=bias",
+    "the same, norm of heads": "remainder=bias,head_norm=true",
+    "biases of q, k and v": "remainder=none,qkv_bias=true",
+    "initial deviation of 0.02": "remainder=none,init_std=0.02",
+    "logit offset of -1.5": "remainder=none,logit_bias=-1.5",
+    "logit offset of -3": "remainder=none,logit_bias=-3.0",
+    "logit offsets spread over heads": "remainder=none,logit_bias=spread",
+}
 FIXED = {
     "RoPE": ROPE,
     "window of 512": ("sliding_window", ""),
-    "stick-breaking, remainder none": ("stick_breaking", "remainder=none"),
-    "stick-breaking, remainder value": STICK,
+    **{f"stick-breaking, {form}": (STICK[0], options) for form, options in FORMS.items()},
 }
+# those of README's sentence
+FIRST = ("RoPE", "window of 512", "stick-breaking, no remainder", "stick-breaking, logit offsets spread over heads")
 BOOKS = {
     "forgetting": ("forgetting", ""),
     "ALiBi": ("alibi", ""),
     "sliding window of 512": ("sliding_window", ""),
-    "sliding window of 1024 (one seed)": ("sliding_window", "window=1024"),
+    "sliding window of 1024": ("sliding_window", "window=1024"),
     "sliding window of 256": ("sliding_window", "window=256"),
     "stick-breaking with a logit bias of -3": ("stick_breaking", "logit_bias=-3.0"),
     "stick-breaking": STICK,
@@ -93,18 +112,62 @@ def _typed_sentence(results: Path) -> str:
 
 
 def _fixed(results: Path) -> str:
-    lengths = (512, 1024, 2048, 4096, 8192, 16384, 65536)
-    found = _fixed_targets(results)
-    rows = [[label, *(f"{found[(*method, length)]:.3f}" for length in lengths)] for label, method in FIXED.items()]
-    return _table("nats per token, context =", lengths, rows)
+    lengths = (512, 2048, 8192, 65536)
+    rows = _fixed_rows(results)
+    found = _means(rows)
+    at = rows[rows["context_length"] == 2048]
+    stored = Stored(functools.partial(values.read, Results(results / "which-stick-breaking")))
+    joint = pairs.of_methods(at, ROPE, stored, ["context_length"])
+    less = intervals.differences(intervals.samples(at), ROPE, pairs=joint)
+    lines = []
+    for label, method in FIXED.items():
+        seeds = intervals.method(at, method)["seed"].nunique()
+        gap = less[method].text("{:+.3f}".format) if method in less else ""
+        lines.append([label, str(seeds), *(f"{found[(*method, length)]:.3f}" for length in lengths), gap])
+    return _table("nats per token, context =", ["seeds", *lengths, "minus RoPE at 2048"], lines)
 
 
 def _fixed_sentence(results: Path) -> str:
-    found = _fixed_targets(results)
-    each = [
-        f"{label} {found[(*method, 2048)]:.3f} and {found[(*method, 65536)]:.3f}" for label, method in FIXED.items()
-    ]
+    found = _means(_fixed_rows(results))
+    each = [f"{label} {found[(*FIXED[label], 2048)]:.3f} and {found[(*FIXED[label], 65536)]:.3f}" for label in FIRST]
     return f"Nats per token with 2048 and 65536 tokens of context: {'; '.join(each)}.\n"
+
+
+def _claims(results: Path, claims: Sequence[Claim]) -> str:
+    """Write the table of claims: what is claimed, what the tables show, whether that decides it, and what would."""
+    headings = ("The paper" if claims is CLAIMS else "Asked", "These runs", "Decided", "What would decide")
+    lines = [headings, ["---"] * len(headings)]
+    lines += [_claim(claim, *_judged(results, claim)) for claim in claims]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _judged(results: Path, claim: Claim) -> tuple[Judged, str]:
+    """Return the judgement of the folder that decides, and the folder."""
+    found = []
+    for folder in DECIDING:
+        here = Results(results / folder)
+        tables = {name: read(here.table(name)) for name in _needed(claim) if here.table(name).exists()}
+        (finding,) = findings([claim], Evidence(tables, functools.partial(values.read, here)))
+        found.append((finding.judged, folder))
+    decided = [one for one in found if one[0].verdict != UNDECIDED]
+    measured = [one for one in found if one[0].measured]
+    return (decided or measured or found)[0]
+
+
+def _needed(claim: Claim) -> set[str]:
+    # with the canaries of its models
+    return {claim.table, "length_gen"}
+
+
+def _claim(claim: Claim, judged: Judged, folder: str) -> list[str]:
+    where = f" ([results/{folder}](results/{folder}))" if folder else ""
+    verdict = f"**{judged.verdict}**{LEANS.get(judged.leans, '')}"
+    return [
+        f"{claim.text} ({claim.source})",
+        (judged.found or f"Not measured: `{claim.command}`.") + where,
+        verdict,
+        f"{claim.decides[:1].upper()}{claim.decides[1:]}" if judged.verdict == UNDECIDED else "",
+    ]
 
 
 def _made_by(results: Path, family: str) -> str:
@@ -116,9 +179,9 @@ def _made_by(results: Path, family: str) -> str:
     return f"Made by `{first}`.{rest}\n"
 
 
-def _fixed_targets(results: Path) -> Mapping[tuple[str, str, int], float]:
+def _fixed_rows(results: Path) -> pd.DataFrame:
     table = read(Results(results / "which-stick-breaking").table("length_gen"), ["metric"])
-    return _means(table[table["metric"] == "loss_fixed_targets"])
+    return table[table["metric"] == "loss_fixed_targets"]
 
 
 def _perplexities(results: Path) -> Mapping[tuple[str, str, int], float]:
@@ -143,13 +206,15 @@ def _three(value: float) -> str:
     return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}"
 
 
-def _table(heading: str, lengths: Sequence[int], rows: Sequence[Sequence[str]]) -> str:
-    lines = [[heading, *map(str, lengths)], ["---"] * (1 + len(lengths)), *rows]
+def _table(heading: str, columns: Sequence[object], rows: Sequence[Sequence[str]]) -> str:
+    lines = [[heading, *map(str, columns)], ["---"] * (1 + len(columns)), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "books": _books,
+    "claims": functools.partial(_claims, claims=CLAIMS),
+    "own": functools.partial(_claims, claims=OWN),
     "typed": _typed,
     "typed_sentence": _typed_sentence,
     "fixed_targets": _fixed,
@@ -158,6 +223,9 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
 }
 
 if __name__ == "__main__":
+    from sbeval.cli import documents_figures
+
+    documents_figures.draw(Path("results"), Path("docs") / "figures")
     for name in PAGES:
         page = Path(name)
         page.write_text(written(page.read_text(encoding="utf-8"), Path("results")), encoding="utf-8")

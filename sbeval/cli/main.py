@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from sbeval import __version__, registry
 from sbeval.cli import options
 from sbeval.cli.options import Common, Sweep, Training
+from sbeval.config import AUTO
 from sbeval.errors import InputError, choose, reason
 from sbeval.runtime import signals, streams
 from sbeval.runtime.console import plain
@@ -22,6 +23,8 @@ from sbeval.tables import power_options
 from sbeval.tables.results import Results
 
 if TYPE_CHECKING:
+    import torch
+
     from sbeval.sweep.context import RunContext
     from sbeval.sweep.executor import Executor
     from sbeval.sweep.study_file import Part
@@ -252,6 +255,7 @@ def run_study(
     results_dir: ResultsDir = Path("results"),
     force: Force = False,
     dry_run: DryRun = False,
+    threads: Annotated[str, typer.Option("--threads", help=options.THREADS)] = AUTO,
     show: Annotated[bool, typer.Option("--show", help="Print the study file, as a template, and stop.")] = False,
 ) -> None:
     """Run a study: train each model once, evaluate every family on it; resumes an interrupted run."""
@@ -270,7 +274,8 @@ def run_study(
     parts = study_file.parts(
         study_file.read(study, change or ()), lambda given: devices.pick_dtype(dtype or given, where)
     )
-    _run(parts, RunContext(results_dir=results_dir, device=where, force=force), how, dry_run=dry_run, name=study)
+    with _threads(threads, where, results_dir, how, dry_run=dry_run):
+        _run(parts, RunContext(results_dir=results_dir, device=where, force=force), how, dry_run=dry_run, name=study)
 
 
 def _add_run() -> None:
@@ -504,7 +509,6 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
     family = registry.task(name)
     if distributed.size() > 1 and name != "length_gen":
         raise InputError(f"{name.replace('_', '-')} runs in one process: start it without torchrun")
-    _use_threads(common.threads)
     how = scheduler.HERE
     if isinstance(common, Sweep):
         how = _how(common.executor, common.workers, common.address, common.gpus_per_cell)
@@ -515,7 +519,8 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
         **family.completed(given) | {"dtype": devices.pick_dtype(common.dtype, where)},
     )
     part = Part(family=name, preset=preset, config=config)
-    with distributed.joined(where) as world:
+    threads = _threads(common.threads, where, common.results_dir, how, dry_run=common.dry_run)
+    with distributed.joined(where) as world, threads:
         context = RunContext(
             results_dir=common.results_dir,
             device=where,
@@ -530,18 +535,15 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
             raise typer.Exit(1)
 
 
-def _use_threads(threads: int | None) -> None:
-    """Set the threads of this process and, by the environment, of those that it starts."""
-    if threads is None:
-        return
-    if threads < 1:
-        raise InputError(f"--threads must be at least 1; got {threads}")
-    import os
+def _threads(
+    wanted: str, where: "torch.device", results_dir: Path, how: "Executor", *, dry_run: bool
+) -> AbstractContextManager[None]:
+    """Return the block in which the CPU has the wanted threads; a plan times none."""
+    from sbeval.runtime import threads
 
-    import torch
-
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
+    if dry_run and wanted == AUTO:
+        return nullcontext()
+    return threads.used(wanted, where, Results(results_dir).threads, how.workers)
 
 
 def _trackers(common: Common) -> tuple[str, ...]:

@@ -11,12 +11,15 @@ from typing import Any, TypeVar, get_args, get_type_hints
 import typer.main
 from typer.core import TyperCommand, TyperGroup
 
-from sbeval.config import DATA, EVALUATION, MODEL, RUN, TASK, TRAINING, option
+from sbeval.config import AUTO, DATA, EVALUATION, MODEL, RUN, TASK, TRAINING, option
 
 # groups of options, in the order of `--help`
 GROUPS = (TASK, MODEL, TRAINING, EVALUATION, DATA, RUN)
 # maximum number of values that `--help` lists for a swept option
 LISTED = 6
+
+
+THREADS = "Threads on the CPU, which --workers share: a number, or auto, the fastest of a short timing."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +42,7 @@ class Common:
     force: bool = option(False, RUN, "Run finished cells again.")
     dry_run: bool = option(False, RUN, "Print the cells and their cost, and stop.")
     tensorboard: Path | None = option(None, RUN, "Folder for TensorBoard logs.", metavar="DIR")
-    threads: int | None = option(
-        None, RUN, "Threads of a process on the CPU. Default: one a core; fewer are faster on a busy machine."
-    )
+    threads: str = option(AUTO, RUN, THREADS)
     track: tuple[str, ...] | None = option(
         None, RUN, "Show training in tensorboard:FOLDER, wandb:PROJECT or trackio:PROJECT.", metavar="KIND:WHERE"
     )

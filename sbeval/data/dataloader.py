@@ -37,6 +37,13 @@ class Batch:
     cu_seqlens: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WeightedBatch(Batch):
+    """A batch with weights: float32 (B, L), whose products with the losses of the targets have the step's as sum."""
+
+    weights: torch.Tensor
+
+
 def epoch_tokens(split: Split, length: int) -> int:
     """Return the number of tokens of an epoch: those of all windows of `length`."""
     return max(0, len(split.tokens) - 1) // length * length

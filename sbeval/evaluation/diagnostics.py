@@ -140,12 +140,7 @@ class Probes:
 def probes(text: Split, vocab_size: int, eos: int, size: Size, train_len: int, above: int = 0) -> Probes:
     """Draw the probes. above: only those of longer distances, and without those that have no distance."""
     generator = np.random.default_rng(0)
-    copies = {}
-    for n, rows in size.copies.items():
-        tokens = generator.integers(0, vocab_size - 1, (rows, n))
-        # all tokens but the separator
-        tokens += tokens >= eos
-        copies[n] = np.concatenate([tokens, tokens], 1)
+    copies = {n: _copies(generator, n, rows, vocab_size, eos) for n, rows in size.copies.items()}
     passages = {}
     for distance, rows in size.passages.items():
         if (found := _windows(text, PASSAGE + distance, rows + 1)) is not None and len(found) > 1:
@@ -163,6 +158,21 @@ def probes(text: Split, vocab_size: int, eos: int, size: Size, train_len: int, a
         context=_windows(text, LATE + AROUND + 1, size.rows(1 << 15, LATE, 16), middle=True),
         reach=_windows(text, _reach(train_len), 2, middle=True),
     )
+
+
+def _copies(generator: np.random.Generator, n: int, rows: int, vocab_size: int, eos: int) -> Rows:
+    tokens = generator.integers(0, vocab_size - 1, (rows, n))
+    # all tokens but the separator
+    tokens += tokens >= eos
+    return np.concatenate([tokens, tokens], 1)
+
+
+def copy_gain(model: Predictor, n: int, vocab_size: int, eos: int, place: torch.device, dtype: str) -> Reading:
+    """Return the gain from copying n random tokens, of a model in evaluation mode."""
+    rows = Size(n).rows(1 << 13, 2 * n, 2)
+    copies = {n: _copies(np.random.default_rng(0), n, rows, vocab_size, eos)}
+    (reading,) = gains(model, Probes(copies=copies, passages={}), place, dtype)
+    return reading
 
 
 def _reach(train_len: int) -> int:
@@ -188,6 +198,16 @@ def measure(
     model: Predictor, given: Probes, place: torch.device, dtype: str, say: Callable[[str], None] = print
 ) -> list[Reading]:
     """Return all readings of a model in evaluation mode; those by head of our decoder alone."""
+    out = gains(model, given, place, dtype, say)
+    if isinstance(model, Decoder):
+        out += heads(model, given, place, dtype, say)
+    return out
+
+
+def gains(
+    model: Predictor, given: Probes, place: torch.device, dtype: str, say: Callable[[str], None] = print
+) -> list[Reading]:
+    """Return the readings of a whole model, which are differences of losses."""
 
     def losses(tokens: Rows, scored: int | None = None) -> npt.NDArray[np.float64]:
         return _losses(model, tokens, scored, place, dtype, say)
@@ -204,8 +224,6 @@ def measure(
         each = losses(given.context)
         early, late = (each[:, middle - AROUND - 1 : middle + AROUND].mean(1) for middle in (EARLY, LATE))
         out.append(_reading("in_context_score", "nats/token", late - early))
-    if isinstance(model, Decoder):
-        out += heads(model, given, place, dtype, say)
     return out
 
 

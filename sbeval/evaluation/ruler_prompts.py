@@ -60,19 +60,22 @@ class Writer:
         seed: int,
         count: int,
         *,
-        training: bool = False,
+        use: str = "test",
         advance: Callable[[int], None] = lambda done: None,
     ) -> list[Prompt]:
-        """Return the first `count` prompts of a task at a length; raise InputError where the smallest does not fit."""
-        path = self.path(task, length, seed, training)
+        """Return the first `count` prompts of a task at a length; raise InputError where the smallest does not fit.
+
+        use: see `ruler_tasks.Setting`.
+        """
+        path = self.path(task, length, seed, use)
         with locked(path):
             prompts = _read(path) if is_intact(path) else []
             if len(prompts) < count:
-                prompts += self._write(task, range(len(prompts), count), length, seed, training, advance)
+                prompts += self._write(task, range(len(prompts), count), length, seed, use, advance)
                 _store(path, prompts)
         return prompts[:count]
 
-    def path(self, task: str, length: int, seed: int, training: bool = False) -> Path:
+    def path(self, task: str, length: int, seed: int, use: str = "test") -> Path:
         """Return the cache file of a task's prompts, named by all that they depend on."""
         niah, source = ruler_tasks.TASKS[task].niah, ruler_tasks.TASKS[task].source
         filled = source or ("essay" if niah is not None and niah.haystack == "essay" else "")
@@ -83,31 +86,32 @@ class Writer:
             self.tokenizer.digest,
             self.prefix,
             seed,
-            training,
+            use,
             self.sources.digests.get(filled, ""),
         ]
         return self.cache_dir / "needle" / f"{task}-{length}-{digest_of(key)}.npz"
 
     def _write(
-        self, task: str, indices: range, length: int, seed: int, training: bool, advance: Callable[[int], None]
+        self, task: str, indices: range, length: int, seed: int, use: str, advance: Callable[[int], None]
     ) -> list[Prompt]:
-        setting = Setting(length=length, seed=seed, tables=self.tables, sources=self.sources, training=training)
+        setting = Setting(length=length, seed=seed, tables=self.tables, sources=self.sources, use=use)
+        training = use != "test"
         prompts: list[Prompt] = []
         for start in range(0, len(indices), GROUP):
             group = indices[start : start + GROUP]
             drafts = [ruler_tasks.draft(task, index, setting) for index in group]
             budget = length - ruler_tasks.TASKS[task].new_tokens
-            fitted = fit(drafts, budget, self._encode, functools.partial(_too_long, task, length, budget, training))
+            fitted = fit(drafts, budget, self.encode, functools.partial(_too_long, task, length, budget, training))
             samples = [sample for sample, _ in fitted]
             for one, (_, ids) in zip(drafts, fitted, strict=True):
                 if one.largest is not None and budget - len(ids) > one.largest:
                     raise _underfilled(task, length, budget, training, len(ids))
-            for (sample, ids), answer in zip(fitted, self._answers(samples), strict=True):
+            for (sample, ids), answer in zip(fitted, self.answers(samples), strict=True):
                 prompts.append(Prompt(tokens=ids, answer=answer, references=sample.references, depth=sample.depth))
             advance(len(group))
         return prompts
 
-    def _encode(self, samples: Sequence[Sample]) -> list[Ids]:
+    def encode(self, samples: Sequence[Sample]) -> list[Ids]:
         """Return the tokens of each prompt: encoded by piece where that is equivalent, else as a whole."""
         whole = [sample for sample in samples if not (self.tokenizer.cuts_at_spaces and _apart(sample))]
         texts = iter(self.tokenizer.encode_batch([sample.prompt for sample in whole]))
@@ -117,7 +121,7 @@ class Writer:
             for sample in samples
         ]
 
-    def _answers(self, samples: Sequence[Sample]) -> list[Ids]:
+    def answers(self, samples: Sequence[Sample]) -> list[Ids]:
         """Return the tokens of each answer: as encoded after the prompt's last line, unless that changes the line's."""
         ends = [sample.parts[-1].text for sample in samples]
         tails = [end[end.rstrip().rfind("\n") + 1 :] for end in ends]

@@ -33,6 +33,7 @@ in a worked example, else by commas.
 """
 
 import ast
+import dataclasses
 import functools
 import importlib.util
 import itertools
@@ -61,12 +62,14 @@ MISSING = "needle needs {} for the prompts of RULER: pip install 'sbeval[needle]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """A prompt, its reference answer, and the references that are searched in a completion. depth: per cent of the
-    haystack before the queried needle; None where it is not a single one."""
+    haystack before the queried needle; None where it is not a single one. further: of a lesson, more questions, each
+    with its answer."""
 
     parts: Sequence[Part]
     answer: str
     references: tuple[str, ...]
     depth: float | None = None
+    further: tuple[tuple[str, str], ...] = ()
 
     @property
     def prompt(self) -> str:
@@ -90,13 +93,14 @@ class Draft:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """The inputs of a draft. `training` draws other samples, whose essay starts anywhere."""
+    """The inputs of a draft. use: test, train or validation, which draw different samples; only in a test does the
+    essay start at its beginning."""
 
     length: int
     seed: int
     tables: Tables
     sources: Sources
-    training: bool = False
+    use: str = "test"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,12 +145,27 @@ TASKS = {
 def draft(name: str, index: int, setting: Setting) -> Draft:
     """Return sample number `index` of a task, its haystack still open."""
     task = TASKS[name]
-    key = f"{'train' if setting.training else 'test'} {name} {setting.length} {setting.seed} {index}"
+    key = f"{setting.use} {name} {setting.length} {setting.seed} {index}"
     if task.niah is not None:
         return _niah(task.niah, key, setting)
     if task.source:
         return _qa(setting.sources.questions[task.source], index, key, setting)
     return {"vt": _vt, "cwe": _cwe, "fwe": _fwe}[name](key, setting)
+
+
+def lesson(name: str, index: int, setting: Setting, needles: int, *, words: bool = False) -> Draft:
+    """Return a draft like those of a task that hides so many needles, or more, and asks for each of them.
+
+    One question follows the answer to another. words: the values are words. Tasks without needles have one question.
+    """
+    niah = TASKS[name].niah
+    if niah is None:
+        return draft(name, index, setting)
+    more = dataclasses.replace(
+        niah, keys=max(niah.keys, needles // niah.values), value="words" if words else niah.value
+    )
+    key = f"{setting.use} {name} {setting.length} {setting.seed} {index} {needles} {more.value}"
+    return _niah(more, key, setting, questions=max(1, needles // (niah.values * niah.queries)))
 
 
 @functools.cache
@@ -188,18 +207,26 @@ def _random(kind: str, rng: random.Random) -> str:
     return f"{rng.choice(words('adjective'))}-{rng.choice(words('noun'))}"
 
 
-def _niah(niah: Niah, key: str, setting: Setting) -> Draft:
+def _niah(niah: Niah, key: str, setting: Setting, questions: int = 1) -> Draft:
     rng = random.Random(key)
     needle: str = templates("prepare_niah")["NEEDLE"]
     keys = [_random(niah.key, rng) for _ in range(niah.keys)]
     pairs = [(name, _random(niah.value, rng)) for name in keys for _ in range(niah.values)]
     rng.shuffle(pairs)
     needles = [needle.format(type_needle_v=niah.value, key=name, value=value) for name, value in pairs]
-    queried = rng.sample(keys, niah.queries)
-    # in the order of the question, values of one key in the order of the text
-    answers = tuple(value for name in queried for other, value in pairs if other == name)
+    asked = rng.sample(keys, niah.queries * questions)
+    queried, *others = (asked[start : start + niah.queries] for start in range(0, len(asked), niah.queries))
+
+    def values(names: Sequence[str]) -> tuple[str, ...]:
+        # in the order of the question, values of one key in the order of the text
+        return tuple(value for name in names for other, value in pairs if other == name)
+
+    answers = values(queried)
     sought = [index for index, (name, _) in enumerate(pairs) if name in queried]
     head, tail = setting.tables.around(_niah_template(niah, queried))
+    further = tuple(
+        (_niah_template(niah, names).partition("{context}")[2], " " + ", ".join(values(names))) for names in others
+    )
 
     def sample(haystack: Sequence[Part], depths: Sequence[float], gap: str = "") -> Sample:
         end = setting.tables.new([gap + tail.text]).part([0]) if gap else tail
@@ -208,6 +235,7 @@ def _niah(niah: Niah, key: str, setting: Setting) -> Draft:
             answer=" " + ", ".join(answers),
             references=answers,
             depth=depths[sought[0]] if len(sought) == 1 else None,
+            further=further,
         )
 
     fixed = head.tokens + tail.tokens
@@ -281,7 +309,7 @@ def _in_essay(
     # needles after text, then needles after an empty text
     added = setting.tables.new([f"{gap}{text}" for gap in (" ", "  ") for text in needles])
     depths = sorted(rng.sample(DEPTHS, count))
-    first = rng.choice(essay.starts[: len(essay.starts) // 2]) if setting.training else 0
+    first = rng.choice(essay.starts[: len(essay.starts) // 2]) if setting.use != "test" else 0
     # sentences before this sample's part of the essay
     skipped = bisect_left(essay.starts, first)
 

@@ -13,6 +13,7 @@ from sbeval.errors import InputError, choose
 
 # of a model in any direction: the number of elements of its largest matrix is below 2^63
 MAX_SIZE = 1 << 24
+NORMS = ("rms", "layer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,12 +21,14 @@ class BlockOptions:
     """Options that the spec of every method takes beside its own, as `rope:qkv_bias=true`: fields of ModelConfig.
 
     qkv_bias: whether the projections to queries, keys and values have biases. head_norm: whether a GroupNorm normalises
-    each head's output. init_std: standard deviation of the initial weights, 1 / sqrt(width) by default.
+    each head's output. init_std: standard deviation of the initial weights, 1 / sqrt(width) by default. key_shift:
+    whether each key is mixed with the one before it (`sbeval.models.decoder.KeyShift`).
     """
 
     qkv_bias: bool = False
     head_norm: bool = False
     init_std: float | None = None
+    key_shift: bool = False
 
     def __post_init__(self) -> None:
         _check_init_std(self.init_std)
@@ -67,11 +70,14 @@ class ModelConfig:
     out_bias: bool = field(default=False, metadata=LATER)
     mlp_bias: bool = field(default=False, metadata=LATER)
     head_norm: bool = field(default=False, metadata=LATER)
+    key_shift: bool = field(default=False, metadata=LATER)
+    norm: str = field(default="rms", metadata=LATER)  # or "layer", with gains and biases
 
     def __post_init__(self) -> None:
         for name, value in _block_options(self.attention).items():
             object.__setattr__(self, name, value)
         choose("mlp", self.mlp, ("swiglu", "gelu"))
+        choose("norm", self.norm, NORMS)
         for name in ("vocab_size", "width", "layers", "heads", "hidden", "kv_heads", "head_dim"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise InputError(f"{name} must be at least 1; got {size}")

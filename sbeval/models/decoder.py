@@ -1,10 +1,10 @@
-"""One decoder for every attention method: pre-norm RMSNorm, SwiGLU or GELU, grouped heads, optional biases.
+"""One decoder for every attention method: RMSNorm or LayerNorm, SwiGLU or GELU, grouped heads, optional biases.
 
 The multipliers m_emb, m_residual, m_width and attention_multiplier are those of the muP-style recipe behind the
 paper's 1B and 3B models (Shen et al. 2024, arXiv 2408.13359, table 4):
 
-    x = m_emb E[tokens]        x += m_residual Attention(RMSNorm(x))        x += m_residual MLP(RMSNorm(x))
-    logits = Head(RMSNorm(x)) / m_width
+    x = m_emb E[tokens]        x += m_residual Attention(Norm(x))        x += m_residual MLP(Norm(x))
+    logits = Head(Norm(x)) / m_width
 """
 
 import dataclasses
@@ -24,6 +24,32 @@ from sbeval.models.config import ModelConfig, parse_attention
 from sbeval.models.kv_cache import Cache, Layer
 
 
+class KeyShift(nn.Module):
+    """Mix each key with the one before it, k_t <- a k_t + (1 - a) k_{t-1}, with one a for each key head.
+
+    It is that of FoX (Pro) (Lin et al. 2025, arXiv 2503.02130), where a depends on the token, with a learned number:
+    a = sigmoid(w), w initially 0, so that from the start of training a query can find the token after one like it.
+    Before the first token of a sequence k is 0. Methods that rotate keys do so afterwards.
+    """
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, k: Tensor, cu_seqlens: Tensor | None, cache: Layer | None) -> Tensor:
+        """Return the mixed keys (B, T, G, D), like k; see `registry.Method` for the arguments."""
+        before = None if cache is None else cache.last(k)
+        if before is None:
+            before = F.pad(k, (0, 0, 0, 0, 1, 0))[:, :-1]
+            if cu_seqlens is not None:
+                # an empty sequence at the end starts past the last token
+                first = torch.zeros(k.shape[1] + 1, dtype=torch.bool, device=k.device)
+                first = first.scatter(0, cu_seqlens[:-1].long(), True)[:-1]
+                before = before.masked_fill(first[:, None, None], 0)
+        share, wide = self.weight.sigmoid()[:, None], self.weight.dtype
+        return torch.lerp(before.to(wide), k.to(wide), share).to(k.dtype)
+
+
 class Attention(nn.Module):
     """Project to heads, mix tokens with the configured method, project back."""
 
@@ -35,6 +61,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.dim, bias=config.qkv_bias)
         self.out = nn.Linear(self.heads * self.dim, config.width, bias=config.out_bias)
         self.norm = nn.GroupNorm(self.heads, self.heads * self.dim) if config.head_norm else None
+        self.key_shift = KeyShift(self.kv_heads) if config.key_shift else None
         scale = self.dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
         self.mixer = registry.method(name).Mixer(
             options, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, width=config.width, scale=scale
@@ -43,6 +70,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None, cache: Layer | None = None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.dim))
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
+        if self.key_shift is not None:
+            k = self.key_shift(k, cu_seqlens, cache)
         mixed = F.dropout(self.mixer(q, k, v, x, cu_seqlens, cache), self.dropout, self.training).flatten(2)
         if self.norm is not None:
             mixed = self.norm(mixed.flatten(0, 1)).view_as(mixed)
@@ -70,13 +99,18 @@ class MLP(nn.Module):
         return out
 
 
+def _norm(config: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
+    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    return kind(config.width, eps=config.norm_eps)
+
+
 class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.m_residual = config.m_residual
-        self.norm_1 = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm_1 = _norm(config)
         self.attention = Attention(config)
-        self.norm_2 = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm_2 = _norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None, cache: Layer | None = None) -> Tensor:
@@ -98,7 +132,7 @@ class Decoder(nn.Module):
         self.positions = nn.Embedding(config.positions, config.width) if config.positions else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self._compiled: list[Any] | None = None
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = _norm(config)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         self._initialise()
         if config.tied:
@@ -181,9 +215,12 @@ class Decoder(nn.Module):
         """Return the cross-entropy in nats, float32, summed over the targets (B, T) that are not IGNORE."""
         return self.score(self(tokens, cu_seqlens), targets)
 
-    def score(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return the same loss from hidden states (B, T, width)."""
+    def score(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Return the same loss from hidden states (B, T, width); weights: float32 (B, T), of each target's loss."""
         logits = self.logits(hidden).float()
+        if weights is not None:
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+            return (losses * weights.flatten()).sum()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
     def sparse_loss(

@@ -39,6 +39,7 @@ class Layer:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._tensors: list[Tensor] = []
+        self._last: Tensor | None = None
 
     @property
     def past(self) -> int:
@@ -64,6 +65,15 @@ class Layer:
             stored[:, rows.length] = x[:, 0]
         return tuple(stored[:, : rows.length + 1] for stored in self._tensors)
 
+    def last(self, new: Tensor) -> Tensor | None:
+        """Return what the last call was given for each row's last token, (B, 1, ...), and keep that of `new`.
+
+        new: of prompts (1, N, ...), where there is no last call, or of the next token of each row, (B, 1, ...).
+        """
+        before = self._last
+        self._last = new if self._rows.length else new[0, self._rows.cu_seqlens[1:].long() - 1][:, None]
+        return before
+
     def _aligned(self, packed: Tensor) -> Tensor:
         size = len(self._rows.starts), self._rows.capacity
         # unseen slots must be finite: they are multiplied by weights of 0
@@ -78,6 +88,7 @@ class Layer:
     def reorder(self, order: Tensor) -> None:
         """Replace row b by row order[b]."""
         self._tensors = [stored[order] for stored in self._tensors]
+        self._last = None if self._last is None else self._last[order]
 
 
 def through(layer: Layer | None, *new: Tensor) -> tuple[Tensor | None, tuple[Tensor, ...]]:

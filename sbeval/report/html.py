@@ -16,8 +16,8 @@ from sbeval.errors import InputError
 from sbeval.plots import style
 from sbeval.plots.chart import SYMBOLS, Chart, Group, Panel, plain, readable
 from sbeval.report import maturity, page
-from sbeval.report.claims import CLAIMS
-from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Evidence, Finding, findings
+from sbeval.report.claims import CLAIMS, OWN
+from sbeval.report.judge import AGREES, DISAGREES, FASTER, SLOWER, UNDECIDED, Evidence, Finding, findings
 from sbeval.runtime.files import prepare, remove_left, replacing
 from sbeval.tables import check, values
 from sbeval.tables.results import Results
@@ -26,7 +26,8 @@ from sbeval.tables.run_files import Runs, gather
 from sbeval.tables.table import read, required
 
 TITLE = "Stick-breaking attention: results"
-SIGNS = {AGREES: "✓", DISAGREES: "✗", UNDECIDED: "–"}
+SIGNS = {AGREES: "✓", DISAGREES: "✗", UNDECIDED: "–", FASTER: "▲", SLOWER: "▼"}
+LEANS = {AGREES: "leans towards it", DISAGREES: "leans against it"}
 # groups with more panels draw them small
 FEW = 4
 INSTALL = "pip install -c constraints.txt -e '.[html]'"
@@ -53,12 +54,15 @@ def build(results_dir: Path, say: Callable[[str], None] = print) -> str:
         say(line)
     charts = _charts(tables, results_dir, say)
     runs = {name: gather(table, results_dir / "runs") for name, table in tables.items()}
-    judged = findings(CLAIMS, Evidence(tables, partial(values.read, Results(results_dir))))
+    evidence = Evidence(tables, partial(values.read, Results(results_dir)))
+    judged, own = findings(CLAIMS, evidence), findings(OWN, evidence)
     canaries = maturity.table(tables["length_gen"]) if "length_gen" in tables else pd.DataFrame()
-    sections = [_findings(judged, charts), *([] if canaries.empty else [_maturity(canaries)])]
+    sections = [_claims(judged, charts), *([_own(own, charts)] if _measured(own) else [])]
+    sections += [] if canaries.empty else [_maturity(canaries)]
     sections += [_figure(name, chart, runs[registry.figure(name).TABLE]) for name, chart in charts.items()]
     sections += [_all_runs(runs), _again(runs)]
-    links = {"findings": "Findings"} | ({} if canaries.empty else {"maturity": "Maturity"})
+    links = {"findings": "The paper's claims"} | ({"own": "Measurements of our own"} if _measured(own) else {})
+    links |= {} if canaries.empty else {"maturity": "Maturity"}
     links |= {_id("figure", name): chart.heading for name, chart in charts.items()}
     links |= {"runs": "Runs", "again": "Run it again"}
     nav = "".join(f'<li><a href="#{name}">{escape(text)}</a></li>' for name, text in links.items())
@@ -86,7 +90,7 @@ def _tables(results_dir: Path) -> dict[str, pd.DataFrame]:
 def _charts(tables: dict[str, pd.DataFrame], results_dir: Path, say: Callable[[str], None]) -> dict[str, Chart]:
     charts = {}
     # in the order of the claims that they show
-    order = list(dict.fromkeys([*(claim.table for claim in CLAIMS), *tables]))
+    order = list(dict.fromkeys([*(claim.table for claim in (*CLAIMS, *OWN)), *tables]))
     names = [name for name in registry.FIGURES if registry.figure(name).TABLE in tables]
     for name in sorted(names, key=lambda name: order.index(registry.figure(name).TABLE)):
         table = registry.figure(name).TABLE
@@ -100,25 +104,52 @@ def _charts(tables: dict[str, pd.DataFrame], results_dir: Path, say: Callable[[s
 
 
 def _lead(judged: list[Finding], tables: dict[str, pd.DataFrame]) -> str:
-    counts = {verdict: sum(each.judged.verdict == verdict for each in judged) for verdict in SIGNS}
+    measured = _measured(judged)
+    counts = {verdict: sum(each.judged.verdict == verdict for each in measured) for verdict in SIGNS}
+    leaning = {verdict: sum(each.judged.leans == verdict for each in measured) for verdict in SIGNS}
+    leans = f", of which {leaning[AGREES]} lean towards the claim and {leaning[DISAGREES]} against it"
+    missing = len(judged) - len(measured)
     numbers = sum(len(table) for table in tables.values())
     cells = sum(table["cell"].nunique() for table in tables.values())
     newest = max((str(utc) for table in tables.values() for utc in table["utc"]), default="")[:10]
     return (
         f"<p>Of {len(judged)} claims about stick-breaking attention (Tan et al., ICLR 2025, arXiv 2410.17980) the "
         f"results here agree with {counts[AGREES]}, disagree with {counts[DISAGREES]} and leave "
-        f"{counts[UNDECIDED]} undecided. {numbers:,} numbers of {cells:,} runs, the newest of {escape(newest)}.</p>"
+        f"{counts[UNDECIDED]} undecided{leans if counts[UNDECIDED] else ''}"
+        f"{f'; {missing} are not measured here' if missing else ''}. {numbers:,} numbers of {cells:,} runs, the newest "
+        f"of {escape(newest)}.</p>"
     )
 
 
-def _findings(judged: list[Finding], charts: dict[str, Chart]) -> str:
-    rows = "".join(_finding(each, charts) for each in judged)
+def _measured(judged: list[Finding]) -> list[Finding]:
+    return [each for each in judged if each.judged.measured]
+
+
+def _claims(judged: list[Finding], charts: dict[str, Chart]) -> str:
+    caption = (
+        "Each claim beside these results, with intervals in square brackets; the rule says what decides it. Where the "
+        "models are too small or too young to decide, the numbers still lean to one side."
+    )
+    others = [each.claim for each in judged if not each.judged.measured]
+    lines = "".join(f"<li>{_text(claim.text)} <code>{escape(claim.command)}</code></li>" for claim in others)
+    missing = f"<h3>Not measured here</h3>\n<ul>{lines}</ul>\n" if others else ""
+    return _findings("findings", "The paper's claims", "Claimed", caption, judged, charts, missing)
+
+
+def _own(judged: list[Finding], charts: dict[str, Chart]) -> str:
+    caption = "What the paper does not claim: this project's kernel. Intervals are in square brackets."
+    return _findings("own", "Measurements of our own", "Asked", caption, judged, charts)
+
+
+def _findings(
+    name: str, title: str, asked: str, caption: str, judged: list[Finding], charts: dict[str, Chart], more: str = ""
+) -> str:
+    rows = "".join(_finding(each, charts) for each in _measured(judged))
     return (
-        '<section id="findings" aria-labelledby="findings-title"><h2 id="findings-title">Findings</h2>\n'
-        '<table class="findings"><caption>Each claim beside these results, with intervals in square brackets; the rule '
-        "says what decides it.</caption>\n"
-        '<thead><tr><th scope="col">Claimed</th><th scope="col">These results</th><th scope="col">Verdict</th></tr>'
-        f"</thead>\n<tbody>{rows}</tbody></table></section>\n"
+        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{escape(title)}</h2>\n'
+        f'<table class="findings"><caption>{escape(caption)}</caption>\n'
+        f'<thead><tr><th scope="col">{asked}</th><th scope="col">These results</th><th scope="col">Verdict</th></tr>'
+        f"</thead>\n<tbody>{rows}</tbody></table>{more}</section>\n"
     )
 
 
@@ -131,6 +162,8 @@ def _finding(each: Finding, charts: dict[str, Chart]) -> str:
     if judged.reason:
         found += f' <span class="soft">{_text(f"{judged.reason[:1].upper()}{judged.reason[1:]}.")}</span>'
     sign = f'<span aria-hidden="true">{SIGNS[judged.verdict]}</span> {judged.verdict}'
+    if judged.leans:
+        sign += f'<br><span class="soft">{LEANS[judged.leans]}</span>'
     return (
         f'<tr><th scope="row">{_text(claim.text)} <details><summary>Rule</summary><p class="soft">{_text(claim.rule)} '
         f"Source: {_text(claim.source)}.</p></details></th><td>{found}</td>"

@@ -1,11 +1,15 @@
 """Judge the paper's claims by result tables: for each claim a function from its rows to a verdict with numbers.
 
-A rule compares plain stick-breaking with plain RoPE in the same setting: of several, the one nearest the paper's, which
-is that of grown models (`sbeval.report.maturity`), then of the largest, then of the most training tokens.
+A rule compares plain stick-breaking (with the default remainder, or in a table without it, with none) with plain RoPE
+in the same setting: of several, the one nearest the paper's, which is that of grown models (`sbeval.report.maturity`),
+then of the largest, then of the most training tokens.
 `sbeval.report.claims` states each rule in words. The rules are in `language`, `recall` and `speed`.
 
 A claim agrees or disagrees by a one-sided p value below 2.5 %, where a 95 % interval lies on one side of its bound.
-Where other methods were measured in the same setting, p values have Holm's correction for all of them.
+Where other methods were measured in the same setting, p values have Holm's correction for all of them. Where the
+setting is too far from the paper's to decide, `Judged.leans` says what these numbers would decide there.
+
+What this project asks of its own kernel is no claim of the paper's: it is answered by `faster` or `slower`.
 """
 
 import dataclasses
@@ -22,7 +26,9 @@ from sbeval.tables.documents import Values, nothing
 from sbeval.tables.statistics import Interval, Method
 
 AGREES, DISAGREES, UNDECIDED = "agrees", "disagrees", "not decided"
+FASTER, SLOWER = "faster", "slower"
 STICK = ("stick_breaking", "")
+WITHOUT_REMAINDER = "remainder=none"
 METHODS = {"stick-breaking": STICK, "RoPE": ROPE}
 BILLION = 1e9
 # a model this many times smaller than the paper's does not decide a claim about the paper's size
@@ -33,11 +39,17 @@ ALPHA = 0.025
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """A verdict, what the results show in words with numbers, and the reason for no verdict or for rows left out."""
+    """A verdict, what the results show in words with numbers, and the reason for no verdict or for rows left out.
+
+    leans: of a claim that these models cannot decide, the verdict if they could; empty where that is open as well.
+    measured: whether there is a table that could decide it.
+    """
 
     verdict: str
     found: str = ""
     reason: str = ""
+    leans: str = ""
+    measured: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +62,15 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A claim and its source, the rule by which `judge` decides it, and where its rows come from."""
+    """A claim of the paper, or a question of this project, its source, and the rule by which `judge` decides it.
+
+    table, command, figure: where its rows come from, and what shows them. decides: what a run that decides it has.
+    """
 
     text: str
     source: str
     rule: str
+    decides: str
     table: str
     command: str
     figure: str
@@ -74,14 +90,25 @@ def findings(claims: Iterable[Claim], evidence: Evidence) -> list[Finding]:
 
 def _judge(claim: Claim, evidence: Evidence) -> Judged:
     if claim.table not in evidence.tables:
-        return Judged(UNDECIDED, reason=f"not measured here; {claim.command} does")
-    table, left_out = _without_overfit(evidence.tables[claim.table])
+        return Judged(UNDECIDED, reason=f"not measured here; {claim.command} does", measured=False)
+    table, left_out = _without_overfit(_plain(evidence.tables[claim.table]))
     try:
         judged = claim.judge(table, evidence)
     except InputError as error:
         judged = Judged(UNDECIDED, reason=str(error))
     reason = "; ".join(filter(None, [judged.reason, left_out]))
     return dataclasses.replace(judged, reason=reason)
+
+
+def _plain(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table whose plain stick-breaking is the one without a remainder, where it has no other.
+
+    Which of the two the paper's models have is not known; forms with other options are not the paper's.
+    """
+    if (table["options"][table["attention"] == STICK[0]] == STICK[1]).any():
+        return table
+    without = (table["attention"] == STICK[0]) & (table["options"] == WITHOUT_REMAINDER)
+    return table.assign(options=table["options"].mask(without, STICK[1]))
 
 
 def _without_overfit(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
@@ -112,11 +139,10 @@ def against(differences: Mapping[Method, Interval], bound: float, of: Method = S
 
 def verdict(answer: bool | None, found: str, *, far: str = "") -> Judged:
     """Turn the answer to a claim into a verdict; `far` says why the setting cannot decide the claim."""
-    if far:
-        return Judged(UNDECIDED, found, far)
     if answer is None:
-        return Judged(UNDECIDED, found, "the interval, with its correction, includes both")
-    return Judged(AGREES if answer else DISAGREES, found)
+        return Judged(UNDECIDED, found, far or "the interval, with its correction, includes both")
+    decided = AGREES if answer else DISAGREES
+    return Judged(UNDECIDED, found, far, leans=decided) if far else Judged(decided, found)
 
 
 def nearest(rows: pd.DataFrame, by: Iterable[str], methods: Iterable[Method] = (STICK, ROPE)) -> pd.DataFrame:

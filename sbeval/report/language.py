@@ -9,10 +9,8 @@ import pandas as pd
 
 from sbeval.errors import InputError
 from sbeval.report.judge import (
-    AGREES,
     ALPHA,
     BILLION,
-    DISAGREES,
     METHODS,
     STICK,
     UNDECIDED,
@@ -27,6 +25,7 @@ from sbeval.report.judge import (
     young,
 )
 from sbeval.report.maturity import ROPE
+from sbeval.report.recall import SEEDS
 from sbeval.tables import documents, few_shot, intervals, pairs, selection, statistics
 from sbeval.tables.intervals import percent
 from sbeval.tables.pairs import Stored
@@ -92,21 +91,13 @@ def _paired(rows: pd.DataFrame, samples: Mapping[Method, Sample], evidence: Evid
 
 def lengths(table: pd.DataFrame, evidence: Evidence) -> Judged:
     """Judge whether perplexity rises from the training length to eight times that, and whether far text is used."""
-    train_len, longest = LENGTHS
-    rows = selection.by_context(table)
-    rows = rows[(rows["train_len"] == train_len) & rows["x"].isin(LENGTHS)]
-    setting = selection.length_gen_setting(rows).columns
-    rows = rows[
-        rows.groupby(["attention", "options", *setting], dropna=False)["x"].transform("nunique") == len(LENGTHS)
-    ]
-    if rows.empty:
-        raise InputError(f"no model trained at {train_len} tokens was evaluated up to {longest}")
-    rows = nearest(rows, setting)
+    rows, (train_len, longest) = _evaluated_far(selection.by_context(table))
+    rows = nearest(rows, selection.length_gen_setting(rows).columns)
     rows = rows.assign(stderr=rows["stderr"] / rows["value"], value=np.log(rows["value"].astype(float)))
     samples = intervals.samples(_changes(rows))
     change, by_document = intervals.intervals(samples), _by_document(rows, evidence)
     change |= {of: pairs for of in (STICK, ROPE) if (pairs := _in_pairs(by_document, rows, of, None, samples))}
-    ends = {name: [_level(rows[rows["x"] == at], of) for at in LENGTHS] for name, of in METHODS.items()}
+    ends = {name: [_level(rows[rows["x"] == at], of) for at in (train_len, longest)] for name, of in METHODS.items()}
     rises = " and ".join(
         f"{name} from {start:.1f} to {end:.1f}, {change[METHODS[name]].text(percent)}"
         for name, (start, end) in ends.items()
@@ -118,14 +109,30 @@ def lengths(table: pd.DataFrame, evidence: Evidence) -> Judged:
     )
     far, of_targets = _far_text(table, rows, evidence)
     found += of_targets
-    if reason := young(rows, evidence):
-        return Judged(UNDECIDED, found, reason)
+    other = "" if train_len == LENGTHS[0] else f"trained at {train_len} tokens, the paper's at {LENGTHS[0]}"
+    reason = "; ".join(filter(None, [other, young(rows, evidence)]))
     if stick.above(RISE) < ALPHA or rope.below(RISE) < ALPHA:
-        return Judged(DISAGREES, found)
-    if not of_targets:
-        return Judged(UNDECIDED, found, CONTROL)
+        return verdict(False, found, far=reason)
     rises_not = rope.above(RISE) < ALPHA and stick.mean <= RISE and stick.high < rope.low
-    return Judged(AGREES, found) if rises_not and far else verdict(None, found)
+    holds = rises_not and (far or not of_targets)
+    return verdict(True if holds else None, found, far=reason or ("" if of_targets else CONTROL))
+
+
+def _evaluated_far(rows: pd.DataFrame) -> tuple[pd.DataFrame, tuple[int, int]]:
+    """Return perplexities at the training length and at eight times that of methods that have both, and these lengths.
+
+    The paper's training length is chosen where it was measured, else the longest. InputError where none was.
+    """
+    paper, factor = LENGTHS[0], LENGTHS[1] // LENGTHS[0]
+    keys = ["attention", "options", *selection.length_gen_setting(rows).columns]
+    others = sorted({int(length) for length in rows["train_len"]} - {paper}, reverse=True)
+    for train_len in (paper, *others):
+        ends = (train_len, factor * train_len)
+        mine = rows[(rows["train_len"] == train_len) & rows["x"].isin(ends)]
+        mine = mine[mine.groupby(keys, dropna=False)["x"].transform("nunique") == len(ends)]
+        if len(mine):
+            return mine, ends
+    raise InputError(f"no model was evaluated up to {factor} times its training length")
 
 
 def _level(rows: pd.DataFrame, of: Method) -> float:
@@ -155,8 +162,9 @@ def _far_text(table: pd.DataFrame, rows: pd.DataFrame, evidence: Evidence) -> tu
     targets = table[(table["metric"] == "loss_fixed_targets") & (table["train_len"] == rows["train_len"].iloc[0])]
     targets = targets.assign(x=pd.to_numeric(targets["context_length"]))
     same = [name for name in ("model", "corpus", "tokenizer", "train_tokens") if name in rows]
-    targets = targets[targets["x"].isin(LENGTHS)].merge(rows[same].drop_duplicates(), on=same)
-    complete = targets.groupby(["attention", "options"])["x"].transform("nunique") == len(LENGTHS)
+    ends = sorted(rows["x"].unique())
+    targets = targets[targets["x"].isin(ends)].merge(rows[same].drop_duplicates(), on=same)
+    complete = targets.groupby(["attention", "options"])["x"].transform("nunique") == len(ends)
     samples = intervals.samples(_changes(targets[complete])) if complete.any() else {}
     if STICK not in samples or WINDOW not in samples:
         return None, ""
@@ -180,7 +188,7 @@ def _by_document(rows: pd.DataFrame, evidence: Evidence, **count: object) -> pd.
     start, end = (
         documents.sums(values, "nll_sum", context_length=at, **count)
         / documents.sums(values, "tokens", context_length=at, **count)
-        for at in LENGTHS
+        for at in (int(rows["x"].min()), int(rows["x"].max()))
     )
     change: pd.DataFrame = (end - start).dropna(axis=1)
     return change
@@ -201,12 +209,18 @@ def _in_pairs(
 
 
 def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
-    """Judge whether stick-breaking finds more needles past the training length."""
+    """Judge whether stick-breaking finds more needles past the training length, on tasks that both solve at it."""
     rows = selection.needle_scores(table)
     rows = rows[(rows["metric"] == "score") & (rows["length"] > rows["train_len"])]
     rows = nearest(rows, selection.NEEDLE.columns)
-    shared = rows[rows["attention"].isin([name for name, _ in METHODS.values()]) & (rows["options"] == "")]
-    rows = rows[rows["task"].isin(set(shared["task"]))]
+    asked = _of_both(rows)
+    both = rows[rows["task"].isin(asked)]
+    rows, unsolved = _solved_by_both(both)
+    tasks = _of_both(rows)
+    if not tasks:
+        found = f"Both solve none of {len(asked)} of RULER's 13 tasks at the training length ({models(both)})."
+        return Judged(UNDECIDED, found, unsolved)
+    rows = rows[rows["task"].isin(tasks)]
     means = selection.mean_over_tasks(rows)
     samples = intervals.samples(means, Scale.SHARE)
     # prompts of a task and length are the same for all methods
@@ -218,13 +232,38 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
     found = (
         f"Mean score at {lengths} tokens, trained at {rows['train_len'].iloc[0]}: stick-breaking "
         f"{samples[STICK].mean:.3f}, RoPE {samples[ROPE].mean:.3f}; difference {gain.text('{:+.3f}'.format)} "
-        f"({gain.over('samples')}; {answer.words}; {models(rows)}; {rows['task'].nunique()} of RULER's 13 tasks)."
+        f"({gain.over('samples')}; {answer.words}; {models(rows)}; {len(tasks)} of RULER's 13 tasks).{unsolved}"
     )
-    far = "; ".join(filter(None, [too_small(rows, BILLION), young(rows, evidence)]))
     if max(samples[STICK].mean, samples[ROPE].mean) < NOTHING:
-        far = "neither finds anything there"
+        return Judged(UNDECIDED, found, "neither finds anything there")
+    far = [too_small(rows, BILLION), young(rows, evidence)]
+    fewest = min(samples[STICK].seeds, samples[ROPE].seeds)
+    if (rows["finetune_tokens"] > 0).any() and fewest < SEEDS:
+        far.append(f"{fewest} seed{'s' * (fewest > 1)} of a method that was fine-tuned, fewer than {SEEDS}")
     more = None if answer.below is None else not answer.below
-    return verdict(more if abs(gain.mean) >= NEEDLES else None, found, far=far)
+    return verdict(more if abs(gain.mean) >= NEEDLES else None, found, far="; ".join(filter(None, far)))
+
+
+def _of_both(rows: pd.DataFrame) -> set[str]:
+    """Return the tasks that rows of stick-breaking and of RoPE have."""
+    by_method = [set(intervals.method(rows, of)["task"]) for of in (STICK, ROPE)]
+    return by_method[0] & by_method[1]
+
+
+def _solved_by_both(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Return the rows of the tasks that every model of both methods solved at its training length, without those of
+    models of other methods that did not; and a sentence on the tasks that are left out."""
+    both = pd.concat([intervals.method(rows, of) for of in (STICK, ROPE)])
+    unsolved = sorted(both.loc[~both["solved"], "task"].unique())
+    if not unsolved:
+        return rows[rows["solved"]], ""
+    by = [
+        f"{name} {', '.join(sorted(missed))}"
+        for name, of in METHODS.items()
+        if (missed := set(intervals.method(both[~both["solved"]], of)["task"]))
+    ]
+    text = f" Not solved at the training length, so not compared beyond: {'; '.join(by)}."
+    return rows[rows["solved"] & ~rows["task"].isin(unsolved)], text
 
 
 def benchmarks(table: pd.DataFrame, evidence: Evidence) -> Judged:

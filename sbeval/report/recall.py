@@ -16,7 +16,7 @@ from sbeval.report.judge import (
     verdict,
 )
 from sbeval.report.maturity import ROPE
-from sbeval.tables import intervals, selection
+from sbeval.tables import intervals, mqrar, selection
 from sbeval.tables.published import SOLVED, SOLVED_AT, SOLVED_STEPS, SOLVED_TOKENS
 from sbeval.tables.statistics import Method, Scale
 
@@ -41,6 +41,7 @@ def recall(table: pd.DataFrame, evidence: Evidence) -> Judged:
     mine = nearest(cells[same] if same.any() else cells, by)
     found = " ".join(_solved(mine, name) for name in METHODS)
     found += f" Vocabulary {mine['vocab_size'].iloc[0]}, {mine['seq_len'].iloc[0]} tokens."
+    found = " ".join([found, *mqrar.cautions(mine)])
     if not same.any():
         wanted = f"vocabulary of {SOLVED_AT['vocab_size']} in {SOLVED_AT['seq_len']} tokens"
         return Judged(UNDECIDED, found, f"nothing was measured at the paper's {wanted}")

@@ -5,7 +5,18 @@ import math
 import pandas as pd
 
 from sbeval.errors import InputError
-from sbeval.report.judge import BILLION, STICK, UNDECIDED, Evidence, Judged, nearest, too_small, verdict
+from sbeval.report.judge import (
+    BILLION,
+    FASTER,
+    SLOWER,
+    STICK,
+    UNDECIDED,
+    Evidence,
+    Judged,
+    nearest,
+    too_small,
+    verdict,
+)
 from sbeval.report.maturity import ROPE
 from sbeval.tables import intervals, selection
 from sbeval.tables.published import SPEED
@@ -56,7 +67,7 @@ def _fastest(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def kernel_speed(step: str, table: pd.DataFrame, evidence: Evidence) -> Judged:
-    """Judge whether the kernel is slower than FlashAttention-2 at the longest sequence that both have on a device."""
+    """Judge whether the kernel is faster than FlashAttention-2 at the longest sequence that both have on a device."""
     times = pd.concat(selection.dense_kernels(table, metric) for metric in TIMES)
     times = times[(times["step"] == step) & times["backend"].isin(KERNELS)]
     wide = times.pivot_table("value", ["device", "head_dim", "queries", "batch"], ["metric", "backend"])
@@ -72,7 +83,8 @@ def kernel_speed(step: str, table: pd.DataFrame, evidence: Evidence) -> Judged:
         ratios.append(Interval(mean, low, high))
         parts.append(f"{ratios[-1].text('{:.2f}'.format)} (heads of {dim:g}, {queries:g} tokens, {device})")
     found = f"This kernel's throughput over FlashAttention-2's: {', '.join(parts)}; 20 to 80 % of timings."
-    answers = {True if ratio.high <= 1 else False if ratio.low > 1 else None for ratio in ratios}
+    answers = {SLOWER if ratio.high <= 1 else FASTER if ratio.low > 1 else UNDECIDED for ratio in ratios}
     if len(answers) > 1:
         return Judged(UNDECIDED, found, "it depends on the head size or the device")
-    return verdict(answers.pop(), found)
+    (answer,) = answers
+    return Judged(answer, found, "the timings include both" if answer == UNDECIDED else "")

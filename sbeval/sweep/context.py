@@ -32,6 +32,7 @@ class RunContext:
     force: bool = False  # train and evaluate finished cells again
     track: tuple[str, ...] = ()  # see `sbeval.runtime.trackers`
     world: World = ALONE
+    quiet: bool = False  # show no progress
     shard: bool = False  # shard weights and optimizer state over the ranks of `world` while training
     # command line, for run files: a worker has another
     argv: tuple[str, ...] = field(default_factory=lambda: tuple(sys.argv))

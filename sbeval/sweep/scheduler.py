@@ -357,8 +357,9 @@ def _errors(context: RunContext) -> tuple[type[Exception], ...]:
 
 
 def progress_of(context: RunContext) -> Progress:
-    """Return a progress display, shown on rank 0 only."""
-    return Progress(None if context.world.leads else Console(quiet=True, force_terminal=False))
+    """Return a progress display, shown on rank 0 only, and not if the run is quiet."""
+    shown = context.world.leads and not context.quiet
+    return Progress(None if shown else Console(quiet=True, force_terminal=False))
 
 
 def _pending(cells: Sequence[Cell], context: RunContext, progress: Progress) -> list[Cell]:

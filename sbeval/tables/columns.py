@@ -75,6 +75,9 @@ FACTORS: dict[str, dict[str, str]] = {
         "distance_start": _FROM.format("distance (positions between query and value)"),
         "distance_end": _TO.format("distances"),
         "distinct": "What is drawn without replacement: keys, values or queries.",
+        "schedule": "Learning rate schedule; `by epoch`: the rate changes between epochs of the stored rows alone.",
+        "decayed": "Parameters with weight decay: matrices, or all.",
+        "warmup": "Steps of the warm-up; empty: 5 % of max_steps.",
         "status": _ENDS,
     },
     "attention_map": _MAP | {
@@ -103,7 +106,14 @@ FACTORS: dict[str, dict[str, str]] = {
         "length": "Tokens of prompt and answer.",
         "depth_start": "First depth of the needle in the row, per cent; empty: all.",
         "depth_end": "End of the row's depths, exclusive (100 is in the last row).",
-        "finetune_tokens": "Tokens of prompts that the model was fine-tuned on.",
+        "finetune_tokens": "Tokens of prompts to fine-tune on; by the recipe `packed` at most.",
+        "finetune_recipe": "Recipe of fine-tuning: `packed` or `answers`; empty without, and in older rows.",
+        "finetune_lr": "Learning rate of fine-tuning by `packed`, in the rows of its own metrics.",
+        "chosen": "1 at the learning rate that validation chose, whose model all other rows are of; else 0.",
+        "ended": "`solved` if the task was, by held-out prompts of the training length, within finetune_tokens; else "
+        "`budget`; empty where the model was not fine-tuned on it by `packed`.",
+        "copy_gain": "Nats per token that copying 512 random tokens saved before fine-tuning (half of train_len if "
+        "less), as in diagnostics.",
         "status": _STATUS,
     },
     "diagnostics": {
@@ -145,9 +155,9 @@ METRICS: dict[str, dict[str, str]] = {
     },
     "mqrar": {
         "accuracy": "Share of queries answered correctly, on test examples.",
-        "validation_accuracy": "The same on validation examples, by which learning rates are chosen.",
+        "validation_accuracy": "The same on validation examples, by which rates are ranked where none solves the task.",
         "solved": "1 if training ended above --stop-accuracy, else 0.",
-        "steps": "Optimizer steps of training.",
+        "steps": "Optimizer steps of training; until solved they rank learning rates.",
     },
     "attention_map": {
         "accuracy": "Share of queries answered correctly.",
@@ -164,6 +174,9 @@ METRICS: dict[str, dict[str, str]] = {
         "greedy": "Share of prompts after which the reference answer is the likeliest at every token.",
         "log_probability": "Of the reference answer's tokens, summed, in nats.",
         "filled": "Tokens of prompt and answer over `length`.",
+        "tokens_to_solve": "Tokens of fine-tuning until `greedy` was 0.95 on held-out prompts of the training length; "
+        "finetune_tokens where it never did (`ended` is `budget`).",
+        "held_out": "`greedy` on those prompts at the end of fine-tuning.",
     },
     "diagnostics": {
         "copy_gain": "Loss on random tokens minus loss on the same tokens repeated right after them.",

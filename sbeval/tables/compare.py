@@ -32,7 +32,7 @@ from sbeval.tables.statistics import Joint, Method, Sample, Scale
 from sbeval.tables.table import OUTCOME, read, required
 
 # results of a run beside its number
-FOUND = ("status", "reads", "cut")
+FOUND = ("status", "reads", "cut", "ended", "chosen", "copy_gain")
 # columns of origin, keys only where no other tells rows apart, in this order
 ORIGIN = (
     "backend",

@@ -48,17 +48,56 @@ class Row(Measurement):
     init_std: float | None = column("weights from N(0, {}²)", LATER, default=None)
     stop_accuracy: float | None = column("stopped at {}", LATER, default=None)
     patience: int | None = column("patience {:.0f}", LATER, default=None)
+    norm: str | None = column("{} norm", LATER, default=None)
+    biases: str | None = column("biases: {}", LATER, default=None)
+    beta_2: float | None = column("beta 2 {}", LATER, default=None)
+    decayed: str | None = column("decay of {}", LATER, default=None)
+    warmup: int | None = column("{:.0f} steps of warm-up", LATER, default=None)
+    clip: float | None = column("clipped at {:g}", LATER, default=None)
+    final_lr: float | None = column("last rate {:g}", LATER, default=None)
     status: str | None = field(default=None, metadata=LATER)
 
 
-# below the table where a cell was not solved: plateaus have ended after 10,000 steps
+# values of runs from before the option existed
+BEFORE: dict[str, str | float] = {
+    "optimizer": "adamw",
+    "n_back": 1,
+    "norm": "rms",
+    "biases": "false",
+    "beta_2": 0.95,
+    "decayed": "matrices",
+    "clip": 1.0,
+    "final_lr": 0.1,
+}
+
+# below the table: what its columns are, how training ended where it was not solved, and what that does not show
+ENDED = {
+    "budget": "budget: out of --steps before the task was solved",
+    "plateau": "plateau: no progress for --patience steps",
+}
+# plateaus have ended after 10,000 steps
 UNDECIDED = (
-    "budget, plateau: not solved in these steps, which does not show that the method cannot. More --steps with "
-    "--patience 0, and other rates (--lr), would decide."
+    "Not solved in these steps does not show that the method cannot: more --steps with --patience 0, and other rates "
+    "(--lr), would decide."
 )
-
-
-LEGEND = "valid.: by which a rate is chosen; fresh: queries for a key's first value; stale: the key had another before."
+# of the preset `author` from the public code that it follows, shawntan/zoology at eff3566
+DEPARTURES = (
+    "softmax has RoPE beside the learned positions (--attention nope is that code's)",
+    "dropout is on the heads' outputs, not on attention weights",
+    "products are in bfloat16 on a GPU (--dtype float32 for that code's)",
+    "examples and weights are of another random generator",
+    "25,000 full batches run on over the ends of epochs, there 391 an epoch, the last of 160 rows",
+    "training ends at 0.99 on 1000 validation examples, every 250 steps; there above it on the 3000 test examples, "
+    "every epoch",
+    "learning rates are rounded to three digits",
+    "stick-breaking skips keys for which less than 2^-24 of the stick is left",
+)
+# beside rows of ALiBi with one head
+ONE_SLOPE = "ALiBi with one head has a single slope, 2^-8: its accuracy is an artefact of that."
+LEGEND = (
+    "steps: until solved, by which rates are ranked (valid. ranks them where none solves the task); fresh: queries for "
+    "a key's first value; stale: the key had another before."
+)
 
 
 def summary(results: "pd.DataFrame") -> "Table":
@@ -69,25 +108,39 @@ def summary(results: "pd.DataFrame") -> "Table":
     factors = {"kv_pairs": "pairs", "lr": "lr"}
     factors |= {name: name.replace("_", "-") for name in ("n_back", "width") if results[name].nunique() > 1}
     table = Table(title="MQRAR accuracy (mean over seeds, lowest to highest)")
-    for name in ("attention", *factors.values(), "seeds", "valid.", "all", "fresh", "stale", "ended"):
+    for name in ("attention", *factors.values(), "seeds", "steps", "valid.", "all", "fresh", "stale", "ended"):
         table.add_column(name, justify="left" if name in ("attention", "ended") else "right")
     for (attention, options, *values), group in results.groupby(["attention", "options", *factors]):
         validation = group[group["metric"] == "validation_accuracy"]["value"]
         accuracy = {split: rows["value"] for split, rows in group[group["metric"] == "accuracy"].groupby("split")}
-        ended = group[group["metric"] == "solved"]["status"].value_counts()
+        how_ended = group[group["metric"] == "solved"]["status"].value_counts()
+        steps = group[(group["metric"] == "steps") & (group["status"] == "solved")]["value"]
         table.add_row(
             f"{attention}:{options}" if options else f"{attention}",
             *(f"{value:g}" for value in values),
             f"{len(validation)}",
+            f"{steps.mean():,.0f}" if len(steps) else "",
             f"{validation.mean():.3f}" if len(validation) else "",
             _span(accuracy["all"]) if accuracy else "",
             *(f"{accuracy[split].mean():.3f}" if split in accuracy else "" for split in ("fresh", "stale")),
-            ", ".join(f"{count} {how}" for how, count in ended.items()),
+            ", ".join(f"{count} {how}" for how, count in how_ended.items()),
         )
-    table.caption = LEGEND
-    if results["status"].isin(["budget", "plateau"]).any():
+    ended = [words for how, words in ENDED.items() if (results["status"] == how).any()]
+    table.caption = "; ".join([LEGEND.removesuffix("."), *ended]) + "."
+    if ended:
         table.caption += f" {UNDECIDED}"
+    table.caption = " ".join([table.caption, *cautions(results)])
     return table
+
+
+def cautions(rows: "pd.DataFrame") -> list[str]:
+    """Return sentences on what qualifies these rows: how the preset `author` differs from its code, and an artefact."""
+    notes = []
+    if "preset" in rows and (rows["preset"] == "author").any():
+        notes.append(f"Departures of the preset author from the authors' code: {'; '.join(DEPARTURES)}.")
+    if ((rows["attention"] == "alibi") & (rows["heads"] == 1)).any():
+        notes.append(ONE_SLOPE)
+    return notes
 
 
 def _span(values: "pd.Series[float]") -> str:

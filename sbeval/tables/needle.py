@@ -11,39 +11,73 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
+# share of held-out prompts, or of those of the training length, that a solved task has right
+SOLVED = 0.95
+# below the table of the terminal
+LEGEND = (
+    "tokens to solve: of fine-tuning, until 95 % of held-out prompts of the training length were right, by seed; >: "
+    "they never were, and scores at other lengths do not compare the method. lr: the rate that validation chose."
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row(Measurement):
     """Factors: length of prompt and answer in tokens; depth_start <= depth < depth_end of the needle, in per cent (100
-    is in the last bin; empty: all samples); tokens of fine-tuning. status: `overfit` where the model's training on text
-    was, or empty."""
+    is in the last bin; empty: all samples); tokens of fine-tuning, with the recipe `packed` at most. status: `overfit`
+    where the model's training on text was, or empty.
+
+    Of the recipe `packed`: how fine-tuning on this task ended, `solved` or `budget`, empty where it was on others; nats
+    per token that copying saved before fine-tuning; in rows of fine-tuning the learning rate, and whether validation
+    chose it (1 or 0), whose model the other rows are of.
+    """
 
     length: int
     depth_start: int | None = None
     depth_end: int | None = None
     finetune_tokens: int = column("{:,.0f} tokens of fine-tuning", default=0)
+    finetune_recipe: str = column("fine-tuned by the recipe {}", LATER, default="")
+    finetune_lr: float | None = field(default=None, metadata=LATER)
+    chosen: int | None = field(default=None, metadata=LATER)
+    ended: str = field(default="", metadata=LATER)
+    copy_gain: float | None = field(default=None, metadata=LATER)
     status: str = field(default="", metadata=LATER)
 
 
 def summary(results: "pd.DataFrame") -> "Table":
-    """Return the table for the terminal: score and greedy accuracy by task and length, mean over seeds, and means."""
+    """Return the table for the terminal: score and greedy accuracy by task and length, mean over seeds, and means; of
+    the recipe `packed` also how a task was learned."""
     from rich.table import Table
 
     rows = results[results["metric"].isin(["score", "greedy"]) & results["depth_start"].isna()]
     lengths = sorted(rows["length"].unique())
+    learned = results[results["metric"] == "tokens_to_solve"]
     table = Table(
         title="Score of completions (accuracy of greedy decoding of the reference) by length in tokens",
-        caption=epochs.caution(results) or None,
+        caption=" ".join(filter(None, [LEGEND if len(learned) else "", epochs.caution(results)])) or None,
         caption_justify="left",
     )
-    for name in ("attention", "task"):
+    for name in ("attention", "task", *(("tokens to solve", "lr") if len(learned) else ())):
         table.add_column(name)
     for length in lengths:
         table.add_column(f"{length}", justify="right")
     for (attention, options), group in rows.groupby(["attention", "options"]):
         method = f"{attention}:{options}" if options else f"{attention}"
+        mine = learned[(learned["attention"] == attention) & (learned["options"] == options)]
         tasks = [*group.groupby("task")] + ([("mean", group)] if group["task"].nunique() > 1 else [])
         for task, some in tasks:
             means = some.groupby(["length", "metric"])["value"].mean()
-            table.add_row(method, str(task), *(f"{means[x, 'score']:.2f} ({means[x, 'greedy']:.2f})" for x in lengths))
+            scores = (f"{means[x, 'score']:.2f} ({means[x, 'greedy']:.2f})" for x in lengths)
+            how = _learned(mine[mine["task"] == task]) if len(learned) else ()
+            table.add_row(method, str(task), *how, *scores)
     return table
+
+
+def _learned(rows: "pd.DataFrame") -> tuple[str, str]:
+    """Say after how many tokens a task was solved at the chosen rates, and which these are, seed by seed."""
+    chosen = rows[rows["chosen"] == 1].sort_values("seed")
+    tokens = [
+        f"{value / 1e6:.3g} M" if how == "solved" else f"> {value / 1e6:.3g} M"
+        for value, how in zip(chosen["value"].tolist(), chosen["ended"].tolist(), strict=True)
+    ]
+    rates = [f"{rate:g}" for rate in chosen["finetune_lr"].tolist()]
+    return ", ".join(tokens), ", ".join(rates if len(set(rates)) > 1 else rates[:1])

@@ -14,6 +14,7 @@ SHARES = (
     "accuracy",
     "error_rate",
     "greedy",
+    "held_out",
     "score",
     "share",
     "solved",

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, NothingToDraw
 from sbeval.tables import mqrar
+from sbeval.tables.needle import SOLVED
 from sbeval.tables.published import FLIP_FLOP_TESTS, SOLVED_ACCURACY
 from sbeval.tables.rows import labels, later
 from sbeval.tables.table import numbers
@@ -31,10 +32,17 @@ LENGTH_GEN = Setting(
 )
 # how models were trained: columns that older tables lack
 RECIPE = ("lr", "optimizer", "batch_tokens", "schedule")
-NEEDLE = Setting(("model", "train_len", "finetune_tokens"), ("tokenizer", "preset", "corpus", "train_tokens", "dtype"))
+NEEDLE = Setting(
+    ("model", "train_len", "finetune_tokens"),
+    ("finetune_recipe", "tokenizer", "preset", "corpus", "train_tokens", "dtype"),
+)
 NEEDLE_METRICS = ("score", "greedy")
 # columns that identify a number
 NEEDLE_SAME = ["attention", "options", "seed", "task", "metric", "length", *NEEDLE.columns]
+# those of them that older tables have
+NEEDLE_COLUMNS = [name for name in NEEDLE_SAME if name != "finetune_recipe"]
+# those that identify a model and its task
+_NEEDLE_TASK = [name for name in NEEDLE_SAME if name not in ("metric", "length")]
 MQRAR = Setting(
     ("model", "vocab_size", "seq_len"),
     ("task", "width", "layers", "heads", "train_len", "eval_len", "preset", "dtype"),
@@ -53,8 +61,11 @@ def length_gen_setting(table: pd.DataFrame) -> Setting:
 
 
 def recipe_columns(table: pd.DataFrame) -> list[str]:
-    """Return the columns in which the trainings of these rows differ, besides method and seed."""
-    return [name for name in ("train_tokens", *RECIPE) if name in table and table[name].nunique() > 1]
+    """Return the columns in which the trainings of these rows differ, besides method and seed.
+
+    A blank cell is of a row from before the table had the column, which is no difference.
+    """
+    return [name for name in ("train_tokens", *RECIPE) if name in table and table[name].replace("", None).nunique() > 1]
 
 
 def by_context(table: pd.DataFrame) -> pd.DataFrame:
@@ -82,10 +93,7 @@ def recall_accuracy(table: pd.DataFrame) -> pd.DataFrame:
     """
     wanted = table["metric"].isin(["accuracy", "validation_accuracy", "steps", "solved"])
     table = numbers(table[wanted], ["kv_pairs", "vocab_size", "lr"])
-    table = table.assign(n_back=table["n_back"].fillna(1) if "n_back" in table else 1)
-    # runs from before the option existed
-    optimizer = table["optimizer"].fillna("").replace("", "adamw") if "optimizer" in table else "adamw"
-    table = table.assign(optimizer=optimizer)
+    table = recall_completed(table)
     by = ["attention", "options", "kv_pairs", "n_back", *recall_setting(table).columns]
     kept = []
     for key, rows in table.groupby(by, dropna=False):
@@ -100,6 +108,16 @@ def recall_accuracy(table: pd.DataFrame) -> pd.DataFrame:
         kept.append(rows)
     rows = pd.concat(kept) if kept else table
     return rows[rows["metric"] == "accuracy"]
+
+
+def recall_completed(table: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of `mqrar` in which options that older ones predate have the values that these were run with."""
+    for name, value in mqrar.BEFORE.items():
+        if name in table:
+            table = table.assign(**{name: table[name].where(table[name].notna() & (table[name] != ""), value)})
+        elif name in ("n_back", "optimizer"):
+            table = table.assign(**{name: value})
+    return table
 
 
 def ranked_rates(rows: pd.DataFrame) -> list[float] | None:
@@ -138,11 +156,10 @@ def recall_cells(table: pd.DataFrame) -> pd.DataFrame:
     A cell is solved if its training stopped for it, or, in a table without that, at an accuracy of SOLVED_ACCURACY.
     """
     cells = table[(table["metric"] == "accuracy") & (table["split"] == "all")]
-    cells = numbers(cells, ["kv_pairs", "vocab_size", "lr"])
+    cells = numbers(recall_completed(cells), ["kv_pairs", "vocab_size", "lr"])
     both = {name: table[table["metric"] == name].set_index("cell")["value"] for name in ("steps", "solved")}
     solved = cells["cell"].map(both["solved"])
     return cells.assign(
-        n_back=cells["n_back"].fillna(1) if "n_back" in cells else 1,
         status=cells["status"] if "status" in cells else "",
         steps=cells["cell"].map(both["steps"]).fillna(0.0),
         solved=(solved == 1) | (solved.isna() & (cells["value"] >= SOLVED_ACCURACY)),
@@ -181,11 +198,51 @@ def flip_flop_errors(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def needle_scores(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the scores of `needle` over all samples of a task and length; InputError where there are none."""
+    """Return the scores of `needle` over all samples of a task and length; InputError where there are none.
+
+    Column `solved`: whether the model solved the task at its training length. One that was fine-tuned did if its
+    fine-tuning says so, or, where that says nothing, if it scores SOLVED there; one that was not is taken as it is.
+    """
     table = table[table["metric"].isin(NEEDLE_METRICS) & table["depth_start"].isna()]
     if table.empty:
         raise InputError("there are no rows with metric 'score' or 'greedy' over all depths to draw")
-    return most_samples(numbers(table, ["length", "train_len", "finetune_tokens"]))
+    return _with_solved(most_samples(_of_recipes(numbers(table, ["length", "train_len", "finetune_tokens"]))))
+
+
+def needle_depths(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the scores of `needle` by depth, with the column `solved` of `needle_scores`.
+
+    InputError where there are none.
+    """
+    shown = table["metric"].isin(NEEDLE_METRICS)
+    rows = table[shown & table["depth_start"].notna()]
+    if rows.empty:
+        raise NothingToDraw("there are no rows with a depth to draw: tasks with a single needle have them")
+    names = ["depth_start", "depth_end", "length", "train_len", "finetune_tokens"]
+    rows = most_samples(_of_recipes(numbers(rows, names)))
+    if table[shown]["depth_start"].notna().all():
+        return rows.assign(solved=True)
+    scores = needle_scores(table)
+    apart = scores[~scores["solved"]][_NEEDLE_TASK].drop_duplicates()
+    found = rows.merge(apart, on=_NEEDLE_TASK, how="left", indicator="apart")
+    return found.assign(solved=found["apart"] == "left_only").drop(columns="apart")
+
+
+def _of_recipes(table: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of `needle` with the recipe of fine-tuning; older tables lack it, and all of theirs are by
+    `answers`."""
+    given = table["finetune_recipe"].fillna("") if "finetune_recipe" in table else pd.Series("", table.index)
+    return table.assign(finetune_recipe=given.mask((given == "") & (table["finetune_tokens"] > 0), "answers"))
+
+
+def _with_solved(scores: pd.DataFrame) -> pd.DataFrame:
+    there = scores[(scores["metric"] == "score") & (scores["length"] == scores["train_len"])]
+    right = there.groupby(_NEEDLE_TASK, dropna=False).agg(there=("value", "mean")).reset_index()
+    found = scores.merge(right, on=_NEEDLE_TASK, how="left")
+    ended = found["ended"].fillna("") if "ended" in found else pd.Series("", found.index)
+    by_score = found["there"].fillna(1.0) >= SOLVED
+    solved = (ended == "solved") | ((ended == "") & by_score) | (found["finetune_tokens"] == 0)
+    return found.drop(columns="there").assign(solved=solved)
 
 
 def most_samples(table: pd.DataFrame) -> pd.DataFrame:

@@ -38,13 +38,15 @@ Part = TypeVar("Part")
 class State:
     """Progress of a training run.
 
-    losses: of every step, in nats/token. scores: (step, score) on validation data. held_out: (step, nats/token) on
-    held-out text. diagnoses: the fields of each `evaluation.diagnostics.Reading`, and the step. seconds: of all steps;
-    diagnosis_seconds: of all diagnoses. tokens_per_second, mfu: the speed, and model FLOP utilisation, last measured.
+    losses: of every step, in nats/token. scores: (step, score) on validation data; task_scores: by task, as `step`,
+    `task` and `score`. held_out: (step, nats/token) on held-out text. diagnoses: the fields of each
+    `evaluation.diagnostics.Reading`, and the step. seconds: of all steps; diagnosis_seconds: of all diagnoses.
+    tokens_per_second, mfu: the speed, and model FLOP utilisation, last measured.
     """
 
     losses: list[float] = field(default_factory=list)
     scores: list[tuple[int, float]] = field(default_factory=list)
+    task_scores: list[dict[str, Any]] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
     diagnoses: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0

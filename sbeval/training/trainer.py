@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sbeval.config import IGNORE
 from sbeval.data import counter_rng
+from sbeval.data.dataloader import WeightedBatch
 from sbeval.errors import InputError
 from sbeval.models.config import ModelConfig, flops_per_token
 from sbeval.models.decoder import Decoder
@@ -31,8 +32,9 @@ from sbeval.tables import epochs
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
 from sbeval.training.config import TrainConfig
+from sbeval.training.graph import WARM_UP, Graph
 from sbeval.training.held_out import Rows
-from sbeval.training.optimizer import optimizer_for
+from sbeval.training.optimizer import optimizer_for, set_rate
 
 
 class Batch(Protocol):
@@ -67,10 +69,14 @@ class Trained:
     rows: int  # sequences per forward pass of a process: fewer than configured after running out of memory
 
 
-def learning_rate(config: TrainConfig, step: int) -> float:
+def learning_rate(config: TrainConfig, step: float) -> float:
     """Return the learning rate of a step, counted from 0."""
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
+    if config.epoch_rows:
+        # the place, in steps, at which its epoch began
+        began = step * config.batch // config.epoch_rows * config.epoch_rows / config.batch
+        step = max(config.warmup, began)
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "wsd":
@@ -114,7 +120,11 @@ class Loss(nn.Module):
         self.model, self.sparse, self.capacity = model, sparse, capacity
         self.score = model.score
 
-    def forward(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, weights: Tensor | None = None
+    ) -> Tensor:
+        if weights is not None:
+            return self.score(self.model(tokens, cu_seqlens), targets, weights)
         if self.sparse:
             return self.model.sparse_loss(tokens, targets, cu_seqlens, self.capacity)
         return self.score(self.model(tokens, cu_seqlens), targets)
@@ -178,11 +188,14 @@ class Trainer:
         self.rows = config.micro_batch or config.batch // world.size  # sequences per forward pass
         self.say: Callable[[str], None] = print
         self.compiles = place.type == "cuda"
-        # whether a GPU replays the graph of a forward and backward pass
+        # whether a GPU replays the graph of a step, and the stream it is recorded on, on which all steps then run
         self.replays = place.type == "cuda" and config.capacity is not None and world.size == 1
+        self.stream = torch.cuda.Stream(place) if self.replays else None
+        self.graph: Graph | None = None
+        self.launched = 0  # steps that were launched kernel by kernel since code was compiled
         self.loss = self._prepare()
         # after sharding, which replaces the model's parameters
-        self.optimizer = optimizer_for(self.model, config)
+        self.optimizer = optimizer_for(self.model, config, recorded=self.replays)
         self._restore(after)
         if not shard and world.size > 1:
             devices = [place] if place.type == "cuda" else None
@@ -290,11 +303,12 @@ class Trainer:
         start, first = time.perf_counter(), self.state.step
         # losses stay on the device until the end, so that it never waits for the host
         losses: list[Tensor] = []
-        # with several processes none stops alone
-        while first + len(losses) < end and not (self.world.size == 1 and interrupted.is_set()):
-            losses.append(self._step(first + len(losses)))
-        if losses:
-            mine = torch.stack(losses).double().cpu().numpy()
+        with self._on_stream():
+            # with several processes none stops alone
+            while first + len(losses) < end and not (self.world.size == 1 and interrupted.is_set()):
+                losses.append(self._step(first + len(losses)))
+            mine = torch.stack(losses).double().cpu().numpy() if losses else None
+        if mine is not None:
             self.state.losses += (distributed.summed(mine, self.world, self.place) / self.world.size).tolist()
             seconds = time.perf_counter() - start
             self.state.seconds += seconds
@@ -304,36 +318,60 @@ class Trainer:
     def _step(self, step: int) -> Tensor:
         """Run one optimizer step; return the mean loss over scored tokens, of several processes the mean of theirs."""
         batch = self.batches[step]
-        rate = learning_rate(self.config, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate / group["divisor"]
+        set_rate(self.optimizer, learning_rate(self.config, step))
         tokens, targets = self._moved(batch.tokens), self._moved(batch.targets)
         cu_seqlens = None if batch.cu_seqlens is None else self._moved(batch.cu_seqlens)
         if self.model.config.dropout:
             # a resumed run draws the same dropout masks
             torch.manual_seed(counter_rng.key(self.config.seed, 0, step))
+        weights = self._moved(batch.weights) if isinstance(batch, WeightedBatch) else None
+        # bounds of packed sequences differ in number
+        if self.replays and cu_seqlens is None and weights is None:
+            if self.launched >= WARM_UP and self._record(tokens, targets):
+                assert self.graph is not None
+                return self.graph(tokens, targets)
         losses: list[Tensor] = []
-        while not oom.enough(lambda: losses.append(self._accumulate(tokens, targets, cu_seqlens))):
+        while not oom.enough(lambda: losses.append(self._accumulate(tokens, targets, cu_seqlens, weights))):
             self._halve()
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._update()
+        self.launched += 1
         return losses[0]
 
-    def _accumulate(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def _record(self, tokens: Tensor, targets: Tensor) -> bool:
+        """Record the graph of a step, unless there is one; return False if memory ran out, after halving."""
+
+        def whole(tokens: Tensor, targets: Tensor) -> Tensor:
+            loss = self._accumulate(tokens, targets, None, None)
+            self._update()
+            return loss
+
+        def record() -> None:
+            assert self.stream is not None
+            self.graph = Graph(whole, tokens, targets, self.stream)
+
+        if self.graph is None and not oom.enough(record):
+            self._halve()
+        return self.graph is not None
+
+    def _update(self) -> None:
+        """Update the weights by the gradients, and drop these."""
+        if self.config.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _accumulate(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, weights: Tensor | None) -> Tensor:
         """Accumulate the gradients of a batch, a part at a time; return its loss."""
         # gradients are averaged over processes, and their sum is wanted
-        count = (targets != IGNORE).sum().clamp(min=1) / self.world.size
+        count = (1 if weights is not None else (targets != IGNORE).sum().clamp(min=1)) / self.world.size
         total = torch.zeros((), device=self.place)
         parts = self._parts(len(tokens))
         for part in parts:
             within = _part_of(cu_seqlens, part, tokens.shape) if part != slice(0, len(tokens)) else cu_seqlens
             with self._gradients_stay(part != parts[-1]):
-                if self.replays:
-                    # the outputs of the last replay may be overwritten
-                    torch.compiler.cudagraph_mark_step_begin()
                 with device.autocast(self.place, self.config.dtype):
-                    loss = self.loss(tokens[part], targets[part], within) / count
+                    weighted = () if weights is None else (weights[part],)
+                    loss = self.loss(tokens[part], targets[part], within, *weighted) / count
                 loss.backward()
             total += loss.detach()
         return total
@@ -353,9 +391,9 @@ class Trainer:
         if self.world.size > 1:
             # the other processes have not run out
             raise torch.OutOfMemoryError(f"{what}: give --micro-batch-tokens {fewer * length} or less")
-        self.rows = fewer
+        # a graph holds the memory of its shapes
+        self.rows, self.graph, self.launched = fewer, None, 0
         if self.place.type == "cuda":
-            # captured graphs hold the memory of their shapes
             _forget()
             self.loss = self._prepare()
         self.say(
@@ -372,6 +410,18 @@ class Trainer:
         # a copy from pinned memory does not wait for the GPU; some batches are drawn on the GPU
         pin = x.is_cpu and self.place.type == "cuda"
         return (x.pin_memory() if pin else x).to(self.place, non_blocking=pin)
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """Run steps on the stream that a graph is recorded on, in order with what is before and after them."""
+        if self.stream is None:
+            yield
+            return
+        others = torch.cuda.current_stream(self.place)
+        self.stream.wait_stream(others)
+        with torch.cuda.stream(self.stream):
+            yield
+        others.wait_stream(self.stream)
 
     @contextmanager
     def _gradients_stay(self, stay: bool) -> Iterator[None]:
@@ -395,8 +445,8 @@ class Trainer:
         if self.place.type == "cuda":
             _make_room(self.model.config, (self.rows, self.config.length, self.config.sparse, self.config.capacity))
         if self.replays:
-            # a small model's kernels are shorter than their launches
-            loss.compile(mode="reduce-overhead")
+            # whole, as the code of a small model is
+            loss.compile()
         elif self.compiles:
             # a shard's weights are gathered by hooks of its block
             loss.compile_parts(in_place=self.shard)

@@ -317,11 +317,11 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Writer:
     length=st.integers(0, 4096),
     seed=st.integers(0, 2**40),
     index=st.integers(0, 2**20),
-    training=st.booleans(),
+    use=st.sampled_from(["test", "train", "validation"]),
 )
-def test_needles_of_any_length(task: str, length: int, seed: int, index: int, training: bool, writer: Writer) -> None:
+def test_needles_of_any_length(task: str, length: int, seed: int, index: int, use: str, writer: Writer) -> None:
     try:
-        (prompt,) = writer._write(task, range(index, index + 1), length, seed, training, lambda _: None)
+        (prompt,) = writer._write(task, range(index, index + 1), length, seed, use, lambda _: None)
     except InputError as error:
         one_line(error)
         return

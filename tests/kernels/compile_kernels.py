@@ -2,7 +2,7 @@
 
     python tests/kernels/compile_kernels.py [80 90 100]
 
-for these architectures: all variants for sm_90, the common ones for the others. Not in the
+for these architectures: all variants for sm_90 and compile_gluon.py's, the common ones for the others. Not in the
 tests' own process, which interprets the kernels. Fails where the common forward kernel spills on sm_90, and where
 ptxas warns that it could not overlap matrix products with anything else (C75xx).
 """
@@ -10,9 +10,11 @@ ptxas warns that it could not overlap matrix products with anything else (C75xx)
 import contextlib
 import io
 import re
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -140,6 +142,8 @@ def main() -> None:
                 failures.append(f"{variant}: {serialised}")
             if variant == Variant("stick_breaking forward", 90) and stack > STACK:
                 failures.append(f"{variant}: {stack} bytes of stack, more than {STACK}: it spills")
+    if 90 in architectures:
+        subprocess.run([sys.executable, Path(__file__).with_name("compile_gluon.py")], check=True)
     if failures:
         sys.exit("\n".join(failures))
 

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from sbeval.errors import InputError
-from sbeval.kernels import stick_breaking
+from sbeval.kernels import hopper, stick_breaking
 from sbeval.kernels.stick_breaking import Mixer, Options, attention, initial_bias, reference
 
 GPU = torch.cuda.is_available()
 PLACE = torch.device("cuda" if GPU else "cpu")
+NEEDS_GPU = pytest.mark.skipif(not GPU, reason="needs a GPU")
+NEEDS_HOPPER = pytest.mark.skipif(bool(hopper.obstacle(PLACE)), reason="needs a Hopper GPU")
 # relative error of the whole tensor
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 5e-3}
 
@@ -147,7 +149,7 @@ def test_portable_path_in_half_precision(dtype: torch.dtype) -> None:
     check(Case(200, dim=64), dtype, "torch")
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@NEEDS_GPU
 @pytest.mark.parametrize(
     ("case", "dtype"),
     [
@@ -162,21 +164,63 @@ def test_triton_on_the_gpu(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype, "triton")
 
 
+HOPPER = [
+    # some cases differ in their head size alone
+    *dict.fromkeys(
+        replace(case, dim=dim)
+        for case in SMALL + LARGE
+        for dim in (64, 128)
+        if case.s in (None, case.t + 64) and case.batch * case.t >= 64
+    ),
+    Case(300, s=492, heads=6, groups=2, dim=64),
+    Case(200, spread=30.0, dim=128),
+    Case(100, shift=-12.0, dim=64),
+]
+
+
+@NEEDS_HOPPER
+@pytest.mark.parametrize(
+    ("case", "dtype", "epsilon"),
+    [
+        *product(HOPPER, [torch.bfloat16], [None]),
+        # each of these is compiled anew, for 15 s: with both head sizes, but not with every case
+        *product(HOPPER[::3], [torch.bfloat16], [0.0]),
+        *product(HOPPER[1::3], [torch.float16], [None]),
+    ],
+    ids=str,
+)
+def test_hopper_on_the_gpu(case: Case, dtype: torch.dtype, epsilon: float | None) -> None:
+    check(case, dtype, "triton-hopper", epsilon)
+
+
+@NEEDS_HOPPER
+def test_hopper_a_thousand_times() -> None:
+    """More tiles than multiprocessors, of which many stop early; in between others that use the same memory."""
+    q, k, v = Case(1100, batch=4, heads=6, groups=3, dim=64, shift=-1.0).draw(torch.bfloat16, PLACE)
+    wanted = attention(q, k, v, backend="triton-hopper")
+    for _ in range(1000):
+        found = attention(q, k, v, backend="triton-hopper")
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
 class Block(torch.nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, backend: str) -> None:
         super().__init__()
+        self.backend = backend
         self.qkv, self.out = torch.nn.Linear(512, 1536), torch.nn.Linear(512, 512)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (-1, 64)).split(8, 2)
-        return cast(Tensor, self.out(attention(q, k, v, cu_seqlens=cu_seqlens, backend="triton")[0].flatten(2)))
+        return cast(Tensor, self.out(attention(q, k, v, cu_seqlens=cu_seqlens, backend=self.backend)[0].flatten(2)))
 
 
-@pytest.mark.skipif(not GPU, reason="needs a GPU")
-def test_numbers_of_packed_sequences_share_a_compiled_block() -> None:
+@pytest.mark.parametrize(
+    "backend", [pytest.param("triton", marks=NEEDS_GPU), pytest.param("triton-hopper", marks=NEEDS_HOPPER)]
+)
+def test_numbers_of_packed_sequences_share_a_compiled_block(backend: str) -> None:
     torch.compiler.reset()
     counters.clear()
-    block = Block().cuda()
+    block = Block(backend).cuda()
     compiled = torch.compile(block)
     for n_sequences in (None, 17, 30, 23, 64, 41):
         x = torch.randn((4, 2048, 512) if n_sequences is None else (1, 8192, 512), device="cuda")

@@ -127,6 +127,7 @@ def values(x: list[Any]) -> npt.NDArray[np.float64]:
 
 
 def test_the_page_holds_the_same_and_loads_nothing() -> None:
+    pytest.importorskip("plotly")
     chart = attention_map.chart(table(cell("rope"), cell("stick_breaking")))
     text = html.figure(chart)
     page = Page(text)
@@ -149,6 +150,7 @@ def test_the_page_holds_the_same_and_loads_nothing() -> None:
 
 
 def test_html_is_a_format_of_this_figure(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
     rows = table(cell("rope")).assign(unit="1", stderr=None, n=1)
     rows.to_csv(tmp_path / "attention_map.csv", index=False)
     files = draw_figures(tmp_path, ["attention_map"], ["png", "html"])

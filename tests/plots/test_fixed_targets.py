@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -6,6 +7,8 @@ import pytest
 
 from sbeval.errors import InputError
 from sbeval.plots import fixed_targets
+from sbeval.tables import values
+from sbeval.tables.results import Results
 
 COMMON: dict[str, Any] = {
     "task": "language",
@@ -26,34 +29,61 @@ COMMON: dict[str, Any] = {
 }
 
 
-def rows(attention: str, losses: dict[int, float], **changes: Any) -> list[dict[str, Any]]:
+def rows_of(attention: str, losses: dict[int, float], **changes: Any) -> list[dict[str, Any]]:
     return [
         COMMON | {"attention": attention, "context_length": length, "value": loss} | changes
         for length, loss in losses.items()
     ]
 
 
-ROPE, STICKS = rows("rope", {128: 2.0, 256: 1.9, 512: 3.5}), rows("stick_breaking", {128: 2.1, 256: 2.0, 512: 1.95})
+ROPE, STICKS = (
+    rows_of("rope", {128: 2.0, 256: 1.9, 512: 3.5}),
+    rows_of("stick_breaking", {128: 2.1, 256: 2.0, 512: 1.95}),
+)
 
 
-def test_lines_are_losses_by_context() -> None:
+def test_lines_are_losses_by_context(tmp_path: Path) -> None:
     # losses of other tokens at the same context lengths are left out
-    others = rows("rope", {128: 7.0}, metric="loss_last_k", targets=pd.NA)
-    (axis,) = fixed_targets.draw(pd.DataFrame([*ROPE, *STICKS, *others])).axes
+    others = rows_of("rope", {128: 7.0}, metric="loss_last_k", targets=pd.NA)
+    table = fixed_targets.gather(pd.DataFrame([*ROPE, *STICKS, *others]), tmp_path)
+    axis, change = fixed_targets.draw(table).axes
     lines = {str(line.get_label()): line for line in axis.get_lines()}
     np.testing.assert_allclose(np.asarray(lines["stick-breaking"].get_xdata()), [128, 256, 512])
     np.testing.assert_allclose(np.asarray(lines["stick-breaking"].get_ydata()), [2.1, 2.0, 1.95])
     np.testing.assert_allclose(np.asarray(lines["RoPE"].get_ydata()), [2.0, 1.9, 3.5])
-    # a nat above the best last value, so that a method that diverges flattens no other
-    assert axis.get_ylim()[1] == pytest.approx(2.95)
+    # half a nat above the best last value, so that a method that diverges flattens no other
+    assert axis.get_ylim()[1] == pytest.approx(2.45)
+    lines = {str(line.get_label()): line for line in change.get_lines()}
+    np.testing.assert_allclose(np.asarray(lines["stick-breaking"].get_xdata()), [256, 512])
+    np.testing.assert_allclose(np.asarray(lines["stick-breaking"].get_ydata()), [0, -0.05])
 
 
-def test_the_page_says_how_many_tokens() -> None:
-    assert "the last 128 tokens of long windows" in fixed_targets.chart(pd.DataFrame([*ROPE, *STICKS])).sentence
+def test_changes_are_paired_by_document(tmp_path: Path) -> None:
+    # documents differ by nats, and each by 0.01 to 0.03 with more context
+    of = {256: [1.0, 2.0, 4.0], 512: [0.99, 1.98, 3.97]}
+    cell = "length_gen-stick_breaking-seed-0-0123456789"
+    parts = [
+        pd.DataFrame({"metric": name, "unit_id": list("abc"), "value": each, "context_length": length, "targets": 128})
+        for length, losses in of.items()
+        for name, each in (("nll_sum", [128 * loss for loss in losses]), ("tokens", [128.0] * 3))
+    ]
+    values.write(Results(tmp_path), cell, pd.concat(parts, ignore_index=True))
+    means = {length: float(np.mean(losses)) for length, losses in of.items()}
+    rows = fixed_targets.gather(pd.DataFrame(rows_of("stick_breaking", means, cell=cell)), tmp_path)
+    assert rows["paired"].tolist() == pytest.approx([0, 0.01 / 3**0.5])
+    change = fixed_targets.draw(rows).axes[1]
+    (line,) = (line for line in change.get_lines() if line.get_label() == "stick-breaking")
+    np.testing.assert_allclose(np.asarray(line.get_ydata()), [0, -0.02])
+
+
+def test_the_page_says_how_many_tokens(tmp_path: Path) -> None:
+    chart = fixed_targets.chart(fixed_targets.gather(pd.DataFrame([*ROPE, *STICKS]), tmp_path))
+    assert "the last 128 tokens of long windows" in chart.sentence
+    assert [panel.title for panel in chart.groups[0].panels] == ["the same tokens", "past the training length"]
 
 
 def test_a_table_without_fixed_targets() -> None:
-    table = pd.DataFrame(rows("rope", {128: 7.0}, metric="loss_last_k"))
+    table = pd.DataFrame(rows_of("rope", {128: 7.0}, metric="loss_last_k"))
     assert not fixed_targets.has_rows(table) and fixed_targets.has_rows(pd.DataFrame(ROPE))
     with pytest.raises(InputError, match="no rows with metric 'loss_fixed_targets' to draw: --fixed-targets"):
         fixed_targets.draw(table)

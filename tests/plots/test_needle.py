@@ -26,6 +26,8 @@ COMMON: dict[str, Any] = {
     "preset": "h200",
     "dtype": "bfloat16",
     "finetune_tokens": 1000,
+    "finetune_recipe": "packed",
+    "ended": "solved",
     "depth_start": np.nan,
     "depth_end": np.nan,
     "metric": "score",
@@ -125,6 +127,65 @@ def test_settings_and_metrics_have_panels_of_their_own() -> None:
     figure = needle.draw(pd.DataFrame(rows() + rows(metric="greedy", value=0.3) + rows(finetune_tokens=0, value=0.2)))
     found = [line(axis, "RoPE")[1024] for axis in figure.axes if "mean" in names(axis)]
     assert sorted(found) == pytest.approx([0.2, 0.3, 0.7])
+
+
+def said(axis: Axes) -> str:
+    return " ".join(text.get_text().replace("\n", " ") for text in axis.texts)
+
+
+def test_methods_that_did_not_solve_a_task_are_named_and_have_no_line() -> None:
+    # solved by RoPE alone; ALiBi solved one of two tasks, forgetting one of two seeds of one
+    alibi = [row | {"ended": "budget" if row["task"] == "vt" else "solved"} for row in rows(attention="alibi")]
+    forgetting = rows(attention="forgetting", value=0.6) + [
+        row | {"ended": "budget" if row["task"] == "vt" else "solved"}
+        for row in rows(attention="forgetting", seed=1, value=0.2)
+    ]
+    none = rows(attention="nope", ended="budget", value=0.0)
+    table = pd.DataFrame(rows() + alibi + forgetting + none)
+    figure = needle.draw(table)
+    vt, mean = panel(figure, "vt"), panel(figure, "mean")
+    assert "not solved: ALiBi, NoPE, forgetting (1 of 2 seeds)" in said(vt)
+    drawn = {one.get_label() for one in vt.get_lines()} & {"RoPE", "ALiBi", "NoPE", "forgetting"}
+    assert drawn == {"RoPE", "forgetting"}
+    # of the seed that did
+    assert line(vt, "forgetting")[2048] == pytest.approx(0.6)
+    assert "not solved: NoPE" in said(panel(figure, "cwe")) and "ALiBi" not in said(panel(figure, "cwe"))
+    # the mean is over the tasks that all were asked, hollow where not all were solved
+    assert "not all solved: ALiBi (1 of 2 solved), NoPE, forgetting (3 of 4 solved)" in said(mean)
+    assert line(mean, "ALiBi") == pytest.approx({1024: 0.7, 2048: 0.5})
+    faces = {one.get_label(): one.get_markerfacecolor() for one in mean.get_lines()}
+    assert "NoPE" not in faces and faces["ALiBi"] == faces["forgetting"] == "white" != faces["RoPE"]
+    assert "Not solved: less than 95 %" in figure.get_supxlabel().replace("\n", " ")
+    titles = [panel.title for group in needle.chart(table).groups for panel in group.panels]
+    assert "vt; not solved: ALiBi, NoPE, forgetting (1 of 2 seeds)" in titles
+
+
+@pytest.mark.parametrize(("score", "tokens", "lines"), [(0.96, 1000, 1), (0.94, 1000, 0), (0.1, 0, 1)])
+def test_without_a_status_the_score_at_the_training_length_says_what_is_solved(
+    score: float, tokens: int, lines: int
+) -> None:
+    old = pd.DataFrame(rows(task="vt", value=score, finetune_tokens=tokens)).drop(columns=["ended", "finetune_recipe"])
+    (axis,) = [axis for axis in needle.draw(old).axes if axis.axison]
+    assert len([one for one in axis.get_lines() if one.get_label() == "RoPE"]) == lines
+    assert ("not solved: RoPE" in said(axis)) == (not lines)
+
+
+def test_rows_that_no_model_solved_have_a_figure() -> None:
+    table = pd.DataFrame(rows(ended="budget") + depths(ended="budget"))
+    assert "not solved: RoPE" in said(panel(needle.draw(table), "vt"))
+    assert not [line for axis in needle.draw(table).axes for line in axis.get_lines() if line.get_label() == "RoPE"]
+    assert needle.chart(table).groups == needle_depth.chart(table).groups == []
+    assert "RoPE (0 of 1 solved)" in " ".join(map(said, needle_depth.draw(table).axes))
+
+
+def test_a_map_is_of_models_that_solved_the_task() -> None:
+    many = rows() + rows(attention="alibi") + rows(seed=1, ended="budget")
+    some = depths() + depths(attention="alibi") + depths(seed=1, ended="budget", value=0.0)
+    figure = needle_depth.draw(pd.DataFrame(many + some))
+    axis = panel(figure, "RoPE (1 of 2 solved)")
+    (mesh,) = [item for item in axis.collections if isinstance(item, QuadMesh)]
+    assert np.ma.asarray(mesh.get_array()).reshape(10, 2)[9, 0] == pytest.approx(90 / 1024)
+    assert "of models that solved them at their training length" in figure.get_supxlabel().replace("\n", " ")
 
 
 def test_a_map_has_depth_by_length() -> None:

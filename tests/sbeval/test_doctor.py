@@ -107,6 +107,7 @@ def test_the_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
     lines = [line.split() for line in out.splitlines()]
     for method in registry.ATTENTION:
         assert [method, "torch", "yes"] in lines
+    assert "triton-hopper  no: backend 'triton-hopper' can't run: it needs a GPU, and this device is cpu" in out
     for family in registry.TASKS:
         for preset in registry.task(family).presets:
             (line,) = [line for line in lines if line[:2] == [family.replace("_", "-"), preset]]

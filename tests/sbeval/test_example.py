@@ -62,6 +62,7 @@ def test_a_method_is_its_equation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_study_trains_in_workers_and_leaves_rows_figures_and_a_page(installed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
     study = tmp_path / "study.yaml"
     methods = '["tempered:temperature=2", sbeval_example.tempered]'
     study.write_text(f"first_token: {{attention: {methods}, steps: 20, check_every: 10}}")

@@ -31,6 +31,8 @@ SPECS = [
     "stick_breaking:remainder=bias",
     "stick_breaking:attend_current=true",
     "stick_breaking:logit_bias=-1,logit_scale=2,epsilon=0",
+    "stick_breaking:key_shift=true",
+    "rope:key_shift=true",
 ]
 
 
@@ -90,7 +92,7 @@ def test_hidden_states_are_those_of_whole_passes(attention: str) -> None:
             torch.testing.assert_close(hidden, whole(step + 1), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("attention", sorted(registry.ATTENTION))
+@pytest.mark.parametrize("attention", [*sorted(registry.ATTENTION), "nope:key_shift=true"])
 def test_rows_change_places(attention: str) -> None:
     model, order = build(attention), torch.tensor([2, 0, 0])
     with torch.inference_mode():

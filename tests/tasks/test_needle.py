@@ -102,7 +102,7 @@ def test_means_are_those_of_the_samples() -> None:
         Answered(index=n, depth=depth, tokens=90, score=n / 4, log_probability=-float(n), greedy=n == 3, completion="")
         for n, depth in enumerate((0, 9.99, 100, None))
     ]
-    found = {(row.metric, row.depth_start): row for row in measured(answers, 100, 10, 7)}
+    found = {(row.metric, row.depth_start): row for row in measured(answers, 100, 10, {"finetune_tokens": 7})}
     assert found["score", None].value == pytest.approx(0.375) and found["score", None].n == 4
     assert found["log_probability", 0].value == pytest.approx(-0.5) and found["greedy", None].value == 0.25
     last = found["score", 90]

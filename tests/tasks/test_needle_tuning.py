@@ -44,9 +44,9 @@ def test_fine_tuning_prompts_are_not_in_the_test(
     written: dict[bool, list[Prompt]] = {False: [], True: []}
     prompts = Writer.prompts
 
-    def keep(self: Writer, *arguments: Any, training: bool = False, **others: Any) -> list[Prompt]:
-        found = prompts(self, *arguments, training=training, **others)
-        written[training] += found
+    def keep(self: Writer, *arguments: Any, use: str = "test", **others: Any) -> list[Prompt]:
+        found = prompts(self, *arguments, use=use, **others)
+        written[use == "train"] += found
         return found
 
     monkeypatch.setattr(Writer, "prompts", keep)

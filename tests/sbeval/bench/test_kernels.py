@@ -90,8 +90,8 @@ def test_a_problem_that_does_not_fit_is_timed_at_half_its_batch(
 
 
 def test_error_is_measured_against_the_reference() -> None:
-    contender = kernels.Contender("stick_breaking", "triton", kernels._ours)
+    contender = kernels.Contender("stick_breaking", "triton", kernels._ours())
     assert kernels._error(contender, DENSE, torch.device("cpu"), torch.float32) < 1e-5
-    wrong = kernels.Contender("softmax", "triton", kernels._ours)
+    wrong = kernels.Contender("softmax", "triton", kernels._ours())
     with pytest.raises(ArithmeticError, match="wrong by"):
         kernels._error(wrong, DENSE, torch.device("cpu"), torch.float32)

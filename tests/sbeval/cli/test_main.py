@@ -304,6 +304,7 @@ def test_a_method_that_comes_later_leaves_the_others_alone(results: Path) -> Non
 
 
 def test_attention_map_leaves_a_table_figures_and_a_page(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
     sizes = ("--vocab-size", "32", "--seq-len", "24", "--kv-pairs", "6", "--width", "16", "--batch", "4")
     done = run(
         "attention-map", "--device", "cpu", *sizes, "--steps", "4", "--test-rows", "30", "--results-dir", tmp_path

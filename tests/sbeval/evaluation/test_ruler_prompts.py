@@ -78,7 +78,7 @@ def test_a_length_that_nothing_fits_is_an_error_that_says_which_would(task: str,
 
 def test_lessons_that_do_not_fit_are_put_right_by_other_options(small: Writer) -> None:
     with pytest.raises(InputError, match=r"name others with --finetune-task, or train at --train-len \d+ or more"):
-        small.prompts("vt", 512, 42, 1, training=True)
+        small.prompts("vt", 512, 42, 1, use="train")
 
 
 def test_words_that_run_out_before_the_length_are_an_error(small: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_words_that_run_out_before_the_length_are_an_error(small: Writer, monkey
         # three times the longest word and its number
         assert 0 <= length - NEW_TOKENS["cwe"] - len(prompt.tokens) <= 3 * (max(map(len, few)) + len(" 1000. "))
     with pytest.raises(InputError, match=r"name others with --finetune-task, or train at --train-len \d+ or less"):
-        small.prompts("cwe", 32768, 42, 1, training=True)
+        small.prompts("cwe", 32768, 42, 1, use="train")
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,10 @@ def test_a_sample_is_the_same_whatever_else_ran(task: str, writer: Writer, other
 @pytest.mark.parametrize("task", [name for name in ruler_tasks.TASKS if name[:2] != "qa"])
 def test_lessons_are_none_of_the_tests(task: str, writer: Writer) -> None:
     tests = writer.prompts(task, LENGTH, 42, COUNT)
-    lessons = writer.prompts(task, LENGTH, 42, COUNT, training=True)
+    lessons = writer.prompts(task, LENGTH, 42, COUNT, use="train")
     assert not {item.tokens.tobytes() for item in tests} & {item.tokens.tobytes() for item in lessons}
     assert not {item.references for item in tests} & {item.references for item in lessons}
-    assert writer.path(task, LENGTH, 42) != writer.path(task, LENGTH, 42, training=True)
+    assert writer.path(task, LENGTH, 42) != writer.path(task, LENGTH, 42, use="train")
 
 
 def test_a_write_that_is_stopped_leaves_what_was_there(small: Writer, monkeypatch: pytest.MonkeyPatch) -> None:

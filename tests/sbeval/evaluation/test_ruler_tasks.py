@@ -147,7 +147,7 @@ def test_needles_are_joined_to_an_essay_by_spaces_as_rulers(
     text = re.sub(r"One of the special magic numbers for \S+ is: \d{7}\.", "ONE", sample.prompt)
     context = text.split("afterwards.")[1].split("What ")[0]
     assert context == wanted.format("This is one.", "Here is another!", "Is it?")
-    assert three._encode([sample])[0].tolist() == three.tokenizer.encode(sample.prompt).tolist()
+    assert three.encode([sample])[0].tolist() == three.tokenizer.encode(sample.prompt).tolist()
     # written in parts where the tokenizer allows it, as any other
     assert ruler_prompts._apart(sample)
 

@@ -71,6 +71,7 @@ def test_unknown_sizes_are_named() -> None:
         ("stick_breaking:logit_bias=spread", "stick_breaking:logit_bias=spread"),
         ("nope:qkv_bias=False,head_norm=false", "nope"),
         ("rope:init_std=2e-2,qkv_bias=true,theta=5", "rope:theta=5.0,qkv_bias=true,init_std=0.02"),
+        ("alibi:key_shift=true,qkv_bias=true", "alibi:qkv_bias=true,key_shift=true"),
     ],
 )
 def test_specs_that_mean_the_same_read_the_same(spec: str, canonical: str) -> None:
@@ -97,7 +98,7 @@ def test_a_spec_sets_the_block_around_its_method() -> None:
         ("stick-breaking", "did you mean 'stick_breaking'?"),
         ("rope:tetha=1", "unknown option of attention 'rope' 'tetha'; did you mean 'theta'?"),
         ("rope:theta", "option 'theta' of attention 'rope' needs a value: rope:theta=..."),
-        ("nope:theta=1", "unknown option of attention 'nope' 'theta'; known: head_norm, init_std, qkv_bias"),
+        ("nope:theta=1", "unknown option of attention 'nope' 'theta'; known: head_norm, init_std, key_shift, qkv_bias"),
         ("nope:qkv_bias=1", "unknown nope:qkv_bias '1'; known: false, true"),
         ("rope:init_std=0", "init_std must be above 0 and finite; got 0.0"),
         ("stick_breaking:logit_bias=spraed", "logit_bias must be a number or 'spread'; got 'spraed'"),

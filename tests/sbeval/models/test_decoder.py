@@ -43,6 +43,10 @@ def by_hand(model: Decoder, tokens: Tensor) -> Tensor:
     later = torch.ones(len(tokens), len(tokens)).triu(1).bool()
 
     def normed(x: Tensor, name: str) -> Tensor:
+        if config.norm == "layer":
+            x = x - x.mean(1, keepdim=True)
+            x = x / (x.square().mean(1, keepdim=True) + config.norm_eps).sqrt()
+            return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
         return x / (x.square().mean(1, keepdim=True) + config.norm_eps).sqrt() * weights[f"{name}.weight"]
 
     def head(x: Tensor, index: int) -> Tensor:
@@ -57,6 +61,10 @@ def by_hand(model: Decoder, tokens: Tensor) -> Tensor:
         if config.qkv_bias:
             qkv = qkv + weights[f"{name}.attention.qkv.bias"]
         q, k, v = qkv[:, :query], qkv[:, query:key], qkv[:, key:]
+        if config.key_shift:
+            share = torch.sigmoid(weights[f"{name}.attention.key_shift.weight"]).repeat_interleave(config.d_head)
+            earlier = torch.cat([torch.zeros_like(k[:1]), k[:-1]])
+            k = share * k + (1 - share) * earlier
         outputs = []
         for index in range(config.heads):
             group = index // (config.heads // config.n_kv_heads)
@@ -68,14 +76,16 @@ def by_hand(model: Decoder, tokens: Tensor) -> Tensor:
                 gain, shift = (weights[f"{name}.attention.norm.{part}"][None] for part in ("weight", "bias"))
                 mixed = mixed * head(gain, index) + head(shift, index)
             outputs.append(mixed)
-        x = x + config.m_residual * torch.cat(outputs, 1) @ weights[f"{name}.attention.out.weight"].T
-        up = normed(x, f"{name}.norm_2") @ weights[f"{name}.mlp.up.weight"].T
+        mixed = torch.cat(outputs, 1) @ weights[f"{name}.attention.out.weight"].T
+        x = x + config.m_residual * (mixed + weights.get(f"{name}.attention.out.bias", 0.0))
+        up = normed(x, f"{name}.norm_2") @ weights[f"{name}.mlp.up.weight"].T + weights.get(f"{name}.mlp.up.bias", 0.0)
         if config.mlp == "gelu":
             inner = up * 0.5 * (1 + torch.erf(up / math.sqrt(2)))
         else:
             up, gate = up[:, : config.hidden], up[:, config.hidden :]
             inner = up * gate / (1 + torch.exp(-gate))
-        x = x + config.m_residual * inner @ weights[f"{name}.mlp.down.weight"].T
+        down = inner @ weights[f"{name}.mlp.down.weight"].T + weights.get(f"{name}.mlp.down.bias", 0.0)
+        x = x + config.m_residual * down
     last = weights["embedding.weight" if config.tied else "head.weight"]
     return normed(x, "norm") @ last.T / config.m_width
 
@@ -97,6 +107,10 @@ def by_hand(model: Decoder, tokens: Tensor) -> Tensor:
         {"attention": "nope:qkv_bias=true", "kv_heads": 2},
         {"attention": "nope:head_norm=true", "head_dim": 12},
         {"attention": "nope:qkv_bias=true,head_norm=true"},
+        {"attention": "nope:key_shift=true", "kv_heads": 2},
+        {"norm": "layer", "norm_eps": 0.1},
+        # the author's block in recall tasks
+        {"norm": "layer", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "mlp": "gelu", "positions": 16},
     ],
     ids=str,
 )
@@ -138,7 +152,7 @@ def test_every_earlier_token_counts_and_no_later_one(method: str) -> None:
         assert float(sizes[1].sum()) == 0.0, "another row of the batch"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "rope:key_shift=true", "stick_breaking:key_shift=true"])
 def test_packed_sequences_do_not_see_each_other(method: str) -> None:
     model = build(attention=method, kv_heads=2)
     tokens, targets = draw(2, 12), draw(2, 12, seed=2)
@@ -288,7 +302,8 @@ def test_options_reach_the_method() -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["stick_breaking:qkv_bias=true,head_norm=true,logit_bias=spread,remainder=bias", "rope"]
+    "spec",
+    ["stick_breaking:qkv_bias=true,head_norm=true,logit_bias=spread,remainder=bias", "rope", "alibi:key_shift=true"],
 )
 def test_options_of_the_block_start_at_no_effect_on_means(spec: str) -> None:
     """Biases and shifts are 0 and gains 1 before training, and each has a gradient."""
@@ -296,11 +311,17 @@ def test_options_of_the_block_start_at_no_effect_on_means(spec: str) -> None:
     model = Decoder(shape(attention=spec))
     model.loss(draw(2, 12), draw(2, 12, seed=2)).backward()
     for name, parameter in model.named_parameters():
-        if name.endswith(("qkv.bias", "attention.norm.bias", "mixer.bias")):
+        if name.endswith(("qkv.bias", "attention.norm.bias", "mixer.bias", "key_shift.weight")):
             assert bool((parameter == 0).all()), name
         if name.endswith("norm.weight"):
             assert bool((parameter == 1).all()), name
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_an_empty_sequence_has_no_first_key() -> None:
+    model, tokens = build(attention="rope:key_shift=true", layers=1), draw(1, 9)
+    found = model(tokens, torch.tensor([0, 0, 4, 4, 9, 9], dtype=torch.int32))
+    torch.testing.assert_close(found, model(tokens, torch.tensor([0, 4, 9], dtype=torch.int32)))
 
 
 @pytest.mark.parametrize(
@@ -309,6 +330,7 @@ def test_options_of_the_block_start_at_no_effect_on_means(spec: str) -> None:
         "stick_breaking:remainder=bias,head_norm=true",
         "stick_breaking:remainder=none,qkv_bias=true,logit_bias=spread",
         "rope:qkv_bias=true,head_norm=true",
+        "rope:key_shift=true",
     ],
 )
 def test_blocks_with_these_options_compile_whole(spec: str) -> None:

@@ -53,6 +53,18 @@ def test_room_is_counted_and_can_be_added() -> None:
     assert rows.shape == (3, 4, 1) and cache.rows.capacity == cache.rows.length == 4
 
 
+def test_the_last_of_each_row_is_kept_and_changes_places_with_it() -> None:
+    cache = Cache(LENGTHS, room=2, layers=1, device=CPU)
+    (layer,) = cache.layers
+    assert layer.last(PACKED) is None
+    cache.advance()
+    cache.reorder(torch.tensor([2, 1, 0]))
+    new = torch.tensor([23, 12, 4])[:, None, None].double()
+    last = layer.last(new)
+    assert last is not None and last.flatten().tolist() == [22, 11, 3]
+    assert layer.last(new) is new
+
+
 def test_without_a_cache_tensors_pass_through() -> None:
     starts, (given,) = through(None, PACKED)
     assert starts is None and given is PACKED

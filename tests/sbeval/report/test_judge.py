@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from sbeval.report import language
-from sbeval.report.claims import CLAIMS
+from sbeval.report.claims import CLAIMS, OWN
 from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Claim, Evidence, Judged, against, findings, verdict
 from sbeval.tables.statistics import Interval, Method
 
@@ -21,7 +21,7 @@ BAD = {"stick_breaking": {2048: [15.4, 15.41]}, "rope": {2048: [13.8, 13.81]}}
 def test_without_the_rows_nothing_is_decided(perplexities: Tables) -> None:
     empty = findings(CLAIMS, Evidence({}))
     assert [each.judged.verdict for each in empty] == len(CLAIMS) * [UNDECIDED]
-    assert empty[0].judged == Judged(UNDECIDED, reason="not measured here; sbeval length-gen does")
+    assert empty[0].judged == Judged(UNDECIDED, reason="not measured here; sbeval length-gen does", measured=False)
     table = perplexities(GOOD)
     (found,) = findings([WITHIN], Evidence({"length_gen": table[table["attention"] == "rope"]}))
     assert found.judged.verdict == UNDECIDED and "no setting has rows of both" in found.judged.reason
@@ -46,6 +46,21 @@ def test_no_claim_is_judged_by_a_model_that_overfits(perplexities: Tables) -> No
     assert one.verdict == UNDECIDED and "no setting has rows of both" in one.reason and one.reason.endswith("of rope")
 
 
+def test_plain_stick_breaking_may_have_no_remainder(perplexities: Tables) -> None:
+    def judged(**options: str) -> Judged:
+        table = perplexities(GOOD | {"forgetting": BAD["stick_breaking"]})
+        names = {"stick_breaking": options["good"], "forgetting": options["bad"], "rope": ""}
+        table = table.assign(
+            options=table["attention"].map(names), attention=table["attention"].replace("forgetting", "stick_breaking")
+        )
+        return findings([WITHIN], Evidence({"length_gen": table}))[0].judged
+
+    assert "stick-breaking 13.4" in judged(good="remainder=none", bad="logit_bias=spread").found
+    assert "stick-breaking 15.4" in judged(good="remainder=none", bad="").found
+    neither = judged(good="remainder=none,logit_bias=spread", bad="logit_bias=spread")
+    assert neither.verdict == UNDECIDED and "no setting has rows of both" in neither.reason
+
+
 @pytest.mark.parametrize("claim", [claim for claim in CLAIMS if claim.table in ("length_gen", "needle", "few_shot")])
 def test_a_table_of_overfit_models_alone_decides_nothing(claim: Claim, perplexities: Tables) -> None:
     rows = perplexities(BAD, canaries=False, status="overfit", part="", filter="", shots=0, chance=0.5)
@@ -67,4 +82,12 @@ def test_p_values_are_corrected_for_all_methods() -> None:
 def test_verdicts() -> None:
     assert verdict(True, "x") == Judged(AGREES, "x") and verdict(False, "x") == Judged(DISAGREES, "x")
     assert verdict(None, "x").verdict == UNDECIDED
-    assert verdict(True, "x", far="too small") == Judged(UNDECIDED, "x", "too small")
+    # too far from the paper's setting to decide, with numbers on one side, and on none
+    assert verdict(True, "x", far="too small") == Judged(UNDECIDED, "x", "too small", leans=AGREES)
+    assert verdict(False, "x", far="too small").leans == DISAGREES
+    assert verdict(None, "x", far="too small") == Judged(UNDECIDED, "x", "too small")
+
+
+def test_the_kernel_is_no_claim_of_the_paper() -> None:
+    assert {claim.table for claim in OWN} == {"kernel"} and not {claim.table for claim in CLAIMS} & {"kernel"}
+    assert all(claim.decides and not claim.decides.endswith(".") for claim in (*CLAIMS, *OWN))

@@ -76,6 +76,19 @@ def test_young_models_show_nothing_of_length(frame: Tables, perplexities: Tables
     assert found.verdict == UNDECIDED and found.reason == "trained on 1.0 tokens a parameter, fewer than 5"
 
 
+def test_another_training_length_leans(frame: Tables, perplexities: Tables) -> None:
+    """Models of another training length decide nothing, and still show on which side they are."""
+    short = {name: {at // 8: values for at, values in ends.items()} for name, ends in both((40, 39), (40, 80)).items()}
+    table = perplexities(short, train_len=256)
+    found = judged(language.lengths, table)
+    assert (found.verdict, found.leans) == (UNDECIDED, AGREES)
+    assert found.found.startswith("Perplexity from context 256 to 2048: stick-breaking from 40.0 to 39.0")
+    assert found.reason.startswith("trained at 256 tokens, the paper's at 2048")
+    # the paper's length is preferred, whatever else there is
+    at_paper = pd.concat([table, perplexities(both((40, 44), (40, 80))), targets(frame, FAR)])
+    assert judged(language.lengths, at_paper).verdict == DISAGREES
+
+
 def test_the_nearest_setting_decides(frame: Tables, perplexities: Tables) -> None:
     grown = pd.concat([perplexities(both((20, 19), (20, 40))), targets(frame, FAR)])
     # larger, on too few tokens a parameter
@@ -91,7 +104,7 @@ def test_what_was_not_evaluated_far_enough(perplexities: Tables) -> None:
     table = perplexities(both((40, 40), (40, 80)))
     with pytest.raises(InputError, match="no setting has rows of both stick-breaking and RoPE"):
         judged(language.lengths, table[table["attention"] == ROPE])
-    with pytest.raises(InputError, match="no model trained at 2048 tokens was evaluated up to 16384"):
+    with pytest.raises(InputError, match="no model was evaluated up to 8 times its training length"):
         judged(language.lengths, table[table["context_length"] == 2048])
 
 
@@ -189,6 +202,37 @@ def test_retrieval(
     canaries = perplexities({ROPE: {2048: [13.8]}}, **{name: more[name] for name in more if name != "stderr"})
     found = language.retrieval(needles(frame, stick, rope, **more), Evidence({"length_gen": canaries}))
     assert found.verdict == verdict and reason in found.reason and "at 4096, 8192 tokens" in found.found
+
+
+def tuned(frame: Tables, ended: dict[str, str], seeds: int = 3) -> pd.DataFrame:
+    """Scores of models that were fine-tuned, by their method and task, such as `rope vt`, solved or not."""
+    found = pd.concat([needles(frame, 0.6, 0.2, finetune_tokens=10**8, seed=seed) for seed in range(seeds)])
+    names = found["attention"] + " " + found["task"]
+    return found.assign(finetune_recipe="packed", ended=[ended.get(name, "solved") for name in names])
+
+
+def test_needles_are_compared_where_both_solved_the_task(frame: Tables, perplexities: Tables) -> None:
+    canaries = Evidence({"length_gen": perplexities({ROPE: {2048: [13.8]}})})
+    found = language.retrieval(tuned(frame, {}), canaries)
+    assert found.verdict == AGREES and "2 of RULER's 13 tasks" in found.found and "Not solved" not in found.found
+    table = tuned(frame, {"rope vt": "budget"})
+    # what the others score there does not count
+    table.loc[table["task"] == "vt", "value"] = 0.9
+    found = language.retrieval(table, canaries)
+    assert found.verdict == AGREES and "stick-breaking 0.600, RoPE 0.200" in found.found
+    assert found.found.endswith(
+        "1 of RULER's 13 tasks). Not solved at the training length, so not compared beyond: RoPE vt."
+    )
+    found = language.retrieval(tuned(frame, {"rope vt": "budget", f"{STICK} cwe": "budget"}), canaries)
+    assert found.verdict == UNDECIDED and "stick-breaking cwe; RoPE vt" in found.reason
+    few = language.retrieval(tuned(frame, {}, seeds=2), canaries)
+    assert few.verdict == UNDECIDED and "2 seeds of a method that was fine-tuned, fewer than 3" in few.reason
+
+
+def test_one_seed_that_did_not_solve_a_task_leaves_it_out(frame: Tables) -> None:
+    table = tuned(frame, {})
+    table.loc[(table["seed"] == 1) & (table["task"] == "vt") & (table["attention"] == STICK), "ended"] = "budget"
+    assert "not compared beyond: stick-breaking vt." in language.retrieval(table, Evidence({})).found
 
 
 def shots(frame: Tables, stick: float, **common: Any) -> pd.DataFrame:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from sbeval.report import speed
-from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Evidence
+from sbeval.report.judge import AGREES, DISAGREES, FASTER, SLOWER, UNDECIDED, Evidence
 
 Tables = Callable[..., pd.DataFrame]
 STICK, ROPE = "stick_breaking", "rope"
@@ -50,10 +50,10 @@ def times(frame: Tables, ours: Sequence[float], **common: Any) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("ours", "verdict", "reason"),
     [
-        ((20, 30), AGREES, ""),
-        ((5, 6), DISAGREES, ""),
+        ((20, 30), SLOWER, ""),
+        ((5, 6), FASTER, ""),
         ((5, 20), UNDECIDED, "it depends on the head size or the device"),
-        ((10, 10), UNDECIDED, "includes both"),
+        ((10, 10), UNDECIDED, "include both"),
     ],
 )
 def test_kernels(ours: Sequence[float], verdict: str, reason: str, frame: Tables) -> None:
@@ -66,6 +66,6 @@ def test_kernels(ours: Sequence[float], verdict: str, reason: str, frame: Tables
 def test_a_kernel_is_compared_on_the_same_device(frame: Tables) -> None:
     other = times(frame, (1.0, 1.0), device="a faster card").query("backend == 'triton'")
     found = speed.kernel_speed("forward", pd.concat([times(frame, (20.0, 30.0)), other]), NONE)
-    assert found.verdict == AGREES and "faster" not in found.found
+    assert found.verdict == SLOWER and "faster" not in found.found
     both = pd.concat([times(frame, (20.0, 30.0)), times(frame, (5.0, 5.0), device="a faster card")])
     assert speed.kernel_speed("forward", both, NONE).verdict == UNDECIDED

@@ -71,7 +71,8 @@ def work(folder: Path, stop_at: int, world: World, shard: bool = False, tied: bo
 
 def start(folder: Path, processes: int, stop_at: int = -1, *rest: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # FSDP looks for a GPU of each process where there are any, though these train on the CPU
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, __file__, str(folder), str(stop_at), *rest],
         env=environment,

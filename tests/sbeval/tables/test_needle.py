@@ -33,6 +33,19 @@ def test_several_tasks_have_a_mean() -> None:
     assert [line[0] for line in cells([*rows, *other])] == ["rope"] * 3 + ["rope:theta=1"] * 3
 
 
+def test_how_a_task_was_learned_is_by_seed_at_the_chosen_rates() -> None:
+    def learned(seed: int, lr: float, tokens: float, chosen: int, ended: str) -> dict[str, object]:
+        changes = {"seed": seed, "finetune_lr": lr, "chosen": chosen, "ended": ended}
+        return row("vt", 512, "tokens_to_solve", tokens, **changes)
+
+    rows = [row("vt", 512, "score", 0.5), row("vt", 512, "greedy", 0.5)]
+    rows += [learned(0, 1e-3, 12.34e6, 1, "solved"), learned(0, 3e-3, 20e6, 0, "solved")]
+    assert cells(rows) == [["rope", "vt", "12.3 M", "0.001", "0.50 (0.50)"]]
+    rows += [learned(1, 3e-3, 150e6, 1, "budget")]
+    assert cells(rows) == [["rope", "vt", "12.3 M, > 150 M", "0.001, 0.003", "0.50 (0.50)"]]
+    assert ">: they never were" in str(needle.summary(pd.DataFrame(rows)).caption)
+
+
 def test_published_results_have_a_table() -> None:
     rows = table.read(RESULTS)
     grid = needle.summary(rows)

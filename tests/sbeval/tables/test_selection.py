@@ -68,6 +68,11 @@ def test_settings_have_the_columns_that_a_table_has() -> None:
     assert "n_back" not in selection.MQRAR_LATER and selection.MQRAR_LATER[0] == "optimizer"
 
 
+def test_a_blank_recipe_is_no_difference() -> None:
+    rows = pd.DataFrame({"optimizer": ["", "adamw"], "lr": [None, 2e-3], "schedule": ["cosine", "wsd"]})
+    assert selection.recipe_columns(rows) == ["schedule"]
+
+
 def flips(lr: float, **errors: float) -> list[dict[str, Any]]:
     same = RECALL | {"p_train": 0.8, "lr": lr, "metric": "error_rate", "distance_start": None}
     return [same | {"test": test, "value": value} for test, value in errors.items()]

@@ -33,7 +33,8 @@ RUN: dict[str, Any] = {
         ({"micro_batch": 5}, r"micro_batch must be 1 to 4 \(the batch\); got 5"),
         ({"micro_batch": 0}, r"micro_batch must be 1 to 4 \(the batch\); got 0"),
         ({"dtype": "bf16"}, "unknown dtype 'bf16'; did you mean 'bfloat16'"),
-        ({"clip": 0.0}, "clip must be above 0 and finite; got 0"),
+        *(({name: -1}, f"{name} must be at least 0 and finite; got -1") for name in ("clip", "warmup", "epoch_rows")),
+        ({"beta_2": 1.0}, "beta_2 must be at least 0 and below 1; got 1"),
     ],
 )
 def test_configs_that_will_not_do(changes: dict[str, Any], message: str) -> None:

@@ -1,5 +1,6 @@
 """Which optimizer has which parameters, what Muon does to a matrix, and that a run with it goes on exactly."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from sbeval.models.decoder import Decoder
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
 from sbeval.training.config import TrainConfig
-from sbeval.training.optimizer import optimizer_for, state_names
+from sbeval.training.optimizer import optimizer_for, set_rate, state_names
 
 SHAPE = ModelConfig(vocab_size=20, width=16, layers=1, heads=2, hidden=24, attention="stick_breaking:remainder=bias")
 MATRICES = {f"blocks.0.{name}.weight" for name in ("attention.qkv", "attention.out", "mlp.up", "mlp.down")}
@@ -65,6 +66,34 @@ def test_the_learning_rate_and_weight_decay_reach_both() -> None:
     for name, parameter in model.named_parameters():
         decays = parameter.ndim == 2 and not name.endswith("bias")
         torch.testing.assert_close(parameter.detach(), before[name] * (1 - 0.02 * 0.5 * decays))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_recorded_optimizer_does_the_same_with_rates_that_are_tensors(name: str) -> None:
+    """But for the last bit of the rate, and for products in bfloat16."""
+    config = TrainConfig(steps=3, batch=2, length=6, lr=0.1, weight_decay=0.5, optimizer=name)
+
+    def changes(recorded: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = Decoder(dataclasses.replace(SHAPE, layers=2, m_width=4.0))
+        before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+        optimizer = optimizer_for(model, config, recorded=recorded)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        assert all(isinstance(rate, torch.Tensor) == recorded for rate in rates)
+        for group in optimizer.param_groups:
+            # only a GPU has it
+            group["capturable"] = False
+        for number, rate in enumerate((0.01, 0.02, 0.005)):
+            set_rate(optimizer, rate)
+            step(model, optimizer, number)
+        if recorded:
+            assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, rates, strict=True))
+        return {key: parameter.detach() - before[key] for key, parameter in model.named_parameters()}
+
+    wanted = changes(recorded=False)
+    for key, found in changes(recorded=True).items():
+        tolerance = 0.02 if name == "muon" else 1e-5
+        assert (found - wanted[key]).norm() < tolerance * wanted[key].norm(), key
 
 
 def test_a_run_with_muon_goes_on_to_the_same_end(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from sbeval.data.dataloader import Batch
+from sbeval.data.dataloader import Batch, WeightedBatch
 from sbeval.errors import InputError
 from sbeval.models.config import ModelConfig, named
 from sbeval.models.decoder import IGNORE, Decoder
@@ -135,7 +135,7 @@ def assert_same_bits(found: Trained, wanted: Trained) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(found), weights(wanted), strict=True))
 
 
-def schedule(name: str, **changes: Any) -> Callable[[int], float]:
+def schedule(name: str, **changes: Any) -> Callable[[float], float]:
     fields: dict[str, Any] = {"steps": 100, "batch": 128, "length": 4096, "lr": 0.5, "warmup": 10, "schedule": name}
     return functools.partial(learning_rate, TrainConfig(**(fields | changes)))
 
@@ -155,6 +155,15 @@ def test_cosine() -> None:
     assert rate(100) == pytest.approx(0.1)
     rates = [rate(step) for step in range(10, 101)]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_a_rate_of_epochs_is_that_of_their_beginning() -> None:
+    # epochs of 2.5 steps
+    smooth, rate = schedule("cosine", warmup=0), schedule("cosine", warmup=0, epoch_rows=320)
+    assert [rate(step) for step in range(6)] == [smooth(start) for start in (0, 0, 0, 2.5, 2.5, 5)]
+    later = schedule("cosine", epoch_rows=320 * 8)
+    assert [later(step) for step in (8, 9, 10, 19)] == pytest.approx([0.45, 0.5, 0.5, 0.5])
+    assert later(20) == schedule("cosine")(20) < 0.5
 
 
 def test_constant() -> None:
@@ -201,6 +210,36 @@ def test_accumulated_batches_are_one_batch(micro_batch: int, packed: bool) -> No
         assert whole.state.losses != pytest.approx(train(eps=1e-3).state.losses, rel=1e-4)
 
 
+@dataclass(frozen=True)
+class Weighted:
+    """The same batches with weights of targets: equal ones if `even`, else of the first half of a row alone."""
+
+    even: bool
+
+    def __getitem__(self, step: int) -> WeightedBatch:
+        batch = Data()[step]
+        weights = torch.ones(4, 8) if self.even else (torch.arange(8) < 4).float().expand(4, 8)
+        weights = weights * (batch.targets != IGNORE)
+        return WeightedBatch(
+            tokens=batch.tokens, targets=batch.targets, cu_seqlens=None, weights=weights / weights.sum()
+        )
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1, 3])
+def test_weights_weigh_the_losses_of_targets(micro_batch: int | None) -> None:
+    plain = train(eps=1e-3)
+    even = train(batches=Weighted(even=True), eps=1e-3, micro_batch=micro_batch)
+    assert even.state.losses == pytest.approx(plain.state.losses, rel=1e-5)
+    for a, b in zip(weights(even), weights(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    # the first loss is of the same model
+    batch, ready = Weighted(even=False)[0], trainer()
+    half = batch.targets.masked_fill(torch.arange(8) >= 4, IGNORE)
+    wanted = ready.model.loss(batch.tokens, half).item() / int((half != IGNORE).sum())
+    uneven = train(batches=Weighted(even=False), micro_batch=micro_batch)
+    assert uneven.state.losses[0] == pytest.approx(wanted, rel=1e-5)
+
+
 def test_losses_are_means_over_scored_tokens() -> None:
     batch, ready = Data()[0], trainer(sparse=True)
     total = ready.model.loss(batch.tokens, batch.targets).item()
@@ -228,7 +267,8 @@ def test_half_precision_keeps_weights_whole() -> None:
     assert found.state.losses != pytest.approx(unbroken().state.losses, rel=1e-5)
 
 
-@pytest.mark.parametrize("clip", [1e-2, 1e3])
+# 0: none are
+@pytest.mark.parametrize("clip", [1e-2, 1e3, 0.0])
 def test_gradients_are_clipped_to_a_norm(clip: float) -> None:
     ready, batch = trainer(steps=1, clip=clip), Data()[0]
     loss = ready.model.loss(batch.tokens, batch.targets) / 17
@@ -239,13 +279,13 @@ def test_gradients_are_clipped_to_a_norm(clip: float) -> None:
     # Adam's first moment is 1 - beta_1 of the first gradient
     moments = [state["exp_avg"] for state in ready.optimizer.state.values()]
     kept = math.sqrt(sum(x.square().sum().item() for x in moments)) / (1 - ready.config.beta_1)
-    assert kept == pytest.approx(min(clip, norm), rel=1e-4)
+    assert kept == pytest.approx(min(clip or math.inf, norm), rel=1e-4)
 
 
-def told(model: ModelConfig) -> dict[str, dict[str, Any]]:
+def told(model: ModelConfig, **changes: Any) -> dict[str, dict[str, Any]]:
     """What the optimizer is told of each parameter."""
     decoder = Decoder(model)
-    optimizer = optimizer_for(decoder, TrainConfig(**RUN, weight_decay=0.3))
+    optimizer = optimizer_for(decoder, TrainConfig(**RUN, weight_decay=0.3, **changes))
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     return {name: groups[id(parameter)] for name, parameter in decoder.named_parameters()}
 
@@ -265,6 +305,8 @@ def test_weight_decay_is_for_matrices() -> None:
     }
     assert {group["weight_decay"] for group in groups.values()} == {0.0, 0.3}
     assert len(groups) == 11
+    everything = told(dataclasses.replace(model, norm="layer", out_bias=True), decay_all=True)
+    assert {group["weight_decay"] for group in everything.values()} == {0.3} and len(everything) == 15
 
 
 def test_what_is_never_used_decays_by_the_schedule() -> None:

@@ -1,0 +1,555 @@
+"""Forward of stick-breaking attention in Gluon for Hopper; `stick_breaking.py` has the mathematics and is the way in.
+
+One program a multiprocessor: a warp that fetches by TMA, and warpgroups of 64 queries each that share what it brings.
+The stick is broken as in `stick_breaking_triton.py`, a thread's quarter of a tile's keys in a row; a tensor map of five
+dimensions lays keys and values down in that order, key 16 q + 2 i + r of a tile in row 8 i + 2 q + r.
+
+- A program draws tiles of queries from a counter, the longest first. The next tile's queries and keys are on their way
+  while the last one's output is written.
+- A warpgroup computes weights while its last product of weights and values, and the other warpgroups' products, keep
+  the tensor cores busy.
+- A warpgroup stops when its own stick is used up. From then on it takes tiles only to give them back; once all have
+  stopped, the producer ends the walk with an empty tile.
+
+All parties count the tiles that go through the ring in shared memory (`slot`), and wait for each of them, needed or
+not: a barrier tells an odd phase from an even one, no more, so that who lets one pass may take the next for it.
+
+Variable grammar: i_ index, o_ offsets, p_ pointers, m_ masks, n_ counts.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+LOG2_E = math.log2(math.e)
+# queries of a warpgroup, and keys of a tile
+TILE = gl.constexpr(64)
+
+
+@gluon.jit
+def _exp2(x):
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _reciprocal(x):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _from_neighbour(x):
+    """(M, 4): the value of quarter q ^ 1, which another thread has."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, 1, 0x1f, 0xffffffff;", "=r,r", [x], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _from_other_pair(x):
+    """(M, 4): the value of quarter q ^ 2."""
+    return gl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;", "=r,r", [x], dtype=gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _quads(x):
+    """(M, N) in thread order to four (M, 4, N / 16): oldest to newest of each four keys in a row."""
+    M: gl.constexpr = x.shape[0]
+    N: gl.constexpr = x.shape[1]
+    x = x.reshape([M, N // 8, 4, 2]).permute(0, 2, 1, 3).reshape([M, 4, N // 16, 2, 2])
+    even, odd = gl.split(x)
+    x0, x2 = gl.split(even)
+    x1, x3 = gl.split(odd)
+    return x0, x1, x2, x3
+
+
+@gluon.jit
+def _columns(x0, x1, x2, x3):
+    """The inverse of _quads."""
+    M: gl.constexpr = x0.shape[0]
+    N: gl.constexpr = x0.shape[2] * 16
+    x = gl.join(gl.join(x0, x2), gl.join(x1, x3)).reshape([M, 4, N // 8, 2])
+    return x.permute(0, 2, 1, 3).reshape([M, N])
+
+
+@gluon.jit
+def _newer_quarters(x, left):
+    """x (M, 4), oldest quarter first: the stick `left` (M, 4) after all newer quarters, and after all four."""
+    i_q = gl.arange(0, 4, layout=gl.SliceLayout(0, x.type.layout))[None, :]
+    near = _from_neighbour(x)
+    pair = x * near
+    far = _from_other_pair(pair)
+    newer = left * gl.where(i_q % 2 == 0, near, 1.0) * gl.where(i_q < 2, far, 1.0)
+    return newer, left * (pair * far)
+
+
+@gluon.jit
+def _weights(b_products, left, scale, shift, m_tile, MASKED: gl.constexpr):
+    """Weights (64, 64) of a tile and the stick after it.
+
+    With p_k = u_0 .. u_k and q_k = t_k p_(k-1) of four keys in a row, the oldest first, key k gets q_k s, where s is
+    the stick that all four leave.
+    """
+    M: gl.constexpr = b_products.shape[0]
+    b_logit = gl.minimum(b_products * scale + shift, 30.0)
+    if MASKED:
+        b_logit = gl.where(m_tile, b_logit, float("-inf"))
+    q0, t1, t2, t3 = _quads(_exp2(b_logit))
+    p = 1.0 + q0
+    q1 = t1 * p
+    p += q1
+    q2 = t2 * p
+    p += q2
+    q3 = t3 * p
+    rest = _reciprocal(p + q3)
+    # from the newest group of a quarter to its oldest
+    even, odd = gl.split(rest.reshape([M, 4, 2, 2]))
+    r0, r2 = gl.split(even)
+    r1, r3 = gl.split(odd)
+    r2 = r2 * r3
+    r1 = r1 * r2
+    r0 = r0 * r1
+    newer, left = _newer_quarters(gl.convert_layout(r0, left.type.layout, assert_trivial=True), left)
+    newer = gl.convert_layout(newer, r0.type.layout, assert_trivial=True)
+    s = gl.join(gl.join(r0 * newer, r2 * newer), gl.join(r1 * newer, r3 * newer)).reshape([M, 4, 4])
+    s = gl.convert_layout(s, q0.type.layout, assert_trivial=True)
+    return _columns(q0 * s, q1 * s, q2 * s, q3 * s), left
+
+
+@gluon.jit
+def _put(word, value, WARPS: gl.constexpr):
+    """Write a number to one word of shared memory."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    word.store(gl.full([1], value, gl.int32, layout=LAYOUT))
+
+
+@gluon.jit
+def _get(word, WARPS: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    return gl.sum(word.load(LAYOUT), 0)
+
+
+@gluon.jit
+def _find_sequence(i_block, BLOCKS, n_sequences):
+    """Index of the packed sequence whose tiles include tile i_block; BLOCKS counts tiles cumulatively."""
+    low = 0
+    high = n_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = gl.load(BLOCKS + middle)
+        low = gl.where(before <= i_block, middle, low)
+        high = gl.where(before <= i_block, high, middle)
+    return low
+
+
+@gluon.jit
+def _produce(
+    ring, descriptors, packing, counts, GROUP: gl.constexpr, D: gl.constexpr, NWG: gl.constexpr, STAGES: gl.constexpr,
+    QUEUE: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr,
+):  # fmt: skip
+    q_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = ring
+    q_desc, k_desc, v_desc = descriptors
+    TICKET, CU_SEQLENS, BLOCKS, STOP_BLOCKS = packing
+    n_bh, n_heads, n_queries, n_keys, n_key_rows, n_blocks, n_sequences = counts
+    if VARLEN:
+        n_blocks = gl.load(BLOCKS + n_sequences)
+    n_items = n_blocks * n_bh
+    slot = 0
+    item = 0
+    ticket = gl.program_id(0)
+    while ticket < n_items:
+        i_bh = ticket % n_bh
+        i_tile = n_blocks - 1 - ticket // n_bh
+        i_b = i_bh // n_heads
+        i_h = i_bh % n_heads
+        start = 0
+        n_q = n_queries
+        stop_block = 0
+        if VARLEN:
+            i_s = _find_sequence(i_tile, BLOCKS, n_sequences)
+            i_tile -= gl.load(BLOCKS + i_s)
+            start = gl.load(CU_SEQLENS + i_s)
+            n_q = gl.load(CU_SEQLENS + i_s + 1) - start
+            stop_block = gl.load(STOP_BLOCKS + i_s)
+        n_past = (n_keys - n_queries) // TILE
+        row = i_tile * NWG * TILE
+        n_tiles = n_past + (gl.minimum(row + NWG * TILE, n_q) + TILE - 1) // TILE
+        place = item % QUEUE
+        mbarrier.wait(q_empty.index(place), ((item // QUEUE) & 1) ^ 1)
+        _put(words.index(place * 6), i_bh, 1)
+        _put(words.index(place * 6 + 1), row, 1)
+        _put(words.index(place * 6 + 2), start, 1)
+        _put(words.index(place * 6 + 3), n_q, 1)
+        _put(words.index(place * 6 + 4), stop_block, 1)
+        _put(words.index(place * 6 + 5), slot, 1)
+        mbarrier.expect(q_full.index(place), NWG * TILE * D * 2)
+        for w in gl.static_range(NWG):
+            tma.async_copy_global_to_shared(
+                q_desc, [i_b, start + row + TILE * w, i_h, 0], q_full.index(place), q_bufs.index(place * NWG + w)
+            )
+        ticket = gl.num_programs(0) + gl.atomic_add(TICKET, 1)
+        col = i_h // GROUP * D
+        i = 0
+        first_slot = slot
+        wanted = True
+        while (i < n_tiles) & wanted:
+            # the newest tile may reach past the last row of all: a window that ends there
+            first = gl.minimum(i_b * n_keys + start + (n_tiles - 1 - i) * TILE, n_key_rows - TILE)
+            stage = slot % STAGES
+            phase = (slot // STAGES) & 1
+            mbarrier.wait(k_empty.index(stage), phase ^ 1)
+            if SKIP:
+                # of stops, those alone that came before a barrier which this warp has seen: of others its threads,
+                # which read them at different times, might think differently
+                ended = 0
+                for w in gl.static_range(NWG):
+                    stop = _get(stopped.index(w), 1)
+                    ended += gl.where((stop >= first_slot) & (stop + STAGES <= slot), 1, 0)
+                wanted = ended < NWG
+                if ended == NWG:
+                    _put(cut.index(0), slot, 1)
+            mbarrier.expect(k_full.index(stage), TILE * D * 2, pred=wanted)
+            tma.async_copy_global_to_shared(
+                k_desc, [first, 0, 0, 0, col], k_full.index(stage), k_bufs.index(stage), pred=wanted
+            )
+            mbarrier.wait(v_empty.index(stage), phase ^ 1)
+            mbarrier.expect(v_full.index(stage), TILE * D * 2, pred=wanted)
+            tma.async_copy_global_to_shared(
+                v_desc, [first, 0, 0, 0, col], v_full.index(stage), v_bufs.index(stage), pred=wanted
+            )
+            if SKIP:
+                # the empty tile that ends the walk
+                mbarrier.arrive(k_full.index(stage), count=1, pred=wanted == 0)
+                mbarrier.arrive(v_full.index(stage), count=1, pred=wanted == 0)
+            slot += 1
+            i += 1
+        item += 1
+    place = item % QUEUE
+    mbarrier.wait(q_empty.index(place), ((item // QUEUE) & 1) ^ 1)
+    _put(words.index(place * 6), -1, 1)
+    mbarrier.arrive(q_full.index(place), count=1)
+
+
+@gluon.jit
+def _turn(turns, slot, WG: gl.constexpr, NWG: gl.constexpr, TURNS: gl.constexpr):
+    """Wait for this warpgroup's turn to begin products."""
+    if TURNS:
+        mbarrier.wait(turns.index(WG), slot & 1)
+
+
+@gluon.jit
+def _pass_turn(turns, WG: gl.constexpr, NWG: gl.constexpr, TURNS: gl.constexpr):
+    if TURNS:
+        mbarrier.arrive(turns.index((WG + 1) % NWG), count=1)
+
+
+@gluon.jit
+def _products(q_buf, q, k_buf, D: gl.constexpr, Q_REGS: gl.constexpr):
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    zeros = gl.zeros([TILE, TILE], gl.float32, S_LAYOUT)
+    k = k_buf.reshape([TILE, D]).permute((1, 0))
+    if Q_REGS:
+        return warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+    else:
+        return warpgroup_mma(q_buf.reshape([TILE, D]), k, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _consume(
+    ring, tensors, sizes,
+    WG: gl.constexpr, D: gl.constexpr, NWG: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
+    CURRENT: gl.constexpr, SKIP: gl.constexpr, LOOK: gl.constexpr, Q_REGS: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: queries 64 WG to 64 WG + 63 of each tile."""
+    q_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = ring
+    BIAS, OUT, RESIDUAL, REMAINDER, STOP = tensors
+    n_heads, n_queries, n_keys, n_key_rows, n_stops, scale, epsilon = sizes
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
+    Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=2)
+    dummy, dummy1, dummy2, dummy3 = _quads(gl.zeros([TILE, TILE], gl.float32, S_LAYOUT))
+    QUARTERS: gl.constexpr = gl.SliceLayout(2, dummy.type.layout)
+    DTYPE: gl.constexpr = k_bufs.dtype
+    n_past = (n_keys - n_queries) // TILE
+    o_m = gl.arange(0, TILE, layout=gl.SliceLayout(1, S_LAYOUT))
+    o_c = gl.arange(0, TILE, layout=gl.SliceLayout(0, S_LAYOUT))
+    o_n = o_c % 8 // 2 * 16 + o_c // 8 * 2 + o_c % 2
+    o_left = gl.arange(0, TILE, layout=gl.SliceLayout(1, QUARTERS))
+    slot = 0
+    item = 0
+    mbarrier.wait(q_full.index(0), 0)
+    i_bh = _get(words.index(0), 4)
+    while i_bh >= 0:
+        place = item % QUEUE
+        row = _get(words.index(place * 6 + 1), 4) + WG * TILE
+        start = _get(words.index(place * 6 + 2), 4)
+        n_q = _get(words.index(place * 6 + 3), 4)
+        i_b = i_bh // n_heads
+        i_h = i_bh % n_heads
+        n_tiles = n_past + (gl.minimum(row + (NWG - WG) * TILE, n_q) + TILE - 1) // TILE
+        shift = 0.0
+        if BIAS is not None:
+            shift = gl.load(BIAS + i_h) * 1.4426950408889634
+        q_buf = q_bufs.index(place * NWG + WG)
+        q = 0
+        if Q_REGS:
+            q = q_buf.reshape([TILE, D]).load(Q_LAYOUT)
+        # rows past the end have no stick, so that they keep nobody at work
+        left = gl.where((row + o_left < n_q)[:, None], gl.full([TILE, 4], 1.0, gl.float32, QUARTERS), 0.0)
+
+        # tiles newer than these queries are for the other warpgroups
+        newer = gl.maximum(n_tiles - 1 - n_past - row // TILE, 0)
+        for _ in range(newer):
+            stage = slot % STAGES
+            phase = (slot // STAGES) & 1
+            _turn(turns, slot, WG, NWG, TURNS)
+            _pass_turn(turns, WG, NWG, TURNS)
+            mbarrier.wait(k_full.index(stage), phase)
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            mbarrier.wait(v_full.index(stage), phase)
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            slot += 1
+        # the tile of the diagonal; where it reaches past the last row of all, the window began `early`
+        stage = slot % STAGES
+        mbarrier.wait(k_full.index(stage), (slot // STAGES) & 1)
+        _turn(turns, slot, WG, NWG, TURNS)
+        ahead = _products(q_buf, q, k_bufs.index(stage), D, Q_REGS)
+        _pass_turn(turns, WG, NWG, TURNS)
+        products = warpgroup_mma_wait(num_outstanding=0, deps=(ahead,))
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        early = gl.maximum(i_b * n_keys + start + (n_tiles - newer) * TILE - n_key_rows, 0)
+        m_diagonal = (o_n[None, :] < o_m[:, None] + (CURRENT + early)) & (o_n >= early)[None, :]
+        acc = gl.zeros([TILE, D], gl.float32, O_LAYOUT)
+        weights, left = _weights(products, left, scale, shift, m_diagonal, True)
+        p = gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
+        slot += 1
+        # in slots, up to where these queries walk; rows past the end do not
+        end = slot + gl.where(row < n_q, n_tiles - 1 - newer, 0)
+        look = slot + LOOK
+        mbarrier.wait(k_full.index(slot % STAGES), (slot // STAGES) & 1, pred=slot < end)
+        while slot < end:
+            stage = slot % STAGES
+            before = (slot - 1) % STAGES
+            _turn(turns, slot, WG, NWG, TURNS)
+            # this tile's products, then weights and values of the one before, which go on under this tile's weights
+            ahead = _products(q_buf, q, k_bufs.index(stage), D, Q_REGS)
+            mbarrier.wait(v_full.index(before), ((slot - 1) // STAGES) & 1)
+            ahead_acc = warpgroup_mma(p, v_bufs.index(before).reshape([TILE, D]), acc, is_async=True)
+            _pass_turn(turns, WG, NWG, TURNS)
+            products = warpgroup_mma_wait(num_outstanding=1, deps=(ahead,))
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            weights, left = _weights(products, left, scale, shift, m_diagonal, False)
+            p_next = gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
+            slot += 1
+            # a loop in the machine code, over which the wait that follows can't be moved up
+            mbarrier.wait(k_full.index(slot % STAGES), (slot // STAGES) & 1, pred=slot < end)
+            acc, p = warpgroup_mma_wait(num_outstanding=0, deps=(ahead_acc, p_next))
+            mbarrier.arrive(v_empty.index(before), count=1)
+            if SKIP:
+                if slot == look:
+                    look += LOOK
+                    if gl.max(gl.max(left, 1), 0) <= epsilon:
+                        end = slot
+        before = (slot - 1) % STAGES
+        mbarrier.wait(v_full.index(before), ((slot - 1) // STAGES) & 1)
+        acc = warpgroup_mma(p, v_bufs.index(before).reshape([TILE, D]), acc, is_async=True)
+        acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+        mbarrier.arrive(v_empty.index(before), count=1)
+
+        # where this is: read again, so that no register kept it during the walk
+        i_bh = _get(words.index(place * 6), 4)
+        row = _get(words.index(place * 6 + 1), 4) + WG * TILE
+        start = _get(words.index(place * 6 + 2), 4)
+        n_q = _get(words.index(place * 6 + 3), 4)
+        stop_block = _get(words.index(place * 6 + 4), 4)
+        i_b = i_bh // n_heads
+        i_h = i_bh % n_heads
+        n_tiles = n_past + (gl.minimum(row + (NWG - WG) * TILE, n_q) + TILE - 1) // TILE
+        i = slot - _get(words.index(place * 6 + 5), 4)
+        mbarrier.arrive(q_empty.index(place), count=1)
+        if SKIP:
+            if i < n_tiles:
+                _put(stopped.index(WG), slot, 4)
+        first = (i_b * n_queries + start + row).to(gl.int64) * n_heads + i_h
+        o_row = gl.arange(0, TILE, layout=gl.SliceLayout(1, O_LAYOUT))
+        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
+        o_out = o_row[:, None] * (n_heads * D) + o_d[None, :]
+        m_out = (row + o_row < n_q)[:, None] & (o_d < D)[None, :]
+        out = acc.to(DTYPE)
+        gl.store(OUT + first * D + o_out, out, mask=m_out)
+        gl.store(RESIDUAL + first * D + o_out, (acc - out.to(gl.float32)).to(DTYPE), mask=m_out)
+        gl.store(REMAINDER + first + o_left * n_heads, gl.max(left, 1), mask=row + o_left < n_q)
+        if row < n_q:
+            gl.store(STOP + i_bh * n_stops + stop_block + row // TILE, (n_tiles - i) * TILE)
+
+        # what the others still walk over
+        more = i < n_tiles
+        while more:
+            stage = slot % STAGES
+            phase = (slot // STAGES) & 1
+            _turn(turns, slot, WG, NWG, TURNS)
+            _pass_turn(turns, WG, NWG, TURNS)
+            mbarrier.wait(k_full.index(stage), phase)
+            mbarrier.wait(v_full.index(stage), phase)
+            i += 1
+            more = i < n_tiles
+            if SKIP:
+                more = more & (_get(cut.index(0), 4) != slot)
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            slot += 1
+        item += 1
+        mbarrier.wait(q_full.index(item % QUEUE), (item // QUEUE) & 1)
+        i_bh = _get(words.index(item % QUEUE * 6), 4)
+
+
+# lengths and how many sequences are packed change from batch to batch: none is worth a compilation of its own
+@gluon.jit(do_not_specialize=["n_batch", "n_heads", "n_queries", "n_keys", "n_blocks", "n_stops", "n_sequences"])
+def forward_kernel(
+    q_desc, k_desc, v_desc, BIAS, OUT, RESIDUAL, REMAINDER, STOP, TICKET, CU_SEQLENS, BLOCKS, STOP_BLOCKS,
+    n_batch, n_heads, n_queries, n_keys, n_blocks, n_stops, n_sequences, scale, epsilon,
+    GROUP: gl.constexpr, D: gl.constexpr, NWG: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
+    CURRENT: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr, LOOK: gl.constexpr, Q_REGS: gl.constexpr,
+    TURNS: gl.constexpr,
+):  # fmt: skip
+    """A program a multiprocessor; a tile of queries is 64 NWG queries of one head.
+
+    OUT, RESIDUAL: (B, T, H, D) contiguous; REMAINDER: (B, T, H) float32; STOP: (B, H, tiles of 64) int32, the oldest
+    key visited; TICKET: 0. BLOCKS counts tiles of packed sequences cumulatively, STOP_BLOCKS tiles of 64.
+    """
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    q_bufs = gl.allocate_shared_memory(q_desc.dtype, [QUEUE * NWG, 1, TILE, 1, D], q_desc.layout)
+    k_bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 8, 4, 2, D], k_desc.layout)
+    v_bufs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 8, 4, 2, D], v_desc.layout)
+    words = gl.allocate_shared_memory(gl.int32, [QUEUE * 6, 1], FLAT)
+    stopped = gl.allocate_shared_memory(gl.int32, [NWG, 1], FLAT)
+    cut = gl.allocate_shared_memory(gl.int32, [1, 1], FLAT)
+    q_full = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [NWG, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(QUEUE):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=NWG)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=NWG)
+        mbarrier.init(v_empty.index(i), count=NWG)
+    for w in gl.static_range(NWG):
+        mbarrier.init(turns.index(w), count=1)
+        _put(stopped.index(w), -1, 4)
+    _put(cut.index(0), -1, 4)
+    if TURNS:
+        mbarrier.arrive(turns.index(0), count=1)
+    ring = (q_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
+    tensors = (BIAS, OUT, RESIDUAL, REMAINDER, STOP)
+    sizes = (n_heads, n_queries, n_keys, n_batch * n_keys, n_stops, scale, epsilon)
+    descriptors = (q_desc, k_desc, v_desc)
+    packing = (TICKET, CU_SEQLENS, BLOCKS, STOP_BLOCKS)
+    counts = (n_batch * n_heads, n_heads, n_queries, n_keys, n_batch * n_keys, n_blocks, n_sequences)
+    if NWG == 2:
+        gl.warp_specialize([
+            (_consume, (ring, tensors, sizes, 0, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS, TURNS)),
+            (_consume, (ring, tensors, sizes, 1, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS, TURNS)),
+            (_produce, (ring, descriptors, packing, counts, GROUP, D, NWG, STAGES, QUEUE, VARLEN, SKIP)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consume, (ring, tensors, sizes, 0, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS, TURNS)),
+            (_consume, (ring, tensors, sizes, 1, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS, TURNS)),
+            (_consume, (ring, tensors, sizes, 2, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS, TURNS)),
+            (_produce, (ring, descriptors, packing, counts, GROUP, D, NWG, STAGES, QUEUE, VARLEN, SKIP)),
+        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
+
+
+# by head size: warpgroups, stages of keys and values, tiles of queries in shared memory; whether a warpgroup keeps its
+# queries in registers; whether warpgroups begin their products in turn
+CONFIGS = {
+    128: {"NWG": 2, "STAGES": 4, "QUEUE": 2, "Q_REGS": True, "TURNS": False},
+    64: {"NWG": 3, "STAGES": 6, "QUEUE": 2, "Q_REGS": True, "TURNS": False},
+}
+# tiles between two looks whether any stick is left
+LOOK = 16
+# registers a thread at the start, by warpgroups: with the producer's they share the 65536 of a multiprocessor
+REGISTERS = {2: 168, 3: 128}
+
+
+def _cumulative(cu_seqlens: Tensor, size: int) -> Tensor:
+    """(N + 1,) how many tiles of `size` rows stand before each packed sequence, and in all."""
+    blocks = (cu_seqlens.diff() + size - 1) // size
+    return torch.nn.functional.pad(blocks.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """As a tensor map of rows can hold it: heads next to each other, rows of all batches at one distance."""
+    _, length, _, dim = x.shape
+    regular = x.stride(3) == 1 and x.stride(2) == dim and (x.shape[0] == 1 or x.stride(0) == length * x.stride(1))
+    return x if regular and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0 else x.contiguous()
+
+
+def _descriptor(x: Tensor) -> TensorDescriptor:
+    """Keys or values, in tiles whose rows are in thread order; a tile begins at any row."""
+    batch, length, groups, dim = x.shape
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=5)
+    row = x.stride(1)
+    shape = [batch * length - 63, 8, 4, 2, groups * dim]
+    return TensorDescriptor(x, shape, [row, 2 * row, 16 * row, row, 1], [1, 8, 4, 2, dim], layout)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def stop_shape(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
+    """Shape of what `forward` says of where it stopped: a number for each 64 queries."""
+    return q.shape[0], q.shape[2], triton.cdiv(q.shape[1], 64) + (0 if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
+    epsilon: float, config: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output (B, T, H, D), remainder (B, T, H) float32, what rounding took off the output, and the oldest key that each
+    64 queries visited (B, H, tiles)."""
+    batch, n_queries, heads, dim = q.shape
+    n_keys, groups = k.shape[1:3]
+    config = CONFIGS[dim] if config is None else config
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    queries = TensorDescriptor(q, list(q.shape), list(q.stride()), [1, 64, 1, dim], layout)
+    out = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
+    residual = torch.empty_like(out)
+    remainder = torch.empty((batch, n_queries, heads), dtype=torch.float32, device=q.device)
+    stop = torch.empty(stop_shape(q, cu_seqlens), dtype=torch.int32, device=q.device)
+    size = 64 * config["NWG"]
+    n_blocks, n_sequences, blocks, stop_blocks = triton.cdiv(n_queries, size), 0, None, None
+    if cu_seqlens is not None:
+        n_sequences = len(cu_seqlens) - 1
+        n_blocks += n_sequences
+        blocks, stop_blocks = _cumulative(cu_seqlens, size), _cumulative(cu_seqlens, 64)
+    ticket = torch.zeros(1, dtype=torch.int32, device=q.device)
+    forward_kernel[(min(_processors(q.device), n_blocks * batch * heads),)](
+        queries, _descriptor(k), _descriptor(v), bias, out, residual, remainder, stop, ticket, cu_seqlens, blocks,
+        stop_blocks, batch, heads, n_queries, n_keys, n_blocks, stop.shape[2], n_sequences, scale * LOG2_E, epsilon,
+        GROUP=heads // groups, D=dim, CURRENT=int(attend_current), VARLEN=cu_seqlens is not None, SKIP=epsilon > 0,
+        LOOK=LOOK, **config, num_warps=4, maxnreg=REGISTERS[config["NWG"]],
+    )  # fmt: skip
+    return out, remainder, residual, stop

@@ -1,0 +1,864 @@
+"""Backward of stick-breaking attention in Gluon for Hopper, in one pass; `stick_breaking.py` has the mathematics.
+
+A program has 128 keys, 64 for each of two warpgroups, which keep dk and dv of theirs in registers and walk over the
+tiles of 64 queries that see them: five products a tile, no saved states. Gradients of logits come as in
+`stick_breaking_triton.py`, from the newest keys on.
+
+- What a query brings along (the stick left, the sum of g) goes from the newer warpgroup to the older through shared
+  memory, and from a program to the one of the next older keys through four rows of global memory a query tile and a
+  counter. Programs draw tickets, the newest keys first, so that one which waits, waits for one that runs.
+- dq is added up in float32, from the newest keys to the oldest by a second counter: same inputs, same bits. A warpgroup
+  makes half of its columns from the logits' gradients of both, two steps behind, so that neither waits for the other.
+- Three more warps, so that no warpgroup waits for memory: one brings queries and the output's gradients by TMA, one
+  fetches what newer programs left, one tells older programs what this one left.
+- A query tile's walk ends where forward stopped: older programs neither touch it nor wait for it.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sbeval.kernels.stick_breaking_hopper import (
+    REGISTERS,
+    _columns,
+    _cumulative,
+    _exp2,
+    _find_sequence,
+    _from_neighbour,
+    _from_other_pair,
+    _get,
+    _put,
+    _quads,
+    _reciprocal,
+    _rows,
+)
+from sbeval.kernels.stick_breaking_triton import _locate
+
+LOG2_E = math.log2(math.e)
+RESOLUTION = gl.constexpr(2.0**-24)
+TILE = gl.constexpr(64)
+# steps whose query tile is remembered, and steps that may wait to be handed on
+WORDS = gl.constexpr(8)
+SLACK = gl.constexpr(4)
+
+
+@gluon.jit
+def _pack(older, newer, DTYPE: gl.constexpr):
+    """Two numbers rounded to 16 bits in one word, the first in the lower half."""
+    if DTYPE == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [older, newer], dtype=gl.int32, is_pure=True, pack=1
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [older, newer], dtype=gl.int32, is_pure=True, pack=1
+        )
+
+
+@gluon.jit
+def _halves(x, DTYPE: gl.constexpr):
+    return x.to(gl.int16).to(DTYPE, bitcast=True), (x >> 16).to(gl.int16).to(DTYPE, bitcast=True)
+
+
+@gluon.jit
+def _wait_for(p_count, wanted):
+    """0, once the counter at p_count has reached `wanted`."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .u32 v;
+        W: ld.acquire.gpu.global.u32 v, [$1];
+        setp.lt.s32 p, v, $2;
+        @p bra W;
+        mov.b64 $0, 0;
+        }""",
+        "=l,l,r", [p_count, wanted], dtype=gl.int64, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _publish(p_state, state_wanted, p_dq, dq_wanted):
+    """Add 1 to either counter if wanted, so that who sees it sees what was written before."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .pred q;
+        .reg .u32 t;
+        mov.u32 t, %laneid;
+        setp.eq.u32 p, t, 0;
+        setp.ne.and.u32 q, $3, 0, p;
+        setp.ne.and.u32 p, $5, 0, p;
+        fence.acq_rel.gpu;
+        @q red.relaxed.gpu.global.add.u32 [$2], 1;
+        @p red.relaxed.gpu.global.add.u32 [$4], 1;
+        mov.u32 $0, t;
+        mov.u32 $1, t;
+        }""",
+        "=r,=r,l,r,l,r", [p_state, state_wanted, p_dq, dq_wanted], dtype=(gl.int32, gl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _add8(p, x0, x1, x2, x3, x4, x5, x6, x7):
+    """Twice four floats onto those at addresses p and p + 4096."""
+    gl.inline_asm_elementwise(
+        """red.relaxed.gpu.global.add.v4.f32 [$1], {$2, $3, $4, $5};
+        red.relaxed.gpu.global.add.v4.f32 [$1 + 4096], {$6, $7, $8, $9};
+        mov.u32 $0, 0;""",
+        "=r,l,r,r,r,r,r,r,r,r", [p, x0, x1, x2, x3, x4, x5, x6, x7], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _cut(x):
+    """Nothing; but the compiler moves no arithmetic over a loop, which it can't know never to turn."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        C: setp.ne.s32 p, $1, 0x7fffffff;
+        @p bra E;
+        nanosleep.u32 64;
+        bra C;
+        E: mov.u32 $0, 0;
+        }""",
+        "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _pairs(x):
+    """(..., 2) columns of pairs to what is in their four places."""
+    even, odd = gl.split(x)
+    y0, y2 = gl.split(even)
+    y1, y3 = gl.split(odd)
+    return y0, y1, y2, y3
+
+
+@gluon.jit
+def _groups_of_16(x):
+    """(64, 4, 4) along its last axis."""
+    low, high = gl.split(x.reshape([64, 4, 2, 2]).permute(0, 1, 3, 2))
+    x0, x1 = gl.split(low)
+    x2, x3 = gl.split(high)
+    return x0, x1, x2, x3
+
+
+@gluon.jit
+def _groups(x):
+    """(M, 4, 4) to four (M, 4), oldest first."""
+    M: gl.constexpr = x.shape[0]
+    even, odd = gl.split(x.reshape([M, 4, 2, 2]))
+    x0, x2 = gl.split(even)
+    x1, x3 = gl.split(odd)
+    return x0, x1, x2, x3
+
+
+@gluon.jit
+def _scan_product(x, LAYOUT: gl.constexpr):
+    """x (M, 4, 4): products of this and all newer groups of a quarter; of all newer quarters, and of all, (M, 4)."""
+    x0, x1, x2, x3 = _groups(x)
+    x2 = x2 * x3
+    x1 = x1 * x2
+    x0 = x0 * x1
+    part = gl.convert_layout(x0, LAYOUT, assert_trivial=True)
+    i_q = gl.arange(0, 4, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    near = _from_neighbour(part)
+    pair = part * near
+    far = _from_other_pair(pair)
+    newer = gl.where(i_q % 2 == 0, near, 1.0) * gl.where(i_q < 2, far, 1.0)
+    return x0, x1, x2, x3, newer, pair * far
+
+
+@gluon.jit
+def _scan_sum(x, LAYOUT: gl.constexpr):
+    x0, x1, x2, x3 = _groups(x)
+    x2 = x2 + x3
+    x1 = x1 + x2
+    x0 = x0 + x1
+    part = gl.convert_layout(x0, LAYOUT, assert_trivial=True)
+    i_q = gl.arange(0, 4, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    near = _from_neighbour(part)
+    pair = part + near
+    far = _from_other_pair(pair)
+    newer = gl.where(i_q % 2 == 0, near, 0.0) + gl.where(i_q < 2, far, 0.0)
+    return x0, x1, x2, x3, newer, pair + far
+
+
+@gluon.jit
+def _regroup(x0, x1, x2, x3, like):
+    M: gl.constexpr = x0.shape[0]
+    x = gl.join(gl.join(x0, x2), gl.join(x1, x3)).reshape([M, 4, 4])
+    return gl.convert_layout(x, like.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _split_rows(x):
+    """(64, 4, G): the first and the second row of each thread, (32, 4, G) each."""
+    G: gl.constexpr = x.shape[2]
+    a, b = gl.split(x.reshape([4, 2, 8, 4, G]).permute(0, 2, 3, 4, 1))
+    return a.reshape([32, 4, G]), b.reshape([32, 4, G])
+
+
+@gluon.jit
+def _join_rows(a, b, like):
+    G: gl.constexpr = a.shape[2]
+    x = gl.join(a.reshape([4, 8, 4, G]), b.reshape([4, 8, 4, G])).permute(0, 4, 1, 2, 3).reshape([64, 4, G])
+    return gl.convert_layout(x, like.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _weights(t0, t1, t2, t3, u0, w3, st, DTYPE: gl.constexpr):
+    """Weights, rounded, two in a word; beta. p_k = u_0 .. u_k, q_k = t_k p_(k-1); weight q_k s, beta_k = q_k / p_k."""
+    q1 = t1 * u0
+    p1 = u0 + q1
+    q2 = t2 * p1
+    q3 = t3 * (p1 + q2)
+    w2 = w3 + t3 * w3
+    w1 = w2 + t2 * w2
+    older, newer = _pack(t0 * st, q1 * st, DTYPE), _pack(q2 * st, q3 * st, DTYPE)
+    return older, newer, t0 * (w1 + t1 * w1), q1 * w1, q2 * w2, q3 * w3
+
+
+@gluon.jit
+def _split_vector(x, like):
+    """(64, 4): the first and the second row of each thread, (32, 4) each."""
+    a, b = gl.split(x.reshape([4, 2, 8, 4]).permute(0, 2, 3, 1))
+    LAYOUT: gl.constexpr = gl.SliceLayout(2, like.type.layout)
+    a = gl.convert_layout(a.reshape([32, 4]), LAYOUT, assert_trivial=True)
+    return a, gl.convert_layout(b.reshape([32, 4]), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def _join_vector(a, b, like):
+    x = gl.join(a.reshape([4, 8, 4]), b.reshape([4, 8, 4])).permute(0, 3, 1, 2).reshape([64, 4])
+    return gl.convert_layout(x, like.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _gradients(h0, h1, h2, h3, d0, d1, d2, d3, b0, b1, b2, b3, st, delta, drem, later, DTYPE: gl.constexpr):
+    """Gradients of the logits, rounded, two in a word; the sum of g with these keys. delta has drem in it."""
+    LAYOUT: gl.constexpr = gl.SliceLayout(2, st.type.layout)
+    e0 = h0.to(gl.float32) * d0
+    g1 = h1.to(gl.float32) * d1
+    g2 = h2.to(gl.float32) * d2
+    g3 = h3.to(gl.float32) * d3
+    x0, x1, x2, x3, newer, whole = _scan_sum((e0 + g1) + (g2 + g3), LAYOUT)
+    newer = gl.convert_layout(newer + later, x0.type.layout, assert_trivial=True)
+    since = _regroup(x0 + newer, x1 + newer, x2 + newer, x3 + newer, st)
+    older = gl.where(st > RESOLUTION, delta[:, :, None] - since, drem[:, :, None]) + e0
+    z0 = e0 - b0 * older
+    older += g1
+    z1 = g1 - b1 * older
+    older += g2
+    z2 = g2 - b2 * older
+    older += g3
+    z3 = g3 - b3 * older
+    return _pack(z0, z1, DTYPE), _pack(z2, z3, DTYPE), later + whole, (z0 + z1) + (z2 + z3)
+
+
+@gluon.jit
+def _next_tile(p_stop, i_m, n_tiles, last_key):
+    """The first query tile from i_m on whose walk came to keys up to last_key; n_tiles if there is none."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    o_tile = gl.arange(0, 64, layout=LAYOUT)
+    found = n_tiles
+    while (i_m < n_tiles) & (found == n_tiles):
+        stop = gl.load(p_stop + i_m + o_tile, mask=i_m + o_tile < n_tiles, other=0x7FFFFFFF)
+        found = gl.min(gl.where(stop <= last_key, i_m + o_tile, n_tiles), 0)
+        i_m += 64
+    return found
+
+
+@gluon.jit
+def _announce(words, empty, s, i_tile, i_m, stop, STAGES: gl.constexpr):
+    """Wait until a stage is free, and say which query tile comes (none: i_m = -1)."""
+    mbarrier.wait(empty.index(s % STAGES), ((s // STAGES) & 1) ^ 1)
+    _put(words.index(s % WORDS * 3), i_tile, 1)
+    _put(words.index(s % WORDS * 3 + 1), i_m, 1)
+    _put(words.index(s % WORDS * 3 + 2), stop, 1)
+
+
+@gluon.jit
+def _produce(
+    bufs, bars, descs, STOP, place, sizes, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    SKIP: gl.constexpr,
+):  # fmt: skip
+    """A warp that brings queries and their gradients."""
+    q_bufs, do_bufs, words = bufs
+    q_full, do_full, empty = bars
+    q_desc, do_desc = descs
+    i_b, i_g, i_n, start, base, n_q, n_past = place
+    n_heads, n_tiles_of_row = sizes
+    n_tiles = (n_q + TILE - 1) // TILE
+    s = 0
+    for member in range(GROUP):
+        i_h = i_g * GROUP + member
+        i_row = (i_b * n_heads + i_h) * n_tiles_of_row + base
+        i_m = gl.maximum(2 * i_n - n_past, 0)
+        if SKIP:
+            i_m = _next_tile(STOP + i_row, i_m, n_tiles, 128 * i_n + 127)
+        while i_m < n_tiles:
+            stage = s % STAGES
+            stop = 0
+            if SKIP:
+                stop = gl.load(STOP + i_row + i_m)
+            _announce(words, empty, s, i_row + i_m, i_m, stop, STAGES)
+            row = start + i_m * TILE
+            mbarrier.expect(q_full.index(stage), TILE * D * 2)
+            tma.async_copy_global_to_shared(q_desc, [i_b, row, i_h, 0], q_full.index(stage), q_bufs.index(stage))
+            mbarrier.expect(do_full.index(stage), TILE * D * 2)
+            tma.async_copy_global_to_shared(do_desc, [i_b, row, i_h, 0], do_full.index(stage), do_bufs.index(stage))
+            s += 1
+            i_m += 1
+            if SKIP:
+                i_m = _next_tile(STOP + i_row, i_m, n_tiles, 128 * i_n + 127)
+    # two more steps, in which dq is finished
+    for _ in gl.static_range(2):
+        _announce(words, empty, s, 0, -1, 0, STAGES)
+        mbarrier.arrive(q_full.index(s % STAGES), count=1)
+        s += 1
+
+
+@gluon.jit
+def _fetch(words, st_bufs, bars, tensors, i_n, n_past, STAGES: gl.constexpr):
+    """A warp that waits for the program of the next newer keys: for what it leaves, and until it has added to dq."""
+    q_full, st_full, dq_turn = bars
+    STATE, STATE_COUNT, DQ_COUNT = tensors
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    o_m = gl.arange(0, TILE, layout=LAYOUT)
+    s = 0
+    ends = 0
+    # of the last two steps
+    tile1 = 0
+    tile2 = 0
+    wanted1 = 0
+    wanted2 = 0
+    while ends < 2:
+        stage = s % STAGES
+        mbarrier.wait(q_full.index(stage), (s // STAGES) & 1)
+        i_tile = _get(words.index(s % WORDS * 3), 1)
+        i_m = _get(words.index(s % WORDS * 3 + 1), 1)
+        newer = (i_m + n_past) // 2 - i_n
+        if i_m >= 0:
+            p_state = STATE + i_tile.to(gl.int64) * (4 * TILE) + _wait_for(STATE_COUNT + i_tile, newer)
+            left = gl.load(p_state + o_m)
+            later = gl.load(p_state + (TILE + o_m))
+            delta = gl.load(p_state + (2 * TILE + o_m))
+            drem = gl.load(p_state + (3 * TILE + o_m))
+            st_bufs.index(stage * 4).store(left)
+            st_bufs.index(stage * 4 + 1).store(later)
+            st_bufs.index(stage * 4 + 2).store(delta)
+            st_bufs.index(stage * 4 + 3).store(drem)
+        else:
+            ends += 1
+        mbarrier.arrive(st_full.index(stage), count=1)
+        _wait_for(DQ_COUNT + tile2, wanted2)
+        mbarrier.arrive(dq_turn.index(stage), count=1)
+        tile2 = tile1
+        wanted2 = wanted1
+        tile1 = i_tile
+        wanted1 = newer
+        s += 1
+
+
+@gluon.jit
+def _hand_on(words, wrote, free, STATE_COUNT, DQ_COUNT):
+    """A warp that tells the program of the next older keys what this one has written."""
+    s = 0
+    ends = 0
+    tile1 = 0
+    tile2 = 0
+    while ends < 2:
+        mbarrier.wait(wrote.index(s % SLACK), (s // SLACK) & 1)
+        i_tile = _get(words.index(s % WORDS * 3), 1)
+        last = gl.where(_get(words.index(s % WORDS * 3 + 1), 1) < 0, 1, 0)
+        _publish(STATE_COUNT + i_tile, 1 - last, DQ_COUNT + tile2, gl.where(s >= 2, 1, 0))
+        mbarrier.arrive(free.index(s % SLACK), count=1)
+        ends += last
+        tile2 = tile1
+        tile1 = i_tile
+        s += 1
+
+
+@gluon.jit
+def _add_dq(dq, p_tile, WG: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
+    """Add (64, D / 2) to where four columns of a thread lie in a row, and what a warp writes too."""
+    o_r = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))[:, None]
+    i_q = gl.arange(0, 4, layout=gl.SliceLayout(0, ROWS))[None, :]
+    off = (o_r // 16 * 2 + o_r // 8 % 2) * 128 + (o_r % 8 * 4 + i_q) * 4
+    p_dq = (p_tile + WG * (32 * D) + off).to(gl.int64, bitcast=True)
+    x = dq.reshape([64, D // 32, 2, 4, 2]).permute(0, 3, 1, 2, 4)
+    y0, y1, y2, y3 = _pairs(x)
+    if D == 128:
+        u00, u01, u02, u03 = _groups_of_16(y0)
+        u10, u11, u12, u13 = _groups_of_16(y1)
+        u20, u21, u22, u23 = _groups_of_16(y2)
+        u30, u31, u32, u33 = _groups_of_16(y3)
+        p_dq = gl.convert_layout(p_dq, u00.type.layout, assert_trivial=True)
+        _add8(p_dq, u00, u10, u20, u30, u01, u11, u21, u31)
+        _add8(p_dq + 8192, u02, u12, u22, u32, u03, u13, u23, u33)
+    else:
+        u0, v0 = gl.split(y0)
+        u1, v1 = gl.split(y1)
+        u2, v2 = gl.split(y2)
+        u3, v3 = gl.split(y3)
+        p_dq = gl.convert_layout(p_dq, u0.type.layout, assert_trivial=True)
+        _add8(p_dq, u0, u1, u2, u3, v0, v1, v2, v3)
+
+
+@gluon.jit
+def _product_dq(ds_bufs, k_bufs, kd_bufs, buf, same, WG: gl.constexpr, D: gl.constexpr):
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D // 2, 16]
+    )
+    dq = gl.zeros([64, D // 2], gl.float32, DQ_LAYOUT)
+    if D == 128:
+        # half of the columns are a block of their own in shared memory
+        k0 = k_bufs.index(same).slice(WG * 64, 64, dim=1)
+        k1 = k_bufs.index(1 + same).slice(WG * 64, 64, dim=1)
+    else:
+        k0 = kd_bufs.index(WG * 2 + same)
+        k1 = kd_bufs.index(WG * 2 + 1 + same)
+    dq = warpgroup_mma(ds_bufs.index(buf * 2), k0, dq, use_acc=False, is_async=True)
+    return warpgroup_mma(ds_bufs.index(buf * 2 + 1), k1, dq, is_async=True)
+
+
+@gluon.jit
+def _consume(
+    bufs, bars, tensors, place, o_out, stride_t, scale,
+    WG: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, CURRENT: gl.constexpr,
+    EARLY: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    q_bufs, do_bufs, st_bufs, words, k_bufs, v_bufs, kd_bufs, p_bufs, ds_bufs, carry = bufs
+    q_full, do_full, st_full, dq_turn, empty, left_full, later_full, ds_full, ds_free, wrote, free = bars
+    STATE, DQ32, BIAS, DBIAS, DK, DV = tensors
+    i_n, i_program, n_programs, n_past, n_k, n_tiles_of_row, n_heads = place
+    DTYPE: gl.constexpr = q_bufs.dtype
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    zeros = gl.zeros([64, 64], gl.float32, S_LAYOUT)
+    dummy, dummy1, dummy2, dummy3 = _quads(zeros)
+    ROWS: gl.constexpr = gl.SliceLayout(2, dummy.type.layout)
+    ROW: gl.constexpr = gl.SliceLayout(1, ROWS)
+    i_q = gl.arange(0, 4, layout=gl.SliceLayout(0, ROWS))[None, :]
+    o_row = gl.arange(0, 64, layout=ROW)[:, None]
+    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT))
+    o_c = gl.arange(0, 64, layout=gl.SliceLayout(0, S_LAYOUT))
+    o_n = o_c % 8 // 2 * 16 + o_c // 8 * 2 + o_c % 2 + i_n * 128 + WG * 64
+    dbias = _split_rows(dummy)[0]
+    dk = warpgroup_mma_init(gl.zeros([64, D], gl.float32, O_LAYOUT))
+    dv = warpgroup_mma_init(gl.zeros([64, D], gl.float32, O_LAYOUT))
+    s = 0
+    mbarrier.wait(q_full.index(0), 0)
+    i_m = _get(words.index(1), 4)
+    while i_m >= 0:
+        stage = s % STAGES
+        phase = (s // STAGES) & 1
+        # 0, which the compiler does not know: or it keeps all addresses of shared memory in registers
+        same = s >> 30
+        i_tile = _get(words.index(s % WORDS * 3), 4)
+        stop = _get(words.index(s % WORDS * 3 + 2), 4)
+        k_buf = k_bufs.index(WG + same)
+        v_buf = v_bufs.index(WG + same)
+        p_buf = p_bufs.index(WG + same)
+        q_buf = q_bufs.index(stage).reshape([64, D])
+        do_buf = do_bufs.index(stage).reshape([64, D])
+        # dq of two steps before, under which this step's products begin
+        back = (s + NB - 2) % NB
+        mbarrier.wait(ds_full.index(back), ((s + 2 * NB - 2) // NB) & 1, pred=s >= 2)
+        dq = _product_dq(ds_bufs, k_bufs, kd_bufs, back, same, WG, D)
+        products = warpgroup_mma(q_buf, k_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        shift = 0.0
+        if BIAS is not None:
+            shift = gl.load(BIAS + i_tile // n_tiles_of_row % n_heads) * 1.4426950408889634
+        if EARLY:
+            mbarrier.wait(do_full.index(stage), phase)
+            dweights = warpgroup_mma(do_buf, v_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
+            dq, dk_done, dv_done = warpgroup_mma_wait(num_outstanding=2, deps=(dq, dk, dv))
+        else:
+            dq, dk_done, dv_done = warpgroup_mma_wait(num_outstanding=1, deps=(dq, dk, dv))
+        mbarrier.arrive(empty.index((s + STAGES - 1) % STAGES), count=1, pred=s >= 1)
+        mbarrier.arrive(ds_free.index(back), count=1, pred=s >= 2)
+        mbarrier.wait(dq_turn.index(stage), phase)
+        if s >= 2:
+            tile2 = _get(words.index((s + WORDS - 2) % WORDS * 3), 4)
+            _add_dq(dq, DQ32 + tile2.to(gl.int64) * (64 * D), WG, D, ROWS)
+        products = warpgroup_mma_wait(num_outstanding=1 if EARLY else 0, deps=(products,))
+
+        # the older half of the keys may be past where these queries stopped
+        if WG == 0:
+            shift = gl.where(stop > i_n * 128, float("-inf"), shift)
+        b_logit = gl.minimum(products * scale + shift, 30.0)
+        if i_m + n_past <= i_n * 2 + WG:
+            b_logit = gl.where(o_n[None, :] < (o_m + (i_m + n_past) * 64)[:, None] + CURRENT, b_logit, float("-inf"))
+        t0, t1, t2, t3 = _quads(_exp2(b_logit))
+        u0 = 1.0 + t0
+        u01 = u0 + t1 * u0
+        u2 = 1.0 + t2
+        w3 = _reciprocal(u01 * (u2 + t3 * u2))
+        r0, r1, r2, r3, newer, whole = _scan_product(w3, ROWS)
+        mbarrier.wait(st_full.index(stage), phase)
+        delta = st_bufs.index(stage * 4 + 2).load(ROW)[:, None] + i_q * 0.0
+        drem = st_bufs.index(stage * 4 + 3).load(ROW)[:, None] + i_q * 0.0
+        if WG == 0:
+            mbarrier.wait(left_full.index(s % 2), (s // 2) & 1)
+            left = carry.index(s % 2 * 2).load(ROWS)
+        else:
+            left = st_bufs.index(stage * 4).load(ROW)[:, None] + i_q * 0.0
+        newer = gl.convert_layout(newer * left, r0.type.layout, assert_trivial=True)
+        left = left * whole
+        # hand on as soon as it is known
+        if WG == 1:
+            carry.index(s % 2 * 2).store(left)
+            mbarrier.arrive(left_full.index(s % 2), count=1)
+        st = _regroup(r0 * newer, r1 * newer, r2 * newer, r3 * newer, t0)
+        # what follows would be done ahead of the scan and take registers: a loop in the machine code is in between
+        mbarrier.wait(do_full.index(stage), phase)
+        # the two rows of a thread after each other, for the same reason
+        t0a, t0b = _split_rows(t0)
+        t1a, t1b = _split_rows(t1)
+        t2a, t2b = _split_rows(t2)
+        t3a, t3b = _split_rows(t3)
+        u0a, u0b = _split_rows(u0)
+        w3a, w3b = _split_rows(w3)
+        sta, stb = _split_rows(st)
+        h01a, h23a, b0a, b1a, b2a, b3a = _weights(t0a, t1a, t2a, t3a, u0a, w3a, sta, DTYPE)
+        _cut(s)
+        h01b, h23b, b0b, b1b, b2b, b3b = _weights(t0b, t1b, t2b, t3b, u0b, w3b, stb, DTYPE)
+        _cut(s)
+        h0, h1 = _halves(_join_rows(h01a, h01b, st), DTYPE)
+        h2, h3 = _halves(_join_rows(h23a, h23b, st), DTYPE)
+        p_buf.store(_columns(h0, h1, h2, h3))
+        fence_async_shared()
+        if not EARLY:
+            dweights = warpgroup_mma(do_buf, v_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        dv = warpgroup_mma(p_buf.permute((1, 0)), do_buf, dv_done, is_async=True)
+        dweights = warpgroup_mma_wait(num_outstanding=1, deps=(dweights,))
+        # the weights rounded as in forward, so that the sum of g is do . o, not that and the rounding errors of all
+        h0, h1, h2, h3 = _quads(p_buf.load(S_LAYOUT))
+        d0, d1, d2, d3 = _quads(dweights)
+        h0a, h0b = _split_rows(h0)
+        h1a, h1b = _split_rows(h1)
+        h2a, h2b = _split_rows(h2)
+        h3a, h3b = _split_rows(h3)
+        d0a, d0b = _split_rows(d0)
+        d1a, d1b = _split_rows(d1)
+        d2a, d2b = _split_rows(d2)
+        d3a, d3b = _split_rows(d3)
+        if WG == 0:
+            mbarrier.wait(later_full.index(s % 2), (s // 2) & 1)
+            later = carry.index(s % 2 * 2 + 1).load(ROWS)
+        else:
+            later = st_bufs.index(stage * 4 + 1).load(ROW)[:, None] + i_q * 0.0
+        delta_a, delta_b = _split_vector(delta, sta)
+        drem_a, drem_b = _split_vector(drem, sta)
+        later_a, later_b = _split_vector(later, sta)
+        z01a, z23a, later_a, sum_a = _gradients(
+            h0a, h1a, h2a, h3a, d0a, d1a, d2a, d3a, b0a, b1a, b2a, b3a, sta, delta_a, drem_a, later_a, DTYPE
+        )
+        _cut(s)
+        z01b, z23b, later_b, sum_b = _gradients(
+            h0b, h1b, h2b, h3b, d0b, d1b, d2b, d3b, b0b, b1b, b2b, b3b, stb, delta_b, drem_b, later_b, DTYPE
+        )
+        later = _join_vector(later_a, later_b, left)
+        if BIAS is not None:
+            dbias += sum_a + sum_b
+        if WG == 1:
+            carry.index(s % 2 * 2 + 1).store(later)
+            mbarrier.arrive(later_full.index(s % 2), count=1)
+        else:
+            p_rows = STATE + i_tile.to(gl.int64) * 256
+            m_first = i_q + o_row * 0 == 0
+            gl.store(p_rows + o_row + i_q * 0, left, mask=m_first)
+            gl.store(p_rows + 64 + o_row + i_q * 0, later, mask=m_first)
+        mbarrier.wait(free.index(s % SLACK), ((s // SLACK) & 1) ^ 1)
+        mbarrier.arrive(wrote.index(s % SLACK), count=1)
+        z0, z1 = _halves(_join_rows(z01a, z01b, st), DTYPE)
+        z2, z3 = _halves(_join_rows(z23a, z23b, st), DTYPE)
+        buf = s % NB
+        mbarrier.wait(ds_free.index(buf), ((s // NB) & 1) ^ 1)
+        ds_bufs.index(buf * 2 + WG).store(_columns(z0, z1, z2, z3))
+        fence_async_shared()
+        mbarrier.arrive(ds_full.index(buf), count=1)
+        dk = warpgroup_mma(ds_bufs.index(buf * 2 + WG).permute((1, 0)), q_buf, dk_done, is_async=True)
+        s += 1
+        mbarrier.wait(q_full.index(s % STAGES), (s // STAGES) & 1)
+        if D == 64:
+            # ptxas serialises products of this size that are in flight from one turn of the loop to the next
+            dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
+            dk = warpgroup_mma_init(dk)
+            dv = warpgroup_mma_init(dv)
+        i_m = _get(words.index(s % WORDS * 3 + 1), 4)
+        if BIAS is not None:
+            # the next head, or the end
+            i_bh = i_tile // n_tiles_of_row
+            if (i_m < 0) | (_get(words.index(s % WORDS * 3), 4) // n_tiles_of_row != i_bh):
+                total = gl.sum(gl.sum(gl.sum(dbias, 2), 1), 0)
+                gl.store(DBIAS + (i_bh * n_programs + i_program) * 2 + WG, total)
+                dbias = dbias * 0.0
+
+    dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
+    mbarrier.arrive(empty.index((s + STAGES - 1) % STAGES), count=1, pred=s >= 1)
+    for _ in gl.static_range(2):
+        back = (s + NB - 2) % NB
+        mbarrier.wait(ds_full.index(back), ((s + 2 * NB - 2) // NB) & 1, pred=s >= 2)
+        dq = _product_dq(ds_bufs, k_bufs, kd_bufs, back, s >> 30, WG, D)
+        dq = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
+        mbarrier.wait(dq_turn.index(s % STAGES), (s // STAGES) & 1)
+        if s >= 2:
+            tile2 = _get(words.index((s + WORDS - 2) % WORDS * 3), 4)
+            _add_dq(dq, DQ32 + tile2.to(gl.int64) * (64 * D), WG, D, ROWS)
+        mbarrier.wait(free.index(s % SLACK), ((s // SLACK) & 1) ^ 1)
+        mbarrier.arrive(wrote.index(s % SLACK), count=1)
+        s += 1
+
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
+    o_key = gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
+    o_key = o_key % 8 // 2 * 16 + o_key // 8 * 2 + o_key % 2 + WG * 64
+    o_tile = o_key[:, None] * stride_t + o_d[None, :]
+    m_tile = (o_key + i_n * 128 < n_k)[:, None] & (o_d < D)[None, :]
+    gl.store(DK + o_out + o_tile, (dk * (scale * 0.6931471805599453)).to(DTYPE), mask=m_tile)
+    gl.store(DV + o_out + o_tile, dv.to(DTYPE), mask=m_tile)
+
+
+@gluon.jit
+def _load_keys(P, buf, o_key, n_rows, stride, D: gl.constexpr, LAYOUT: gl.constexpr):
+    """64 rows in thread order to shared memory; rows from n_rows on are 0."""
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
+    x = gl.load(P + (o_key.to(gl.int64) * stride)[:, None] + o_d[None, :], mask=(o_key < n_rows)[:, None], other=0.0)
+    buf.store(x)
+
+
+@gluon.jit(do_not_specialize=["n_batch", "n_heads", "n_queries", "n_keys", "n_blocks", "n_tiles_of_row", "n_sequences"])
+def backward_kernel(
+    q_desc, do_desc, K, V, BIAS, DBIAS, DK, DV, DQ32, STATE, STATE_COUNT, DQ_COUNT, TICKET, STOP,
+    CU_SEQLENS, BLOCKS, TILES, stride_kb, stride_kt, stride_vb, stride_vt,
+    n_batch, n_heads, n_queries, n_keys, n_blocks, n_tiles_of_row, n_sequences, scale,
+    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, CURRENT: gl.constexpr,
+    VARLEN: gl.constexpr, SKIP: gl.constexpr, EARLY: gl.constexpr,
+):  # fmt: skip
+    """128 keys of one key-value head a program, the newest first.
+
+    K, V: heads next to each other; DK, DV: (B, S, G, D) contiguous; STATE: (B H tiles, 4, 64) float32, see
+    prepare_kernel; DQ32: (B H tiles, 64 D) float32, zeros, in the order of _add_dq; STATE_COUNT, DQ_COUNT: (B H tiles)
+    int32, zeros; TICKET: 0; STOP: as in forward; DBIAS: (B H, programs of a head, 2) float32, zeros. BLOCKS counts key
+    tiles of 128 of packed sequences cumulatively, TILES query tiles of 64.
+    """
+    ticket = gl.atomic_add(TICKET, 1)
+    n_bg = n_batch * (n_heads // GROUP)
+    i_bg = ticket % n_bg
+    i_b = i_bg // (n_heads // GROUP)
+    i_g = i_bg % (n_heads // GROUP)
+    i_n = ticket // n_bg
+    start = i_n * 0
+    base = start
+    n_q = n_queries
+    n_past = (n_keys - n_queries) // TILE
+    n_programs = n_blocks
+    if VARLEN:
+        n_blocks = gl.load(BLOCKS + n_sequences)
+    i_n = n_blocks - 1 - i_n
+    i_program = i_n
+    if i_n >= 0:
+        if VARLEN:
+            i_s = _find_sequence(i_n, BLOCKS, n_sequences)
+            i_n -= gl.load(BLOCKS + i_s)
+            start = gl.load(CU_SEQLENS + i_s)
+            n_q = gl.load(CU_SEQLENS + i_s + 1) - start
+            base = gl.load(TILES + i_s)
+        n_k = n_q + n_past * TILE
+        DTYPE: gl.constexpr = q_desc.dtype
+        FULL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+        HALF: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=16, rank=2)
+        FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+        FLAT2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+        q_bufs = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 64, 1, D], q_desc.layout)
+        do_bufs = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 64, 1, D], do_desc.layout)
+        k_bufs = gl.allocate_shared_memory(DTYPE, [2, 64, D], FULL)
+        v_bufs = gl.allocate_shared_memory(DTYPE, [2, 64, D], FULL)
+        p_bufs = gl.allocate_shared_memory(DTYPE, [2, 64, 64], FULL)
+        ds_bufs = gl.allocate_shared_memory(DTYPE, [NB * 2, 64, 64], FULL)
+        st_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * 4, 64], FLAT)
+        carry = gl.allocate_shared_memory(gl.float32, [4, 64, 4], FLAT2)
+        words = gl.allocate_shared_memory(gl.int32, [WORDS * 3, 1], FLAT)
+        q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        st_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        dq_turn = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        left_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        later_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        wrote = gl.allocate_shared_memory(gl.int64, [SLACK, 1], mbarrier.MBarrierLayout())
+        free = gl.allocate_shared_memory(gl.int64, [SLACK, 1], mbarrier.MBarrierLayout())
+        ds_full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+        ds_free = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(left_full.index(i), count=1)
+            mbarrier.init(later_full.index(i), count=1)
+        for i in gl.static_range(SLACK):
+            mbarrier.init(wrote.index(i), count=2)
+            mbarrier.init(free.index(i), count=1)
+        for i in gl.static_range(NB):
+            mbarrier.init(ds_full.index(i), count=2)
+            mbarrier.init(ds_free.index(i), count=2)
+        for i in gl.static_range(STAGES):
+            mbarrier.init(q_full.index(i), count=1)
+            mbarrier.init(do_full.index(i), count=1)
+            mbarrier.init(st_full.index(i), count=1)
+            mbarrier.init(dq_turn.index(i), count=1)
+            mbarrier.init(empty.index(i), count=2)
+        LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+        LOAD_HALF: gl.constexpr = gl.BlockedLayout([1, 8], [512 // D, D // 16], [4, 1], [1, 0])
+        o_c = gl.arange(0, 64, layout=gl.SliceLayout(1, LOAD))
+        o_key = i_n * 128 + o_c % 8 // 2 * 16 + o_c // 8 * 2 + o_c % 2
+        p_k = K + i_b.to(gl.int64) * stride_kb + start.to(gl.int64) * stride_kt + i_g * D
+        p_v = V + i_b.to(gl.int64) * stride_vb + start.to(gl.int64) * stride_vt + i_g * D
+        for w in gl.static_range(2):
+            _load_keys(p_k, k_bufs.index(w), o_key + w * 64, n_k, stride_kt, D, LOAD)
+            _load_keys(p_v, v_bufs.index(w), o_key + w * 64, n_k, stride_vt, D, LOAD)
+        if D == 64:
+            # half of the columns, keys of either warpgroup
+            kd_bufs = gl.allocate_shared_memory(DTYPE, [4, 64, 32], HALF)
+            o_h = gl.arange(0, 64, layout=gl.SliceLayout(1, LOAD_HALF))
+            o_half = i_n * 128 + o_h % 8 // 2 * 16 + o_h // 8 * 2 + o_h % 2
+            for w in gl.static_range(2):
+                for half in gl.static_range(2):
+                    _load_keys(
+                        p_k + half * 32, kd_bufs.index(half * 2 + w), o_half + w * 64, n_k, stride_kt, 32, LOAD_HALF
+                    )
+        else:
+            kd_bufs = k_bufs
+        fence_async_shared()
+        o_out = ((i_b * n_keys + start + i_n * 128).to(gl.int64) * (n_heads // GROUP) + i_g) * D
+        stride_t = n_heads // GROUP * D
+        bufs = (q_bufs, do_bufs, st_bufs, words, k_bufs, v_bufs, kd_bufs, p_bufs, ds_bufs, carry)
+        bars = (q_full, do_full, st_full, dq_turn, empty, left_full, later_full, ds_full, ds_free, wrote, free)
+        tensors = (STATE, DQ32, BIAS, DBIAS, DK, DV)
+        place = (i_n, i_program, n_programs, n_past, n_k, n_tiles_of_row, n_heads)
+        p_place = (i_b, i_g, i_n, start, base, n_q, n_past)
+        gl.warp_specialize([
+            (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 0, D, STAGES, NB, CURRENT, EARLY, GROUP)),
+            (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 1, D, STAGES, NB, CURRENT, EARLY, GROUP)),
+            (_produce, ((q_bufs, do_bufs, words), (q_full, do_full, empty), (q_desc, do_desc), STOP, p_place,
+                        (n_heads, n_tiles_of_row), GROUP, D, STAGES, SKIP)),
+            (_fetch, (words, st_bufs, (q_full, st_full, dq_turn), (STATE, STATE_COUNT, DQ_COUNT), i_n, n_past, STAGES)),
+            (_hand_on, (words, wrote, free, STATE_COUNT, DQ_COUNT)),
+        ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_queries", "n_sequences"])
+def prepare_kernel(
+    OUT, RESIDUAL, DO, REMAINDER, DREMAINDER, STATE, CU_SEQLENS, TILES, n_heads, n_queries, n_sequences,
+    D: tl.constexpr, VARLEN: tl.constexpr,
+):  # fmt: skip
+    """Before the walk: a whole stick (none past the end), no sum of g, delta with the remainder's part, that alone."""
+    i_tile = tl.program_id(0)
+    i_bh = tl.program_id(1)
+    i_m, _, start, n_q, _ = _locate(i_tile, TILES, CU_SEQLENS, n_queries, n_queries, n_sequences, VARLEN)
+    if i_m < 0:
+        return
+    o_m = tl.arange(0, 64)
+    o_d = tl.arange(0, D)
+    m_m = i_m * 64 + o_m < n_q
+    rows = ((i_bh // n_heads).to(tl.int64) * n_queries + start + i_m * 64 + o_m) * n_heads + i_bh % n_heads
+    p_rows = rows[:, None] * D + o_d[None, :]
+    b_o = tl.load(OUT + p_rows, mask=m_m[:, None], other=0.0).to(tl.float32)
+    b_o += tl.load(RESIDUAL + p_rows, mask=m_m[:, None], other=0.0).to(tl.float32)
+    b_do = tl.load(DO + p_rows, mask=m_m[:, None], other=0.0).to(tl.float32)
+    b_drem = tl.load(REMAINDER + rows, mask=m_m, other=0.0) * tl.load(DREMAINDER + rows, mask=m_m, other=0.0)
+    p_state = STATE + (i_bh.to(tl.int64) * tl.num_programs(0) + i_tile) * 256 + o_m
+    tl.store(p_state, tl.where(m_m, 1.0, 0.0))
+    tl.store(p_state + 64, tl.zeros([64], tl.float32))
+    tl.store(p_state + 128, tl.sum(b_o * b_do, 1) + b_drem)
+    tl.store(p_state + 192, b_drem)
+
+
+@triton.jit(do_not_specialize=["n_queries", "n_sequences"])
+def finish_kernel(
+    DQ32, DQ, CU_SEQLENS, TILES, n_heads, n_queries, n_sequences, scale, D: tl.constexpr, VARLEN: tl.constexpr
+):
+    """DQ (B, T, H, D) from tiles in the order of _add_dq."""
+    i_tile = tl.program_id(0)
+    i_bh = tl.program_id(1)
+    i_m, _, start, n_q, _ = _locate(i_tile, TILES, CU_SEQLENS, n_queries, n_queries, n_sequences, VARLEN)
+    if i_m < 0:
+        return
+    r = tl.arange(0, 64)[:, None]
+    c = tl.arange(0, D)[None, :]
+    half = c // (D // 2)
+    cc = c % (D // 2)
+    off = ((cc // 16 * 4 + r // 16) * 2 + r // 8 % 2) * 32 + r % 8 * 4 + cc % 8 // 2
+    p_tile = DQ32 + (i_bh.to(tl.int64) * tl.num_programs(0) + i_tile) * (64 * D)
+    x = tl.load(p_tile + half * (32 * D) + off * 4 + cc // 8 % 2 * 2 + cc % 2)
+    row = (i_bh // n_heads).to(tl.int64) * n_queries + start + i_m * 64 + r
+    m_row = (i_m * 64 + r < n_q) & (c < D)
+    tl.store(DQ + (row * n_heads + i_bh % n_heads) * D + c, (x * scale).to(DQ.dtype.element_ty), mask=m_row)
+
+
+# by head size: stages of queries and their gradients, buffers of the logits' gradients, and whether the product for
+# those begins with that of queries and keys (it takes registers)
+CONFIGS: dict[int, dict[str, Any]] = {
+    128: {"STAGES": 3, "NB": 2, "EARLY": False},
+    64: {"STAGES": 3, "NB": 4, "EARLY": True},
+}
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor,
+    stop: Tensor, dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
+    epsilon: float, config: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v, in their dtypes, and of the bias (empty without one)."""
+    q, k, v = _rows(q), _rows(k), _rows(v)
+    dout, dremainder = dout.contiguous(), dremainder.contiguous()
+    if dout.data_ptr() % 16:
+        # a tensor map begins at a multiple
+        dout = dout.clone()
+    batch, n_queries, heads, dim = q.shape
+    n_keys, groups = k.shape[1:3]
+    config = CONFIGS[dim] if config is None else config
+    n_blocks, n_tiles, n_sequences, blocks, tiles = triton.cdiv(n_keys, 128), triton.cdiv(n_queries, 64), 0, None, None
+    if cu_seqlens is not None:
+        n_sequences = len(cu_seqlens) - 1
+        n_blocks, n_tiles = n_blocks + n_sequences, n_tiles + n_sequences
+        blocks, tiles = _cumulative(cu_seqlens, 128), _cumulative(cu_seqlens, 64)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    descs = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 64, 1, dim], layout) for x in (q, dout)]
+    n_all = batch * heads * n_tiles
+    zeros = functools.partial(torch.zeros, dtype=torch.float32, device=q.device)
+    state, dq32 = torch.empty(n_all * 256, dtype=torch.float32, device=q.device), zeros(n_all * 64 * dim)
+    # two numbers for each query tile, and the ticket; each begins where 16 bytes do
+    counts = torch.zeros((3, (n_all + 3) // 4 * 4), dtype=torch.int32, device=q.device)
+    state_count, dq_count, ticket = counts
+    dq = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty((batch, n_keys, groups, dim), dtype=q.dtype, device=q.device) for _ in range(2))
+    dbias = None if bias is None else zeros((batch, heads, n_blocks, 2))
+    grid = (n_tiles, batch * heads)
+    packing = (cu_seqlens, tiles, heads, n_queries, n_sequences)
+    prepare_kernel[grid](
+        out, residual, dout, remainder, dremainder, state, *packing, D=dim, VARLEN=cu_seqlens is not None, num_warps=4
+    )
+    backward_kernel[(n_blocks * batch * groups,)](
+        *descs, k, v, bias, dbias, dk, dv, dq32, state, state_count, dq_count, ticket, stop, cu_seqlens, blocks, tiles,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), batch, heads, n_queries, n_keys, n_blocks, n_tiles,
+        n_sequences, scale * LOG2_E, GROUP=heads // groups, D=dim, CURRENT=int(attend_current),
+        VARLEN=cu_seqlens is not None, SKIP=epsilon > 0, **config, num_warps=4, maxnreg=REGISTERS[2],
+    )  # fmt: skip
+    finish_kernel[grid](dq32, dq, *packing, scale, D=dim, VARLEN=cu_seqlens is not None, num_warps=4)
+    return dq, dk, dv, remainder.new_empty(0) if dbias is None else dbias.sum((0, 2, 3))

@@ -1,0 +1,92 @@
+"""Compile the Gluon kernels for sm_90a without a GPU, as compile_kernels does the others; print registers and spills.
+
+Fails where ptxas says that it serialises wgmma (warnings C7510 and on).
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from sbeval.kernels import stick_breaking_hopper, stick_breaking_hopper_backward
+
+FLOAT32 = {"BIAS", "REMAINDER", "DBIAS", "DQ32", "STATE"}
+INT32 = {"STOP", "TICKET", "STATE_COUNT", "DQ_COUNT", "CU_SEQLENS", "BLOCKS", "STOP_BLOCKS", "TILES"}
+PACKING = ("CU_SEQLENS", "BLOCKS", "STOP_BLOCKS", "TILES")
+KERNELS = {
+    "forward": (stick_breaking_hopper.forward_kernel, stick_breaking_hopper.CONFIGS),
+    "backward": (stick_breaking_hopper_backward.backward_kernel, stick_breaking_hopper_backward.CONFIGS),
+}
+# head size, packed and with a bias; skipping is on, as it is by default
+CASES = [(name, dim, whole) for name in KERNELS for dim in (64, 128) for whole in (False, True)]
+
+
+def _descriptor(dtype: str, block: list[int]) -> str:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
+    return f"tensordesc<{dtype}{block},{layout!r}>"
+
+
+def compile_one(name: str, dim: int, whole: bool) -> Any:
+    """Compile a kernel as the launcher would."""
+    kernel, configs = KERNELS[name]
+    dtype = "fp16" if whole else "bf16"
+    constants = {"GROUP": 2, "D": dim, "CURRENT": 0, "VARLEN": whole, "SKIP": True, "LOOK": 16, **configs[dim]}
+    constants |= {} if whole else dict.fromkeys((*PACKING, "BIAS", "DBIAS"))
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    types = dict.fromkeys(("scale", "epsilon"), "fp32")
+    types |= dict.fromkeys(("q_desc", "do_desc"), _descriptor(dtype, [1, 64, 1, dim]))
+    types |= dict.fromkeys(("k_desc", "v_desc"), _descriptor(dtype, [1, 8, 4, 2, dim]))
+    types |= dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(INT32, "*i32")
+    types |= dict.fromkeys((x for x in kernel.arg_names if x.isupper() and x not in types), f"*{dtype}")
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, (name, type_) in enumerate(signature.items())
+        if type_.startswith("*") or name.startswith("stride")
+    }
+    groups = configs[dim].get("NWG", 2)
+    options = {"num_warps": 4, "maxnreg": stick_breaking_hopper.REGISTERS[groups]}
+    source = GluonASTSource(kernel, signature, constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def assembled(ptx: str) -> str:
+    """What ptxas says of it."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [str(tool), "-v", "--gpu-name=sm_90a", str(path), "-o", str(path.with_suffix(".cubin"))]
+        return str(subprocess.run(command, check=True, capture_output=True, text=True).stderr)
+
+
+def measured(case: tuple[str, int, bool]) -> tuple[str, str, str, int, list[str]]:
+    """Registers, bytes of stack and of stores to it, shared memory, and warnings that wgmma is serialised."""
+    compiled = compile_one(*case)
+    said = assembled(compiled.asm["ptx"])
+    use = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", said)
+    registers = re.search(r"Used (\d+) registers", said)
+    assert use is not None and registers is not None, said
+    return registers[1], use[1], use[2], compiled.metadata.shared, re.findall(r"C75\d\d", said)
+
+
+def main() -> None:
+    print(f"{'Gluon, sm_90a':16} {'D':>3} packed registers stack spilled shared")
+    with ProcessPoolExecutor() as pool:
+        for (name, dim, whole), found in zip(CASES, pool.map(measured, CASES), strict=True):
+            registers, stack, spilled, shared, warnings = found
+            print(f"{name:16} {dim:>3} {whole!s:6} {registers:>9} {stack:>5} {spilled:>7} {shared:>6}", flush=True)
+            if warnings:
+                sys.exit(f"ptxas serialises wgmma in {name}, D = {dim}: {' '.join(sorted(set(warnings)))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""The Hopper kernels without a GPU: their logic in an emulator, and who may run them."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sbeval.errors import InputError
+from sbeval.kernels import hopper, stick_breaking
+from sbeval.kernels.stick_breaking import attention, reference
+
+if hopper.compiler_obstacle():
+    pytest.skip(hopper.compiler_obstacle(), allow_module_level=True)
+
+from sbeval.kernels import stick_breaking_hopper, stick_breaking_hopper_backward
+
+
+def _emulator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gluon_emulator", Path(__file__).with_name("gluon_emulator.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+emulator = _emulator()
+BFLOAT16 = torch.bfloat16
+
+
+def _exchange(order: list[int]) -> Any:
+    return lambda x: emulator.Value(x.t[:, order])
+
+
+def _pack(older: Any, newer: Any, dtype: torch.dtype) -> Any:
+    low, high = (x.t.to(dtype).view(torch.int16).int() for x in (older, newer))
+    return emulator.Value((low & 0xFFFF) | (high << 16))
+
+
+def _halves(x: Any, dtype: torch.dtype) -> tuple[Any, Any]:
+    low, high = ((y >> 16).to(torch.int16).view(dtype) for y in (x.t << 16, x.t))
+    return emulator.Value(low), emulator.Value(high)
+
+
+def _wait_for(p_count: Any, wanted: int) -> Any:
+    assert int(p_count.flat[p_count.offset]) >= wanted, "programs run one after another: this would wait for ever"
+    return emulator.Integer(0)
+
+
+def _publish(p_state: Any, state_wanted: int, p_dq: Any, dq_wanted: int) -> None:
+    p_state.flat[p_state.offset] += state_wanted
+    p_dq.flat[p_dq.offset] += dq_wanted
+
+
+def _add8(p: Any, *numbers: Any) -> None:
+    """Addresses are in bytes; the second four are 4096 bytes on."""
+    with emulator.lock:
+        for i, x in enumerate(numbers):
+            place = p.offset // 4 + i % 4 + i // 4 * 1024
+            p.flat.index_add_(0, place.flatten(), x.t.flatten())
+
+
+ASSEMBLY = {
+    "_exp2": lambda x: emulator.Value(x.t.exp2()),
+    "_reciprocal": lambda x: emulator.Value(1 / x.t),
+    "_from_neighbour": _exchange([1, 0, 3, 2]),
+    "_from_other_pair": _exchange([2, 3, 0, 1]),
+    "_pack": _pack,
+    "_halves": _halves,
+    "_wait_for": _wait_for,
+    "_publish": _publish,
+    "_add8": _add8,
+    "_cut": lambda _: None,
+    "TILE": 64,
+    "WORDS": 8,
+    "SLACK": 4,
+    "RESOLUTION": 2.0**-24,
+}
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches run in the emulator, copies late now and then; two programs of forward draw all tiles."""
+    torch.manual_seed(0)
+    modules = [stick_breaking_hopper, stick_breaking_hopper_backward]
+    for module, name in zip(modules, ("forward_kernel", "backward_kernel"), strict=True):
+        kernel = emulator.Launched(getattr(module, name), modules, ASSEMBLY, delay=5e-3)
+        monkeypatch.setattr(module, name, kernel)
+    monkeypatch.setattr(stick_breaking, "pick_backend", lambda *_: "triton-hopper")
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Any:
+    """Memory that was allocated and not written is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def draw(t: int, s: int, heads: int = 2, groups: int = 1, dim: int = 64, batch: int = 1) -> list[Tensor]:
+    return [torch.randn(batch, n, h, dim).to(BFLOAT16) for n, h in ((t, heads), (s, groups), (s, groups))]
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, *, bounds: Any = None, bias: float | None = None, **options: Any) -> None:
+    """Output, remainder and every gradient against the definition in float64."""
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, dtype=torch.int32)
+    inputs = [q, k, v] + ([] if bias is None else [torch.full((q.shape[2],), bias)])
+    exact = [x.double().requires_grad_() for x in inputs]
+    inputs = [x.requires_grad_() for x in inputs]
+    epsilon = options.pop("epsilon", 0.0)
+    shift, exact_shift = (None, None) if bias is None else (inputs[3], exact[3])
+    found = attention(q, k, v, cu_seqlens=cu_seqlens, bias=shift, epsilon=epsilon, backend="triton-hopper", **options)
+    wanted = reference(*exact[:3], cu_seqlens=cu_seqlens, bias=exact_shift, **options)
+    above = [torch.randn_like(x) for x in found]
+    gradients = torch.autograd.grad(found, inputs, above)
+    right = torch.autograd.grad(wanted, exact, [x.double() for x in above])
+    # a bias' gradient is a sum over all pairs that nearly cancels
+    tolerances = (5e-3, 1e-5, 5e-3, 5e-3, 5e-3, 2e-2)[: 2 + len(inputs)]
+    for got, want, tolerance in zip((*found, *gradients), (*wanted, *right), tolerances, strict=True):
+        assert error(got.detach(), want.detach()) < tolerance
+
+
+# one tile, a tile and a row, tiles that no warpgroup has rows for, batches, the last row in a window, packed rows
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(
+    ("t", "options"),
+    [
+        (64, {}),
+        (65, {"attend_current": True}),
+        (200, {"epsilon": 2.0**-24}),
+        (330, {"bias": -1.0}),
+        (300, {"bounds": (0, 0, 1, 65, 193, 193, 290, 300)}),
+    ],
+)
+def test_odd_lengths(t: int, options: dict[str, Any], dim: int) -> None:
+    check(*draw(t, t, dim=dim, batch=1 if "bounds" in options else 2), **options)
+
+
+def test_queries_after_a_longer_prefix() -> None:
+    check(*draw(100, 228, heads=4, groups=2))
+
+
+@pytest.mark.parametrize("bias", [-3.0, 1.0])
+def test_a_warpgroup_stops_alone(bias: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where each 64 queries stopped is where their own stick was used up, at a look."""
+    monkeypatch.setattr(stick_breaking_hopper, "LOOK", 2)
+    q, k, v = draw(1000, 1000)
+    shift = torch.full((2,), bias)
+    *_, stop = stick_breaking_hopper.forward(q, k, v, shift, None, 0.125, False, 2.0**-24)
+    check(q, k, v, bias=bias, epsilon=2.0**-24)
+    q, k = q.detach(), k.detach()
+    z = torch.einsum("bthd,bsgd->bhts", q.double(), k.double()) * 0.125 + bias
+    before = torch.arange(1000) < torch.arange(1000)[:, None]
+    rest = torch.nn.functional.logsigmoid(-z).masked_fill(~before, 0)
+    for i in range(16):
+        left = rest[:, :, 64 * i : 64 * i + 64].flip(-1).cumsum(-1).exp().flip(-1).amax(2)
+        for head, key in enumerate(stop[0, :, i].tolist()):
+            assert key % 64 == 0 and (key == 0 or left[0, head, key] <= 2.0**-24)
+            # two tiles, a look, before
+            newer = key + 128
+            assert newer >= 64 * i or left[0, head, newer] > 2.0**-24
+    assert int(stop.max()) > 0
+
+
+def test_gradient_is_that_of_the_truncated_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stick_breaking_hopper, "LOOK", 1)
+    q, k, v = draw(640, 640, heads=1)
+    *_, stop = stick_breaking_hopper.forward(q, k, v, None, None, 0.05, False, 1e-3)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out, rest = attention(*inputs, scale=0.05, epsilon=1e-3, backend="triton-hopper")
+    # the oldest key that the last 64 queries visited, in the newer and the older half of a program's keys
+    for i in (8, 9):
+        late = slice(64 * i, 64 * i + 64)
+        oldest = int(stop[0, 0, i])
+        assert oldest > 0
+        gradients = torch.autograd.grad(out[:, late].sum() + rest[:, late].sum(), inputs[1:], retain_graph=True)
+        for gradient in gradients:
+            assert float(gradient[:, :oldest].abs().max()) == 0.0
+            assert float(gradient[:, oldest : oldest + 64].abs().max()) > 0
+
+
+def test_a_tile_that_comes_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest warpgroup needs neither of the two newest tiles; if it did not wait for them, it would take the first
+    of them, in a ring of two, for the next one's."""
+    monkeypatch.setitem(stick_breaking_hopper.CONFIGS[64], "STAGES", 2)
+    monkeypatch.setattr(stick_breaking_hopper.forward_kernel, "delay", 0.1)
+    for _ in range(4):
+        check(*draw(192, 192, heads=1))
+
+
+@pytest.mark.filterwarnings("default")
+def test_packing_other_numbers_of_sequences_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiled model is compiled once for one number of sequences and once for all others."""
+    graphs = []
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, bias: None, cu_seqlens: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        stop = torch.zeros(stick_breaking_hopper.stop_shape(q, cu_seqlens), dtype=torch.int32)
+        return torch.zeros_like(q), torch.zeros(q.shape[:3]), torch.zeros_like(q), stop
+
+    def counted(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(stick_breaking_hopper, "forward", forward)
+    torch.compiler.reset()
+    q, k, v = draw(256, 256)
+    compiled = torch.compile(lambda cu_seqlens: attention(q, k, v, cu_seqlens=cu_seqlens)[0] * 2, backend=counted)
+    for n_sequences in (3, 5, 4, 9, 12):
+        compiled(torch.linspace(0, 256, n_sequences + 1).int())
+    torch.compiler.reset()
+    assert len(graphs) <= 2
+
+
+def test_who_may_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    q, k, v = draw(64, 64)
+    with pytest.raises(InputError, match="backend 'triton-hopper' can't run: it needs a GPU, and this device is cpu"):
+        attention(q, k, v, backend="triton-hopper")
+    with pytest.raises(InputError, match="'triton-hopper' has no kernel for starts and lengths"):
+        attention(q, k, v, starts=torch.zeros(1, dtype=torch.int32), backend="triton-hopper")
+    assert hopper.inputs_obstacle(q, k) == ""
+    assert "takes float16 and bfloat16" in hopper.inputs_obstacle(q.float(), k.float())
+    assert "heads of 64 and 128, and those of q have 32" in hopper.inputs_obstacle(q[..., :32], k[..., :32])
+    assert "and q follows 1" in hopper.inputs_obstacle(q[:, 1:], k)
+    assert "at least 64 keys, and k has 63" in hopper.inputs_obstacle(q[:, 1:], k[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("major", "version", "obstacle"), [(8, "3.6.0", "has 8.0"), (9, "3.9.1", "3.9.1, and Gluon is")]
+)
+def test_other_devices_and_compilers(major: int, version: str, obstacle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import triton
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
+    monkeypatch.setattr(triton, "__version__", version)
+    hopper.compiler_obstacle.cache_clear()
+    assert obstacle in hopper.obstacle(torch.device("cuda"))
+    hopper.compiler_obstacle.cache_clear()

@@ -1,0 +1,49 @@
+"""README's small figures show the numbers of the tables."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from sbeval.cli import documents_figures
+from sbeval.tables.results import Results
+from sbeval.tables.table import read
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_a_panel_has_the_means_of_the_table() -> None:
+    axes = Figure().subplots()
+    documents_figures.figure5(ROOT / "results", axes)
+    lines = {str(line.get_label()): line for line in axes.get_lines()}
+    table = read(Results(ROOT / "results").table("length_gen"))
+    rows = table[
+        (table["attention"] == "sliding_window") & (table["options"] == "") & (table["metric"] == "perplexity")
+    ]
+    at = rows[(rows["context_length"] == 65536) & rows["window"].isna()]["value"]
+    drawn = [float(y) for y in lines["sliding window"].get_ydata()]  # type: ignore[union-attr]
+    assert min(at) <= drawn[-1] <= max(at) and len(drawn) == 9
+    assert {"stick-breaking", "RoPE", "ALiBi", "sliding window"} <= set(lines)
+
+
+def test_bars_are_where_the_head_that_retrieves_attends() -> None:
+    axes = Figure().subplots()
+    documents_figures.figure4(ROOT / "results", axes)
+    heights = {container.get_label(): [bar.get_height() for bar in container] for container in axes.containers[1::2]}
+    assert set(heights) == {"stick-breaking", "RoPE"}
+    for latest, stale in heights.values():
+        assert 0 <= stale < latest <= 1 and latest + stale <= 1
+
+
+def test_each_is_drawn_and_committed(tmp_path: Path) -> None:
+    files = documents_figures.draw(ROOT / "results", tmp_path)
+    assert [file.name for file in files] == ["figure3.png", "figure4.png", "figure5.png"]
+    sizes = {imread(file).shape for file in (*files, *(ROOT / "docs" / "figures").glob("*.png"))}
+    # of one size, so that they stand in a row
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("name", documents_figures.FIGURES)
+def test_each_is_shown(name: str) -> None:
+    assert f"docs/figures/{name}.png" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,150 @@
+"""A step that a GPU replays is the one that it would launch, bit for bit; when it is recorded, and when not."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sbeval.config import IGNORE
+from sbeval.models.config import ModelConfig
+from sbeval.runtime import progress
+from sbeval.tasks.generated import Examples
+from sbeval.training import trainer as module
+from sbeval.training.config import TrainConfig
+from sbeval.training.graph import WARM_UP
+from sbeval.training.trainer import Trained, Trainer
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+CPU = torch.device("cpu")
+BATCH, LENGTH = 4, 32
+
+
+class Distinct:
+    """Batches of tokens that are all different: sums of gradients by token then have one term, in no order."""
+
+    def __init__(self, place: torch.device) -> None:
+        self.place = place
+
+    def __getitem__(self, step: int) -> Examples:
+        order = torch.randperm(BATCH * LENGTH, generator=torch.Generator().manual_seed(step)).view(BATCH, LENGTH)
+        targets = order.roll(1, 1)
+        targets[:, : LENGTH // 2] = IGNORE
+        return Examples(tokens=order.to(self.place), targets=targets.to(self.place))
+
+
+def trainer(place: torch.device, attention: str = "rope", dropout: float = 0.0, **changes: Any) -> Trainer:
+    shape = ModelConfig(
+        vocab_size=BATCH * LENGTH, width=64, layers=2, heads=1, hidden=128, attention=attention, mlp="gelu", tied=True,
+        dropout=dropout,
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "steps": 12,
+        "batch": BATCH,
+        "length": LENGTH,
+        "lr": 3e-3,
+        "sparse": True,
+        "log_every": 4,
+    }
+    config = TrainConfig(**options | {"capacity": BATCH * LENGTH // 2} | changes)
+    return Trainer(shape, config, Distinct(place), None, place)
+
+
+def run(ready: Trainer) -> Trained:
+    with progress.Progress() as shown:
+        return ready.run(shown.add("train", total=ready.config.steps))
+
+
+def assert_same(found: Trained, wanted: Trained) -> None:
+    assert found.state.losses == wanted.state.losses
+    for (name, mine), theirs in zip(found.model.named_parameters(), wanted.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+class StandIn:
+    """A graph that runs the step at each call, as a CPU has none."""
+
+    made: list["StandIn"]
+    failures = 0
+
+    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], *others: Any) -> None:
+        if type(self).failures:
+            type(self).failures -= 1
+            raise torch.OutOfMemoryError("no memory to record")
+        self.step, self.calls = step, 0
+        self.made.append(self)
+
+    def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        self.calls += 1
+        return self.step(tokens, targets)
+
+
+@pytest.fixture
+def replaying(monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    ready = trainer(CPU)
+    ready.replays, ready.stream = True, object()  # type: ignore[assignment]  # a stand-in's
+    monkeypatch.setattr(StandIn, "made", [], raising=False)
+    monkeypatch.setattr(StandIn, "failures", 0)
+    monkeypatch.setattr(module, "Graph", StandIn)
+    monkeypatch.setattr(Trainer, "_on_stream", lambda self: contextlib.nullcontext())
+    return ready
+
+
+def test_a_step_is_recorded_once_it_has_run(replaying: Trainer) -> None:
+    assert_same(run(replaying), run(trainer(CPU)))
+    assert [graph.calls for graph in StandIn.made] == [12 - WARM_UP]
+
+
+def test_recording_that_runs_out_of_memory_starts_again_with_fewer_rows(replaying: Trainer) -> None:
+    StandIn.failures = 1
+    found = run(replaying)
+    assert found.rows == BATCH // 2
+    # not replayed: the steps before it failed, and as many that compile the code for fewer rows
+    assert [graph.calls for graph in StandIn.made] == [12 - 2 * WARM_UP]
+    assert found.state.losses == pytest.approx(run(trainer(CPU)).state.losses, rel=1e-4)
+
+
+def test_packed_sequences_are_not_replayed(replaying: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Examples, "cu_seqlens", torch.arange(BATCH + 1, dtype=torch.int32) * LENGTH, raising=False)
+    run(replaying)
+    assert not StandIn.made
+
+
+def test_on_a_cpu_nothing_is_recorded() -> None:
+    ready = trainer(CPU)
+    assert not ready.replays and ready.stream is None
+    assert all(isinstance(group["lr"], float) for group in ready.optimizer.param_groups)
+    run(ready)
+    assert ready.graph is None
+
+
+# compiling warns of what torch does inside itself
+@CUDA
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("attention", "optimizer", "dropout", "dtype"),
+    [
+        ("rope", "adamw", 0.0, "float32"),
+        ("stick_breaking", "muon", 0.1, "bfloat16"),
+        ("rope:key_shift=true,qkv_bias=true", "muon", 0.1, "bfloat16"),
+        ("alibi", "adamw", 0.0, "bfloat16"),
+        ("forgetting", "muon", 0.0, "bfloat16"),
+    ],
+)
+def test_a_replayed_run_is_the_launched_one(
+    attention: str, optimizer: str, dropout: float, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = torch.device("cuda", 0)
+    options: dict[str, Any] = {"attention": attention, "dropout": dropout, "dtype": dtype, "optimizer": optimizer}
+    replayed = trainer(place, **options)
+    found = run(replayed)
+    assert replayed.graph is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "WARM_UP", 1 << 30)
+        launched = trainer(place, **options)
+        wanted = run(launched)
+        assert launched.graph is None
+    assert_same(found, wanted)
+    assert len(set(found.state.losses)) == 12

@@ -1,0 +1,253 @@
+"""Fine-tuning until solved: when it ends, what it measures, which rate it chooses, and that it resumes."""
+
+import dataclasses
+import io
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+
+from sbeval.evaluation import diagnostics
+from sbeval.evaluation.ruler_prompts import Prompt, Writer
+from sbeval.models.decoder import Decoder
+from sbeval.sweep import graph, scheduler
+from sbeval.sweep.cell import cell_id
+from sbeval.sweep.context import RunContext
+from sbeval.tables import table
+from sbeval.tasks import needle, needle_packed
+from sbeval.tasks.needle import Cell, Config, Row, cells
+from sbeval.tasks.needle_packed import PackedTuning, Tuned, best
+from sbeval.tasks.needle_tuning import open_writer
+from sbeval.training import checkpoint
+from sbeval.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+
+
+def run(config: Config, results: Path) -> list[Cell]:
+    grid = cells(config)
+    context = RunContext(results_dir=results, device=CPU)
+    assert scheduler.run(grid, context, preset="quick", console=Console(file=io.StringIO()))
+    return grid
+
+
+def rows_of(found: list[Cell], results: Path) -> pd.DataFrame:
+    return scheduler.results_of(found, results)
+
+
+@pytest.fixture
+def packed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setattr(needle_packed, "HELD_OUT", 3)
+    # looks at every step
+    monkeypatch.setattr(needle_packed, "SHARE", 9)
+    # the models of `config`, trained at the length of the prompts
+    (Path(config.corpus) / "train0.txt").write_text("train says this and that. " * 200)
+    return dataclasses.replace(
+        config,
+        train_len=768,
+        eval_len=768,
+        train_tokens=1536,
+        batch_tokens=1536,
+        max_epochs=None,
+        lengths=(768,),
+        finetune=6 * 1536,
+        finetune_recipe="packed",
+        finetune_lrs=(1e-2,),
+        finetune_prompts=12,
+        finetune_needles=2,
+        samples=2,
+    )
+
+
+@pytest.fixture
+def solved_at(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
+    """Shares of held-out prompts that are right, at each look; the last holds for all further looks."""
+    shares: dict[str, list[float]] = {}
+    names: dict[int, str] = {}
+    prompts = Writer.prompts
+
+    def named(self: Writer, name: str, *arguments: Any, **others: Any) -> list[Prompt]:
+        found = prompts(self, name, *arguments, **others)
+        names.update({id(found[0]): name})
+        return found
+
+    def greedy(decoder: Decoder, prompts: list[Prompt], *others: object) -> float:
+        assert not decoder.training
+        mine = shares[names[id(prompts[0])]]
+        return mine.pop(0) if len(mine) > 1 else mine[0]
+
+    monkeypatch.setattr(Writer, "prompts", named)
+    monkeypatch.setattr(needle_packed, "_greedy", greedy)
+    return shares
+
+
+def test_it_ends_when_all_tasks_are_solved(packed: Config, tmp_path: Path, solved_at: dict[str, list[float]]) -> None:
+    solved_at |= {"niah_single_1": [0.0, 1.0, 0.5, 1.0], "niah_single_2": [0.0, 0.5, 0.9, 0.96]}
+    both = dataclasses.replace(packed, tasks=("niah_single_1", "niah_single_2"))
+    found = run(both, tmp_path)
+    rows = rows_of(found, tmp_path)
+    after = rows[rows["metric"] == "tokens_to_solve"].set_index("task")
+    # the first look at which it was, also if training went on
+    assert after["value"].astype(float).to_dict() == {"niah_single_1": 2 * 1536, "niah_single_2": 4 * 1536}
+    assert set(rows["ended"]) == {"solved"} and set(rows["finetune_tokens"]) == {6 * 1536}
+    held_out = rows[rows["metric"] == "held_out"].set_index("task")
+    assert held_out["value"].astype(float).to_dict() == {"niah_single_1": 1.0, "niah_single_2": 0.96}
+    assert set(held_out["n"]) == {3} and set(rows["finetune_recipe"]) == {"packed"}
+    # one model for both tasks, trained on for four steps
+    (folder,) = (tmp_path / "checkpoints" / one for one in _tuned(tmp_path))
+    assert checkpoint.load_state(folder).step == 4
+
+
+def _tuned(results: Path) -> list[str]:
+    folders = [path for path in (results / "checkpoints").iterdir() if path.is_dir()]
+    return [path.name for path in folders if checkpoint.load_state(path).task_scores]
+
+
+def test_what_is_never_solved_is_censored_at_the_budget(
+    packed: Config, tmp_path: Path, solved_at: dict[str, list[float]]
+) -> None:
+    solved_at |= {"niah_single_2": [0.94]}
+    asked = dataclasses.replace(
+        packed, tasks=("niah_single_2", "niah_single_1"), finetune_tasks=("niah_single_2",), lengths=(1024,)
+    )
+    rows = rows_of(run(asked, tmp_path), tmp_path)
+    (after,) = rows[rows["metric"] == "tokens_to_solve"].itertuples()
+    assert (after.value, after.ended, after.length, after.n) == (6 * 1536, "budget", 768, 1)
+    # what it was not fine-tuned on is neither
+    assert set(rows[rows["task"] == "niah_single_1"]["ended"]) == {""} and set(
+        rows[rows["task"] == "niah_single_2"]["ended"]
+    ) == {"budget"}
+
+
+def test_validation_chooses_the_rate_and_every_rate_has_its_row(
+    packed: Config, tmp_path: Path, solved_at: dict[str, list[float]], asked: list[int]
+) -> None:
+    # the first rate is not solved, the second after three steps
+    solved_at |= {"niah_single_2": [0.0] * 6 + [0.5, 0.9, 1.0]}
+    found = run(dataclasses.replace(packed, finetune_lrs=(3e-3, 1e-3, 1e-3)), tmp_path)
+    assert [step.title for step in graph.steps(found)] == [
+        "train rope seed 0",
+        "fine-tune rope seed 0 lr 0.001",
+        "fine-tune rope seed 0 lr 0.003",
+        "rope seed 0 fine-tuned niah_single_2",
+    ]
+    rows = rows_of(found, tmp_path)
+    after = rows[rows["metric"] == "tokens_to_solve"].astype({"value": float}).sort_values("finetune_lr")
+    assert after[["finetune_lr", "chosen", "ended", "value"]].to_numpy().tolist() == [
+        [1e-3, 0, "budget", 6 * 1536],
+        [3e-3, 1, "solved", 3 * 1536],
+    ]
+    # only the chosen model is evaluated
+    scores = rows[rows["metric"] == "score"]
+    assert set(scores["ended"]) == {"solved"} and scores["chosen"].isna().all() and sum(asked) == 2
+
+
+def test_the_best_rate_solves_most_then_in_the_fewest_tokens() -> None:
+    def tuned(lr: float, solved: dict[str, int], **held_out: float) -> Tuned:
+        return Tuned(folder=Path(), lr=lr, tokens=9, copy_gain=0.0, held_out=held_out, solved_after=solved)
+
+    none = tuned(1e-3, {}, a=0.9, b=0.9)
+    one = tuned(2e-3, {"a": 5}, a=1.0, b=0.0)
+    late, soon = tuned(3e-3, {"a": 7, "b": 8}, a=1.0, b=1.0), tuned(4e-3, {"a": 9, "b": 5}, a=1.0, b=1.0)
+    assert best([none, one], 9) is one and best([one, late], 9) is late and best([late, soon], 9) is soon
+    assert best([tuned(1e-3, {}, a=0.1), tuned(2e-3, {}, a=0.2)], 9).lr == 2e-3
+    assert best([tuned(2e-3, {}, a=0.1), tuned(1e-3, {}, a=0.1)], 9).lr == 1e-3
+
+
+def test_the_gain_from_copying_is_that_before_fine_tuning(packed: Config, tmp_path: Path) -> None:
+    (cell,) = run(packed, tmp_path)
+    rows = rows_of([cell], tmp_path)
+    (base,) = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()} - {*_tuned(tmp_path)}
+    model = checkpoint.load_model(tmp_path / "checkpoints" / base).eval()
+    wanted = diagnostics.copy_gain(model, 384, 257, 256, CPU, "float32")
+    assert wanted.distance == 384 and set(rows["copy_gain"].astype(float)) == {round(wanted.value, 4)}
+
+
+def test_it_lowers_the_loss_on_answers(packed: Config, tmp_path: Path) -> None:
+    (cell,) = run(packed, tmp_path)
+    (plain,) = run(dataclasses.replace(packed, finetune=0), tmp_path)
+    likely = [
+        rows[(rows["metric"] == "log_probability") & rows["depth_start"].isna()]["value"].astype(float).mean()
+        for rows in (rows_of([one], tmp_path) for one in (plain, cell))
+    ]
+    assert likely[1] > likely[0] + 1
+    # without fine-tuning nothing says how it would have been
+    assert plain.config.finetune_recipe == Config().finetune_recipe and plain.config.finetune_lrs == ()
+    assert cell_id(plain) == cell_id(cells(dataclasses.replace(packed, finetune=0, finetune_lrs=(9.0,)))[0])
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
+    step: int, packed: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = rows_of(run(packed, tmp_path / "whole"), tmp_path / "whole")
+    steps = Trainer._step
+
+    def stopped(self: Trainer, at: int) -> Any:
+        loss = steps(self, at)
+        if self.config.schedule == "constant" and at == step:
+            signal.raise_signal(signal.SIGINT)
+        return loss
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "_step", stopped)
+        run(packed, tmp_path / "results")
+    (name,) = _tuned(tmp_path / "results")
+    state = checkpoint.load_state(tmp_path / "results" / "checkpoints" / name)
+    assert state.step == step + 1 and not state.finished and len(state.task_scores) == step + 1
+    again = rows_of(run(packed, tmp_path / "results"), tmp_path / "results")
+    pd.testing.assert_frame_equal(again.drop(columns="utc"), whole.drop(columns="utc"))
+
+
+def test_seeds_and_methods_share_prompts_and_differ_in_their_order(packed: Config, tmp_path: Path) -> None:
+    two = dataclasses.replace(packed, seeds=(0, 1), attention=("rope", "alibi"))
+    orders: dict[tuple[str, int], list[int]] = {}
+    loaded = []
+    with scheduler.progress_of(RunContext(results_dir=tmp_path, device=CPU)) as progress:
+        for cell in cells(two):
+            (tuning,) = cell.tunings
+            assert isinstance(tuning, PackedTuning)
+            _, writer = open_writer(tuning.config, progress)
+            batches = tuning._batches(writer, tuning.schedule(), progress)
+            loaded.append({path.name for path in (writer.cache_dir / "needle").glob("lessons-*.npz")})
+            orders[cell.attention, cell.seed] = batches[0].tokens.flatten().tolist()
+    assert loaded[0] == loaded[-1] and len(loaded[0]) == 3 * 2
+    assert orders["rope", 0] == orders["alibi", 0] != orders["rope", 1] == orders["alibi", 1]
+
+
+def test_looks_cost_a_tenth_of_training_at_most(packed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needle_packed, "SHARE", 0.1)
+    for steps, tasks, looks in ((600, 1, 30), (100, 1, 20), (100, 2, 10), (6, 1, 1)):
+        asked = dataclasses.replace(packed, finetune=steps * 1536, tasks=("niah_single_2", "niah_single_1")[:tasks])
+        (tuning,) = cells(asked)[0].tunings
+        training = tuning.schedule()
+        assert -(-training.steps // training.check_every) == looks
+        cost = looks * tasks * 3 * 768 / 3
+        assert cost <= 0.1 * training.tokens or looks == 1
+
+
+def test_rate_and_warm_up_are_constant_in_the_budget(packed: Config) -> None:
+    (cell,) = cells(dataclasses.replace(packed, finetune=1000 * 1536, finetune_batch_tokens=768))
+    (tuning,) = cell.tunings
+    training = tuning.schedule()
+    assert (training.steps, training.batch, training.warmup, training.schedule) == (2000, 1, 50, "constant")
+    assert training.check_every == 67 and not training.sparse
+    run_file = json.loads(json.dumps(dataclasses.asdict(training)))
+    assert run_file["lr"] == 1e-2
+    # YaRN is an option of evaluation: the same fine-tuned model
+    both = cells(dataclasses.replace(packed, attention=("rope", "rope:scaling=yarn,factor=8,train_len=768")))
+    assert len(both) == 2 and both[0].tunings == both[1].tunings
+
+
+def test_tables_have_the_columns(packed: Config, tmp_path: Path, solved_at: dict[str, list[float]]) -> None:
+    solved_at |= {"niah_single_2": [1.0]}
+    (cell,) = run(packed, tmp_path)
+    rows = table.read(tmp_path / "needle.csv", table.columns(Row))
+    assert (rows["cell"] == cell_id(cell)).all() and set(rows["finetune_lr"].dropna()) == {1e-2}
+    said = needle.FAMILY.summary(rows)
+    assert "tokens to solve" in [str(column.header) for column in said.columns]
