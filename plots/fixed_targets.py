@@ -7,7 +7,6 @@ Two panels a setting: the loss, and beside it the change of the loss from that w
 that length. The change is paired by document, so what all documents have in common is not in its interval.
 """
 
-import math
 from pathlib import Path
 
 import pandas as pd
