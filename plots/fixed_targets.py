@@ -7,7 +7,6 @@ Two panels a setting: the loss, and beside it the change of the loss from that w
 that length. The change is paired by document, so what all documents have in common is not in its interval.
 """
 
-import math
 from pathlib import Path
 
 import pandas as pd
@@ -55,8 +54,7 @@ def _paired(stored: pd.DataFrame, rows: pd.DataFrame) -> "pd.Series[float]":
             for name, at in (("nll_sum", length), ("nll_sum", train_len), ("tokens", length))
         )
         if len(here) and len(there) and here.shape[1] > 1:
-            changes = ((here - there) / tokens).iloc[0].astype(float)
-            found[index] = float(changes.std() / math.sqrt(len(changes)))
+            found[index] = ((here - there) / tokens).sem(axis=1).iloc[0]
     return found
 
 

@@ -1,7 +1,8 @@
 """Judge the paper's claims by result tables: for each claim a function from its rows to a verdict with numbers.
 
-A rule compares plain stick-breaking with plain RoPE in the same setting: of several, the one nearest the paper's, which
-is that of grown models (`sbeval.report.maturity`), then of the largest, then of the most training tokens.
+A rule compares plain stick-breaking (with the default remainder, or in a table without it, with none) with plain RoPE
+in the same setting: of several, the one nearest the paper's, which is that of grown models (`sbeval.report.maturity`),
+then of the largest, then of the most training tokens.
 `sbeval.report.claims` states each rule in words. The rules are in `language`, `recall` and `speed`.
 
 A claim agrees or disagrees by a one-sided p value below 2.5 %, where a 95 % interval lies on one side of its bound.
@@ -27,6 +28,7 @@ from sbeval.tables.statistics import Interval, Method
 AGREES, DISAGREES, UNDECIDED = "agrees", "disagrees", "not decided"
 FASTER, SLOWER = "faster", "slower"
 STICK = ("stick_breaking", "")
+WITHOUT_REMAINDER = "remainder=none"
 METHODS = {"stick-breaking": STICK, "RoPE": ROPE}
 BILLION = 1e9
 # a model this many times smaller than the paper's does not decide a claim about the paper's size
@@ -89,13 +91,24 @@ def findings(claims: Iterable[Claim], evidence: Evidence) -> list[Finding]:
 def _judge(claim: Claim, evidence: Evidence) -> Judged:
     if claim.table not in evidence.tables:
         return Judged(UNDECIDED, reason=f"not measured here; {claim.command} does", measured=False)
-    table, left_out = _without_overfit(evidence.tables[claim.table])
+    table, left_out = _without_overfit(_plain(evidence.tables[claim.table]))
     try:
         judged = claim.judge(table, evidence)
     except InputError as error:
         judged = Judged(UNDECIDED, reason=str(error))
     reason = "; ".join(filter(None, [judged.reason, left_out]))
     return dataclasses.replace(judged, reason=reason)
+
+
+def _plain(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table whose plain stick-breaking is the one without a remainder, where it has no other.
+
+    Which of the two the paper's models have is not known; forms with other options are not the paper's.
+    """
+    if (table["options"][table["attention"] == STICK[0]] == STICK[1]).any():
+        return table
+    without = (table["attention"] == STICK[0]) & (table["options"] == WITHOUT_REMAINDER)
+    return table.assign(options=table["options"].mask(without, STICK[1]))
 
 
 def _without_overfit(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:

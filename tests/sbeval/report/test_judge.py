@@ -46,6 +46,21 @@ def test_no_claim_is_judged_by_a_model_that_overfits(perplexities: Tables) -> No
     assert one.verdict == UNDECIDED and "no setting has rows of both" in one.reason and one.reason.endswith("of rope")
 
 
+def test_plain_stick_breaking_may_have_no_remainder(perplexities: Tables) -> None:
+    def judged(**options: str) -> Judged:
+        table = perplexities(GOOD | {"forgetting": BAD["stick_breaking"]})
+        names = {"stick_breaking": options["good"], "forgetting": options["bad"], "rope": ""}
+        table = table.assign(
+            options=table["attention"].map(names), attention=table["attention"].replace("forgetting", "stick_breaking")
+        )
+        return findings([WITHIN], Evidence({"length_gen": table}))[0].judged
+
+    assert "stick-breaking 13.4" in judged(good="remainder=none", bad="logit_bias=spread").found
+    assert "stick-breaking 15.4" in judged(good="remainder=none", bad="").found
+    neither = judged(good="remainder=none,logit_bias=spread", bad="logit_bias=spread")
+    assert neither.verdict == UNDECIDED and "no setting has rows of both" in neither.reason
+
+
 @pytest.mark.parametrize("claim", [claim for claim in CLAIMS if claim.table in ("length_gen", "needle", "few_shot")])
 def test_a_table_of_overfit_models_alone_decides_nothing(claim: Claim, perplexities: Tables) -> None:
     rows = perplexities(BAD, canaries=False, status="overfit", part="", filter="", shots=0, chance=0.5)

@@ -72,6 +72,20 @@ def test_a_study_of_methods_has_whole_comparisons_whenever_it_is_stopped() -> No
     assert (part.config.size, training.tokens, part.config.max_epochs) == ("25m", 800 * 131072, 4)
 
 
+def test_the_study_of_retrieval_has_whole_comparisons_whenever_it_is_stopped() -> None:
+    (part,) = study_file.parts(
+        study_file.read("retrieval", ["needle.squad=dev.json", "needle.hotpot=dev.json"]),
+        lambda said: said or "float32",
+    )
+    cells = needle.cells(part.config)
+    # all tasks of every method with one seed come before any with the next
+    assert [cell.seed for cell in cells] == [seed for seed in (0, 1, 2) for _ in range(8 * 13)]
+    assert {cell.config.finetune_recipe for cell in cells} == {"packed"} and max(part.config.lengths) == 32 * 2048
+    # YaRN is of RoPE's models, each fine-tuned at three rates
+    assert len({step for cell in cells for step in cell.tunings}) == 7 * 3 * 3
+    assert all(len(cell.config.finetune_tasks) == 11 for cell in cells)
+
+
 def test_the_study_of_the_readme_can_be_read(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[3] / "README.md").read_text()
     found = parts(readme.split("```yaml\n")[1].split("```")[0], tmp_path=tmp_path)
@@ -314,6 +328,13 @@ def test_any_text_is_read_or_an_error_of_the_users(text: str) -> None:
         assert "study" in str(error)
     else:
         assert found is None or isinstance(found, str | list | dict)
+
+
+def test_one_rate_of_fine_tuning_is_a_list_of_one(tmp_path: Path) -> None:
+    for rate in ("finetune_lr: 1e-2", "finetune_lrs: 1e-2", "finetune_lrs: [1e-2]"):
+        found = parts(f"needle: {{preset: small, {rate}}}", tmp_path=tmp_path)
+        (tuning,) = needle.cells(found["needle"].config)[0].tunings
+        assert tuning.schedule().lr == 1e-2
 
 
 def test_tokens_that_a_study_asks_for_are_not_cut(tmp_path: Path) -> None:
