@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.sweep import study, study_file
+from sbeval.tables.published import RULER_TASKS
 from sbeval.tasks import attention_map, few_shot, length_gen, mqrar, needle
 from sbeval.training.text_model import TRAINING
 
