@@ -47,6 +47,13 @@ class Answers:
             # another process may write answers of the same model
             self._file = sqlite3.connect(path or ":memory:", timeout=60)
             self._file.execute(TABLE)
+            # a record of which the key is gone is not found, and so not named otherwise
+            ((found,),) = self._file.execute("PRAGMA quick_check(1)").fetchall()
+            if found != "ok":
+                say(
+                    f"{path} is not as it was written ({found.splitlines()[0]}): "
+                    "responses that it has lost are generated again"
+                )
             if anew:
                 # the file is not removed: another process may have it open
                 with self._file:

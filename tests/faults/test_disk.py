@@ -4,7 +4,10 @@ The disk is a small tmpfs, which only root can mount.
 """
 
 import contextlib
+import dataclasses
 import io
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,12 +20,18 @@ import torch
 
 from sbeval.cli import main
 from sbeval.data import corpus
+from sbeval.data.tokenizer import Bytes
 from sbeval.errors import InputError
+from sbeval.evaluation import ruler_texts
 from sbeval.evaluation.response_cache import Answers
+from sbeval.evaluation.ruler_prompts import Writer
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 from sbeval.runtime import distributed, files
 from sbeval.tables import provenance, store, table
+from sbeval.tables.results import Results
+from sbeval.tables.rows import Identity, Measurement
+from sbeval.tables.store import Stored
 from sbeval.tasks import drawn
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
@@ -34,7 +43,8 @@ RECALL = (
     *"mqrar --device cpu --vocab-size 32 --seq-len 16 --kv-pairs 2 --width 16 --batch 4 --steps 20".split(),
     *"--test-rows 12".split(),
 )
-FULL, READ_ONLY = "No space left on device", "Read-only file system"
+NO_SPACE, READ_ONLY = "No space left on device", "Read-only file system"
+FULL = os.environ.get("SBEVAL_TESTS") == "full"
 PAGE = 4096
 
 
@@ -44,17 +54,24 @@ def mount(*arguments: object) -> None:
         pytest.skip(f"cannot mount a small disk here: {done.stderr.strip()}")
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of two megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
+@contextlib.contextmanager
+def mounted(folder: Path, options: str = "size=4m") -> Iterator[Path]:
+    folder.mkdir(exist_ok=True)
     try:
-        mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", folder)
+        mount("-t", "tmpfs", "-o", options, "tmpfs", folder)
     except FileNotFoundError:
         pytest.skip("there is no mount command here")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of four megabytes."""
+    with mounted(tmp_path / "disk") as folder:
+        yield folder
 
 
 def fill(disk: Path, free: int) -> Path:
@@ -151,7 +168,7 @@ def test_a_sweep_on_a_disk_that_fills_goes_on_when_there_is_room(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(owner, name, filling)
             code, said = run(*RECALL, "--results-dir", results)
-        assert_one_line(code, said, FULL)
+        assert_one_line(code, said, NO_SPACE)
         assert f"cannot write {results}/{file}" in said
         (disk / "ballast").unlink()
         assert_nothing_torn(results)
@@ -234,19 +251,74 @@ def draw(path: Path) -> None:
         plt.close(figure)
 
 
-@pytest.mark.parametrize("write", [save, save_sharded, tokenize, train_tokenizer, answer, draw])
-def test_everything_that_is_written_says_that_the_disk_is_full(
-    write: Callable[[Path], None], disk: Path, tmp_path: Path
-) -> None:
+def prompt(path: Path) -> None:
+    pytest.importorskip("wonderwords")
+    sources = ruler_texts.load(None, None, None)
+    Writer(Bytes(), sources, path).prompts("niah_single_1", 4096, 0, 3)
+
+
+def keep_rows(path: Path) -> None:
+    origin = provenance.collect(
+        cell="a", preset="", corpus="", tokenizer="", train_tokens=0, dtype="float32", device="cpu", backend="torch"
+    )
+    identity = Identity(
+        family="toy", task="t", model="m", attention="rope", options="", params=1, train_len=1, eval_len=1, seed=0
+    )
+    for cell in ("a", "b"):
+        measured = [Measurement(metric=f"m{index}", unit="1", value=0.5, n=4) for index in range(40)]
+        rows = table.frame(identity, measured, dataclasses.replace(origin, cell=cell))
+        values = pd.DataFrame({"metric": "correct", "unit_id": "1", "value": [1.0]})
+        curves = {"loss": [(step, 0.5) for step in range(2000)]}
+        store.keep(Results(path), "toy", Stored(cell, {"status": "finished"}, rows, values, curves))
+    table.assemble(Results(path).table("toy"))
+
+
+WRITES = [save, save_sharded, tokenize, train_tokenizer, answer, draw, prompt, keep_rows]
+
+
+@pytest.fixture
+def texts_beside(tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     texts.mkdir()
     for name in ("train", "test"):
         (texts / f"{name}.txt").write_text("of which there is much " * 2000)
-    fill(disk, 6)
-    with pytest.raises(
-        InputError, match=r"^cannot write .*; (what is finished is|earlier answers are) kept: fix this"
-    ) as caught:
+
+
+def assert_refused(write: Callable[[Path], None], disk: Path) -> bool:
+    """Write, and return whether there was room; where not, that is one line, and what failed leaves room for others."""
+    try:
         write(disk / "place")
-    assert "\n" not in str(caught.value)
-    # what failed has left room for others
+        return True
+    except InputError as error:
+        pattern = r"cannot write [^\n]*; (what is finished is|earlier answers are) kept: fix this [^\n]*"
+        assert re.fullmatch(pattern, str(error)), error
     assert not [path for path in disk.rglob("*") if path.suffix in (".tmp", ".partial", ".unfinished")]
+    return False
+
+
+@pytest.mark.usefixtures("texts_beside")
+@pytest.mark.parametrize("write", WRITES)
+def test_everything_that_is_written_says_that_the_disk_is_full(write: Callable[[Path], None], tmp_path: Path) -> None:
+    """Wherever it fills: with no page left, with one, and so on, until all fits."""
+    rooms = (*range(12), *range(12, 80, 4), 960) if FULL else (0, 1, 3, 6, 960)
+    found = []
+    for free in rooms:
+        with mounted(tmp_path / "disk") as disk:
+            ballast = fill(disk, free)
+            found.append(assert_refused(write, disk))
+            ballast.unlink()
+            # what is there is whole, and is gone on with
+            assert write is draw or assert_refused(write, disk)
+    assert not found[0] and found == sorted(found)
+
+
+@pytest.mark.usefixtures("texts_beside")
+@pytest.mark.parametrize("write", WRITES)
+def test_a_disk_that_takes_no_further_file_is_full(write: Callable[[Path], None], tmp_path: Path) -> None:
+    """As of a quota of files: each file and folder in turn is the first for which there is no room."""
+    found = []
+    # the root is one
+    for files_ in range(1, 40) if FULL else (1, 2, 4, 7, 39):
+        with mounted(tmp_path / "disk", f"size=8m,nr_inodes={files_}") as disk:
+            found.append(assert_refused(write, disk))
+    assert not found[0] and found[-1] and found == sorted(found)

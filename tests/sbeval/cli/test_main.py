@@ -29,6 +29,7 @@ RECALL = (
     *"mqrar --device cpu --vocab-size 32 --seq-len 16 --kv-pairs 2 --width 16 --batch 4 --steps 12".split(),
     *"--test-rows 30".split(),
 )
+LONG = "x" * 300
 LENGTHS = (
     *"length-gen --device cpu --train-len 16 --eval-len 64 --train-tokens 128 --batch-tokens 32".split(),
     *"--documents 3".split(),
@@ -483,6 +484,19 @@ def test_compare_needs_no_torch(results: Path) -> None:
         ("mqrar --device cdua", ["device 'cdua'", "did you mean 'cuda'"]),
         ("mqrar --device cuda:first", ["device 'cuda:first'", "cuda:0"]),
         ("mqrar --dtype bf16", ["dtype 'bf16'", "did you mean 'bfloat16'"]),
+        # beyond all bounds: said before a gigabyte is asked for
+        (f"mqrar --width {1 << 40}", ["width must be at most", f"got {1 << 40}"]),
+        (f"mqrar --layers {1 << 40}", ["layers must be at most", f"got {1 << 40}"]),
+        (f"mqrar --vocab-size {1 << 40}", ["vocab_size must be at most", f"got {1 << 40}"]),
+        (f"needle --length {1 << 40}", ["--length", "512 to 131072", f"got {1 << 40}"]),
+        (f"length-gen --batch-tokens {1 << 40}", ["a step must have at most", "sequences"]),
+        # longer than the name of a file may be
+        (f"length-gen --corpus {LONG}", [f"corpus '{LONG}'"]),
+        (f"length-gen --tokenizer {LONG}", [f"tokenizer '{LONG}'"]),
+        (f"length-gen --checkpoint {LONG}", [LONG]),
+        (f"length-gen --size {LONG}", ["model size"]),
+        (f"mqrar --attention {LONG}", ["attention"]),
+        (f"plot {LONG}", ["figure"]),
         ("plot mqarr", ["figure 'mqarr'", "did you mean 'mqrar'"]),
         ("plot --format pgn", ["format 'pgn'", "did you mean 'png'"]),
     ],

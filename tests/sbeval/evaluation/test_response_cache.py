@@ -102,6 +102,17 @@ def test_a_changed_byte_anywhere_changes_no_answer(path: Path) -> None:
         assert found.items() <= WRITTEN.items()
 
 
+def test_answers_that_are_lost_are_said_to_be(path: Path) -> None:
+    """A record without its key is not found, whatever its digest says."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-500] + bytes(500))
+    try:
+        found, lines = read(path)
+    except InputError as error:
+        found, lines = {}, [str(error)]
+    assert len(lines) == 1 and str(path) in lines[0] and found.items() < WRITTEN.items()
+
+
 def test_a_disk_that_takes_no_answers_is_not_taken_for_a_damaged_file(path: Path) -> None:
     """Nobody is to remove the answers of a day because the disk is full."""
     answers = Answers(path)
