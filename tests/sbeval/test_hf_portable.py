@@ -31,9 +31,13 @@ SPECS = (
     "sliding_window:window=7,rotary=false",
     "forgetting",
     "forgetting:rotary=true",
+    "stick_breaking:key_shift=true",
+    "rope:key_shift=true",
+    "forgetting:key_shift=true",
 )
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {"kv_heads": 2, "tied": True},
+    "author": {"norm": "layer", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "mlp": "gelu"},
     "other": {"mlp": "gelu", "positions": 160, "m_emb": 2.0, "m_residual": 0.5, "m_width": 3.0, "head_dim": 10},
 }
 
@@ -45,7 +49,7 @@ def pair(spec: str, **shape: Any) -> tuple[Decoder, Any]:
     decoder = Decoder(config).eval()
     with torch.no_grad():
         for name, weight in decoder.named_parameters():
-            if name.endswith(("bias", "b1")):
+            if name.endswith(("bias", "b1", "key_shift.weight")):
                 weight.normal_(std=0.3)
     settings = hf.SbevalConfig.of(config).to_dict()
     model = portable.SbevalForCausalLM(portable.SbevalConfig(**settings)).eval()
