@@ -20,6 +20,7 @@ from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import documents, intervals, values
 from sbeval.tables.results import Results
 from sbeval.tables.selection import LENGTH_GEN, length_gen_setting
+from sbeval.tables.statistics import Method
 
 TABLE = "length_gen"
 METRIC = "loss_fixed_targets"
@@ -53,7 +54,7 @@ def _paired(stored: pd.DataFrame, rows: pd.DataFrame) -> "pd.Series[float]":
             for name, at in (("nll_sum", length), ("nll_sum", train_len), ("tokens", length))
         )
         if len(here) and len(there) and here.shape[1] > 1:
-            found[index] = float(((here - there) / tokens).iloc[0].sem())
+            found[index] = ((here - there) / tokens).sem(axis=1).iloc[0]
     return found
 
 
@@ -93,7 +94,7 @@ def _top(y: str, rows: pd.DataFrame) -> float:
     return min(best + SHOWN[y], float(rows["value"].max()) + 0.1 * SHOWN[y])
 
 
-def _lines(axis: Axes, points: pd.DataFrame, looks: dict[style.Method, style.Look], top: float) -> list[str]:
+def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, style.Look], top: float) -> list[str]:
     """Draw a line and a band for each method, up to `top`; return the labels of those that leave the panel."""
     beyond = []
     low = float("inf")
@@ -127,7 +128,7 @@ def chart(rows: pd.DataFrame) -> Chart:
     return Chart("Loss of fixed targets", sentence, groups, style.with_caution(note, rows, looks))
 
 
-def _panel(y: str, rows: pd.DataFrame, looks: dict[style.Method, style.Look]) -> Lines:
+def _panel(y: str, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> Lines:
     marks = [int(rows["train_len"].iloc[0])]
     return Lines(title=NAMES[y], x=X, y=y, lines=charts.lines(rows, looks), marks=marks, top=_top(y, rows))
 

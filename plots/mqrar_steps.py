@@ -154,7 +154,7 @@ def _note(panels: list[tuple[str, pd.DataFrame]], looks: dict[Method, style.Look
                 unsolved.append(looks[of].label)
     notes = [SEEDS]
     if powers:
-        notes.append(f"Power of pairs by which steps grow: {', '.join(powers)}.")
+        notes.append(f"Power of pairs by which steps grow: {', '.join(dict.fromkeys(powers))}.")
     if unsolved:
-        notes.append(f"Not solved by all seeds at any number of pairs: {', '.join(unsolved)}.")
+        notes.append(f"Not solved by all seeds at any number of pairs: {', '.join(dict.fromkeys(unsolved))}.")
     return " ".join([*notes, *mqrar.cautions(pd.concat([rows for _, rows in panels]))])

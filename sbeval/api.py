@@ -243,7 +243,8 @@ def _selected(table: pd.DataFrame, family: str) -> tuple[pd.DataFrame, str]:
         rows = selection.recall_accuracy(table)
         return rows[(rows["split"] == "all") & (rows["metric"] == "accuracy")], "kv_pairs"
     if family == "needle":
-        return selection.mean_over_tasks(selection.needle_scores(table)).assign(metric="score"), "length"
+        scores = selection.needle_scores(table)
+        return selection.mean_over_tasks(scores[scores["metric"] == "score"]).assign(metric="score"), "length"
     raise InputError(f"give the column of the x axis: a table of {family!r} has several that could be it")
 
 

@@ -277,11 +277,13 @@ def export(folder: Path, out: Path, tokenizer: Tokenizer | None, *, code: bool =
     """Write a checkpoint as a folder of transformers; raise InputError when that would overwrite files.
 
     tokenizer: that of the training texts; None for a model that was not trained on text. code: add a module by which
-    `trust_remote_code=True` loads the folder without `import sbeval.hf`.
+    `trust_remote_code=True` loads the folder where sbeval is not installed (`sbeval.hf_portable`).
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not empty: give another folder")
     decoder = checkpoint.load_model(folder)
+    if code:
+        hf_card.check_portable(decoder.config.attention)
     size = decoder.config.vocab_size
     if tokenizer is not None and size not in (tokenizer.vocab_size, padded_vocabulary(tokenizer.vocab_size)):
         raise InputError(

@@ -1,6 +1,7 @@
 """What an exported folder has beside the model: a model card, and on request the code that other tools load it by."""
 
 import json
+import shutil
 from pathlib import Path
 
 from sbeval.errors import InputError, first_line
@@ -8,17 +9,24 @@ from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import n_parameters
 
 MODULE = "modeling_sbeval"
-CODE = '''"""Loads the model of this folder with trust_remote_code=True; needs `pip install sbeval[hf]`."""
+# the module that is copied, which imports nothing of sbeval
+PORTABLE = Path(__file__).with_name("hf_portable.py")
+METHODS = ("stick_breaking", "alibi", "fire", "forgetting", "nope", "rope", "sliding_window")
 
-from sbeval.hf import SbevalConfig, SbevalForCausalLM
 
-__all__ = ["SbevalConfig", "SbevalForCausalLM"]
-'''
+def check_portable(attention: str) -> None:
+    """Raise InputError for an attention spec that the copied module does not compute."""
+    name, _, options = attention.partition(":")
+    if name not in METHODS or "scaling=" in options:
+        raise InputError(
+            f"--code has no {attention!r}, only {', '.join(METHODS)} as they are trained: leave --code out, and import "
+            "sbeval.hf where the folder is loaded"
+        )
 
 
 def write_code(folder: Path) -> None:
     """Add the module that `trust_remote_code=True` imports, and its names in config.json."""
-    (folder / f"{MODULE}.py").write_text(CODE, encoding="utf-8")
+    shutil.copyfile(PORTABLE, folder / f"{MODULE}.py")
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     names = {"AutoConfig": "SbevalConfig", "AutoModelForCausalLM": "SbevalForCausalLM"}
@@ -38,6 +46,9 @@ def write_card(folder: Path, shape: ModelConfig, *, train_len: int | None, token
         "tokenizer": f"`{tokenizer}`" if tokenizer else "none: it was not trained on text",
     }
     trust = ", trust_remote_code=True" if code else ""
+    tokens = (
+        f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})' if tokenizer else "# input_ids are the task's"
+    )
     first = "" if code else "import sbeval.hf  # registers the architecture\n"
     evaluate = (
         "    lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks lambada_openai\n"
@@ -60,16 +71,17 @@ models of this kind are not fit for use as assistants.
 | --- | --- |
 {chr(10).join(f"| {key} | {value} |" for key, value in facts.items())}
 
-With `pip install 'sbeval[hf]'`:
+With `pip install {"transformers" if code else "'sbeval[hf]'"}`{", in plain PyTorch" if code else ""}:
 
 ```python
 {first}from transformers import AutoModelForCausalLM{", AutoTokenizer" if tokenizer else ""}
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
-{'tokenizer = AutoTokenizer.from_pretrained("FOLDER")' if tokenizer else "# input_ids are the task's own tokens"}
+{tokens}
 ```
 
-{evaluate}    sbeval length-gen --checkpoint FOLDER --corpus TEXTS
+{evaluate}    pip install 'sbeval[hf]'
+    sbeval length-gen --checkpoint FOLDER --corpus TEXTS
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
 

@@ -178,8 +178,8 @@ PRESETS = {
         kv_pairs=(32, 64, 128, 192), widths=(256,), lrs=RATES, vocab_size=8192, seq_len=768, dropout=0.1,
         stored_rows=100_000, batch=256, steps=25_000, check_every=250,
     ),
-    # the public code of the paper's first author (shawntan/zoology at eff3566), in which softmax has learned positions
-    # alone: `nope` here. What differs is in docs/tasks.md
+    # the public code of the paper's first author: shawntan/zoology at eff3566, with RoPE as in the commit after it,
+    # eca2940; `sbeval.tables.mqrar.DEPARTURES` lists what differs
     "author": Config(
         kv_pairs=(64, 128, 192), widths=(256,), lrs=RATES, vocab_size=8192, seq_len=768, dropout=0.1, positions=True,
         norm="layer", biases=True, init_std=0.02, beta_2=0.999, decay_all=True, warmup=0, clip=0.0, final_lr=0.0,

@@ -29,10 +29,10 @@ from sbeval.sweep.cell import Outcome, TrainingStep
 from sbeval.sweep.family import Family
 from sbeval.tables.needle import Row as Row
 from sbeval.tables.needle import summary
-from sbeval.tasks.needle_options import FILES, completed, evaluated_tasks, not_finetuned, notes, tuned
+from sbeval.tasks.needle_options import FILES, completed, evaluated_tasks, not_finetuned, notes, settled
 from sbeval.tasks.needle_options import PRESETS as PRESETS
 from sbeval.tasks.needle_options import Config as Config
-from sbeval.tasks.needle_packed import PackedTuning, Tuned, best
+from sbeval.tasks.needle_packed import PackedTuning, taught
 from sbeval.tasks.needle_tuning import BATCH_TOKENS as BATCH_TOKENS
 from sbeval.tasks.needle_tuning import TUNING, Tuning, loaded, open_writer, sources
 from sbeval.tasks.text_cell import TextCell, outcome
@@ -128,13 +128,14 @@ class Cell(TextCell):
         text, writer = open_writer(config, progress)
         prompts = {length: self._prompts(writer, length, progress) for length in config.lengths}
         trained = self.train_model(context, progress)
-        folder, factors, of_tuning = self._tuned(trained, writer, context, progress)
-        digest = load.digest(folder)
-        model = loaded(folder, digest, context.device, self.dtype, config.trust_remote_code)
-        model.check_tokenizer(text, folder)
-        model.check_length(max(config.lengths), folder)
+        tuned = taught(self.task, self.tunings, trained, writer, context, progress)
+        digest = load.digest(tuned.folder)
+        model = loaded(tuned.folder, digest, context.device, self.dtype, config.trust_remote_code)
+        model.check_tokenizer(text, tuned.folder)
+        model.check_length(max(config.lengths), tuned.folder)
         subject = self.subject(model, trained, context, progress)
-        rows = of_tuning
+        subject = dataclasses.replace(subject, curves={**subject.curves, **tuned.curves})
+        rows = list(tuned.rows)
         parts: list[pd.DataFrame] = []
         with self.answers(digest, context, progress) as answers:
             for length, written in prompts.items():
@@ -150,7 +151,7 @@ class Cell(TextCell):
                     batch=max(1, BATCH_TOKENS[context.device.type] // length),
                     begin=functools.partial(progress.add, f"evaluate {self.title} at {length}"),
                 )
-                rows += measured(results, length, task.new_tokens, factors)
+                rows += measured(results, length, task.new_tokens, tuned.factors)
                 parts.append(values(results, length))
         return outcome(
             subject,
@@ -162,32 +163,9 @@ class Cell(TextCell):
             corpus=self.origin(progress)[0],
             corpus_digest=self.source(progress),
             tokenizer=text.name,
-            measured={"haystack": sources(config).digests},
+            measured={"haystack": sources(config).digests, **tuned.measured},
             values=joined(parts),
         )
-
-    def _tuned(
-        self, trained: str, writer: "Writer", context: "RunContext", progress: "Progress"
-    ) -> tuple[str, dict[str, Any], list[Row]]:
-        """Fine-tune, and return the checkpoint to evaluate, the columns of its rows, and the rows of each rate."""
-        tunings = self.tunings
-        if not tunings:
-            return trained, {}, []
-        budget = tunings[0].schedule().tokens
-        factors = {"finetune_tokens": budget, "finetune_recipe": self.config.finetune_recipe}
-        packed = [one.tuned(trained, writer, context, progress) for one in tunings if isinstance(one, PackedTuning)]
-        if not packed:
-            return str(tunings[0].run(trained, writer, context, progress)), factors, []
-        chosen = best(packed, budget)
-        rows: list[Row] = []
-        for one in packed:
-            rate = {"finetune_lr": one.lr, "chosen": int(one is chosen)}
-            rows += learned(self.task, one, tunings[0].length, budget, factors | self._factors(one) | rate)
-        return str(chosen.folder), factors | self._factors(chosen), rows
-
-    def _factors(self, of: Tuned) -> dict[str, Any]:
-        ended = ("solved" if self.task in of.solved_after else "budget") if self.task in of.held_out else ""
-        return {"ended": ended, "copy_gain": round(of.copy_gain, 4)}
 
     def _prompts(self, writer: "Writer", length: int, progress: "Progress") -> "list[Prompt]":
         task = progress.add(f"write {self.task} at {length}", total=self.config.samples)
@@ -213,28 +191,6 @@ def values(answers: "list[Answered]", length: int) -> "pd.DataFrame":
     )
     long = prompts.melt(["unit_id", "length", "depth"], var_name="metric")
     return long[["metric", "unit_id", "value", "length", "depth"]]
-
-
-def learned(task: str, of: Tuned, length: int, budget: int, factors: Mapping[str, Any]) -> list[Row]:
-    """Return the rows of fine-tuning at one rate, on prompts of the training length; none of a task that it was not on.
-
-    The tokens until a task was solved are those of the budget where it was not.
-    """
-    from sbeval.tasks.needle_packed import HELD_OUT
-
-    if task not in of.held_out:
-        return []
-    return [
-        Row(
-            metric="tokens_to_solve",
-            unit="tokens",
-            value=float(of.solved_after.get(task, budget)),
-            n=1,
-            length=length,
-            **factors,
-        ),
-        Row(metric="held_out", unit="1", value=of.held_out[task], n=HELD_OUT, length=length, **factors),
-    ]
 
 
 def measured(answers: "list[Answered]", length: int, new_tokens: int, factors: Mapping[str, Any]) -> list[Row]:
@@ -284,7 +240,7 @@ def cells(config: Config) -> list[Cell]:
     tasks = evaluated_tasks(config)
     if not_finetuned(config):
         config = dataclasses.replace(config, finetune=0)
-    config = tuned(config)
+    config = settled(config)
     tuned_on = config.finetune_tasks or tuple(name for name in tasks if name not in FILES)
     if not config.finetune:
         tuned_on = ()

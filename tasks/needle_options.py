@@ -149,7 +149,7 @@ def completed(given: dict[str, Any]) -> dict[str, Any]:
     return given | ({"finetune_lrs": (given["finetune_lr"],)} if "finetune_lr" in given else {})
 
 
-def tuned(config: Config) -> Config:
+def settled(config: Config) -> Config:
     """Return a config whose options of fine-tuning are at their defaults where they change nothing."""
     rates = tuple(sorted(set(config.finetune_lrs))) or (config.finetune_lr,)
     defaults: dict[str, Any] = {

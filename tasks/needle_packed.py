@@ -7,19 +7,20 @@
     rate        constant after a short warm-up; of several, the one that solves the most tasks in the fewest tokens
     end         when greedy decoding is right for 95 % of the held-out prompts of every task, or --finetune tokens
 
-A task is solved at the first look at which it was, also if training went on for other tasks. Its tokens until then are
-censored at the budget where it never was. The gain from copying (`sbeval.evaluation.diagnostics`) of the model before
-fine-tuning is measured too: it predicts them.
+A task is solved at the first validation that finds it so, also if training continues for other tasks. Its tokens until
+then are censored at the budget where no validation does. What the model gained from copying before fine-tuning
+(`sbeval.evaluation.diagnostics`) is measured too: it predicts them.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sbeval.sweep.cell import step_id
-from sbeval.tables.needle import SOLVED
+from sbeval.tables.needle import SOLVED, Row
 from sbeval.tasks.needle_tuning import BATCH_TOKENS, Tuning, loaded
 from sbeval.tasks.text_training import train_config
 
@@ -31,13 +32,14 @@ if TYPE_CHECKING:
     from sbeval.models.decoder import Decoder
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
+    from sbeval.tables.curves import Curves
     from sbeval.training.checkpoint import State
     from sbeval.training.config import TrainConfig
     from sbeval.training.trainer import Trainer
 
-# held-out prompts of a task; looks at them in a training, at most, and the share of its cost that all may have, where a
+# held-out prompts of a task; validations in a training, at most, and the share of its cost that all may have, where a
 # forward pass is a third of a training step
-HELD_OUT, LOOKS, SHARE = 64, 30, 0.1
+HELD_OUT, VALIDATIONS, SHARE = 64, 30, 0.1
 # steps of the warm-up
 WARMUP = 50
 # tokens before a copy whose gain is measured, if the training length has room for both
@@ -46,15 +48,45 @@ COPY = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """A fine-tuned model: folder of its checkpoint, learning rate, tokens of fine-tuning, nats per token that copying
-    saved before, and by task the share of held-out prompts solved at the end, and the tokens until solved if it was."""
+    """A fine-tuned model: folder of its checkpoint, learning rate, tasks and tokens of fine-tuning, nats per token that
+    copying saved before; by task the share of held-out prompts solved, by step, and the tokens until solved if it was.
+    losses: of each step. measured: of the training, for run files."""
 
     folder: Path
     lr: float
+    tasks: Sequence[str]
     tokens: int
     copy_gain: float
-    held_out: Mapping[str, float]
+    scores: Mapping[str, Sequence[tuple[int, float]]]
     solved_after: Mapping[str, int]
+    losses: Sequence[float] = ()
+    measured: Mapping[str, object] = field(default_factory=dict)
+
+    def held_out(self, task: str) -> float:
+        """Return the share of held-out prompts solved at the end."""
+        return self.scores[task][-1][1]
+
+    @property
+    def diverged(self) -> bool:
+        return bool(self.losses) and not math.isfinite(self.losses[-1])
+
+    def ended(self, task: str) -> str:
+        """Return how fine-tuning on a task ended; empty where it was on others."""
+        if task not in self.tasks:
+            return ""
+        return "diverged" if self.diverged else "solved" if task in self.solved_after else "budget"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taught:
+    """The model that a cell evaluates: its checkpoint, the columns on fine-tuning of its rows, and the rows, curves
+    and entries of run files of the fine-tuning at all rates."""
+
+    folder: str
+    factors: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Row] = ()
+    curves: "Curves" = field(default_factory=dict)
+    measured: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,12 +110,12 @@ class PackedTuning(Tuning):
             training,
             schedule="constant",
             warmup=min(training.steps, WARMUP),
-            check_every=-(-training.steps // self._looks(training)),
+            check_every=-(-training.steps // self._validations(training)),
         )
 
-    def _looks(self, training: "TrainConfig") -> int:
+    def _validations(self, training: "TrainConfig") -> int:
         each = len(self.config.finetune_tasks) * HELD_OUT * training.length
-        return max(1, min(LOOKS, int(3 * SHARE * training.tokens / each)))
+        return max(1, min(VALIDATIONS, int(3 * SHARE * training.tokens / each)))
 
     def run(self, trained: str, writer: "Writer", context: "RunContext", progress: "Progress") -> Path:
         """Fine-tune the model of checkpoint `trained`, unless a finished checkpoint exists, and return the folder."""
@@ -118,7 +150,7 @@ class PackedTuning(Tuning):
                 if trainer.state.step == 0:
                     trainer.model.load_state_dict(pretrained.model.state_dict())
                     trainer.state.diagnoses = [_copy_gain(pretrained.model, writer, self.length, context, self.dtype)]
-                self._train(trainer, writer, context, progress)
+                self._train(trainer, folder, writer, context, progress)
         return self._read(folder, training)
 
     def _batches(self, writer: "Writer", training: "TrainConfig", progress: "Progress") -> "LessonBatches":
@@ -143,7 +175,12 @@ class PackedTuning(Tuning):
             rest=config.finetune_rest,
         )
 
-    def _train(self, trainer: "Trainer", writer: "Writer", context: "RunContext", progress: "Progress") -> None:
+    def _train(
+        self, trainer: "Trainer", folder: Path, writer: "Writer", context: "RunContext", progress: "Progress"
+    ) -> None:
+        from sbeval.training import checkpoint
+        from sbeval.training.trainer import DivergedError
+
         held_out = {
             name: writer.prompts(name, self.length, 0, HELD_OUT, use="validation")
             for name in self.config.finetune_tasks
@@ -163,25 +200,92 @@ class PackedTuning(Tuning):
             return min(shares.values()) >= SOLVED
 
         with context.logger(step_id(self)) as log:
-            trainer.run(task, stop=stop, log=log)
+            try:
+                trainer.run(task, stop=stop, log=log)
+            except DivergedError as error:
+                # kept, so that no cell trains it again: validation may choose another rate
+                task.say(f"{self.title}: {error}")
+                trainer.state.finished = True
+                checkpoint.save(folder, trainer.model, trainer.state, training=dataclasses.asdict(trainer.config))
         task.close()
 
     def _read(self, folder: Path, training: "TrainConfig") -> Tuned:
         from sbeval.training import checkpoint
 
         state, step_tokens = checkpoint.load_state(folder), training.batch * training.length
+        scores: dict[str, list[tuple[int, float]]] = {}
         solved: dict[str, int] = {}
-        for look in state.task_scores:
-            if look["score"] >= SOLVED:
-                solved.setdefault(look["task"], look["step"] * step_tokens)
+        for one in state.task_scores:
+            scores.setdefault(one["task"], []).append((one["step"], one["score"]))
+            if one["score"] >= SOLVED:
+                solved.setdefault(one["task"], one["step"] * step_tokens)
         return Tuned(
             folder=folder,
             lr=self.rate,
+            tasks=self.config.finetune_tasks,
             tokens=state.step * step_tokens,
             copy_gain=state.diagnoses[0]["value"],
-            held_out={look["task"]: look["score"] for look in state.task_scores},
+            scores=scores,
             solved_after=solved,
+            losses=state.losses,
+            measured={"seconds": state.seconds, "tokens_per_s": state.tokens_per_second},
         )
+
+
+def taught(
+    task: str,
+    tunings: Sequence[Tuning],
+    trained: str,
+    writer: "Writer",
+    context: "RunContext",
+    progress: "Progress",
+) -> Taught:
+    """Fine-tune the model of checkpoint `trained` by each of `tunings`, and return the one to evaluate on a task."""
+    from sbeval.training.trainer import DivergedError
+
+    if not tunings:
+        return Taught(folder=trained)
+    recipe, budget = tunings[0].config.finetune_recipe, tunings[0].schedule().tokens
+    factors = {"finetune_tokens": budget, "finetune_recipe": recipe}
+    packed = [one.tuned(trained, writer, context, progress) for one in tunings if isinstance(one, PackedTuning)]
+    if not packed:
+        return Taught(folder=str(tunings[0].run(trained, writer, context, progress)), factors=factors)
+    if all(one.diverged for one in packed):
+        raise DivergedError(f"the loss of fine-tuning is not finite at any of {len(packed)} learning rates")
+    chosen = best([one for one in packed if not one.diverged], budget)
+    rows: list[Row] = []
+    curves: dict[str, Sequence[tuple[int, float]]] = {}
+    for one in packed:
+        rate = {"finetune_lr": one.lr, "chosen": int(one is chosen)}
+        rows += _rows(task, one, tunings[0].length, budget, factors | _factors(task, one) | rate)
+        curves[f"finetune_loss_{one.lr:g}"] = [(step, round(loss, 4)) for step, loss in enumerate(one.losses, start=1)]
+        curves[f"held_out_{one.lr:g}"] = one.scores.get(task, [])
+    measured = {"finetune": [{"lr": one.lr, "tokens": one.tokens, **one.measured} for one in packed]}
+    return Taught(
+        folder=str(chosen.folder),
+        factors=factors | _factors(task, chosen),
+        rows=rows,
+        curves=curves,
+        measured=measured,
+    )
+
+
+def _factors(task: str, of: Tuned) -> dict[str, Any]:
+    return {"ended": of.ended(task), "copy_gain": round(of.copy_gain, 4)}
+
+
+def _rows(task: str, of: Tuned, length: int, budget: int, factors: Mapping[str, Any]) -> list[Row]:
+    """Return the rows of fine-tuning at one rate, on prompts of the training length; none of a task that it was not on.
+
+    The tokens until a task was solved are those of the budget where it was not.
+    """
+    if task not in of.tasks:
+        return []
+    after = float(of.solved_after[task] if of.ended(task) == "solved" else budget)
+    row = Row(metric="tokens_to_solve", unit="tokens", value=after, n=1, length=length, **factors)
+    if of.diverged:
+        return [row]
+    return [row, Row(metric="held_out", unit="1", value=of.held_out(task), n=HELD_OUT, length=length, **factors)]
 
 
 def best(candidates: Iterable[Tuned], budget: int) -> Tuned:
@@ -189,8 +293,8 @@ def best(candidates: Iterable[Tuned], budget: int) -> Tuned:
     at the end; ties go to the smallest rate."""
 
     def rank(one: Tuned) -> tuple[float, ...]:
-        tokens = [one.solved_after.get(task, budget) for task in one.held_out]
-        return -len(one.solved_after), sum(tokens), -sum(one.held_out.values()), one.lr
+        tokens = [one.solved_after.get(task, budget) for task in one.scores]
+        return -len(one.solved_after), sum(tokens), -sum(map(one.held_out, one.scores)), one.lr
 
     return min(candidates, key=rank)
 

@@ -74,7 +74,7 @@ CLAIMS = (
         f"{SOLVED_STEPS:,} steps and {SOLVED_TOKENS / 1e9:.1f} G tokens, as many as the paper's.",
         decides=f"{SOLVED['rope']} and {SOLVED['stick_breaking']} pairs on {SOLVED_TOKENS / 1e9:.1f} G tokens each",
         table="mqrar",
-        command="sbeval mqrar --preset paper",
+        command="sbeval run mqrar-author",
         figure="mqrar",
         judge=recall.recall,
     ),

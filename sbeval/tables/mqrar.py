@@ -82,7 +82,8 @@ UNDECIDED = (
 )
 # of the preset `author` from the public code that it follows, shawntan/zoology at eff3566
 DEPARTURES = (
-    "softmax has RoPE beside the learned positions (--attention nope is that code's)",
+    "softmax has RoPE beside the learned positions, as that code has since eca2940; at eff3566 it has these alone "
+    "(--attention nope)",
     "dropout is on the heads' outputs, not on attention weights",
     "products are in bfloat16 on a GPU (--dtype float32 for that code's)",
     "examples and weights are of another random generator",

@@ -26,9 +26,9 @@ class Row(Measurement):
     is in the last bin; empty: all samples); tokens of fine-tuning, with the recipe `packed` at most. status: `overfit`
     where the model's training on text was, or empty.
 
-    Of the recipe `packed`: how fine-tuning on this task ended, `solved` or `budget`, empty where it was on others; nats
-    per token that copying saved before fine-tuning; in rows of fine-tuning the learning rate, and whether validation
-    chose it (1 or 0), whose model the other rows are of.
+    Of the recipe `packed`: how fine-tuning on this task ended, `solved`, `budget` or `diverged`, empty where it was on
+    others; nats per token that copying saved before fine-tuning; in rows of fine-tuning the learning rate, and whether
+    validation chose it (1 or 0), whose model the other rows are of.
     """
 
     length: int

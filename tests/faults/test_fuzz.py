@@ -311,7 +311,7 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Writer:
 
 @fuzzed
 # shorter than any piece of a prompt
-@example(task="niah_single_1", length=0, seed=0, index=0, training=False)
+@example(task="niah_single_1", length=0, seed=0, index=0, use="test")
 @given(
     task=st.sampled_from(sorted(ruler_tasks.TASKS)),
     length=st.integers(0, 4096),

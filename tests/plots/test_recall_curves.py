@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.axes import Axes
@@ -40,7 +41,7 @@ def table(folder: Path, *pairs: int) -> pd.DataFrame:
 def lines(axis: Axes) -> dict[str, list[tuple[float, float]]]:
     """Points of the lines with a label, which are the means."""
     return {
-        str(line.get_label()): [(float(x), float(y)) for x, y in line.get_xydata()]  # type: ignore[union-attr]
+        str(line.get_label()): [(x, y) for x, y in np.asarray(line.get_xydata(), dtype=float).tolist()]
         for line in axis.get_lines()
         if not str(line.get_label()).startswith("_")
     }
@@ -56,7 +57,7 @@ def test_means_of_seeds_of_which_the_solved_keep_their_accuracy(tmp_path: Path) 
         "RoPE": [(100, 0.25), (200, 0.375), (300, 0.75)],
     }
     # and one faint line of each seed, as long as its training
-    assert sorted(len(line.get_xdata()) for line in axis.get_lines() if line.get_alpha()) == [1, 2, 2, 3]  # type: ignore[arg-type]
+    assert sorted(np.size(line.get_xdata()) for line in axis.get_lines() if line.get_alpha()) == [1, 2, 2, 3]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("steps of training", "validation accuracy")
     assert figure.get_supxlabel() == "Means of up to 2 seeds; faint: seeds, each until its training ended."
     chart = recall_curves.chart(rows)

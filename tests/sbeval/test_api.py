@@ -113,6 +113,17 @@ def test_draw_draws_a_figure_or_a_panel(folder: str, family: str) -> None:
     assert len(axes.get_lines()) == methods and all(np.size(line.get_xdata()) for line in axes.get_lines())
 
 
+def test_a_panel_of_needles_is_of_what_is_said() -> None:
+    table = sbeval.load_results(ROOT / "results")["needle"]
+    axes = sbeval.draw(table, axes=Figure().subplots())
+    said = table[(table["metric"] == "score") & table["depth_start"].isna() & (table["attention"] == "alibi")]
+    shared = said[said["task"].isin(["niah_single_1", "niah_single_2"])]
+    assert not shared.empty
+    (line,) = [line for line in axes.get_lines() if line.get_label() == "ALiBi"]
+    # of the tasks that ALiBi was asked
+    np.testing.assert_allclose(np.asarray(line.get_ydata(), dtype=float), said.groupby("length")["value"].mean())
+
+
 def test_draw_refuses_what_has_no_one_x_or_metric() -> None:
     table = sbeval.load_results(ROOT / "results" / "quick")["length_gen"]
     axes = Figure().subplots()

@@ -92,7 +92,7 @@ def test_links_point_to_files_that_are_there(page: Path) -> None:
 def test_there_are_links() -> None:
     found = {page.name: links(page) for page in LINKING}
     assert "../sbeval/evaluation/ruler_tasks.py" in found["tasks.md"]
-    assert "results/quick/figures/mqrar.png" in found["README.md"]
+    assert "results/typed/figures/length_gen.png" in found["README.md"]
 
 
 def test_there_are_commands() -> None:

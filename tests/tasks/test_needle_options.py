@@ -1,11 +1,13 @@
 """Options of needle: what is evaluated without the files of questions, and mistakes."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sbeval.errors import InputError
+from sbeval.sweep.cell import cell_id
 from sbeval.tasks import needle
 from sbeval.tasks.needle import Config, cells
 
@@ -39,6 +41,13 @@ def test_a_file_that_no_task_asks_for_is_said(
         ({"samples": 0}, "1 sample or more"),
         ({"finetune": 9, "finetune_tasks": ("qa_2",)}, "qa_2 cannot be fine-tuned on"),
         ({"finetune": 9, "tasks": ("qa_1",), "squad": "x"}, "--finetune needs a task other than qa"),
+        ({"finetune_recipe": "packd"}, "unknown recipe of fine-tuning 'packd'; did you mean 'packed'"),
+        ({"finetune_lrs": (1e-3, 0.0)}, "--finetune-lr must be above 0 and finite; got 0.0"),
+        ({"finetune_lrs": (1e-3, 1e-2)}, "--finetune-recipe answers takes one --finetune-lr"),
+        ({"finetune_needles": 41}, "--finetune-needles must be 1 to 40; got 41"),
+        ({"finetune_rest": -0.1}, "--finetune-rest must be at least 0"),
+        ({"finetune_prompts": 0}, "--finetune-prompts must be at least 1; got 0"),
+        ({"finetune_batch_tokens": 0}, "--finetune-batch-tokens must be at least 1; got 0"),
     ],
 )
 def test_mistakes_are_errors(config: Config, change: dict[str, Any], said: str) -> None:
@@ -50,3 +59,34 @@ def test_a_model_of_others_is_not_fine_tuned(config: Config) -> None:
     given = dataclasses.replace(config, finetune=9, checkpoint="some/model")
     assert [cell.config.finetune for cell in cells(given)] == [0]
     assert needle.FAMILY.notes(given) == ["some/model is not fine-tuned: only checkpoint folders of ours are"]
+
+
+def test_options_of_fine_tuning_that_change_nothing_are_no_part_of_an_id(config: Config) -> None:
+    def ids(**options: Any) -> list[str]:
+        return [cell_id(cell) for cell in cells(dataclasses.replace(config, **options))]
+
+    # as cells of before the recipe
+    old = [
+        cell_id(
+            needle.Cell(config=dataclasses.replace(config, finetune=9, finetune_lr=3e-3, finetune_tasks=config.tasks))
+        )
+    ]
+    assert ids(finetune=9, finetune_lrs=(3e-3,), finetune_needles=4, finetune_prompts=7) == old
+    assert ids(finetune=9, finetune_lr=3e-3) == old != ids(finetune=9)
+    packed: dict[str, Any] = {"finetune_recipe": "packed", "finetune": 9}
+    assert ids() == ids(finetune_recipe="packed", finetune_lrs=(1.0, 2.0), finetune_rest=0.5)
+    assert ids(**packed) == ids(**packed, finetune_lrs=(1e-3, 1e-3)) != ids(**packed, finetune_lrs=(1e-3, 1e-2))
+    assert ids(**packed) != ids(**packed, finetune_needles=4)
+
+
+def test_the_preset_of_the_first_results_makes_their_cells() -> None:
+    first, now = needle.PRESETS["answers"], needle.PRESETS["h200"]
+    tasks = ("niah_single_1", "niah_single_2", "niah_multikey_1", "vt")
+    made = cells(dataclasses.replace(first, corpus="books", dtype="bfloat16", tasks=tasks))
+    committed = {
+        path.stem for path in (Path(__file__).parents[2] / "results" / "runs").glob("needle-*-fine-tuned-*.json")
+    }
+    first_commit = {name for name in committed if name in {cell_id(cell) for cell in made}}
+    assert len(first_commit) == 14
+    assert (first.finetune_recipe, first.finetune, now.finetune_recipe) == ("answers", 200 * 131072, "packed")
+    assert needle.PRESETS["small"].finetune == now.finetune == 4578 * 32768

@@ -18,7 +18,8 @@ from sbeval.models.decoder import Decoder
 from sbeval.sweep import graph, scheduler
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
-from sbeval.tables import table
+from sbeval.tables import curves, table
+from sbeval.tables.results import Results
 from sbeval.tasks import needle, needle_packed
 from sbeval.tasks.needle import Cell, Config, Row, cells
 from sbeval.tasks.needle_packed import PackedTuning, Tuned, best
@@ -43,7 +44,7 @@ def rows_of(found: list[Cell], results: Path) -> pd.DataFrame:
 @pytest.fixture
 def packed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setattr(needle_packed, "HELD_OUT", 3)
-    # looks at every step
+    # validation at every step
     monkeypatch.setattr(needle_packed, "SHARE", 9)
     # the models of `config`, trained at the length of the prompts
     (Path(config.corpus) / "train0.txt").write_text("train says this and that. " * 200)
@@ -66,7 +67,7 @@ def packed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 @pytest.fixture
 def solved_at(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
-    """Shares of held-out prompts that are right, at each look; the last holds for all further looks."""
+    """Shares of held-out prompts that are right, at each validation; the last holds for all further ones."""
     shares: dict[str, list[float]] = {}
     names: dict[int, str] = {}
     prompts = Writer.prompts
@@ -92,12 +93,20 @@ def test_it_ends_when_all_tasks_are_solved(packed: Config, tmp_path: Path, solve
     found = run(both, tmp_path)
     rows = rows_of(found, tmp_path)
     after = rows[rows["metric"] == "tokens_to_solve"].set_index("task")
-    # the first look at which it was, also if training went on
+    # the first validation that found it so, also if training continued
     assert after["value"].astype(float).to_dict() == {"niah_single_1": 2 * 1536, "niah_single_2": 4 * 1536}
     assert set(rows["ended"]) == {"solved"} and set(rows["finetune_tokens"]) == {6 * 1536}
     held_out = rows[rows["metric"] == "held_out"].set_index("task")
     assert held_out["value"].astype(float).to_dict() == {"niah_single_1": 1.0, "niah_single_2": 0.96}
     assert set(held_out["n"]) == {3} and set(rows["finetune_recipe"]) == {"packed"}
+    # how it went is kept, of each task
+    kept = curves.read(Results(tmp_path), rows["cell"]).merge(rows[["cell", "task"]].drop_duplicates())
+    by_step = {key: of.sort_values("step")["value"].tolist() for key, of in kept.groupby(["task", "metric"])}
+    assert by_step["niah_single_1", "held_out_0.01"] == [0.0, 1.0, 0.5, 1.0]
+    assert len(by_step["niah_single_2", "finetune_loss_0.01"]) == 4
+    record = json.loads(Results(tmp_path).run_file(cell_id(found[0])).read_text())
+    (of_rate,) = record["measured"]["finetune"]
+    assert (of_rate["lr"], of_rate["tokens"]) == (1e-2, 4 * 1536) and of_rate["seconds"] > 0
     # one model for both tasks, trained on for four steps
     (folder,) = (tmp_path / "checkpoints" / one for one in _tuned(tmp_path))
     assert checkpoint.load_state(folder).step == 4
@@ -149,7 +158,9 @@ def test_validation_chooses_the_rate_and_every_rate_has_its_row(
 
 def test_the_best_rate_solves_most_then_in_the_fewest_tokens() -> None:
     def tuned(lr: float, solved: dict[str, int], **held_out: float) -> Tuned:
-        return Tuned(folder=Path(), lr=lr, tokens=9, copy_gain=0.0, held_out=held_out, solved_after=solved)
+        scores = {task: [(1, 0.0), (2, score)] for task, score in held_out.items()}
+        same: dict[str, Any] = {"folder": Path(), "tasks": tuple(held_out), "tokens": 9, "copy_gain": 0.0}
+        return Tuned(**same, lr=lr, scores=scores, solved_after=solved)
 
     none = tuned(1e-3, {}, a=0.9, b=0.9)
     one = tuned(2e-3, {"a": 5}, a=1.0, b=0.0)
@@ -157,6 +168,33 @@ def test_the_best_rate_solves_most_then_in_the_fewest_tokens() -> None:
     assert best([none, one], 9) is one and best([one, late], 9) is late and best([late, soon], 9) is soon
     assert best([tuned(1e-3, {}, a=0.1), tuned(2e-3, {}, a=0.2)], 9).lr == 2e-3
     assert best([tuned(2e-3, {}, a=0.1), tuned(1e-3, {}, a=0.1)], 9).lr == 1e-3
+
+
+def test_a_rate_that_diverges_is_not_chosen(
+    packed: Config, tmp_path: Path, solved_at: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved_at |= {"niah_single_2": [0.5]}
+    steps, trained = Trainer._step, list[float]()
+
+    def diverge(self: Trainer, at: int) -> Any:
+        trained.append(self.config.lr)
+        loss = steps(self, at)
+        return loss * float("nan") if self.config.lr in diverging and at == 2 else loss
+
+    diverging = [1e-2]
+    monkeypatch.setattr(Trainer, "_step", diverge)
+    two = dataclasses.replace(packed, finetune_lrs=(1e-3, 1e-2), tasks=("niah_single_2", "niah_single_1"))
+    two = dataclasses.replace(two, finetune_tasks=("niah_single_2",))
+    found = run(two, tmp_path)
+    # once, for both cells
+    assert trained.count(1e-2) == 3
+    rows = rows_of(found, tmp_path)
+    after = rows[rows["metric"] == "tokens_to_solve"].sort_values("finetune_lr")
+    assert after[["finetune_lr", "chosen", "ended"]].to_numpy().tolist() == [[1e-3, 1, "budget"], [1e-2, 0, "diverged"]]
+    assert set(rows[rows["metric"] == "score"]["ended"]) == {"budget", ""}
+    diverging.append(1e-3)
+    context = RunContext(results_dir=tmp_path / "none", device=CPU)
+    assert not scheduler.run(cells(two), context, preset="quick", console=Console(file=io.StringIO()))
 
 
 def test_the_gain_from_copying_is_that_before_fine_tuning(packed: Config, tmp_path: Path) -> None:
@@ -220,15 +258,15 @@ def test_seeds_and_methods_share_prompts_and_differ_in_their_order(packed: Confi
     assert orders["rope", 0] == orders["alibi", 0] != orders["rope", 1] == orders["alibi", 1]
 
 
-def test_looks_cost_a_tenth_of_training_at_most(packed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validations_cost_a_tenth_of_training_at_most(packed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needle_packed, "SHARE", 0.1)
-    for steps, tasks, looks in ((600, 1, 30), (100, 1, 20), (100, 2, 10), (6, 1, 1)):
+    for steps, tasks, count in ((600, 1, 30), (100, 1, 20), (100, 2, 10), (6, 1, 1)):
         asked = dataclasses.replace(packed, finetune=steps * 1536, tasks=("niah_single_2", "niah_single_1")[:tasks])
         (tuning,) = cells(asked)[0].tunings
         training = tuning.schedule()
-        assert -(-training.steps // training.check_every) == looks
-        cost = looks * tasks * 3 * 768 / 3
-        assert cost <= 0.1 * training.tokens or looks == 1
+        assert -(-training.steps // training.check_every) == count
+        cost = count * tasks * 3 * 768 / 3
+        assert cost <= 0.1 * training.tokens or count == 1
 
 
 def test_rate_and_warm_up_are_constant_in_the_budget(packed: Config) -> None:

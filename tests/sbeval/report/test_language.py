@@ -225,6 +225,8 @@ def test_needles_are_compared_where_both_solved_the_task(frame: Tables, perplexi
     )
     found = language.retrieval(tuned(frame, {"rope vt": "budget", f"{STICK} cwe": "budget"}), canaries)
     assert found.verdict == UNDECIDED and "stick-breaking cwe; RoPE vt" in found.reason
+    # of models that solved nothing in common too
+    assert "parameters, " in found.found and "nan" not in found.found
     few = language.retrieval(tuned(frame, {}, seeds=2), canaries)
     assert few.verdict == UNDECIDED and "2 seeds of a method that was fine-tuned, fewer than 3" in few.reason
 

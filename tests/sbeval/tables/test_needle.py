@@ -6,7 +6,7 @@ import pandas as pd
 
 from sbeval.tables import needle, table
 
-RESULTS = Path(__file__).parents[3] / "results" / "quick" / "needle.csv"
+RESULTS = Path(__file__).parents[3] / "results" / "needle.csv"
 
 
 def row(task: str, length: int, metric: str, value: float, **changes: object) -> dict[str, object]:

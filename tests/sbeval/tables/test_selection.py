@@ -68,6 +68,16 @@ def test_settings_have_the_columns_that_a_table_has() -> None:
     assert "n_back" not in selection.MQRAR_LATER and selection.MQRAR_LATER[0] == "optimizer"
 
 
+def test_recall_from_before_an_option_is_of_the_same_setting() -> None:
+    """A table to which rows with further columns were added has blanks in the older ones."""
+    new = {"optimizer": "adamw", "norm": "rms", "biases": "false", "beta_2": 0.95, "clip": 1.0, "warmup": None}
+    rows = pd.DataFrame([*rate(1e-3, 0.5, 0.6), *(row | new for row in rate(2e-3, 0.9, 0.8))])
+    kept = selection.recall_accuracy(rows)
+    assert kept["lr"].tolist() == [2e-3] and kept["norm"].tolist() == ["rms"]
+    other = pd.DataFrame([*rate(1e-3, 0.5, 0.6), *(row | new | {"norm": "layer"} for row in rate(2e-3, 0.9, 0.8))])
+    assert sorted(selection.recall_accuracy(other)["lr"]) == [1e-3, 2e-3]
+
+
 def test_a_blank_recipe_is_no_difference() -> None:
     rows = pd.DataFrame({"optimizer": ["", "adamw"], "lr": [None, 2e-3], "schedule": ["cosine", "wsd"]})
     assert selection.recipe_columns(rows) == ["schedule"]
