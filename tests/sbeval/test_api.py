@@ -35,6 +35,8 @@ def test_attention_is_that_of_each_methods_module() -> None:
     torch.testing.assert_close(sbeval.attention(q, k, v, method="rope"), rope.attention(q, k, v))
     out, _ = stick_breaking.attention(q, k, v, scale=0.3)
     torch.testing.assert_close(sbeval.attention(q, k, v, method="stick_breaking:remainder=none", scale=0.3), out)
+    with pytest.raises(InputError, match=r"'rope:key_shift=true' has options of a whole block \(key_shift\)"):
+        sbeval.attention(q, k, v, method="rope:key_shift=true")
     with pytest.raises(InputError, match="attention 'forgetting' has weights of its own"):
         sbeval.attention(q, k, v, method="forgetting")
 

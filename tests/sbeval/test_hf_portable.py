@@ -1,5 +1,6 @@
 """The module that `sbeval export --code` copies computes what sbeval computes, where sbeval is not installed."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbeval import hf, hf_card
+from sbeval import hf, hf_card, registry
 from sbeval.data import tokenizer
 from sbeval.errors import InputError
 from sbeval.models.config import ModelConfig
@@ -182,6 +183,21 @@ def test_what_the_module_does_not_compute_is_refused(spec: str) -> None:
     with pytest.raises(InputError, match="--code has no"):
         hf_card.check_portable(spec)
     hf_card.check_portable("rope:theta=500000.0")
+
+
+def test_the_module_reads_every_field_of_a_model_and_every_option_of_its_methods() -> None:
+    """Weights of one that it does not read would be left out when a folder is loaded, and numbers be others."""
+    text = hf_card.PORTABLE.read_text(encoding="utf-8")
+
+    def unread(kind: Any) -> set[str]:
+        return {field.name for field in dataclasses.fields(kind) if f'"{field.name}"' not in text}
+
+    # the config of transformers has the first two; initial weights are replaced
+    assert unread(ModelConfig) == {"vocab_size", "tied", "init_std"}
+    for name in hf_card.METHODS:
+        options = unread(registry.method(name).Options)
+        # what is skipped is below rounding; options of scaling are refused
+        assert options == {"stick_breaking": {"epsilon"}}.get(name, set()) or (name == "rope" and "scaling" in options)
 
 
 def test_the_module_imports_nothing_of_sbeval() -> None:
