@@ -169,9 +169,13 @@ def recall_cells(table: pd.DataFrame) -> pd.DataFrame:
 def by_steps(cells: pd.DataFrame) -> list[float]:
     """Return the learning rates of `recall_cells` of one setting: most seeds solved first, then in the fewest steps.
 
-    Where no cell is solved the order says nothing.
+    By the seeds that all rates have, if one of them is solved: a rate is not worse for having failed on further seeds
+    that others were not run with. Where no cell is solved the order says nothing.
     """
-    rates = {rate: cells[cells["lr"] == rate] for rate in cells["lr"].unique().tolist()}
+    common = cells.groupby("seed")["lr"].nunique() == cells["lr"].nunique()
+    shared = cells[cells["seed"].map(common)]
+    of = shared if shared["solved"].any() else cells
+    rates = {rate: of[of["lr"] == rate] for rate in cells["lr"].unique().tolist()}
 
     def rank(rate: float) -> tuple[float, float, float]:
         solved = rates[rate]["solved"]

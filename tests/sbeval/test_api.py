@@ -112,7 +112,9 @@ def test_draw_draws_a_figure_or_a_panel(folder: str, family: str) -> None:
     axes = Figure().subplots()
     assert sbeval.draw(table, axes=axes) is axes
     methods = table.groupby(["attention", "options"]).ngroups
-    assert len(axes.get_lines()) == methods and all(np.size(line.get_xdata()) for line in axes.get_lines())
+    # of methods that have not all tasks there is no mean
+    assert 0 < len(axes.get_lines()) <= methods and (family == "needle" or len(axes.get_lines()) == methods)
+    assert all(np.size(line.get_xdata()) for line in axes.get_lines())
 
 
 @pytest.mark.parametrize(

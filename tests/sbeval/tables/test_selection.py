@@ -51,6 +51,15 @@ def test_rates_are_ranked_by_shared_seeds_then_steps_then_size() -> None:
     assert selection.ranked_rates(pd.DataFrame(rate(1e-3, None, 0.5))) is None
 
 
+def test_rates_are_ranked_by_steps_of_seeds_that_all_have() -> None:
+    seeds = [(1e-3, 0, 900, True), (1e-3, 1, 1100, True), (1e-3, 2, 4500, False), (5e-4, 0, 1000, True)]
+    cells = pd.DataFrame(seeds, columns=["lr", "seed", "steps", "solved"])
+    # the failure of a further seed, which the other rate was not run with, does not make way for that rate
+    assert selection.by_steps(cells) == [1e-3, 5e-4]
+    # none of the seeds that all have is solved: those that are decide
+    assert selection.by_steps(cells[1:].assign(solved=[True, False, False])) == [1e-3, 5e-4]
+
+
 def test_the_test_score_does_not_choose() -> None:
     rows = pd.DataFrame([*rate(1e-3, None, 0.5), *rate(1e-2, None, 0.9)])
     with pytest.raises(InputError, match=r"rope with 8 key-value pairs has the learning rates 0\.001, 0\.01 and"):
