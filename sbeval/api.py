@@ -261,11 +261,16 @@ def attention(
 
     method: as for `--attention`, with options: `stick_breaking:remainder=none`. scale: of q . k, D ** -0.5 when None.
     cu_seqlens: int32 (N + 1,), the bounds of N sequences packed into one row. Raise InputError for a method that has
-    weights of its own: build its `Mixer`.
+    weights of its own: build its `Mixer`; and for options of a block, which are about the projections around it.
     """
-    from sbeval.models.config import parse_attention
+    from sbeval.models.config import block_options, parse_attention
 
     name, options = parse_attention(method)
+    if of_block := block_options(method):
+        raise InputError(
+            f"attention {method!r} has options of a whole block ({', '.join(of_block)}): leave them out, or build an "
+            "sbeval.models.decoder.Attention"
+        )
     heads, size = q.shape[2:]
     mixer = registry.method(name).Mixer(
         options,

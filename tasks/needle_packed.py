@@ -9,7 +9,7 @@
 
 A task is solved at the first validation that finds it so, also if training continues for other tasks. Its tokens until
 then are censored at the budget where no validation does. What the model gained from copying before fine-tuning
-(`sbeval.evaluation.diagnostics`) is measured too: it predicts them.
+(`sbeval.evaluation.diagnostics`) is measured too, to compare them with.
 """
 
 import dataclasses

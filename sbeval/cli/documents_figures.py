@@ -31,6 +31,8 @@ def figure3(results: Path, axes: Axes) -> None:
     table = read(Results(results).table("mqrar"))
     same = (table["vocab_size"] == 1024) & (table["n_back"] == 1) & (table["max_steps"] == 6000)
     same &= (table["optimizer"] == "muon") & (table["positions"] == "none") & table["attention"].isin(RECALL)
+    # the sweep of N-back has cells of one back too, with two heads and few keys
+    same &= (table["heads"] == 1) & (table["key_pool"] == table["vocab_size"] / 2 - 1)
     rows = selection.recall_accuracy(table[same])
     _lines(axes, rows[rows["split"] == "all"], "kv_pairs", Scale.SHARE)
     style.ticks(axes, sorted(rows["kv_pairs"].unique()))

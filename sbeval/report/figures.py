@@ -40,14 +40,17 @@ def draw_figures(
     out_dir: `results_dir`/figures unless given. say: reports each figure that is skipped because it has no table, or
     none of its rows, and rows that are not what a run wrote. where: conditions `column=value` on rows. A figure that
     only some tables have rows for is left out where there are none, unless it is named. Raise InputError for an unknown
-    name or format, a table that cannot be read and, for a named figure, no table or, if `required`, none of its rows.
+    name or format, a table that cannot be read, no table at all and, for a named figure, no table or, if `required`,
+    none of its rows.
     """
     chosen = [choose("format", name, (*FORMATS, "html")) for name in formats]
     modules = {name: registry.figure(name) for name in names or registry.FIGURES}
+    tables = dict.fromkeys(Results(results_dir).table(module.TABLE) for module in modules.values())
+    if not names and not any(path.exists() for path in tables):
+        raise InputError(f"there is no result table in {results_dir}; sbeval length-gen --preset quick makes one")
     folder = prepare(out_dir or Results(results_dir).figures)
     remove_left(folder)
     files = []
-    tables = dict.fromkeys(Results(results_dir).table(module.TABLE) for module in modules.values())
     for line in check.notes(path for path in tables if path.exists()):
         say(line)
     for name, module in modules.items():

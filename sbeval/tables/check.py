@@ -103,8 +103,11 @@ class Checked:
 def folder(results: Results, checked: Checked) -> Iterator[str]:
     """Yield a line on whatever in a results folder is not what a run wrote, and count in `checked`.
 
-    Tables, parts, run files, values and curves; checkpoints and answers are checked when they are read.
+    Tables, parts, run files, values and curves; checkpoints and answers are checked when they are read. Raise
+    InputError if there is no such folder.
     """
+    if not results.folder.is_dir():
+        raise InputError(f"there is no folder {results.folder}: give the --results-dir of a run")
     found: set[str] = set()
     for path in sorted(results.folder.glob("*.csv")):
         checked.tables += 1

@@ -169,9 +169,13 @@ def recall_cells(table: pd.DataFrame) -> pd.DataFrame:
 def by_steps(cells: pd.DataFrame) -> list[float]:
     """Return the learning rates of `recall_cells` of one setting: most seeds solved first, then in the fewest steps.
 
-    Where no cell is solved the order says nothing.
+    By the seeds that all rates have, if one of them is solved: a rate is not worse for having failed on further seeds
+    that others were not run with. Where no cell is solved the order says nothing.
     """
-    rates = {rate: cells[cells["lr"] == rate] for rate in cells["lr"].unique().tolist()}
+    common = cells.groupby("seed")["lr"].nunique() == cells["lr"].nunique()
+    shared = cells[cells["seed"].map(common)]
+    of = shared if shared["solved"].any() else cells
+    rates = {rate: of[of["lr"] == rate] for rate in cells["lr"].unique().tolist()}
 
     def rank(rate: float) -> tuple[float, float, float]:
         solved = rates[rate]["solved"]
@@ -201,7 +205,8 @@ def needle_scores(table: pd.DataFrame) -> pd.DataFrame:
     """Return the scores of `needle` over all samples of a task and length; InputError where there are none.
 
     Column `solved`: whether the model solved the task at its training length. One that was fine-tuned did if its
-    fine-tuning says so, or, where that says nothing, if it scores SOLVED there; one that was not is taken as it is.
+    fine-tuning says so, or, where that says nothing, if it scores SOLVED there. One that was not is taken as it is, as
+    is one by `answers` that was not evaluated there; by `packed` that is a task it was not taught, and not solved.
     """
     table = table[table["metric"].isin(NEEDLE_METRICS) & table["depth_start"].isna()]
     if table.empty:
@@ -240,7 +245,7 @@ def _with_solved(scores: pd.DataFrame) -> pd.DataFrame:
     right = there.groupby(_NEEDLE_TASK, dropna=False).agg(there=("value", "mean")).reset_index()
     found = scores.merge(right, on=_NEEDLE_TASK, how="left")
     ended = found["ended"].fillna("") if "ended" in found else pd.Series("", found.index)
-    by_score = found["there"].fillna(1.0) >= SOLVED
+    by_score = found["there"].fillna((found["finetune_recipe"] != "packed").astype(float)) >= SOLVED
     solved = (ended == "solved") | ((ended == "") & by_score) | (found["finetune_tokens"] == 0)
     return found.drop(columns="there").assign(solved=solved)
 

@@ -28,6 +28,17 @@ def test_a_panel_has_the_means_of_the_table() -> None:
     assert {"stick-breaking", "RoPE", "ALiBi", "sliding window"} <= set(lines)
 
 
+def test_recall_has_no_cells_of_another_task() -> None:
+    axes = Figure().subplots()
+    documents_figures.figure3(ROOT / "results", axes)
+    lines = {str(line.get_label()): line for line in axes.get_lines()}
+    table = read(Results(ROOT / "results").table("mqrar"))
+    rows = table[(table["attention"] == "rope") & (table["kv_pairs"] == 32) & (table["heads"] == 1)]
+    rows = rows[(rows["metric"] == "accuracy") & (rows["split"] == "all") & (rows["lr"] == 1e-3)]
+    assert len(rows) == 3
+    assert np.asarray(lines["RoPE"].get_ydata(), dtype=float)[0] == pytest.approx(rows["value"].mean())
+
+
 def test_bars_are_where_the_head_that_retrieves_attends() -> None:
     axes = Figure().subplots()
     documents_figures.figure4(ROOT / "results", axes)

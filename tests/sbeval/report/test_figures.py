@@ -38,6 +38,12 @@ def test_figures_without_a_table_are_left_out_and_said(results: Path) -> None:
     assert sorted(path.name for path in (results / "figures").iterdir()) == sorted(names)
 
 
+def test_a_folder_without_tables_is_an_error_and_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no result table in .*nowhere"):
+        draw_figures(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_settings_have_files_of_their_own(results: Path) -> None:
     larger = "".join(line.replace("64,64,32,2", "64,1024,32,2") for line in MQRAR.splitlines(keepends=True)[1:2])
     (results / "mqrar.csv").write_text(MQRAR + larger.replace(",a,quick", ",b,quick"))

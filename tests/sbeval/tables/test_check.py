@@ -242,3 +242,8 @@ FOLDERS = sorted({path.parent for path in COMMITTED.glob("**/*.csv")})
 def test_committed_results_are_what_runs_wrote(folder: Path) -> None:
     checked = Checked()
     assert list(check.folder(Results(folder), checked)) == [] and checked.rows > 0
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no folder .*nowhere"):
+        list(check.folder(Results(tmp_path / "nowhere"), Checked()))

@@ -51,6 +51,15 @@ def test_rates_are_ranked_by_shared_seeds_then_steps_then_size() -> None:
     assert selection.ranked_rates(pd.DataFrame(rate(1e-3, None, 0.5))) is None
 
 
+def test_rates_are_ranked_by_steps_of_seeds_that_all_have() -> None:
+    seeds = [(1e-3, 0, 900, True), (1e-3, 1, 1100, True), (1e-3, 2, 4500, False), (5e-4, 0, 1000, True)]
+    cells = pd.DataFrame(seeds, columns=["lr", "seed", "steps", "solved"])
+    # the failure of a further seed, which the other rate was not run with, does not make way for that rate
+    assert selection.by_steps(cells) == [1e-3, 5e-4]
+    # none of the seeds that all have is solved: those that are decide
+    assert selection.by_steps(cells[1:].assign(solved=[True, False, False])) == [1e-3, 5e-4]
+
+
 def test_the_test_score_does_not_choose() -> None:
     rows = pd.DataFrame([*rate(1e-3, None, 0.5), *rate(1e-2, None, 0.9)])
     with pytest.raises(InputError, match=r"rope with 8 key-value pairs has the learning rates 0\.001, 0\.01 and"):
@@ -117,6 +126,17 @@ def test_a_run_with_more_samples_replaces_one_with_fewer() -> None:
     assert sorted(kept["value"]) == [0.2, 0.9]
     with pytest.raises(InputError, match="no rows with metric 'score' or 'greedy'"):
         selection.needle_scores(pd.DataFrame([needles("vt", 0.0, depth_start=10)]))
+
+
+@pytest.mark.parametrize(("recipe", "tokens", "solved"), [("packed", 9, False), ("answers", 9, True), ("", 0, True)])
+def test_a_task_too_long_for_the_training_length_is_not_solved_by_being_left_out(
+    recipe: str, tokens: int, solved: bool
+) -> None:
+    """As qa_2, which is not fine-tuned on, and does not fit 2048 tokens."""
+    same: dict[str, Any] = {"train_len": 1024, "finetune_tokens": tokens, "finetune_recipe": recipe}
+    taught = needles("vt", 0.4, length=2048, ended="solved" if recipe == "packed" else "", **same)
+    found = selection.needle_scores(pd.DataFrame([taught, needles("qa_2", 0.1, length=2048, ended="", **same)]))
+    assert found.set_index("task")["solved"].to_dict() == {"vt": True, "qa_2": solved}
 
 
 def test_means_compare_like_with_like() -> None:
