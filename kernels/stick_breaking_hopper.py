@@ -156,6 +156,16 @@ def _find_sequence(i_block, BLOCKS, n_sequences):
 
 
 @gluon.jit
+def _has_stopped(stop, first_slot, slot, STAGES: gl.constexpr):
+    """Whether a warpgroup stopped within this walk, at a slot that the producer has seen it give back.
+
+    What it writes of a later stop may come while the producer's threads read: they would see different numbers, but
+    here none of them makes a difference.
+    """
+    return gl.where((stop >= first_slot) & (stop + STAGES <= slot), 1, 0)
+
+
+@gluon.jit
 def _produce(
     ring, descriptors, packing, counts, GROUP: gl.constexpr, D: gl.constexpr, NWG: gl.constexpr, STAGES: gl.constexpr,
     QUEUE: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr,
@@ -212,12 +222,9 @@ def _produce(
             phase = (slot // STAGES) & 1
             mbarrier.wait(k_empty.index(stage), phase ^ 1)
             if SKIP:
-                # of stops, those alone that came before a barrier which this warp has seen: of others its threads,
-                # which read them at different times, might think differently
                 ended = 0
                 for w in gl.static_range(NWG):
-                    stop = _get(stopped.index(w), 1)
-                    ended += gl.where((stop >= first_slot) & (stop + STAGES <= slot), 1, 0)
+                    ended += _has_stopped(_get(stopped.index(w), 1), first_slot, slot, STAGES)
                 wanted = ended < NWG
                 if ended == NWG:
                     _put(cut.index(0), slot, 1)

@@ -111,7 +111,7 @@ def _ended(table: pd.DataFrame, rows: pd.DataFrame) -> str:
 
 
 def drawn(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the accuracies at the learning rate with the best validation accuracy of each method."""
+    """Return the accuracies of each method at its best learning rate (`recall_accuracy`)."""
     table = recall_accuracy(table)
     if not (table["split"] == "all").any():
         raise NothingToDraw("there are no rows with metric 'accuracy' and split 'all' to draw")

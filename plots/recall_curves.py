@@ -84,13 +84,11 @@ def _panels(picture: mqrar.Picture) -> list[tuple[str, pd.DataFrame]]:
 
 def _means(rows: pd.DataFrame) -> dict[Method, "pd.Series[float]"]:
     """Return the mean accuracy of each method's seeds by step; a seed that has ended keeps its last."""
-    last = rows["step"].max()
-    found = {}
-    for (name, options), mine in rows.groupby(["attention", "options"]):
-        wide = mine.pivot_table("score", "step", "cell")
-        # the steps until the last of the method's seeds has ended
-        found[str(name), str(options)] = wide[wide.index <= last].ffill().mean(axis=1)
-    return found
+    return {
+        # until the last of the method's seeds has ended
+        (str(name), str(options)): mine.pivot_table("score", "step", "cell").ffill().mean(axis=1)
+        for (name, options), mine in rows.groupby(["attention", "options"])
+    }
 
 
 def _figure(picture: mqrar.Picture, looks: dict[Method, style.Look]) -> Figure:

@@ -1,6 +1,7 @@
 """Examine this machine: devices, attention methods, optional packages, and which presets fit into memory."""
 
 import dataclasses
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -166,8 +167,7 @@ def _methods(device: torch.device) -> Iterator[tuple[str, ...]]:
             with devices.autocast(device, devices.pick_dtype(None, device)):
                 Decoder(shape).to(device).loss(tokens, tokens).backward()
             runs = "yes"
-        # raised if a kernel does not fit or a compiler is missing
-        except (RuntimeError, ImportError, OSError) as error:
+        except _kernel_errors() as error:
             runs = f"no: {first_line(error)}"
         yield name, registry.method(name).backend_name(device.type), runs
 
@@ -175,12 +175,23 @@ def _methods(device: torch.device) -> Iterator[tuple[str, ...]]:
 def _hopper(device: torch.device) -> tuple[str, ...]:
     """Run the Hopper kernels of stick-breaking, selected by name."""
     q = torch.randn(1, 64, 1, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+    errors: tuple[type[Exception], ...] = (InputError, *_kernel_errors())
     try:
         stick_breaking.attention(q, q, q, backend="triton-hopper")[0].sum().backward()
         runs = "yes"
-    except (InputError, RuntimeError, ImportError, OSError) as error:
+    except _kernel_errors() as error:
         runs = f"no: {first_line(error)}"
     return "stick_breaking", "triton-hopper", runs
+
+
+def _kernel_errors() -> tuple[type[Exception], ...]:
+    """Return what is raised if a kernel does not compile or fit, does not serve a device, or lacks a compiler."""
+    kinds: tuple[type[Exception], ...] = (InputError, RuntimeError, ImportError, OSError)
+    try:
+        # not a RuntimeError
+        return *kinds, importlib.import_module("triton.errors").TritonError
+    except ImportError:
+        return kinds
 
 
 def _package(module: str, name: str, use: str) -> tuple[str, ...]:

@@ -153,6 +153,19 @@ def _slopes(heads: int, device: torch.device) -> Tensor:
     return (2.0 ** (-8 / below * steps.double())).float().to(device)
 
 
+class KeyShift(nn.Module):
+    """Mix each key with the one before it, which is 0 before the first, by a learned share of each key head."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, k: Tensor, kept: Tensor) -> Tensor:
+        before = F.pad(k.masked_fill(~kept[:, None, :, None].bool(), 0), (0, 0, 1, 0))[:, :, :-1]
+        share, wide = self.weight.sigmoid()[:, None, None], self.weight.dtype
+        return torch.lerp(before.to(wide), k.to(wide), share).to(k.dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, shape: dict[str, Any]) -> None:
         super().__init__()
@@ -162,6 +175,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, (self.heads + 2 * self.kv_heads) * self.dim, bias=shape.get("qkv_bias", False))
         self.out = nn.Linear(self.heads * self.dim, width, bias=shape.get("out_bias", False))
         self.norm = nn.GroupNorm(self.heads, self.heads * self.dim) if shape.get("head_norm") else None
+        self.key_shift = KeyShift(self.kv_heads) if shape.get("key_shift") else None
         scale = shape.get("attention_multiplier")
         name, options = options_of(shape["attention"])
         self.mixer = Mixer(name, options, self.heads, self.dim, width, self.dim**-0.5 if scale is None else scale)
@@ -170,9 +184,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, kept: Tensor, cache: DynamicCache | None, layer: int) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.dim)).transpose(1, 2)
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 1)
+        positions = kept.long().cumsum(1) - 1
+        new = positions[:, -x.shape[1] :]
         if self.mixer.rotary:
-            positions = (kept.long().cumsum(1) - 1)[:, -x.shape[1] :]
-            q, k = self.mixer.rotated(q, positions), self.mixer.rotated(k, positions)
+            # keys are mixed before they are rotated, and a cache has them unmixed: each needs the one before it
+            q, k = self.mixer.rotated(q, new), k if self.key_shift is not None else self.mixer.rotated(k, new)
         log_f = None
         if self.mixer.name == "forgetting":
             log_f = F.logsigmoid(self.mixer.gate(x).float())
@@ -184,6 +200,9 @@ class Attention(nn.Module):
             log_f = gates.transpose(1, 2).flatten(2)
         elif cache is not None:
             k, v = cache.update(k, v, layer)
+        if self.key_shift is not None:
+            k = self.key_shift(k, kept)
+            k = self.mixer.rotated(k, positions) if self.mixer.rotary else k
         mixed = self.mixer(q, k, v, None if log_f is None else log_f.transpose(1, 2), kept)
         mixed = F.dropout(mixed.transpose(1, 2), self.dropout, self.training).flatten(2)
         if self.norm is not None:
@@ -211,13 +230,18 @@ class MLP(nn.Module):
         return out
 
 
+def _norm(shape: dict[str, Any]) -> nn.LayerNorm | nn.RMSNorm:
+    kind = nn.LayerNorm if shape.get("norm") == "layer" else nn.RMSNorm
+    return kind(shape["width"], eps=shape.get("norm_eps", 1e-5))
+
+
 class Block(nn.Module):
     def __init__(self, shape: dict[str, Any]) -> None:
         super().__init__()
         self.m_residual = shape.get("m_residual", 1.0)
-        self.norm_1 = nn.RMSNorm(shape["width"], eps=shape.get("norm_eps", 1e-5))
+        self.norm_1 = _norm(shape)
         self.attention = Attention(shape)
-        self.norm_2 = nn.RMSNorm(shape["width"], eps=shape.get("norm_eps", 1e-5))
+        self.norm_2 = _norm(shape)
         self.mlp = MLP(shape)
 
     def forward(self, x: Tensor, kept: Tensor, cache: DynamicCache | None, layer: int) -> Tensor:
@@ -234,7 +258,7 @@ class Decoder(nn.Module):
         positions = shape.get("positions", 0)
         self.positions = nn.Embedding(positions, shape["width"]) if positions else None
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape["layers"]))
-        self.norm = nn.RMSNorm(shape["width"], eps=shape.get("norm_eps", 1e-5))
+        self.norm = _norm(shape)
         self.head = nn.Linear(shape["width"], vocab_size, bias=False)
 
     def forward(self, tokens: Tensor, kept: Tensor, cache: DynamicCache | None) -> Tensor:

@@ -9,10 +9,11 @@
 
 A task is solved at the first validation that finds it so, also if training continues for other tasks. Its tokens until
 then are censored at the budget where no validation does. What the model gained from copying before fine-tuning
-(`sbeval.evaluation.diagnostics`) is measured too: it predicts them.
+(`sbeval.evaluation.diagnostics`) is measured too, to compare them with.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,12 +48,13 @@ COPY = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """A fine-tuned model: folder of its checkpoint, learning rate, tokens of fine-tuning, nats per token that copying
-    saved before; by task the share of held-out prompts solved, by step, and the tokens until solved if it was. losses:
-    of each step. measured: of the training, for run files."""
+    """A fine-tuned model: folder of its checkpoint, learning rate, tasks and tokens of fine-tuning, nats per token that
+    copying saved before; by task the share of held-out prompts solved, by step, and the tokens until solved if it was.
+    losses: of each step. measured: of the training, for run files."""
 
     folder: Path
     lr: float
+    tasks: Sequence[str]
     tokens: int
     copy_gain: float
     scores: Mapping[str, Sequence[tuple[int, float]]]
@@ -63,6 +65,16 @@ class Tuned:
     def held_out(self, task: str) -> float:
         """Return the share of held-out prompts solved at the end."""
         return self.scores[task][-1][1]
+
+    @property
+    def diverged(self) -> bool:
+        return bool(self.losses) and not math.isfinite(self.losses[-1])
+
+    def ended(self, task: str) -> str:
+        """Return how fine-tuning on a task ended; empty where it was on others."""
+        if task not in self.tasks:
+            return ""
+        return "diverged" if self.diverged else "solved" if task in self.solved_after else "budget"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +150,7 @@ class PackedTuning(Tuning):
                 if trainer.state.step == 0:
                     trainer.model.load_state_dict(pretrained.model.state_dict())
                     trainer.state.diagnoses = [_copy_gain(pretrained.model, writer, self.length, context, self.dtype)]
-                self._train(trainer, writer, context, progress)
+                self._train(trainer, folder, writer, context, progress)
         return self._read(folder, training)
 
     def _batches(self, writer: "Writer", training: "TrainConfig", progress: "Progress") -> "LessonBatches":
@@ -163,7 +175,12 @@ class PackedTuning(Tuning):
             rest=config.finetune_rest,
         )
 
-    def _train(self, trainer: "Trainer", writer: "Writer", context: "RunContext", progress: "Progress") -> None:
+    def _train(
+        self, trainer: "Trainer", folder: Path, writer: "Writer", context: "RunContext", progress: "Progress"
+    ) -> None:
+        from sbeval.training import checkpoint
+        from sbeval.training.trainer import DivergedError
+
         held_out = {
             name: writer.prompts(name, self.length, 0, HELD_OUT, use="validation")
             for name in self.config.finetune_tasks
@@ -183,7 +200,13 @@ class PackedTuning(Tuning):
             return min(shares.values()) >= SOLVED
 
         with context.logger(step_id(self)) as log:
-            trainer.run(task, stop=stop, log=log)
+            try:
+                trainer.run(task, stop=stop, log=log)
+            except DivergedError as error:
+                # kept, so that no cell trains it again: validation may choose another rate
+                task.say(f"{self.title}: {error}")
+                trainer.state.finished = True
+                checkpoint.save(folder, trainer.model, trainer.state, training=dataclasses.asdict(trainer.config))
         task.close()
 
     def _read(self, folder: Path, training: "TrainConfig") -> Tuned:
@@ -199,6 +222,7 @@ class PackedTuning(Tuning):
         return Tuned(
             folder=folder,
             lr=self.rate,
+            tasks=self.config.finetune_tasks,
             tokens=state.step * step_tokens,
             copy_gain=state.diagnoses[0]["value"],
             scores=scores,
@@ -217,6 +241,8 @@ def taught(
     progress: "Progress",
 ) -> Taught:
     """Fine-tune the model of checkpoint `trained` by each of `tunings`, and return the one to evaluate on a task."""
+    from sbeval.training.trainer import DivergedError
+
     if not tunings:
         return Taught(folder=trained)
     recipe, budget = tunings[0].config.finetune_recipe, tunings[0].schedule().tokens
@@ -224,7 +250,9 @@ def taught(
     packed = [one.tuned(trained, writer, context, progress) for one in tunings if isinstance(one, PackedTuning)]
     if not packed:
         return Taught(folder=str(tunings[0].run(trained, writer, context, progress)), factors=factors)
-    chosen = best(packed, budget)
+    if all(one.diverged for one in packed):
+        raise DivergedError(f"the loss of fine-tuning is not finite at any of {len(packed)} learning rates")
+    chosen = best([one for one in packed if not one.diverged], budget)
     rows: list[Row] = []
     curves: dict[str, Sequence[tuple[int, float]]] = {}
     for one in packed:
@@ -243,8 +271,7 @@ def taught(
 
 
 def _factors(task: str, of: Tuned) -> dict[str, Any]:
-    ended = ("solved" if task in of.solved_after else "budget") if task in of.scores else ""
-    return {"ended": ended, "copy_gain": round(of.copy_gain, 4)}
+    return {"ended": of.ended(task), "copy_gain": round(of.copy_gain, 4)}
 
 
 def _rows(task: str, of: Tuned, length: int, budget: int, factors: Mapping[str, Any]) -> list[Row]:
@@ -252,13 +279,13 @@ def _rows(task: str, of: Tuned, length: int, budget: int, factors: Mapping[str, 
 
     The tokens until a task was solved are those of the budget where it was not.
     """
-    if task not in of.scores:
+    if task not in of.tasks:
         return []
-    after = float(of.solved_after.get(task, budget))
-    return [
-        Row(metric="tokens_to_solve", unit="tokens", value=after, n=1, length=length, **factors),
-        Row(metric="held_out", unit="1", value=of.held_out(task), n=HELD_OUT, length=length, **factors),
-    ]
+    after = float(of.solved_after[task] if of.ended(task) == "solved" else budget)
+    row = Row(metric="tokens_to_solve", unit="tokens", value=after, n=1, length=length, **factors)
+    if of.diverged:
+        return [row]
+    return [row, Row(metric="held_out", unit="1", value=of.held_out(task), n=HELD_OUT, length=length, **factors)]
 
 
 def best(candidates: Iterable[Tuned], budget: int) -> Tuned:

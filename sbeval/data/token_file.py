@@ -37,6 +37,10 @@ class TokenFile:
         weakref.finalize(self, os.close, self._descriptor)
         self._opened = self._state()
 
+    def __reduce__(self) -> tuple[type["TokenFile"], tuple[Path]]:
+        # the descriptor is of this process
+        return TokenFile, (self._path,)
+
     def __len__(self) -> int:
         return self._length
 

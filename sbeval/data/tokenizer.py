@@ -23,8 +23,8 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from sbeval.errors import InputError, first_line
-from sbeval.runtime.files import replacing, storing
+from sbeval.errors import InputError, first_line, reason
+from sbeval.runtime.files import is_of_the_disk, replacing, storing
 from sbeval.runtime.seals import is_intact, seal
 
 EOS = "<|endoftext|>"
@@ -290,6 +290,10 @@ def _from_transformers(spec: str) -> Library:
         loaded: Any = transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
     # raised for an unknown name, without network, for files that it cannot read, and packages that it lacks
     except (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError) as error:
+        if is_of_the_disk(error):
+            raise InputError(
+                f"cannot write the caches of transformers for tokenizer {spec!r}: {reason(error)}"
+            ) from None
         raise InputError(
             f"unknown tokenizer {spec!r}; give bytes, bpe:N, a file, a folder or a hub name: {first_line(error)}"
         ) from None

@@ -74,7 +74,7 @@ class ModelConfig:
     norm: str = field(default="rms", metadata=LATER)  # or "layer", with gains and biases
 
     def __post_init__(self) -> None:
-        for name, value in _block_options(self.attention).items():
+        for name, value in block_options(self.attention).items():
             object.__setattr__(self, name, value)
         choose("mlp", self.mlp, ("swiglu", "gelu"))
         choose("norm", self.norm, NORMS)
@@ -155,11 +155,11 @@ def parse_attention(spec: str) -> tuple[str, Any]:
         choose(f"option of attention {name!r}", key, {**own, **block})
         if key in own:
             values[key] = _convert(f"{name}:{key}", value, own[key])
-    BlockOptions(**_block_options(spec))
+    BlockOptions(**block_options(spec))
     return name, kinds(**values)
 
 
-def _block_options(spec: str) -> dict[str, Any]:
+def block_options(spec: str) -> dict[str, Any]:
     """Return the BlockOptions that a spec names; needs no torch."""
     name, _, _ = spec.partition(":")
     block = _fields(BlockOptions)
@@ -202,13 +202,13 @@ def _convert(what: str, text: str, entry: "dataclasses.Field[Any]") -> object:
 def canonical_attention(spec: str) -> str:
     """Return the shortest equivalent spec: without options at their defaults, the others in the classes' order."""
     name, options = parse_attention(spec)
-    return _spec(name, options, BlockOptions(**_block_options(spec)))
+    return _spec(name, options, BlockOptions(**block_options(spec)))
 
 
 def trained_attention(spec: str) -> str:
     """Return the canonical spec that the weights of `spec` are trained with: without options of evaluation alone."""
     name, options = parse_attention(spec)
-    return _spec(name, registry.trained_as(name, options), BlockOptions(**_block_options(spec)))
+    return _spec(name, registry.trained_as(name, options), BlockOptions(**block_options(spec)))
 
 
 def _spec(name: str, *parts: Any) -> str:

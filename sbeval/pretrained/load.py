@@ -17,13 +17,13 @@ import torch
 
 from sbeval import registry
 from sbeval.data.tokenizer import Tokenizer, check_same
-from sbeval.errors import InputError, first_line
+from sbeval.errors import InputError, first_line, reason
 from sbeval.evaluation.perplexity import Predictor
 from sbeval.models.decoder import Decoder
 from sbeval.pretrained import checks, released
 from sbeval.pretrained.hub_model import HubModel, positions_of
 from sbeval.runtime import device
-from sbeval.runtime.files import sha256
+from sbeval.runtime.files import is_of_the_disk, sha256
 from sbeval.training import checkpoint
 
 # files of their tokenizers, and of code that comes with a model
@@ -224,6 +224,8 @@ def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: boo
             raise InputError(
                 f"model {spec!r} comes with code of its own, which is not run; --trust-remote-code runs it"
             ) from None
+        if is_of_the_disk(error):
+            raise InputError(f"cannot write the caches of transformers for model {spec!r}: {reason(error)}") from None
         raise InputError(f"no causal language model {spec!r}: {released.explained(spec, error)}") from None
     checks.complete(model, found, spec)
     checks.dtypes(_downloaded(spec), spec)

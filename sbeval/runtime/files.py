@@ -1,5 +1,6 @@
 """Atomic writes and locks: a kill, a full disk or a second process cannot leave a partial file."""
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -139,6 +140,11 @@ def beside(folder: Path, ending: str) -> Path:
     """Return a hidden path beside a folder, which may be `.`: its name and an ending."""
     whole = Path(os.path.abspath(folder))
     return whole.with_name(f".{whole.name}.{ending}")
+
+
+def is_of_the_disk(error: BaseException) -> bool:
+    """Return whether an error says that a disk is full or read-only, whatever a library was about to read."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def check_not_pointer(path: Path, head: bytes) -> None:

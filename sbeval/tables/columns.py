@@ -111,7 +111,7 @@ FACTORS: dict[str, dict[str, str]] = {
         "finetune_lr": "Learning rate of fine-tuning by `packed`, in the rows of its own metrics.",
         "chosen": "1 at the learning rate that validation chose, whose model all other rows are of; else 0.",
         "ended": "`solved` if the task was, by held-out prompts of the training length, within finetune_tokens; else "
-        "`budget`; empty where the model was not fine-tuned on it by `packed`.",
+        "`budget`, or `diverged`; empty where the model was not fine-tuned on it by `packed`.",
         "copy_gain": "Nats per token that copying 512 random tokens saved before fine-tuning (half of train_len if "
         "less), as in diagnostics.",
         "status": _STATUS,

@@ -26,9 +26,9 @@ class Row(Measurement):
     is in the last bin; empty: all samples); tokens of fine-tuning, with the recipe `packed` at most. status: `overfit`
     where the model's training on text was, or empty.
 
-    Of the recipe `packed`: how fine-tuning on this task ended, `solved` or `budget`, empty where it was on others; nats
-    per token that copying saved before fine-tuning; in rows of fine-tuning the learning rate, and whether validation
-    chose it (1 or 0), whose model the other rows are of.
+    Of the recipe `packed`: how fine-tuning on this task ended, `solved`, `budget` or `diverged`, empty where it was on
+    others; nats per token that copying saved before fine-tuning; in rows of fine-tuning the learning rate, and whether
+    validation chose it (1 or 0), whose model the other rows are of.
     """
 
     length: int
@@ -63,10 +63,15 @@ def summary(results: "pd.DataFrame") -> "Table":
     for (attention, options), group in rows.groupby(["attention", "options"]):
         method = f"{attention}:{options}" if options else f"{attention}"
         mine = learned[(learned["attention"] == attention) & (learned["options"] == options)]
-        tasks = [*group.groupby("task")] + ([("mean", group)] if group["task"].nunique() > 1 else [])
+        count = group["task"].nunique()
+        # a mean is over all tasks: some may not fit the shorter lengths
+        whole = group[group.groupby("length")["task"].transform("nunique") == count]
+        tasks = [*group.groupby("task")] + ([("mean", whole)] if count > 1 else [])
         for task, some in tasks:
             means = some.groupby(["length", "metric"])["value"].mean()
-            scores = (f"{means[x, 'score']:.2f} ({means[x, 'greedy']:.2f})" for x in lengths)
+            scores = (
+                f"{means[x, 'score']:.2f} ({means[x, 'greedy']:.2f})" if (x, "score") in means else "" for x in lengths
+            )
             how = _learned(mine[mine["task"] == task]) if len(learned) else ()
             table.add_row(method, str(task), *how, *scores)
     return table

@@ -205,7 +205,8 @@ def needle_scores(table: pd.DataFrame) -> pd.DataFrame:
     """Return the scores of `needle` over all samples of a task and length; InputError where there are none.
 
     Column `solved`: whether the model solved the task at its training length. One that was fine-tuned did if its
-    fine-tuning says so, or, where that says nothing, if it scores SOLVED there; one that was not is taken as it is.
+    fine-tuning says so, or, where that says nothing, if it scores SOLVED there. One that was not is taken as it is, as
+    is one by `answers` that was not evaluated there; by `packed` that is a task it was not taught, and not solved.
     """
     table = table[table["metric"].isin(NEEDLE_METRICS) & table["depth_start"].isna()]
     if table.empty:
@@ -244,7 +245,7 @@ def _with_solved(scores: pd.DataFrame) -> pd.DataFrame:
     right = there.groupby(_NEEDLE_TASK, dropna=False).agg(there=("value", "mean")).reset_index()
     found = scores.merge(right, on=_NEEDLE_TASK, how="left")
     ended = found["ended"].fillna("") if "ended" in found else pd.Series("", found.index)
-    by_score = found["there"].fillna(1.0) >= SOLVED
+    by_score = found["there"].fillna((found["finetune_recipe"] != "packed").astype(float)) >= SOLVED
     solved = (ended == "solved") | ((ended == "") & by_score) | (found["finetune_tokens"] == 0)
     return found.drop(columns="there").assign(solved=solved)
 

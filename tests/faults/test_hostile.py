@@ -1,6 +1,8 @@
 """Inputs that are not what they should be: one line that names the file or the item, and never a traceback."""
 
+import errno
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,6 +143,20 @@ def test_weights_that_are_a_pointer(model: Path) -> None:
 def test_weights_that_are_cut(model: Path) -> None:
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-9])
     refused(lambda: load.load(str(model), CPU, "float32"), "no causal language model '.*model': .*header")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+def test_a_cache_of_transformers_that_is_full(code: int, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is wrong with the model or its tokenizer."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", full)
+    said = f"^cannot write the caches of transformers for .*: {os.strerror(code)}$"
+    refused(lambda: load.load(str(model), CPU, "float32"), said)
+    refused(lambda: tokenizer.load(str(model), cache_dir=model), said)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="another message")

@@ -155,10 +155,11 @@ def responses(results: Path) -> list[tuple[bytes, bytes]]:
 
 def left(results: Path) -> dict[str, Any]:
     """Return all results of a finished command except times: weights, losses, responses, numbers."""
-    weights = {str(path.relative_to(results)): path.read_bytes() for path in results.rglob("model.safetensors")}
-    losses = {path.name: checkpoint.load_state(path).losses for path in checkpoints(results)}
+    # the folder of a fine-tuned model is named by the whole checkpoint that it began with, times included
+    weights = sorted(path.read_bytes() for path in results.rglob("model.safetensors"))
+    losses = sorted(checkpoint.load_state(path).losses for path in checkpoints(results))
     answers = responses(results)
-    folders = {path.name for path in results.glob("checkpoints/*") if path.is_dir()}
+    folders = sum(path.is_dir() for path in results.glob("checkpoints/*"))
     return {"weights": weights, "losses": losses, "answers": answers, "folders": folders}
 
 

@@ -197,6 +197,18 @@ def test_a_tile_that_comes_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -
         check(*draw(192, 192, heads=1))
 
 
+@pytest.mark.parametrize("slot", range(10, 30))
+def test_a_stop_that_no_barrier_has_ordered_changes_nothing(slot: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The producer at a slot has seen the tiles up to slot - STAGES given back; of later stops its threads may see some
+    or none. It began at slot 10, and -1 and 9 are stops of walks before."""
+    monkeypatch.setattr(stick_breaking_hopper, "gl", emulator.FakeGluon(0, 1))
+    seen = emulator.plain(stick_breaking_hopper._has_stopped)
+    stages = 4
+    assert [seen(stop, 10, slot, stages) for stop in (-1, 9)] == [0, 0]
+    for stop in range(10, 30):
+        assert seen(stop, 10, slot, stages) == int(stop <= slot - stages)
+
+
 @pytest.mark.filterwarnings("default")
 def test_packing_other_numbers_of_sequences_compiles_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiled model is compiled once for one number of sequences and once for all others."""

@@ -35,6 +35,8 @@ def test_attention_is_that_of_each_methods_module() -> None:
     torch.testing.assert_close(sbeval.attention(q, k, v, method="rope"), rope.attention(q, k, v))
     out, _ = stick_breaking.attention(q, k, v, scale=0.3)
     torch.testing.assert_close(sbeval.attention(q, k, v, method="stick_breaking:remainder=none", scale=0.3), out)
+    with pytest.raises(InputError, match=r"'rope:key_shift=true' has options of a whole block \(key_shift\)"):
+        sbeval.attention(q, k, v, method="rope:key_shift=true")
     with pytest.raises(InputError, match="attention 'forgetting' has weights of its own"):
         sbeval.attention(q, k, v, method="forgetting")
 
@@ -110,7 +112,29 @@ def test_draw_draws_a_figure_or_a_panel(folder: str, family: str) -> None:
     axes = Figure().subplots()
     assert sbeval.draw(table, axes=axes) is axes
     methods = table.groupby(["attention", "options"]).ngroups
-    assert len(axes.get_lines()) == methods and all(np.size(line.get_xdata()) for line in axes.get_lines())
+    # of methods that have not all tasks there is no mean
+    assert 0 < len(axes.get_lines()) <= methods and (family == "needle" or len(axes.get_lines()) == methods)
+    assert all(np.size(line.get_xdata()) for line in axes.get_lines())
+
+
+@pytest.mark.parametrize(
+    ("folder", "family", "figure"),
+    [("which-stick-breaking", "length_gen", "fixed_targets"), ("quick", "mqrar", "recall_curves")],
+)
+def test_a_figure_of_files_beside_the_table_needs_its_folder(folder: str, family: str, figure: str) -> None:
+    where = ROOT / "results" / folder
+    table = sbeval.load_results(where)[family]
+    with pytest.raises(InputError, match=f"figure '{figure}' is also drawn from files .*: give its results_dir"):
+        sbeval.draw(table, figure=figure)
+    lines = [line for axes in sbeval.draw(table, figure=figure, results_dir=where).axes for line in axes.get_lines()]
+    assert {"stick_breaking", "rope"} <= set(table["attention"]) and "RoPE" in {line.get_label() for line in lines}
+
+
+def test_tasks_of_needles_without_a_length_in_common_have_no_mean() -> None:
+    table = sbeval.load_results(ROOT / "results")["needle"]
+    apart = (table["task"] == "vt") & (table["length"] == 1024) | (table["task"] != "vt") & (table["length"] == 2048)
+    with pytest.raises(InputError, match="no length at which a method has all tasks"):
+        sbeval.draw(table[apart], axes=Figure().subplots())
 
 
 def test_a_panel_of_needles_is_of_what_is_said() -> None:

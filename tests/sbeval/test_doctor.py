@@ -132,6 +132,19 @@ def test_a_method_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     assert runs["rope"] == "no: no such kernel" and runs["stick_breaking"] == "yes"
 
 
+def test_a_kernel_that_does_not_compile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton raises then is not a RuntimeError."""
+    errors = pytest.importorskip("triton.errors")
+
+    def fail(*_: object, **__: object) -> None:
+        raise errors.TritonError("unsupported layout\nmore about it")
+
+    monkeypatch.setattr("sbeval.kernels.stick_breaking.attention", fail)
+    monkeypatch.setattr("sbeval.kernels.rope.Mixer.forward", fail)
+    assert doctor._hopper(CPU)[2] == "no: unsupported layout"
+    assert {name: said for name, _, said in doctor._methods(CPU)}["rope"] == "no: unsupported layout"
+
+
 def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     console = plain(file=io.StringIO(), force_terminal=True, width=60)
     monkeypatch.setattr(main, "plain", lambda: console)

@@ -1,5 +1,6 @@
 """The module that `sbeval export --code` copies computes what sbeval computes, where sbeval is not installed."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sbeval import hf, hf_card
+from sbeval import hf, hf_card, registry
 from sbeval.data import tokenizer
 from sbeval.errors import InputError
 from sbeval.models.config import ModelConfig
@@ -31,9 +32,13 @@ SPECS = (
     "sliding_window:window=7,rotary=false",
     "forgetting",
     "forgetting:rotary=true",
+    "stick_breaking:key_shift=true",
+    "rope:key_shift=true",
+    "forgetting:key_shift=true",
 )
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {"kv_heads": 2, "tied": True},
+    "author": {"norm": "layer", "qkv_bias": True, "out_bias": True, "mlp_bias": True, "mlp": "gelu"},
     "other": {"mlp": "gelu", "positions": 160, "m_emb": 2.0, "m_residual": 0.5, "m_width": 3.0, "head_dim": 10},
 }
 
@@ -45,7 +50,7 @@ def pair(spec: str, **shape: Any) -> tuple[Decoder, Any]:
     decoder = Decoder(config).eval()
     with torch.no_grad():
         for name, weight in decoder.named_parameters():
-            if name.endswith(("bias", "b1")):
+            if name.endswith(("bias", "b1", "key_shift.weight")):
                 weight.normal_(std=0.3)
     settings = hf.SbevalConfig.of(config).to_dict()
     model = portable.SbevalForCausalLM(portable.SbevalConfig(**settings)).eval()
@@ -178,6 +183,21 @@ def test_what_the_module_does_not_compute_is_refused(spec: str) -> None:
     with pytest.raises(InputError, match="--code has no"):
         hf_card.check_portable(spec)
     hf_card.check_portable("rope:theta=500000.0")
+
+
+def test_the_module_reads_every_field_of_a_model_and_every_option_of_its_methods() -> None:
+    """Weights of one that it does not read would be left out when a folder is loaded, and numbers be others."""
+    text = hf_card.PORTABLE.read_text(encoding="utf-8")
+
+    def unread(kind: Any) -> set[str]:
+        return {field.name for field in dataclasses.fields(kind) if f'"{field.name}"' not in text}
+
+    # the config of transformers has the first two; initial weights are replaced
+    assert unread(ModelConfig) == {"vocab_size", "tied", "init_std"}
+    for name in hf_card.METHODS:
+        options = unread(registry.method(name).Options)
+        # what is skipped is below rounding; options of scaling are refused
+        assert options == {"stick_breaking": {"epsilon"}}.get(name, set()) or (name == "rope" and "scaling" in options)
 
 
 def test_the_module_imports_nothing_of_sbeval() -> None:

@@ -690,7 +690,13 @@ def windowed(
 
 
 def test_a_document_begins_with_one_bos(config: Config, odd_models: Any, tmp_path: Path, progress: Progress) -> None:
-    """Numbers of lm-eval 0.4.13's own HFLM, with and without the BOS that the tokenizer adds to its own."""
+    """Numbers of lm-eval 0.4.13's own HFLM, with and without the BOS that the tokenizer adds to its own.
+
+    With one BOS HFLM gives 9287.5135 and 2.9145554, and so do transformers alone in windows written by hand. The
+    4.793230 bits per byte once noted beside this perplexity are of another model: none of the tiny ones gives them, on
+    any document, pair or whole of their texts, in windows of 16 to 128, with no, one or two tokens in front, per
+    byte, character, word or token.
+    """
     model = odd_models.write(tmp_path / "begins", tokenizer=odd_models.byte_level(begin=True))
     corpus = odd_models.corpus(tmp_path / "corpus")
     once = windowed(config, model, corpus, progress)

@@ -159,7 +159,8 @@ def test_validation_chooses_the_rate_and_every_rate_has_its_row(
 def test_the_best_rate_solves_most_then_in_the_fewest_tokens() -> None:
     def tuned(lr: float, solved: dict[str, int], **held_out: float) -> Tuned:
         scores = {task: [(1, 0.0), (2, score)] for task, score in held_out.items()}
-        return Tuned(folder=Path(), lr=lr, tokens=9, copy_gain=0.0, scores=scores, solved_after=solved)
+        same: dict[str, Any] = {"folder": Path(), "tasks": tuple(held_out), "tokens": 9, "copy_gain": 0.0}
+        return Tuned(**same, lr=lr, scores=scores, solved_after=solved)
 
     none = tuned(1e-3, {}, a=0.9, b=0.9)
     one = tuned(2e-3, {"a": 5}, a=1.0, b=0.0)
@@ -167,6 +168,33 @@ def test_the_best_rate_solves_most_then_in_the_fewest_tokens() -> None:
     assert best([none, one], 9) is one and best([one, late], 9) is late and best([late, soon], 9) is soon
     assert best([tuned(1e-3, {}, a=0.1), tuned(2e-3, {}, a=0.2)], 9).lr == 2e-3
     assert best([tuned(2e-3, {}, a=0.1), tuned(1e-3, {}, a=0.1)], 9).lr == 1e-3
+
+
+def test_a_rate_that_diverges_is_not_chosen(
+    packed: Config, tmp_path: Path, solved_at: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved_at |= {"niah_single_2": [0.5]}
+    steps, trained = Trainer._step, list[float]()
+
+    def diverge(self: Trainer, at: int) -> Any:
+        trained.append(self.config.lr)
+        loss = steps(self, at)
+        return loss * float("nan") if self.config.lr in diverging and at == 2 else loss
+
+    diverging = [1e-2]
+    monkeypatch.setattr(Trainer, "_step", diverge)
+    two = dataclasses.replace(packed, finetune_lrs=(1e-3, 1e-2), tasks=("niah_single_2", "niah_single_1"))
+    two = dataclasses.replace(two, finetune_tasks=("niah_single_2",))
+    found = run(two, tmp_path)
+    # once, for both cells
+    assert trained.count(1e-2) == 3
+    rows = rows_of(found, tmp_path)
+    after = rows[rows["metric"] == "tokens_to_solve"].sort_values("finetune_lr")
+    assert after[["finetune_lr", "chosen", "ended"]].to_numpy().tolist() == [[1e-3, 1, "budget"], [1e-2, 0, "diverged"]]
+    assert set(rows[rows["metric"] == "score"]["ended"]) == {"budget", ""}
+    diverging.append(1e-3)
+    context = RunContext(results_dir=tmp_path / "none", device=CPU)
+    assert not scheduler.run(cells(two), context, preset="quick", console=Console(file=io.StringIO()))
 
 
 def test_the_gain_from_copying_is_that_before_fine_tuning(packed: Config, tmp_path: Path) -> None:

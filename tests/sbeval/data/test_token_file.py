@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,14 @@ def test_a_file_that_is_changed_while_it_is_open_is_named(change: str, path: Pat
     for part in (slice(49_000, None), slice(0, 10)):
         with pytest.raises(InputError, match=r"tokens\.npy was changed while it was in use: run .* to resume$"):
             tokens[part]
+
+
+def test_another_process_opens_the_file_again(path: Path) -> None:
+    tokens = TokenFile(path)
+    copy = pickle.loads(pickle.dumps(tokens))
+    del tokens
+    gc.collect()
+    assert copy[3:5].tolist() == [3, 4]
 
 
 def test_no_descriptor_is_left(path: Path) -> None:

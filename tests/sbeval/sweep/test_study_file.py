@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.sweep import study, study_file
+from sbeval.tables.published import RULER_TASKS
 from sbeval.tasks import attention_map, few_shot, length_gen, mqrar, needle
 from sbeval.training.text_model import TRAINING
 
@@ -73,17 +74,22 @@ def test_a_study_of_methods_has_whole_comparisons_whenever_it_is_stopped() -> No
 
 
 def test_the_study_of_retrieval_has_whole_comparisons_whenever_it_is_stopped() -> None:
-    (part,) = study_file.parts(
-        study_file.read("retrieval", ["needle.squad=dev.json", "needle.hotpot=dev.json"]),
-        lambda said: said or "float32",
-    )
-    cells = needle.cells(part.config)
+    def cells_of(*changes: str) -> list[needle.Cell]:
+        (part,) = study_file.parts(study_file.read("retrieval", changes), lambda said: said or "float32")
+        assert max(part.config.lengths) == 32 * 2048
+        return needle.cells(part.config)
+
+    cells = cells_of("needle.squad=dev.json")
     # all tasks of every method with one seed come before any with the next
-    assert [cell.seed for cell in cells] == [seed for seed in (0, 1, 2) for _ in range(8 * 13)]
-    assert {cell.config.finetune_recipe for cell in cells} == {"packed"} and max(part.config.lengths) == 32 * 2048
+    assert [cell.seed for cell in cells] == [seed for seed in (0, 1, 2) for _ in range(8 * 12)]
+    assert {cell.config.finetune_recipe for cell in cells} == {"packed"}
     # YaRN is of RoPE's models, each fine-tuned at three rates
     assert len({step for cell in cells for step in cell.tunings}) == 7 * 3 * 3
     assert all(len(cell.config.finetune_tasks) == 11 for cell in cells)
+    # qa_2, which does not fit the training length, is of the same models
+    last = cells_of("needle.hotpot=dev.json", "needle.tasks=qa_2", "needle.lengths=[4096, 65536]")
+    assert {cell.task for cell in (*cells, *last)} == set(RULER_TASKS)
+    assert [cell.tunings[0].schedule() for cell in last] == [cell.tunings[0].schedule() for cell in cells[::12]]
 
 
 def test_the_study_of_the_readme_can_be_read(tmp_path: Path) -> None:

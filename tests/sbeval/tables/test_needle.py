@@ -33,6 +33,17 @@ def test_several_tasks_have_a_mean() -> None:
     assert [line[0] for line in cells([*rows, *other])] == ["rope"] * 3 + ["rope:theta=1"] * 3
 
 
+def test_tasks_may_have_other_lengths() -> None:
+    """As qa_2, which does not fit short ones."""
+    at = (("vt", 512), ("vt", 4096), ("qa_2", 4096))
+    rows = [row(task, length, metric, 0.5) for task, length in at for metric in ("score", "greedy")]
+    assert cells(rows) == [
+        ["rope", "qa_2", "", "0.50 (0.50)"],
+        ["rope", "vt", "0.50 (0.50)", "0.50 (0.50)"],
+        ["rope", "mean", "", "0.50 (0.50)"],
+    ]
+
+
 def test_how_a_task_was_learned_is_by_seed_at_the_chosen_rates() -> None:
     def learned(seed: int, lr: float, tokens: float, chosen: int, ended: str) -> dict[str, object]:
         changes = {"seed": seed, "finetune_lr": lr, "chosen": chosen, "ended": ended}

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from sbeval.runtime import trackers
 from sbeval.tables import privacy, provenance
+from sbeval.tables.results import Results
 from sbeval.tables.run_files import command_line
 
 RESULTS = Path(__file__).parents[3] / "results"
@@ -71,6 +73,38 @@ def test_a_run_file_and_its_command(tmp_path: Path) -> None:
     assert found["config"]["corpus"] == "~/my books" and found["provenance"]["tokenizer"] == "~/tok"
     # the shell expands ~/
     assert command_line(found["argv"]) == "sbeval length-gen --corpus ~/'my books' --address '***'"
+
+
+# what the page says of each entry of a run file
+SAID = {
+    "status": "status",
+    "reason": "why a cell failed",
+    "provenance": "commit of sbeval",
+    "config": "the whole configuration",
+    "argv": "the command line",
+    "versions": "versions of Python, NumPy, PyTorch, Triton and sbeval",
+    "host": "the operating system with the version of its kernel, the architecture and the number of CPUs",
+    "device": "name of the GPU, or `cpu` and the number of threads",
+    "corpus_digest": "digests of the text",
+    "wall_s": "seconds",
+    "tokens_per_s": "tokens per second",
+    "measured": "what else was measured",
+}
+
+
+def test_the_page_on_records_names_all_that_is_recorded_and_sent() -> None:
+    page = (RESULTS.parent / "docs" / "records.md").read_text()
+    origin = provenance.collect(
+        cell="c", preset="", corpus="", tokenizer="", train_tokens=0, dtype="float32", device="cpu", backend="torch"
+    )
+    record = provenance.run_record(config={}, provenance=origin, status="finished")
+    assert set(record) == set(SAID) and set(record["host"]) == {"platform", "machine", "cpus"}
+    assert [said for said in SAID.values() if said not in page] == []
+    assert all(f"--track {kind}:" in page for kind in trackers.PACKAGES)
+    results = Results(Path("results"))
+    for path in (results.runs, results.checkpoints, results.values("x").parent, results.curves("x").parent):
+        assert f"`{path}/" in page
+    assert f"`{results.answers('x').parent}/" in page and "samples" not in page
 
 
 def test_names_that_are_not_utf8_can_be_recorded(tmp_path: Path) -> None:
