@@ -9,6 +9,7 @@ import math
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from sbeval.errors import InputError
-from sbeval.runtime.files import locked, replacing, storing
+from sbeval.runtime.files import locked, remove_left, replacing, storing
 from sbeval.tables import csv_text
 from sbeval.tables.rows import SHARES, Identity, Measurement, Provenance, later
 
@@ -113,7 +114,11 @@ def _merge(path: Path, new: pd.DataFrame | None) -> None:
     for file in files:
         file.unlink()
     if _parts(path).exists():
-        _parts(path).rmdir()
+        # of writers that were killed
+        remove_left(_parts(path))
+        # a file of another program may be there
+        with suppress(OSError):
+            _parts(path).rmdir()
 
 
 def _parts(path: Path) -> Path:
