@@ -25,7 +25,7 @@ TABLE = "length_gen"
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *LENGTH_GEN.columns, "context_length")
 # perplexities that differ by more than this factor are drawn on a logarithmic axis, and panels end at this multiple of
 # the best method's last value: one that diverges would flatten all others
-WIDE, SHOWN = 4, 8
+WIDE, SHOWN = 4, 12
 # a line with more points than this has markers on some of them only
 MARKED = 12
 # default of sliding_window, which the table leaves out

@@ -1,12 +1,11 @@
 """Needles in haystacks: score by length, for each task and as their mean.
 
-Of models that were fine-tuned, a task has the lines of those that solved it at their training length; the others are
-named below the lines: what they score at other lengths says nothing about these. A mean is hollow where not all of its
-tasks were solved.
+Of models that were fine-tuned, a task has the lines of those that solved it at their training length; the others are in
+a strip below: what they score at other lengths says nothing about these. A mean is hollow where not all of its tasks
+were solved.
 """
 
 import math
-import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,8 +27,8 @@ TABLE = "needle"
 COLUMNS = ("cell", "value", "stderr", "n", "depth_start", *NEEDLE_COLUMNS)
 METRICS = {"score": "score of what is said", "greedy": "greedy decoding is right"}
 ACROSS = 4
-# letters of a line of the methods that did not solve a task
-LINE = 34
+# the middle of the strip of methods that did not solve a task
+STRIP = -0.14
 HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "linestyle": (0, (1, 2)), "linewidth": 1.0}
 
 
@@ -117,8 +116,9 @@ def _note(spreads: Iterable[pd.DataFrame], shape: str, parts: Iterable[Part]) ->
     lines = [intervals.explain(spreads, shape, "samples")]
     if any(part.short for part in parts):
         lines.append(
-            f"Not solved: less than {100 * SOLVED:.0f} % right at the training length after fine-tuning. Such models "
-            "have no line, and a mean is hollow where not all of its tasks are solved."
+            f"Strip below 0: methods that did not solve the task, with less than {100 * SOLVED:.0f} % right at the "
+            "training length after fine-tuning, and how many of their models did; such models have no line. A mean is "
+            "hollow where not all of its tasks were solved."
         )
     return " ".join(filter(None, lines))
 
@@ -182,14 +182,22 @@ def _lines(
         axis.axvline(length, color=style.MARK, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
     style.shares(axis)
     style.label(axis, "length (tokens)", "share" if first else "")
-    if apart := part.apart(looks):
-        said = f"not {'all ' if part.several else ''}solved: {', '.join(apart)}"
-        axis.text(
-            0.03,
-            0.04,
-            textwrap.fill(said, LINE),
-            transform=axis.transAxes,
-            fontsize=style.SMALL_PT - 1,
-            color=style.MARK,
-        )
+    if part.short:
+        _strip(axis, part, looks)
     return spreads
+
+
+def _strip(axis: Axes, part: Part, looks: dict[Method, Look]) -> None:
+    """Draw a strip below 0 with a hollow marker for each method that did not solve the task, or not in all models."""
+    axis.axhspan(STRIP - 0.08, STRIP + 0.08, color="0.95", linewidth=0, zorder=0)
+    axis.set_ylim(STRIP - 0.08, 1.03)
+    axis.set_yticks([tick for tick in axis.get_yticks() if 0 <= tick <= 1])
+    below = axis.get_yaxis_transform()
+    for place, (method, (done, of)) in enumerate((of, part.short[of]) for of in looks if of in part.short):
+        x, look = 0.06 + 0.125 * place, looks[method]
+        axis.plot(
+            [x], [STRIP], transform=below, color=look.colour, marker=look.marker, markersize=4, markerfacecolor="white",
+            linestyle="", label=f"not solved: {look.label}",
+        )  # fmt: skip
+        if done:
+            axis.text(x + 0.03, STRIP, f"{done}/{of}", transform=below, fontsize=4.5, va="center", color=style.MARK)

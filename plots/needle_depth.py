@@ -39,7 +39,8 @@ def draw(table: pd.DataFrame) -> Figure:
         first = axes[row][drawn.index(True) if any(drawn) else 0]
         first.tick_params(labelleft=True)
         style.label(first, first.get_xlabel(), "depth of the needle (%)")
-        style.title(axes[row][0], title)
+        # titles of panels have up to three lines
+        style.title(axes[row][0], title, above=32)
     colours = ScalarMappable(Normalize(0, 1), COLOURS)
     bar = figure.colorbar(colours, ax=[axis for line in axes for axis in line], fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=style.SMALL_PT)
@@ -84,7 +85,7 @@ def _mean_of(table: pd.DataFrame) -> str:
 def _title(some: pd.DataFrame, label: str) -> str:
     """Name a method, with how many of its models are shown where not all solved their task."""
     models = some.drop_duplicates(["seed", "task"])["solved"]
-    return label if models.all() else f"{label} ({int(models.sum())} of {len(models)} solved)"
+    return label if models.all() else f"{label} ({int(models.sum())}/{len(models)} solved)"
 
 
 def _pivot(some: pd.DataFrame) -> pd.DataFrame:
@@ -98,7 +99,7 @@ def _map(axis: Axes, some: pd.DataFrame, label: str) -> bool:
     """Draw the map of one method; return whether there is one."""
     axis.grid(False)
     if not some.empty:
-        style.subtitle(axis, _title(some, label))
+        style.subtitle(axis, _title(some, label).replace(" (", "\n("))
     some = some[some["solved"]]
     if some.empty:
         axis.set_axis_off()

@@ -231,17 +231,17 @@ def label(axis: Axes, x: str, y: str) -> None:
     axis.set_ylabel(y, fontsize=TEXT_PT)
 
 
-def title(axis: Axes, text: str) -> None:
-    """Write the title of a row of panels above its first, wrapped to the width of the figure."""
+def title(axis: Axes, text: str, above: float = 16) -> None:
+    """Write the title of a row of panels above its first, by so many points, wrapped to the width of the figure."""
     # about 15 bold letters fit an inch; the labels of the axes take one inch
     lines = textwrap.wrap(text, round(15 * (axis.figure.bbox.width / axis.figure.dpi - 1)))
     # reserves the height; the layout would move neighbouring panels apart for the text itself
-    axis.set_title("\n".join(" " for _ in lines), loc="left", fontsize=TEXT_PT, pad=16)
+    axis.set_title("\n".join(" " for _ in lines), loc="left", fontsize=TEXT_PT, pad=above)
     axis.annotate(
         "\n".join(lines),
         (0.0, 1.0),
         xycoords="axes fraction",
-        xytext=(0, 16),
+        xytext=(0, above),
         textcoords="offset points",
         fontsize=TEXT_PT,
         fontweight="bold",

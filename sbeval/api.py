@@ -195,16 +195,22 @@ class _Logits:
 
 
 @overload
-def draw(table: pd.DataFrame, *, figure: str | None = None) -> "Figure": ...
+def draw(table: pd.DataFrame, *, figure: str | None = None, results_dir: str | Path | None = None) -> "Figure": ...
 @overload
 def draw(table: pd.DataFrame, *, figure: str | None = None, x: str | None = None, axes: "Axes") -> "Axes": ...
 def draw(
-    table: pd.DataFrame, *, figure: str | None = None, x: str | None = None, axes: "Axes | None" = None
+    table: pd.DataFrame,
+    *,
+    figure: str | None = None,
+    results_dir: str | Path | None = None,
+    x: str | None = None,
+    axes: "Axes | None" = None,
 ) -> "Figure | Axes":
     """Draw a result table and return the matplotlib Figure; with `axes`, draw one panel into them and return them.
 
-    figure: a name of `sbeval plot`, with `_`; by default that of the table's family. x: with axes, the column of the x
-    axis, for rows of one metric; by default what the family is about: `context_length`, `kv_pairs` or `length`.
+    figure: a name of `sbeval plot`, with `_`; by default that of the table's family. results_dir: the folder that the
+    table is from, for figures of curves, or of values behind the rows, which are beside it. x: with axes, the column of
+    the x axis, for rows of one metric; by default what the family is about: `context_length`, `kv_pairs` or `length`.
     """
     from sbeval.plots import style
 
@@ -212,7 +218,12 @@ def draw(
         raise InputError("the table has no rows to draw")
     table = style.named(table)
     name = figure or str(table["family"].iloc[0])
-    return registry.figure(name).draw(table) if axes is None else _panel(table, name, x, axes)
+    if axes is not None:
+        return _panel(table, name, x, axes)
+    drawn = registry.figure(name)
+    if hasattr(drawn, "gather") and results_dir is None:
+        raise InputError(f"figure {name!r} is also drawn from files beside the table: give its results_dir")
+    return drawn.draw(table if results_dir is None else registry.gather(name, table, Path(results_dir)))
 
 
 def _panel(table: pd.DataFrame, family: str, x: str | None, axes: "Axes") -> "Axes":
@@ -244,7 +255,10 @@ def _selected(table: pd.DataFrame, family: str) -> tuple[pd.DataFrame, str]:
         return rows[(rows["split"] == "all") & (rows["metric"] == "accuracy")], "kv_pairs"
     if family == "needle":
         scores = selection.needle_scores(table)
-        return selection.mean_over_tasks(scores[scores["metric"] == "score"]).assign(metric="score"), "length"
+        means = selection.mean_over_tasks(scores[scores["metric"] == "score"]).assign(metric="score")
+        if means.empty:
+            raise InputError("there is no length at which a method has all tasks: select tasks, or give x")
+        return means, "length"
     raise InputError(f"give the column of the x axis: a table of {family!r} has several that could be it")
 
 

@@ -179,19 +179,19 @@ def _hopper(device: torch.device) -> tuple[str, ...]:
     try:
         stick_breaking.attention(q, q, q, backend="triton-hopper")[0].sum().backward()
         runs = "yes"
-    except errors as error:
+    except _kernel_errors() as error:
         runs = f"no: {first_line(error)}"
     return "stick_breaking", "triton-hopper", runs
 
 
 def _kernel_errors() -> tuple[type[Exception], ...]:
-    """Return what is raised if a kernel does not compile or fit, or a compiler is missing."""
+    """Return what is raised if a kernel does not compile or fit, does not serve a device, or lacks a compiler."""
+    kinds: tuple[type[Exception], ...] = (InputError, RuntimeError, ImportError, OSError)
     try:
-        triton = importlib.import_module("triton.errors")
+        # not a RuntimeError
+        return *kinds, importlib.import_module("triton.errors").TritonError
     except ImportError:
-        return RuntimeError, ImportError, OSError
-    # not a RuntimeError
-    return RuntimeError, ImportError, OSError, triton.TritonError
+        return kinds
 
 
 def _package(module: str, name: str, use: str) -> tuple[str, ...]:

@@ -223,6 +223,8 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
     rows = rows[rows["task"].isin(tasks)]
     means = selection.mean_over_tasks(rows)
     samples = intervals.samples(means, Scale.SHARE)
+    if not {STICK, ROPE} <= samples.keys():
+        raise InputError("there is no length past the training length at which both have the same tasks")
     # prompts of a task and length are the same for all methods
     shown = rows.merge(means[["attention", "options", "seed", "length"]].drop_duplicates())
     joint = pairs.of_methods(shown, ROPE, Stored(evidence.values), ["task", "length"])

@@ -179,10 +179,10 @@ def test_perplexities_far_apart_are_drawn_logarithmically(last: float, scale: st
 
 def test_a_method_that_is_lost_leaves_the_panel_and_is_named() -> None:
     last = 50.0
-    figure = length_gen.draw(table(cell("alibi"), cell("rope", (45, 44, 46, 399)), cell("nope", (45, 44, 46, 9000))))
-    assert figure.axes[0].get_ylim()[1] == pytest.approx(8 * last)
+    figure = length_gen.draw(table(cell("alibi"), cell("rope", (45, 44, 46, 599)), cell("nope", (45, 44, 46, 9000))))
+    assert figure.axes[0].get_ylim()[1] == pytest.approx(12 * last)
     assert note(figure).endswith("NoPE leaves the panels.")
-    both = length_gen.draw(table(cell("alibi"), cell("rope", (45, 44, 46, 500)), cell("nope", (45, 44, 46, 9000))))
+    both = length_gen.draw(table(cell("alibi"), cell("rope", (45, 44, 46, 700)), cell("nope", (45, 44, 46, 9000))))
     assert note(both).endswith("RoPE, NoPE leave the panels.")
     inside = length_gen.draw(table(cell("alibi"), cell("rope", (45, 44, 46, 390), stderr=1.0)))
     assert inside.axes[0].get_ylim()[1] > 390 and "leave" not in note(inside)

@@ -117,6 +117,26 @@ def test_draw_draws_a_figure_or_a_panel(folder: str, family: str) -> None:
     assert all(np.size(line.get_xdata()) for line in axes.get_lines())
 
 
+@pytest.mark.parametrize(
+    ("folder", "family", "figure"),
+    [("which-stick-breaking", "length_gen", "fixed_targets"), ("quick", "mqrar", "recall_curves")],
+)
+def test_a_figure_of_files_beside_the_table_needs_its_folder(folder: str, family: str, figure: str) -> None:
+    where = ROOT / "results" / folder
+    table = sbeval.load_results(where)[family]
+    with pytest.raises(InputError, match=f"figure '{figure}' is also drawn from files .*: give its results_dir"):
+        sbeval.draw(table, figure=figure)
+    lines = [line for axes in sbeval.draw(table, figure=figure, results_dir=where).axes for line in axes.get_lines()]
+    assert {"stick_breaking", "rope"} <= set(table["attention"]) and "RoPE" in {line.get_label() for line in lines}
+
+
+def test_tasks_of_needles_without_a_length_in_common_have_no_mean() -> None:
+    table = sbeval.load_results(ROOT / "results")["needle"]
+    apart = (table["task"] == "vt") & (table["length"] == 1024) | (table["task"] != "vt") & (table["length"] == 2048)
+    with pytest.raises(InputError, match="no length at which a method has all tasks"):
+        sbeval.draw(table[apart], axes=Figure().subplots())
+
+
 def test_a_panel_of_needles_is_of_what_is_said() -> None:
     table = sbeval.load_results(ROOT / "results")["needle"]
     axes = sbeval.draw(table, axes=Figure().subplots())

@@ -204,6 +204,13 @@ def test_retrieval(
     assert found.verdict == verdict and reason in found.reason and "at 4096, 8192 tokens" in found.found
 
 
+def test_tasks_at_other_lengths_decide_nothing(frame: Tables) -> None:
+    table = needles(frame, 0.5, 0.1)
+    apart = table[(table["task"] == "vt") == (table["length"] == 4096)]
+    with pytest.raises(InputError, match="no length past the training length at which both have the same tasks"):
+        language.retrieval(apart, Evidence({}))
+
+
 def tuned(frame: Tables, ended: dict[str, str], seeds: int = 3) -> pd.DataFrame:
     """Scores of models that were fine-tuned, by their method and task, such as `rope vt`, solved or not."""
     found = pd.concat([needles(frame, 0.6, 0.2, finetune_tokens=10**8, seed=seed) for seed in range(seeds)])
