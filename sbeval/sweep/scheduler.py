@@ -226,7 +226,7 @@ def run(
         raise InputError(f"--device {context.device}: a Ray task sees only the GPU that Ray assigns; give cuda or cpu")
     for folder in (context.results.runs, context.results.checkpoints):
         files.prepare(folder)
-    for folder in (context.results_dir, context.results.runs, context.results.locks):
+    for folder in context.results.written:
         files.remove_left(folder)
     families = dict.fromkeys(cell.family for cell in cells)
     presets = dict.fromkeys(families, preset) if isinstance(preset, str) else preset

@@ -39,6 +39,11 @@ class Results:
         return self.folder / "curves" / f"{cell}.parquet"
 
     @property
+    def written(self) -> tuple[Path, ...]:
+        """Return the folders into which files are written under temporary names, which killed processes leave."""
+        return (self.folder, self.runs, self.values("").parent, self.curves("").parent, self.locks)
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 

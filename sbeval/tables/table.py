@@ -114,8 +114,9 @@ def _merge(path: Path, new: pd.DataFrame | None) -> None:
     for file in files:
         file.unlink()
     if _parts(path).exists():
-        # what a killed process left
+        # of writers that were killed
         remove_left(_parts(path))
+        # a file of another program may be there
         with suppress(OSError):
             _parts(path).rmdir()
 
