@@ -4,7 +4,8 @@ The targets are the last tokens of each long window. Perplexity over the first l
 falls where a text's beginning is harder than its rest; here only the context changes.
 
 Two panels a setting: the loss, and beside it the change of the loss from that with the training length of context, past
-that length. The change is paired by document, so what all documents have in common is not in its interval.
+that length. The change is paired by document: its band has no part of what makes one document harder than another, by
+which the losses of all methods vary together. So losses have bands only where no change can be drawn.
 """
 
 from pathlib import Path
@@ -73,13 +74,14 @@ def draw(rows: pd.DataFrame) -> Figure:
         style.title(of_row[0], title)
         for axis, (y, of) in zip(of_row, panels.items(), strict=False):
             points = intervals.points(of, ["x"])
-            beyond |= dict.fromkeys(_lines(axis, points, looks, _top(y, of)))
+            last = y == [*panels][-1]
+            beyond |= dict.fromkeys(_lines(axis, points, looks, _top(y, of), bands=last))
             train_len = int(of["train_len"].iloc[0])
             style.octaves(axis, of["x"].min(), of["x"].max(), train_len, most=6)
             style.training_length(axis, train_len)
             style.label(axis, X, y)
             style.subtitle(axis, NAMES[y])
-            spreads.append(points)
+            spreads += [points] if last else []
         if len(panels) < len(of_row):
             of_row[-1].set_axis_off()
     cut = f" {', '.join(beyond)} {'leaves' if len(beyond) == 1 else 'leave'} the panels." if beyond else ""
@@ -94,8 +96,8 @@ def _top(y: str, rows: pd.DataFrame) -> float:
     return min(best + SHOWN[y], float(rows["value"].max()) + 0.1 * SHOWN[y])
 
 
-def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, style.Look], top: float) -> list[str]:
-    """Draw a line and a band for each method, up to `top`; return the labels of those that leave the panel."""
+def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, style.Look], top: float, *, bands: bool) -> list[str]:
+    """Draw a line and, if `bands`, a band for each method, up to `top`; return the labels of those that leave it."""
     beyond = []
     low = float("inf")
     for method, look in looks.items():
@@ -103,12 +105,13 @@ def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, style.Look], to
             continue
         axis.plot(mine["x"], mine["mean"], label=look.label, **look.line())
         inside = mine["mean"].max() <= top
-        if inside:
+        if inside and bands:
             axis.fill_between(mine["x"], mine["low"], mine["high"], color=look.colour, alpha=0.2, linewidth=0)
+        if inside:
             style.seeds(axis, mine["x"], mine, look)
         else:
             beyond.append(look.label)
-        low = min(low, float(mine["low" if inside else "mean"].min()))
+        low = min(low, float(mine["low" if inside and bands else "mean"].min()))
     axis.set_ylim(low - 0.05 * (top - low), top)
     return beyond
 

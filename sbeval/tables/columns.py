@@ -176,7 +176,7 @@ METRICS: dict[str, dict[str, str]] = {
         "filled": "Tokens of prompt and answer over `length`.",
         "tokens_to_solve": "Tokens of fine-tuning until `greedy` was 0.95 on held-out prompts of the training length; "
         "finetune_tokens where it never did (`ended` is `budget`).",
-        "held_out": "`greedy` on those prompts at the end of fine-tuning.",
+        "held_out": "`greedy` on those prompts at the last validation of fine-tuning.",
     },
     "diagnostics": {
         "copy_gain": "Loss on random tokens minus loss on the same tokens repeated right after them.",
