@@ -87,7 +87,10 @@ def counts(total: int, tasks: Sequence[str], longest: int, needles: int) -> dict
 
     In proportion to how often they are drawn: half the length is drawn twice as often.
     """
-    of_kind = {kind: share for kind, share in zip(kinds(needles), (MANY / 2, MANY / 2, 1 - MANY), strict=True)}
+    of_kind: dict[Kind, float] = {}
+    for kind, share in zip(kinds(needles), (MANY / 2, MANY / 2, 1 - MANY), strict=True):
+        # with one needle the last two kinds are the same
+        of_kind[kind] = of_kind.get(kind, 0.0) + share
     levels = {length: 2**level for level, length in enumerate(lengths(longest))}
     unit = total / len(tasks) / sum(levels.values())
     found: dict[tuple[str, int, Kind], int] = {}
