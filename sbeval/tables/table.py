@@ -114,9 +114,8 @@ def _merge(path: Path, new: pd.DataFrame | None) -> None:
     for file in files:
         file.unlink()
     if _parts(path).exists():
-        # of writers that were killed
+        # what a killed process left; a file of another program stays
         remove_left(_parts(path))
-        # a file of another program may be there
         with suppress(OSError):
             _parts(path).rmdir()
 

@@ -289,21 +289,6 @@ def test_a_part_of_a_table_that_was_removed_does_not_hide_new_rows(tmp_path: Pat
     assert 9.0 in set(table.read(path)["value"])
 
 
-def test_what_a_killed_writer_left_among_the_parts_is_removed(tmp_path: Path) -> None:
-    """And what another program put there stays; neither stops a run."""
-    path = tmp_path / "toy.csv"
-    for cell in ("a", "b"):
-        table.keep(path, rows(cell, seed=ord(cell)))
-    parts = tmp_path / "parts" / "toy"
-    (parts / f".c.csv.{'0' * 32}.tmp").write_text("half a")
-    table.assemble(path)
-    assert not parts.exists() and sorted(set(table.read(path)["cell"])) == ["a", "b"]
-    table.keep(path, rows("b", (9.0,), seed=99))
-    (parts / ".DS_Store").touch()
-    table.assemble(path)
-    assert [one.name for one in parts.iterdir()] == [".DS_Store"] and 9.0 in set(table.read(path)["value"])
-
-
 def test_a_damaged_part_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "toy.csv"
     table.keep(path, rows("a"))
