@@ -108,7 +108,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
             object.__setattr__(self.config, "checkpoint_seconds", 0.0)
 
     monkeypatch.setattr(drawn, "Trainer", Eager)
-    monkeypatch.setattr("sbeval.report.figures.draw_figures", lambda *_, **__: [])
+    monkeypatch.setattr("sbeval.sweep.study.draw_figures", lambda *_, **__: [])
     monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e10)
 
 

@@ -272,7 +272,7 @@ def command(*arguments: object) -> tuple[object, str]:
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", ["sbeval", *map(str, arguments)])
-        patch.setattr("sbeval.report.figures.draw_figures", lambda *_, **__: [])
+        patch.setattr("sbeval.sweep.study.draw_figures", lambda *_, **__: [])
         patch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e10)
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             main.main()
