@@ -98,7 +98,7 @@ def test_results_are_their_tables() -> None:
     assert results.run_file(cells.iloc[0])["config"]
     losses = results.curves(cells)
     assert set(losses["cell"]) == set(cells) and {"loss", "validation_accuracy"} <= set(losses["metric"])
-    assert list(results.unit_values(cells).columns) == ["cell", "metric", "unit_id", "value"]
+    assert list(results.unit_values(cells).columns)[:4] == ["cell", "metric", "unit_id", "value"]
     with pytest.raises(KeyError, match="no table 'nothing'; it has: .*length_gen"):
         results["nothing"]
     with pytest.raises(InputError, match="no results folder nowhere"):
