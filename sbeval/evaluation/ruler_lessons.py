@@ -16,8 +16,6 @@ The loss of a step is the mean over tokens of answers plus `rest` times the mean
 drawn with replacement from a store, which the seed of the model does not change: methods and seeds share it.
 """
 
-import io
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +27,12 @@ import torch
 from sbeval.config import IGNORE, digest_of
 from sbeval.data.dataloader import WeightedBatch
 from sbeval.data.tokenizer import Ids
-from sbeval.errors import InputError, first_line
+from sbeval.errors import InputError
 from sbeval.evaluation import ruler_tasks
 from sbeval.evaluation.ruler_prompts import FORMAT, GROUP, Writer, fit
 from sbeval.evaluation.ruler_tasks import Sample, Setting
-from sbeval.runtime.files import locked, replacing
-from sbeval.runtime.seals import is_intact, seal
+from sbeval.runtime import seals
+from sbeval.runtime.files import locked
 
 # the fewest tokens of a lesson
 SHORTEST = 256
@@ -114,7 +112,7 @@ class Store:
         """Return those of the first `count` lessons that fit in `length` tokens, with as many needles as fit."""
         path = self.path(task, length, kind, count)
         with locked(path):
-            if is_intact(path):
+            if seals.is_intact(path):
                 advance(count)
                 return _read(path)
             found: list[Lesson] = []
@@ -175,27 +173,21 @@ def _impossible(least: int) -> InputError:
 
 
 def _keep(path: Path, lessons: Sequence[Lesson]) -> None:
-    packed, empty = io.BytesIO(), np.zeros(0)
-    np.savez(
-        packed,
+    empty = np.zeros(0)
+    seals.keep_arrays(
+        path,
         tokens=np.concatenate([lesson.tokens for lesson in lessons]) if lessons else empty,
         answered=np.concatenate([lesson.answered for lesson in lessons]) if lessons else empty,
         ends=np.cumsum([len(lesson.tokens) for lesson in lessons], dtype=np.int64),
     )
-    with replacing(path) as temporary:
-        temporary.write_bytes(packed.getbuffer())
-        seal(path, temporary)
 
 
 def _read(path: Path) -> list[Lesson]:
-    try:
-        with np.load(io.BytesIO(path.read_bytes())) as stored:
-            ends = stored["ends"]
-            if not len(ends):
-                return []
-            tokens, answered = np.split(stored["tokens"], ends[:-1]), np.split(stored["answered"], ends[:-1])
-    except (ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} can't be read: {first_line(error)}; remove it to write the lessons again") from None
+    with seals.arrays(path, "lessons") as stored:
+        ends = stored["ends"]
+        if not len(ends):
+            return []
+        tokens, answered = np.split(stored["tokens"], ends[:-1]), np.split(stored["answered"], ends[:-1])
     return [Lesson(tokens=ids, answered=mask) for ids, mask in zip(tokens, answered, strict=True)]
 
 

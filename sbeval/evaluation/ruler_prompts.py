@@ -4,9 +4,7 @@ tokens(BOS if the tokenizer has one, prompt with the beginning of the answer) + 
 """
 
 import functools
-import io
 import json
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +15,12 @@ import torch
 from sbeval.config import IGNORE, digest_of
 from sbeval.data.dataloader import Batch
 from sbeval.data.tokenizer import Ids, Tokenizer
-from sbeval.errors import InputError, first_line
+from sbeval.errors import InputError
 from sbeval.evaluation import ruler_tasks
 from sbeval.evaluation.ruler_tasks import Draft, Sample, Setting
 from sbeval.evaluation.ruler_texts import Sources, Tables
-from sbeval.runtime.files import locked, replacing
-from sbeval.runtime.seals import is_intact, seal
+from sbeval.runtime import seals
+from sbeval.runtime.files import locked
 from sbeval.tables.published import LONGEST
 
 # version of the prompts: raise it with any change of their text
@@ -69,7 +67,7 @@ class Writer:
         """
         path = self.path(task, length, seed, use)
         with locked(path):
-            prompts = _read(path) if is_intact(path) else []
+            prompts = _read(path) if seals.is_intact(path) else []
             if len(prompts) < count:
                 prompts += self._write(task, range(len(prompts), count), length, seed, use, advance)
                 _store(path, prompts)
@@ -216,29 +214,21 @@ def _underfilled(task: str, length: int, budget: int, training: bool, most: int)
 
 def _store(path: Path, prompts: Sequence[Prompt]) -> None:
     meta = json.dumps([(prompt.references, prompt.depth) for prompt in prompts]).encode()
-    # in memory first: on a disk that fills, zipfile hides why
-    packed = io.BytesIO()
-    np.savez(
-        packed,
+    seals.keep_arrays(
+        path,
         meta=np.frombuffer(meta, np.uint8),
         tokens=np.concatenate([prompt.tokens for prompt in prompts]),
         answers=np.concatenate([prompt.answer for prompt in prompts]),
         ends=np.cumsum([len(prompt.tokens) for prompt in prompts]),
         answer_ends=np.cumsum([len(prompt.answer) for prompt in prompts]),
     )
-    with replacing(path) as temporary:
-        temporary.write_bytes(packed.getbuffer())
-        seal(path, temporary)
 
 
 def _read(path: Path) -> list[Prompt]:
-    try:
-        with np.load(io.BytesIO(path.read_bytes())) as stored:
-            tokens = np.split(stored["tokens"], stored["ends"][:-1])
-            answers = np.split(stored["answers"], stored["answer_ends"][:-1])
-            meta = json.loads(stored["meta"].tobytes())
-    except (ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} can't be read: {first_line(error)}; remove it to write the prompts again") from None
+    with seals.arrays(path, "prompts") as stored:
+        tokens = np.split(stored["tokens"], stored["ends"][:-1])
+        answers = np.split(stored["answers"], stored["answer_ends"][:-1])
+        meta = json.loads(stored["meta"].tobytes())
     return [
         Prompt(tokens=ids, answer=answer, references=tuple(references), depth=depth)
         for ids, answer, (references, depth) in zip(tokens, answers, meta, strict=True)

@@ -62,12 +62,12 @@ class Untyped:
     layout = None
 
 
-class Value:
-    """A tensor in registers."""
+class Held:
+    """A tensor in some memory."""
 
     type = Untyped
 
-    def __init__(self, t: Tensor) -> None:
+    def __init__(self, t: Any) -> None:
         self.t = t
 
     @property
@@ -76,7 +76,13 @@ class Value:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.t.dtype
+        return self.t.dtype  # type: ignore[no-any-return]
+
+
+class Value(Held):
+    """A tensor in registers."""
+
+    t: Tensor
 
     def reshape(self, shape: Sequence[int]) -> "Value":
         return Value(self.t.reshape(shape))
@@ -167,21 +173,8 @@ class Barrier:
                 raise RuntimeError("nobody came to a barrier")
 
 
-class Shared:
+class Shared(Held):
     """Shared memory: a tensor, or barriers."""
-
-    type = Untyped
-
-    def __init__(self, t: Any) -> None:
-        self.t = t
-
-    @property
-    def shape(self) -> list[int]:
-        return list(self.t.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.t.dtype  # type: ignore[no-any-return]
 
     def index(self, i: int) -> "Shared":
         return Shared(self.t[int(i)])
