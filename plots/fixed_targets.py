@@ -48,14 +48,14 @@ def _paired(stored: pd.DataFrame, rows: pd.DataFrame) -> "pd.Series[float]":
     found = pd.Series(float("nan"), rows.index)
     if stored.empty or "targets" not in stored:
         return found
-    train_len = int(rows["train_len"].iloc[0])
-    for index, targets, length in rows[["targets", "context_length"]].itertuples(name=None):
-        here, there, tokens = (
-            documents.sums(stored, name, targets=targets, context_length=at)
-            for name, at in (("nll_sum", length), ("nll_sum", train_len), ("tokens", length))
-        )
-        if len(here) and len(there) and here.shape[1] > 1:
-            found[index] = ((here - there) / tokens).sem(axis=1).iloc[0]
+    for targets, of in rows.groupby("targets"):
+        there = documents.sums(stored, "nll_sum", targets=targets, context_length=int(of["train_len"].iloc[0]))
+        for index, length in of[["context_length"]].itertuples(name=None):
+            here, tokens = (
+                documents.sums(stored, name, targets=targets, context_length=length) for name in ("nll_sum", "tokens")
+            )
+            if len(here) and len(there) and here.shape[1] > 1:
+                found[index] = ((here - there) / tokens).sem(axis=1).iloc[0]
     return found
 
 
@@ -84,8 +84,8 @@ def draw(rows: pd.DataFrame) -> Figure:
             spreads += [points] if last else []
         if len(panels) < len(of_row):
             of_row[-1].set_axis_off()
-    cut = f" {', '.join(beyond)} {'leaves' if len(beyond) == 1 else 'leave'} the panels." if beyond else ""
-    note = style.with_caution(intervals.explain(spreads, "bands", "documents") + cut, rows, looks)
+    note = intervals.explain(spreads, "bands", "documents") + style.leaving(beyond)
+    note = style.with_caution(note, rows, looks)
     style.finish(figure, [*(look.handle() for look in looks.values()), style.training_length_handle()], note)
     return figure
 

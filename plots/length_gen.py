@@ -122,8 +122,7 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
         style.label(line[0], "", scale.y)
     for below in zip(*axes, strict=True):
         next(axis for axis in reversed(below) if axis.axison).set_xlabel(scale.x, fontsize=style.TEXT_PT)
-    cut = f" {', '.join(beyond)} {'leaves' if len(beyond) == 1 else 'leave'} the panels." if beyond else ""
-    note = intervals.explain(spreads, "bands", "documents") + cut
+    note = intervals.explain(spreads, "bands", "documents") + style.leaving(beyond)
     looks = _names(columns)
     handles = [*(look.handle() for look in looks.values()), style.training_length_handle()]
     style.finish(figure, handles, style.with_caution(note, table, looks))

@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,6 +170,11 @@ def methods(rows: pd.DataFrame, looks: dict[Method, Look]) -> dict[Method, Look]
     """Return the looks of the methods that rows have."""
     present = _methods(rows)
     return {of: look for of, look in looks.items() if of in present}
+
+
+def leaving(labels: Collection[str]) -> str:
+    """Name in a note the lines that leave their panels, if any."""
+    return f" {', '.join(labels)} {'leaves' if len(labels) == 1 else 'leave'} the panels." if labels else ""
 
 
 def with_caution(note: str, rows: pd.DataFrame, looks: dict[Method, Look]) -> str:

@@ -43,6 +43,7 @@ def draw_figures(
     name or format, a table that cannot be read, no table at all and, for a named figure, no table or, if `required`,
     none of its rows.
     """
+    conditions = tuple(where)
     chosen = [choose("format", name, (*FORMATS, "html")) for name in formats]
     modules = {name: registry.figure(name) for name in names or registry.FIGURES}
     tables = dict.fromkeys(Results(results_dir).table(module.TABLE) for module in modules.values())
@@ -59,11 +60,13 @@ def draw_figures(
             say(f"{name}: skipped, no table {path}")
             continue
         table = read(path, required=module.COLUMNS)
-        if not names and not registry.has_rows(name, registry.gather(name, table, results_dir)):
+        rows = None if names else registry.gather(name, table, results_dir)
+        if rows is not None and not registry.has_rows(name, rows):
             continue
-        table = _selected(table, path, where)
+        selected = _selected(table, path, conditions)
         try:
-            rows = registry.gather(name, table, results_dir)
+            if rows is None or conditions:
+                rows = registry.gather(name, selected, results_dir)
             files += _draw(name, rows, folder, [suffix for suffix in chosen if suffix in FORMATS])
             if "html" in chosen:
                 files.append(_write_page(module, rows, folder / f"{name}.html"))
