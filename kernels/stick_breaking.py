@@ -507,7 +507,7 @@ class Options:
 
 
 def initial_bias(start: float | str, heads: int) -> Tensor:
-    """Return the initial logit bias of each head (H,): the same number, or with `spread` logits of 2^-1 ... 2^-10."""
+    """Return the initial logit offset of each head (H,): the same number, or with `spread` logits of 2^-1 ... 2^-10."""
     if not isinstance(start, str):
         return torch.full((heads,), start)
     if heads < 2:
