@@ -15,6 +15,8 @@ from sbeval.tables.statistics import Interval, Joint, Method, Sample, Scale
 FEW = 3
 # metrics that are shares of units
 SHARES = ("accuracy", "validation_accuracy", "error_rate", "score", "greedy", "filled")
+# the values of the columns of a group
+Key = tuple[Any, ...]
 # columns of `points`; `each`: the values of the seeds
 COLUMNS = ("mean", "low", "high", "seeds", "units", "each")
 
@@ -44,9 +46,10 @@ def points(rows: pd.DataFrame, by: Sequence[str], scale: Scale = Scale.LINEAR) -
 
     `rows` are those of one setting: the seeds' standard deviation is pooled over its methods, for each value of `by`.
     """
-    lines = []
-    for key, of_key in grouped(rows, by, scale).items():
-        for of, interval in intervals(of_key, scale).items():
+    lines, of_keys = [], grouped(rows, by, scale)
+    for key, found in curves(of_keys, scale).items():
+        of_key = of_keys[key]
+        for of, interval in found.items():
             drawn = [back(value, scale) for value in (interval.mean, interval.low, interval.high)]
             each = tuple(back(value, scale) for value in of_key[of].values.tolist())
             lines.append([*of, *key, *drawn, len(each), interval.units, each])
@@ -56,10 +59,26 @@ def points(rows: pd.DataFrame, by: Sequence[str], scale: Scale = Scale.LINEAR) -
 
 def intervals(of: Mapping[Method, Sample], scale: Scale = Scale.LINEAR) -> dict[Method, Interval]:
     """Return the interval of each method of a setting, on the scale of its sample."""
-    if scale is Scale.SHARE:
-        return {method: statistics.share(sample) for method, sample in of.items()}
-    spreads = statistics.spreads(of)
-    return {method: statistics.interval(sample, spreads[method]) for method, sample in of.items()}
+    return curves({(): of}, scale)[()]
+
+
+def curves(
+    points: Mapping[Key, Mapping[Method, Sample]], scale: Scale = Scale.LINEAR
+) -> dict[Key, dict[Method, Interval]]:
+    """Return the interval of each method at each point of its curve, on the scale of its sample.
+
+    Which methods keep a standard deviation of their own is decided once for all points, so that no band changes its
+    width in the middle.
+    """
+    apart = statistics.outlying(points.values())
+    found = {}
+    for key, of in points.items():
+        spreads = statistics.spreads(of, apart)
+        found[key] = {
+            method: statistics.share(sample) if scale is Scale.SHARE else statistics.interval(sample, spreads[method])
+            for method, sample in of.items()
+        }
+    return found
 
 
 def differences(
