@@ -48,6 +48,8 @@ VARIANTS = (
     ("stick_breaking", "remainder=bias,head_norm=true"),
     ("stick_breaking", "remainder=none,qkv_bias=true"),
     ("stick_breaking", "remainder=none,logit_bias=spread"),
+    ("stick_breaking", "logit_bias=spread"),
+    ("stick_breaking", "remainder=none,init_std=0.02"),
 )
 # options that legends name in words
 WORDS = {

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -88,12 +88,13 @@ def differences(
     *,
     same_units: bool = False,
     pairs: Mapping[Method, Joint] | None = None,
+    apart: Set[Method] | None = None,
 ) -> dict[Method, Interval]:
     """Return the interval of each method of a setting minus the reference, on the scale of the samples.
 
     same_units: all are measured on the same documents, whose common part cancels: with a deviation over seeds, errors
     over documents are left out. Without one, and otherwise, they add as if the documents were others.
-    pairs: how methods vary together with the reference, unit by unit, where that is known.
+    pairs: how methods vary together with the reference, unit by unit, where that is known. apart: see `spreads`.
     """
     pairs = pairs or {}
     others = {method: sample for method, sample in of.items() if method != reference}
@@ -102,7 +103,7 @@ def differences(
             method: statistics.shares_less(sample, of[reference], pairs.get(method))
             for method, sample in others.items()
         }
-    spreads = statistics.spreads(of)
+    spreads = statistics.spreads(of, apart)
     found = {}
     for method, sample in others.items():
         pair, spread = [sample, of[reference]], (spreads[method], spreads[reference])
@@ -110,6 +111,20 @@ def differences(
             pair = [dataclasses.replace(one, stderr=0.0, units=0) for one in pair]
         found[method] = statistics.less(pair[0], pair[1], spread, pairs.get(method))
     return found
+
+
+def gaps(rows: pd.DataFrame, by: Sequence[str], reference: Method) -> pd.DataFrame:
+    """Return the difference of each method to the reference, for each value of `by` that has both.
+
+    Columns as of `points`, without `each`: seeds of two methods are no pairs. seeds: of the one with fewer.
+    """
+    lines, of_keys = [], grouped(rows, by, Scale.LINEAR)
+    apart = statistics.outlying(of_keys.values())
+    for key, of in of_keys.items():
+        if reference in of:
+            for method, found in differences(of, reference, apart=apart).items():
+                lines.append([*method, *key, found.mean, found.low, found.high, min(found.seeds), found.units])
+    return pd.DataFrame(lines, columns=["attention", "options", *by, *COLUMNS[:-1]])
 
 
 def grouped(rows: pd.DataFrame, by: Sequence[str], scale: Scale) -> dict[tuple[Any, ...], dict[Method, Sample]]:

@@ -137,7 +137,7 @@ def test_one_decision_for_all_points_of_a_curve() -> None:
     assert outlying(points) == {last} and not outlying([points[1], *9 * [named(6 * tame)]])
     assert spreads(points[1], {last})[last].sd == pytest.approx(0.2)
     common = spreads(points[1], {last})["0", ""]
-    assert (common.sd, common.freedom) == (pytest.approx(0.1), 10)
+    assert common.sd == pytest.approx(0.1) and common.freedom == 10
     # with one seed there it takes the others'
     assert spreads(named([*5 * tame, seeds(3.0)]), {last})[last].sd == pytest.approx(0.1)
     # a variance counts as that of its seeds, however many points there are
