@@ -484,9 +484,9 @@ class Options:
     """Options of the model. remainder: by what the remainder is multiplied and added to the output: nothing (`none`),
     the token's own `value` or a vector learned for each head (`bias`). logit_scale: multiplies the model's logit scale.
 
-    logit_bias: logit offset, the initial value of a parameter of each head that is added to its logits; none by default.
-    Adam moves it by at most the sum of the learning rates, 0.9 in 800 steps of a cosine from 2e-3: in effect it is fixed.
-    `spread`: from beta = 1/2 to 1/1024 over the heads, geometrically, the same in every layer.
+    logit_bias: logit offset, the initial value of a parameter of each head that is added to its logits; default: none.
+    Adam moves it by at most the sum of the learning rates, 0.9 in 800 steps of a cosine from 2e-3: it is in effect
+    fixed. `spread`: from beta = 1/2 to 1/1024 over the heads, geometrically, the same in every layer.
     """
 
     remainder: str = "value"
