@@ -597,12 +597,16 @@ def _resumable(work: Callable[[], bool], force: bool) -> bool:
 
 
 def main() -> None:
-    """Run the command line; an InputError is printed as one line, with exit code 2."""
+    """Run the command line; a mistake in its options, or an InputError, is printed as one line, with exit code 2."""
     with streams.guarded(), signals.terminable():
         try:
-            app()
+            sys.exit(app(standalone_mode=False))
+        except options.UsageError as error:
+            line = options.mistake(error)
         except InputError as error:
-            # standard error may be what cannot be written
-            with suppress(OSError):
-                print(f"sbeval: {error}", file=sys.stderr)
-            sys.exit(2)
+            line = str(error)
+        # standard error may be what cannot be written
+        with suppress(OSError):
+            if line:
+                print(f"sbeval: {line}", file=sys.stderr)
+        sys.exit(2)
