@@ -377,7 +377,8 @@ class Trainer:
 
     def _only_launch(self, reason: str) -> None:
         self.replays = False
-        self.say(f"a step cannot be recorded as a CUDA graph: {reason}. Steps run kernel by kernel, which may be slower")
+        slower = "Steps run kernel by kernel, which may be slower"
+        self.say(f"a step cannot be recorded as a CUDA graph: {reason}. {slower}")
 
     def _update(self) -> None:
         """Update the weights by the gradients, and drop these."""
