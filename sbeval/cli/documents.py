@@ -58,7 +58,7 @@ BOOKS = {
     "sliding window of 512": ("sliding_window", ""),
     "sliding window of 1024": ("sliding_window", "window=1024"),
     "sliding window of 256": ("sliding_window", "window=256"),
-    "stick-breaking with a logit bias of -3": ("stick_breaking", "logit_bias=-3.0"),
+    "stick-breaking with a logit offset of -3": ("stick_breaking", "logit_bias=-3.0"),
     "stick-breaking": STICK,
     "FIRE": ("fire", ""),
     "RoPE, dynamic NTK, f = 8": ("rope", "scaling=dynamic_ntk,factor=8.0,train_len=2048"),
