@@ -18,7 +18,7 @@ at others. A method that does not solve a task is not compared at other lengths.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -236,7 +236,52 @@ def measured(answers: "list[Answered]", length: int, new_tokens: int, factors: M
 
 
 def cells(config: Config) -> list[Cell]:
-    """Return the grid: every model with every task. Raise InputError for unknown names."""
+    """Return the grid: every model with every task.
+
+    Of several learning rates of fine-tuning and several seeds the models of the first seed; `more` has the rest. Raise
+    InputError for unknown names.
+    """
+    seeds = list(dict.fromkeys(config.seeds))
+    return _grid(config, seeds[:1] if _chooses(config) else seeds)
+
+
+def more(config: Config, results: "pd.DataFrame | None") -> list[Cell]:
+    """Return the models of further seeds, fine-tuned at the learning rate that validation chose with the first seed.
+
+    Where no rate solved a task, the best of them is noise: at every rate. Without results: at every rate, an upper
+    bound.
+    """
+    seeds = list(dict.fromkeys(config.seeds))
+    further = _grid(config, seeds[1:]) if _chooses(config) else []
+    if results is None:
+        return further
+    return [
+        dataclasses.replace(cell, config=dataclasses.replace(cell.config, finetune_lrs=_rates(cell, seeds[0], results)))
+        for cell in further
+    ]
+
+
+def _chooses(config: Config) -> bool:
+    """Return whether validation chooses a learning rate for several seeds."""
+    several = len(set(config.finetune_lrs)) > 1 and config.finetune_recipe == "packed"
+    return several and bool(config.finetune) and config.checkpoint is None
+
+
+def _rates(cell: Cell, seed: int, results: "pd.DataFrame") -> tuple[float, ...]:
+    """Return the learning rates at which to fine-tune the model of another seed than this one."""
+    name, _, options = cell.attention.partition(":")
+    mine = results[
+        (results["metric"] == "tokens_to_solve")
+        & (results["attention"] == name)
+        & (results["options"] == options)
+        & (results["seed"] == seed)
+    ]
+    chosen = tuple(mine[mine["chosen"] == 1]["finetune_lr"].unique().tolist())
+    return chosen if (mine["ended"] == "solved").any() else cell.config.finetune_lrs
+
+
+def _grid(config: Config, seeds: Sequence[int]) -> list[Cell]:
+    config = dataclasses.replace(config, seeds=tuple(seeds))
     tasks = evaluated_tasks(config)
     if not_finetuned(config):
         config = dataclasses.replace(config, finetune=0)
@@ -261,6 +306,7 @@ FAMILY = Family(
     cells=cells,
     summary=summary,
     notes=notes,
+    more=more,
     cautions=cautions,
     completed=completed,
 )

@@ -14,6 +14,7 @@ then are censored at the budget where no validation does. What the model gained 
 
 import dataclasses
 import math
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,7 +164,10 @@ class PackedTuning(Tuning):
             config.finetune_prompts, config.finetune_tasks, training.length, config.finetune_needles
         )
         task = progress.add("write prompts to fine-tune on", total=sum(wanted.values()))
-        stored = {key: store.lessons(*key, count, advance=task.advance) for key, count in wanted.items()}
+        # workers that begin together write different ones, and read the others'
+        order = random.Random().sample(list(wanted), len(wanted))
+        read = {key: store.lessons(*key, wanted[key], advance=task.advance) for key in order}
+        stored = {key: read[key] for key in wanted}
         task.close()
         return ruler_lessons.LessonBatches(
             stored,

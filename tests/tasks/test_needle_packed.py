@@ -313,3 +313,28 @@ def test_tables_have_the_columns(packed: Config, tmp_path: Path, solved_at: dict
     assert (rows["cell"] == cell_id(cell)).all() and set(rows["finetune_lr"].dropna()) == {1e-2}
     said = needle.FAMILY.summary(rows)
     assert "tokens to solve" in [str(column.header) for column in said.columns]
+
+
+@pytest.mark.parametrize("right", [1.0, 0.5])
+def test_further_seeds_are_taught_at_the_chosen_rate(
+    right: float, packed: Config, tmp_path: Path, solved_at: dict[str, list[float]]
+) -> None:
+    two = dataclasses.replace(packed, seeds=(0, 1), finetune_lrs=(1e-3, 3e-3), attention=("rope", "alibi"))
+    # RoPE's first rate solves nothing, its second may; ALiBi's first does at once, or none
+    solved_at |= {"niah_single_2": [*[0.0] * 6, right, right] if right == 1 else [right]}
+    first = run(two, tmp_path)
+    assert [(cell.attention, cell.seed, cell.config.finetune_lrs) for cell in first] == [
+        ("rope", 0, (1e-3, 3e-3)),
+        ("alibi", 0, (1e-3, 3e-3)),
+    ]
+    rates = ((3e-3,), (1e-3,)) if right == 1 else ((1e-3, 3e-3),) * 2
+    further = needle.more(two, rows_of(first, tmp_path))
+    assert [(cell.attention, cell.seed, cell.config.finetune_lrs) for cell in further] == [
+        ("rope", 1, rates[0]),
+        ("alibi", 1, rates[1]),
+    ]
+    assert [cell.config.finetune_lrs for cell in needle.more(two, None)] == [(1e-3, 3e-3)] * 2
+    # one rate is chosen by no one, and a model that is not taught has none
+    for alone in ({"finetune_lrs": (1e-3,)}, {"finetune": 0}):
+        every = dataclasses.replace(two, **alone)
+        assert [cell.seed for cell in cells(every)] == [0, 0, 1, 1] and needle.more(every, None) == []
