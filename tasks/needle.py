@@ -270,14 +270,12 @@ def _chooses(config: Config) -> bool:
 def _rates(cell: Cell, seed: int, results: "pd.DataFrame") -> tuple[float, ...]:
     """Return the learning rates at which to fine-tune the model of another seed than this one."""
     name, _, options = cell.attention.partition(":")
-    mine = results[
-        (results["metric"] == "tokens_to_solve")
-        & (results["attention"] == name)
-        & (results["options"] == options)
-        & (results["seed"] == seed)
-    ]
-    chosen = tuple(mine[mine["chosen"] == 1]["finetune_lr"].unique().tolist())
-    return chosen if (mine["ended"] == "solved").any() else cell.config.finetune_lrs
+    mine = results[(results["attention"] == name) & (results["options"] == options) & (results["seed"] == seed)]
+    chosen = mine[mine["metric"] == "score"]["finetune_lr"].unique().tolist()
+    # of tasks that no model is taught nothing says that they were solved
+    taught_on = mine["metric"] == "tokens_to_solve"
+    solved = (mine["ended"] == "solved").any() or not taught_on.any()
+    return tuple(chosen) if chosen and solved else cell.config.finetune_lrs
 
 
 def _grid(config: Config, seeds: Sequence[int]) -> list[Cell]:

@@ -268,7 +268,7 @@ def taught(
     measured = {"finetune": [{"lr": one.lr, "tokens": one.tokens, **one.measured} for one in packed]}
     return Taught(
         folder=str(chosen.folder),
-        factors=factors | _factors(task, chosen),
+        factors=factors | _factors(task, chosen) | {"finetune_lr": chosen.lr},
         rows=rows,
         curves=curves,
         measured=measured,

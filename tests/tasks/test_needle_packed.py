@@ -178,6 +178,7 @@ def test_validation_chooses_the_rate_and_every_rate_has_its_row(
     # only the chosen model is evaluated
     scores = rows[rows["metric"] == "score"]
     assert set(scores["ended"]) == {"solved"} and scores["chosen"].isna().all() and sum(asked) == 2
+    assert set(scores["finetune_lr"].astype(float)) == {3e-3}
 
 
 def test_the_best_rate_solves_most_then_in_the_fewest_tokens() -> None:
@@ -334,6 +335,9 @@ def test_further_seeds_are_taught_at_the_chosen_rate(
         ("alibi", 1, rates[1]),
     ]
     assert [cell.config.finetune_lrs for cell in needle.more(two, None)] == [(1e-3, 3e-3)] * 2
+    # of a task that no model is taught, as qa_2, scores have the rate alone
+    untaught = rows_of(first, tmp_path).query("metric != 'tokens_to_solve'")
+    assert all(len(cell.config.finetune_lrs) == 1 for cell in needle.more(two, untaught))
     # one rate is chosen by no one, and a model that is not taught has none
     for alone in ({"finetune_lrs": (1e-3,)}, {"finetune": 0}):
         every = dataclasses.replace(two, **alone)
