@@ -29,10 +29,11 @@ from sbeval.sweep.cell import Outcome, TrainingStep
 from sbeval.sweep.family import Family
 from sbeval.tables.needle import Row as Row
 from sbeval.tables.needle import summary
+from sbeval.tasks.needle_choice import chosen_rates, taught
 from sbeval.tasks.needle_options import FILES, completed, evaluated_tasks, not_finetuned, notes, settled
 from sbeval.tasks.needle_options import PRESETS as PRESETS
 from sbeval.tasks.needle_options import Config as Config
-from sbeval.tasks.needle_packed import PackedTuning, taught
+from sbeval.tasks.needle_packed import PackedTuning
 from sbeval.tasks.needle_tuning import BATCH_TOKENS as BATCH_TOKENS
 from sbeval.tasks.needle_tuning import TUNING, Tuning, loaded, open_writer, sources
 from sbeval.tasks.text_cell import TextCell, outcome
@@ -255,27 +256,17 @@ def more(config: Config, results: "pd.DataFrame | None") -> list[Cell]:
     further = _grid(config, seeds[1:]) if _chooses(config) else []
     if results is None:
         return further
-    return [
-        dataclasses.replace(cell, config=dataclasses.replace(cell.config, finetune_lrs=_rates(cell, seeds[0], results)))
-        for cell in further
-    ]
+    found = []
+    for cell in further:
+        rates = tuple(chosen_rates(cell.attention, seeds[0], results)) or cell.config.finetune_lrs
+        found.append(dataclasses.replace(cell, config=dataclasses.replace(cell.config, finetune_lrs=rates)))
+    return found
 
 
 def _chooses(config: Config) -> bool:
     """Return whether validation chooses a learning rate for several seeds."""
     several = len(set(config.finetune_lrs)) > 1 and config.finetune_recipe == "packed"
     return several and bool(config.finetune) and config.checkpoint is None
-
-
-def _rates(cell: Cell, seed: int, results: "pd.DataFrame") -> tuple[float, ...]:
-    """Return the learning rates at which to fine-tune the model of another seed than this one."""
-    name, _, options = cell.attention.partition(":")
-    mine = results[(results["attention"] == name) & (results["options"] == options) & (results["seed"] == seed)]
-    chosen = mine[mine["metric"] == "score"]["finetune_lr"].unique().tolist()
-    # of tasks that no model is taught nothing says that they were solved
-    taught_on = mine["metric"] == "tokens_to_solve"
-    solved = (mine["ended"] == "solved").any() or not taught_on.any()
-    return tuple(chosen) if chosen and solved else cell.config.finetune_lrs
 
 
 def _grid(config: Config, seeds: Sequence[int]) -> list[Cell]:
