@@ -56,7 +56,10 @@ WORDS = {
     "logit_bias=spread": "logit offsets spread",
     "logit_bias": "logit offset {}",
     "remainder=none": "no remainder",
-    "remainder=bias": "remainder to a vector",
+    "remainder=bias": "learned remainder",
+    "head_norm=true": "head norm",
+    "qkv_bias=true": "q, k, v biases",
+    "init_std": "initial σ {}",
 }
 # default of sliding_window, which its options leave out
 WINDOW = 512

@@ -21,6 +21,7 @@ from sbeval.tables import intervals, pairs, values
 from sbeval.tables.pairs import Stored
 from sbeval.tables.results import Results
 from sbeval.tables.run_files import gather
+from sbeval.tables.statistics import Interval, Method
 from sbeval.tables.table import read
 
 PAGES = ("README.md", "docs/results.md")
@@ -114,23 +115,33 @@ def _typed_sentence(results: Path) -> str:
 def _fixed(results: Path) -> str:
     lengths = (512, 2048, 8192, 65536)
     rows = _fixed_rows(results)
-    found = _means(rows)
-    at = rows[rows["context_length"] == 2048]
-    stored = Stored(functools.partial(values.read, Results(results / "which-stick-breaking")))
-    joint = pairs.of_methods(at, ROPE, stored, ["context_length"])
-    less = intervals.differences(intervals.samples(at), ROPE, pairs=joint)
+    found, less = _means(rows), _fixed_gaps(results, rows, ROPE)
     lines = []
     for label, method in FIXED.items():
-        seeds = intervals.method(at, method)["seed"].nunique()
+        seeds = intervals.method(rows, method)["seed"].nunique()
         gap = less[method].text("{:+.3f}".format) if method in less else ""
         lines.append([label, str(seeds), *(f"{found[(*method, length)]:.3f}" for length in lengths), gap])
     return _table("nats per token, context =", ["seeds", *lengths, "minus RoPE at 2048"], lines)
 
 
 def _fixed_sentence(results: Path) -> str:
-    found = _means(_fixed_rows(results))
+    rows = _fixed_rows(results)
+    found = _means(rows)
     each = [f"{label} {found[(*FIXED[label], 2048)]:.3f} and {found[(*FIXED[label], 65536)]:.3f}" for label in FIRST]
-    return f"Nats per token with 2048 and 65536 tokens of context: {'; '.join(each)}.\n"
+    without, spread = (FIXED[label] for label in FIRST[-2:])
+    gap = _fixed_gaps(results, rows, without)[spread]
+    return (
+        f"Nats per token with 2048 and 65536 tokens of context: {'; '.join(each)}. With less without "
+        f"offsets, at 2048: {gap.text('{:+.3f}'.format)} ({gap.over('books')}).\n"
+    )
+
+
+def _fixed_gaps(results: Path, rows: pd.DataFrame, reference: Method) -> dict[Method, Interval]:
+    """Return the differences of losses of fixed targets with 2048 tokens of context to those of a method."""
+    at = rows[rows["context_length"] == 2048]
+    stored = Stored(functools.partial(values.read, Results(results / "which-stick-breaking")))
+    joint = pairs.of_methods(at, reference, stored, ["context_length"])
+    return intervals.differences(intervals.samples(at), reference, pairs=joint)
 
 
 def _claims(results: Path, claims: Sequence[Claim]) -> str:
