@@ -600,7 +600,7 @@ def main() -> None:
     """Run the command line; a mistake in its options, or an InputError, is printed as one line, with exit code 2."""
     with streams.guarded(), signals.terminable():
         try:
-            sys.exit(app(standalone_mode=False))
+            sys.exit(app(standalone_mode=False) or 0)
         except options.UsageError as error:
             line = options.mistake(error)
         except InputError as error:
