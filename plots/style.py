@@ -57,6 +57,10 @@ WORDS = {
     "logit_bias": "logit offset {}",
     "remainder=none": "no remainder",
     "remainder=bias": "remainder to a vector",
+    "qkv_bias=true": "biases of q, k, v",
+    "head_norm=true": "norm of heads",
+    "key_shift=true": "key shift",
+    "init_std": "initial deviation {}",
 }
 # default of sliding_window, which its options leave out
 WINDOW = 512
