@@ -57,8 +57,9 @@ WORDS = {
     "logit_bias": "logit offset {}",
     "remainder=none": "no remainder",
     "remainder=bias": "learned remainder",
-    "head_norm=true": "head norm",
     "qkv_bias=true": "q, k, v biases",
+    "head_norm=true": "head norm",
+    "key_shift=true": "key shift",
     "init_std": "initial σ {}",
 }
 # default of sliding_window, which its options leave out

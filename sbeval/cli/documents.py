@@ -17,7 +17,7 @@ import pandas as pd
 from sbeval.errors import InputError, choose
 from sbeval.report.claims import CLAIMS, OWN
 from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Claim, Evidence, Judged, findings
-from sbeval.tables import intervals, pairs, values
+from sbeval.tables import intervals, pairs, statistics, values
 from sbeval.tables.pairs import Stored
 from sbeval.tables.results import Results
 from sbeval.tables.run_files import gather
@@ -51,6 +51,8 @@ FIXED = {
     "window of 512": ("sliding_window", ""),
     **{f"stick-breaking, {form}": (STICK[0], options) for form, options in FORMS.items()},
 }
+# the best of these forms
+BEST = FIXED["stick-breaking, logit offsets spread over heads"]
 # those of README's sentence
 FIRST = ("RoPE", "window of 512", "stick-breaking, no remainder", "stick-breaking, logit offsets spread over heads")
 BOOKS = {
@@ -115,33 +117,38 @@ def _typed_sentence(results: Path) -> str:
 def _fixed(results: Path) -> str:
     lengths = (512, 2048, 8192, 65536)
     rows = _fixed_rows(results)
-    found, less = _means(rows), _fixed_gaps(results, rows, ROPE)
+    found = _means(rows)
+    at = rows[rows["context_length"] == 2048]
+    stored = Stored(functools.partial(values.read, Results(results / "which-stick-breaking")))
+    gaps = _less(at, ROPE, stored)
+    behind = _less(at, BEST, stored)
+    forms = [method for method in behind if method[0] == STICK[0]]
+    p_values = dict(zip(forms, statistics.holm([behind[method].apart(0.0) for method in forms]), strict=True))
     lines = []
     for label, method in FIXED.items():
-        seeds = intervals.method(rows, method)["seed"].nunique()
-        gap = less[method].text("{:+.3f}".format) if method in less else ""
-        lines.append([label, str(seeds), *(f"{found[(*method, length)]:.3f}" for length in lengths), gap])
-    return _table("nats per token, context =", ["seeds", *lengths, "minus RoPE at 2048"], lines)
+        seeds = intervals.method(at, method)["seed"].nunique()
+        gap = gaps[method].text("{:+.3f}".format) if method in gaps else ""
+        loss = f"{behind[method].mean:+.3f}".replace("-", "−") if method in behind else ""
+        sure = f" (p {_bounded(p_values[method])})" if method in p_values else ""
+        means = (f"{found[(*method, length)]:.3f}" for length in lengths)
+        lines.append([label, str(seeds), *means, gap, loss + sure])
+    columns = ("seeds", *lengths, "minus RoPE at 2048", "minus spread offsets at 2048")
+    return _table("nats per token, context =", columns, lines)
+
+
+def _bounded(p: float) -> str:
+    return f"= {p:.2g}" if p >= 0.001 else "< 0.001"
+
+
+def _less(rows: pd.DataFrame, other: Method, stored: Stored) -> dict[Method, Interval]:
+    joint = pairs.of_methods(rows, other, stored, ["context_length"])
+    return intervals.differences(intervals.samples(rows), other, pairs=joint)
 
 
 def _fixed_sentence(results: Path) -> str:
-    rows = _fixed_rows(results)
-    found = _means(rows)
+    found = _means(_fixed_rows(results))
     each = [f"{label} {found[(*FIXED[label], 2048)]:.3f} and {found[(*FIXED[label], 65536)]:.3f}" for label in FIRST]
-    without, spread = (FIXED[label] for label in FIRST[-2:])
-    gap = _fixed_gaps(results, rows, without)[spread]
-    return (
-        f"Nats per token with 2048 and 65536 tokens of context: {'; '.join(each)}. With less without "
-        f"offsets, at 2048: {gap.text('{:+.3f}'.format)} ({gap.over('books')}).\n"
-    )
-
-
-def _fixed_gaps(results: Path, rows: pd.DataFrame, reference: Method) -> dict[Method, Interval]:
-    """Return the differences of losses of fixed targets with 2048 tokens of context to those of a method."""
-    at = rows[rows["context_length"] == 2048]
-    stored = Stored(functools.partial(values.read, Results(results / "which-stick-breaking")))
-    joint = pairs.of_methods(at, reference, stored, ["context_length"])
-    return intervals.differences(intervals.samples(at), reference, pairs=joint)
+    return f"Nats per token with 2048 and 65536 tokens of context: {'; '.join(each)}.\n"
 
 
 def _claims(results: Path, claims: Sequence[Claim]) -> str:
