@@ -65,6 +65,9 @@ class Graph:
         except RuntimeError as error:
             if refused(error):
                 _unfinished.append(self._graph)
+                # it would take part in the recording for ever, and draw nothing outside it
+                generator = torch.cuda.default_generators[stream.device.index]
+                generator.graphsafe_set_state(generator.clone_state())
             raise
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from sbeval.runtime import progress
 from sbeval.tasks.generated import Examples
 from sbeval.training import trainer as module
 from sbeval.training.config import TrainConfig
-from sbeval.training.graph import WARM_UP, refused, waits
+from sbeval.training.graph import WARM_UP, Graph, refused, waits
 from sbeval.training.trainer import Trained, Trainer
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -138,6 +139,37 @@ def test_waits_are_listed_and_other_warnings_pass(monkeypatch: pytest.MonkeyPatc
 )
 def test_errors_of_recording_are_known(error: RuntimeError, wanted: bool) -> None:
     assert refused(error) == wanted
+
+
+class Generator:
+    """As far as a recording looks at it."""
+
+    state = "recorded"
+
+    def clone_state(self) -> str:
+        return "clone of " + self.state
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [("during CUDA graph capture", "clone of recorded"), ("of the step", "recorded")]
+)
+def test_a_refused_recording_leaves_random_numbers_to_draw(
+    error: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(tokens: Tensor, targets: Tensor) -> Tensor:
+        raise RuntimeError(error)
+
+    generator = Generator()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda made, stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, generator))
+    stream: Any = SimpleNamespace(device=torch.device("cuda", 1))
+    with pytest.raises(RuntimeError, match=error):
+        Graph(step, torch.zeros(1), torch.zeros(1), stream)
+    assert generator.state == state
 
 
 def test_a_step_that_waits_for_the_gpu_is_launched(
