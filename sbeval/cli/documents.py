@@ -30,7 +30,7 @@ PAGES = ("README.md", "docs/results.md")
 BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end of numbers -->)", re.DOTALL)
 
 # results folders that can decide a claim: the first that does, else the first that has numbers for it
-DECIDING = ("", "quick", "tokens")
+DECIDING = ("125m", "tokens", "", "quick")
 LEANS = {AGREES: ", leaning towards it", DISAGREES: ", leaning against it"}
 # families whose figures docs/results.md shows
 DRAWN = ("attention_map", "kernel", "length_gen", "mqrar", "needle", "skipping")
@@ -181,7 +181,7 @@ def _needed(claim: Claim) -> set[str]:
 
 
 def _claim(claim: Claim, judged: Judged, folder: str) -> list[str]:
-    where = f" ([results/{folder}](results/{folder}))" if folder else ""
+    where = f" ([results/{folder}](results/{folder}))" if folder and judged.found else ""
     verdict = f"**{judged.verdict}**{LEANS.get(judged.leans, '')}"
     return [
         f"{claim.text} ({claim.source})",
