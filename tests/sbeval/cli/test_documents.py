@@ -6,6 +6,7 @@ import pytest
 
 from sbeval.cli import documents
 from sbeval.errors import InputError
+from sbeval.report.claims import CLAIMS
 
 ROOT = Path(__file__).parents[3]
 
@@ -48,4 +49,4 @@ def test_digits() -> None:
 def test_a_claim_that_was_not_measured_names_no_folder(tmp_path: Path) -> None:
     """The folders that can decide are looked into in their order; none of them is here."""
     assert documents.DECIDING[0] not in documents.BLOCKS["own"](tmp_path)
-    assert documents.BLOCKS["claims"](tmp_path).count("Not measured: `sbeval ") == len(documents.CLAIMS)
+    assert documents.BLOCKS["claims"](tmp_path).count("Not measured: `sbeval ") == len(CLAIMS)
