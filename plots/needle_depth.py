@@ -89,7 +89,7 @@ def _left_out(table: pd.DataFrame) -> str:
     """Name the methods without a map."""
     solved = style.looks(table[table["solved"]])
     names = [look.label for method, look in style.looks(table).items() if method not in solved]
-    return f" No model of these methods did: {', '.join(names)}." if names else ""
+    return f" Solved by no model of {', '.join(names)}." if names else ""
 
 
 def _title(some: pd.DataFrame, label: str) -> str:

@@ -55,6 +55,7 @@ VARIANTS = (
 WORDS = {
     "logit_bias=spread": "logit offsets spread",
     "logit_bias": "logit offset {}",
+    "logit_scale": "logit scale {}",
     "remainder=none": "no remainder",
     "remainder=bias": "learned remainder",
     "qkv_bias=true": "q, k, v biases",

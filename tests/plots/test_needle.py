@@ -200,7 +200,7 @@ def test_a_map_is_of_models_that_solved_the_task() -> None:
     # the two maps and the colours
     assert len(figure.axes) == 3
     for note in (figure.get_supxlabel().replace("\n", " "), needle_depth.chart(pd.DataFrame(many + some)).note):
-        assert "No model of these methods did: NoPE." in note
+        assert "Solved by no model of NoPE." in note
     axis = panel(figure, "RoPE\n(1/2 solved)")
     (mesh,) = [item for item in axis.collections if isinstance(item, QuadMesh)]
     assert np.ma.asarray(mesh.get_array()).reshape(10, 2)[9, 0] == pytest.approx(90 / 1024)

@@ -18,6 +18,8 @@ def test_options_that_all_of_a_method_share_are_not_repeated() -> None:
     }
     assert labels["stick_breaking", "logit_scale=1.5"] == "stick-breaking"
     assert labels["stick_breaking", "logit_scale=1.5,logit_bias=-3.0"] == "stick-breaking (logit offset −3)"
+    (alone,) = style.looks_of([("stick_breaking", "logit_scale=1.5")]).values()
+    assert alone.label == "stick-breaking (logit scale 1.5)"
     # without one that has these alone, or with no other, they tell something
     for options in (["scaling=ntk,factor=2.0", "scaling=ntk,factor=4.0"], ["theta=500.0"]):
         looks = style.looks_of(("rope", each) for each in options)
