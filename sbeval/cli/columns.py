@@ -3,11 +3,11 @@
 import dataclasses
 import importlib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, get_args, get_type_hints
 
 from sbeval import registry
-from sbeval.tables import columns
+from sbeval.tables import columns, markup
 from sbeval.tables.rows import Identity, Measurement, Provenance
 
 BENCHMARKS = {"kernel": "sbeval.bench.kernels", "model": "sbeval.bench.models", "skipping": "sbeval.bench.skipping"}
@@ -22,14 +22,15 @@ page is generated from the classes of the rows; `sbeval.load_results(folder)[fam
 def page() -> str:
     """Return the page: the common columns, then each table's own and its metrics."""
     common = {field: hint for part in (Identity, Measurement, Provenance) for field, hint in _fields(part)}
-    parts = [HEAD, "## All tables\n", _table(("column", "type", "meaning"), _common(common))]
+    parts = [HEAD, "## All tables\n", markup.table(("column", "type", "meaning"), _common(common)) + "\n"]
     for family, row, options in tables():
         own = [
             (name, _type(hint), describe(family, name, options)) for name, hint in _fields(row) if name not in common
         ]
         metrics = [(f"`{name}`", text) for name, text in columns.METRICS[family].items()]
-        parts += [f"## {family}\n", _table(("metric", "meaning"), metrics)]
-        parts.append(_table(("factor", "type", "meaning"), [(f"`{name}`", kind, text) for name, kind, text in own]))
+        parts += [f"## {family}\n", markup.table(("metric", "meaning"), metrics) + "\n"]
+        factors = [(f"`{name}`", kind, text) for name, kind, text in own]
+        parts.append(markup.table(("factor", "type", "meaning"), factors) + "\n")
     return "\n".join(parts)
 
 
@@ -65,11 +66,6 @@ def _type(hint: Any) -> str:
     options = get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     (kind,) = (option for option in options if option is not types.NoneType)
     return {int: "integer", float: "number", str: "text"}[kind] + (" or empty" if len(options) > 1 else "")
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heading, ["---"] * len(heading), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 if __name__ == "__main__":

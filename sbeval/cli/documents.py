@@ -15,11 +15,11 @@ from pathlib import Path
 import pandas as pd
 
 from sbeval.cli import documents_studies
-from sbeval.cli.documents_studies import markdown
+from sbeval.cli.documents_studies import CONTEXT
 from sbeval.errors import InputError, choose
 from sbeval.report.claims import CLAIMS, OWN
 from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Claim, Evidence, Judged, findings
-from sbeval.tables import intervals, pairs, statistics, values
+from sbeval.tables import intervals, markup, pairs, statistics, values
 from sbeval.tables.pairs import Stored
 from sbeval.tables.results import Results
 from sbeval.tables.run_files import gather
@@ -91,7 +91,7 @@ def _books(results: Path) -> str:
     lengths = (512, 2048, 4096, 16384, 65536)
     found = _perplexities(results)
     rows = [[label, *(_three(found[(*method, length)]) for length in lengths)] for label, method in BOOKS.items()]
-    return markdown("perplexity per token over the first l tokens, l =", list(map(str, lengths)), rows)
+    return markup.table([CONTEXT, *map(str, lengths)], rows) + "\n"
 
 
 def _typed(results: Path) -> str:
@@ -101,7 +101,7 @@ def _typed(results: Path) -> str:
         for where, folder in TYPED.items()
         for name, method in (("stick-breaking", STICK), ("RoPE", ROPE))
     ]
-    return markdown("perplexity per token over the first l tokens, l =", list(map(str, lengths)), rows)
+    return markup.table([CONTEXT, *map(str, lengths)], rows) + "\n"
 
 
 def _typed_sentence(results: Path) -> str:
@@ -134,8 +134,9 @@ def _fixed(results: Path) -> str:
         sure = f" (p {_bounded(p_values[method])})" if method in p_values else ""
         means = (f"{found[(*method, length)]:.3f}" for length in lengths)
         lines.append([label, str(seeds), *means, gap, loss + sure])
-    columns = ["seeds", *map(str, lengths), "minus RoPE at 2048", "minus spread offsets at 2048"]
-    return markdown("nats per token, context =", columns, lines)
+    headings = ["nats per token, context =", "seeds", *map(str, lengths)]
+    headings += ["minus RoPE at 2048", "minus spread offsets at 2048"]
+    return markup.table(headings, lines) + "\n"
 
 
 def _bounded(p: float) -> str:
@@ -156,9 +157,7 @@ def _fixed_sentence(results: Path) -> str:
 def _claims(results: Path, claims: Sequence[Claim]) -> str:
     """Write the table of claims: what is claimed, what the tables show, whether that decides it, and what would."""
     headings = ("The paper" if claims is CLAIMS else "Asked", "These runs", "Decided", "What would decide")
-    lines = [headings, ["---"] * len(headings)]
-    lines += [_claim(claim, *_judged(results, claim)) for claim in claims]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markup.table(headings, [_claim(claim, *_judged(results, claim)) for claim in claims]) + "\n"
 
 
 def _judged(results: Path, claim: Claim) -> tuple[Judged, str]:

@@ -1,11 +1,11 @@
 """Tables of studies in docs/results.md: gaps by training tokens, losses by learning rate, perplexities by context.
 
-A study that was not run yet has a sentence in place of its table.
+A study without what its table needs has a sentence in place of it.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -13,11 +13,13 @@ import pandas as pd
 from sbeval.plots import style
 from sbeval.plots.rates import recipes
 from sbeval.report.maturity import ROPE, size
-from sbeval.tables import curves, few_shot, intervals, selection, tokens, values
+from sbeval.tables import curves, few_shot, intervals, markup, selection, tokens, values
 from sbeval.tables.results import Results
 from sbeval.tables.statistics import Method, Scale
 from sbeval.tables.table import read
 
+# heading of a table of perplexities
+CONTEXT = "perplexity per token over the first l tokens, l ="
 # contexts of a table, over the training length
 CONTEXTS = (0.25, 1, 2, 8, 32)
 # figures of a study of lengths
@@ -37,7 +39,7 @@ def of_study(
         path = Results(folder).table("length_gen")
         text = write(read(path, ["metric"]), folder) if path.exists() else ""
         if not text:
-            return f"Not run yet: `sbeval run {study}`.\n"
+            return f"No results yet: `sbeval run {study}`.\n"
         drawn = [name for name in figures if (Results(folder).figures / f"{name}.png").exists()]
         images = (
             f'<img src="../results/{study}/figures/{name}.png" width="75%" alt="{figures[name]}">' for name in drawn
@@ -62,8 +64,9 @@ def gaps(table: pd.DataFrame, folder: Path) -> str:
         each = [at[count].text() if count in at else "" for count in counts]
         fit = [ladder.limit.text(), ladder.exponent.text().replace("+", ""), ladder.crosses(size)]
         lines.append([labels[ladder.method], *each, *fit, f"{ladder.seeds[0]} and {ladder.seeds[1]}"])
-    columns = [*map(size, counts), "limit", "exponent", "where the fit is 0", "seeds, and RoPE's"]
-    return markdown("loss minus RoPE's (nats per token) after tokens =", columns, lines)
+    fitted = ("limit", "exponent", "where the fit is 0", "seeds, and RoPE's")
+    headings = ["loss minus RoPE's (nats per token) after tokens =", *map(size, counts), *fitted]
+    return markup.table(headings, lines) + "\n"
 
 
 def best_rates(table: pd.DataFrame, folder: Path) -> str:
@@ -94,7 +97,7 @@ def best_rates(table: pd.DataFrame, folder: Path) -> str:
 
     lines = [[labels[method], *(cell(method, name) for name in columns)] for method in labels]
     heading = f"loss at {int(rows['x'].iloc[0])} tokens (minus RoPE's), at the best rate on held-out text"
-    return markdown(heading, columns, lines)
+    return markup.table([heading, *columns], lines) + "\n"
 
 
 def contexts(table: pd.DataFrame, folder: Path) -> str:
@@ -110,7 +113,7 @@ def contexts(table: pd.DataFrame, folder: Path) -> str:
         lines.append(
             [label, str(of["seeds"].min()), *(f"{of['mean'][at]:.1f}" if at in of.index else "" for at in lengths)]
         )
-    text = markdown("perplexity per token over the first l tokens, l =", ["seeds", *map(str, lengths)], lines)
+    text = markup.table([CONTEXT, "seeds", *map(str, lengths)], lines) + "\n"
     path = Results(folder).table("few_shot")
     if not path.exists():
         return text
@@ -121,12 +124,6 @@ def contexts(table: pd.DataFrame, folder: Path) -> str:
 def _labels(methods: Iterable[Method]) -> dict[Method, str]:
     """Return the name of each method, with all of its options, in the order of legends."""
     return {method: style.looks_of([method])[method].label for method in style.looks_of(methods)}
-
-
-def markdown(heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [[heading, *columns], ["---"] * (1 + len(columns)), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 BLOCKS = {

@@ -24,7 +24,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Terminal
 
 from sbeval.errors import InputError, choose
-from sbeval.tables import intervals, pairs, statistics, values
+from sbeval.tables import intervals, markup, pairs, statistics, values
 from sbeval.tables.pairs import Stored, Units, as_text
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Measurement
@@ -273,10 +273,7 @@ def markdown(compared: list[Compared]) -> str:
     parts = []
     for one in compared:
         lines = _lines(one)
-        table = [list(HEADINGS), ["---"] * len(HEADINGS), *lines] if lines else []
-        parts.append(
-            "\n".join([*(f"| {' | '.join(line)} |" for line in table), *([""] if table else []), *_counts(one)])
-        )
+        parts.append("\n".join([*([markup.table(HEADINGS, lines), ""] if lines else []), *_counts(one)]))
     return "\n\n".join(parts)
 
 

@@ -145,9 +145,8 @@ def _gold(results: pd.DataFrame) -> dict[str, dict[tuple[object, ...], Cell]]:
     """Return the bits per byte of right answers of each benchmark that has them, by ALIKE and method."""
     if not results["metric"].isin(GOLD).any():
         return {}
-    found: dict[str, dict[tuple[object, ...], Cell]]
     chosen = headline(results, GOLD)
-    found = {str(name): {} for name in chosen["benchmark"].unique()}
+    found: dict[str, dict[tuple[object, ...], Cell]] = {str(name): {} for name in chosen["benchmark"].unique()}
     for key, part in chosen.groupby(ALIKE, dropna=False, sort=False):
         for (name,), of_name in intervals.curves(intervals.grouped(part, ["benchmark"], Scale.LINEAR)).items():
             for of, each in of_name.items():
@@ -220,9 +219,8 @@ def others(results: pd.DataFrame) -> Terminal:
 
 
 def markdown(scores: Scores) -> str:
-    lines = [["", *map(markup.markdown, scores.headings)], ["---"] * (1 + len(scores.headings))]
-    lines += [[markup.markdown(name), *map(_text, cells)] for name, cells in scores.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = ([markup.markdown(name), *map(_text, cells)] for name, cells in scores.rows)
+    return markup.table(["", *map(markup.markdown, scores.headings)], rows)
 
 
 def latex(scores: Scores) -> str:

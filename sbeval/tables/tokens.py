@@ -23,7 +23,7 @@ import pandas as pd
 from rich.table import Table as Terminal
 
 from sbeval.errors import InputError, choose
-from sbeval.tables import mqrar
+from sbeval.tables import markup, mqrar
 from sbeval.tables.rows import Identity, Provenance, labels
 from sbeval.tables.selection import LENGTH_GEN, RECIPE, length_gen_setting
 
@@ -218,8 +218,7 @@ def render(table: pd.DataFrame, format: str = "terminal") -> Terminal | str:
     if format == "csv":
         return rows.to_csv(index=False).rstrip("\n")
     if format == "markdown":
-        lines: list[list[str]] = [[str(name) for name in rows], ["---"] * len(rows.columns), *rows.to_numpy().tolist()]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return markup.table([str(name) for name in rows], rows.to_numpy().tolist())
     shown = Terminal(title="Loss minus RoPE's by training tokens D (nats per token): limit + amplitude D^-exponent")
     for name in rows:
         shown.add_column(str(name))

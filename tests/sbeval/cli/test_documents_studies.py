@@ -85,7 +85,7 @@ def test_perplexities_by_context(tmp_path: Path) -> None:
 
 def test_a_study_that_was_not_run_and_one_with_a_figure(tmp_path: Path) -> None:
     block = documents_studies.of_study("125m", lambda table, folder: f"{len(table)} rows\n", {"a": "A", "b": "B"})
-    assert block(tmp_path) == "Not run yet: `sbeval run 125m`.\n"
+    assert block(tmp_path) == "No results yet: `sbeval run 125m`.\n"
     (tmp_path / "125m" / "figures").mkdir(parents=True)
     (tmp_path / "125m" / "length_gen.csv").write_text("cell,metric\nx,y\n")
     (tmp_path / "125m" / "figures" / "b.png").touch()
@@ -94,4 +94,4 @@ def test_a_study_that_was_not_run_and_one_with_a_figure(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", documents_studies.BLOCKS)
 def test_no_study_is_needed(name: str, tmp_path: Path) -> None:
-    assert documents_studies.BLOCKS[name](tmp_path).startswith("Not run yet: `sbeval run ")
+    assert documents_studies.BLOCKS[name](tmp_path).startswith("No results yet: `sbeval run ")

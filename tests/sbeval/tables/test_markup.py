@@ -1,4 +1,4 @@
-"""Names are read as they are in Markdown and LaTeX."""
+"""Names are read as they are in Markdown and LaTeX, and tables have a line of their columns."""
 
 import pytest
 
@@ -19,3 +19,7 @@ from sbeval.tables import markup
 def test_names_are_no_markup(text: str, markdown: str, latex: str) -> None:
     assert markup.markdown(text) == markdown
     assert markup.latex(text) == latex
+
+
+def test_a_table_has_its_headings_and_a_line_for_each_row() -> None:
+    assert markup.table(("a", "b"), [("1", "2"), ("", "4")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n|  | 4 |"
