@@ -52,17 +52,8 @@ def _wait_for(p_count: Any, wanted: int) -> Any:
     return emulator.Integer(0)
 
 
-def _publish(p_state: Any, state_wanted: int, p_dq: Any, dq_wanted: int) -> None:
-    p_state.flat[p_state.offset] += state_wanted
-    p_dq.flat[p_dq.offset] += dq_wanted
-
-
-def _add8(p: Any, *numbers: Any) -> None:
-    """Addresses are in bytes; the second four are 4096 bytes on."""
-    with emulator.lock:
-        for i, x in enumerate(numbers):
-            place = p.offset // 4 + i % 4 + i // 4 * 1024
-            p.flat.index_add_(0, place.flatten(), x.t.flatten())
+def _publish(p_count: Any) -> None:
+    p_count.flat[p_count.offset] += 1
 
 
 ASSEMBLY = {
@@ -74,11 +65,11 @@ ASSEMBLY = {
     "_halves": _halves,
     "_wait_for": _wait_for,
     "_publish": _publish,
-    "_add8": _add8,
+    "_add_to_global": lambda descriptor, corner, tile: descriptor.add(corner, tile),
+    "_wait_for_additions": lambda _: None,
     "_cut": lambda _: None,
     "TILE": 64,
     "WORDS": 8,
-    "SLACK": 4,
     "RESOLUTION": 2.0**-24,
 }
 
@@ -143,6 +134,14 @@ def check(q: Tensor, k: Tensor, v: Tensor, *, bounds: Any = None, bias: float | 
 )
 def test_odd_lengths(t: int, options: dict[str, Any], dim: int) -> None:
     check(*draw(t, t, dim=dim, batch=1 if "bounds" in options else 2), **options)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 2.0**-24])
+def test_products_a_tile_ahead(epsilon: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(stick_breaking_hopper.CONFIGS[128], "DEEP", True)
+    monkeypatch.setattr(stick_breaking_hopper, "LOOK", 2)
+    check(*draw(330, 330, dim=128, batch=2), epsilon=epsilon)
+    check(*draw(64, 64, dim=128), epsilon=epsilon)
 
 
 def test_queries_after_a_longer_prefix() -> None:
