@@ -29,11 +29,14 @@ def attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
     starts: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute the equation in linear memory; returns (B, T, H, D). See `softmax.attention` for arguments and errors."""
-    return softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, starts=starts, backend=backend)
+    return softmax.attention(
+        q, k, v, scale=scale, cu_seqlens=cu_seqlens, longest=longest, starts=starts, backend=backend
+    )
 
 
 def backend_name(device_type: str) -> str:
@@ -57,7 +60,23 @@ class Mixer(nn.Module):
         self.scale = scale
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: Layer | None = None,
+        longest: int | None = None,
     ) -> Tensor:
         starts, (k, v) = through(cache, k, v)
-        return attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, backend=self.backend)
+        return attention(
+            q,
+            k,
+            v,
+            scale=self.scale,
+            cu_seqlens=cu_seqlens,
+            longest=longest,
+            starts=starts,
+            backend=self.backend,
+        )

@@ -215,6 +215,7 @@ def attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
     starts: Tensor | None = None,
     backend: str | None = None,
     options: Options = DEFAULT,
@@ -222,7 +223,9 @@ def attention(
     """Compute the equation in linear memory; returns (B, T, H, D). See `softmax.attention` for arguments and errors."""
     check.inputs(q, k, v, cu_seqlens)
     q, k = rotated(q, k, cu_seqlens, options, starts=starts)
-    return softmax.attention(q, k, v, scale=scale, cu_seqlens=cu_seqlens, starts=starts, backend=backend)
+    return softmax.attention(
+        q, k, v, scale=scale, cu_seqlens=cu_seqlens, longest=longest, starts=starts, backend=backend
+    )
 
 
 def backend_name(device_type: str) -> str:
@@ -244,7 +247,14 @@ class Mixer(nn.Module):
         self.by_length = options.scaling == "dynamic_ntk"
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None, cache: Layer | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cache: Layer | None = None,
+        longest: int | None = None,
     ) -> Tensor:
         if cache is None or self.options.scaling == "dynamic_ntk":
             # every token changes the rotation of all keys
@@ -255,10 +265,20 @@ class Mixer(nn.Module):
                 v,
                 scale=self.scale,
                 cu_seqlens=cu_seqlens,
+                longest=longest,
                 starts=starts,
                 backend=self.backend,
                 options=self.options,
             )
         q, k = rotated(q, k, cu_seqlens, self.options, starts=cache.starts, past=cache.past)
         starts, (k, v) = through(cache, k, v)
-        return softmax.attention(q, k, v, scale=self.scale, cu_seqlens=cu_seqlens, starts=starts, backend=self.backend)
+        return softmax.attention(
+            q,
+            k,
+            v,
+            scale=self.scale,
+            cu_seqlens=cu_seqlens,
+            longest=longest,
+            starts=starts,
+            backend=self.backend,
+        )

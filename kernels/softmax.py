@@ -64,6 +64,7 @@ def attention(
     *,
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
+    longest: int | None = None,
     starts: Tensor | None = None,
     backend: str | None = None,
     bias: Bias | None = None,
@@ -73,7 +74,8 @@ def attention(
 
     scale: multiplies q . k but not the bias; D ** -0.5 when None. bias: tensors that it reads may require gradients,
     slowly: dense on a CPU, by atomic sums on a GPU, where it may read such a tensor once. window: the number of keys
-    that a query sees, itself and those just before it, at least 1; all when None. starts: int32 (B,), the first key of
+    that a query sees, itself and those just before it, at least 1; all when None. longest: the most tokens that a
+    packed sequence has, for speed; longer ones give wrong results. starts: int32 (B,), the first key of
     each row of a cache, for few queries, without gradient and with one implementation on all devices. backend: one of
     BACKENDS, or None for the fastest that is correct. Raise InputError for inputs that `check.inputs` or `check.bounds`
     refuses and for a backend that does not support them.
@@ -94,7 +96,7 @@ def attention(
     if chosen == "flex":
         out = _flex(q, k, v, scale, cu_seqlens, bias, window)
     elif chosen == "flash" and (cu_seqlens is not None or 1 < q.shape[1] < k.shape[1]):
-        out = _varlen(q, k, v, scale, cu_seqlens)
+        out = _varlen(q, k, v, scale, cu_seqlens, longest)
     else:
         out = _sdpa(q, k, v, scale, chosen)
     return out[..., :size]
@@ -268,7 +270,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, chosen: str) -> Tensor:
         return _fused(q, k, v, scale, causal=causal)
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> Tensor:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, longest: int | None) -> Tensor:
     """Attend packed sequences, or the last T of S positions: the mask is aligned to the last key of each sequence."""
     (batch, t), s = q.shape[:2], k.shape[1]
     q_bounds = k_bounds = cu_seqlens
@@ -276,7 +278,10 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | 
         q_bounds = torch.arange(0, batch * t + 1, t, dtype=torch.int32, device=q.device)
         k_bounds = torch.arange(0, batch * s + 1, s, dtype=torch.int32, device=q.device)
     k, v = heads(k, v, q.shape[2])
-    # only the device knows the longest sequence; the row's length bounds it, and surplus tiles return at once
+    if cu_seqlens is not None and longest is not None:
+        t = s = longest
+    # so many tiles of each sequence begin, and those past its end return at once: with many sequences in a row the
+    # row's length, which is all that is known without `longest`, makes these most of the time
     rows, keys, values = (x.flatten(0, 1) for x in (q, k, v))
     out = varlen_attn(rows, keys, values, q_bounds, k_bounds, t, s, scale=scale, window_size=(-1, 0))
     return cast(Tensor, out).view_as(q)

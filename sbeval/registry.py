@@ -109,6 +109,8 @@ class Method(Protocol):
         cache: in generation the `sbeval.models.kv_cache.Layer` to which the mixer adds what later tokens need; q, k, v
         and x are then of the new tokens alone: packed prompts, or one token for each row.
 
+        A `forward` that has a parameter `longest` is also given the most tokens that a packed sequence has, an int.
+
         Where outputs depend on the length of a row, padding on its right included, its attribute `by_length` is true.
         """
 

@@ -124,6 +124,7 @@ class PackedTuning(Tuning):
     def tuned(self, trained: str, writer: "Writer", context: "RunContext", progress: "Progress") -> Tuned:
         """Fine-tune the model of checkpoint `trained`, unless a finished checkpoint exists, and return what came of
         it."""
+        from sbeval.evaluation import ruler_lessons
         from sbeval.models.decoder import Decoder
         from sbeval.pretrained import load
         from sbeval.training import checkpoint
@@ -132,8 +133,8 @@ class PackedTuning(Tuning):
         config, training = self.config, self.schedule()
         digest = load.digest(trained)
         held_out = {name: writer.path(name, self.length, 0, "validation").stem for name in config.finetune_tasks}
-        key = [digest, training, "packed", config.finetune_needles, config.finetune_rest, config.finetune_prompts]
-        with context.checkpoint([*key, held_out, HELD_OUT, SOLVED], progress) as folder:
+        lessons = [ruler_lessons.VERSION, config.finetune_needles, config.finetune_rest, config.finetune_prompts]
+        with context.checkpoint([digest, training, "packed", *lessons, held_out, HELD_OUT, SOLVED], progress) as folder:
             found = checkpoint.find(folder)
             if found is None or not checkpoint.load_state(found).finished:
                 pretrained = loaded(trained, digest, context.device, self.dtype, config.trust_remote_code)

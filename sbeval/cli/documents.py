@@ -26,8 +26,8 @@ from sbeval.tables.table import read
 PAGES = ("README.md", "docs/results.md")
 BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end of numbers -->)", re.DOTALL)
 
-# results folders that can decide a claim: the first that does, else the first that has its table
-DECIDING = ("", "quick")
+# results folders that can decide a claim: the first that does, else the first that has numbers for it
+DECIDING = ("", "quick", "tokens")
 LEANS = {AGREES: ", leaning towards it", DISAGREES: ", leaning against it"}
 # families whose figures docs/results.md shows
 DRAWN = ("attention_map", "kernel", "length_gen", "mqrar", "needle", "skipping")
@@ -150,8 +150,9 @@ def _judged(results: Path, claim: Claim) -> tuple[Judged, str]:
         (finding,) = findings([claim], Evidence(tables, functools.partial(values.read, here)))
         found.append((finding.judged, folder))
     decided = [one for one in found if one[0].verdict != UNDECIDED]
-    measured = [one for one in found if one[0].measured]
-    return (decided or measured or found)[0]
+    # a table of other models has its rows and says nothing
+    shown = [one for one in found if one[0].found]
+    return (decided or shown or found)[0]
 
 
 def _needed(claim: Claim) -> set[str]:

@@ -34,6 +34,8 @@ from sbeval.evaluation.ruler_tasks import Sample, Setting
 from sbeval.runtime import seals
 from sbeval.runtime.files import locked
 
+# version of the lessons: raise it with any change of their text, their lengths or the order of their kinds
+VERSION = 1
 # the fewest tokens of a lesson
 SHORTEST = 256
 # tokens of a lesson for each needle in it, at least
@@ -126,7 +128,7 @@ class Store:
     def path(self, task: str, length: int, kind: Kind, count: int) -> Path:
         """Return the file of these lessons, named by all that they depend on."""
         prompts = self.writer.path(task, length, 0, "train").stem
-        name = f"lessons-{task}-{length}-{digest_of([FORMAT, prompts, kind, count])}.npz"
+        name = f"lessons-{task}-{length}-{digest_of([FORMAT, VERSION, prompts, kind, count])}.npz"
         return self.writer.cache_dir / "needle" / name
 
     def _write(self, task: str, indices: Sequence[int], length: int, kind: Kind) -> list[Lesson]:

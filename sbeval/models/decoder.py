@@ -9,6 +9,7 @@ paper's 1B and 3B models (Shen et al. 2024, arXiv 2408.13359, table 4):
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -66,13 +67,18 @@ class Attention(nn.Module):
         self.mixer = registry.method(name).Mixer(
             options, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, width=config.width, scale=scale
         )
+        self.takes_longest = "longest" in inspect.signature(self.mixer.forward).parameters
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None, cache: Layer | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None, cache: Layer | None = None, longest: int | None = None
+    ) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.dim))
         q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
         if self.key_shift is not None:
             k = self.key_shift(k, cu_seqlens, cache)
-        mixed = F.dropout(self.mixer(q, k, v, x, cu_seqlens, cache), self.dropout, self.training).flatten(2)
+        known = {"longest": longest} if self.takes_longest else {}
+        mixed = self.mixer(q, k, v, x, cu_seqlens, cache, **known)
+        mixed = F.dropout(mixed, self.dropout, self.training).flatten(2)
         if self.norm is not None:
             mixed = self.norm(mixed.flatten(0, 1)).view_as(mixed)
         out: Tensor = self.out(mixed)
@@ -113,8 +119,10 @@ class Block(nn.Module):
         self.norm_2 = _norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None, cache: Layer | None = None) -> Tensor:
-        x = x + self.m_residual * self.attention(self.norm_1(x), cu_seqlens, cache)
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor | None, cache: Layer | None = None, longest: int | None = None
+    ) -> Tensor:
+        x = x + self.m_residual * self.attention(self.norm_1(x), cu_seqlens, cache, longest)
         out: Tensor = x + self.m_residual * self.mlp(self.norm_2(x))
         return out
 
@@ -159,7 +167,7 @@ class Decoder(nn.Module):
         """Return hidden states (B, T, width) after the last norm. tokens: (B, T) int64.
 
         cu_seqlens: int32 (N + 1,), cumulative lengths of the sequences in the flattened batch; these do not attend to
-        each other.
+        each other, and none is in two rows.
         """
         x = self.embedding(tokens) * self.config.m_emb
         if self.positions is not None:
@@ -168,8 +176,9 @@ class Decoder(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         if cu_seqlens is not None:
             x = x.flatten(0, 1)[None]
+        longest = None if cu_seqlens is None else tokens.shape[1]
         for block in self._compiled if self.training and self._compiled else self.blocks:
-            x = block(x, cu_seqlens)
+            x = block(x, cu_seqlens, None, longest)
         out: Tensor = self.norm(x).view(*tokens.shape, -1)
         return out
 
@@ -196,7 +205,7 @@ class Decoder(nn.Module):
         if self.positions is not None:
             x = x + self.positions(cache.rows.positions if reading else cache.rows.next_positions())
         for block, layer in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, cache.rows.cu_seqlens if reading else None, layer)
+            x = block(x, cache.rows.cu_seqlens if reading else None, layer, cache.rows.longest if reading else None)
         cache.advance()
         out: Tensor = self.norm(x)
         return out

@@ -1,12 +1,12 @@
 """The paper's claims (Tan et al., ICLR 2025, arXiv 2410.17980) that result tables can decide, with their rules.
 
-Beside them what this project asks of its own kernel, which the paper does not claim.
+Beside them what this project asks of its own kernel, and of training tokens, which the paper does not claim.
 """
 
 from functools import partial
 
-from sbeval.report import language, recall, speed
-from sbeval.report.judge import BILLION, FAR, Claim
+from sbeval.report import growth, language, recall, speed
+from sbeval.report.judge import BILLION, FAR, STICK, Claim
 from sbeval.report.language import MARGIN, NEEDLES, NOTHING, POINTS, RISE
 from sbeval.report.maturity import BEHIND, ENOUGH
 from sbeval.report.recall import EQUAL, LEARNED, SEEDS, WEIGHT
@@ -24,6 +24,10 @@ from sbeval.tables.published import (
 KERNEL_RULE = (
     "Ratio of throughputs of whole sequences, nothing skipped, at the longest that both have in the same table, for "
     "each head size, from 20 to 80 % of timings. Faster: all above 1. Slower: all below."
+)
+GROWTH_RULE = (
+    "Loss at the training length less RoPE's, fitted as a limit plus a power of training tokens (sbeval table tokens). "
+    "Yes: the interval of the gap at the most tokens, or that of the limit, lies below 0. No: both lie above."
 )
 LEAST = f"{BILLION / FAR / 1e6:.0f} M parameters or more"
 LARGE = f"Decided by models of {LEAST}"
@@ -152,5 +156,18 @@ OWN = (
         command="sbeval bench kernel",
         figure="kernel",
         judge=partial(speed.kernel_speed, "forward_backward"),
+    ),
+    *(
+        Claim(
+            text=f"Does stick-breaking{form} pass RoPE as training tokens grow, and where?",
+            source="at 105 M tokens the gap was still closing",
+            rule=GROWTH_RULE,
+            decides="three seeds of both at four token counts or more",
+            table="length_gen",
+            command="sbeval run tokens",
+            figure="tokens",
+            judge=partial(growth.passes, method),
+        )
+        for form, method in (("", STICK), (" with logit offsets spread over heads", growth.SPREAD))
     ),
 )

@@ -17,7 +17,7 @@ from sbeval.plots import style
 from sbeval.plots.chart import SYMBOLS, Chart, Group, Panel, plain, readable
 from sbeval.report import maturity, page
 from sbeval.report.claims import CLAIMS, OWN
-from sbeval.report.judge import AGREES, DISAGREES, FASTER, SLOWER, UNDECIDED, Evidence, Finding, findings
+from sbeval.report.judge import AGREES, DISAGREES, FASTER, NO, SLOWER, UNDECIDED, YES, Evidence, Finding, findings
 from sbeval.runtime.files import prepare, remove_left, replacing
 from sbeval.tables import check, values
 from sbeval.tables.results import Results
@@ -26,7 +26,7 @@ from sbeval.tables.run_files import Runs, gather
 from sbeval.tables.table import read, required
 
 TITLE = "Stick-breaking attention: results"
-SIGNS = {AGREES: "✓", DISAGREES: "✗", UNDECIDED: "–", FASTER: "▲", SLOWER: "▼"}
+SIGNS = {AGREES: "✓", DISAGREES: "✗", UNDECIDED: "–", FASTER: "▲", SLOWER: "▼", YES: "✓", NO: "✗"}
 LEANS = {AGREES: "leans towards it", DISAGREES: "leans against it"}
 # groups with more panels draw them small
 FEW = 4
@@ -137,7 +137,10 @@ def _claims(judged: list[Finding], charts: dict[str, Chart]) -> str:
 
 
 def _own(judged: list[Finding], charts: dict[str, Chart]) -> str:
-    caption = "What the paper does not claim: this project's kernel. Intervals are in square brackets."
+    caption = (
+        "What the paper does not claim: the speed of this project's kernel, and gaps by training tokens. Intervals are "
+        "in square brackets."
+    )
     return _findings("own", "Measurements of our own", "Asked", caption, judged, charts)
 
 

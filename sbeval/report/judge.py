@@ -3,13 +3,14 @@
 A rule compares plain stick-breaking (with the default remainder, or in a table without it, with none) with plain RoPE
 in the same setting: of several, the one nearest the paper's, which is that of grown models (`sbeval.report.maturity`),
 then of the largest, then of the most training tokens.
-`sbeval.report.claims` states each rule in words. The rules are in `language`, `recall` and `speed`.
+`sbeval.report.claims` states each rule in words. The rules are in `language`, `recall`, `speed` and `growth`.
 
 A claim agrees or disagrees by a one-sided p value below 2.5 %, where a 95 % interval lies on one side of its bound.
 Where other methods were measured in the same setting, p values have Holm's correction for all of them. Where the
 setting is too far from the paper's to decide, `Judged.leans` says what these numbers would decide there.
 
-What this project asks of its own kernel is no claim of the paper's: it is answered by `faster` or `slower`.
+What this project asks is no claim of the paper's: of its own kernel it is answered by `faster` or `slower`, of training
+tokens by `yes` or `no`.
 """
 
 import dataclasses
@@ -26,7 +27,9 @@ from sbeval.tables.documents import Values, nothing
 from sbeval.tables.statistics import Interval, Method
 
 AGREES, DISAGREES, UNDECIDED = "agrees", "disagrees", "not decided"
+# answers to questions of this project's own
 FASTER, SLOWER = "faster", "slower"
+YES, NO = "yes", "no"
 STICK = ("stick_breaking", "")
 WITHOUT_REMAINDER = "remainder=none"
 METHODS = {"stick-breaking": STICK, "RoPE": ROPE}

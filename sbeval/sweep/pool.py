@@ -63,18 +63,22 @@ def run(
 ) -> Iterator[tuple[Item, Result | Lost]]:
     """Yield each item with the result of `work`, or with Lost if its worker died repeatedly.
 
-    gpus: values of CUDA_VISIBLE_DEVICES, assigned to workers round-robin; empty: as in this process. An item whose
-    worker died is retried at once, from the second time on alone, after all others: it may need their memory.
+    gpus: values of CUDA_VISIBLE_DEVICES, assigned to workers round-robin; empty: as in this process. A worker prefers
+    items that one of its own made ready: it has compiled the code of their model. An item whose worker died is retried
+    at once, from the second time on alone, after all others: it may need their memory.
     """
-    waiting = [(item, 0) for item in reversed(items)]
-    alone: list[tuple[Item, int]] = []
+    # item, deaths, and the worker that made it ready
+    waiting: list[tuple[Item, int, _Worker | None]] = [(item, 0, None) for item in reversed(items)]
+    alone: list[tuple[Item, int, _Worker | None]] = []
     begun: dict[Future[Result], tuple[_Worker, Item, int]] = {}
     with _workers(workers if then else min(workers, len(items)), gpus, hear) as free:
         while waiting or begun or alone:
             if not waiting and not begun:
                 waiting.append(alone.pop())
             while waiting and free:
-                worker, (item, deaths) = _least_busy(free, begun.values()), waiting.pop()
+                worker = _least_busy(free, begun.values())
+                own = (index for index in reversed(range(len(waiting))) if waiting[index][2] is worker)
+                item, deaths, _ = waiting.pop(next(own, -1))
                 free.remove(worker)
                 begun[worker.submit(work, item)] = worker, item, deaths
             for future in wait(begun, return_when=FIRST_COMPLETED).done:
@@ -85,10 +89,10 @@ def run(
                 else:
                     cause = worker.renew()
                     if deaths < RETRIES:
-                        (alone if deaths else waiting).append((item, deaths + 1))
+                        (alone if deaths else waiting).append((item, deaths + 1, worker))
                         continue
                     yield item, Lost(f"its process died {deaths + 1} times, at last {cause}")
-                waiting.extend((new, 0) for new in reversed(then(item) if then else ()))
+                waiting.extend((new, 0, worker) for new in reversed(then(item) if then else ()))
 
 
 def tell(message: tuple[Any, ...]) -> None:

@@ -3,7 +3,9 @@
     gap(D) = limit + amplitude (D / D1)^-exponent
 
 D are training tokens, D1 the fewest. A gap is a method's mean loss over test documents at the training length (nats per
-token, the logarithm of perplexity) minus the baseline's. The fit is by least squares, with exponents from 0.1 to 3.
+token, the logarithm of perplexity) minus the baseline's. The fit is by least squares, with exponents from 0.1 to 3; at
+an end of this range the tokens do not tell the limit. It crosses 0 where a method that is behind at first passes the
+baseline, or one that is ahead falls behind.
 
 Intervals are 95 %. Models of one seed share a trunk, so their errors do too: the errors of a method's means at all
 token counts are drawn together, from the covariance of seeds around the mean of their method, pooled over methods, with
@@ -12,6 +14,7 @@ methods and token counts, and their sampling is not part of it. If no method has
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,18 +65,22 @@ class Ladder:
     limit: Bounded
     amplitude: float
     exponent: Bounded
+    # tokens at which the fit is 0, infinite if it never is
+    crossing: Bounded
 
     def at(self, tokens: Floats) -> Floats:
         """Return the fitted gap at these training tokens."""
         fitted: Floats = self.limit.value + self.amplitude * (tokens / self.tokens[0]) ** -self.exponent.value
         return fitted
 
-    @property
-    def crossing(self) -> float:
-        """Training tokens at which the fit is 0; NaN if it never is."""
-        if self.limit.value * self.amplitude >= 0:
-            return math.nan
-        return float(self.tokens[0] * (-self.amplitude / self.limit.value) ** (1 / self.exponent.value))
+    def crosses(self, write: Callable[[float], str] = "{:.2g}".format) -> str:
+        """Return at how many tokens the fit is 0, in words, with its interval."""
+        value, *bounds = (
+            write(count) if count < math.inf else "never"
+            for count in (self.crossing.value, self.crossing.low, self.crossing.high)
+        )
+        known = not math.isnan(self.crossing.low) and set(bounds) != {value}
+        return f"{value} [{bounds[0]}, {bounds[1]}]" if known else value
 
 
 def fit(tokens: Floats, gaps: Floats) -> Floats:
@@ -131,7 +138,30 @@ def _ladder(setting: str, losses: pd.DataFrame, method: Method) -> Ladder | None
         limit=_bounded(limit, refitted[:, 0]),
         amplitude=amplitude,
         exponent=_bounded(exponent, refitted[:, 2]),
+        crossing=_crossing(float(tokens[0]), np.array([limit, amplitude, exponent]), refitted),
     )
+
+
+def _crossing(first: float, fitted: Floats, drawn: Floats) -> Bounded:
+    """Return where fits are 0, by limit, amplitude and exponent: of these (3,), and the interval of those (N, 3).
+
+    A drawn fit whose limit is on the side of the first gap never is; one that begins on the other was before.
+    """
+    side = math.copysign(1.0, fitted[0] + fitted[1])
+
+    def at(limit: Floats, amplitude: Floats, exponent: Floats) -> Floats:
+        across = side * limit < 0
+        ratio = np.clip(amplitude / np.where(across, -limit, 1.0), 0.0, None)
+        with np.errstate(over="ignore"):
+            tokens: Floats = np.where(across, first * ratio ** (1 / exponent), math.inf)
+        return tokens
+
+    value = float(at(*fitted[:, None])[0])
+    if not len(drawn):
+        return Bounded(value)
+    # not interpolated: between a number and infinity there is none
+    low, high = np.percentile(at(*drawn.T), TAILS, method="nearest")
+    return Bounded(value, float(low), float(high))
 
 
 def _is(losses: pd.DataFrame, method: Method) -> "npt.NDArray[np.bool_]":
@@ -175,7 +205,7 @@ def frame(table: pd.DataFrame) -> pd.DataFrame:
             "gap at the most": each.gaps[-1].text(),
             "limit": each.limit.text(),
             "exponent": each.exponent.text().replace("+", ""),
-            "is 0 at": "" if math.isnan(each.crossing) else f"{each.crossing:.2g}",
+            "is 0 at": each.crosses(),
         }
         for each in found
     )

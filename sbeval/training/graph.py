@@ -4,20 +4,52 @@ The kernels of a small model are shorter than their launches from Python, above 
 leave a GPU idle for much of a step.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 # steps that run as they are before one is recorded: code is compiled and the optimizer's state created in them
 WARM_UP = 3
+# what torch warns of where something waits for the GPU
+WAITED = "called a synchronizing CUDA operation"
+# graphs that could not be recorded, kept since torch's allocator (to 2.12) still calls them
+_unfinished: list[torch.cuda.CUDAGraph] = []
+
+
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """Yield a list which at the end of the block has a line for each time that it waited for the GPU, as torch knows.
+
+    What runs kernels or waits without torch is not known: `Graph` then raises an error.
+    """
+    before, lines = torch.cuda.get_sync_debug_mode(), list[str]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield lines
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for one in caught:
+        if WAITED in str(one.message):
+            lines.append(f"{one.filename}:{one.lineno}")
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+
+
+def refused(error: RuntimeError) -> bool:
+    """Return whether a step ran but cannot be recorded: the errors of CUDA, torch and Triton then say so."""
+    return not isinstance(error, torch.OutOfMemoryError) and "captur" in str(error)
 
 
 class Graph:
     """The kernels of `step(tokens, targets) -> loss`, recorded when this is made and run by each call.
 
     Weights, the optimizer's state and learning rates must be tensors that stay where they are, and nothing may wait for
-    the GPU. The step must have run on `stream` before. Recording runs nothing.
+    the GPU: see `waits` and `refused`. The step must have run on `stream` before. Recording runs nothing.
     """
 
     def __init__(
@@ -25,8 +57,13 @@ class Graph:
     ) -> None:
         self._tokens, self._targets = tokens.clone(), targets.clone()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
-            self._loss = step(self._tokens, self._targets)
+        try:
+            with torch.cuda.graph(self._graph, stream=stream):
+                self._loss = step(self._tokens, self._targets)
+        except RuntimeError as error:
+            if refused(error):
+                _unfinished.append(self._graph)
+            raise
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Run the step on a batch of the same shape; return its loss."""

@@ -32,7 +32,7 @@ from sbeval.tables import epochs
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
 from sbeval.training.config import TrainConfig
-from sbeval.training.graph import WARM_UP, Graph
+from sbeval.training.graph import WARM_UP, Graph, refused, waits
 from sbeval.training.held_out import Rows
 from sbeval.training.optimizer import optimizer_for, set_rate
 
@@ -207,7 +207,7 @@ class Trainer:
         stop: Callable[[Decoder, State], bool] | None = None,
         log: Callable[[int, dict[str, float]], None] | None = None,
     ) -> Trained:
-        """Train to the last step, or until `stop`, called at multiples of `check_every`, returns true.
+        """Train to the last step, or until `stop`, called at multiples of `check_every` and at the end, returns true.
 
         log: called with the step and its loss, lr and tokens_per_second at multiples of `log_every`, `check_every` and
         `look_every`, and at the end; with held_out_loss after a validation step. Raise DivergedError when a loss is not
@@ -225,8 +225,7 @@ class Trainer:
                         log(self.state.step, self._numbers())
                     self._check_finite()
                     self.state.finished = self._out_of_patience()
-                    checks = self.config.check_every and self.state.step % self.config.check_every == 0
-                    self.state.finished |= bool(stop and checks and stop(self.model, self.state))
+                    self.state.finished |= bool(stop and self._check_is_due() and stop(self.model, self.state))
                 self.state.finished |= self.state.step >= self.config.steps
                 self._diagnose()
                 due = time.perf_counter() - saved > self.config.checkpoint_seconds
@@ -247,6 +246,10 @@ class Trainer:
         diagnosis = self.config.diagnose_every if self.diagnose else 0
         intervals = (self.config.log_every, self.config.check_every, validation, diagnosis)
         return min(self.config.steps, *((step // every + 1) * every for every in intervals if every))
+
+    def _check_is_due(self) -> bool:
+        step, every = self.state.step, self.config.check_every
+        return every > 0 and (step % every == 0 or step == self.config.steps)
 
     def _validate(self) -> None:
         """Record the held-out loss if it is due."""
@@ -330,6 +333,16 @@ class Trainer:
             if self.launched >= WARM_UP and self._record(tokens, targets):
                 assert self.graph is not None
                 return self.graph(tokens, targets)
+            if self.launched == WARM_UP - 1:
+                with waits() as waited:
+                    loss = self._launch(tokens, targets, None, None)
+                if waited:
+                    self._only_launch(f"it waits for the GPU at {waited[0]}")
+                return loss
+        return self._launch(tokens, targets, cu_seqlens, weights)
+
+    def _launch(self, tokens: Tensor, targets: Tensor, cu_seqlens: Tensor | None, weights: Tensor | None) -> Tensor:
+        """Run a step kernel by kernel; return its loss."""
         losses: list[Tensor] = []
         while not oom.enough(lambda: losses.append(self._accumulate(tokens, targets, cu_seqlens, weights))):
             self._halve()
@@ -338,7 +351,8 @@ class Trainer:
         return losses[0]
 
     def _record(self, tokens: Tensor, targets: Tensor) -> bool:
-        """Record the graph of a step, unless there is one; return False if memory ran out, after halving."""
+        """Record the graph of a step, unless there is one; return False if memory ran out, after halving, and if a step
+        cannot be recorded."""
 
         def whole(tokens: Tensor, targets: Tensor) -> Tensor:
             loss = self._accumulate(tokens, targets, None, None)
@@ -349,9 +363,22 @@ class Trainer:
             assert self.stream is not None
             self.graph = Graph(whole, tokens, targets, self.stream)
 
-        if self.graph is None and not oom.enough(record):
-            self._halve()
+        if self.graph is None:
+            try:
+                if not oom.enough(record):
+                    self._halve()
+            except RuntimeError as error:
+                if not refused(error):
+                    raise
+                # gradients that were recorded were not computed
+                self.optimizer.zero_grad()
+                self._only_launch(str(error.__context__ or error).partition("\n")[0])
         return self.graph is not None
+
+    def _only_launch(self, reason: str) -> None:
+        self.replays = False
+        slower = "Steps run kernel by kernel, which may be slower"
+        self.say(f"a step cannot be recorded as a CUDA graph: {reason}. {slower}")
 
     def _update(self) -> None:
         """Update the weights by the gradients, and drop these."""

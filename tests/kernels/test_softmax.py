@@ -264,6 +264,27 @@ def test_default_backend_on_a_gpu(t: int, dtype: torch.dtype, packed: bool, bias
     assert picked(t, dtype, expected, packed, biased) == expected
 
 
+@pytest.mark.parametrize(("longest", "expected"), [(None, 24), (9, 9)])
+def test_flash_begins_tiles_for_the_longest_sequence(
+    longest: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[tuple[int, int]] = []
+
+    def stand_in(q: Tensor, k: Tensor, v: Tensor, *bounds_and_sizes: Any, **options: Any) -> Tensor:
+        sizes.append(bounds_and_sizes[2:])
+        return q
+
+    monkeypatch.setattr(softmax, "varlen_attn", stand_in)
+    monkeypatch.setattr(softmax, "_backend", lambda *given: "flash")
+    packed = torch.tensor([0, 9, 15, 24], dtype=torch.int32)
+    for method in (nope, rope):
+        method.attention(*draw(1, 24, 24, 2, 2, 16), cu_seqlens=packed, longest=longest)
+    assert sizes == [(expected, expected)] * 2
+    # of other rows the length of all counts
+    nope.attention(*draw(1, 4, 24, 2, 2, 16), longest=longest)
+    assert sizes[2:] == [(4, 24)]
+
+
 @pytest.mark.parametrize(
     ("t", "dtype", "asked", "packed", "biased", "message"),
     [

@@ -72,6 +72,18 @@ def test_as_near_as_the_dtype(
     near(method, method.attention, draw(*shape, dtype=dtype), bounds(values))
 
 
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_a_longest_sequence_changes_nothing(method: ModuleType) -> None:
+    # as long as it is said to be, and exactly a tile
+    for values, longest in ((0, 0, 17, 18, 18, 83, 200, 200), 117), ((0, 128, 200), 128):
+        near(
+            method,
+            lambda *a, longest=longest, **o: method.attention(*a, longest=longest, **o),
+            draw(1, 200, 200, 4, 2, 64, dtype=torch.bfloat16),
+            bounds(values),
+        )
+
+
 @pytest.mark.parametrize("backend", ["sdpa", "cudnn", "flash", "flex", "torch"])
 def test_backends_agree(backend: str) -> None:
     near(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sbeval.evaluation import diagnostics
+from sbeval.evaluation import diagnostics, ruler_lessons
 from sbeval.evaluation.ruler_prompts import Prompt, Writer
 from sbeval.models.decoder import Decoder
 from sbeval.sweep import graph, scheduler
@@ -131,6 +131,30 @@ def test_what_is_never_solved_is_censored_at_the_budget(
     assert set(rows[rows["task"] == "niah_single_1"]["ended"]) == {""} and set(
         rows[rows["task"] == "niah_single_2"]["ended"]
     ) == {"budget"}
+
+
+def test_what_is_solved_in_the_last_steps_is_solved(
+    packed: Config, tmp_path: Path, solved_at: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(needle_packed, "VALIDATIONS", 2)
+    solved_at |= {"niah_single_2": [0.5, 1.0]}
+    rows = rows_of(run(dataclasses.replace(packed, finetune=5 * 1536), tmp_path), tmp_path)
+    (after,) = rows[rows["metric"] == "tokens_to_solve"].itertuples()
+    assert (after.value, after.ended) == (5 * 1536, "solved")
+
+
+def test_other_lessons_make_another_model(
+    packed: Config, tmp_path: Path, solved_at: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved_at |= {"niah_single_2": [1.0]}
+    # cells of one fine-tuned model
+    first, second, third = (dataclasses.replace(packed, lengths=(length,)) for length in (768, 896, 1024))
+    run(first, tmp_path)
+    run(second, tmp_path)
+    assert len(_tuned(tmp_path)) == 1
+    monkeypatch.setattr(ruler_lessons, "VERSION", ruler_lessons.VERSION + 1)
+    run(third, tmp_path)
+    assert len(_tuned(tmp_path)) == 2
 
 
 def test_validation_chooses_the_rate_and_every_rate_has_its_row(

@@ -148,7 +148,7 @@ def test_shapes_that_will_not_do(changes: dict[str, Any], message: str) -> None:
 def test_flops_are_those_of_the_products(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     # the dense definition makes all T x T logits. Half a square at twice the length is a whole one, so the counts agree
     # exactly; a causal kernel makes T (T + 1) / 2, of which half a square leaves out the half of the diagonal, 1 / T
-    def dense(*tensors: Tensor, starts: None, backend: None, **options: Any) -> Tensor:
+    def dense(*tensors: Tensor, longest: None, starts: None, backend: None, **options: Any) -> Tensor:
         return nope.reference(*tensors, **options)
 
     monkeypatch.setattr(nope, "attention", dense)

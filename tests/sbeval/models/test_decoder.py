@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sbeval import registry
 from sbeval.errors import InputError
+from sbeval.kernels import softmax
 from sbeval.models.config import ModelConfig, named
 from sbeval.models.decoder import IGNORE, Decoder
 
@@ -170,6 +171,26 @@ def test_packed_sequences_do_not_see_each_other(method: str) -> None:
     # the loss is float32
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["rope", "nope", "rope:scaling=dynamic_ntk,train_len=4"])
+def test_softmax_is_told_the_longest_sequence_that_a_row_or_the_prompts_can_have(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int | None] = []
+    attend = softmax.attention
+
+    def spy(*tensors: Tensor, longest: int | None = None, **options: Any) -> Tensor:
+        told.append(longest)
+        return attend(*tensors, longest=longest, **options)
+
+    monkeypatch.setattr(softmax, "attention", spy)
+    model = build(attention=method)
+    model(draw(2, 12), torch.tensor([0, 5, 12, 24], dtype=torch.int32))
+    assert told == [12] * 2
+    with torch.inference_mode():
+        model.begin([[1, 2, 3], [4, 5, 6, 7, 8]], room=1)
+    assert told[2:] == [5] * 2
 
 
 def weights_of(method: str, q: Tensor, k: Tensor) -> Tensor:

@@ -154,6 +154,30 @@ def test_what_died_twice_waits_until_the_others_are_done(monkeypatch: pytest.Mon
     ]
 
 
+def test_what_follows_an_item_runs_where_that_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: dict[int, list[str]] = {0: [], 1: []}
+
+    class Worker:
+        def __init__(self, number: int, workers: int, gpu: str | None, ear: Any) -> None:
+            self.number, self.gpu = number, gpu
+
+        def submit(self, work: Any, item: str) -> Future[str]:
+            ran[self.number].append(item)
+            future: Future[str] = Future()
+            future.set_result(item)
+            return future
+
+        def end(self) -> None:
+            pass
+
+    monkeypatch.setattr(pool, "_Worker", Worker)
+    # a model and what continues from it; the last two wait until nothing else is ready
+    after = {"a": ["a model", "a longer"], "b": ["b model", "b longer"], "a longer": ["a last"]}
+    found = dict(pool.run(str, ["a", "b", "c", "d"], 2, lambda item: after.get(item, [])))
+    assert ran[0][:4] == ["a", "a model", "a longer", "a last"] and ran[1][:3] == ["b", "b model", "b longer"]
+    assert set(found) == {*after, "c", "d", *(item for some in after.values() for item in some)}
+
+
 def end_badly(number: int) -> int:
     os.write(2, b"a warning\nthe disk is on fire\n\n")
     os._exit(3)

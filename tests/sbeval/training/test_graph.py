@@ -1,7 +1,7 @@
 """A step that a GPU replays is the one that it would launch, bit for bit; when it is recorded, and when not."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sbeval.config import IGNORE
+from sbeval.kernels import rope
 from sbeval.models.config import ModelConfig
 from sbeval.runtime import progress
 from sbeval.tasks.generated import Examples
@@ -67,12 +68,11 @@ class StandIn:
     """A graph that runs the step at each call, as a CPU has none."""
 
     made: list["StandIn"]
-    failures = 0
+    errors: list[RuntimeError]
 
     def __init__(self, step: Callable[[Tensor, Tensor], Tensor], *others: Any) -> None:
-        if type(self).failures:
-            type(self).failures -= 1
-            raise torch.OutOfMemoryError("no memory to record")
+        if self.errors:
+            raise self.errors.pop()
         self.step, self.calls = step, 0
         self.made.append(self)
 
@@ -86,8 +86,9 @@ def replaying(monkeypatch: pytest.MonkeyPatch) -> Trainer:
     ready = trainer(CPU)
     ready.replays, ready.stream = True, object()  # type: ignore[assignment]  # a stand-in's
     monkeypatch.setattr(StandIn, "made", [], raising=False)
-    monkeypatch.setattr(StandIn, "failures", 0)
+    monkeypatch.setattr(StandIn, "errors", [], raising=False)
     monkeypatch.setattr(module, "Graph", StandIn)
+    monkeypatch.setattr(module, "waits", lambda: contextlib.nullcontext([]))
     monkeypatch.setattr(Trainer, "_on_stream", lambda self: contextlib.nullcontext())
     return ready
 
@@ -98,12 +99,47 @@ def test_a_step_is_recorded_once_it_has_run(replaying: Trainer) -> None:
 
 
 def test_recording_that_runs_out_of_memory_starts_again_with_fewer_rows(replaying: Trainer) -> None:
-    StandIn.failures = 1
+    StandIn.errors.append(torch.OutOfMemoryError("no memory to record"))
     found = run(replaying)
     assert found.rows == BATCH // 2
     # not replayed: the steps before it failed, and as many that compile the code for fewer rows
     assert [graph.calls for graph in StandIn.made] == [12 - 2 * WARM_UP]
     assert found.state.losses == pytest.approx(run(trainer(CPU)).state.losses, rel=1e-4)
+
+
+def test_a_step_that_waits_for_the_gpu_is_launched(
+    replaying: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "waits", lambda: contextlib.nullcontext(["method.py:7", "method.py:7"]))
+    assert_same(run(replaying), run(trainer(CPU)))
+    assert not StandIn.made
+    said = capsys.readouterr().err
+    assert said.count("cannot be recorded") == 1 and "it waits for the GPU at method.py:7." in said
+
+
+def test_a_step_that_cannot_be_recorded_is_launched(
+    replaying: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = Trainer._record
+
+    def spoilt(self: Trainer, tokens: Tensor, targets: Tensor) -> bool:
+        # as recording leaves them
+        for parameter in self.model.parameters():
+            parameter.grad = torch.full_like(parameter, torch.nan)
+        return record(self, tokens, targets)
+
+    monkeypatch.setattr(Trainer, "_record", spoilt)
+    StandIn.errors.append(RuntimeError("CUDA error: operation not permitted when stream is capturing\nSearch for it"))
+    assert_same(run(replaying), run(trainer(CPU)))
+    assert not StandIn.made
+    said = capsys.readouterr().err
+    assert said.count("operation not permitted when stream is capturing. Steps") == 1 and "Search" not in said
+
+
+def test_other_errors_of_recording_are_errors(replaying: Trainer) -> None:
+    StandIn.errors.append(RuntimeError("shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run(replaying)
 
 
 def test_packed_sequences_are_not_replayed(replaying: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +165,10 @@ def test_on_a_cpu_nothing_is_recorded() -> None:
         ("rope", "adamw", 0.0, "float32"),
         ("stick_breaking", "muon", 0.1, "bfloat16"),
         ("rope:key_shift=true,qkv_bias=true", "muon", 0.1, "bfloat16"),
+        ("rope:key_shift=true", "muon", 0.0, "bfloat16"),
+        ("nope", "muon", 0.0, "bfloat16"),
+        ("fire", "muon", 0.0, "bfloat16"),
+        ("sliding_window:window=8", "muon", 0.0, "bfloat16"),
         ("alibi", "adamw", 0.0, "bfloat16"),
         ("forgetting", "muon", 0.0, "bfloat16"),
     ],
@@ -148,3 +188,49 @@ def test_a_replayed_run_is_the_launched_one(
         assert launched.graph is None
     assert_same(found, wanted)
     assert len(set(found.state.losses)) == 12
+
+
+def _item(q: Tensor) -> None:
+    assert q.flatten()[0].item() < 1e9
+
+
+def _synchronize(q: Tensor) -> None:
+    torch.cuda.synchronize()
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """No compiled code of other tests, which a method in another form could take for its own."""
+    module._forget()
+    yield
+    module._forget()
+
+
+@CUDA
+@pytest.mark.filterwarnings("default")
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    ("wait", "reason"), [(_item, "it waits for the GPU at"), (_synchronize, "not permitted when stream is capturing")]
+)
+def test_a_method_that_waits_is_launched(
+    wait: Callable[[Tensor], None], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = torch.device("cuda", 0)
+    forward = rope.Mixer.forward
+
+    def waiting(self: rope.Mixer, q: Tensor, *others: Any) -> Tensor:
+        wait(q)
+        return forward(self, q, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rope.Mixer, "forward", waiting)
+        tried = trainer(place, dropout=0.1)
+        found = run(tried)
+        assert tried.graph is None and capsys.readouterr().err.count(reason) == 1
+        patch.setattr(module, "WARM_UP", 1 << 30)
+        assert_same(found, run(trainer(place, dropout=0.1)))
+    module._forget()
+    # what waits is gone, and the next model's steps are recorded again
+    after = trainer(place, dropout=0.1)
+    run(after)
+    assert after.graph is not None

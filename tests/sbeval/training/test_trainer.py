@@ -369,6 +369,18 @@ def test_stop_is_asked_at_multiples_and_obeyed(tmp_path: Path) -> None:
     assert found.state.scores == [(8, 0.5), (16, 0.5)]
 
 
+def test_stop_is_asked_at_the_end(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    def stop(model: Decoder, state: State) -> bool:
+        asked.append(state.step)
+        return False
+
+    found = run(trainer(tmp_path / "run"), stop=stop)
+    assert asked == [8, 16, 18]
+    assert found.state.finished and checkpoint.load_state(tmp_path / "run") == found.state
+
+
 def test_the_last_look_is_at_the_last_step() -> None:
     logged: list[int] = []
     run(trainer(check_every=0), log=lambda step, _: logged.append(step))

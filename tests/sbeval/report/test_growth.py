@@ -1,0 +1,83 @@
+"""Whether a method passes RoPE is answered by made-up tables as the rule says."""
+
+import math
+import re
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sbeval.report import growth
+from sbeval.report.claims import OWN
+from sbeval.report.judge import NO, STICK, UNDECIDED, YES, Evidence, findings
+from sbeval.tables.statistics import Method
+
+TOKENS = np.array([60e6, 120e6, 240e6, 480e6, 600e6])
+COMMON: dict[str, Any] = {
+    "task": "books", "model": "25m", "corpus": "books", "tokenizer": "bpe:8192", "preset": "figure5", "dtype": "x",
+    "train_len": 2048, "eval_len": 16384, "context_length": 2048, "metric": "perplexity", "lr": 2e-3,
+}  # fmt: skip
+
+
+def table(limit: float, seeds: int = 3, noise: float = 0.001, method: Method = STICK) -> pd.DataFrame:
+    """Losses of RoPE, and of a method with a gap of 0.1 more than its limit at first, which closes as 1 / tokens."""
+    generator = np.random.default_rng(0)
+    gap = limit + 0.1 * TOKENS[0] / TOKENS
+    rows = []
+    for (name, options), less in ((("rope", ""), 0.0), (method, gap)):
+        for seed in range(seeds):
+            losses = 3 + (TOKENS / 1e8) ** -0.2 + less + noise * generator.standard_normal(len(TOKENS))
+            of = COMMON | {"attention": name, "options": options, "seed": seed, "status": ""}
+            rows += [
+                of | {"train_tokens": int(count), "value": math.exp(loss)}
+                for count, loss in zip(TOKENS, losses, strict=True)
+            ]
+    return pd.DataFrame(rows)
+
+
+def passes(rows: pd.DataFrame, method: Method = STICK) -> Any:
+    return growth.passes(method, rows, Evidence({"length_gen": rows}))
+
+
+def test_a_gap_that_falls_below_0_is_passed_and_where_is_said() -> None:
+    found = passes(table(-0.04))
+    # 60 M * 0.1 / 0.04
+    assert found.verdict == YES and "95 % over 3 seeds" in found.found
+    assert re.search(r"where the fit is 0: 1[45]\d M \[1[345]\d M, 1[567]\d M\]", found.found)
+    assert "+0.06" in found.found and "after 60 M tokens" in found.found and "after 600 M" in found.found
+    # not yet below 0, and the fit is: one says so
+    found = passes(table(-0.009))
+    assert found.verdict == YES and "after 600 M; limit −0.0" in found.found
+
+
+def test_a_gap_that_stays_is_not() -> None:
+    found = passes(table(0.04))
+    assert found.verdict == NO and "where the fit is 0: never" in found.found
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        (table(0.0, noise=0.01), "the interval of the limit includes both"),
+        (table(-0.04, seeds=1), "one seed of every method has no interval"),
+    ],
+)
+def test_what_is_left_open(rows: pd.DataFrame, reason: str) -> None:
+    found = passes(rows)
+    assert (found.verdict, found.reason, found.measured) == (UNDECIDED, reason, True)
+
+
+def test_one_token_count_measures_nothing() -> None:
+    rows = table(-0.04)
+    found = passes(rows[rows["train_tokens"] == 600e6])
+    assert (found.verdict, found.found, found.measured) == (UNDECIDED, "", False)
+
+
+def test_the_form_with_offsets_is_asked_of_on_its_own() -> None:
+    questions = [claim for claim in OWN if claim.table == "length_gen"]
+    rows = pd.concat([table(0.04, method=(STICK[0], "remainder=none")), table(-0.04, method=growth.SPREAD)])
+    plain, spread = findings(questions, Evidence({"length_gen": rows}))
+    assert (plain.judged.verdict, spread.judged.verdict) == (NO, YES)
+    assert isinstance(questions[1].judge, partial) and "spread over heads" in questions[1].text
