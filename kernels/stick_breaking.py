@@ -484,9 +484,9 @@ class Options:
     """Options of the model. remainder: by what the remainder is multiplied and added to the output: nothing (`none`),
     the token's own `value` or a vector learned for each head (`bias`). logit_scale: multiplies the model's logit scale.
 
-    logit_bias: initial value of a parameter of each head that is added to its logits; none by default. Adam moves it
-    by at most the sum of the learning rates, 0.9 in 800 steps of a cosine from 2e-3: in effect it is a fixed offset.
-    `spread`: from beta = 1/2 to 1/1024 over the heads, geometrically, the same in every layer.
+    logit_bias: logit offset, the initial value of a parameter of each head that is added to its logits; default: none.
+    Adam moves it by at most the sum of the learning rates, 0.9 in 800 steps of a cosine from 2e-3: it is in effect
+    fixed. `spread`: from beta = 1/2 to 1/1024 over the heads, geometrically, the same in every layer.
     """
 
     remainder: str = "value"
@@ -507,7 +507,7 @@ class Options:
 
 
 def initial_bias(start: float | str, heads: int) -> Tensor:
-    """Return the initial logit bias of each head (H,): the same number, or with `spread` logits of 2^-1 ... 2^-10."""
+    """Return the initial logit offset of each head (H,): the same number, or with `spread` logits of 2^-1 ... 2^-10."""
     if not isinstance(start, str):
         return torch.full((heads,), start)
     if heads < 2:

@@ -296,7 +296,11 @@ def lines(
     rows: pd.DataFrame, looks: Mapping[Method, style.Look], by: str = "x", scale: Scale = Scale.LINEAR
 ) -> list[Line]:
     """Return the line of each method that has rows, by column `by`; `rows` are all those of one setting."""
-    points = intervals.points(rows, [by], scale).rename(columns={by: "x"})
+    return of_points(intervals.points(rows, [by], scale).rename(columns={by: "x"}), looks)
+
+
+def of_points(points: pd.DataFrame, looks: Mapping[Method, style.Look]) -> list[Line]:
+    """Return the line of each method that has points."""
     return [Line(look, mine) for method, look in looks.items() if len(mine := intervals.method(points, method))]
 
 

@@ -1,7 +1,8 @@
-"""Learning curves: held-out loss by training tokens, and below it the gap to RoPE at the same tokens.
+"""Learning curves: held-out loss by training tokens, and below it the gap of means to RoPE at the same tokens.
 
 One panel of each a setting. The curves are those of training, results/curves/<cell>.parquet, of the models in the table
-that measured a held-out loss. Methods that are options of evaluation alone share a model, which is drawn once.
+that measured a held-out loss. Methods that are options of evaluation alone share a model, which is drawn once; of the
+branches of a training with schedule wsd the longest is.
 """
 
 from collections.abc import Iterable
@@ -40,7 +41,16 @@ def gather(table: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
     read["last"] = read.groupby("cell")["step"].transform("max")
     rows = read[read["metric"] == METRIC].merge(cells, on="cell")
     tokens = rows["train_tokens"].astype(float) * rows["step"].astype(float) / rows["last"].astype(float)
-    return _trained(rows.assign(x=tokens, value=rows["value"].astype(float), stderr=float("nan")))
+    return _longest(_trained(rows.assign(x=tokens, value=rows["value"].astype(float), stderr=float("nan"))))
+
+
+def _longest(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows without branches of a training with schedule wsd that has a longer one, which begins as they."""
+    if "schedule" not in rows:
+        return rows
+    same = [name for name in (*LENGTH_GEN.always, *OTHERS) if name in rows and name != "train_tokens"]
+    most = rows.groupby(same, dropna=False)["train_tokens"].transform("max")
+    return rows[(rows["schedule"] != "wsd") | (rows["train_tokens"] == most)]
 
 
 def _trained(rows: pd.DataFrame) -> pd.DataFrame:
@@ -84,35 +94,30 @@ def chart(rows: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     looks = style.looks(rows)
     groups = [
-        Group(title, [Lines(title=NAMES[y], x=X, y=y, lines=charts.lines(of, looks)) for y, of in panels.items()])
+        Group(title, [Lines(title=NAMES[y], x=X, y=y, lines=charts.of_points(of, looks)) for y, of in panels.items()])
         for title, panels in _settings(rows)
     ]
     sentence = (
         "Loss on held-out text during training, in nats per token, by training tokens, and minus RoPE's at the same "
-        "tokens and seed. A gap that still closes at the end is no ranking. Lower is better."
+        "tokens. A gap that still closes at the end is no ranking. Lower is better."
     )
     return Chart("Learning curves", sentence, groups, _note(rows["seed"]))
 
 
-def gaps(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the losses of the other methods minus RoPE's of the same seed and tokens, of one setting."""
-    own = (rows["attention"] == REFERENCE[0]) & (rows["options"] == REFERENCE[1])
-    reference = rows.loc[own, ["seed", "x", "value"]].rename(columns={"value": "reference"})
-    both = rows[~own].merge(reference, on=["seed", "x"])
-    return both.assign(value=both["value"] - both["reference"])
-
-
 def _settings(rows: pd.DataFrame) -> list[tuple[str, dict[str, pd.DataFrame]]]:
-    """Return the title of each setting and the rows of its panels, by their y; without RoPE there are no gaps."""
+    """Return the title of each setting and the points of its panels, by their y; without RoPE there are no gaps."""
     if rows.empty:
         raise NothingToDraw("the models of these rows have no held-out losses during training")
     settings = style.panels(rows, LENGTH_GEN.always, [name for name in OTHERS if name in rows])
-    return [(title, {LOSS: of} | ({} if (less := gaps(of)).empty else {GAP: less})) for title, of in settings]
+    found = []
+    for title, of in settings:
+        less = intervals.gaps(of, ["x"], REFERENCE)
+        found.append((title, {LOSS: intervals.points(of, ["x"])} | ({} if less.empty else {GAP: less})))
+    return found
 
 
-def _lines(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> None:
+def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, style.Look]) -> None:
     """Draw a line and a band for each method."""
-    points = intervals.points(rows, ["x"])
     for method, look in looks.items():
         if (mine := intervals.method(points, method)).empty:
             continue

@@ -59,11 +59,8 @@ def figures(table: pd.DataFrame) -> dict[str, Figure]:
     """Draw each setting, by the words that tell it from the first, which has the most rows and no words."""
     rows = drawn(table)
     looks, named = style.looks(rows), by_name(pictures(rows))
-    beside = {"": " Other settings have figures of their own."} if len(named) > 1 else {}
-    return {
-        name: _figure(picture, looks, _ended(table, picture.rows) + beside.get(name, ""))
-        for name, picture in named.items()
-    }
+    beside = " Other settings have figures of their own." if len(named) > 1 else ""
+    return {name: _figure(picture, looks, _ended(table, picture.rows) + beside) for name, picture in named.items()}
 
 
 def by_name(found: list[Picture]) -> dict[str, Picture]:

@@ -2,11 +2,11 @@
 
 Of models that were fine-tuned, a task has the lines of those that solved it at their training length; the others are in
 a strip below: what they score at other lengths says nothing about these. A mean is hollow where not all of its tasks
-were solved.
+were solved. A task that no method solved has no panel, and is named below.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,20 +67,22 @@ def draw(table: pd.DataFrame) -> Figure:
     looks = style.looks(table)
     grids = settings(table)
     split = [_parts(some) for _, some in grids]
-    heights = [math.ceil(len(parts) / ACROSS) for parts in split]
-    figure, lines = style.grid(sum(heights), ACROSS)
+    drawn = [_with_lines(parts) for parts in split]
+    across = min(ACROSS, max(map(len, drawn)))
+    heights = [math.ceil(len(parts) / across) for parts in drawn]
+    figure, lines = style.grid(sum(heights), across)
     axes = [axis for line in lines for axis in line]
     spreads: list[pd.DataFrame] = []
-    for number, ((title, _), parts) in enumerate(zip(grids, split, strict=True)):
-        first = sum(heights[:number]) * ACROSS
-        panels = axes[first : first + heights[number] * ACROSS]
+    for number, ((title, _), parts) in enumerate(zip(grids, drawn, strict=True)):
+        first = sum(heights[:number]) * across
+        panels = axes[first : first + heights[number] * across]
         style.title(panels[0], title)
         lengths = sorted({float(length) for part in parts for length in part.lengths})
         for column, (axis, part) in enumerate(zip(panels, parts, strict=False)):
-            spreads += _lines(axis, part, looks, lengths, first=column % ACROSS == 0)
+            spreads += _lines(axis, part, looks, lengths, first=column % across == 0)
         for axis in panels[len(parts) :]:
             axis.set_axis_off()
-    note = style.with_caution(_note(spreads, "bars", [part for parts in split for part in parts]), table, looks)
+    note = style.with_caution(_note(spreads, "bars", split), table, looks)
     style.finish(figure, [look.handle() for look in looks.values()], note)
     return figure
 
@@ -89,7 +91,7 @@ def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     table = needle_scores(table)
     looks = style.looks(table)
-    groups, parts = [], list[Part]()
+    groups, parts = [], list[list[Part]]()
     for title, some in settings(table):
         split = _parts(some)
         panels = [
@@ -97,7 +99,7 @@ def chart(table: pd.DataFrame) -> Chart:
             for part in split
             if (lines := charts.lines(part.rows, looks, by="length", scale=Scale.SHARE))
         ]
-        parts += split
+        parts.append(split)
         groups += [Group(title, panels)] if panels else []
     sentence = (
         "Share of what was hidden in a text that is retrieved (1 is all), by the length of text and answer in "
@@ -112,15 +114,23 @@ def _title(part: Part, looks: Mapping[Method, Look]) -> str:
     return f"{part.title}; not {'all ' if part.several else ''}solved: {', '.join(apart)}" if apart else part.title
 
 
-def _note(spreads: Iterable[pd.DataFrame], shape: str, parts: Iterable[Part]) -> str:
+def _note(spreads: Iterable[pd.DataFrame], shape: str, parts: Sequence[list[Part]]) -> str:
     lines = [intervals.explain(spreads, shape, "samples")]
-    if any(part.short for part in parts):
+    drawn = {part.title for some in parts for part in _with_lines(some)}
+    if any(part.short for some in parts for part in some):
         lines.append(
             f"Strip below 0: methods that did not solve the task, with less than {100 * SOLVED:.0f} % right at the "
             "training length after fine-tuning, and how many of their models did; such models have no line. A mean is "
             "hollow where not all of its tasks were solved."
         )
+    if without := sorted({part.title for some in parts for part in some} - drawn):
+        lines.append(f"Solved by no method, and not drawn: {', '.join(without)}.")
     return " ".join(filter(None, lines))
+
+
+def _with_lines(parts: list[Part]) -> list[Part]:
+    """Return the panels that have lines; all where none has."""
+    return [part for part in parts if len(part.rows)] or parts
 
 
 def _parts(some: pd.DataFrame) -> list[Part]:

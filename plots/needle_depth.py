@@ -7,6 +7,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from sbeval.errors import NothingToDraw
 from sbeval.plots import style
 from sbeval.plots.chart import Chart, Group, Heat
 from sbeval.plots.needle import TABLE, settings
@@ -27,7 +28,9 @@ def draw(table: pd.DataFrame) -> Figure:
     that did not solve a task at their training length are left out, and how many others there are is said.
     """
     table = _by_depth(table)
-    looks = style.looks(table)
+    looks = style.looks(table[table["solved"]])
+    if not looks:
+        raise NothingToDraw("there is no row of a model that solved its task at its training length")
     grids = settings(table)
     figure, axes = style.grid(len(grids), len(looks))
     for row, (title, some) in enumerate(grids):
@@ -44,8 +47,8 @@ def draw(table: pd.DataFrame) -> Figure:
     colours = ScalarMappable(Normalize(0, 1), COLOURS)
     bar = figure.colorbar(colours, ax=[axis for line in axes for axis in line], fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=style.SMALL_PT)
-    note = f"{_mean_of(table)}; the dashed line is the training length."
-    style.note_below(figure, style.with_caution(note, table, looks))
+    note = f"{_mean_of(table)}; the dashed line is the training length.{_left_out(table)}"
+    style.note_below(figure, style.with_caution(note, table, style.looks(table)))
     return figure
 
 
@@ -69,7 +72,7 @@ def chart(table: pd.DataFrame) -> Chart:
         "the text, in percent, of the needle; blank is no sample."
     )
     lengths = ", ".join(f"{length:g}" for length in sorted(table["train_len"].unique()))
-    note = style.with_caution(f"{_mean_of(table)}. Trained at length {lengths}.", table, looks)
+    note = style.with_caution(f"{_mean_of(table)}. Trained at length {lengths}.{_left_out(table)}", table, looks)
     return Chart("Needles by depth", sentence, groups, note)
 
 
@@ -80,6 +83,13 @@ def _by_depth(table: pd.DataFrame) -> pd.DataFrame:
 def _mean_of(table: pd.DataFrame) -> str:
     note = f"Mean of {', '.join(sorted(table['task'].unique()))}"
     return note if table["solved"].all() else f"{note}, of models that solved them at their training length"
+
+
+def _left_out(table: pd.DataFrame) -> str:
+    """Name the methods without a map."""
+    solved = style.looks(table[table["solved"]])
+    names = [look.label for method, look in style.looks(table).items() if method not in solved]
+    return f" No model of these methods did: {', '.join(names)}." if names else ""
 
 
 def _title(some: pd.DataFrame, label: str) -> str:

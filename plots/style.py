@@ -45,8 +45,25 @@ VARIANTS = (
     ("stick_breaking", "logit_bias=-6.0"),
     ("stick_breaking", "remainder=none,logit_bias=-1.5"),
     ("stick_breaking", "remainder=none,logit_bias=-3.0"),
+    ("stick_breaking", "remainder=bias,head_norm=true"),
+    ("stick_breaking", "remainder=none,qkv_bias=true"),
     ("stick_breaking", "remainder=none,logit_bias=spread"),
+    ("stick_breaking", "logit_bias=spread"),
+    ("stick_breaking", "remainder=none,init_std=0.02"),
 )
+# options that legends name in words
+WORDS = {
+    "logit_bias=spread": "logit offsets spread",
+    "logit_bias": "logit offset {}",
+    "remainder=none": "no remainder",
+    "remainder=bias": "remainder to a vector",
+    "qkv_bias=true": "biases of q, k, v",
+    "head_norm=true": "norm of heads",
+    "key_shift=true": "key shift",
+    "init_std": "initial deviation {}",
+}
+# default of sliding_window, which its options leave out
+WINDOW = 512
 # the authors' scale in recall, with which stick-breaking is drawn as without
 SHARED = "logit_scale=1.5"
 # sizes of `sbeval.models.config` with learned positions, whose method is called nope: its attention knows none
@@ -161,9 +178,21 @@ def named(table: pd.DataFrame) -> pd.DataFrame:
 def _label(name: str, options: str, all_options: Sequence[str]) -> str:
     each = [set(other.split(",")) for other in all_options]
     common = set.intersection(*each)
+    given = [option for option in options.split(",") if option]
     if len(each) > 1 and common in each:
-        options = ",".join(option for option in options.split(",") if option not in common)
-    return NAMES.get(name, name.replace("_", " ")) + (f" ({options})" if options else "")
+        given = [option for option in given if option not in common]
+    called = NAMES.get(name, name.replace("_", " "))
+    if name == "sliding_window":
+        width = re.search(r"\bwindow=(\d+)", options)
+        called += f" of {width[1] if width else WINDOW}"
+        given = [option for option in given if not option.startswith("window=")]
+    return called + (f" ({', '.join(map(_in_words, given))})" if given else "")
+
+
+def _in_words(option: str) -> str:
+    name, _, value = option.partition("=")
+    words = WORDS.get(option) or WORDS.get(name)
+    return words.format(value.removesuffix(".0").replace("-", "−")) if words else option
 
 
 def methods(rows: pd.DataFrame, looks: dict[Method, Look]) -> dict[Method, Look]:

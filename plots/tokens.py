@@ -1,13 +1,14 @@
 """The gap to RoPE by training tokens, with the fit of a limit plus a power of tokens (`sbeval.tables.tokens`).
 
 One panel a setting. Points are trained models, with 95 % intervals; a line is the fit, dotted where it extends past
-them.
+them. Limits stand beside it.
 """
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from sbeval.errors import InputError
 from sbeval.plots import style
@@ -19,6 +20,10 @@ TABLE = "length_gen"
 COLUMNS = tokens.COLUMNS
 # the fit is drawn to so many times the most tokens
 BEYOND = 4
+# a method whose gap is larger at the most tokens leaves the panel, in nats
+SHOWN = 0.2
+# the distance of points of two methods at the same tokens, as a factor
+APART = 1.015
 X, Y = "training tokens", "loss minus RoPE's (nats per token)"
 
 
@@ -31,16 +36,29 @@ def draw(table: pd.DataFrame) -> Figure:
     """Draw gaps by training tokens, a method each."""
     settings = _settings(table)
     looks = style.looks_of(ladder.method for ladders in settings.values() for ladder in ladders)
-    figure, axes = style.grid(len(settings), 1)
+    figure, axes = style.grid(len(settings), 2)
     figure.set_size_inches(style.WIDTH_IN, style.ROW_IN * 1.3 * len(settings) + 1.0)
-    for (title, ladders), (axis,) in zip(settings.items(), axes, strict=True):
+    # limits beside the fits, in a narrow panel with the same y
+    axes[0][0].get_gridspec().set_width_ratios([9, 1])  # type: ignore[union-attr]  # of a grid each has one
+    for (title, ladders), (axis, beside) in zip(settings.items(), axes, strict=True):
         style.title(axis, title)
         style.label(axis, X, Y)
-        axis.axhline(0, color=style.MARK, linewidth=1.0)
-        for ladder in ladders:
-            _line(axis, ladder, looks[ladder.method])
+        style.subtitle(beside, "limit")
+        for place, ladder in enumerate(ladders):
+            _line(axis, ladder, looks[ladder.method], APART ** (place - (len(ladders) - 1) / 2))
+            _limit(beside, ladder, looks[ladder.method], place)
+        for each in (axis, beside):
+            each.axhline(0, color=style.MARK, linewidth=1.0, zorder=1)
+        axis.set_ylim(*_range(ladders))
         style.counts(axis)
-    style.finish(figure, [look.handle() for look in looks.values()], _note(settings))
+        beside.set_xticks([])
+        beside.set_xlim(-1, len(ladders))
+    away = [looks[ladder.method].label for ladders in settings.values() for ladder in ladders if not _inside(ladder)]
+    style.finish(
+        figure,
+        [_handle(look) for look in looks.values()] + [Line2D([], [], color=style.MARK, linewidth=1.0, label="RoPE")],
+        _note(settings) + style.leaving(away),
+    )
     return figure
 
 
@@ -70,17 +88,43 @@ def _settings(table: pd.DataFrame) -> dict[str, list[Ladder]]:
     return settings
 
 
-def _line(axis: Axes, ladder: Ladder, look: style.Look) -> None:
+def _line(axis: Axes, ladder: Ladder, look: style.Look, beside: float) -> None:
+    """Draw the points of a method, beside those of others, and its fit, dotted where there are none."""
     points = _points(ladder)
-    marks = look.line() | {"linestyle": "none"}
-    axis.plot(points["x"], points["mean"], label=look.label, **marks)
+    points["x"] *= beside
+    axis.plot(points["x"], points["mean"], label=look.label, **(look.line() | {"linestyle": "none"}))
     axis.vlines(points["x"], points["low"], points["high"], color=look.colour, linewidth=1.0)
     for first, last, dashes in (
-        (ladder.tokens[0], ladder.tokens[-1], look.line()["linestyle"]),
+        (ladder.tokens[0], ladder.tokens[-1], "-"),
         (ladder.tokens[-1], BEYOND * ladder.tokens[-1], ":"),
     ):
         at: Floats = np.geomspace(first, last, 50)
         axis.plot(at, ladder.at(at), color=look.colour, linewidth=1.2, linestyle=dashes)
+
+
+def _limit(axis: Axes, ladder: Ladder, look: style.Look, place: int) -> None:
+    """Draw the limit of a fit and its interval, beside those of other methods."""
+    axis.plot([place], [ladder.limit.value], **(look.line() | {"linestyle": "none"}))
+    if ladder.limit.low < ladder.limit.high:
+        axis.vlines([place], [ladder.limit.low], [ladder.limit.high], color=look.colour, linewidth=1.0)
+
+
+def _handle(look: style.Look) -> Line2D:
+    return Line2D([], [], label=look.label, **(look.line() | {"linestyle": "-"}))
+
+
+def _inside(ladder: Ladder) -> bool:
+    return abs(ladder.gaps[-1].value) <= SHOWN
+
+
+def _range(ladders: list[Ladder]) -> tuple[float, float]:
+    """Return the ends of a panel: of the points and intervals of methods that are inside, and 0."""
+    points = pd.concat(
+        [_points(ladder) for ladder in ladders if _inside(ladder)] or [pd.DataFrame({"low": [], "high": []})]
+    )
+    low, high = min(0.0, *points["low"]), min(2 * SHOWN, max(0.0, *points["high"]))
+    edge = 0.08 * max(high - low, 0.01)
+    return low - edge, high + edge
 
 
 def _points(ladder: Ladder) -> pd.DataFrame:
@@ -93,7 +137,8 @@ def _points(ladder: Ladder) -> pd.DataFrame:
 def _note(settings: dict[str, list[Ladder]]) -> str:
     seeds = sorted({count for ladders in settings.values() for ladder in ladders for count in ladder.seeds})
     over = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' * (seeds[0] > 1)}"
-    return f"Means of {over}; bars: 95 % intervals; lines: a limit plus a power of tokens (sbeval table tokens)."
+    lines = "lines: the fit of a limit plus a power of tokens (sbeval table tokens)"
+    return f"Means of {over}; bars: 95 % intervals; {lines}."
 
 
 def _limits(settings: dict[str, list[Ladder]], looks: dict[Method, style.Look]) -> str:

@@ -18,7 +18,7 @@ at others. A method that does not solve a task is not compared at other lengths.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +29,11 @@ from sbeval.sweep.cell import Outcome, TrainingStep
 from sbeval.sweep.family import Family
 from sbeval.tables.needle import Row as Row
 from sbeval.tables.needle import summary
+from sbeval.tasks.needle_choice import chosen_rates, taught
 from sbeval.tasks.needle_options import FILES, completed, evaluated_tasks, not_finetuned, notes, settled
 from sbeval.tasks.needle_options import PRESETS as PRESETS
 from sbeval.tasks.needle_options import Config as Config
-from sbeval.tasks.needle_packed import PackedTuning, taught
+from sbeval.tasks.needle_packed import PackedTuning
 from sbeval.tasks.needle_tuning import BATCH_TOKENS as BATCH_TOKENS
 from sbeval.tasks.needle_tuning import TUNING, Tuning, loaded, open_writer, sources
 from sbeval.tasks.text_cell import TextCell, outcome
@@ -236,7 +237,40 @@ def measured(answers: "list[Answered]", length: int, new_tokens: int, factors: M
 
 
 def cells(config: Config) -> list[Cell]:
-    """Return the grid: every model with every task. Raise InputError for unknown names."""
+    """Return the grid: every model with every task.
+
+    Of several learning rates of fine-tuning and several seeds the models of the first seed; `more` has the rest. Raise
+    InputError for unknown names.
+    """
+    seeds = list(dict.fromkeys(config.seeds))
+    return _grid(config, seeds[:1] if _chooses(config) else seeds)
+
+
+def more(config: Config, results: "pd.DataFrame | None") -> list[Cell]:
+    """Return the models of further seeds, fine-tuned at the learning rate that validation chose with the first seed.
+
+    Where no rate solved a task, the best of them is noise: at every rate. Without results: at every rate, an upper
+    bound.
+    """
+    seeds = list(dict.fromkeys(config.seeds))
+    further = _grid(config, seeds[1:]) if _chooses(config) else []
+    if results is None:
+        return further
+    found = []
+    for cell in further:
+        rates = tuple(chosen_rates(cell.attention, seeds[0], results)) or cell.config.finetune_lrs
+        found.append(dataclasses.replace(cell, config=dataclasses.replace(cell.config, finetune_lrs=rates)))
+    return found
+
+
+def _chooses(config: Config) -> bool:
+    """Return whether validation chooses a learning rate for several seeds."""
+    several = len(set(config.finetune_lrs)) > 1 and config.finetune_recipe == "packed"
+    return several and bool(config.finetune) and config.checkpoint is None
+
+
+def _grid(config: Config, seeds: Sequence[int]) -> list[Cell]:
+    config = dataclasses.replace(config, seeds=tuple(seeds))
     tasks = evaluated_tasks(config)
     if not_finetuned(config):
         config = dataclasses.replace(config, finetune=0)
@@ -261,6 +295,7 @@ FAMILY = Family(
     cells=cells,
     summary=summary,
     notes=notes,
+    more=more,
     cautions=cautions,
     completed=completed,
 )

@@ -14,13 +14,14 @@ then are censored at the budget where no validation does. What the model gained 
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sbeval.sweep.cell import step_id
-from sbeval.tables.needle import SOLVED, Row
+from sbeval.tables.needle import SOLVED
 from sbeval.tasks.needle_tuning import BATCH_TOKENS, Tuning, loaded
 from sbeval.tasks.text_training import train_config
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from sbeval.models.decoder import Decoder
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
-    from sbeval.tables.curves import Curves
     from sbeval.training.checkpoint import State
     from sbeval.training.config import TrainConfig
     from sbeval.training.trainer import Trainer
@@ -75,18 +75,6 @@ class Tuned:
         if task not in self.tasks:
             return ""
         return "diverged" if self.diverged else "solved" if task in self.solved_after else "budget"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Taught:
-    """The model that a cell evaluates: its checkpoint, the columns on fine-tuning of its rows, and the rows, curves
-    and entries of run files of the fine-tuning at all rates."""
-
-    folder: str
-    factors: Mapping[str, Any] = field(default_factory=dict)
-    rows: Sequence[Row] = ()
-    curves: "Curves" = field(default_factory=dict)
-    measured: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +151,10 @@ class PackedTuning(Tuning):
             config.finetune_prompts, config.finetune_tasks, training.length, config.finetune_needles
         )
         task = progress.add("write prompts to fine-tune on", total=sum(wanted.values()))
-        stored = {key: store.lessons(*key, count, advance=task.advance) for key, count in wanted.items()}
+        # workers that begin together write different ones, and read the others'
+        order = random.Random().sample(list(wanted), len(wanted))
+        read = {key: store.lessons(*key, wanted[key], advance=task.advance) for key in order}
+        stored = {key: read[key] for key in wanted}
         task.close()
         return ruler_lessons.LessonBatches(
             stored,
@@ -231,73 +222,6 @@ class PackedTuning(Tuning):
             losses=state.losses,
             measured={"seconds": state.seconds, "tokens_per_s": state.tokens_per_second},
         )
-
-
-def taught(
-    task: str,
-    tunings: Sequence[Tuning],
-    trained: str,
-    writer: "Writer",
-    context: "RunContext",
-    progress: "Progress",
-) -> Taught:
-    """Fine-tune the model of checkpoint `trained` by each of `tunings`, and return the one to evaluate on a task."""
-    from sbeval.training.trainer import DivergedError
-
-    if not tunings:
-        return Taught(folder=trained)
-    recipe, budget = tunings[0].config.finetune_recipe, tunings[0].schedule().tokens
-    factors = {"finetune_tokens": budget, "finetune_recipe": recipe}
-    packed = [one.tuned(trained, writer, context, progress) for one in tunings if isinstance(one, PackedTuning)]
-    if not packed:
-        return Taught(folder=str(tunings[0].run(trained, writer, context, progress)), factors=factors)
-    if all(one.diverged for one in packed):
-        raise DivergedError(f"the loss of fine-tuning is not finite at any of {len(packed)} learning rates")
-    chosen = best([one for one in packed if not one.diverged], budget)
-    rows: list[Row] = []
-    curves: dict[str, Sequence[tuple[int, float]]] = {}
-    for one in packed:
-        rate = {"finetune_lr": one.lr, "chosen": int(one is chosen)}
-        rows += _rows(task, one, tunings[0].length, budget, factors | _factors(task, one) | rate)
-        curves[f"finetune_loss_{one.lr:g}"] = [(step, round(loss, 4)) for step, loss in enumerate(one.losses, start=1)]
-        curves[f"held_out_{one.lr:g}"] = one.scores.get(task, [])
-    measured = {"finetune": [{"lr": one.lr, "tokens": one.tokens, **one.measured} for one in packed]}
-    return Taught(
-        folder=str(chosen.folder),
-        factors=factors | _factors(task, chosen),
-        rows=rows,
-        curves=curves,
-        measured=measured,
-    )
-
-
-def _factors(task: str, of: Tuned) -> dict[str, Any]:
-    return {"ended": of.ended(task), "copy_gain": round(of.copy_gain, 4)}
-
-
-def _rows(task: str, of: Tuned, length: int, budget: int, factors: Mapping[str, Any]) -> list[Row]:
-    """Return the rows of fine-tuning at one rate, on prompts of the training length; none of a task that it was not on.
-
-    The tokens until a task was solved are those of the budget where it was not.
-    """
-    if task not in of.tasks:
-        return []
-    after = float(of.solved_after[task] if of.ended(task) == "solved" else budget)
-    row = Row(metric="tokens_to_solve", unit="tokens", value=after, n=1, length=length, **factors)
-    if of.diverged:
-        return [row]
-    return [row, Row(metric="held_out", unit="1", value=of.held_out(task), n=HELD_OUT, length=length, **factors)]
-
-
-def best(candidates: Iterable[Tuned], budget: int) -> Tuned:
-    """Return the model that solved the most tasks, then in the fewest tokens, then with the most held-out prompts right
-    at the end; ties go to the smallest rate."""
-
-    def rank(one: Tuned) -> tuple[float, ...]:
-        tokens = [one.solved_after.get(task, budget) for task in one.scores]
-        return -len(one.solved_after), sum(tokens), -sum(map(one.held_out, one.scores)), one.lr
-
-    return min(candidates, key=rank)
 
 
 def _greedy(

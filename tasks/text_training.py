@@ -134,6 +134,10 @@ class Training(TrainingStep):
         return model_shape(self.config, likely_vocabulary(self.config.tokenizer))
 
     @property
+    def copies(self) -> int:
+        return 3 if self.trunk else 1
+
+    @property
     def needs(self) -> "tuple[Training, ...]":
         """The trunks that it continues, shortest first."""
         branches = self.config.branches[:-1] if self.trunk else self.config.branches

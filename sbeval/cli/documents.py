@@ -17,10 +17,11 @@ import pandas as pd
 from sbeval.errors import InputError, choose
 from sbeval.report.claims import CLAIMS, OWN
 from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Claim, Evidence, Judged, findings
-from sbeval.tables import intervals, pairs, values
+from sbeval.tables import intervals, pairs, statistics, values
 from sbeval.tables.pairs import Stored
 from sbeval.tables.results import Results
 from sbeval.tables.run_files import gather
+from sbeval.tables.statistics import Interval, Method
 from sbeval.tables.table import read
 
 PAGES = ("README.md", "docs/results.md")
@@ -50,6 +51,8 @@ FIXED = {
     "window of 512": ("sliding_window", ""),
     **{f"stick-breaking, {form}": (STICK[0], options) for form, options in FORMS.items()},
 }
+# the best of these forms
+BEST = FIXED["stick-breaking, logit offsets spread over heads"]
 # those of README's sentence
 FIRST = ("RoPE", "window of 512", "stick-breaking, no remainder", "stick-breaking, logit offsets spread over heads")
 BOOKS = {
@@ -58,7 +61,7 @@ BOOKS = {
     "sliding window of 512": ("sliding_window", ""),
     "sliding window of 1024": ("sliding_window", "window=1024"),
     "sliding window of 256": ("sliding_window", "window=256"),
-    "stick-breaking with a logit bias of -3": ("stick_breaking", "logit_bias=-3.0"),
+    "stick-breaking with a logit offset of -3": ("stick_breaking", "logit_bias=-3.0"),
     "stick-breaking": STICK,
     "FIRE": ("fire", ""),
     "RoPE, dynamic NTK, f = 8": ("rope", "scaling=dynamic_ntk,factor=8.0,train_len=2048"),
@@ -117,14 +120,29 @@ def _fixed(results: Path) -> str:
     found = _means(rows)
     at = rows[rows["context_length"] == 2048]
     stored = Stored(functools.partial(values.read, Results(results / "which-stick-breaking")))
-    joint = pairs.of_methods(at, ROPE, stored, ["context_length"])
-    less = intervals.differences(intervals.samples(at), ROPE, pairs=joint)
+    gaps = _less(at, ROPE, stored)
+    behind = _less(at, BEST, stored)
+    forms = [method for method in behind if method[0] == STICK[0]]
+    p_values = dict(zip(forms, statistics.holm([behind[method].apart(0.0) for method in forms]), strict=True))
     lines = []
     for label, method in FIXED.items():
         seeds = intervals.method(at, method)["seed"].nunique()
-        gap = less[method].text("{:+.3f}".format) if method in less else ""
-        lines.append([label, str(seeds), *(f"{found[(*method, length)]:.3f}" for length in lengths), gap])
-    return _table("nats per token, context =", ["seeds", *lengths, "minus RoPE at 2048"], lines)
+        gap = gaps[method].text("{:+.3f}".format) if method in gaps else ""
+        loss = f"{behind[method].mean:+.3f}".replace("-", "−") if method in behind else ""
+        sure = f" (p {_bounded(p_values[method])})" if method in p_values else ""
+        means = (f"{found[(*method, length)]:.3f}" for length in lengths)
+        lines.append([label, str(seeds), *means, gap, loss + sure])
+    columns = ("seeds", *lengths, "minus RoPE at 2048", "minus spread offsets at 2048")
+    return _table("nats per token, context =", columns, lines)
+
+
+def _bounded(p: float) -> str:
+    return f"= {p:.2g}" if p >= 0.001 else "< 0.001"
+
+
+def _less(rows: pd.DataFrame, other: Method, stored: Stored) -> dict[Method, Interval]:
+    joint = pairs.of_methods(rows, other, stored, ["context_length"])
+    return intervals.differences(intervals.samples(rows), other, pairs=joint)
 
 
 def _fixed_sentence(results: Path) -> str:

@@ -15,7 +15,7 @@ from rich.table import Table
 from sbeval import __version__, registry
 from sbeval.cli import options
 from sbeval.cli.options import Common, Sweep, Training
-from sbeval.config import AUTO
+from sbeval.config import AUTO, digest_of
 from sbeval.errors import InputError, choose, reason
 from sbeval.runtime import signals, streams
 from sbeval.runtime.console import plain
@@ -274,7 +274,7 @@ def run_study(
     parts = study_file.parts(
         study_file.read(study, change or ()), lambda given: devices.pick_dtype(dtype or given, where)
     )
-    with _threads(threads, where, results_dir, how, dry_run=dry_run):
+    with _threads(threads, where, results_dir, how, parts, dry_run=dry_run):
         _run(parts, RunContext(results_dir=results_dir, device=where, force=force), how, dry_run=dry_run, name=study)
 
 
@@ -519,7 +519,7 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
         **family.completed(given) | {"dtype": devices.pick_dtype(common.dtype, where)},
     )
     part = Part(family=name, preset=preset, config=config)
-    threads = _threads(common.threads, where, common.results_dir, how, dry_run=common.dry_run)
+    threads = _threads(common.threads, where, common.results_dir, how, [part], dry_run=common.dry_run)
     with distributed.joined(where) as world, threads:
         context = RunContext(
             results_dir=common.results_dir,
@@ -536,14 +536,15 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
 
 
 def _threads(
-    wanted: str, where: "torch.device", results_dir: Path, how: "Executor", *, dry_run: bool
+    wanted: str, where: "torch.device", results_dir: Path, how: "Executor", parts: "Sequence[Part]", *, dry_run: bool
 ) -> AbstractContextManager[None]:
-    """Return the block in which the CPU has the wanted threads; a plan times none."""
+    """Return the block in which the CPU has the wanted threads, a number for each command; a plan times none."""
     from sbeval.runtime import threads
 
     if dry_run and wanted == AUTO:
         return nullcontext()
-    return threads.used(wanted, where, Results(results_dir).threads, how.workers)
+    command = digest_of([how.workers, *([part.family, *part.configs] for part in parts)])
+    return threads.used(wanted, where, Results(results_dir).threads(command), how.workers)
 
 
 def _trackers(common: Common) -> tuple[str, ...]:
@@ -596,12 +597,16 @@ def _resumable(work: Callable[[], bool], force: bool) -> bool:
 
 
 def main() -> None:
-    """Run the command line; an InputError is printed as one line, with exit code 2."""
+    """Run the command line; a mistake in its options, or an InputError, is printed as one line, with exit code 2."""
     with streams.guarded(), signals.terminable():
         try:
-            app()
+            sys.exit(app(standalone_mode=False) or 0)
+        except options.UsageError as error:
+            line = options.mistake(error)
         except InputError as error:
-            # standard error may be what cannot be written
-            with suppress(OSError):
-                print(f"sbeval: {error}", file=sys.stderr)
-            sys.exit(2)
+            line = str(error)
+        # standard error may be what cannot be written
+        with suppress(OSError):
+            if line:
+                print(f"sbeval: {line}", file=sys.stderr)
+        sys.exit(2)

@@ -69,6 +69,19 @@ class Training(Common):
     shard: bool = option(False, RUN, "Shard weights and optimizer over the processes (FSDP2) instead of copies (DDP).")
 
 
+# of options and commands; the module that has it depends on the version of Typer
+UsageError: type[Any] = typer.BadParameter.__mro__[1]
+
+
+def mistake(error: Any) -> str:
+    """Return what is wrong with a command line, of a UsageError, in one line; empty where its help was printed."""
+    said = " ".join(error.format_message().split()).removesuffix(".")
+    if not said:
+        return ""
+    path = error.ctx.command_path if error.ctx else "sbeval"
+    return f"{said[:1].lower()}{said[1:]}{' See' if said.endswith('?') else '; see'} {path} --help"
+
+
 class Later(TyperCommand):
     """A command's line in `--help`; its callback returns the command."""
 
@@ -88,17 +101,24 @@ Kind = TypeVar("Kind", bound=Common)
 Given = TypeVar("Given")
 
 
+def _one(kind: type[int] | type[float]) -> Callable[[str | float], Any]:
+    """Return the parser of a number, whose error names what was given."""
+
+    def parse(text: str | float) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text!r} is not {'an integer' if kind is int else 'a number'}") from None
+
+    return parse
+
+
 def _several(kind: type[int] | type[float]) -> Callable[[str | float], list[Any]]:
     """Return the parser of numbers separated by commas: `--kv-pairs 8,16` is `--kv-pairs 8 --kv-pairs 16`."""
 
     def parse(text: str | float) -> list[Any]:
-        if not isinstance(text, str):
-            # one of a default
-            return [text]
-        try:
-            return [kind(one) for one in text.split(",")]
-        except ValueError:
-            raise typer.BadParameter(f"{text!r} is not a valid {'integer' if kind is int else 'float'}.") from None
+        # a number: one of a default
+        return [_one(kind)(one) for one in text.split(",")] if isinstance(text, str) else [text]
 
     return parse
 
@@ -124,8 +144,11 @@ def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> l
         if get_args(hint):
             (item,) = set(get_args(hint)) - {...}
             hint, help = types.GenericAlias(list, (item,)), f"{help} Repeat for several."
-            if item in (int, float):
-                parser, metavar = _several(item), metavar or ("INTEGER" if item is int else "FLOAT")
+            parser = _several(item) if item in (int, float) else None
+        elif hint in (int, float):
+            item, parser = hint, _one(hint)
+        if parser:
+            metavar = metavar or ("INTEGER" if item is int else "FLOAT")
         if hint is bool and presets:
             flags = [f"{flag}/--no-{flag[2:]}" for flag in flags]
         if presets and (values := _by_preset(field.name, presets)):

@@ -218,7 +218,7 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
     rows, unsolved = _solved_by_both(both)
     tasks = _of_both(rows)
     if not tasks:
-        found = f"Both solve none of {len(asked)} of RULER's 13 tasks at the training length ({models(both)})."
+        found = f"Neither solves any of {len(asked)} of RULER's 13 tasks at the training length ({models(both)})."
         return Judged(UNDECIDED, found, unsolved)
     rows = rows[rows["task"].isin(tasks)]
     means = selection.mean_over_tasks(rows)
@@ -289,8 +289,10 @@ def benchmarks(table: pd.DataFrame, evidence: Evidence) -> Judged:
     joint = pairs.of_methods(rows.assign(value=rows["value"] / 100), ROPE, stored, ["benchmark"], scale=100)
     gains = intervals.differences(samples, ROPE, pairs=joint)
     gain, answer = gains[STICK], against(gains, -POINTS)
+    # without the number of examples in the prompt where there are none
+    names = [name.removesuffix(" (0)") for name in above]
     found = (
-        f"Mean of {', '.join(above)}, of {len(shared)} benchmarks those above chance: stick-breaking "
+        f"Mean of the {len(above)} of {len(shared)} benchmarks above chance ({', '.join(names)}): stick-breaking "
         f"{samples[STICK].mean:.1f} %, RoPE {samples[ROPE].mean:.1f} %; difference "
         f"{gain.text('{:+.1f}'.format)} points ({gain.over('items')}; {answer.words}; {models(rows)})."
         f"{_right_answers(table, rows, stored)}"

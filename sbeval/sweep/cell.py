@@ -81,6 +81,11 @@ class Step(ABC):
         return None
 
     @property
+    def copies(self) -> int:
+        """Return how many times its checkpoint has the size of the weights in the end: 3 with the optimizer's state."""
+        return 1
+
+    @property
     def reads(self) -> "TextModel | None":
         """Options whose corpus it trains on; None if it trains on no text."""
         return None

@@ -21,7 +21,8 @@ from sbeval.training.text_model import TextModel, likely_vocabulary
 TOKEN_BYTES = 3
 NOTE = (
     "Estimates, without models that are trained already; training can stop early. Disk counts model weights (three "
-    "times that while a model trains) and the tokens of the text, but not prompts, answers, tables and figures."
+    "times that while a model trains, and for what branches of schedule wsd share) and the tokens of the text, but not "
+    "prompts, answers, tables and figures."
 )
 
 
@@ -94,7 +95,7 @@ def lines(parts: Sequence[Part], context: RunContext) -> list[Line]:
     )
     rows = [Line("text", disk=_text([step.reads for step in every if step.reads]))]
     for name, share in shares.items():
-        parameters = [decoder.n_parameters(step.leaves) for step in share if step.leaves]
+        parameters = {step: decoder.n_parameters(step.leaves) for step in share if step.leaves}
         pending = len(todo.get(name, ()))
         rows.append(
             Line(
@@ -104,7 +105,7 @@ def lines(parts: Sequence[Part], context: RunContext) -> list[Line]:
                 models=len(parameters),
                 flops=sum(step.flops for step in share),
                 hours=_hours(seconds[step] for step in share),
-                disk=4.0 * sum(parameters),
+                disk=4.0 * sum(step.copies * count for step, count in parameters.items()),
             )
         )
     return rows

@@ -108,7 +108,7 @@ FACTORS: dict[str, dict[str, str]] = {
         "depth_end": "End of the row's depths, exclusive (100 is in the last row).",
         "finetune_tokens": "Tokens of prompts to fine-tune on; by the recipe `packed` at most.",
         "finetune_recipe": "Recipe of fine-tuning: `packed` or `answers`; empty without, and in older rows.",
-        "finetune_lr": "Learning rate of fine-tuning by `packed`, in the rows of its own metrics.",
+        "finetune_lr": "Learning rate of fine-tuning by `packed`.",
         "chosen": "1 at the learning rate that validation chose, whose model all other rows are of; else 0.",
         "ended": "`solved` if the task was, by held-out prompts of the training length, within finetune_tokens; else "
         "`budget`, or `diverged`; empty where the model was not fine-tuned on it by `packed`.",

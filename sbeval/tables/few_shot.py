@@ -19,7 +19,7 @@ from sbeval.errors import NothingToDraw, choose
 from sbeval.tables import epochs, intervals, markup, pairs
 from sbeval.tables.documents import Values, nothing
 from sbeval.tables.pairs import Stored
-from sbeval.tables.statistics import UNKNOWN, Interval, Method, Sample, interval
+from sbeval.tables.statistics import UNKNOWN, Interval, Method, Sample, Scale, interval
 
 # candidates for the score of a benchmark, the preferred first; whether they are in percent and averaged
 METRICS = {
@@ -107,8 +107,9 @@ def table(results: pd.DataFrame, values: Values = nothing) -> Scores:
     named, rows, bits = names(chosen), [], _gold(results)
     cells = {
         (*key, of, name): _cell(found, percent[str(name)])
-        for (*key, name), part in chosen.groupby([*ALIKE, "benchmark"], dropna=False)
-        for of, found in intervals.intervals(intervals.samples(part)).items()
+        for key, part in chosen.groupby(ALIKE, dropna=False)
+        for (name,), of_name in intervals.curves(intervals.grouped(part, ["benchmark"], Scale.LINEAR)).items()
+        for of, found in of_name.items()
     }
     stored, last = Stored(values), []
     less = _differences(chosen[[METRICS[metric] for metric in chosen["metric"]]], stored, percent=True)
@@ -144,11 +145,14 @@ def _gold(results: pd.DataFrame) -> dict[str, dict[tuple[object, ...], Cell]]:
     """Return the bits per byte of right answers of each benchmark that has them, by ALIKE and method."""
     if not results["metric"].isin(GOLD).any():
         return {}
-    found: dict[str, dict[tuple[object, ...], Cell]] = {}
-    for (*key, name), part in headline(results, GOLD).groupby([*ALIKE, "benchmark"], dropna=False, sort=False):
-        for of, each in intervals.intervals(intervals.samples(part)).items():
-            half = each.high - each.mean
-            found.setdefault(str(name), {})[*key, of] = Cell(each.mean, half if half > 0 else None, digits=3)
+    found: dict[str, dict[tuple[object, ...], Cell]]
+    chosen = headline(results, GOLD)
+    found = {str(name): {} for name in chosen["benchmark"].unique()}
+    for key, part in chosen.groupby(ALIKE, dropna=False, sort=False):
+        for (name,), of_name in intervals.curves(intervals.grouped(part, ["benchmark"], Scale.LINEAR)).items():
+            for of, each in of_name.items():
+                half = each.high - each.mean
+                found[str(name)][*key, of] = Cell(each.mean, half if half > 0 else None, digits=3)
     return found
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from sbeval.tables.statistics import Interval, Joint, Method, Sample, Scale
 FEW = 3
 # metrics that are shares of units
 SHARES = ("accuracy", "validation_accuracy", "error_rate", "score", "greedy", "filled")
+# the values of the columns of a group
+Key = tuple[Any, ...]
 # columns of `points`; `each`: the values of the seeds
 COLUMNS = ("mean", "low", "high", "seeds", "units", "each")
 
@@ -44,9 +46,10 @@ def points(rows: pd.DataFrame, by: Sequence[str], scale: Scale = Scale.LINEAR) -
 
     `rows` are those of one setting: the seeds' standard deviation is pooled over its methods, for each value of `by`.
     """
-    lines = []
-    for key, of_key in grouped(rows, by, scale).items():
-        for of, interval in intervals(of_key, scale).items():
+    lines, of_keys = [], grouped(rows, by, scale)
+    for key, found in curves(of_keys, scale).items():
+        of_key = of_keys[key]
+        for of, interval in found.items():
             drawn = [back(value, scale) for value in (interval.mean, interval.low, interval.high)]
             each = tuple(back(value, scale) for value in of_key[of].values.tolist())
             lines.append([*of, *key, *drawn, len(each), interval.units, each])
@@ -56,10 +59,26 @@ def points(rows: pd.DataFrame, by: Sequence[str], scale: Scale = Scale.LINEAR) -
 
 def intervals(of: Mapping[Method, Sample], scale: Scale = Scale.LINEAR) -> dict[Method, Interval]:
     """Return the interval of each method of a setting, on the scale of its sample."""
-    if scale is Scale.SHARE:
-        return {method: statistics.share(sample) for method, sample in of.items()}
-    spreads = statistics.spreads(of)
-    return {method: statistics.interval(sample, spreads[method]) for method, sample in of.items()}
+    return curves({(): of}, scale)[()]
+
+
+def curves(
+    points: Mapping[Key, Mapping[Method, Sample]], scale: Scale = Scale.LINEAR
+) -> dict[Key, dict[Method, Interval]]:
+    """Return the interval of each method at each point of its curve, on the scale of its sample.
+
+    Which methods keep a standard deviation of their own is decided once for all points, so that no band changes its
+    width in the middle.
+    """
+    apart = statistics.outlying(points.values())
+    found = {}
+    for key, of in points.items():
+        spreads = statistics.spreads(of, apart)
+        found[key] = {
+            method: statistics.share(sample) if scale is Scale.SHARE else statistics.interval(sample, spreads[method])
+            for method, sample in of.items()
+        }
+    return found
 
 
 def differences(
@@ -69,12 +88,13 @@ def differences(
     *,
     same_units: bool = False,
     pairs: Mapping[Method, Joint] | None = None,
+    apart: Set[Method] | None = None,
 ) -> dict[Method, Interval]:
     """Return the interval of each method of a setting minus the reference, on the scale of the samples.
 
     same_units: all are measured on the same documents, whose common part cancels: with a deviation over seeds, errors
     over documents are left out. Without one, and otherwise, they add as if the documents were others.
-    pairs: how methods vary together with the reference, unit by unit, where that is known.
+    pairs: how methods vary together with the reference, unit by unit, where that is known. apart: see `spreads`.
     """
     pairs = pairs or {}
     others = {method: sample for method, sample in of.items() if method != reference}
@@ -83,7 +103,7 @@ def differences(
             method: statistics.shares_less(sample, of[reference], pairs.get(method))
             for method, sample in others.items()
         }
-    spreads = statistics.spreads(of)
+    spreads = statistics.spreads(of, apart)
     found = {}
     for method, sample in others.items():
         pair, spread = [sample, of[reference]], (spreads[method], spreads[reference])
@@ -91,6 +111,20 @@ def differences(
             pair = [dataclasses.replace(one, stderr=0.0, units=0) for one in pair]
         found[method] = statistics.less(pair[0], pair[1], spread, pairs.get(method))
     return found
+
+
+def gaps(rows: pd.DataFrame, by: Sequence[str], reference: Method) -> pd.DataFrame:
+    """Return the difference of each method to the reference, for each value of `by` that has both.
+
+    Columns as of `points`, without `each`: seeds of two methods are no pairs. seeds: of the one with fewer.
+    """
+    lines, of_keys = [], grouped(rows, by, Scale.LINEAR)
+    apart = statistics.outlying(of_keys.values())
+    for key, of in of_keys.items():
+        if reference in of:
+            for method, found in differences(of, reference, apart=apart).items():
+                lines.append([*method, *key, found.mean, found.low, found.high, min(found.seeds), found.units])
+    return pd.DataFrame(lines, columns=["attention", "options", *by, *COLUMNS[:-1]])
 
 
 def grouped(rows: pd.DataFrame, by: Sequence[str], scale: Scale) -> dict[tuple[Any, ...], dict[Method, Sample]]:

@@ -27,8 +27,8 @@ class Row(Measurement):
     where the model's training on text was, or empty.
 
     Of the recipe `packed`: how fine-tuning on this task ended, `solved`, `budget` or `diverged`, empty where it was on
-    others; nats per token that copying saved before fine-tuning; in rows of fine-tuning the learning rate, and whether
-    validation chose it (1 or 0), whose model the other rows are of.
+    others; nats per token that copying saved before fine-tuning; its learning rate, and in rows of fine-tuning whether
+    validation chose that (1 or 0), as for the model of all other rows.
     """
 
     length: int

@@ -6,7 +6,7 @@ runs/<cell>.json                 run files, with digests of the cell's rows and 
 values/<cell>.parquet            values of each document, item or prompt behind the rows
 curves/<cell>.parquet            losses and scores by training step
 checkpoints/<digest>/            models, and locks/<digest>.lock while one is trained
-locks/threads                    threads on the CPU, until the run is complete
+locks/threads-<digest>           threads on the CPU of a command, until it is complete
 answers/<family>-<digest>.sqlite stored responses of models, which a resumed run does not generate again
 figures/<figure>.{png,pdf,html}
 """
@@ -51,9 +51,9 @@ class Results:
     def locks(self) -> Path:
         return self.folder / "locks"
 
-    @property
-    def threads(self) -> Path:
-        return self.locks / "threads"
+    def threads(self, command: str) -> Path:
+        """Return the path of the number of threads of the command with this digest."""
+        return self.locks / f"threads-{command}"
 
     def cleared(self, name: str) -> Path:
         """Return the path of the id of the last run with `force` that cleared the folder or file `name`."""

@@ -6,7 +6,8 @@ half-widths add, as those of the two numbers of a difference do (Zou and Donner 
 with the number of seeds: all are measured on the same units.
 
 Seeds are few, so their standard deviation is pooled over the methods of a setting. A method whose seeds vary more than
-the others' by Cochran's test (ISO 5725-2, 5 %) keeps its own. Seeds of two methods are independent, not pairs: equal
+the others' by Cochran's test (ISO 5725-2, 5 %) keeps its own; along a curve this is decided once, for all its points,
+which are of the same seeds. Seeds of two methods are independent, not pairs: equal
 seeds share the order of the data, and yet their values do not correlate.
 
 Perplexities are averaged and compared as logarithms. Shares (accuracies) are not pooled, since their variance depends
@@ -19,7 +20,7 @@ to 95.8 %, where Jeffreys' covers 95.1 to 97.4 and Clopper and Pearson's 96 to 9
 import enum
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -176,31 +177,57 @@ def _quantile(freedom: float) -> float:
     return float(special.stdtrit(freedom, UPPER))
 
 
-def spreads(samples: Mapping[Method, Sample]) -> dict[Method, Spread]:
+def spreads(samples: Mapping[Method, Sample], apart: Set[Method] | None = None) -> dict[Method, Spread]:
     """Return the standard deviation over seeds that each method's interval takes: pooled, or its own if that is larger.
 
-    A method with one seed takes the pooled one.
+    A method with one seed takes the pooled one. apart: the methods that keep their own, where several numbers decide
+    (`outlying`).
     """
-    common, pool, apart = _pool(samples)
-    alone = {of: one.own for of, one in samples.items() if one.seeds > 1 and SAME_WEIGHTS in of[1]}
-    for of, own in alone.items():
-        if common.freedom == 0 or _excess(own, common) < OUTLYING / (len(pool) + 1):
-            apart[of] = own
-    return {of: apart.get(of, common) for of in samples}
+    apart = outlying([samples]) if apart is None else apart
+    own, common = _own(samples), pooled(samples, apart)
+    return {of: own[of] if of in apart and of in own else common for of in samples}
 
 
-def pooled(samples: Mapping[Method, Sample]) -> Spread:
+def pooled(samples: Mapping[Method, Sample], apart: Set[Method] | None = None) -> Spread:
     """Return the standard deviation over seeds, pooled over the methods of a setting that do not keep their own."""
-    return _pool(samples)[0]
+    apart = outlying([samples]) if apart is None else apart
+    return _pooled(one for of, one in _own(samples).items() if of not in apart and SAME_WEIGHTS not in of[1])
 
 
-def _pool(samples: Mapping[Method, Sample]) -> tuple[Spread, dict[Method, Spread], dict[Method, Spread]]:
-    """Return the pooled standard deviation, those it is pooled from, and those that vary more."""
-    pool = {of: one.own for of, one in samples.items() if one.seeds > 1 and SAME_WEIGHTS not in of[1]}
-    apart: dict[Method, Spread] = {}
+def outlying(points: Iterable[Mapping[Method, Sample]]) -> Set[Method]:
+    """Return the methods whose seeds vary more than the others' over all points of a curve, which keep their own.
+
+    Points share their seeds, and so count as one: variances are averaged, each in the units of its point.
+    """
+    typical = _typical(points)
+    pool = {of: one for of, one in typical.items() if SAME_WEIGHTS not in of[1]}
     while (widest := _outlying(pool)) is not None:
-        apart[widest] = pool.pop(widest)
-    return _pooled(pool.values()), pool, apart
+        del pool[widest]
+    common = _pooled(pool.values())
+    same = [
+        of
+        for of, one in typical.items()
+        if SAME_WEIGHTS in of[1] and common.freedom and _excess(one, common) >= OUTLYING / (len(pool) + 1)
+    ]
+    return typical.keys() - pool.keys() - set(same)
+
+
+def _typical(points: Iterable[Mapping[Method, Sample]]) -> dict[Method, Spread]:
+    """Return the standard deviation of each method's seeds relative to that of all methods, over points."""
+    found: dict[Method, list[Spread]] = {}
+    for samples in points:
+        own = _own(samples)
+        level = _pooled(own.values()).sd
+        for of, one in own.items():
+            found.setdefault(of, []).append(Spread(one.sd / level if level > 0 else 1.0, one.freedom))
+    return {
+        of: Spread(math.sqrt(sum(one.sd**2 for one in each) / len(each)), min(one.freedom for one in each))
+        for of, each in found.items()
+    }
+
+
+def _own(samples: Mapping[Method, Sample]) -> dict[Method, Spread]:
+    return {of: one.own for of, one in samples.items() if one.seeds > 1}
 
 
 def _outlying(pool: Mapping[Method, Spread]) -> Method | None:

@@ -1,5 +1,6 @@
-"""Learning curves: held-out losses by tokens, and gaps to RoPE of the same seed."""
+"""Learning curves: held-out losses by tokens, and gaps of their means to RoPE's."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,14 @@ def test_losses_by_tokens_and_gaps_to_rope_below(tmp_path: Path) -> None:
     above, below = figure.axes
     assert line(above, "RoPE") == ([2000, 4000, 6000], [6.125, 5.125, 4.125])
     assert line(above, "stick-breaking") == ([2000, 4000, 6000], [7.25, 5.75, 4.5])
-    # of seeds 0 and 1: 1.0 and 1.25, 0.5 and 0.75, 0.25 and 0.5
+    # 7.0 and 7.5 less 6.0 and 6.25; then 5.5 and 6.0 less 5.0 and 5.25
     assert line(below, "stick-breaking")[1] == pytest.approx([1.125, 0.625, 0.375])
     assert "RoPE" not in [one.get_label() for one in below.get_lines()]
-    # 12.7: the 97.5 % quantile of Student's t with one degree of freedom
+    # seeds of two methods are no pairs: the 97.5 % quantile of Student's t with two degrees of freedom, times the
+    # pooled deviation of 0.25 and 0.5, over two seeds each
     band = np.asarray(below.collections[0].get_paths()[0].vertices)[:, 1]
-    assert band.max() == pytest.approx(1.125 + 12.706 * 0.125, rel=1e-3)
+    sd = math.sqrt((0.25**2 + 0.5**2) / 2 / 2)
+    assert band.max() == pytest.approx(1.125 + 4.303 * sd * math.sqrt(1 / 2 + 1 / 2), rel=1e-3)
     assert (above.get_xlabel(), below.get_xlabel()) == ("", "training tokens")
     assert above.get_xlim() == below.get_xlim() and below.get_xscale() == "log"
     figure.draw_without_rendering()
@@ -76,6 +79,12 @@ def test_the_page_has_the_same_numbers(tmp_path: Path) -> None:
     assert gap.rows()[learning_curves.GAP].tolist() == [1.0, 0.5, 0.25]
 
 
+def test_a_seed_that_rope_does_not_have_counts(tmp_path: Path) -> None:
+    more = cell(tmp_path, "stick_breaking", (8.0, 6.5, 5.25), seed=7)
+    rows = learning_curves.gather(pd.concat([table(tmp_path, (0,)), more]), tmp_path)
+    assert line(learning_curves.draw(rows).axes[1], "stick-breaking")[1] == [1.5, 1.0, 0.75]
+
+
 def test_one_training_is_drawn_once(tmp_path: Path) -> None:
     """Scaling at evaluation and another length of evaluation leave the model as it is."""
     again = [
@@ -85,6 +94,16 @@ def test_one_training_is_drawn_once(tmp_path: Path) -> None:
     rows = learning_curves.gather(pd.concat([*again, table(tmp_path, (0,))]), tmp_path)
     assert set(rows["options"]) == {""} and len(rows) == 6
     assert len(learning_curves.draw(rows).axes) == 2
+
+
+def test_of_branches_of_one_training_the_longest_is_drawn(tmp_path: Path) -> None:
+    rows = [table(tmp_path)]
+    for name, losses in LOSSES.items():
+        wsd = {"schedule": "wsd", "lr": 1e-3, "train_len": 512}
+        rows += [cell(tmp_path, name, (*losses[:2], 0.0), train_tokens=6000, eval_len=1, **wsd)]
+        rows += [cell(tmp_path, name, losses, train_tokens=8000, eval_len=2, **wsd)]
+    found = learning_curves.gather(pd.concat(rows).assign(schedule=lambda each: each["schedule"].fillna("")), tmp_path)
+    assert set(found["train_tokens"]) == {8000} and found["cell"].nunique() == 4 + 2
 
 
 def test_settings_have_panels_of_their_own_and_gaps_where_there_is_rope(tmp_path: Path) -> None:

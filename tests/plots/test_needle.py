@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, QuadMesh
 from matplotlib.figure import Figure
 
-from sbeval.errors import InputError
+from sbeval.errors import InputError, NothingToDraw
 from sbeval.plots import needle, needle_depth
 from sbeval.tables.selection import mean_over_tasks, needle_scores
 
@@ -172,18 +172,35 @@ def test_without_a_status_the_score_at_the_training_length_says_what_is_solved(
     assert (apart(axis) == ["RoPE"]) == (not lines)
 
 
+def test_a_task_that_no_method_solved_is_named_without_a_panel() -> None:
+    hard = [row | {"ended": "budget" if row["task"] == "cwe" else "solved"} for row in rows() + rows(attention="alibi")]
+    table = pd.DataFrame(hard)
+    figure = needle.draw(table)
+    panels = [axis for axis in figure.axes if axis.axison]
+    assert len(panels) == 2 and not any("cwe" in names(axis) for axis in panels)
+    for note in (figure.get_supxlabel().replace("\n", " "), needle.chart(table).note):
+        assert "Solved by no method, and not drawn: cwe." in note
+    assert "not drawn" not in needle.draw(pd.DataFrame(rows())).get_supxlabel()
+
+
 def test_rows_that_no_model_solved_have_a_figure() -> None:
     table = pd.DataFrame(rows(ended="budget") + depths(ended="budget"))
     assert apart(panel(needle.draw(table), "vt")) == ["RoPE"]
     assert not [line for axis in needle.draw(table).axes for line in axis.get_lines() if line.get_label() == "RoPE"]
     assert needle.chart(table).groups == needle_depth.chart(table).groups == []
-    assert "RoPE\n(0/1 solved)" in [name for axis in needle_depth.draw(table).axes for name in names(axis)]
+    with pytest.raises(NothingToDraw, match="no row of a model that solved its task"):
+        needle_depth.draw(table)
 
 
 def test_a_map_is_of_models_that_solved_the_task() -> None:
-    many = rows() + rows(attention="alibi") + rows(seed=1, ended="budget")
+    many = rows() + rows(attention="alibi") + rows(seed=1, ended="budget") + rows(attention="nope", ended="budget")
     some = depths() + depths(attention="alibi") + depths(seed=1, ended="budget", value=0.0)
+    some += depths(attention="nope", ended="budget", value=0.0)
     figure = needle_depth.draw(pd.DataFrame(many + some))
+    # the two maps and the colours
+    assert len(figure.axes) == 3
+    for note in (figure.get_supxlabel().replace("\n", " "), needle_depth.chart(pd.DataFrame(many + some)).note):
+        assert "No model of these methods did: NoPE." in note
     axis = panel(figure, "RoPE\n(1/2 solved)")
     (mesh,) = [item for item in axis.collections if isinstance(item, QuadMesh)]
     assert np.ma.asarray(mesh.get_array()).reshape(10, 2)[9, 0] == pytest.approx(90 / 1024)

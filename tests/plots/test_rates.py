@@ -32,10 +32,11 @@ def table() -> pd.DataFrame:
 
 def test_a_panel_an_optimizer_and_a_point_a_seed() -> None:
     figure = rates.draw(table())
-    assert len(figure.axes) == 2
     adamw, muon = figure.axes
-    titles = [axis.texts[0].get_text() for axis in figure.axes]
-    assert "trained with adamw" in titles[0] and "trained with muon" in titles[1] and "131072" in titles[0]
+    (heading, name), (other,) = ([text.get_text() for text in axis.texts] for axis in figure.axes)
+    assert heading == "25m model, trained at length 2048, books"
+    assert (name, other) == ("AdamW, 131,072 tokens a step", "Muon, 32,768 tokens a step")
+    assert adamw.get_ylim() == muon.get_ylim()
     for axis, less in ((adamw, 0.0), (muon, np.log(2))):
         means: dict[int, Any] = {}
         points: dict[int, Any] = {}
@@ -47,6 +48,17 @@ def test_a_panel_an_optimizer_and_a_point_a_seed() -> None:
             assert y == pytest.approx(3.05 + place + np.array(RATES) - less)
         assert [len(x) for x, _ in points.values()] == [6, 6]
         assert [text.get_text() for text in axis.get_xticklabels()] == ["0.0005", "0.001", "0.002"]
+
+
+def test_a_rate_that_diverges_flattens_no_other() -> None:
+    rows = table()
+    rows = rows[rows["optimizer"] == "adamw"].copy()
+    stick = rows["attention"] == "stick_breaking"
+    rows["value"] = rows["value"].mask(stick, 0.95 * np.exp(3)).mask(stick & (rows["lr"] == RATES[-1]), np.exp(9))
+    figure = rates.draw(rows)
+    low, high = figure.axes[0].get_ylim()
+    assert high - low <= rates.SHOWN + 0.07
+    assert str(figure.get_supxlabel()).endswith(". stick-breaking leaves the panels.")
 
 
 def test_the_page_has_the_same_numbers() -> None:

@@ -3,8 +3,10 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
+from sbeval.kernels import sliding_window
 from sbeval.models import config
 from sbeval.plots import style
+from sbeval.report import maturity
 
 
 def test_options_that_all_of_a_method_share_are_not_repeated() -> None:
@@ -15,11 +17,24 @@ def test_options_that_all_of_a_method_share_are_not_repeated() -> None:
         ).items()
     }
     assert labels["stick_breaking", "logit_scale=1.5"] == "stick-breaking"
-    assert labels["stick_breaking", "logit_scale=1.5,logit_bias=-3.0"] == "stick-breaking (logit_bias=-3.0)"
+    assert labels["stick_breaking", "logit_scale=1.5,logit_bias=-3.0"] == "stick-breaking (logit offset −3)"
     # without one that has these alone, or with no other, they tell something
-    for options in (["scaling=ntk,factor=2.0", "scaling=ntk,factor=4.0"], ["window=512"]):
+    for options in (["scaling=ntk,factor=2.0", "scaling=ntk,factor=4.0"], ["theta=500.0"]):
         looks = style.looks_of(("rope", each) for each in options)
-        assert [look.label for look in looks.values()] == [f"RoPE ({each})" for each in options]
+        assert [look.label for look in looks.values()] == [f"RoPE ({each.replace(',', ', ')})" for each in options]
+
+
+def test_a_window_is_named_with_its_width_and_an_offset_in_words() -> None:
+    assert style.WINDOW == sliding_window.Options().window == maturity.WINDOW
+    methods = [("sliding_window", options) for options in ("", "window=256", "window=1024,rotary=false")]
+    methods += [("stick_breaking", f"remainder=none{more}") for more in (",logit_bias=-1.5", ",logit_bias=spread")]
+    assert [look.label for look in style.looks_of(methods).values()] == [
+        "stick-breaking (no remainder, logit offset −1.5)",
+        "stick-breaking (no remainder, logit offsets spread)",
+        "sliding window of 512",
+        "sliding window of 1024 (rotary=false)",
+        "sliding window of 256",
+    ]
 
 
 def test_a_setting_looks_the_same_in_every_figure() -> None:

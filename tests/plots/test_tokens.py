@@ -29,8 +29,9 @@ def table(seeds: int = 2) -> pd.DataFrame:
 
 def test_points_are_the_gaps_and_lines_the_fit() -> None:
     (ladder,) = ladders(table())
-    (axis,) = tokens.draw(table()).axes
+    axis, beside = tokens.draw(table()).axes
     points, fitted, beyond = [line for line in axis.get_lines() if len(line.get_xdata()) != 2]  # type: ignore[arg-type]
+    assert (fitted.get_linestyle(), beyond.get_linestyle()) == ("-", ":")
     assert np.asarray(points.get_xdata()).tolist() == ladder.tokens.tolist()
     assert np.asarray(points.get_ydata()).tolist() == [gap.value for gap in ladder.gaps]
     (bars,) = axis.collections
@@ -39,7 +40,22 @@ def test_points_are_the_gaps_and_lines_the_fit() -> None:
         x = np.asarray(line.get_xdata())
         assert (x[0], x[-1]) == pytest.approx(ends)
         assert np.asarray(line.get_ydata()) == pytest.approx(ladder.at(x))
+    limit, _ = beside.get_lines()
+    (bar,) = beside.collections
+    assert np.asarray(limit.get_ydata()).tolist() == [ladder.limit.value] and beside.get_ylim() == axis.get_ylim()
+    assert sorted(bar.get_segments()[0][:, 1]) == [ladder.limit.low, ladder.limit.high]  # type: ignore[attr-defined]
     assert to_hex(points.get_color()) == style.COLOURS[0] and axis.get_xscale() == "log"
+
+
+def test_a_method_far_behind_leaves_the_panel_to_the_others() -> None:
+    far: Any = made_up.table(made_up.law(0.4, 0.3, 1.0), seeds=2, noise=0.002)
+    both = pd.concat([table(), far[far["attention"] != "rope"].assign(attention="nope")])
+    figure = tokens.draw(both)
+    assert max(gap.high for gap in ladders(table())[0].gaps) < figure.axes[0].get_ylim()[1] < 0.4
+    assert str(figure.get_supxlabel()).endswith("NoPE leaves the panels.")
+    # beside each other at the same tokens
+    first, second = [line.get_xdata() for line in figure.axes[0].get_lines() if line.get_linestyle() == "None"]
+    assert np.asarray(first) / np.asarray(second) == pytest.approx(1 / tokens.APART)
 
 
 def test_the_page_has_the_same_numbers_and_the_limit() -> None:

@@ -22,7 +22,7 @@ from sbeval.tables import curves, table
 from sbeval.tables.results import Results
 from sbeval.tasks import needle, needle_packed
 from sbeval.tasks.needle import Cell, Config, Row, cells
-from sbeval.tasks.needle_packed import PackedTuning, Tuned, best
+from sbeval.tasks.needle_packed import PackedTuning
 from sbeval.tasks.needle_tuning import open_writer
 from sbeval.training import checkpoint
 from sbeval.training.trainer import Trainer
@@ -178,20 +178,7 @@ def test_validation_chooses_the_rate_and_every_rate_has_its_row(
     # only the chosen model is evaluated
     scores = rows[rows["metric"] == "score"]
     assert set(scores["ended"]) == {"solved"} and scores["chosen"].isna().all() and sum(asked) == 2
-
-
-def test_the_best_rate_solves_most_then_in_the_fewest_tokens() -> None:
-    def tuned(lr: float, solved: dict[str, int], **held_out: float) -> Tuned:
-        scores = {task: [(1, 0.0), (2, score)] for task, score in held_out.items()}
-        same: dict[str, Any] = {"folder": Path(), "tasks": tuple(held_out), "tokens": 9, "copy_gain": 0.0}
-        return Tuned(**same, lr=lr, scores=scores, solved_after=solved)
-
-    none = tuned(1e-3, {}, a=0.9, b=0.9)
-    one = tuned(2e-3, {"a": 5}, a=1.0, b=0.0)
-    late, soon = tuned(3e-3, {"a": 7, "b": 8}, a=1.0, b=1.0), tuned(4e-3, {"a": 9, "b": 5}, a=1.0, b=1.0)
-    assert best([none, one], 9) is one and best([one, late], 9) is late and best([late, soon], 9) is soon
-    assert best([tuned(1e-3, {}, a=0.1), tuned(2e-3, {}, a=0.2)], 9).lr == 2e-3
-    assert best([tuned(2e-3, {}, a=0.1), tuned(1e-3, {}, a=0.1)], 9).lr == 1e-3
+    assert set(scores["finetune_lr"].astype(float)) == {3e-3}
 
 
 def test_a_rate_that_diverges_is_not_chosen(
@@ -313,3 +300,31 @@ def test_tables_have_the_columns(packed: Config, tmp_path: Path, solved_at: dict
     assert (rows["cell"] == cell_id(cell)).all() and set(rows["finetune_lr"].dropna()) == {1e-2}
     said = needle.FAMILY.summary(rows)
     assert "tokens to solve" in [str(column.header) for column in said.columns]
+
+
+@pytest.mark.parametrize("right", [1.0, 0.5])
+def test_further_seeds_are_taught_at_the_chosen_rate(
+    right: float, packed: Config, tmp_path: Path, solved_at: dict[str, list[float]]
+) -> None:
+    two = dataclasses.replace(packed, seeds=(0, 1), finetune_lrs=(1e-3, 3e-3), attention=("rope", "alibi"))
+    # RoPE's first rate solves nothing, its second may; ALiBi's first does at once, or none
+    solved_at |= {"niah_single_2": [*[0.0] * 6, right, right] if right == 1 else [right]}
+    first = run(two, tmp_path)
+    assert [(cell.attention, cell.seed, cell.config.finetune_lrs) for cell in first] == [
+        ("rope", 0, (1e-3, 3e-3)),
+        ("alibi", 0, (1e-3, 3e-3)),
+    ]
+    rates = ((3e-3,), (1e-3,)) if right == 1 else ((1e-3, 3e-3),) * 2
+    further = needle.more(two, rows_of(first, tmp_path))
+    assert [(cell.attention, cell.seed, cell.config.finetune_lrs) for cell in further] == [
+        ("rope", 1, rates[0]),
+        ("alibi", 1, rates[1]),
+    ]
+    assert [cell.config.finetune_lrs for cell in needle.more(two, None)] == [(1e-3, 3e-3)] * 2
+    # of a task that no model is taught, as qa_2, scores have the rate alone
+    untaught = rows_of(first, tmp_path).query("metric != 'tokens_to_solve'")
+    assert all(len(cell.config.finetune_lrs) == 1 for cell in needle.more(two, untaught))
+    # one rate is chosen by no one, and a model that is not taught has none
+    for alone in ({"finetune_lrs": (1e-3,)}, {"finetune": 0}):
+        every = dataclasses.replace(two, **alone)
+        assert [cell.seed for cell in cells(every)] == [0, 0, 1, 1] and needle.more(every, None) == []

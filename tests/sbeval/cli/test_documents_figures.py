@@ -23,9 +23,9 @@ def test_a_panel_has_the_means_of_the_table() -> None:
         (table["attention"] == "sliding_window") & (table["options"] == "") & (table["metric"] == "perplexity")
     ]
     at = rows[(rows["context_length"] == 65536) & rows["window"].isna()]["value"]
-    drawn = np.asarray(lines["sliding window"].get_ydata(), dtype=float)
+    drawn = np.asarray(lines["sliding window of 512"].get_ydata(), dtype=float)
     assert min(at) <= drawn[-1] <= max(at) and len(drawn) == 9
-    assert {"stick-breaking", "RoPE", "ALiBi", "sliding window"} <= set(lines)
+    assert {"stick-breaking", "RoPE", "ALiBi", "sliding window of 512"} <= set(lines)
 
 
 def test_recall_has_no_cells_of_another_task() -> None:

@@ -271,7 +271,7 @@ def test_few_shot(stick: float, more: Row, verdict: str, frame: Tables, perplexi
     canaries = perplexities({ROPE: {2048: [13.8]}}, **{name: more[name] for name in more if name != "stderr"})
     found = language.benchmarks(shots(frame, stick, **more), Evidence({"length_gen": canaries}))
     assert found.verdict == verdict
-    assert "Mean of copa (0), piqa (0), of 3 benchmarks those above chance" in found.found
+    assert "Mean of the 2 of 3 benchmarks above chance (copa, piqa)" in found.found
     assert f"stick-breaking {100 * stick:.1f} %, RoPE 60.0 %" in found.found
 
 

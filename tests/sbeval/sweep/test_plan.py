@@ -80,3 +80,14 @@ def test_a_plan_adds_up(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sources, "size", lambda spec: None)
     assert {line.name: line for line in plan.lines(parts, context)}["text"].disk is None
     assert "unknown" in plan._words(plan._all(plan.lines(parts, context)))
+
+
+def test_what_branches_share_keeps_its_optimizer(study: Path, tmp_path: Path) -> None:
+    wsd = ("models.schedule=wsd", "models.batch_tokens=32", "models.train_len=16", "models.branches=[64, 128]")
+    parts = study_file.parts(study_file.read(str(study), wsd), lambda said: "float32")
+    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"))
+    lines = {line.name: line for line in plan.lines(parts, context)}
+    shape = length_gen.cells(parts[0].config)[0].model(257)
+    # of two methods or seeds, two decays each, and two trunks with two moments beside the weights
+    assert lines["training"].models == 8
+    assert lines["training"].disk == 4 * (4 + 3 * 4) * decoder.n_parameters(shape)

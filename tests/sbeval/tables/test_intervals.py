@@ -43,6 +43,16 @@ def test_seeds_are_pooled_at_each_x_alone() -> None:
     assert found["each"].tolist() == [(1.5,), (1.0, 2.0), (1.5,), (1.0, 5.0)]
 
 
+def test_a_band_keeps_to_one_deviation_all_along_its_line() -> None:
+    """By a test at each point alone it would be the own one at the first, and the pooled one at the second."""
+    tame = {f"m{index}": [1.0, 1.1, 1.2] for index in range(5)}
+    table = pd.concat([rows(tame | {"rope": [1.0, by, 2 * by - 1.0]}, x=x) for x, by in ((1, 2.0), (2, 1.2))])
+    found = intervals.method(intervals.points(table, ["x"]), ROPE)
+    first, second = found["high"] - found["mean"]
+    # 4.303: the 97.5 % quantile of Student's t with 2 degrees of freedom
+    assert (first, second) == pytest.approx((4.303 * 1.0 / 3**0.5, 4.303 * 0.2 / 3**0.5), rel=1e-3)
+
+
 def test_shares_are_not_pooled_and_stay_shares() -> None:
     found = intervals.points(rows({"rope": [0.0, 1.0], "alibi": [1.0, 1.0]}), ["x"], Scale.SHARE).set_index("attention")
     low, high = (found[name].to_dict() for name in ("low", "high"))

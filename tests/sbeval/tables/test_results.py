@@ -14,7 +14,7 @@ PATHS = {
     "curves": Results(FOLDER).curves("mqrar-rope-0"),
     "checkpoints": Results(FOLDER).checkpoints,
     "locks": Results(FOLDER).locks,
-    "threads": Results(FOLDER).threads,
+    "threads": Results(FOLDER).threads("digest"),
     "cleared": Results(FOLDER).cleared("digest"),
     "answers": Results(FOLDER).answers("few_shot-digest"),
     "figures": Results(FOLDER).figures,

@@ -23,6 +23,7 @@ from sbeval.tables.statistics import (
     less,
     mean,
     minus,
+    outlying,
     ratio,
     share,
     shares_less,
@@ -125,6 +126,22 @@ def test_a_method_with_wilder_seeds_keeps_its_own_deviation() -> None:
     assert (found["0", ""].sd, found["0", ""].freedom) == pytest.approx((0.1, 10))
     # twice as wide is not beyond chance with three seeds
     assert spreads(named([*tame, seeds(0.0, 0.2, 0.4)]))["0", ""].freedom == 12
+
+
+def test_one_decision_for_all_points_of_a_curve() -> None:
+    tame, wild, twice = ([seeds(0.0, by, 2 * by)] for by in (0.1, 1.0, 0.2))
+    # at ten times the level everything varies ten times as much
+    points = [named([*5 * tame, *wild]), named([*5 * tame, *twice]), named([*5 * wild, seeds(0.0, 8.0, 16.0)])]
+    last = ("5", "")
+    assert [bool(outlying([of])) for of in points] == [True, False, True]
+    assert outlying(points) == {last} and not outlying([points[1], *9 * [named(6 * tame)]])
+    assert spreads(points[1], {last})[last].sd == pytest.approx(0.2)
+    common = spreads(points[1], {last})["0", ""]
+    assert common.sd == pytest.approx(0.1) and common.freedom == 10
+    # with one seed there it takes the others'
+    assert spreads(named([*5 * tame, seeds(3.0)]), {last})[last].sd == pytest.approx(0.1)
+    # a variance counts as that of its seeds, however many points there are
+    assert outlying(10 * [points[1]]) == set()
 
 
 def test_a_model_evaluated_in_another_way_is_not_another_sample() -> None:

@@ -1,0 +1,21 @@
+"""The choice of a learning rate of fine-tuning; what a cell does with it is in test_needle_packed."""
+
+from pathlib import Path
+from typing import Any
+
+from sbeval.tasks.needle_choice import best
+from sbeval.tasks.needle_packed import Tuned
+
+
+def test_the_best_rate_solves_most_then_in_the_fewest_tokens() -> None:
+    def tuned(lr: float, solved: dict[str, int], **held_out: float) -> Tuned:
+        scores = {task: [(1, 0.0), (2, score)] for task, score in held_out.items()}
+        same: dict[str, Any] = {"folder": Path(), "tasks": tuple(held_out), "tokens": 9, "copy_gain": 0.0}
+        return Tuned(**same, lr=lr, scores=scores, solved_after=solved)
+
+    none = tuned(1e-3, {}, a=0.9, b=0.9)
+    one = tuned(2e-3, {"a": 5}, a=1.0, b=0.0)
+    late, soon = tuned(3e-3, {"a": 7, "b": 8}, a=1.0, b=1.0), tuned(4e-3, {"a": 9, "b": 5}, a=1.0, b=1.0)
+    assert best([none, one], 9) is one and best([one, late], 9) is late and best([late, soon], 9) is soon
+    assert best([tuned(1e-3, {}, a=0.1), tuned(2e-3, {}, a=0.2)], 9).lr == 2e-3
+    assert best([tuned(2e-3, {}, a=0.1), tuned(1e-3, {}, a=0.1)], 9).lr == 1e-3
