@@ -231,6 +231,27 @@ def test_packing_other_numbers_of_sequences_compiles_nothing_anew(monkeypatch: p
     assert len(graphs) <= 2
 
 
+def test_they_run_by_default_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    pick = stick_breaking.pick_backend
+    q, k, v = draw(64, 64)
+    assert pick(q, k, None) == "torch"
+    monkeypatch.setattr(hopper, "obstacle", lambda _: "")
+    assert pick(q, k, None) == "torch"
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "is_cuda", True)
+        assert pick(q, k, None) == "triton"
+        q, k = (torch.empty(2, 8192, 2, 64, dtype=BFLOAT16) for _ in range(2))
+        assert pick(q, k, None) == "triton-hopper"
+        assert pick(q[:, :-64], k, None) == "triton-hopper"
+        assert pick(q[:, :4096], k, None) == "triton"
+        assert pick(q, k, None, True) == "triton"
+        assert pick(q[..., :32], k[..., :32], None) == "triton"
+        assert pick(q.float(), k.float(), None) == "triton"
+        patch.setattr(hopper, "obstacle", lambda _: "it needs another GPU")
+        assert pick(q, k, None) == "triton"
+
+
 def test_who_may_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     q, k, v = draw(64, 64)
