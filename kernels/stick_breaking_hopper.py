@@ -284,7 +284,7 @@ def _products(q_buf, q, k_buf, D: gl.constexpr, Q_REGS: gl.constexpr):
 def _consume(
     ring, tensors, sizes,
     WG: gl.constexpr, D: gl.constexpr, NWG: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
-    CURRENT: gl.constexpr, SKIP: gl.constexpr, LOOK: gl.constexpr, Q_REGS: gl.constexpr, DEEP: gl.constexpr,
+    CURRENT: gl.constexpr, SKIP: gl.constexpr, LOOK: gl.constexpr, Q_REGS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: queries 64 WG to 64 WG + 63 of each tile."""
     q_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, full, empty = ring
@@ -349,48 +349,24 @@ def _consume(
         end = slot + gl.where(row < n_q, n_tiles - 1 - newer, 0)
         look = slot + LOOK
         mbarrier.wait(full.index(slot % STAGES), (slot // STAGES) & 1)
-        if DEEP:
-            # a tile's products are made under the weights of the one before, weights times values under those of the
-            # next. Of the stage without keys products are made for nothing
-            ahead = _products(q_buf, q, k_bufs.index(slot % STAGES), D, Q_REGS)
-            acc = warpgroup_mma(p, v_bufs.index(slot % STAGES).reshape([TILE, D]), acc, is_async=True)
+        while slot < end:
+            stage = slot % STAGES
+            # this tile's products, then weights and values of the one before, which go on under this tile's weights
+            ahead = _products(q_buf, q, k_bufs.index(stage), D, Q_REGS)
+            ahead_acc = warpgroup_mma(p, v_bufs.index(stage).reshape([TILE, D]), acc, is_async=True)
             products = warpgroup_mma_wait(num_outstanding=1, deps=(ahead,))
-            while slot < end:
-                before = slot % STAGES
-                slot += 1
-                stage = slot % STAGES
-                mbarrier.wait(full.index(stage), (slot // STAGES) & 1)
-                ahead = _products(q_buf, q, k_bufs.index(stage), D, Q_REGS)
-                weights, left = _weights(products, left, scale, shift, m_diagonal, False)
-                p_next = gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
-                _cut(slot)
-                acc_done, p = warpgroup_mma_wait(num_outstanding=1, deps=(acc, p_next))
-                mbarrier.arrive(empty.index(before), count=1)
-                if SKIP:
-                    if slot == look:
-                        look += LOOK
-                        end = gl.where(_is_used_up(left, epsilon), slot, end)
-                acc = warpgroup_mma(p, v_bufs.index(stage).reshape([TILE, D]), acc_done, is_async=True)
-                products = warpgroup_mma_wait(num_outstanding=1, deps=(ahead,))
-        else:
-            while slot < end:
-                stage = slot % STAGES
-                # this tile's products, then weights and values of the one before, which go on under this tile's weights
-                ahead = _products(q_buf, q, k_bufs.index(stage), D, Q_REGS)
-                ahead_acc = warpgroup_mma(p, v_bufs.index(stage).reshape([TILE, D]), acc, is_async=True)
-                products = warpgroup_mma_wait(num_outstanding=1, deps=(ahead,))
-                weights, left = _weights(products, left, scale, shift, m_diagonal, False)
-                p_next = gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
-                slot += 1
-                # a loop in the machine code, over which the wait that follows can't be moved up
-                mbarrier.wait(full.index(slot % STAGES), (slot // STAGES) & 1)
-                acc, p = warpgroup_mma_wait(num_outstanding=0, deps=(ahead_acc, p_next))
-                mbarrier.arrive(empty.index(stage), count=1)
-                if SKIP:
-                    if slot == look:
-                        look += LOOK
-                        end = gl.where(_is_used_up(left, epsilon), slot, end)
-            acc = warpgroup_mma(p, v_bufs.index(slot % STAGES).reshape([TILE, D]), acc, is_async=True)
+            weights, left = _weights(products, left, scale, shift, m_diagonal, False)
+            p_next = gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
+            slot += 1
+            # a loop in the machine code, over which the wait that follows can't be moved up
+            mbarrier.wait(full.index(slot % STAGES), (slot // STAGES) & 1)
+            acc, p = warpgroup_mma_wait(num_outstanding=0, deps=(ahead_acc, p_next))
+            mbarrier.arrive(empty.index(stage), count=1)
+            if SKIP:
+                if slot == look:
+                    look += LOOK
+                    end = gl.where(_is_used_up(left, epsilon), slot, end)
+        acc = warpgroup_mma(p, v_bufs.index(slot % STAGES).reshape([TILE, D]), acc, is_async=True)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(empty.index(slot % STAGES), count=1)
         slot += 1
@@ -450,7 +426,6 @@ def forward_kernel(
     n_batch, n_heads, n_queries, n_keys, n_blocks, n_stops, n_sequences, scale, epsilon,
     GROUP: gl.constexpr, D: gl.constexpr, NWG: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
     CURRENT: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr, LOOK: gl.constexpr, Q_REGS: gl.constexpr,
-    DEEP: gl.constexpr,
 ):  # fmt: skip
     """A program a multiprocessor; a tile of queries is 64 NWG queries of one head.
 
@@ -485,25 +460,24 @@ def forward_kernel(
     counts = (n_batch * n_heads, n_heads, n_queries, n_keys, n_batch * n_keys, n_blocks, n_sequences)
     if NWG == 2:
         gl.warp_specialize([
-            (_consume, (ring, tensors, sizes, 0, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS, DEEP)),
-            (_consume, (ring, tensors, sizes, 1, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS, DEEP)),
+            (_consume, (ring, tensors, sizes, 0, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS)),
+            (_consume, (ring, tensors, sizes, 1, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS)),
             (_produce, (ring, descriptors, packing, counts, GROUP, D, NWG, STAGES, QUEUE, VARLEN, SKIP)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (ring, tensors, sizes, 0, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS, DEEP)),
-            (_consume, (ring, tensors, sizes, 1, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS, DEEP)),
-            (_consume, (ring, tensors, sizes, 2, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS, DEEP)),
+            (_consume, (ring, tensors, sizes, 0, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS)),
+            (_consume, (ring, tensors, sizes, 1, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS)),
+            (_consume, (ring, tensors, sizes, 2, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS)),
             (_produce, (ring, descriptors, packing, counts, GROUP, D, NWG, STAGES, QUEUE, VARLEN, SKIP)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
-# by head size: warpgroups, stages of keys and values, tiles of queries in shared memory; whether a warpgroup keeps its
-# queries in registers; whether it makes a tile's products under the weights of the one before (in float16 ptxas
-# serialises them then: C7514)
+# by head size: warpgroups, stages of keys and values, tiles of queries in shared memory, and whether a warpgroup keeps
+# its queries in registers
 CONFIGS = {
-    128: {"NWG": 2, "STAGES": 4, "QUEUE": 2, "Q_REGS": True, "DEEP": False},
-    64: {"NWG": 3, "STAGES": 6, "QUEUE": 2, "Q_REGS": True, "DEEP": False},
+    128: {"NWG": 2, "STAGES": 4, "QUEUE": 2, "Q_REGS": True},
+    64: {"NWG": 3, "STAGES": 6, "QUEUE": 2, "Q_REGS": True},
 }
 # tiles between two looks whether any stick is left
 LOOK = 16

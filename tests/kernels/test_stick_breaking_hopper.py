@@ -144,14 +144,6 @@ def test_dq_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
             check(*draw(t, t), bias=-1.0)
 
 
-@pytest.mark.parametrize("epsilon", [0.0, 2.0**-24])
-def test_products_a_tile_ahead(epsilon: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(stick_breaking_hopper.CONFIGS[128], "DEEP", True)
-    monkeypatch.setattr(stick_breaking_hopper, "LOOK", 2)
-    check(*draw(330, 330, dim=128, batch=2), epsilon=epsilon)
-    check(*draw(64, 64, dim=128), epsilon=epsilon)
-
-
 def test_queries_after_a_longer_prefix() -> None:
     check(*draw(100, 228, heads=4, groups=2))
 
