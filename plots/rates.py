@@ -93,15 +93,15 @@ def _settings(table: pd.DataFrame) -> Settings:
     rows = rows.assign(loss=np.log(rows["value"].astype(float)))
     found = []
     for title, of_setting in style.panels(rows, LENGTH_GEN.always, LENGTH_GEN.others):
-        schedules = of_setting["schedule"].nunique()
-        panels = {
-            _recipe(of_panel, schedules): of_panel
-            # larger batches, which have fewer steps, first
-            for _, of_panel in of_setting.groupby([-of_setting["batch_tokens"].astype(int), *OTHERS])
-            if of_panel["lr"].nunique() > 1
-        }
+        panels = {name: of_panel for name, of_panel in recipes(of_setting) if of_panel["lr"].nunique() > 1}
         found += [(title, panels)] if panels else []
     return found
+
+
+def recipes(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Return name and rows of each optimizer, batch and schedule; larger batches, which have fewer steps, first."""
+    parts = rows.groupby([-rows["batch_tokens"].astype(int), *OTHERS])
+    return [(_recipe(part, rows["schedule"].nunique()), part) for _, part in parts]
 
 
 def _recipe(rows: pd.DataFrame, schedules: int) -> str:

@@ -56,11 +56,11 @@ WORDS = {
     "logit_bias=spread": "logit offsets spread",
     "logit_bias": "logit offset {}",
     "remainder=none": "no remainder",
-    "remainder=bias": "remainder to a vector",
-    "qkv_bias=true": "biases of q, k, v",
-    "head_norm=true": "norm of heads",
+    "remainder=bias": "learned remainder",
+    "qkv_bias=true": "q, k, v biases",
+    "head_norm=true": "head norm",
     "key_shift=true": "key shift",
-    "init_std": "initial deviation {}",
+    "init_std": "initial σ {}",
 }
 # default of sliding_window, which its options leave out
 WINDOW = 512

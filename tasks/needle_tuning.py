@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # options of fine-tuning, besides those of the training on text
 TUNING = ("checkpoint", "finetune", "finetune_lr", "finetune_tasks", "essays", "squad", "hotpot", *PACKED)
-# tokens of prompts in a forward pass
-BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 17}
+# tokens of prompts in a forward pass; a GPU decodes a few long prompts no sooner than many
+BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 19}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

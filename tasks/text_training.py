@@ -218,7 +218,7 @@ class Training(TrainingStep):
                 context.world,
                 shard=context.shard,
                 tokenizer=text.tokenizer.digest,
-                held_out=_held_out(text, training, packing),
+                held_out=self.held_out(text),
                 diagnose=self._diagnose(text, training, context.device),
                 after=None if begun else self._trunk(text, training, context, progress),
                 trunk=self.trunk,
@@ -228,6 +228,19 @@ class Training(TrainingStep):
                 trained = trainer.run(task, log=log)
             task.close()
         return folder, trained
+
+    def held_out(self, text: "Corpus") -> "Batch | None":
+        """Return the held-out windows, the same for every method and branch; None where there is too little text."""
+        from sbeval.data.dataloader import Batches, epoch_tokens
+        from sbeval.training import held_out
+
+        training = self.schedule(text)
+        if not epoch_tokens(text.valid, training.length):
+            return None
+        # a branch has the losses of its trunk, and a shorter branch the same trunk
+        tokens = min((training.tokens, *self.config.branches[:1]))
+        _, windows = held_out.plan(tokens, training.length)
+        return Batches(text.valid, training.length, batch=1, seed=0, packing=self.config.packing).spread(windows)
 
     def trained(self, context: "RunContext") -> bool:
         """Return whether a finished checkpoint is there; False too where the text is not tokenized yet."""
@@ -345,14 +358,3 @@ def cautions(config: EvaluatedModel, progress: "Progress") -> list[str]:
             f"{config.train_len}: no held-out loss is measured while models train, so overfitting goes unnoticed"
         )
     return lines
-
-
-def _held_out(text: "Corpus", training: "TrainConfig", packing: str) -> "Batch | None":
-    """Return the held-out windows, the same for every method; None where there is too little text."""
-    from sbeval.data.dataloader import Batches, epoch_tokens
-    from sbeval.training import held_out
-
-    if not epoch_tokens(text.valid, training.length):
-        return None
-    _, windows = held_out.plan(training.tokens, training.length)
-    return Batches(text.valid, training.length, batch=1, seed=0, packing=packing).spread(windows)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from sbeval.cli import documents_studies
+from sbeval.cli.documents_studies import markdown
 from sbeval.errors import InputError, choose
 from sbeval.report.claims import CLAIMS, OWN
 from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Claim, Evidence, Judged, findings
@@ -28,7 +30,7 @@ PAGES = ("README.md", "docs/results.md")
 BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end of numbers -->)", re.DOTALL)
 
 # results folders that can decide a claim: the first that does, else the first that has numbers for it
-DECIDING = ("", "quick", "tokens")
+DECIDING = ("125m", "tokens", "", "quick")
 LEANS = {AGREES: ", leaning towards it", DISAGREES: ", leaning against it"}
 # families whose figures docs/results.md shows
 DRAWN = ("attention_map", "kernel", "length_gen", "mqrar", "needle", "skipping")
@@ -89,7 +91,7 @@ def _books(results: Path) -> str:
     lengths = (512, 2048, 4096, 16384, 65536)
     found = _perplexities(results)
     rows = [[label, *(_three(found[(*method, length)]) for length in lengths)] for label, method in BOOKS.items()]
-    return _table("perplexity per token over the first l tokens, l =", lengths, rows)
+    return markdown("perplexity per token over the first l tokens, l =", list(map(str, lengths)), rows)
 
 
 def _typed(results: Path) -> str:
@@ -99,7 +101,7 @@ def _typed(results: Path) -> str:
         for where, folder in TYPED.items()
         for name, method in (("stick-breaking", STICK), ("RoPE", ROPE))
     ]
-    return _table("perplexity per token over the first l tokens, l =", lengths, rows)
+    return markdown("perplexity per token over the first l tokens, l =", list(map(str, lengths)), rows)
 
 
 def _typed_sentence(results: Path) -> str:
@@ -132,8 +134,8 @@ def _fixed(results: Path) -> str:
         sure = f" (p {_bounded(p_values[method])})" if method in p_values else ""
         means = (f"{found[(*method, length)]:.3f}" for length in lengths)
         lines.append([label, str(seeds), *means, gap, loss + sure])
-    columns = ("seeds", *lengths, "minus RoPE at 2048", "minus spread offsets at 2048")
-    return _table("nats per token, context =", columns, lines)
+    columns = ["seeds", *map(str, lengths), "minus RoPE at 2048", "minus spread offsets at 2048"]
+    return markdown("nats per token, context =", columns, lines)
 
 
 def _bounded(p: float) -> str:
@@ -179,7 +181,7 @@ def _needed(claim: Claim) -> set[str]:
 
 
 def _claim(claim: Claim, judged: Judged, folder: str) -> list[str]:
-    where = f" ([results/{folder}](results/{folder}))" if folder else ""
+    where = f" ([results/{folder}](results/{folder}))" if folder and judged.found else ""
     verdict = f"**{judged.verdict}**{LEANS.get(judged.leans, '')}"
     return [
         f"{claim.text} ({claim.source})",
@@ -225,11 +227,6 @@ def _three(value: float) -> str:
     return f"{value:#.3g}".rstrip(".") if value < 1000 else f"{value:.0f}"
 
 
-def _table(heading: str, columns: Sequence[object], rows: Sequence[Sequence[str]]) -> str:
-    lines = [[heading, *map(str, columns)], ["---"] * (1 + len(columns)), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "books": _books,
     "claims": functools.partial(_claims, claims=CLAIMS),
@@ -238,6 +235,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "typed_sentence": _typed_sentence,
     "fixed_targets": _fixed,
     "fixed_targets_sentence": _fixed_sentence,
+    **documents_studies.BLOCKS,
     **{f"{family}_command": functools.partial(_made_by, family=family) for family in DRAWN},
 }
 

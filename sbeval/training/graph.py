@@ -28,6 +28,8 @@ def waits() -> Iterator[list[str]]:
     before, lines = torch.cuda.get_sync_debug_mode(), list[str]()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        # of the mode itself
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield lines
@@ -63,6 +65,9 @@ class Graph:
         except RuntimeError as error:
             if refused(error):
                 _unfinished.append(self._graph)
+                # it would take part in the recording for ever, and draw nothing outside it
+                generator = torch.cuda.default_generators[stream.device.index]
+                generator.graphsafe_set_state(generator.clone_state())
             raise
 
     def __call__(self, tokens: Tensor, targets: Tensor) -> Tensor:

@@ -422,6 +422,18 @@ def test_branches_are_trained_once_and_as_straight_through(config: Config, tmp_p
     assert {path: path.stat().st_mtime_ns for path in folders} == folders
 
 
+def test_branches_are_validated_on_the_same_windows_as_their_trunk(config: Config, progress: Progress) -> None:
+    """A branch has the held-out losses of its trunk, and the lowest of all says whether it overfits."""
+    grid = cells(with_valid(branching(config, 320, 3200, 32000)))
+    text = text_training.open_corpus(grid[0].config, progress)
+    batches = [step.held_out(text) for step in steps(grid) if isinstance(step, text_training.Training)]
+    assert len(batches) == 12 and len({batch.tokens.shape for batch in batches if batch is not None}) == 1
+    # alone each would have more of it with more tokens to train on
+    alone = [dataclasses.replace(cell.training_step.config, branches=()) for cell in (grid[0], grid[-1])]
+    few, many = (text_training.Training(config=one).held_out(text) for one in alone)
+    assert few is not None and many is not None and len(few.tokens) < len(many.tokens)
+
+
 def test_branches_of_a_text_that_ends_sooner(config: Config, tmp_path: Path, progress: Progress) -> None:
     config = dataclasses.replace(branching(config, 80, 4000, 8000), max_epochs=1.0, attention=("rope",))
     context = RunContext(results_dir=tmp_path / "results", device=torch.device("cpu"))

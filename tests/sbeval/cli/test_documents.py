@@ -6,6 +6,7 @@ import pytest
 
 from sbeval.cli import documents
 from sbeval.errors import InputError
+from sbeval.report.claims import CLAIMS
 
 ROOT = Path(__file__).parents[3]
 
@@ -43,3 +44,9 @@ def test_a_block_that_cannot_be_written_is_named(text: str, message: str) -> Non
 
 def test_digits() -> None:
     assert [documents._three(value) for value in (7.016, 26.03, 107.8, 2917.6)] == ["7.02", "26.0", "108", "2918"]
+
+
+def test_a_claim_that_was_not_measured_names_no_folder(tmp_path: Path) -> None:
+    """The folders that can decide are looked into in their order; none of them is here."""
+    assert documents.DECIDING[0] not in documents.BLOCKS["own"](tmp_path)
+    assert documents.BLOCKS["claims"](tmp_path).count("Not measured: `sbeval ") == len(CLAIMS)

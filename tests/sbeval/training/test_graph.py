@@ -1,7 +1,9 @@
 """A step that a GPU replays is the one that it would launch, bit for bit; when it is recorded, and when not."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from sbeval.runtime import progress
 from sbeval.tasks.generated import Examples
 from sbeval.training import trainer as module
 from sbeval.training.config import TrainConfig
-from sbeval.training.graph import WARM_UP
+from sbeval.training.graph import WARM_UP, Graph, refused, waits
 from sbeval.training.trainer import Trained, Trainer
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -105,6 +107,69 @@ def test_recording_that_runs_out_of_memory_starts_again_with_fewer_rows(replayin
     # not replayed: the steps before it failed, and as many that compile the code for fewer rows
     assert [graph.calls for graph in StandIn.made] == [12 - 2 * WARM_UP]
     assert found.state.losses == pytest.approx(run(trainer(CPU)).state.losses, rel=1e-4)
+
+
+def test_waits_are_listed_and_other_warnings_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes: list[int | str] = [0]
+
+    def switch(mode: int | str) -> None:
+        modes.append(mode)
+        warnings.warn("Synchronization debug mode is a prototype feature", stacklevel=1)
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", switch)
+    with pytest.warns(UserWarning, match="of another kind") as others, waits() as waited:
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+        warnings.warn("of another kind", stacklevel=1)
+    assert len(waited) == 2 and all(one.startswith(f"{__file__}:") for one in waited) and len(others) == 1
+    with pytest.raises(ValueError, match="of the step"), waits():
+        raise ValueError("of the step")
+    assert modes == [0, "warn", 0, "warn", 0]
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (RuntimeError("CUDA error: operation not permitted when stream is capturing"), True),
+        (RuntimeError("Triton Error [CUDA]: operation failed due to a previous error during capture"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (torch.OutOfMemoryError("CUDA out of memory while capturing"), False),
+    ],
+)
+def test_errors_of_recording_are_known(error: RuntimeError, wanted: bool) -> None:
+    assert refused(error) == wanted
+
+
+class Generator:
+    """As far as a recording looks at it."""
+
+    state = "recorded"
+
+    def clone_state(self) -> str:
+        return "clone of " + self.state
+
+    def graphsafe_set_state(self, state: str) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize(
+    ("error", "state"), [("during CUDA graph capture", "clone of recorded"), ("of the step", "recorded")]
+)
+def test_a_refused_recording_leaves_random_numbers_to_draw(
+    error: str, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(tokens: Tensor, targets: Tensor) -> Tensor:
+        raise RuntimeError(error)
+
+    generator = Generator()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", lambda made, stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, generator))
+    stream: Any = SimpleNamespace(device=torch.device("cuda", 1))
+    with pytest.raises(RuntimeError, match=error):
+        Graph(step, torch.zeros(1), torch.zeros(1), stream)
+    assert generator.state == state
 
 
 def test_a_step_that_waits_for_the_gpu_is_launched(

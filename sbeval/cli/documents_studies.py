@@ -1,0 +1,137 @@
+"""Tables of studies in docs/results.md: gaps by training tokens, losses by learning rate, perplexities by context.
+
+A study that was not run yet has a sentence in place of its table.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from sbeval.plots import style
+from sbeval.plots.rates import recipes
+from sbeval.report.maturity import ROPE, size
+from sbeval.tables import curves, few_shot, intervals, selection, tokens, values
+from sbeval.tables.results import Results
+from sbeval.tables.statistics import Method, Scale
+from sbeval.tables.table import read
+
+# contexts of a table, over the training length
+CONTEXTS = (0.25, 1, 2, 8, 32)
+# figures of a study of lengths
+LENGTHS = {
+    "length_gen": "Perplexity by context length",
+    "fixed_targets": "Loss of the same tokens by the context given, and its change past the training length",
+}
+
+
+def of_study(
+    study: str, write: Callable[[pd.DataFrame, Path], str], figures: Mapping[str, str]
+) -> Callable[[Path], str]:
+    """Return what writes the block of a study: its table, then the figures, by name with a description, that it has."""
+
+    def block(results: Path) -> str:
+        folder = results / study
+        path = Results(folder).table("length_gen")
+        text = write(read(path, ["metric"]), folder) if path.exists() else ""
+        if not text:
+            return f"Not run yet: `sbeval run {study}`.\n"
+        drawn = [name for name in figures if (Results(folder).figures / f"{name}.png").exists()]
+        images = (
+            f'<img src="../results/{study}/figures/{name}.png" width="75%" alt="{figures[name]}">' for name in drawn
+        )
+        return text + "".join(f"\n{image}\n" for image in images)
+
+    return block
+
+
+def gaps(table: pd.DataFrame, folder: Path) -> str:
+    """Write the gap of each method to RoPE by training tokens, and its fit; empty without enough token counts."""
+    found = tokens.ladders(table)
+    if not found:
+        return ""
+    setting = max(found, key=lambda ladder: ladder.tokens[-1]).setting
+    found = [ladder for ladder in found if ladder.setting == setting]
+    counts = sorted({count for ladder in found for count in ladder.tokens.tolist()})
+    labels = _labels(ladder.method for ladder in found)
+    lines = []
+    for ladder in found:
+        at = dict(zip(ladder.tokens.tolist(), ladder.gaps, strict=True))
+        each = [at[count].text() if count in at else "" for count in counts]
+        fit = [ladder.limit.text(), ladder.exponent.text().replace("+", ""), ladder.crosses(size)]
+        lines.append([labels[ladder.method], *each, *fit, f"{ladder.seeds[0]} and {ladder.seeds[1]}"])
+    columns = [*map(size, counts), "limit", "exponent", "where the fit is 0", "seeds, and RoPE's"]
+    return markdown("loss minus RoPE's (nats per token) after tokens =", columns, lines)
+
+
+def best_rates(table: pd.DataFrame, folder: Path) -> str:
+    """Write the loss of each method with each optimizer and batch, at the rate with the lowest held-out loss."""
+    rows = selection.by_context(table)
+    rows = rows[(rows["x"] == rows["train_len"]) & rows["lr"].notna()]
+    read_curves = curves.read(Results(folder), rows["cell"])
+    last = read_curves[read_curves["metric"] == "held_out_loss"].groupby("cell")["value"].last()
+    rows = rows.assign(held_out=rows["cell"].map(last), loss=rows["value"].astype(float).map(math.log))
+    if rows["held_out"].isna().any():
+        return ""
+    found: dict[Method, dict[str, tuple[float, float]]] = {}
+    for name, of_recipe in recipes(rows):
+        by_rate = of_recipe.groupby(["attention", "options", "lr"])[["held_out", "loss"]].mean().reset_index()
+        for _, best in by_rate.loc[by_rate.groupby(["attention", "options"])["held_out"].idxmin()].iterrows():
+            method = str(best["attention"]), str(best["options"])
+            found.setdefault(method, {})[name] = float(best["loss"]), float(best["lr"])
+    columns = list(dict.fromkeys(name for of_method in found.values() for name in of_method))
+    labels = _labels(found)
+
+    def cell(method: Method, name: str) -> str:
+        if name not in found[method]:
+            return ""
+        loss, rate = found[method][name]
+        other = found.get(ROPE, {}).get(name)
+        gap = f" ({loss - other[0]:+.3f})".replace("-", "−") if other and method != ROPE else ""
+        return f"{loss:.3f}{gap} at {rate:g}"
+
+    lines = [[labels[method], *(cell(method, name) for name in columns)] for method in labels]
+    heading = f"loss at {int(rows['x'].iloc[0])} tokens (minus RoPE's), at the best rate on held-out text"
+    return markdown(heading, columns, lines)
+
+
+def contexts(table: pd.DataFrame, folder: Path) -> str:
+    """Write perplexity by context length, and scores of benchmarks if there are some."""
+    rows = selection.by_context(table)
+    train_len = int(rows["train_len"].iloc[0])
+    lengths = [length for part in CONTEXTS if (length := int(part * train_len)) in set(rows["x"])]
+    points = intervals.points(rows, ["x"], Scale.LOG)
+    labels = _labels(zip(rows["attention"].map(str), rows["options"].map(str), strict=True))
+    lines = []
+    for method, label in labels.items():
+        of = intervals.method(points, method).set_index("x")
+        lines.append(
+            [label, str(of["seeds"].min()), *(f"{of['mean'][at]:.1f}" if at in of.index else "" for at in lengths)]
+        )
+    text = markdown("perplexity per token over the first l tokens, l =", ["seeds", *map(str, lengths)], lines)
+    path = Results(folder).table("few_shot")
+    if not path.exists():
+        return text
+    read_values = functools.partial(values.read, Results(folder))
+    return f"{text}\n{few_shot.markdown(few_shot.table(read(path, ['shots']), read_values))}\n"
+
+
+def _labels(methods: Iterable[Method]) -> dict[Method, str]:
+    """Return the name of each method, with all of its options, in the order of legends."""
+    return {method: style.looks_of([method])[method].label for method in style.looks_of(methods)}
+
+
+def markdown(heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [[heading, *columns], ["---"] * (1 + len(columns)), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+BLOCKS = {
+    "tokens": of_study("tokens", gaps, {"tokens": "Loss minus RoPE's by training tokens, with fits"}),
+    "tuning": of_study("tuning", best_rates, {"rates": "Loss by learning rate with AdamW and Muon"}),
+    "study_125m": of_study("125m", contexts, LENGTHS),
+    "study_8192": of_study("train-len-8192", contexts, LENGTHS),
+}

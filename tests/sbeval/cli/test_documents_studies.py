@@ -1,0 +1,97 @@
+"""Tables of studies in documents: their numbers are those of made-up tables, and a study that was not run says so."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from sbeval.cli import documents_studies
+from sbeval.cli.documents_studies import best_rates, contexts, gaps
+from sbeval.tables import curves
+from sbeval.tables.results import Results
+
+COMMON: dict[str, Any] = {
+    "family": "length_gen", "task": "books", "model": "25m", "corpus": "books", "tokenizer": "bpe:8192", "dtype": "x",
+    "train_len": 2048, "eval_len": 16384, "context_length": 2048, "metric": "perplexity", "preset": "figure5", "n": 16,
+    "options": "", "seed": 0, "stderr": 0.0, "train_tokens": 10**8, "optimizer": "adamw", "schedule": "cosine",
+    "batch_tokens": 131072, "lr": 2e-3, "unit": "1",
+}  # fmt: skip
+SPREAD = {"attention": "stick_breaking", "options": "remainder=none,logit_bias=spread"}
+
+
+def frame(*rows: dict[str, Any]) -> pd.DataFrame:
+    return pd.DataFrame([COMMON | row for row in rows])
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+
+
+def test_gaps_by_tokens(tmp_path: Path) -> None:
+    counts = np.array([60e6, 120e6, 240e6, 480e6])
+    gap = -0.05 + 0.1 * counts[0] / counts
+    rows = [
+        of | {"train_tokens": int(count), "value": math.exp(3 + less), "schedule": "wsd"}
+        for of, each in (({"attention": "rope"}, 0 * gap), (SPREAD, gap))
+        for count, less in zip(counts, each, strict=True)
+    ]
+    head, _, line = cells(gaps(frame(*rows), tmp_path))
+    assert head[1:] == [
+        "60 M",
+        "120 M",
+        "240 M",
+        "480 M",
+        "limit",
+        "exponent",
+        "where the fit is 0",
+        "seeds, and RoPE's",
+    ]
+    assert line[0] == "stick-breaking (no remainder, logit offsets spread)"
+    assert line[1:] == ["+0.050", "+0.000", "−0.025", "−0.038", "−0.050", "1.000", "120 M", "1 and 1"]
+    assert gaps(frame(*rows[:3]), tmp_path) == ""
+
+
+def test_each_method_has_its_best_rate_on_held_out_text(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    # the lowest on held-out text is not the lowest of the table
+    for method, best, values in (({"attention": "rope"}, 1e-3, (3.5, 3.4)), (SPREAD, 2e-3, (3.3, 3.45))):
+        for recipe in ({}, {"optimizer": "muon", "batch_tokens": 32768}):
+            for lr, loss in zip((1e-3, 2e-3), values, strict=True):
+                row = COMMON | method | recipe | {"lr": lr, "value": math.exp(loss - bool(recipe))}
+                row["cell"] = f"{len(rows)}"
+                curves.write(Results(tmp_path), row["cell"], {"held_out_loss": [(1, 9.0), (2, 4.0 + (lr != best))]})
+                rows.append(row)
+    head, _, stick, rope = cells(best_rates(frame(*rows), tmp_path))
+    assert head[1:] == ["AdamW, 131,072 tokens a step", "Muon, 32,768 tokens a step"]
+    assert stick[1:] == ["3.450 (−0.050) at 0.002", "2.450 (−0.050) at 0.002"]
+    assert rope == ["RoPE", "3.500 at 0.001", "2.500 at 0.001"]
+
+
+def test_perplexities_by_context(tmp_path: Path) -> None:
+    rows = [
+        {"attention": "rope", "context_length": at, "value": value, "seed": seed}
+        for at, value in ((512, 20.0), (1024, 1.0), (2048, 10.0), (16384, 40.0))
+        for seed in (0, 1)
+    ]
+    assert cells(contexts(frame(*rows), tmp_path)) == [
+        ["perplexity per token over the first l tokens, l =", "seeds", "512", "2048", "16384"],
+        ["---"] * 5,
+        ["RoPE", "2", "20.0", "10.0", "40.0"],
+    ]
+
+
+def test_a_study_that_was_not_run_and_one_with_a_figure(tmp_path: Path) -> None:
+    block = documents_studies.of_study("125m", lambda table, folder: f"{len(table)} rows\n", {"a": "A", "b": "B"})
+    assert block(tmp_path) == "Not run yet: `sbeval run 125m`.\n"
+    (tmp_path / "125m" / "figures").mkdir(parents=True)
+    (tmp_path / "125m" / "length_gen.csv").write_text("cell,metric\nx,y\n")
+    (tmp_path / "125m" / "figures" / "b.png").touch()
+    assert block(tmp_path) == '1 rows\n\n<img src="../results/125m/figures/b.png" width="75%" alt="B">\n'
+
+
+@pytest.mark.parametrize("name", documents_studies.BLOCKS)
+def test_no_study_is_needed(name: str, tmp_path: Path) -> None:
+    assert documents_studies.BLOCKS[name](tmp_path).startswith("Not run yet: `sbeval run ")
