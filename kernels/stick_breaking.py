@@ -413,7 +413,7 @@ def _hopper_obstacle(q: Tensor, k: Tensor) -> str:
 
 
 def backend_name(device_type: str) -> str:
-    """What runs on a `cpu` or `cuda` device."""
+    """What runs on a `cpu` or `cuda` device; `triton` stands for `triton-hopper` too, which depends on the inputs."""
     return "triton" if device_type == "cuda" else "torch"
 
 
