@@ -48,7 +48,8 @@ def _longest(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows without branches of a training with schedule wsd that has a longer one, which begins as they."""
     if "schedule" not in rows:
         return rows
-    same = [name for name in (*LENGTH_GEN.always, *OTHERS) if name in rows and name != "train_tokens"]
+    recipe = [name for name in (*LENGTH_GEN.always, *OTHERS) if name in rows and name != "train_tokens"]
+    same = ["attention", "options", "seed", *recipe]
     most = rows.groupby(same, dropna=False)["train_tokens"].transform("max")
     return rows[(rows["schedule"] != "wsd") | (rows["train_tokens"] == most)]
 

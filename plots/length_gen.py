@@ -28,8 +28,6 @@ COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *LENGTH_
 WIDE, SHOWN = 4, 12
 # a line with more points than this has markers on some of them only
 MARKED = 12
-# default of sliding_window, which the table leaves out
-WINDOW = 512
 SCALINGS = {"linear": "linear", "ntk": "NTK", "dynamic_ntk": "dynamic NTK", "yarn": "YaRN", "llama3": "Llama 3"}
 REFERENCES = (("stick_breaking", ""), ("rope", ""))
 
@@ -204,8 +202,8 @@ def _by_factor(options: str) -> tuple[str, float, str]:
 
 def _by_window(options: str) -> tuple[str, float, str]:
     settings = _settings(options)
-    window = int(settings.pop("window", WINDOW))
-    return "", window, ", ".join([f"window {window}", *_rest(settings)])
+    window = int(settings.pop("window", style.WINDOW))
+    return "", window, ", ".join([f"sliding window of {window}", *_rest(settings)])
 
 
 def _rest(settings: dict[str, str]) -> list[str]:

@@ -69,8 +69,8 @@ class Training(Common):
     shard: bool = option(False, RUN, "Shard weights and optimizer over the processes (FSDP2) instead of copies (DDP).")
 
 
-# of options and commands; the module that has it depends on the version of Typer
-UsageError: type[Any] = typer.BadParameter.__mro__[1]
+# a mistake in options or commands; Typer exports this subclass alone, and has the class in a module of its version
+UsageError: type[Any] = typer.BadParameter.__bases__[0]
 
 
 def mistake(error: Any) -> str:

@@ -27,7 +27,7 @@ KERNEL_RULE = (
 )
 GROWTH_RULE = (
     "Loss at the training length less RoPE's, fitted as a limit plus a power of training tokens (sbeval table tokens). "
-    "Yes: the interval of the gap at the most tokens lies below 0, or that of where the fit is 0 ends by "
+    "Yes: the interval of the gap at the most tokens lies below 0, or that of where the fit falls to 0 ends by "
     f"{growth.FURTHER} times as many. No: the gap at the most tokens and the limit lie above 0 in their intervals."
 )
 LEAST = f"{BILLION / FAR / 1e6:.0f} M parameters or more"

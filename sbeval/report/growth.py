@@ -31,7 +31,9 @@ def passes(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
     )
     if math.isnan(last.low):
         return Judged(UNDECIDED, found, "one seed of every method has no interval")
-    if last.high < 0 or (last.value > 0 and ladder.crossing.high <= FURTHER * ladder.tokens[-1]):
+    # with a limit above 0 the fit is 0 where a method that was ahead falls behind
+    soon = ladder.limit.value < 0 and ladder.crossing.high <= FURTHER * ladder.tokens[-1]
+    if last.high < 0 or soon:
         return Judged(YES, found)
     if last.low > 0 and ladder.limit.low > 0:
         return Judged(NO, found)

@@ -6,9 +6,8 @@ half-widths add, as those of the two numbers of a difference do (Zou and Donner 
 with the number of seeds: all are measured on the same units.
 
 Seeds are few, so their standard deviation is pooled over the methods of a setting. A method whose seeds vary more than
-the others' by Cochran's test (ISO 5725-2, 5 %) keeps its own; along a curve this is decided once, for all its points,
-which are of the same seeds. Seeds of two methods are independent, not pairs: equal
-seeds share the order of the data, and yet their values do not correlate.
+the others' by Cochran's test (ISO 5725-2, 5 %) keeps its own, along a curve at all points if at one. Seeds of two
+methods are independent, not pairs: equal seeds share the order of the data, and yet their values do not correlate.
 
 Perplexities are averaged and compared as logarithms. Shares (accuracies) are not pooled, since their variance depends
 on their mean; their interval is Wilson's with as many units as have its variance (Korn and Graubard 1998). It keeps
@@ -178,10 +177,9 @@ def _quantile(freedom: float) -> float:
 
 
 def spreads(samples: Mapping[Method, Sample], apart: Set[Method] | None = None) -> dict[Method, Spread]:
-    """Return the standard deviation over seeds that each method's interval takes: pooled, or its own if that is larger.
+    """Return the standard deviation over seeds that each method's interval takes: pooled, or its own (`outlying`).
 
-    A method with one seed takes the pooled one. apart: the methods that keep their own, where several numbers decide
-    (`outlying`).
+    A method with one seed takes the pooled one. apart: the methods that keep their own, where other points decide too.
     """
     apart = outlying([samples]) if apart is None else apart
     own, common = _own(samples), pooled(samples, apart)
@@ -195,48 +193,38 @@ def pooled(samples: Mapping[Method, Sample], apart: Set[Method] | None = None) -
 
 
 def outlying(points: Iterable[Mapping[Method, Sample]]) -> Set[Method]:
-    """Return the methods whose seeds vary more than the others' over all points of a curve, which keep their own.
+    """Return the methods whose seeds vary more than the others' at some point of a curve; they keep their own at all.
 
-    Points share their seeds, and so count as one: variances are averaged, each in the units of its point.
+    Each point is tested alone, at a level that they share: many points find no more by chance than one does.
     """
-    typical = _typical(points)
-    pool = {of: one for of, one in typical.items() if SAME_WEIGHTS not in of[1]}
-    while (widest := _outlying(pool)) is not None:
+    points = list(points)
+    return {of for samples in points for of in _outlying(_own(samples), OUTLYING / len(points))}
+
+
+def _outlying(own: Mapping[Method, Spread], level: float) -> Set[Method]:
+    pool = {of: one for of, one in own.items() if SAME_WEIGHTS not in of[1]}
+    while (widest := _widest(pool, level)) is not None:
         del pool[widest]
     common = _pooled(pool.values())
-    same = [
+    same = {
         of
-        for of, one in typical.items()
-        if SAME_WEIGHTS in of[1] and common.freedom and _excess(one, common) >= OUTLYING / (len(pool) + 1)
-    ]
-    return typical.keys() - pool.keys() - set(same)
-
-
-def _typical(points: Iterable[Mapping[Method, Sample]]) -> dict[Method, Spread]:
-    """Return the standard deviation of each method's seeds relative to that of all methods, over points."""
-    found: dict[Method, list[Spread]] = {}
-    for samples in points:
-        own = _own(samples)
-        level = _pooled(own.values()).sd
-        for of, one in own.items():
-            found.setdefault(of, []).append(Spread(one.sd / level if level > 0 else 1.0, one.freedom))
-    return {
-        of: Spread(math.sqrt(sum(one.sd**2 for one in each) / len(each)), min(one.freedom for one in each))
-        for of, each in found.items()
+        for of, one in own.items()
+        if SAME_WEIGHTS in of[1] and common.freedom and _excess(one, common) >= level / (len(pool) + 1)
     }
+    return own.keys() - pool.keys() - same
 
 
 def _own(samples: Mapping[Method, Sample]) -> dict[Method, Spread]:
     return {of: one.own for of, one in samples.items() if one.seeds > 1}
 
 
-def _outlying(pool: Mapping[Method, Spread]) -> Method | None:
+def _widest(pool: Mapping[Method, Spread], level: float) -> Method | None:
     """Return the method with the largest standard deviation if Cochran's test rejects it, with unequal numbers too."""
     if len(pool) < 2:
         return None
     widest = max(pool, key=lambda of: pool[of].sd)
     rest = _pooled(spread for of, spread in pool.items() if of != widest)
-    return widest if _excess(pool[widest], rest) < OUTLYING / len(pool) else None
+    return widest if _excess(pool[widest], rest) < level / len(pool) else None
 
 
 def _excess(one: Spread, rest: Spread) -> float:

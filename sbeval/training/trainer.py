@@ -336,7 +336,8 @@ class Trainer:
             if self.launched == WARM_UP - 1:
                 with waits() as waited:
                     loss = self._launch(tokens, targets, None, None)
-                if waited:
+                # not of compiling again, after memory ran out in this step
+                if waited and self.launched == WARM_UP:
                     self._only_launch(f"it waits for the GPU at {waited[0]}")
                 return loss
         return self._launch(tokens, targets, cu_seqlens, weights)

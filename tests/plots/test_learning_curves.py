@@ -106,6 +106,18 @@ def test_of_branches_of_one_training_the_longest_is_drawn(tmp_path: Path) -> Non
     assert set(found["train_tokens"]) == {8000} and found["cell"].nunique() == 4 + 2
 
 
+def test_the_longest_branch_of_one_method_leaves_another_its_own(tmp_path: Path) -> None:
+    wsd = {"schedule": "wsd", "lr": 1e-3, "train_len": 512}
+    rows = [
+        cell(tmp_path, name, losses, train_tokens=tokens, **wsd)
+        for (name, losses), tokens in zip(LOSSES.items(), (8000, 6000), strict=True)
+    ]
+    found = learning_curves.gather(pd.concat(rows), tmp_path)
+    assert found.groupby("attention")["train_tokens"].unique().map(list).to_dict() == dict(
+        zip(LOSSES, ([8000], [6000]), strict=True)
+    )
+
+
 def test_settings_have_panels_of_their_own_and_gaps_where_there_is_rope(tmp_path: Path) -> None:
     longer = [cell(tmp_path, name, (6.0, 5.5, 5.0), train_len=4096) for name in ("nope", "alibi")]
     figure = learning_curves.draw(learning_curves.gather(pd.concat([table(tmp_path), *longer]), tmp_path))

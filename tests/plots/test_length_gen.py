@@ -108,7 +108,7 @@ def test_schemes_factors_and_windows_have_a_column_and_training_lengths_a_row() 
     assert len(figure.axes) == 6
     assert heads(figure) == ["attention schemes", "RoPE scaled at evaluation", "sliding windows"] * 2
     schemes, scaled = ["stick-breaking", "RoPE", "FIRE"], ["NTK, f = 2", "NTK, f = 16", "YaRN, f = 4"]
-    windows = ["window 64, rotary=false", "window 512", "window 1024"]
+    windows = ["sliding window of 64, rotary=false", "sliding window of 512", "sliding window of 1024"]
     assert labels(figure) == [*schemes, *scaled, *windows]
     for row, length in ((figure.axes[:3], 256), (figure.axes[3:], 512)):
         assert list(lines(row[0])) == schemes
@@ -137,13 +137,13 @@ def test_a_training_length_without_a_column_leaves_its_panel_empty() -> None:
     # the lowest panel of a column names x
     assert [bool(axis.get_xlabel()) for axis in figure.axes] == [False, True, True, False]
     assert heads(figure) == ["attention schemes", "sliding windows", "attention schemes"]
-    assert labels(length_gen.draw(table(cell("sliding_window")))) == ["window 512"]
+    assert labels(length_gen.draw(table(cell("sliding_window")))) == ["sliding window of 512"]
 
 
 def test_the_default_window_is_that_of_the_method() -> None:
     from sbeval.kernels import sliding_window
 
-    assert length_gen.WINDOW == sliding_window.Options().window
+    assert style.WINDOW == sliding_window.Options().window
 
 
 def test_axes_are_in_powers_of_two_and_mark_the_training_length() -> None:

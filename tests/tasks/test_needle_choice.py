@@ -3,7 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from sbeval.tasks.needle_choice import best
+import pandas as pd
+
+from sbeval.sweep import scheduler
+from sbeval.tasks.needle import Config, cells, more
+from sbeval.tasks.needle_choice import best, chosen_rates
 from sbeval.tasks.needle_packed import Tuned
 
 
@@ -19,3 +23,20 @@ def test_the_best_rate_solves_most_then_in_the_fewest_tokens() -> None:
     assert best([none, one], 9) is one and best([one, late], 9) is late and best([late, soon], 9) is soon
     assert best([tuned(1e-3, {}, a=0.1), tuned(2e-3, {}, a=0.2)], 9).lr == 2e-3
     assert best([tuned(2e-3, {}, a=0.1), tuned(1e-3, {}, a=0.1)], 9).lr == 1e-3
+
+
+def test_where_all_first_cells_failed_further_seeds_are_taught_at_every_rate(tmp_path: Path) -> None:
+    recipe: dict[str, Any] = {"finetune": 1 << 20, "finetune_recipe": "packed", "finetune_lrs": (1e-3, 3e-3)}
+    config = Config(**recipe, seeds=(0, 1), attention=("rope",), tasks=("niah_single_2",))
+    results = scheduler.results_of(cells(config), tmp_path)
+    assert results.empty and [cell.config.finetune_lrs for cell in more(config, results)] == [(1e-3, 3e-3)]
+
+
+def test_scores_without_a_rate_leave_it_to_the_rows_of_fine_tuning() -> None:
+    same = {"attention": "rope", "options": "", "seed": 0, "ended": "solved"}
+    learned = [
+        same | {"metric": "tokens_to_solve", "finetune_lr": rate, "chosen": chosen}
+        for rate, chosen in ((1e-3, 0), (3e-3, 1))
+    ]
+    rows = pd.DataFrame([*learned, same | {"metric": "score"}])
+    assert chosen_rates("rope", 0, rows) == [3e-3]

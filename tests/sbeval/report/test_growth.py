@@ -21,10 +21,12 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 
 
-def table(limit: float, seeds: int = 3, noise: float = 0.001, method: Method = STICK) -> pd.DataFrame:
-    """Losses of RoPE, and of a method with a gap of 0.1 more than its limit at first, which closes as 1 / tokens."""
+def table(
+    limit: float, seeds: int = 3, noise: float = 0.001, method: Method = STICK, more: float = 0.1
+) -> pd.DataFrame:
+    """Losses of RoPE, and of a method with a gap of `more` than its limit at first, which closes as 1 / tokens."""
     generator = np.random.default_rng(0)
-    gap = limit + 0.1 * TOKENS[0] / TOKENS
+    gap = limit + more * TOKENS[0] / TOKENS
     rows = []
     for (name, options), less in ((("rope", ""), 0.0), (method, gap)):
         for seed in range(seeds):
@@ -55,6 +57,12 @@ def test_a_gap_that_falls_below_0_is_passed_and_where_is_said() -> None:
 def test_a_gap_that_stays_is_not() -> None:
     found = passes(table(0.04))
     assert found.verdict == NO and "where the fit is 0: never" in found.found
+
+
+def test_a_method_that_falls_behind_does_not_pass() -> None:
+    found = passes(table(0.04, more=-0.1))
+    # the fit is 0 at 150 M, from below
+    assert found.verdict == NO and re.search(r"where the fit is 0: 1[45]\d M", found.found)
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,13 @@ def test_one_decision_for_all_points_of_a_curve() -> None:
     assert outlying(10 * [points[1]]) == set()
 
 
+def test_most_points_do_not_hide_the_others_of_a_curve() -> None:
+    """As of RoPE past its training length, whose seeds vary as the others' within it."""
+    tame, wild = [seeds(0.0, 0.1, 0.2)], [seeds(0.0, 0.6, 1.2)]
+    points = [*5 * [named(11 * tame)], *4 * [named([*10 * tame, *wild])]]
+    assert outlying(points) == {("10", "")}
+
+
 def test_a_model_evaluated_in_another_way_is_not_another_sample() -> None:
     scaled = {("rope", f"scaling=ntk,factor={factor}"): seeds(0.0, 2.0) for factor in (2, 4, 8)}
     found = spreads({("rope", ""): seeds(0.0, 2.0)} | scaled)

@@ -182,6 +182,24 @@ def test_a_step_that_waits_for_the_gpu_is_launched(
     assert said.count("cannot be recorded") == 1 and "it waits for the GPU at method.py:7." in said
 
 
+def test_compiling_for_fewer_rows_is_no_wait_of_a_step(
+    replaying: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waited, accumulate = iter([["compiler.py:7"], []]), replaying._accumulate
+
+    def out_of_memory(*batch: Any) -> Tensor:
+        if replaying.launched == WARM_UP - 1 and replaying.rows == BATCH:
+            raise torch.OutOfMemoryError("no memory for so many")
+        return accumulate(*batch)
+
+    monkeypatch.setattr(module, "waits", lambda: contextlib.nullcontext(next(waited)))
+    monkeypatch.setattr(replaying, "_accumulate", out_of_memory)
+    # two steps before, one that runs out, and the rest of the warm-up
+    run(replaying)
+    assert [graph.calls for graph in StandIn.made] == [12 - 2 - WARM_UP]
+    assert "cannot be recorded" not in capsys.readouterr().err
+
+
 def test_a_step_that_cannot_be_recorded_is_launched(
     replaying: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
