@@ -384,13 +384,21 @@ def _check_epsilon(epsilon: float) -> None:
         raise InputError(f"epsilon is a share of the stick, at least 0 and less than 1; got {epsilon}")
 
 
-def pick_backend(q: Tensor, k: Tensor, backend: str | None) -> str:
-    """What will run for inputs like these: by default `triton` on a GPU in 16 or 32 bits, otherwise `torch`. InputError
-    where the one that was asked for can't."""
+# multiplications of queries and keys, masked ones included, below which launching `triton-hopper` from Python (0.1 ms,
+# in which its tensor maps are made) takes longer than its kernel saves
+LAUNCHED = 1.5e10
+
+
+def pick_backend(q: Tensor, k: Tensor, backend: str | None, decodes: bool = False) -> str:
+    """What will run for inputs like these, by default the fastest: `triton-hopper` where it can, nothing is decoded and
+    there is work enough, `triton` on a GPU in 16 or 32 bits, otherwise `torch`. InputError where the one that was asked
+    for can't."""
     supported = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16, torch.float32)
     if backend is None:
-        # `triton-hopper` only where it is asked for: a model that is compiled has not been trained with it yet
-        return "triton" if supported else "torch"
+        if not supported:
+            return "torch"
+        work = q.shape[0] * q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3]
+        return "triton" if decodes or work < LAUNCHED or _hopper_obstacle(q, k) else "triton-hopper"
     choose("backend of stick_breaking", backend, BACKENDS)
     if backend == "triton" and not supported:
         raise InputError(f"backend 'triton' needs float16, bfloat16 or float32 on a GPU; q is {q.dtype} on {q.device}")
@@ -405,7 +413,7 @@ def _hopper_obstacle(q: Tensor, k: Tensor) -> str:
 
 
 def backend_name(device_type: str) -> str:
-    """What runs on a `cpu` or `cuda` device."""
+    """What runs on a `cpu` or `cuda` device; `triton` stands for `triton-hopper` too, which depends on the inputs."""
     return "triton" if device_type == "cuda" else "torch"
 
 
@@ -445,7 +453,7 @@ def attention(
     each head; it has a gradient. epsilon: the stick below which older tiles are skipped; 0 visits all; by default half
     the spacing of numbers at 1 in the dtype that sums (2^-24, float64 2^-53), which changes the output by less than
     rounding does. backend: `triton` (GPU), `torch` (anywhere), `triton-hopper` (faster: Hopper GPUs, 16 bits, heads of
-    64 or 128) or None: `triton` where it can run, else `torch`. Memory is linear in T.
+    64 or 128) or None: the fastest that can run. Memory is linear in T.
 
     starts, lengths: int32 (B,), for a cache of keys: row b sees the keys starts[b] <= j < lengths[b], and its queries
     are the last T of those (where they are fewer, the first queries see nothing: output 0, remainder 1). No gradient.
@@ -464,7 +472,7 @@ def attention(
         raise InputError("backend 'triton-hopper' has no kernel for starts and lengths: 'triton' has")
     # few queries are decoded, by the portable kernels
     decodes = backend != "triton-hopper" and q.shape[1] <= min(FEW, k.shape[1] - 1)
-    backend = pick_backend(q, k, backend)
+    backend = pick_backend(q, k, backend, bounded or decodes)
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias))
     if bounded and differentiable:
         raise InputError("starts and lengths are for decoding, which has no gradient: use torch.no_grad, or cu_seqlens")

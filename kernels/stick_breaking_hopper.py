@@ -11,8 +11,9 @@ dimensions lays keys and values down in that order, key 16 q + 2 i + r of a tile
 - A warpgroup stops when its own stick is used up. From then on it takes tiles only to give them back; once all have
   stopped, the producer ends the walk with an empty tile.
 
-All parties count the tiles that go through the ring in shared memory (`slot`), and wait for each of them, needed or
-not: a barrier tells an odd phase from an even one, no more, so that who lets one pass may take the next for it.
+A stage of the ring in shared memory has a tile's keys and the values of the tile before: one barrier says that it is
+full and one that it is free. All parties count the stages that go through (`slot`), and wait for each of them, needed
+or not: a barrier tells an odd phase from an even one, no more, so that who lets one pass may take the next for it.
 
 Variable grammar: i_ index, o_ offsets, p_ pointers, m_ masks, n_ counts.
 """
@@ -26,6 +27,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -130,6 +132,11 @@ def _weights(b_products, left, scale, shift, m_tile, MASKED: gl.constexpr):
 
 
 @gluon.jit
+def _is_used_up(left, epsilon):
+    return gl.max(gl.max(left, 1), 0) <= epsilon
+
+
+@gluon.jit
 def _put(word, value, WARPS: gl.constexpr):
     """Write a number to one word of shared memory."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -140,6 +147,22 @@ def _put(word, value, WARPS: gl.constexpr):
 def _get(word, WARPS: gl.constexpr):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     return gl.sum(word.load(LAYOUT), 0)
+
+
+@gluon.jit
+def _cut(x):
+    """Nothing; but the compiler moves no arithmetic over a loop, which it can't know never to turn."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        C: setp.ne.s32 p, $1, 0x7fffffff;
+        @p bra E;
+        nanosleep.u32 64;
+        bra C;
+        E: mov.u32 $0, 0;
+        }""",
+        "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -166,11 +189,19 @@ def _has_stopped(stop, first_slot, slot, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _copy(desc, bufs, full, stage, first, col, wanted, D: gl.constexpr):
+    """Half of what a stage waits for: keys or values, or word that they are not needed."""
+    mbarrier.expect(full.index(stage), TILE * D * 2, pred=wanted)
+    tma.async_copy_global_to_shared(desc, [first, 0, 0, 0, col], full.index(stage), bufs.index(stage), pred=wanted)
+    mbarrier.arrive(full.index(stage), count=1, pred=wanted == 0)
+
+
+@gluon.jit
 def _produce(
     ring, descriptors, packing, counts, GROUP: gl.constexpr, D: gl.constexpr, NWG: gl.constexpr, STAGES: gl.constexpr,
     QUEUE: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr,
 ):  # fmt: skip
-    q_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = ring
+    q_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, full, empty = ring
     q_desc, k_desc, v_desc = descriptors
     TICKET, CU_SEQLENS, BLOCKS, STOP_BLOCKS = packing
     n_bh, n_heads, n_queries, n_keys, n_key_rows, n_blocks, n_sequences = counts
@@ -215,12 +246,9 @@ def _produce(
         i = 0
         first_slot = slot
         wanted = True
-        while (i < n_tiles) & wanted:
-            # the newest tile may reach past the last row of all: a window that ends there
-            first = gl.minimum(i_b * n_keys + start + (n_tiles - 1 - i) * TILE, n_key_rows - TILE)
+        while (i <= n_tiles) & wanted:
             stage = slot % STAGES
-            phase = (slot // STAGES) & 1
-            mbarrier.wait(k_empty.index(stage), phase ^ 1)
+            mbarrier.wait(empty.index(stage), ((slot // STAGES) & 1) ^ 1)
             if SKIP:
                 ended = 0
                 for w in gl.static_range(NWG):
@@ -228,19 +256,10 @@ def _produce(
                 wanted = ended < NWG
                 if ended == NWG:
                     _put(cut.index(0), slot, 1)
-            mbarrier.expect(k_full.index(stage), TILE * D * 2, pred=wanted)
-            tma.async_copy_global_to_shared(
-                k_desc, [first, 0, 0, 0, col], k_full.index(stage), k_bufs.index(stage), pred=wanted
-            )
-            mbarrier.wait(v_empty.index(stage), phase ^ 1)
-            mbarrier.expect(v_full.index(stage), TILE * D * 2, pred=wanted)
-            tma.async_copy_global_to_shared(
-                v_desc, [first, 0, 0, 0, col], v_full.index(stage), v_bufs.index(stage), pred=wanted
-            )
-            if SKIP:
-                # the empty tile that ends the walk
-                mbarrier.arrive(k_full.index(stage), count=1, pred=wanted == 0)
-                mbarrier.arrive(v_full.index(stage), count=1, pred=wanted == 0)
+            # the newest tile may reach past the last row of all: a window that ends there
+            first = i_b * n_keys + start + (n_tiles - 1 - i) * TILE
+            _copy(k_desc, k_bufs, full, stage, gl.minimum(first, n_key_rows - TILE), col, wanted & (i < n_tiles), D)
+            _copy(v_desc, v_bufs, full, stage, gl.minimum(first + TILE, n_key_rows - TILE), col, wanted & (i > 0), D)
             slot += 1
             i += 1
         item += 1
@@ -248,19 +267,6 @@ def _produce(
     mbarrier.wait(q_empty.index(place), ((item // QUEUE) & 1) ^ 1)
     _put(words.index(place * 6), -1, 1)
     mbarrier.arrive(q_full.index(place), count=1)
-
-
-@gluon.jit
-def _turn(turns, slot, WG: gl.constexpr, NWG: gl.constexpr, TURNS: gl.constexpr):
-    """Wait for this warpgroup's turn to begin products."""
-    if TURNS:
-        mbarrier.wait(turns.index(WG), slot & 1)
-
-
-@gluon.jit
-def _pass_turn(turns, WG: gl.constexpr, NWG: gl.constexpr, TURNS: gl.constexpr):
-    if TURNS:
-        mbarrier.arrive(turns.index((WG + 1) % NWG), count=1)
 
 
 @gluon.jit
@@ -278,24 +284,21 @@ def _products(q_buf, q, k_buf, D: gl.constexpr, Q_REGS: gl.constexpr):
 def _consume(
     ring, tensors, sizes,
     WG: gl.constexpr, D: gl.constexpr, NWG: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
-    CURRENT: gl.constexpr, SKIP: gl.constexpr, LOOK: gl.constexpr, Q_REGS: gl.constexpr, TURNS: gl.constexpr,
+    CURRENT: gl.constexpr, SKIP: gl.constexpr, LOOK: gl.constexpr, Q_REGS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: queries 64 WG to 64 WG + 63 of each tile."""
-    q_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns = ring
+    q_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, full, empty = ring
     BIAS, OUT, RESIDUAL, REMAINDER, STOP = tensors
     n_heads, n_queries, n_keys, n_key_rows, n_stops, scale, epsilon = sizes
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
     Q_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=S_LAYOUT, k_width=2)
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     dummy, dummy1, dummy2, dummy3 = _quads(gl.zeros([TILE, TILE], gl.float32, S_LAYOUT))
     QUARTERS: gl.constexpr = gl.SliceLayout(2, dummy.type.layout)
     DTYPE: gl.constexpr = k_bufs.dtype
     n_past = (n_keys - n_queries) // TILE
-    o_m = gl.arange(0, TILE, layout=gl.SliceLayout(1, S_LAYOUT))
-    o_c = gl.arange(0, TILE, layout=gl.SliceLayout(0, S_LAYOUT))
-    o_n = o_c % 8 // 2 * 16 + o_c // 8 * 2 + o_c % 2
-    o_left = gl.arange(0, TILE, layout=gl.SliceLayout(1, QUARTERS))
     slot = 0
     item = 0
     mbarrier.wait(q_full.index(0), 0)
@@ -315,67 +318,58 @@ def _consume(
         q = 0
         if Q_REGS:
             q = q_buf.reshape([TILE, D]).load(Q_LAYOUT)
+        # 0, which the compiler does not know: or it keeps what comes of it in registers during the walk
+        zero = slot >> 30
+        o_left = gl.arange(0, TILE, layout=gl.SliceLayout(1, QUARTERS)) + zero
         # rows past the end have no stick, so that they keep nobody at work
         left = gl.where((row + o_left < n_q)[:, None], gl.full([TILE, 4], 1.0, gl.float32, QUARTERS), 0.0)
 
         # tiles newer than these queries are for the other warpgroups
         newer = gl.maximum(n_tiles - 1 - n_past - row // TILE, 0)
         for _ in range(newer):
-            stage = slot % STAGES
-            phase = (slot // STAGES) & 1
-            _turn(turns, slot, WG, NWG, TURNS)
-            _pass_turn(turns, WG, NWG, TURNS)
-            mbarrier.wait(k_full.index(stage), phase)
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            mbarrier.wait(v_full.index(stage), phase)
-            mbarrier.arrive(v_empty.index(stage), count=1)
+            mbarrier.wait(full.index(slot % STAGES), (slot // STAGES) & 1)
+            mbarrier.arrive(empty.index(slot % STAGES), count=1)
             slot += 1
         # the tile of the diagonal; where it reaches past the last row of all, the window began `early`
         stage = slot % STAGES
-        mbarrier.wait(k_full.index(stage), (slot // STAGES) & 1)
-        _turn(turns, slot, WG, NWG, TURNS)
+        mbarrier.wait(full.index(stage), (slot // STAGES) & 1)
         ahead = _products(q_buf, q, k_bufs.index(stage), D, Q_REGS)
-        _pass_turn(turns, WG, NWG, TURNS)
         products = warpgroup_mma_wait(num_outstanding=0, deps=(ahead,))
-        mbarrier.arrive(k_empty.index(stage), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
         early = gl.maximum(i_b * n_keys + start + (n_tiles - newer) * TILE - n_key_rows, 0)
+        o_m = gl.arange(0, TILE, layout=gl.SliceLayout(1, S_LAYOUT)) + zero
+        o_c = gl.arange(0, TILE, layout=gl.SliceLayout(0, S_LAYOUT)) + zero
+        o_n = o_c % 8 // 2 * 16 + o_c // 8 * 2 + o_c % 2
         m_diagonal = (o_n[None, :] < o_m[:, None] + (CURRENT + early)) & (o_n >= early)[None, :]
         acc = gl.zeros([TILE, D], gl.float32, O_LAYOUT)
         weights, left = _weights(products, left, scale, shift, m_diagonal, True)
         p = gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
         slot += 1
-        # in slots, up to where these queries walk; rows past the end do not
+        # the stage whose keys these queries do not need, but its values; rows past the end need none
         end = slot + gl.where(row < n_q, n_tiles - 1 - newer, 0)
         look = slot + LOOK
-        mbarrier.wait(k_full.index(slot % STAGES), (slot // STAGES) & 1, pred=slot < end)
+        mbarrier.wait(full.index(slot % STAGES), (slot // STAGES) & 1)
         while slot < end:
             stage = slot % STAGES
-            before = (slot - 1) % STAGES
-            _turn(turns, slot, WG, NWG, TURNS)
             # this tile's products, then weights and values of the one before, which go on under this tile's weights
             ahead = _products(q_buf, q, k_bufs.index(stage), D, Q_REGS)
-            mbarrier.wait(v_full.index(before), ((slot - 1) // STAGES) & 1)
-            ahead_acc = warpgroup_mma(p, v_bufs.index(before).reshape([TILE, D]), acc, is_async=True)
-            _pass_turn(turns, WG, NWG, TURNS)
+            ahead_acc = warpgroup_mma(p, v_bufs.index(stage).reshape([TILE, D]), acc, is_async=True)
             products = warpgroup_mma_wait(num_outstanding=1, deps=(ahead,))
-            mbarrier.arrive(k_empty.index(stage), count=1)
             weights, left = _weights(products, left, scale, shift, m_diagonal, False)
             p_next = gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
             slot += 1
             # a loop in the machine code, over which the wait that follows can't be moved up
-            mbarrier.wait(k_full.index(slot % STAGES), (slot // STAGES) & 1, pred=slot < end)
+            mbarrier.wait(full.index(slot % STAGES), (slot // STAGES) & 1)
             acc, p = warpgroup_mma_wait(num_outstanding=0, deps=(ahead_acc, p_next))
-            mbarrier.arrive(v_empty.index(before), count=1)
+            mbarrier.arrive(empty.index(stage), count=1)
             if SKIP:
                 if slot == look:
                     look += LOOK
-                    if gl.max(gl.max(left, 1), 0) <= epsilon:
-                        end = slot
-        before = (slot - 1) % STAGES
-        mbarrier.wait(v_full.index(before), ((slot - 1) // STAGES) & 1)
-        acc = warpgroup_mma(p, v_bufs.index(before).reshape([TILE, D]), acc, is_async=True)
+                    end = gl.where(_is_used_up(left, epsilon), slot, end)
+        acc = warpgroup_mma(p, v_bufs.index(slot % STAGES).reshape([TILE, D]), acc, is_async=True)
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-        mbarrier.arrive(v_empty.index(before), count=1)
+        mbarrier.arrive(empty.index(slot % STAGES), count=1)
+        slot += 1
 
         # where this is: read again, so that no register kept it during the walk
         i_bh = _get(words.index(place * 6), 4)
@@ -386,19 +380,25 @@ def _consume(
         i_b = i_bh // n_heads
         i_h = i_bh % n_heads
         n_tiles = n_past + (gl.minimum(row + (NWG - WG) * TILE, n_q) + TILE - 1) // TILE
-        i = slot - _get(words.index(place * 6 + 5), 4)
-        mbarrier.arrive(q_empty.index(place), count=1)
+        i = slot - 1 - _get(words.index(place * 6 + 5), 4)
         if SKIP:
             if i < n_tiles:
                 _put(stopped.index(WG), slot, 4)
         first = (i_b * n_queries + start + row).to(gl.int64) * n_heads + i_h
-        o_row = gl.arange(0, TILE, layout=gl.SliceLayout(1, O_LAYOUT))
-        o_d = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
-        o_out = o_row[:, None] * (n_heads * D) + o_d[None, :]
-        m_out = (row + o_row < n_q)[:, None] & (o_d < D)[None, :]
+        # through shared memory that held the queries, to write whole lines
+        flat = q_buf.reshape([TILE, D])
+        zero = slot >> 30
+        o_left = gl.arange(0, TILE, layout=gl.SliceLayout(1, QUARTERS)) + zero
+        o_row = gl.arange(0, TILE, layout=gl.SliceLayout(1, ROWS)) + zero
+        o_out = o_row[:, None] * (n_heads * D) + gl.arange(0, D, layout=gl.SliceLayout(0, ROWS))[None, :]
+        m_out = (row + o_row < n_q)[:, None]
         out = acc.to(DTYPE)
-        gl.store(OUT + first * D + o_out, out, mask=m_out)
-        gl.store(RESIDUAL + first * D + o_out, (acc - out.to(gl.float32)).to(DTYPE), mask=m_out)
+        flat.store(out)
+        gl.store(OUT + first * D + o_out, flat.load(ROWS), mask=m_out)
+        flat.store((acc - out.to(gl.float32)).to(DTYPE))
+        gl.store(RESIDUAL + first * D + o_out, flat.load(ROWS), mask=m_out)
+        fence_async_shared()
+        mbarrier.arrive(q_empty.index(place), count=1)
         gl.store(REMAINDER + first + o_left * n_heads, gl.max(left, 1), mask=row + o_left < n_q)
         if row < n_q:
             gl.store(STOP + i_bh * n_stops + stop_block + row // TILE, (n_tiles - i) * TILE)
@@ -407,17 +407,12 @@ def _consume(
         more = i < n_tiles
         while more:
             stage = slot % STAGES
-            phase = (slot // STAGES) & 1
-            _turn(turns, slot, WG, NWG, TURNS)
-            _pass_turn(turns, WG, NWG, TURNS)
-            mbarrier.wait(k_full.index(stage), phase)
-            mbarrier.wait(v_full.index(stage), phase)
+            mbarrier.wait(full.index(stage), (slot // STAGES) & 1)
             i += 1
             more = i < n_tiles
             if SKIP:
                 more = more & (_get(cut.index(0), 4) != slot)
-            mbarrier.arrive(k_empty.index(stage), count=1)
-            mbarrier.arrive(v_empty.index(stage), count=1)
+            mbarrier.arrive(empty.index(stage), count=1)
             slot += 1
         item += 1
         mbarrier.wait(q_full.index(item % QUEUE), (item // QUEUE) & 1)
@@ -431,7 +426,6 @@ def forward_kernel(
     n_batch, n_heads, n_queries, n_keys, n_blocks, n_stops, n_sequences, scale, epsilon,
     GROUP: gl.constexpr, D: gl.constexpr, NWG: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
     CURRENT: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr, LOOK: gl.constexpr, Q_REGS: gl.constexpr,
-    TURNS: gl.constexpr,
 ):  # fmt: skip
     """A program a multiprocessor; a tile of queries is 64 NWG queries of one head.
 
@@ -447,26 +441,18 @@ def forward_kernel(
     cut = gl.allocate_shared_memory(gl.int32, [1, 1], FLAT)
     q_full = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [NWG, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(QUEUE):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=NWG)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=NWG)
-        mbarrier.init(v_empty.index(i), count=NWG)
+        mbarrier.init(full.index(i), count=2)
+        mbarrier.init(empty.index(i), count=NWG)
     for w in gl.static_range(NWG):
-        mbarrier.init(turns.index(w), count=1)
         _put(stopped.index(w), -1, 4)
     _put(cut.index(0), -1, 4)
-    if TURNS:
-        mbarrier.arrive(turns.index(0), count=1)
-    ring = (q_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
+    ring = (q_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, full, empty)
     tensors = (BIAS, OUT, RESIDUAL, REMAINDER, STOP)
     sizes = (n_heads, n_queries, n_keys, n_batch * n_keys, n_stops, scale, epsilon)
     descriptors = (q_desc, k_desc, v_desc)
@@ -474,24 +460,24 @@ def forward_kernel(
     counts = (n_batch * n_heads, n_heads, n_queries, n_keys, n_batch * n_keys, n_blocks, n_sequences)
     if NWG == 2:
         gl.warp_specialize([
-            (_consume, (ring, tensors, sizes, 0, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS, TURNS)),
-            (_consume, (ring, tensors, sizes, 1, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS, TURNS)),
+            (_consume, (ring, tensors, sizes, 0, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS)),
+            (_consume, (ring, tensors, sizes, 1, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS)),
             (_produce, (ring, descriptors, packing, counts, GROUP, D, NWG, STAGES, QUEUE, VARLEN, SKIP)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (ring, tensors, sizes, 0, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS, TURNS)),
-            (_consume, (ring, tensors, sizes, 1, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS, TURNS)),
-            (_consume, (ring, tensors, sizes, 2, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS, TURNS)),
+            (_consume, (ring, tensors, sizes, 0, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS)),
+            (_consume, (ring, tensors, sizes, 1, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS)),
+            (_consume, (ring, tensors, sizes, 2, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS)),
             (_produce, (ring, descriptors, packing, counts, GROUP, D, NWG, STAGES, QUEUE, VARLEN, SKIP)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
-# by head size: warpgroups, stages of keys and values, tiles of queries in shared memory; whether a warpgroup keeps its
-# queries in registers; whether warpgroups begin their products in turn
+# by head size: warpgroups, stages of keys and values, tiles of queries in shared memory, and whether a warpgroup keeps
+# its queries in registers
 CONFIGS = {
-    128: {"NWG": 2, "STAGES": 4, "QUEUE": 2, "Q_REGS": True, "TURNS": False},
-    64: {"NWG": 3, "STAGES": 6, "QUEUE": 2, "Q_REGS": True, "TURNS": False},
+    128: {"NWG": 2, "STAGES": 4, "QUEUE": 2, "Q_REGS": True},
+    64: {"NWG": 3, "STAGES": 6, "QUEUE": 2, "Q_REGS": True},
 }
 # tiles between two looks whether any stick is left
 LOOK = 16

@@ -22,8 +22,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -38,6 +40,7 @@ from sbeval.kernels.stick_breaking_hopper import (
     REGISTERS,
     _columns,
     _cumulative,
+    _cut,
     _exp2,
     _find_sequence,
     _from_neighbour,
@@ -53,9 +56,8 @@ from sbeval.kernels.stick_breaking_triton import _locate
 LOG2_E = math.log2(math.e)
 RESOLUTION = gl.constexpr(2.0**-24)
 TILE = gl.constexpr(64)
-# steps whose query tile is remembered, and steps that may wait to be handed on
+# steps whose query tile is remembered
 WORDS = gl.constexpr(8)
-SLACK = gl.constexpr(4)
 
 
 @gluon.jit
@@ -93,70 +95,36 @@ def _wait_for(p_count, wanted):
 
 
 @gluon.jit
-def _publish(p_state, state_wanted, p_dq, dq_wanted):
-    """Add 1 to either counter if wanted, so that who sees it sees what was written before."""
+def _publish(p_count):
+    """Add 1 to a counter, so that who sees it sees what this warp wrote before, and what it saw."""
     gl.inline_asm_elementwise(
         """{
         .reg .pred p;
-        .reg .pred q;
         .reg .u32 t;
         mov.u32 t, %laneid;
         setp.eq.u32 p, t, 0;
-        setp.ne.and.u32 q, $3, 0, p;
-        setp.ne.and.u32 p, $5, 0, p;
+        bar.warp.sync 0xffffffff;
         fence.acq_rel.gpu;
-        @q red.relaxed.gpu.global.add.u32 [$2], 1;
-        @p red.relaxed.gpu.global.add.u32 [$4], 1;
+        @p red.relaxed.gpu.global.add.u32 [$1], 1;
         mov.u32 $0, t;
-        mov.u32 $1, t;
         }""",
-        "=r,=r,l,r,l,r", [p_state, state_wanted, p_dq, dq_wanted], dtype=(gl.int32, gl.int32), is_pure=False, pack=1,
+        "=r,l", [p_count], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
+@builtin
+def _add_to_global(descriptor, corner, buffer, _semantic=None):
+    """Add a tile of shared memory to global memory, in the background; Gluon's copies have no such form."""
+    corner = _semantic._convert_to_ir_values(corner, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, corner, buffer.handle)
+
+
 @gluon.jit
-def _add8(p, x0, x1, x2, x3, x4, x5, x6, x7):
-    """Twice four floats onto those at addresses p and p + 4096."""
+def _wait_for_additions(s):
+    """Until what this warp adds has arrived; `tma.store_wait` waits until it has been read only."""
     gl.inline_asm_elementwise(
-        """red.relaxed.gpu.global.add.v4.f32 [$1], {$2, $3, $4, $5};
-        red.relaxed.gpu.global.add.v4.f32 [$1 + 4096], {$6, $7, $8, $9};
-        mov.u32 $0, 0;""",
-        "=r,l,r,r,r,r,r,r,r,r", [p, x0, x1, x2, x3, x4, x5, x6, x7], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _cut(x):
-    """Nothing; but the compiler moves no arithmetic over a loop, which it can't know never to turn."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        C: setp.ne.s32 p, $1, 0x7fffffff;
-        @p bra E;
-        nanosleep.u32 64;
-        bra C;
-        E: mov.u32 $0, 0;
-        }""",
-        "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _pairs(x):
-    """(..., 2) columns of pairs to what is in their four places."""
-    even, odd = gl.split(x)
-    y0, y2 = gl.split(even)
-    y1, y3 = gl.split(odd)
-    return y0, y1, y2, y3
-
-
-@gluon.jit
-def _groups_of_16(x):
-    """(64, 4, 4) along its last axis."""
-    low, high = gl.split(x.reshape([64, 4, 2, 2]).permute(0, 1, 3, 2))
-    x0, x1 = gl.split(low)
-    x2, x3 = gl.split(high)
-    return x0, x1, x2, x3
+        "cp.async.bulk.wait_group 0; mov.u32 $0, $1;", "=r,r", [s], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -328,98 +296,93 @@ def _produce(
             i_m += 1
             if SKIP:
                 i_m = _next_tile(STOP + i_row, i_m, n_tiles, 128 * i_n + 127)
-    # two more steps, in which dq is finished
-    for _ in gl.static_range(2):
-        _announce(words, empty, s, 0, -1, 0, STAGES)
-        mbarrier.arrive(q_full.index(s % STAGES), count=1)
-        s += 1
+    _announce(words, empty, s, 0, -1, 0, STAGES)
+    mbarrier.arrive(q_full.index(s % STAGES), count=1)
 
 
 @gluon.jit
 def _fetch(words, st_bufs, bars, tensors, i_n, n_past, STAGES: gl.constexpr):
-    """A warp that waits for the program of the next newer keys: for what it leaves, and until it has added to dq."""
-    q_full, st_full, dq_turn = bars
-    STATE, STATE_COUNT, DQ_COUNT = tensors
+    """A warp that waits for what the program of the next newer keys leaves, and fetches it."""
+    q_full, st_full = bars
+    STATE, STATE_COUNT = tensors
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     o_m = gl.arange(0, TILE, layout=LAYOUT)
     s = 0
-    ends = 0
-    # of the last two steps
-    tile1 = 0
-    tile2 = 0
-    wanted1 = 0
-    wanted2 = 0
-    while ends < 2:
+    mbarrier.wait(q_full.index(0), 0)
+    i_m = _get(words.index(1), 1)
+    while i_m >= 0:
         stage = s % STAGES
-        mbarrier.wait(q_full.index(stage), (s // STAGES) & 1)
         i_tile = _get(words.index(s % WORDS * 3), 1)
-        i_m = _get(words.index(s % WORDS * 3 + 1), 1)
         newer = (i_m + n_past) // 2 - i_n
-        if i_m >= 0:
-            p_state = STATE + i_tile.to(gl.int64) * (4 * TILE) + _wait_for(STATE_COUNT + i_tile, newer)
-            left = gl.load(p_state + o_m)
-            later = gl.load(p_state + (TILE + o_m))
-            delta = gl.load(p_state + (2 * TILE + o_m))
-            drem = gl.load(p_state + (3 * TILE + o_m))
-            st_bufs.index(stage * 4).store(left)
-            st_bufs.index(stage * 4 + 1).store(later)
-            st_bufs.index(stage * 4 + 2).store(delta)
-            st_bufs.index(stage * 4 + 3).store(drem)
-        else:
-            ends += 1
+        p_state = STATE + i_tile.to(gl.int64) * (4 * TILE) + _wait_for(STATE_COUNT + i_tile, newer)
+        left = gl.load(p_state + o_m)
+        later = gl.load(p_state + (TILE + o_m))
+        delta = gl.load(p_state + (2 * TILE + o_m))
+        drem = gl.load(p_state + (3 * TILE + o_m))
+        st_bufs.index(stage * 4).store(left)
+        st_bufs.index(stage * 4 + 1).store(later)
+        st_bufs.index(stage * 4 + 2).store(delta)
+        st_bufs.index(stage * 4 + 3).store(drem)
         mbarrier.arrive(st_full.index(stage), count=1)
-        _wait_for(DQ_COUNT + tile2, wanted2)
-        mbarrier.arrive(dq_turn.index(stage), count=1)
-        tile2 = tile1
-        wanted2 = wanted1
-        tile1 = i_tile
-        wanted1 = newer
         s += 1
+        mbarrier.wait(q_full.index(s % STAGES), (s // STAGES) & 1)
+        i_m = _get(words.index(s % WORDS * 3 + 1), 1)
 
 
 @gluon.jit
-def _hand_on(words, wrote, free, STATE_COUNT, DQ_COUNT):
-    """A warp that tells the program of the next older keys what this one has written."""
+def _hand_on(words, carry, bars, tensors):
+    """A warp that leaves for the program of the next older keys what this one has made of it."""
+    next_full, next_free = bars
+    STATE, STATE_COUNT = tensors
+    LAYOUT: gl.constexpr = gl.BlockedLayout([2, 4], [32, 1], [1, 1], [1, 0])
+    o_m = gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))
     s = 0
-    ends = 0
-    tile1 = 0
-    tile2 = 0
-    while ends < 2:
-        mbarrier.wait(wrote.index(s % SLACK), (s // SLACK) & 1)
+    mbarrier.wait(next_full.index(0), 0)
+    i_m = _get(words.index(1), 1)
+    while i_m >= 0:
         i_tile = _get(words.index(s % WORDS * 3), 1)
-        last = gl.where(_get(words.index(s % WORDS * 3 + 1), 1) < 0, 1, 0)
-        _publish(STATE_COUNT + i_tile, 1 - last, DQ_COUNT + tile2, gl.where(s >= 2, 1, 0))
-        mbarrier.arrive(free.index(s % SLACK), count=1)
-        ends += last
-        tile2 = tile1
-        tile1 = i_tile
+        # four threads had the same
+        left = gl.max(carry.index(4 + s % 2 * 2).load(LAYOUT), 1)
+        later = gl.max(carry.index(5 + s % 2 * 2).load(LAYOUT), 1)
+        mbarrier.arrive(next_free.index(s % 2), count=1)
+        p_state = STATE + i_tile.to(gl.int64) * (4 * TILE)
+        gl.store(p_state + o_m, left)
+        gl.store(p_state + (TILE + o_m), later)
+        _publish(STATE_COUNT + i_tile)
         s += 1
+        mbarrier.wait(next_full.index(s % 2), (s // 2) & 1)
+        i_m = _get(words.index(s % WORDS * 3 + 1), 1)
 
 
 @gluon.jit
-def _add_dq(dq, p_tile, WG: gl.constexpr, D: gl.constexpr, ROWS: gl.constexpr):
-    """Add (64, D / 2) to where four columns of a thread lie in a row, and what a warp writes too."""
-    o_r = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))[:, None]
-    i_q = gl.arange(0, 4, layout=gl.SliceLayout(0, ROWS))[None, :]
-    off = (o_r // 16 * 2 + o_r // 8 % 2) * 128 + (o_r % 8 * 4 + i_q) * 4
-    p_dq = (p_tile + WG * (32 * D) + off).to(gl.int64, bitcast=True)
-    x = dq.reshape([64, D // 32, 2, 4, 2]).permute(0, 3, 1, 2, 4)
-    y0, y1, y2, y3 = _pairs(x)
-    if D == 128:
-        u00, u01, u02, u03 = _groups_of_16(y0)
-        u10, u11, u12, u13 = _groups_of_16(y1)
-        u20, u21, u22, u23 = _groups_of_16(y2)
-        u30, u31, u32, u33 = _groups_of_16(y3)
-        p_dq = gl.convert_layout(p_dq, u00.type.layout, assert_trivial=True)
-        _add8(p_dq, u00, u10, u20, u30, u01, u11, u21, u31)
-        _add8(p_dq + 8192, u02, u12, u22, u32, u03, u13, u23, u33)
-    else:
-        u0, v0 = gl.split(y0)
-        u1, v1 = gl.split(y1)
-        u2, v2 = gl.split(y2)
-        u3, v3 = gl.split(y3)
-        p_dq = gl.convert_layout(p_dq, u0.type.layout, assert_trivial=True)
-        _add8(p_dq, u0, u1, u2, u3, v0, v1, v2, v3)
+def _add_dq(words, dq_bufs, bars, dq_desc, DQ_COUNT, i_n, n_past, D: gl.constexpr):
+    """A warp that adds to dq, after the programs of newer keys."""
+    dq_full, dq_free = bars
+    s = 0
+    mbarrier.wait(dq_full.index(0), 0)
+    i_m = _get(words.index(1), 1)
+    while i_m >= 0:
+        i_tile = _get(words.index(s % WORDS * 3), 1)
+        _wait_for(DQ_COUNT + i_tile, (i_m + n_past) // 2 - i_n)
+        for half in gl.static_range(2):
+            _add_to_global(dq_desc, [i_tile * TILE, half * (D // 2)], dq_bufs.index(half))
+        tma.store_wait(0)
+        mbarrier.arrive(dq_free.index(0), count=1)
+        _wait_for_additions(s)
+        _publish(DQ_COUNT + i_tile)
+        s += 1
+        mbarrier.wait(dq_full.index(0), s & 1)
+        i_m = _get(words.index(s % WORDS * 3 + 1), 1)
+
+
+@gluon.jit
+def _give_dq(dq, dq_bufs, bars, t, WG: gl.constexpr):
+    """Half of the columns of step t to the warp that adds them."""
+    dq_full, dq_free = bars
+    mbarrier.wait(dq_free.index(0), (t & 1) ^ 1)
+    dq_bufs.index(WG).store(dq)
+    fence_async_shared()
+    mbarrier.arrive(dq_full.index(0), count=1)
 
 
 @gluon.jit
@@ -445,9 +408,9 @@ def _consume(
     WG: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, CURRENT: gl.constexpr,
     EARLY: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    q_bufs, do_bufs, st_bufs, words, k_bufs, v_bufs, kd_bufs, p_bufs, ds_bufs, carry = bufs
-    q_full, do_full, st_full, dq_turn, empty, left_full, later_full, ds_full, ds_free, wrote, free = bars
-    STATE, DQ32, BIAS, DBIAS, DK, DV = tensors
+    q_bufs, do_bufs, st_bufs, words, k_bufs, v_bufs, kd_bufs, p_bufs, ds_bufs, dq_bufs, carry = bufs
+    q_full, do_full, st_full, empty, left_full, later_full, next_full, next_free, ds_full, ds_free, dq_bars = bars
+    BIAS, DBIAS, DK, DV = tensors
     i_n, i_program, n_programs, n_past, n_k, n_tiles_of_row, n_heads = place
     DTYPE: gl.constexpr = q_bufs.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
@@ -457,7 +420,6 @@ def _consume(
     ROWS: gl.constexpr = gl.SliceLayout(2, dummy.type.layout)
     ROW: gl.constexpr = gl.SliceLayout(1, ROWS)
     i_q = gl.arange(0, 4, layout=gl.SliceLayout(0, ROWS))[None, :]
-    o_row = gl.arange(0, 64, layout=ROW)[:, None]
     o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT))
     o_c = gl.arange(0, 64, layout=gl.SliceLayout(0, S_LAYOUT))
     o_n = o_c % 8 // 2 * 16 + o_c // 8 * 2 + o_c % 2 + i_n * 128 + WG * 64
@@ -495,10 +457,8 @@ def _consume(
             dq, dk_done, dv_done = warpgroup_mma_wait(num_outstanding=1, deps=(dq, dk, dv))
         mbarrier.arrive(empty.index((s + STAGES - 1) % STAGES), count=1, pred=s >= 1)
         mbarrier.arrive(ds_free.index(back), count=1, pred=s >= 2)
-        mbarrier.wait(dq_turn.index(stage), phase)
         if s >= 2:
-            tile2 = _get(words.index((s + WORDS - 2) % WORDS * 3), 4)
-            _add_dq(dq, DQ32 + tile2.to(gl.int64) * (64 * D), WG, D, ROWS)
+            _give_dq(dq, dq_bufs, dq_bars, s - 2, WG)
         products = warpgroup_mma_wait(num_outstanding=1 if EARLY else 0, deps=(products,))
 
         # the older half of the keys may be past where these queries stopped
@@ -583,12 +543,10 @@ def _consume(
             carry.index(s % 2 * 2 + 1).store(later)
             mbarrier.arrive(later_full.index(s % 2), count=1)
         else:
-            p_rows = STATE + i_tile.to(gl.int64) * 256
-            m_first = i_q + o_row * 0 == 0
-            gl.store(p_rows + o_row + i_q * 0, left, mask=m_first)
-            gl.store(p_rows + 64 + o_row + i_q * 0, later, mask=m_first)
-        mbarrier.wait(free.index(s % SLACK), ((s // SLACK) & 1) ^ 1)
-        mbarrier.arrive(wrote.index(s % SLACK), count=1)
+            mbarrier.wait(next_free.index(s % 2), ((s // 2) & 1) ^ 1)
+            carry.index(4 + s % 2 * 2).store(left)
+            carry.index(5 + s % 2 * 2).store(later)
+            mbarrier.arrive(next_full.index(s % 2), count=1)
         z0, z1 = _halves(_join_rows(z01a, z01b, st), DTYPE)
         z2, z3 = _halves(_join_rows(z23a, z23b, st), DTYPE)
         buf = s % NB
@@ -615,18 +573,22 @@ def _consume(
 
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
     mbarrier.arrive(empty.index((s + STAGES - 1) % STAGES), count=1, pred=s >= 1)
+    # of the last two steps, where there were as many
     for _ in gl.static_range(2):
         back = (s + NB - 2) % NB
-        mbarrier.wait(ds_full.index(back), ((s + 2 * NB - 2) // NB) & 1, pred=s >= 2)
-        dq = _product_dq(ds_bufs, k_bufs, kd_bufs, back, s >> 30, WG, D)
-        dq = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
-        mbarrier.wait(dq_turn.index(s % STAGES), (s // STAGES) & 1)
         if s >= 2:
-            tile2 = _get(words.index((s + WORDS - 2) % WORDS * 3), 4)
-            _add_dq(dq, DQ32 + tile2.to(gl.int64) * (64 * D), WG, D, ROWS)
-        mbarrier.wait(free.index(s % SLACK), ((s // SLACK) & 1) ^ 1)
-        mbarrier.arrive(wrote.index(s % SLACK), count=1)
+            mbarrier.wait(ds_full.index(back), ((s + 2 * NB - 2) // NB) & 1)
+            dq = _product_dq(ds_bufs, k_bufs, kd_bufs, back, s >> 30, WG, D)
+            dq = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
+            _give_dq(dq, dq_bufs, dq_bars, s - 2, WG)
         s += 1
+    # word that there are no more; s is two too many
+    if WG == 0:
+        mbarrier.wait(next_free.index(s % 2), (((s - 2) // 2) & 1) ^ 1)
+        mbarrier.arrive(next_full.index(s % 2), count=1)
+    dq_full, dq_free = dq_bars
+    mbarrier.wait(dq_free.index(0), (s & 1) ^ 1)
+    mbarrier.arrive(dq_full.index(0), count=1)
 
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
     o_key = gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
@@ -647,7 +609,7 @@ def _load_keys(P, buf, o_key, n_rows, stride, D: gl.constexpr, LAYOUT: gl.conste
 
 @gluon.jit(do_not_specialize=["n_batch", "n_heads", "n_queries", "n_keys", "n_blocks", "n_tiles_of_row", "n_sequences"])
 def backward_kernel(
-    q_desc, do_desc, K, V, BIAS, DBIAS, DK, DV, DQ32, STATE, STATE_COUNT, DQ_COUNT, TICKET, STOP,
+    q_desc, do_desc, dq_desc, K, V, BIAS, DBIAS, DK, DV, STATE, STATE_COUNT, DQ_COUNT, TICKET, STOP,
     CU_SEQLENS, BLOCKS, TILES, stride_kb, stride_kt, stride_vb, stride_vt,
     n_batch, n_heads, n_queries, n_keys, n_blocks, n_tiles_of_row, n_sequences, scale,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, CURRENT: gl.constexpr,
@@ -656,7 +618,7 @@ def backward_kernel(
     """128 keys of one key-value head a program, the newest first.
 
     K, V: heads next to each other; DK, DV: (B, S, G, D) contiguous; STATE: (B H tiles, 4, 64) float32, see
-    prepare_kernel; DQ32: (B H tiles, 64 D) float32, zeros, in the order of _add_dq; STATE_COUNT, DQ_COUNT: (B H tiles)
+    prepare_kernel; dq_desc: of (B H tiles of 64, D) float32, zeros; STATE_COUNT, DQ_COUNT: (B H tiles)
     int32, zeros; TICKET: 0; STOP: as in forward; DBIAS: (B H, programs of a head, 2) float32, zeros. BLOCKS counts key
     tiles of 128 of packed sequences cumulatively, TILES query tiles of 64.
     """
@@ -695,25 +657,29 @@ def backward_kernel(
         p_bufs = gl.allocate_shared_memory(DTYPE, [2, 64, 64], FULL)
         ds_bufs = gl.allocate_shared_memory(DTYPE, [NB * 2, 64, 64], FULL)
         st_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * 4, 64], FLAT)
-        carry = gl.allocate_shared_memory(gl.float32, [4, 64, 4], FLAT2)
+        dq_bufs = gl.allocate_shared_memory(gl.float32, [2, 64, D // 2], dq_desc.layout)
+        # from the newer warpgroup to the older, and from that to the next program: the stick left and the sum of g
+        carry = gl.allocate_shared_memory(gl.float32, [8, 64, 4], FLAT2)
         words = gl.allocate_shared_memory(gl.int32, [WORDS * 3, 1], FLAT)
         q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         st_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        dq_turn = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         left_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         later_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        wrote = gl.allocate_shared_memory(gl.int64, [SLACK, 1], mbarrier.MBarrierLayout())
-        free = gl.allocate_shared_memory(gl.int64, [SLACK, 1], mbarrier.MBarrierLayout())
+        next_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        next_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        dq_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+        dq_free = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
         ds_full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
         ds_free = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(2):
             mbarrier.init(left_full.index(i), count=1)
             mbarrier.init(later_full.index(i), count=1)
-        for i in gl.static_range(SLACK):
-            mbarrier.init(wrote.index(i), count=2)
-            mbarrier.init(free.index(i), count=1)
+            mbarrier.init(next_full.index(i), count=1)
+            mbarrier.init(next_free.index(i), count=1)
+        mbarrier.init(dq_full.index(0), count=2)
+        mbarrier.init(dq_free.index(0), count=1)
         for i in gl.static_range(NB):
             mbarrier.init(ds_full.index(i), count=2)
             mbarrier.init(ds_free.index(i), count=2)
@@ -721,7 +687,6 @@ def backward_kernel(
             mbarrier.init(q_full.index(i), count=1)
             mbarrier.init(do_full.index(i), count=1)
             mbarrier.init(st_full.index(i), count=1)
-            mbarrier.init(dq_turn.index(i), count=1)
             mbarrier.init(empty.index(i), count=2)
         LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
         LOAD_HALF: gl.constexpr = gl.BlockedLayout([1, 8], [512 // D, D // 16], [4, 1], [1, 0])
@@ -747,9 +712,12 @@ def backward_kernel(
         fence_async_shared()
         o_out = ((i_b * n_keys + start + i_n * 128).to(gl.int64) * (n_heads // GROUP) + i_g) * D
         stride_t = n_heads // GROUP * D
-        bufs = (q_bufs, do_bufs, st_bufs, words, k_bufs, v_bufs, kd_bufs, p_bufs, ds_bufs, carry)
-        bars = (q_full, do_full, st_full, dq_turn, empty, left_full, later_full, ds_full, ds_free, wrote, free)
-        tensors = (STATE, DQ32, BIAS, DBIAS, DK, DV)
+        bufs = (q_bufs, do_bufs, st_bufs, words, k_bufs, v_bufs, kd_bufs, p_bufs, ds_bufs, dq_bufs, carry)
+        dq_bars = (dq_full, dq_free)
+        bars = (
+            q_full, do_full, st_full, empty, left_full, later_full, next_full, next_free, ds_full, ds_free, dq_bars
+        )  # fmt: skip
+        tensors = (BIAS, DBIAS, DK, DV)
         place = (i_n, i_program, n_programs, n_past, n_k, n_tiles_of_row, n_heads)
         p_place = (i_b, i_g, i_n, start, base, n_q, n_past)
         gl.warp_specialize([
@@ -757,9 +725,10 @@ def backward_kernel(
             (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 1, D, STAGES, NB, CURRENT, EARLY, GROUP)),
             (_produce, ((q_bufs, do_bufs, words), (q_full, do_full, empty), (q_desc, do_desc), STOP, p_place,
                         (n_heads, n_tiles_of_row), GROUP, D, STAGES, SKIP)),
-            (_fetch, (words, st_bufs, (q_full, st_full, dq_turn), (STATE, STATE_COUNT, DQ_COUNT), i_n, n_past, STAGES)),
-            (_hand_on, (words, wrote, free, STATE_COUNT, DQ_COUNT)),
-        ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
+            (_fetch, (words, st_bufs, (q_full, st_full), (STATE, STATE_COUNT), i_n, n_past, STAGES)),
+            (_hand_on, (words, carry, (next_full, next_free), (STATE, STATE_COUNT))),
+            (_add_dq, (words, dq_bufs, dq_bars, dq_desc, DQ_COUNT, i_n, n_past, D)),
+        ], [4, 1, 1, 1, 1], [240, 24, 24, 24, 24])  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_sequences"])
@@ -793,7 +762,7 @@ def prepare_kernel(
 def finish_kernel(
     DQ32, DQ, CU_SEQLENS, TILES, n_heads, n_queries, n_sequences, scale, D: tl.constexpr, VARLEN: tl.constexpr
 ):
-    """DQ (B, T, H, D) from tiles in the order of _add_dq."""
+    """DQ (B, T, H, D) from tiles of 64 queries of a head."""
     i_tile = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_m, _, start, n_q, _ = _locate(i_tile, TILES, CU_SEQLENS, n_queries, n_queries, n_sequences, VARLEN)
@@ -801,11 +770,7 @@ def finish_kernel(
         return
     r = tl.arange(0, 64)[:, None]
     c = tl.arange(0, D)[None, :]
-    half = c // (D // 2)
-    cc = c % (D // 2)
-    off = ((cc // 16 * 4 + r // 16) * 2 + r // 8 % 2) * 32 + r % 8 * 4 + cc % 8 // 2
-    p_tile = DQ32 + (i_bh.to(tl.int64) * tl.num_programs(0) + i_tile) * (64 * D)
-    x = tl.load(p_tile + half * (32 * D) + off * 4 + cc // 8 % 2 * 2 + cc % 2)
+    x = tl.load(DQ32 + (i_bh.to(tl.int64) * tl.num_programs(0) + i_tile) * (64 * D) + r * D + c)
     row = (i_bh // n_heads).to(tl.int64) * n_queries + start + i_m * 64 + r
     m_row = (i_m * 64 + r < n_q) & (c < D)
     tl.store(DQ + (row * n_heads + i_bh % n_heads) * D + c, (x * scale).to(DQ.dtype.element_ty), mask=m_row)
@@ -814,7 +779,7 @@ def finish_kernel(
 # by head size: stages of queries and their gradients, buffers of the logits' gradients, and whether the product for
 # those begins with that of queries and keys (it takes registers)
 CONFIGS: dict[int, dict[str, Any]] = {
-    128: {"STAGES": 3, "NB": 2, "EARLY": False},
+    128: {"STAGES": 2, "NB": 2, "EARLY": False},
     64: {"STAGES": 3, "NB": 4, "EARLY": True},
 }
 
@@ -842,7 +807,9 @@ def backward(
     descs = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 64, 1, dim], layout) for x in (q, dout)]
     n_all = batch * heads * n_tiles
     zeros = functools.partial(torch.zeros, dtype=torch.float32, device=q.device)
-    state, dq32 = torch.empty(n_all * 256, dtype=torch.float32, device=q.device), zeros(n_all * 64 * dim)
+    state, dq32 = torch.empty(n_all * 256, dtype=torch.float32, device=q.device), zeros((n_all * 64, dim))
+    columns = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
+    descs.append(TensorDescriptor(dq32, list(dq32.shape), [dim, 1], [64, dim // 2], columns))
     # two numbers for each query tile, and the ticket; each begins where 16 bytes do
     counts = torch.zeros((3, (n_all + 3) // 4 * 4), dtype=torch.int32, device=q.device)
     state_count, dq_count, ticket = counts
@@ -855,7 +822,7 @@ def backward(
         out, residual, dout, remainder, dremainder, state, *packing, D=dim, VARLEN=cu_seqlens is not None, num_warps=4
     )
     backward_kernel[(n_blocks * batch * groups,)](
-        *descs, k, v, bias, dbias, dk, dv, dq32, state, state_count, dq_count, ticket, stop, cu_seqlens, blocks, tiles,
+        *descs, k, v, bias, dbias, dk, dv, state, state_count, dq_count, ticket, stop, cu_seqlens, blocks, tiles,
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), batch, heads, n_queries, n_keys, n_blocks, n_tiles,
         n_sequences, scale * LOG2_E, GROUP=heads // groups, D=dim, CURRENT=int(attend_current),
         VARLEN=cu_seqlens is not None, SKIP=epsilon > 0, **config, num_warps=4, maxnreg=REGISTERS[2],

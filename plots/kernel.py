@@ -43,7 +43,7 @@ def draw(table: pd.DataFrame) -> Figure:
     sizes = sorted(rows["head_dim"].unique())
     figure, axes = style.pairs(len(sizes))
     for pair, size in zip(axes, sizes, strict=True):
-        style.title(pair[0], f"Heads of size {size:g}")
+        style.title(pair[0], _title(rows, size))
         for axis, (step, text) in zip(pair, STEPS.items(), strict=True):
             style.label(axis, "tokens of a sequence", text)
             of_step = rows[(rows["head_dim"] == size) & (rows["step"] == step)]
@@ -70,13 +70,20 @@ def chart(table: pd.DataFrame) -> Chart:
             speeds = {method: best(intervals.method(of_step, method), "queries") for method in looks}
             if lines := charts.bare(speeds, looks):
                 panels.append(Lines(title=NAMES[step], x="tokens of a sequence", y=text, lines=lines, from_zero=True))
-        groups.append(Group(f"Heads of size {size:g}", panels))
+        groups.append(Group(_title(rows, size), panels))
     sentence = (
         "Throughput in TFLOP/s of causal attention over whole sequences, all keys visited: stick-breaking's kernel "
         "beside softmax's in the same run. Higher is better."
     )
     note = f"Medians of timings; {', '.join(sorted(rows['device'].unique()))}."
     return Chart("Throughput of attention kernels", sentence, groups, note)
+
+
+def _title(rows: pd.DataFrame, size: float) -> str:
+    """Name the head size, and its device where not all were timed on the same."""
+    device = rows.loc[rows["head_dim"] == size, "device"].unique()
+    same = rows["device"].nunique() == len(device)
+    return f"Heads of size {size:g}{'' if same else ', ' + ', '.join(sorted(device))}"
 
 
 def best(rows: pd.DataFrame, by: str) -> "pd.Series[float]":

@@ -89,7 +89,8 @@ def totals(table: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         raise NothingToDraw("no rows with the metric time")
     skips = rows["epsilon"].fillna(0) > 0
-    rows = rows.assign(options=rows["backend"].where(rows["backend"] != "triton", "").where(~skips, "skipping"))
+    others = rows["backend"].where(~rows["backend"].str.startswith("triton"), "")
+    rows = rows.assign(options=others.where(~skips, "skipping"))
     by = ["model", "params", "attention", "options", "step", "batch", "keys", "device"]
     return rows.groupby(by)["value"].sum().reset_index().sort_values("keys")
 

@@ -62,6 +62,8 @@ WORDS = {
     "head_norm=true": "head norm",
     "key_shift=true": "key shift",
     "init_std": "initial σ {}",
+    # of the figure `kernel`, whose options are kernels
+    "triton": "portable kernels",
 }
 # default of sliding_window, which its options leave out
 WINDOW = 512

@@ -173,7 +173,7 @@ def _methods(device: torch.device) -> Iterator[tuple[str, ...]]:
 
 
 def _hopper(device: torch.device) -> tuple[str, ...]:
-    """Run the Hopper kernels of stick-breaking, selected by name."""
+    """Run the Hopper kernels of stick-breaking, which runs by them where it can."""
     q = torch.randn(1, 64, 1, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
     try:
         stick_breaking.attention(q, q, q, backend="triton-hopper")[0].sum().backward()

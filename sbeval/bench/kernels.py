@@ -401,7 +401,8 @@ def keep(
 ) -> None:
     """Write the run file, then the rows."""
     step = rows[0].step
-    cell = f"{family}-{step}-{attention}-{backend}-{digest_of([attention, backend, dtype, model, config])}"
+    method, _, options = attention.partition(":")
+    cell = f"{family}-{step}-{method}-{backend}-{digest_of([attention, backend, dtype, model, config])}"
     origin = provenance.collect(
         cell=cell,
         preset="",
@@ -418,8 +419,8 @@ def keep(
         family=family,
         task=step,
         model=model,
-        attention=attention,
-        options="",
+        attention=method,
+        options=options,
         params=params,
         train_len=rows[0].queries,
         eval_len=rows[0].keys,

@@ -22,7 +22,7 @@ from sbeval import registry
 from sbeval.bench import kernels
 from sbeval.bench.kernels import Row
 from sbeval.errors import InputError, choose, reason
-from sbeval.kernels import nope, rope
+from sbeval.kernels import nope, rope, stick_breaking
 from sbeval.models.config import SIZES, ModelConfig, flops_per_token, named, parse_attention
 from sbeval.models.decoder import IGNORE, Decoder, n_parameters
 from sbeval.runtime import device as devices
@@ -127,7 +127,8 @@ def measure(
         for peer, speeds in runs.items():
             if not speeds:
                 continue
-            shape, backend = shapes[problem, peer], peer.backend(device)
+            shape = shapes[problem, peer]
+            backend = kernel_of(peer, problem, shape, device, dtype)
             rows = summary(problem, shape, speeds)
             kernels.keep(
                 peer.attention,
@@ -152,6 +153,15 @@ def measure(
                 f"{values['evaluate', 'throughput']:,.0f}",
             )
     return shown
+
+
+def kernel_of(peer: Peer, problem: Problem, shape: ModelConfig, device: torch.device, dtype: str) -> str:
+    """Name the kernel that attention runs by; that of stick-breaking depends on the inputs."""
+    if parse_attention(peer.attention)[0] != "stick_breaking":
+        return peer.backend(device)
+    sizes = problem.batch, problem.length, shape.heads, shape.d_head
+    q = torch.empty(sizes, dtype=devices.DTYPES[dtype], device=device)
+    return stick_breaking.pick_backend(q, q, None)
 
 
 def ordered(contenders: Sequence[Peer], repeats: int) -> list[Peer]:

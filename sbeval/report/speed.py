@@ -22,7 +22,8 @@ from sbeval.tables import intervals, selection
 from sbeval.tables.published import SPEED
 from sbeval.tables.statistics import Interval, Scale
 
-KERNELS = ["triton", "flash"]
+# options of this project's kernel, see `selection.dense_kernels`, and of the one it is compared with
+KERNELS = ["", "flash"]
 TIMES = ["time", "time_q20", "time_q80"]
 # softmax kernels that count as FlashAttention
 FUSED = ("flash", "cudnn")
@@ -69,14 +70,14 @@ def _fastest(rows: pd.DataFrame) -> pd.DataFrame:
 def kernel_speed(step: str, table: pd.DataFrame, evidence: Evidence) -> Judged:
     """Judge whether the kernel is faster than FlashAttention-2 at the longest sequence that both have on a device."""
     times = pd.concat(selection.dense_kernels(table, metric) for metric in TIMES)
-    times = times[(times["step"] == step) & times["backend"].isin(KERNELS)]
-    wide = times.pivot_table("value", ["device", "head_dim", "queries", "batch"], ["metric", "backend"])
+    times = times[(times["step"] == step) & times["options"].isin(KERNELS)]
+    wide = times.pivot_table("value", ["device", "head_dim", "queries", "batch"], ["metric", "options"])
     both = wide.reindex(columns=pd.MultiIndex.from_product([TIMES, KERNELS])).dropna()
     if both.empty:
         raise InputError(f"no times of {step.replace('_', ' + ')} of both this kernel and FlashAttention-2")
     # the shortest times of one over the longest of the other
     ends = zip(("mean", "low", "high"), TIMES, ("time", "time_q80", "time_q20"), strict=True)
-    each = pd.DataFrame({name: both[flash, "flash"] / both[ours, "triton"] for name, flash, ours in ends})
+    each = pd.DataFrame({name: both[flash, "flash"] / both[ours, ""] for name, flash, ours in ends})
     longest = each.reset_index().groupby(["device", "head_dim"]).tail(1)
     ratios, parts = [], []
     for device, dim, queries, _, mean, low, high in longest.itertuples(index=False, name=None):

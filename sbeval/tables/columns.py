@@ -28,7 +28,7 @@ COMMON = {
     "epochs": "train_tokens over unique_tokens.",
     "dtype": "Type of matrix products; weights are float32.",
     "device": "Card, or cpu with its number of threads.",
-    "backend": "Implementation of attention that ran: triton, flex, sdpa, cudnn, flash, fla or torch.",
+    "backend": "Implementation of attention that ran: triton, triton-hopper, flex, sdpa, cudnn, flash, fla or torch.",
     "commit": "Commit of the source, with +dirty if files differed from it.",
     "torch": "Version of torch.",
     "triton": "Version of Triton; none where it is not installed.",

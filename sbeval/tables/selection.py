@@ -289,8 +289,11 @@ def mean_over_tasks(scores: pd.DataFrame) -> pd.DataFrame:
 def dense_kernels(table: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Return the rows of one metric of `kernel` for whole sequences with all keys visited.
 
-    Column `options` is the backend, empty for this project's kernel.
+    Column `options` is the backend, empty for this project's kernel: `triton-hopper` where it was timed, as it is the
+    default there, else `triton`.
     """
     plain = (table["kv_heads"] == table["heads"]) & (table["queries"] == table["keys"]) & (table["sequences"] == 1)
     rows = table[plain & (table["epsilon"].fillna(0) == 0) & (table["metric"] == metric)]
-    return rows.assign(options=rows["backend"].where(rows["backend"] != "triton", ""))
+    hopper = (rows["backend"] == "triton-hopper").groupby([rows["device"], rows["head_dim"]]).transform("any")
+    default = hopper.map({True: "triton-hopper", False: "triton"})
+    return rows.assign(options=rows["backend"].where(rows["backend"] != default, ""))

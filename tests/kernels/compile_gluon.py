@@ -18,7 +18,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from sbeval.kernels import stick_breaking_hopper, stick_breaking_hopper_backward
 
-FLOAT32 = {"BIAS", "REMAINDER", "DBIAS", "DQ32", "STATE"}
+FLOAT32 = {"BIAS", "REMAINDER", "DBIAS", "STATE"}
 INT32 = {"STOP", "TICKET", "STATE_COUNT", "DQ_COUNT", "CU_SEQLENS", "BLOCKS", "STOP_BLOCKS", "TILES"}
 PACKING = ("CU_SEQLENS", "BLOCKS", "STOP_BLOCKS", "TILES")
 KERNELS = {
@@ -29,8 +29,8 @@ KERNELS = {
 CASES = [(name, dim, whole) for name in KERNELS for dim in (64, 128) for whole in (False, True)]
 
 
-def _descriptor(dtype: str, block: list[int]) -> str:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
+def _descriptor(dtype: str, block: list[int], bits: int = 16) -> str:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=len(block))
     return f"tensordesc<{dtype}{block},{layout!r}>"
 
 
@@ -43,6 +43,7 @@ def compile_one(name: str, dim: int, whole: bool) -> Any:
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     types = dict.fromkeys(("scale", "epsilon"), "fp32")
     types |= dict.fromkeys(("q_desc", "do_desc"), _descriptor(dtype, [1, 64, 1, dim]))
+    types["dq_desc"] = _descriptor("fp32", [64, dim // 2], 32)
     types |= dict.fromkeys(("k_desc", "v_desc"), _descriptor(dtype, [1, 8, 4, 2, dim]))
     types |= dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(INT32, "*i32")
     types |= dict.fromkeys((x for x in kernel.arg_names if x.isupper() and x not in types), f"*{dtype}")

@@ -211,6 +211,12 @@ class Descriptor:
         whole[tuple(slice(0, n) for n in found.shape)] = found
         return whole
 
+    def add(self, corner: Sequence[int], tile: "Shared") -> None:
+        """What lies outside is left out."""
+        inside = self.view[tuple(slice(int(c), int(c) + n) for c, n in zip(corner, self.block, strict=True))]
+        with lock:
+            inside += tile.t[tuple(slice(0, n) for n in inside.shape)]
+
 
 class Product:
     """A product that may not have happened yet."""
@@ -294,6 +300,9 @@ class FakeCopies:
             bar.t[0].change(0, -target.t.numel() * target.t.element_size())
 
         threading.Thread(target=copy, daemon=True).start()
+
+    def store_wait(self, _: int) -> None:
+        pass
 
 
 class FakeGluon:

@@ -52,17 +52,8 @@ def _wait_for(p_count: Any, wanted: int) -> Any:
     return emulator.Integer(0)
 
 
-def _publish(p_state: Any, state_wanted: int, p_dq: Any, dq_wanted: int) -> None:
-    p_state.flat[p_state.offset] += state_wanted
-    p_dq.flat[p_dq.offset] += dq_wanted
-
-
-def _add8(p: Any, *numbers: Any) -> None:
-    """Addresses are in bytes; the second four are 4096 bytes on."""
-    with emulator.lock:
-        for i, x in enumerate(numbers):
-            place = p.offset // 4 + i % 4 + i // 4 * 1024
-            p.flat.index_add_(0, place.flatten(), x.t.flatten())
+def _publish(p_count: Any) -> None:
+    p_count.flat[p_count.offset] += 1
 
 
 ASSEMBLY = {
@@ -74,11 +65,11 @@ ASSEMBLY = {
     "_halves": _halves,
     "_wait_for": _wait_for,
     "_publish": _publish,
-    "_add8": _add8,
+    "_add_to_global": lambda descriptor, corner, tile: descriptor.add(corner, tile),
+    "_wait_for_additions": lambda _: None,
     "_cut": lambda _: None,
     "TILE": 64,
     "WORDS": 8,
-    "SLACK": 4,
     "RESOLUTION": 2.0**-24,
 }
 
@@ -230,6 +221,27 @@ def test_packing_other_numbers_of_sequences_compiles_nothing_anew(monkeypatch: p
         compiled(torch.linspace(0, 256, n_sequences + 1).int())
     torch.compiler.reset()
     assert len(graphs) <= 2
+
+
+def test_they_run_by_default_where_they_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    pick = stick_breaking.pick_backend
+    q, k, v = draw(64, 64)
+    assert pick(q, k, None) == "torch"
+    monkeypatch.setattr(hopper, "obstacle", lambda _: "")
+    assert pick(q, k, None) == "torch"
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "is_cuda", True)
+        assert pick(q, k, None) == "triton"
+        q, k = (torch.empty(2, 8192, 2, 64, dtype=BFLOAT16) for _ in range(2))
+        assert pick(q, k, None) == "triton-hopper"
+        assert pick(q[:, :-64], k, None) == "triton-hopper"
+        assert pick(q[:, :4096], k, None) == "triton"
+        assert pick(q, k, None, True) == "triton"
+        assert pick(q[..., :32], k[..., :32], None) == "triton"
+        assert pick(q.float(), k.float(), None) == "triton"
+        patch.setattr(hopper, "obstacle", lambda _: "it needs another GPU")
+        assert pick(q, k, None) == "triton"
 
 
 def test_who_may_run_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,17 @@ def test_throughput_by_length() -> None:
         assert axis.get_ylim()[0] == 0 < 316 < axis.get_ylim()[1]
 
 
+def test_head_sizes_of_several_devices_name_theirs() -> None:
+    wide = table().assign(head_dim=128)
+    for device, titles in (
+        ("a GPU", ["Heads of size 64", "Heads of size 128"]),
+        ("another", ["Heads of size 64, a GPU", "Heads of size 128, another"]),
+    ):
+        both = pd.concat([table(), wide.assign(device=device)])
+        assert [group.title for group in kernel.chart(both).groups] == titles
+        assert [text.get_text() for axis in kernel.draw(both).axes for text in axis.texts] == titles
+
+
 def test_error_by_throughput_at_the_longest() -> None:
     figure = kernel_error.draw(table())
     points = [data(line) for line in figure.axes[0].lines]

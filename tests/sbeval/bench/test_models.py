@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from sbeval.bench import kernels, models
 from sbeval.bench.models import Peer, Speeds
 from sbeval.errors import InputError
-from sbeval.kernels import rope
+from sbeval.kernels import rope, stick_breaking
 from sbeval.models.decoder import Decoder
 
 CPU = torch.device("cpu")
@@ -23,6 +24,25 @@ def test_plain_softmax_runs_once_for_each_kernel() -> None:
         Peer("alibi", None),
     ]
     assert [peer.backend(torch.device("cuda")) for peer in found] == ["triton", "cudnn", "flash", "flex"]
+
+
+def test_rows_name_the_kernel_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def pick(q: torch.Tensor, *_: object) -> str:
+        shapes.append((q.shape, q.dtype))
+        return "triton-hopper"
+
+    monkeypatch.setattr(stick_breaking, "pick_backend", pick)
+    monkeypatch.setattr(kernels, "needs_gpu", lambda _: None)
+    monkeypatch.setattr(models, "_run", lambda *_: Speeds(9.0, 2.0, None, 2))
+    problem = models.Problem(size="quick", head_dim=40, length=16, batch=2)
+    peers = [Peer("stick_breaking:epsilon=0", None), Peer("rope", "flash")]
+    models.measure([problem], peers, 1, CPU, "bfloat16", tmp_path)
+    assert shapes == [((2, 16, 4, 40), torch.bfloat16)]
+    rows = pd.read_csv(tmp_path / "model.csv", keep_default_na=False)
+    found = {tuple(row) for row in rows[["attention", "options", "backend"]].to_numpy()}
+    assert found == {("stick_breaking", "epsilon=0", "triton-hopper"), ("rope", "", "flash")}
 
 
 def test_runs_are_shuffled_and_none_is_missing() -> None:

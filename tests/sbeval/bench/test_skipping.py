@@ -70,6 +70,15 @@ def test_rows_that_do_not_fit_are_fewer_for_all(
     ]
 
 
+def test_rows_name_the_kernel_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    k = torch.zeros(1, 50, 2, 8)
+    layer = skipping.Captured(k, k, k, {})
+    dense, _, flash, _ = skipping.CONTENDERS
+    monkeypatch.setattr(stick_breaking, "pick_backend", lambda *given: "triton" if given[3] else "triton-hopper")
+    assert [skipping._backend(dense, step, layer) for step in ("forward", "decode")] == ["triton-hopper", "triton"]
+    assert skipping._backend(flash, "forward", layer) == "flash"
+
+
 def test_it_needs_a_gpu(tmp_path: Path) -> None:
     text = corpus.Split
     with pytest.raises(InputError, match="benchmarks need a GPU"):

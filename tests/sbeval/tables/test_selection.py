@@ -172,5 +172,16 @@ def test_dense_kernels_are_whole_sequences_with_every_key() -> None:
         {"epsilon": 1e-7},
         {"metric": "relative_error"},
     ]
-    table = pd.DataFrame([whole | {"backend": "triton"} | change for change in changes])
+    common = whole | {"backend": "triton", "device": "a card", "head_dim": 64}
+    table = pd.DataFrame([common | change for change in changes])
     assert selection.dense_kernels(table, "time")["options"].tolist() == ["", "cudnn"]
+
+
+def test_the_default_kernel_needs_no_name() -> None:
+    """Where the Hopper kernels were timed they are the default: not on another card, nor at other head sizes."""
+    whole = {"heads": 8, "kv_heads": 8, "queries": 64, "keys": 64, "sequences": 1, "epsilon": None, "metric": "time"}
+    at = [("a card", 64), ("a card", 256), ("another", 64)]
+    rows = [{"backend": "triton", "device": device, "head_dim": dim} for device, dim in at]
+    rows += [{"backend": "triton-hopper", "device": "a card", "head_dim": 64}]
+    table = pd.DataFrame([whole | row for row in rows])
+    assert selection.dense_kernels(table, "time")["options"].tolist() == ["triton", "", "", ""]
