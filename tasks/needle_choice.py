@@ -109,8 +109,6 @@ def chosen_rates(attention: str, seed: int, results: "pd.DataFrame") -> list[flo
     """
     name, _, options = attention.partition(":")
     mine = results[(results["attention"] == name) & (results["options"] == options) & (results["seed"] == seed)]
-    if mine.empty:
-        return []
     learned = mine[mine["metric"] == "tokens_to_solve"]
     if len(learned) and not (learned["ended"] == "solved").any():
         return []

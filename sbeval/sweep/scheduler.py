@@ -431,8 +431,11 @@ def _origin(cell: Cell, context: RunContext, preset: str, outcome: Outcome | Non
 
 def results_of(cells: Sequence[Cell], results_dir: Path) -> pd.DataFrame:
     """Return the rows of these cells, which are of one family, from its table; none where all have failed."""
-    path, columns = Results(results_dir).table(cells[0].family), table.required(cells[0].row)
-    if not path.exists():
-        return pd.DataFrame(columns=list(dict.fromkeys([*columns, "cell"])))
-    rows = table.read(path, columns)
-    return rows[rows["cell"].isin([cell_id(cell) for cell in cells])]
+    path, row = Results(results_dir).table(cells[0].family), cells[0].row
+    if path.exists():
+        rows = table.read(path, table.required(row))
+        rows = rows[rows["cell"].isin([cell_id(cell) for cell in cells])]
+        if len(rows):
+            return rows
+    # with columns that an older table lacks
+    return pd.DataFrame(columns=list(table.columns(row)))

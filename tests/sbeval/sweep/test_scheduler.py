@@ -296,3 +296,16 @@ def test_results_are_those_of_the_cells_alone(tmp_path: Path) -> None:
     cells = [Cell(title=name) for name in ("a", "b", "c")]
     run(cells, tmp_path)
     assert sorted(scheduler.results_of(cells[:2], tmp_path)["attention"]) == ["a", "b"]
+
+
+def test_cells_that_all_failed_have_no_rows_but_every_column(tmp_path: Path) -> None:
+    done, failed = [Cell(title="a")], [Cell(title="b")]
+    columns = table.columns(failed[0].row)
+    none = scheduler.results_of(failed, tmp_path)
+    assert none.empty and tuple(none) == columns
+    run(done, tmp_path)
+    none = scheduler.results_of(failed, tmp_path)
+    assert none.empty and tuple(none) == columns
+    # a choice by them finds nothing to choose
+    config = mqrar.Config(lrs=(1e-3, 2e-3), seeds=(0, 1))
+    assert mqrar.more(config, scheduler.results_of(mqrar.cells(config), tmp_path)) == []
