@@ -193,15 +193,17 @@ def pooled(samples: Mapping[Method, Sample], apart: Set[Method] | None = None) -
 
 
 def outlying(points: Iterable[Mapping[Method, Sample]]) -> Set[Method]:
-    """Return the methods whose seeds vary more than the others' at some point of a curve; they keep their own at all.
+    """Return the methods whose seeds vary more than the others' at some point of a curve; these keep their own
+    standard deviation at all of its points.
 
-    Each point is tested alone, at a level that they share: many points find no more by chance than one does.
+    Each point is tested alone, and they share the level: many points find no more by chance than one does.
     """
     points = list(points)
     return {of for samples in points for of in _outlying(_own(samples), OUTLYING / len(points))}
 
 
 def _outlying(own: Mapping[Method, Spread], level: float) -> Set[Method]:
+    """Return the methods that vary more at one point; those with SAME_WEIGHTS are tested, but never pooled."""
     pool = {of: one for of, one in own.items() if SAME_WEIGHTS not in of[1]}
     while (widest := _widest(pool, level)) is not None:
         del pool[widest]
