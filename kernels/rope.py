@@ -259,19 +259,10 @@ class Mixer(nn.Module):
         if cache is None or self.options.scaling == "dynamic_ntk":
             # every token changes the rotation of all keys
             starts, (k, v) = through(cache, k, v)
-            return attention(
-                q,
-                k,
-                v,
-                scale=self.scale,
-                cu_seqlens=cu_seqlens,
-                longest=longest,
-                starts=starts,
-                backend=self.backend,
-                options=self.options,
-            )
-        q, k = rotated(q, k, cu_seqlens, self.options, starts=cache.starts, past=cache.past)
-        starts, (k, v) = through(cache, k, v)
+            q, k = rotated(q, k, cu_seqlens, self.options, starts=starts)
+        else:
+            q, k = rotated(q, k, cu_seqlens, self.options, starts=cache.starts, past=cache.past)
+            starts, (k, v) = through(cache, k, v)
         return softmax.attention(
             q,
             k,
