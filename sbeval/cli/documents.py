@@ -131,16 +131,12 @@ def _fixed(results: Path) -> str:
         seeds = intervals.method(at, method)["seed"].nunique()
         gap = gaps[method].text("{:+.3f}".format) if method in gaps else ""
         loss = f"{behind[method].mean:+.3f}".replace("-", "−") if method in behind else ""
-        sure = f" (p {_bounded(p_values[method])})" if method in p_values else ""
+        sure = f" (p {statistics.p_words(p_values[method])})" if method in p_values else ""
         means = (f"{found[(*method, length)]:.3f}" for length in lengths)
         lines.append([label, str(seeds), *means, gap, loss + sure])
     headings = ["nats per token, context =", "seeds", *map(str, lengths)]
     headings += ["minus RoPE at 2048", "minus spread offsets at 2048"]
     return markup.table(headings, lines) + "\n"
-
-
-def _bounded(p: float) -> str:
-    return f"= {p:.2g}" if p >= 0.001 else "< 0.001"
 
 
 def _less(rows: pd.DataFrame, other: Method, stored: Stored) -> dict[Method, Interval]:

@@ -137,7 +137,7 @@ def against(differences: Mapping[Method, Interval], bound: float, of: Method = S
     answer = True if below < ALPHA else False if above < ALPHA else None
     over = f" after Holm over {len(differences)} methods" if len(differences) > 1 else ""
     p = min(below, above)
-    return Answer(answer, f"one-sided p {f'= {p:.2g}' if p >= 0.001 else '< 0.001'}{over}")
+    return Answer(answer, f"one-sided p {statistics.p_words(p)}{over}")
 
 
 def verdict(answer: bool | None, found: str, *, far: str = "") -> Judged:

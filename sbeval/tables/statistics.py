@@ -358,6 +358,11 @@ def _drawn(units: int, draws: int) -> Floats:
     return np.random.default_rng(1).multinomial(units, np.full(units, 1 / units), size=draws).astype(np.float64)
 
 
+def p_words(p: float) -> str:
+    """Return a p value with its sign, for a text: `= 0.023`, or `< 0.001` for all below."""
+    return f"= {p:.2g}" if p >= 0.001 else "< 0.001"
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p values for their number, as Holm (1979): the chance of any false rejection is at most the level."""
     adjusted, highest = [1.0] * len(p_values), 0.0
