@@ -142,7 +142,8 @@ def measure(
 
 
 class Contender(NamedTuple):
-    """A kernel to time. softmax: the SDPA backend; None for stick-breaking, which runs by the fastest of its own."""
+    """A kernel to time. backend: empty for stick-breaking, which runs by the fastest of its own; softmax: the SDPA
+    backend, None for stick-breaking."""
 
     attention: str
     backend: str
@@ -151,22 +152,20 @@ class Contender(NamedTuple):
 
 
 CONTENDERS = (
-    Contender("stick_breaking", "triton", 0.0, None),
-    Contender("stick_breaking", "triton", EPSILON, None),
+    Contender("stick_breaking", "", 0.0, None),
+    Contender("stick_breaking", "", EPSILON, None),
     Contender("softmax", "flash", 0.0, SDPBackend.FLASH_ATTENTION),
     Contender("softmax", "cudnn", 0.0, SDPBackend.CUDNN_ATTENTION),
 )
 
 
 def _name(contender: Contender) -> str:
-    return "skipping" if contender.epsilon else f"{contender.attention} {contender.backend}"
+    return "skipping" if contender.epsilon else f"{contender.attention} {contender.backend}".rstrip()
 
 
 def _backend(contender: Contender, step: str, layer: Captured) -> str:
     """Return what runs: of ours the fastest for these inputs."""
-    if contender.softmax is not None:
-        return contender.backend
-    return stick_breaking.pick_backend(layer.q, layer.k, None, step == "decode")
+    return contender.backend or stick_breaking.pick_backend(layer.q, layer.k, None, step == "decode")
 
 
 def _problem(contender: Contender, step: str, batch: int, layer: Captured) -> Problem:
