@@ -8,7 +8,9 @@ tiles of 64 queries that see them: five products a tile, no saved states. Gradie
   memory, and from a program to the one of the next older keys through four rows of global memory a query tile and a
   counter. Programs draw tickets, the newest keys first, so that one which waits, waits for one that runs.
 - dq is added up in float32, from the newest keys to the oldest by a second counter: same inputs, same bits. A warpgroup
-  makes half of its columns from the logits' gradients of both, two steps behind, so that neither waits for the other.
+  makes half of its columns from the logits' gradients of both, one or two steps behind, so that neither waits long.
+- Products are begun before what they are made under: those of queries and keys at the end of the step before, those of
+  the output's gradients and values at the start of the scan, dk at the end of a step under the next one's scan.
 - Three more warps, so that no warpgroup waits for memory: one brings queries and the output's gradients by TMA, one
   fetches what newer programs left, one tells older programs what this one left.
 - A query tile's walk ends where forward stopped: older programs neither touch it nor wait for it.
@@ -192,7 +194,10 @@ def _join_rows(a, b, like):
 
 @gluon.jit
 def _weights(t0, t1, t2, t3, u0, w3, st, DTYPE: gl.constexpr):
-    """Weights, rounded, two in a word; beta. p_k = u_0 .. u_k, q_k = t_k p_(k-1); weight q_k s, beta_k = q_k / p_k."""
+    """Weights and beta, rounded, two in a word: beta is kept for long, and registers are few.
+
+    p_k = u_0 .. u_k, q_k = t_k p_(k-1); weight q_k s, beta_k = q_k / p_k.
+    """
     q1 = t1 * u0
     p1 = u0 + q1
     q2 = t2 * p1
@@ -200,7 +205,7 @@ def _weights(t0, t1, t2, t3, u0, w3, st, DTYPE: gl.constexpr):
     w2 = w3 + t3 * w3
     w1 = w2 + t2 * w2
     older, newer = _pack(t0 * st, q1 * st, DTYPE), _pack(q2 * st, q3 * st, DTYPE)
-    return older, newer, t0 * (w1 + t1 * w1), q1 * w1, q2 * w2, q3 * w3
+    return older, newer, _pack(t0 * (w1 + t1 * w1), q1 * w1, DTYPE), _pack(q2 * w2, q3 * w3, DTYPE)
 
 
 @gluon.jit
@@ -219,9 +224,11 @@ def _join_vector(a, b, like):
 
 
 @gluon.jit
-def _gradients(h0, h1, h2, h3, d0, d1, d2, d3, b0, b1, b2, b3, st, delta, drem, later, DTYPE: gl.constexpr):
+def _gradients(h0, h1, h2, h3, d0, d1, d2, d3, b01, b23, st, delta, drem, later, DTYPE: gl.constexpr):
     """Gradients of the logits, rounded, two in a word; the sum of g with these keys. delta has drem in it."""
     LAYOUT: gl.constexpr = gl.SliceLayout(2, st.type.layout)
+    b0, b1 = _halves(b01, DTYPE)
+    b2, b3 = _halves(b23, DTYPE)
     e0 = h0.to(gl.float32) * d0
     g1 = h1.to(gl.float32) * d1
     g2 = h2.to(gl.float32) * d2
@@ -230,13 +237,13 @@ def _gradients(h0, h1, h2, h3, d0, d1, d2, d3, b0, b1, b2, b3, st, delta, drem, 
     newer = gl.convert_layout(newer + later, x0.type.layout, assert_trivial=True)
     since = _regroup(x0 + newer, x1 + newer, x2 + newer, x3 + newer, st)
     older = gl.where(st > RESOLUTION, delta[:, :, None] - since, drem[:, :, None]) + e0
-    z0 = e0 - b0 * older
+    z0 = e0 - b0.to(gl.float32) * older
     older += g1
-    z1 = g1 - b1 * older
+    z1 = g1 - b1.to(gl.float32) * older
     older += g2
-    z2 = g2 - b2 * older
+    z2 = g2 - b2.to(gl.float32) * older
     older += g3
-    z3 = g3 - b3 * older
+    z3 = g3 - b3.to(gl.float32) * older
     return _pack(z0, z1, DTYPE), _pack(z2, z3, DTYPE), later + whole, (z0 + z1) + (z2 + z3)
 
 
@@ -406,7 +413,7 @@ def _product_dq(ds_bufs, k_bufs, kd_bufs, buf, same, WG: gl.constexpr, D: gl.con
 def _consume(
     bufs, bars, tensors, place, o_out, stride_t, scale,
     WG: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, CURRENT: gl.constexpr,
-    EARLY: gl.constexpr, GROUP: gl.constexpr,
+    ORDER: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     q_bufs, do_bufs, st_bufs, words, k_bufs, v_bufs, kd_bufs, p_bufs, ds_bufs, dq_bufs, carry = bufs
     q_full, do_full, st_full, empty, left_full, later_full, next_full, next_free, ds_full, ds_free, dq_bars = bars
@@ -429,6 +436,10 @@ def _consume(
     s = 0
     mbarrier.wait(q_full.index(0), 0)
     i_m = _get(words.index(1), 4)
+    ahead = warpgroup_mma(
+        q_bufs.index(0).reshape([64, D]), k_bufs.index(WG).permute((1, 0)), zeros, use_acc=False, is_async=True
+    )
+    products = warpgroup_mma_wait(num_outstanding=0, deps=(ahead,))
     while i_m >= 0:
         stage = s % STAGES
         phase = (s // STAGES) & 1
@@ -441,26 +452,16 @@ def _consume(
         p_buf = p_bufs.index(WG + same)
         q_buf = q_bufs.index(stage).reshape([64, D])
         do_buf = do_bufs.index(stage).reshape([64, D])
-        # dq of two steps before, under which this step's products begin
-        back = (s + NB - 2) % NB
-        mbarrier.wait(ds_full.index(back), ((s + 2 * NB - 2) // NB) & 1, pred=s >= 2)
-        dq = _product_dq(ds_bufs, k_bufs, kd_bufs, back, same, WG, D)
-        products = warpgroup_mma(q_buf, k_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        if ORDER > 0:
+            back = (s + NB - 2) % NB
+            mbarrier.wait(ds_full.index(back), ((s + 2 * NB - 2) // NB) & 1, pred=s >= 2)
+            dq = _product_dq(ds_bufs, k_bufs, kd_bufs, back, same, WG, D)
+        if ORDER < 2:
+            mbarrier.wait(do_full.index(stage), phase)
+            dweights = warpgroup_mma(do_buf, v_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
         shift = 0.0
         if BIAS is not None:
             shift = gl.load(BIAS + i_tile // n_tiles_of_row % n_heads) * 1.4426950408889634
-        if EARLY:
-            mbarrier.wait(do_full.index(stage), phase)
-            dweights = warpgroup_mma(do_buf, v_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
-            dq, dk_done, dv_done = warpgroup_mma_wait(num_outstanding=2, deps=(dq, dk, dv))
-        else:
-            dq, dk_done, dv_done = warpgroup_mma_wait(num_outstanding=1, deps=(dq, dk, dv))
-        mbarrier.arrive(empty.index((s + STAGES - 1) % STAGES), count=1, pred=s >= 1)
-        mbarrier.arrive(ds_free.index(back), count=1, pred=s >= 2)
-        if s >= 2:
-            _give_dq(dq, dq_bufs, dq_bars, s - 2, WG)
-        products = warpgroup_mma_wait(num_outstanding=1 if EARLY else 0, deps=(products,))
-
         # the older half of the keys may be past where these queries stopped
         if WG == 0:
             shift = gl.where(stop > i_n * 128, float("-inf"), shift)
@@ -472,6 +473,16 @@ def _consume(
         u01 = u0 + t1 * u0
         u2 = 1.0 + t2
         w3 = _reciprocal(u01 * (u2 + t3 * u2))
+        if ORDER == 2:
+            # the gradients of the weights take the registers of dq
+            _cut(s)
+            dq, dk_done, dv_done = warpgroup_mma_wait(num_outstanding=0, deps=(dq, dk, dv))
+            mbarrier.arrive(ds_free.index(back), count=1, pred=s >= 2)
+            mbarrier.arrive(empty.index((s + STAGES - 1) % STAGES), count=1, pred=s >= 1)
+            if s >= 2:
+                _give_dq(dq, dq_bufs, dq_bars, s - 2, WG)
+            mbarrier.wait(do_full.index(stage), phase)
+            dweights = warpgroup_mma(do_buf, v_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
         r0, r1, r2, r3, newer, whole = _scan_product(w3, ROWS)
         mbarrier.wait(st_full.index(stage), phase)
         delta = st_bufs.index(stage * 4 + 2).load(ROW)[:, None] + i_q * 0.0
@@ -489,7 +500,16 @@ def _consume(
             mbarrier.arrive(left_full.index(s % 2), count=1)
         st = _regroup(r0 * newer, r1 * newer, r2 * newer, r3 * newer, t0)
         # what follows would be done ahead of the scan and take registers: a loop in the machine code is in between
-        mbarrier.wait(do_full.index(stage), phase)
+        _cut(s)
+        if ORDER == 1:
+            dq, dk_done, dv_done = warpgroup_mma_wait(num_outstanding=1, deps=(dq, dk, dv))
+            mbarrier.arrive(ds_free.index(back), count=1, pred=s >= 2)
+            if s >= 2:
+                _give_dq(dq, dq_bufs, dq_bars, s - 2, WG)
+        elif ORDER == 0:
+            dk_done, dv_done = warpgroup_mma_wait(num_outstanding=1, deps=(dk, dv))
+        if ORDER < 2:
+            mbarrier.arrive(empty.index((s + STAGES - 1) % STAGES), count=1, pred=s >= 1)
         # the two rows of a thread after each other, for the same reason
         t0a, t0b = _split_rows(t0)
         t1a, t1b = _split_rows(t1)
@@ -498,16 +518,14 @@ def _consume(
         u0a, u0b = _split_rows(u0)
         w3a, w3b = _split_rows(w3)
         sta, stb = _split_rows(st)
-        h01a, h23a, b0a, b1a, b2a, b3a = _weights(t0a, t1a, t2a, t3a, u0a, w3a, sta, DTYPE)
+        h01a, h23a, b01a, b23a = _weights(t0a, t1a, t2a, t3a, u0a, w3a, sta, DTYPE)
         _cut(s)
-        h01b, h23b, b0b, b1b, b2b, b3b = _weights(t0b, t1b, t2b, t3b, u0b, w3b, stb, DTYPE)
+        h01b, h23b, b01b, b23b = _weights(t0b, t1b, t2b, t3b, u0b, w3b, stb, DTYPE)
         _cut(s)
         h0, h1 = _halves(_join_rows(h01a, h01b, st), DTYPE)
         h2, h3 = _halves(_join_rows(h23a, h23b, st), DTYPE)
         p_buf.store(_columns(h0, h1, h2, h3))
         fence_async_shared()
-        if not EARLY:
-            dweights = warpgroup_mma(do_buf, v_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
         dv = warpgroup_mma(p_buf.permute((1, 0)), do_buf, dv_done, is_async=True)
         dweights = warpgroup_mma_wait(num_outstanding=1, deps=(dweights,))
         # the weights rounded as in forward, so that the sum of g is do . o, not that and the rounding errors of all
@@ -530,11 +548,11 @@ def _consume(
         drem_a, drem_b = _split_vector(drem, sta)
         later_a, later_b = _split_vector(later, sta)
         z01a, z23a, later_a, sum_a = _gradients(
-            h0a, h1a, h2a, h3a, d0a, d1a, d2a, d3a, b0a, b1a, b2a, b3a, sta, delta_a, drem_a, later_a, DTYPE
+            h0a, h1a, h2a, h3a, d0a, d1a, d2a, d3a, b01a, b23a, sta, delta_a, drem_a, later_a, DTYPE
         )
         _cut(s)
         z01b, z23b, later_b, sum_b = _gradients(
-            h0b, h1b, h2b, h3b, d0b, d1b, d2b, d3b, b0b, b1b, b2b, b3b, stb, delta_b, drem_b, later_b, DTYPE
+            h0b, h1b, h2b, h3b, d0b, d1b, d2b, d3b, b01b, b23b, stb, delta_b, drem_b, later_b, DTYPE
         )
         later = _join_vector(later_a, later_b, left)
         if BIAS is not None:
@@ -554,14 +572,24 @@ def _consume(
         ds_bufs.index(buf * 2 + WG).store(_columns(z0, z1, z2, z3))
         fence_async_shared()
         mbarrier.arrive(ds_full.index(buf), count=1)
-        dk = warpgroup_mma(ds_bufs.index(buf * 2 + WG).permute((1, 0)), q_buf, dk_done, is_async=True)
         s += 1
+        if ORDER == 0:
+            back = (s + NB - 2) % NB
+            mbarrier.wait(ds_full.index(back), ((s + 2 * NB - 2) // NB) & 1, pred=s >= 2)
+            dq = _product_dq(ds_bufs, k_bufs, kd_bufs, back, same, WG, D)
+        # the next step's products; after the last step those of no queries
         mbarrier.wait(q_full.index(s % STAGES), (s // STAGES) & 1)
-        if D == 64:
-            # ptxas serialises products of this size that are in flight from one turn of the loop to the next
-            dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
-            dk = warpgroup_mma_init(dk)
-            dv = warpgroup_mma_init(dv)
+        ahead = warpgroup_mma(
+            q_bufs.index(s % STAGES).reshape([64, D]), k_buf.permute((1, 0)), zeros, use_acc=False, is_async=True
+        )
+        dk = warpgroup_mma(ds_bufs.index(buf * 2 + WG).permute((1, 0)), q_buf, dk_done, is_async=True)
+        if ORDER > 0:
+            products = warpgroup_mma_wait(num_outstanding=1, deps=(ahead,))
+        else:
+            dq, products = warpgroup_mma_wait(num_outstanding=1, deps=(dq, ahead))
+            mbarrier.arrive(ds_free.index(back), count=1, pred=s >= 2)
+            if s >= 2:
+                _give_dq(dq, dq_bufs, dq_bars, s - 2, WG)
         i_m = _get(words.index(s % WORDS * 3 + 1), 4)
         if BIAS is not None:
             # the next head, or the end
@@ -573,8 +601,10 @@ def _consume(
 
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
     mbarrier.arrive(empty.index((s + STAGES - 1) % STAGES), count=1, pred=s >= 1)
-    # of the last two steps, where there were as many
-    for _ in gl.static_range(2):
+    # of the last steps, where there were as many
+    if ORDER == 0:
+        s += 1
+    for _ in gl.static_range(1 if ORDER == 0 else 2):
         back = (s + NB - 2) % NB
         if s >= 2:
             mbarrier.wait(ds_full.index(back), ((s + 2 * NB - 2) // NB) & 1)
@@ -613,7 +643,7 @@ def backward_kernel(
     CU_SEQLENS, BLOCKS, TILES, stride_kb, stride_kt, stride_vb, stride_vt,
     n_batch, n_heads, n_queries, n_keys, n_blocks, n_tiles_of_row, n_sequences, scale,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, CURRENT: gl.constexpr,
-    VARLEN: gl.constexpr, SKIP: gl.constexpr, EARLY: gl.constexpr,
+    VARLEN: gl.constexpr, SKIP: gl.constexpr, ORDER: gl.constexpr,
 ):  # fmt: skip
     """128 keys of one key-value head a program, the newest first.
 
@@ -721,8 +751,8 @@ def backward_kernel(
         place = (i_n, i_program, n_programs, n_past, n_k, n_tiles_of_row, n_heads)
         p_place = (i_b, i_g, i_n, start, base, n_q, n_past)
         gl.warp_specialize([
-            (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 0, D, STAGES, NB, CURRENT, EARLY, GROUP)),
-            (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 1, D, STAGES, NB, CURRENT, EARLY, GROUP)),
+            (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 0, D, STAGES, NB, CURRENT, ORDER, GROUP)),
+            (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 1, D, STAGES, NB, CURRENT, ORDER, GROUP)),
             (_produce, ((q_bufs, do_bufs, words), (q_full, do_full, empty), (q_desc, do_desc), STOP, p_place,
                         (n_heads, n_tiles_of_row), GROUP, D, STAGES, SKIP)),
             (_fetch, (words, st_bufs, (q_full, st_full), (STATE, STATE_COUNT), i_n, n_past, STAGES)),
@@ -776,11 +806,12 @@ def finish_kernel(
     tl.store(DQ + (row * n_heads + i_bh % n_heads) * D + c, (x * scale).to(DQ.dtype.element_ty), mask=m_row)
 
 
-# by head size: stages of queries and their gradients, buffers of the logits' gradients, and whether the product for
-# those begins with that of queries and keys (it takes registers)
+# by head size: stages of queries and their gradients, buffers of the logits' gradients, and when dq is made: at the end
+# of a step (0), under the next one's scan together with the gradients of the weights (1: at D = 128 too few registers
+# are left, and ptxas serialises the products, C7512), or before those (2)
 CONFIGS: dict[int, dict[str, Any]] = {
-    128: {"STAGES": 2, "NB": 2, "EARLY": False},
-    64: {"STAGES": 3, "NB": 4, "EARLY": True},
+    128: {"STAGES": 2, "NB": 2, "ORDER": 2},
+    64: {"STAGES": 3, "NB": 4, "ORDER": 1},
 }
 
 

@@ -136,6 +136,14 @@ def test_odd_lengths(t: int, options: dict[str, Any], dim: int) -> None:
     check(*draw(t, t, dim=dim, batch=1 if "bounds" in options else 2), **options)
 
 
+def test_dq_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = stick_breaking_hopper_backward.CONFIGS[64]
+    for order in range(3):
+        monkeypatch.setitem(config, "ORDER", order)
+        for t in (64, 130, 330):
+            check(*draw(t, t), bias=-1.0)
+
+
 def test_queries_after_a_longer_prefix() -> None:
     check(*draw(100, 228, heads=4, groups=2))
 
