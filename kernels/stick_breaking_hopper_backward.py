@@ -58,6 +58,8 @@ from sbeval.kernels.stick_breaking_triton import _locate
 LOG2_E = math.log2(math.e)
 RESOLUTION = gl.constexpr(2.0**-24)
 TILE = gl.constexpr(64)
+# beta, at most 1, in float16: what is over 2e-9 keeps 11 bits
+BETA_SCALE = gl.constexpr(2.0**15)
 # steps whose query tile is remembered
 WORDS = gl.constexpr(8)
 
@@ -78,6 +80,21 @@ def _pack(older, newer, DTYPE: gl.constexpr):
 @gluon.jit
 def _halves(x, DTYPE: gl.constexpr):
     return x.to(gl.int16).to(DTYPE, bitcast=True), (x >> 16).to(gl.int16).to(DTYPE, bitcast=True)
+
+
+@gluon.jit
+def _slot(s, N: gl.constexpr):
+    """s % N; from a remainder the compiler makes addresses that it carries from step to step, in registers."""
+    if N & (N - 1):
+        return s % N
+    else:
+        return s & (N - 1)
+
+
+@gluon.jit
+def _phase(s, N: gl.constexpr):
+    """Parity of how often the slot has been used before."""
+    return (s // N) & 1
 
 
 @gluon.jit
@@ -194,7 +211,7 @@ def _join_rows(a, b, like):
 
 @gluon.jit
 def _weights(t0, t1, t2, t3, u0, w3, st, DTYPE: gl.constexpr):
-    """Weights and beta, rounded, two in a word: beta is kept for long, and registers are few.
+    """Weights, rounded, and 2^15 beta in float16 (beta is kept for long, and registers are few), two in a word.
 
     p_k = u_0 .. u_k, q_k = t_k p_(k-1); weight q_k s, beta_k = q_k / p_k.
     """
@@ -202,10 +219,11 @@ def _weights(t0, t1, t2, t3, u0, w3, st, DTYPE: gl.constexpr):
     p1 = u0 + q1
     q2 = t2 * p1
     q3 = t3 * (p1 + q2)
+    w3 *= BETA_SCALE
     w2 = w3 + t3 * w3
     w1 = w2 + t2 * w2
     older, newer = _pack(t0 * st, q1 * st, DTYPE), _pack(q2 * st, q3 * st, DTYPE)
-    return older, newer, _pack(t0 * (w1 + t1 * w1), q1 * w1, DTYPE), _pack(q2 * w2, q3 * w3, DTYPE)
+    return older, newer, _pack(t0 * (w1 + t1 * w1), q1 * w1, gl.float16), _pack(q2 * w2, q3 * w3, gl.float16)
 
 
 @gluon.jit
@@ -227,8 +245,8 @@ def _join_vector(a, b, like):
 def _gradients(h0, h1, h2, h3, d0, d1, d2, d3, b01, b23, st, delta, drem, later, DTYPE: gl.constexpr):
     """Gradients of the logits, rounded, two in a word; the sum of g with these keys. delta has drem in it."""
     LAYOUT: gl.constexpr = gl.SliceLayout(2, st.type.layout)
-    b0, b1 = _halves(b01, DTYPE)
-    b2, b3 = _halves(b23, DTYPE)
+    b0, b1 = _halves(b01, gl.float16)
+    b2, b3 = _halves(b23, gl.float16)
     e0 = h0.to(gl.float32) * d0
     g1 = h1.to(gl.float32) * d1
     g2 = h2.to(gl.float32) * d2
@@ -236,13 +254,15 @@ def _gradients(h0, h1, h2, h3, d0, d1, d2, d3, b01, b23, st, delta, drem, later,
     x0, x1, x2, x3, newer, whole = _scan_sum((e0 + g1) + (g2 + g3), LAYOUT)
     newer = gl.convert_layout(newer + later, x0.type.layout, assert_trivial=True)
     since = _regroup(x0 + newer, x1 + newer, x2 + newer, x3 + newer, st)
-    older = gl.where(st > RESOLUTION, delta[:, :, None] - since, drem[:, :, None]) + e0
+    # beta has a factor, and this its inverse
+    older = gl.where(st > RESOLUTION, delta[:, :, None] - since, drem[:, :, None]) * (1.0 / BETA_SCALE)
+    older += e0 * (1.0 / BETA_SCALE)
     z0 = e0 - b0.to(gl.float32) * older
-    older += g1
+    older += g1 * (1.0 / BETA_SCALE)
     z1 = g1 - b1.to(gl.float32) * older
-    older += g2
+    older += g2 * (1.0 / BETA_SCALE)
     z2 = g2 - b2.to(gl.float32) * older
-    older += g3
+    older += g3 * (1.0 / BETA_SCALE)
     z3 = g3 - b3.to(gl.float32) * older
     return _pack(z0, z1, DTYPE), _pack(z2, z3, DTYPE), later + whole, (z0 + z1) + (z2 + z3)
 
@@ -261,12 +281,13 @@ def _next_tile(p_stop, i_m, n_tiles, last_key):
 
 
 @gluon.jit
-def _announce(words, empty, s, i_tile, i_m, stop, STAGES: gl.constexpr):
+def _announce(words, said, empty, s, i_tile, i_m, stop, STAGES: gl.constexpr):
     """Wait until a stage is free, and say which query tile comes (none: i_m = -1)."""
-    mbarrier.wait(empty.index(s % STAGES), ((s // STAGES) & 1) ^ 1)
-    _put(words.index(s % WORDS * 3), i_tile, 1)
-    _put(words.index(s % WORDS * 3 + 1), i_m, 1)
-    _put(words.index(s % WORDS * 3 + 2), stop, 1)
+    mbarrier.wait(empty.index(_slot(s, STAGES)), _phase(s, STAGES) ^ 1)
+    _put(words.index((s & (WORDS - 1)) * 3), i_tile, 1)
+    _put(words.index((s & (WORDS - 1)) * 3 + 1), i_m, 1)
+    _put(words.index((s & (WORDS - 1)) * 3 + 2), stop, 1)
+    mbarrier.arrive(said.index(_slot(s, STAGES)), count=1)
 
 
 @gluon.jit
@@ -276,7 +297,7 @@ def _produce(
 ):  # fmt: skip
     """A warp that brings queries and their gradients."""
     q_bufs, do_bufs, words = bufs
-    q_full, do_full, empty = bars
+    q_full, do_full, empty, said = bars
     q_desc, do_desc = descs
     i_b, i_g, i_n, start, base, n_q, n_past = place
     n_heads, n_tiles_of_row = sizes
@@ -289,11 +310,11 @@ def _produce(
         if SKIP:
             i_m = _next_tile(STOP + i_row, i_m, n_tiles, 128 * i_n + 127)
         while i_m < n_tiles:
-            stage = s % STAGES
+            stage = _slot(s, STAGES)
             stop = 0
             if SKIP:
                 stop = gl.load(STOP + i_row + i_m)
-            _announce(words, empty, s, i_row + i_m, i_m, stop, STAGES)
+            _announce(words, said, empty, s, i_row + i_m, i_m, stop, STAGES)
             row = start + i_m * TILE
             mbarrier.expect(q_full.index(stage), TILE * D * 2)
             tma.async_copy_global_to_shared(q_desc, [i_b, row, i_h, 0], q_full.index(stage), q_bufs.index(stage))
@@ -303,23 +324,23 @@ def _produce(
             i_m += 1
             if SKIP:
                 i_m = _next_tile(STOP + i_row, i_m, n_tiles, 128 * i_n + 127)
-    _announce(words, empty, s, 0, -1, 0, STAGES)
-    mbarrier.arrive(q_full.index(s % STAGES), count=1)
+    _announce(words, said, empty, s, 0, -1, 0, STAGES)
+    mbarrier.arrive(q_full.index(_slot(s, STAGES)), count=1)
 
 
 @gluon.jit
 def _fetch(words, st_bufs, bars, tensors, i_n, n_past, STAGES: gl.constexpr):
     """A warp that waits for what the program of the next newer keys leaves, and fetches it."""
-    q_full, st_full = bars
+    said, st_full = bars
     STATE, STATE_COUNT = tensors
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     o_m = gl.arange(0, TILE, layout=LAYOUT)
     s = 0
-    mbarrier.wait(q_full.index(0), 0)
+    mbarrier.wait(said.index(0), 0)
     i_m = _get(words.index(1), 1)
     while i_m >= 0:
-        stage = s % STAGES
-        i_tile = _get(words.index(s % WORDS * 3), 1)
+        stage = _slot(s, STAGES)
+        i_tile = _get(words.index((s & (WORDS - 1)) * 3), 1)
         newer = (i_m + n_past) // 2 - i_n
         p_state = STATE + i_tile.to(gl.int64) * (4 * TILE) + _wait_for(STATE_COUNT + i_tile, newer)
         left = gl.load(p_state + o_m)
@@ -332,8 +353,8 @@ def _fetch(words, st_bufs, bars, tensors, i_n, n_past, STAGES: gl.constexpr):
         st_bufs.index(stage * 4 + 3).store(drem)
         mbarrier.arrive(st_full.index(stage), count=1)
         s += 1
-        mbarrier.wait(q_full.index(s % STAGES), (s // STAGES) & 1)
-        i_m = _get(words.index(s % WORDS * 3 + 1), 1)
+        mbarrier.wait(said.index(_slot(s, STAGES)), _phase(s, STAGES))
+        i_m = _get(words.index((s & (WORDS - 1)) * 3 + 1), 1)
 
 
 @gluon.jit
@@ -347,49 +368,55 @@ def _hand_on(words, carry, bars, tensors):
     mbarrier.wait(next_full.index(0), 0)
     i_m = _get(words.index(1), 1)
     while i_m >= 0:
-        i_tile = _get(words.index(s % WORDS * 3), 1)
+        i_tile = _get(words.index((s & (WORDS - 1)) * 3), 1)
         # four threads had the same
-        left = gl.max(carry.index(4 + s % 2 * 2).load(LAYOUT), 1)
-        later = gl.max(carry.index(5 + s % 2 * 2).load(LAYOUT), 1)
-        mbarrier.arrive(next_free.index(s % 2), count=1)
+        left = gl.max(carry.index(4 + (s & 1) * 2).load(LAYOUT), 1)
+        later = gl.max(carry.index(5 + (s & 1) * 2).load(LAYOUT), 1)
+        mbarrier.arrive(next_free.index(s & 1), count=1)
         p_state = STATE + i_tile.to(gl.int64) * (4 * TILE)
         gl.store(p_state + o_m, left)
         gl.store(p_state + (TILE + o_m), later)
         _publish(STATE_COUNT + i_tile)
         s += 1
-        mbarrier.wait(next_full.index(s % 2), (s // 2) & 1)
-        i_m = _get(words.index(s % WORDS * 3 + 1), 1)
+        mbarrier.wait(next_full.index(s & 1), _phase(s, 2))
+        i_m = _get(words.index((s & (WORDS - 1)) * 3 + 1), 1)
 
 
 @gluon.jit
 def _add_dq(words, dq_bufs, bars, dq_desc, DQ_COUNT, i_n, n_past, D: gl.constexpr):
     """A warp that adds to dq, after the programs of newer keys."""
     dq_full, dq_free = bars
+    NDQ: gl.constexpr = dq_bufs.shape[0] // 2
     s = 0
     mbarrier.wait(dq_full.index(0), 0)
     i_m = _get(words.index(1), 1)
     while i_m >= 0:
-        i_tile = _get(words.index(s % WORDS * 3), 1)
+        i_tile = _get(words.index((s & (WORDS - 1)) * 3), 1)
         _wait_for(DQ_COUNT + i_tile, (i_m + n_past) // 2 - i_n)
         for half in gl.static_range(2):
-            _add_to_global(dq_desc, [i_tile * TILE, half * (D // 2)], dq_bufs.index(half))
+            _add_to_global(dq_desc, [(i_tile * 2 + half) * D, 0], dq_bufs.index(_slot(s, NDQ) * 2 + half))
         tma.store_wait(0)
-        mbarrier.arrive(dq_free.index(0), count=1)
+        mbarrier.arrive(dq_free.index(_slot(s, NDQ)), count=1)
         _wait_for_additions(s)
         _publish(DQ_COUNT + i_tile)
         s += 1
-        mbarrier.wait(dq_full.index(0), s & 1)
-        i_m = _get(words.index(s % WORDS * 3 + 1), 1)
+        mbarrier.wait(dq_full.index(_slot(s, NDQ)), _phase(s, NDQ))
+        i_m = _get(words.index((s & (WORDS - 1)) * 3 + 1), 1)
 
 
 @gluon.jit
 def _give_dq(dq, dq_bufs, bars, t, WG: gl.constexpr):
     """Half of the columns of step t to the warp that adds them."""
     dq_full, dq_free = bars
-    mbarrier.wait(dq_free.index(0), (t & 1) ^ 1)
-    dq_bufs.index(WG).store(dq)
+    D: gl.constexpr = 2 * dq.shape[1]
+    # as threads hold it: four numbers in a row, of two rows and two columns, and threads next to each other
+    dq = dq.reshape([4, 2, 8, D // 16, 4, 2]).permute(3, 0, 2, 4, 1, 5).reshape([D, 32])
+    NDQ: gl.constexpr = dq_bufs.shape[0] // 2
+    buf = _slot(t, NDQ)
+    mbarrier.wait(dq_free.index(buf), _phase(t, NDQ) ^ 1)
+    dq_bufs.index(buf * 2 + WG).store(dq)
     fence_async_shared()
-    mbarrier.arrive(dq_full.index(0), count=1)
+    mbarrier.arrive(dq_full.index(buf), count=1)
 
 
 @gluon.jit
@@ -420,6 +447,7 @@ def _consume(
     BIAS, DBIAS, DK, DV = tensors
     i_n, i_program, n_programs, n_past, n_k, n_tiles_of_row, n_heads = place
     DTYPE: gl.constexpr = q_bufs.dtype
+    NDQ: gl.constexpr = dq_bufs.shape[0] // 2
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     zeros = gl.zeros([64, 64], gl.float32, S_LAYOUT)
@@ -427,9 +455,6 @@ def _consume(
     ROWS: gl.constexpr = gl.SliceLayout(2, dummy.type.layout)
     ROW: gl.constexpr = gl.SliceLayout(1, ROWS)
     i_q = gl.arange(0, 4, layout=gl.SliceLayout(0, ROWS))[None, :]
-    o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT))
-    o_c = gl.arange(0, 64, layout=gl.SliceLayout(0, S_LAYOUT))
-    o_n = o_c % 8 // 2 * 16 + o_c // 8 * 2 + o_c % 2 + i_n * 128 + WG * 64
     dbias = _split_rows(dummy)[0]
     dk = warpgroup_mma_init(gl.zeros([64, D], gl.float32, O_LAYOUT))
     dv = warpgroup_mma_init(gl.zeros([64, D], gl.float32, O_LAYOUT))
@@ -441,22 +466,22 @@ def _consume(
     )
     products = warpgroup_mma_wait(num_outstanding=0, deps=(ahead,))
     while i_m >= 0:
-        stage = s % STAGES
-        phase = (s // STAGES) & 1
+        stage = _slot(s, STAGES)
+        phase = _phase(s, STAGES)
         # 0, which the compiler does not know: or it keeps all addresses of shared memory in registers
         same = s >> 30
-        i_tile = _get(words.index(s % WORDS * 3), 4)
-        stop = _get(words.index(s % WORDS * 3 + 2), 4)
+        i_tile = _get(words.index((s & (WORDS - 1)) * 3), 4)
+        stop = _get(words.index((s & (WORDS - 1)) * 3 + 2), 4)
         k_buf = k_bufs.index(WG + same)
         v_buf = v_bufs.index(WG + same)
         p_buf = p_bufs.index(WG + same)
         q_buf = q_bufs.index(stage).reshape([64, D])
         do_buf = do_bufs.index(stage).reshape([64, D])
-        if ORDER > 0:
-            back = (s + NB - 2) % NB
-            mbarrier.wait(ds_full.index(back), ((s + 2 * NB - 2) // NB) & 1, pred=s >= 2)
+        if ORDER == 1 or ORDER == 2:
+            back = _slot(s + NB - 2, NB)
+            mbarrier.wait(ds_full.index(back), _phase(s + NB - 2, NB) ^ 1, pred=s >= 2)
             dq = _product_dq(ds_bufs, k_bufs, kd_bufs, back, same, WG, D)
-        if ORDER < 2:
+        if ORDER != 2:
             mbarrier.wait(do_full.index(stage), phase)
             dweights = warpgroup_mma(do_buf, v_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
         shift = 0.0
@@ -467,6 +492,9 @@ def _consume(
             shift = gl.where(stop > i_n * 128, float("-inf"), shift)
         b_logit = gl.minimum(products * scale + shift, 30.0)
         if i_m + n_past <= i_n * 2 + WG:
+            o_m = gl.arange(0, 64, layout=gl.SliceLayout(1, S_LAYOUT)) + same
+            o_c = gl.arange(0, 64, layout=gl.SliceLayout(0, S_LAYOUT)) + same
+            o_n = o_c % 8 // 2 * 16 + o_c // 8 * 2 + o_c % 2 + i_n * 128 + WG * 64
             b_logit = gl.where(o_n[None, :] < (o_m + (i_m + n_past) * 64)[:, None] + CURRENT, b_logit, float("-inf"))
         t0, t1, t2, t3 = _quads(_exp2(b_logit))
         u0 = 1.0 + t0
@@ -478,26 +506,27 @@ def _consume(
             _cut(s)
             dq, dk_done, dv_done = warpgroup_mma_wait(num_outstanding=0, deps=(dq, dk, dv))
             mbarrier.arrive(ds_free.index(back), count=1, pred=s >= 2)
-            mbarrier.arrive(empty.index((s + STAGES - 1) % STAGES), count=1, pred=s >= 1)
+            mbarrier.arrive(empty.index(_slot(s + STAGES - 1, STAGES)), count=1, pred=s >= 1)
             if s >= 2:
                 _give_dq(dq, dq_bufs, dq_bars, s - 2, WG)
             mbarrier.wait(do_full.index(stage), phase)
             dweights = warpgroup_mma(do_buf, v_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
         r0, r1, r2, r3, newer, whole = _scan_product(w3, ROWS)
         mbarrier.wait(st_full.index(stage), phase)
-        delta = st_bufs.index(stage * 4 + 2).load(ROW)[:, None] + i_q * 0.0
-        drem = st_bufs.index(stage * 4 + 3).load(ROW)[:, None] + i_q * 0.0
         if WG == 0:
-            mbarrier.wait(left_full.index(s % 2), (s // 2) & 1)
-            left = carry.index(s % 2 * 2).load(ROWS)
+            mbarrier.wait(left_full.index(s & 1), _phase(s, 2))
+            left = carry.index((s & 1) * 2).load(ROWS)
         else:
             left = st_bufs.index(stage * 4).load(ROW)[:, None] + i_q * 0.0
         newer = gl.convert_layout(newer * left, r0.type.layout, assert_trivial=True)
         left = left * whole
         # hand on as soon as it is known
         if WG == 1:
-            carry.index(s % 2 * 2).store(left)
-            mbarrier.arrive(left_full.index(s % 2), count=1)
+            carry.index((s & 1) * 2).store(left)
+            mbarrier.arrive(left_full.index(s & 1), count=1)
+        else:
+            mbarrier.wait(next_free.index(s & 1), _phase(s, 2) ^ 1)
+            carry.index(4 + (s & 1) * 2).store(left)
         st = _regroup(r0 * newer, r1 * newer, r2 * newer, r3 * newer, t0)
         # what follows would be done ahead of the scan and take registers: a loop in the machine code is in between
         _cut(s)
@@ -508,8 +537,12 @@ def _consume(
                 _give_dq(dq, dq_bufs, dq_bars, s - 2, WG)
         elif ORDER == 0:
             dk_done, dv_done = warpgroup_mma_wait(num_outstanding=1, deps=(dk, dv))
+        else:
+            if ORDER == 3:
+                dk_done = dk
+                dv_done = dv
         if ORDER < 2:
-            mbarrier.arrive(empty.index((s + STAGES - 1) % STAGES), count=1, pred=s >= 1)
+            mbarrier.arrive(empty.index(_slot(s + STAGES - 1, STAGES)), count=1, pred=s >= 1)
         # the two rows of a thread after each other, for the same reason
         t0a, t0b = _split_rows(t0)
         t1a, t1b = _split_rows(t1)
@@ -540,10 +573,12 @@ def _consume(
         d2a, d2b = _split_rows(d2)
         d3a, d3b = _split_rows(d3)
         if WG == 0:
-            mbarrier.wait(later_full.index(s % 2), (s // 2) & 1)
-            later = carry.index(s % 2 * 2 + 1).load(ROWS)
+            mbarrier.wait(later_full.index(s & 1), _phase(s, 2))
+            later = carry.index((s & 1) * 2 + 1).load(ROWS)
         else:
             later = st_bufs.index(stage * 4 + 1).load(ROW)[:, None] + i_q * 0.0
+        delta = st_bufs.index(stage * 4 + 2).load(ROW)[:, None] + i_q * 0.0
+        drem = st_bufs.index(stage * 4 + 3).load(ROW)[:, None] + i_q * 0.0
         delta_a, delta_b = _split_vector(delta, sta)
         drem_a, drem_b = _split_vector(drem, sta)
         later_a, later_b = _split_vector(later, sta)
@@ -558,67 +593,71 @@ def _consume(
         if BIAS is not None:
             dbias += sum_a + sum_b
         if WG == 1:
-            carry.index(s % 2 * 2 + 1).store(later)
-            mbarrier.arrive(later_full.index(s % 2), count=1)
+            carry.index((s & 1) * 2 + 1).store(later)
+            mbarrier.arrive(later_full.index(s & 1), count=1)
         else:
-            mbarrier.wait(next_free.index(s % 2), ((s // 2) & 1) ^ 1)
-            carry.index(4 + s % 2 * 2).store(left)
-            carry.index(5 + s % 2 * 2).store(later)
-            mbarrier.arrive(next_full.index(s % 2), count=1)
+            carry.index(5 + (s & 1) * 2).store(later)
+            mbarrier.arrive(next_full.index(s & 1), count=1)
         z0, z1 = _halves(_join_rows(z01a, z01b, st), DTYPE)
         z2, z3 = _halves(_join_rows(z23a, z23b, st), DTYPE)
-        buf = s % NB
-        mbarrier.wait(ds_free.index(buf), ((s // NB) & 1) ^ 1)
+        buf = _slot(s, NB)
+        mbarrier.wait(ds_free.index(buf), _phase(s, NB) ^ 1)
         ds_bufs.index(buf * 2 + WG).store(_columns(z0, z1, z2, z3))
         fence_async_shared()
         mbarrier.arrive(ds_full.index(buf), count=1)
         s += 1
-        if ORDER == 0:
-            back = (s + NB - 2) % NB
-            mbarrier.wait(ds_full.index(back), ((s + 2 * NB - 2) // NB) & 1, pred=s >= 2)
+        if ORDER == 0 or ORDER == 3:
+            back = _slot(s + NB - 2, NB)
+            mbarrier.wait(ds_full.index(back), _phase(s + NB - 2, NB) ^ 1, pred=s >= 2)
             dq = _product_dq(ds_bufs, k_bufs, kd_bufs, back, same, WG, D)
         # the next step's products; after the last step those of no queries
-        mbarrier.wait(q_full.index(s % STAGES), (s // STAGES) & 1)
+        mbarrier.wait(q_full.index(_slot(s, STAGES)), _phase(s, STAGES))
+        i_m = _get(words.index((s & (WORDS - 1)) * 3 + 1), 4)
         ahead = warpgroup_mma(
-            q_bufs.index(s % STAGES).reshape([64, D]), k_buf.permute((1, 0)), zeros, use_acc=False, is_async=True
+            q_bufs.index(_slot(s, STAGES)).reshape([64, D]), k_buf.permute((1, 0)), zeros, use_acc=False, is_async=True
         )
         dk = warpgroup_mma(ds_bufs.index(buf * 2 + WG).permute((1, 0)), q_buf, dk_done, is_async=True)
-        if ORDER > 0:
+        if ORDER == 1 or ORDER == 2:
             products = warpgroup_mma_wait(num_outstanding=1, deps=(ahead,))
         else:
             dq, products = warpgroup_mma_wait(num_outstanding=1, deps=(dq, ahead))
             mbarrier.arrive(ds_free.index(back), count=1, pred=s >= 2)
             if s >= 2:
                 _give_dq(dq, dq_bufs, dq_bars, s - 2, WG)
-        i_m = _get(words.index(s % WORDS * 3 + 1), 4)
+            if ORDER == 3:
+                dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
+                mbarrier.arrive(empty.index(stage), count=1)
+                dk = warpgroup_mma_init(dk)
+                dv = warpgroup_mma_init(dv)
         if BIAS is not None:
             # the next head, or the end
             i_bh = i_tile // n_tiles_of_row
-            if (i_m < 0) | (_get(words.index(s % WORDS * 3), 4) // n_tiles_of_row != i_bh):
+            if (i_m < 0) | (_get(words.index((s & (WORDS - 1)) * 3), 4) // n_tiles_of_row != i_bh):
                 total = gl.sum(gl.sum(gl.sum(dbias, 2), 1), 0)
                 gl.store(DBIAS + (i_bh * n_programs + i_program) * 2 + WG, total)
                 dbias = dbias * 0.0
 
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
-    mbarrier.arrive(empty.index((s + STAGES - 1) % STAGES), count=1, pred=s >= 1)
+    mbarrier.arrive(empty.index(_slot(s + STAGES - 1, STAGES)), count=1, pred=(s >= 1) & (ORDER != 3))
     # of the last steps, where there were as many
-    if ORDER == 0:
+    if ORDER == 0 or ORDER == 3:
         s += 1
-    for _ in gl.static_range(1 if ORDER == 0 else 2):
-        back = (s + NB - 2) % NB
+    for _ in gl.static_range(1 if ORDER == 0 or ORDER == 3 else 2):
+        back = _slot(s + NB - 2, NB)
         if s >= 2:
-            mbarrier.wait(ds_full.index(back), ((s + 2 * NB - 2) // NB) & 1)
+            mbarrier.wait(ds_full.index(back), _phase(s + NB - 2, NB) ^ 1)
             dq = _product_dq(ds_bufs, k_bufs, kd_bufs, back, s >> 30, WG, D)
             dq = warpgroup_mma_wait(num_outstanding=0, deps=(dq,))
             _give_dq(dq, dq_bufs, dq_bars, s - 2, WG)
         s += 1
-    # word that there are no more; s is two too many
+    # word that there are no more
+    s -= 2
     if WG == 0:
-        mbarrier.wait(next_free.index(s % 2), (((s - 2) // 2) & 1) ^ 1)
-        mbarrier.arrive(next_full.index(s % 2), count=1)
+        mbarrier.wait(next_free.index(s & 1), _phase(s, 2) ^ 1)
+        mbarrier.arrive(next_full.index(s & 1), count=1)
     dq_full, dq_free = dq_bars
-    mbarrier.wait(dq_free.index(0), (s & 1) ^ 1)
-    mbarrier.arrive(dq_full.index(0), count=1)
+    mbarrier.wait(dq_free.index(_slot(s, NDQ)), _phase(s, NDQ) ^ 1)
+    mbarrier.arrive(dq_full.index(_slot(s, NDQ)), count=1)
 
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
     o_key = gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
@@ -642,22 +681,28 @@ def backward_kernel(
     q_desc, do_desc, dq_desc, K, V, BIAS, DBIAS, DK, DV, STATE, STATE_COUNT, DQ_COUNT, TICKET, STOP,
     CU_SEQLENS, BLOCKS, TILES, stride_kb, stride_kt, stride_vb, stride_vt,
     n_batch, n_heads, n_queries, n_keys, n_blocks, n_tiles_of_row, n_sequences, scale,
-    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, CURRENT: gl.constexpr,
-    VARLEN: gl.constexpr, SKIP: gl.constexpr, ORDER: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, NDQ: gl.constexpr, CURRENT: gl.constexpr,
+    VARLEN: gl.constexpr, SKIP: gl.constexpr, ORDER: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """128 keys of one key-value head a program, the newest first.
 
     K, V: heads next to each other; DK, DV: (B, S, G, D) contiguous; STATE: (B H tiles, 4, 64) float32, see
-    prepare_kernel; dq_desc: of (B H tiles of 64, D) float32, zeros; STATE_COUNT, DQ_COUNT: (B H tiles)
+    prepare_kernel; dq_desc: of (B H tiles, 2, D, 32) float32, zeros; STATE_COUNT, DQ_COUNT: (B H tiles)
     int32, zeros; TICKET: 0; STOP: as in forward; DBIAS: (B H, programs of a head, 2) float32, zeros. BLOCKS counts key
     tiles of 128 of packed sequences cumulatively, TILES query tiles of 64.
     """
     ticket = gl.atomic_add(TICKET, 1)
     n_bg = n_batch * (n_heads // GROUP)
-    i_bg = ticket % n_bg
+    if TOGETHER == 0:
+        i_bg = ticket % n_bg
+        i_n = ticket // n_bg
+    else:
+        first = ticket // (TOGETHER * n_blocks) * TOGETHER
+        members = gl.minimum(TOGETHER, n_bg - first)
+        i_bg = first + (ticket - first * n_blocks) % members
+        i_n = (ticket - first * n_blocks) // members
     i_b = i_bg // (n_heads // GROUP)
     i_g = i_bg % (n_heads // GROUP)
-    i_n = ticket // n_bg
     start = i_n * 0
     base = start
     n_q = n_queries
@@ -687,10 +732,11 @@ def backward_kernel(
         p_bufs = gl.allocate_shared_memory(DTYPE, [2, 64, 64], FULL)
         ds_bufs = gl.allocate_shared_memory(DTYPE, [NB * 2, 64, 64], FULL)
         st_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * 4, 64], FLAT)
-        dq_bufs = gl.allocate_shared_memory(gl.float32, [2, 64, D // 2], dq_desc.layout)
+        dq_bufs = gl.allocate_shared_memory(gl.float32, [NDQ * 2, D, 32], dq_desc.layout)
         # from the newer warpgroup to the older, and from that to the next program: the stick left and the sum of g
         carry = gl.allocate_shared_memory(gl.float32, [8, 64, 4], FLAT2)
         words = gl.allocate_shared_memory(gl.int32, [WORDS * 3, 1], FLAT)
+        said = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         st_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -699,8 +745,8 @@ def backward_kernel(
         later_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         next_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         next_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        dq_full = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-        dq_free = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+        dq_full = gl.allocate_shared_memory(gl.int64, [NDQ, 1], mbarrier.MBarrierLayout())
+        dq_free = gl.allocate_shared_memory(gl.int64, [NDQ, 1], mbarrier.MBarrierLayout())
         ds_full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
         ds_free = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(2):
@@ -708,12 +754,14 @@ def backward_kernel(
             mbarrier.init(later_full.index(i), count=1)
             mbarrier.init(next_full.index(i), count=1)
             mbarrier.init(next_free.index(i), count=1)
-        mbarrier.init(dq_full.index(0), count=2)
-        mbarrier.init(dq_free.index(0), count=1)
+        for i in gl.static_range(NDQ):
+            mbarrier.init(dq_full.index(i), count=2)
+            mbarrier.init(dq_free.index(i), count=1)
         for i in gl.static_range(NB):
             mbarrier.init(ds_full.index(i), count=2)
             mbarrier.init(ds_free.index(i), count=2)
         for i in gl.static_range(STAGES):
+            mbarrier.init(said.index(i), count=1)
             mbarrier.init(q_full.index(i), count=1)
             mbarrier.init(do_full.index(i), count=1)
             mbarrier.init(st_full.index(i), count=1)
@@ -753,9 +801,9 @@ def backward_kernel(
         gl.warp_specialize([
             (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 0, D, STAGES, NB, CURRENT, ORDER, GROUP)),
             (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 1, D, STAGES, NB, CURRENT, ORDER, GROUP)),
-            (_produce, ((q_bufs, do_bufs, words), (q_full, do_full, empty), (q_desc, do_desc), STOP, p_place,
+            (_produce, ((q_bufs, do_bufs, words), (q_full, do_full, empty, said), (q_desc, do_desc), STOP, p_place,
                         (n_heads, n_tiles_of_row), GROUP, D, STAGES, SKIP)),
-            (_fetch, (words, st_bufs, (q_full, st_full), (STATE, STATE_COUNT), i_n, n_past, STAGES)),
+            (_fetch, (words, st_bufs, (said, st_full), (STATE, STATE_COUNT), i_n, n_past, STAGES)),
             (_hand_on, (words, carry, (next_full, next_free), (STATE, STATE_COUNT))),
             (_add_dq, (words, dq_bufs, dq_bars, dq_desc, DQ_COUNT, i_n, n_past, D)),
         ], [4, 1, 1, 1, 1], [240, 24, 24, 24, 24])  # fmt: skip
@@ -800,7 +848,9 @@ def finish_kernel(
         return
     r = tl.arange(0, 64)[:, None]
     c = tl.arange(0, D)[None, :]
-    x = tl.load(DQ32 + (i_bh.to(tl.int64) * tl.num_programs(0) + i_tile) * (64 * D) + r * D + c)
+    # as _give_dq has laid it down
+    x = tl.load(DQ32 + (i_bh.to(tl.int64) * tl.num_programs(0) + i_tile) * (64 * D) + tl.arange(0, 64 * D))
+    x = x.reshape(2, D // 16, 4, 8, 4, 2, 2).permute(2, 5, 3, 0, 1, 4, 6).reshape(64, D)
     row = (i_bh // n_heads).to(tl.int64) * n_queries + start + i_m * 64 + r
     m_row = (i_m * 64 + r < n_q) & (c < D)
     tl.store(DQ + (row * n_heads + i_bh % n_heads) * D + c, (x * scale).to(DQ.dtype.element_ty), mask=m_row)
@@ -810,8 +860,8 @@ def finish_kernel(
 # of a step (0), under the next one's scan together with the gradients of the weights (1: at D = 128 too few registers
 # are left, and ptxas serialises the products, C7512), or before those (2)
 CONFIGS: dict[int, dict[str, Any]] = {
-    128: {"STAGES": 2, "NB": 2, "ORDER": 2},
-    64: {"STAGES": 3, "NB": 4, "ORDER": 1},
+    128: {"STAGES": 2, "NB": 2, "NDQ": 1, "ORDER": 0, "TOGETHER": 1},
+    64: {"STAGES": 3, "NB": 4, "NDQ": 2, "ORDER": 0, "TOGETHER": 1},
 }
 
 
@@ -838,9 +888,9 @@ def backward(
     descs = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 64, 1, dim], layout) for x in (q, dout)]
     n_all = batch * heads * n_tiles
     zeros = functools.partial(torch.zeros, dtype=torch.float32, device=q.device)
-    state, dq32 = torch.empty(n_all * 256, dtype=torch.float32, device=q.device), zeros((n_all * 64, dim))
+    state, dq32 = torch.empty(n_all * 256, dtype=torch.float32, device=q.device), zeros((n_all * 2 * dim, 32))
     columns = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
-    descs.append(TensorDescriptor(dq32, list(dq32.shape), [dim, 1], [64, dim // 2], columns))
+    descs.append(TensorDescriptor(dq32, list(dq32.shape), [32, 1], [dim, 32], columns))
     # two numbers for each query tile, and the ticket; each begins where 16 bytes do
     counts = torch.zeros((3, (n_all + 3) // 4 * 4), dtype=torch.int32, device=q.device)
     state_count, dq_count, ticket = counts

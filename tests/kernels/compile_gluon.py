@@ -43,7 +43,7 @@ def compile_one(name: str, dim: int, whole: bool) -> Any:
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     types = dict.fromkeys(("scale", "epsilon"), "fp32")
     types |= dict.fromkeys(("q_desc", "do_desc"), _descriptor(dtype, [1, 64, 1, dim]))
-    types["dq_desc"] = _descriptor("fp32", [64, dim // 2], 32)
+    types["dq_desc"] = _descriptor("fp32", [dim, 32], 32)
     types |= dict.fromkeys(("k_desc", "v_desc"), _descriptor(dtype, [1, 8, 4, 2, dim]))
     types |= dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(INT32, "*i32")
     types |= dict.fromkeys((x for x in kernel.arg_names if x.isupper() and x not in types), f"*{dtype}")

@@ -71,6 +71,7 @@ ASSEMBLY = {
     "TILE": 64,
     "WORDS": 8,
     "RESOLUTION": 2.0**-24,
+    "BETA_SCALE": 2.0**15,
 }
 
 
@@ -138,7 +139,7 @@ def test_odd_lengths(t: int, options: dict[str, Any], dim: int) -> None:
 
 def test_dq_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
     config = stick_breaking_hopper_backward.CONFIGS[64]
-    for order in range(3):
+    for order in range(4):
         monkeypatch.setitem(config, "ORDER", order)
         for t in (64, 130, 330):
             check(*draw(t, t), bias=-1.0)
