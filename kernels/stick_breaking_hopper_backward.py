@@ -384,7 +384,7 @@ def _hand_on(words, carry, bars, tensors):
 
 @gluon.jit
 def _add_dq(words, dq_bufs, bars, dq_desc, DQ_COUNT, i_n, n_past, D: gl.constexpr):
-    """A warp that adds to dq, after the programs of newer keys."""
+    """A warp that adds to dq, after the programs of newer keys; that of the newest writes it."""
     dq_full, dq_free = bars
     NDQ: gl.constexpr = dq_bufs.shape[0] // 2
     s = 0
@@ -392,9 +392,14 @@ def _add_dq(words, dq_bufs, bars, dq_desc, DQ_COUNT, i_n, n_past, D: gl.constexp
     i_m = _get(words.index(1), 1)
     while i_m >= 0:
         i_tile = _get(words.index((s & (WORDS - 1)) * 3), 1)
-        _wait_for(DQ_COUNT + i_tile, (i_m + n_past) // 2 - i_n)
+        newer = (i_m + n_past) // 2 - i_n
+        _wait_for(DQ_COUNT + i_tile, newer)
         for half in gl.static_range(2):
-            _add_to_global(dq_desc, [(i_tile * 2 + half) * D, 0], dq_bufs.index(_slot(s, NDQ) * 2 + half))
+            corner = [(i_tile * 2 + half) * D, 0]
+            if newer == 0:
+                tma.async_copy_shared_to_global(dq_desc, corner, dq_bufs.index(_slot(s, NDQ) * 2 + half))
+            else:
+                _add_to_global(dq_desc, corner, dq_bufs.index(_slot(s, NDQ) * 2 + half))
         tma.store_wait(0)
         mbarrier.arrive(dq_free.index(_slot(s, NDQ)), count=1)
         _wait_for_additions(s)
@@ -687,7 +692,7 @@ def backward_kernel(
     """128 keys of one key-value head a program, the newest first.
 
     K, V: heads next to each other; DK, DV: (B, S, G, D) contiguous; STATE: (B H tiles, 4, 64) float32, see
-    prepare_kernel; dq_desc: of (B H tiles, 2, D, 32) float32, zeros; STATE_COUNT, DQ_COUNT: (B H tiles)
+    prepare_kernel; dq_desc: of (B H tiles, 2, D, 32) float32; STATE_COUNT, DQ_COUNT: (B H tiles)
     int32, zeros; TICKET: 0; STOP: as in forward; DBIAS: (B H, programs of a head, 2) float32, zeros. BLOCKS counts key
     tiles of 128 of packed sequences cumulatively, TILES query tiles of 64.
     """
@@ -887,8 +892,8 @@ def backward(
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     descs = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 64, 1, dim], layout) for x in (q, dout)]
     n_all = batch * heads * n_tiles
-    zeros = functools.partial(torch.zeros, dtype=torch.float32, device=q.device)
-    state, dq32 = torch.empty(n_all * 256, dtype=torch.float32, device=q.device), zeros((n_all * 2 * dim, 32))
+    empty = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
+    state, dq32 = empty(n_all * 256), empty((n_all * 2 * dim, 32))
     columns = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     descs.append(TensorDescriptor(dq32, list(dq32.shape), [32, 1], [dim, 32], columns))
     # two numbers for each query tile, and the ticket; each begins where 16 bytes do
@@ -896,7 +901,7 @@ def backward(
     state_count, dq_count, ticket = counts
     dq = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((batch, n_keys, groups, dim), dtype=q.dtype, device=q.device) for _ in range(2))
-    dbias = None if bias is None else zeros((batch, heads, n_blocks, 2))
+    dbias = None if bias is None else torch.zeros((batch, heads, n_blocks, 2), dtype=torch.float32, device=q.device)
     grid = (n_tiles, batch * heads)
     packing = (cu_seqlens, tiles, heads, n_queries, n_sequences)
     prepare_kernel[grid](

@@ -211,11 +211,11 @@ class Descriptor:
         whole[tuple(slice(0, n) for n in found.shape)] = found
         return whole
 
-    def add(self, corner: Sequence[int], tile: "Shared") -> None:
+    def write(self, corner: Sequence[int], tile: "Shared", *, add: bool) -> None:
         """What lies outside is left out."""
         inside = self.view[tuple(slice(int(c), int(c) + n) for c, n in zip(corner, self.block, strict=True))]
         with lock:
-            inside += tile.t[tuple(slice(0, n) for n in inside.shape)]
+            inside.copy_(tile.t[tuple(slice(0, n) for n in inside.shape)] + (inside if add else 0))
 
 
 class Product:
@@ -300,6 +300,9 @@ class FakeCopies:
             bar.t[0].change(0, -target.t.numel() * target.t.element_size())
 
         threading.Thread(target=copy, daemon=True).start()
+
+    def async_copy_shared_to_global(self, desc: Descriptor, corner: Sequence[int], source: Shared) -> None:
+        desc.write(corner, source, add=False)
 
     def store_wait(self, _: int) -> None:
         pass

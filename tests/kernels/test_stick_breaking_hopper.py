@@ -65,7 +65,7 @@ ASSEMBLY = {
     "_halves": _halves,
     "_wait_for": _wait_for,
     "_publish": _publish,
-    "_add_to_global": lambda descriptor, corner, tile: descriptor.add(corner, tile),
+    "_add_to_global": lambda descriptor, corner, tile: descriptor.write(corner, tile, add=True),
     "_wait_for_additions": lambda _: None,
     "_cut": lambda _: None,
     "TILE": 64,
