@@ -242,9 +242,14 @@ def _join_vector(a, b, like):
 
 
 @gluon.jit
-def _gradients(h0, h1, h2, h3, d0, d1, d2, d3, b01, b23, st, delta, drem, later, DTYPE: gl.constexpr):
-    """Gradients of the logits, rounded, two in a word; the sum of g with these keys. delta has drem in it."""
+def _gradients(h01, h23, d0, d1, d2, d3, b01, b23, st, delta, drem, later, DTYPE: gl.constexpr):
+    """Gradients of the logits, rounded, two in a word; the sum of g with these keys. delta has drem in it.
+
+    The weights are rounded as in forward, so that the sum of g is do . o, not that and the rounding errors of all.
+    """
     LAYOUT: gl.constexpr = gl.SliceLayout(2, st.type.layout)
+    h0, h1 = _halves(h01, DTYPE)
+    h2, h3 = _halves(h23, DTYPE)
     b0, b1 = _halves(b01, gl.float16)
     b2, b3 = _halves(b23, gl.float16)
     e0 = h0.to(gl.float32) * d0
@@ -566,13 +571,7 @@ def _consume(
         fence_async_shared()
         dv = warpgroup_mma(p_buf.permute((1, 0)), do_buf, dv_done, is_async=True)
         dweights = warpgroup_mma_wait(num_outstanding=1, deps=(dweights,))
-        # the weights rounded as in forward, so that the sum of g is do . o, not that and the rounding errors of all
-        h0, h1, h2, h3 = _quads(p_buf.load(S_LAYOUT))
         d0, d1, d2, d3 = _quads(dweights)
-        h0a, h0b = _split_rows(h0)
-        h1a, h1b = _split_rows(h1)
-        h2a, h2b = _split_rows(h2)
-        h3a, h3b = _split_rows(h3)
         d0a, d0b = _split_rows(d0)
         d1a, d1b = _split_rows(d1)
         d2a, d2b = _split_rows(d2)
@@ -588,11 +587,11 @@ def _consume(
         drem_a, drem_b = _split_vector(drem, sta)
         later_a, later_b = _split_vector(later, sta)
         z01a, z23a, later_a, sum_a = _gradients(
-            h0a, h1a, h2a, h3a, d0a, d1a, d2a, d3a, b01a, b23a, sta, delta_a, drem_a, later_a, DTYPE
+            h01a, h23a, d0a, d1a, d2a, d3a, b01a, b23a, sta, delta_a, drem_a, later_a, DTYPE
         )
         _cut(s)
         z01b, z23b, later_b, sum_b = _gradients(
-            h0b, h1b, h2b, h3b, d0b, d1b, d2b, d3b, b01b, b23b, stb, delta_b, drem_b, later_b, DTYPE
+            h01b, h23b, d0b, d1b, d2b, d3b, b01b, b23b, stb, delta_b, drem_b, later_b, DTYPE
         )
         later = _join_vector(later_a, later_b, left)
         if BIAS is not None:
@@ -686,8 +685,8 @@ def backward_kernel(
     q_desc, do_desc, dq_desc, K, V, BIAS, DBIAS, DK, DV, STATE, STATE_COUNT, DQ_COUNT, TICKET, STOP,
     CU_SEQLENS, BLOCKS, TILES, stride_kb, stride_kt, stride_vb, stride_vt,
     n_batch, n_heads, n_queries, n_keys, n_blocks, n_tiles_of_row, n_sequences, scale,
-    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, NDQ: gl.constexpr, CURRENT: gl.constexpr,
-    VARLEN: gl.constexpr, SKIP: gl.constexpr, ORDER: gl.constexpr, TOGETHER: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, NDQ: gl.constexpr,
+    CURRENT: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr, ORDER: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """128 keys of one key-value head a program, the newest first.
 
