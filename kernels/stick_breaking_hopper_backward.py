@@ -643,6 +643,18 @@ def _consume(
 
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
     mbarrier.arrive(empty.index(_slot(s + STAGES - 1, STAGES)), count=1, pred=(s >= 1) & (ORDER != 3))
+    # through shared memory that only this warpgroup still uses, to write whole lines
+    COLUMNS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COLUMNS))
+    o_key = gl.arange(0, 64, layout=gl.SliceLayout(1, COLUMNS))
+    o_key = o_key % 8 // 2 * 16 + o_key // 8 * 2 + o_key % 2 + WG * 64
+    o_tile = o_key[:, None] * stride_t + o_d[None, :]
+    m_tile = (o_key + i_n * 128 < n_k)[:, None] & (o_d < D)[None, :]
+    v_buf = v_bufs.index(WG)
+    v_buf.store(dv.to(DTYPE))
+    gl.store(DV + o_out + o_tile, v_buf.load(COLUMNS), mask=m_tile)
+    v_buf.store((dk * (scale * 0.6931471805599453)).to(DTYPE))
+    gl.store(DK + o_out + o_tile, v_buf.load(COLUMNS), mask=m_tile)
     # of the last steps, where there were as many
     if ORDER == 0 or ORDER == 3:
         s += 1
@@ -662,14 +674,6 @@ def _consume(
     dq_full, dq_free = dq_bars
     mbarrier.wait(dq_free.index(_slot(s, NDQ)), _phase(s, NDQ) ^ 1)
     mbarrier.arrive(dq_full.index(_slot(s, NDQ)), count=1)
-
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, O_LAYOUT))
-    o_key = gl.arange(0, 64, layout=gl.SliceLayout(1, O_LAYOUT))
-    o_key = o_key % 8 // 2 * 16 + o_key // 8 * 2 + o_key % 2 + WG * 64
-    o_tile = o_key[:, None] * stride_t + o_d[None, :]
-    m_tile = (o_key + i_n * 128 < n_k)[:, None] & (o_d < D)[None, :]
-    gl.store(DK + o_out + o_tile, (dk * (scale * 0.6931471805599453)).to(DTYPE), mask=m_tile)
-    gl.store(DV + o_out + o_tile, dv.to(DTYPE), mask=m_tile)
 
 
 @gluon.jit
