@@ -447,6 +447,17 @@ def _product_dq(ds_bufs, k_bufs, kd_bufs, buf, same, WG: gl.constexpr, D: gl.con
 
 
 @gluon.jit
+def _load_keys(P, buf, first, n_rows, stride, COLUMNS: gl.constexpr):
+    """64 rows in thread order to shared memory; rows from n_rows on are 0."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+    o_d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+    o_key = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    o_key = first + o_key % 8 // 2 * 16 + o_key // 8 * 2 + o_key % 2
+    p_rows = P + (o_key.to(gl.int64) * stride)[:, None] + o_d[None, :]
+    buf.store(gl.load(p_rows, mask=(o_key < n_rows)[:, None], other=0.0))
+
+
+@gluon.jit
 def _consume(
     bufs, bars, tensors, place, o_out, stride_t, scale,
     WG: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, CURRENT: gl.constexpr,
@@ -454,7 +465,7 @@ def _consume(
 ):  # fmt: skip
     q_bufs, do_bufs, st_bufs, words, k_bufs, v_bufs, kd_bufs, p_bufs, ds_bufs, dq_bufs, carry = bufs
     q_full, do_full, st_full, empty, left_full, later_full, next_full, next_free, ds_full, ds_free, dq_bars = bars
-    BIAS, DBIAS, DK, DV = tensors
+    BIAS, DBIAS, DK, DV, p_k, p_v, stride_kt, stride_vt = tensors
     i_n, i_program, n_programs, n_past, n_k, n_tiles_of_row, n_heads = place
     DTYPE: gl.constexpr = q_bufs.dtype
     NDQ: gl.constexpr = dq_bufs.shape[0] // 2
@@ -466,6 +477,13 @@ def _consume(
     ROW: gl.constexpr = gl.SliceLayout(1, ROWS)
     i_q = gl.arange(0, 4, layout=gl.SliceLayout(0, ROWS))[None, :]
     dbias = _split_rows(dummy)[0]
+    first = i_n * 128 + WG * 64
+    _load_keys(p_k, k_bufs.index(WG), first, n_k, stride_kt, D)
+    _load_keys(p_v, v_bufs.index(WG), first, n_k, stride_vt, D)
+    if D == 64:
+        for w in gl.static_range(2):
+            _load_keys(p_k + WG * 32, kd_bufs.index(WG * 2 + w), i_n * 128 + w * 64, n_k, stride_kt, 32)
+    fence_async_shared()
     dk = warpgroup_mma_init(gl.zeros([64, D], gl.float32, O_LAYOUT))
     dv = warpgroup_mma_init(gl.zeros([64, D], gl.float32, O_LAYOUT))
     s = 0
@@ -676,14 +694,6 @@ def _consume(
     mbarrier.arrive(dq_full.index(_slot(s, NDQ)), count=1)
 
 
-@gluon.jit
-def _load_keys(P, buf, o_key, n_rows, stride, D: gl.constexpr, LAYOUT: gl.constexpr):
-    """64 rows in thread order to shared memory; rows from n_rows on are 0."""
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))
-    x = gl.load(P + (o_key.to(gl.int64) * stride)[:, None] + o_d[None, :], mask=(o_key < n_rows)[:, None], other=0.0)
-    buf.store(x)
-
-
 @gluon.jit(do_not_specialize=["n_batch", "n_heads", "n_queries", "n_keys", "n_blocks", "n_tiles_of_row", "n_sequences"])
 def backward_kernel(
     q_desc, do_desc, dq_desc, K, V, BIAS, DBIAS, DK, DV, STATE, STATE_COUNT, DQ_COUNT, TICKET, STOP,
@@ -774,28 +784,13 @@ def backward_kernel(
             mbarrier.init(do_full.index(i), count=1)
             mbarrier.init(st_full.index(i), count=1)
             mbarrier.init(empty.index(i), count=2)
-        LOAD: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-        LOAD_HALF: gl.constexpr = gl.BlockedLayout([1, 8], [512 // D, D // 16], [4, 1], [1, 0])
-        o_c = gl.arange(0, 64, layout=gl.SliceLayout(1, LOAD))
-        o_key = i_n * 128 + o_c % 8 // 2 * 16 + o_c // 8 * 2 + o_c % 2
         p_k = K + i_b.to(gl.int64) * stride_kb + start.to(gl.int64) * stride_kt + i_g * D
         p_v = V + i_b.to(gl.int64) * stride_vb + start.to(gl.int64) * stride_vt + i_g * D
-        for w in gl.static_range(2):
-            _load_keys(p_k, k_bufs.index(w), o_key + w * 64, n_k, stride_kt, D, LOAD)
-            _load_keys(p_v, v_bufs.index(w), o_key + w * 64, n_k, stride_vt, D, LOAD)
         if D == 64:
             # half of the columns, keys of either warpgroup
             kd_bufs = gl.allocate_shared_memory(DTYPE, [4, 64, 32], HALF)
-            o_h = gl.arange(0, 64, layout=gl.SliceLayout(1, LOAD_HALF))
-            o_half = i_n * 128 + o_h % 8 // 2 * 16 + o_h // 8 * 2 + o_h % 2
-            for w in gl.static_range(2):
-                for half in gl.static_range(2):
-                    _load_keys(
-                        p_k + half * 32, kd_bufs.index(half * 2 + w), o_half + w * 64, n_k, stride_kt, 32, LOAD_HALF
-                    )
         else:
             kd_bufs = k_bufs
-        fence_async_shared()
         o_out = ((i_b * n_keys + start + i_n * 128).to(gl.int64) * (n_heads // GROUP) + i_g) * D
         stride_t = n_heads // GROUP * D
         bufs = (q_bufs, do_bufs, st_bufs, words, k_bufs, v_bufs, kd_bufs, p_bufs, ds_bufs, dq_bufs, carry)
@@ -803,7 +798,7 @@ def backward_kernel(
         bars = (
             q_full, do_full, st_full, empty, left_full, later_full, next_full, next_free, ds_full, ds_free, dq_bars
         )  # fmt: skip
-        tensors = (BIAS, DBIAS, DK, DV)
+        tensors = (BIAS, DBIAS, DK, DV, p_k, p_v, stride_kt, stride_vt)
         place = (i_n, i_program, n_programs, n_past, n_k, n_tiles_of_row, n_heads)
         p_place = (i_b, i_g, i_n, start, base, n_q, n_past)
         gl.warp_specialize([
