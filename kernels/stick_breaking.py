@@ -319,11 +319,15 @@ def _(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
     q, k, v, bias, cu_seqlens, *ctx.options = inputs
+    # or autograd makes a gradient of zeros for what rounding took off
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, bias, *output, cu_seqlens)
 
 
-def _differentiate(ctx: Any, dout: Tensor, dremainder: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dout: Tensor | None, dremainder: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     q, k, v, bias, out, remainder, residual, stop, cu_seqlens = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dremainder = torch.zeros_like(remainder) if dremainder is None else dremainder
     *gradients, dbias = _backward_operator(
         q, k, v, bias, out, remainder, residual, stop, dout, dremainder, cu_seqlens, *ctx.options
     )

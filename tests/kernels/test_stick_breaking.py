@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sbeval.errors import InputError
 from sbeval.kernels import hopper, stick_breaking
@@ -277,6 +278,34 @@ def test_skipping_changes_the_output_by_at_most_epsilon(epsilon: float, backend:
     assert 0 < difference <= epsilon * float(v.abs().max())
     # rows that were cut say how much was left
     assert float(rest.max()) > 0
+
+
+class _Made(TorchDispatchMode):
+    """Shapes of the tensors that operators return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor) and not func.is_view:
+            self.shapes.append(made.shape)
+        return made
+
+
+def test_backward_makes_no_gradient_of_zeros() -> None:
+    """Of an output that no gradient reaches, such as what rounding took off, there is none in memory."""
+    inputs = [x.requires_grad_() for x in Case(20).draw(torch.bfloat16, PLACE)]
+    out, rest = attention(*inputs, backend="torch")
+    with _Made() as made:
+        torch.autograd.grad(out, inputs, torch.ones_like(out), retain_graph=True)
+    assert made.shapes.count(out.shape) == 1
+    # either output may have no gradient
+    both = torch.autograd.grad(out.float().sum() + rest.sum(), inputs, retain_graph=True)
+    alone = [torch.autograd.grad(x.float().sum(), inputs, retain_graph=True) for x in (out, rest)]
+    for whole, first, second in zip(both, *alone, strict=True):
+        assert error(first + second, whole) <= 1e-2
 
 
 def test_gradient_is_that_of_the_truncated_function(backend: str) -> None:
