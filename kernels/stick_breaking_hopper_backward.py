@@ -48,6 +48,7 @@ from sbeval.kernels.stick_breaking_hopper import (
     _from_neighbour,
     _from_other_pair,
     _get,
+    _processors,
     _put,
     _quads,
     _reciprocal,
@@ -388,7 +389,7 @@ def _hand_on(words, carry, bars, tensors):
 
 
 @gluon.jit
-def _add_dq(words, dq_bufs, bars, dq_desc, DQ_COUNT, i_n, n_past, D: gl.constexpr):
+def _add_dq(words, dq_bufs, bars, dq_desc, DQ_COUNT, first_tile, i_n, n_past, D: gl.constexpr):
     """A warp that adds to dq, after the programs of newer keys; that of the newest writes it."""
     dq_full, dq_free = bars
     NDQ: gl.constexpr = dq_bufs.shape[0] // 2
@@ -400,7 +401,7 @@ def _add_dq(words, dq_bufs, bars, dq_desc, DQ_COUNT, i_n, n_past, D: gl.constexp
         newer = (i_m + n_past) // 2 - i_n
         _wait_for(DQ_COUNT + i_tile, newer)
         for half in gl.static_range(2):
-            corner = [(i_tile * 2 + half) * D, 0]
+            corner = [((i_tile - first_tile) * 2 + half) * D, 0]
             if newer == 0:
                 tma.async_copy_shared_to_global(dq_desc, corner, dq_bufs.index(_slot(s, NDQ) * 2 + half))
             else:
@@ -694,23 +695,26 @@ def _consume(
     mbarrier.arrive(dq_full.index(_slot(s, NDQ)), count=1)
 
 
-@gluon.jit(do_not_specialize=["n_batch", "n_heads", "n_queries", "n_keys", "n_blocks", "n_tiles_of_row", "n_sequences"])
+@gluon.jit(
+    do_not_specialize=[
+        "first_bg", "n_bg", "n_heads", "n_queries", "n_keys", "n_blocks", "n_tiles_of_row", "n_sequences",
+    ]
+)  # fmt: skip
 def backward_kernel(
     q_desc, do_desc, dq_desc, K, V, BIAS, DBIAS, DK, DV, STATE, STATE_COUNT, DQ_COUNT, TICKET, STOP,
     CU_SEQLENS, BLOCKS, TILES, stride_kb, stride_kt, stride_vb, stride_vt,
-    n_batch, n_heads, n_queries, n_keys, n_blocks, n_tiles_of_row, n_sequences, scale,
+    first_bg, n_bg, n_heads, n_queries, n_keys, n_blocks, n_tiles_of_row, n_sequences, scale,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, NDQ: gl.constexpr,
     CURRENT: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr, ORDER: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """128 keys of one key-value head a program, the newest first.
 
     K, V: heads next to each other; DK, DV: (B, S, G, D) contiguous; STATE: (B H tiles, 4, 64) float32, see
-    prepare_kernel; dq_desc: of (B H tiles, 2, D, 32) float32; STATE_COUNT, DQ_COUNT: (B H tiles)
+    prepare_kernel; dq_desc: of (H tiles, 2, D, 32) float32 of these heads; STATE_COUNT, DQ_COUNT: (B H tiles)
     int32, zeros; TICKET: 0; STOP: as in forward; DBIAS: (B H, programs of a head, 2) float32, zeros. BLOCKS counts key
     tiles of 128 of packed sequences cumulatively, TILES query tiles of 64.
     """
     ticket = gl.atomic_add(TICKET, 1)
-    n_bg = n_batch * (n_heads // GROUP)
     if TOGETHER == 0:
         i_bg = ticket % n_bg
         i_n = ticket // n_bg
@@ -719,6 +723,7 @@ def backward_kernel(
         members = gl.minimum(TOGETHER, n_bg - first)
         i_bg = first + (ticket - first * n_blocks) % members
         i_n = (ticket - first * n_blocks) // members
+    i_bg += first_bg
     i_b = i_bg // (n_heads // GROUP)
     i_g = i_bg % (n_heads // GROUP)
     start = i_n * 0
@@ -808,7 +813,7 @@ def backward_kernel(
                         (n_heads, n_tiles_of_row), GROUP, D, STAGES, SKIP)),
             (_fetch, (words, st_bufs, (said, st_full), (STATE, STATE_COUNT), i_n, n_past, STAGES)),
             (_hand_on, (words, carry, (next_full, next_free), (STATE, STATE_COUNT))),
-            (_add_dq, (words, dq_bufs, dq_bars, dq_desc, DQ_COUNT, i_n, n_past, D)),
+            (_add_dq, (words, dq_bufs, dq_bars, dq_desc, DQ_COUNT, first_bg * GROUP * n_tiles_of_row, i_n, n_past, D)),
         ], [4, 1, 1, 1, 1], [240, 24, 24, 24, 24])  # fmt: skip
 
 
@@ -839,20 +844,20 @@ def prepare_kernel(
     tl.store(p_state + 192, b_drem)
 
 
-@triton.jit(do_not_specialize=["n_queries", "n_sequences"])
+@triton.jit(do_not_specialize=["first_bh", "n_queries", "n_sequences"])
 def finish_kernel(
-    DQ32, DQ, CU_SEQLENS, TILES, n_heads, n_queries, n_sequences, scale, D: tl.constexpr, VARLEN: tl.constexpr
+    DQ32, DQ, first_bh, CU_SEQLENS, TILES, n_heads, n_queries, n_sequences, scale, D: tl.constexpr, VARLEN: tl.constexpr
 ):
-    """DQ (B, T, H, D) from tiles of 64 queries of a head."""
+    """DQ (B, T, H, D) from tiles of 64 queries of the heads from first_bh on."""
     i_tile = tl.program_id(0)
-    i_bh = tl.program_id(1)
+    i_bh = first_bh + tl.program_id(1)
     i_m, _, start, n_q, _ = _locate(i_tile, TILES, CU_SEQLENS, n_queries, n_queries, n_sequences, VARLEN)
     if i_m < 0:
         return
     r = tl.arange(0, 64)[:, None]
     c = tl.arange(0, D)[None, :]
     # as _give_dq has laid it down
-    x = tl.load(DQ32 + (i_bh.to(tl.int64) * tl.num_programs(0) + i_tile) * (64 * D) + tl.arange(0, 64 * D))
+    x = tl.load(DQ32 + (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + i_tile) * (64 * D) + tl.arange(0, 64 * D))
     x = x.reshape(2, D // 16, 4, 8, 4, 2, 2).permute(2, 5, 3, 0, 1, 4, 6).reshape(64, D)
     row = (i_bh // n_heads).to(tl.int64) * n_queries + start + i_m * 64 + r
     m_row = (i_m * 64 + r < n_q) & (c < D)
@@ -866,6 +871,10 @@ CONFIGS: dict[int, dict[str, Any]] = {
     128: {"STAGES": 2, "NB": 2, "NDQ": 1, "ORDER": 0, "TOGETHER": 1},
     64: {"STAGES": 3, "NB": 4, "NDQ": 2, "ORDER": 0, "TOGETHER": 1},
 }
+
+
+# programs a multiprocessor from which on heads come in two parts
+LONG = 32
 
 
 def backward(
@@ -890,26 +899,32 @@ def backward(
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     descs = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 64, 1, dim], layout) for x in (q, dout)]
     n_all = batch * heads * n_tiles
+    n_bg = batch * groups
+    # the heads in two parts, where each keeps all processors at work for long: half of the memory for dq in float32
+    n_part = (n_bg + 1) // 2 if n_bg * n_blocks >= LONG * _processors(q.device) else n_bg
     empty = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
-    state, dq32 = empty(n_all * 256), empty((n_all * 2 * dim, 32))
+    state, dq32 = empty(n_all * 256), empty((n_part * (heads // groups) * n_tiles * 2 * dim, 32))
     columns = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     descs.append(TensorDescriptor(dq32, list(dq32.shape), [32, 1], [dim, 32], columns))
-    # two numbers for each query tile, and the ticket; each begins where 16 bytes do
-    counts = torch.zeros((3, (n_all + 3) // 4 * 4), dtype=torch.int32, device=q.device)
-    state_count, dq_count, ticket = counts
+    # two numbers for each query tile, each beginning where 16 bytes do, and a ticket for each part
+    state_count, dq_count = torch.zeros((2, (n_all + 3) // 4 * 4), dtype=torch.int32, device=q.device)
+    tickets = torch.zeros((2, 4), dtype=torch.int32, device=q.device)
     dq = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((batch, n_keys, groups, dim), dtype=q.dtype, device=q.device) for _ in range(2))
     dbias = None if bias is None else torch.zeros((batch, heads, n_blocks, 2), dtype=torch.float32, device=q.device)
-    grid = (n_tiles, batch * heads)
     packing = (cu_seqlens, tiles, heads, n_queries, n_sequences)
-    prepare_kernel[grid](
+    prepare_kernel[(n_tiles, batch * heads)](
         out, residual, dout, remainder, dremainder, state, *packing, D=dim, VARLEN=cu_seqlens is not None, num_warps=4
     )
-    backward_kernel[(n_blocks * batch * groups,)](
-        *descs, k, v, bias, dbias, dk, dv, state, state_count, dq_count, ticket, stop, cu_seqlens, blocks, tiles,
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1), batch, heads, n_queries, n_keys, n_blocks, n_tiles,
-        n_sequences, scale * LOG2_E, GROUP=heads // groups, D=dim, CURRENT=int(attend_current),
-        VARLEN=cu_seqlens is not None, SKIP=epsilon > 0, **config, num_warps=4, maxnreg=REGISTERS[2],
-    )  # fmt: skip
-    finish_kernel[grid](dq32, dq, *packing, scale, D=dim, VARLEN=cu_seqlens is not None, num_warps=4)
+    for first, ticket in zip(range(0, n_bg, n_part), tickets, strict=False):
+        n_these = min(n_part, n_bg - first)
+        backward_kernel[(n_blocks * n_these,)](
+            *descs, k, v, bias, dbias, dk, dv, state, state_count, dq_count, ticket, stop, cu_seqlens, blocks, tiles,
+            k.stride(0), k.stride(1), v.stride(0), v.stride(1), first, n_these, heads, n_queries, n_keys, n_blocks,
+            n_tiles, n_sequences, scale * LOG2_E, GROUP=heads // groups, D=dim, CURRENT=int(attend_current),
+            VARLEN=cu_seqlens is not None, SKIP=epsilon > 0, **config, num_warps=4, maxnreg=REGISTERS[2],
+        )  # fmt: skip
+        finish_kernel[(n_tiles, n_these * (heads // groups))](
+            dq32, dq, first * (heads // groups), *packing, scale, D=dim, VARLEN=cu_seqlens is not None, num_warps=4
+        )
     return dq, dk, dv, remainder.new_empty(0) if dbias is None else dbias.sum((0, 2, 3))

@@ -149,6 +149,13 @@ def test_queries_after_a_longer_prefix() -> None:
     check(*draw(100, 228, heads=4, groups=2))
 
 
+@pytest.mark.parametrize("options", [{"batch": 3}, {"heads": 6, "groups": 3}, {"heads": 1}])
+def test_heads_in_two_parts(options: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An odd number of groups of heads, and one, of which the second part would be empty."""
+    monkeypatch.setattr(stick_breaking_hopper_backward, "LONG", 0)
+    check(*draw(130, 130, **options), bias=-1.0)
+
+
 @pytest.mark.parametrize("bias", [-3.0, 1.0])
 def test_a_warpgroup_stops_alone(bias: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where each 64 queries stopped is where their own stick was used up, at a look."""
