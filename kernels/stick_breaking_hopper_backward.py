@@ -115,6 +115,39 @@ def _wait_for(p_count, wanted):
 
 
 @gluon.jit
+def _find(p_word, count):
+    """The number in the lower half of a word of 64 bits, once the upper half has `count`."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .b64 x;
+        .reg .b32 n;
+        W: ld.relaxed.gpu.global.b64 x, [$1];
+        mov.b64 {$0, n}, x;
+        setp.ne.s32 p, n, $2;
+        @p bra W;
+        }""",
+        "=&r,l,r", [p_word, count], dtype=gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _leave(p_word, value, count, i_q):
+    """Write a number and, in the same word, how many programs it comes from; of four threads that have it, one does."""
+    gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        .reg .b64 x;
+        setp.eq.s32 p, $4, 0;
+        mov.b64 x, {$2, $3};
+        @p st.relaxed.gpu.global.b64 [$1], x;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r,r,r", [p_word, value.to(gl.int32, bitcast=True), count, i_q], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _publish(p_count):
     """Add 1 to a counter, so that who sees it sees what this warp wrote before, and what it saw."""
     gl.inline_asm_elementwise(
@@ -337,8 +370,8 @@ def _produce(
 @gluon.jit
 def _fetch(words, st_bufs, bars, tensors, i_n, n_past, STAGES: gl.constexpr):
     """A warp that waits for what the program of the next newer keys leaves, and fetches it."""
-    said, st_full = bars
-    STATE, STATE_COUNT = tensors
+    said, st_full, later_in = bars
+    STATE, DELTA = tensors
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     o_m = gl.arange(0, TILE, layout=LAYOUT)
     s = 0
@@ -347,44 +380,21 @@ def _fetch(words, st_bufs, bars, tensors, i_n, n_past, STAGES: gl.constexpr):
     while i_m >= 0:
         stage = _slot(s, STAGES)
         i_tile = _get(words.index((s & (WORDS - 1)) * 3), 1)
-        newer = (i_m + n_past) // 2 - i_n
-        p_state = STATE + i_tile.to(gl.int64) * (4 * TILE) + _wait_for(STATE_COUNT + i_tile, newer)
-        left = gl.load(p_state + o_m)
-        later = gl.load(p_state + (TILE + o_m))
-        delta = gl.load(p_state + (2 * TILE + o_m))
-        drem = gl.load(p_state + (3 * TILE + o_m))
+        p_state = STATE + i_tile.to(gl.int64) * (2 * TILE)
+        p_delta = DELTA + i_tile.to(gl.int64) * (2 * TILE)
+        delta = gl.load(p_delta + o_m)
+        drem = gl.load(p_delta + (TILE + o_m))
+        newer = (i_m + n_past) // 2 - i_n + o_m * 0
+        left = _find(p_state + o_m, newer)
         st_bufs.index(stage * 4).store(left)
-        st_bufs.index(stage * 4 + 1).store(later)
         st_bufs.index(stage * 4 + 2).store(delta)
         st_bufs.index(stage * 4 + 3).store(drem)
         mbarrier.arrive(st_full.index(stage), count=1)
+        later = _find(p_state + (TILE + o_m), newer)
+        st_bufs.index(stage * 4 + 1).store(later)
+        mbarrier.arrive(later_in.index(stage), count=1)
         s += 1
         mbarrier.wait(said.index(_slot(s, STAGES)), _phase(s, STAGES))
-        i_m = _get(words.index((s & (WORDS - 1)) * 3 + 1), 1)
-
-
-@gluon.jit
-def _hand_on(words, carry, bars, tensors):
-    """A warp that leaves for the program of the next older keys what this one has made of it."""
-    next_full, next_free = bars
-    STATE, STATE_COUNT = tensors
-    LAYOUT: gl.constexpr = gl.BlockedLayout([2, 4], [32, 1], [1, 1], [1, 0])
-    o_m = gl.arange(0, TILE, layout=gl.SliceLayout(1, LAYOUT))
-    s = 0
-    mbarrier.wait(next_full.index(0), 0)
-    i_m = _get(words.index(1), 1)
-    while i_m >= 0:
-        i_tile = _get(words.index((s & (WORDS - 1)) * 3), 1)
-        # four threads had the same
-        left = gl.max(carry.index(4 + (s & 1) * 2).load(LAYOUT), 1)
-        later = gl.max(carry.index(5 + (s & 1) * 2).load(LAYOUT), 1)
-        mbarrier.arrive(next_free.index(s & 1), count=1)
-        p_state = STATE + i_tile.to(gl.int64) * (4 * TILE)
-        gl.store(p_state + o_m, left)
-        gl.store(p_state + (TILE + o_m), later)
-        _publish(STATE_COUNT + i_tile)
-        s += 1
-        mbarrier.wait(next_full.index(s & 1), _phase(s, 2))
         i_m = _get(words.index((s & (WORDS - 1)) * 3 + 1), 1)
 
 
@@ -462,11 +472,11 @@ def _load_keys(P, buf, first, n_rows, stride, COLUMNS: gl.constexpr):
 def _consume(
     bufs, bars, tensors, place, o_out, stride_t, scale,
     WG: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, CURRENT: gl.constexpr,
-    ORDER: gl.constexpr, GROUP: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     q_bufs, do_bufs, st_bufs, words, k_bufs, v_bufs, kd_bufs, p_bufs, ds_bufs, dq_bufs, carry = bufs
-    q_full, do_full, st_full, empty, left_full, later_full, next_full, next_free, ds_full, ds_free, dq_bars = bars
-    BIAS, DBIAS, DK, DV, p_k, p_v, stride_kt, stride_vt = tensors
+    q_full, do_full, st_full, later_in, empty, left_full, later_full, ds_full, ds_free, dq_bars = bars
+    STATE, BIAS, DBIAS, DK, DV, p_k, p_v, stride_kt, stride_vt = tensors
     i_n, i_program, n_programs, n_past, n_k, n_tiles_of_row, n_heads = place
     DTYPE: gl.constexpr = q_bufs.dtype
     NDQ: gl.constexpr = dq_bufs.shape[0] // 2
@@ -506,13 +516,10 @@ def _consume(
         p_buf = p_bufs.index(WG + same)
         q_buf = q_bufs.index(stage).reshape([64, D])
         do_buf = do_bufs.index(stage).reshape([64, D])
-        if ORDER == 1 or ORDER == 2:
-            back = _slot(s + NB - 2, NB)
-            mbarrier.wait(ds_full.index(back), _phase(s + NB - 2, NB) ^ 1, pred=s >= 2)
-            dq = _product_dq(ds_bufs, k_bufs, kd_bufs, back, same, WG, D)
-        if ORDER != 2:
-            mbarrier.wait(do_full.index(stage), phase)
-            dweights = warpgroup_mma(do_buf, v_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        # dq of two steps before, under which the stick is broken
+        back = _slot(s + NB - 2, NB)
+        mbarrier.wait(ds_full.index(back), _phase(s + NB - 2, NB) ^ 1, pred=s >= 2)
+        dq = _product_dq(ds_bufs, k_bufs, kd_bufs, back, same, WG, D)
         shift = 0.0
         if BIAS is not None:
             shift = gl.load(BIAS + i_tile // n_tiles_of_row % n_heads) * 1.4426950408889634
@@ -530,16 +537,15 @@ def _consume(
         u01 = u0 + t1 * u0
         u2 = 1.0 + t2
         w3 = _reciprocal(u01 * (u2 + t3 * u2))
-        if ORDER == 2:
-            # the gradients of the weights take the registers of dq
-            _cut(s)
-            dq, dk_done, dv_done = warpgroup_mma_wait(num_outstanding=0, deps=(dq, dk, dv))
-            mbarrier.arrive(ds_free.index(back), count=1, pred=s >= 2)
-            mbarrier.arrive(empty.index(_slot(s + STAGES - 1, STAGES)), count=1, pred=s >= 1)
-            if s >= 2:
-                _give_dq(dq, dq_bufs, dq_bars, s - 2, WG)
-            mbarrier.wait(do_full.index(stage), phase)
-            dweights = warpgroup_mma(do_buf, v_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
+        # the gradients of the weights take the registers of dq
+        _cut(s)
+        dq, dk_done, dv_done = warpgroup_mma_wait(num_outstanding=0, deps=(dq, dk, dv))
+        mbarrier.arrive(ds_free.index(back), count=1, pred=s >= 2)
+        mbarrier.arrive(empty.index(_slot(s + STAGES - 1, STAGES)), count=1, pred=s >= 1)
+        if s >= 2:
+            _give_dq(dq, dq_bufs, dq_bars, s - 2, WG)
+        mbarrier.wait(do_full.index(stage), phase)
+        dweights = warpgroup_mma(do_buf, v_buf.permute((1, 0)), zeros, use_acc=False, is_async=True)
         r0, r1, r2, r3, newer, whole = _scan_product(w3, ROWS)
         mbarrier.wait(st_full.index(stage), phase)
         if WG == 0:
@@ -554,24 +560,12 @@ def _consume(
             carry.index((s & 1) * 2).store(left)
             mbarrier.arrive(left_full.index(s & 1), count=1)
         else:
-            mbarrier.wait(next_free.index(s & 1), _phase(s, 2) ^ 1)
-            carry.index(4 + (s & 1) * 2).store(left)
+            p_state = STATE + i_tile.to(gl.int64) * (2 * TILE) + gl.arange(0, 64, layout=ROW)[:, None] + i_q * 0
+            count = i_q * 0 + ((i_m + n_past) // 2 - i_n + 1)
+            _leave(p_state, left, count, i_q)
         st = _regroup(r0 * newer, r1 * newer, r2 * newer, r3 * newer, t0)
         # what follows would be done ahead of the scan and take registers: a loop in the machine code is in between
         _cut(s)
-        if ORDER == 1:
-            dq, dk_done, dv_done = warpgroup_mma_wait(num_outstanding=1, deps=(dq, dk, dv))
-            mbarrier.arrive(ds_free.index(back), count=1, pred=s >= 2)
-            if s >= 2:
-                _give_dq(dq, dq_bufs, dq_bars, s - 2, WG)
-        elif ORDER == 0:
-            dk_done, dv_done = warpgroup_mma_wait(num_outstanding=1, deps=(dk, dv))
-        else:
-            if ORDER == 3:
-                dk_done = dk
-                dv_done = dv
-        if ORDER < 2:
-            mbarrier.arrive(empty.index(_slot(s + STAGES - 1, STAGES)), count=1, pred=s >= 1)
         # the two rows of a thread after each other, for the same reason
         t0a, t0b = _split_rows(t0)
         t1a, t1b = _split_rows(t1)
@@ -599,6 +593,7 @@ def _consume(
             mbarrier.wait(later_full.index(s & 1), _phase(s, 2))
             later = carry.index((s & 1) * 2 + 1).load(ROWS)
         else:
+            mbarrier.wait(later_in.index(stage), phase)
             later = st_bufs.index(stage * 4 + 1).load(ROW)[:, None] + i_q * 0.0
         delta = st_bufs.index(stage * 4 + 2).load(ROW)[:, None] + i_q * 0.0
         drem = st_bufs.index(stage * 4 + 3).load(ROW)[:, None] + i_q * 0.0
@@ -619,8 +614,9 @@ def _consume(
             carry.index((s & 1) * 2 + 1).store(later)
             mbarrier.arrive(later_full.index(s & 1), count=1)
         else:
-            carry.index(5 + (s & 1) * 2).store(later)
-            mbarrier.arrive(next_full.index(s & 1), count=1)
+            p_state = STATE + i_tile.to(gl.int64) * (2 * TILE) + gl.arange(0, 64, layout=ROW)[:, None] + i_q * 0
+            count = i_q * 0 + ((i_m + n_past) // 2 - i_n + 1)
+            _leave(p_state + TILE, later, count, i_q)
         z0, z1 = _halves(_join_rows(z01a, z01b, st), DTYPE)
         z2, z3 = _halves(_join_rows(z23a, z23b, st), DTYPE)
         buf = _slot(s, NB)
@@ -629,10 +625,6 @@ def _consume(
         fence_async_shared()
         mbarrier.arrive(ds_full.index(buf), count=1)
         s += 1
-        if ORDER == 0 or ORDER == 3:
-            back = _slot(s + NB - 2, NB)
-            mbarrier.wait(ds_full.index(back), _phase(s + NB - 2, NB) ^ 1, pred=s >= 2)
-            dq = _product_dq(ds_bufs, k_bufs, kd_bufs, back, same, WG, D)
         # the next step's products; after the last step those of no queries
         mbarrier.wait(q_full.index(_slot(s, STAGES)), _phase(s, STAGES))
         i_m = _get(words.index((s & (WORDS - 1)) * 3 + 1), 4)
@@ -640,18 +632,7 @@ def _consume(
             q_bufs.index(_slot(s, STAGES)).reshape([64, D]), k_buf.permute((1, 0)), zeros, use_acc=False, is_async=True
         )
         dk = warpgroup_mma(ds_bufs.index(buf * 2 + WG).permute((1, 0)), q_buf, dk_done, is_async=True)
-        if ORDER == 1 or ORDER == 2:
-            products = warpgroup_mma_wait(num_outstanding=1, deps=(ahead,))
-        else:
-            dq, products = warpgroup_mma_wait(num_outstanding=1, deps=(dq, ahead))
-            mbarrier.arrive(ds_free.index(back), count=1, pred=s >= 2)
-            if s >= 2:
-                _give_dq(dq, dq_bufs, dq_bars, s - 2, WG)
-            if ORDER == 3:
-                dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
-                mbarrier.arrive(empty.index(stage), count=1)
-                dk = warpgroup_mma_init(dk)
-                dv = warpgroup_mma_init(dv)
+        products = warpgroup_mma_wait(num_outstanding=1, deps=(ahead,))
         if BIAS is not None:
             # the next head, or the end
             i_bh = i_tile // n_tiles_of_row
@@ -661,7 +642,7 @@ def _consume(
                 dbias = dbias * 0.0
 
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
-    mbarrier.arrive(empty.index(_slot(s + STAGES - 1, STAGES)), count=1, pred=(s >= 1) & (ORDER != 3))
+    mbarrier.arrive(empty.index(_slot(s + STAGES - 1, STAGES)), count=1, pred=s >= 1)
     # through shared memory that only this warpgroup still uses, to write whole lines
     COLUMNS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COLUMNS))
@@ -674,10 +655,8 @@ def _consume(
     gl.store(DV + o_out + o_tile, v_buf.load(COLUMNS), mask=m_tile)
     v_buf.store((dk * (scale * 0.6931471805599453)).to(DTYPE))
     gl.store(DK + o_out + o_tile, v_buf.load(COLUMNS), mask=m_tile)
-    # of the last steps, where there were as many
-    if ORDER == 0 or ORDER == 3:
-        s += 1
-    for _ in gl.static_range(1 if ORDER == 0 or ORDER == 3 else 2):
+    # of the last two steps, where there were as many
+    for _ in gl.static_range(2):
         back = _slot(s + NB - 2, NB)
         if s >= 2:
             mbarrier.wait(ds_full.index(back), _phase(s + NB - 2, NB) ^ 1)
@@ -687,9 +666,6 @@ def _consume(
         s += 1
     # word that there are no more
     s -= 2
-    if WG == 0:
-        mbarrier.wait(next_free.index(s & 1), _phase(s, 2) ^ 1)
-        mbarrier.arrive(next_full.index(s & 1), count=1)
     dq_full, dq_free = dq_bars
     mbarrier.wait(dq_free.index(_slot(s, NDQ)), _phase(s, NDQ) ^ 1)
     mbarrier.arrive(dq_full.index(_slot(s, NDQ)), count=1)
@@ -701,28 +677,24 @@ def _consume(
     ]
 )  # fmt: skip
 def backward_kernel(
-    q_desc, do_desc, dq_desc, K, V, BIAS, DBIAS, DK, DV, STATE, STATE_COUNT, DQ_COUNT, TICKET, STOP,
+    q_desc, do_desc, dq_desc, K, V, BIAS, DBIAS, DK, DV, STATE, DELTA, DQ_COUNT, TICKET, STOP,
     CU_SEQLENS, BLOCKS, TILES, stride_kb, stride_kt, stride_vb, stride_vt,
     first_bg, n_bg, n_heads, n_queries, n_keys, n_blocks, n_tiles_of_row, n_sequences, scale,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, NDQ: gl.constexpr,
-    CURRENT: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr, ORDER: gl.constexpr, TOGETHER: gl.constexpr,
+    CURRENT: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr, TOGETHER: gl.constexpr,
 ):  # fmt: skip
     """128 keys of one key-value head a program, the newest first.
 
-    K, V: heads next to each other; DK, DV: (B, S, G, D) contiguous; STATE: (B H tiles, 4, 64) float32, see
-    prepare_kernel; dq_desc: of (H tiles, 2, D, 32) float32 of these heads; STATE_COUNT, DQ_COUNT: (B H tiles)
-    int32, zeros; TICKET: 0; STOP: as in forward; DBIAS: (B H, programs of a head, 2) float32, zeros. BLOCKS counts key
-    tiles of 128 of packed sequences cumulatively, TILES query tiles of 64.
+    K, V: heads next to each other; DK, DV: (B, S, G, D) contiguous; STATE: (B H tiles, 2, 64) int64 and DELTA float32,
+    see prepare_kernel; dq_desc: of (H tiles, 2, D, 32) float32 of these heads; DQ_COUNT: (B H tiles) int32, zeros;
+    TICKET: 0; STOP: as in forward; DBIAS: (B H, programs of a head, 2) float32, zeros. BLOCKS counts key tiles of 128
+    of packed sequences cumulatively, TILES query tiles of 64.
     """
     ticket = gl.atomic_add(TICKET, 1)
-    if TOGETHER == 0:
-        i_bg = ticket % n_bg
-        i_n = ticket // n_bg
-    else:
-        first = ticket // (TOGETHER * n_blocks) * TOGETHER
-        members = gl.minimum(TOGETHER, n_bg - first)
-        i_bg = first + (ticket - first * n_blocks) % members
-        i_n = (ticket - first * n_blocks) // members
+    first = ticket // (TOGETHER * n_blocks) * TOGETHER
+    members = gl.minimum(TOGETHER, n_bg - first)
+    i_bg = first + (ticket - first * n_blocks) % members
+    i_n = (ticket - first * n_blocks) // members
     i_bg += first_bg
     i_b = i_bg // (n_heads // GROUP)
     i_g = i_bg % (n_heads // GROUP)
@@ -756,18 +728,17 @@ def backward_kernel(
         ds_bufs = gl.allocate_shared_memory(DTYPE, [NB * 2, 64, 64], FULL)
         st_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * 4, 64], FLAT)
         dq_bufs = gl.allocate_shared_memory(gl.float32, [NDQ * 2, D, 32], dq_desc.layout)
-        # from the newer warpgroup to the older, and from that to the next program: the stick left and the sum of g
-        carry = gl.allocate_shared_memory(gl.float32, [8, 64, 4], FLAT2)
+        # from the newer warpgroup to the older: the stick left and the sum of g
+        carry = gl.allocate_shared_memory(gl.float32, [4, 64, 4], FLAT2)
         words = gl.allocate_shared_memory(gl.int32, [WORDS * 3, 1], FLAT)
         said = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        later_in = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         st_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         left_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         later_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        next_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        next_free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         dq_full = gl.allocate_shared_memory(gl.int64, [NDQ, 1], mbarrier.MBarrierLayout())
         dq_free = gl.allocate_shared_memory(gl.int64, [NDQ, 1], mbarrier.MBarrierLayout())
         ds_full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
@@ -775,8 +746,6 @@ def backward_kernel(
         for i in gl.static_range(2):
             mbarrier.init(left_full.index(i), count=1)
             mbarrier.init(later_full.index(i), count=1)
-            mbarrier.init(next_full.index(i), count=1)
-            mbarrier.init(next_free.index(i), count=1)
         for i in gl.static_range(NDQ):
             mbarrier.init(dq_full.index(i), count=2)
             mbarrier.init(dq_free.index(i), count=1)
@@ -788,6 +757,7 @@ def backward_kernel(
             mbarrier.init(q_full.index(i), count=1)
             mbarrier.init(do_full.index(i), count=1)
             mbarrier.init(st_full.index(i), count=1)
+            mbarrier.init(later_in.index(i), count=1)
             mbarrier.init(empty.index(i), count=2)
         p_k = K + i_b.to(gl.int64) * stride_kb + start.to(gl.int64) * stride_kt + i_g * D
         p_v = V + i_b.to(gl.int64) * stride_vb + start.to(gl.int64) * stride_vt + i_g * D
@@ -801,28 +771,28 @@ def backward_kernel(
         bufs = (q_bufs, do_bufs, st_bufs, words, k_bufs, v_bufs, kd_bufs, p_bufs, ds_bufs, dq_bufs, carry)
         dq_bars = (dq_full, dq_free)
         bars = (
-            q_full, do_full, st_full, empty, left_full, later_full, next_full, next_free, ds_full, ds_free, dq_bars
+            q_full, do_full, st_full, later_in, empty, left_full, later_full, ds_full, ds_free, dq_bars
         )  # fmt: skip
-        tensors = (BIAS, DBIAS, DK, DV, p_k, p_v, stride_kt, stride_vt)
+        tensors = (STATE, BIAS, DBIAS, DK, DV, p_k, p_v, stride_kt, stride_vt)
         place = (i_n, i_program, n_programs, n_past, n_k, n_tiles_of_row, n_heads)
         p_place = (i_b, i_g, i_n, start, base, n_q, n_past)
         gl.warp_specialize([
-            (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 0, D, STAGES, NB, CURRENT, ORDER, GROUP)),
-            (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 1, D, STAGES, NB, CURRENT, ORDER, GROUP)),
+            (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 0, D, STAGES, NB, CURRENT, GROUP)),
+            (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 1, D, STAGES, NB, CURRENT, GROUP)),
             (_produce, ((q_bufs, do_bufs, words), (q_full, do_full, empty, said), (q_desc, do_desc), STOP, p_place,
                         (n_heads, n_tiles_of_row), GROUP, D, STAGES, SKIP)),
-            (_fetch, (words, st_bufs, (said, st_full), (STATE, STATE_COUNT), i_n, n_past, STAGES)),
-            (_hand_on, (words, carry, (next_full, next_free), (STATE, STATE_COUNT))),
+            (_fetch, (words, st_bufs, (said, st_full, later_in), (STATE, DELTA), i_n, n_past, STAGES)),
             (_add_dq, (words, dq_bufs, dq_bars, dq_desc, DQ_COUNT, first_bg * GROUP * n_tiles_of_row, i_n, n_past, D)),
-        ], [4, 1, 1, 1, 1], [240, 24, 24, 24, 24])  # fmt: skip
+        ], [4, 1, 1, 1], [240, 24, 24, 24])  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_queries", "n_sequences"])
 def prepare_kernel(
-    OUT, RESIDUAL, DO, REMAINDER, DREMAINDER, STATE, CU_SEQLENS, TILES, n_heads, n_queries, n_sequences,
+    OUT, RESIDUAL, DO, REMAINDER, DREMAINDER, STATE, DELTA, CU_SEQLENS, TILES, n_heads, n_queries, n_sequences,
     D: tl.constexpr, VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """Before the walk: a whole stick (none past the end), no sum of g, delta with the remainder's part, that alone."""
+    """Before the walk: a whole stick (none past the end) and no sum of g, both of no program (upper half of the word);
+    delta with the remainder's part, that alone."""
     i_tile = tl.program_id(0)
     i_bh = tl.program_id(1)
     i_m, _, start, n_q, _ = _locate(i_tile, TILES, CU_SEQLENS, n_queries, n_queries, n_sequences, VARLEN)
@@ -837,11 +807,12 @@ def prepare_kernel(
     b_o += tl.load(RESIDUAL + p_rows, mask=m_m[:, None], other=0.0).to(tl.float32)
     b_do = tl.load(DO + p_rows, mask=m_m[:, None], other=0.0).to(tl.float32)
     b_drem = tl.load(REMAINDER + rows, mask=m_m, other=0.0) * tl.load(DREMAINDER + rows, mask=m_m, other=0.0)
-    p_state = STATE + (i_bh.to(tl.int64) * tl.num_programs(0) + i_tile) * 256 + o_m
-    tl.store(p_state, tl.where(m_m, 1.0, 0.0))
-    tl.store(p_state + 64, tl.zeros([64], tl.float32))
-    tl.store(p_state + 128, tl.sum(b_o * b_do, 1) + b_drem)
-    tl.store(p_state + 192, b_drem)
+    o_row = (i_bh.to(tl.int64) * tl.num_programs(0) + i_tile) * 128 + o_m
+    # 1 and 0 as bits
+    tl.store(STATE + o_row, tl.where(m_m, 0x3F800000, 0).to(tl.int64))
+    tl.store(STATE + o_row + 64, tl.zeros([64], tl.int64))
+    tl.store(DELTA + o_row, tl.sum(b_o * b_do, 1) + b_drem)
+    tl.store(DELTA + o_row + 64, b_drem)
 
 
 @triton.jit(do_not_specialize=["first_bh", "n_queries", "n_sequences"])
@@ -868,8 +839,8 @@ def finish_kernel(
 # of a step (0), under the next one's scan together with the gradients of the weights (1: at D = 128 too few registers
 # are left, and ptxas serialises the products, C7512), or before those (2)
 CONFIGS: dict[int, dict[str, Any]] = {
-    128: {"STAGES": 2, "NB": 2, "NDQ": 1, "ORDER": 0, "TOGETHER": 1},
-    64: {"STAGES": 3, "NB": 4, "NDQ": 2, "ORDER": 0, "TOGETHER": 1},
+    128: {"STAGES": 2, "NB": 2, "NDQ": 1, "TOGETHER": 1},
+    64: {"STAGES": 3, "NB": 4, "NDQ": 2, "TOGETHER": 1},
 }
 
 
@@ -903,23 +874,33 @@ def backward(
     # the heads in two parts, where each keeps all processors at work for long: half of the memory for dq in float32
     n_part = (n_bg + 1) // 2 if n_bg * n_blocks >= LONG * _processors(q.device) else n_bg
     empty = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
-    state, dq32 = empty(n_all * 256), empty((n_part * (heads // groups) * n_tiles * 2 * dim, 32))
+    delta, dq32 = empty(n_all * 128), empty((n_part * (heads // groups) * n_tiles * 2 * dim, 32))
     columns = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     descs.append(TensorDescriptor(dq32, list(dq32.shape), [32, 1], [dim, 32], columns))
-    # two numbers for each query tile, each beginning where 16 bytes do, and a ticket for each part
-    state_count, dq_count = torch.zeros((2, (n_all + 3) // 4 * 4), dtype=torch.int32, device=q.device)
+    state = torch.empty(n_all * 128, dtype=torch.int64, device=q.device)
+    dq_count = torch.zeros(n_all, dtype=torch.int32, device=q.device)
     tickets = torch.zeros((2, 4), dtype=torch.int32, device=q.device)
     dq = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((batch, n_keys, groups, dim), dtype=q.dtype, device=q.device) for _ in range(2))
     dbias = None if bias is None else torch.zeros((batch, heads, n_blocks, 2), dtype=torch.float32, device=q.device)
     packing = (cu_seqlens, tiles, heads, n_queries, n_sequences)
     prepare_kernel[(n_tiles, batch * heads)](
-        out, residual, dout, remainder, dremainder, state, *packing, D=dim, VARLEN=cu_seqlens is not None, num_warps=4
+        out,
+        residual,
+        dout,
+        remainder,
+        dremainder,
+        state,
+        delta,
+        *packing,
+        D=dim,
+        VARLEN=cu_seqlens is not None,
+        num_warps=4,
     )
     for first, ticket in zip(range(0, n_bg, n_part), tickets, strict=False):
         n_these = min(n_part, n_bg - first)
         backward_kernel[(n_blocks * n_these,)](
-            *descs, k, v, bias, dbias, dk, dv, state, state_count, dq_count, ticket, stop, cu_seqlens, blocks, tiles,
+            *descs, k, v, bias, dbias, dk, dv, state, delta, dq_count, ticket, stop, cu_seqlens, blocks, tiles,
             k.stride(0), k.stride(1), v.stride(0), v.stride(1), first, n_these, heads, n_queries, n_keys, n_blocks,
             n_tiles, n_sequences, scale * LOG2_E, GROUP=heads // groups, D=dim, CURRENT=int(attend_current),
             VARLEN=cu_seqlens is not None, SKIP=epsilon > 0, **config, num_warps=4, maxnreg=REGISTERS[2],

@@ -52,6 +52,20 @@ def _wait_for(p_count: Any, wanted: int) -> Any:
     return emulator.Integer(0)
 
 
+def _find(p_word: Any, count: Any) -> Any:
+    found = p_word.flat[p_word.offset]
+    assert bool((found >> 32 == count.t).all()), "programs run one after another: this would wait for ever"
+    return emulator.Value(found.to(torch.int32).view(torch.float32))
+
+
+def _leave(p_word: Any, value: Any, count: Any, i_q: Any) -> None:
+    # that of all four threads is the same
+    assert bool((value.t == value.t[:, :1]).all())
+    offset, number = torch.broadcast_tensors(p_word.offset, count.t)
+    words = (number.long() << 32) | (value.t.contiguous().view(torch.int32).long() & 0xFFFFFFFF)
+    p_word.flat[offset[:, 0]] = words[:, 0]
+
+
 def _publish(p_count: Any) -> None:
     p_count.flat[p_count.offset] += 1
 
@@ -65,6 +79,8 @@ ASSEMBLY = {
     "_halves": _halves,
     "_wait_for": _wait_for,
     "_publish": _publish,
+    "_find": _find,
+    "_leave": _leave,
     "_add_to_global": lambda descriptor, corner, tile: descriptor.write(corner, tile, add=True),
     "_wait_for_additions": lambda _: None,
     "_cut": lambda _: None,
@@ -137,12 +153,17 @@ def test_odd_lengths(t: int, options: dict[str, Any], dim: int) -> None:
     check(*draw(t, t, dim=dim, batch=1 if "bounds" in options else 2), **options)
 
 
-def test_dq_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = stick_breaking_hopper_backward.CONFIGS[64]
-    for order in range(4):
-        monkeypatch.setitem(config, "ORDER", order)
-        for t in (64, 130, 330):
-            check(*draw(t, t), bias=-1.0)
+@pytest.mark.parametrize(
+    ("stages", "gradients", "columns", "together"), [(2, 2, 1, 1), (3, 4, 1, 2), (3, 4, 2, 5), (4, 2, 2, 3)]
+)
+def test_buffers_and_orders_of_programs(
+    stages: int, gradients: int, columns: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many steps are buffered, and however many heads are dealt with together."""
+    config = {"STAGES": stages, "NB": gradients, "NDQ": columns, "TOGETHER": together}
+    monkeypatch.setitem(stick_breaking_hopper_backward.CONFIGS, 64, config)
+    for t in (64, 130, 330):
+        check(*draw(t, t, heads=3, groups=3), bias=-1.0)
 
 
 def test_queries_after_a_longer_prefix() -> None:
