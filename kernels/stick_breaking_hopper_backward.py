@@ -132,18 +132,20 @@ def _find(p_word, count):
 
 
 @gluon.jit
-def _leave(p_word, value, count, i_q):
+def _leave(WORDS_64, o_word, value, count, i_q):
     """Write a number and, in the same word, how many programs it comes from; of four threads that have it, one does."""
     gl.inline_asm_elementwise(
         """{
         .reg .pred p;
-        .reg .b64 x;
-        setp.eq.s32 p, $4, 0;
-        mov.b64 x, {$2, $3};
-        @p st.relaxed.gpu.global.b64 [$1], x;
+        .reg .b64 a, x;
+        mad.wide.s32 a, $2, 8, $1;
+        mov.b64 x, {$3, $4};
+        setp.eq.s32 p, $5, 0;
+        @p st.relaxed.gpu.global.b64 [a], x;
         mov.u32 $0, 0;
         }""",
-        "=r,l,r,r,r", [p_word, value.to(gl.int32, bitcast=True), count, i_q], dtype=gl.int32, is_pure=False, pack=1,
+        "=r,l,r,r,r,r", [WORDS_64, o_word, value.to(gl.int32, bitcast=True), count, i_q],
+        dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -560,9 +562,8 @@ def _consume(
             carry.index((s & 1) * 2).store(left)
             mbarrier.arrive(left_full.index(s & 1), count=1)
         else:
-            p_state = STATE + i_tile.to(gl.int64) * (2 * TILE) + gl.arange(0, 64, layout=ROW)[:, None] + i_q * 0
-            count = i_q * 0 + ((i_m + n_past) // 2 - i_n + 1)
-            _leave(p_state, left, count, i_q)
+            o_word = gl.arange(0, 64, layout=ROW)[:, None] + (i_q * 0 + i_tile * (2 * TILE))
+            _leave(STATE, o_word, left, i_q * 0 + ((i_m + n_past) // 2 - i_n + 1), i_q)
         st = _regroup(r0 * newer, r1 * newer, r2 * newer, r3 * newer, t0)
         # what follows would be done ahead of the scan and take registers: a loop in the machine code is in between
         _cut(s)
@@ -614,9 +615,8 @@ def _consume(
             carry.index((s & 1) * 2 + 1).store(later)
             mbarrier.arrive(later_full.index(s & 1), count=1)
         else:
-            p_state = STATE + i_tile.to(gl.int64) * (2 * TILE) + gl.arange(0, 64, layout=ROW)[:, None] + i_q * 0
-            count = i_q * 0 + ((i_m + n_past) // 2 - i_n + 1)
-            _leave(p_state + TILE, later, count, i_q)
+            o_word = gl.arange(0, 64, layout=ROW)[:, None] + (i_q * 0 + (i_tile * 2 + 1) * TILE)
+            _leave(STATE, o_word, later, i_q * 0 + ((i_m + n_past) // 2 - i_n + 1), i_q)
         z0, z1 = _halves(_join_rows(z01a, z01b, st), DTYPE)
         z2, z3 = _halves(_join_rows(z23a, z23b, st), DTYPE)
         buf = _slot(s, NB)

@@ -58,12 +58,11 @@ def _find(p_word: Any, count: Any) -> Any:
     return emulator.Value(found.to(torch.int32).view(torch.float32))
 
 
-def _leave(p_word: Any, value: Any, count: Any, i_q: Any) -> None:
+def _leave(words: Any, o_word: Any, value: Any, count: Any, i_q: Any) -> None:
     # that of all four threads is the same
     assert bool((value.t == value.t[:, :1]).all())
-    offset, number = torch.broadcast_tensors(p_word.offset, count.t)
-    words = (number.long() << 32) | (value.t.contiguous().view(torch.int32).long() & 0xFFFFFFFF)
-    p_word.flat[offset[:, 0]] = words[:, 0]
+    written = (count.t.long() << 32) | (value.t.contiguous().view(torch.int32).long() & 0xFFFFFFFF)
+    words.flat[o_word.t[:, 0].long()] = written[:, 0]
 
 
 def _publish(p_count: Any) -> None:
