@@ -5,14 +5,16 @@ tiles of 64 queries that see them: five products a tile, no saved states. Gradie
 `stick_breaking_triton.py`, from the newest keys on.
 
 - What a query brings along (the stick left, the sum of g) goes from the newer warpgroup to the older through shared
-  memory, and from a program to the one of the next older keys through four rows of global memory a query tile and a
-  counter. Programs draw tickets, the newest keys first, so that one which waits, waits for one that runs.
-- dq is added up in float32, from the newest keys to the oldest by a second counter: same inputs, same bits. A warpgroup
-  makes half of its columns from the logits' gradients of both, one or two steps behind, so that neither waits long.
-- Products are begun before what they are made under: those of queries and keys at the end of the step before, those of
-  the output's gradients and values at the start of the scan, dk at the end of a step under the next one's scan.
+  memory, and from a program to the one of the next older keys through global memory: each number in one word with how
+  many programs it comes from, so that who waits for it needs no fence. Programs draw tickets, the newest keys first, so
+  that one which waits, waits for one that runs; one head after another, so that programs at work use the same queries
+  at nearly the same time, and find them and dq in the L2.
+- dq is added up in float32, from the newest keys to the oldest by a counter: same inputs, same bits. A warpgroup makes
+  half of its columns from the logits' gradients of both, two steps behind, so that neither waits for the other.
+- Products are begun before what they are made under: those of queries and keys at the end of the step before, dq under
+  the exponentials, those of the output's gradients and values under the scan, dk under the next step.
 - Three more warps, so that no warpgroup waits for memory: one brings queries and the output's gradients by TMA, one
-  fetches what newer programs left, one tells older programs what this one left.
+  fetches what newer programs left, one adds to dq by TMA.
 - A query tile's walk ends where forward stopped: older programs neither touch it nor wait for it.
 """
 
@@ -835,12 +837,11 @@ def finish_kernel(
     tl.store(DQ + (row * n_heads + i_bh % n_heads) * D + c, (x * scale).to(DQ.dtype.element_ty), mask=m_row)
 
 
-# by head size: stages of queries and their gradients, buffers of the logits' gradients, and when dq is made: at the end
-# of a step (0), under the next one's scan together with the gradients of the weights (1: at D = 128 too few registers
-# are left, and ptxas serialises the products, C7512), or before those (2)
+# by head size: stages of queries and their gradients, buffers of the logits' gradients and of dq, and how many heads
+# are dealt with at a time
 CONFIGS: dict[int, dict[str, Any]] = {
     128: {"STAGES": 2, "NB": 2, "NDQ": 1, "TOGETHER": 1},
-    64: {"STAGES": 3, "NB": 4, "NDQ": 2, "TOGETHER": 1},
+    64: {"STAGES": 2, "NB": 2, "NDQ": 1, "TOGETHER": 1},
 }
 
 
