@@ -51,25 +51,24 @@ def _multiply(a, b):
 
 
 @triton.jit
-def _stick_left(REMAINDERS, rows, m_rows, n_chunks, chunk):
-    """The stick that the chunks before `chunk` leave to any row, as far as they are done."""
-    b_left = tl.where(m_rows, 1.0, 0.0)
-    for i in range(0, chunk, 32):
-        o_c = i + tl.arange(0, 32)
-        p_rest = REMAINDERS + rows[:, None] * n_chunks + o_c[None, :]
+def _stick_left(LEFT, chunk):
+    """The most that the chunks before `chunk` leave of any row's stick, as far as they are done."""
+    left = 1.0
+    for i in range(0, chunk, 128):
+        o_c = i + tl.arange(0, 128)
         # others write them meanwhile
-        b_rest = tl.load(p_rest, mask=m_rows[:, None] & (o_c < chunk)[None, :], other=1.0, volatile=True)
-        b_left *= tl.reduce(tl.where(b_rest == 0.0, 1.0, b_rest), 1, _multiply)
-    return tl.max(b_left, 0)
+        b_left = tl.load(LEFT + o_c, mask=o_c < chunk, other=1.0, volatile=True)
+        left *= tl.reduce(tl.where(b_left == 0.0, 1.0, b_left), 0, _multiply)
+    return left
 
 
 # the number of keys changes from step to step: none is worth a compilation of its own
 @triton.jit(
     do_not_specialize=["n_batch", "n_groups", "n_queries", "n_keys", "n_chunks", "n_first"],
-    do_not_specialize_on_alignment=["TICKETS"],
+    do_not_specialize_on_alignment=["LEFT", "TICKETS"],
 )
 def decode_kernel(
-    Q, K, V, BIAS, PARTS, REMAINDERS, TICKETS, STARTS, LENGTHS,
+    Q, K, V, BIAS, PARTS, REMAINDERS, LEFT, TICKETS, STARTS, LENGTHS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     n_batch, n_groups, n_queries, n_keys, n_chunks, n_first, scale, epsilon,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -77,8 +76,9 @@ def decode_kernel(
 ):  # fmt: skip
     """Chunks of keys for a tile of queries of the heads that share them; a row of the tile is a query of a head.
 
-    PARTS: (B, T, H, chunks, D) and REMAINDERS: (B, T, H, chunks), float32. SKIP: the first chunks have `n_first` tiles,
-    TICKETS counts those drawn for each tile of queries, and REMAINDERS is 0 at the start, as TICKETS is.
+    PARTS: (B, T, H, chunks, D) and REMAINDERS: (B, T, H, chunks), float32. SKIP: the first chunks have `n_first` tiles;
+    TICKETS counts the chunks drawn for each tile of queries, LEFT (tiles of queries, chunks) is the most that a chunk
+    leaves of a row's stick; both and REMAINDERS are 0 at the start.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -118,6 +118,7 @@ def decode_kernel(
 
     chunk = tl.program_id(1)
     if SKIP:
+        LEFT += pid.to(tl.int64) * n_chunks
         chunk = tl.atomic_add(TICKETS + pid, 1, sem="relaxed")
     more = True
     while more:
@@ -127,7 +128,7 @@ def decode_kernel(
         if SKIP:
             more = i_tile < n_tiles
             if more:
-                more = _stick_left(REMAINDERS, rows, m_m, n_chunks, chunk) > epsilon * 0.5
+                more = _stick_left(LEFT, chunk) > epsilon * 0.5
             stop = tl.where(more, stop, i_tile)
         b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         b_left = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
@@ -151,7 +152,10 @@ def decode_kernel(
         if more:
             part = rows * n_chunks + chunk
             tl.store(PARTS + part[:, None] * D + o_d[None, :], b_acc, mask=m_m[:, None] & m_d)
-            tl.store(REMAINDERS + part, tl.maximum(b_left, LEAST), mask=m_m)
+            b_left = tl.maximum(b_left, LEAST)
+            tl.store(REMAINDERS + part, b_left, mask=m_m)
+            if SKIP:
+                tl.store(LEFT + chunk, tl.max(tl.where(m_m, b_left, LEAST), 0))
         if SKIP:
             if more:
                 chunk = tl.atomic_add(TICKETS + pid, 1, sem="relaxed")
@@ -224,13 +228,14 @@ def _overlaps(device: torch.device) -> bool:
 
 @functools.cache
 def _splits(n_programs: int, slots: int) -> int:
-    """In how many parts to deal out the keys of each of n_programs, of which `slots` run at a time: few, but such that
-    at most a tenth of the device is idle at the end, or less than with any other."""
+    """In how many parts to deal out the keys of each of n_programs, of which `slots` run at a time: such that at most a
+    tenth of the device is idle in the last wave, or as little as can be, and there are few waves."""
 
-    def share(splits: int) -> float:
-        return n_programs * splits / slots / -(-n_programs * splits // slots)
+    def rank(splits: int) -> tuple[float, int, int]:
+        waves = -(-n_programs * splits // slots)
+        return min(n_programs * splits / slots / waves, 0.9), -waves, splits
 
-    return max(range(1, max(1, 4 * slots // n_programs) + 1), key=lambda splits: (min(share(splits), 0.9), -splits))
+    return max(range(1, max(1, 4 * slots // n_programs) + 1), key=rank)
 
 
 def decode(
@@ -258,13 +263,14 @@ def decode(
     shape = (batch, n_queries, heads)
     parts = torch.empty((*shape, n_chunks, dim), dtype=torch.float32, device=q.device)
     remainders = torch.empty((*shape, n_chunks), dtype=torch.float32, device=q.device)
-    tickets = None
+    left = tickets = None
     if epsilon > 0:
-        # one launch fills both
-        zeros = torch.zeros(remainders.numel() + n_programs, dtype=torch.int32, device=q.device)
-        remainders, tickets = zeros[: remainders.numel()].view(torch.float32), zeros[remainders.numel() :]
+        # one launch fills them all
+        sizes = [remainders.numel(), n_programs * n_chunks, n_programs]
+        remainders, left, tickets = torch.zeros(sum(sizes), dtype=torch.float32, device=q.device).split(sizes)
+        tickets = tickets.view(torch.int32)
     decode_kernel[(n_programs, splits)](
-        q, k, v, bias, parts, remainders, tickets, starts, lengths,
+        q, k, v, bias, parts, remainders, left, tickets, starts, lengths,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         batch, groups, n_queries, n_keys, n_chunks, first, scale * LOG2_E, epsilon,
         GROUP=heads // groups, D=dim, CURRENT=int(attend_current), SKIP=epsilon > 0, EXACT=q.dtype == torch.float32,
