@@ -352,9 +352,9 @@ def _decode_operator(
 ) -> tuple[Tensor, Tensor]:
     """Output and remainder of the queries that end at `lengths` of keys from `starts` on, row by row; no gradient."""
     if backend != "torch":
-        from sbeval.kernels import stick_breaking_triton
+        from sbeval.kernels import stick_breaking_decode
 
-        return stick_breaking_triton.decode(q, k, v, bias, starts, lengths, scale, attend_current, epsilon)
+        return stick_breaking_decode.decode(q, k, v, bias, starts, lengths, scale, attend_current, epsilon)
     out, remainder = q.new_zeros(q.shape), torch.ones(q.shape[:3], device=q.device, dtype=_flat(q).dtype)
     first = [0] * len(q) if starts is None else starts.tolist()
     end = [k.shape[1]] * len(q) if lengths is None else lengths.tolist()
@@ -481,10 +481,6 @@ def attention(
     if bounded and differentiable:
         raise InputError("starts and lengths are for decoding, which has no gradient: use torch.no_grad, or cu_seqlens")
     if bounded or (decodes and backend != "torch" and not differentiable):
-        if bounded and starts is None:
-            starts = torch.zeros(len(q), dtype=torch.int32, device=q.device)
-        if bounded and lengths is None:
-            lengths = torch.full((len(q),), k.shape[1], dtype=torch.int32, device=q.device)
         found = _decode_operator(q, k, v, bias, starts, lengths, scale, attend_current, epsilon, backend)
         return cast(tuple[Tensor, Tensor], found)
     out, remainder, _, _ = _operator(q, k, v, bias, cu_seqlens, scale, attend_current, epsilon, backend)

@@ -226,8 +226,10 @@ def _produce(
             n_q = gl.load(CU_SEQLENS + i_s + 1) - start
             stop_block = gl.load(STOP_BLOCKS + i_s)
         n_past = (n_keys - n_queries) // TILE
-        row = i_tile * NWG * TILE
-        n_tiles = n_past + (gl.minimum(row + NWG * TILE, n_q) + TILE - 1) // TILE
+        # the last tile ends with the sequence; the first, which sees the fewest keys, may begin before it
+        whole = (n_q + TILE - 1) // TILE
+        row = (whole - ((whole + NWG - 1) // NWG - i_tile) * NWG) * TILE
+        n_tiles = n_past + row // TILE + NWG
         place = item % QUEUE
         mbarrier.wait(q_empty.index(place), ((item // QUEUE) & 1) ^ 1)
         _put(words.index(place * 6), i_bh, 1)
@@ -239,8 +241,9 @@ def _produce(
         mbarrier.expect(q_full.index(place), NWG * TILE * D * 2)
         for w in gl.static_range(NWG):
             tma.async_copy_global_to_shared(
-                q_desc, [i_b, start + row + TILE * w, i_h, 0], q_full.index(place), q_bufs.index(place * NWG + w)
-            )
+                q_desc, [i_b, gl.maximum(start + row + TILE * w, 0), i_h, 0], q_full.index(place),
+                q_bufs.index(place * NWG + w),
+            )  # fmt: skip
         ticket = gl.num_programs(0) + gl.atomic_add(TICKET, 1)
         col = i_h // GROUP * D
         i = 0
@@ -286,7 +289,7 @@ def _consume(
     WG: gl.constexpr, D: gl.constexpr, NWG: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
     CURRENT: gl.constexpr, SKIP: gl.constexpr, LOOK: gl.constexpr, Q_REGS: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: queries 64 WG to 64 WG + 63 of each tile."""
+    """One warpgroup: 64 queries of each tile, in turn the oldest and the newest, which have more keys to walk."""
     q_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, full, empty = ring
     BIAS, OUT, RESIDUAL, REMAINDER, STOP = tensors
     n_heads, n_queries, n_keys, n_key_rows, n_stops, scale, epsilon = sizes
@@ -305,16 +308,17 @@ def _consume(
     i_bh = _get(words.index(0), 4)
     while i_bh >= 0:
         place = item % QUEUE
-        row = _get(words.index(place * 6 + 1), 4) + WG * TILE
+        part = (item + WG) % NWG
+        row = _get(words.index(place * 6 + 1), 4) + part * TILE
         start = _get(words.index(place * 6 + 2), 4)
         n_q = _get(words.index(place * 6 + 3), 4)
         i_b = i_bh // n_heads
         i_h = i_bh % n_heads
-        n_tiles = n_past + (gl.minimum(row + (NWG - WG) * TILE, n_q) + TILE - 1) // TILE
+        n_tiles = n_past + row // TILE + NWG - part
         shift = 0.0
         if BIAS is not None:
             shift = gl.load(BIAS + i_h) * 1.4426950408889634
-        q_buf = q_bufs.index(place * NWG + WG)
+        q_buf = q_bufs.index(place * NWG + part)
         q = 0
         if Q_REGS:
             q = q_buf.reshape([TILE, D]).load(Q_LAYOUT)
@@ -324,8 +328,8 @@ def _consume(
         # rows past the end have no stick, so that they keep nobody at work
         left = gl.where((row + o_left < n_q)[:, None], gl.full([TILE, 4], 1.0, gl.float32, QUARTERS), 0.0)
 
-        # tiles newer than these queries are for the other warpgroups
-        newer = gl.maximum(n_tiles - 1 - n_past - row // TILE, 0)
+        # tiles newer than these queries are for the other warpgroups; before the first row there are no queries
+        newer = gl.where(row < 0, 0, NWG - 1 - part)
         for _ in range(newer):
             mbarrier.wait(full.index(slot % STAGES), (slot // STAGES) & 1)
             mbarrier.arrive(empty.index(slot % STAGES), count=1)
@@ -345,8 +349,8 @@ def _consume(
         weights, left = _weights(products, left, scale, shift, m_diagonal, True)
         p = gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
         slot += 1
-        # the stage whose keys these queries do not need, but its values; rows past the end need none
-        end = slot + gl.where(row < n_q, n_tiles - 1 - newer, 0)
+        # the stage whose keys these queries do not need, but its values
+        end = slot + gl.where(row < 0, 0, n_tiles - 1 - newer)
         look = slot + LOOK
         mbarrier.wait(full.index(slot % STAGES), (slot // STAGES) & 1)
         while slot < end:
@@ -373,13 +377,14 @@ def _consume(
 
         # where this is: read again, so that no register kept it during the walk
         i_bh = _get(words.index(place * 6), 4)
-        row = _get(words.index(place * 6 + 1), 4) + WG * TILE
+        part = (item + WG) % NWG
+        row = _get(words.index(place * 6 + 1), 4) + part * TILE
         start = _get(words.index(place * 6 + 2), 4)
-        n_q = _get(words.index(place * 6 + 3), 4)
+        n_q = gl.where(row < 0, row, _get(words.index(place * 6 + 3), 4))
         stop_block = _get(words.index(place * 6 + 4), 4)
         i_b = i_bh // n_heads
         i_h = i_bh % n_heads
-        n_tiles = n_past + (gl.minimum(row + (NWG - WG) * TILE, n_q) + TILE - 1) // TILE
+        n_tiles = n_past + row // TILE + NWG - part
         i = slot - 1 - _get(words.index(place * 6 + 5), 4)
         if SKIP:
             if i < n_tiles:

@@ -261,79 +261,44 @@ def _forward_tile(
 
 @triton.jit
 def forward_kernel(
-    Q, K, V, BIAS, O, RESIDUAL, REMAINDER, STOP, CU_SEQLENS, BLOCKS, STARTS, LENGTHS,
+    Q, K, V, BIAS, O, RESIDUAL, REMAINDER, STOP, CU_SEQLENS, BLOCKS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    n_batch, n_heads, n_queries, n_keys, n_blocks, n_sequences, n_splits, first_split, newest, oldest, scale, epsilon,
-    GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, LOOK: tl.constexpr, CURRENT: tl.constexpr, VARLEN: tl.constexpr, BOUNDED: tl.constexpr,
-    SPLIT: tl.constexpr, SKIP: tl.constexpr, EXACT: tl.constexpr,
+    n_batch, n_heads, n_queries, n_keys, n_blocks, n_sequences, scale, epsilon,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LOOK: tl.constexpr, CURRENT: tl.constexpr, VARLEN: tl.constexpr, SKIP: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One query tile of one head a program, latest tiles first; heads that share keys lie next to each other.
 
-    A row of the tile is a query of PACK heads that share keys. O, RESIDUAL: (B, T, H, D) contiguous; REMAINDER:
-    (B, T, H) float32; STOP: (B, H, tiles) int32, the oldest key visited.
-
-    SPLIT: the keys are dealt out to `n_splits` programs, and each starts with a whole stick. O: (splits, B, T, H, D)
-    and REMAINDER (splits, B, T, H), both float32, from split `first_split` on, that walk the tiles of keys from
-    `newest` up to and without `oldest`, counted from the newest. A program whose stick was used up by the splits before
-    `first_split` has nothing to do.
+    O, RESIDUAL: (B, T, H, D) contiguous; REMAINDER: (B, T, H) float32; STOP: (B, H, tiles) int32, the oldest key
+    visited.
     """
     pid = tl.program_id(0)
-    i_h = pid % (n_heads // PACK) * PACK
-    i_b = ((pid // (n_heads // PACK)) % n_batch).to(tl.int64)
-    i_tile = n_blocks - 1 - pid // (n_heads // PACK * n_batch)
+    i_h = pid % n_heads
+    i_b = ((pid // n_heads) % n_batch).to(tl.int64)
+    i_tile = n_blocks - 1 - pid // (n_heads * n_batch)
     i_m, i_s, start, n_q, n_k = _locate(i_tile, BLOCKS, CU_SEQLENS, n_queries, n_keys, n_sequences, VARLEN)
     if i_m < 0:
         return
     i_g = i_h // GROUP
     K += i_b * stride_kb + start * stride_kt + i_g * stride_kh
     V += i_b * stride_vb + start * stride_vt + i_g * stride_vh
-    if BOUNDED:
-        o_first = tl.load(STARTS + i_b)
-        n_k = tl.load(LENGTHS + i_b) - o_first
-        K += o_first.to(tl.int64) * stride_kt
-        V += o_first.to(tl.int64) * stride_vt
     o_d = tl.arange(0, BLOCK_D)
     o_key = _key_order(BLOCK_N)
-    o_row = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_m = o_row // PACK
-    o_h = i_h + o_row % PACK
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < n_q
     o_pos = o_m + (n_k - n_q)
-    rows = ((i_b * n_queries + start + o_m) * n_heads + o_h).to(tl.int64)
-    m_rows = m_m[:, None] & (o_d < D)[None, :]
-    p_q = Q + i_b * stride_qb + (start + o_m.to(tl.int64)) * stride_qt + o_h.to(tl.int64) * stride_qh
-    b_q = tl.load(p_q[:, None] + o_d[None, :], mask=m_rows, other=0.0)
+    b_q = _load(Q + i_b * stride_qb + start * stride_qt + i_h * stride_qh, o_m, o_d, stride_qt, n_q, D, True)
     b_bias = 0.0
     if BIAS is not None:
-        b_bias = (tl.load(BIAS + o_h) * 1.4426950408889634)[:, None]
+        b_bias = tl.load(BIAS + i_h) * 1.4426950408889634
     b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     # rows past the end have no stick, so that they keep no tile alive
     b_left = tl.where(m_m, 1.0, 0.0)
 
-    first = i_m * BLOCK_M // PACK + n_k - n_q
-    end = tl.minimum((i_m * BLOCK_M + BLOCK_M - 1) // PACK + 1 + n_k - n_q, n_k) - 1 + CURRENT
+    first = i_m * BLOCK_M + n_k - n_q
+    end = tl.minimum(first + BLOCK_M, n_k) - 1 + CURRENT
     n_tiles = tl.maximum((end + BLOCK_N - 1) // BLOCK_N, 0)
     n_full = tl.minimum(tl.maximum((first + CURRENT) // BLOCK_N, 0), n_tiles)
-    low = n_tiles * 0
-    if SPLIT:
-        i_split = tl.program_id(1)
-        # what is left for this launch, dealt out evenly
-        high = tl.maximum(n_tiles - newest, 0)
-        share = (tl.minimum(high, oldest - newest) + n_splits - 1) // n_splits
-        low = tl.maximum(high - (i_split + 1) * share, n_tiles - oldest)
-        low = tl.maximum(low, 0)
-        n_tiles = tl.maximum(high - i_split * share, low)
-        n_full = tl.maximum(tl.minimum(n_full, n_tiles), low)
-        n_rows = (i_b * 0 + n_batch) * n_queries * n_heads
-        if SKIP:
-            b_before = b_left
-            for i in range(first_split):
-                b_before *= tl.load(REMAINDER + i * n_rows + rows, mask=m_m, other=0.0)
-            if tl.max(b_before, 0) <= epsilon:
-                return
-        O += (first_split + i_split) * n_rows * D
-        REMAINDER += (first_split + i_split) * n_rows
     for i in range(n_full, n_tiles):
         b_acc, b_left = _forward_tile(
             n_tiles - 1 - (i - n_full), b_q, b_acc, b_left, b_bias, K, V, o_key, o_pos, o_d, stride_kt, stride_vt, n_k,
@@ -341,8 +306,8 @@ def forward_kernel(
         )  # fmt: skip
     i_n = n_full
     if SKIP:
-        while (i_n > low) & (tl.max(b_left, 0) > epsilon):
-            look = tl.minimum(i_n - low, LOOK)
+        while (i_n > 0) & (tl.max(b_left, 0) > epsilon):
+            look = tl.minimum(i_n, LOOK)
             for i in range(look):
                 b_acc, b_left = _forward_tile(
                     i_n - 1 - i, b_q, b_acc, b_left, b_bias, K, V, o_key, o_pos, o_d, stride_kt, stride_vt, n_k, scale,
@@ -350,53 +315,22 @@ def forward_kernel(
                 )  # fmt: skip
             i_n -= look
     else:
-        for i in range(i_n - low):
+        for i in range(i_n):
             b_acc, b_left = _forward_tile(
                 i_n - 1 - i, b_q, b_acc, b_left, b_bias, K, V, o_key, o_pos, o_d, stride_kt, stride_vt, n_k, scale,
                 D, BLOCK_N, CURRENT, False, EXACT,
             )  # fmt: skip
-        i_n = low
+        i_n = 0
 
+    rows = (i_b * n_queries + start + o_m) * n_heads + i_h
     p_rows = rows[:, None] * D + o_d[None, :]
+    m_rows = m_m[:, None] & (o_d < D)[None, :]
     b_o = b_acc.to(O.dtype.element_ty)
     tl.store(O + p_rows, b_o, mask=m_rows)
     if RESIDUAL is not None:
         tl.store(RESIDUAL + p_rows, (b_acc - b_o.to(tl.float32)).to(O.dtype.element_ty), mask=m_rows)
-    if STOP is not None:
-        tl.store(STOP + (i_b * n_heads + i_h) * n_blocks + i_tile, i_n * BLOCK_N)
+    tl.store(STOP + (i_b * n_heads + i_h) * n_blocks + i_tile, i_n * BLOCK_N)
     tl.store(REMAINDER + rows, b_left, mask=m_m)
-
-
-@triton.jit
-def combine_kernel(
-    PARTS, PART_REMAINDERS, O, REMAINDER, n_rows, n_splits, n_first, epsilon,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    """Join what splits of the keys found for one query of one head, the newest first.
-
-    Splits from `n_first` on count only where those before left more than epsilon: elsewhere nobody wrote them.
-    """
-    i_row = tl.program_id(0).to(tl.int64)
-    o_d = tl.arange(0, BLOCK_D)
-    b_o = tl.zeros([BLOCK_D], dtype=tl.float32)
-    left = 1.0
-    end = n_first
-    for launch in tl.static_range(2):
-        begin = 0 if launch == 0 else n_first
-        if launch == 1:
-            end = tl.where(left > epsilon, n_splits, n_first)
-        for i in range(begin, end, BLOCK_S):
-            o_s = i + tl.arange(0, BLOCK_S)
-            part = o_s.to(tl.int64) * n_rows + i_row
-            b_rest = tl.load(PART_REMAINDERS + part, mask=o_s < end, other=1.0)
-            m_newer = (o_s > i) & (o_s <= end)
-            b_before = left * tl.cumprod(tl.load(PART_REMAINDERS + part - n_rows, mask=m_newer, other=1.0))
-            p_part = PARTS + part[:, None] * D + o_d[None, :]
-            b_part = tl.load(p_part, mask=(o_s < end)[:, None] & (o_d < D)[None, :], other=0.0)
-            b_o += tl.sum(b_before[:, None] * b_part, 0)
-            left = tl.min(b_before * b_rest, 0)
-    tl.store(O + i_row * D + o_d, b_o.to(O.dtype.element_ty), mask=o_d < D)
-    tl.store(REMAINDER + i_row, left)
 
 
 @triton.jit
@@ -680,7 +614,7 @@ def key_kernel(
 
 
 def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes and launch options of `forward`, `query`, `key` or `decode`, for sm_80 and later.
+    """Tile sizes and launch options of `forward`, `query` or `key`, for sm_80 and later.
 
     Backward's tiles divide forward's, and its two passes share theirs. Forward looks after every LOOK tiles whether any
     stick is left; between looks the loop is pipelined.
@@ -688,9 +622,7 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     block_d = max(16, triton.next_power_of_2(head_dim))
     if dtype == torch.float32:
         size = 64 if block_d <= 64 else 32 if block_d == 128 else 16
-        block_m, block_n, warps, stages = 16 if kernel == "decode" else size, min(size, 32), 4, 1
-    elif kernel == "decode":
-        block_m, block_n, warps, stages = (16, 64, 4, 4) if block_d == 128 else (16, 64 if block_d <= 64 else 32, 1, 3)
+        block_m, block_n, warps, stages = size, min(size, 32), 4, 1
     elif block_d == 256:
         block_m, block_n, warps, stages = 64, 32, 4, 2 if kernel == "forward" else 1
     else:
@@ -698,7 +630,7 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
         stages = 3 if kernel != "forward" and block_d <= 64 else 2
         block_m, block_n, warps = 64, 64, 4
     options = {"BLOCK_D": block_d, "BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
-    if kernel in ("forward", "decode"):
+    if kernel == "forward":
         options["LOOK"] = 2 if dtype == torch.float32 else 16
     return options
 
@@ -742,11 +674,11 @@ def forward(
         n_sequences = len(cu_seqlens) - 1
         blocks = _cumulative(_blocks(cu_seqlens, options["BLOCK_M"]))
     forward_kernel[(n_blocks * batch * heads,)](
-        q, k, v, bias, out, None if exact else residual, remainder, stop, cu_seqlens, blocks, None, None,
+        q, k, v, bias, out, None if exact else residual, remainder, stop, cu_seqlens, blocks,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        batch, heads, n_queries, k.shape[1], n_blocks, n_sequences, 1, 0, 0, 0, scale * LOG2_E, epsilon,
-        GROUP=heads // k.shape[2], PACK=1, D=dim, CURRENT=int(attend_current), VARLEN=cu_seqlens is not None,
-        BOUNDED=False, SPLIT=False, SKIP=epsilon > 0, EXACT=exact, **options,
+        batch, heads, n_queries, k.shape[1], n_blocks, n_sequences, scale * LOG2_E, epsilon,
+        GROUP=heads // k.shape[2], D=dim, CURRENT=int(attend_current), VARLEN=cu_seqlens is not None,
+        SKIP=epsilon > 0, EXACT=exact, **options,
     )  # fmt: skip
     return out, remainder, residual, stop
 
@@ -806,51 +738,3 @@ def backward(
             *sizes, **constants, **key_options,
         )  # fmt: skip
     return dq, dk, dv, dbias.sum((0, 2)) if bias is not None else dbias.new_empty(0)
-
-
-# keys that a first launch looks at before a second asks whether any stick is left for older ones
-NEWEST = 4096
-
-
-def _splits(n_programs: int, n_tiles: int, device: torch.device) -> int:
-    """In how many parts to walk n_tiles so that the device is busy: a few programs for each multiprocessor."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, min(-(-4 * processors // n_programs), -(-n_tiles // 4)))
-
-
-def decode(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, starts: Tensor | None, lengths: Tensor | None, scale: float,
-    attend_current: bool, epsilon: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output and remainder of few queries against many keys: the keys are split over the device, as in flash-decoding.
-
-    With `epsilon`, keys older than the newest NEWEST are read only where some stick is left for them.
-    """
-    q, k, v = _rows(q), _rows(k), _rows(v)
-    batch, n_queries, heads, dim = q.shape
-    n_keys, groups = k.shape[1:3]
-    group = heads // groups
-    options = tiles("decode", dim, q.dtype)
-    n_blocks = triton.cdiv(n_queries * group, options["BLOCK_M"])
-    n_programs = n_blocks * batch * groups
-    n_tiles = triton.cdiv(n_keys, options["BLOCK_N"])
-    newest = min(n_tiles, triton.cdiv(NEWEST, options["BLOCK_N"])) if epsilon > 0 else n_tiles
-    launches = [(0, newest)] + ([(newest, n_tiles)] if newest < n_tiles else [])
-    splits = [_splits(n_programs, end - begin, q.device) for begin, end in launches]
-    parts = torch.empty((sum(splits), batch, n_queries, heads, dim), dtype=torch.float32, device=q.device)
-    remainders = torch.empty(parts.shape[:-1], dtype=torch.float32, device=q.device)
-    for i, (begin, end) in enumerate(launches):
-        forward_kernel[(n_programs, splits[i])](
-            q, k, v, bias, parts, None, remainders, None, None, None, starts, lengths,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            batch, heads, n_queries, n_keys, n_blocks, 0, splits[i], sum(splits[:i]), begin, end, scale * LOG2_E,
-            epsilon, GROUP=group, PACK=group, D=dim, CURRENT=int(attend_current), VARLEN=False,
-            BOUNDED=starts is not None, SPLIT=True, SKIP=epsilon > 0, EXACT=q.dtype == torch.float32, **options,
-        )  # fmt: skip
-    out = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
-    remainder = torch.empty((batch, n_queries, heads), dtype=torch.float32, device=q.device)
-    combine_kernel[(batch * n_queries * heads,)](
-        parts, remainders, out, remainder, batch * n_queries * heads, sum(splits), splits[0], epsilon,
-        D=dim, BLOCK_D=options["BLOCK_D"], BLOCK_S=16, num_warps=4,
-    )  # fmt: skip
-    return out, remainder

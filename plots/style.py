@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 import textwrap
+import zlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,35 +34,37 @@ NAMES = {
     # see `named`
     "learned": "learned positions",
 }
-# and so does the position here, after those, of settings that several figures have: options beside SHARED
-VARIANTS = (
-    ("stick_breaking", "remainder=none"),
-    ("stick_breaking", "logit_bias=-3.0"),
-    ("stick_breaking", "logit_bias=-1.5"),
-    ("sliding_window", "window=256"),
-    ("sliding_window", "window=1024"),
-    ("stick_breaking", "remainder=bias"),
-    ("stick_breaking", "logit_bias=-4.5"),
-    ("stick_breaking", "logit_bias=-6.0"),
-    ("stick_breaking", "remainder=none,logit_bias=-1.5"),
-    ("stick_breaking", "remainder=none,logit_bias=-3.0"),
-    ("stick_breaking", "remainder=bias,head_norm=true"),
-    ("stick_breaking", "remainder=none,qkv_bias=true"),
-    ("stick_breaking", "remainder=none,logit_bias=spread"),
-    ("stick_breaking", "logit_bias=spread"),
-    ("stick_breaking", "remainder=none,init_std=0.02"),
-)
-# options that legends name in words
+# positions of the settings of figures in results/, after those; any other has one by its options, see `_position`. The
+# last three are in figures without the first
+VARIANTS = {
+    ("stick_breaking", "remainder=none"): 8,
+    ("stick_breaking", "logit_bias=-3.0"): 9,
+    ("stick_breaking", "logit_bias=-1.5"): 10,
+    ("sliding_window", "window=256"): 11,
+    ("sliding_window", "window=1024"): 12,
+    ("stick_breaking", "remainder=bias"): 13,
+    ("stick_breaking", "logit_bias=-4.5"): 14,
+    ("stick_breaking", "logit_bias=-6.0"): 15,
+    ("stick_breaking", "remainder=none,logit_bias=-1.5"): 16,
+    ("stick_breaking", "remainder=none,logit_bias=-3.0"): 17,
+    ("stick_breaking", "remainder=bias,head_norm=true"): 18,
+    ("stick_breaking", "remainder=none,qkv_bias=true"): 19,
+    ("stick_breaking", "remainder=none,logit_bias=spread"): 20,
+    ("stick_breaking", "logit_bias=spread"): 21,
+    ("stick_breaking", "remainder=none,init_std=0.02"): 22,
+    ("rope", "key_shift=true"): 1,
+    ("rope", "qkv_bias=true"): 8,
+    ("stick_breaking", "epsilon=0"): 8,
+}
+# options that legends name otherwise than `_in_words` does
 WORDS = {
     "logit_bias=spread": "logit offsets spread",
     "logit_bias": "logit offset {}",
-    "logit_scale": "logit scale {}",
     "remainder=none": "no remainder",
     "remainder=bias": "learned remainder",
     "qkv_bias=true": "q, k, v biases",
-    "head_norm=true": "head norm",
-    "key_shift=true": "key shift",
     "init_std": "initial σ {}",
+    "epsilon": "epsilon={}",
     # of the figure `kernel`, whose options are kernels
     "triton": "portable kernels",
 }
@@ -134,25 +137,28 @@ def _methods(table: pd.DataFrame) -> set[Method]:
 def looks_of(methods: Iterable[Method]) -> dict[Method, Look]:
     """Give each method its look, in the order of the legend.
 
-    VARIANTS have theirs, and the first other options of a named method have the method's own; further ones, and methods
-    not in NAMES, have the next free. Options shared by all variants of a method are left out of labels.
+    A named method without options has its own, and so has its only form in a figure; other forms have that of their
+    options, with the next colour where another has that here. Methods not in NAMES, and options that are only a word,
+    have the next free look. Options shared by all forms of a method are left out of labels.
     """
     methods = set(methods)
     order = {name: index for index, name in enumerate(NAMES)}
-    fixed = _fixed(methods)
-    absent = [index for name, index in order.items() if name not in {other for other, _ in methods}]
-    candidates = itertools.chain(range(len(NAMES), len(COLOURS)), absent, itertools.count(len(COLOURS)))
-    free = (index for index in candidates if index not in fixed.values())
+    forms = {name: [options for other, options in methods if other == name] for name, _ in methods}
+    positions = _fixed(methods, forms)
+    for method in sorted(set(methods) - set(positions)):
+        if "=" in method[1] and len(forms[method[0]]) > 1:
+            positions[method] = _unlike(_position(method), positions.values())
+    candidates = itertools.chain(
+        range(len(NAMES), len(COLOURS)),
+        (index for name, index in order.items() if name not in forms),
+        itertools.count(len(COLOURS)),
+    )
+    free = (index for index in candidates if index not in set(positions.values()))
     styled: dict[Method, Look] = {}
-    own: set[str] = set()
-    for name, options in sorted(methods, key=lambda pair: (order.get(pair[0], len(NAMES)), pair)):
-        if (name, options) in fixed:
-            index = fixed[name, options]
-        else:
-            index = order[name] if name in order and name not in own else next(free)
-            own.add(name)
-        styled[name, options] = Look(
-            label=_label(name, options, [other for method, other in methods if method == name]),
+    for method in sorted(methods, key=lambda pair: (order.get(pair[0], len(NAMES)), pair)):
+        index = positions[method] if method in positions else next(free)
+        styled[method] = Look(
+            label=_label(*method, forms[method[0]]),
             colour=COLOURS[index % len(COLOURS)],
             marker=MARKERS[index % len(MARKERS)],
             dashes=DASHES[index % len(DASHES)],
@@ -160,14 +166,34 @@ def looks_of(methods: Iterable[Method]) -> dict[Method, Look]:
     return styled
 
 
-def _fixed(methods: Iterable[Method]) -> dict[Method, int]:
-    """Return the position of the look of each method that is one of VARIANTS; of equal ones, the first has it."""
+def _fixed(methods: Iterable[Method], forms: dict[str, list[str]]) -> dict[Method, int]:
+    """Return the position of each method that is one of VARIANTS, or one of NAMES and has no options or no other form.
+
+    Of equal ones the first has it.
+    """
     found: dict[int, Method] = {}
     for name, options in sorted(methods):
-        variant = (name, ",".join(option for option in options.split(",") if option != SHARED))
-        if variant in VARIANTS:
-            found.setdefault(len(NAMES) + VARIANTS.index(variant), (name, options))
+        rest = ",".join(option for option in options.split(",") if option != SHARED)
+        if (name, rest) in VARIANTS:
+            found.setdefault(VARIANTS[name, rest], (name, options))
+        elif name in NAMES and (not rest or len(forms[name]) == 1):
+            found.setdefault(list(NAMES).index(name), (name, options))
     return {method: index for index, method in found.items()}
+
+
+def _position(method: Method) -> int:
+    """Return a position that depends on the name and the options of a method alone, of as many as there are looks."""
+    return zlib.crc32(":".join(method).encode()) % math.lcm(len(COLOURS), len(MARKERS), len(DASHES))
+
+
+def _unlike(position: int, taken: Iterable[int]) -> int:
+    """Return the first position from this one on whose colour no other has or, if all are had, whose look is none's."""
+    others = set(taken)
+    colours = {other % len(COLOURS) for other in others}
+    candidates = itertools.count(position)
+    if len(colours) < len(COLOURS):
+        return next(index for index in candidates if index % len(COLOURS) not in colours)
+    return next(index for index in candidates if index not in others)
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:
@@ -193,9 +219,15 @@ def _label(name: str, options: str, all_options: Sequence[str]) -> str:
 
 
 def _in_words(option: str) -> str:
-    name, _, value = option.partition("=")
-    words = WORDS.get(option) or WORDS.get(name)
-    return words.format(value.removesuffix(".0").replace("-", "−")) if words else option
+    """Return an option as legends name it: `key shift` for key_shift=true, `theta 500` for theta=500.0."""
+    name, given, value = option.partition("=")
+    value = value.removesuffix(".0").replace("-", "−")
+    if words := WORDS.get(option) or WORDS.get(name):
+        return words.format(value)
+    name = name.replace("_", " ")
+    if value in ("true", "false"):
+        return name if value == "true" else f"no {name}"
+    return f"{name} {value}" if given else name
 
 
 def methods(rows: pd.DataFrame, looks: dict[Method, Look]) -> dict[Method, Look]:

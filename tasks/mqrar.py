@@ -26,7 +26,7 @@ from sbeval.data.recall import Recall
 from sbeval.models.config import ModelConfig, canonical_attention, flops_per_token
 from sbeval.registry import HELP
 from sbeval.sweep.cell import Outcome
-from sbeval.sweep.family import Family
+from sbeval.sweep.family import Family, Say, unsaid, without_rates
 from sbeval.tables.mqrar import Row as Row
 from sbeval.tables.mqrar import summary
 from sbeval.tasks.mqrar_options import PRESETS as PRESETS
@@ -63,11 +63,16 @@ class Cell(Synthetic):
         return self.config.task(self.config.kv_pairs[0], self.config.n_back[0])
 
     @property
-    def title(self) -> str:
+    def setting(self) -> str:
+        """Title without learning rate and seed."""
         config = self.config
         size = f"{config.kv_pairs[0]} pairs width {config.widths[0]}"
         back = f" {config.n_back[0]} back" if config.n_back[0] > 1 else ""
-        return f"{self.attention} {size}{back} lr {config.lrs[0]:g} seed {config.seeds[0]}"
+        return f"{self.attention} {size}{back}"
+
+    @property
+    def title(self) -> str:
+        return f"{self.setting} lr {self.config.lrs[0]:g} seed {self.config.seeds[0]}"
 
     @property
     def row(self) -> type[Row]:
@@ -222,21 +227,26 @@ def cells(config: Config) -> list[Cell]:
     ]
 
 
-def more(config: Config, results: "pd.DataFrame | None") -> list[Cell]:
+def more(config: Config, results: "pd.DataFrame | None", say: Say = unsaid) -> list[Cell]:
     """Return the further seeds, at the learning rate that solves the task in the fewest steps with the first seed.
 
-    Where none solves it, accuracies may be chance, and the best of them noise: at every rate that did not fail. Without
-    results: at every rate, an upper bound.
+    Where none solves it, accuracies may be chance, and the best of them noise: at every rate that did not fail. Where
+    all failed: none, which `say` says. Without results: at every rate, an upper bound.
     """
-    seeds = list(dict.fromkeys(config.seeds))
-    if len(set(config.lrs)) == 1:
+    first, *others = dict.fromkeys(config.seeds)
+    if len(set(config.lrs)) == 1 or not others:
         return []
-    return [
-        dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,)))
-        for cell in _settings(config)
-        for rate in (dict.fromkeys(config.lrs) if results is None else _rates(cell, seeds[0], results))
-        for seed in seeds[1:]
-    ]
+    found = []
+    for cell in _settings(config):
+        rates = list(dict.fromkeys(config.lrs)) if results is None else _rates(cell, first, results)
+        if not rates:
+            say(without_rates(f"{NAME} {cell.setting}", first))
+        found += [
+            dataclasses.replace(cell, config=dataclasses.replace(cell.config, lrs=(rate,), seeds=(seed,)))
+            for rate in rates
+            for seed in others
+        ]
+    return found
 
 
 def _rates(cell: Cell, seed: int, results: "pd.DataFrame") -> list[float]:

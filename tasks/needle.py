@@ -26,7 +26,7 @@ from sbeval.config import digest_of
 from sbeval.errors import InputError
 from sbeval.registry import HELP
 from sbeval.sweep.cell import Outcome, TrainingStep
-from sbeval.sweep.family import Family
+from sbeval.sweep.family import Family, Say, unsaid, without_rates
 from sbeval.tables.needle import Row as Row
 from sbeval.tables.needle import summary
 from sbeval.tasks.needle_choice import chosen_rates, taught
@@ -246,21 +246,28 @@ def cells(config: Config) -> list[Cell]:
     return _grid(config, seeds[:1] if _chooses(config) else seeds)
 
 
-def more(config: Config, results: "pd.DataFrame | None") -> list[Cell]:
+def more(config: Config, results: "pd.DataFrame | None", say: Say = unsaid) -> list[Cell]:
     """Return the models of further seeds, fine-tuned at the learning rate that validation chose with the first seed.
 
-    Where no rate solved a task, the best of them is noise: at every rate. Without results: at every rate, an upper
-    bound.
+    Where no rate solved a task, the best of them is noise: at every rate. Where all cells failed: none, which `say`
+    says. Without results: at every rate, an upper bound.
     """
-    seeds = list(dict.fromkeys(config.seeds))
-    further = _grid(config, seeds[1:]) if _chooses(config) else []
+    first, *others = dict.fromkeys(config.seeds)
+    further = _grid(config, others) if _chooses(config) else []
     if results is None:
         return further
-    found = []
-    for cell in further:
-        rates = tuple(chosen_rates(cell.attention, seeds[0], results)) or cell.config.finetune_lrs
-        found.append(dataclasses.replace(cell, config=dataclasses.replace(cell.config, finetune_lrs=rates)))
-    return found
+    rates = {
+        name: chosen_rates(name, first, config.finetune_lrs, results)
+        for name in dict.fromkeys(cell.attention for cell in further)
+    }
+    for name, chosen in rates.items():
+        if not chosen:
+            say(without_rates(f"{NAME} {name}", first))
+    return [
+        dataclasses.replace(cell, config=dataclasses.replace(cell.config, finetune_lrs=rates[cell.attention]))
+        for cell in further
+        if rates[cell.attention]
+    ]
 
 
 def _chooses(config: Config) -> bool:

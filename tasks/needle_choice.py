@@ -101,17 +101,18 @@ def best(candidates: Iterable[Tuned], budget: int) -> Tuned:
     return min(candidates, key=rank)
 
 
-def chosen_rates(attention: str, seed: int, results: "pd.DataFrame") -> list[float]:
-    """Return the learning rate that validation chose for a method with this seed; none where no rate solved a task, or
-    all cells failed.
+def chosen_rates(attention: str, seed: int, rates: Sequence[float], results: "pd.DataFrame") -> tuple[float, ...]:
+    """Return the learning rate that validation chose for a method with this seed, of `rates`: all where none solved a
+    task, and none where all cells failed.
 
     Where no model was taught these tasks, nothing says that one was solved, and the rate is that of the scores.
     """
     name, _, options = attention.partition(":")
     mine = results[(results["attention"] == name) & (results["options"] == options) & (results["seed"] == seed)]
+    if mine.empty:
+        return ()
     learned = mine[mine["metric"] == "tokens_to_solve"]
-    if len(learned) and not (learned["ended"] == "solved").any():
-        return []
+    unsolved = len(learned) and not (learned["ended"] == "solved").any()
     # rows of scores have a rate since later than those of fine-tuning
-    chosen = mine[(mine["metric"] == "score") | (mine["chosen"] == 1)]
-    return [float(rate) for rate in chosen["finetune_lr"].dropna().unique()]
+    chosen = mine[(mine["metric"] == "score") | (mine["chosen"] == 1)]["finetune_lr"].dropna().unique()
+    return tuple(dict.fromkeys(rates)) if unsolved or not len(chosen) else tuple(map(float, chosen))

@@ -20,7 +20,7 @@ from sbeval.models.config import (
 )
 from sbeval.sweep.cell import TrainingStep, step_id
 from sbeval.tables import epochs
-from sbeval.training.text_model import TRAINING, EvaluatedModel, TextModel, likely_vocabulary
+from sbeval.training.text_model import TRAINING, EvaluatedModel, TextModel, likely_tokens, likely_vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +109,8 @@ class Training(TrainingStep):
     @property
     def _model(self) -> str:
         config = self.config
-        tokens = f" {config.train_tokens} tokens" if config.schedule == "wsd" else ""
+        bound = "" if config.max_epochs is None else "at most "
+        tokens = f" {bound}{config.train_tokens} tokens" if config.schedule == "wsd" else ""
         return f"{config.attention[0]} seed {config.seeds[0]}{tokens}"
 
     @property
@@ -122,8 +123,18 @@ class Training(TrainingStep):
 
     @property
     def flops(self) -> float:
-        before = self.needs[-1].schedule().tokens if self.needs else 0
-        return 3 * flops_per_token(self.leaves, self.config.train_len) * (self.schedule().tokens - before)
+        tokens, branches = self._likely_tokens, self.config.branches
+        before = self.needs[-1]._likely_tokens if self.needs else 0
+        # where the text bounds the next shorter branch too, they are one training
+        if not self.trunk and len(branches) > 1 and self._branch(len(branches) - 2)._likely_tokens == tokens:
+            before = tokens
+        return 3 * flops_per_token(self.leaves, self.config.train_len) * (tokens - before)
+
+    @property
+    def _likely_tokens(self) -> int:
+        """Estimate of the tokens to train on, with those of the trunks, as the text bounds them."""
+        config = self.config
+        return self._schedule(likely_tokens(config.corpus, config.tokenizer, config.corpus_tokens)).tokens
 
     @property
     def reads(self) -> TextModel:
@@ -140,25 +151,27 @@ class Training(TrainingStep):
     @property
     def needs(self) -> "tuple[Training, ...]":
         """The trunks that it continues, shortest first."""
-        branches = self.config.branches[:-1] if self.trunk else self.config.branches
-        return tuple(
-            Training(
-                config=dataclasses.replace(
-                    self.config, train_tokens=_whole(branch), branches=self.config.branches[: index + 1]
-                ),
-                trunk=True,
-            )
-            for index, branch in enumerate(branches)
-        )
+        count = len(self.config.branches)
+        return tuple(self._branch(index, trunk=True) for index in range(count - 1 if self.trunk else count))
+
+    def _branch(self, index: int, *, trunk: bool = False) -> "Training":
+        branches = self.config.branches[: index + 1]
+        config = dataclasses.replace(self.config, train_tokens=_whole(branches[-1]), branches=branches)
+        return Training(config=config, trunk=trunk)
 
     def schedule(self, text: "Corpus | None" = None) -> "TrainConfig":
         """Return steps and optimizer settings; without the text as if it were long enough."""
         from sbeval.data.dataloader import epoch_tokens
+
+        return self._schedule(None if text is None else epoch_tokens(text.train, self.config.train_len))
+
+    def _schedule(self, unique: int | None) -> "TrainConfig":
+        """Return steps and optimizer settings for a text of `unique` tokens; None: as if it were long enough."""
         from sbeval.training import held_out
 
         config, tokens = self.config, self.config.train_tokens
-        if text is not None and config.max_epochs is not None:
-            tokens = min(tokens, int(config.max_epochs * epoch_tokens(text.train, config.train_len)))
+        if unique is not None and config.max_epochs is not None:
+            tokens = min(tokens, int(config.max_epochs * unique))
         training = train_config(config, tokens=tokens, length=config.train_len, lr=config.lr, seed=config.seeds[0])
         looks, _ = held_out.plan(training.tokens, training.length)
         training = dataclasses.replace(training, patience=config.patience, look_every=-(-training.steps // looks))

@@ -15,23 +15,22 @@ HEAD = """# Columns
 
 Every table is long: one number a row. The first columns say which model was measured, those after them what, the
 factors of the table's own where, and the last from which run. An empty cell means that the column does not apply. This
-page is generated from the classes of the rows; `sbeval.load_results(folder)[family]` reads a table.
-"""
+page is generated from the classes of the rows; `sbeval.load_results(folder)[family]` reads a table."""
 
 
 def page() -> str:
     """Return the page: the common columns, then each table's own and its metrics."""
     common = {field: hint for part in (Identity, Measurement, Provenance) for field, hint in _fields(part)}
-    parts = [HEAD, "## All tables\n", markup.table(("column", "type", "meaning"), _common(common)) + "\n"]
+    parts = [HEAD, "## All tables", markup.table(("column", "type", "meaning"), _common(common))]
     for family, row, options in tables():
         own = [
             (name, _type(hint), describe(family, name, options)) for name, hint in _fields(row) if name not in common
         ]
         metrics = [(f"`{name}`", text) for name, text in columns.METRICS[family].items()]
-        parts += [f"## {family}\n", markup.table(("metric", "meaning"), metrics) + "\n"]
+        parts += [f"## {family}", markup.table(("metric", "meaning"), metrics)]
         factors = [(f"`{name}`", kind, text) for name, kind, text in own]
-        parts.append(markup.table(("factor", "type", "meaning"), factors) + "\n")
-    return "\n".join(parts)
+        parts.append(markup.table(("factor", "type", "meaning"), factors))
+    return "\n\n".join(parts) + "\n"
 
 
 def tables() -> Iterator[tuple[str, type[Measurement], dict[str, str]]]:

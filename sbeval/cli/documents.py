@@ -30,7 +30,7 @@ PAGES = ("README.md", "docs/results.md")
 BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end of numbers -->)", re.DOTALL)
 
 # results folders that can decide a claim: the first that does, else the first that has numbers for it
-DECIDING = ("125m", "tokens", "", "quick")
+DECIDING = ("125m", "tokens", "", "quick", "which-stick-breaking")
 LEANS = {AGREES: ", leaning towards it", DISAGREES: ", leaning against it"}
 # families whose figures docs/results.md shows
 DRAWN = ("attention_map", "kernel", "length_gen", "mqrar", "needle", "skipping")
@@ -82,7 +82,7 @@ def written(text: str, results: Path) -> str:
         raise InputError("a block of numbers has no end: <!-- end of numbers --> is missing")
 
     def block(match: re.Match[str]) -> str:
-        return f"{match[1]}{BLOCKS[choose('block of numbers', match[2], BLOCKS)](results)}{match[3]}"
+        return f"{match[1]}{BLOCKS[choose('block of numbers', match[2], BLOCKS)](results)}\n{match[3]}"
 
     return BLOCK.sub(block, text)
 
@@ -91,7 +91,7 @@ def _books(results: Path) -> str:
     lengths = (512, 2048, 4096, 16384, 65536)
     found = _perplexities(results)
     rows = [[label, *(_three(found[(*method, length)]) for length in lengths)] for label, method in BOOKS.items()]
-    return markup.table([CONTEXT, *map(str, lengths)], rows) + "\n"
+    return markup.table([CONTEXT, *map(str, lengths)], rows)
 
 
 def _typed(results: Path) -> str:
@@ -101,7 +101,7 @@ def _typed(results: Path) -> str:
         for where, folder in TYPED.items()
         for name, method in (("stick-breaking", STICK), ("RoPE", ROPE))
     ]
-    return markup.table([CONTEXT, *map(str, lengths)], rows) + "\n"
+    return markup.table([CONTEXT, *map(str, lengths)], rows)
 
 
 def _typed_sentence(results: Path) -> str:
@@ -113,7 +113,7 @@ def _typed_sentence(results: Path) -> str:
             for name, method in (("RoPE", ROPE), ("stick-breaking", STICK))
         ]
         parts.append(f"on {where} {', '.join(each)}")
-    return f"Perplexity at 2048 and 16384 tokens of context: {'; '.join(parts)}.\n"
+    return f"Perplexity at 2048 and 16384 tokens of context: {'; '.join(parts)}."
 
 
 def _fixed(results: Path) -> str:
@@ -136,7 +136,7 @@ def _fixed(results: Path) -> str:
         lines.append([label, str(seeds), *means, gap, loss + sure])
     headings = ["nats per token, context =", "seeds", *map(str, lengths)]
     headings += ["minus RoPE at 2048", "minus spread offsets at 2048"]
-    return markup.table(headings, lines) + "\n"
+    return markup.table(headings, lines)
 
 
 def _less(rows: pd.DataFrame, other: Method, stored: Stored) -> dict[Method, Interval]:
@@ -147,32 +147,34 @@ def _less(rows: pd.DataFrame, other: Method, stored: Stored) -> dict[Method, Int
 def _fixed_sentence(results: Path) -> str:
     found = _means(_fixed_rows(results))
     each = [f"{label} {found[(*FIXED[label], 2048)]:.3f} and {found[(*FIXED[label], 65536)]:.3f}" for label in FIRST]
-    return f"Nats per token with 2048 and 65536 tokens of context: {'; '.join(each)}.\n"
+    return f"Nats per token with 2048 and 65536 tokens of context: {'; '.join(each)}."
 
 
 def _claims(results: Path, claims: Sequence[Claim]) -> str:
     """Write the table of claims: what is claimed, what the tables show, whether that decides it, and what would."""
     headings = ("The paper" if claims is CLAIMS else "Asked", "These runs", "Decided", "What would decide")
-    return markup.table(headings, [_claim(claim, *_judged(results, claim)) for claim in claims]) + "\n"
+    by_folder = [findings(claims, _evidence(Results(results / folder), claims)) for folder in DECIDING]
+    rows = [
+        _claim(claim, *_deciding([finding.judged for finding in found]))
+        for claim, *found in zip(claims, *by_folder, strict=True)
+    ]
+    return markup.table(headings, rows)
 
 
-def _judged(results: Path, claim: Claim) -> tuple[Judged, str]:
-    """Return the judgement of the folder that decides, and the folder."""
-    found = []
-    for folder in DECIDING:
-        here = Results(results / folder)
-        tables = {name: read(here.table(name)) for name in _needed(claim) if here.table(name).exists()}
-        (finding,) = findings([claim], Evidence(tables, functools.partial(values.read, here)))
-        found.append((finding.judged, folder))
+def _evidence(results: Results, claims: Sequence[Claim]) -> Evidence:
+    # length_gen has the canaries of other tables' models
+    paths = {name: results.table(name) for name in ("length_gen", *(claim.table for claim in claims))}
+    tables = {name: read(path) for name, path in paths.items() if path.exists()}
+    return Evidence(tables, functools.partial(values.read, results))
+
+
+def _deciding(judged: Sequence[Judged]) -> tuple[Judged, str]:
+    """Return the judgement that decides, of one of each folder, and the folder."""
+    found = list(zip(judged, DECIDING, strict=True))
     decided = [one for one in found if one[0].verdict != UNDECIDED]
     # a table of other models has its rows and says nothing
     shown = [one for one in found if one[0].found]
     return (decided or shown or found)[0]
-
-
-def _needed(claim: Claim) -> set[str]:
-    # with the canaries of its models
-    return {claim.table, "length_gen"}
 
 
 def _claim(claim: Claim, judged: Judged, folder: str) -> list[str]:
@@ -192,7 +194,7 @@ def _made_by(results: Path, family: str) -> str:
     first, *others = gather(table, Results(results).runs).again
     count = f"{len(others)} other commands" if len(others) > 1 else "another command"
     rest = f" Some rows are of {count}, listed by `sbeval report`." if others else ""
-    return f"Made by `{first}`.{rest}\n"
+    return f"Made by `{first}`.{rest}"
 
 
 def _fixed_rows(results: Path) -> pd.DataFrame:

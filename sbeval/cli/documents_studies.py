@@ -39,12 +39,12 @@ def of_study(
         path = Results(folder).table("length_gen")
         text = write(read(path, ["metric"]), folder) if path.exists() else ""
         if not text:
-            return f"No results yet: `sbeval run {study}`.\n"
+            return f"No results yet: `sbeval run {study}`."
         drawn = [name for name in figures if (Results(folder).figures / f"{name}.png").exists()]
-        images = (
+        images = [
             f'<img src="../results/{study}/figures/{name}.png" width="75%" alt="{figures[name]}">' for name in drawn
-        )
-        return text + "".join(f"\n{image}\n" for image in images)
+        ]
+        return "\n\n".join([text, *images])
 
     return block
 
@@ -66,7 +66,7 @@ def gaps(table: pd.DataFrame, folder: Path) -> str:
         lines.append([labels[ladder.method], *each, *fit, f"{ladder.seeds[0]} and {ladder.seeds[1]}"])
     fitted = ("limit", "exponent", "where the fit is 0", "seeds, and RoPE's")
     headings = ["loss minus RoPE's (nats per token) after tokens =", *map(size, counts), *fitted]
-    return markup.table(headings, lines) + "\n"
+    return markup.table(headings, lines)
 
 
 def best_rates(table: pd.DataFrame, folder: Path) -> str:
@@ -97,7 +97,7 @@ def best_rates(table: pd.DataFrame, folder: Path) -> str:
 
     lines = [[labels[method], *(cell(method, name) for name in columns)] for method in labels]
     heading = f"loss at {int(rows['x'].iloc[0])} tokens (minus RoPE's), at the best rate on held-out text"
-    return markup.table([heading, *columns], lines) + "\n"
+    return markup.table([heading, *columns], lines)
 
 
 def contexts(table: pd.DataFrame, folder: Path) -> str:
@@ -113,12 +113,12 @@ def contexts(table: pd.DataFrame, folder: Path) -> str:
         lines.append(
             [label, str(of["seeds"].min()), *(f"{of['mean'][at]:.1f}" if at in of.index else "" for at in lengths)]
         )
-    text = markup.table([CONTEXT, "seeds", *map(str, lengths)], lines) + "\n"
+    text = markup.table([CONTEXT, "seeds", *map(str, lengths)], lines)
     path = Results(folder).table("few_shot")
     if not path.exists():
         return text
     read_values = functools.partial(values.read, Results(folder))
-    return f"{text}\n{few_shot.markdown(few_shot.table(read(path, ['shots']), read_values))}\n"
+    return f"{text}\n\n{few_shot.markdown(few_shot.table(read(path, ['shots']), read_values))}"
 
 
 def _labels(methods: Iterable[Method]) -> dict[Method, str]:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,15 +54,12 @@ class RunContext:
         During the block no other command trains this model: a second one waits, and then finds it trained.
         """
         folder = self.folder(key)
-        lock = FileLock(files.prepare(self.results.locks) / f"{folder.name}.lock")
-        try:
-            reported = False
-            while distributed.anywhere(self.world.leads and not _taken(lock), self.world, self.device):
-                # one that is finished is only read
-                if not reported and not checkpoint.is_finished(folder):
-                    progress.say(f"another process trains {folder}: waiting")
-                    reported = True
-                time.sleep(POLL_S)
+
+        def waiting() -> str:
+            # one that is finished is only read
+            return "" if checkpoint.is_finished(folder) else f"another process trains {folder}: waiting"
+
+        with self._locked(folder.name, waiting, progress):
             if self.world.leads and self._is_stale(folder):
                 checkpoint.remove(folder)
                 # only now: a worker that dies before is retried, and removes the rest
@@ -71,6 +68,27 @@ class RunContext:
                 checkpoint.tidy(folder)
             distributed.wait(self.world)
             yield folder
+
+    @contextmanager
+    def cell(self, cell: str, progress: Progress) -> Iterator[None]:
+        """Lock a cell: during the block no other command runs it. A second one waits, and then finds it finished."""
+        with self._locked(cell, lambda: f"another process runs {cell}: waiting", progress):
+            yield
+
+    @contextmanager
+    def _locked(self, name: str, waiting: Callable[[], str], progress: Progress) -> Iterator[None]:
+        """Hold a lock of the results folder during the block, for all processes of `world`.
+
+        waiting: returns the line that says once what is waited for; empty for none.
+        """
+        lock = FileLock(files.prepare(self.results.locks) / f"{name}.lock")
+        line = ""
+        try:
+            while distributed.anywhere(self.world.leads and not _taken(lock), self.world, self.device):
+                if not line and (line := waiting()):
+                    progress.say(line)
+                time.sleep(POLL_S)
+            yield
         finally:
             lock.release()
 

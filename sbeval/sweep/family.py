@@ -12,6 +12,17 @@ if TYPE_CHECKING:
 
     from sbeval.runtime.progress import Progress
 
+Say = Callable[[str], None]
+
+
+def unsaid(line: str) -> None:
+    """Print nothing."""
+
+
+def without_rates(title: str, seed: int) -> str:
+    """Return the line where the cells of all learning rates have failed with the first seed."""
+    return f"{title}: no learning rate has a result with seed {seed}; the other seeds are run once one has"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
@@ -25,8 +36,9 @@ class Family:
     cells: Callable[[Any], Sequence[Cell]]
     # a table for the terminal, from rows of its result table
     summary: Callable[["pd.DataFrame"], "Table"]
-    # further cells, which depend on the results of the first; without results an upper bound, for an estimate
-    more: Callable[[Any, "pd.DataFrame | None"], Sequence[Cell]] | None = None
+    # further cells, which depend on the results of the first; without results an upper bound, for an estimate. The last
+    # argument prints a line
+    more: Callable[[Any, "pd.DataFrame | None", Say], Sequence[Cell]] | None = None
     # lines on what is not run, and why
     notes: Callable[[Any], Sequence[str]] = lambda config: ()
     # warnings before training, about the texts that models train on

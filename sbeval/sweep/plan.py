@@ -7,7 +7,6 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from sbeval.data import sources
 from sbeval.models import decoder
 from sbeval.runtime import device
 from sbeval.sweep import graph, scheduler, study
@@ -15,10 +14,8 @@ from sbeval.sweep.cell import Cell, Step, cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
 from sbeval.sweep.study_file import Part
-from sbeval.training.text_model import TextModel, likely_vocabulary
+from sbeval.training.text_model import TextModel, likely_tokens, likely_vocabulary
 
-# bytes of text per token of a subword tokenizer
-TOKEN_BYTES = 3
 NOTE = (
     "Estimates, without models that are trained already; training can stop early. Disk counts model weights (three "
     "times that while a model trains, and for what branches of schedule wsd share) and the tokens of the text, but not "
@@ -132,10 +129,9 @@ def _text(models: Sequence[TextModel]) -> float | None:
     """Return the bytes that the tokens of all corpora take in the cache; None if the size of one is unknown."""
     total = 0.0
     for corpus, tokenizer, limit in {(one.corpus, one.tokenizer, one.corpus_tokens) for one in models}:
-        size = sources.size(corpus)
-        if limit is None and size is None:
+        tokens = likely_tokens(corpus, tokenizer, limit)
+        if tokens is None:
             return None
-        tokens = limit or (size or 0) / (1 if tokenizer == "bytes" else TOKEN_BYTES)
         total += tokens * (2 if likely_vocabulary(tokenizer) <= 1 << 16 else 4)
     return total
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -22,7 +23,7 @@ from sbeval.sweep.cell import FAILED, Cell, Outcome, Step, TrainingStep, cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
 from sbeval.sweep.graph import Graph, steps
-from sbeval.sweep.pool import Lost
+from sbeval.sweep.pool import Lost, Result
 from sbeval.tables import check, provenance, store, table
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Provenance
@@ -155,56 +156,81 @@ def in_words(time_s: float) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """Result of a step: for a cell what it stores. `how`: empty, or one of FAILED."""
+class Failure:
+    """Why a step has no result. `how`: one of FAILED."""
 
-    stored: Stored | None = None
-    how: str = ""
-    reason: str = ""
+    how: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Runs steps in any process; reports to `progress`, or if that is None to the driver."""
+    """Runs steps in any process and stores their results; reports to `progress`, or if that is None to the driver."""
 
     context: RunContext
     presets: Mapping[str, str]
     errors: tuple[type[Exception], ...]
     progress: Progress | None = None
 
-    def __call__(self, step: Step) -> Done:
+    def __call__(self, step: Step) -> Failure | None:
         if self.progress is not None:
-            return self._done(step, self.progress)
+            return self._run(step, self.progress)
         device.use(self.context.device)
         with Telling(pool.tell) as progress:
-            return self._done(step, progress)
+            return self._run(step, progress)
 
-    def _done(self, step: Step, progress: Progress) -> Done:
+    def _run(self, step: Step, progress: Progress) -> Failure | None:
+        if not isinstance(step, Cell):
+            assert isinstance(step, TrainingStep), "a step that is not a cell trains a model"
+            result: object = self._attempt(partial(step.train, self.context, progress))
+            return result if isinstance(result, Failure) else None
+        with self.context.cell(cell_id(step), progress):
+            return None if self._is_finished(step, progress) else self._run_cell(step, progress)
+
+    def _run_cell(self, cell: Cell, progress: Progress) -> Failure | None:
+        result = self._attempt(partial(run_cell, cell, self.context, self.presets[cell.family], progress))
+        if isinstance(result, Failure):
+            self.record(cell, result)
+            return result
+        self._keep(cell, result)
+        return None
+
+    def _attempt(self, work: Callable[[], Result]) -> Result | Failure:
         try:
-            return self._attempt(step, progress)
+            return work()
         except self.errors as error:
             if self.context.device.type == "cuda":
                 torch.cuda.empty_cache()
-            return self.failure(step, *_mishap(error))
+            return Failure(*_mishap(error))
 
-    def _attempt(self, step: Step, progress: Progress) -> Done:
-        if isinstance(step, Cell):
-            return run_cell(step, self.context, self.presets[step.family], progress)
-        assert isinstance(step, TrainingStep), "a step that is not a cell trains a model"
-        step.train(self.context, progress)
-        return Done()
+    def _is_finished(self, cell: Cell, progress: Progress) -> bool:
+        """Return whether another command has finished the cell since this one began."""
+        context = self.context
+        found = (
+            context.world.leads
+            and not context.force
+            # without one the table need not be read
+            and context.results.run_file(cell_id(cell)).exists()
+            and not unfinished([cell], context.results_dir)
+            and _source_of_run(cell, context) == cell.source(progress)
+        )
+        return distributed.anywhere(found, context.world, context.device)
 
-    def failure(self, step: Step, how: str, reason: str) -> Done:
-        """Return the result of a step that failed."""
+    def record(self, step: Step, failure: Failure) -> None:
+        """Store that a step failed, if it is a cell."""
         if not isinstance(step, Cell):
-            return Done(how=how, reason=reason)
-        outcome = step.failed(how, self.context)
+            return
+        outcome = step.failed(failure.how, self.context)
         origin = _origin(step, self.context, self.presets[step.family], outcome)
         record = provenance.run_record(
-            config=step, provenance=origin, status="failed", reason=reason, argv=self.context.argv
+            config=step, provenance=origin, status="failed", reason=failure.reason, argv=self.context.argv
         )
         rows = table.frame(outcome.identity, outcome.rows, origin) if outcome else None
-        return Done(Stored(cell_id(step), record, rows), how, reason)
+        self._keep(step, Stored(cell_id(step), record, rows))
+
+    def _keep(self, cell: Cell, stored: Stored) -> None:
+        if self.context.world.leads:
+            store.keep(self.context.results, cell.family, stored)
 
 
 def run(
@@ -239,8 +265,11 @@ def run(
         first = course.begin(cells)
         if executor.alone and min(len(gpus), len(first)) > 1:
             course.say(f"1 of {len(gpus)} GPUs is used; --workers {len(gpus)} spreads the cells over all of them")
-        for step, done in executor.run(work, first, course.then, gpus=gpus, hear=Heard(progress)):
-            course.keep(step, work.failure(step, "failed", done.reason) if isinstance(done, Lost) else done)
+        for step, failure in executor.run(work, first, course.then, gpus=gpus, hear=Heard(progress)):
+            if isinstance(failure, Lost):
+                failure = Failure("failed", failure.reason)
+                work.record(step, failure)
+            course.note(step, failure)
         if overall:
             overall.close()
     return not course.failed
@@ -267,7 +296,7 @@ def _assembled(families: Iterable[str], context: RunContext) -> Iterator[None]:
 
 @dataclass(slots=True)
 class _Course:
-    """Scheduler state in the driver: stores the results of steps and releases their dependents."""
+    """Scheduler state in the driver: which steps have ended, and which may begin."""
 
     work: Work
     console: Console
@@ -297,22 +326,21 @@ class _Course:
             ready += self.following(family)
         return ready
 
-    def keep(self, step: Step, done: Done) -> None:
-        """Store the result of a step; if it failed, record its dependents as failed too."""
-        context = self.work.context
-        lost = [other for other in self.graph.lost(step) if isinstance(other, Cell)] if done.how else []
-        results = [(other, self.work.failure(other, done.how, f"{step.title}: {done.reason}")) for other in lost]
-        for cell, result in [(step, done), *results] if isinstance(step, Cell) else results:
-            if context.world.leads:
-                assert result.stored is not None, "a cell has a run file"
-                store.keep(context.results, cell.family, result.stored)
+    def note(self, step: Step, failure: Failure | None) -> None:
+        """Note that a step has ended; if it failed, record its dependents as failed too."""
+        ended = [step] if isinstance(step, Cell) else []
+        if failure:
+            lost = [other for other in self.graph.lost(step) if isinstance(other, Cell)]
+            for cell in lost:
+                self.work.record(cell, Failure(failure.how, f"{step.title}: {failure.reason}"))
+            ended += lost
+            self.failed = True
+            recorded = f"{len(lost)} cells that need it recorded" if lost else "recorded"
+            self.say(f"{step.title}: {failure.reason}; {recorded} as {failure.how}, continuing with the next")
+        for cell in ended:
             self.waiting[cell.family].discard(cell)
             if self.overall:
                 self.overall.advance(status=cell.title)
-        if done.how:
-            self.failed = True
-            recorded = f"{len(lost)} cells that need it recorded" if lost else "recorded"
-            self.say(f"{step.title}: {done.reason}; {recorded} as {done.how}, continuing with the next")
 
     def then(self, step: Step) -> list[Step]:
         """Return the steps that are ready after a step."""
@@ -383,8 +411,8 @@ def _source_of_run(cell: Cell, context: RunContext) -> str:
     return str(provenance.read_run(context.results.run_file(cell_id(cell)))["corpus_digest"])
 
 
-def run_cell(cell: Cell, context: RunContext, preset: str, progress: Progress) -> Done:
-    """Run one cell and return its run record and rows."""
+def run_cell(cell: Cell, context: RunContext, preset: str, progress: Progress) -> Stored:
+    """Run one cell and return what it stores."""
     start = time.perf_counter()
     outcome = cell.run(context, progress)
     # the last step can be the one that diverges
@@ -402,7 +430,7 @@ def run_cell(cell: Cell, context: RunContext, preset: str, progress: Progress) -
         argv=context.argv,
     )
     rows = table.frame(outcome.identity, outcome.rows, origin)
-    return Done(Stored(cell_id(cell), record, rows, outcome.values, outcome.curves))
+    return Stored(cell_id(cell), record, rows, outcome.values, outcome.curves)
 
 
 def _mishap(error: Exception) -> tuple[str, str]:

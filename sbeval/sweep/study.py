@@ -21,6 +21,7 @@ from sbeval.sweep import scheduler
 from sbeval.sweep.cell import Cell, cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
+from sbeval.sweep.family import Say, unsaid
 from sbeval.sweep.study_file import Part
 from sbeval.tables import provenance
 from sbeval.tables.results import Results
@@ -45,15 +46,18 @@ def _cells(part: Part, config: Any) -> list[Cell]:
     return list(registry.task(part.family).cells(config))
 
 
-def further(part: Part, results_dir: Path | None) -> list[Cell]:
-    """Return the cells that depend on results of the first; without a results folder an upper bound."""
+def further(part: Part, results_dir: Path | None, say: Say = unsaid) -> list[Cell]:
+    """Return the cells that depend on results of the first; without a results folder an upper bound.
+
+    say: prints which of them have no results to depend on.
+    """
     more = registry.task(part.family).more
     if more is None:
         return []
     found: dict[Cell, None] = {}
     for config in part.configs:
         results = None if results_dir is None else scheduler.results_of(_cells(part, config), results_dir)
-        found |= dict.fromkeys(more(config, results))
+        found |= dict.fromkeys(more(config, results, say))
     return list(found)
 
 
@@ -107,7 +111,10 @@ def run(parts: Sequence[Part], context: RunContext, console: Console, executor: 
         executor=executor,
         preset={part.family: part.preset for part in parts},
         # further seeds of the best settings, which the first results decide
-        more={part.family: functools.partial(further, part, context.results_dir) for part in parts},
+        more={
+            part.family: functools.partial(further, part, context.results_dir, functools.partial(say, console))
+            for part in parts
+        },
     )
     everything = {part.family: [*cells(part), *further(part, context.results_dir)] for part in parts}
     if context.world.leads:

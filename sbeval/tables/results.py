@@ -6,6 +6,7 @@ runs/<cell>.json                 run files, with digests of the cell's rows and 
 values/<cell>.parquet            values of each document, item or prompt behind the rows
 curves/<cell>.parquet            losses and scores by training step
 checkpoints/<digest>/            models, and locks/<digest>.lock while one is trained
+locks/<cell>.lock                held while a cell runs
 locks/threads-<digest>           threads on the CPU of a command, until it is complete
 answers/<family>-<digest>.sqlite stored responses of models, which a resumed run does not generate again
 figures/<figure>.{png,pdf,html}

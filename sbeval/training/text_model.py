@@ -1,5 +1,6 @@
 """Options of text models, shared by the families whose cells evaluate the same models."""
 
+import functools
 import math
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,6 +16,8 @@ from sbeval.tables import epochs
 LM_EVAL = "lm-eval-0.4.13"
 BOS = ("once", LM_EVAL)
 PACKINGS = ("documents", "stream")
+# bytes of text per token of a subword tokenizer
+TOKEN_BYTES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,3 +131,18 @@ def likely_vocabulary(tokenizer: str) -> int:
         return 257
     size = tokenizer.removeprefix("bpe:")
     return int(size) if size.isdecimal() else 32000
+
+
+@functools.lru_cache
+def likely_tokens(corpus: str, tokenizer: str, corpus_tokens: int | None) -> int | None:
+    """Return an estimate of the tokens of a text from the size of its files; None for a dataset of the hub.
+
+    corpus_tokens: the training tokens to keep, if not all.
+    """
+    from sbeval.data import sources
+
+    size = sources.size(corpus)
+    if size is None:
+        return corpus_tokens
+    tokens = size // (1 if tokenizer == "bytes" else TOKEN_BYTES)
+    return min(tokens, corpus_tokens or tokens)

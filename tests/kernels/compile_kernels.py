@@ -24,15 +24,16 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sbeval.kernels import fire_triton, stick_breaking_triton
+from sbeval.kernels import fire_triton, stick_breaking_decode, stick_breaking_triton
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # types of pointers that are not those of q
-FLOAT32 = {"BIAS", "REMAINDER", "DREMAINDER", "DBIAS", "STATE", "DELTA"}
+FLOAT32 = {"BIAS", "REMAINDER", "DREMAINDER", "DBIAS", "STATE", "DELTA", "PARTS", "REMAINDERS", "LEFT"}
 FLOAT32 |= {"C", "RATE", "TABLE", "LSE", "DSUMS", "DRATE", "DC"}
-INT32 = {"STOP", "REACH", "CU_SEQLENS", "BLOCKS", "FORWARD_BLOCKS", "STARTS", "LENGTHS"}
+INT32 = {"STOP", "REACH", "CU_SEQLENS", "BLOCKS", "FORWARD_BLOCKS", "STARTS", "LENGTHS", "TICKETS"}
 KERNELS: dict[str, tuple[ModuleType, str]] = {
-    **{f"stick_breaking {name}": (stick_breaking_triton, name) for name in ("forward", "query", "key", "decode")},
+    **{f"stick_breaking {name}": (stick_breaking_triton, name) for name in ("forward", "query", "key")},
+    **{f"stick_breaking {name}": (stick_breaking_decode, name) for name in ("decode", "combine")},
     **{f"fire {name}": (fire_triton, name) for name in ("forward", "query", "key")},
 }
 ARCHITECTURES = (80, 90, 100)
@@ -64,7 +65,7 @@ def variants(kernel: str, architecture: int) -> list[Variant]:
     if architecture != 90:
         return found
     found += [replace(common, packed=True), replace(common, dim=128)]
-    if kernel == "stick_breaking forward":
+    if kernel in ("stick_breaking forward", "stick_breaking decode"):
         found += [replace(variant, skip=False) for variant in found]
     found += [replace(common, dim=256), replace(common, dtype=torch.float16, dim=50, packed=True)]
     return found + [replace(common, dtype=torch.float32, packed=True), replace(common, dtype=torch.float32, dim=256)]
@@ -73,24 +74,24 @@ def variants(kernel: str, architecture: int) -> list[Variant]:
 def constants(variant: Variant) -> dict[str, Any]:
     """What is a constant in the launch of a variant; absent tensors are None."""
     module, name = KERNELS[variant.kernel]
-    decode = name == "decode"
+    bounded = variant.packed and name == "decode"
     found: dict[str, Any] = {
-        "GROUP": 2, "PACK": 2 if decode else 1, "D": variant.dim, "CURRENT": 0, "WIDTH": 64,
-        "VARLEN": variant.packed and not decode, "BOUNDED": variant.packed and decode, "SPLIT": decode,
-        "SKIP": variant.skip, "EXACT": variant.dtype == torch.float32,
-        "FORWARD_M": module.tiles("forward", variant.dim, variant.dtype)["BLOCK_M"],
+        "GROUP": 2, "D": variant.dim, "CURRENT": 0, "WIDTH": 64, "VARLEN": variant.packed,
+        "SKIP": variant.skip, "EXACT": variant.dtype == torch.float32, "OVERLAP": variant.architecture >= 90,
     }  # fmt: skip
-    absent = {"RESIDUAL"} if variant.dtype == torch.float32 or decode else set()
+    if name in ("query", "key"):
+        found["FORWARD_M"] = module.tiles("forward", variant.dim, variant.dtype)["BLOCK_M"]
+    absent = {"RESIDUAL"} if variant.dtype == torch.float32 else set()
     absent |= set() if variant.packed else {"CU_SEQLENS", "BLOCKS", "FORWARD_BLOCKS", "SLOTS", "BIAS"}
-    absent |= {"CU_SEQLENS", "BLOCKS", "STOP"} if decode else {"STARTS", "LENGTHS"}
-    absent |= {"STARTS", "LENGTHS"} if decode and not variant.packed else set()
+    absent |= set() if bounded else {"STARTS", "LENGTHS"}
+    absent |= set() if variant.skip else {"LEFT", "TICKETS"}
     return found | dict.fromkeys(absent)
 
 
 def compile_one(variant: Variant) -> tuple[Any, str]:
     """Compile a kernel as the launcher would; also returns what ptxas says of it."""
     module, name = KERNELS[variant.kernel]
-    kernel = getattr(module, f"{name.replace('decode', 'forward')}_kernel")
+    kernel = getattr(module, f"{name}_kernel")
     options = module.tiles(name, variant.dim, variant.dtype)
     launch = {key: options.pop(key) for key in ("num_warps", "num_stages")}
     values = {key: value for key, value in (constants(variant) | options).items() if key in kernel.arg_names}
@@ -101,7 +102,7 @@ def compile_one(variant: Variant) -> tuple[Any, str]:
         elif argument in ("scale", "epsilon"):
             signature[argument] = "fp32"
         elif argument.isupper():
-            signature[argument] = "*" + _type(argument, variant.dtype, name == "decode")
+            signature[argument] = "*" + _type(argument, variant.dtype)
             aligned[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[argument] = "i32"
@@ -115,8 +116,8 @@ def compile_one(variant: Variant) -> tuple[Any, str]:
     return compiled, said.getvalue()
 
 
-def _type(argument: str, dtype: torch.dtype, decode: bool) -> str:
-    if argument in FLOAT32 or (decode and argument == "O"):
+def _type(argument: str, dtype: torch.dtype) -> str:
+    if argument in FLOAT32:
         return "fp32"
     return "i32" if argument in INT32 else "i64" if argument == "SLOTS" else NAMES[dtype]
 

@@ -369,10 +369,10 @@ def test_a_query_block_sees_what_the_whole_sees(backend: str) -> None:
 @pytest.mark.parametrize("queries", [1, 3])
 def test_decoding_against_a_padded_cache(queries: int, epsilon: float, backend: str, monkeypatch: Any) -> None:
     """Row by row what the reference says of the row's own keys; padding holds NaN."""
-    from sbeval.kernels import stick_breaking_triton
+    from sbeval.kernels import stick_breaking_decode
 
-    # so that a second launch has something left to ask for
-    monkeypatch.setattr(stick_breaking_triton, "NEWEST", 64)
+    # so that there are chunks left to ask for
+    monkeypatch.setattr(stick_breaking_decode, "NEWEST", 64)
     case = Case(queries, s=300, batch=4, heads=4, groups=2, dim=32, shift=-4.0)
     q, k, v = case.draw(torch.float32, PLACE)
     starts, lengths = [0, 17, 299, 40], [300, 280, 300, 40]
@@ -391,7 +391,9 @@ def test_decoding_against_a_padded_cache(queries: int, epsilon: float, backend: 
         wanted, wanted_rest = reference(*(x.double() for x in row), bias=bias.double())
         if epsilon < 0.1:
             assert error(out[b, -n:], wanted[0]) <= TOLERANCE[torch.float32]
-            assert error(rest[b, -n:], wanted_rest[0]) <= TOLERANCE[torch.float32]
+            assert float((rest[b, -n:] - wanted_rest[0]).abs().max()) <= epsilon + TOLERANCE[torch.float32] * float(
+                wanted_rest.max()
+            )
         else:
             assert float((out[b, -n:] - wanted[0]).abs().max()) <= epsilon * float(row[2].abs().max())
 

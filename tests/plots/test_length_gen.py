@@ -262,7 +262,7 @@ def test_a_method_looks_the_same_in_every_figure() -> None:
 
 def test_options_are_methods_of_their_own() -> None:
     looks = style.looks(table(cell("rope", options="theta=10"), cell("rope"), cell("rope", options="theta=20")))
-    assert [look.label for look in looks.values()] == ["RoPE", "RoPE (theta=10)", "RoPE (theta=20)"]
+    assert [look.label for look in looks.values()] == ["RoPE", "RoPE (theta 10)", "RoPE (theta 20)"]
     assert len({look.colour for look in looks.values()}) == 3
     alone = style.looks(table(cell("rope", options="theta=10")))
     assert alone["rope", "theta=10"].colour == looks["rope", ""].colour

@@ -23,7 +23,8 @@ def test_options_that_all_of_a_method_share_are_not_repeated() -> None:
     # without one that has these alone, or with no other, they tell something
     for options in (["scaling=ntk,factor=2.0", "scaling=ntk,factor=4.0"], ["theta=500.0"]):
         looks = style.looks_of(("rope", each) for each in options)
-        assert [look.label for look in looks.values()] == [f"RoPE ({each.replace(',', ', ')})" for each in options]
+        words = [each.replace("=", " ").replace(".0", "").replace(",", ", ") for each in options]
+        assert [look.label for look in looks.values()] == [f"RoPE ({each})" for each in words]
 
 
 def test_a_window_is_named_with_its_width_and_an_offset_in_words() -> None:
@@ -34,7 +35,7 @@ def test_a_window_is_named_with_its_width_and_an_offset_in_words() -> None:
         "stick-breaking (no remainder, logit offset −1.5)",
         "stick-breaking (no remainder, logit offsets spread)",
         "sliding window of 512",
-        "sliding window of 1024 (rotary=false)",
+        "sliding window of 1024 (no rotary)",
         "sliding window of 256",
     ]
 
@@ -46,6 +47,8 @@ def test_a_setting_looks_the_same_in_every_figure() -> None:
     assert beside[base] == style.looks_of([base])[base] and beside[base].colour != alone.colour
     looks = style.looks_of([(name, "") for name in style.NAMES] + list(style.VARIANTS))
     assert len({(look.colour, look.marker) for look in looks.values()}) == len(looks)
+    # those that share a position are in no figure together
+    assert [len(set(style.VARIANTS.values())), len(style.VARIANTS)] == [16, 18]
     # with the scale of recall, too
     bias = style.looks_of([("stick_breaking", "logit_bias=-3.0")])["stick_breaking", "logit_bias=-3.0"]
     scaled = ("stick_breaking", "logit_scale=1.5,logit_bias=-3.0")
@@ -61,10 +64,26 @@ def test_a_model_with_learned_positions_is_not_called_one_without() -> None:
 
 
 def test_as_many_methods_as_there_are_colours_differ_in_theirs() -> None:
-    methods = [("rope", ""), ("alibi", ""), *(("stick_breaking", f"logit_bias={bias}") for bias in range(-8, 0))]
+    methods = [("rope", ""), ("alibi", ""), *(("stick_breaking", f"logit_bias={bias}.0") for bias in range(-14, -6))]
     looks = style.looks_of(methods)
     assert len({look.colour for look in looks.values()}) == len(style.COLOURS) == len(methods)
     assert looks["rope", ""] == style.looks_of([("rope", "")])["rope", ""]
+
+
+def test_a_setting_of_your_own_has_words_and_a_colour_wherever_it_is() -> None:
+    own = [("stick_breaking", f"gate_heads={count},gated=true") for count in (1, 2, 4)]
+    labels = [look.label for look in style.looks_of([("stick_breaking", ""), *own]).values()]
+    assert labels == ["stick-breaking", *(f"stick-breaking (gate heads {count}, gated)" for count in (1, 2, 4))]
+    assert style.looks_of([("tempered", "temperature=2.0")])["tempered", "temperature=2.0"].label == (
+        "tempered (temperature 2)"
+    )
+    # the same look whichever others are there, as long as these leave its colour
+    last = own[-1]
+    few, many = (style.looks_of(methods)[last] for methods in (own[1:], [*own, ("rope", ""), ("stick_breaking", "")]))
+    assert (few.colour, few.marker, few.dashes) == (many.colour, many.marker, many.dashes)
+    # a look of its own that is not the method's, unless it is its only form
+    base = style.looks_of([("stick_breaking", "")])["stick_breaking", ""]
+    assert few.colour != base.colour and style.looks_of([last, ("rope", "")])[last].colour == base.colour
 
 
 def test_labels_of_counts_are_plain_numbers() -> None:

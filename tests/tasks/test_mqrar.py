@@ -16,6 +16,7 @@ from sbeval.runtime.progress import Progress
 from sbeval.sweep import scheduler
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
+from sbeval.sweep.family import Say, unsaid
 from sbeval.tables import table
 from sbeval.tables.mqrar import LEGEND
 from sbeval.tasks import mqrar, recall_data
@@ -181,8 +182,8 @@ def found(rate: float, validation: float, steps: int, test: float, seed: int = 0
     return [same | {"metric": metric, "value": value} for metric, value in values.items()]
 
 
-def further(config: mqrar.Config, rows: list[dict[str, object]]) -> list[tuple[str, float, int]]:
-    cells = mqrar.more(config, pd.DataFrame(rows))
+def further(config: mqrar.Config, rows: list[dict[str, object]], say: Say = unsaid) -> list[tuple[str, float, int]]:
+    cells = mqrar.more(config, pd.DataFrame(rows), say)
     return [(cell.attention, cell.config.lrs[0], cell.config.seeds[0]) for cell in cells]
 
 
@@ -193,8 +194,10 @@ def test_further_seeds_run_at_the_rate_that_validation_chooses() -> None:
     # at most at every rate
     assert len(mqrar.more(config, None)) == 12
     # two solve it, and the faster tests worst; nope diverged everywhere and has no accuracy
-    rows = found(1e-3, 0.5, 100, 0.9) + found(2e-3, 0.7, 100, 0.1) + found(3e-3, 0.7, 200, 0.9)
-    assert further(config, rows) == [("rope", 2e-3, 1), ("rope", 2e-3, 2)]
+    rows, lines = found(1e-3, 0.5, 100, 0.9) + found(2e-3, 0.7, 100, 0.1) + found(3e-3, 0.7, 200, 0.9), list[str]()
+    assert further(config, rows, lines.append) == [("rope", 2e-3, 1), ("rope", 2e-3, 2)]
+    line = "no learning rate has a result with seed 0; the other seeds are run once one has"
+    assert lines == [f"mqrar nope 8 pairs width 64: {line}"]
     one_rate = dataclasses.replace(config, lrs=(1e-3,))
     assert len(mqrar.cells(one_rate)) == 6 and further(one_rate, rows) == []
 

@@ -25,11 +25,13 @@ def test_the_best_rate_solves_most_then_in_the_fewest_tokens() -> None:
     assert best([tuned(2e-3, {}, a=0.1), tuned(1e-3, {}, a=0.1)], 9).lr == 1e-3
 
 
-def test_where_all_first_cells_failed_further_seeds_are_taught_at_every_rate(tmp_path: Path) -> None:
+def test_where_all_first_cells_failed_no_further_seeds_are_taught(tmp_path: Path) -> None:
     recipe: dict[str, Any] = {"finetune": 1 << 20, "finetune_recipe": "packed", "finetune_lrs": (1e-3, 3e-3)}
     config = Config(**recipe, seeds=(0, 1), attention=("rope",), tasks=("niah_single_2",))
-    results = scheduler.results_of(cells(config), tmp_path)
-    assert results.empty and [cell.config.finetune_lrs for cell in more(config, results)] == [(1e-3, 3e-3)]
+    results, lines = scheduler.results_of(cells(config), tmp_path), list[str]()
+    assert results.empty and more(config, results, lines.append) == []
+    line = "no learning rate has a result with seed 0; the other seeds are run once one has"
+    assert lines == [f"needle rope: {line}"]
 
 
 def test_scores_without_a_rate_leave_it_to_the_rows_of_fine_tuning() -> None:
@@ -39,4 +41,9 @@ def test_scores_without_a_rate_leave_it_to_the_rows_of_fine_tuning() -> None:
         for rate, chosen in ((1e-3, 0), (3e-3, 1))
     ]
     rows = pd.DataFrame([*learned, same | {"metric": "score"}])
-    assert chosen_rates("rope", 0, rows) == [3e-3]
+    assert chosen_rates("rope", 0, (1e-3, 3e-3), rows) == (3e-3,)
+    # of an older version, which chose among no rates
+    assert chosen_rates("rope", 0, (1e-3, 3e-3), rows[rows["metric"] == "score"].assign(finetune_lr=None)) == (
+        1e-3,
+        3e-3,
+    )

@@ -1,11 +1,13 @@
 """Training of text models: its grid, its size in steps, and what decides whether two are the same."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from sbeval.errors import InputError
 from sbeval.models import decoder as model
+from sbeval.sweep.graph import steps
 from sbeval.tasks import length_gen, text_training
 from sbeval.tasks.length_gen import Config, cells
 from sbeval.training.checkpoint import State
@@ -83,3 +85,28 @@ def test_the_bound_that_ended_a_training_is_named() -> None:
     assert step.ended_by(state(whole.steps - 1), whole) == "patience"
     fewer = dataclasses.replace(whole, steps=whole.steps - 1)
     assert step.ended_by(state(fewer.steps), fewer) == "max_epochs"
+
+
+def test_the_cost_of_a_training_ends_with_the_text(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a" * 640)
+    unbounded = Config(train_len=8, train_tokens=6400, batch_tokens=16, corpus=str(tmp_path), max_epochs=None)
+
+    def flops(config: Config) -> float:
+        return sum(step.flops for step in steps(cells(config)) if isinstance(step, text_training.Training))
+
+    whole = flops(unbounded)
+    assert flops(dataclasses.replace(unbounded, max_epochs=10)) == whole
+    assert flops(dataclasses.replace(unbounded, max_epochs=2.5)) == whole / 4
+    # a text of unknown size bounds nothing, unless it is cut
+    hub = dataclasses.replace(unbounded, corpus="hf:some/text", max_epochs=2.5)
+    assert flops(hub) == whole and flops(dataclasses.replace(hub, corpus_tokens=640)) == whole / 4
+    # the decays at 2400 and 4800 tokens end where the text does
+    branches = dataclasses.replace(unbounded, schedule="wsd", branches=(800, 2000, 4000))
+    bounded = dataclasses.replace(branches, max_epochs=2.5)
+    assert flops(bounded) == flops(dataclasses.replace(branches, branches=(800, 1600 * 5 // 6))) < flops(branches)
+
+
+def test_the_title_of_a_branch_says_what_may_end_it() -> None:
+    config = Config(attention=("rope",), schedule="wsd", branches=(4000,))
+    titles = [cells(dataclasses.replace(config, max_epochs=most))[0].training_step.title for most in (None, 4.0)]
+    assert titles == ["train rope seed 0 4800 tokens", "train rope seed 0 at most 4800 tokens"]

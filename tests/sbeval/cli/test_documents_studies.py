@@ -84,12 +84,12 @@ def test_perplexities_by_context(tmp_path: Path) -> None:
 
 
 def test_a_study_that_was_not_run_and_one_with_a_figure(tmp_path: Path) -> None:
-    block = documents_studies.of_study("125m", lambda table, folder: f"{len(table)} rows\n", {"a": "A", "b": "B"})
-    assert block(tmp_path) == "No results yet: `sbeval run 125m`.\n"
+    block = documents_studies.of_study("125m", lambda table, folder: f"{len(table)} rows", {"a": "A", "b": "B"})
+    assert block(tmp_path) == "No results yet: `sbeval run 125m`."
     (tmp_path / "125m" / "figures").mkdir(parents=True)
     (tmp_path / "125m" / "length_gen.csv").write_text("cell,metric\nx,y\n")
     (tmp_path / "125m" / "figures" / "b.png").touch()
-    assert block(tmp_path) == '1 rows\n\n<img src="../results/125m/figures/b.png" width="75%" alt="B">\n'
+    assert block(tmp_path) == '1 rows\n\n<img src="../results/125m/figures/b.png" width="75%" alt="B">'
 
 
 @pytest.mark.parametrize("name", documents_studies.BLOCKS)

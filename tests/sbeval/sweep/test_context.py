@@ -78,6 +78,27 @@ def test_a_checkpoint_is_of_one_at_a_time(
     assert console.file.getvalue() == ("" if finished else f"another process trains {folder}: waiting\n")
 
 
+def test_a_cell_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sbeval.sweep.context.POLL_S", 0.01)
+    context = RunContext(results_dir=tmp_path, device=torch.device("cpu"))
+    console = Console(file=io.StringIO(), width=200)
+    order: list[str] = []
+
+    def second() -> None:
+        with context.cell("recall-rope", Progress(console)):
+            order.append("second")
+
+    with context.cell("recall-rope", Progress(console)), context.cell("recall-nope", Progress(console)):
+        other = threading.Thread(target=second)
+        other.start()
+        time.sleep(0.1)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == "another process runs recall-rope: waiting\n"
+
+
 def test_tensorboard_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     context = RunContext(results_dir=tmp_path, device=torch.device("cpu"), track=(f"tensorboard:{tmp_path}",))

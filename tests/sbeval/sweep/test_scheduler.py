@@ -3,6 +3,9 @@
 import dataclasses
 import io
 import math
+import multiprocessing
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,8 @@ from sbeval.tables.rows import Identity, Measurement
 from sbeval.tasks import length_gen, mqrar
 from sbeval.training.trainer import DivergedError
 
-RESULTS = Path(__file__).parents[3] / "results"
+ROOT = Path(__file__).parents[3]
+RESULTS = ROOT / "results"
 
 
 def test_committed_results_are_those_of_the_presets() -> None:
@@ -71,8 +75,8 @@ def test_a_cost_is_least_and_most() -> None:
 def test_a_run_file_has_the_command_of_the_driver(tmp_path: Path) -> None:
     context = RunContext(results_dir=tmp_path, device=torch.device("cpu"), argv=("/bin/sbeval", "run", "quick"))
     with Progress(Console(quiet=True)) as progress:
-        done = scheduler.run_cell(Cell(title="good", value=0.5), context, "quick", progress)
-    assert done.stored is not None and done.stored.record["argv"] == ["sbeval", "run", "quick"]
+        stored = scheduler.run_cell(Cell(title="good", value=0.5), context, "quick", progress)
+    assert stored.record["argv"] == ["sbeval", "run", "quick"]
 
 
 @pytest.mark.parametrize(
@@ -217,6 +221,42 @@ def test_a_finished_cell_is_run_again_when_its_text_is_another(tmp_path: Path, m
     assert run([cell], tmp_path)[1].startswith("1 cell to run")
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Met(Cell):
+    """A cell that waits, before it runs, until two processes are about to; `folder` has a file for each evaluation."""
+
+    folder: str
+
+    def check(self, progress: Progress) -> None:
+        (Path(self.folder) / f"ready-{os.getpid()}").touch()
+        deadline = time.monotonic() + 100
+        while len(list(Path(self.folder).glob("ready-*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def run(self, context: RunContext, progress: Progress) -> Outcome:
+        (Path(self.folder) / f"evaluated-{self.title}-{os.getpid()}").touch()
+        time.sleep(0.2)
+        # zero-argument super does not work in a class with slots
+        return super(Met, self).run(context, progress)
+
+
+def run_met(folder: Path) -> None:
+    """Run three cells in a process of their own, whose exit code is 0 if all have results."""
+    assert run([Met(title=title, folder=str(folder)) for title in "abc"], folder)[0]
+
+
+def test_a_cell_is_run_once_by_two_commands_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # from where a new process can import this file
+    monkeypatch.syspath_prepend(ROOT)
+    other = multiprocessing.get_context("spawn").Process(target=run_met, args=(tmp_path,))
+    other.start()
+    run_met(tmp_path)
+    other.join()
+    assert other.exitcode == 0
+    assert sorted(path.name.split("-")[1] for path in tmp_path.glob("evaluated-*")) == ["a", "b", "c"]
+    assert list(table.read(tmp_path / "fake.csv")["attention"]) == ["a", "b", "c"]
+
+
 def test_of_several_processes_none_goes_on_alone_after_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +265,7 @@ def test_of_several_processes_none_goes_on_alone_after_an_error(
 
     monkeypatch.setattr(Cell, "run", overflow)
     monkeypatch.setattr("sbeval.runtime.distributed.wait", lambda world: None)
+    monkeypatch.setattr("sbeval.runtime.distributed.anywhere", lambda flag, world, device: flag)
     cells = [Cell(title="first"), Cell(title="second")]
     complete, said = run(cells, tmp_path)
     assert not complete and said.count("a kernel that does not fit; recorded as failed") == 2

@@ -1,12 +1,21 @@
 """Options of text models: mistakes, what training depends on, and a bound on epochs that given tokens lift."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sbeval.errors import InputError
-from sbeval.training.text_model import TRAINING, EvaluatedModel, TextModel, likely_vocabulary, trained_on, uncut
+from sbeval.training.text_model import (
+    TRAINING,
+    EvaluatedModel,
+    TextModel,
+    likely_tokens,
+    likely_vocabulary,
+    trained_on,
+    uncut,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,3 +54,10 @@ def test_given_tokens_lift_the_bound_on_epochs() -> None:
 
 def test_a_vocabulary_is_estimated_without_its_tokenizer() -> None:
     assert [likely_vocabulary(name) for name in ("bytes", "bpe:8192", "some/model")] == [257, 8192, 32000]
+
+
+def test_the_tokens_of_a_text_are_estimated_without_reading_it(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a" * 600)
+    assert [likely_tokens(str(tmp_path), name, None) for name in ("bytes", "bpe:8192")] == [600, 200]
+    assert [likely_tokens(str(tmp_path), "bytes", most) for most in (500, 700)] == [500, 600]
+    assert [likely_tokens("hf:some/text", "bytes", most) for most in (500, None)] == [500, None]
