@@ -680,7 +680,7 @@ def _consume(
 )  # fmt: skip
 def backward_kernel(
     q_desc, do_desc, dq_desc, K, V, BIAS, DBIAS, DK, DV, STATE, DELTA, DQ_COUNT, TICKET, STOP,
-    CU_SEQLENS, BLOCKS, TILES, stride_kb, stride_kt, stride_vb, stride_vt,
+    CU_SEQLENS, BLOCKS, BY_LENGTH, TILES, stride_kb, stride_kt, stride_vb, stride_vt,
     first_bg, n_bg, n_heads, n_queries, n_keys, n_blocks, n_tiles_of_row, n_sequences, scale,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, NDQ: gl.constexpr,
     CURRENT: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr, TOGETHER: gl.constexpr,
@@ -689,8 +689,8 @@ def backward_kernel(
 
     K, V: heads next to each other; DK, DV: (B, S, G, D) contiguous; STATE: (B H tiles, 2, 64) int64 and DELTA float32,
     see prepare_kernel; dq_desc: of (H tiles, 2, D, 32) float32 of these heads; DQ_COUNT: (B H tiles) int32, zeros;
-    TICKET: 0; STOP: as in forward; DBIAS: (B H, programs of a head, 2) float32, zeros. BLOCKS counts key tiles of 128
-    of packed sequences cumulatively, TILES query tiles of 64.
+    TICKET: 0; STOP: as in forward; DBIAS: (B H, programs of a head, 2) float32, zeros. TILES counts query tiles of 64
+    of packed sequences cumulatively, BLOCKS key tiles of 128, of the shortest sequence first (BY_LENGTH: which it is).
     """
     ticket = gl.atomic_add(TICKET, 1)
     first = ticket // (TOGETHER * n_blocks) * TOGETHER
@@ -711,8 +711,9 @@ def backward_kernel(
     i_program = i_n
     if i_n >= 0:
         if VARLEN:
-            i_s = _find_sequence(i_n, BLOCKS, n_sequences)
-            i_n -= gl.load(BLOCKS + i_s)
+            i_sorted = _find_sequence(i_n, BLOCKS, n_sequences)
+            i_n -= gl.load(BLOCKS + i_sorted)
+            i_s = gl.load(BY_LENGTH + i_sorted)
             start = gl.load(CU_SEQLENS + i_s)
             n_q = gl.load(CU_SEQLENS + i_s + 1) - start
             base = gl.load(TILES + i_s)
@@ -863,11 +864,15 @@ def backward(
     batch, n_queries, heads, dim = q.shape
     n_keys, groups = k.shape[1:3]
     config = CONFIGS[dim] if config is None else config
-    n_blocks, n_tiles, n_sequences, blocks, tiles = triton.cdiv(n_keys, 128), triton.cdiv(n_queries, 64), 0, None, None
+    n_blocks, n_tiles, n_sequences = triton.cdiv(n_keys, 128), triton.cdiv(n_queries, 64), 0
+    blocks, by_length, tiles = None, None, None
     if cu_seqlens is not None:
         n_sequences = len(cu_seqlens) - 1
         n_blocks, n_tiles = n_blocks + n_sequences, n_tiles + n_sequences
-        blocks, tiles = _cumulative(cu_seqlens, 128), _cumulative(cu_seqlens, 64)
+        # the longest first, so that what the last programs have to do is short
+        lengths, by_length = cu_seqlens.diff().sort()
+        blocks = torch.nn.functional.pad(((lengths + 127) // 128).cumsum(0, dtype=torch.int32), (1, 0))
+        tiles = _cumulative(cu_seqlens, 64)
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     descs = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 64, 1, dim], layout) for x in (q, dout)]
     n_all = batch * heads * n_tiles
@@ -901,8 +906,8 @@ def backward(
     for first, ticket in zip(range(0, n_bg, n_part), tickets, strict=False):
         n_these = min(n_part, n_bg - first)
         backward_kernel[(n_blocks * n_these,)](
-            *descs, k, v, bias, dbias, dk, dv, state, delta, dq_count, ticket, stop, cu_seqlens, blocks, tiles,
-            k.stride(0), k.stride(1), v.stride(0), v.stride(1), first, n_these, heads, n_queries, n_keys, n_blocks,
+            *descs, k, v, bias, dbias, dk, dv, state, delta, dq_count, ticket, stop, cu_seqlens, blocks, by_length,
+            tiles, k.stride(0), k.stride(1), v.stride(0), v.stride(1), first, n_these, heads, n_queries, n_keys, n_blocks,
             n_tiles, n_sequences, scale * LOG2_E, GROUP=heads // groups, D=dim, CURRENT=int(attend_current),
             VARLEN=cu_seqlens is not None, SKIP=epsilon > 0, **config, num_warps=4, maxnreg=REGISTERS[2],
         )  # fmt: skip

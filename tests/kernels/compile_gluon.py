@@ -20,7 +20,8 @@ from sbeval.kernels import stick_breaking_hopper, stick_breaking_hopper_backward
 
 FLOAT32 = {"BIAS", "REMAINDER", "DBIAS", "DELTA"}
 INT32 = {"STOP", "TICKET", "DQ_COUNT", "CU_SEQLENS", "BLOCKS", "STOP_BLOCKS", "TILES"}
-PACKING = ("CU_SEQLENS", "BLOCKS", "STOP_BLOCKS", "TILES")
+INT64 = {"STATE", "BY_LENGTH"}
+PACKING = ("CU_SEQLENS", "BLOCKS", "BY_LENGTH", "STOP_BLOCKS", "TILES")
 KERNELS = {
     "forward": (stick_breaking_hopper.forward_kernel, stick_breaking_hopper.CONFIGS),
     "backward": (stick_breaking_hopper_backward.backward_kernel, stick_breaking_hopper_backward.CONFIGS),
@@ -45,7 +46,7 @@ def compile_one(name: str, dim: int, whole: bool) -> Any:
     types |= dict.fromkeys(("q_desc", "do_desc"), _descriptor(dtype, [1, 64, 1, dim]))
     types["dq_desc"] = _descriptor("fp32", [dim, 32], 32)
     types |= dict.fromkeys(("k_desc", "v_desc"), _descriptor(dtype, [1, 8, 4, 2, dim]))
-    types |= dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(INT32, "*i32") | {"STATE": "*i64"}
+    types |= dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(INT32, "*i32") | dict.fromkeys(INT64, "*i64")
     types |= dict.fromkeys((x for x in kernel.arg_names if x.isupper() and x not in types), f"*{dtype}")
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     aligned = {
