@@ -907,8 +907,8 @@ def backward(
         n_these = min(n_part, n_bg - first)
         backward_kernel[(n_blocks * n_these,)](
             *descs, k, v, bias, dbias, dk, dv, state, delta, dq_count, ticket, stop, cu_seqlens, blocks, by_length,
-            tiles, k.stride(0), k.stride(1), v.stride(0), v.stride(1), first, n_these, heads, n_queries, n_keys, n_blocks,
-            n_tiles, n_sequences, scale * LOG2_E, GROUP=heads // groups, D=dim, CURRENT=int(attend_current),
+            tiles, k.stride(0), k.stride(1), v.stride(0), v.stride(1), first, n_these, heads, n_queries, n_keys,
+            n_blocks, n_tiles, n_sequences, scale * LOG2_E, GROUP=heads // groups, D=dim, CURRENT=int(attend_current),
             VARLEN=cu_seqlens is not None, SKIP=epsilon > 0, **config, num_warps=4, maxnreg=REGISTERS[2],
         )  # fmt: skip
         finish_kernel[(n_tiles, n_these * (heads // groups))](
