@@ -117,19 +117,23 @@ def _wait_for(p_count, wanted):
 
 
 @gluon.jit
-def _find(p_word, count):
-    """The number in the lower half of a word of 64 bits, once the upper half has `count`."""
+def _find(p_first, p_second, count):
+    """The numbers in the lower halves of two words of 64 bits, once both upper halves have `count`."""
     return gl.inline_asm_elementwise(
         """{
-        .reg .pred p;
-        .reg .b64 x;
-        .reg .b32 n;
-        W: ld.relaxed.gpu.global.b64 x, [$1];
-        mov.b64 {$0, n}, x;
-        setp.ne.s32 p, n, $2;
+        .reg .pred p, q;
+        .reg .b64 x, y;
+        .reg .b32 m, n;
+        W: ld.relaxed.gpu.global.b64 x, [$2];
+        ld.relaxed.gpu.global.b64 y, [$3];
+        mov.b64 {$0, m}, x;
+        mov.b64 {$1, n}, y;
+        setp.ne.s32 p, m, $4;
+        setp.ne.s32 q, n, $4;
+        or.pred p, p, q;
         @p bra W;
         }""",
-        "=&r,l,r", [p_word, count], dtype=gl.float32, is_pure=False, pack=1,
+        "=&r,=&r,l,l,r", [p_first, p_second, count], dtype=(gl.float32, gl.float32), is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -378,6 +382,7 @@ def _fetch(words, st_bufs, bars, tensors, i_n, n_past, STAGES: gl.constexpr):
     STATE, DELTA = tensors
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     o_m = gl.arange(0, TILE, layout=LAYOUT)
+    o_half = gl.arange(0, TILE // 2, layout=LAYOUT)
     s = 0
     mbarrier.wait(said.index(0), 0)
     i_m = _get(words.index(1), 1)
@@ -388,14 +393,16 @@ def _fetch(words, st_bufs, bars, tensors, i_n, n_past, STAGES: gl.constexpr):
         p_delta = DELTA + i_tile.to(gl.int64) * (2 * TILE)
         delta = gl.load(p_delta + o_m)
         drem = gl.load(p_delta + (TILE + o_m))
-        newer = (i_m + n_past) // 2 - i_n + o_m * 0
-        left = _find(p_state + o_m, newer)
-        st_bufs.index(stage * 4).store(left)
+        newer = (i_m + n_past) // 2 - i_n + o_half * 0
+        first, second = _find(p_state + o_half, p_state + (TILE // 2 + o_half), newer)
+        st_bufs.index(stage * 4).slice(0, TILE // 2).store(first)
+        st_bufs.index(stage * 4).slice(TILE // 2, TILE // 2).store(second)
         st_bufs.index(stage * 4 + 2).store(delta)
         st_bufs.index(stage * 4 + 3).store(drem)
         mbarrier.arrive(st_full.index(stage), count=1)
-        later = _find(p_state + (TILE + o_m), newer)
-        st_bufs.index(stage * 4 + 1).store(later)
+        first, second = _find(p_state + (TILE + o_half), p_state + (TILE + TILE // 2 + o_half), newer)
+        st_bufs.index(stage * 4 + 1).slice(0, TILE // 2).store(first)
+        st_bufs.index(stage * 4 + 1).slice(TILE // 2, TILE // 2).store(second)
         mbarrier.arrive(later_in.index(stage), count=1)
         s += 1
         mbarrier.wait(said.index(_slot(s, STAGES)), _phase(s, STAGES))

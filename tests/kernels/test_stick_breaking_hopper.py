@@ -52,10 +52,11 @@ def _wait_for(p_count: Any, wanted: int) -> Any:
     return emulator.Integer(0)
 
 
-def _find(p_word: Any, count: Any) -> Any:
-    found = p_word.flat[p_word.offset]
-    assert bool((found >> 32 == count.t).all()), "programs run one after another: this would wait for ever"
-    return emulator.Value(found.to(torch.int32).view(torch.float32))
+def _find(p_first: Any, p_second: Any, count: Any) -> Any:
+    words = [p.flat[p.offset] for p in (p_first, p_second)]
+    waits = not all(bool((word >> 32 == count.t).all()) for word in words)
+    assert not waits, "programs run one after another: this would wait for ever"
+    return tuple(emulator.Value(word.to(torch.int32).view(torch.float32)) for word in words)
 
 
 def _leave(words: Any, o_word: Any, value: Any, count: Any, i_q: Any) -> None:
