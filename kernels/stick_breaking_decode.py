@@ -2,20 +2,17 @@
 
 The keys are split over the device, as in flash-decoding: a program walks a chunk of keys, from its newest key to its
 oldest, as if it had a whole stick, and leaves what it finds (`PARTS`) and what the chunk leaves of a stick
-(`REMAINDERS`). A second kernel joins the chunks, the newest first. Heads that share keys are rows of one tile, so that
+(`REMAINDERS`). Another kernel joins the chunks, the newest first. Heads that share keys are rows of one tile, so that
 keys and values are read once.
 
-Dense, a row's keys are dealt out evenly, to as many programs as the device runs at a time.
-
-With epsilon, a row's programs draw chunks from the row's counter, the newest first, and leave for good once the chunks
-that are done have used up the stick. The first `splits` chunks together have the newest `NEWEST` keys; each further
-round of as many chunks has chunks twice as long. Which chunks are walked depends on who is done when, but not the
-result: a chunk counts where newer ones leave more than epsilon, and a program leaves below half of that.
+With epsilon there are several launches, for the newest `NEWEST` keys, up to four times as many, and so on; the programs
+of a later one return at once where the earlier chunks have used up the stick.
 
 Variable grammar: i_ index, o_ offsets, p_ pointers, m_ masks, n_ counts, b_ block values.
 """
 
 import functools
+from itertools import pairwise
 
 import torch
 import triton
@@ -35,11 +32,11 @@ from sbeval.kernels.stick_breaking_triton import (
     _scan,
 )
 
-# a remainder of 0 is one that nobody has written yet: the smallest normal float32 stands for what is less
+# what a walk leaves is at least this, the smallest normal float32: 0 says that nobody walked
 LEAST = tl.constexpr(2.0**-126)
-# keys of the first round of chunks
-NEWEST = 4096
-# programs of a row at least, with epsilon: rows that use up their stick late get help from those that end early
+# with epsilon, keys of the first launch, and by how much each further one reaches back
+NEWEST, FARTHER = 4096, 4
+# programs of a tile of queries in further launches: those whose sticks last get help, as most others return at once
 HELPERS = 16
 # multiprocessors of a device that has none to count
 INTERPRETED_PROCESSORS = 2
@@ -51,34 +48,31 @@ def _multiply(a, b):
 
 
 @triton.jit
-def _stick_left(LEFT, chunk):
-    """The most that the chunks before `chunk` leave of any row's stick, as far as they are done."""
+def _stick_left(LEFT, n_chunks):
+    """The most that these chunks leave of any row's stick."""
     left = 1.0
-    for i in range(0, chunk, 128):
+    for i in range(0, n_chunks, 128):
         o_c = i + tl.arange(0, 128)
-        # others write them meanwhile
-        b_left = tl.load(LEFT + o_c, mask=o_c < chunk, other=1.0, volatile=True)
-        left *= tl.reduce(tl.where(b_left == 0.0, 1.0, b_left), 0, _multiply)
+        left *= tl.reduce(tl.load(LEFT + o_c, mask=o_c < n_chunks, other=1.0), 0, _multiply)
     return left
 
 
 # the number of keys changes from step to step: none is worth a compilation of its own
 @triton.jit(
-    do_not_specialize=["n_batch", "n_groups", "n_queries", "n_keys", "n_chunks", "n_first"],
-    do_not_specialize_on_alignment=["LEFT", "TICKETS"],
+    do_not_specialize=["n_batch", "n_groups", "n_queries", "n_keys", "n_chunks", "first_chunk", "newest", "oldest"]
 )
 def decode_kernel(
-    Q, K, V, BIAS, PARTS, REMAINDERS, LEFT, TICKETS, STARTS, LENGTHS,
+    Q, K, V, BIAS, PARTS, REMAINDERS, LEFT, STARTS, LENGTHS,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    n_batch, n_groups, n_queries, n_keys, n_chunks, n_first, scale, epsilon,
+    n_batch, n_groups, n_queries, n_keys, n_chunks, first_chunk, newest, oldest, scale, epsilon,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CURRENT: tl.constexpr, SKIP: tl.constexpr, EXACT: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Chunks of keys for a tile of queries of the heads that share them; a row of the tile is a query of a head.
+    """A chunk of keys for a tile of queries of the heads that share them; a row of the tile is a query of a head.
 
-    PARTS: (B, T, H, chunks, D) and REMAINDERS: (B, T, H, chunks), float32. SKIP: the first chunks have `n_first` tiles;
-    TICKETS counts the chunks drawn for each tile of queries, LEFT (tiles of queries, chunks) is the most that a chunk
-    leaves of a row's stick; both and REMAINDERS are 0 at the start.
+    PARTS: (B, T, H, chunks, D) and REMAINDERS: (B, T, H, chunks), float32, from `first_chunk` on for tiles of keys from
+    `newest` up to and without `oldest`, counted from the newest. LEFT: (tiles of queries, chunks) float32, with
+    epsilon: the most that a chunk leaves of a row's stick.
     """
     if OVERLAP:
         gdc_launch_dependents()
@@ -111,56 +105,44 @@ def decode_kernel(
     # keys that a row sees, and that any row does: tiles begin at the newest of these
     o_end = o_m + (n_k - n_queries + CURRENT)
     end = tl.maximum(tl.max(tl.where(m_m, o_end, 0), 0), 0)
-    n_tiles = (end + BLOCK_N - 1) // BLOCK_N
-    n_splits = tl.num_programs(1)
-    if not SKIP:
-        n_first = (n_tiles + n_splits - 1) // n_splits
-
-    chunk = tl.program_id(1)
+    n_tiles = tl.minimum((end + BLOCK_N - 1) // BLOCK_N, oldest)
+    # those of this launch, dealt out evenly
+    share = (tl.maximum(n_tiles - newest, 0) + tl.num_programs(1) - 1) // tl.num_programs(1)
+    i_tile = newest + tl.program_id(1) * share
+    chunk = first_chunk + tl.program_id(1)
+    part = rows * n_chunks + chunk
     if SKIP:
         LEFT += pid.to(tl.int64) * n_chunks
-        chunk = tl.atomic_add(TICKETS + pid, 1, sem="relaxed")
-    more = True
-    while more:
-        size = n_first << (chunk // n_splits)
-        i_tile = n_splits * (size - n_first) + chunk % n_splits * size
-        stop = tl.minimum(i_tile + size, n_tiles)
-        if SKIP:
-            more = i_tile < n_tiles
-            if more:
-                more = _stick_left(LEFT, chunk) > epsilon * 0.5
-            stop = tl.where(more, stop, i_tile)
-        b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
-        b_left = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
-        for i in range(i_tile, stop):
-            o_n = end - (i + 1) * BLOCK_N
-            m_n = (o_n + o_key >= 0)[:, None]
-            b_k = tl.load(
-                K + tl.cast(o_n, tl.int64) * stride_kt + (o_key[:, None] * stride_kt + o_d[None, :]), mask=m_n & m_d,
-                other=0.0,
-            )  # fmt: skip
-            b_v = tl.load(
-                V + tl.cast(o_n, tl.int64) * stride_vt + (o_key[:, None] * stride_vt + o_d[None, :]), mask=m_n & m_d,
-                other=0.0,
-            )  # fmt: skip
-            m_tile = (o_n + o_key < o_end[:, None]) & (o_n + o_key >= 0)[None, :]
-            b_odds = _odds(_product(b_q, tl.trans(b_k), EXACT), scale, b_bias, m_tile, True)
-            q0, q1, q2, q3, _, _, _, p = _prefixes(b_odds)
-            b_stick, b_left = _scan(_reciprocal(p), b_left, False)
-            b_weight = _columns(q0 * b_stick, q1 * b_stick, q2 * b_stick, q3 * b_stick)
-            b_acc += _product(b_weight.to(b_v.dtype), b_v, EXACT)
-        if more:
-            part = rows * n_chunks + chunk
-            tl.store(PARTS + part[:, None] * D + o_d[None, :], b_acc, mask=m_m[:, None] & m_d)
-            b_left = tl.maximum(b_left, LEAST)
-            tl.store(REMAINDERS + part, b_left, mask=m_m)
-            if SKIP:
-                tl.store(LEFT + chunk, tl.max(tl.where(m_m, b_left, LEAST), 0))
-        if SKIP:
-            if more:
-                chunk = tl.atomic_add(TICKETS + pid, 1, sem="relaxed")
-        else:
-            more = False
+        if first_chunk > 0:
+            # below half of it: `combine_kernel` multiplies in another order
+            if _stick_left(LEFT, first_chunk) <= epsilon * 0.5:
+                tl.store(REMAINDERS + part, tl.zeros([BLOCK_M], tl.float32), mask=m_m)
+                tl.store(LEFT + chunk, 0.0)
+                return
+    b_acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
+    b_left = tl.full([BLOCK_M], 1.0, dtype=tl.float32)
+    for i in range(i_tile, tl.minimum(i_tile + share, n_tiles)):
+        o_n = end - (i + 1) * BLOCK_N
+        m_n = (o_n + o_key >= 0)[:, None]
+        b_k = tl.load(
+            K + tl.cast(o_n, tl.int64) * stride_kt + (o_key[:, None] * stride_kt + o_d[None, :]), mask=m_n & m_d,
+            other=0.0,
+        )  # fmt: skip
+        b_v = tl.load(
+            V + tl.cast(o_n, tl.int64) * stride_vt + (o_key[:, None] * stride_vt + o_d[None, :]), mask=m_n & m_d,
+            other=0.0,
+        )  # fmt: skip
+        m_tile = (o_n + o_key < o_end[:, None]) & (o_n + o_key >= 0)[None, :]
+        b_odds = _odds(_product(b_q, tl.trans(b_k), EXACT), scale, b_bias, m_tile, True)
+        q0, q1, q2, q3, _, _, _, p = _prefixes(b_odds)
+        b_stick, b_left = _scan(_reciprocal(p), b_left, False)
+        b_weight = _columns(q0 * b_stick, q1 * b_stick, q2 * b_stick, q3 * b_stick)
+        b_acc += _product(b_weight.to(b_v.dtype), b_v, EXACT)
+    b_left = tl.maximum(b_left, LEAST)
+    tl.store(PARTS + part[:, None] * D + o_d[None, :], b_acc, mask=m_m[:, None] & m_d)
+    tl.store(REMAINDERS + part, b_left, mask=m_m)
+    if SKIP:
+        tl.store(LEFT + chunk, tl.max(tl.where(m_m, b_left, LEAST), 0))
 
 
 @triton.jit(do_not_specialize=["n_chunks"])
@@ -170,7 +152,7 @@ def combine_kernel(
 ):  # fmt: skip
     """Join the chunks of one query of one head, the newest first; a program has BLOCK_D numbers of the output.
 
-    Chunks count where those before leave more than epsilon: elsewhere nobody need have written them.
+    Chunks count where those before leave more than epsilon: elsewhere nobody need have walked them.
     """
     if OVERLAP:
         # launched while the chunks were walked
@@ -204,7 +186,7 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     if dtype == torch.float32:
         block_n, warps, stages = 32 if block_d <= 128 else 16, 4, 1
     else:
-        block_n, warps, stages = (64, 4, 4) if block_d == 128 else (64 if block_d <= 64 else 32, 1, 3)
+        block_n, warps, stages = (64, 4, 3) if block_d == 128 else (64 if block_d <= 64 else 32, 1, 3)
     return {"BLOCK_D": block_d, "BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
@@ -251,31 +233,30 @@ def decode(
     n_tiles = max(1, triton.cdiv(n_keys, options["BLOCK_N"]))
     slots = at_once(dim, q.dtype) * _processors(q.device)
     overlap = _overlaps(q.device)
-    first = 0
+    # tiles of keys of each launch, counted from the newest
+    bounds = [0, n_tiles]
     if epsilon > 0:
-        newest = min(n_tiles, triton.cdiv(NEWEST, options["BLOCK_N"]))
-        splits = min(newest, max(slots // n_programs, HELPERS))
-        first = triton.cdiv(newest, splits)
-        # rounds of chunks that double
-        n_chunks = splits * (triton.cdiv(n_tiles, splits * first)).bit_length()
-    else:
-        splits = n_chunks = min(_splits(n_programs, slots), triton.cdiv(n_tiles, 4))
+        bounds[1:] = [triton.cdiv(NEWEST, options["BLOCK_N"])]
+        while bounds[-1] < n_tiles:
+            bounds.append(bounds[-1] * FARTHER)
+        bounds[-1] = n_tiles
+    splits = [
+        min(max(_splits(n_programs, slots), HELPERS if newest else 1), triton.cdiv(oldest - newest, 2))
+        for newest, oldest in pairwise(bounds)
+    ]
+    n_chunks = sum(splits)
     shape = (batch, n_queries, heads)
     parts = torch.empty((*shape, n_chunks, dim), dtype=torch.float32, device=q.device)
     remainders = torch.empty((*shape, n_chunks), dtype=torch.float32, device=q.device)
-    left = tickets = None
-    if epsilon > 0:
-        # one launch fills them all
-        sizes = [remainders.numel(), n_programs * n_chunks, n_programs]
-        remainders, left, tickets = torch.zeros(sum(sizes), dtype=torch.float32, device=q.device).split(sizes)
-        tickets = tickets.view(torch.int32)
-    decode_kernel[(n_programs, splits)](
-        q, k, v, bias, parts, remainders, left, tickets, starts, lengths,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        batch, groups, n_queries, n_keys, n_chunks, first, scale * LOG2_E, epsilon,
-        GROUP=heads // groups, D=dim, CURRENT=int(attend_current), SKIP=epsilon > 0, EXACT=q.dtype == torch.float32,
-        OVERLAP=overlap, **options,
-    )  # fmt: skip
+    left = torch.empty((n_programs, n_chunks), dtype=torch.float32, device=q.device) if epsilon > 0 else None
+    for i, (newest, oldest) in enumerate(pairwise(bounds)):
+        decode_kernel[(n_programs, splits[i])](
+            q, k, v, bias, parts, remainders, left, starts, lengths,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            batch, groups, n_queries, n_keys, n_chunks, sum(splits[:i]), newest, oldest, scale * LOG2_E, epsilon,
+            GROUP=heads // groups, D=dim, CURRENT=int(attend_current), SKIP=epsilon > 0, EXACT=q.dtype == torch.float32,
+            OVERLAP=overlap, **options,
+        )  # fmt: skip
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     remainder = torch.empty(shape, dtype=torch.float32, device=q.device)
     combine_kernel[(batch * n_queries * heads, triton.cdiv(dim, joined["BLOCK_D"]))](

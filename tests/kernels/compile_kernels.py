@@ -30,7 +30,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # types of pointers that are not those of q
 FLOAT32 = {"BIAS", "REMAINDER", "DREMAINDER", "DBIAS", "STATE", "DELTA", "PARTS", "REMAINDERS", "LEFT"}
 FLOAT32 |= {"C", "RATE", "TABLE", "LSE", "DSUMS", "DRATE", "DC"}
-INT32 = {"STOP", "REACH", "CU_SEQLENS", "BLOCKS", "FORWARD_BLOCKS", "STARTS", "LENGTHS", "TICKETS"}
+INT32 = {"STOP", "REACH", "CU_SEQLENS", "BLOCKS", "FORWARD_BLOCKS", "STARTS", "LENGTHS"}
 KERNELS: dict[str, tuple[ModuleType, str]] = {
     **{f"stick_breaking {name}": (stick_breaking_triton, name) for name in ("forward", "query", "key")},
     **{f"stick_breaking {name}": (stick_breaking_decode, name) for name in ("decode", "combine")},
@@ -84,7 +84,7 @@ def constants(variant: Variant) -> dict[str, Any]:
     absent = {"RESIDUAL"} if variant.dtype == torch.float32 else set()
     absent |= set() if variant.packed else {"CU_SEQLENS", "BLOCKS", "FORWARD_BLOCKS", "SLOTS", "BIAS"}
     absent |= set() if bounded else {"STARTS", "LENGTHS"}
-    absent |= set() if variant.skip else {"LEFT", "TICKETS"}
+    absent |= set() if variant.skip else {"LEFT"}
     return found | dict.fromkeys(absent)
 
 
