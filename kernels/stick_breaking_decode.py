@@ -183,16 +183,17 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> dict[str, int]:
     block_d = max(16, triton.next_power_of_2(head_dim))
     if kernel == "combine":
         return {"BLOCK_D": min(32, block_d), "BLOCK_C": 128, "num_warps": 4, "num_stages": 1}
-    if dtype == torch.float32:
-        block_n, warps, stages = 32 if block_d <= 128 else 16, 4, 1
-    else:
-        block_n, warps, stages = (64, 4, 3) if block_d == 128 else (64 if block_d <= 64 else 32, 1, 3)
+    exact = dtype == torch.float32
+    block_n = (32 if exact else 64) if block_d <= 128 else (16 if exact else 32)
+    # one warp has registers for heads of 64 if it loads 16 bytes at a time
+    warps = 1 if block_d <= 64 and head_dim % 8 == 0 and not exact else 4
+    stages = 1 if exact else 3
     return {"BLOCK_D": block_d, "BLOCK_M": 16, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
 def at_once(head_dim: int, dtype: torch.dtype) -> int:
-    """Programs that a multiprocessor of an H100 runs at a time."""
-    return 2 if dtype != torch.float32 and 64 < head_dim <= 128 else 4
+    """Programs of `decode` that a multiprocessor of an H100 runs at a time."""
+    return 4 if tiles("decode", head_dim, dtype)["num_warps"] == 1 else 2
 
 
 @functools.cache
