@@ -1,11 +1,12 @@
 """The paper's claims (Tan et al., ICLR 2025, arXiv 2410.17980) that result tables can decide, with their rules.
 
-Beside them what this project asks of its own kernel, and of training tokens, which the paper does not claim.
+Beside them what this project asks of its own kernel, of training tokens, and of distant text, which the paper does not
+claim.
 """
 
 from functools import partial
 
-from sbeval.report import growth, language, recall, speed
+from sbeval.report import far_text, growth, language, recall, speed
 from sbeval.report.judge import BILLION, FAR, STICK, Claim
 from sbeval.report.language import MARGIN, NEEDLES, NOTHING, POINTS, RISE
 from sbeval.report.maturity import BEHIND, ENOUGH
@@ -29,6 +30,11 @@ GROWTH_RULE = (
     "Loss at the training length less RoPE's, fitted as a limit plus a power of training tokens (sbeval table tokens). "
     "Yes: the interval of the gap at the most tokens lies below 0, or that of where the fit falls to 0 ends by "
     f"{growth.FURTHER} times as many. No: the gap at the most tokens and the limit lie above 0 in their intervals."
+)
+FAR_RULE = (
+    "Loss of the same tokens (--fixed-targets): its change from the training length to "
+    f"{far_text.FACTOR} times as much text before them, of the largest models on the most tokens, two seeds or more. "
+    f"Yes: the interval lies below 0. No: it does not, and lies above −{far_text.GAIN:g} nats/token."
 )
 LEAST = f"{BILLION / FAR / 1e6:.0f} M parameters or more"
 LARGE = f"Decided by models of {LEAST}"
@@ -135,6 +141,7 @@ CLAIMS = (
     ),
 )
 
+FORMS = (("", STICK), (" with logit offsets spread over heads", growth.SPREAD))
 OWN = (
     Claim(
         text="Is this project's kernel as fast as FlashAttention-2, forward? The authors' kernel reaches "
@@ -169,6 +176,19 @@ OWN = (
             figure="tokens",
             judge=partial(growth.passes, method),
         )
-        for form, method in (("", STICK), (" with logit offsets spread over heads", growth.SPREAD))
+        for form, method in FORMS
+    ),
+    *(
+        Claim(
+            text=f"Does stick-breaking{form} use text from further back than it was trained on?",
+            source="perplexity by length does not show it: it falls along a document without such text too",
+            rule=FAR_RULE,
+            decides="two seeds or more, evaluated with --fixed-targets 512",
+            table="length_gen",
+            command="sbeval run tokens",
+            figure="fixed_targets",
+            judge=partial(far_text.gains, method),
+        )
+        for form, method in FORMS
     ),
 )

@@ -3,14 +3,15 @@
 A rule compares plain stick-breaking (with the default remainder, or in a table without it, with none) with plain RoPE
 in the same setting: of several, the one nearest the paper's, which is that of grown models (`sbeval.report.maturity`),
 then of the largest, then of the most training tokens.
-`sbeval.report.claims` states each rule in words. The rules are in `language`, `recall`, `speed` and `growth`.
+`sbeval.report.claims` states each rule in words. The rules are in `language`, `far_text`, `recall`, `speed` and
+`growth`.
 
 A claim agrees or disagrees by a one-sided p value below 2.5 %, where a 95 % interval lies on one side of its bound.
 Where other methods were measured in the same setting, p values have Holm's correction for all of them. Where the
 setting is too far from the paper's to decide, `Judged.leans` says what these numbers would decide there.
 
 What this project asks is no claim of the paper's: of its own kernel it is answered by `faster` or `slower`, of training
-tokens by `yes` or `no`.
+tokens and distant text by `yes` or `no`.
 """
 
 import dataclasses

@@ -1,6 +1,5 @@
 """Rules of claims on language models: perplexity by length and within the training length, needles, benchmarks."""
 
-import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -8,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from sbeval.errors import InputError
+from sbeval.report import far_text
 from sbeval.report.judge import (
     ALPHA,
     BILLION,
@@ -44,8 +44,6 @@ POINTS = 1.0
 NOTHING = 0.05
 # columns of a setting of benchmarks
 SETTING = ("model", "train_len", "eval_len", "corpus", "train_tokens")
-# the control of length: it cannot see far
-WINDOW = ("sliding_window", "")
 CONTROL = (
     "that far text is used is not shown: perplexity falls along a document without it too, and no loss of fixed "
     "targets (--fixed-targets 512) was measured of stick-breaking and a sliding window"
@@ -94,9 +92,9 @@ def lengths(table: pd.DataFrame, evidence: Evidence) -> Judged:
     rows, (train_len, longest) = _evaluated_far(selection.by_context(table))
     rows = nearest(rows, selection.length_gen_setting(rows).columns)
     rows = rows.assign(stderr=rows["stderr"] / rows["value"], value=np.log(rows["value"].astype(float)))
-    samples = intervals.samples(_changes(rows))
-    change, by_document = intervals.intervals(samples), _by_document(rows, evidence)
-    change |= {of: pairs for of in (STICK, ROPE) if (pairs := _in_pairs(by_document, rows, of, None, samples))}
+    samples = intervals.samples(far_text.changes(rows))
+    change, by_document = intervals.intervals(samples), far_text.by_document(rows, evidence)
+    change |= {of: pairs for of in (STICK, ROPE) if (pairs := far_text.in_pairs(by_document, rows, of, None, samples))}
     ends = {name: [_level(rows[rows["x"] == at], of) for at in (train_len, longest)] for name, of in METHODS.items()}
     rises = " and ".join(
         f"{name} from {start:.1f} to {end:.1f}, {change[METHODS[name]].text(percent)}"
@@ -107,7 +105,7 @@ def lengths(table: pd.DataFrame, evidence: Evidence) -> Judged:
         f"Perplexity from context {train_len} to {longest}: {rises} ({stick.over('documents')}, RoPE "
         f"{rope.over('documents')}; {models(rows)})."
     )
-    far, of_targets = _far_text(table, rows, evidence)
+    far, of_targets = far_text.beyond_window(table, rows, evidence)
     found += of_targets
     other = "" if train_len == LENGTHS[0] else f"trained at {train_len} tokens, the paper's at {LENGTHS[0]}"
     reason = "; ".join(filter(None, [other, young(rows, evidence)]))
@@ -137,75 +135,6 @@ def _evaluated_far(rows: pd.DataFrame) -> tuple[pd.DataFrame, tuple[int, int]]:
 
 def _level(rows: pd.DataFrame, of: Method) -> float:
     return math.exp(intervals.samples(intervals.method(rows, of))[of].mean)
-
-
-def _changes(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return, for each model, its value at the longest x minus that at the shortest.
-
-    Both are of the same documents, so errors over documents, unless there is a single seed, are left out.
-    """
-    keys = ["attention", "options", "seed"]
-    start, end = (rows[rows["x"] == at] for at in (rows["x"].min(), rows["x"].max()))
-    both = end.merge(start, on=keys, suffixes=("", "_start"))
-    several = both["seed"].nunique() > 1
-    errors = np.hypot(both["stderr"].fillna(0.0), both["stderr_start"].fillna(0.0))
-    stderr, n = (0.0, 0) if several else (errors, both["n"])
-    changes: pd.DataFrame = both.assign(value=both["value"] - both["value_start"], stderr=stderr, n=n)
-    return changes
-
-
-def _far_text(table: pd.DataFrame, rows: pd.DataFrame, evidence: Evidence) -> tuple[bool | None, str]:
-    """Return whether the same targets are predicted better with a longer context, and by more than the window's.
-
-    rows: those of the setting. An empty text: fixed targets were not measured of both.
-    """
-    targets = table[(table["metric"] == "loss_fixed_targets") & (table["train_len"] == rows["train_len"].iloc[0])]
-    targets = targets.assign(x=pd.to_numeric(targets["context_length"]))
-    same = [name for name in ("model", "corpus", "tokenizer", "train_tokens") if name in rows]
-    ends = sorted(rows["x"].unique())
-    targets = targets[targets["x"].isin(ends)].merge(rows[same].drop_duplicates(), on=same)
-    complete = targets.groupby(["attention", "options"])["x"].transform("nunique") == len(ends)
-    samples = intervals.samples(_changes(targets[complete])) if complete.any() else {}
-    if STICK not in samples or WINDOW not in samples:
-        return None, ""
-    count = {"targets": targets["targets"].iloc[0]} if "targets" in targets else {}
-    own = intervals.intervals(samples)[STICK]
-    beyond = intervals.differences(samples, WINDOW)[STICK]
-    by_document = _by_document(targets, evidence, **count)
-    own = _in_pairs(by_document, targets, STICK, None, samples) or own
-    beyond = _in_pairs(by_document, targets, STICK, WINDOW, samples) or beyond
-    text = (
-        f" Loss of the same targets: {own.text('{:+.3f}'.format)} nats/token, less the window's change "
-        f"{beyond.text('{:+.3f}'.format)} ({beyond.over('documents')})."
-    )
-    both = statistics.holm([own.below(0.0), beyond.below(0.0)])
-    return all(p < ALPHA for p in both), text
-
-
-def _by_document(rows: pd.DataFrame, evidence: Evidence, **count: object) -> pd.DataFrame:
-    """Return the change of the mean loss of each document (across) from the shorter context to the longer, by cell."""
-    values = evidence.values(rows["cell"]) if "cell" in rows else documents.nothing(())
-    start, end = (
-        documents.sums(values, "nll_sum", context_length=at, **count)
-        / documents.sums(values, "tokens", context_length=at, **count)
-        for at in (int(rows["x"].min()), int(rows["x"].max()))
-    )
-    change: pd.DataFrame = (end - start).dropna(axis=1)
-    return change
-
-
-def _in_pairs(
-    change: pd.DataFrame, rows: pd.DataFrame, of: Method, other: Method | None, samples: Mapping[Method, Sample]
-) -> Interval | None:
-    """Return the mean of changes by document of a method, less another's; None where they are not stored."""
-    spreads = statistics.spreads(samples)
-    each = pd.DataFrame(1.0, index=change.index[:1], columns=change.columns)
-    mine = change[change.index.isin(documents.cells_of(rows, of))]
-    if other is None:
-        found = documents.difference(mine, 0.0 * each, each, (spreads[of], statistics.UNKNOWN))
-        return found and dataclasses.replace(found, seeds=(len(mine),))
-    others = change[change.index.isin(documents.cells_of(rows, other))]
-    return documents.difference(mine, others, each, (spreads[of], spreads[other]))
 
 
 def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:

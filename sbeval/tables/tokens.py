@@ -79,8 +79,11 @@ class Ladder:
             write(count) if count < math.inf else "never"
             for count in (self.crossing.value, self.crossing.low, self.crossing.high)
         )
-        known = not math.isnan(self.crossing.low) and set(bounds) != {value}
-        return f"{value} [{bounds[0]}, {bounds[1]}]" if known else value
+        if not math.isnan(self.crossing.low) and set(bounds) != {value}:
+            return f"{value} [{bounds[0]}, {bounds[1]}]"
+        if self.crossing.value == math.inf:
+            return f"nowhere, {'ahead' if self.limit.value < 0 else 'behind'} throughout"
+        return value
 
 
 def fit(tokens: Floats, gaps: Floats) -> Floats:

@@ -1,0 +1,123 @@
+"""Rules on distant text: whether the same tokens are predicted better when more text is given before them."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from sbeval.report.judge import ALPHA, NO, STICK, UNDECIDED, YES, Evidence, Judged, models
+from sbeval.tables import documents, intervals, selection, statistics
+from sbeval.tables.published import LENGTHS
+from sbeval.tables.statistics import Interval, Method, Sample
+
+# the control of length: it cannot see far
+WINDOW = ("sliding_window", "")
+# how many times the training length is far, as in the paper's figure 5
+FACTOR = LENGTHS[1] // LENGTHS[0]
+# nats/token: a gain that is smaller is none
+GAIN = 0.002
+
+
+def gains(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
+    """Judge whether a method predicts the same tokens better with FACTOR times the training length before them."""
+    targets = table[table["metric"] == "loss_fixed_targets"]
+    targets = targets.assign(x=pd.to_numeric(targets["context_length"]))
+    length = targets["train_len"].astype(float)
+    targets = targets[(targets["x"] == length) | (targets["x"] == FACTOR * length)]
+    setting = [*selection.length_gen_setting(targets).columns]
+    parts = [part for _, part in targets.groupby(setting, dropna=False) if _has_both(intervals.method(part, method))]
+    if not parts:
+        reason = f"no model was given {FACTOR} times its training length before fixed targets (--fixed-targets 512)"
+        return Judged(UNDECIDED, reason=reason, measured=False)
+    rows = max(parts, key=lambda part: (part["params"].max(), part["train_tokens"].max()))
+    complete = rows.groupby(["attention", "options"])["x"].transform("nunique") == 2
+    samples = intervals.samples(changes(rows[complete]))
+    count = {"targets": rows["targets"].iloc[0]} if "targets" in rows else {}
+    by_pairs = in_pairs(by_document(rows, evidence, **count), rows, method, None, samples)
+    change = by_pairs or intervals.intervals(samples)[method]
+    ends = f"{rows['x'].max():.0f} instead of {rows['x'].min():.0f}"
+    found = (
+        f"Loss of the same tokens with {ends} tokens of context: {change.text('{:+.3f}'.format)} nats/token "
+        f"({change.over('documents')}; {models(rows)})."
+    )
+    if samples[method].seeds < 2:
+        return Judged(UNDECIDED, found, "one seed")
+    if change.high < 0:
+        return Judged(YES, found)
+    if change.low > -GAIN:
+        return Judged(NO, found)
+    return Judged(UNDECIDED, found, "the interval includes both")
+
+
+def _has_both(rows: pd.DataFrame) -> bool:
+    return bool(rows["x"].nunique() == 2)
+
+
+def changes(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return, for each model, its value at the longest x minus that at the shortest.
+
+    Both are of the same documents, so errors over documents, unless there is a single seed, are left out.
+    """
+    keys = ["attention", "options", "seed"]
+    start, end = (rows[rows["x"] == at] for at in (rows["x"].min(), rows["x"].max()))
+    both = end.merge(start, on=keys, suffixes=("", "_start"))
+    several = both["seed"].nunique() > 1
+    errors = np.hypot(both["stderr"].fillna(0.0), both["stderr_start"].fillna(0.0))
+    stderr, n = (0.0, 0) if several else (errors, both["n"])
+    changed: pd.DataFrame = both.assign(value=both["value"] - both["value_start"], stderr=stderr, n=n)
+    return changed
+
+
+def beyond_window(table: pd.DataFrame, rows: pd.DataFrame, evidence: Evidence) -> tuple[bool | None, str]:
+    """Return whether the same targets are predicted better with a longer context, and by more than the window's.
+
+    rows: those of the setting. An empty text: fixed targets were not measured of both.
+    """
+    targets = table[(table["metric"] == "loss_fixed_targets") & (table["train_len"] == rows["train_len"].iloc[0])]
+    targets = targets.assign(x=pd.to_numeric(targets["context_length"]))
+    same = [name for name in ("model", "corpus", "tokenizer", "train_tokens") if name in rows]
+    ends = sorted(rows["x"].unique())
+    targets = targets[targets["x"].isin(ends)].merge(rows[same].drop_duplicates(), on=same)
+    complete = targets.groupby(["attention", "options"])["x"].transform("nunique") == len(ends)
+    samples = intervals.samples(changes(targets[complete])) if complete.any() else {}
+    if STICK not in samples or WINDOW not in samples:
+        return None, ""
+    count = {"targets": targets["targets"].iloc[0]} if "targets" in targets else {}
+    own = intervals.intervals(samples)[STICK]
+    beyond = intervals.differences(samples, WINDOW)[STICK]
+    each = by_document(targets, evidence, **count)
+    own = in_pairs(each, targets, STICK, None, samples) or own
+    beyond = in_pairs(each, targets, STICK, WINDOW, samples) or beyond
+    text = (
+        f" Loss of the same targets: {own.text('{:+.3f}'.format)} nats/token, less the window's change "
+        f"{beyond.text('{:+.3f}'.format)} ({beyond.over('documents')})."
+    )
+    both = statistics.holm([own.below(0.0), beyond.below(0.0)])
+    return all(p < ALPHA for p in both), text
+
+
+def by_document(rows: pd.DataFrame, evidence: Evidence, **count: object) -> pd.DataFrame:
+    """Return the change of the mean loss of each document (across) from the shorter context to the longer, by cell."""
+    values = evidence.values(rows["cell"]) if "cell" in rows else documents.nothing(())
+    start, end = (
+        documents.sums(values, "nll_sum", context_length=at, **count)
+        / documents.sums(values, "tokens", context_length=at, **count)
+        for at in (int(rows["x"].min()), int(rows["x"].max()))
+    )
+    change: pd.DataFrame = (end - start).dropna(axis=1)
+    return change
+
+
+def in_pairs(
+    change: pd.DataFrame, rows: pd.DataFrame, of: Method, other: Method | None, samples: Mapping[Method, Sample]
+) -> Interval | None:
+    """Return the mean of changes by document of a method, less another's; None where they are not stored."""
+    spreads = statistics.spreads(samples)
+    each = pd.DataFrame(1.0, index=change.index[:1], columns=change.columns)
+    mine = change[change.index.isin(documents.cells_of(rows, of))]
+    if other is None:
+        found = documents.difference(mine, 0.0 * each, each, (spreads[of], statistics.UNKNOWN))
+        return found and dataclasses.replace(found, seeds=(len(mine),))
+    others = change[change.index.isin(documents.cells_of(rows, other))]
+    return documents.difference(mine, others, each, (spreads[of], spreads[other]))
