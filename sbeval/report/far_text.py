@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from sbeval.report.judge import ALPHA, NO, STICK, UNDECIDED, YES, Evidence, Judged, models
-from sbeval.tables import documents, intervals, selection, statistics
+from sbeval.tables import documents, intervals, pooling, selection, statistics
 from sbeval.tables.published import LENGTHS
 from sbeval.tables.statistics import Interval, Method, Sample
 
@@ -139,7 +139,7 @@ def in_pairs(
     change: pd.DataFrame, rows: pd.DataFrame, of: Method, other: Method | None, samples: Mapping[Method, Sample]
 ) -> Interval | None:
     """Return the mean of changes by document of a method, less another's; None where they are not stored."""
-    spreads = statistics.spreads(samples)
+    spreads = pooling.spreads(samples)
     each = pd.DataFrame(1.0, index=change.index[:1], columns=change.columns)
     mine = change[change.index.isin(documents.cells_of(rows, of))]
     if other is None:
