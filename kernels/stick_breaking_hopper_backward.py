@@ -848,7 +848,7 @@ def finish_kernel(
 # by head size: stages of queries and their gradients, buffers of the logits' gradients and of dq, and how many heads
 # are dealt with at a time
 CONFIGS: dict[int, dict[str, Any]] = {
-    128: {"STAGES": 2, "NB": 2, "NDQ": 1, "TOGETHER": 1},
+    128: {"STAGES": 2, "NB": 2, "NDQ": 1, "TOGETHER": 2},
     64: {"STAGES": 2, "NB": 2, "NDQ": 1, "TOGETHER": 1},
 }
 
