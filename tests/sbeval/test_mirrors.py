@@ -18,6 +18,7 @@ WITHOUT = {
     "sbeval/tables/curves.py": "stored with values: tests/sbeval/tables/test_values.py",
     "sbeval/tables/parquet.py": "stored with values: tests/sbeval/tables/test_values.py",
     "sbeval/tables/store.py": "stored with values: tests/sbeval/tables/test_values.py",
+    "sbeval/training/stepper.py": "part of training: tests/sbeval/training/test_trainer.py",
     "sbeval/training/fsdp.py": "needs several processes: tests/sbeval/runtime/test_distributed.py",
     "tasks/length_gen_losses.py": "part of the cell: tests/tasks/test_length_gen.py",
     "tasks/length_gen_rows.py": "part of the cell: tests/tasks/test_length_gen.py",
