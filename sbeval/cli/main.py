@@ -328,8 +328,10 @@ def check(results_dir: ResultsDir = Path("results")) -> None:
         faults += 1
         say(line)
     unknown = f"; {checked.unknown} cells are of a version without digests" if checked.unknown else ""
-    counts = f"{checked.rows:,} rows in {checked.tables} tables, {checked.cells:,} run files, {checked.files:,} others"
-    say(f"{results_dir}: {counts}: {f'{faults} faults' if faults else 'as written'}{unknown}")
+    counts = {"row": checked.rows, "table": checked.tables, "run file": checked.cells, "other file": checked.files}
+    words = ", ".join(f"{count:,} {noun}{'s' * (count != 1)}" for noun, count in counts.items())
+    found = f"{faults} fault{'s' * (faults > 1)}" if faults else "as written"
+    say(f"{results_dir}: {words}: {found}{unknown}")
     if faults:
         raise typer.Exit(1)
 
