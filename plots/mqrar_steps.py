@@ -23,7 +23,7 @@ COLUMNS = ("attention", "options", "seed", "metric", "value", "kv_pairs", "lr", 
 X, Y = "key-value pairs", "steps until solved"
 # what ends a training, and not how it goes while the rate is constant
 BUDGET = ("max_steps", "patience", "preset", "stop_accuracy")
-NAMED = ("vocab_size", "optimizer", "positions", "norm", "biases")
+NAMED = ("vocab_size", "heads", "optimizer", "positions", "norm", "biases")
 # numbers of pairs from which a power is fitted
 FEWEST = 3
 SEEDS = "Dots: seeds; lines: their means, at the rate that solves soonest; hollow: not solved by then."
