@@ -24,6 +24,7 @@ def make_room(model: ModelConfig, variant: object) -> None:
 
 
 def forget() -> None:
+    """Drop all compiled code."""
     torch.compiler.reset()
     _compiled.clear()
 
