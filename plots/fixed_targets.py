@@ -5,7 +5,8 @@ falls where a text's beginning is harder than its rest; here only the context ch
 
 Two panels a setting: the loss, and beside it the change of the loss from that with the training length of context, past
 that length. The change is paired by document: its band has no part of what makes one document harder than another, by
-which the losses of all methods vary together. So losses have bands only where no change can be drawn.
+which the losses of all methods vary together. So losses have bands only where no change can be drawn. A thin line is
+the change with another document's text further back than the training length: what is not due to the text itself.
 """
 
 from pathlib import Path
@@ -25,6 +26,7 @@ from sbeval.tables.statistics import Method
 
 TABLE = "length_gen"
 METRIC = "loss_fixed_targets"
+UNRELATED = f"{METRIC}_unrelated"
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *LENGTH_GEN.columns, "context_length")
 X = "context given (tokens)"
 LOSS, CHANGE = "loss (nats)", "change of the loss (nats)"
@@ -35,12 +37,13 @@ SHOWN = {LOSS: 0.5, CHANGE: 0.02}
 
 def gather(table: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
     """Return the rows of fixed targets, with standard errors of their changes, in column `paired`, over documents."""
-    rows = table[table["metric"] == METRIC]
-    if rows.empty or "cell" not in rows:
-        return rows.assign(paired=float("nan"))
-    stored = values.read(Results(results_dir), rows["cell"])
-    errors = [_paired(stored[stored["cell"] == cell], of) for cell, of in rows.groupby("cell", sort=False)]
-    return rows.assign(paired=pd.concat(errors))
+    rows = table[table["metric"].isin([METRIC, UNRELATED])].assign(paired=float("nan"))
+    own = rows[rows["metric"] == METRIC]
+    if own.empty or "cell" not in own:
+        return rows
+    stored = values.read(Results(results_dir), own["cell"])
+    errors = [_paired(stored[stored["cell"] == cell], of) for cell, of in own.groupby("cell", sort=False)]
+    return rows.assign(paired=pd.concat(errors).reindex(rows.index))
 
 
 def _paired(stored: pd.DataFrame, rows: pd.DataFrame) -> "pd.Series[float]":
@@ -70,12 +73,15 @@ def draw(rows: pd.DataFrame) -> Figure:
     figure, axes = style.pairs(len(settings))
     spreads: list[pd.DataFrame] = []
     beyond: dict[str, None] = {}
+    others = 0
     for (title, panels), of_row in zip(settings, axes, strict=True):
         style.title(of_row[0], title)
         for axis, (y, of) in zip(of_row, panels.items(), strict=False):
             points = intervals.points(of, ["x"])
             last = y == [*panels][-1]
             beyond |= dict.fromkeys(_lines(axis, points, looks, _top(y, of), bands=last))
+            if y == CHANGE:
+                others += _thin(axis, of, looks)
             train_len = int(of["train_len"].iloc[0])
             style.octaves(axis, of["x"].min(), of["x"].max(), train_len, most=6)
             style.training_length(axis, train_len)
@@ -85,6 +91,7 @@ def draw(rows: pd.DataFrame) -> Figure:
         if len(panels) < len(of_row):
             of_row[-1].set_axis_off()
     note = intervals.explain(spreads, "bands", "documents") + style.leaving(beyond)
+    note += " Thin lines: with another document's text past the training length." if others else ""
     note = style.with_caution(note, rows, looks)
     style.finish(figure, [*(look.handle() for look in looks.values()), style.training_length_handle()], note)
     return figure
@@ -116,6 +123,18 @@ def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, style.Look], to
     return beyond
 
 
+def _thin(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> int:
+    """Draw the change with another document's text of the methods that have it, and return how many do."""
+    other = rows.dropna(subset="other").assign(value=rows["other"])
+    drawn = 0
+    for method, look in looks.items():
+        if (mine := intervals.method(other, method))["x"].nunique() > 1:
+            means = mine.groupby("x")["value"].mean()
+            axis.plot(means.index, means, color=look.colour, linewidth=0.8, alpha=0.8)
+            drawn += 1
+    return drawn
+
+
 def chart(rows: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     settings, looks = _settings(rows), style.looks(rows)
@@ -138,14 +157,23 @@ def _panel(y: str, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> Lines
 
 def _settings(rows: pd.DataFrame) -> list[tuple[str, dict[str, pd.DataFrame]]]:
     """Return the title of each setting and the rows of its panels, by their y: without longer contexts no change."""
-    rows = rows[rows["metric"] == METRIC]
+    unrelated, rows = rows[rows["metric"] == UNRELATED], rows[rows["metric"] == METRIC]
     if rows.empty:
         raise InputError(f"there are no rows with metric {METRIC!r} to draw: --fixed-targets measures them")
     length = rows["context_length"].astype(float)
-    rows = rows.assign(x=length, value=rows["value"].astype(float))
+    rows = rows.assign(x=length, value=rows["value"].astype(float), other=_others(rows, unrelated))
     setting = length_gen_setting(rows)
     panels = style.panels(rows, setting.always, setting.others)
     return [(title, {LOSS: of} | ({} if (less := changes(of)).empty else {CHANGE: less})) for title, of in panels]
+
+
+def _others(rows: pd.DataFrame, unrelated: pd.DataFrame) -> "pd.Series[float]":
+    """Return for each row the loss of the same model and context with another document's text; NaN without."""
+    if "cell" not in rows:
+        return pd.Series(float("nan"), rows.index)
+    keys = ["cell", "context_length", "targets"]
+    found = unrelated.set_index(keys)["value"].astype(float)
+    return pd.Series(found.reindex(pd.MultiIndex.from_frame(rows[keys])).to_numpy(), rows.index)
 
 
 def changes(rows: pd.DataFrame) -> pd.DataFrame:
@@ -154,5 +182,7 @@ def changes(rows: pd.DataFrame) -> pd.DataFrame:
     at = rows["x"] == rows["train_len"].astype(float)
     reference = rows.loc[at, [*model, "value"]].rename(columns={"value": "reference"})
     both = rows[rows["x"] >= rows["train_len"].astype(float)].merge(reference, on=model)
-    both = both.assign(value=both["value"] - both["reference"], stderr=both["paired"])
+    # with the training length of context there is nothing of another document
+    other = both["other"].where(both["x"] > both["train_len"].astype(float), both["value"]) - both["reference"]
+    both = both.assign(value=both["value"] - both["reference"], other=other, stderr=both["paired"])
     return both if both["x"].nunique() > 1 else both[:0]

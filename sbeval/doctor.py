@@ -23,7 +23,7 @@ from sbeval.kernels import stick_breaking
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder, n_parameters
 from sbeval.runtime import device as devices
-from sbeval.sweep import scheduler
+from sbeval.sweep import cost
 from sbeval.sweep.graph import steps
 from sbeval.tables import provenance
 from sbeval.tasks import attention_map, length_gen, length_gen_losses
@@ -239,7 +239,7 @@ def _presets(device: torch.device, free: int) -> Iterator[tuple[str, ...]]:
                 f"{whole / GIB:.2f}",
                 f"{evaluation_bytes(shape, tokens, dtype) / GIB:.2f}",
                 verdict(shape, training, tokens, free, option),
-                scheduler.span(*scheduler.total(scheduler.seconds(steps(cells), speeds, device))),
+                cost.span(*cost.total(cost.seconds(steps(cells), speeds, device))),
             )
 
 

@@ -11,7 +11,8 @@ documents for a window of 512 tokens too. Two controls tell a method from its te
 
 - `--fixed-targets 512`: the loss of the last 512 tokens of each window of eval_len tokens, the same tokens for every
   context length of 512, 1024, ... eval_len (metric `loss_fixed_targets`). A method that uses far text is better with
-  more of it; a sliding window is not.
+  more of it; a sliding window is not. Past the training length they are also measured with another document's text
+  there (`loss_fixed_targets_unrelated`): is it the text that helps, or that there is more of it?
 - `--window-octaves`: the paper's own metric, lm-eval's perplexity of whole documents in disjoint windows of train_len
   tokens, doubled up to eval_len (column `window`); of other texts too (`--eval-corpus wikitext`, column `eval_corpus`).
 """

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sbeval.tasks.length_gen_rows import (
+    UNRELATED,
     Row,
     rows,
     target_rows,
@@ -72,6 +73,15 @@ class Evaluation:
         # measured already
         targets[config.eval_len] = losses.losses[:, -last:]
         yield target_rows(targets), target_values(targets, documents)
+        unrelated: dict[int, Floats] = {}
+        far = [length for length in config.contexts if length > subject.train_len and len(documents) > 1]
+        for length in far:
+            with self._shown(f"after {length} tokens, the furthest of other text", len(windows), length) as how:
+                unrelated[length] = perplexity.fixed_targets(
+                    subject.model, windows, targets=last, context=length, own=subject.train_len, **how
+                )
+        if far:
+            yield target_rows(unrelated, UNRELATED), target_values(unrelated, documents, UNRELATED)
 
     def in_windows(self, texts: "list[Text]") -> "Iterator[Measured]":
         """Measure the loss of whole documents in disjoint windows of every length."""

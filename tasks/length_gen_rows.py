@@ -6,6 +6,7 @@ perplexity,         context_length                 nll_sum, tokens, bytes
   bits_per_byte
 loss_last_k         context_length, last_k         nll_sum, tokens
 loss_fixed_targets  context_length, targets        nll_sum, tokens
+  ..._unrelated                                    nll_sum_unrelated, tokens
 perplexity,         window, per, eval_corpus       nll_sum, tokens, words, bytes (without per)
   bits_per_byte
 """
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 # columns of values
 FACTORS = ("position_start", "position_end", "context_length", "last_k", "window", "targets")
+# of fixed targets whose context further back than the training length is another document's
+UNRELATED = "_unrelated"
 PER = ("token", "word", "byte")
 VALUES = ("metric", "unit_id", "value", *FACTORS, "eval_corpus")
 
@@ -82,13 +85,14 @@ def windowed_rows(losses: "Rolling", window: int, eval_corpus: str = "") -> list
     ]
 
 
-def target_rows(losses: "Mapping[int, Floats]") -> list[Row]:
-    """Return the mean loss of fixed targets by context length. losses: (documents, targets) of each context length."""
+def target_rows(losses: "Mapping[int, Floats]", suffix: str = "") -> list[Row]:
+    """Return the mean loss of fixed targets by context length. losses: (documents, targets) of each context length;
+    suffix: `UNRELATED`, of those after other text than their own."""
     from sbeval.tables import statistics
 
     return [
         _row(
-            "loss_fixed_targets",
+            f"loss_fixed_targets{suffix}",
             "nats/token",
             statistics.mean(each.mean(1)),
             context_length=length,
@@ -126,12 +130,14 @@ def windowed_values(
     return [_values(documents, sums, window=window, eval_corpus=eval_corpus)]
 
 
-def target_values(losses: "Mapping[int, Floats]", documents: Sequence[str]) -> "list[pd.DataFrame]":
+def target_values(losses: "Mapping[int, Floats]", documents: Sequence[str], suffix: str = "") -> "list[pd.DataFrame]":
     """Return the sums of each document that `target_rows` are means of."""
     return [
-        _values(documents, {"nll_sum": each.sum(1), "tokens": count}, context_length=length, targets=count)
+        _values(documents, {f"nll_sum{suffix}": each.sum(1)} | tokens, context_length=length, targets=count)
         for length, each in losses.items()
         for count in each.shape[1:]
+        # those of the same targets after their own text are there
+        for tokens in [{} if suffix else {"tokens": count}]
     ]
 
 

@@ -14,11 +14,12 @@ from rich.table import Table
 
 from sbeval import __version__, registry
 from sbeval.cli import options
+from sbeval.cli.bench import bench
 from sbeval.cli.options import Common, Sweep, Training
 from sbeval.config import AUTO, digest_of
 from sbeval.errors import InputError, choose, reason
 from sbeval.runtime import signals, streams
-from sbeval.runtime.console import plain
+from sbeval.runtime.console import plain, say
 from sbeval.tables import power_options
 from sbeval.tables.results import Results
 
@@ -61,20 +62,9 @@ app = typer.Typer(
 # groups of commands in `--help`
 TASKS, RESULTS, TOOLS = "Tasks", "Results", "Tools"
 
-Attention = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--attention", help="Attention method, with options as name:key=value,...; repeat for several.", metavar="SPEC"
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. Default: the GPU if there is one.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        help="Data type of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU."
-    ),
-]
-ResultsDir = Annotated[Path, typer.Option(help="Folder of tables, run files, checkpoints and figures.")]
+Device = Annotated[str | None, typer.Option(help=options.DEVICE)]
+Dtype = Annotated[str | None, typer.Option(help=options.DTYPE)]
+ResultsDir = Annotated[Path, typer.Option(help=options.RESULTS_DIR)]
 Force = Annotated[bool, typer.Option("--force", help="Run finished cells again.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the cells and their cost, and stop.")]
 CorpusSpec = Annotated[
@@ -82,13 +72,10 @@ CorpusSpec = Annotated[
 ]
 TextField = Annotated[str | None, typer.Option(help="Field of the text in JSONL and parquet.")]
 ExecutorKind = Annotated[str, typer.Option(help="local, or ray.")]
-Workers = Annotated[
-    int | None,
-    typer.Option(help="Cells to run at once: processes that share cores and GPUs, or Ray's CPUs on this machine."),
-]
+Workers = Annotated[int | None, typer.Option(help=options.WORKERS, parser=options.number(int), metavar="INTEGER")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join, as host:port or auto.")]
 GpusPerCell = Annotated[
-    float | None, typer.Option(help="GPUs of a Ray task, such as 0.25. Default: one where there are any.")
+    float | None, typer.Option(help=options.GPUS_PER_CELL, parser=options.number(float), metavar="FLOAT")
 ]
 
 
@@ -167,9 +154,9 @@ def export(
     from sbeval import hf, hf_card
 
     hf.export(checkpoint, out, hf.tokenizer_of(tokenizer, corpus, text_field or "text"), code=code)
-    _say(str(out))
+    say(str(out))
     if push is not None:
-        _say(hf_card.push(out, push))
+        say(hf_card.push(out, push))
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -316,8 +303,8 @@ def plot(
     from sbeval.report.figures import draw_figures
 
     names = [name.replace("-", "_") for name in figure or []]
-    for path in draw_figures(results_dir, names, format or ("png", "pdf"), out, say=_say, where=where or ()):
-        _say(str(path))
+    for path in draw_figures(results_dir, names, format or ("png", "pdf"), out, say=say, where=where or ()):
+        say(str(path))
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -328,7 +315,7 @@ def report(
     """Write an HTML report of all results: the paper's claims beside them, interactive figures; needs no torch."""
     from sbeval.report.html import write
 
-    _say(str(write(results_dir, out, say=_say)))
+    say(str(write(results_dir, out, say=say)))
 
 
 @app.command(rich_help_panel=RESULTS)
@@ -339,10 +326,10 @@ def check(results_dir: ResultsDir = Path("results")) -> None:
     checked, faults = Checked(), 0
     for line in folder(Results(results_dir), checked):
         faults += 1
-        _say(line)
+        say(line)
     unknown = f"; {checked.unknown} cells are of a version without digests" if checked.unknown else ""
     counts = f"{checked.rows:,} rows in {checked.tables} tables, {checked.cells:,} run files, {checked.files:,} others"
-    _say(f"{results_dir}: {counts}: {f'{faults} faults' if faults else 'as written'}{unknown}")
+    say(f"{results_dir}: {counts}: {f'{faults} faults' if faults else 'as written'}{unknown}")
     if faults:
         raise typer.Exit(1)
 
@@ -353,7 +340,7 @@ def _power(config: power_options.Config) -> None:
     plan = power.plan(config)
     _print_table("Seeds that find a difference of two methods", plan.headings, plan.rows)
     for note in plan.notes:
-        _say(note)
+        say(note)
 
 
 options.plain(
@@ -365,92 +352,7 @@ options.plain(
     panel=RESULTS,
 )
 
-bench = typer.Typer(help="Benchmark kernels and models beside their peers, on a GPU.", no_args_is_help=True)
 app.add_typer(bench, name="bench", rich_help_panel=TOOLS)
-Lengths = Annotated[list[int] | None, typer.Option(help="Tokens of a sequence; repeat for several.", min=1)]
-
-
-@bench.command("kernel")
-def bench_kernel(
-    length: Lengths = None,
-    head_dim: Annotated[list[int] | None, typer.Option(help="Size of a head; repeat for several.", min=1)] = None,
-    heads: Annotated[int, typer.Option(help="Query heads.", min=1)] = 12,
-    cache: Annotated[
-        list[int] | None, typer.Option(help="Keys in the cache when decoding; repeat for several.", min=1)
-    ] = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    results_dir: ResultsDir = Path("results"),
-) -> None:
-    """Benchmark attention kernels: time, throughput, memory and error."""
-    from sbeval.bench import kernels as benchmarks
-    from sbeval.runtime import device as devices
-
-    where = devices.pick(device)
-    problems = benchmarks.problems(
-        sorted(length or (1024, 4096, 16384, 65536)), head_dim or (64, 128), heads, cache or (16384, 65536)
-    )
-    plain().print(benchmarks.kernel(problems, where, devices.pick_dtype(dtype, where), results_dir, _say))
-    _draw(results_dir, ["kernel", "kernel_error"])
-
-
-@bench.command("model")
-def bench_model(
-    size: Annotated[
-        list[str] | None, typer.Option(help="Size of the model: 25m, 125m, 350m, 1b, ...; repeat for several.")
-    ] = None,
-    length: Annotated[int, typer.Option(help="Tokens of a sequence.", min=1)] = 4096,
-    batch: Annotated[int, typer.Option(help="Sequences of a step.", min=1)] = 4,
-    head_dim: Annotated[list[int] | None, typer.Option(help="Size of a head; repeat for several.", min=1)] = None,
-    repeats: Annotated[int, typer.Option(help="Runs of each, in random order.", min=1)] = 5,
-    attention: Attention = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    results_dir: ResultsDir = Path("results"),
-) -> None:
-    """Benchmark models: tokens per second of training and evaluation with each method, softmax through two kernels."""
-    from sbeval.bench import models
-    from sbeval.runtime import device as devices
-
-    picked = devices.pick(device)
-    found = models.problems(size or ("350m", "1b"), head_dim or (64, 128), length=length, batch=batch)
-    peers = models.peers(attention or ("stick_breaking", "rope"))
-    shown = models.measure(found, peers, repeats, picked, devices.pick_dtype(dtype, picked), results_dir)
-    plain().print(shown)
-    _say(str(Results(results_dir).table("model")))
-    _draw(results_dir, ["model"])
-
-
-@bench.command("skipping")
-def bench_skipping(
-    checkpoint: Annotated[str, typer.Option(help="Checkpoint folder of a stick-breaking model.")],
-    corpus: Annotated[
-        str, typer.Option(help="Text to evaluate on: python, stdlib, a file or folder, or hf:NAME[:CONFIG].")
-    ] = "stdlib",
-    tokenizer: Annotated[
-        str, typer.Option(help="Tokenizer of the model: bytes, bpe:SIZE, or a Hugging Face name.")
-    ] = "bytes",
-    length: Lengths = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    results_dir: ResultsDir = Path("results"),
-) -> None:
-    """Benchmark block skipping on the activations of a trained model: training and decoding, beside softmax."""
-    from sbeval.bench import skipping
-    from sbeval.runtime import device as devices
-    from sbeval.sweep import scheduler
-    from sbeval.sweep.context import RunContext
-    from sbeval.tasks.text_training import open_corpus
-    from sbeval.training.text_model import TextModel
-
-    where = devices.pick(device)
-    config = TextModel(corpus=corpus, tokenizer=tokenizer)
-    with scheduler.progress_of(RunContext(results_dir=results_dir, device=where)) as progress:
-        text = open_corpus(config, progress)
-    lengths = sorted(length or (2048, 4096, 8192, 16384, 32768, 65536))
-    grid = skipping.measure(checkpoint, text.test, lengths, where, devices.pick_dtype(dtype, where), results_dir)
-    plain().print(grid)
-    _draw(results_dir, ["skipping"])
 
 
 def _warn(tables: list[Path]) -> None:
@@ -459,13 +361,6 @@ def _warn(tables: list[Path]) -> None:
 
     for line in notes(path for path in tables if path.exists()):
         print(f"sbeval: {line}", file=sys.stderr)
-
-
-def _draw(results_dir: Path, names: list[str]) -> None:
-    from sbeval.report.figures import draw_figures
-
-    for path in draw_figures(results_dir, names, say=_say, required=False):
-        _say(str(path))
 
 
 def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -479,11 +374,7 @@ def _print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[st
         return
     widths = [max(len(row[index]) for row in (headings, *rows)) for index in range(len(headings))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (headings, *rows))
-    _say("\n".join([title, *(f"  {line.rstrip()}" for line in lines), ""]))
-
-
-def _say(line: object) -> None:
-    plain().print(line, highlight=False, soft_wrap=True)
+    say("\n".join([title, *(f"  {line.rstrip()}" for line in lines), ""]))
 
 
 def _how(kind: str, workers: int | None, address: str | None, gpus_per_cell: float | None) -> "Executor":

@@ -17,8 +17,12 @@ from sbeval.config import AUTO, DATA, EVALUATION, MODEL, RUN, TASK, TRAINING, op
 GROUPS = (TASK, MODEL, TRAINING, EVALUATION, DATA, RUN)
 # maximum number of values that `--help` lists for a swept option
 LISTED = 6
-
-
+# help of options that several commands have
+DEVICE = "cpu, cuda or cuda:N. Default: the GPU if there is one."
+DTYPE = "Data type of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU."
+RESULTS_DIR = "Folder of tables, run files, checkpoints and figures."
+WORKERS = "Cells to run at once: processes that share cores and GPUs, or Ray's CPUs on this machine."
+GPUS_PER_CELL = "GPUs of a Ray task, such as 0.25. Default: one where there are any."
 THREADS = "Threads on the CPU, which --workers share: a number, or auto, the fastest of a short timing."
 
 
@@ -32,13 +36,9 @@ class Common:
         "quick (minutes on two cores), small (one GPU), h200, paper, or one of the task's own. Default: "
         "quick on a CPU, else small.",
     )
-    device: str | None = option(None, RUN, "cpu, cuda or cuda:N. Default: the GPU if there is one.")
-    dtype: str | None = option(
-        None,
-        RUN,
-        "Data type of matrix products: float32, bfloat16 or float16. Default: bfloat16 on a GPU, float32 on a CPU.",
-    )
-    results_dir: Path = option(Path("results"), RUN, "Folder of tables, run files, checkpoints and figures.")
+    device: str | None = option(None, RUN, DEVICE)
+    dtype: str | None = option(None, RUN, DTYPE)
+    results_dir: Path = option(Path("results"), RUN, RESULTS_DIR)
     force: bool = option(False, RUN, "Run finished cells again.")
     dry_run: bool = option(False, RUN, "Print the cells and their cost, and stop.")
     tensorboard: Path | None = option(None, RUN, "Folder for TensorBoard logs.", metavar="DIR")
@@ -53,13 +53,9 @@ class Sweep(Common):
     """Options of a command that can run several cells at once."""
 
     executor: str = option("local", RUN, "local, or ray.")
-    workers: int | None = option(
-        None, RUN, "Cells to run at once: processes that share cores and GPUs, or Ray's CPUs on this machine."
-    )
+    workers: int | None = option(None, RUN, WORKERS)
     address: str | None = option(None, RUN, "Ray cluster to join, as host:port or auto.")
-    gpus_per_cell: float | None = option(
-        None, RUN, "GPUs of a Ray task, such as 0.25. Default: one where there are any."
-    )
+    gpus_per_cell: float | None = option(None, RUN, GPUS_PER_CELL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +97,7 @@ Kind = TypeVar("Kind", bound=Common)
 Given = TypeVar("Given")
 
 
-def _one(kind: type[int] | type[float]) -> Callable[[str | float], Any]:
+def number(kind: type[int] | type[float]) -> Callable[[str | float], Any]:
     """Return the parser of a number, whose error names what was given."""
 
     def parse(text: str | float) -> Any:
@@ -118,7 +114,7 @@ def _several(kind: type[int] | type[float]) -> Callable[[str | float], list[Any]
 
     def parse(text: str | float) -> list[Any]:
         # a number: one of a default
-        return [_one(kind)(one) for one in text.split(",")] if isinstance(text, str) else [text]
+        return [number(kind)(one) for one in text.split(",")] if isinstance(text, str) else [text]
 
     return parse
 
@@ -146,7 +142,7 @@ def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> l
             hint, help = types.GenericAlias(list, (item,)), f"{help} Repeat for several."
             parser = _several(item) if item in (int, float) else None
         elif hint in (int, float):
-            item, parser = hint, _one(hint)
+            item, parser = hint, number(hint)
         if parser:
             metavar = metavar or ("INTEGER" if item is int else "FLOAT")
         if hint is bool and presets:
@@ -198,14 +194,15 @@ def _text(value: object) -> str:
 
 
 def plain(
-    app: typer.Typer, name: str, config: type[Given], run: Callable[[Given], None], *, help: str, panel: str
+    app: typer.Typer, name: str, config: type[Given], run: Callable[[Given], None], *, help: str, panel: str = ""
 ) -> None:
     """Add a command with the options of a config alone, and no presets; `run` gets the config."""
 
     def invoke(**values: Any) -> None:
         run(config(**{key: tuple(_flat(value)) if isinstance(value, list) else value for key, value in values.items()}))
 
-    invoke.__signature__ = inspect.Signature(parameters(config))  # type: ignore[attr-defined]
+    own = sorted(parameters(config), key=lambda one: GROUPS.index(one.default.rich_help_panel))
+    invoke.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
     app.command(name, help=help, rich_help_panel=panel)(invoke)
 
 

@@ -10,6 +10,8 @@ window, after contexts of several lengths:
     window, n = 8      x_0 x_1 x_2 x_3 x_4 x_5 x_6 x_7 x_8
     context of 8        |----------------------| ==targets==      the last 2 losses after x_0 ... x_6 and x_0 ... x_7
     context of 4                        |------| ==targets==      the same 2 after x_4 ... x_6 and x_4 ... x_7
+    8, of them 4 own    |+++++++++++++++|------| ==targets==      x_0 ... x_3 are another document's: is it the
+                                                                  text that helps, or that there is more of it?
 """
 
 import math
@@ -235,6 +237,7 @@ def fixed_targets(
     *,
     targets: int,
     context: int,
+    own: int | None = None,
     place: torch.device,
     dtype: str,
     batch: int = 1,
@@ -244,10 +247,26 @@ def fixed_targets(
 ) -> Floats:
     """Return the losses of the last `targets` tokens of the windows of each document, (documents, targets).
 
-    The model reads the `context` tokens of each window before its last one; see the module. The rest as in `measure`.
+    The model reads the `context` tokens of each window before its last one; see the module. With `own`, of these only
+    so many nearest ones; those further back are from the window of the next other document, at the same places. It
+    raises ValueError if there is none. The rest as in `measure`.
     """
     tokens = np.stack([window[-context - 1 :] for _, window in windows]).astype(np.int64)
+    if own is not None:
+        tokens[:, : context - own] = tokens[_others([document for document, _ in windows]), : context - own]
     return _by_document(_losses(model, tokens, targets, place, dtype, batch, advance, say, world), windows)
+
+
+def _others(documents: Sequence[int]) -> list[int]:
+    """Return for each window the number of the next one, in a circle, of another document."""
+    if len(set(documents)) < 2:
+        raise ValueError("all windows are of one document")
+    rounds = [*documents, *documents]
+    ahead = ((at, documents[at], rounds[at + 1 :]) for at in range(len(documents)))
+    return [
+        (at + 1 + next(step for step, other in enumerate(rest) if other != mine)) % len(documents)
+        for at, mine, rest in ahead
+    ]
 
 
 def _losses(

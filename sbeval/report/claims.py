@@ -34,7 +34,8 @@ GROWTH_RULE = (
 FAR_RULE = (
     "Loss of the same tokens (--fixed-targets): its change from the training length to "
     f"{far_text.FACTOR} times as much text before them, of the largest models on the most tokens, two seeds or more. "
-    f"Yes: the interval lies below 0. No: it does not, and lies above −{far_text.GAIN:g} nats/token."
+    "Where that was measured, also less the loss with another document's text further back than the training length. "
+    f"Yes: the intervals lie below 0. No: one does not, and lies above −{far_text.GAIN:g} nats/token."
 )
 LEAST = f"{BILLION / FAR / 1e6:.0f} M parameters or more"
 LARGE = f"Decided by models of {LEAST}"

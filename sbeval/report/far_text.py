@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 
 from sbeval.report.judge import ALPHA, NO, STICK, UNDECIDED, YES, Evidence, Judged, models
-from sbeval.tables import documents, intervals, selection, statistics
+from sbeval.tables import documents, intervals, pooling, selection, statistics
 from sbeval.tables.published import LENGTHS
 from sbeval.tables.statistics import Interval, Method, Sample
 
+METRIC = "loss_fixed_targets"
 # the control of length: it cannot see far
 WINDOW = ("sliding_window", "")
 # how many times the training length is far, as in the paper's figure 5
@@ -21,7 +22,7 @@ GAIN = 0.002
 
 def gains(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
     """Judge whether a method predicts the same tokens better with FACTOR times the training length before them."""
-    targets = table[table["metric"] == "loss_fixed_targets"]
+    targets = table[table["metric"] == METRIC]
     targets = targets.assign(x=pd.to_numeric(targets["context_length"]))
     length = targets["train_len"].astype(float)
     targets = targets[(targets["x"] == length) | (targets["x"] == FACTOR * length)]
@@ -32,22 +33,41 @@ def gains(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
         return Judged(UNDECIDED, reason=reason, measured=False)
     rows = max(parts, key=lambda part: (part["params"].max(), part["train_tokens"].max()))
     complete = rows.groupby(["attention", "options"])["x"].transform("nunique") == 2
-    samples = intervals.samples(changes(rows[complete]))
+    rows = rows[complete]
     count = {"targets": rows["targets"].iloc[0]} if "targets" in rows else {}
-    by_pairs = in_pairs(by_document(rows, evidence, **count), rows, method, None, samples)
-    change = by_pairs or intervals.intervals(samples)[method]
-    ends = f"{rows['x'].max():.0f} instead of {rows['x'].min():.0f}"
+    change = _change(method, rows, by_document(rows, evidence, **count))
+    near, far = (int(rows["x"].min()), int(rows["x"].max()))
     found = (
-        f"Loss of the same tokens with {ends} tokens of context: {change.text('{:+.3f}'.format)} nats/token "
-        f"({change.over('documents')}; {models(rows)})."
+        f"Loss of the same tokens with {far} instead of {near} tokens of context: "
+        f"{change.text('{:+.3f}'.format)} nats/token"
     )
-    if samples[method].seeds < 2:
+    answers = [change]
+    own, other = rows[rows["x"] == far], _unrelated(table, rows, far)
+    if _has_both(both := intervals.method(pd.concat([other.assign(x=near), own]), method)):
+        each = by_document(rows, evidence, ("nll_sum_unrelated", far), **count)
+        answers += [_change(method, both, each)]
+        found += f", less that with another document's text there {answers[1].text('{:+.3f}'.format)}"
+    found += f" ({change.over('documents')}; {models(rows)})."
+    if max(change.seeds) < 2:
         return Judged(UNDECIDED, found, "one seed")
-    if change.high < 0:
+    if all(each.high < 0 for each in answers):
         return Judged(YES, found)
-    if change.low > -GAIN:
+    if any(each.low > -GAIN for each in answers):
         return Judged(NO, found)
     return Judged(UNDECIDED, found, "the interval includes both")
+
+
+def _unrelated(table: pd.DataFrame, rows: pd.DataFrame, far: int) -> pd.DataFrame:
+    """Return the losses of the same tokens of these models with as much text before them, the furthest of it another
+    document's."""
+    other = table[(table["metric"] == f"{METRIC}_unrelated") & (table["context_length"] == far)]
+    return other[other["cell"].isin(rows["cell"])] if "cell" in rows else other.iloc[:0]
+
+
+def _change(method: Method, rows: pd.DataFrame, each: pd.DataFrame) -> Interval:
+    """Return the interval of the change of a method, in pairs of documents where `each` has them."""
+    samples = intervals.samples(changes(rows))
+    return in_pairs(each, rows, method, None, samples) or intervals.intervals(samples)[method]
 
 
 def _has_both(rows: pd.DataFrame) -> bool:
@@ -74,7 +94,7 @@ def beyond_window(table: pd.DataFrame, rows: pd.DataFrame, evidence: Evidence) -
 
     rows: those of the setting. An empty text: fixed targets were not measured of both.
     """
-    targets = table[(table["metric"] == "loss_fixed_targets") & (table["train_len"] == rows["train_len"].iloc[0])]
+    targets = table[(table["metric"] == METRIC) & (table["train_len"] == rows["train_len"].iloc[0])]
     targets = targets.assign(x=pd.to_numeric(targets["context_length"]))
     same = [name for name in ("model", "corpus", "tokenizer", "train_tokens") if name in rows]
     ends = sorted(rows["x"].unique())
@@ -97,15 +117,21 @@ def beyond_window(table: pd.DataFrame, rows: pd.DataFrame, evidence: Evidence) -
     return all(p < ALPHA for p in both), text
 
 
-def by_document(rows: pd.DataFrame, evidence: Evidence, **count: object) -> pd.DataFrame:
-    """Return the change of the mean loss of each document (across) from the shorter context to the longer, by cell."""
+def by_document(
+    rows: pd.DataFrame, evidence: Evidence, other: tuple[str, int] | None = None, **count: object
+) -> pd.DataFrame:
+    """Return the change of the mean loss of each document (across) from the shorter context to the longer, by cell.
+
+    other: where the change starts instead, as the name of the sums of losses and the context length.
+    """
     values = evidence.values(rows["cell"]) if "cell" in rows else documents.nothing(())
     start, end = (
-        documents.sums(values, "nll_sum", context_length=at, **count)
+        documents.sums(values, name, context_length=at, **count)
         / documents.sums(values, "tokens", context_length=at, **count)
-        for at in (int(rows["x"].min()), int(rows["x"].max()))
+        for name, at in (other or ("nll_sum", int(rows["x"].min())), ("nll_sum", int(rows["x"].max())))
     )
-    change: pd.DataFrame = (end - start).dropna(axis=1)
+    # cells without one of them have nothing, as have documents that only some cells have
+    change: pd.DataFrame = (end - start).dropna(axis=0, how="all").dropna(axis=1)
     return change
 
 
@@ -113,7 +139,7 @@ def in_pairs(
     change: pd.DataFrame, rows: pd.DataFrame, of: Method, other: Method | None, samples: Mapping[Method, Sample]
 ) -> Interval | None:
     """Return the mean of changes by document of a method, less another's; None where they are not stored."""
-    spreads = statistics.spreads(samples)
+    spreads = pooling.spreads(samples)
     each = pd.DataFrame(1.0, index=change.index[:1], columns=change.columns)
     mine = change[change.index.isin(documents.cells_of(rows, of))]
     if other is None:

@@ -23,7 +23,7 @@ import pandas as pd
 from sbeval.errors import InputError
 from sbeval.report import maturity
 from sbeval.report.maturity import ROPE, size
-from sbeval.tables import epochs, statistics
+from sbeval.tables import epochs, pooling, statistics
 from sbeval.tables.documents import Values, nothing
 from sbeval.tables.statistics import Interval, Method
 
@@ -174,7 +174,7 @@ def methods_of(rows: pd.DataFrame) -> set[Method]:
 
 def trained(differences: Mapping[Method, Interval]) -> dict[Method, Interval]:
     """Return the differences of methods that were trained, not only evaluated in another way."""
-    return {of: each for of, each in differences.items() if statistics.SAME_WEIGHTS not in of[1]}
+    return {of: each for of, each in differences.items() if pooling.SAME_WEIGHTS not in of[1]}
 
 
 def too_small(rows: pd.DataFrame, params: float) -> str:

@@ -26,7 +26,7 @@ from sbeval.report.judge import (
 )
 from sbeval.report.maturity import ROPE
 from sbeval.report.recall import SEEDS
-from sbeval.tables import documents, few_shot, intervals, pairs, selection, statistics
+from sbeval.tables import documents, few_shot, intervals, pairs, pooling, selection
 from sbeval.tables.intervals import percent
 from sbeval.tables.pairs import Stored
 from sbeval.tables.published import LENGTHS
@@ -59,7 +59,7 @@ def within(table: pd.DataFrame, evidence: Evidence) -> Judged:
     differences |= _paired(rows, samples, evidence)
     stick = differences[STICK]
     margin, lower = against(differences, MARGIN), against(differences, 0.0)
-    spread = statistics.spreads(samples)[STICK]
+    spread = pooling.spreads(samples)[STICK]
     effect = f", {abs(stick.mean) / spread.sd:.1f} standard deviations of a seed" if spread.sd > 0 else ""
     found = (
         f"Perplexity at {rows['x'].iloc[0]} tokens: stick-breaking {math.exp(samples[STICK].mean):.1f}, RoPE "
@@ -77,11 +77,11 @@ def _paired(rows: pd.DataFrame, samples: Mapping[Method, Sample], evidence: Evid
     sums, tokens = (
         documents.sums(values, name, context_length=int(rows["x"].iloc[0])) for name in ("nll_sum", "tokens")
     )
-    spreads = statistics.spreads(samples)
+    spreads = pooling.spreads(samples)
     found: dict[Method, Interval] = {}
     for method in samples:
         of, other = (sums[sums.index.isin(documents.cells_of(rows, one))] for one in (method, ROPE))
-        if method != ROPE and statistics.SAME_WEIGHTS not in method[1]:
+        if method != ROPE and pooling.SAME_WEIGHTS not in method[1]:
             difference = documents.difference(of, other, tokens, (spreads[method], spreads[ROPE]))
             found |= {} if difference is None else {method: difference}
     return found

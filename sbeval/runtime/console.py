@@ -18,3 +18,8 @@ def plain(**options: Any) -> Console:
     if not found.is_terminal and "COLUMNS" not in os.environ:
         found.width = WIDE
     return found
+
+
+def say(line: object) -> None:
+    """Print a line as it is, however long."""
+    plain().print(line, highlight=False, soft_wrap=True)

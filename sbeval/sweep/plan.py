@@ -9,7 +9,7 @@ from rich.table import Table
 
 from sbeval.models import decoder
 from sbeval.runtime import device
-from sbeval.sweep import graph, scheduler, study
+from sbeval.sweep import cost, finished, graph, scheduler, study
 from sbeval.sweep.cell import Cell, Step, cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
@@ -32,23 +32,23 @@ class Line:
     finished: int = 0
     models: int = 0
     flops: float = 0.0
-    hours: scheduler.Span = (0.0, 0.0)
+    hours: cost.Span = (0.0, 0.0)
     disk: float | None = 0.0
 
 
 def list_cells(part: Part, context: RunContext, console: Console, executor: Executor = scheduler.HERE) -> None:
     """Print the cost of each cell of a family and the total of the unfinished ones."""
     cells, later = _known(part, context)
-    pending = cells if context.force else scheduler.unfinished(cells, context.results_dir)
+    pending = cells if context.force else finished.unfinished(cells, context.results_dir)
     steps = graph.steps(pending)
-    untrained = set(scheduler.untrained(steps, context))
+    untrained = set(cost.untrained(steps, context))
     for step in steps:
         if not isinstance(step, Cell):
             study.say(console, f"{step.title}  {step.flops:.1e} FLOPs{'' if step in untrained else '  trained'}")
     missing = set(pending)
     for cell in cells:
         study.say(console, f"{cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in missing else '  finished'}")
-    study.say(console, scheduler.describe_cost(pending, context, scheduler.at_once(executor, context)))
+    study.say(console, cost.describe(pending, context, cost.at_once(executor, context)))
     if later:
         flops = sum(cell.flops for cell in later)
         count = f"{len(later)} cell{'s' if len(later) > 1 else ''}"
@@ -59,7 +59,7 @@ def _known(part: Part, context: RunContext) -> tuple[list[Cell], list[Cell]]:
     """Return the known cells, and an upper bound of those that depend on their results."""
     cells = study.cells(part)
     later = study.further(part, None)
-    if not later or context.force or scheduler.unfinished(cells, context.results_dir):
+    if not later or context.force or finished.unfinished(cells, context.results_dir):
         return cells, later
     return [*cells, *study.further(part, context.results_dir)], []
 
@@ -82,14 +82,12 @@ def lines(parts: Sequence[Part], context: RunContext) -> list[Line]:
     """Return the rows of the text, of the training that cells share, and of each family."""
     cells = {part.family: [cell for some in _known(part, context) for cell in some] for part in parts}
     todo = {
-        family: known if context.force else scheduler.unfinished(known, context.results_dir)
+        family: known if context.force else finished.unfinished(known, context.results_dir)
         for family, known in cells.items()
     }
-    shares = {name: scheduler.untrained(share, context) for name, share in _shares(todo).items()}
+    shares = {name: cost.untrained(share, context) for name, share in _shares(todo).items()}
     every = [step for share in shares.values() for step in share]
-    seconds = dict(
-        zip(every, scheduler.seconds(every, scheduler.speeds(every, context.device), context.device), strict=True)
-    )
+    seconds = dict(zip(every, cost.seconds(every, cost.speeds(every, context.device), context.device), strict=True))
     rows = [Line("text", disk=_text([step.reads for step in every if step.reads]))]
     for name, share in shares.items():
         parameters = {step: decoder.n_parameters(step.leaves) for step in share if step.leaves}
@@ -108,8 +106,8 @@ def lines(parts: Sequence[Part], context: RunContext) -> list[Line]:
     return rows
 
 
-def _hours(seconds: Iterable[scheduler.Span]) -> scheduler.Span:
-    low, high = scheduler.total(seconds)
+def _hours(seconds: Iterable[cost.Span]) -> cost.Span:
+    low, high = cost.total(seconds)
     return low / 3600, high / 3600
 
 
@@ -144,7 +142,7 @@ def _all(rows: Sequence[Line]) -> Line:
         sum(line.finished for line in rows),
         sum(line.models for line in rows),
         sum(line.flops for line in rows),
-        scheduler.total(line.hours for line in rows),
+        cost.total(line.hours for line in rows),
         None if None in disk else sum(filter(None, disk)),
     )
 

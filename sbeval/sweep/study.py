@@ -17,7 +17,7 @@ from rich.console import Console
 from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.report.figures import draw_figures
-from sbeval.sweep import scheduler
+from sbeval.sweep import finished, scheduler
 from sbeval.sweep.cell import Cell, cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
@@ -56,7 +56,7 @@ def further(part: Part, results_dir: Path | None, say: Say = unsaid) -> list[Cel
         return []
     found: dict[Cell, None] = {}
     for config in part.configs:
-        results = None if results_dir is None else scheduler.results_of(_cells(part, config), results_dir)
+        results = None if results_dir is None else finished.results_of(_cells(part, config), results_dir)
         found |= dict.fromkeys(more(config, results, say))
     return list(found)
 
@@ -153,7 +153,7 @@ def _show(family: str, cells: Sequence[Cell], results_dir: Path, console: Consol
     path = Results(results_dir).table(family)
     if not path.exists():
         return
-    results = scheduler.found(scheduler.results_of(cells, results_dir))
+    results = finished.found(finished.results_of(cells, results_dir))
     if not len(results):
         return say(console, str(path))
     console.print(registry.task(family).summary(results))

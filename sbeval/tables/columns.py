@@ -151,6 +151,7 @@ METRICS: dict[str, dict[str, str]] = {
         "perplexity": "exp of the mean loss at positions 1 ... context_length, or over whole documents in windows.",
         "bits_per_byte": "That loss in bits per byte of the text, which makes tokenizers comparable.",
         "loss_fixed_targets": "Mean loss of the fixed targets, the same tokens at every context length.",
+        "loss_fixed_targets_unrelated": "The same, with another document's text further back than the training length.",
         "loss_last_k": "Mean loss at the last k of context_length positions.",
     },
     "mqrar": {

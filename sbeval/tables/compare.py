@@ -24,7 +24,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as Terminal
 
 from sbeval.errors import InputError, choose
-from sbeval.tables import intervals, markup, pairs, statistics, values
+from sbeval.tables import intervals, markup, pairs, pooling, statistics, values
 from sbeval.tables.pairs import Stored, Units, as_text
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Measurement
@@ -183,7 +183,7 @@ def _compared(
     sides = {
         (f"{side} {name}", options): of[name, options] for side, of in (("A", a), ("B", b)) for name, options in of
     }
-    spreads = statistics.spreads(sides)
+    spreads = pooling.spreads(sides)
     differences = {}
     for method in a:
         name, options = method

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sbeval.tables import statistics
+from sbeval.tables import pooling, statistics
 from sbeval.tables.statistics import Interval, Joint, Method, Sample, Scale
 
 # seeds are drawn one by one up to this number
@@ -70,10 +70,10 @@ def curves(
     Which methods keep a standard deviation of their own is decided once for all points, so that no band changes its
     width in the middle.
     """
-    apart = statistics.outlying(points.values())
+    apart = pooling.outlying(points.values())
     found = {}
     for key, of in points.items():
-        spreads = statistics.spreads(of, apart)
+        spreads = pooling.spreads(of, apart)
         found[key] = {
             method: statistics.share(sample) if scale is Scale.SHARE else statistics.interval(sample, spreads[method])
             for method, sample in of.items()
@@ -103,7 +103,7 @@ def differences(
             method: statistics.shares_less(sample, of[reference], pairs.get(method))
             for method, sample in others.items()
         }
-    spreads = statistics.spreads(of, apart)
+    spreads = pooling.spreads(of, apart)
     found = {}
     for method, sample in others.items():
         pair, spread = [sample, of[reference]], (spreads[method], spreads[reference])
@@ -119,7 +119,7 @@ def gaps(rows: pd.DataFrame, by: Sequence[str], reference: Method) -> pd.DataFra
     Columns as of `points`, without `each`: seeds of two methods are no pairs. seeds: of the one with fewer.
     """
     lines, of_keys = [], grouped(rows, by, Scale.LINEAR)
-    apart = statistics.outlying(of_keys.values())
+    apart = pooling.outlying(of_keys.values())
     for key, of in of_keys.items():
         if reference in of:
             for method, found in differences(of, reference, apart=apart).items():

@@ -25,6 +25,7 @@ RATIOS = {
     ("length_gen", "loss"): ("nll_sum", "tokens", 1.0),
     ("length_gen", "loss_last_k"): ("nll_sum", "tokens", 1.0),
     ("length_gen", "loss_fixed_targets"): ("nll_sum", "tokens", 1.0),
+    ("length_gen", "loss_fixed_targets_unrelated"): ("nll_sum_unrelated", "tokens", 1.0),
     ("length_gen", "perplexity"): ("nll_sum", "tokens", 1.0),
     ("length_gen", "bits_per_byte"): ("nll_sum", "bytes", BITS),
     ("few_shot", "gold_bits_per_byte"): ("log_probability", "answer_bytes", -BITS),

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy import special, stats
 
 from sbeval.errors import InputError, choose
-from sbeval.tables import documents, few_shot, intervals, selection, statistics, table, values
+from sbeval.tables import documents, few_shot, intervals, pooling, selection, statistics, table, values
 from sbeval.tables.pairs import Stored
 from sbeval.tables.power_options import Config
 from sbeval.tables.results import Results
@@ -129,7 +129,7 @@ def _of_results(path: Path, results_dir: Path) -> Noise | None:
     best = None
     for _, part in rows.groupby(["model", "train_len", "corpus", "train_tokens"]):
         samples = intervals.samples(part, statistics.Scale.LOG)
-        spread = statistics.pooled(samples)
+        spread = pooling.pooled(samples)
         if best is None or spread.freedom > best.seeds.freedom:
             over = _over_documents(part, lambda cells: values.read(Results(results_dir), cells))
             best = Noise(spread, over, min(sample.units for sample in samples.values()))
@@ -167,7 +167,7 @@ def _of_benchmark(results: Results, benchmark: str) -> Noise | None:
     best = None
     for _, part in rows.groupby([*few_shot.ALIKE, "benchmark"], dropna=False):
         samples = intervals.samples(part)
-        spread = statistics.pooled(samples)
+        spread = pooling.pooled(samples)
         if best is None or spread.freedom > best.seeds.freedom:
             best = Noise(spread, _over_items(part, stored), int(part["n"].min()))
     return best

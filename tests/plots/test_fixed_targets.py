@@ -6,10 +6,11 @@ import pandas as pd
 import pytest
 
 from sbeval.errors import InputError
-from sbeval.plots import fixed_targets
+from sbeval.plots import fixed_targets, style
 from sbeval.tables import values
 from sbeval.tables.results import Results
 
+STICK = ("stick_breaking", "")
 COMMON: dict[str, Any] = {
     "task": "language",
     "model": "small",
@@ -74,6 +75,24 @@ def test_changes_are_paired_by_document(tmp_path: Path) -> None:
     change = fixed_targets.draw(rows).axes[1]
     (line,) = (line for line in change.get_lines() if line.get_label() == "stick-breaking")
     np.testing.assert_allclose(np.asarray(line.get_ydata()), [0, -0.02])
+
+
+def test_the_change_with_another_document_s_text_is_a_thin_line(tmp_path: Path) -> None:
+    both = [row | {"cell": row["attention"]} for row in (*ROPE, *STICKS)]
+    other = rows_of("stick_breaking", {512: 1.99}, metric="loss_fixed_targets_unrelated", cell="stick_breaking")
+    figure = fixed_targets.draw(fixed_targets.gather(pd.DataFrame([*both, *other]), tmp_path))
+    losses, change = figure.axes
+    colour = style.looks(pd.DataFrame(STICKS))[STICK].colour
+    thick, thin = (line for line in change.get_lines() if line.get_color() == colour)
+    assert thin.get_linewidth() < thick.get_linewidth()
+    np.testing.assert_allclose(np.asarray(thin.get_ydata()), [0, -0.01])
+    np.testing.assert_allclose(np.asarray(thick.get_ydata()), [0, -0.05])
+    # losses stay those after the document's own text
+    plain = fixed_targets.draw(fixed_targets.gather(pd.DataFrame(both), tmp_path))
+    assert len(losses.get_lines()) == len(plain.axes[0].get_lines())
+    assert len(change.get_lines()) == len(plain.axes[1].get_lines()) + 1
+    for of, said in ((figure, True), (plain, False)):
+        assert any("another document's text" in text.get_text() for text in of.texts) == said
 
 
 def test_the_page_says_how_many_tokens(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ FOLDERS = {"sbeval": "tests/sbeval", "kernels": "tests/kernels", "tasks": "tests
 # constants and interfaces, which their users test; else the tests of the module in whose work they take part
 WITHOUT = {
     "sbeval/sweep/family.py": "an interface: tests/sbeval/test_registry.py",
+    "sbeval/sweep/work.py": "part of a sweep: tests/sbeval/sweep/test_scheduler.py",
     "sbeval/tables/power_options.py": "options of a command: tests/sbeval/tables/test_power.py",
     "sbeval/tables/published.py": "constants",
     "sbeval/report/claims.py": "a table of claims: tests/sbeval/report/test_judge.py",

@@ -26,7 +26,7 @@ from sbeval.evaluation import lm_eval_tasks
 from sbeval.evaluation.lm_eval_model import Adapter
 from sbeval.models import config as model_config
 from sbeval.models.decoder import Decoder
-from sbeval.sweep import scheduler
+from sbeval.sweep import finished, scheduler
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.tables import table, values
@@ -186,7 +186,7 @@ def test_presets_ask_what_they_say() -> None:
 
 def test_rows_are_lm_evals(config: Config, tmp_path: Path) -> None:
     (cell,) = run(dataclasses.replace(config, tasks=("arc_easy:2",)), tmp_path / "results")
-    rows = scheduler.results_of([cell], tmp_path / "results")
+    rows = finished.results_of([cell], tmp_path / "results")
     assert set(rows["metric"]) == {"acc", "acc_norm", "gold_bits_per_byte"} and (rows["shots"] == 2).all()
     gold, rows = rows[rows["metric"] == "gold_bits_per_byte"], rows[rows["metric"] != "gold_bits_per_byte"]
     assert (gold["unit"] == "bits/byte").all() and (gold["n"] == 8).all()
@@ -202,7 +202,7 @@ def test_rows_are_lm_evals(config: Config, tmp_path: Path) -> None:
 
 def test_a_group_has_rows_of_its_parts(config: Config, tmp_path: Path) -> None:
     (cell,) = run(dataclasses.replace(config, tasks=("blimp",)), tmp_path / "results")
-    rows = scheduler.results_of([cell], tmp_path / "results")
+    rows = finished.results_of([cell], tmp_path / "results")
     gold, rows = rows[rows["metric"] == "gold_bits_per_byte"], rows[rows["metric"] != "gold_bits_per_byte"]
     assert len(gold) == 68 and gold["n"].max() == 134
     whole, parts = rows[rows["part"] == ""], rows[rows["part"] != ""]
@@ -212,7 +212,7 @@ def test_a_group_has_rows_of_its_parts(config: Config, tmp_path: Path) -> None:
 
 def test_a_likelihood_has_perplexity_and_accuracy(config: Config, tmp_path: Path) -> None:
     (cell,) = run(dataclasses.replace(config, tasks=("lambada_openai",), limit=4), tmp_path / "results")
-    rows = scheduler.results_of([cell], tmp_path / "results").set_index("metric")
+    rows = finished.results_of([cell], tmp_path / "results").set_index("metric")
     assert set(rows.index) == {"acc", "perplexity", "gold_bits_per_byte"} and (rows["n"] == 4).all()
     # a space and a digit each
     bits = math.log2(float(rows["value"]["perplexity"]))
@@ -225,7 +225,7 @@ def test_another_model_at_the_same_path_is_asked_again(config: Config, tmp_path:
     folder = save(tmp_path / "model", 0)
     given = dataclasses.replace(config, models=(str(folder),))
     (cell,) = run(given, tmp_path / "results")
-    first, count = scheduler.results_of([cell], tmp_path / "results"), sum(asked)
+    first, count = finished.results_of([cell], tmp_path / "results"), sum(asked)
     assert (first["attention"] == "stick_breaking").all() and (first["model"] == "model").all() and count == 24
     run(given, tmp_path / "results")
     assert sum(asked) == count
@@ -242,12 +242,12 @@ def test_other_items_are_asked(config: Config, items: Path, tmp_path: Path, aske
     (folder / "copa_val.jsonl").write_text("".join(lines[:10]))
     given = dataclasses.replace(config, data_dir=str(folder))
     (cell,) = run(given, tmp_path / "results")
-    assert sum(asked) == 20 and (scheduler.results_of([cell], tmp_path / "results")["n"] == 10).all()
+    assert sum(asked) == 20 and (finished.results_of([cell], tmp_path / "results")["n"] == 10).all()
     lm_eval_tasks.load.cache_clear()
     (folder / "copa_val.jsonl").write_text("".join(lines))
     run(given, tmp_path / "results")
     # those that were answered are not asked again
-    assert sum(asked) == 24 and (scheduler.results_of([cell], tmp_path / "results")["n"] == 12).all()
+    assert sum(asked) == 24 and (finished.results_of([cell], tmp_path / "results")["n"] == 12).all()
 
 
 def test_other_examples_in_prompts_are_other_items(
@@ -313,7 +313,7 @@ def test_evaluation_alone_changes_the_model(config: Config, tmp_path: Path) -> N
     assert len(list((tmp_path / "results" / "checkpoints").iterdir())) == 1
     # neither has answered for the other
     assert len(list((tmp_path / "results" / "answers").iterdir())) == 2
-    assert set(scheduler.results_of(found, tmp_path / "results")["options"]) == {"", specs[1].partition(":")[2]}
+    assert set(finished.results_of(found, tmp_path / "results")["options"]) == {"", specs[1].partition(":")[2]}
 
 
 # the command line

@@ -221,6 +221,9 @@ def test_controls_are_measured_by_document(config: Config, tmp_path: Path, progr
         (4, 3, "nats/token")
     }
     assert len({row.value for row in fixed.values()}) == 4
+    # past the training length once more, after another document's text
+    other = {row.context_length: row.value for row in found if row.metric == "loss_fixed_targets_unrelated"}
+    assert list(other) == [16, 32] and other[32] != fixed[32].value
     windows = {(row.eval_corpus, row.window) for row in found if row.window}
     assert windows == {(text, window) for text in ("", "wikitext") for window in (8, 12, 16, 32)}
     # the values of documents give every row again
@@ -235,6 +238,7 @@ def test_controls_are_measured_by_document(config: Config, tmp_path: Path, progr
         wanted = {
             "perplexity": lambda: math.exp(total / sums[f"{row.per or 'token'}s"].sum()),  # noqa: B023
             "bits_per_byte": lambda: total / math.log(2) / sums["bytes"].sum(),  # noqa: B023
+            "loss_fixed_targets_unrelated": lambda: sums["nll_sum_unrelated"].sum() / sums["tokens"].sum(),  # noqa: B023
         }.get(row.metric, lambda: total / sums["tokens"].sum())()  # noqa: B023
         assert row.value == pytest.approx(wanted), row
     names = set(values[values["eval_corpus"] == ""]["unit_id"])

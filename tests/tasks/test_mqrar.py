@@ -13,7 +13,7 @@ from rich.console import Console
 from sbeval.data.recall import Recall
 from sbeval.models.decoder import Decoder
 from sbeval.runtime.progress import Progress
-from sbeval.sweep import scheduler
+from sbeval.sweep import finished, scheduler
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.sweep.family import Say, unsaid
@@ -229,4 +229,4 @@ def test_a_cell_that_diverges_has_a_row_that_says_so(tmp_path: Path) -> None:
     assert "the loss is nan" in (tmp_path / "runs" / f"{cell_id(cell)}.json").read_text()
     assert mqrar.FAMILY.summary(rows).row_count == 1 and mqrar.FAMILY.summary(rows).caption == LEGEND
     # such a cell is tried again
-    assert scheduler.unfinished([cell], tmp_path) == [cell]
+    assert finished.unfinished([cell], tmp_path) == [cell]

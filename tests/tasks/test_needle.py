@@ -21,7 +21,7 @@ from sbeval.evaluation import ruler_scores, ruler_tasks
 from sbeval.evaluation.ruler_scores import Answered
 from sbeval.models import config as model_config
 from sbeval.models.decoder import Decoder
-from sbeval.sweep import scheduler
+from sbeval.sweep import finished, scheduler
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.tables import curves, table, values
@@ -87,7 +87,7 @@ def test_a_length_that_does_not_fit_is_said_before_training(config: Config, tmp_
 
 def test_rows_are_by_length_and_depth(config: Config, tmp_path: Path) -> None:
     (cell,) = run(config, tmp_path / "results")
-    rows = scheduler.results_of([cell], tmp_path / "results")
+    rows = finished.results_of([cell], tmp_path / "results")
     whole, parts = rows[rows["depth_start"].isna()], rows[rows["depth_start"].notna()]
     assert sorted(whole["metric"]) == sorted(2 * ["filled", "greedy", "log_probability", "score"])
     assert set(whole["length"]) == {768, 1024} and (whole["n"] == 5).all() and (whole["eval_len"] == 1024).all()
@@ -156,7 +156,7 @@ def test_a_run_that_was_stopped_goes_on_sample_by_sample(
     assert asked == [1, 1] and not (tmp_path / "results" / "needle.csv").exists()
     (cell,) = run(given, tmp_path / "results")
     assert asked == [1] * 5
-    one, other = (scheduler.results_of([cell], tmp_path / name).drop(columns="utc") for name in ("whole", "results"))
+    one, other = (finished.results_of([cell], tmp_path / name).drop(columns="utc") for name in ("whole", "results"))
     assert one.equals(other)
     # more samples are asked for the rest alone
     run(dataclasses.replace(given, samples=6), tmp_path / "results")
@@ -170,7 +170,7 @@ def test_a_digit_that_changed_in_a_stored_answer_changes_no_result(
 ) -> None:
     given = dataclasses.replace(config, checkpoint=str(save(tmp_path / "model")), lengths=(768,))
     (cell,) = run(given, tmp_path / "results")
-    before = scheduler.results_of([cell], tmp_path / "results").drop(columns="utc")
+    before = finished.results_of([cell], tmp_path / "results").drop(columns="utc")
     (path,) = (tmp_path / "results" / "answers").iterdir()
     with contextlib.closing(sqlite3.connect(path)) as file, file:
         (answer,) = file.execute("SELECT answer FROM responses LIMIT 1").fetchone()
@@ -179,7 +179,7 @@ def test_a_digit_that_changed_in_a_stored_answer_changes_no_result(
     run(given, tmp_path / "results")
     assert sum(asked) == 5 + 1
     assert f"{path.name}: 1 of 5 stored responses are not as they were written" in capsys.readouterr().err
-    assert scheduler.results_of([cell], tmp_path / "results").drop(columns="utc").equals(before)
+    assert finished.results_of([cell], tmp_path / "results").drop(columns="utc").equals(before)
 
 
 def test_another_model_at_the_same_path_is_asked_again(config: Config, tmp_path: Path, asked: list[int]) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from sbeval.evaluation import diagnostics, ruler_lessons
 from sbeval.evaluation.ruler_prompts import Prompt, Writer
 from sbeval.models.decoder import Decoder
-from sbeval.sweep import graph, scheduler
+from sbeval.sweep import finished, graph, scheduler
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.tables import curves, table
@@ -38,7 +38,7 @@ def run(config: Config, results: Path) -> list[Cell]:
 
 
 def rows_of(found: list[Cell], results: Path) -> pd.DataFrame:
-    return scheduler.results_of(found, results)
+    return finished.results_of(found, results)
 
 
 @pytest.fixture

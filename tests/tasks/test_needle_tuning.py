@@ -12,7 +12,7 @@ from rich.console import Console
 from sbeval.evaluation.ruler_prompts import Prompt, Writer
 from sbeval.models import config as model_config
 from sbeval.models.decoder import Decoder
-from sbeval.sweep import scheduler
+from sbeval.sweep import finished, scheduler
 from sbeval.sweep.context import RunContext
 from sbeval.tasks.needle import Cell, Config, cells
 from sbeval.training import checkpoint
@@ -65,7 +65,7 @@ def test_fine_tuning_prompts_are_not_in_the_test(
     assert not values[0] & values[1]
     # both tasks are asked of one model that was trained on both
     assert len(list((tmp_path / "results" / "checkpoints").iterdir())) == 1 and sum(asked) == 10
-    rows = scheduler.results_of(found, tmp_path / "results")
+    rows = finished.results_of(found, tmp_path / "results")
     assert (rows["finetune_tokens"] == 768 * 12).all() and (rows["train_len"] == 768).all()
 
 
@@ -82,7 +82,7 @@ def test_fine_tuning_starts_from_the_model_and_changes_it(config: Config, tmp_pa
     (still,) = run(given, tmp_path / "results")
     (tuned,) = run(dataclasses.replace(given, finetune_lr=1e-2), tmp_path / "results")
     (plain,) = run(dataclasses.replace(given, finetune=0), tmp_path / "results")
-    found = [scheduler.results_of([cell], tmp_path / "results").set_index("metric") for cell in (plain, still, tuned)]
+    found = [finished.results_of([cell], tmp_path / "results").set_index("metric") for cell in (plain, still, tuned)]
     first, same, other = (float(rows[rows["depth_start"].isna()]["value"]["log_probability"]) for rows in found)
     assert same == pytest.approx(first, rel=1e-4) and other > first + 1
     assert [set(rows["finetune_tokens"]) for rows in found] == [{0}, {768 * 8}, {768 * 8}]

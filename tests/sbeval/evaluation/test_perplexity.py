@@ -145,6 +145,26 @@ def test_fixed_targets_are_the_same_tokens_after_any_context(context: int, batch
     assert sum(done) == 4 and max(done) == batch
 
 
+def test_the_text_further_back_can_be_another_document_s() -> None:
+    model, rows = build(), draw(4, 17)
+    # the next other document of the last window is that of the second: the first is of its own
+    windows = [(3, rows[0]), (1, rows[1]), (1, rows[2]), (3, rows[3])]
+    found = perplexity.fixed_targets(model, windows, targets=5, context=12, own=7, place=CPU, dtype="float32")
+    losses = np.zeros((4, 5))
+    for row, other in enumerate([1, 3, 3, 1]):
+        mixed = np.concatenate([rows[other, 4:9], rows[row, 9:]])
+        losses[row] = exact(model, torch.from_numpy(mixed[None]))[0, -5:]
+    np.testing.assert_allclose(found, [(losses[0] + losses[3]) / 2, (losses[1] + losses[2]) / 2], atol=2e-5)
+    # nothing is further back than that
+    plain, same = (
+        perplexity.fixed_targets(model, windows, targets=5, context=7, own=own, place=CPU, dtype="float32")
+        for own in (None, 7)
+    )
+    np.testing.assert_array_equal(plain, same)
+    with pytest.raises(ValueError, match="one document"):
+        perplexity.fixed_targets(model, windows[:1], targets=5, context=12, own=7, place=CPU, dtype="float32")
+
+
 def test_fixed_targets_of_whole_windows_are_the_last_positions() -> None:
     model, windows = build(), [(index, row) for index, row in enumerate(draw(3, 17))]
     whole = measure(model, windows, one_each, place=CPU, dtype="float32")

@@ -69,6 +69,19 @@ def test_without_such_losses(frame: Tables) -> None:
     assert plain.verdict == YES
 
 
+def test_more_text_of_another_document_must_help_less(frame: Tables) -> None:
+    own = losses(frame, -0.01)
+    for change, verdict in ((0.0, YES), (-0.01, NO), (-0.03, NO)):
+        other = losses(frame, change, noise=0.0008, metric="loss_fixed_targets_unrelated").query(
+            "context_length > 2048"
+        )
+        found = judged(pd.concat([own, other.query("context_length > 2048")]))
+        assert found.verdict == verdict and "less that with another document's text there" in found.found
+    # of one of three seeds: the others count for the first interval alone
+    found = judged(pd.concat([own, losses(frame, 0.0, metric="loss_fixed_targets_unrelated").query("seed == 1")]))
+    assert "less that" in found.found and "3 seeds" in found.found
+
+
 def test_documents_are_paired(frame: Tables) -> None:
     """Documents differ a hundred times as much as each gains."""
 

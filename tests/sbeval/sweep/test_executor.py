@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from sbeval.errors import InputError
-from sbeval.sweep import scheduler
+from sbeval.sweep import finished, scheduler
 from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor, _share
@@ -118,7 +118,7 @@ class Saving(mqrar.Cell):
 
 
 def results(cells: list[Saving], folder: Path) -> pd.DataFrame:
-    return scheduler.results_of(cells, folder).drop(columns=["utc", "device"])
+    return finished.results_of(cells, folder).drop(columns=["utc", "device"])
 
 
 def test_a_ray_cluster_of_two_workers_that_are_killed_in_the_middle(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_a_ray_cluster_of_two_workers_that_are_killed_in_the_middle(tmp_path: Pa
     assert scheduler.run(cells, whole, **options)
     pd.testing.assert_frame_equal(results(cells, broken.results_dir), results(cells, whole.results_dir))
     # a driver that begins again finds them done
-    assert scheduler.unfinished(cells, broken.results_dir) == []
+    assert finished.unfinished(cells, broken.results_dir) == []
 
 
 def test_a_cluster_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from sbeval.cli import main
 from sbeval.data import sources
 from sbeval.models import decoder
-from sbeval.sweep import plan, scheduler, study_file
+from sbeval.sweep import cost, plan, study_file
 from sbeval.sweep.context import RunContext
 from sbeval.tasks import length_gen
 
@@ -65,7 +65,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(study: Path, tmp_path: Path)
 
 def test_a_plan_adds_up(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e9)
-    monkeypatch.setitem(scheduler.EFFICIENCY, "cpu", (0.25, 0.5))
+    monkeypatch.setitem(cost.EFFICIENCY, "cpu", (0.25, 0.5))
     parts = study_file.parts(study_file.read(str(study)), lambda said: "float32")
     context = RunContext(results_dir=tmp_path, device=torch.device("cpu"))
     lines = {line.name: line for line in plan.lines(parts, context)}

@@ -1,4 +1,4 @@
-"""Test the ids of cells, cost estimates, and which cells count as finished."""
+"""Test the order of a sweep, what is recorded of cells that fail, and which cells count as finished."""
 
 import dataclasses
 import io
@@ -17,84 +17,24 @@ from rich.console import Console
 from sbeval.errors import InputError
 from sbeval.runtime.distributed import World
 from sbeval.runtime.progress import Progress
-from sbeval.sweep import graph, scheduler
+from sbeval.sweep import cost, finished, scheduler, work
 from sbeval.sweep.cell import Cell as BaseCell
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
 from sbeval.tables import provenance, table
 from sbeval.tables.rows import Identity, Measurement
-from sbeval.tasks import length_gen, mqrar
+from sbeval.tasks import mqrar
 from sbeval.training.trainer import DivergedError
 
 ROOT = Path(__file__).parents[3]
-RESULTS = ROOT / "results"
-
-
-def test_committed_results_are_those_of_the_presets() -> None:
-    """With the README's command committed cells count as finished: no option behind them has changed its meaning."""
-    scaled = [f"rope:scaling=ntk,factor={factor}" for factor in (2, 4, 8, 16)]
-    lengths = dataclasses.replace(
-        length_gen.PRESETS["figure5"],
-        attention=("stick_breaking", "rope", "nope", "alibi", "forgetting", *scaled),
-        documents=16,
-        windows=1,
-        window=(2048,),
-        dtype="bfloat16",
-        corpus="books",
-    )
-    cells = length_gen.cells(lengths)
-    assert len(cells) == 18
-    assert scheduler.unfinished(cells, RESULTS) == []
-    assert all((RESULTS / "runs" / f"{cell_id(cell)}.json").is_file() for cell in cells)
-
-
-def test_cost_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e9)
-    monkeypatch.setitem(scheduler.EFFICIENCY, "cpu", (0.25, 0.5))
-    cells = length_gen.cells(length_gen.Config())
-    context = RunContext(results_dir=Path("results"), device=torch.device("cpu"))
-    said = scheduler.describe_cost(cells, context)
-    hours = sum(step.flops for step in graph.steps(cells)) / 0.5e9 / 3600
-    assert said.startswith("2 cells to run, ") and f"roughly {hours:.1f} to {2 * hours:.1f} h on cpu" in said
-    assert scheduler.describe_cost([], context) == "nothing to run"
-
-
-def test_a_cost_is_least_and_most() -> None:
-    assert scheduler.total([(1, 2), (3, 5)]) == (4, 7)
-    assert [scheduler.span(*each) for each in ((60, 600), (180, 600), (5, 5))] == [
-        "60 s to 10 min",
-        "3 to 10 min",
-        "5 s",
-    ]
-    narrow = mqrar.cells(mqrar.PRESETS["quick"])[0]
-    gpu, cpu = (scheduler.seconds([narrow], {"float32": 1e12}, torch.device(name))[0] for name in ("cuda", "cpu"))
-    assert gpu[1] / gpu[0] == pytest.approx(25) and cpu[1] / cpu[0] == pytest.approx(2.5)
 
 
 def test_a_run_file_has_the_command_of_the_driver(tmp_path: Path) -> None:
     context = RunContext(results_dir=tmp_path, device=torch.device("cpu"), argv=("/bin/sbeval", "run", "quick"))
     with Progress(Console(quiet=True)) as progress:
-        stored = scheduler.run_cell(Cell(title="good", value=0.5), context, "quick", progress)
+        stored = work.run_cell(Cell(title="good", value=0.5), context, "quick", progress)
     assert stored.record["argv"] == ["sbeval", "run", "quick"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [
-        (0.1, "1 s"),
-        (89, "89 s"),
-        (90, "2 min"),
-        (5399, "90 min"),
-        (5400, "1.5 h"),
-        (172799, "48.0 h"),
-        (172800, "2 days"),
-        (400 * 86400, "400 days"),
-        (958866 * 86400, "2,627 years"),
-    ],
-)
-def test_times_in_words(seconds: float, words: str) -> None:
-    assert scheduler.in_words(seconds) == words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,7 +109,7 @@ def test_a_cell_that_diverges_is_recorded_and_leaves_no_row(tmp_path: Path) -> N
     assert status(good, tmp_path) == ("finished", "")
     assert set(table.read(tmp_path / "fake.csv")["cell"]) == {cell_id(good)}
     # only those that failed are tried again
-    assert scheduler.unfinished([bad, worse, good], tmp_path) == [bad, worse]
+    assert finished.unfinished([bad, worse, good], tmp_path) == [bad, worse]
     complete, said = run([good], tmp_path)
     assert complete and "1 of 1 cells are finished already" in said and "nothing to run" in said
     assert run([good], tmp_path, force=True)[1].startswith("1 cell to run")
@@ -183,12 +123,12 @@ def test_a_cell_whose_rows_no_run_wrote_is_named_and_runs_again(
     path = tmp_path / "fake.csv"
     whole = table.read(path)
     path.write_text(path.read_text().replace("0.5", "0.25", 1))
-    assert scheduler.unfinished(cells, tmp_path) == cells[:1]
+    assert finished.unfinished(cells, tmp_path) == cells[:1]
     said = run(cells, tmp_path)[1]
     assert "1 of 2 cells are finished already" in said and "1 cell to run" in said
     assert f"the rows of 1 cell, such as {cell_id(cells[0])}, are not what the run wrote" in capsys.readouterr().err
     pd.testing.assert_frame_equal(table.read(path).drop(columns="utc"), whole.drop(columns="utc"))
-    assert scheduler.unfinished(cells, tmp_path) == []
+    assert finished.unfinished(cells, tmp_path) == []
 
 
 def test_rows_are_in_the_table_at_the_end_also_of_a_run_that_is_interrupted(
@@ -278,11 +218,11 @@ def test_workers_are_given_the_gpus_and_idle_ones_are_said(tmp_path: Path, monke
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr("sbeval.runtime.device.describe", lambda place: "GPU")
     monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e6)
-    monkeypatch.setitem(scheduler.EFFICIENCY, "cuda", (0.1, 0.1))
+    monkeypatch.setitem(cost.EFFICIENCY, "cuda", (0.1, 0.1))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     given: list[Any] = []
 
-    def note(work: scheduler.Work, items: Any, *rest: Any, gpus: Any, hear: Any) -> Any:
+    def note(work: work.Work, items: Any, *rest: Any, gpus: Any, hear: Any) -> Any:
         given.append((work.context.device, gpus))
         return iter([])
 
@@ -336,17 +276,17 @@ def test_a_table_without_a_column_is_said_before_anything_runs(
 def test_results_are_those_of_the_cells_alone(tmp_path: Path) -> None:
     cells = [Cell(title=name) for name in ("a", "b", "c")]
     run(cells, tmp_path)
-    assert sorted(scheduler.results_of(cells[:2], tmp_path)["attention"]) == ["a", "b"]
+    assert sorted(finished.results_of(cells[:2], tmp_path)["attention"]) == ["a", "b"]
 
 
 def test_cells_that_all_failed_have_no_rows_but_every_column(tmp_path: Path) -> None:
     done, failed = [Cell(title="a")], [Cell(title="b")]
     columns = table.columns(failed[0].row)
-    none = scheduler.results_of(failed, tmp_path)
+    none = finished.results_of(failed, tmp_path)
     assert none.empty and tuple(none) == columns
     run(done, tmp_path)
-    none = scheduler.results_of(failed, tmp_path)
+    none = finished.results_of(failed, tmp_path)
     assert none.empty and tuple(none) == columns
     # a choice by them finds nothing to choose
     config = mqrar.Config(lrs=(1e-3, 2e-3), seeds=(0, 1))
-    assert mqrar.more(config, scheduler.results_of(mqrar.cells(config), tmp_path)) == []
+    assert mqrar.more(config, finished.results_of(mqrar.cells(config), tmp_path)) == []
