@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 
 from sbeval.errors import NothingToDraw
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group
 from sbeval.tables import intervals
 from sbeval.tables.selection import ATTENTION_MAP
@@ -42,7 +42,7 @@ COLUMNS = (
     "key",
 )
 # marks of the two kinds of assignment: matplotlib's marker, plotly's symbol, a letter like it, and the colour
-MARKS = {"latest": ("o", "circle-open", "○", style.COLOURS[2]), "stale": ("s", "square-open", "□", style.COLOURS[1])}
+MARKS = {"latest": ("o", "circle-open", "○", legend.COLOURS[2]), "stale": ("s", "square-open", "□", legend.COLOURS[1])}
 NAMES = {"latest": "latest value of the key (right)", "stale": "stale value (wrong)"}
 FUTURE = "0.94"
 TOKEN_PT = 3.2
@@ -87,7 +87,7 @@ def models(table: pd.DataFrame) -> list[Model]:
     table = table[table["metric"].isin(["accuracy", "share", "token", "weight"])]
     if not (table["metric"] == "weight").any():
         raise NothingToDraw("there are no rows with metric 'weight' to draw")
-    looks = style.looks(table)
+    looks = legend.looks(table)
     drawn = []
     for _, setting in table.groupby(ATTENTION_MAP):
         for method, look in looks.items():
@@ -235,7 +235,7 @@ class Head:
     def css(self) -> str:
         return "height: auto; aspect-ratio: 1"
 
-    def looks(self) -> list[style.Look]:
+    def looks(self) -> list[legend.Look]:
         return []
 
     def rows(self) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import pandas as pd
 import seaborn as sns
 
-from sbeval.plots import style
+from sbeval.plots import legend
 from sbeval.tables import intervals
 from sbeval.tables.intervals import FEW
 from sbeval.tables.statistics import Method, Scale
@@ -60,7 +60,7 @@ class Panel(Protocol):
     def rows(self) -> pd.DataFrame:
         """Return its numbers."""
 
-    def looks(self) -> list[style.Look]:
+    def looks(self) -> list[legend.Look]:
         """Return the entries of its legend."""
 
 
@@ -86,7 +86,7 @@ class Chart:
 class Line:
     """The line of one method; `points` has the columns POINT, as `intervals.points` returns them."""
 
-    look: style.Look
+    look: legend.Look
     points: pd.DataFrame
 
     def lowest(self, top: float) -> float:
@@ -118,7 +118,7 @@ class Lines:
         names = {at for line in self.lines for at in line.points["x"]}
         return f"height: {90 + len(names) * (14 + 8 * len(self.lines))}px" if self.across else ""
 
-    def looks(self) -> list[style.Look]:
+    def looks(self) -> list[legend.Look]:
         return [line.look for line in self.lines]
 
     def rows(self) -> pd.DataFrame:
@@ -249,7 +249,7 @@ class Heat:
     table: pd.DataFrame
     css: str = ""
 
-    def looks(self) -> list[style.Look]:
+    def looks(self) -> list[legend.Look]:
         return []
 
     def rows(self) -> pd.DataFrame:
@@ -293,18 +293,18 @@ class Heat:
 
 
 def lines(
-    rows: pd.DataFrame, looks: Mapping[Method, style.Look], by: str = "x", scale: Scale = Scale.LINEAR
+    rows: pd.DataFrame, looks: Mapping[Method, legend.Look], by: str = "x", scale: Scale = Scale.LINEAR
 ) -> list[Line]:
     """Return the line of each method that has rows, by column `by`; `rows` are all those of one setting."""
     return of_points(intervals.points(rows, [by], scale).rename(columns={by: "x"}), looks)
 
 
-def of_points(points: pd.DataFrame, looks: Mapping[Method, style.Look]) -> list[Line]:
+def of_points(points: pd.DataFrame, looks: Mapping[Method, legend.Look]) -> list[Line]:
     """Return the line of each method that has points."""
     return [Line(look, mine) for method, look in looks.items() if len(mine := intervals.method(points, method))]
 
 
-def bare(values: Mapping[Method, "pd.Series[float]"], looks: Mapping[Method, style.Look]) -> list[Line]:
+def bare(values: Mapping[Method, "pd.Series[float]"], looks: Mapping[Method, legend.Look]) -> list[Line]:
     """Return the line of each method that has values, by their index, without intervals."""
     return [
         Line(looks[method], pd.DataFrame({"x": list(of.index), "mean": of, "low": of, "high": of, "seeds": 1}))
@@ -319,7 +319,7 @@ def spreads(groups: Sequence[Group]) -> list[pd.DataFrame]:
     return [line.points for panel in panels if isinstance(panel, Lines) for line in panel.lines]
 
 
-def readable(look: style.Look) -> str:
+def readable(look: legend.Look) -> str:
     """Return a method's colour for a screen."""
     return FAINT.get(look.colour, look.colour)
 

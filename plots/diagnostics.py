@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
 from sbeval.tables.selection import RECIPE
@@ -78,7 +78,7 @@ AT_END = (
 def draw(table: pd.DataFrame) -> Figure:
     """Draw each metric by the tokens seen, and below, for the end of training, by distance."""
     table = _plotted(table)
-    looks, settings = style.looks(table), style.panels(table, ALWAYS, OTHERS)
+    looks, settings = legend.looks(table), style.panels(table, ALWAYS, OTHERS)
     figure, axes = style.grid(2 * len(settings), len(OVER_TRAINING), share_y=False)
     spreads: list[pd.DataFrame] = []
     for index, (title, rows) in enumerate(settings):
@@ -94,7 +94,7 @@ def draw(table: pd.DataFrame) -> Figure:
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     table = _plotted(table)
-    looks = style.looks(table)
+    looks = legend.looks(table)
     groups = [
         Group(
             f"{title}: {when}",
@@ -125,7 +125,7 @@ def _plotted(table: pd.DataFrame) -> pd.DataFrame:
     return numbers(table.assign(heads=table["heads"].fillna(""), **blank), ["tokens_seen", "train_len"])
 
 
-def _lines(axis: Axes, view: View, table: pd.DataFrame, looks: dict[Method, style.Look]) -> list[pd.DataFrame]:
+def _lines(axis: Axes, view: View, table: pd.DataFrame, looks: dict[Method, legend.Look]) -> list[pd.DataFrame]:
     """Draw a line and a band for each method; an empty panel is hidden."""
     rows = view.rows(table)
     if rows.empty:

@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 
 from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import few_shot, intervals
 from sbeval.tables.statistics import Method
@@ -17,7 +17,7 @@ TABLE = "few_shot"
 COLUMNS = (*few_shot.COLUMNS, "corpus")
 # height of a benchmark
 ROW_IN = 0.34
-GUESSING = style.Look("guessing", charts.GREY, "p", ())
+GUESSING = legend.Look("guessing", charts.GREY, "p", ())
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -26,7 +26,7 @@ def draw(table: pd.DataFrame) -> Figure:
     A tick marks the score of guessing. A score whose interval includes it is no evidence.
     """
     chosen = _percent(table)
-    looks = style.looks(chosen)
+    looks = legend.looks(chosen)
     panels = _panels(chosen)
     counts = [rows["benchmark"].nunique() for _, rows in panels]
     layout = ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06)
@@ -45,7 +45,7 @@ def draw(table: pd.DataFrame) -> Figure:
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     chosen = _percent(table)
-    looks = style.looks(chosen)
+    looks = legend.looks(chosen)
     groups: list[Group] = []
     spreads: list[pd.DataFrame] = []
     for title, rows in _panels(chosen):
@@ -84,7 +84,7 @@ def _panels(chosen: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return style.panels(chosen, ("model", "train_len", "corpus"), ("train_tokens", "eval_len"))
 
 
-def _panel(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> list[pd.DataFrame]:
+def _panel(axis: Axes, rows: pd.DataFrame, looks: dict[Method, legend.Look]) -> list[pd.DataFrame]:
     benchmarks = list(dict.fromkeys(rows.sort_values(["task", "shots"])["benchmark"]))
     heights = {name: index for index, name in enumerate(benchmarks)}
     points = intervals.points(rows, ["benchmark"])
@@ -122,5 +122,5 @@ def _panel(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> l
     return spreads
 
 
-def _handle(look: style.Look) -> Line2D:
+def _handle(look: legend.Look) -> Line2D:
     return Line2D([], [], label=look.label, color=look.colour, marker=look.marker, markersize=4, linewidth=1.2)

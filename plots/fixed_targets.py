@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import documents, intervals, values
 from sbeval.tables.results import Results
@@ -69,7 +69,7 @@ def has_rows(table: pd.DataFrame) -> bool:
 
 def draw(rows: pd.DataFrame) -> Figure:
     """Draw the mean loss of the targets by the context they are given, and its change, a method each."""
-    settings, looks = _settings(rows), style.looks(rows)
+    settings, looks = _settings(rows), legend.looks(rows)
     figure, axes = style.pairs(len(settings))
     spreads: list[pd.DataFrame] = []
     beyond: dict[str, None] = {}
@@ -103,7 +103,7 @@ def _top(y: str, rows: pd.DataFrame) -> float:
     return min(best + SHOWN[y], float(rows["value"].max()) + 0.1 * SHOWN[y])
 
 
-def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, style.Look], top: float, *, bands: bool) -> list[str]:
+def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, legend.Look], top: float, *, bands: bool) -> list[str]:
     """Draw a line and, if `bands`, a band for each method, up to `top`; return the labels of those that leave it."""
     beyond = []
     low = float("inf")
@@ -123,7 +123,7 @@ def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, style.Look], to
     return beyond
 
 
-def _thin(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> int:
+def _thin(axis: Axes, rows: pd.DataFrame, looks: dict[Method, legend.Look]) -> int:
     """Draw the change with another document's text of the methods that have it, and return how many do."""
     other = rows.dropna(subset="other").assign(value=rows["other"])
     drawn = 0
@@ -137,7 +137,7 @@ def _thin(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> in
 
 def chart(rows: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
-    settings, looks = _settings(rows), style.looks(rows)
+    settings, looks = _settings(rows), legend.looks(rows)
     groups = [Group(title, [_panel(y, of, looks) for y, of in panels.items()]) for title, panels in settings]
     counts = rows["targets"].dropna().unique()
     tokens = f"the last {int(counts[0])} tokens" if len(counts) == 1 else "the last tokens"
@@ -150,7 +150,7 @@ def chart(rows: pd.DataFrame) -> Chart:
     return Chart("Loss of fixed targets", sentence, groups, style.with_caution(note, rows, looks))
 
 
-def _panel(y: str, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> Lines:
+def _panel(y: str, rows: pd.DataFrame, looks: dict[Method, legend.Look]) -> Lines:
     marks = [int(rows["train_len"].iloc[0])]
     return Lines(title=NAMES[y], x=X, y=y, lines=charts.lines(rows, looks), marks=marks, top=_top(y, rows))
 

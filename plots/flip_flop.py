@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from sbeval.plots import chart as charts
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Line, Lines
 from sbeval.tables import intervals
 from sbeval.tables.published import FLIP_FLOP as PUBLISHED_RATES
@@ -46,7 +46,7 @@ PUBLISHED_LABEL = f"published at 512 tokens ({FLIP_FLOP_SOURCE})"
 def draw(table: pd.DataFrame) -> Figure:
     """Draw a row for each setting. Left: error rate by test set. Right: in the sparse test by distance to the write."""
     best = flip_flop_errors(numbers(table, ["lr", "seq_len"]))
-    looks = style.looks(best)
+    looks = legend.looks(best)
     finest = _finest(table, best)
     panels = style.panels(best, FLIP_FLOP.always, FLIP_FLOP.others)
     figure, axes = style.pairs(len(panels), share_y=True)
@@ -66,7 +66,7 @@ def draw(table: pd.DataFrame) -> Figure:
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     best = flip_flop_errors(numbers(table, ["lr", "seq_len"]))
-    looks = style.looks(best)
+    looks = legend.looks(best)
     finest = _finest(table, best)
     groups: list[Group] = []
     spreads: list[pd.DataFrame] = []
@@ -88,12 +88,12 @@ def chart(table: pd.DataFrame) -> Chart:
     return Chart("Flip-flop language", sentence, groups, f"{note} Stars: {PUBLISHED_LABEL}.")
 
 
-def _published(looks: dict[Method, style.Look]) -> list[Line]:
+def _published(looks: dict[Method, legend.Look]) -> list[Line]:
     """Return the published rates, in the colour of their method if it is drawn too."""
     colours = {name: look.colour for (name, options), look in looks.items() if not options}
     return [
         Line(
-            style.Look(f"{_name(name)}, published", colours.get(name, charts.GREY), "*", ()),
+            legend.Look(f"{_name(name)}, published", colours.get(name, charts.GREY), "*", ()),
             pd.DataFrame([{"x": TESTS[t], "mean": v, "low": v, "high": v, "seeds": 1} for t, v in rates.items()]),
         )
         for name, rates in PUBLISHED_RATES.items()
@@ -102,7 +102,7 @@ def _published(looks: dict[Method, style.Look]) -> list[Line]:
 
 def _name(name: str) -> str:
     """Return the name of a method with published figures, ours or not."""
-    return {"path": "PaTH"}.get(name, style.NAMES.get(name, name))
+    return {"path": "PaTH"}.get(name, legend.NAMES.get(name, name))
 
 
 def _finest(table: pd.DataFrame, best: pd.DataFrame) -> pd.DataFrame:
@@ -121,7 +121,7 @@ def _far(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(x=np.sqrt(rows["distance_start"] * (rows["distance_end"] - 1)))
 
 
-def _tests(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> list[pd.DataFrame]:
+def _tests(axis: Axes, rows: pd.DataFrame, looks: dict[Method, legend.Look]) -> list[pd.DataFrame]:
     style.label(axis, "test set", Y)
     others = [name for name in PUBLISHED_RATES if all(name != method for method, _ in looks)]
     width = 0.8 / (len(looks) + len(others))
@@ -164,7 +164,7 @@ def _chance(rows: pd.DataFrame, test: str) -> str:
     return ", ".join(f"{p:g}" for p in sorted(rows.loc[rows["test"] == test, "p_ignore"].unique()))
 
 
-def _distances(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> list[pd.DataFrame]:
+def _distances(axis: Axes, rows: pd.DataFrame, looks: dict[Method, legend.Look]) -> list[pd.DataFrame]:
     if rows.empty:
         axis.set_axis_off()
         return []

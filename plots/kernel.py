@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
 from sbeval.tables.selection import dense_kernels
@@ -39,7 +39,7 @@ STEPS = {"forward": "forward (TFLOP/s)", "forward_backward": "forward + backward
 def draw(table: pd.DataFrame) -> Figure:
     """Draw throughput by length, a line for each kernel."""
     rows = _throughput(table)
-    looks = style.looks(rows)
+    looks = legend.looks(rows)
     sizes = sorted(rows["head_dim"].unique())
     figure, axes = style.pairs(len(sizes))
     for pair, size in zip(axes, sizes, strict=True):
@@ -61,7 +61,7 @@ def draw(table: pd.DataFrame) -> Figure:
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     rows = _throughput(table)
-    looks = style.looks(rows)
+    looks = legend.looks(rows)
     groups = []
     for size in sorted(rows["head_dim"].unique()):
         panels = []

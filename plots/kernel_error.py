@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
-from sbeval.plots import kernel, style
+from sbeval.plots import kernel, legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
 from sbeval.tables.selection import dense_kernels
@@ -21,7 +21,7 @@ COLUMNS = kernel.COLUMNS
 def draw(table: pd.DataFrame) -> Figure:
     """Draw a point for each kernel, in a panel for each step."""
     rows = _points(table)
-    looks = style.looks(rows)
+    looks = legend.looks(rows)
     # points of several kernels are so close that numbers beside them would cover each other
     sizes = {float(size): 4.0 + 2.5 * index for index, size in enumerate(sorted(rows["head_dim"].unique()))}
     figure, [axes] = style.pairs(1)
@@ -46,7 +46,7 @@ def draw(table: pd.DataFrame) -> Figure:
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     rows = _points(table)
-    looks = style.looks(rows)
+    looks = legend.looks(rows)
     groups = []
     for size, of_size in rows.groupby("head_dim"):
         panels = []

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import curves, intervals
 from sbeval.tables.results import Results
@@ -72,7 +72,7 @@ def has_rows(rows: pd.DataFrame) -> bool:
 def draw(rows: pd.DataFrame) -> Figure:
     """Draw losses, and gaps below them, a method each."""
     settings = _settings(rows)
-    looks = style.looks(rows)
+    looks = legend.looks(rows)
     count = sum(len(panels) for _, panels in settings)
     figure, axes = style.grid(count, 1)
     figure.set_size_inches(style.WIDTH_IN * 3 / 4, style.ROW_IN * count + 1.0)
@@ -93,7 +93,7 @@ def draw(rows: pd.DataFrame) -> Figure:
 
 def chart(rows: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
-    looks = style.looks(rows)
+    looks = legend.looks(rows)
     groups = [
         Group(title, [Lines(title=NAMES[y], x=X, y=y, lines=charts.of_points(of, looks)) for y, of in panels.items()])
         for title, panels in _settings(rows)
@@ -117,7 +117,7 @@ def _settings(rows: pd.DataFrame) -> list[tuple[str, dict[str, pd.DataFrame]]]:
     return found
 
 
-def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, style.Look]) -> None:
+def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, legend.Look]) -> None:
     """Draw a line and a band for each method."""
     for method, look in looks.items():
         if (mine := intervals.method(points, method)).empty:

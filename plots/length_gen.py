@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sbeval.plots import chart as charts
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals, statistics
 from sbeval.tables.selection import LENGTH_GEN, by_context, length_gen_setting
@@ -37,11 +37,11 @@ class Column:
     """Methods that share a column of panels; `beside` are shown for comparison."""
 
     title: str
-    own: dict[Method, style.Look]
-    beside: dict[Method, style.Look]
+    own: dict[Method, legend.Look]
+    beside: dict[Method, legend.Look]
 
     @property
-    def looks(self) -> dict[Method, style.Look]:
+    def looks(self) -> dict[Method, legend.Look]:
         """Return all methods, in the order of the legend."""
         return self.beside | self.own
 
@@ -168,7 +168,7 @@ def explained(drawn: list[Group], table: pd.DataFrame) -> str:
     return style.with_caution(note, table, _names(groups(table)))
 
 
-def _names(columns: list[Column]) -> dict[Method, style.Look]:
+def _names(columns: list[Column]) -> dict[Method, legend.Look]:
     """Return the look of each method, its own before that beside others."""
     return {method: look for column in columns for method, look in column.looks.items()}
 
@@ -178,12 +178,12 @@ def groups(table: pd.DataFrame) -> list[Column]:
     pairs = {(str(row.attention), str(row.options)): None for row in table[["attention", "options"]].itertuples()}
     scaled = {pair: _by_factor(pair[1]) for pair in pairs if pair[0] == "rope" and "scaling" in _settings(pair[1])}
     windowed = {pair: _by_window(pair[1]) for pair in pairs if pair[0] == "sliding_window"}
-    schemes = style.looks_of(pair for pair in pairs if pair not in scaled and pair not in windowed)
+    schemes = legend.looks_of(pair for pair in pairs if pair not in scaled and pair not in windowed)
     beside = {pair: schemes[pair] for pair in REFERENCES if pair in schemes}
     columns = [
         Column("attention schemes", schemes, {}),
         Column("RoPE scaled at evaluation", _shades(scaled, "viridis"), beside),
-        Column("sliding windows", _shades(windowed, f"dark:{style.colour('sliding_window')}"), beside),
+        Column("sliding windows", _shades(windowed, f"dark:{legend.colour('sliding_window')}"), beside),
     ]
     return [column for column in columns if column.own]
 
@@ -202,7 +202,7 @@ def _by_factor(options: str) -> tuple[str, float, str]:
 
 def _by_window(options: str) -> tuple[str, float, str]:
     settings = _settings(options)
-    window = int(settings.pop("window", style.WINDOW))
+    window = int(settings.pop("window", legend.WINDOW))
     return "", window, ", ".join([f"sliding window of {window}", *_rest(settings)])
 
 
@@ -210,16 +210,16 @@ def _rest(settings: dict[str, str]) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def _shades(ranks: dict[Method, tuple[str, float, str]], palette: str) -> dict[Method, style.Look]:
+def _shades(ranks: dict[Method, tuple[str, float, str]], palette: str) -> dict[Method, legend.Look]:
     """Return looks of methods that have an order: from dark to light, each with its own marker and dashes."""
     # the darkest of some palettes is black
     colours = sns.color_palette(palette, len(ranks) + 1).as_hex()[1:]
     return {
-        pair: style.Look(
+        pair: legend.Look(
             label=ranks[pair][2],
             colour=colour,
-            marker=style.MARKERS[index % len(style.MARKERS)],
-            dashes=style.DASHES[index % len(style.DASHES)],
+            marker=legend.MARKERS[index % len(legend.MARKERS)],
+            dashes=legend.DASHES[index % len(legend.DASHES)],
         )
         # the first two looks are those of the methods for comparison
         for index, (pair, colour) in enumerate(zip(sorted(ranks, key=ranks.__getitem__), colours, strict=True), start=2)

@@ -6,7 +6,7 @@ from matplotlib.ticker import StrMethodFormatter
 
 from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
 from sbeval.tables.statistics import Method
@@ -22,7 +22,7 @@ STEPS = {"train": "training (tokens/s)", "evaluate": "evaluation (tokens/s)"}
 def draw(table: pd.DataFrame) -> Figure:
     """Draw throughput by size of the model, a row for each setting."""
     rows = _throughput(table)
-    looks = style.looks(rows)
+    looks = legend.looks(rows)
     settings = _settings(rows)
     figure, axes = style.pairs(len(settings))
     for (title, of_setting), pair in zip(settings, axes, strict=True):
@@ -46,7 +46,7 @@ def draw(table: pd.DataFrame) -> Figure:
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     rows = _throughput(table)
-    looks = style.looks(rows)
+    looks = legend.looks(rows)
     groups = []
     for title, of_setting in _settings(rows):
         panels = []

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 
 from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals, mqrar
 from sbeval.tables.selection import MQRAR, recall_accuracy, recall_setting
@@ -58,7 +58,7 @@ def draw(table: pd.DataFrame) -> Figure:
 def figures(table: pd.DataFrame) -> dict[str, Figure]:
     """Draw each setting, by the words that tell it from the first, which has the most rows and no words."""
     rows = drawn(table)
-    looks, named = style.looks(rows), by_name(pictures(rows))
+    looks, named = legend.looks(rows), by_name(pictures(rows))
     beside = " Other settings have figures of their own." if len(named) > 1 else ""
     return {name: _figure(picture, looks, _ended(table, picture.rows) + beside) for name, picture in named.items()}
 
@@ -78,7 +78,7 @@ def by_name(found: list[Picture]) -> dict[str, Picture]:
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure, with a panel for each split."""
     best = drawn(table)
-    looks = style.looks(best)
+    looks = legend.looks(best)
     groups = []
     for title, rows, x in settings(best):
         chance = {f"chance, 1/{size - size // 2}": 1 / (size - size // 2) for size in sorted(set(rows["vocab_size"]))}
@@ -148,8 +148,8 @@ def _by_x(table: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, str, list[str], l
         yield rows, "n_back", [*always, "kv_pairs"], others
 
 
-def _figure(picture: Picture, looks: dict[Method, style.Look], ended: str) -> Figure:
-    methods = style.methods(picture.rows, looks)
+def _figure(picture: Picture, looks: dict[Method, legend.Look], ended: str) -> Figure:
+    methods = legend.methods(picture.rows, looks)
     columns = min(MOST, len(picture.panels))
     figure, axes = style.grid(math.ceil(len(picture.panels) / columns), columns)
     # room for titles and legends of several lines
@@ -174,7 +174,7 @@ def _figure(picture: Picture, looks: dict[Method, style.Look], ended: str) -> Fi
     return figure
 
 
-def _lines(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look], x: str) -> list[pd.DataFrame]:
+def _lines(axis: Axes, rows: pd.DataFrame, looks: dict[Method, legend.Look], x: str) -> list[pd.DataFrame]:
     """Draw a line for each method, with bars, and the chance level; return their points."""
     counts = sorted(rows[x].unique())
     points = intervals.points(rows, [x], Scale.SHARE)

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
-from sbeval.plots import mqrar, style
+from sbeval.plots import legend, mqrar, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
 from sbeval.tables.selection import recall_accuracy
@@ -38,7 +38,7 @@ def draw(table: pd.DataFrame) -> Figure:
     at the geometric middle of their bin.
     """
     table = _best(table)
-    looks = style.looks(table)
+    looks = legend.looks(table)
     every = mqrar.settings(table)
     settings = every[:MOST_SETTINGS]
     columns = max(min(MOST_COLUMNS, rows[x].nunique()) for _, rows, x in settings)
@@ -80,7 +80,7 @@ def _spaced(parts: list[tuple[Any, pd.DataFrame]]) -> list[tuple[Any, pd.DataFra
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     table = _best(table)
-    looks = style.looks(table)
+    looks = legend.looks(table)
     groups = []
     for title, rows, x in mqrar.settings(table):
         panels = [
@@ -122,7 +122,7 @@ def _has(table: pd.DataFrame, name: str) -> "pd.Series[bool]":
     return pd.to_numeric(table[name], errors="coerce").notna()
 
 
-def _lines(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> list[pd.DataFrame]:
+def _lines(axis: Axes, rows: pd.DataFrame, looks: dict[Method, legend.Look]) -> list[pd.DataFrame]:
     """Draw a line and a band for each method; hide a panel without rows."""
     if rows.empty:
         axis.set_axis_off()

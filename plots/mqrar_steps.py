@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals, mqrar
 from sbeval.tables.selection import MQRAR, by_steps, recall_completed, recall_setting
@@ -23,7 +23,7 @@ COLUMNS = ("attention", "options", "seed", "metric", "value", "kv_pairs", "lr", 
 X, Y = "key-value pairs", "steps until solved"
 # what ends a training, and not how it goes while the rate is constant
 BUDGET = ("max_steps", "patience", "preset", "stop_accuracy")
-NAMED = ("vocab_size", "optimizer", "positions", "norm", "biases")
+NAMED = ("vocab_size", "heads", "optimizer", "positions", "norm", "biases")
 # numbers of pairs from which a power is fitted
 FEWEST = 3
 SEEDS = "Dots: seeds; lines: their means, at the rate that solves soonest; hollow: not solved by then."
@@ -37,13 +37,13 @@ def has_rows(table: pd.DataFrame) -> bool:
 def draw(table: pd.DataFrame) -> Figure:
     """Draw steps until solved by pairs, a panel for each setting."""
     panels = _settings(table)
-    looks = style.looks(pd.concat([rows for _, rows in panels]))
+    looks = legend.looks(pd.concat([rows for _, rows in panels]))
     figure, axes = style.grid(len(panels), 1)
     figure.set_size_inches(style.WIDTH_IN * 3 / 4, style.ROW_IN * 1.3 * len(panels) + 1.0)
     for (title, rows), (axis,) in zip(panels, axes, strict=True):
         style.title(axis, title)
         style.label(axis, X, Y)
-        for method, look in style.methods(rows, looks).items():
+        for method, look in legend.methods(rows, looks).items():
             _line(axis, intervals.method(rows, method), look)
         style.ticks(axis, sorted(rows["kv_pairs"].unique()))
         style.decades(axis)
@@ -54,7 +54,7 @@ def draw(table: pd.DataFrame) -> Figure:
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     panels = _settings(table)
-    looks = style.looks(pd.concat([rows for _, rows in panels]))
+    looks = legend.looks(pd.concat([rows for _, rows in panels]))
     groups = []
     for title, rows in panels:
         points = {of: solved(intervals.method(rows, of)) for of in looks}
@@ -126,7 +126,7 @@ def solved(cells: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["x", "mean", "low", "high", "seeds", "each"])
 
 
-def _line(axis: Axes, cells: pd.DataFrame, look: style.Look) -> None:
+def _line(axis: Axes, cells: pd.DataFrame, look: legend.Look) -> None:
     points = solved(cells)
     axis.plot(points["x"], points["mean"], label=look.label, **look.line())
     style.seeds(axis, points["x"], points, look)
@@ -143,7 +143,7 @@ def exponent(points: pd.DataFrame) -> float | None:
     return float(np.polyfit(np.log(points["x"]), np.log(points["mean"]), 1)[0])
 
 
-def _note(panels: list[tuple[str, pd.DataFrame]], looks: dict[Method, style.Look]) -> str:
+def _note(panels: list[tuple[str, pd.DataFrame]], looks: dict[Method, legend.Look]) -> str:
     powers, unsolved = list[str](), list[str]()
     for _, rows in panels:
         for of, mine in _by_method(rows):

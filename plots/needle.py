@@ -15,9 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sbeval.plots import chart as charts
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.plots.style import Look
+from sbeval.plots.legend import Look
 from sbeval.tables import intervals
 from sbeval.tables.needle import SOLVED
 from sbeval.tables.selection import NEEDLE, NEEDLE_COLUMNS, mean_over_tasks, needle_scores, shared_tasks
@@ -64,7 +64,7 @@ def draw(table: pd.DataFrame) -> Figure:
     The mean is over the tasks that all methods of the setting have.
     """
     table = needle_scores(table)
-    looks = style.looks(table)
+    looks = legend.looks(table)
     grids = settings(table)
     split = [_parts(some) for _, some in grids]
     drawn = [_with_lines(parts) for parts in split]
@@ -90,7 +90,7 @@ def draw(table: pd.DataFrame) -> Figure:
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     table = needle_scores(table)
-    looks = style.looks(table)
+    looks = legend.looks(table)
     groups, parts = [], list[list[Part]]()
     for title, some in settings(table):
         split = _parts(some)

@@ -8,7 +8,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from sbeval.errors import NothingToDraw
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Heat
 from sbeval.plots.needle import TABLE, settings
 from sbeval.tables import intervals
@@ -28,7 +28,7 @@ def draw(table: pd.DataFrame) -> Figure:
     that did not solve a task at their training length are left out, and how many others there are is said.
     """
     table = _by_depth(table)
-    looks = style.looks(table[table["solved"]])
+    looks = legend.looks(table[table["solved"]])
     if not looks:
         raise NothingToDraw("there is no row of a model that solved its task at its training length")
     grids = settings(table)
@@ -48,14 +48,14 @@ def draw(table: pd.DataFrame) -> Figure:
     bar = figure.colorbar(colours, ax=[axis for line in axes for axis in line], fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=style.SMALL_PT)
     note = f"{_mean_of(table)}; the dashed line is the training length.{_left_out(table)}"
-    style.note_below(figure, style.with_caution(note, table, style.looks(table)))
+    style.note_below(figure, style.with_caution(note, table, legend.looks(table)))
     return figure
 
 
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     table = _by_depth(table)
-    looks = style.looks(table)
+    looks = legend.looks(table)
     groups = []
     for title, some in settings(table):
         rows = {method: intervals.method(some, method) for method in looks}
@@ -87,8 +87,8 @@ def _mean_of(table: pd.DataFrame) -> str:
 
 def _left_out(table: pd.DataFrame) -> str:
     """Name the methods without a map."""
-    solved = style.looks(table[table["solved"]])
-    names = [look.label for method, look in style.looks(table).items() if method not in solved]
+    solved = legend.looks(table[table["solved"]])
+    names = [look.label for method, look in legend.looks(table).items() if method not in solved]
     return f" Solved by no model of {', '.join(names)}." if names else ""
 
 

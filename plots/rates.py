@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from sbeval.errors import InputError
 from sbeval.plots import chart as charts
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
 from sbeval.tables.selection import LENGTH_GEN, RECIPE
@@ -75,10 +75,10 @@ def chart(table: pd.DataFrame) -> Chart:
     return Chart("Loss by learning rate", sentence, groups, _note(settings))
 
 
-def _some(table: pd.DataFrame) -> tuple[Settings, dict[Method, style.Look]]:
+def _some(table: pd.DataFrame) -> tuple[Settings, dict[Method, legend.Look]]:
     if not (settings := _settings(table)):
         raise InputError("there are no models that differ in their learning rate alone")
-    return settings, style.looks(pd.concat([rows for _, panels in settings for rows in panels.values()]))
+    return settings, legend.looks(pd.concat([rows for _, panels in settings for rows in panels.values()]))
 
 
 def _settings(table: pd.DataFrame) -> Settings:
@@ -116,7 +116,7 @@ def _means(rows: pd.DataFrame) -> "pd.Series[float]":
     return rows.groupby("lr")["loss"].mean()
 
 
-def _line(axis: Axes, rows: pd.DataFrame, look: style.Look) -> float:
+def _line(axis: Axes, rows: pd.DataFrame, look: legend.Look) -> float:
     """Draw the line of a method and its seeds; return the highest mean."""
     means = _means(rows)
     line = look.line()

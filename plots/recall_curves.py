@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
-from sbeval.plots import mqrar, style
+from sbeval.plots import legend, mqrar, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import curves, intervals
 from sbeval.tables.results import Results
@@ -51,12 +51,12 @@ def draw(rows: pd.DataFrame) -> Figure:
 
 def figures(rows: pd.DataFrame) -> dict[str, Figure]:
     """Draw each setting, by the words that tell it from the first."""
-    return {name: _figure(picture, style.looks(rows)) for name, picture in mqrar.by_name(_pictures(rows)).items()}
+    return {name: _figure(picture, legend.looks(rows)) for name, picture in mqrar.by_name(_pictures(rows)).items()}
 
 
 def chart(rows: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
-    looks, groups = style.looks(rows), []
+    looks, groups = legend.looks(rows), []
     for picture in _pictures(rows):
         panels = [
             Lines(title=title, x=X, y=Y, lines=charts.bare(_means(part), looks), octaves=False)
@@ -91,8 +91,8 @@ def _means(rows: pd.DataFrame) -> dict[Method, "pd.Series[float]"]:
     }
 
 
-def _figure(picture: mqrar.Picture, looks: dict[Method, style.Look]) -> Figure:
-    panels, methods = _panels(picture), style.methods(picture.rows, looks)
+def _figure(picture: mqrar.Picture, looks: dict[Method, legend.Look]) -> Figure:
+    panels, methods = _panels(picture), legend.methods(picture.rows, looks)
     columns = min(MOST, len(panels))
     figure, axes = style.grid(math.ceil(len(panels) / columns), columns)
     width, height = figure.get_size_inches()
@@ -112,7 +112,7 @@ def _figure(picture: mqrar.Picture, looks: dict[Method, style.Look]) -> Figure:
     return figure
 
 
-def _lines(axis: Axes, rows: pd.DataFrame, looks: dict[Method, style.Look]) -> None:
+def _lines(axis: Axes, rows: pd.DataFrame, looks: dict[Method, legend.Look]) -> None:
     means = _means(rows)
     for method, look in looks.items():
         if method not in means:

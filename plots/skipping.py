@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
 
@@ -41,7 +41,7 @@ LABELS = {
 def draw(table: pd.DataFrame) -> Figure:
     """Draw time by tokens, a line for each kernel."""
     rows = totals(table)
-    looks = style.looks(rows)
+    looks = legend.looks(rows)
     groups, panels = _models(rows), _panels(rows)
     figure, axes = style.grid(len(groups), len(panels), share_y=False)
     for line, (title, of_model) in zip(axes, groups, strict=True):
@@ -65,7 +65,7 @@ def draw(table: pd.DataFrame) -> Figure:
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     rows = totals(table)
-    looks = style.looks(rows)
+    looks = legend.looks(rows)
     groups = []
     for title, of_model in _models(rows):
         panels = []

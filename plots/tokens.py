@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sbeval.errors import InputError
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Line, Lines
 from sbeval.tables import tokens
 from sbeval.tables.tokens import Floats, Ladder, Method
@@ -35,7 +35,7 @@ def has_rows(table: pd.DataFrame) -> bool:
 def draw(table: pd.DataFrame) -> Figure:
     """Draw gaps by training tokens, a method each."""
     settings = _settings(table)
-    looks = style.looks_of(ladder.method for ladders in settings.values() for ladder in ladders)
+    looks = legend.looks_of(ladder.method for ladders in settings.values() for ladder in ladders)
     figure, axes = style.grid(len(settings), 2)
     figure.set_size_inches(style.WIDTH_IN, style.ROW_IN * 1.3 * len(settings) + 1.0)
     # limits beside the fits, in a narrow panel with the same y
@@ -65,7 +65,7 @@ def draw(table: pd.DataFrame) -> Figure:
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     settings = _settings(table)
-    looks = style.looks_of(ladder.method for ladders in settings.values() for ladder in ladders)
+    looks = legend.looks_of(ladder.method for ladders in settings.values() for ladder in ladders)
     groups = []
     for title, ladders in settings.items():
         lines = [Line(looks[ladder.method], _points(ladder)) for ladder in ladders]
@@ -88,7 +88,7 @@ def _settings(table: pd.DataFrame) -> dict[str, list[Ladder]]:
     return settings
 
 
-def _line(axis: Axes, ladder: Ladder, look: style.Look, beside: float) -> None:
+def _line(axis: Axes, ladder: Ladder, look: legend.Look, beside: float) -> None:
     """Draw the points of a method, beside those of others, and its fit, dotted where there are none."""
     points = _points(ladder)
     points["x"] *= beside
@@ -102,14 +102,14 @@ def _line(axis: Axes, ladder: Ladder, look: style.Look, beside: float) -> None:
         axis.plot(at, ladder.at(at), color=look.colour, linewidth=1.2, linestyle=dashes)
 
 
-def _limit(axis: Axes, ladder: Ladder, look: style.Look, place: int) -> None:
+def _limit(axis: Axes, ladder: Ladder, look: legend.Look, place: int) -> None:
     """Draw the limit of a fit and its interval, beside those of other methods."""
     axis.plot([place], [ladder.limit.value], **(look.line() | {"linestyle": "none"}))
     if ladder.limit.low < ladder.limit.high:
         axis.vlines([place], [ladder.limit.low], [ladder.limit.high], color=look.colour, linewidth=1.0)
 
 
-def _handle(look: style.Look) -> Line2D:
+def _handle(look: legend.Look) -> Line2D:
     return Line2D([], [], label=look.label, **(look.line() | {"linestyle": "-"}))
 
 
@@ -141,7 +141,7 @@ def _note(settings: dict[str, list[Ladder]]) -> str:
     return f"Means of {over}; bars: 95 % intervals; {lines}."
 
 
-def _limits(settings: dict[str, list[Ladder]], looks: dict[Method, style.Look]) -> str:
+def _limits(settings: dict[str, list[Ladder]], looks: dict[Method, legend.Look]) -> str:
     """Return the limit of each method, for a page, which has room for it."""
     each = [
         f"{looks[ladder.method].label} {ladder.limit.text()}" for ladders in settings.values() for ladder in ladders

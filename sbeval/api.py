@@ -212,11 +212,11 @@ def draw(
     table is from, for figures of curves, or of values behind the rows, which are beside it. x: with axes, the column of
     the x axis, for rows of one metric; by default what the family is about: `context_length`, `kv_pairs` or `length`.
     """
-    from sbeval.plots import style
+    from sbeval.plots import legend
 
     if not len(table):
         raise InputError("the table has no rows to draw")
-    table = style.named(table)
+    table = legend.named(table)
     name = figure or str(table["family"].iloc[0])
     if axes is not None:
         return _panel(table, name, x, axes)
@@ -228,7 +228,7 @@ def draw(
 
 def _panel(table: pd.DataFrame, family: str, x: str | None, axes: "Axes") -> "Axes":
     """Draw a line with a band for each method."""
-    from sbeval.plots import style
+    from sbeval.plots import legend, style
 
     if x is None:
         rows, x = _selected(table, family)
@@ -237,7 +237,7 @@ def _panel(table: pd.DataFrame, family: str, x: str | None, axes: "Axes") -> "Ax
     else:
         rows = table[table[x].notna()]
     points = intervals.points(rows, [x], intervals.scale_of(str(rows["metric"].iloc[0])))
-    for method, look in style.looks(rows).items():
+    for method, look in legend.looks(rows).items():
         mine = intervals.method(points, method)
         axes.plot(mine[x], mine["mean"], label=look.label, **look.line())
         axes.fill_between(mine[x], mine["low"], mine["high"], color=look.colour, alpha=0.2, linewidth=0)

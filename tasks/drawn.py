@@ -16,7 +16,8 @@ from sbeval.sweep.cell import cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.tasks.synthetic import Scores, Synthetic
 from sbeval.training.checkpoint import State
-from sbeval.training.trainer import Batch, Batches, Trained, Trainer
+from sbeval.training.stepper import Batch
+from sbeval.training.trainer import Batches, Trained, Trainer
 
 EVAL_ROWS = 256
 # steps whose examples are drawn together, with the kernel launches of one step

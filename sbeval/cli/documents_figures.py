@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.report.figures import FORMATS
 from sbeval.runtime.files import prepare, replacing
 from sbeval.tables import intervals, selection
@@ -48,7 +48,7 @@ def figure4(results: Path, axes: Axes) -> None:
     latest = shares[shares["target"] == "latest"]
     heads = latest.loc[latest.groupby("cell")["value"].idxmax(), ["cell", "layer", "head"]]
     points = intervals.points(shares[shares["target"].isin(TARGETS)].merge(heads), ["target"])
-    looks = style.looks(shares)
+    looks = legend.looks(shares)
     for index, (method, look) in enumerate(looks.items()):
         mine = intervals.method(points, method).set_index("target").loc[list(TARGETS)]
         at = [place + 0.38 * (index - (len(looks) - 1) / 2) for place in range(len(TARGETS))]
@@ -76,7 +76,7 @@ def figure5(results: Path, axes: Axes) -> None:
 
 def _lines(axes: Axes, rows: pd.DataFrame, x: str, scale: Scale) -> None:
     points = intervals.points(rows, [x], scale)
-    for method, look in style.looks(rows).items():
+    for method, look in legend.looks(rows).items():
         mine = intervals.method(points, method)
         axes.plot(mine[x], mine["mean"], label=look.label.partition(" (")[0], **look.line())
         axes.fill_between(mine[x], mine["low"], mine["high"], color=look.colour, alpha=0.2, linewidth=0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sbeval.plots import style
+from sbeval.plots import legend
 from sbeval.plots.rates import recipes
 from sbeval.report.maturity import ROPE, size
 from sbeval.tables import curves, few_shot, intervals, markup, selection, tokens, values
@@ -123,7 +123,7 @@ def contexts(table: pd.DataFrame, folder: Path) -> str:
 
 def _labels(methods: Iterable[Method]) -> dict[Method, str]:
     """Return the name of each method, with all of its options, in the order of legends."""
-    return {method: style.looks_of([method])[method].label for method in style.looks_of(methods)}
+    return {method: legend.looks_of([method])[method].label for method in legend.looks_of(methods)}
 
 
 BLOCKS = {

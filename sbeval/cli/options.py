@@ -6,8 +6,9 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
+import typer
 import typer.main
 from typer.core import TyperCommand, TyperGroup
 
@@ -15,6 +16,8 @@ from sbeval.config import AUTO, DATA, EVALUATION, MODEL, RUN, TASK, TRAINING, op
 
 # groups of options, in the order of `--help`
 GROUPS = (TASK, MODEL, TRAINING, EVALUATION, DATA, RUN)
+# groups of commands there
+TASKS, RESULTS, TOOLS = "Tasks", "Results", "Tools"
 # maximum number of values that `--help` lists for a swept option
 LISTED = 6
 # help of options that several commands have
@@ -24,6 +27,10 @@ RESULTS_DIR = "Folder of tables, run files, checkpoints and figures."
 WORKERS = "Cells to run at once: processes that share cores and GPUs, or Ray's CPUs on this machine."
 GPUS_PER_CELL = "GPUs of a Ray task, such as 0.25. Default: one where there are any."
 THREADS = "Threads on the CPU, which --workers share: a number, or auto, the fastest of a short timing."
+
+Device = Annotated[str | None, typer.Option(help=DEVICE)]
+Dtype = Annotated[str | None, typer.Option(help=DTYPE)]
+ResultsDir = Annotated[Path, typer.Option(help=RESULTS_DIR)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from sbeval import registry
 from sbeval.errors import InputError, NothingToDraw, choose
-from sbeval.plots import style
+from sbeval.plots import legend
 from sbeval.report import html
 from sbeval.runtime.files import prepare, remove_left, replacing
 from sbeval.tables import check
@@ -96,7 +96,7 @@ def _selected(table: pd.DataFrame, path: Path, where: Iterable[str]) -> pd.DataF
 
 
 def _write_page(module: registry.Figure, table: pd.DataFrame, file: Path) -> Path:
-    text = html.figure(module.chart(style.named(table)))
+    text = html.figure(module.chart(legend.named(table)))
     with replacing(file) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return file
@@ -108,7 +108,7 @@ def _draw(name: str, rows: pd.DataFrame, folder: Path, suffixes: list[str]) -> l
     files = []
     # fonts go into a pdf as outlines that editors and printers can read; a $ in a name begins no formula
     with matplotlib.rc_context({"pdf.fonttype": 42, "text.parse_math": False}):
-        for setting, figure in registry.figures(name, style.named(rows)).items():
+        for setting, figure in registry.figures(name, legend.named(rows)).items():
             for suffix in suffixes:
                 file = folder / f"{name}{setting}.{suffix}"
                 with replacing(file) as temporary:

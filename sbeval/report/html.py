@@ -13,7 +13,7 @@ import pandas as pd
 
 from sbeval import registry
 from sbeval.errors import InputError
-from sbeval.plots import style
+from sbeval.plots import legend
 from sbeval.plots.chart import SYMBOLS, Chart, Group, Panel, plain, readable
 from sbeval.report import maturity, page
 from sbeval.report.claims import CLAIMS, OWN
@@ -97,7 +97,7 @@ def _charts(tables: dict[str, pd.DataFrame], results_dir: Path, say: Callable[[s
         try:
             rows = registry.gather(name, tables[table], results_dir)
             if registry.has_rows(name, rows):
-                charts[name] = registry.figure(name).chart(style.named(rows))
+                charts[name] = registry.figure(name).chart(legend.named(rows))
         except InputError as error:
             say(f"{name}: skipped, {results_dir / table}.csv: {error}")
     return charts
@@ -233,13 +233,13 @@ def _group(group: Group, *, alone: bool) -> str:
     looks = {look.label: look for panel in group.panels for look in panel.looks()}
     kinds = ["group"] + ["single"] * (len(group.panels) == 1 and not alone) + ["many"] * (len(group.panels) > FEW)
     title = f"<h3>{escape(group.title)}</h3>" if group.title else ""
-    legend = "".join(_entry(look) for look in looks.values())
-    legend = f'<ul class="legend" aria-label="Shown methods">{legend}</ul>' if legend else ""
+    entries = "".join(_entry(look) for look in looks.values())
+    shown = f'<ul class="legend" aria-label="Shown methods">{entries}</ul>' if entries else ""
     panels = "".join(map(_panel, group.panels))
-    return f'<div class="{" ".join(kinds)}">{title}{legend}<div class="panels">{panels}</div></div>\n'
+    return f'<div class="{" ".join(kinds)}">{title}{shown}<div class="panels">{panels}</div></div>\n'
 
 
-def _entry(look: style.Look) -> str:
+def _entry(look: legend.Look) -> str:
     name = escape(look.label)
     return (
         f'<li><button type="button" aria-pressed="true" data-name="{name}">'

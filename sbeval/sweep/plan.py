@@ -44,15 +44,20 @@ def list_cells(part: Part, context: RunContext, console: Console, executor: Exec
     untrained = set(cost.untrained(steps, context))
     for step in steps:
         if not isinstance(step, Cell):
-            study.say(console, f"{step.title}  {step.flops:.1e} FLOPs{'' if step in untrained else '  trained'}")
+            study.say(console, f"{step.title}  {_flops(step)}{'' if step in untrained else '  trained'}")
     missing = set(pending)
     for cell in cells:
-        study.say(console, f"{cell_id(cell)}  {cell.flops:.1e} FLOPs{'' if cell in missing else '  finished'}")
+        study.say(console, f"{cell_id(cell)}  {_flops(cell)}{'' if cell in missing else '  finished'}")
     study.say(console, cost.describe(pending, context, cost.at_once(executor, context)))
     if later:
         flops = sum(cell.flops for cell in later)
         count = f"{len(later)} cell{'s' if len(later) > 1 else ''}"
         study.say(console, f"then at most {count} at what rates turn out best, {flops:.1e} FLOPs")
+
+
+def _flops(step: Step) -> str:
+    """Return the cost of a step; that of a model on the hub is unknown before its download."""
+    return f"{step.flops:.1e} FLOPs" if step.flops else "cost unknown"
 
 
 def _known(part: Part, context: RunContext) -> tuple[list[Cell], list[Cell]]:

@@ -95,7 +95,7 @@ def compare(first: Path, second: Path) -> list[Compared]:
 def _tables(folder: Path) -> dict[str, pd.DataFrame]:
     paths = sorted(folder.glob("*.csv"))
     if not paths:
-        raise InputError(f"{folder} has no result table (such as length_gen.csv): give a --results-dir of a run")
+        raise InputError(f"{folder} has no result table (such as length_gen.csv): give the results folder of a run")
     return {path.stem: read(path, required=COMMON) for path in paths}
 
 

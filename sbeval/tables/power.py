@@ -115,7 +115,8 @@ def measured(config: Config) -> Noise:
     if config.seed_sd is not None:
         spread = Spread(config.seed_sd, math.inf)
     if spread.freedom == 0:
-        raise InputError(f"{path} has no method with two seeds to say how much seeds vary: give --seed-sd")
+        lacks = "has no method with two seeds" if path.exists() else "is not there"
+        raise InputError(f"{path} {lacks} to say how much seeds vary: give --seed-sd")
     over = config.document_sd if config.document_sd is not None else found.documents if found else None
     return Noise(spread, over, found.count if found else 16)
 

@@ -19,7 +19,7 @@ import pytest
 from sbeval.cli import main
 from sbeval.data import corpus
 from sbeval.tables import table
-from sbeval.training.trainer import Trainer
+from sbeval.training.stepper import Stepper
 
 FULL = os.environ.get("SBEVAL_TESTS") == "full"
 # a checkpoint, a store of tokens, a tokenizer, prompts and answers; then a table, run files, values and curves
@@ -162,16 +162,16 @@ def check(place: Place, path: Path, damaged: bytes, code: object, said: str) -> 
 
 def test_a_store_that_is_cut_while_a_model_trains_on_it(whole: Place, tmp_path: Path) -> None:
     """Mapped, it would end the process with SIGBUS, and without a word."""
-    place, step = Place(inputs(tmp_path), whole.rows), Trainer._step
+    place, step = Place(inputs(tmp_path), whole.rows), Stepper.run
 
-    def cutting(self: Trainer, number: int) -> Any:
-        if number == 1:
+    def cutting(self: Stepper, batch: Any, number: int) -> Any:
+        if number == 0:
             (store,) = (tmp_path / "cache").rglob("train.npy")
             os.truncate(store, 10)
-        return step(self, number)
+        return step(self, batch, number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", cutting)
+        patch.setattr(Stepper, "run", cutting)
         code, said = place.run()
     assert code == 2 and "Traceback" not in said, said
     assert said.splitlines()[-1].endswith(

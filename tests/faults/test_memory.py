@@ -32,9 +32,9 @@ from sbeval.models.decoder import Decoder
 from sbeval.runtime.progress import Progress
 from sbeval.tables import table
 from sbeval.tasks import drawn
-from sbeval.training import trainer as train
 from sbeval.training.config import TrainConfig
 from sbeval.training.held_out import Rows
+from sbeval.training.stepper import Stepper
 from sbeval.training.trainer import Trained, Trainer
 
 CPU = torch.device("cpu")
@@ -236,16 +236,16 @@ def test_validation_goes_on_with_fewer_sequences(monkeypatch: pytest.MonkeyPatch
     held_out = Batches(SPLIT, 16, 8, 1, "stream")[0]
     options: dict[str, Any] = {"held_out": held_out, "look_every": 3}
     whole, _ = run(**options)
-    measure, calls = Trainer._held_out_loss, 0
+    measure, calls = Stepper._mean_loss, 0
 
-    def limited(self: Trainer, batch: Any) -> float:
+    def limited(self: Stepper, batch: Any) -> float:
         nonlocal calls
         calls += 1
         if self.rows > 2:
             raise torch.OutOfMemoryError
         return measure(self, batch)
 
-    monkeypatch.setattr(Trainer, "_held_out_loss", limited)
+    monkeypatch.setattr(Stepper, "_mean_loss", limited)
     fewer, said = run(**options)
     assert fewer.rows == 2 and said.count("out of memory") == 2 and calls == 4
     assert_close(fewer, whole)
@@ -286,14 +286,14 @@ RECALL = (
 
 
 def test_the_run_file_says_how_many_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = Trainer._accumulate
+    forward = Stepper._accumulate
 
-    def limited(self: Trainer, *arguments: Any) -> Tensor:
+    def limited(self: Stepper, *arguments: Any) -> Tensor:
         if self.rows > 2:
             raise torch.OutOfMemoryError
         return forward(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "_accumulate", limited)
+    monkeypatch.setattr(Stepper, "_accumulate", limited)
     code, said = command(*RECALL, "--results-dir", tmp_path)
     assert code == 0 and "out of memory at 4 sequences of 16 tokens at a time: continuing with 2" in said
     (path,) = (tmp_path / "runs").iterdir()
@@ -326,14 +326,14 @@ def test_a_model_that_cannot_be_trained_is_one_line_and_the_next_is(
     texts.mkdir()
     for role in ("train", "test"):
         (texts / f"{role}.txt").write_text("some words, and others; " * 50)
-    accumulate = Trainer._accumulate
+    accumulate = Stepper._accumulate
 
-    def failing(self: Trainer, *arguments: Any) -> Tensor:
+    def failing(self: Stepper, *arguments: Any) -> Tensor:
         if self.model.config.attention == "rope":
             return torch.tensor(math.nan)
         return accumulate(self, *arguments)
 
-    monkeypatch.setattr(train.Trainer, "_accumulate", failing)
+    monkeypatch.setattr(Stepper, "_accumulate", failing)
     code, said = command(
         *"train --device cpu --train-len 16 --train-tokens 64 --batch-tokens 32 --attention rope".split(),
         *"--attention alibi".split(),

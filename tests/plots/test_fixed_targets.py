@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from sbeval.errors import InputError
-from sbeval.plots import fixed_targets, style
+from sbeval.plots import fixed_targets, legend
 from sbeval.tables import values
 from sbeval.tables.results import Results
 
@@ -82,7 +82,7 @@ def test_the_change_with_another_document_s_text_is_a_thin_line(tmp_path: Path) 
     other = rows_of("stick_breaking", {512: 1.99}, metric="loss_fixed_targets_unrelated", cell="stick_breaking")
     figure = fixed_targets.draw(fixed_targets.gather(pd.DataFrame([*both, *other]), tmp_path))
     losses, change = figure.axes
-    colour = style.looks(pd.DataFrame(STICKS))[STICK].colour
+    colour = legend.looks(pd.DataFrame(STICKS))[STICK].colour
     thick, thin = (line for line in change.get_lines() if line.get_color() == colour)
     assert thin.get_linewidth() < thick.get_linewidth()
     np.testing.assert_allclose(np.asarray(thin.get_ydata()), [0, -0.01])

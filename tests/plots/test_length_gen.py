@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sbeval.errors import InputError
-from sbeval.plots import length_gen, loss_by_position, style
+from sbeval.plots import legend, length_gen, loss_by_position, style
 
 COMMON: dict[str, Any] = {
     "task": "language",
@@ -143,7 +143,7 @@ def test_a_training_length_without_a_column_leaves_its_panel_empty() -> None:
 def test_the_default_window_is_that_of_the_method() -> None:
     from sbeval.kernels import sliding_window
 
-    assert style.WINDOW == sliding_window.Options().window
+    assert legend.WINDOW == sliding_window.Options().window
 
 
 def test_axes_are_in_powers_of_two_and_mark_the_training_length() -> None:
@@ -251,9 +251,9 @@ def test_settings_are_never_mixed_in_a_panel() -> None:
 
 
 def test_a_method_looks_the_same_in_every_figure() -> None:
-    few = style.looks(table(cell("alibi"), cell("rope")))
-    many = style.looks(table(*(cell(name) for name in [*style.NAMES, "new_kind", "another"])))
-    assert list(many)[: len(style.NAMES)] == [(name, "") for name in style.NAMES]
+    few = legend.looks(table(cell("alibi"), cell("rope")))
+    many = legend.looks(table(*(cell(name) for name in [*legend.NAMES, "new_kind", "another"])))
+    assert list(many)[: len(legend.NAMES)] == [(name, "") for name in legend.NAMES]
     assert few["alibi", ""] == many["alibi", ""] and few["rope", ""] == many["rope", ""]
     assert many["new_kind", ""].label == "new kind"
     for part in ("colour", "marker"):
@@ -261,10 +261,10 @@ def test_a_method_looks_the_same_in_every_figure() -> None:
 
 
 def test_options_are_methods_of_their_own() -> None:
-    looks = style.looks(table(cell("rope", options="theta=10"), cell("rope"), cell("rope", options="theta=20")))
+    looks = legend.looks(table(cell("rope", options="theta=10"), cell("rope"), cell("rope", options="theta=20")))
     assert [look.label for look in looks.values()] == ["RoPE", "RoPE (theta 10)", "RoPE (theta 20)"]
     assert len({look.colour for look in looks.values()}) == 3
-    alone = style.looks(table(cell("rope", options="theta=10")))
+    alone = legend.looks(table(cell("rope", options="theta=10")))
     assert alone["rope", "theta=10"].colour == looks["rope", ""].colour
 
 

@@ -61,6 +61,15 @@ def test_budgets_are_settings_where_the_schedule_depends_on_them() -> None:
     assert len(mqrar_steps.settings(constant)) == 1
 
 
+def test_numbers_of_heads_are_settings_whatever_pairs_they_have() -> None:
+    rows = [cell(32, 300, heads=8), cell(64, 600, heads=8), cell(128, 900), cell(192, 1200)]
+    found = mqrar_steps.settings(pd.DataFrame(rows))
+    assert [(title, part["kv_pairs"].tolist()) for title, part in found] == [
+        ("2x256 model, vocabulary of 1024, sequences of 768 tokens, 1 head", [128, 192]),
+        ("2x256 model, vocabulary of 1024, sequences of 768 tokens, 8 heads", [32, 64]),
+    ]
+
+
 def test_the_power_of_pairs_is_fitted_from_three_numbers_of_them() -> None:
     rows = [cell(pairs, round(10 * pairs**1.5)) for pairs in (16, 64, 256)]
     chart = mqrar_steps.chart(pd.DataFrame(rows))

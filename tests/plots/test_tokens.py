@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 
 from sbeval import registry
 from sbeval.errors import InputError
-from sbeval.plots import style, tokens
+from sbeval.plots import legend, tokens
 from sbeval.report.figures import draw_figures
 from sbeval.tables.tokens import ladders
 
@@ -44,7 +44,7 @@ def test_points_are_the_gaps_and_lines_the_fit() -> None:
     (bar,) = beside.collections
     assert np.asarray(limit.get_ydata()).tolist() == [ladder.limit.value] and beside.get_ylim() == axis.get_ylim()
     assert sorted(bar.get_segments()[0][:, 1]) == [ladder.limit.low, ladder.limit.high]  # type: ignore[attr-defined]
-    assert to_hex(points.get_color()) == style.COLOURS[0] and axis.get_xscale() == "log"
+    assert to_hex(points.get_color()) == legend.COLOURS[0] and axis.get_xscale() == "log"
 
 
 def test_a_method_far_behind_leaves_the_panel_to_the_others() -> None:

@@ -1,7 +1,6 @@
 """Test the report on memory, packages and folders, and that it lists every preset."""
 
 import dataclasses
-import io
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from sbeval import doctor, registry
 from sbeval.cli import main
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
-from sbeval.runtime.console import plain
 from sbeval.training.config import TrainConfig
 
 CPU = torch.device("cpu")
@@ -143,11 +141,3 @@ def test_a_kernel_that_does_not_compile_is_said(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("sbeval.kernels.rope.Mixer.forward", fail)
     assert doctor._hopper(CPU)[2] == "no: unsupported layout"
     assert {name: said for name, _, said in doctor._methods(CPU)}["rope"] == "no: unsupported layout"
-
-
-def test_a_terminal_gets_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    console = plain(file=io.StringIO(), force_terminal=True, width=60)
-    monkeypatch.setattr(main, "plain", lambda: console)
-    main._print_table("Title", ("a", "b"), [("1", "[x]")])
-    assert isinstance(console.file, io.StringIO)
-    assert "┃" in console.file.getvalue() and "[x]" in console.file.getvalue()

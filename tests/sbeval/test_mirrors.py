@@ -8,6 +8,8 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = {"sbeval": "tests/sbeval", "kernels": "tests/kernels", "tasks": "tests/tasks", "plots": "tests/plots"}
 # constants and interfaces, which their users test; else the tests of the module in whose work they take part
 WITHOUT = {
+    "sbeval/cli/results.py": "commands: tests/sbeval/cli/test_main.py",
+    "sbeval/cli/sweeps.py": "commands: tests/sbeval/cli/test_main.py",
     "sbeval/sweep/family.py": "an interface: tests/sbeval/test_registry.py",
     "sbeval/sweep/work.py": "part of a sweep: tests/sbeval/sweep/test_scheduler.py",
     "sbeval/tables/power_options.py": "options of a command: tests/sbeval/tables/test_power.py",
@@ -18,6 +20,7 @@ WITHOUT = {
     "sbeval/tables/curves.py": "stored with values: tests/sbeval/tables/test_values.py",
     "sbeval/tables/parquet.py": "stored with values: tests/sbeval/tables/test_values.py",
     "sbeval/tables/store.py": "stored with values: tests/sbeval/tables/test_values.py",
+    "sbeval/training/stepper.py": "part of training: tests/sbeval/training/test_trainer.py",
     "sbeval/training/fsdp.py": "needs several processes: tests/sbeval/runtime/test_distributed.py",
     "tasks/length_gen_losses.py": "part of the cell: tests/tasks/test_length_gen.py",
     "tasks/length_gen_rows.py": "part of the cell: tests/tasks/test_length_gen.py",

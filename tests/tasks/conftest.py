@@ -10,7 +10,7 @@ import pytest
 from sbeval.evaluation import ruler_tasks
 from sbeval.evaluation.response_cache import Answers
 from sbeval.models import config as model_config
-from sbeval.sweep import scheduler
+from sbeval.sweep import cost
 from sbeval.tasks.needle import Config
 
 TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
@@ -35,7 +35,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setitem(model_config.SIZES, "tiny", TINY)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "cache" / name))
     # which times the machine
-    monkeypatch.setattr(scheduler, "describe_cost", lambda *_: "")
+    monkeypatch.setattr(cost, "describe", lambda *_: "")
     # answers are long, and what a model says has tests of its own
     monkeypatch.setattr(
         ruler_tasks,

@@ -22,6 +22,7 @@ from sbeval.sweep.context import RunContext
 from sbeval.tasks import diagnostics, length_gen, text_training
 from sbeval.tasks.diagnostics import Config, Row, cells
 from sbeval.training import checkpoint
+from sbeval.training.stepper import Stepper
 from sbeval.training.trainer import Trainer
 
 TINY = {"width": 16, "layers": 2, "heads": 2, "hidden": 32, "tied": True}
@@ -140,7 +141,7 @@ def test_length_gen_shares_the_training(
 ) -> None:
     trained = {name: getattr(config, name) for name in length_gen.Config.__dataclass_fields__ if hasattr(config, name)}
     run(length_gen.Config(**trained, eval_len=64), tmp_path / "results", progress, length_gen)
-    monkeypatch.setattr(Trainer, "_step", None)
+    monkeypatch.setattr(Stepper, "run", None)
     assert [row.tokens_seen for row in of(run(config, tmp_path / "results", progress), "copy_gain", distance=64)]
 
 
@@ -159,17 +160,17 @@ def test_an_interrupted_training_is_not_diagnosed_twice(
 
     monkeypatch.setattr(text_training, "train_config", saved_at_every_interval)
     whole = run(config, tmp_path / "whole", progress)
-    step = Trainer._step
+    step = Stepper.run
 
-    def interrupted(self: Trainer, number: int) -> Any:
+    def interrupted(self: Stepper, batch: Any, number: int) -> Any:
         if number == 9:
             raise KeyboardInterrupt
-        return step(self, number)
+        return step(self, batch, number)
 
-    monkeypatch.setattr(Trainer, "_step", interrupted)
+    monkeypatch.setattr(Stepper, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "results", progress)
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Stepper, "run", step)
     resumed = run(config, tmp_path / "results", progress)
     assert [row.tokens_seen for row in of(resumed, "copy_gain", distance=64)] == [256, 512, 640]
     assert resumed.rows == whole.rows

@@ -35,7 +35,7 @@ from sbeval.tasks import few_shot
 from sbeval.tasks.few_shot import Cell, Config, Row, cells
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
-from sbeval.training.trainer import Trainer
+from sbeval.training.stepper import Stepper
 
 TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 CPU = torch.device("cpu")
@@ -424,7 +424,7 @@ def _answers(folder: Path) -> int:
 def test_rows_say_how_their_model_was_trained(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (Path(config.corpus) / "valid.txt").write_text("valid says this and that. " * 9)
     losses = [3.0, 2.0]
-    monkeypatch.setattr(Trainer, "_held_out_loss", lambda self, batch: losses.pop() if losses else 2.5)
+    monkeypatch.setattr(Stepper, "mean_loss", lambda self, batch: losses.pop() if losses else 2.5)
     run(dataclasses.replace(config, train_tokens=640), tmp_path / "results")
     rows = table.read(tmp_path / "results" / "few_shot.csv", table.columns(Row))
     assert set(rows["status"]) == {"overfit"} and (rows["train_tokens"] == 640).all()

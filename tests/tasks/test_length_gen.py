@@ -35,7 +35,7 @@ from sbeval.tasks import length_gen, length_gen_losses, text_training
 from sbeval.tasks.length_gen import Config, cells
 from sbeval.tasks.length_gen_rows import FACTORS, Row, rows
 from sbeval.training import checkpoint, held_out, trainer
-from sbeval.training.trainer import Trainer
+from sbeval.training.stepper import Stepper
 
 TINY = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 
@@ -554,7 +554,7 @@ def test_a_model_that_overfits_is_marked(
     config: Config, tmp_path: Path, progress: Progress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = [3.0, 2.0, 2.2]
-    monkeypatch.setattr(Trainer, "_held_out_loss", lambda self, batch: losses.pop(0) if losses else 2.2)
+    monkeypatch.setattr(Stepper, "mean_loss", lambda self, batch: losses.pop(0) if losses else 2.2)
     config = dataclasses.replace(with_valid(config), train_tokens=16 * 40)
     outcome = run(config, tmp_path / "results", progress)
     assert {row.status for row in outcome.rows} == {"overfit"}  # type: ignore[attr-defined]
@@ -570,7 +570,7 @@ def test_patience_is_of_the_model_and_said_in_the_run_file(
 ) -> None:
     config = dataclasses.replace(with_valid(config), train_tokens=16 * 40)
     assert run(config, tmp_path / "results", progress).measured["ended_by"] == "train_tokens"
-    monkeypatch.setattr(Trainer, "_held_out_loss", lambda self, batch: 2.0)
+    monkeypatch.setattr(Stepper, "mean_loss", lambda self, batch: 2.0)
     outcome = run(dataclasses.replace(config, patience=2), tmp_path / "results", progress)
     found = outcome.curves["held_out_loss"]
     assert outcome.measured["ended_by"] == "patience" and [loss for _, loss in found] == [2.0] * 3

@@ -9,7 +9,7 @@ from sbeval.errors import InputError
 from sbeval.tables.mqrar import Row
 from sbeval.tasks import mqrar
 from sbeval.tasks.mqrar_options import PRESETS, Config, factors
-from sbeval.training.trainer import learning_rate
+from sbeval.training.schedule import learning_rate
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -30,8 +30,8 @@ from sbeval.tasks import length_gen, needle
 from sbeval.tasks.needle import Cell, Config, Row, cells, measured
 from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
+from sbeval.training.stepper import Stepper
 from sbeval.training.text_model import TRAINING
-from sbeval.training.trainer import Trainer
 
 TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 CPU = torch.device("cpu")
@@ -289,7 +289,7 @@ def test_questions_that_are_missing_are_one_line(command: list[object]) -> None:
 def test_rows_say_how_their_model_was_trained(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (Path(config.corpus) / "valid.txt").write_text("valid says this and that. " * 9)
     losses = [3.0, 2.0]
-    monkeypatch.setattr(Trainer, "_held_out_loss", lambda self, batch: losses.pop() if losses else 2.5)
+    monkeypatch.setattr(Stepper, "mean_loss", lambda self, batch: losses.pop() if losses else 2.5)
     (cell,) = run(dataclasses.replace(config, train_tokens=640, lengths=(768,)), tmp_path / "results")
     rows = table.read(tmp_path / "results" / "needle.csv", table.columns(Row))
     assert set(rows["status"]) == {"overfit"} and (rows["train_tokens"] == 640).all()

@@ -25,7 +25,7 @@ from sbeval.tasks.needle import Cell, Config, Row, cells
 from sbeval.tasks.needle_packed import PackedTuning
 from sbeval.tasks.needle_tuning import open_writer
 from sbeval.training import checkpoint
-from sbeval.training.trainer import Trainer
+from sbeval.training.stepper import Stepper
 
 CPU = torch.device("cpu")
 
@@ -185,15 +185,15 @@ def test_a_rate_that_diverges_is_not_chosen(
     packed: Config, tmp_path: Path, solved_at: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solved_at |= {"niah_single_2": [0.5]}
-    steps, trained = Trainer._step, list[float]()
+    steps, trained = Stepper.run, list[float]()
 
-    def diverge(self: Trainer, at: int) -> Any:
+    def diverge(self: Stepper, batch: Any, at: int) -> Any:
         trained.append(self.config.lr)
-        loss = steps(self, at)
+        loss = steps(self, batch, at)
         return loss * float("nan") if self.config.lr in diverging and at == 2 else loss
 
     diverging = [1e-2]
-    monkeypatch.setattr(Trainer, "_step", diverge)
+    monkeypatch.setattr(Stepper, "run", diverge)
     two = dataclasses.replace(packed, finetune_lrs=(1e-3, 1e-2), tasks=("niah_single_2", "niah_single_1"))
     two = dataclasses.replace(two, finetune_tasks=("niah_single_2",))
     found = run(two, tmp_path)
@@ -235,16 +235,16 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
     step: int, packed: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = rows_of(run(packed, tmp_path / "whole"), tmp_path / "whole")
-    steps = Trainer._step
+    steps = Stepper.run
 
-    def stopped(self: Trainer, at: int) -> Any:
-        loss = steps(self, at)
+    def stopped(self: Stepper, batch: Any, at: int) -> Any:
+        loss = steps(self, batch, at)
         if self.config.schedule == "constant" and at == step:
             signal.raise_signal(signal.SIGINT)
         return loss
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "_step", stopped)
+        patch.setattr(Stepper, "run", stopped)
         run(packed, tmp_path / "results")
     (name,) = _tuned(tmp_path / "results")
     state = checkpoint.load_state(tmp_path / "results" / "checkpoints" / name)

@@ -4,7 +4,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from sbeval.plots import chart as charts
-from sbeval.plots import style
+from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
 from sbeval.tables.statistics import Scale
@@ -16,7 +16,7 @@ COLUMNS = ("attention", "options", "seed", "value", "stderr", "model", "seq_len"
 def draw(table: pd.DataFrame) -> Figure:
     """Draw a panel for each model."""
     rows = table.assign(x=table["seq_len"])
-    looks = style.looks(rows)
+    looks = legend.looks(rows)
     panels = style.panels(rows, ("model",), ())
     figure, axes = style.grid(len(panels), 1)
     spreads = []
@@ -30,7 +30,7 @@ def draw(table: pd.DataFrame) -> Figure:
 
 def chart(table: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
-    lines = charts.lines(table, style.looks(table), by="seq_len", scale=Scale.SHARE)
+    lines = charts.lines(table, legend.looks(table), by="seq_len", scale=Scale.SHARE)
     groups = [Group("", [Lines(title="", x="tokens", y="accuracy", lines=lines)])]
     note = intervals.explain(charts.spreads(groups), "bands", "rows")
     return Chart(

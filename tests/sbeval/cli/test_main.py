@@ -274,6 +274,11 @@ def test_dry_run_says_the_grid_and_its_cost_and_writes_nothing(results: Path, tm
     assert second.startswith("mqrar-nope-2-pairs-width-16-") and second.endswith("FLOPs")
     assert cost.startswith("1 cell to run, ") and "FLOPs: roughly " in cost and " on cpu" in cost
     assert snapshot(results) == before
+    # a model on the hub, whose size is unknown before its download
+    hub = run("few-shot", "--device", "cpu", "--model", "someone/model", "--task", "copa", "--dry-run")
+    cell, cost = hub.out.splitlines()[-2:]
+    assert cell.startswith("few_shot-someone-model-copa-") and cell.endswith("  cost unknown"), hub
+    assert cost == "1 cell to run, at a cost that is not known yet"
     forced = run(*RECALL, "--results-dir", results, "--dry-run", "--force")
     assert "finished" not in forced.out and "2 cells to run" in forced.out
     # a corpus must be there, and no folder is made
@@ -458,6 +463,15 @@ def test_plot_draws_from_tables_where_torch_cannot_be_imported(results: Path) ->
     assert (done.returncode, done.stdout.split()) == (0, [str(file) for file in files]), done.stderr
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
     assert len(list((results / "figures").iterdir())) == 2
+
+
+def test_check_counts_what_it_has_read(results: Path) -> None:
+    done = run("check", "--results-dir", results)
+    rows = sum(len(table.read(path)) for path in results.glob("*.csv"))
+    runs, others = len(list((results / "runs").iterdir())), len(list(results.rglob("*.parquet")))
+    assert done.code == 0 and done.out.splitlines()[-1] == (
+        f"{results}: {rows} rows, 2 tables, {runs} run files, {others} other files: as written"
+    )
 
 
 def test_compare_needs_no_torch(results: Path) -> None:

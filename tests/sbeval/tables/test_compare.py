@@ -264,7 +264,7 @@ def test_what_is_shown(tmp_path: Path) -> None:
 
 def test_mistakes(tmp_path: Path) -> None:
     write(tmp_path / "a", {0: 1.0})
-    with pytest.raises(InputError, match="no-such-folder has no result table"):
+    with pytest.raises(InputError, match="no-such-folder has no result table .*: give the results folder of a run"):
         compare.render(tmp_path / "a", tmp_path / "no-such-folder", "csv")
     with pytest.raises(InputError, match="unknown format 'latex'"):
         compare.render(tmp_path / "a", tmp_path / "a", "latex")

@@ -15,9 +15,11 @@ from sbeval.kernels import rope
 from sbeval.models.config import ModelConfig
 from sbeval.runtime import progress
 from sbeval.tasks.generated import Examples
-from sbeval.training import trainer as module
+from sbeval.training import stepper as module
 from sbeval.training.config import TrainConfig
 from sbeval.training.graph import WARM_UP, Graph, refused, waits
+from sbeval.training.loss import forget
+from sbeval.training.stepper import Stepper
 from sbeval.training.trainer import Trained, Trainer
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -86,12 +88,13 @@ class StandIn:
 @pytest.fixture
 def replaying(monkeypatch: pytest.MonkeyPatch) -> Trainer:
     ready = trainer(CPU)
-    ready.replays, ready.stream = True, object()  # type: ignore[assignment]  # a stand-in's
+    stepper = ready.stepper
+    stepper.replays, stepper.stream = True, object()  # type: ignore[assignment]  # a stand-in's
     monkeypatch.setattr(StandIn, "made", [], raising=False)
     monkeypatch.setattr(StandIn, "errors", [], raising=False)
     monkeypatch.setattr(module, "Graph", StandIn)
     monkeypatch.setattr(module, "waits", lambda: contextlib.nullcontext([]))
-    monkeypatch.setattr(Trainer, "_on_stream", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(Stepper, "on_stream", lambda self: contextlib.nullcontext())
     return ready
 
 
@@ -185,15 +188,16 @@ def test_a_step_that_waits_for_the_gpu_is_launched(
 def test_compiling_for_fewer_rows_is_no_wait_of_a_step(
     replaying: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    waited, accumulate = iter([["compiler.py:7"], []]), replaying._accumulate
+    stepper = replaying.stepper
+    waited, accumulate = iter([["compiler.py:7"], []]), stepper._accumulate
 
     def out_of_memory(*batch: Any) -> Tensor:
-        if replaying.launched == WARM_UP - 1 and replaying.rows == BATCH:
+        if stepper.launched == WARM_UP - 1 and stepper.rows == BATCH:
             raise torch.OutOfMemoryError("no memory for so many")
         return accumulate(*batch)
 
     monkeypatch.setattr(module, "waits", lambda: contextlib.nullcontext(next(waited)))
-    monkeypatch.setattr(replaying, "_accumulate", out_of_memory)
+    monkeypatch.setattr(stepper, "_accumulate", out_of_memory)
     # two steps before, one that runs out, and the rest of the warm-up
     run(replaying)
     assert [graph.calls for graph in StandIn.made] == [12 - 2 - WARM_UP]
@@ -203,15 +207,15 @@ def test_compiling_for_fewer_rows_is_no_wait_of_a_step(
 def test_a_step_that_cannot_be_recorded_is_launched(
     replaying: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = Trainer._record
+    record = Stepper._record
 
-    def spoilt(self: Trainer, tokens: Tensor, targets: Tensor) -> bool:
+    def spoilt(self: Stepper, tokens: Tensor, targets: Tensor) -> bool:
         # as recording leaves them
         for parameter in self.model.parameters():
             parameter.grad = torch.full_like(parameter, torch.nan)
         return record(self, tokens, targets)
 
-    monkeypatch.setattr(Trainer, "_record", spoilt)
+    monkeypatch.setattr(Stepper, "_record", spoilt)
     StandIn.errors.append(RuntimeError("CUDA error: operation not permitted when stream is capturing\nSearch for it"))
     assert_same(run(replaying), run(trainer(CPU)))
     assert not StandIn.made
@@ -233,10 +237,11 @@ def test_packed_sequences_are_not_replayed(replaying: Trainer, monkeypatch: pyte
 
 def test_on_a_cpu_nothing_is_recorded() -> None:
     ready = trainer(CPU)
-    assert not ready.replays and ready.stream is None
-    assert all(isinstance(group["lr"], float) for group in ready.optimizer.param_groups)
+    stepper = ready.stepper
+    assert not stepper.replays and stepper.stream is None
+    assert all(isinstance(group["lr"], float) for group in stepper.optimizer.param_groups)
     run(ready)
-    assert ready.graph is None
+    assert stepper.graph is None
 
 
 # compiling warns of what torch does inside itself
@@ -263,12 +268,12 @@ def test_a_replayed_run_is_the_launched_one(
     options: dict[str, Any] = {"attention": attention, "dropout": dropout, "dtype": dtype, "optimizer": optimizer}
     replayed = trainer(place, **options)
     found = run(replayed)
-    assert replayed.graph is not None
+    assert replayed.stepper.graph is not None
     with monkeypatch.context() as patch:
         patch.setattr(module, "WARM_UP", 1 << 30)
         launched = trainer(place, **options)
         wanted = run(launched)
-        assert launched.graph is None
+        assert launched.stepper.graph is None
     assert_same(found, wanted)
     assert len(set(found.state.losses)) == 12
 
@@ -284,9 +289,9 @@ def _synchronize(q: Tensor) -> None:
 @pytest.fixture
 def uncompiled() -> Iterator[None]:
     """No compiled code of other tests, which a method in another form could take for its own."""
-    module._forget()
+    forget()
     yield
-    module._forget()
+    forget()
 
 
 @CUDA
@@ -309,11 +314,11 @@ def test_a_method_that_waits_is_launched(
         patch.setattr(rope.Mixer, "forward", waiting)
         tried = trainer(place, dropout=0.1)
         found = run(tried)
-        assert tried.graph is None and capsys.readouterr().err.count(reason) == 1
+        assert tried.stepper.graph is None and capsys.readouterr().err.count(reason) == 1
         patch.setattr(module, "WARM_UP", 1 << 30)
         assert_same(found, run(trainer(place, dropout=0.1)))
-    module._forget()
+    forget()
     # what waits is gone, and the next model's steps are recorded again
     after = trainer(place, dropout=0.1)
     run(after)
-    assert after.graph is not None
+    assert after.stepper.graph is not None

@@ -1,4 +1,4 @@
-"""Training: schedules, accumulation, what AdamW is told, and runs that are stopped and go on as if nothing had been."""
+"""Training: accumulation, what AdamW is told, and runs that are stopped and go on as if nothing had been."""
 
 import contextlib
 import dataclasses
@@ -31,14 +31,9 @@ from sbeval.training import checkpoint
 from sbeval.training.checkpoint import State
 from sbeval.training.config import TrainConfig
 from sbeval.training.optimizer import optimizer_for
-from sbeval.training.trainer import (
-    Batches,
-    DivergedError,
-    Trained,
-    Trainer,
-    _make_room,
-    learning_rate,
-)
+from sbeval.training.schedule import learning_rate
+from sbeval.training.stepper import Stepper
+from sbeval.training.trainer import Batches, DivergedError, Trained, Trainer
 
 VOCABULARY = 31
 CPU = torch.device("cpu")
@@ -135,68 +130,6 @@ def assert_same_bits(found: Trained, wanted: Trained) -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(found), weights(wanted), strict=True))
 
 
-def schedule(name: str, **changes: Any) -> Callable[[float], float]:
-    fields: dict[str, Any] = {"steps": 100, "batch": 128, "length": 4096, "lr": 0.5, "warmup": 10, "schedule": name}
-    return functools.partial(learning_rate, TrainConfig(**(fields | changes)))
-
-
-@pytest.mark.parametrize("name", ["cosine", "power", "constant", "wsd"])
-def test_warm_up_rises_evenly_to_the_peak(name: str) -> None:
-    rate = schedule(name)
-    assert [rate(step) for step in range(10)] == pytest.approx([0.05 * (step + 1) for step in range(10)])
-    assert schedule(name, warmup=0, power_a=1e9)(0) == 0.5
-
-
-def test_cosine() -> None:
-    rate = schedule("cosine", final_lr=0.2)
-    assert rate(10) == 0.5
-    assert rate(55) == pytest.approx(0.5 * 0.6)
-    assert rate(32) == pytest.approx(0.5 * (0.2 + 0.8 * (1 + math.cos(math.pi * 22 / 90)) / 2))
-    assert rate(100) == pytest.approx(0.1)
-    rates = [rate(step) for step in range(10, 101)]
-    assert rates == sorted(rates, reverse=True)
-
-
-def test_a_rate_of_epochs_is_that_of_their_beginning() -> None:
-    # epochs of 2.5 steps
-    smooth, rate = schedule("cosine", warmup=0), schedule("cosine", warmup=0, epoch_rows=320)
-    assert [rate(step) for step in range(6)] == [smooth(start) for start in (0, 0, 0, 2.5, 2.5, 5)]
-    later = schedule("cosine", epoch_rows=320 * 8)
-    assert [later(step) for step in (8, 9, 10, 19)] == pytest.approx([0.45, 0.5, 0.5, 0.5])
-    assert later(20) == schedule("cosine")(20) < 0.5
-
-
-def test_constant() -> None:
-    assert {schedule("constant")(step) for step in range(9, 100)} == {0.5}
-
-
-def test_constant_then_linear_to_zero() -> None:
-    rate = schedule("wsd", decay=0.25)
-    assert {rate(step) for step in range(9, 76)} == {0.5}
-    assert [rate(step) for step in range(75, 101)] == pytest.approx(
-        [0.5 * (100 - step) / 25 for step in range(75, 101)]
-    )
-    # trainings of other lengths share what is before their decay
-    longer = schedule("wsd", steps=200, decay=0.25)
-    assert [longer(step) for step in range(75)] == [rate(step) for step in range(75)]
-    steps = range(1, 200)
-    trunks = [TrainConfig(**(RUN | {"steps": count, "schedule": "wsd", "decay": 1 / 6})).trunk_steps for count in steps]
-    assert trunks == [count - round(count / 6) for count in steps]
-
-
-def test_power() -> None:
-    # 1000 steps are 524,288,000 tokens: 128 x 4 x 524288000^-0.51
-    rate = schedule("power", steps=10000)
-    assert rate(999) == pytest.approx(0.01829318, rel=1e-5)
-    assert rate(3999) / rate(999) == pytest.approx(4**-0.51)
-    assert schedule("power", steps=10000, lr=0.01)(999) == 0.01
-    # the last tenth falls by the same factor at each step, from where the power law stands
-    assert rate(9000) == pytest.approx(128 * 4 * (9001 * 128 * 4096) ** -0.51)
-    assert rate(9500) == pytest.approx(rate(9000) * math.sqrt(0.1))
-    assert rate(10000) == pytest.approx(rate(9000) * 0.1)
-    assert schedule("power", steps=10000, final_lr=0.5, decay=0.4)(8000) == pytest.approx(rate(6000) * 0.5**0.5)
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("micro_batch", [1, 2, 3])
 def test_accumulated_batches_are_one_batch(micro_batch: int, packed: bool) -> None:
@@ -277,7 +210,7 @@ def test_gradients_are_clipped_to_a_norm(clip: float) -> None:
     assert 1e-2 < norm < 1e3
     run(ready)
     # Adam's first moment is 1 - beta_1 of the first gradient
-    moments = [state["exp_avg"] for state in ready.optimizer.state.values()]
+    moments = [state["exp_avg"] for state in ready.stepper.optimizer.state.values()]
     kept = math.sqrt(sum(x.square().sum().item() for x in moments)) / (1 - ready.config.beta_1)
     assert kept == pytest.approx(min(clip or math.inf, norm), rel=1e-4)
 
@@ -509,17 +442,17 @@ def test_a_look_compiles_nothing(micro_batch: int | None, monkeypatch: pytest.Mo
         look_every=6,
         micro_batch=micro_batch,
     )
-    ready.compiles = True
-    ready.loss.compile_parts(in_place=False)  # type: ignore[operator]  # it is a Loss
+    ready.stepper.compiles = True
+    ready.stepper.loss.compile_parts(in_place=False)  # type: ignore[operator]  # it is a Loss
     counted: list[tuple[int, int]] = []
-    ours = ready._held_out_loss
+    ours = ready.stepper.mean_loss
 
     def look(batch: Any) -> float:
         before, loss = int(frames.frame_count), ours(batch)
         counted.append((before, int(frames.frame_count)))
         return loss
 
-    monkeypatch.setattr(ready, "_held_out_loss", look)
+    monkeypatch.setattr(ready.stepper, "mean_loss", look)
     try:
         found = run(ready)
     finally:
@@ -530,17 +463,20 @@ def test_a_look_compiles_nothing(micro_batch: int | None, monkeypatch: pytest.Mo
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_look_costs_less_than_half_a_step_on_a_gpu() -> None:
+def test_a_look_costs_less_than_half_a_step_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(steps=12, batch=16, length=2048, lr=1e-3, dtype="bfloat16", look_every=1, log_every=1)
     spent: list[float] = []
 
-    class Timed(Trainer):
-        def _held_out_loss(self, batch: Any) -> float:
-            start = time.perf_counter()
-            # it waits for what it gives
-            loss = super()._held_out_loss(batch)
-            spent.append(time.perf_counter() - start)
-            return loss
+    mean_loss = Stepper.mean_loss
+
+    def timed(self: Stepper, batch: Any) -> float:
+        start = time.perf_counter()
+        # it waits for what it gives
+        loss = mean_loss(self, batch)
+        spent.append(time.perf_counter() - start)
+        return loss
+
+    monkeypatch.setattr(Stepper, "mean_loss", timed)
 
     class Windows:
         def __getitem__(self, step: int) -> Batch:
@@ -548,7 +484,7 @@ def test_a_look_costs_less_than_half_a_step_on_a_gpu() -> None:
             return Batch(tokens=rows[:, :-1].contiguous(), targets=rows[:, 1:].contiguous(), cu_seqlens=None)
 
     shape = named("25m", vocab_size=8192, attention="rope")
-    found = run(Timed(shape, config, Windows(), None, torch.device("cuda"), held_out=Windows()[99]))
+    found = run(Trainer(shape, config, Windows(), None, torch.device("cuda"), held_out=Windows()[99]))
     assert found.tokens_per_second is not None
     step = config.batch * config.length / found.tokens_per_second
     assert statistics.median(spent) < 0.5 * step, (spent, step)
@@ -557,7 +493,7 @@ def test_a_look_costs_less_than_half_a_step_on_a_gpu() -> None:
 def rising(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
     """Looks at held-out text find these losses, one after another."""
     left = list(losses)
-    monkeypatch.setattr(Trainer, "_held_out_loss", lambda self, batch: left.pop(0))
+    monkeypatch.setattr(Stepper, "mean_loss", lambda self, batch: left.pop(0))
 
 
 @pytest.mark.parametrize(("patience", "steps"), [(0, 18), (1, 6), (2, 12), (4, 16), (6, 18)])
@@ -746,25 +682,3 @@ if __name__ == "__main__":
         Calls(int(sys.argv[2]), lambda: _wait(int(sys.argv[2]))),
         checkpoint_seconds=float(sys.argv[3]),
     )
-
-
-def test_compiled_code_is_kept_for_one_model_and_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    resets: list[int] = []
-    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
-    monkeypatch.setattr("sbeval.training.trainer._compiled", set())
-    rope, nope = (named("quick", vocab_size=257, attention=name) for name in ("rope", "nope"))
-    steps = (
-        (rope, 1, 0),
-        (rope, 1, 0),
-        (rope, 2, 0),
-        (rope, 3, 0),
-        (rope, 2, 0),
-        (rope, 4, 1),
-        (rope, 1, 1),
-        (nope, 1, 2),
-        (rope, 1, 3),
-    )
-    with torch._dynamo.config.patch(recompile_limit=3):
-        for model, variant, known in steps:
-            _make_room(model, variant)
-            assert len(resets) == known, (model.attention, variant)
