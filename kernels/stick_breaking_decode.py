@@ -5,8 +5,8 @@ oldest, as if it had a whole stick, and leaves what it finds (`PARTS`) and what 
 (`REMAINDERS`). Another kernel joins the chunks, the newest first. Heads that share keys are rows of one tile, so that
 keys and values are read once.
 
-With epsilon there are several launches, for the newest `NEWEST` keys, up to four times as many, and so on; the programs
-of a later one return at once where the earlier chunks have used up the stick.
+With epsilon there are several launches, for the newest keys, up to four times as many, and so on; the programs of a
+later one return at once where the earlier chunks have used up the stick.
 
 Variable grammar: i_ index, o_ offsets, p_ pointers, m_ masks, n_ counts, b_ block values.
 """
@@ -34,8 +34,8 @@ from sbeval.kernels.stick_breaking_triton import (
 
 # what a walk leaves is at least this, the smallest normal float32: 0 says that nobody walked
 LEAST = tl.constexpr(2.0**-126)
-# with epsilon, keys of the first launch, and by how much each further one reaches back
-NEWEST, FARTHER = 4096, 4
+# with epsilon, keys of the first launch at least, and how many times as far each further one reaches back
+NEWEST, FARTHER = 2048, 4
 # programs of a tile of queries in further launches: those whose sticks last get help, as most others return at once
 HELPERS = 16
 # multiprocessors of a device that has none to count
@@ -232,18 +232,18 @@ def decode(
     options, joined = tiles("decode", dim, q.dtype), tiles("combine", dim, q.dtype)
     n_programs = triton.cdiv(n_queries * heads // groups, options["BLOCK_M"]) * batch * groups
     n_tiles = max(1, triton.cdiv(n_keys, options["BLOCK_N"]))
-    slots = at_once(dim, q.dtype) * _processors(q.device)
+    busy = _splits(n_programs, at_once(dim, q.dtype) * _processors(q.device))
     overlap = _overlaps(q.device)
     # tiles of keys of each launch, counted from the newest
     bounds = [0, n_tiles]
     if epsilon > 0:
-        bounds[1:] = [triton.cdiv(NEWEST, options["BLOCK_N"])]
+        # a tile for each program that would else be idle takes no longer
+        bounds[1:] = [max(triton.cdiv(NEWEST, options["BLOCK_N"]), busy)]
         while bounds[-1] < n_tiles:
             bounds.append(bounds[-1] * FARTHER)
         bounds[-1] = n_tiles
     splits = [
-        min(max(_splits(n_programs, slots), HELPERS if newest else 1), triton.cdiv(oldest - newest, 2))
-        for newest, oldest in pairwise(bounds)
+        min(max(busy, HELPERS if newest else 1), triton.cdiv(oldest - newest, 2)) for newest, oldest in pairwise(bounds)
     ]
     n_chunks = sum(splits)
     shape = (batch, n_queries, heads)
