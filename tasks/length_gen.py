@@ -112,6 +112,11 @@ class Config(EvaluatedModel):
         octaves = range((self.eval_len // self.fixed_targets).bit_length())
         return tuple(sorted({*(self.fixed_targets << octave for octave in octaves), self.eval_len}))
 
+    def unrelated(self, train_len: int) -> tuple[int, ...]:
+        """Those past the training length, to measure with another document's text there too; none where the targets
+        themselves reach further back than it."""
+        return tuple(length for length in self.contexts if length > train_len >= self.fixed_targets)
+
 
 # the methods of the paper's figure 5, which names NTK and the window 512; the other factors and windows are ours
 FIGURE_5 = (
@@ -206,7 +211,7 @@ class Cell(TextCell):
         tokens = {config.eval_len: config.documents * config.windows * config.eval_len}
         for length in config.rolling:
             tokens[length] = tokens.get(length, 0) + config.documents * config.eval_len * (1 + len(config.eval_corpus))
-        for length in config.contexts[:-1]:
+        for length in (*config.contexts[:-1], *config.unrelated(config.train_len)):
             tokens[length] = tokens.get(length, 0) + config.documents * config.windows * length
         return sum(self.flops_per_token(length) * count for length, count in tokens.items())
 

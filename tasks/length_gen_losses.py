@@ -74,7 +74,7 @@ class Evaluation:
         targets[config.eval_len] = losses.losses[:, -last:]
         yield target_rows(targets), target_values(targets, documents)
         unrelated: dict[int, Floats] = {}
-        far = [length for length in config.contexts if length > subject.train_len and len(documents) > 1]
+        far = config.unrelated(subject.train_len) if len(documents) > 1 else ()
         for length in far:
             with self._shown(f"after {length} tokens, the furthest of other text", len(windows), length) as how:
                 unrelated[length] = perplexity.fixed_targets(

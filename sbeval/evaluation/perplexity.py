@@ -249,10 +249,12 @@ def fixed_targets(
 
     The model reads the `context` tokens of each window before its last one; see the module. With `own`, of these only
     so many nearest ones; those further back are from the window of the next other document, at the same places. It
-    raises ValueError if there is none. The rest as in `measure`.
+    raises ValueError if there is none, and if some targets are further back. The rest as in `measure`.
     """
     tokens = np.stack([window[-context - 1 :] for _, window in windows]).astype(np.int64)
     if own is not None:
+        if own < targets:
+            raise ValueError(f"{own} tokens of its own have fewer than {targets} targets")
         tokens[:, : context - own] = tokens[_others([document for document, _ in windows]), : context - own]
     return _by_document(_losses(model, tokens, targets, place, dtype, batch, advance, say, world), windows)
 

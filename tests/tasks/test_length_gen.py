@@ -260,6 +260,10 @@ def test_windows_and_contexts_are_octaves() -> None:
     config = Config(train_len=256, eval_len=3000, window=(100,), window_octaves=True, fixed_targets=512)
     assert config.rolling == (100, 256, 512, 1024, 2048) and config.contexts == (512, 1024, 2048, 3000)
     assert (Config().rolling, Config().contexts) == ((), ())
+    # none where targets are further back than the training length: they would be the other document's
+    lengths = (128, 256, 512, 1024, 2048, 3000)
+    assert [config.unrelated(length) for length in lengths[:3]] == [(), (), (1024, 2048, 3000)]
+    assert [config.unrelated(length) for length in lengths[3:]] == [(2048, 3000), (3000,), ()]
     paper = Config(train_len=2048, eval_len=65536, window_octaves=True)
     assert paper.rolling == tuple(2**power for power in range(11, 17)) == length_gen.PRESETS["paper"].rolling
     assert cell_id(cells(config)[0]) != cell_id(cells(Config(train_len=256, eval_len=3000))[0])

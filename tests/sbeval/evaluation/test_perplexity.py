@@ -163,6 +163,9 @@ def test_the_text_further_back_can_be_another_document_s() -> None:
     np.testing.assert_array_equal(plain, same)
     with pytest.raises(ValueError, match="one document"):
         perplexity.fixed_targets(model, windows[:1], targets=5, context=12, own=7, place=CPU, dtype="float32")
+    # the first target would be the other document's
+    with pytest.raises(ValueError, match="5 targets"):
+        perplexity.fixed_targets(model, windows, targets=5, context=12, own=4, place=CPU, dtype="float32")
 
 
 def test_fixed_targets_of_whole_windows_are_the_last_positions() -> None:
