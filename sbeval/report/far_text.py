@@ -26,12 +26,14 @@ def gains(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
     targets = targets.assign(x=pd.to_numeric(targets["context_length"]))
     length = targets["train_len"].astype(float)
     targets = targets[(targets["x"] == length) | (targets["x"] == FACTOR * length)]
-    setting = [*selection.length_gen_setting(targets).columns]
+    setting = [*selection.length_gen_setting(targets).columns, *(name for name in ["targets"] if name in targets)]
     parts = [part for _, part in targets.groupby(setting, dropna=False) if _has_both(intervals.method(part, method))]
     if not parts:
         reason = f"no model was given {FACTOR} times its training length before fixed targets (--fixed-targets 512)"
         return Judged(UNDECIDED, reason=reason, measured=False)
-    rows = max(parts, key=lambda part: (part["params"].max(), part["train_tokens"].max()))
+    rows = max(
+        parts, key=lambda part: [part[name].max() for name in ("params", "train_tokens", "targets") if name in part]
+    )
     complete = rows.groupby(["attention", "options"])["x"].transform("nunique") == 2
     rows = rows[complete]
     count = {"targets": rows["targets"].iloc[0]} if "targets" in rows else {}
@@ -48,19 +50,21 @@ def gains(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
         answers += [_change(method, both, each)]
         found += f", less that with another document's text there {answers[1].text('{:+.3f}'.format)}"
     found += f" ({change.over('documents')}; {models(rows)})."
-    if max(change.seeds) < 2:
-        return Judged(UNDECIDED, found, "one seed")
+    several = [each for each in answers if max(each.seeds) > 1]
+    if any(each.low > -GAIN for each in several):
+        return Judged(NO, found)
+    if len(several) < len(answers):
+        return Judged(UNDECIDED, found, f"one seed{' with the other text' if several else ''}")
     if all(each.high < 0 for each in answers):
         return Judged(YES, found)
-    if any(each.low > -GAIN for each in answers):
-        return Judged(NO, found)
     return Judged(UNDECIDED, found, "the interval includes both")
 
 
 def _unrelated(table: pd.DataFrame, rows: pd.DataFrame, far: int) -> pd.DataFrame:
     """Return the losses of the same tokens of these models with as much text before them, the furthest of it another
     document's."""
-    other = table[(table["metric"] == f"{METRIC}_unrelated") & (table["context_length"] == far)]
+    other = table[table["metric"] == f"{METRIC}_unrelated"]
+    other = other[pd.to_numeric(other["context_length"]) == far]
     return other[other["cell"].isin(rows["cell"])] if "cell" in rows else other.iloc[:0]
 
 
@@ -96,9 +100,11 @@ def beyond_window(table: pd.DataFrame, rows: pd.DataFrame, evidence: Evidence) -
     """
     targets = table[(table["metric"] == METRIC) & (table["train_len"] == rows["train_len"].iloc[0])]
     targets = targets.assign(x=pd.to_numeric(targets["context_length"]))
-    same = [name for name in ("model", "corpus", "tokenizer", "train_tokens") if name in rows]
+    same = [name for name in ("model", "eval_len", "corpus", "tokenizer", "train_tokens") if name in rows]
     ends = sorted(rows["x"].unique())
     targets = targets[targets["x"].isin(ends)].merge(rows[same].drop_duplicates(), on=same)
+    if "targets" in targets:
+        targets = targets[targets["targets"] == targets["targets"].max()]
     complete = targets.groupby(["attention", "options"])["x"].transform("nunique") == len(ends)
     samples = intervals.samples(changes(targets[complete])) if complete.any() else {}
     if STICK not in samples or WINDOW not in samples:

@@ -77,9 +77,20 @@ def test_more_text_of_another_document_must_help_less(frame: Tables) -> None:
         )
         found = judged(pd.concat([own, other.query("context_length > 2048")]))
         assert found.verdict == verdict and "less that with another document's text there" in found.found
-    # of one of three seeds: the others count for the first interval alone
-    found = judged(pd.concat([own, losses(frame, 0.0, metric="loss_fixed_targets_unrelated").query("seed == 1")]))
+    # of one of three seeds: the others count for the first interval alone, and one seed does not say yes
+    one = losses(frame, 0.0, metric="loss_fixed_targets_unrelated").query("seed == 1")
+    found = judged(pd.concat([own, one]))
     assert "less that" in found.found and "3 seeds" in found.found
+    assert (found.verdict, found.reason) == (UNDECIDED, "one seed with the other text")
+    assert judged(pd.concat([losses(frame, 0.0), one])).verdict == NO
+
+
+def test_other_targets_are_another_setting(frame: Tables) -> None:
+    """The same models, evaluated once more on fewer targets, whose losses are another level."""
+    own = losses(frame, -0.01)
+    fewer = own.assign(targets=256, value=own["value"] - 0.5, cell=own["cell"] + "-256")
+    for table in (pd.concat([own, fewer]), pd.concat([fewer, own])):
+        assert judged(table).found == judged(own).found
 
 
 def test_documents_are_paired(frame: Tables) -> None:
