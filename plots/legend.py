@@ -132,16 +132,14 @@ def looks_of(methods: Iterable[Method]) -> dict[Method, Look]:
     positions = _fixed(methods, forms)
     for method in sorted(set(methods) - set(positions)):
         if "=" in method[1] and len(forms[method[0]]) > 1:
-            positions[method] = _unlike(_position(method), positions.values())
-    candidates = itertools.chain(
-        range(len(NAMES), len(COLOURS)),
-        (index for name, index in order.items() if name not in forms),
-        itertools.count(len(COLOURS)),
-    )
-    free = (index for index in candidates if index not in set(positions.values()))
+            positions[method] = _unlike(itertools.count(_position(method)), positions.values())
+    unused = (index for name, index in order.items() if name not in forms)
+    free = [*range(len(NAMES), len(COLOURS)), *unused, *range(len(COLOURS), LOOKS)]
     styled: dict[Method, Look] = {}
     for method in sorted(methods, key=lambda pair: (order.get(pair[0], len(NAMES)), pair)):
-        index = positions[method] if method in positions else next(free)
+        if method not in positions:
+            positions[method] = _unlike(free, positions.values())
+        index = positions[method]
         styled[method] = Look(
             label=_label(*method, forms[method[0]]),
             colour=COLOURS[index % len(COLOURS)],
@@ -171,15 +169,15 @@ def _position(method: Method) -> int:
     return zlib.crc32(":".join(method).encode()) % LOOKS
 
 
-def _unlike(position: int, taken: Iterable[int]) -> int:
-    """Return the first position from this one on with a colour that no other has; if all are taken, with a marker in
-    that colour that none has; if these are too, this one."""
+def _unlike(candidates: Iterable[int], taken: Iterable[int]) -> int:
+    """Return the first position with a colour that no other has; if all are taken, with a colour and a marker that
+    none has together; if these are too, the first."""
     looks = {(other % len(COLOURS), other % len(MARKERS)) for other in taken}
-    colours, candidates = {colour for colour, _ in looks}, range(position, position + LOOKS)
+    colours, candidates = {colour for colour, _ in looks}, [*itertools.islice(candidates, LOOKS)]
     if len(colours) < len(COLOURS):
         return next(index for index in candidates if index % len(COLOURS) not in colours)
     free = (index for index in candidates if (index % len(COLOURS), index % len(MARKERS)) not in looks)
-    return next(free, position)
+    return next(free, candidates[0])
 
 
 def named(table: pd.DataFrame) -> pd.DataFrame:

@@ -83,3 +83,10 @@ def test_a_setting_of_your_own_has_words_and_a_colour_wherever_it_is() -> None:
     # a look of its own that is not the method's, unless it is its only form
     base = legend.looks_of([("stick_breaking", "")])["stick_breaking", ""]
     assert few.colour != base.colour and legend.looks_of([last, ("rope", "")])[last].colour == base.colour
+
+
+def test_a_method_without_a_name_here_looks_like_no_setting() -> None:
+    own = [("stick_breaking", f"theta={value}.0") for value in range(500, 540)]
+    for setting in own:
+        looks = legend.looks_of([("stick_breaking", ""), setting, ("rope", ""), ("tempered", "")])
+        assert len({look.colour for look in looks.values()}) == 4, setting
