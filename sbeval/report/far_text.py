@@ -16,7 +16,7 @@ METRIC = "loss_fixed_targets"
 WINDOW = ("sliding_window", "")
 # how many times the training length is far, as in the paper's figure 5
 FACTOR = LENGTHS[1] // LENGTHS[0]
-# nats/token: a gain that is smaller is none
+# nats/token: where the interval includes 0, a gain that is surely smaller is none
 GAIN = 0.002
 
 
@@ -51,7 +51,7 @@ def gains(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
         found += f", less that with another document's text there {answers[1].text('{:+.3f}'.format)}"
     found += f" ({change.over('documents')}; {models(rows)})."
     several = [each for each in answers if max(each.seeds) > 1]
-    if any(each.low > -GAIN for each in several):
+    if any(each.high >= 0 and each.low > -GAIN for each in several):
         return Judged(NO, found)
     if len(several) < len(answers):
         return Judged(UNDECIDED, found, f"one seed{' with the other text' if several else ''}")

@@ -39,7 +39,7 @@ def judged(table: pd.DataFrame, values: documents.Values = documents.nothing, **
 
 @pytest.mark.parametrize(
     ("change", "noise", "verdict"),
-    [(-0.01, 0.0005, YES), (0.0, 0.0005, NO), (0.01, 0.0005, NO), (-0.001, 0.003, UNDECIDED)],
+    [(-0.01, 0.0005, YES), (-0.0012, 0.0003, YES), (0.0, 0.0005, NO), (0.01, 0.0005, NO), (-0.001, 0.003, UNDECIDED)],
 )
 def test_by_the_interval_over_seeds(frame: Tables, change: float, noise: float, verdict: str) -> None:
     found = judged(losses(frame, change, noise=noise))
