@@ -22,6 +22,8 @@ from sbeval.tables.selection import LENGTH_GEN, by_context, length_gen_setting
 from sbeval.tables.statistics import Method
 
 TABLE = "length_gen"
+# settings in a row of panels, where methods are in one column
+ABREAST = 3
 COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", *LENGTH_GEN.columns, "context_length")
 # perplexities that differ by more than this factor are drawn on a logarithmic axis, and panels end at this multiple of
 # the best method's last value: one that diverges would flatten all others
@@ -96,15 +98,15 @@ def chart(table: pd.DataFrame) -> Chart:
 def panels(table: pd.DataFrame, scale: Scale) -> Figure:
     """Draw lines of `value` by `x`, a method each, in rows and columns of panels; `end` is the last token of a point.
 
-    A line that leaves its panel is named below; its band ends where it does.
+    A row is a setting. Where there is one column, ABREAST settings are in a row. A line that leaves its panel is named
+    below; its band ends where it does.
     """
     columns = groups(table)
     rows = _rows(table)
-    figure, axes = style.grid(len(rows), len(columns))
+    figure, axes, lines_of_axes = _grid([title for title, _ in rows], len(columns))
     spreads: list[pd.DataFrame] = []
     beyond: dict[str, None] = {}
-    for (title, of_row), line in zip(rows, axes, strict=True):
-        style.title(line[0], title)
+    for (_, of_row), line in zip(rows, lines_of_axes, strict=True):
         top = scale.top(of_row)
         points = intervals.points(of_row, ["x"], scale.values)
         for axis, column in zip(line, columns, strict=True):
@@ -117,7 +119,7 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
                 style.decades(axis)
         if top < math.inf:
             line[0].set_ylim(0.98 * _lowest(points, top), top)
-        style.label(line[0], "", scale.y)
+        style.label(line[0], "", scale.y if any(line[0] is row[0] for row in axes) else "")
     for below in zip(*axes, strict=True):
         next(axis for axis in reversed(below) if axis.axison).set_xlabel(scale.x, fontsize=style.TEXT_PT)
     note = intervals.explain(spreads, "bands", "documents") + style.leaving(beyond)
@@ -125,6 +127,26 @@ def panels(table: pd.DataFrame, scale: Scale) -> Figure:
     handles = [*(look.handle() for look in looks.values()), style.training_length_handle()]
     style.finish(figure, handles, style.with_caution(note, table, looks))
     return figure
+
+
+def _grid(titles: list[str], columns: int) -> tuple[Figure, list[list[Axes]], list[list[Axes]]]:
+    """Make a figure with these titles; return it, its rows of panels, and the panels of each title."""
+    words = [title.split(", ") for title in titles]
+    shared = [word for word in words[0] if all(word in other for other in words)]
+    rests = [", ".join(word for word in each if word not in shared) for each in words]
+    if columns > 1 or len(titles) <= ABREAST or not shared or not all(rests):
+        figure, axes = style.grid(len(titles), columns)
+        for title, line in zip(titles, axes, strict=True):
+            style.title(line[0], title)
+        return figure, axes, axes
+    figure, axes = style.grid(math.ceil(len(titles) / ABREAST), ABREAST, share_y=False)
+    panels = [axis for row in axes for axis in row]
+    style.title(panels[0], ", ".join(shared))
+    for rest, axis in zip(rests, panels, strict=False):
+        style.subtitle(axis, rest)
+    for axis in panels[len(titles) :]:
+        axis.set_axis_off()
+    return figure, axes, [[axis] for axis in panels[: len(titles)]]
 
 
 def _lowest(points: pd.DataFrame, top: float) -> float:

@@ -140,6 +140,19 @@ def test_a_training_length_without_a_column_leaves_its_panel_empty() -> None:
     assert labels(length_gen.draw(table(cell("sliding_window")))) == ["sliding window of 512"]
 
 
+def test_many_settings_are_abreast_under_what_they_share() -> None:
+    counts = [10**6, 2 * 10**6, 4 * 10**6, 8 * 10**6]
+    figure = length_gen.draw(table(*(cell(name, train_tokens=count) for count in counts for name in ("rope", "alibi"))))
+    shown = [axis for axis in figure.axes if axis.axison]
+    assert len(figure.axes) == 6 and len(shown) == 4
+    title, *rests = [text.get_text() for axis in shown for text in axis.texts]
+    assert title == "Small model, trained at length 256, books"
+    assert rests == [f"{count:,} training tokens" for count in counts]
+    # axes are named at the left and at the bottom of what is drawn
+    assert [bool(axis.get_ylabel()) for axis in shown] == [True, False, False, True]
+    assert [bool(axis.get_xlabel()) for axis in shown] == [False, True, True, True]
+
+
 def test_the_default_window_is_that_of_the_method() -> None:
     from sbeval.kernels import sliding_window
 
