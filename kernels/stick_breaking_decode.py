@@ -82,8 +82,9 @@ def decode_kernel(
     o_row = pid // (n_groups * n_batch) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     o_key = _key_order(BLOCK_N)
-    K += i_b * stride_kb + i_g * stride_kh
-    V += i_b * stride_vb + i_g * stride_vh
+    # a cache may have its heads as far apart as it is long
+    K += i_b * stride_kb + i_g.to(tl.int64) * stride_kh
+    V += i_b * stride_vb + i_g.to(tl.int64) * stride_vh
     n_k = n_keys
     if LENGTHS is not None:
         n_k = tl.load(LENGTHS + i_b)

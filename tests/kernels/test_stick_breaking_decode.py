@@ -84,6 +84,16 @@ def test_a_used_up_stick_leaves_older_keys_unread() -> None:
     assert float((rest - wanted_rest).abs().max()) <= 2.0**-24
 
 
+def test_heads_of_a_long_cache_are_further_apart_than_32_bits_count() -> None:
+    """As in a cache of 64 M keys a head, of which nothing but the first is ever in memory."""
+    apart, dim = 2**30, 16
+    q, k, _ = (x.half() for x in draw(1, 70, 3, 3, dim))
+    far = torch.empty(2 * apart + 70 * dim, dtype=k.dtype, device=PLACE).as_strided(k.shape, (0, dim, apart, 1))
+    far.copy_(k)
+    for near, other in zip(decode(q, k, k, 0.0), decode(q, far, far, 0.0), strict=True):
+        assert torch.equal(near, other)
+
+
 def test_a_remainder_below_all_numbers_is_none_that_is_missing() -> None:
     """Four hundred keys that take nearly all: what they leave is no float32, and later chunks know that it is there."""
     q, k, v = draw(1, 400, 2, 2)
