@@ -73,7 +73,6 @@ def draw(rows: pd.DataFrame) -> Figure:
     figure, axes = style.pairs(len(settings))
     spreads: list[pd.DataFrame] = []
     beyond: dict[str, None] = {}
-    others = 0
     for (title, panels), of_row in zip(settings, axes, strict=True):
         style.title(of_row[0], title)
         for axis, (y, of) in zip(of_row, panels.items(), strict=False):
@@ -81,7 +80,7 @@ def draw(rows: pd.DataFrame) -> Figure:
             last = y == [*panels][-1]
             beyond |= dict.fromkeys(_lines(axis, points, looks, _top(y, of), bands=last))
             if y == CHANGE:
-                others += _thin(axis, of, looks)
+                _thin(axis, of, looks)
             train_len = int(of["train_len"].iloc[0])
             style.octaves(axis, of["x"].min(), of["x"].max(), train_len, most=6)
             style.training_length(axis, train_len)
@@ -91,7 +90,8 @@ def draw(rows: pd.DataFrame) -> Figure:
         if len(panels) < len(of_row):
             of_row[-1].set_axis_off()
     note = intervals.explain(spreads, "bands", "documents") + style.leaving(beyond)
-    note += " Thin lines: with another document's text past the training length." if others else ""
+    if (rows["metric"] == UNRELATED).any():
+        note += " Thin lines: with another document's text past the training length."
     note = style.with_caution(note, rows, looks)
     style.finish(figure, [*(look.handle() for look in looks.values()), style.training_length_handle()], note)
     return figure
@@ -123,16 +123,13 @@ def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, legend.Look], t
     return beyond
 
 
-def _thin(axis: Axes, rows: pd.DataFrame, looks: dict[Method, legend.Look]) -> int:
-    """Draw the change with another document's text of the methods that have it, and return how many do."""
+def _thin(axis: Axes, rows: pd.DataFrame, looks: dict[Method, legend.Look]) -> None:
+    """Draw the change with another document's text of the methods that have it."""
     other = rows.dropna(subset="other").assign(value=rows["other"])
-    drawn = 0
     for method, look in looks.items():
         if (mine := intervals.method(other, method))["x"].nunique() > 1:
             means = mine.groupby("x")["value"].mean()
             axis.plot(means.index, means, color=look.colour, linewidth=0.8, alpha=0.8)
-            drawn += 1
-    return drawn
 
 
 def chart(rows: pd.DataFrame) -> Chart:
