@@ -37,16 +37,17 @@ def gains(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
     complete = rows.groupby(["attention", "options"])["x"].transform("nunique") == 2
     rows = rows[complete]
     count = {"targets": rows["targets"].iloc[0]} if "targets" in rows else {}
-    change = _change(method, rows, by_document(rows, evidence, **count))
+    mine = intervals.method(rows, method)
+    change = _change(method, rows, by_document(mine, evidence, **count))
     near, far = (int(rows["x"].min()), int(rows["x"].max()))
     found = (
         f"Loss of the same tokens with {far} instead of {near} tokens of context: "
         f"{change.text('{:+.3f}'.format)} nats/token"
     )
     answers = [change]
-    own, other = rows[rows["x"] == far], _unrelated(table, rows, far)
-    if _has_both(both := intervals.method(pd.concat([other.assign(x=near), own]), method)):
-        each = by_document(rows, evidence, ("nll_sum_unrelated", far), **count)
+    other = _unrelated(table, mine, far)
+    if _has_both(both := pd.concat([other.assign(x=near), mine[mine["x"] == far]])):
+        each = by_document(mine, evidence, ("nll_sum_unrelated", far), **count)
         answers += [_change(method, both, each)]
         found += f", less that with another document's text there {answers[1].text('{:+.3f}'.format)}"
     found += f" ({change.over('documents')}; {models(rows)})."
