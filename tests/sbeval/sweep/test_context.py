@@ -6,6 +6,8 @@ import pickle
 import sys
 import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,23 @@ from sbeval.models.decoder import Decoder
 from sbeval.runtime.progress import Progress
 from sbeval.sweep.context import RunContext
 from sbeval.training import checkpoint
+
+
+def turns(held: AbstractContextManager[object], wanted: Callable[[], AbstractContextManager[object]]) -> list[str]:
+    """Hold a lock while another thread wants it, and return in what order they did their work."""
+    order: list[str] = []
+
+    def second() -> None:
+        with wanted():
+            order.append("second")
+
+    with held:
+        other = threading.Thread(target=second)
+        other.start()
+        time.sleep(0.1)
+        order.append("first")
+    other.join()
+    return order
 
 
 def test_force_empties_a_checkpoint(tmp_path: Path) -> None:
@@ -58,22 +77,15 @@ def test_a_checkpoint_is_of_one_at_a_time(
         RunContext(results_dir=tmp_path, device=torch.device("cpu")),
         Console(file=io.StringIO(), width=200),
     )
-    order: list[str] = []
-
-    def second() -> None:
-        with context.checkpoint(["key"], Progress(console)):
-            order.append("second")
-
+    folder = context.folder(["key"])
     if finished is not None:
         model = Decoder(ModelConfig(vocab_size=8, width=4, layers=1, heads=1, hidden=4))
-        checkpoint.save(context.folder(["key"]), model, checkpoint.State(finished=finished))
-    with context.checkpoint(["key"], Progress(console)) as folder:
-        other = threading.Thread(target=second)
-        other.start()
-        time.sleep(0.1)
-        order.append("first")
-    other.join()
-    assert order == ["first", "second"]
+        checkpoint.save(folder, model, checkpoint.State(finished=finished))
+
+    def checkpoints() -> AbstractContextManager[Path]:
+        return context.checkpoint(["key"], Progress(console))
+
+    assert turns(checkpoints(), checkpoints) == ["first", "second"]
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == ("" if finished else f"another process trains {folder}: waiting\n")
 
@@ -82,19 +94,12 @@ def test_a_cell_is_of_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("sbeval.sweep.context.POLL_S", 0.01)
     context = RunContext(results_dir=tmp_path, device=torch.device("cpu"))
     console = Console(file=io.StringIO(), width=200)
-    order: list[str] = []
 
-    def second() -> None:
-        with context.cell("recall-rope", Progress(console)):
-            order.append("second")
+    def cells() -> AbstractContextManager[None]:
+        return context.cell("recall-rope", Progress(console))
 
-    with context.cell("recall-rope", Progress(console)), context.cell("recall-nope", Progress(console)):
-        other = threading.Thread(target=second)
-        other.start()
-        time.sleep(0.1)
-        order.append("first")
-    other.join()
-    assert order == ["first", "second"]
+    with context.cell("recall-nope", Progress(console)):
+        assert turns(cells(), cells) == ["first", "second"]
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == "another process runs recall-rope: waiting\n"
 
