@@ -33,7 +33,7 @@ GROWTH_RULE = (
 )
 FAR_RULE = (
     "Loss of the same tokens (--fixed-targets): its change from the training length to "
-    f"{far_text.FACTOR} times as much text before them, of the largest models on the most tokens, two seeds or more. "
+    f"{far_text.FACTOR} times as much text before them, of the largest models of two seeds or more on the most tokens. "
     "Where that was measured, also less the loss with another document's text further back than the training length. "
     f"Yes: the intervals lie below 0. No: one does not, and lies above −{far_text.GAIN:g} nats/token."
 )
