@@ -312,9 +312,9 @@ def key_kernel(
     n_tiles = (n_q + BLOCK_M - 1) // BLOCK_M
     first = tl.maximum(i_n * BLOCK_N - past, 0) // BLOCK_M
     n_diagonal = tl.minimum((tl.maximum(i_n * BLOCK_N + BLOCK_N - 1 - past, 0) + BLOCK_M - 1) // BLOCK_M, n_tiles)
+    P_Q = Q + _first_row(i_b, start, i_g * GROUP, stride_qb, stride_qt, stride_qh)
     for i_member in range(GROUP):
         i_h = i_g * GROUP + i_member
-        P_Q = Q + _first_row(i_b, start, i_h, stride_qb, stride_qt, stride_qh)
         P_DO = DO + ((i_b * n_queries + start) * n_heads + i_h) * D
         row = (i_b * n_heads + i_h) * n_queries + start
         for masked in tl.static_range(2):
@@ -341,6 +341,7 @@ def key_kernel(
                 b_dv += _product(b_p.to(b_do.dtype), b_do, EXACT)
                 b_g = b_p * (_product(b_v, tl.trans(b_do), EXACT) - b_delta[None, :])
                 b_dk += _product(b_g.to(b_q.dtype), b_q, EXACT)
+        P_Q += stride_qh
     p_rows = ((i_b * n_keys + start + o_n) * n_groups + i_g).to(tl.int64)[:, None] * D + o_d[None, :]
     m_rows = (o_n < n_k)[:, None] & (o_d < D)[None, :]
     tl.store(DK + p_rows, (b_dk * (scale * 0.6931471805599453)).to(DK.dtype.element_ty), mask=m_rows)

@@ -562,6 +562,7 @@ def key_kernel(
         slot += tl.load(SLOTS + i_s)
         i_forward = tl.load(FORWARD_BLOCKS + i_s)
         i_key_tile = tl.load(CU_SEQLENS + i_s) // BLOCK_N + i_s
+    P_Q = Q + _first_row(i_b, start, i_g * GROUP, stride_qb, stride_qt, stride_qh)
     for i_member in range(GROUP):
         i_h = i_g * GROUP + i_member
         i_bh = i_b * n_heads + i_h
@@ -576,7 +577,6 @@ def key_kernel(
         b_bias = 0.0
         if BIAS is not None:
             b_bias = tl.load(BIAS + i_h) * 1.4426950408889634
-        P_Q = Q + _first_row(i_b, start, i_h, stride_qb, stride_qt, stride_qh)
         P_DO = DO + ((i_b * n_queries + start) * n_heads + i_h) * D
         p_delta = DELTA + i_bh * 2 * n_queries + start
         p_stop = STOP + i_bh * n_forward_blocks + i_forward
@@ -612,6 +612,7 @@ def key_kernel(
                 )  # fmt: skip
                 b_dv += _product(tl.trans(b_weight), b_do, EXACT)
                 b_dk += _product(tl.trans(b_dz.to(b_q.dtype)), b_q, EXACT)
+        P_Q += stride_qh
     rows = ((i_b * n_keys + start + o_n) * n_groups + i_g).to(tl.int64)
     p_rows = rows[:, None] * D + o_d[None, :]
     m_rows = (o_n < n_k)[:, None] & (o_d < D)[None, :]
