@@ -19,9 +19,9 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from sbeval.kernels import stick_breaking_hopper, stick_breaking_hopper_backward
 
 FLOAT32 = {"BIAS", "REMAINDER", "DBIAS", "DELTA"}
-INT32 = {"STOP", "TICKET", "DQ_COUNT", "CU_SEQLENS", "BLOCKS", "STOP_BLOCKS", "TILES", "PLAN"}
+INT32 = {"STOP", "TICKET", "DQ_COUNT", "CU_SEQLENS", "BLOCKS", "PLAN", "TILES"}
 INT64 = {"STATE", "BY_LENGTH"}
-PACKING = ("CU_SEQLENS", "BLOCKS", "BY_LENGTH", "STOP_BLOCKS", "TILES")
+PACKING = ("CU_SEQLENS", "BLOCKS", "BY_LENGTH", "TILES")
 KERNELS = {
     "forward": (stick_breaking_hopper.forward_kernel, stick_breaking_hopper.CONFIGS),
     "backward": (stick_breaking_hopper_backward.backward_kernel, stick_breaking_hopper_backward.CONFIGS),
