@@ -16,6 +16,10 @@ tiles of 64 queries that see them: five products a tile, no saved states. Gradie
 - Three more warps, so that no warpgroup waits for memory: one brings queries and the output's gradients by TMA, one
   fetches what newer programs left, one adds to dq by TMA.
 - A query tile's walk ends where forward stopped: older programs neither touch it nor wait for it.
+- The longest programs are those of the oldest keys, which come last. So that no multiprocessor is long without one at
+  the end, the last heads come in ranges of queries, the newest and longest range first: the programs of a range have
+  fewer tiles, and add dk and dv to what those of the ranges before left of the same keys. Where the queries of one
+  head are too many for the L2, those of all heads come so.
 """
 
 import functools
@@ -65,6 +69,8 @@ TILE = gl.constexpr(64)
 BETA_SCALE = gl.constexpr(2.0**15)
 # steps whose query tile is remembered
 WORDS = gl.constexpr(8)
+# of the queries of heads that come in ranges: with 5 these are 5/15, 4/15 .. 1/15 of the tiles
+RANGES = gl.constexpr(5)
 
 
 @gluon.jit
@@ -171,6 +177,12 @@ def _publish(p_count):
         }""",
         "=r,l", [p_count], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@gluon.jit
+def _publish_all(p_count):
+    """Add 4 to a counter: 1 for each warp of a warpgroup."""
+    _publish(p_count)
 
 
 @builtin
@@ -315,6 +327,58 @@ def _gradients(h01, h23, d0, d1, d2, d3, b01, b23, st, delta, drem, later, DTYPE
 
 
 @gluon.jit
+def _edge(n_tiles, i):
+    """Where the i-th range of query tiles ends."""
+    return n_tiles * ((RANGES - i) * (RANGES + 1 - i)) // (RANGES * (RANGES + 1))
+
+
+@gluon.jit
+def _n_programs(end, n_past):
+    """How many programs have queries before tile `end`."""
+    return gl.where(end > 0, (end + n_past + 1) // 2, 0)
+
+
+@gluon.jit
+def _deal(ticket, shares, n_blocks, n_tiles, n_past):
+    """The head, key tile and query tiles of a program; which range that is, and where it leaves dk and dv.
+
+    shares: heads that come whole, those that come in ranges, and how many at a time of the former and the latter.
+    """
+    n_whole, n_cut, together, cut_together = shares
+    i_cut = ticket - n_whole * n_blocks
+    is_cut = i_cut >= 0
+    n_programs = n_blocks
+    for i in gl.static_range(1, RANGES):
+        n_programs += gl.where(is_cut, _n_programs(_edge(n_tiles, i), n_past), 0)
+    together = gl.where(is_cut, cut_together, together)
+    ticket = gl.where(is_cut, i_cut, ticket)
+    turn = ticket // (together * n_programs)
+    first = turn * together
+    ticket -= first * n_programs
+    members = gl.minimum(together, gl.where(is_cut, n_cut, n_whole) - first)
+    i_member = ticket % members
+    ticket = ticket // members
+    i_range = 0 * ticket
+    begin = gl.where(is_cut, _edge(n_tiles, 1), 0)
+    end = n_tiles
+    for i in gl.static_range(1, RANGES):
+        is_later = ticket >= _n_programs(end, n_past)
+        ticket -= gl.where(is_later, _n_programs(end, n_past), 0)
+        i_range += gl.where(is_later, 1, 0)
+        end = gl.where(is_later, begin, end)
+        begin = gl.where(is_later, _edge(n_tiles, i + 1), begin)
+    i_n = _n_programs(end, n_past) - 1 - ticket
+    # where all ranges of these keys leave dk and dv, or -1; how often others have been there before
+    n_shared = _n_programs(_edge(n_tiles, 1), n_past)
+    i_place = gl.where(is_cut & (i_n < n_shared), i_member * n_shared + i_n, -1)
+    n_before = i_range
+    for i in gl.static_range(RANGES):
+        n_before += gl.where(i_n < _n_programs(_edge(n_tiles, i), n_past), turn, 0)
+    is_last = i_n >= _n_programs(begin, n_past)
+    return gl.where(is_cut, n_whole, 0) + first + i_member, i_n, begin, end, i_range, i_place, n_before, is_last
+
+
+@gluon.jit
 def _next_tile(p_stop, i_m, n_tiles, last_key):
     """The first query tile from i_m on whose walk came to keys up to last_key; n_tiles if there is none."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -346,17 +410,16 @@ def _produce(
     q_bufs, do_bufs, words = bufs
     q_full, do_full, empty, said = bars
     q_desc, do_desc = descs
-    i_b, i_g, i_n, start, base, n_q, n_past = place
+    i_b, i_g, i_n, start, base, begin, end, n_past = place
     n_heads, n_tiles_of_row = sizes
-    n_tiles = (n_q + TILE - 1) // TILE
     s = 0
     for member in range(GROUP):
         i_h = i_g * GROUP + member
         i_row = (i_b * n_heads + i_h) * n_tiles_of_row + base
-        i_m = gl.maximum(2 * i_n - n_past, 0)
+        i_m = gl.maximum(2 * i_n - n_past, begin)
         if SKIP:
-            i_m = _next_tile(STOP + i_row, i_m, n_tiles, 128 * i_n + 127)
-        while i_m < n_tiles:
+            i_m = _next_tile(STOP + i_row, i_m, end, 128 * i_n + 127)
+        while i_m < end:
             stage = _slot(s, STAGES)
             stop = 0
             if SKIP:
@@ -370,7 +433,7 @@ def _produce(
             s += 1
             i_m += 1
             if SKIP:
-                i_m = _next_tile(STOP + i_row, i_m, n_tiles, 128 * i_n + 127)
+                i_m = _next_tile(STOP + i_row, i_m, end, 128 * i_n + 127)
     _announce(words, said, empty, s, 0, -1, 0, STAGES)
     mbarrier.arrive(q_full.index(_slot(s, STAGES)), count=1)
 
@@ -480,8 +543,30 @@ def _load_keys(P, buf, first, n_rows, stride, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
+def _add_ranges(dk, dv, part, WG: gl.constexpr, LAYOUT: gl.constexpr):
+    """dk and dv with those of the ranges before, which this leaves to the next."""
+    PARTS, p_count, i_range, i_place, n_before, is_last = part
+    D: gl.constexpr = dk.shape[1]
+    o_row = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    o_part = o_row[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    i_part = i_place * 2 + WG
+    p_count += i_part
+    # also where there is nothing to add: another head may have been here, and must have read what it left
+    p_dk = PARTS + i_part.to(gl.int64) * (2 * 64 * D) + _wait_for(p_count, 4 * n_before)
+    p_dv = p_dk + 64 * D
+    if i_range > 0:
+        dk += gl.load(p_dk + o_part)
+        dv += gl.load(p_dv + o_part)
+    if not is_last:
+        gl.store(p_dk + o_part, dk)
+        gl.store(p_dv + o_part, dv)
+    _publish_all(p_count)
+    return dk, dv
+
+
+@gluon.jit
 def _consume(
-    bufs, bars, tensors, place, o_out, stride_t, scale,
+    bufs, bars, tensors, place, part, o_out, stride_t, scale,
     WG: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, CURRENT: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -652,6 +737,9 @@ def _consume(
 
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
     mbarrier.arrive(empty.index(_slot(s + STAGES - 1, STAGES)), count=1, pred=s >= 1)
+    if part[0] is not None:
+        if part[3] >= 0:
+            dk, dv = _add_ranges(dk, dv, part, WG, O_LAYOUT)
     # through shared memory that only this warpgroup still uses, to write whole lines
     COLUMNS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COLUMNS))
@@ -660,10 +748,11 @@ def _consume(
     o_tile = o_key[:, None] * stride_t + o_d[None, :]
     m_tile = (o_key + i_n * 128 < n_k)[:, None] & (o_d < D)[None, :]
     v_buf = v_bufs.index(WG)
-    v_buf.store(dv.to(DTYPE))
-    gl.store(DV + o_out + o_tile, v_buf.load(COLUMNS), mask=m_tile)
-    v_buf.store((dk * (scale * 0.6931471805599453)).to(DTYPE))
-    gl.store(DK + o_out + o_tile, v_buf.load(COLUMNS), mask=m_tile)
+    if part[5]:
+        v_buf.store(dv.to(DTYPE))
+        gl.store(DV + o_out + o_tile, v_buf.load(COLUMNS), mask=m_tile)
+        v_buf.store((dk * (scale * 0.6931471805599453)).to(DTYPE))
+        gl.store(DK + o_out + o_tile, v_buf.load(COLUMNS), mask=m_tile)
     # of the last two steps, where there were as many
     for _ in gl.static_range(2):
         back = _slot(s + NB - 2, NB)
@@ -682,40 +771,41 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=[
-        "first_bg", "n_bg", "n_heads", "n_queries", "n_keys", "n_blocks", "n_tiles_of_row", "n_sequences",
+        "first_bg", "n_whole", "n_cut", "together", "cut_together", "n_heads", "n_queries", "n_keys", "n_blocks",
+        "n_tiles_of_row", "n_sequences",
     ]
 )  # fmt: skip
 def backward_kernel(
-    q_desc, do_desc, dq_desc, K, V, BIAS, DBIAS, DK, DV, STATE, DELTA, DQ_COUNT, TICKET, STOP,
-    CU_SEQLENS, BLOCKS, BY_LENGTH, TILES, stride_kb, stride_kt, stride_vb, stride_vt,
-    first_bg, n_bg, n_heads, n_queries, n_keys, n_blocks, n_tiles_of_row, n_sequences, scale,
+    q_desc, do_desc, dq_desc, K, V, BIAS, DBIAS, DK, DV, STATE, DELTA, DQ_COUNT, TICKET, PARTS, STOP,
+    CU_SEQLENS, BLOCKS, BY_LENGTH, TILES, stride_kb, stride_kt, stride_vb, stride_vt, first_bg, n_whole, n_cut,
+    together, cut_together, n_heads, n_queries, n_keys, n_blocks, n_tiles_of_row, n_sequences, scale,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, NDQ: gl.constexpr,
-    CURRENT: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr, TOGETHER: gl.constexpr,
+    CURRENT: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr,
 ):  # fmt: skip
     """128 keys of one key-value head a program, the newest first.
 
     K, V: heads next to each other; DK, DV: (B, S, G, D) contiguous; STATE: (B H tiles, 2, 64) int64 and DELTA float32,
     see prepare_kernel; dq_desc: of (H tiles, 2, D, 32) float32 of these heads; DQ_COUNT: (B H tiles) int32, zeros;
-    TICKET: 0; STOP: as in forward; DBIAS: (B H, programs of a head, 2) float32, zeros. TILES counts query tiles of 64
-    of packed sequences cumulatively, BLOCKS key tiles of 128, of the shortest sequence first (BY_LENGTH: which it is).
+    TICKET: 0, and from 4 on 0 for each 64 keys that heads which come in ranges share; PARTS: (these, 2, 64, D) float32;
+    STOP: as in forward; DBIAS: (B H, RANGES, key tiles of a head, 2) float32, zeros. TILES counts query tiles of 64 of
+    packed sequences cumulatively, BLOCKS key tiles of 128, of the shortest sequence first (BY_LENGTH: which it is).
+    Packed sequences come whole.
     """
     ticket = gl.atomic_add(TICKET, 1)
-    first = ticket // (TOGETHER * n_blocks) * TOGETHER
-    members = gl.minimum(TOGETHER, n_bg - first)
-    i_bg = first + (ticket - first * n_blocks) % members
-    i_n = (ticket - first * n_blocks) // members
+    n_past = (n_keys - n_queries) // TILE
+    # key tiles of packed sequences are counted through
+    n_tiles = 2 * n_blocks if VARLEN else n_tiles_of_row
+    shares = (n_whole, n_cut, together, cut_together)
+    i_bg, i_n, begin, end, i_range, i_place, n_before, is_last = _deal(ticket, shares, n_blocks, n_tiles, n_past)
     i_bg += first_bg
     i_b = i_bg // (n_heads // GROUP)
     i_g = i_bg % (n_heads // GROUP)
     start = i_n * 0
     base = start
     n_q = n_queries
-    n_past = (n_keys - n_queries) // TILE
-    n_programs = n_blocks
     if VARLEN:
-        n_blocks = gl.load(BLOCKS + n_sequences)
-    i_n = n_blocks - 1 - i_n
-    i_program = i_n
+        i_n += gl.load(BLOCKS + n_sequences) - n_blocks
+    i_program = i_range * n_blocks + i_n
     if i_n >= 0:
         if VARLEN:
             i_sorted = _find_sequence(i_n, BLOCKS, n_sequences)
@@ -724,6 +814,7 @@ def backward_kernel(
             start = gl.load(CU_SEQLENS + i_s)
             n_q = gl.load(CU_SEQLENS + i_s + 1) - start
             base = gl.load(TILES + i_s)
+            end = (n_q + TILE - 1) // TILE
         n_k = n_q + n_past * TILE
         DTYPE: gl.constexpr = q_desc.dtype
         FULL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -784,11 +875,12 @@ def backward_kernel(
             q_full, do_full, st_full, later_in, empty, left_full, later_full, ds_full, ds_free, dq_bars
         )  # fmt: skip
         tensors = (STATE, BIAS, DBIAS, DK, DV, p_k, p_v, stride_kt, stride_vt)
-        place = (i_n, i_program, n_programs, n_past, n_k, n_tiles_of_row, n_heads)
-        p_place = (i_b, i_g, i_n, start, base, n_q, n_past)
+        place = (i_n, i_program, RANGES * n_blocks, n_past, n_k, n_tiles_of_row, n_heads)
+        p_place = (i_b, i_g, i_n, start, base, begin, end, n_past)
+        part = (PARTS, TICKET + 4, i_range, i_place, n_before, is_last)
         gl.warp_specialize([
-            (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 0, D, STAGES, NB, CURRENT, GROUP)),
-            (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 1, D, STAGES, NB, CURRENT, GROUP)),
+            (_consume, (bufs, bars, tensors, place, part, o_out, stride_t, scale, 0, D, STAGES, NB, CURRENT, GROUP)),
+            (_consume, (bufs, bars, tensors, place, part, o_out, stride_t, scale, 1, D, STAGES, NB, CURRENT, GROUP)),
             (_produce, ((q_bufs, do_bufs, words), (q_full, do_full, empty, said), (q_desc, do_desc), STOP, p_place,
                         (n_heads, n_tiles_of_row), GROUP, D, STAGES, SKIP)),
             (_fetch, (words, st_bufs, (said, st_full, later_in), (STATE, DELTA), i_n, n_past, STAGES)),
@@ -845,8 +937,8 @@ def finish_kernel(
     tl.store(DQ + (row * n_heads + i_bh % n_heads) * D + c, (x * scale).to(DQ.dtype.element_ty), mask=m_row)
 
 
-# by head size: stages of queries and their gradients, buffers of the logits' gradients and of dq, and how many heads
-# are dealt with at a time
+# by head size: stages of queries and their gradients, buffers of the logits' gradients and of dq, and how many whole
+# heads are dealt with at a time, where the L2 has room for them
 CONFIGS: dict[int, dict[str, Any]] = {
     128: {"STAGES": 2, "NB": 2, "NDQ": 1, "TOGETHER": 2},
     64: {"STAGES": 2, "NB": 2, "NDQ": 1, "TOGETHER": 1},
@@ -855,6 +947,24 @@ CONFIGS: dict[int, dict[str, Any]] = {
 
 # programs a multiprocessor from which on heads come in two parts
 LONG = 32
+# bytes of queries, their gradients and dq that stay in an L2 of 50 MB from one program to the next
+CACHED = 32 << 20
+
+
+def _shares(n_bg: int, n_blocks: int, n_bytes: int, processors: int, together: int) -> tuple[int, int, int, int]:
+    """`shares` of _deal for heads of so many bytes."""
+    if n_bytes > CACHED:
+        return 0, n_bg, 1, 1
+    # all processors have programs of the last heads when the others end
+    n_cut = min(n_bg, triton.cdiv(processors, n_blocks))
+    return n_bg - n_cut, n_cut, max(1, min(together, CACHED // n_bytes)), n_cut
+
+
+def _programs(n_tiles: int, n_past: int) -> list[int]:
+    """How many programs each range of a head has; see _edge and _n_programs."""
+    n = RANGES.value
+    edges = [n_tiles * (n - i) * (n + 1 - i) // (n * (n + 1)) for i in range(n)]
+    return [(edge + n_past + 1) // 2 if edge else 0 for edge in edges]
 
 
 def backward(
@@ -870,7 +980,8 @@ def backward(
         dout = dout.clone()
     batch, n_queries, heads, dim = q.shape
     n_keys, groups = k.shape[1:3]
-    config = CONFIGS[dim] if config is None else config
+    config = dict(CONFIGS[dim] if config is None else config)
+    together, processors = config.pop("TOGETHER"), _processors(q.device)
     n_blocks, n_tiles, n_sequences = triton.cdiv(n_keys, 128), triton.cdiv(n_queries, 64), 0
     blocks, by_length, tiles = None, None, None
     if cu_seqlens is not None:
@@ -885,17 +996,22 @@ def backward(
     n_all = batch * heads * n_tiles
     n_bg = batch * groups
     # the heads in two parts, where each keeps all processors at work for long: half of the memory for dq in float32
-    n_part = (n_bg + 1) // 2 if n_bg * n_blocks >= LONG * _processors(q.device) else n_bg
+    n_part = (n_bg + 1) // 2 if n_bg * n_blocks >= LONG * processors else n_bg
     empty = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     delta, dq32 = empty(n_all * 128), empty((n_part * (heads // groups) * n_tiles * 2 * dim, 32))
     columns = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     descs.append(TensorDescriptor(dq32, list(dq32.shape), [32, 1], [dim, 32], columns))
     state = torch.empty(n_all * 128, dtype=torch.int64, device=q.device)
     dq_count = torch.zeros(n_all, dtype=torch.int32, device=q.device)
-    tickets = torch.zeros((2, 4), dtype=torch.int32, device=q.device)
+    ranges, parts, n_shared = _programs(n_tiles, (n_keys - n_queries) // 64), None, 0
+    if cu_seqlens is None:
+        *_, at_a_time = _shares(n_part, n_blocks, n_tiles * 512 * dim, processors, together)
+        n_shared = at_a_time * ranges[1] * 2
+        parts = empty(n_shared * 2 * 64 * dim)
+    tickets = torch.zeros((2, 4 + triton.cdiv(n_shared, 4) * 4), dtype=torch.int32, device=q.device)
     dq = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((batch, n_keys, groups, dim), dtype=q.dtype, device=q.device) for _ in range(2))
-    dbias = None if bias is None else torch.zeros((batch, heads, n_blocks, 2), dtype=torch.float32, device=q.device)
+    dbias = None if bias is None else empty((batch, heads, RANGES.value, n_blocks, 2)).zero_()
     packing = (cu_seqlens, tiles, heads, n_queries, n_sequences)
     prepare_kernel[(n_tiles, batch * heads)](
         out,
@@ -912,13 +1028,17 @@ def backward(
     )
     for first, ticket in zip(range(0, n_bg, n_part), tickets, strict=False):
         n_these = min(n_part, n_bg - first)
-        backward_kernel[(n_blocks * n_these,)](
-            *descs, k, v, bias, dbias, dk, dv, state, delta, dq_count, ticket, stop, cu_seqlens, blocks, by_length,
-            tiles, k.stride(0), k.stride(1), v.stride(0), v.stride(1), first, n_these, heads, n_queries, n_keys,
-            n_blocks, n_tiles, n_sequences, scale * LOG2_E, GROUP=heads // groups, D=dim, CURRENT=int(attend_current),
-            VARLEN=cu_seqlens is not None, SKIP=epsilon > 0, **config, num_warps=4, maxnreg=REGISTERS[2],
+        shares = n_these, 0, together, 1
+        if cu_seqlens is None:
+            shares = _shares(n_these, n_blocks, n_tiles * 512 * dim, processors, together)
+        backward_kernel[(shares[0] * n_blocks + shares[1] * sum(ranges),)](
+            *descs, k, v, bias, dbias, dk, dv, state, delta, dq_count, ticket, parts, stop, cu_seqlens, blocks,
+            by_length, tiles, k.stride(0), k.stride(1), v.stride(0), v.stride(1), first, *shares, heads, n_queries,
+            n_keys, n_blocks, n_tiles, n_sequences, scale * LOG2_E, GROUP=heads // groups, D=dim,
+            CURRENT=int(attend_current), VARLEN=cu_seqlens is not None, SKIP=epsilon > 0, **config, num_warps=4,
+            maxnreg=REGISTERS[2],
         )  # fmt: skip
         finish_kernel[(n_tiles, n_these * (heads // groups))](
             dq32, dq, first * (heads // groups), *packing, scale, D=dim, VARLEN=cu_seqlens is not None, num_warps=4
         )
-    return dq, dk, dv, remainder.new_empty(0) if dbias is None else dbias.sum((0, 2, 3))
+    return dq, dk, dv, remainder.new_empty(0) if dbias is None else dbias.sum((0, 2, 3, 4))
