@@ -532,14 +532,31 @@ def _product_dq(ds_bufs, k_bufs, kd_bufs, buf, same, WG: gl.constexpr, D: gl.con
 
 
 @gluon.jit
-def _load_keys(P, buf, first, n_rows, stride, COLUMNS: gl.constexpr):
-    """64 rows in thread order to shared memory; rows from n_rows on are 0."""
+def _load_keys(P, first, n_rows, stride, COLUMNS: gl.constexpr):
+    """64 rows in thread order; rows from n_rows on are 0."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
     o_d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
     o_key = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
     o_key = first + o_key % 8 // 2 * 16 + o_key // 8 * 2 + o_key % 2
     p_rows = P + (o_key.to(gl.int64) * stride)[:, None] + o_d[None, :]
-    buf.store(gl.load(p_rows, mask=(o_key < n_rows)[:, None], other=0.0))
+    return gl.load(p_rows, mask=(o_key < n_rows)[:, None], other=0.0)
+
+
+@gluon.jit
+def _bring_keys(tensors, bufs, first, n_rows, WG: gl.constexpr, D: gl.constexpr):
+    """Keys and values of a warpgroup, all on their way before one is waited for."""
+    p_k, p_v, stride_kt, stride_vt = tensors
+    k_bufs, v_bufs, kd_bufs = bufs
+    k = _load_keys(p_k, first + WG * 64, n_rows, stride_kt, D)
+    v = _load_keys(p_v, first + WG * 64, n_rows, stride_vt, D)
+    if D == 64:
+        k0 = _load_keys(p_k + WG * 32, first, n_rows, stride_kt, 32)
+        k1 = _load_keys(p_k + WG * 32, first + 64, n_rows, stride_kt, 32)
+        kd_bufs.index(WG * 2).store(k0)
+        kd_bufs.index(WG * 2 + 1).store(k1)
+    k_bufs.index(WG).store(k)
+    v_bufs.index(WG).store(v)
+    fence_async_shared()
 
 
 @gluon.jit
@@ -584,13 +601,7 @@ def _consume(
     ROW: gl.constexpr = gl.SliceLayout(1, ROWS)
     i_q = gl.arange(0, 4, layout=gl.SliceLayout(0, ROWS))[None, :]
     dbias = _split_rows(dummy)[0]
-    first = i_n * 128 + WG * 64
-    _load_keys(p_k, k_bufs.index(WG), first, n_k, stride_kt, D)
-    _load_keys(p_v, v_bufs.index(WG), first, n_k, stride_vt, D)
-    if D == 64:
-        for w in gl.static_range(2):
-            _load_keys(p_k + WG * 32, kd_bufs.index(WG * 2 + w), i_n * 128 + w * 64, n_k, stride_kt, 32)
-    fence_async_shared()
+    _bring_keys((p_k, p_v, stride_kt, stride_vt), (k_bufs, v_bufs, kd_bufs), i_n * 128, n_k, WG, D)
     dk = warpgroup_mma_init(gl.zeros([64, D], gl.float32, O_LAYOUT))
     dv = warpgroup_mma_init(gl.zeros([64, D], gl.float32, O_LAYOUT))
     s = 0
