@@ -6,20 +6,14 @@ tiles of 64 queries that see them: five products a tile, no saved states. Gradie
 
 - What a query brings along (the stick left, the sum of g) goes from the newer warpgroup to the older through shared
   memory, and from a program to the one of the next older keys through global memory: each number in one word with how
-  many programs it comes from, so that who waits for it needs no fence. Programs draw tickets, the newest keys first, so
-  that one which waits, waits for one that runs; one head after another, so that programs at work use the same queries
-  at nearly the same time, and find them and dq in the L2.
+  many programs it comes from, so that who waits for it needs no fence. `stick_breaking_hopper_order.py` says which
+  program does what, and when.
 - dq is added up in float32, from the newest keys to the oldest by a counter: same inputs, same bits. A warpgroup makes
   half of its columns from the logits' gradients of both, two steps behind, so that neither waits for the other.
 - Products are begun before what they are made under: those of queries and keys at the end of the step before, dq under
   the exponentials, those of the output's gradients and values under the scan, dk under the next step.
-- Three more warps, so that no warpgroup waits for memory: one brings queries and the output's gradients by TMA, one
-  fetches what newer programs left, one adds to dq by TMA.
+- Three more warps, so that no warpgroup waits for memory: `stick_breaking_hopper_movers.py`.
 - A query tile's walk ends where forward stopped: older programs neither touch it nor wait for it.
-- The longest programs are those of the oldest keys, which come last. So that no multiprocessor is long without one at
-  the end, the last heads come in ranges of queries, the newest and longest range first: the programs of a range have
-  fewer tiles, and add dk and dv to what those of the ranges before left of the same keys. Where the queries of one
-  head are too many for the L2, those of all heads come so.
 """
 
 import functools
@@ -30,14 +24,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -51,452 +42,36 @@ from sbeval.kernels.stick_breaking_hopper import (
     _cut,
     _exp2,
     _find_sequence,
-    _from_neighbour,
-    _from_other_pair,
     _get,
     _processors,
-    _put,
     _quads,
     _reciprocal,
     _rows,
 )
+from sbeval.kernels.stick_breaking_hopper_gradients import (
+    _gradients,
+    _halves,
+    _join_rows,
+    _join_vector,
+    _regroup,
+    _scan_product,
+    _split_rows,
+    _split_vector,
+    _weights,
+)
+from sbeval.kernels.stick_breaking_hopper_movers import TILE, WORDS, _add_dq, _fetch, _phase, _produce, _slot
+from sbeval.kernels.stick_breaking_hopper_order import (
+    RANGES,
+    _deal,
+    _leave,
+    _publish_all,
+    _wait_for,
+    programs_of,
+    shares_of,
+)
 from sbeval.kernels.stick_breaking_triton import _locate
 
 LOG2_E = math.log2(math.e)
-RESOLUTION = gl.constexpr(2.0**-24)
-TILE = gl.constexpr(64)
-# beta, at most 1, in float16: what is over 2e-9 keeps 11 bits
-BETA_SCALE = gl.constexpr(2.0**15)
-# steps whose query tile is remembered
-WORDS = gl.constexpr(8)
-# of the queries of heads that come in ranges: with 5 these are 5/15, 4/15 .. 1/15 of the tiles
-RANGES = gl.constexpr(5)
-
-
-@gluon.jit
-def _pack(older, newer, DTYPE: gl.constexpr):
-    """Two numbers rounded to 16 bits in one word, the first in the lower half."""
-    if DTYPE == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [older, newer], dtype=gl.int32, is_pure=True, pack=1
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [older, newer], dtype=gl.int32, is_pure=True, pack=1
-        )
-
-
-@gluon.jit
-def _halves(x, DTYPE: gl.constexpr):
-    return x.to(gl.int16).to(DTYPE, bitcast=True), (x >> 16).to(gl.int16).to(DTYPE, bitcast=True)
-
-
-@gluon.jit
-def _slot(s, N: gl.constexpr):
-    """s % N; from a remainder the compiler makes addresses that it carries from step to step, in registers."""
-    if N & (N - 1):
-        return s % N
-    else:
-        return s & (N - 1)
-
-
-@gluon.jit
-def _phase(s, N: gl.constexpr):
-    """Parity of how often the slot has been used before."""
-    return (s // N) & 1
-
-
-@gluon.jit
-def _wait_for(p_count, wanted):
-    """0, once the counter at p_count has reached `wanted`."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .u32 v;
-        W: ld.acquire.gpu.global.u32 v, [$1];
-        setp.lt.s32 p, v, $2;
-        @p bra W;
-        mov.b64 $0, 0;
-        }""",
-        "=l,l,r", [p_count, wanted], dtype=gl.int64, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _find(p_first, p_second, count):
-    """The numbers in the lower halves of two words of 64 bits, once both upper halves have `count`."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .pred p, q;
-        .reg .b64 x, y;
-        .reg .b32 m, n;
-        W: ld.relaxed.gpu.global.b64 x, [$2];
-        ld.relaxed.gpu.global.b64 y, [$3];
-        mov.b64 {$0, m}, x;
-        mov.b64 {$1, n}, y;
-        setp.ne.s32 p, m, $4;
-        setp.ne.s32 q, n, $4;
-        or.pred p, p, q;
-        @p bra W;
-        }""",
-        "=&r,=&r,l,l,r", [p_first, p_second, count], dtype=(gl.float32, gl.float32), is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _leave(WORDS_64, o_word, value, count, i_q):
-    """Write a number and, in the same word, how many programs it comes from; of four threads that have it, one does."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .b64 a, x;
-        mad.wide.s32 a, $2, 8, $1;
-        mov.b64 x, {$3, $4};
-        setp.eq.s32 p, $5, 0;
-        @p st.relaxed.gpu.global.b64 [a], x;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r,r,r,r", [WORDS_64, o_word, value.to(gl.int32, bitcast=True), count, i_q],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _publish(p_count):
-    """Add 1 to a counter, so that who sees it sees what this warp wrote before, and what it saw."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .u32 t;
-        mov.u32 t, %laneid;
-        setp.eq.u32 p, t, 0;
-        bar.warp.sync 0xffffffff;
-        fence.acq_rel.gpu;
-        @p red.relaxed.gpu.global.add.u32 [$1], 1;
-        mov.u32 $0, t;
-        }""",
-        "=r,l", [p_count], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _publish_all(p_count):
-    """Add 4 to a counter: 1 for each warp of a warpgroup."""
-    _publish(p_count)
-
-
-@builtin
-def _add_to_global(descriptor, corner, buffer, _semantic=None):
-    """Add a tile of shared memory to global memory, in the background; Gluon's copies have no such form."""
-    corner = _semantic._convert_to_ir_values(corner, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, corner, buffer.handle)
-
-
-@gluon.jit
-def _wait_for_additions(s):
-    """Until what this warp adds has arrived; `tma.store_wait` waits until it has been read only."""
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; mov.u32 $0, $1;", "=r,r", [s], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _groups(x):
-    """(M, 4, 4) to four (M, 4), oldest first."""
-    M: gl.constexpr = x.shape[0]
-    even, odd = gl.split(x.reshape([M, 4, 2, 2]))
-    x0, x2 = gl.split(even)
-    x1, x3 = gl.split(odd)
-    return x0, x1, x2, x3
-
-
-@gluon.jit
-def _scan_product(x, LAYOUT: gl.constexpr):
-    """x (M, 4, 4): products of this and all newer groups of a quarter; of all newer quarters, and of all, (M, 4)."""
-    x0, x1, x2, x3 = _groups(x)
-    x2 = x2 * x3
-    x1 = x1 * x2
-    x0 = x0 * x1
-    part = gl.convert_layout(x0, LAYOUT, assert_trivial=True)
-    i_q = gl.arange(0, 4, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    near = _from_neighbour(part)
-    pair = part * near
-    far = _from_other_pair(pair)
-    newer = gl.where(i_q % 2 == 0, near, 1.0) * gl.where(i_q < 2, far, 1.0)
-    return x0, x1, x2, x3, newer, pair * far
-
-
-@gluon.jit
-def _scan_sum(x, LAYOUT: gl.constexpr):
-    x0, x1, x2, x3 = _groups(x)
-    x2 = x2 + x3
-    x1 = x1 + x2
-    x0 = x0 + x1
-    part = gl.convert_layout(x0, LAYOUT, assert_trivial=True)
-    i_q = gl.arange(0, 4, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    near = _from_neighbour(part)
-    pair = part + near
-    far = _from_other_pair(pair)
-    newer = gl.where(i_q % 2 == 0, near, 0.0) + gl.where(i_q < 2, far, 0.0)
-    return x0, x1, x2, x3, newer, pair + far
-
-
-@gluon.jit
-def _regroup(x0, x1, x2, x3, like):
-    M: gl.constexpr = x0.shape[0]
-    x = gl.join(gl.join(x0, x2), gl.join(x1, x3)).reshape([M, 4, 4])
-    return gl.convert_layout(x, like.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def _split_rows(x):
-    """(64, 4, G): the first and the second row of each thread, (32, 4, G) each."""
-    G: gl.constexpr = x.shape[2]
-    a, b = gl.split(x.reshape([4, 2, 8, 4, G]).permute(0, 2, 3, 4, 1))
-    return a.reshape([32, 4, G]), b.reshape([32, 4, G])
-
-
-@gluon.jit
-def _join_rows(a, b, like):
-    G: gl.constexpr = a.shape[2]
-    x = gl.join(a.reshape([4, 8, 4, G]), b.reshape([4, 8, 4, G])).permute(0, 4, 1, 2, 3).reshape([64, 4, G])
-    return gl.convert_layout(x, like.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def _weights(t0, t1, t2, t3, u0, w3, st, DTYPE: gl.constexpr):
-    """Weights, rounded, and 2^15 beta in float16 (beta is kept for long, and registers are few), two in a word.
-
-    p_k = u_0 .. u_k, q_k = t_k p_(k-1); weight q_k s, beta_k = q_k / p_k.
-    """
-    q1 = t1 * u0
-    p1 = u0 + q1
-    q2 = t2 * p1
-    q3 = t3 * (p1 + q2)
-    w3 *= BETA_SCALE
-    w2 = w3 + t3 * w3
-    w1 = w2 + t2 * w2
-    older, newer = _pack(t0 * st, q1 * st, DTYPE), _pack(q2 * st, q3 * st, DTYPE)
-    return older, newer, _pack(t0 * (w1 + t1 * w1), q1 * w1, gl.float16), _pack(q2 * w2, q3 * w3, gl.float16)
-
-
-@gluon.jit
-def _split_vector(x, like):
-    """(64, 4): the first and the second row of each thread, (32, 4) each."""
-    a, b = gl.split(x.reshape([4, 2, 8, 4]).permute(0, 2, 3, 1))
-    LAYOUT: gl.constexpr = gl.SliceLayout(2, like.type.layout)
-    a = gl.convert_layout(a.reshape([32, 4]), LAYOUT, assert_trivial=True)
-    return a, gl.convert_layout(b.reshape([32, 4]), LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _join_vector(a, b, like):
-    x = gl.join(a.reshape([4, 8, 4]), b.reshape([4, 8, 4])).permute(0, 3, 1, 2).reshape([64, 4])
-    return gl.convert_layout(x, like.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def _gradients(h01, h23, d0, d1, d2, d3, b01, b23, st, delta, drem, later, DTYPE: gl.constexpr):
-    """Gradients of the logits, rounded, two in a word; the sum of g with these keys. delta has drem in it.
-
-    The weights are rounded as in forward, so that the sum of g is do . o, not that and the rounding errors of all.
-    """
-    LAYOUT: gl.constexpr = gl.SliceLayout(2, st.type.layout)
-    h0, h1 = _halves(h01, DTYPE)
-    h2, h3 = _halves(h23, DTYPE)
-    b0, b1 = _halves(b01, gl.float16)
-    b2, b3 = _halves(b23, gl.float16)
-    e0 = h0.to(gl.float32) * d0
-    g1 = h1.to(gl.float32) * d1
-    g2 = h2.to(gl.float32) * d2
-    g3 = h3.to(gl.float32) * d3
-    x0, x1, x2, x3, newer, whole = _scan_sum((e0 + g1) + (g2 + g3), LAYOUT)
-    newer = gl.convert_layout(newer + later, x0.type.layout, assert_trivial=True)
-    since = _regroup(x0 + newer, x1 + newer, x2 + newer, x3 + newer, st)
-    # beta has a factor, and this its inverse
-    older = gl.where(st > RESOLUTION, delta[:, :, None] - since, drem[:, :, None]) * (1.0 / BETA_SCALE)
-    older += e0 * (1.0 / BETA_SCALE)
-    z0 = e0 - b0.to(gl.float32) * older
-    older += g1 * (1.0 / BETA_SCALE)
-    z1 = g1 - b1.to(gl.float32) * older
-    older += g2 * (1.0 / BETA_SCALE)
-    z2 = g2 - b2.to(gl.float32) * older
-    older += g3 * (1.0 / BETA_SCALE)
-    z3 = g3 - b3.to(gl.float32) * older
-    return _pack(z0, z1, DTYPE), _pack(z2, z3, DTYPE), later + whole, (z0 + z1) + (z2 + z3)
-
-
-@gluon.jit
-def _edge(n_tiles, i):
-    """Where the i-th range of query tiles ends."""
-    return n_tiles * ((RANGES - i) * (RANGES + 1 - i)) // (RANGES * (RANGES + 1))
-
-
-@gluon.jit
-def _n_programs(end, n_past):
-    """How many programs have queries before tile `end`."""
-    return gl.where(end > 0, (end + n_past + 1) // 2, 0)
-
-
-@gluon.jit
-def _deal(ticket, shares, n_blocks, n_tiles, n_past):
-    """The head, key tile and query tiles of a program; which range that is, and where it leaves dk and dv.
-
-    shares: heads that come whole, those that come in ranges, and how many at a time of the former and the latter.
-    """
-    n_whole, n_cut, together, cut_together = shares
-    i_cut = ticket - n_whole * n_blocks
-    is_cut = i_cut >= 0
-    n_programs = n_blocks
-    for i in gl.static_range(1, RANGES):
-        n_programs += gl.where(is_cut, _n_programs(_edge(n_tiles, i), n_past), 0)
-    together = gl.where(is_cut, cut_together, together)
-    ticket = gl.where(is_cut, i_cut, ticket)
-    turn = ticket // (together * n_programs)
-    first = turn * together
-    ticket -= first * n_programs
-    members = gl.minimum(together, gl.where(is_cut, n_cut, n_whole) - first)
-    i_member = ticket % members
-    ticket = ticket // members
-    i_range = 0 * ticket
-    begin = gl.where(is_cut, _edge(n_tiles, 1), 0)
-    end = n_tiles
-    for i in gl.static_range(1, RANGES):
-        is_later = ticket >= _n_programs(end, n_past)
-        ticket -= gl.where(is_later, _n_programs(end, n_past), 0)
-        i_range += gl.where(is_later, 1, 0)
-        end = gl.where(is_later, begin, end)
-        begin = gl.where(is_later, _edge(n_tiles, i + 1), begin)
-    i_n = _n_programs(end, n_past) - 1 - ticket
-    # where all ranges of these keys leave dk and dv, or -1; how often others have been there before
-    n_shared = _n_programs(_edge(n_tiles, 1), n_past)
-    i_place = gl.where(is_cut & (i_n < n_shared), i_member * n_shared + i_n, -1)
-    n_before = i_range
-    for i in gl.static_range(RANGES):
-        n_before += gl.where(i_n < _n_programs(_edge(n_tiles, i), n_past), turn, 0)
-    is_last = i_n >= _n_programs(begin, n_past)
-    return gl.where(is_cut, n_whole, 0) + first + i_member, i_n, begin, end, i_range, i_place, n_before, is_last
-
-
-@gluon.jit
-def _next_tile(p_stop, i_m, n_tiles, last_key):
-    """The first query tile from i_m on whose walk came to keys up to last_key; n_tiles if there is none."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    o_tile = gl.arange(0, 64, layout=LAYOUT)
-    found = n_tiles
-    while (i_m < n_tiles) & (found == n_tiles):
-        stop = gl.load(p_stop + i_m + o_tile, mask=i_m + o_tile < n_tiles, other=0x7FFFFFFF)
-        found = gl.min(gl.where(stop <= last_key, i_m + o_tile, n_tiles), 0)
-        i_m += 64
-    return found
-
-
-@gluon.jit
-def _announce(words, said, empty, s, i_tile, i_m, stop, STAGES: gl.constexpr):
-    """Wait until a stage is free, and say which query tile comes (none: i_m = -1)."""
-    mbarrier.wait(empty.index(_slot(s, STAGES)), _phase(s, STAGES) ^ 1)
-    _put(words.index((s & (WORDS - 1)) * 3), i_tile, 1)
-    _put(words.index((s & (WORDS - 1)) * 3 + 1), i_m, 1)
-    _put(words.index((s & (WORDS - 1)) * 3 + 2), stop, 1)
-    mbarrier.arrive(said.index(_slot(s, STAGES)), count=1)
-
-
-@gluon.jit
-def _produce(
-    bufs, bars, descs, STOP, place, sizes, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    SKIP: gl.constexpr,
-):  # fmt: skip
-    """A warp that brings queries and their gradients."""
-    q_bufs, do_bufs, words = bufs
-    q_full, do_full, empty, said = bars
-    q_desc, do_desc = descs
-    i_b, i_g, i_n, start, base, begin, end, n_past = place
-    n_heads, n_tiles_of_row = sizes
-    s = 0
-    for member in range(GROUP):
-        i_h = i_g * GROUP + member
-        i_row = (i_b * n_heads + i_h) * n_tiles_of_row + base
-        i_m = gl.maximum(2 * i_n - n_past, begin)
-        if SKIP:
-            i_m = _next_tile(STOP + i_row, i_m, end, 128 * i_n + 127)
-        while i_m < end:
-            stage = _slot(s, STAGES)
-            stop = 0
-            if SKIP:
-                stop = gl.load(STOP + i_row + i_m)
-            _announce(words, said, empty, s, i_row + i_m, i_m, stop, STAGES)
-            row = start + i_m * TILE
-            mbarrier.expect(q_full.index(stage), TILE * D * 2)
-            tma.async_copy_global_to_shared(q_desc, [i_b, row, i_h, 0], q_full.index(stage), q_bufs.index(stage))
-            mbarrier.expect(do_full.index(stage), TILE * D * 2)
-            tma.async_copy_global_to_shared(do_desc, [i_b, row, i_h, 0], do_full.index(stage), do_bufs.index(stage))
-            s += 1
-            i_m += 1
-            if SKIP:
-                i_m = _next_tile(STOP + i_row, i_m, end, 128 * i_n + 127)
-    _announce(words, said, empty, s, 0, -1, 0, STAGES)
-    mbarrier.arrive(q_full.index(_slot(s, STAGES)), count=1)
-
-
-@gluon.jit
-def _fetch(words, st_bufs, bars, tensors, i_n, n_past, STAGES: gl.constexpr):
-    """A warp that waits for what the program of the next newer keys leaves, and fetches it."""
-    said, st_full, later_in = bars
-    STATE, DELTA = tensors
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    o_m = gl.arange(0, TILE, layout=LAYOUT)
-    o_half = gl.arange(0, TILE // 2, layout=LAYOUT)
-    s = 0
-    mbarrier.wait(said.index(0), 0)
-    i_m = _get(words.index(1), 1)
-    while i_m >= 0:
-        stage = _slot(s, STAGES)
-        i_tile = _get(words.index((s & (WORDS - 1)) * 3), 1)
-        p_state = STATE + i_tile.to(gl.int64) * (2 * TILE)
-        p_delta = DELTA + i_tile.to(gl.int64) * (2 * TILE)
-        delta = gl.load(p_delta + o_m)
-        drem = gl.load(p_delta + (TILE + o_m))
-        newer = (i_m + n_past) // 2 - i_n + o_half * 0
-        first, second = _find(p_state + o_half, p_state + (TILE // 2 + o_half), newer)
-        st_bufs.index(stage * 4).slice(0, TILE // 2).store(first)
-        st_bufs.index(stage * 4).slice(TILE // 2, TILE // 2).store(second)
-        st_bufs.index(stage * 4 + 2).store(delta)
-        st_bufs.index(stage * 4 + 3).store(drem)
-        mbarrier.arrive(st_full.index(stage), count=1)
-        first, second = _find(p_state + (TILE + o_half), p_state + (TILE + TILE // 2 + o_half), newer)
-        st_bufs.index(stage * 4 + 1).slice(0, TILE // 2).store(first)
-        st_bufs.index(stage * 4 + 1).slice(TILE // 2, TILE // 2).store(second)
-        mbarrier.arrive(later_in.index(stage), count=1)
-        s += 1
-        mbarrier.wait(said.index(_slot(s, STAGES)), _phase(s, STAGES))
-        i_m = _get(words.index((s & (WORDS - 1)) * 3 + 1), 1)
-
-
-@gluon.jit
-def _add_dq(words, dq_bufs, bars, dq_desc, DQ_COUNT, first_tile, i_n, n_past, D: gl.constexpr):
-    """A warp that adds to dq, after the programs of newer keys; that of the newest writes it."""
-    dq_full, dq_free = bars
-    NDQ: gl.constexpr = dq_bufs.shape[0] // 2
-    s = 0
-    mbarrier.wait(dq_full.index(0), 0)
-    i_m = _get(words.index(1), 1)
-    while i_m >= 0:
-        i_tile = _get(words.index((s & (WORDS - 1)) * 3), 1)
-        newer = (i_m + n_past) // 2 - i_n
-        _wait_for(DQ_COUNT + i_tile, newer)
-        for half in gl.static_range(2):
-            corner = [((i_tile - first_tile) * 2 + half) * D, 0]
-            if newer == 0:
-                tma.async_copy_shared_to_global(dq_desc, corner, dq_bufs.index(_slot(s, NDQ) * 2 + half))
-            else:
-                _add_to_global(dq_desc, corner, dq_bufs.index(_slot(s, NDQ) * 2 + half))
-        tma.store_wait(0)
-        mbarrier.arrive(dq_free.index(_slot(s, NDQ)), count=1)
-        _wait_for_additions(s)
-        _publish(DQ_COUNT + i_tile)
-        s += 1
-        mbarrier.wait(dq_full.index(_slot(s, NDQ)), _phase(s, NDQ))
-        i_m = _get(words.index((s & (WORDS - 1)) * 3 + 1), 1)
 
 
 @gluon.jit
@@ -958,24 +533,6 @@ CONFIGS: dict[int, dict[str, Any]] = {
 
 # programs a multiprocessor from which on heads come in two parts
 LONG = 32
-# bytes of queries, their gradients and dq that stay in an L2 of 50 MB from one program to the next
-CACHED = 32 << 20
-
-
-def _shares(n_bg: int, n_blocks: int, n_bytes: int, processors: int, together: int) -> tuple[int, int, int, int]:
-    """`shares` of _deal for heads of so many bytes."""
-    if n_bytes > CACHED:
-        return 0, n_bg, 1, 1
-    # all processors have programs of the last heads when the others end
-    n_cut = min(n_bg, triton.cdiv(processors, n_blocks))
-    return n_bg - n_cut, n_cut, max(1, min(together, CACHED // n_bytes)), n_cut
-
-
-def _programs(n_tiles: int, n_past: int) -> list[int]:
-    """How many programs each range of a head has; see _edge and _n_programs."""
-    n = RANGES.value
-    edges = [n_tiles * (n - i) * (n + 1 - i) // (n * (n + 1)) for i in range(n)]
-    return [(edge + n_past + 1) // 2 if edge else 0 for edge in edges]
 
 
 def backward(
@@ -1014,9 +571,9 @@ def backward(
     descs.append(TensorDescriptor(dq32, list(dq32.shape), [32, 1], [dim, 32], columns))
     state = torch.empty(n_all * 128, dtype=torch.int64, device=q.device)
     dq_count = torch.zeros(n_all, dtype=torch.int32, device=q.device)
-    ranges, parts, n_shared = _programs(n_tiles, (n_keys - n_queries) // 64), None, 0
+    ranges, parts, n_shared = programs_of(n_tiles, (n_keys - n_queries) // 64), None, 0
     if cu_seqlens is None:
-        *_, at_a_time = _shares(n_part, n_blocks, n_tiles * 512 * dim, processors, together)
+        *_, at_a_time = shares_of(n_part, n_blocks, n_tiles * 512 * dim, processors, together)
         n_shared = at_a_time * ranges[1] * 2
         parts = empty(n_shared * 2 * 64 * dim)
     tickets = torch.zeros((2, 4 + triton.cdiv(n_shared, 4) * 4), dtype=torch.int32, device=q.device)
@@ -1041,7 +598,7 @@ def backward(
         n_these = min(n_part, n_bg - first)
         shares = n_these, 0, together, 1
         if cu_seqlens is None:
-            shares = _shares(n_these, n_blocks, n_tiles * 512 * dim, processors, together)
+            shares = shares_of(n_these, n_blocks, n_tiles * 512 * dim, processors, together)
         backward_kernel[(shares[0] * n_blocks + shares[1] * sum(ranges),)](
             *descs, k, v, bias, dbias, dk, dv, state, delta, dq_count, ticket, parts, stop, cu_seqlens, blocks,
             by_length, tiles, k.stride(0), k.stride(1), v.stride(0), v.stride(1), first, *shares, heads, n_queries,

@@ -17,7 +17,13 @@ from sbeval.kernels.stick_breaking import attention, reference
 if hopper.compiler_obstacle():
     pytest.skip(hopper.compiler_obstacle(), allow_module_level=True)
 
-from sbeval.kernels import stick_breaking_hopper, stick_breaking_hopper_backward
+from sbeval.kernels import (
+    stick_breaking_hopper,
+    stick_breaking_hopper_backward,
+    stick_breaking_hopper_gradients,
+    stick_breaking_hopper_movers,
+    stick_breaking_hopper_order,
+)
 
 
 def _emulator() -> ModuleType:
@@ -97,9 +103,10 @@ ASSEMBLY = {
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches run in the emulator, copies late now and then; two programs of forward draw all tiles."""
     torch.manual_seed(0)
-    modules = [stick_breaking_hopper, stick_breaking_hopper_backward]
-    for module, name in zip(modules, ("forward_kernel", "backward_kernel"), strict=True):
-        kernel = emulator.Launched(getattr(module, name), modules, ASSEMBLY, delay=5e-3)
+    launched = {stick_breaking_hopper: "forward_kernel", stick_breaking_hopper_backward: "backward_kernel"}
+    parts = [stick_breaking_hopper_gradients, stick_breaking_hopper_movers, stick_breaking_hopper_order]
+    for module, name in launched.items():
+        kernel = emulator.Launched(getattr(module, name), [*launched, *parts], ASSEMBLY, delay=5e-3)
         monkeypatch.setattr(module, name, kernel)
     monkeypatch.setattr(stick_breaking, "pick_backend", lambda *_: "triton-hopper")
 
@@ -171,7 +178,7 @@ def test_buffers_and_orders_of_programs(
 @pytest.mark.parametrize("cached", [0, 1 << 30])
 def test_heads_in_ranges_of_queries(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All heads in ranges, one after another, where the L2 has no room for one; else the last one."""
-    monkeypatch.setattr(stick_breaking_hopper_backward, "CACHED", cached)
+    monkeypatch.setattr(stick_breaking_hopper_order, "CACHED", cached)
     check(*draw(900, 964, heads=3, groups=3), bias=-1.0)
     check(*draw(514, 514, heads=4, groups=2), bias=1.0, epsilon=2.0**-24)
 
@@ -195,8 +202,8 @@ def test_programs_are_dealt_all_tiles_in_order(
     n_tiles: int, n_past: int, shares: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each pair of tiles once, the newer keys first; whoever adds to dk and dv comes after those that it waits for."""
-    module = stick_breaking_hopper_backward
-    ranges = module._programs(n_tiles, n_past)
+    module = stick_breaking_hopper_order
+    ranges = module.programs_of(n_tiles, n_past)
     monkeypatch.setattr(module, "gl", emulator.FakeGluon(0, 1))
     monkeypatch.setattr(module, "RANGES", 5)
     for name in ("_edge", "_n_programs"):
