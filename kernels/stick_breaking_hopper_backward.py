@@ -127,31 +127,45 @@ def _bring_keys(tensors, bufs, first, n_rows, WG: gl.constexpr, D: gl.constexpr)
     if D == 64:
         k0 = _load_keys(p_k + WG * 32, first, n_rows, stride_kt, 32)
         k1 = _load_keys(p_k + WG * 32, first + 64, n_rows, stride_kt, 32)
-        kd_bufs.index(WG * 2).store(k0)
-        kd_bufs.index(WG * 2 + 1).store(k1)
     k_bufs.index(WG).store(k)
     v_bufs.index(WG).store(v)
+    if D == 64:
+        kd_bufs.index(WG * 2).store(k0)
+        kd_bufs.index(WG * 2 + 1).store(k1)
     fence_async_shared()
 
 
 @gluon.jit
-def _add_ranges(dk, dv, part, WG: gl.constexpr, LAYOUT: gl.constexpr):
+def _flat(x):
+    """(64, D) as threads hold it: four numbers in a row, of two rows and two columns, and threads next to each other."""
+    D: gl.constexpr = x.shape[1]
+    return x.reshape([4, 2, 8, D // 8, 4, 2]).permute(3, 0, 2, 4, 1, 5).reshape([64 * D])
+
+
+@gluon.jit
+def _add_flat(x, part):
+    D: gl.constexpr = x.shape[1]
+    part = part.reshape([D // 8, 4, 8, 4, 2, 2]).permute(1, 4, 2, 0, 3, 5).reshape([64, D])
+    return x + gl.convert_layout(part, x.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _add_ranges(dk, dv, part, WG: gl.constexpr):
     """dk and dv with those of the ranges before, which this leaves to the next."""
     PARTS, p_count, i_range, i_place, n_before, is_last = part
     D: gl.constexpr = dk.shape[1]
-    o_row = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
-    o_part = o_row[:, None] * D + gl.arange(0, D, layout=gl.SliceLayout(0, LAYOUT))[None, :]
+    o_part = gl.arange(0, 64 * D, layout=_flat(dk).type.layout)
     i_part = i_place * 2 + WG
     p_count += i_part
     # also where there is nothing to add: another head may have been here, and must have read what it left
     p_dk = PARTS + i_part.to(gl.int64) * (2 * 64 * D) + _wait_for(p_count, 4 * n_before)
     p_dv = p_dk + 64 * D
     if i_range > 0:
-        dk += gl.load(p_dk + o_part)
-        dv += gl.load(p_dv + o_part)
+        dk = _add_flat(dk, gl.load(p_dk + o_part))
+        dv = _add_flat(dv, gl.load(p_dv + o_part))
     if not is_last:
-        gl.store(p_dk + o_part, dk)
-        gl.store(p_dv + o_part, dv)
+        gl.store(p_dk + o_part, _flat(dk))
+        gl.store(p_dv + o_part, _flat(dv))
     _publish_all(p_count)
     return dk, dv
 
@@ -325,7 +339,7 @@ def _consume(
     mbarrier.arrive(empty.index(_slot(s + STAGES - 1, STAGES)), count=1, pred=s >= 1)
     if part[0] is not None:
         if part[3] >= 0:
-            dk, dv = _add_ranges(dk, dv, part, WG, O_LAYOUT)
+            dk, dv = _add_ranges(dk, dv, part, WG)
     # through shared memory that only this warpgroup still uses, to write whole lines
     COLUMNS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COLUMNS))
