@@ -137,7 +137,7 @@ def _bring_keys(tensors, bufs, first, n_rows, WG: gl.constexpr, D: gl.constexpr)
 
 @gluon.jit
 def _flat(x):
-    """(64, D) as threads hold it: four numbers in a row, of two rows and two columns, and threads next to each other."""
+    """(64, D) as threads hold it: four numbers in a row, of two rows and two columns, then the next thread."""
     D: gl.constexpr = x.shape[1]
     return x.reshape([4, 2, 8, D // 8, 4, 2]).permute(3, 0, 2, 4, 1, 5).reshape([64 * D])
 
