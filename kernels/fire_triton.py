@@ -38,6 +38,7 @@ from sbeval.kernels.stick_breaking_triton import (
     _blocks,
     _cumulative,
     _exp2,
+    _first_row,
     _load,
     _locate,
     _product,
@@ -122,9 +123,9 @@ def forward_kernel(
     i_m, i_s, start, n_q, n_k = _locate(i_tile, BLOCKS, CU_SEQLENS, n_queries, n_keys, n_sequences, VARLEN)
     if i_m < 0:
         return
-    Q += i_b * stride_qb + start * stride_qt + i_h * stride_qh
-    K += i_b * stride_kb + start * stride_kt + i_h // GROUP * stride_kh
-    V += i_b * stride_vb + start * stride_vt + i_h // GROUP * stride_vh
+    Q += _first_row(i_b, start, i_h, stride_qb, stride_qt, stride_qh)
+    K += _first_row(i_b, start, i_h // GROUP, stride_kb, stride_kt, stride_kh)
+    V += _first_row(i_b, start, i_h // GROUP, stride_vb, stride_vt, stride_vh)
     o_d = tl.arange(0, BLOCK_D)
     o_key = tl.arange(0, BLOCK_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -197,9 +198,9 @@ def query_kernel(
     i_m, i_s, start, n_q, n_k = _locate(i_tile, BLOCKS, CU_SEQLENS, n_queries, n_keys, n_sequences, VARLEN)
     if i_m < 0:
         return
-    Q += i_b * stride_qb + start * stride_qt + i_h * stride_qh
-    K += i_b * stride_kb + start * stride_kt + i_h // GROUP * stride_kh
-    V += i_b * stride_vb + start * stride_vt + i_h // GROUP * stride_vh
+    Q += _first_row(i_b, start, i_h, stride_qb, stride_qt, stride_qh)
+    K += _first_row(i_b, start, i_h // GROUP, stride_kb, stride_kt, stride_kh)
+    V += _first_row(i_b, start, i_h // GROUP, stride_vb, stride_vt, stride_vh)
     o_d = tl.arange(0, BLOCK_D)
     o_key = tl.arange(0, BLOCK_N)
     o_unit = tl.arange(0, WIDTH)
@@ -303,17 +304,17 @@ def key_kernel(
     c = tl.load(C)
     b_kinks = tl.load(TABLE + tl.arange(0, WIDTH))
     b_j = o_n.to(tl.float32)
-    b_k = _load(K + i_b * stride_kb + start * stride_kt + i_g * stride_kh, o_n, o_d, stride_kt, n_k, D, True)
-    b_v = _load(V + i_b * stride_vb + start * stride_vt + i_g * stride_vh, o_n, o_d, stride_vt, n_k, D, True)
+    b_k = _load(K + _first_row(i_b, start, i_g, stride_kb, stride_kt, stride_kh), o_n, o_d, stride_kt, n_k, D, True)
+    b_v = _load(V + _first_row(i_b, start, i_g, stride_vb, stride_vt, stride_vh), o_n, o_d, stride_vt, n_k, D, True)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     # query tiles from the first that sees a key of this tile; those on the diagonal need a mask
     n_tiles = (n_q + BLOCK_M - 1) // BLOCK_M
     first = tl.maximum(i_n * BLOCK_N - past, 0) // BLOCK_M
     n_diagonal = tl.minimum((tl.maximum(i_n * BLOCK_N + BLOCK_N - 1 - past, 0) + BLOCK_M - 1) // BLOCK_M, n_tiles)
+    P_Q = Q + _first_row(i_b, start, i_g * GROUP, stride_qb, stride_qt, stride_qh)
     for i_member in range(GROUP):
         i_h = i_g * GROUP + i_member
-        P_Q = Q + i_b * stride_qb + start * stride_qt + i_h * stride_qh
         P_DO = DO + ((i_b * n_queries + start) * n_heads + i_h) * D
         row = (i_b * n_heads + i_h) * n_queries + start
         for masked in tl.static_range(2):
@@ -340,6 +341,7 @@ def key_kernel(
                 b_dv += _product(b_p.to(b_do.dtype), b_do, EXACT)
                 b_g = b_p * (_product(b_v, tl.trans(b_do), EXACT) - b_delta[None, :])
                 b_dk += _product(b_g.to(b_q.dtype), b_q, EXACT)
+        P_Q += stride_qh
     p_rows = ((i_b * n_keys + start + o_n) * n_groups + i_g).to(tl.int64)[:, None] * D + o_d[None, :]
     m_rows = (o_n < n_k)[:, None] & (o_d < D)[None, :]
     tl.store(DK + p_rows, (b_dk * (scale * 0.6931471805599453)).to(DK.dtype.element_ty), mask=m_rows)

@@ -228,6 +228,12 @@ def _locate(i_tile, BLOCKS, CU_SEQLENS, n_queries, n_keys, n_sequences, VARLEN: 
 
 
 @triton.jit
+def _first_row(i_b, start, i_h, stride_b, stride_t, stride_h):
+    """Where a head's rows begin; with heads outermost they may be further apart than 32 bits count."""
+    return i_b * stride_b + start * stride_t + i_h.to(tl.int64) * stride_h
+
+
+@triton.jit
 def _load(P, o_rows, o_d, stride, n_rows, D: tl.constexpr, MASKED: tl.constexpr):
     """Rows o_rows of a (rows, D) matrix; what lies outside is 0."""
     BLOCK_D: tl.constexpr = o_d.shape[0]
@@ -280,14 +286,14 @@ def forward_kernel(
     if i_m < 0:
         return
     i_g = i_h // GROUP
-    K += i_b * stride_kb + start * stride_kt + i_g * stride_kh
-    V += i_b * stride_vb + start * stride_vt + i_g * stride_vh
+    K += _first_row(i_b, start, i_g, stride_kb, stride_kt, stride_kh)
+    V += _first_row(i_b, start, i_g, stride_vb, stride_vt, stride_vh)
     o_d = tl.arange(0, BLOCK_D)
     o_key = _key_order(BLOCK_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < n_q
     o_pos = o_m + (n_k - n_q)
-    b_q = _load(Q + i_b * stride_qb + start * stride_qt + i_h * stride_qh, o_m, o_d, stride_qt, n_q, D, True)
+    b_q = _load(Q + _first_row(i_b, start, i_h, stride_qb, stride_qt, stride_qh), o_m, o_d, stride_qt, n_q, D, True)
     b_bias = 0.0
     if BIAS is not None:
         b_bias = tl.load(BIAS + i_h) * 1.4426950408889634
@@ -425,9 +431,9 @@ def query_kernel(
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < n_q
     o_pos = o_m + (n_k - n_q)
-    Q += i_b * stride_qb + start * stride_qt + i_h * stride_qh
-    K += i_b * stride_kb + start * stride_kt + i_g * stride_kh
-    V += i_b * stride_vb + start * stride_vt + i_g * stride_vh
+    Q += _first_row(i_b, start, i_h, stride_qb, stride_qt, stride_qh)
+    K += _first_row(i_b, start, i_g, stride_kb, stride_kt, stride_kh)
+    V += _first_row(i_b, start, i_g, stride_vb, stride_vt, stride_vh)
     slot = i_head.to(tl.int64) * n_slots + _state_slot(i_m, n_k - n_q, BLOCK_M, BLOCK_N)
     i_forward = i_m * BLOCK_M // FORWARD_M
     i_key_tile = 0
@@ -539,8 +545,8 @@ def key_kernel(
     o_m = tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + _key_order(BLOCK_N)
     n_past = n_k - n_q
-    b_k = _load(K + i_b * stride_kb + start * stride_kt + i_g * stride_kh, o_n, o_d, stride_kt, n_k, D, True)
-    b_v = _load(V + i_b * stride_vb + start * stride_vt + i_g * stride_vh, o_n, o_d, stride_vt, n_k, D, True)
+    b_k = _load(K + _first_row(i_b, start, i_g, stride_kb, stride_kt, stride_kh), o_n, o_d, stride_kt, n_k, D, True)
+    b_v = _load(V + _first_row(i_b, start, i_g, stride_vb, stride_vt, stride_vh), o_n, o_d, stride_vt, n_k, D, True)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     # query tiles from the first that sees a key of this tile; those of the diagonal need a mask
@@ -556,6 +562,7 @@ def key_kernel(
         slot += tl.load(SLOTS + i_s)
         i_forward = tl.load(FORWARD_BLOCKS + i_s)
         i_key_tile = tl.load(CU_SEQLENS + i_s) // BLOCK_N + i_s
+    P_Q = Q + _first_row(i_b, start, i_g * GROUP, stride_qb, stride_qt, stride_qh)
     for i_member in range(GROUP):
         i_h = i_g * GROUP + i_member
         i_bh = i_b * n_heads + i_h
@@ -570,7 +577,6 @@ def key_kernel(
         b_bias = 0.0
         if BIAS is not None:
             b_bias = tl.load(BIAS + i_h) * 1.4426950408889634
-        P_Q = Q + i_b * stride_qb + start * stride_qt + i_h * stride_qh
         P_DO = DO + ((i_b * n_queries + start) * n_heads + i_h) * D
         p_delta = DELTA + i_bh * 2 * n_queries + start
         p_stop = STOP + i_bh * n_forward_blocks + i_forward
@@ -606,6 +612,7 @@ def key_kernel(
                 )  # fmt: skip
                 b_dv += _product(tl.trans(b_weight), b_do, EXACT)
                 b_dk += _product(tl.trans(b_dz.to(b_q.dtype)), b_q, EXACT)
+        P_Q += stride_qh
     rows = ((i_b * n_keys + start + o_n) * n_groups + i_g).to(tl.int64)
     p_rows = rows[:, None] * D + o_d[None, :]
     m_rows = (o_n < n_k)[:, None] & (o_d < D)[None, :]

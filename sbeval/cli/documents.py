@@ -189,12 +189,12 @@ def _claim(claim: Claim, judged: Judged, folder: str) -> list[str]:
 
 
 def _made_by(results: Path, family: str) -> str:
-    """Name the command of a figure's rows, and how many further ones a few of them need."""
+    """Name the command of a figure's rows, or both, or that of most and how many others there are."""
     table = read(Results(results).table(family), ["cell"])
     first, *others = gather(table, Results(results).runs).again
-    count = f"{len(others)} other commands" if len(others) > 1 else "another command"
-    rest = f" Some rows are of {count}, listed by `sbeval report`." if others else ""
-    return f"Made by `{first}`.{rest}"
+    if len(others) < 2:
+        return f"Made by {' and '.join(f'`{command}`' for command in (first, *others))}."
+    return f"Made by `{first}`. Some rows are of {len(others)} other commands, listed by `sbeval report`."
 
 
 def _fixed_rows(results: Path) -> pd.DataFrame:

@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from sbeval.errors import InputError, first_line, reason
 from sbeval.evaluation import lm_eval_choices, lm_eval_items, lm_eval_local
 from sbeval.evaluation.lm_eval_model import Adapter, HubText, PlainText
-from sbeval.pretrained.released import broken
+from sbeval.pretrained.foreign import broken
 
 __all__ = ["Adapter", "Benchmark", "HubText", "PlainText", "Score", "hub_text", "load", "scores", "version"]
 

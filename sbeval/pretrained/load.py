@@ -20,7 +20,7 @@ from sbeval.data.tokenizer import Tokenizer, check_same
 from sbeval.errors import InputError, first_line, reason
 from sbeval.evaluation.perplexity import Predictor
 from sbeval.models.decoder import Decoder
-from sbeval.pretrained import checks, released
+from sbeval.pretrained import checks, foreign, released
 from sbeval.pretrained.hub_model import HubModel, positions_of
 from sbeval.runtime import device
 from sbeval.runtime.files import is_of_the_disk, sha256
@@ -219,14 +219,14 @@ def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: boo
                 ignore_mismatched_sizes=True,
             )
     # raised for an unknown name, without network, for files that it cannot read, and for custom code
-    except released.broken() as error:
+    except foreign.broken() as error:
         if "custom code" in str(error):
             raise InputError(
                 f"model {spec!r} comes with code of its own, which is not run; --trust-remote-code runs it"
             ) from None
         if is_of_the_disk(error):
             raise InputError(f"cannot write the caches of transformers for model {spec!r}: {reason(error)}") from None
-        raise InputError(f"no causal language model {spec!r}: {released.explained(spec, error)}") from None
+        raise InputError(f"no causal language model {spec!r}: {foreign.explained(spec, error)}") from None
     checks.complete(model, found, spec)
     checks.dtypes(_downloaded(spec), spec)
     model = _unmapped(model.to(place)).eval()

@@ -14,6 +14,7 @@ from sbeval.report import html
 from sbeval.runtime.files import prepare, remove_left, replacing
 from sbeval.tables import check
 from sbeval.tables.results import Results
+from sbeval.tables.selection import beside
 from sbeval.tables.table import read
 
 # without dates and versions: redrawn from the same table, a file has the same bytes
@@ -32,16 +33,17 @@ def draw_figures(
     where: Iterable[str] = (),
     *,
     required: bool = True,
+    like: pd.DataFrame | None = None,
 ) -> list[Path]:
     """Draw the named figures, or all whose table exists, and return the files, `out_dir`/<name>.<format>.
 
     A figure of several settings may have a file for each, <name>-<setting>.<format>.
 
     out_dir: `results_dir`/figures unless given. say: reports each figure that is skipped because it has no table, or
-    none of its rows, and rows that are not what a run wrote. where: conditions `column=value` on rows. A figure that
-    only some tables have rows for is left out where there are none, unless it is named. Raise InputError for an unknown
-    name or format, a table that cannot be read, no table at all and, for a named figure, no table or, if `required`,
-    none of its rows.
+    none of its rows, and rows that are not what a run wrote. where: conditions `column=value` on rows. like: rows;
+    their settings alone are drawn, with all methods. A figure that only some tables have rows for is left out where
+    there are none, unless it is named. Raise InputError for an unknown name or format, a table that cannot be read, no
+    table at all and, for a named figure, no table or, if `required`, none of its rows.
     """
     conditions = tuple(where)
     chosen = [choose("format", name, (*FORMATS, "html")) for name in formats]
@@ -60,6 +62,7 @@ def draw_figures(
             say(f"{name}: skipped, no table {path}")
             continue
         table = read(path, required=module.COLUMNS)
+        table = table if like is None else beside(table, like)
         rows = None if names else registry.gather(name, table, results_dir)
         if rows is not None and not registry.has_rows(name, rows):
             continue

@@ -221,12 +221,12 @@ def _figure(name: str, chart: Chart, runs: Runs) -> str:
 
 
 def _made_by(runs: Runs) -> str:
-    """Name the command that makes the rows of a figure, or most of them."""
+    """Name the command that makes the rows of a figure, or both, or that of most and how many others there are."""
     if not runs.again:
         return ""
-    first, *others = runs.again
-    rest = f' and <a href="#again">{len(others)} more</a>' if others else ""
-    return f" Made by <code>{escape(first)}</code>{rest}."
+    first, *others = (f"<code>{escape(command)}</code>" for command in runs.again)
+    rest = others if len(others) < 2 else [f'<a href="#again">{len(others)} more</a>']
+    return f" Made by {' and '.join([first, *rest])}."
 
 
 def _group(group: Group, *, alone: bool) -> str:

@@ -54,8 +54,7 @@ def run(
             course.say(f"1 of {len(gpus)} GPUs is used; --workers {len(gpus)} spreads the cells over all of them")
         for step, failure in executor.run(work, first, course.then, gpus=gpus, hear=Heard(progress)):
             if isinstance(failure, Lost):
-                failure = Failure("failed", failure.reason)
-                work.record(step, failure)
+                failure = work.record(step, Failure("failed", failure.reason), progress)
             course.note(step, failure)
         if overall:
             overall.close()
@@ -118,11 +117,11 @@ class _Course:
         ended = [step] if isinstance(step, Cell) else []
         if failure:
             lost = [other for other in self.graph.lost(step) if isinstance(other, Cell)]
-            for cell in lost:
-                self.work.record(cell, Failure(failure.how, f"{step.title}: {failure.reason}"))
+            cause = Failure(failure.how, f"{step.title}: {failure.reason}")
+            count = sum(self.work.record(cell, cause, self.progress) is not None for cell in lost)
             ended += lost
             self.failed = True
-            recorded = f"{len(lost)} cells that need it recorded" if lost else "recorded"
+            recorded = f"{count} cells that need it recorded" if lost else "recorded"
             self.say(f"{step.title}: {failure.reason}; {recorded} as {failure.how}, continuing with the next")
         for cell in ended:
             self.waiting[cell.family].discard(cell)

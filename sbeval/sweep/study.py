@@ -25,6 +25,7 @@ from sbeval.sweep.family import Say, unsaid
 from sbeval.sweep.study_file import Part
 from sbeval.tables import provenance
 from sbeval.tables.results import Results
+from sbeval.tables.selection import beside
 from sbeval.tables.table import read
 from sbeval.training.text_model import TextModel, trained_on
 
@@ -132,8 +133,12 @@ def run(parts: Sequence[Part], context: RunContext, console: Console, executor: 
 def _next(results_dir: Path) -> str:
     """Return a line with the command that shows results as a page of findings."""
     install = "" if importlib.util.find_spec("plotly") else "pip install 'sbeval[html]', then "
-    where = "" if results_dir == Path("results") else f" --results-dir {shlex.quote(str(results_dir))}"
-    return f"next: {install}sbeval report{where} puts all results on one page, beside the paper's claims"
+    return f"next: {install}sbeval report{_where(results_dir)} puts all results on one page, beside the paper's claims"
+
+
+def _where(results_dir: Path) -> str:
+    """Return the option that names a results folder in a command; none for the default."""
+    return "" if results_dir == Path("results") else f" --results-dir {shlex.quote(str(results_dir))}"
 
 
 def _show_family(family: str, cells: Sequence[Cell], results_dir: Path, console: Console, *, alone: bool) -> bool:
@@ -149,7 +154,7 @@ def _show_family(family: str, cells: Sequence[Cell], results_dir: Path, console:
 
 
 def _show(family: str, cells: Sequence[Cell], results_dir: Path, console: Console) -> None:
-    """Print the table of a family, and draw its figures and, if plotly is installed, its pages."""
+    """Print the table of the cells, and draw the figures of their settings and, if plotly is installed, the pages."""
     path = Results(results_dir).table(family)
     if not path.exists():
         return
@@ -157,18 +162,22 @@ def _show(family: str, cells: Sequence[Cell], results_dir: Path, console: Consol
     if not len(results):
         return say(console, str(path))
     console.print(registry.task(family).summary(results))
-    table = read(path)
+    everything = read(path)
+    table = beside(everything, results)
     names = [name for name in registry.FIGURES if registry.figure(name).TABLE == family]
     figures = [name for name in names if registry.has_rows(name, registry.gather(name, table, results_dir))]
     pages = [name for name in figures if name in registry.PAGES]
     left_out = functools.partial(say, console)
-    files = [path, *draw_figures(results_dir, figures, ["png", "pdf"], say=left_out, required=False)]
+    files = [path, *draw_figures(results_dir, figures, ["png", "pdf"], say=left_out, required=False, like=results)]
     if pages and importlib.util.find_spec("plotly"):
-        files += draw_figures(results_dir, pages, ["html"], say=lambda line: None, required=False)
+        files += draw_figures(results_dir, pages, ["html"], say=unsaid, required=False, like=results)
     elif pages:
         say(console, f"no interactive page: pip install 'sbeval[html]', then sbeval plot {family.replace('_', '-')}")
     for file in files:
         say(console, str(file))
+    if len(table) < len(everything):
+        others = f"other models, lengths, corpora or presets of {path}"
+        say(console, f"figures leave out {others}; sbeval plot{_where(results_dir)} draws all")
 
 
 def _say_failed(cells: Sequence[Cell], results_dir: Path, console: Console) -> None:

@@ -71,7 +71,7 @@ class Work:
     def _run_cell(self, cell: Cell, progress: Progress) -> Failure | None:
         result = self._attempt(partial(run_cell, cell, self.context, self.presets[cell.family], progress))
         if isinstance(result, Failure):
-            self.record(cell, result)
+            self._keep_failure(cell, result)
             return result
         self._keep(cell, result)
         return None
@@ -97,17 +97,24 @@ class Work:
         )
         return distributed.anywhere(found, context.world, context.device)
 
-    def record(self, step: Step, failure: Failure) -> None:
-        """Store that a step failed, if it is a cell."""
+    def record(self, step: Step, failure: Failure, progress: Progress) -> Failure | None:
+        """Store that a step failed, if it is a cell; return None where another command has finished it since."""
         if not isinstance(step, Cell):
-            return
-        outcome = step.failed(failure.how, self.context)
-        origin = _origin(step, self.context, self.presets[step.family], outcome)
+            return failure
+        with self.context.cell(cell_id(step), progress):
+            if self._is_finished(step, progress):
+                return None
+            self._keep_failure(step, failure)
+        return failure
+
+    def _keep_failure(self, cell: Cell, failure: Failure) -> None:
+        outcome = cell.failed(failure.how, self.context)
+        origin = _origin(cell, self.context, self.presets[cell.family], outcome)
         record = provenance.run_record(
-            config=step, provenance=origin, status="failed", reason=failure.reason, argv=self.context.argv
+            config=cell, provenance=origin, status="failed", reason=failure.reason, argv=self.context.argv
         )
         rows = table.frame(outcome.identity, outcome.rows, origin) if outcome else None
-        self._keep(step, Stored(cell_id(step), record, rows))
+        self._keep(cell, Stored(cell_id(cell), record, rows))
 
     def _keep(self, cell: Cell, stored: Stored) -> None:
         if self.context.world.leads:

@@ -45,6 +45,9 @@ class _Command:
         differing = [name for name, values in self.options.items() if set(values) != set(other.options[name])]
         if len(differing) > 1 or any(name not in REPEATED for name in differing):
             return None
+        # one command takes its timings in turn, so that they can be compared: two did not
+        if differing and self.words[:1] == ("bench",):
+            return None
         both = {name: tuple(dict.fromkeys((*self.options[name], *other.options[name]))) for name in differing}
         return _Command(self.words, {**self.options, **both})
 
@@ -57,7 +60,7 @@ def fewest(lines: Iterable[Sequence[str]]) -> list[str]:
     """Return commands that make what all of these did, that of the most lines first.
 
     lines: recorded command lines, one a run, the program first. Two become one where they differ in the values of one
-    option that can be repeated.
+    option that can be repeated, except for timings.
     """
     counts = Counter(tuple(line) for line in lines if line)
     ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))

@@ -27,6 +27,8 @@ class Setting:
         return [*self.always, *self.others]
 
 
+# columns of every family: what has others of these is another experiment
+SHARED = ("model", "train_len", "corpus", "preset")
 LENGTH_GEN = Setting(
     ("model", "train_len", "corpus"), ("task", "eval_len", "tokenizer", "preset", "train_tokens", "dtype")
 )
@@ -52,6 +54,12 @@ _LATER = [name for name in labels(mqrar.Row) if name in later(mqrar.Row)]
 MQRAR_LATER = ("optimizer", *(name for name in _LATER if name not in ("optimizer", "n_back")))
 FLIP_FLOP = Setting(("model", "seq_len"), ("task", "heads", "p_train", "preset", "dtype"))
 ATTENTION_MAP = ["task", "vocab_size", "seq_len", "kv_pairs"]
+
+
+def beside(table: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a table with the model, training length, corpus and preset of some of the given rows."""
+    wanted, found = (pd.MultiIndex.from_frame(each[list(SHARED)].astype(str)) for each in (rows, table))
+    return table[found.isin(wanted)]
 
 
 def length_gen_setting(table: pd.DataFrame) -> Setting:

@@ -23,6 +23,12 @@ def test_each_block_is_on_a_page() -> None:
     assert {name for _, name, _ in documents.BLOCK.findall(text)} == set(documents.BLOCKS)
 
 
+def test_both_commands_of_a_table_are_named_and_many_are_counted() -> None:
+    both = documents.BLOCKS["kernel_command"](ROOT / "results")
+    assert both.startswith("Made by `sbeval bench kernel --head-dim 128 ") and both.count("`sbeval bench kernel") == 2
+    assert "other commands, listed by `sbeval report`." in documents.BLOCKS["length_gen_command"](ROOT / "results")
+
+
 def test_a_wrong_number_is_mended_and_the_rest_stays() -> None:
     text = "Before.\n<!-- numbers: typed_sentence -->\nRoPE 1.\n<!-- end of numbers -->\nAfter.\n"
     mended = documents.written(text, ROOT / "results")

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 import pytest
 import torch
+from matplotlib.figure import Figure
 
+from sbeval import registry
 from sbeval.cli import main
 from sbeval.runtime import signals, threads
 from sbeval.sweep import study
@@ -130,6 +132,30 @@ def test_length_gen_leaves_table_runs_and_figures(kept: Kept) -> None:
     assert "Loss of the last 4 tokens" in done.out and "stick_breaking" in done.out
     for file in ("length_gen.csv", "figures/length_gen.png", "figures/length_gen.pdf"):
         assert (folder / file).stat().st_size > 0 and str(folder / file) in done.out
+
+
+def test_figures_of_a_command_have_its_settings_and_all_their_methods(
+    results: Path, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a clone, whose results/ has tables already: `sbeval plot` draws everything in them."""
+    drawn: list[set[tuple[str, int]]] = []
+
+    def figures(name: str, rows: pd.DataFrame) -> dict[str, Figure]:
+        if name == "length_gen":
+            drawn.append(set(zip(rows["attention"], rows["train_len"], strict=True)))
+        return whole(name, rows)
+
+    whole = registry.figures
+    monkeypatch.setattr(registry, "figures", figures)
+    left_out = f"presets of {results / 'length_gen.csv'}; sbeval plot --results-dir {results} draws all"
+    alibi = (*LENGTHS, "--attention", "alibi", "--corpus", texts, "--results-dir", results)
+    again = run(*alibi)
+    assert again.code == 0 and left_out not in again.out
+    other = run(*alibi, "--train-len", 32)
+    assert other.code == 0 and left_out in other.out
+    assert run("plot", "length-gen", "--format", "png", "--results-dir", results).code == 0
+    shared = {(name, 16) for name in ("stick_breaking", "rope", "alibi")}
+    assert drawn == [shared, {("alibi", 32)}, {*shared, ("alibi", 32)}]
 
 
 @pytest.fixture

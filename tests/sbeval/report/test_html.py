@@ -503,8 +503,11 @@ def test_a_browser_draws_every_figure_wide_and_narrow(text: str, tmp_path: Path)
         assert frame["pressed"] == "false" and frame["hidden"] == ["stick-breaking"]
 
 
-def test_a_figure_names_one_command_of_its_rows() -> None:
-    one, two = (Runs(pd.DataFrame(), [], again) for again in (["sbeval mqrar"], ["sbeval mqrar", "sbeval flip-flop"]))
+def test_a_figure_names_the_commands_of_its_rows() -> None:
+    none, one, two, three = (
+        Runs(pd.DataFrame(), [], ["sbeval mqrar", "sbeval run", "sbeval needle"][:n]) for n in range(4)
+    )
+    assert html._made_by(none) == ""
     assert html._made_by(one) == " Made by <code>sbeval mqrar</code>."
-    assert html._made_by(two) == ' Made by <code>sbeval mqrar</code> and <a href="#again">1 more</a>.'
-    assert html._made_by(Runs(pd.DataFrame(), [], [])) == ""
+    assert html._made_by(two) == " Made by <code>sbeval mqrar</code> and <code>sbeval run</code>."
+    assert html._made_by(three) == ' Made by <code>sbeval mqrar</code> and <a href="#again">2 more</a>.'

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sbeval.sweep.cell import Cell as BaseCell
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
-from sbeval.tables import provenance, table
+from sbeval.tables import provenance, store, table
 from sbeval.tables.rows import Identity, Measurement
 from sbeval.tasks import mqrar
 from sbeval.training.trainer import DivergedError
@@ -195,6 +196,26 @@ def test_a_cell_is_run_once_by_two_commands_in_one_folder(tmp_path: Path, monkey
     assert other.exitcode == 0
     assert sorted(path.name.split("-")[1] for path in tmp_path.glob("evaluated-*")) == ["a", "b", "c"]
     assert list(table.read(tmp_path / "fake.csv")["attention"]) == ["a", "b", "c"]
+
+
+def test_a_failure_waits_for_the_lock_of_its_cell_and_takes_the_place_of_no_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sbeval.sweep.context.POLL_S", 0.01)
+    context, progress = RunContext(results_dir=tmp_path, device=torch.device("cpu")), Progress(Console(quiet=True))
+    steps = work.Work(context, {"fake": "quick"}, work.CELL_ERRORS, progress)
+    done, left = Cell(title="done"), Cell(title="left")
+    failure = work.Failure("failed", "train it: out of memory")
+    # another command runs both, and only the first to its end
+    with ThreadPoolExecutor() as threads:
+        with context.cell(cell_id(done), progress), context.cell(cell_id(left), progress):
+            recorded = [threads.submit(steps.record, cell, failure, progress) for cell in (done, left)]
+            time.sleep(0.1)
+            assert not any(future.done() for future in recorded)
+            store.keep(context.results, "fake", work.run_cell(done, context, "quick", progress))
+    assert [future.result() for future in recorded] == [None, failure]
+    assert status(done, tmp_path) == ("finished", "")
+    assert status(left, tmp_path) == ("failed", failure.reason)
 
 
 def test_of_several_processes_none_goes_on_alone_after_an_error(

@@ -29,6 +29,11 @@ def test_options_that_are_not_repeated_or_not_given_keep_commands_apart() -> Non
     assert len(fewest(lines("mqrar --seed 1", "flip-flop --seed 2"))) == 2
 
 
+def test_timings_that_were_not_taken_together_keep_their_commands() -> None:
+    given = lines("bench kernel --head-dim 64", "bench kernel --head-dim 128 --force", "bench kernel --head-dim 128")
+    assert fewest(given) == ["sbeval bench kernel --head-dim 128", "sbeval bench kernel --head-dim 64"]
+
+
 def test_the_command_of_most_runs_is_the_first() -> None:
     given = lines("mqrar --steps 20", "mqrar --steps 10", "mqrar --steps 10")
     assert fewest([*given, []]) == ["sbeval mqrar --steps 10", "sbeval mqrar --steps 20"]

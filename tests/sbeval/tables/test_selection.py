@@ -87,6 +87,22 @@ def test_recall_from_before_an_option_is_of_the_same_setting() -> None:
     assert sorted(selection.recall_accuracy(other)["lr"]) == [1e-3, 2e-3]
 
 
+def test_what_is_beside_rows_has_their_model_length_corpus_and_preset() -> None:
+    names = ["model", "train_len", "corpus", "preset", "attention"]
+    rows = [
+        ("25m", 2048, "books", "h200", "rope"),
+        ("25m", 2048, "python", "small", "rope"),
+        ("s", 64, None, "quick", "rope"),
+    ]
+    table = pd.DataFrame(
+        [*rows, ("25m", 2048, "python", "small", "alibi"), ("25m", 4096, "python", "small", "rope")], columns=names
+    )
+    assert list(selection.beside(table, table.iloc[[1]]).index) == [1, 3]
+    # synthetic data has no corpus
+    assert list(selection.beside(table, table.iloc[[0, 2]]).index) == [0, 2]
+    assert selection.beside(table, table[:0]).empty
+
+
 def test_a_blank_recipe_is_no_difference() -> None:
     rows = pd.DataFrame({"optimizer": ["", "adamw"], "lr": [None, 2e-3], "schedule": ["cosine", "wsd"]})
     assert selection.recipe_columns(rows) == ["schedule"]
