@@ -174,6 +174,8 @@ HOPPER = [
         if case.s in (None, case.t + 64) and case.batch * case.t >= 64
     ),
     Case(300, s=492, heads=6, groups=2, dim=64),
+    # more programs than multiprocessors: in backward most heads come whole, the last ones in ranges of queries
+    *(Case(1100, batch=4, heads=8, groups=8, dim=dim) for dim in (64, 128)),
     Case(200, spread=30.0, dim=128),
     Case(100, shift=-12.0, dim=64),
 ]
