@@ -310,6 +310,24 @@ def test_backward_makes_no_gradient_of_zeros() -> None:
         assert error(first + second, whole) <= 1e-2
 
 
+def test_what_rounding_took_off_is_made_for_a_gradient_alone(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    operator = stick_breaking._operator
+
+    def spied(*arguments: Any) -> tuple[Tensor, ...]:
+        made.append(operator(*arguments))
+        return cast(tuple[Tensor, ...], made[-1])
+
+    monkeypatch.setattr(stick_breaking, "_operator", spied)
+    q, k, v = Case(20).draw(torch.bfloat16, PLACE)
+    attention(q, k, v, backend=backend)
+    attention(q.requires_grad_(), k, v, backend=backend)
+    with torch.no_grad():
+        attention(q, k, v, backend=backend)
+    assert [residual.numel() for _, _, residual, _ in made] == [0, q.numel(), 0]
+    assert torch.equal(made[0][0], made[1][0])
+
+
 def test_gradient_is_that_of_the_truncated_function(backend: str) -> None:
     # two tiles of keys: with a stick used up in the newer one, the older one gets no gradient at all
     q, k, v = (x.requires_grad_() for x in Case(300, heads=1, groups=1, shift=1.0).draw(torch.float32, PLACE))
@@ -474,7 +492,7 @@ def test_torch_library_contract(backend: str) -> None:
         pytest.skip("the interpreter does not run under opcheck's tracing")
     case = Case(20, bounds=(0, 5, 20))
     q, k, v = (x.requires_grad_() for x in case.draw(torch.float32, PLACE))
-    arguments = (q, k, v, None, case.cu_seqlens(PLACE), 0.25, False, 0.0, backend)
+    arguments = (q, k, v, None, case.cu_seqlens(PLACE), 0.25, False, 0.0, backend, True)
     torch.library.opcheck(stick_breaking._operator, arguments)
 
 
