@@ -175,6 +175,39 @@ def test_buffers_and_orders_of_programs(
         check(*draw(t, t, heads=3, groups=3), bias=-1.0)
 
 
+@pytest.mark.parametrize("groups", [2, 3])
+def test_a_plan_has_each_tile_of_each_sequence(groups: int) -> None:
+    """Of more sequences than are summed at a time, of more tiles than are written at a time, some of them empty."""
+    lengths = [0, 1, 64, 65, 7000, 0] + [3 * i % 400 for i in range(300)]
+    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    plan = torch.full((4 * (sum(lengths) // 64 + len(lengths) + 1),), -1, dtype=torch.int32)
+    stick_breaking_hopper.plan_kernel[(len(lengths),)](bounds, plan, len(lengths), NWG=groups)
+    wanted, before = [], 0
+    for start, length in zip(bounds.tolist(), lengths, strict=False):
+        tiles = -(-length // 64)
+        # the first rows of the programs' tiles, of which the last ends with the sequence
+        rows = range((tiles - groups) * 64, -groups * 64, -groups * 64)
+        wanted += [[start, length, row, before] for row in reversed(rows)]
+        before += tiles
+    assert plan[:2].tolist() == [0, len(wanted)]
+    assert plan[4 : 4 + 4 * len(wanted)].view(-1, 4).tolist() == wanted
+    assert int(plan[4 + 4 * len(wanted) :].max()) == -1
+
+
+def test_without_a_gradient_nothing_is_kept_for_it() -> None:
+    q, k, v = draw(200, 200)
+    wanted = stick_breaking_hopper.forward(q, k, v, None, None, 0.125, False, 0.0)
+    bare = stick_breaking_hopper.forward(q, k, v, None, None, 0.125, False, 0.0, differentiable=False)
+    assert bare[2].numel() == 0
+    assert all(torch.equal(bare[i], wanted[i]) for i in (0, 1, 3))
+
+
+def test_output_is_read_from_shared_memory_before_the_next_queries_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program has six tiles of queries one after another in two places."""
+    monkeypatch.setattr(stick_breaking_hopper, "_processors", lambda _: 1)
+    check(*draw(384, 384, dim=128))
+
+
 @pytest.mark.parametrize("cached", [0, 1 << 30])
 def test_heads_in_ranges_of_queries(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All heads in ranges, one after another, where the L2 has no room for one; else the last one."""
@@ -232,39 +265,6 @@ def test_programs_are_dealt_all_tiles_in_order(
         assert walk.is_last == (begin == max(0, 2 * walk.keys - n_past))
     assert set(following.values()) == {-1}
     assert len(users) <= shares[3] * ranges[1]
-
-
-@pytest.mark.parametrize("groups", [2, 3])
-def test_a_plan_has_each_tile_of_each_sequence(groups: int) -> None:
-    """Of more sequences than are summed at a time, of more tiles than are written at a time, some of them empty."""
-    lengths = [0, 1, 64, 65, 7000, 0] + [3 * i % 400 for i in range(300)]
-    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    plan = torch.full((4 * (sum(lengths) // 64 + len(lengths) + 1),), -1, dtype=torch.int32)
-    stick_breaking_hopper.plan_kernel[(len(lengths),)](bounds, plan, len(lengths), NWG=groups)
-    wanted, before = [], 0
-    for start, length in zip(bounds.tolist(), lengths, strict=False):
-        tiles = -(-length // 64)
-        # the first rows of the programs' tiles, of which the last ends with the sequence
-        rows = range((tiles - groups) * 64, -groups * 64, -groups * 64)
-        wanted += [[start, length, row, before] for row in reversed(rows)]
-        before += tiles
-    assert plan[:2].tolist() == [0, len(wanted)]
-    assert plan[4 : 4 + 4 * len(wanted)].view(-1, 4).tolist() == wanted
-    assert int(plan[4 + 4 * len(wanted) :].max()) == -1
-
-
-def test_without_a_gradient_nothing_is_kept_for_it() -> None:
-    q, k, v = draw(200, 200)
-    wanted = stick_breaking_hopper.forward(q, k, v, None, None, 0.125, False, 0.0)
-    bare = stick_breaking_hopper.forward(q, k, v, None, None, 0.125, False, 0.0, differentiable=False)
-    assert bare[2].numel() == 0
-    assert all(torch.equal(bare[i], wanted[i]) for i in (0, 1, 3))
-
-
-def test_output_is_read_from_shared_memory_before_the_next_queries_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One program has six tiles of queries one after another in two places."""
-    monkeypatch.setattr(stick_breaking_hopper, "_processors", lambda _: 1)
-    check(*draw(384, 384, dim=128))
 
 
 def test_queries_after_a_longer_prefix() -> None:
