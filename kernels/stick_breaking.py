@@ -205,24 +205,26 @@ def _operator(
     attend_current: bool,
     epsilon: float,
     backend: str,
+    differentiable: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, remainder, and for the gradient what rounding took off a 16-bit output (empty otherwise) and where each
-    query tile stopped (empty on the portable path)."""
+    """Output, remainder, and for the gradient what rounding took off a 16-bit output (empty otherwise, and where no
+    gradient is wanted) and where each query tile stopped (empty on the portable path)."""
     if backend == "triton-hopper":
         from sbeval.kernels import stick_breaking_hopper
 
-        return stick_breaking_hopper.forward(q, k, v, bias, cu_seqlens, scale, attend_current, epsilon)
+        return stick_breaking_hopper.forward(q, k, v, bias, cu_seqlens, scale, attend_current, epsilon, differentiable)
     if backend == "triton":
         from sbeval.kernels import stick_breaking_triton
 
-        return stick_breaking_triton.forward(q, k, v, bias, cu_seqlens, scale, attend_current, epsilon)
+        return stick_breaking_triton.forward(q, k, v, bias, cu_seqlens, scale, attend_current, epsilon, differentiable)
     parts = [
         _forward(q[:, part], k[:, part], v[:, part], bias, scale, attend_current, epsilon)
         for part in _sequences(cu_seqlens)
     ]
     exact, remainder = (torch.cat(tensors, 1) for tensors in zip(*parts, strict=True))
     out = exact.to(q.dtype).contiguous()
-    residual = q.new_empty(0) if q.dtype == exact.dtype else (exact - out).to(q.dtype).contiguous()
+    absent = q.dtype == exact.dtype or not differentiable
+    residual = q.new_empty(0) if absent else (exact - out).to(q.dtype).contiguous()
     return out, remainder.contiguous(), residual, torch.empty(0, dtype=torch.int32, device=q.device)
 
 
@@ -237,10 +239,11 @@ def _(
     attend_current: bool,
     epsilon: float,
     backend: str,
+    differentiable: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
-    residual = q.new_empty(0) if q.dtype == wide else torch.empty_like(out)
+    residual = q.new_empty(0) if q.dtype == wide or not differentiable else torch.empty_like(out)
     stop = torch.empty(0, dtype=torch.int32, device=q.device)
     if backend == "triton":
         from sbeval.kernels import stick_breaking_triton
@@ -318,7 +321,7 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    q, k, v, bias, cu_seqlens, *ctx.options = inputs
+    q, k, v, bias, cu_seqlens, *ctx.options, _ = inputs
     # or autograd makes a gradient of zeros for what rounding took off
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, bias, *output, cu_seqlens)
@@ -331,7 +334,7 @@ def _differentiate(ctx: Any, dout: Tensor | None, dremainder: Tensor | None, *_:
     *gradients, dbias = _backward_operator(
         q, k, v, bias, out, remainder, residual, stop, dout, dremainder, cu_seqlens, *ctx.options
     )
-    return *gradients, None if bias is None else dbias, None, None, None, None, None
+    return *gradients, None if bias is None else dbias, None, None, None, None, None, None
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)
@@ -483,7 +486,7 @@ def attention(
     if bounded or (decodes and backend != "torch" and not differentiable):
         found = _decode_operator(q, k, v, bias, starts, lengths, scale, attend_current, epsilon, backend)
         return cast(tuple[Tensor, Tensor], found)
-    out, remainder, _, _ = _operator(q, k, v, bias, cu_seqlens, scale, attend_current, epsilon, backend)
+    out, remainder, _, _ = _operator(q, k, v, bias, cu_seqlens, scale, attend_current, epsilon, backend, differentiable)
     return out, remainder
 
 

@@ -5,7 +5,7 @@ The stick is broken as in `stick_breaking_triton.py`, a thread's quarter of a ti
 dimensions lays keys and values down in that order, key 16 q + 2 i + r of a tile in row 8 i + 2 q + r.
 
 - A program draws tiles of queries from a counter, the longest first. The next tile's queries and keys are on their way
-  while the last one's output is written.
+  while the last one's output is written, which TMA reads from shared memory under the next tile's first weights.
 - A warpgroup computes weights while its last product of weights and values, and the other warpgroups' products, keep
   the tensor cores busy.
 - A warpgroup stops when its own stick is used up. From then on it takes tiles only to give them back; once all have
@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -38,6 +39,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 LOG2_E = math.log2(math.e)
 # queries of a warpgroup, and keys of a tile
 TILE = gl.constexpr(64)
+# numbers by which the producer says what a tile of queries is
+WORDS = gl.constexpr(8)
 
 
 @gluon.jit
@@ -179,6 +182,28 @@ def _find_sequence(i_block, BLOCKS, n_sequences):
 
 
 @gluon.jit
+def _find_tile(ticket, n_blocks, PLAN, counts, NWG: gl.constexpr, VARLEN: gl.constexpr):
+    """What a ticket is for: a head, and of a tile of queries its first row within its sequence (before it, where the
+    sequence does not fill its first tile), the sequence's first row and length, and how many tiles of 64 stand before.
+    """
+    n_bh, _, n_queries, _, _, _ = counts
+    i_bh = ticket % n_bh
+    i_tile = n_blocks - 1 - ticket // n_bh
+    start = 0
+    n_q = n_queries
+    stop_block = 0
+    # the last tile ends with the sequence
+    row = ((n_queries + TILE - 1) // TILE - (n_blocks - i_tile) * NWG) * TILE
+    if VARLEN:
+        p_tile = PLAN + 4 + i_tile * 4
+        start = gl.load(p_tile)
+        n_q = gl.load(p_tile + 1)
+        row = gl.load(p_tile + 2)
+        stop_block = gl.load(p_tile + 3)
+    return i_bh, row, start, n_q, stop_block
+
+
+@gluon.jit
 def _has_stopped(stop, first_slot, slot, STAGES: gl.constexpr):
     """Whether a warpgroup stopped within this walk, at a slot that the producer has seen it give back.
 
@@ -198,53 +223,39 @@ def _copy(desc, bufs, full, stage, first, col, wanted, D: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    ring, descriptors, packing, counts, GROUP: gl.constexpr, D: gl.constexpr, NWG: gl.constexpr, STAGES: gl.constexpr,
-    QUEUE: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr,
+    ring, descriptors, PLAN, n_blocks, counts, GROUP: gl.constexpr, D: gl.constexpr, NWG: gl.constexpr,
+    STAGES: gl.constexpr, QUEUE: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr,
 ):  # fmt: skip
-    q_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, full, empty = ring
+    q_bufs, r_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, full, empty = ring
     q_desc, k_desc, v_desc = descriptors
-    TICKET, CU_SEQLENS, BLOCKS, STOP_BLOCKS = packing
-    n_bh, n_heads, n_queries, n_keys, n_key_rows, n_blocks, n_sequences = counts
+    n_bh, n_heads, n_queries, n_keys, n_key_rows, n_stops = counts
     if VARLEN:
-        n_blocks = gl.load(BLOCKS + n_sequences)
+        n_blocks = gl.load(PLAN + 1)
     n_items = n_blocks * n_bh
+    n_past = (n_keys - n_queries) // TILE
     slot = 0
     item = 0
     ticket = gl.program_id(0)
     while ticket < n_items:
-        i_bh = ticket % n_bh
-        i_tile = n_blocks - 1 - ticket // n_bh
+        i_bh, row, start, n_q, stop_block = _find_tile(ticket, n_blocks, PLAN, counts, NWG, VARLEN)
         i_b = i_bh // n_heads
         i_h = i_bh % n_heads
-        start = 0
-        n_q = n_queries
-        stop_block = 0
-        if VARLEN:
-            i_s = _find_sequence(i_tile, BLOCKS, n_sequences)
-            i_tile -= gl.load(BLOCKS + i_s)
-            start = gl.load(CU_SEQLENS + i_s)
-            n_q = gl.load(CU_SEQLENS + i_s + 1) - start
-            stop_block = gl.load(STOP_BLOCKS + i_s)
-        n_past = (n_keys - n_queries) // TILE
-        # the last tile ends with the sequence; the first, which sees the fewest keys, may begin before it
-        whole = (n_q + TILE - 1) // TILE
-        row = (whole - ((whole + NWG - 1) // NWG - i_tile) * NWG) * TILE
         n_tiles = n_past + row // TILE + NWG
         place = item % QUEUE
         mbarrier.wait(q_empty.index(place), ((item // QUEUE) & 1) ^ 1)
-        _put(words.index(place * 6), i_bh, 1)
-        _put(words.index(place * 6 + 1), row, 1)
-        _put(words.index(place * 6 + 2), start, 1)
-        _put(words.index(place * 6 + 3), n_q, 1)
-        _put(words.index(place * 6 + 4), stop_block, 1)
-        _put(words.index(place * 6 + 5), slot, 1)
+        _put(words.index(place * WORDS), i_b, 1)
+        _put(words.index(place * WORDS + 1), i_h, 1)
+        _put(words.index(place * WORDS + 2), row, 1)
+        _put(words.index(place * WORDS + 3), start, 1)
+        _put(words.index(place * WORDS + 4), n_q, 1)
+        _put(words.index(place * WORDS + 5), i_bh * n_stops + stop_block, 1)
+        _put(words.index(place * WORDS + 6), slot, 1)
         mbarrier.expect(q_full.index(place), NWG * TILE * D * 2)
         for w in gl.static_range(NWG):
             tma.async_copy_global_to_shared(
                 q_desc, [i_b, gl.maximum(start + row + TILE * w, 0), i_h, 0], q_full.index(place),
                 q_bufs.index(place * NWG + w),
             )  # fmt: skip
-        ticket = gl.num_programs(0) + gl.atomic_add(TICKET, 1)
         col = i_h // GROUP * D
         i = 0
         first_slot = slot
@@ -263,12 +274,15 @@ def _produce(
             first = i_b * n_keys + start + (n_tiles - 1 - i) * TILE
             _copy(k_desc, k_bufs, full, stage, gl.minimum(first, n_key_rows - TILE), col, wanted & (i < n_tiles), D)
             _copy(v_desc, v_bufs, full, stage, gl.minimum(first + TILE, n_key_rows - TILE), col, wanted & (i > 0), D)
+            # while the ring is full, so that nobody waits for the answer
+            if i == 1:
+                ticket = gl.num_programs(0) + gl.atomic_add(PLAN, 1, sem="relaxed")
             slot += 1
             i += 1
         item += 1
     place = item % QUEUE
     mbarrier.wait(q_empty.index(place), ((item // QUEUE) & 1) ^ 1)
-    _put(words.index(place * 6), -1, 1)
+    _put(words.index(place * WORDS), -1, 1)
     mbarrier.arrive(q_full.index(place), count=1)
 
 
@@ -287,12 +301,12 @@ def _products(q_buf, q, k_buf, D: gl.constexpr, Q_REGS: gl.constexpr):
 def _consume(
     ring, tensors, sizes,
     WG: gl.constexpr, D: gl.constexpr, NWG: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
-    CURRENT: gl.constexpr, SKIP: gl.constexpr, LOOK: gl.constexpr, Q_REGS: gl.constexpr,
+    CURRENT: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr, LOOK: gl.constexpr, Q_REGS: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: 64 queries of each tile, in turn the oldest and the newest, which have more keys to walk."""
-    q_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, full, empty = ring
-    BIAS, OUT, RESIDUAL, REMAINDER, STOP = tensors
-    n_heads, n_queries, n_keys, n_key_rows, n_stops, scale, epsilon = sizes
+    q_bufs, r_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, full, empty = ring
+    BIAS, OUT, RESIDUAL, REMAINDER, STOP, out_desc, residual_desc = tensors
+    n_heads, n_queries, n_keys, n_key_rows, scale, epsilon = sizes
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O_LAYOUT, k_width=2)
@@ -305,19 +319,17 @@ def _consume(
     slot = 0
     item = 0
     mbarrier.wait(q_full.index(0), 0)
-    i_bh = _get(words.index(0), 4)
-    while i_bh >= 0:
+    i_b = _get(words.index(0), 4)
+    while i_b >= 0:
         place = item % QUEUE
         part = (item + WG) % NWG
-        row = _get(words.index(place * 6 + 1), 4) + part * TILE
-        start = _get(words.index(place * 6 + 2), 4)
-        n_q = _get(words.index(place * 6 + 3), 4)
-        i_b = i_bh // n_heads
-        i_h = i_bh % n_heads
+        row = _get(words.index(place * WORDS + 2), 4) + part * TILE
+        start = _get(words.index(place * WORDS + 3), 4)
+        n_q = _get(words.index(place * WORDS + 4), 4)
         n_tiles = n_past + row // TILE + NWG - part
         shift = 0.0
         if BIAS is not None:
-            shift = gl.load(BIAS + i_h) * 1.4426950408889634
+            shift = gl.load(BIAS + _get(words.index(place * WORDS + 1), 4)) * 1.4426950408889634
         q_buf = q_bufs.index(place * NWG + part)
         q = 0
         if Q_REGS:
@@ -349,6 +361,9 @@ def _consume(
         weights, left = _weights(products, left, scale, shift, m_diagonal, True)
         p = gl.convert_layout(weights.to(DTYPE), P_LAYOUT)
         slot += 1
+        # the last tile's output has been read
+        tma.store_wait(0)
+        mbarrier.arrive(q_empty.index((item + QUEUE - 1) % QUEUE), count=1, pred=item > 0)
         # the stage whose keys these queries do not need, but its values
         end = slot + gl.where(row < 0, 0, n_tiles - 1 - newer)
         look = slot + LOOK
@@ -376,37 +391,46 @@ def _consume(
         slot += 1
 
         # where this is: read again, so that no register kept it during the walk
-        i_bh = _get(words.index(place * 6), 4)
+        i_b = _get(words.index(place * WORDS), 4)
+        i_h = _get(words.index(place * WORDS + 1), 4)
         part = (item + WG) % NWG
-        row = _get(words.index(place * 6 + 1), 4) + part * TILE
-        start = _get(words.index(place * 6 + 2), 4)
-        n_q = gl.where(row < 0, row, _get(words.index(place * 6 + 3), 4))
-        stop_block = _get(words.index(place * 6 + 4), 4)
-        i_b = i_bh // n_heads
-        i_h = i_bh % n_heads
+        row = _get(words.index(place * WORDS + 2), 4) + part * TILE
+        start = _get(words.index(place * WORDS + 3), 4)
+        n_q = gl.where(row < 0, row, _get(words.index(place * WORDS + 4), 4))
+        stop_block = _get(words.index(place * WORDS + 5), 4)
         n_tiles = n_past + row // TILE + NWG - part
-        i = slot - 1 - _get(words.index(place * 6 + 5), 4)
+        i = slot - 1 - _get(words.index(place * WORDS + 6), 4)
         if SKIP:
             if i < n_tiles:
                 _put(stopped.index(WG), slot, 4)
         first = (i_b * n_queries + start + row).to(gl.int64) * n_heads + i_h
-        # through shared memory that held the queries, to write whole lines
-        flat = q_buf.reshape([TILE, D])
+        # through shared memory that held the queries
+        r_buf = r_bufs.index(WG)
         zero = slot >> 30
         o_left = gl.arange(0, TILE, layout=gl.SliceLayout(1, QUARTERS)) + zero
-        o_row = gl.arange(0, TILE, layout=gl.SliceLayout(1, ROWS)) + zero
-        o_out = o_row[:, None] * (n_heads * D) + gl.arange(0, D, layout=gl.SliceLayout(0, ROWS))[None, :]
-        m_out = (row + o_row < n_q)[:, None]
         out = acc.to(DTYPE)
-        flat.store(out)
-        gl.store(OUT + first * D + o_out, flat.load(ROWS), mask=m_out)
-        flat.store((acc - out.to(gl.float32)).to(DTYPE))
-        gl.store(RESIDUAL + first * D + o_out, flat.load(ROWS), mask=m_out)
+        q_buf.reshape([TILE, D]).store(out)
+        if RESIDUAL is not None:
+            r_buf.reshape([TILE, D]).store((acc - out.to(gl.float32)).to(DTYPE))
         fence_async_shared()
-        mbarrier.arrive(q_empty.index(place), count=1)
+        whole = row >= 0
+        if VARLEN:
+            whole = whole & (row + TILE <= n_q)
+        if whole:
+            tma.async_copy_shared_to_global(out_desc, [i_b, start + row, i_h, 0], q_buf)
+            if RESIDUAL is not None:
+                tma.async_copy_shared_to_global(residual_desc, [i_b, start + row, i_h, 0], r_buf)
+        elif VARLEN:
+            # rows past the end are another sequence's
+            o_row = gl.arange(0, TILE, layout=gl.SliceLayout(1, ROWS)) + zero
+            o_out = o_row[:, None] * (n_heads * D) + gl.arange(0, D, layout=gl.SliceLayout(0, ROWS))[None, :]
+            m_out = (row + o_row < n_q)[:, None]
+            gl.store(OUT + first * D + o_out, q_buf.reshape([TILE, D]).load(ROWS), mask=m_out)
+            if RESIDUAL is not None:
+                gl.store(RESIDUAL + first * D + o_out, r_buf.reshape([TILE, D]).load(ROWS), mask=m_out)
         gl.store(REMAINDER + first + o_left * n_heads, gl.max(left, 1), mask=row + o_left < n_q)
         if row < n_q:
-            gl.store(STOP + i_bh * n_stops + stop_block + row // TILE, (n_tiles - i) * TILE)
+            gl.store(STOP + stop_block + row // TILE, (n_tiles - i) * TILE)
 
         # what the others still walk over
         more = i < n_tiles
@@ -421,27 +445,64 @@ def _consume(
             slot += 1
         item += 1
         mbarrier.wait(q_full.index(item % QUEUE), (item // QUEUE) & 1)
-        i_bh = _get(words.index(item % QUEUE * 6), 4)
+        i_b = _get(words.index(item % QUEUE * WORDS), 4)
+    tma.store_wait(0)
+
+
+@triton.jit(do_not_specialize=["n_sequences"])
+def plan_kernel(CU_SEQLENS, PLAN, n_sequences, NWG: tl.constexpr):
+    """Where the tiles of packed sequences lie, one program a sequence.
+
+    PLAN: 0 and the number of tiles, from word 4 on four words a tile: the sequence's first row and length, the tile's
+    first row within it (the last tile ends with the sequence, the first may begin before it), and how many tiles of
+    64 rows stand before the sequence.
+    """
+    i_s = tl.program_id(0)
+    n_before = 0
+    stop_block = 0
+    for first in range(0, i_s, 128):
+        o_s = first + tl.arange(0, 128)
+        m_s = o_s < i_s
+        length = tl.load(CU_SEQLENS + o_s + 1, mask=m_s, other=0) - tl.load(CU_SEQLENS + o_s, mask=m_s, other=0)
+        b_whole = (length + 63) // 64
+        stop_block += tl.sum(b_whole, 0)
+        n_before += tl.sum((b_whole + NWG - 1) // NWG, 0)
+    start = tl.load(CU_SEQLENS + i_s)
+    n_q = tl.load(CU_SEQLENS + i_s + 1) - start
+    whole = (n_q + 63) // 64
+    n_tiles = (whole + NWG - 1) // NWG
+    if i_s == n_sequences - 1:
+        tl.store(PLAN, 0)
+        tl.store(PLAN + 1, n_before + n_tiles)
+    for first in range(0, n_tiles, 32):
+        o_tile = first + tl.arange(0, 32)
+        m_tile = o_tile < n_tiles
+        p_tile = PLAN + 4 + (n_before + o_tile) * 4
+        tl.store(p_tile, start, mask=m_tile)
+        tl.store(p_tile + 1, n_q, mask=m_tile)
+        tl.store(p_tile + 2, (whole - (n_tiles - o_tile) * NWG) * 64, mask=m_tile)
+        tl.store(p_tile + 3, stop_block, mask=m_tile)
 
 
 # lengths and how many sequences are packed change from batch to batch: none is worth a compilation of its own
-@gluon.jit(do_not_specialize=["n_batch", "n_heads", "n_queries", "n_keys", "n_blocks", "n_stops", "n_sequences"])
+@gluon.jit(do_not_specialize=["n_batch", "n_heads", "n_queries", "n_keys", "n_blocks", "n_stops"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, BIAS, OUT, RESIDUAL, REMAINDER, STOP, TICKET, CU_SEQLENS, BLOCKS, STOP_BLOCKS,
-    n_batch, n_heads, n_queries, n_keys, n_blocks, n_stops, n_sequences, scale, epsilon,
+    q_desc, k_desc, v_desc, out_desc, residual_desc, BIAS, OUT, RESIDUAL, REMAINDER, STOP, PLAN,
+    n_batch, n_heads, n_queries, n_keys, n_blocks, n_stops, scale, epsilon,
     GROUP: gl.constexpr, D: gl.constexpr, NWG: gl.constexpr, STAGES: gl.constexpr, QUEUE: gl.constexpr,
     CURRENT: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr, LOOK: gl.constexpr, Q_REGS: gl.constexpr,
 ):  # fmt: skip
     """A program a multiprocessor; a tile of queries is 64 NWG queries of one head.
 
     OUT, RESIDUAL: (B, T, H, D) contiguous; REMAINDER: (B, T, H) float32; STOP: (B, H, tiles of 64) int32, the oldest
-    key visited; TICKET: 0. BLOCKS counts tiles of packed sequences cumulatively, STOP_BLOCKS tiles of 64.
+    key visited. PLAN: 0, from which programs draw; with packed sequences what plan_kernel writes.
     """
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     q_bufs = gl.allocate_shared_memory(q_desc.dtype, [QUEUE * NWG, 1, TILE, 1, D], q_desc.layout)
+    r_bufs = gl.allocate_shared_memory(q_desc.dtype, [NWG, 1, TILE, 1, D], q_desc.layout)
     k_bufs = gl.allocate_shared_memory(k_desc.dtype, [STAGES, 1, 8, 4, 2, D], k_desc.layout)
     v_bufs = gl.allocate_shared_memory(v_desc.dtype, [STAGES, 1, 8, 4, 2, D], v_desc.layout)
-    words = gl.allocate_shared_memory(gl.int32, [QUEUE * 6, 1], FLAT)
+    words = gl.allocate_shared_memory(gl.int32, [QUEUE * WORDS, 1], FLAT)
     stopped = gl.allocate_shared_memory(gl.int32, [NWG, 1], FLAT)
     cut = gl.allocate_shared_memory(gl.int32, [1, 1], FLAT)
     q_full = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
@@ -457,24 +518,23 @@ def forward_kernel(
     for w in gl.static_range(NWG):
         _put(stopped.index(w), -1, 4)
     _put(cut.index(0), -1, 4)
-    ring = (q_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, full, empty)
-    tensors = (BIAS, OUT, RESIDUAL, REMAINDER, STOP)
-    sizes = (n_heads, n_queries, n_keys, n_batch * n_keys, n_stops, scale, epsilon)
+    ring = (q_bufs, r_bufs, k_bufs, v_bufs, words, stopped, cut, q_full, q_empty, full, empty)
+    tensors = (BIAS, OUT, RESIDUAL, REMAINDER, STOP, out_desc, residual_desc)
+    sizes = (n_heads, n_queries, n_keys, n_batch * n_keys, scale, epsilon)
     descriptors = (q_desc, k_desc, v_desc)
-    packing = (TICKET, CU_SEQLENS, BLOCKS, STOP_BLOCKS)
-    counts = (n_batch * n_heads, n_heads, n_queries, n_keys, n_batch * n_keys, n_blocks, n_sequences)
+    counts = (n_batch * n_heads, n_heads, n_queries, n_keys, n_batch * n_keys, n_stops)
     if NWG == 2:
         gl.warp_specialize([
-            (_consume, (ring, tensors, sizes, 0, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS)),
-            (_consume, (ring, tensors, sizes, 1, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS)),
-            (_produce, (ring, descriptors, packing, counts, GROUP, D, NWG, STAGES, QUEUE, VARLEN, SKIP)),
+            (_consume, (ring, tensors, sizes, 0, D, NWG, STAGES, QUEUE, CURRENT, VARLEN, SKIP, LOOK, Q_REGS)),
+            (_consume, (ring, tensors, sizes, 1, D, NWG, STAGES, QUEUE, CURRENT, VARLEN, SKIP, LOOK, Q_REGS)),
+            (_produce, (ring, descriptors, PLAN, n_blocks, counts, GROUP, D, NWG, STAGES, QUEUE, VARLEN, SKIP)),
         ], [4, 1], [240, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (_consume, (ring, tensors, sizes, 0, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS)),
-            (_consume, (ring, tensors, sizes, 1, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS)),
-            (_consume, (ring, tensors, sizes, 2, D, NWG, STAGES, QUEUE, CURRENT, SKIP, LOOK, Q_REGS)),
-            (_produce, (ring, descriptors, packing, counts, GROUP, D, NWG, STAGES, QUEUE, VARLEN, SKIP)),
+            (_consume, (ring, tensors, sizes, 0, D, NWG, STAGES, QUEUE, CURRENT, VARLEN, SKIP, LOOK, Q_REGS)),
+            (_consume, (ring, tensors, sizes, 1, D, NWG, STAGES, QUEUE, CURRENT, VARLEN, SKIP, LOOK, Q_REGS)),
+            (_consume, (ring, tensors, sizes, 2, D, NWG, STAGES, QUEUE, CURRENT, VARLEN, SKIP, LOOK, Q_REGS)),
+            (_produce, (ring, descriptors, PLAN, n_blocks, counts, GROUP, D, NWG, STAGES, QUEUE, VARLEN, SKIP)),
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
@@ -523,10 +583,10 @@ def stop_shape(q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
-    epsilon: float, config: dict[str, Any] | None = None,
+    epsilon: float, differentiable: bool = True, config: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output (B, T, H, D), remainder (B, T, H) float32, what rounding took off the output, and the oldest key that each
-    64 queries visited (B, H, tiles)."""
+    """Output (B, T, H, D), remainder (B, T, H) float32, what rounding took off the output (empty where no gradient is
+    wanted), and the oldest key that each 64 queries visited (B, H, tiles)."""
     batch, n_queries, heads, dim = q.shape
     n_keys, groups = k.shape[1:3]
     config = CONFIGS[dim] if config is None else config
@@ -534,20 +594,26 @@ def forward(
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     queries = TensorDescriptor(q, list(q.shape), list(q.stride()), [1, 64, 1, dim], layout)
     out = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
-    residual = torch.empty_like(out)
+    residual = torch.empty_like(out) if differentiable else None
+    written = [
+        None if x is None else TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 64, 1, dim], layout)
+        for x in (out, residual)
+    ]
     remainder = torch.empty((batch, n_queries, heads), dtype=torch.float32, device=q.device)
     stop = torch.empty(stop_shape(q, cu_seqlens), dtype=torch.int32, device=q.device)
     size = 64 * config["NWG"]
-    n_blocks, n_sequences, blocks, stop_blocks = triton.cdiv(n_queries, size), 0, None, None
-    if cu_seqlens is not None:
+    n_blocks = triton.cdiv(n_queries, size)
+    if cu_seqlens is None:
+        plan = torch.zeros(1, dtype=torch.int32, device=q.device)
+    else:
         n_sequences = len(cu_seqlens) - 1
         n_blocks += n_sequences
-        blocks, stop_blocks = _cumulative(cu_seqlens, size), _cumulative(cu_seqlens, 64)
-    ticket = torch.zeros(1, dtype=torch.int32, device=q.device)
+        plan = torch.empty(4 * (n_blocks + 1), dtype=torch.int32, device=q.device)
+        plan_kernel[(n_sequences,)](cu_seqlens, plan, n_sequences, NWG=config["NWG"], num_warps=1)
     forward_kernel[(min(_processors(q.device), n_blocks * batch * heads),)](
-        queries, _descriptor(k), _descriptor(v), bias, out, residual, remainder, stop, ticket, cu_seqlens, blocks,
-        stop_blocks, batch, heads, n_queries, n_keys, n_blocks, stop.shape[2], n_sequences, scale * LOG2_E, epsilon,
+        queries, _descriptor(k), _descriptor(v), *written, bias, out, residual, remainder, stop, plan, batch, heads,
+        n_queries, n_keys, n_blocks, stop.shape[2], scale * LOG2_E, epsilon,
         GROUP=heads // groups, D=dim, CURRENT=int(attend_current), VARLEN=cu_seqlens is not None, SKIP=epsilon > 0,
         LOOK=LOOK, **config, num_warps=4, maxnreg=REGISTERS[config["NWG"]],
     )  # fmt: skip
-    return out, remainder, residual, stop
+    return out, remainder, out.new_empty(0) if residual is None else residual, stop

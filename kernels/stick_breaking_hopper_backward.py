@@ -6,15 +6,13 @@ tiles of 64 queries that see them: five products a tile, no saved states. Gradie
 
 - What a query brings along (the stick left, the sum of g) goes from the newer warpgroup to the older through shared
   memory, and from a program to the one of the next older keys through global memory: each number in one word with how
-  many programs it comes from, so that who waits for it needs no fence. Programs draw tickets, the newest keys first, so
-  that one which waits, waits for one that runs; one head after another, so that programs at work use the same queries
-  at nearly the same time, and find them and dq in the L2.
+  many programs it comes from, so that who waits for it needs no fence. `stick_breaking_hopper_order.py` says which
+  program does what, and when.
 - dq is added up in float32, from the newest keys to the oldest by a counter: same inputs, same bits. A warpgroup makes
   half of its columns from the logits' gradients of both, two steps behind, so that neither waits for the other.
 - Products are begun before what they are made under: those of queries and keys at the end of the step before, dq under
   the exponentials, those of the output's gradients and values under the scan, dk under the next step.
-- Three more warps, so that no warpgroup waits for memory: one brings queries and the output's gradients by TMA, one
-  fetches what newer programs left, one adds to dq by TMA.
+- Three more warps, so that no warpgroup waits for memory: `stick_breaking_hopper_movers.py`.
 - A query tile's walk ends where forward stopped: older programs neither touch it nor wait for it.
 """
 
@@ -26,14 +24,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
@@ -47,393 +42,36 @@ from sbeval.kernels.stick_breaking_hopper import (
     _cut,
     _exp2,
     _find_sequence,
-    _from_neighbour,
-    _from_other_pair,
     _get,
     _processors,
-    _put,
     _quads,
     _reciprocal,
     _rows,
 )
+from sbeval.kernels.stick_breaking_hopper_gradients import (
+    _gradients,
+    _halves,
+    _join_rows,
+    _join_vector,
+    _regroup,
+    _scan_product,
+    _split_rows,
+    _split_vector,
+    _weights,
+)
+from sbeval.kernels.stick_breaking_hopper_movers import TILE, WORDS, _add_dq, _fetch, _phase, _produce, _slot
+from sbeval.kernels.stick_breaking_hopper_order import (
+    RANGES,
+    _deal,
+    _leave,
+    _publish_all,
+    _wait_for,
+    programs_of,
+    shares_of,
+)
 from sbeval.kernels.stick_breaking_triton import _locate
 
 LOG2_E = math.log2(math.e)
-RESOLUTION = gl.constexpr(2.0**-24)
-TILE = gl.constexpr(64)
-# beta, at most 1, in float16: what is over 2e-9 keeps 11 bits
-BETA_SCALE = gl.constexpr(2.0**15)
-# steps whose query tile is remembered
-WORDS = gl.constexpr(8)
-
-
-@gluon.jit
-def _pack(older, newer, DTYPE: gl.constexpr):
-    """Two numbers rounded to 16 bits in one word, the first in the lower half."""
-    if DTYPE == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [older, newer], dtype=gl.int32, is_pure=True, pack=1
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [older, newer], dtype=gl.int32, is_pure=True, pack=1
-        )
-
-
-@gluon.jit
-def _halves(x, DTYPE: gl.constexpr):
-    return x.to(gl.int16).to(DTYPE, bitcast=True), (x >> 16).to(gl.int16).to(DTYPE, bitcast=True)
-
-
-@gluon.jit
-def _slot(s, N: gl.constexpr):
-    """s % N; from a remainder the compiler makes addresses that it carries from step to step, in registers."""
-    if N & (N - 1):
-        return s % N
-    else:
-        return s & (N - 1)
-
-
-@gluon.jit
-def _phase(s, N: gl.constexpr):
-    """Parity of how often the slot has been used before."""
-    return (s // N) & 1
-
-
-@gluon.jit
-def _wait_for(p_count, wanted):
-    """0, once the counter at p_count has reached `wanted`."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .u32 v;
-        W: ld.acquire.gpu.global.u32 v, [$1];
-        setp.lt.s32 p, v, $2;
-        @p bra W;
-        mov.b64 $0, 0;
-        }""",
-        "=l,l,r", [p_count, wanted], dtype=gl.int64, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _find(p_first, p_second, count):
-    """The numbers in the lower halves of two words of 64 bits, once both upper halves have `count`."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .pred p, q;
-        .reg .b64 x, y;
-        .reg .b32 m, n;
-        W: ld.relaxed.gpu.global.b64 x, [$2];
-        ld.relaxed.gpu.global.b64 y, [$3];
-        mov.b64 {$0, m}, x;
-        mov.b64 {$1, n}, y;
-        setp.ne.s32 p, m, $4;
-        setp.ne.s32 q, n, $4;
-        or.pred p, p, q;
-        @p bra W;
-        }""",
-        "=&r,=&r,l,l,r", [p_first, p_second, count], dtype=(gl.float32, gl.float32), is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _leave(WORDS_64, o_word, value, count, i_q):
-    """Write a number and, in the same word, how many programs it comes from; of four threads that have it, one does."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .b64 a, x;
-        mad.wide.s32 a, $2, 8, $1;
-        mov.b64 x, {$3, $4};
-        setp.eq.s32 p, $5, 0;
-        @p st.relaxed.gpu.global.b64 [a], x;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r,r,r,r", [WORDS_64, o_word, value.to(gl.int32, bitcast=True), count, i_q],
-        dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _publish(p_count):
-    """Add 1 to a counter, so that who sees it sees what this warp wrote before, and what it saw."""
-    gl.inline_asm_elementwise(
-        """{
-        .reg .pred p;
-        .reg .u32 t;
-        mov.u32 t, %laneid;
-        setp.eq.u32 p, t, 0;
-        bar.warp.sync 0xffffffff;
-        fence.acq_rel.gpu;
-        @p red.relaxed.gpu.global.add.u32 [$1], 1;
-        mov.u32 $0, t;
-        }""",
-        "=r,l", [p_count], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@builtin
-def _add_to_global(descriptor, corner, buffer, _semantic=None):
-    """Add a tile of shared memory to global memory, in the background; Gluon's copies have no such form."""
-    corner = _semantic._convert_to_ir_values(corner, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, corner, buffer.handle)
-
-
-@gluon.jit
-def _wait_for_additions(s):
-    """Until what this warp adds has arrived; `tma.store_wait` waits until it has been read only."""
-    gl.inline_asm_elementwise(
-        "cp.async.bulk.wait_group 0; mov.u32 $0, $1;", "=r,r", [s], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _groups(x):
-    """(M, 4, 4) to four (M, 4), oldest first."""
-    M: gl.constexpr = x.shape[0]
-    even, odd = gl.split(x.reshape([M, 4, 2, 2]))
-    x0, x2 = gl.split(even)
-    x1, x3 = gl.split(odd)
-    return x0, x1, x2, x3
-
-
-@gluon.jit
-def _scan_product(x, LAYOUT: gl.constexpr):
-    """x (M, 4, 4): products of this and all newer groups of a quarter; of all newer quarters, and of all, (M, 4)."""
-    x0, x1, x2, x3 = _groups(x)
-    x2 = x2 * x3
-    x1 = x1 * x2
-    x0 = x0 * x1
-    part = gl.convert_layout(x0, LAYOUT, assert_trivial=True)
-    i_q = gl.arange(0, 4, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    near = _from_neighbour(part)
-    pair = part * near
-    far = _from_other_pair(pair)
-    newer = gl.where(i_q % 2 == 0, near, 1.0) * gl.where(i_q < 2, far, 1.0)
-    return x0, x1, x2, x3, newer, pair * far
-
-
-@gluon.jit
-def _scan_sum(x, LAYOUT: gl.constexpr):
-    x0, x1, x2, x3 = _groups(x)
-    x2 = x2 + x3
-    x1 = x1 + x2
-    x0 = x0 + x1
-    part = gl.convert_layout(x0, LAYOUT, assert_trivial=True)
-    i_q = gl.arange(0, 4, layout=gl.SliceLayout(0, LAYOUT))[None, :]
-    near = _from_neighbour(part)
-    pair = part + near
-    far = _from_other_pair(pair)
-    newer = gl.where(i_q % 2 == 0, near, 0.0) + gl.where(i_q < 2, far, 0.0)
-    return x0, x1, x2, x3, newer, pair + far
-
-
-@gluon.jit
-def _regroup(x0, x1, x2, x3, like):
-    M: gl.constexpr = x0.shape[0]
-    x = gl.join(gl.join(x0, x2), gl.join(x1, x3)).reshape([M, 4, 4])
-    return gl.convert_layout(x, like.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def _split_rows(x):
-    """(64, 4, G): the first and the second row of each thread, (32, 4, G) each."""
-    G: gl.constexpr = x.shape[2]
-    a, b = gl.split(x.reshape([4, 2, 8, 4, G]).permute(0, 2, 3, 4, 1))
-    return a.reshape([32, 4, G]), b.reshape([32, 4, G])
-
-
-@gluon.jit
-def _join_rows(a, b, like):
-    G: gl.constexpr = a.shape[2]
-    x = gl.join(a.reshape([4, 8, 4, G]), b.reshape([4, 8, 4, G])).permute(0, 4, 1, 2, 3).reshape([64, 4, G])
-    return gl.convert_layout(x, like.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def _weights(t0, t1, t2, t3, u0, w3, st, DTYPE: gl.constexpr):
-    """Weights, rounded, and 2^15 beta in float16 (beta is kept for long, and registers are few), two in a word.
-
-    p_k = u_0 .. u_k, q_k = t_k p_(k-1); weight q_k s, beta_k = q_k / p_k.
-    """
-    q1 = t1 * u0
-    p1 = u0 + q1
-    q2 = t2 * p1
-    q3 = t3 * (p1 + q2)
-    w3 *= BETA_SCALE
-    w2 = w3 + t3 * w3
-    w1 = w2 + t2 * w2
-    older, newer = _pack(t0 * st, q1 * st, DTYPE), _pack(q2 * st, q3 * st, DTYPE)
-    return older, newer, _pack(t0 * (w1 + t1 * w1), q1 * w1, gl.float16), _pack(q2 * w2, q3 * w3, gl.float16)
-
-
-@gluon.jit
-def _split_vector(x, like):
-    """(64, 4): the first and the second row of each thread, (32, 4) each."""
-    a, b = gl.split(x.reshape([4, 2, 8, 4]).permute(0, 2, 3, 1))
-    LAYOUT: gl.constexpr = gl.SliceLayout(2, like.type.layout)
-    a = gl.convert_layout(a.reshape([32, 4]), LAYOUT, assert_trivial=True)
-    return a, gl.convert_layout(b.reshape([32, 4]), LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def _join_vector(a, b, like):
-    x = gl.join(a.reshape([4, 8, 4]), b.reshape([4, 8, 4])).permute(0, 3, 1, 2).reshape([64, 4])
-    return gl.convert_layout(x, like.type.layout, assert_trivial=True)
-
-
-@gluon.jit
-def _gradients(h01, h23, d0, d1, d2, d3, b01, b23, st, delta, drem, later, DTYPE: gl.constexpr):
-    """Gradients of the logits, rounded, two in a word; the sum of g with these keys. delta has drem in it.
-
-    The weights are rounded as in forward, so that the sum of g is do . o, not that and the rounding errors of all.
-    """
-    LAYOUT: gl.constexpr = gl.SliceLayout(2, st.type.layout)
-    h0, h1 = _halves(h01, DTYPE)
-    h2, h3 = _halves(h23, DTYPE)
-    b0, b1 = _halves(b01, gl.float16)
-    b2, b3 = _halves(b23, gl.float16)
-    e0 = h0.to(gl.float32) * d0
-    g1 = h1.to(gl.float32) * d1
-    g2 = h2.to(gl.float32) * d2
-    g3 = h3.to(gl.float32) * d3
-    x0, x1, x2, x3, newer, whole = _scan_sum((e0 + g1) + (g2 + g3), LAYOUT)
-    newer = gl.convert_layout(newer + later, x0.type.layout, assert_trivial=True)
-    since = _regroup(x0 + newer, x1 + newer, x2 + newer, x3 + newer, st)
-    # beta has a factor, and this its inverse
-    older = gl.where(st > RESOLUTION, delta[:, :, None] - since, drem[:, :, None]) * (1.0 / BETA_SCALE)
-    older += e0 * (1.0 / BETA_SCALE)
-    z0 = e0 - b0.to(gl.float32) * older
-    older += g1 * (1.0 / BETA_SCALE)
-    z1 = g1 - b1.to(gl.float32) * older
-    older += g2 * (1.0 / BETA_SCALE)
-    z2 = g2 - b2.to(gl.float32) * older
-    older += g3 * (1.0 / BETA_SCALE)
-    z3 = g3 - b3.to(gl.float32) * older
-    return _pack(z0, z1, DTYPE), _pack(z2, z3, DTYPE), later + whole, (z0 + z1) + (z2 + z3)
-
-
-@gluon.jit
-def _next_tile(p_stop, i_m, n_tiles, last_key):
-    """The first query tile from i_m on whose walk came to keys up to last_key; n_tiles if there is none."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    o_tile = gl.arange(0, 64, layout=LAYOUT)
-    found = n_tiles
-    while (i_m < n_tiles) & (found == n_tiles):
-        stop = gl.load(p_stop + i_m + o_tile, mask=i_m + o_tile < n_tiles, other=0x7FFFFFFF)
-        found = gl.min(gl.where(stop <= last_key, i_m + o_tile, n_tiles), 0)
-        i_m += 64
-    return found
-
-
-@gluon.jit
-def _announce(words, said, empty, s, i_tile, i_m, stop, STAGES: gl.constexpr):
-    """Wait until a stage is free, and say which query tile comes (none: i_m = -1)."""
-    mbarrier.wait(empty.index(_slot(s, STAGES)), _phase(s, STAGES) ^ 1)
-    _put(words.index((s & (WORDS - 1)) * 3), i_tile, 1)
-    _put(words.index((s & (WORDS - 1)) * 3 + 1), i_m, 1)
-    _put(words.index((s & (WORDS - 1)) * 3 + 2), stop, 1)
-    mbarrier.arrive(said.index(_slot(s, STAGES)), count=1)
-
-
-@gluon.jit
-def _produce(
-    bufs, bars, descs, STOP, place, sizes, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    SKIP: gl.constexpr,
-):  # fmt: skip
-    """A warp that brings queries and their gradients."""
-    q_bufs, do_bufs, words = bufs
-    q_full, do_full, empty, said = bars
-    q_desc, do_desc = descs
-    i_b, i_g, i_n, start, base, n_q, n_past = place
-    n_heads, n_tiles_of_row = sizes
-    n_tiles = (n_q + TILE - 1) // TILE
-    s = 0
-    for member in range(GROUP):
-        i_h = i_g * GROUP + member
-        i_row = (i_b * n_heads + i_h) * n_tiles_of_row + base
-        i_m = gl.maximum(2 * i_n - n_past, 0)
-        if SKIP:
-            i_m = _next_tile(STOP + i_row, i_m, n_tiles, 128 * i_n + 127)
-        while i_m < n_tiles:
-            stage = _slot(s, STAGES)
-            stop = 0
-            if SKIP:
-                stop = gl.load(STOP + i_row + i_m)
-            _announce(words, said, empty, s, i_row + i_m, i_m, stop, STAGES)
-            row = start + i_m * TILE
-            mbarrier.expect(q_full.index(stage), TILE * D * 2)
-            tma.async_copy_global_to_shared(q_desc, [i_b, row, i_h, 0], q_full.index(stage), q_bufs.index(stage))
-            mbarrier.expect(do_full.index(stage), TILE * D * 2)
-            tma.async_copy_global_to_shared(do_desc, [i_b, row, i_h, 0], do_full.index(stage), do_bufs.index(stage))
-            s += 1
-            i_m += 1
-            if SKIP:
-                i_m = _next_tile(STOP + i_row, i_m, n_tiles, 128 * i_n + 127)
-    _announce(words, said, empty, s, 0, -1, 0, STAGES)
-    mbarrier.arrive(q_full.index(_slot(s, STAGES)), count=1)
-
-
-@gluon.jit
-def _fetch(words, st_bufs, bars, tensors, i_n, n_past, STAGES: gl.constexpr):
-    """A warp that waits for what the program of the next newer keys leaves, and fetches it."""
-    said, st_full, later_in = bars
-    STATE, DELTA = tensors
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    o_m = gl.arange(0, TILE, layout=LAYOUT)
-    o_half = gl.arange(0, TILE // 2, layout=LAYOUT)
-    s = 0
-    mbarrier.wait(said.index(0), 0)
-    i_m = _get(words.index(1), 1)
-    while i_m >= 0:
-        stage = _slot(s, STAGES)
-        i_tile = _get(words.index((s & (WORDS - 1)) * 3), 1)
-        p_state = STATE + i_tile.to(gl.int64) * (2 * TILE)
-        p_delta = DELTA + i_tile.to(gl.int64) * (2 * TILE)
-        delta = gl.load(p_delta + o_m)
-        drem = gl.load(p_delta + (TILE + o_m))
-        newer = (i_m + n_past) // 2 - i_n + o_half * 0
-        first, second = _find(p_state + o_half, p_state + (TILE // 2 + o_half), newer)
-        st_bufs.index(stage * 4).slice(0, TILE // 2).store(first)
-        st_bufs.index(stage * 4).slice(TILE // 2, TILE // 2).store(second)
-        st_bufs.index(stage * 4 + 2).store(delta)
-        st_bufs.index(stage * 4 + 3).store(drem)
-        mbarrier.arrive(st_full.index(stage), count=1)
-        first, second = _find(p_state + (TILE + o_half), p_state + (TILE + TILE // 2 + o_half), newer)
-        st_bufs.index(stage * 4 + 1).slice(0, TILE // 2).store(first)
-        st_bufs.index(stage * 4 + 1).slice(TILE // 2, TILE // 2).store(second)
-        mbarrier.arrive(later_in.index(stage), count=1)
-        s += 1
-        mbarrier.wait(said.index(_slot(s, STAGES)), _phase(s, STAGES))
-        i_m = _get(words.index((s & (WORDS - 1)) * 3 + 1), 1)
-
-
-@gluon.jit
-def _add_dq(words, dq_bufs, bars, dq_desc, DQ_COUNT, first_tile, i_n, n_past, D: gl.constexpr):
-    """A warp that adds to dq, after the programs of newer keys; that of the newest writes it."""
-    dq_full, dq_free = bars
-    NDQ: gl.constexpr = dq_bufs.shape[0] // 2
-    s = 0
-    mbarrier.wait(dq_full.index(0), 0)
-    i_m = _get(words.index(1), 1)
-    while i_m >= 0:
-        i_tile = _get(words.index((s & (WORDS - 1)) * 3), 1)
-        newer = (i_m + n_past) // 2 - i_n
-        _wait_for(DQ_COUNT + i_tile, newer)
-        for half in gl.static_range(2):
-            corner = [((i_tile - first_tile) * 2 + half) * D, 0]
-            if newer == 0:
-                tma.async_copy_shared_to_global(dq_desc, corner, dq_bufs.index(_slot(s, NDQ) * 2 + half))
-            else:
-                _add_to_global(dq_desc, corner, dq_bufs.index(_slot(s, NDQ) * 2 + half))
-        tma.store_wait(0)
-        mbarrier.arrive(dq_free.index(_slot(s, NDQ)), count=1)
-        _wait_for_additions(s)
-        _publish(DQ_COUNT + i_tile)
-        s += 1
-        mbarrier.wait(dq_full.index(_slot(s, NDQ)), _phase(s, NDQ))
-        i_m = _get(words.index((s & (WORDS - 1)) * 3 + 1), 1)
 
 
 @gluon.jit
@@ -469,19 +107,72 @@ def _product_dq(ds_bufs, k_bufs, kd_bufs, buf, same, WG: gl.constexpr, D: gl.con
 
 
 @gluon.jit
-def _load_keys(P, buf, first, n_rows, stride, COLUMNS: gl.constexpr):
-    """64 rows in thread order to shared memory; rows from n_rows on are 0."""
+def _load_keys(P, first, n_rows, stride, COLUMNS: gl.constexpr):
+    """64 rows in thread order; rows from n_rows on are 0."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
     o_d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
     o_key = gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
     o_key = first + o_key % 8 // 2 * 16 + o_key // 8 * 2 + o_key % 2
     p_rows = P + (o_key.to(gl.int64) * stride)[:, None] + o_d[None, :]
-    buf.store(gl.load(p_rows, mask=(o_key < n_rows)[:, None], other=0.0))
+    return gl.load(p_rows, mask=(o_key < n_rows)[:, None], other=0.0)
+
+
+@gluon.jit
+def _bring_keys(tensors, bufs, first, n_rows, WG: gl.constexpr, D: gl.constexpr):
+    """Keys and values of a warpgroup, all on their way before one is waited for."""
+    p_k, p_v, stride_kt, stride_vt = tensors
+    k_bufs, v_bufs, kd_bufs = bufs
+    k = _load_keys(p_k, first + WG * 64, n_rows, stride_kt, D)
+    v = _load_keys(p_v, first + WG * 64, n_rows, stride_vt, D)
+    if D == 64:
+        k0 = _load_keys(p_k + WG * 32, first, n_rows, stride_kt, 32)
+        k1 = _load_keys(p_k + WG * 32, first + 64, n_rows, stride_kt, 32)
+    k_bufs.index(WG).store(k)
+    v_bufs.index(WG).store(v)
+    if D == 64:
+        kd_bufs.index(WG * 2).store(k0)
+        kd_bufs.index(WG * 2 + 1).store(k1)
+    fence_async_shared()
+
+
+@gluon.jit
+def _flat(x):
+    """(64, D) as threads hold it: four numbers in a row, of two rows and two columns, then the next thread."""
+    D: gl.constexpr = x.shape[1]
+    return x.reshape([4, 2, 8, D // 8, 4, 2]).permute(3, 0, 2, 4, 1, 5).reshape([64 * D])
+
+
+@gluon.jit
+def _add_flat(x, part):
+    D: gl.constexpr = x.shape[1]
+    part = part.reshape([D // 8, 4, 8, 4, 2, 2]).permute(1, 4, 2, 0, 3, 5).reshape([64, D])
+    return x + gl.convert_layout(part, x.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def _add_ranges(dk, dv, part, WG: gl.constexpr):
+    """dk and dv with those of the ranges before, which this leaves to the next."""
+    PARTS, p_count, i_range, i_place, n_before, is_last = part
+    D: gl.constexpr = dk.shape[1]
+    o_part = gl.arange(0, 64 * D, layout=_flat(dk).type.layout)
+    i_part = i_place * 2 + WG
+    p_count += i_part
+    # also where there is nothing to add: another head may have been here, and must have read what it left
+    p_dk = PARTS + i_part.to(gl.int64) * (2 * 64 * D) + _wait_for(p_count, 4 * n_before)
+    p_dv = p_dk + 64 * D
+    if i_range > 0:
+        dk = _add_flat(dk, gl.load(p_dk + o_part))
+        dv = _add_flat(dv, gl.load(p_dv + o_part))
+    if not is_last:
+        gl.store(p_dk + o_part, _flat(dk))
+        gl.store(p_dv + o_part, _flat(dv))
+    _publish_all(p_count)
+    return dk, dv
 
 
 @gluon.jit
 def _consume(
-    bufs, bars, tensors, place, o_out, stride_t, scale,
+    bufs, bars, tensors, place, part, o_out, stride_t, scale,
     WG: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, CURRENT: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -499,13 +190,7 @@ def _consume(
     ROW: gl.constexpr = gl.SliceLayout(1, ROWS)
     i_q = gl.arange(0, 4, layout=gl.SliceLayout(0, ROWS))[None, :]
     dbias = _split_rows(dummy)[0]
-    first = i_n * 128 + WG * 64
-    _load_keys(p_k, k_bufs.index(WG), first, n_k, stride_kt, D)
-    _load_keys(p_v, v_bufs.index(WG), first, n_k, stride_vt, D)
-    if D == 64:
-        for w in gl.static_range(2):
-            _load_keys(p_k + WG * 32, kd_bufs.index(WG * 2 + w), i_n * 128 + w * 64, n_k, stride_kt, 32)
-    fence_async_shared()
+    _bring_keys((p_k, p_v, stride_kt, stride_vt), (k_bufs, v_bufs, kd_bufs), i_n * 128, n_k, WG, D)
     dk = warpgroup_mma_init(gl.zeros([64, D], gl.float32, O_LAYOUT))
     dv = warpgroup_mma_init(gl.zeros([64, D], gl.float32, O_LAYOUT))
     s = 0
@@ -652,6 +337,9 @@ def _consume(
 
     dk, dv = warpgroup_mma_wait(num_outstanding=0, deps=(dk, dv))
     mbarrier.arrive(empty.index(_slot(s + STAGES - 1, STAGES)), count=1, pred=s >= 1)
+    if part[0] is not None:
+        if part[3] >= 0:
+            dk, dv = _add_ranges(dk, dv, part, WG)
     # through shared memory that only this warpgroup still uses, to write whole lines
     COLUMNS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, COLUMNS))
@@ -660,10 +348,11 @@ def _consume(
     o_tile = o_key[:, None] * stride_t + o_d[None, :]
     m_tile = (o_key + i_n * 128 < n_k)[:, None] & (o_d < D)[None, :]
     v_buf = v_bufs.index(WG)
-    v_buf.store(dv.to(DTYPE))
-    gl.store(DV + o_out + o_tile, v_buf.load(COLUMNS), mask=m_tile)
-    v_buf.store((dk * (scale * 0.6931471805599453)).to(DTYPE))
-    gl.store(DK + o_out + o_tile, v_buf.load(COLUMNS), mask=m_tile)
+    if part[5]:
+        v_buf.store(dv.to(DTYPE))
+        gl.store(DV + o_out + o_tile, v_buf.load(COLUMNS), mask=m_tile)
+        v_buf.store((dk * (scale * 0.6931471805599453)).to(DTYPE))
+        gl.store(DK + o_out + o_tile, v_buf.load(COLUMNS), mask=m_tile)
     # of the last two steps, where there were as many
     for _ in gl.static_range(2):
         back = _slot(s + NB - 2, NB)
@@ -682,40 +371,41 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=[
-        "first_bg", "n_bg", "n_heads", "n_queries", "n_keys", "n_blocks", "n_tiles_of_row", "n_sequences",
+        "first_bg", "n_whole", "n_cut", "together", "cut_together", "n_heads", "n_queries", "n_keys", "n_blocks",
+        "n_tiles_of_row", "n_sequences",
     ]
 )  # fmt: skip
 def backward_kernel(
-    q_desc, do_desc, dq_desc, K, V, BIAS, DBIAS, DK, DV, STATE, DELTA, DQ_COUNT, TICKET, STOP,
-    CU_SEQLENS, BLOCKS, BY_LENGTH, TILES, stride_kb, stride_kt, stride_vb, stride_vt,
-    first_bg, n_bg, n_heads, n_queries, n_keys, n_blocks, n_tiles_of_row, n_sequences, scale,
+    q_desc, do_desc, dq_desc, K, V, BIAS, DBIAS, DK, DV, STATE, DELTA, DQ_COUNT, TICKET, PARTS, STOP,
+    CU_SEQLENS, BLOCKS, BY_LENGTH, TILES, stride_kb, stride_kt, stride_vb, stride_vt, first_bg, n_whole, n_cut,
+    together, cut_together, n_heads, n_queries, n_keys, n_blocks, n_tiles_of_row, n_sequences, scale,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, NB: gl.constexpr, NDQ: gl.constexpr,
-    CURRENT: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr, TOGETHER: gl.constexpr,
+    CURRENT: gl.constexpr, VARLEN: gl.constexpr, SKIP: gl.constexpr,
 ):  # fmt: skip
     """128 keys of one key-value head a program, the newest first.
 
     K, V: heads next to each other; DK, DV: (B, S, G, D) contiguous; STATE: (B H tiles, 2, 64) int64 and DELTA float32,
     see prepare_kernel; dq_desc: of (H tiles, 2, D, 32) float32 of these heads; DQ_COUNT: (B H tiles) int32, zeros;
-    TICKET: 0; STOP: as in forward; DBIAS: (B H, programs of a head, 2) float32, zeros. TILES counts query tiles of 64
-    of packed sequences cumulatively, BLOCKS key tiles of 128, of the shortest sequence first (BY_LENGTH: which it is).
+    TICKET: 0, and from 4 on 0 for each 64 keys that heads which come in ranges share; PARTS: (these, 2, 64, D) float32;
+    STOP: as in forward; DBIAS: (B H, RANGES, key tiles of a head, 2) float32, zeros. TILES counts query tiles of 64 of
+    packed sequences cumulatively, BLOCKS key tiles of 128, of the shortest sequence first (BY_LENGTH: which it is).
+    Packed sequences come whole.
     """
     ticket = gl.atomic_add(TICKET, 1)
-    first = ticket // (TOGETHER * n_blocks) * TOGETHER
-    members = gl.minimum(TOGETHER, n_bg - first)
-    i_bg = first + (ticket - first * n_blocks) % members
-    i_n = (ticket - first * n_blocks) // members
+    n_past = (n_keys - n_queries) // TILE
+    # key tiles of packed sequences are counted through
+    n_tiles = 2 * n_blocks if VARLEN else n_tiles_of_row
+    shares = (n_whole, n_cut, together, cut_together)
+    i_bg, i_n, begin, end, i_range, i_place, n_before, is_last = _deal(ticket, shares, n_blocks, n_tiles, n_past)
     i_bg += first_bg
     i_b = i_bg // (n_heads // GROUP)
     i_g = i_bg % (n_heads // GROUP)
     start = i_n * 0
     base = start
     n_q = n_queries
-    n_past = (n_keys - n_queries) // TILE
-    n_programs = n_blocks
     if VARLEN:
-        n_blocks = gl.load(BLOCKS + n_sequences)
-    i_n = n_blocks - 1 - i_n
-    i_program = i_n
+        i_n += gl.load(BLOCKS + n_sequences) - n_blocks
+    i_program = i_range * n_blocks + i_n
     if i_n >= 0:
         if VARLEN:
             i_sorted = _find_sequence(i_n, BLOCKS, n_sequences)
@@ -724,6 +414,7 @@ def backward_kernel(
             start = gl.load(CU_SEQLENS + i_s)
             n_q = gl.load(CU_SEQLENS + i_s + 1) - start
             base = gl.load(TILES + i_s)
+            end = (n_q + TILE - 1) // TILE
         n_k = n_q + n_past * TILE
         DTYPE: gl.constexpr = q_desc.dtype
         FULL: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -784,11 +475,12 @@ def backward_kernel(
             q_full, do_full, st_full, later_in, empty, left_full, later_full, ds_full, ds_free, dq_bars
         )  # fmt: skip
         tensors = (STATE, BIAS, DBIAS, DK, DV, p_k, p_v, stride_kt, stride_vt)
-        place = (i_n, i_program, n_programs, n_past, n_k, n_tiles_of_row, n_heads)
-        p_place = (i_b, i_g, i_n, start, base, n_q, n_past)
+        place = (i_n, i_program, RANGES * n_blocks, n_past, n_k, n_tiles_of_row, n_heads)
+        p_place = (i_b, i_g, i_n, start, base, begin, end, n_past)
+        part = (PARTS, TICKET + 4, i_range, i_place, n_before, is_last)
         gl.warp_specialize([
-            (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 0, D, STAGES, NB, CURRENT, GROUP)),
-            (_consume, (bufs, bars, tensors, place, o_out, stride_t, scale, 1, D, STAGES, NB, CURRENT, GROUP)),
+            (_consume, (bufs, bars, tensors, place, part, o_out, stride_t, scale, 0, D, STAGES, NB, CURRENT, GROUP)),
+            (_consume, (bufs, bars, tensors, place, part, o_out, stride_t, scale, 1, D, STAGES, NB, CURRENT, GROUP)),
             (_produce, ((q_bufs, do_bufs, words), (q_full, do_full, empty, said), (q_desc, do_desc), STOP, p_place,
                         (n_heads, n_tiles_of_row), GROUP, D, STAGES, SKIP)),
             (_fetch, (words, st_bufs, (said, st_full, later_in), (STATE, DELTA), i_n, n_past, STAGES)),
@@ -845,8 +537,8 @@ def finish_kernel(
     tl.store(DQ + (row * n_heads + i_bh % n_heads) * D + c, (x * scale).to(DQ.dtype.element_ty), mask=m_row)
 
 
-# by head size: stages of queries and their gradients, buffers of the logits' gradients and of dq, and how many heads
-# are dealt with at a time
+# by head size: stages of queries and their gradients, buffers of the logits' gradients and of dq, and how many whole
+# heads are dealt with at a time, where the L2 has room for them
 CONFIGS: dict[int, dict[str, Any]] = {
     128: {"STAGES": 2, "NB": 2, "NDQ": 1, "TOGETHER": 2},
     64: {"STAGES": 2, "NB": 2, "NDQ": 1, "TOGETHER": 1},
@@ -870,7 +562,8 @@ def backward(
         dout = dout.clone()
     batch, n_queries, heads, dim = q.shape
     n_keys, groups = k.shape[1:3]
-    config = CONFIGS[dim] if config is None else config
+    config = dict(CONFIGS[dim] if config is None else config)
+    together, processors = config.pop("TOGETHER"), _processors(q.device)
     n_blocks, n_tiles, n_sequences = triton.cdiv(n_keys, 128), triton.cdiv(n_queries, 64), 0
     blocks, by_length, tiles = None, None, None
     if cu_seqlens is not None:
@@ -885,17 +578,22 @@ def backward(
     n_all = batch * heads * n_tiles
     n_bg = batch * groups
     # the heads in two parts, where each keeps all processors at work for long: half of the memory for dq in float32
-    n_part = (n_bg + 1) // 2 if n_bg * n_blocks >= LONG * _processors(q.device) else n_bg
+    n_part = (n_bg + 1) // 2 if n_bg * n_blocks >= LONG * processors else n_bg
     empty = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     delta, dq32 = empty(n_all * 128), empty((n_part * (heads // groups) * n_tiles * 2 * dim, 32))
     columns = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2)
     descs.append(TensorDescriptor(dq32, list(dq32.shape), [32, 1], [dim, 32], columns))
     state = torch.empty(n_all * 128, dtype=torch.int64, device=q.device)
     dq_count = torch.zeros(n_all, dtype=torch.int32, device=q.device)
-    tickets = torch.zeros((2, 4), dtype=torch.int32, device=q.device)
+    ranges, parts, n_shared = programs_of(n_tiles, (n_keys - n_queries) // 64), None, 0
+    if cu_seqlens is None:
+        *_, at_a_time = shares_of(n_part, n_blocks, n_tiles * 512 * dim, processors, together)
+        n_shared = at_a_time * ranges[1] * 2
+        parts = empty(n_shared * 2 * 64 * dim)
+    tickets = torch.zeros((2, 4 + triton.cdiv(n_shared, 4) * 4), dtype=torch.int32, device=q.device)
     dq = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty((batch, n_keys, groups, dim), dtype=q.dtype, device=q.device) for _ in range(2))
-    dbias = None if bias is None else torch.zeros((batch, heads, n_blocks, 2), dtype=torch.float32, device=q.device)
+    dbias = None if bias is None else empty((batch, heads, RANGES.value, n_blocks, 2)).zero_()
     packing = (cu_seqlens, tiles, heads, n_queries, n_sequences)
     prepare_kernel[(n_tiles, batch * heads)](
         out,
@@ -912,13 +610,17 @@ def backward(
     )
     for first, ticket in zip(range(0, n_bg, n_part), tickets, strict=False):
         n_these = min(n_part, n_bg - first)
-        backward_kernel[(n_blocks * n_these,)](
-            *descs, k, v, bias, dbias, dk, dv, state, delta, dq_count, ticket, stop, cu_seqlens, blocks, by_length,
-            tiles, k.stride(0), k.stride(1), v.stride(0), v.stride(1), first, n_these, heads, n_queries, n_keys,
-            n_blocks, n_tiles, n_sequences, scale * LOG2_E, GROUP=heads // groups, D=dim, CURRENT=int(attend_current),
-            VARLEN=cu_seqlens is not None, SKIP=epsilon > 0, **config, num_warps=4, maxnreg=REGISTERS[2],
+        shares = n_these, 0, together, 1
+        if cu_seqlens is None:
+            shares = shares_of(n_these, n_blocks, n_tiles * 512 * dim, processors, together)
+        backward_kernel[(shares[0] * n_blocks + shares[1] * sum(ranges),)](
+            *descs, k, v, bias, dbias, dk, dv, state, delta, dq_count, ticket, parts, stop, cu_seqlens, blocks,
+            by_length, tiles, k.stride(0), k.stride(1), v.stride(0), v.stride(1), first, *shares, heads, n_queries,
+            n_keys, n_blocks, n_tiles, n_sequences, scale * LOG2_E, GROUP=heads // groups, D=dim,
+            CURRENT=int(attend_current), VARLEN=cu_seqlens is not None, SKIP=epsilon > 0, **config, num_warps=4,
+            maxnreg=REGISTERS[2],
         )  # fmt: skip
         finish_kernel[(n_tiles, n_these * (heads // groups))](
             dq32, dq, first * (heads // groups), *packing, scale, D=dim, VARLEN=cu_seqlens is not None, num_warps=4
         )
-    return dq, dk, dv, remainder.new_empty(0) if dbias is None else dbias.sum((0, 2, 3))
+    return dq, dk, dv, remainder.new_empty(0) if dbias is None else dbias.sum((0, 2, 3, 4))

@@ -664,16 +664,16 @@ def _rows(x: Tensor) -> Tensor:
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
-    epsilon: float,
+    epsilon: float, differentiable: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Output (B, T, H, D), remainder (B, T, H) float32, what rounding took off the output (empty in float32), and the
-    oldest key that each query tile visited (B, H, tiles)."""
+    """Output (B, T, H, D), remainder (B, T, H) float32, what rounding took off the output (empty in float32, and where
+    no gradient is wanted), and the oldest key that each query tile visited (B, H, tiles)."""
     q, k, v = _rows(q), _rows(k), _rows(v)
     batch, n_queries, heads, dim = q.shape
     exact = q.dtype == torch.float32
     options = tiles("forward", dim, q.dtype)
     out = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
-    residual = out.new_empty(0) if exact else torch.empty_like(out)
+    residual = None if exact or not differentiable else torch.empty_like(out)
     remainder = torch.empty((batch, n_queries, heads), dtype=torch.float32, device=q.device)
     stop = torch.empty(stop_shape(q, cu_seqlens), dtype=torch.int32, device=q.device)
     n_blocks, blocks, n_sequences = stop.shape[2], None, 0
@@ -681,13 +681,13 @@ def forward(
         n_sequences = len(cu_seqlens) - 1
         blocks = _cumulative(_blocks(cu_seqlens, options["BLOCK_M"]))
     forward_kernel[(n_blocks * batch * heads,)](
-        q, k, v, bias, out, None if exact else residual, remainder, stop, cu_seqlens, blocks,
+        q, k, v, bias, out, residual, remainder, stop, cu_seqlens, blocks,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         batch, heads, n_queries, k.shape[1], n_blocks, n_sequences, scale * LOG2_E, epsilon,
         GROUP=heads // k.shape[2], D=dim, CURRENT=int(attend_current), VARLEN=cu_seqlens is not None,
         SKIP=epsilon > 0, EXACT=exact, **options,
     )  # fmt: skip
-    return out, remainder, residual, stop
+    return out, remainder, out.new_empty(0) if residual is None else residual, stop
 
 
 def backward(

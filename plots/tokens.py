@@ -130,12 +130,14 @@ def _range(ladders: list[Ladder]) -> tuple[float, float]:
 def _points(ladder: Ladder) -> pd.DataFrame:
     """Return the gaps as points of a line; without an interval it has no width."""
     rows = [(gap.value, gap.low, gap.high) for gap in ladder.gaps]
-    points = pd.DataFrame(rows, columns=["mean", "low", "high"]).assign(x=ladder.tokens, seeds=min(ladder.seeds))
+    seeds = [min(pair) for pair in ladder.seeds]
+    points = pd.DataFrame(rows, columns=["mean", "low", "high"]).assign(x=ladder.tokens, seeds=seeds)
     return points.assign(low=points["low"].fillna(points["mean"]), high=points["high"].fillna(points["mean"]))
 
 
 def _note(settings: dict[str, list[Ladder]]) -> str:
-    seeds = sorted({count for ladders in settings.values() for ladder in ladders for count in ladder.seeds})
+    pairs = [pair for ladders in settings.values() for ladder in ladders for pair in ladder.seeds]
+    seeds = sorted({count for pair in pairs for count in pair})
     over = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' * (seeds[0] > 1)}"
     lines = "lines: the fit of a limit plus a power of tokens (sbeval table tokens)"
     return f"Means of {over}; bars: 95 % intervals; {lines}."

@@ -48,7 +48,9 @@ class Model(Benchmark):
     batch: int = option(4, TASK, "Sequences of a step.")
     head_dims: tuple[int, ...] = option(HEAD_DIMS, MODEL, "Size of a head.", flag="--head-dim")
     repeats: int = option(5, TASK, "Runs of each, in random order.")
-    attention: tuple[str, ...] = option(("stick_breaking", "rope"), MODEL, ATTENTION, metavar="SPEC")
+    attention: tuple[str, ...] = option(
+        ("stick_breaking", "stick_breaking:epsilon=0", "rope"), MODEL, ATTENTION, metavar="SPEC"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

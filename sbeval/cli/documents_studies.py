@@ -63,7 +63,7 @@ def gaps(table: pd.DataFrame, folder: Path) -> str:
         at = dict(zip(ladder.tokens.tolist(), ladder.gaps, strict=True))
         each = [at[count].text() if count in at else "" for count in counts]
         fit = [ladder.limit.text(), ladder.exponent.text().replace("+", ""), ladder.crosses(size)]
-        lines.append([labels[ladder.method], *each, *fit, f"{ladder.seeds[0]} and {ladder.seeds[1]}"])
+        lines.append([labels[ladder.method], *each, *fit, ladder.over()])
     fitted = ("limit", "exponent", "where the fit is 0", "seeds, and RoPE's")
     headings = ["loss minus RoPE's (nats per token) after tokens =", *map(size, counts), *fitted]
     return markup.table(headings, lines)

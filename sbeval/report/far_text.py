@@ -31,8 +31,10 @@ def gains(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
     if not parts:
         reason = f"no model was given {FACTOR} times its training length before fixed targets (--fixed-targets 512)"
         return Judged(UNDECIDED, reason=reason, measured=False)
+    several = [part for part in parts if intervals.method(part, method)["seed"].nunique() > 1]
     rows = max(
-        parts, key=lambda part: [part[name].max() for name in ("params", "train_tokens", "targets") if name in part]
+        several or parts,
+        key=lambda part: [part[name].max() for name in ("params", "train_tokens", "targets") if name in part],
     )
     complete = rows.groupby(["attention", "options"])["x"].transform("nunique") == 2
     rows = rows[complete]
@@ -51,11 +53,11 @@ def gains(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
         answers += [_change(method, both, each)]
         found += f", less that with another document's text there {answers[1].text('{:+.3f}'.format)}"
     found += f" ({change.over('documents')}; {models(rows)})."
-    several = [each for each in answers if max(each.seeds) > 1]
-    if any(each.high >= 0 and each.low > -GAIN for each in several):
+    sure = [each for each in answers if max(each.seeds) > 1]
+    if any(each.high >= 0 and each.low > -GAIN for each in sure):
         return Judged(NO, found)
-    if len(several) < len(answers):
-        return Judged(UNDECIDED, found, f"one seed{' with the other text' if several else ''}")
+    if len(sure) < len(answers):
+        return Judged(UNDECIDED, found, f"one seed{' with the other text' if sure else ''}")
     if all(each.high < 0 for each in answers):
         return Judged(YES, found)
     return Judged(UNDECIDED, found, "the interval includes both")

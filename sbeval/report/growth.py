@@ -23,11 +23,12 @@ def passes(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
         return Judged(UNDECIDED, reason=reason, measured=False)
     ladder = max(ladders, key=lambda each: each.tokens[-1])
     last = ladder.gaps[-1]
-    seeds = " and ".join(map(str, dict.fromkeys(ladder.seeds)))
+    counts = {count for pair in ladder.seeds for count in pair}
+    seeds = ladder.over(" seeds") if len(counts) > 1 else f"{min(counts)} seed{'s' * (counts != {1})}"
     found = (
         f"Loss less RoPE's: {ladder.gaps[0].text()} nats/token after {size(ladder.tokens[0])} tokens, {last.text()} "
         f"after {size(ladder.tokens[-1])}; limit {ladder.limit.text()}; where the fit is 0: {ladder.crosses(size)} "
-        f"({'95 % over ' * (not math.isnan(last.low))}{seeds} seed{'s' * (max(ladder.seeds) > 1)}; {ladder.setting})."
+        f"({'95 % over ' * (not math.isnan(last.low))}{seeds}; {ladder.setting})."
     )
     if math.isnan(last.low):
         return Judged(UNDECIDED, found, "one seed of every method has no interval")

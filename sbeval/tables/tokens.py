@@ -55,11 +55,11 @@ class Bounded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ladder:
-    """The gap of one method to the baseline in one setting. seeds: of the method and of the baseline."""
+    """The gap of one method to the baseline in one setting. seeds: of the method and of the baseline, at each count."""
 
     setting: str
     method: Method
-    seeds: tuple[int, int]
+    seeds: list[tuple[int, int]]
     tokens: Floats
     gaps: list[Bounded]
     limit: Bounded
@@ -72,6 +72,11 @@ class Ladder:
         """Return the fitted gap at these training tokens."""
         fitted: Floats = self.limit.value + self.amplitude * (tokens / self.tokens[0]) ** -self.exponent.value
         return fitted
+
+    def over(self, word: str = "") -> str:
+        """Return the seeds of the method and of the baseline, and those at the most tokens where they are fewer."""
+        first, last = (f"{mine} and {base}" for mine, base in (self.seeds[0], self.seeds[-1]))
+        return f"{first}{word}" if first == last else f"{first}{word}, {last} at the most tokens"
 
     def crosses(self, write: Callable[[float], str] = "{:.2g}".format) -> str:
         """Return at how many tokens the fit is 0, in words, with its interval."""
@@ -100,10 +105,7 @@ def fit(tokens: Floats, gaps: Floats) -> Floats:
 
 
 def ladders(table: pd.DataFrame) -> list[Ladder]:
-    """Return the gap by training tokens of every method that has enough token counts in common with the baseline.
-
-    A seed without all of these counts is left out.
-    """
+    """Return the gap by training tokens of every method that has enough token counts in common with the baseline."""
     rows = table[(table["metric"] == "perplexity") & (table["context_length"] == table["train_len"])]
     setting = [name for name in length_gen_setting(rows).columns if name != "train_tokens"]
     found = []
@@ -125,17 +127,18 @@ def ladders(table: pd.DataFrame) -> list[Ladder]:
 def _ladder(setting: str, losses: pd.DataFrame, method: Method) -> Ladder | None:
     pair = [losses[_is(losses, of)] for of in (method, BASELINE)]
     counts = [name for name in losses if all(of[name].notna().any() for of in pair)]
-    mine, base = (of[counts].dropna().to_numpy() for of in pair)
-    if len(counts) < FEWEST or not len(mine) or not len(base):
+    if len(counts) < FEWEST:
         return None
-    tokens, gaps = np.array(counts, dtype=float), mine.mean(0) - base.mean(0)
+    mine, base = (of[counts] for of in pair)
+    seeds = pd.DataFrame([mine.count(), base.count()])
+    tokens, gaps = np.array(counts, dtype=float), (mine.mean() - base.mean()).to_numpy()
     limit, amplitude, exponent = (float(number) for number in fit(tokens, gaps[None])[0])
-    drawn = gaps + _errors(losses[counts].dropna(), len(mine), len(base))
+    drawn = gaps + _errors(losses[counts]) * np.sqrt((1 / seeds).sum().to_numpy())
     refitted = fit(tokens, drawn) if len(drawn) else drawn
     return Ladder(
         setting=setting,
         method=method,
-        seeds=(len(mine), len(base)),
+        seeds=[(int(first), int(second)) for first, second in seeds.T.to_numpy()],
         tokens=tokens,
         gaps=[_bounded(float(gap), drawn[:, index]) for index, gap in enumerate(gaps)],
         limit=_bounded(limit, refitted[:, 0]),
@@ -171,16 +174,19 @@ def _is(losses: pd.DataFrame, method: Method) -> "npt.NDArray[np.bool_]":
     return np.array([(attention, options) == method for attention, options, _ in losses.index])
 
 
-def _errors(losses: pd.DataFrame, mine: int, base: int) -> Floats:
-    """Draw errors of gaps (N, T) between means of so many seeds; none (0, T) if no method has a second seed."""
-    means = losses.groupby(level=["attention", "options"]).transform("mean")
-    off = (losses - means).to_numpy()
-    freedom = len(losses) - losses.groupby(level=["attention", "options"]).ngroups
+def _errors(losses: pd.DataFrame) -> Floats:
+    """Draw errors (N, T) of one seed at T token counts; none (0, T) if no method has a second seed."""
+    groups = losses.groupby(level=["attention", "options"])
+    present = losses.notna()
+    # of seeds of methods that have all of theirs; the errors of later counts are carried on from there
+    all_there = groups.transform("count").eq(groups.transform("size"), axis=0)
+    off = (losses - groups.transform("mean")).where(all_there & present).ffill(axis=1).dropna()
+    freedom = len(off) - off.groupby(level=["attention", "options"]).ngroups
     if freedom < 1:
         return np.empty((0, losses.shape[1]))
     generator = np.random.default_rng(0)
     student = generator.standard_normal((DRAWS, len(off))) / np.sqrt(generator.chisquare(freedom, (DRAWS, 1)))
-    errors: Floats = student @ off * math.sqrt(1 / mine + 1 / base)
+    errors: Floats = student @ off.to_numpy()
     return errors
 
 
@@ -203,7 +209,7 @@ def frame(table: pd.DataFrame) -> pd.DataFrame:
         {
             "setting": each.setting,
             "method": ":".join(filter(None, each.method)),
-            "seeds": f"{each.seeds[0]} and {each.seeds[1]}",
+            "seeds": each.over(),
             "tokens": f"{each.tokens[0]:.4g} to {each.tokens[-1]:.4g}",
             "gap at the most": each.gaps[-1].text(),
             "limit": each.limit.text(),

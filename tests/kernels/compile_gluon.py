@@ -18,10 +18,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from sbeval.kernels import stick_breaking_hopper, stick_breaking_hopper_backward
 
-FLOAT32 = {"BIAS", "REMAINDER", "DBIAS", "DELTA"}
-INT32 = {"STOP", "TICKET", "DQ_COUNT", "CU_SEQLENS", "BLOCKS", "STOP_BLOCKS", "TILES"}
+FLOAT32 = {"BIAS", "REMAINDER", "DBIAS", "DELTA", "PARTS"}
+INT32 = {"STOP", "TICKET", "DQ_COUNT", "CU_SEQLENS", "BLOCKS", "PLAN", "TILES"}
 INT64 = {"STATE", "BY_LENGTH"}
-PACKING = ("CU_SEQLENS", "BLOCKS", "BY_LENGTH", "STOP_BLOCKS", "TILES")
+PACKING = ("CU_SEQLENS", "BLOCKS", "BY_LENGTH", "TILES")
 KERNELS = {
     "forward": (stick_breaking_hopper.forward_kernel, stick_breaking_hopper.CONFIGS),
     "backward": (stick_breaking_hopper_backward.backward_kernel, stick_breaking_hopper_backward.CONFIGS),
@@ -40,10 +40,10 @@ def compile_one(name: str, dim: int, whole: bool) -> Any:
     kernel, configs = KERNELS[name]
     dtype = "fp16" if whole else "bf16"
     constants = {"GROUP": 2, "D": dim, "CURRENT": 0, "VARLEN": whole, "SKIP": True, "LOOK": 16, **configs[dim]}
-    constants |= {} if whole else dict.fromkeys((*PACKING, "BIAS", "DBIAS"))
+    constants |= {"PARTS": None} if whole else dict.fromkeys((*PACKING, "BIAS", "DBIAS"))
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     types = dict.fromkeys(("scale", "epsilon"), "fp32")
-    types |= dict.fromkeys(("q_desc", "do_desc"), _descriptor(dtype, [1, 64, 1, dim]))
+    types |= dict.fromkeys(("q_desc", "do_desc", "out_desc", "residual_desc"), _descriptor(dtype, [1, 64, 1, dim]))
     types["dq_desc"] = _descriptor("fp32", [dim, 32], 32)
     types |= dict.fromkeys(("k_desc", "v_desc"), _descriptor(dtype, [1, 8, 4, 2, dim]))
     types |= dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(INT32, "*i32") | dict.fromkeys(INT64, "*i64")

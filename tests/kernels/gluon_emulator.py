@@ -1,9 +1,10 @@
 """Run a Gluon kernel's Python on the CPU, to test its logic: barriers and their phases, indexing, who waits for whom.
 
-Partitions are threads. Products that are asynchronous happen as late as they may, copies after `delay` seconds or at
-once, as chance has it; shared memory starts as NaN, and a tile is NaN again while it is copied. A barrier tells an odd
-phase from an even one, as in hardware, and a partition that waits for LIMIT seconds raises. Nothing is known here of
-layouts, of compilers, or of missing fences; what uses inline assembly is replaced by the caller.
+Partitions are threads. Products that are asynchronous happen as late as they may, and so do copies to global memory;
+those from there after `delay` seconds or at once, as chance has it; shared memory starts as NaN, and a tile is NaN
+again while it is copied. A barrier tells an odd phase from an even one, as in hardware, and a partition that waits for
+LIMIT seconds raises. Nothing is known here of layouts, of compilers, or of missing fences; what uses inline assembly
+is replaced by the caller.
 """
 
 import random
@@ -302,10 +303,12 @@ class FakeCopies:
         threading.Thread(target=copy, daemon=True).start()
 
     def async_copy_shared_to_global(self, desc: Descriptor, corner: Sequence[int], source: Shared) -> None:
-        desc.write(corner, source, add=False)
+        _queue.__dict__.setdefault("stores", []).append(lambda: desc.write(corner, source, add=False))
 
-    def store_wait(self, _: int) -> None:
-        pass
+    def store_wait(self, outstanding: int) -> None:
+        waiting = _queue.__dict__.setdefault("stores", [])
+        while len(waiting) > outstanding:
+            waiting.pop(0)()
 
 
 class FakeGluon:
@@ -387,7 +390,7 @@ class FakeGluon:
         inside = torch.ones_like(offset, dtype=torch.bool) if mask is None else mask.t.expand(offset.shape)
         p.flat[offset[inside]] = value[inside]
 
-    def atomic_add(self, p: Pointer, value: int) -> Integer:
+    def atomic_add(self, p: Pointer, value: int, sem: str = "acq_rel") -> Integer:
         with lock:
             found = Integer(p.flat[p.offset])
             p.flat[p.offset] += value
@@ -405,6 +408,7 @@ class FakeGluon:
             try:
                 plain(function)(*arguments)
                 assert not _queue.__dict__.get("products"), "products that nobody waited for"
+                assert not _queue.__dict__.get("stores"), "copies from shared memory that nobody waited for"
             # a thread has nobody to raise to: whatever it is ends the test
             except BaseException:
                 failures.append(traceback.format_exc())

@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,7 +17,13 @@ from sbeval.kernels.stick_breaking import attention, reference
 if hopper.compiler_obstacle():
     pytest.skip(hopper.compiler_obstacle(), allow_module_level=True)
 
-from sbeval.kernels import stick_breaking_hopper, stick_breaking_hopper_backward
+from sbeval.kernels import (
+    stick_breaking_hopper,
+    stick_breaking_hopper_backward,
+    stick_breaking_hopper_gradients,
+    stick_breaking_hopper_movers,
+    stick_breaking_hopper_order,
+)
 
 
 def _emulator() -> ModuleType:
@@ -66,8 +72,8 @@ def _leave(words: Any, o_word: Any, value: Any, count: Any, i_q: Any) -> None:
     words.flat[o_word.t[:, 0].long()] = written[:, 0]
 
 
-def _publish(p_count: Any) -> None:
-    p_count.flat[p_count.offset] += 1
+def _publish(p_count: Any, warps: int = 1) -> None:
+    p_count.flat[p_count.offset] += warps
 
 
 ASSEMBLY = {
@@ -79,6 +85,7 @@ ASSEMBLY = {
     "_halves": _halves,
     "_wait_for": _wait_for,
     "_publish": _publish,
+    "_publish_all": lambda p_count: _publish(p_count, 4),
     "_find": _find,
     "_leave": _leave,
     "_add_to_global": lambda descriptor, corner, tile: descriptor.write(corner, tile, add=True),
@@ -86,6 +93,7 @@ ASSEMBLY = {
     "_cut": lambda _: None,
     "TILE": 64,
     "WORDS": 8,
+    "RANGES": 5,
     "RESOLUTION": 2.0**-24,
     "BETA_SCALE": 2.0**15,
 }
@@ -95,9 +103,10 @@ ASSEMBLY = {
 def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches run in the emulator, copies late now and then; two programs of forward draw all tiles."""
     torch.manual_seed(0)
-    modules = [stick_breaking_hopper, stick_breaking_hopper_backward]
-    for module, name in zip(modules, ("forward_kernel", "backward_kernel"), strict=True):
-        kernel = emulator.Launched(getattr(module, name), modules, ASSEMBLY, delay=5e-3)
+    launched = {stick_breaking_hopper: "forward_kernel", stick_breaking_hopper_backward: "backward_kernel"}
+    parts = [stick_breaking_hopper_gradients, stick_breaking_hopper_movers, stick_breaking_hopper_order]
+    for module, name in launched.items():
+        kernel = emulator.Launched(getattr(module, name), [*launched, *parts], ASSEMBLY, delay=5e-3)
         monkeypatch.setattr(module, name, kernel)
     monkeypatch.setattr(stick_breaking, "pick_backend", lambda *_: "triton-hopper")
 
@@ -164,6 +173,98 @@ def test_buffers_and_orders_of_programs(
     monkeypatch.setitem(stick_breaking_hopper_backward.CONFIGS, 64, config)
     for t in (64, 130, 330):
         check(*draw(t, t, heads=3, groups=3), bias=-1.0)
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_a_plan_has_each_tile_of_each_sequence(groups: int) -> None:
+    """Of more sequences than are summed at a time, of more tiles than are written at a time, some of them empty."""
+    lengths = [0, 1, 64, 65, 7000, 0] + [3 * i % 400 for i in range(300)]
+    bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+    plan = torch.full((4 * (sum(lengths) // 64 + len(lengths) + 1),), -1, dtype=torch.int32)
+    stick_breaking_hopper.plan_kernel[(len(lengths),)](bounds, plan, len(lengths), NWG=groups)
+    wanted, before = [], 0
+    for start, length in zip(bounds.tolist(), lengths, strict=False):
+        tiles = -(-length // 64)
+        # the first rows of the programs' tiles, of which the last ends with the sequence
+        rows = range((tiles - groups) * 64, -groups * 64, -groups * 64)
+        wanted += [[start, length, row, before] for row in reversed(rows)]
+        before += tiles
+    assert plan[:2].tolist() == [0, len(wanted)]
+    assert plan[4 : 4 + 4 * len(wanted)].view(-1, 4).tolist() == wanted
+    assert int(plan[4 + 4 * len(wanted) :].max()) == -1
+
+
+def test_without_a_gradient_nothing_is_kept_for_it() -> None:
+    q, k, v = draw(200, 200)
+    wanted = stick_breaking_hopper.forward(q, k, v, None, None, 0.125, False, 0.0)
+    bare = stick_breaking_hopper.forward(q, k, v, None, None, 0.125, False, 0.0, differentiable=False)
+    assert bare[2].numel() == 0
+    assert all(torch.equal(bare[i], wanted[i]) for i in (0, 1, 3))
+
+
+def test_output_is_read_from_shared_memory_before_the_next_queries_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One program has six tiles of queries one after another in two places."""
+    monkeypatch.setattr(stick_breaking_hopper, "_processors", lambda _: 1)
+    check(*draw(384, 384, dim=128))
+
+
+@pytest.mark.parametrize("cached", [0, 1 << 30])
+def test_heads_in_ranges_of_queries(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All heads in ranges, one after another, where the L2 has no room for one; else the last one."""
+    monkeypatch.setattr(stick_breaking_hopper_order, "CACHED", cached)
+    check(*draw(900, 964, heads=3, groups=3), bias=-1.0)
+    check(*draw(514, 514, heads=4, groups=2), bias=1.0, epsilon=2.0**-24)
+
+
+class Walk(NamedTuple):
+    """What a program is dealt."""
+
+    head: int
+    keys: int
+    begin: int
+    end: int
+    i_range: int
+    place: int
+    n_before: int
+    is_last: bool
+
+
+@pytest.mark.parametrize(("n_tiles", "n_past"), [(1, 0), (2, 3), (5, 0), (30, 0), (31, 1), (64, 7)])
+@pytest.mark.parametrize("shares", [(5, 0, 2, 1), (0, 3, 1, 1), (4, 3, 3, 2), (1, 2, 2, 2), (0, 1, 1, 1)])
+def test_programs_are_dealt_all_tiles_in_order(
+    n_tiles: int, n_past: int, shares: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pair of tiles once, the newer keys first; whoever adds to dk and dv comes after those that it waits for."""
+    module = stick_breaking_hopper_order
+    ranges = module.programs_of(n_tiles, n_past)
+    monkeypatch.setattr(module, "gl", emulator.FakeGluon(0, 1))
+    monkeypatch.setattr(module, "RANGES", 5)
+    for name in ("_edge", "_n_programs"):
+        monkeypatch.setattr(module, name, emulator.plain(getattr(module, name)))
+    tickets = shares[0] * ranges[0] + shares[1] * sum(ranges)
+    deal = emulator.plain(module._deal)
+    walks = [Walk(*deal(emulator.Integer(i), shares, ranges[0], n_tiles, n_past)) for i in range(tickets)]
+    following = {(head, tile): (tile + n_past) // 2 for head in range(sum(shares[:2])) for tile in range(n_tiles)}
+    users: dict[int, list[Walk]] = {}
+    for walk in walks:
+        begin = max(walk.begin, 2 * walk.keys - n_past)
+        assert 0 <= begin < walk.end <= n_tiles
+        for tile in range(begin, walk.end):
+            assert walk.keys == following[walk.head, tile]
+            following[walk.head, tile] -= 1
+        if walk.place >= 0:
+            before = users.setdefault(walk.place, [])
+            assert walk.n_before == len(before)
+            # the one before is of the same keys, or has done with its own
+            same = bool(before) and (before[-1].head, before[-1].keys) == (walk.head, walk.keys)
+            assert same == (walk.i_range > 0) and (same or not before or before[-1].is_last)
+            assert not same or not before[-1].is_last and before[-1].begin == walk.end
+            before.append(walk)
+        else:
+            assert walk.is_last and walk.i_range == 0
+        assert walk.is_last == (begin == max(0, 2 * walk.keys - n_past))
+    assert set(following.values()) == {-1}
+    assert len(users) <= shares[3] * ranges[1]
 
 
 def test_queries_after_a_longer_prefix() -> None:

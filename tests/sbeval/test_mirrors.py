@@ -31,6 +31,9 @@ WITHOUT = {
     "plots/kernel_error.py": "the same rows by error: tests/plots/test_kernel.py",
     "kernels/hopper.py": "part of the Hopper kernels: tests/kernels/test_stick_breaking_hopper.py",
     "kernels/stick_breaking_hopper_backward.py": "as above: tests/kernels/test_stick_breaking_hopper.py",
+    "kernels/stick_breaking_hopper_gradients.py": "as above: tests/kernels/test_stick_breaking_hopper.py",
+    "kernels/stick_breaking_hopper_movers.py": "as above: tests/kernels/test_stick_breaking_hopper.py",
+    "kernels/stick_breaking_hopper_order.py": "as above: tests/kernels/test_stick_breaking_hopper.py",
     "kernels/stick_breaking_triton.py": "a backend: tests/kernels/test_stick_breaking.py",
     "kernels/fire_triton.py": "a backend: tests/kernels/test_fire.py",
 }

@@ -58,6 +58,9 @@ def test_models_on_the_most_tokens_answer(frame: Tables) -> None:
     young, grown = losses(frame, 0.01, train_tokens=10**8), losses(frame, -0.01, train_tokens=10**9)
     assert judged(pd.concat([young, grown])).verdict == YES
     assert judged(pd.concat([young, grown[grown["context_length"] < 16384]])).verdict == NO
+    # one seed decides nothing
+    found = judged(pd.concat([young, grown[grown["seed"] == 0]]))
+    assert found.verdict == NO and "100 M training tokens" in found.found
 
 
 def test_without_such_losses(frame: Tables) -> None:

@@ -54,6 +54,12 @@ def test_a_gap_that_falls_below_0_is_passed_and_where_is_said() -> None:
     assert found.verdict == YES and "+0.00" in found.found.split(";")[0].split("tokens, ")[1]
 
 
+def test_seeds_that_stopped_early_are_said() -> None:
+    rows = table(-0.04)
+    found = passes(rows[(rows["seed"] == 0) | (rows["train_tokens"] < 5e8)])
+    assert found.verdict == YES and "(95 % over 3 and 3 seeds, 1 and 1 at the most tokens; " in found.found
+
+
 def test_a_gap_that_stays_is_not() -> None:
     found = passes(table(0.04))
     assert found.verdict == NO and "where the fit is 0: nowhere, behind throughout" in found.found

@@ -19,6 +19,9 @@ NONE = Evidence({})
     [
         (80.0, {}, AGREES, ""),
         (70.0, {}, DISAGREES, ""),
+        # of a model that has hardly trained, what it skips is not enough
+        (90.0, {"dense": 70.0}, DISAGREES, ""),
+        (90.0, {"dense": None}, UNDECIDED, "with nothing skipped it was not measured (stick_breaking:epsilon=0)"),
         (80.0, {"stderr": 3.0}, UNDECIDED, "includes both"),
         (80.0, {"params": 10**8}, UNDECIDED, "models of 100 M parameters, the paper's have 1 B"),
         (80.0, {"n": 1}, UNDECIDED, "1 run each, fewer than 3"),
@@ -27,12 +30,17 @@ NONE = Evidence({})
 )
 def test_training_speed(stick: float, more: dict[str, Any], verdict: str, reason: str, frame: Tables) -> None:
     # the faster of two kernels counts
-    fast = more.pop("fast", "flash")
-    rows = [{"attention": STICK, "backend": "triton", "value": stick}]
-    rows += [{"attention": ROPE, "backend": name, "value": value} for name, value in ((fast, 100.0), ("flex", 50.0))]
+    fast, dense = more.pop("fast", "flash"), more.pop("dense", stick)
+    rows = [{"attention": STICK, "options": "", "backend": "triton", "value": stick}]
+    rows += [{"attention": STICK, "options": "epsilon=0", "backend": "triton", "value": dense}] if dense else []
+    rows += [
+        {"attention": ROPE, "options": "", "backend": name, "value": value}
+        for name, value in ((fast, 100.0), ("flex", 50.0))
+    ]
     same = {"metric": "throughput", "step": "train", "queries": 4096, "batch": 4, "head_dim": 64, "n": 5, "stderr": 0.1}
     found = speed.training_speed(frame(rows, **same | more), NONE)
     assert found.verdict == verdict and reason in found.reason and f"{stick:.0f} " in found.found
+    assert (f", with nothing skipped {dense:.0f} " in found.found) if dense else ("nothing skipped" not in found.found)
 
 
 def times(frame: Tables, ours: Sequence[float], **common: Any) -> pd.DataFrame:
