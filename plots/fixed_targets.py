@@ -53,15 +53,15 @@ def gather(table: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
 
 def _paired(stored: pd.DataFrame, rows: pd.DataFrame) -> "pd.Series[float]":
     """Return the standard error over documents of each row's change; NaN where values are not stored."""
-    found = pd.Series(float("nan"), rows.index)
     each = stored.groupby(["metric", "targets", "context_length"])
     sums = {key: of.groupby("unit_id")["value"].sum() for key, of in each}
+    errors = {}
     for index, targets, length, trained in rows[["targets", "context_length", "train_len"]].itertuples(name=None):
         wanted = ("nll_sum", targets, length), ("nll_sum", targets, trained), ("tokens", targets, length)
         if all(key in sums for key in wanted):
             here, there, tokens = (sums[key] for key in wanted)
-            found[index] = ((here - there) / tokens).sem()
-    return found
+            errors[index] = ((here - there) / tokens).sem()
+    return pd.Series(errors, rows.index, dtype="float64")
 
 
 def has_rows(table: pd.DataFrame) -> bool:
