@@ -131,7 +131,7 @@ def _split(values: pd.DataFrame, row: Mapping[Any, Any]) -> _Cell:
     if values.empty:
         return _Cell([], [], np.empty(0), {})
     factors = [str(name) for name in values.columns if name not in ("cell", *COLUMNS) and name in row]
-    values = values.assign(**{name: _texts(values[name]) for name in factors})
+    values = values.assign(**{name: texts(values[name]) for name in factors})
     if "part" in factors and not (values["part"] == "").any():
         # a group of tasks is all of their items
         whole = values.assign(unit_id=values["part"] + "/" + values["unit_id"], part="")
@@ -146,16 +146,17 @@ def _split(values: pd.DataFrame, row: Mapping[Any, Any]) -> _Cell:
     return _Cell(factors, values["unit_id"].tolist(), values["value"].to_numpy(dtype=np.float64), places)
 
 
-def _texts(column: pd.Series) -> "np.ndarray[Any, np.dtype[np.object_]]":
-    codes, texts = pd.factorize(column, use_na_sentinel=False)
-    return np.array([as_text(one) for one in texts], dtype=object)[codes]
-
-
 def as_text(cell: Any) -> str:
     """Write the entry of a table so that 8 and 8.0, and blanks of any type, are equal."""
     if cell is None or pd.isna(cell):
         return ""
     return f"{float(cell):.12g}" if isinstance(cell, int | float | np.number) else str(cell)
+
+
+def texts(column: pd.Series) -> "np.ndarray[Any, np.dtype[np.object_]]":
+    """Write the entries of a column as `as_text` does."""
+    codes, entries = pd.factorize(column, use_na_sentinel=False)
+    return np.array([as_text(entry) for entry in entries], dtype=object)[codes]
 
 
 def _gives(units: Units, row: Mapping[Any, Any]) -> bool:
