@@ -42,24 +42,26 @@ def gather(table: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
     if own.empty or "cell" not in own:
         return rows
     stored = values.read(Results(results_dir), own["cell"])
+    if stored.empty or "targets" not in stored:
+        return rows
+    stored = stored[stored["metric"].isin(["nll_sum", "tokens"]) & stored["targets"].isin(own["targets"])]
+    for name in set(documents.FACTORS) & set(stored.columns) - {"targets", "context_length"}:
+        stored = stored[stored[name].isna() | (stored[name] == "")]
     errors = [_paired(stored[stored["cell"] == cell], of) for cell, of in own.groupby("cell", sort=False)]
     return rows.assign(paired=pd.concat(errors).reindex(rows.index))
 
 
 def _paired(stored: pd.DataFrame, rows: pd.DataFrame) -> "pd.Series[float]":
     """Return the standard error over documents of each row's change; NaN where values are not stored."""
-    found = pd.Series(float("nan"), rows.index)
-    if stored.empty or "targets" not in stored:
-        return found
-    for targets, of in rows.groupby("targets"):
-        there = documents.sums(stored, "nll_sum", targets=targets, context_length=int(of["train_len"].iloc[0]))
-        for index, length in of[["context_length"]].itertuples(name=None):
-            here, tokens = (
-                documents.sums(stored, name, targets=targets, context_length=length) for name in ("nll_sum", "tokens")
-            )
-            if len(here) and len(there) and here.shape[1] > 1:
-                found[index] = ((here - there) / tokens).sem(axis=1).iloc[0]
-    return found
+    each = stored.groupby(["metric", "targets", "context_length"])
+    sums = {key: of.groupby("unit_id")["value"].sum() for key, of in each}
+    errors = {}
+    for index, targets, length, trained in rows[["targets", "context_length", "train_len"]].itertuples(name=None):
+        wanted = ("nll_sum", targets, length), ("nll_sum", targets, trained), ("tokens", targets, length)
+        if all(key in sums for key in wanted):
+            here, there, tokens = (sums[key] for key in wanted)
+            errors[index] = ((here - there) / tokens).sem()
+    return pd.Series(errors, rows.index, dtype="float64")
 
 
 def has_rows(table: pd.DataFrame) -> bool:

@@ -25,7 +25,7 @@ from rich.table import Table as Terminal
 
 from sbeval.errors import InputError, choose
 from sbeval.tables import intervals, markup, pairs, pooling, statistics, values
-from sbeval.tables.pairs import Stored, Units, as_text
+from sbeval.tables.pairs import Stored, Units, texts
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Measurement
 from sbeval.tables.statistics import Joint, Method, Sample, Scale
@@ -132,7 +132,7 @@ def _keys(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
         str(name)
         for name in first.columns
         if name in second.columns and name not in (*OUTCOME, *FOUND, *ORIGIN, "seed")
-        if name in COMMON or all(rows.empty or any(map(as_text, rows[name])) for rows in (first, second))
+        if name in COMMON or all(rows.empty or texts(rows[name]).any() for rows in (first, second))
     ]
     for origin in ORIGIN:
         if not any(rows.duplicated([*names, "seed"]).any() for rows in (first, second)):
@@ -143,7 +143,7 @@ def _keys(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
 
 def _comparable(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Write keys as text, so that 8 and 8.0, and blanks of any type, are equal in both tables."""
-    text = pd.DataFrame({name: [as_text(cell) for cell in rows[name]] for name in keys}, dtype="object")
+    text = pd.DataFrame({name: texts(rows[name]) for name in keys}, dtype="object")
     for name in ("seed", "value", "stderr", "n"):
         text[name] = rows[name].to_numpy()
     return text.assign(index=range(len(rows)))

@@ -7,7 +7,7 @@ only if they give it: as many units as its `n`, and its value.
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -58,15 +58,12 @@ class Stored:
 
     def __init__(self, read: Values) -> None:
         self._read = read
-        self._cells: dict[str, dict[tuple[str, ...], tuple[bytes, Floats]]] = {}
-        self._factors: dict[str, list[str]] = {}
+        self._cells: dict[str, _Cell] = {}
 
     def known(self, rows: pd.DataFrame) -> set[str]:
         """Return the cells of a table that have values."""
-        first = rows.drop_duplicates("cell")
-        for row in first.to_dict("records"):
-            self._load(str(row["cell"]), row)
-        return {str(cell) for cell in first["cell"] if self._cells[str(cell)]}
+        first = rows.drop_duplicates("cell").to_dict("records")
+        return {str(row["cell"]) for row in first if self._cell(row).places}
 
     def behind(self, rows: pd.DataFrame) -> Units | None:
         """Return the units of one number, of which each seed has a row; None where they are not stored, or not the
@@ -80,42 +77,73 @@ class Stored:
         return Units(units[0].names, np.concatenate([one.sums for one in units]), units[0].weights)
 
     def _of(self, row: Mapping[Any, Any]) -> Units | None:
-        family, metric, cell = str(row["family"]), str(row["metric"]), str(row["cell"])
+        family, metric = str(row["family"]), str(row["metric"])
         name, over, factor = RATIOS.get((family, metric), (metric, "", 1.0))
         if over == "tokens" and (per := as_text(row.get("per"))):
             over = f"{per}s"
-        self._load(cell, row)
-        found, key = self._cells[cell], tuple(as_text(row[factor]) for factor in self._factors[cell])
-        if (name, *key) not in found or (over and (over, *key) not in found):
+        cell = self._cell(row)
+        found, others = (cell.values(metric, row) for metric in (name, over or name))
+        if found is None or others is None or found[0] != others[0]:
             return None
-        names, sums = found[name, *key]
-        others, weights = found[over, *key] if over else (names, np.ones_like(sums))
-        if names != others:
-            return None
+        names, sums = found
+        weights = others[1] if over else np.ones_like(sums)
         counted = weights > 0
         units = Units(names, factor * sums[None, counted], weights[counted])
         return units if _gives(units, row) else None
 
-    def _load(self, cell: str, row: Mapping[Any, Any]) -> None:
-        """Read a cell once, and split it by metric and those factors that rows have too: needles' depths have none."""
-        if cell in self._cells:
-            return
-        self._factors[cell], self._cells[cell] = [], {}
-        values = self._read([cell])
-        if values.empty:
-            return
-        factors = [str(name) for name in values.columns if name not in ("cell", *COLUMNS) and name in row]
-        values = values.assign(**{name: values[name].map(as_text, na_action=None) for name in factors})
-        if "part" in factors and not (values["part"] == "").any():
-            # a group of tasks is all of their items
-            whole = values.assign(unit_id=values["part"] + "/" + values["unit_id"], part="")
-            values = pd.concat([values, whole])
-        self._factors[cell] = factors
-        for key, part in values.groupby(["metric", *factors], sort=False):
-            if not part["unit_id"].duplicated().any():
-                part = part.sort_values("unit_id")
-                names = hashlib.sha256("\n".join(part["unit_id"]).encode()).digest()
-                self._cells[cell][tuple(map(str, key))] = names, part["value"].to_numpy(dtype=np.float64)
+    def _cell(self, row: Mapping[Any, Any]) -> "_Cell":
+        cell = str(row["cell"])
+        if cell not in self._cells:
+            self._cells[cell] = _split(self._read([cell]), row)
+        return self._cells[cell]
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """The values of a cell: names of units and values, sorted by unit, and the places of those of each metric and
+    factors. A number is looked up when it is asked for, which few of them are."""
+
+    factors: list[str]
+    names: Sequence[str]
+    numbers: Floats
+    places: Mapping[tuple[str, ...], "np.ndarray[Any, np.dtype[np.intp]]"]
+    found: dict[tuple[str, ...], tuple[bytes, Floats] | None] = field(default_factory=dict)
+
+    def values(self, metric: str, row: Mapping[Any, Any]) -> tuple[bytes, Floats] | None:
+        """Return the digest of the units, and the values, of a metric at a row's factors; None if a unit is double."""
+        key = (metric, *(as_text(row[factor]) for factor in self.factors))
+        if key not in self.found:
+            self.found[key] = self._values(key)
+        return self.found[key]
+
+    def _values(self, key: tuple[str, ...]) -> tuple[bytes, Floats] | None:
+        at = self.places.get(key)
+        if at is None:
+            return None
+        names = [self.names[index] for index in at]
+        if len(set(names)) < len(names):
+            return None
+        return hashlib.sha256("\n".join(names).encode()).digest(), self.numbers[at]
+
+
+def _split(values: pd.DataFrame, row: Mapping[Any, Any]) -> _Cell:
+    """Split values by metric and those factors that rows have too: needles' depths have none."""
+    if values.empty:
+        return _Cell([], [], np.empty(0), {})
+    factors = [str(name) for name in values.columns if name not in ("cell", *COLUMNS) and name in row]
+    values = values.assign(**{name: texts(values[name]) for name in factors})
+    if "part" in factors and not (values["part"] == "").any():
+        # a group of tasks is all of their items
+        whole = values.assign(unit_id=values["part"] + "/" + values["unit_id"], part="")
+        values = pd.concat([values, whole])
+    values = values.sort_values("unit_id", kind="stable")
+    by = ["metric", *factors]
+    group = values.groupby(by, sort=False, dropna=False).ngroup().to_numpy()
+    order = np.argsort(group, kind="stable")
+    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
+    keys = values[by].iloc[order[starts]].astype(str).itertuples(index=False, name=None)
+    places = dict(zip(keys, np.split(order, starts[1:]), strict=False))
+    return _Cell(factors, values["unit_id"].tolist(), values["value"].to_numpy(dtype=np.float64), places)
 
 
 def as_text(cell: Any) -> str:
@@ -123,6 +151,12 @@ def as_text(cell: Any) -> str:
     if cell is None or pd.isna(cell):
         return ""
     return f"{float(cell):.12g}" if isinstance(cell, int | float | np.number) else str(cell)
+
+
+def texts(column: pd.Series) -> "np.ndarray[Any, np.dtype[np.object_]]":
+    """Write the entries of a column as `as_text` does."""
+    codes, entries = pd.factorize(column, use_na_sentinel=False)
+    return np.array([as_text(entry) for entry in entries], dtype=object)[codes]
 
 
 def _gives(units: Units, row: Mapping[Any, Any]) -> bool:

@@ -136,7 +136,7 @@ def main() -> None:
     architectures = [int(name) for name in sys.argv[1:]] or ARCHITECTURES
     cases = [case for kernel in KERNELS for architecture in architectures for case in variants(kernel, architecture)]
     failures = []
-    command = [sys.executable, Path(__file__).with_name("compile_gluon.py")]
+    command = [sys.executable, str(Path(__file__).with_name("compile_gluon.py"))]
     gluon = subprocess.Popen(command, stdout=subprocess.PIPE, text=True) if 90 in architectures else None
     with ProcessPoolExecutor() as pool:
         for variant, (registers, stack, shared, serialised) in zip(cases, pool.map(measured, cases), strict=True):

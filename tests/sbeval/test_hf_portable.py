@@ -124,29 +124,34 @@ def test_a_table_of_positions_has_an_end() -> None:
         model(torch.randint(64, (1, 9)))
 
 
-@pytest.mark.parametrize("spec", ["stick_breaking", "forgetting"])
-def test_the_folder_loads_and_generates_without_sbeval(spec: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    decoder = Decoder(ModelConfig(attention=spec, **PLAIN | {"vocab_size": 257, "tied": True}))
-    checkpoint.save(tmp_path / "saved", decoder, checkpoint.State(finished=True), training={"length": 16})
-    hf.export(tmp_path / "saved", tmp_path / "model", tokenizer.Bytes(), code=True)
+def test_folders_load_and_generate_without_sbeval(tmp_path: Path) -> None:
+    specs = ("stick_breaking", "forgetting")
+    for spec in specs:
+        torch.manual_seed(0)
+        decoder = Decoder(ModelConfig(attention=spec, **PLAIN | {"vocab_size": 257, "tied": True}))
+        checkpoint.save(tmp_path / "saved" / spec, decoder, checkpoint.State(finished=True), training={"length": 16})
+        hf.export(tmp_path / "saved" / spec, tmp_path / spec, tokenizer.Bytes(), code=True)
     code = f"""
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder = {str(tmp_path / "model")!r}
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-assert not any(name.startswith("sbeval.") for name in sys.modules)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-given = tokenizer(["Hi", "stick-breaking"], return_tensors="pt", padding=True)
-for beams in (1, 2):
-    out = model.generate(**given, max_new_tokens=8, do_sample=False, num_beams=beams)
-    print(out[0].tolist())
+for spec in {specs}:
+    folder = f"{tmp_path}/{{spec}}"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert not any(name.startswith("sbeval.") for name in sys.modules)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    given = tokenizer(["Hi", "stick-breaking"], return_tensors="pt", padding=True)
+    for beams in (1, 2):
+        out = model.generate(**given, max_new_tokens=8, do_sample=False, num_beams=beams)
+        print(out[0].tolist())
 """
     printed = without_sbeval(code, tmp_path)
-    ours: Any = hf.SbevalForCausalLM.from_pretrained(tmp_path / "model")
     given = hf.fast_tokenizer(tokenizer.Bytes())(["Hi", "stick-breaking"], return_tensors="pt", padding=True)
-    wanted = [ours.generate(**given, max_new_tokens=8, do_sample=False, num_beams=beams)[0] for beams in (1, 2)]
-    assert printed == [str(row.tolist()) for row in wanted]
+    wanted = []
+    for spec in specs:
+        ours: Any = hf.SbevalForCausalLM.from_pretrained(tmp_path / spec)
+        for beams in (1, 2):
+            wanted.append(ours.generate(**given, max_new_tokens=8, do_sample=False, num_beams=beams)[0].tolist())
+    assert printed == [str(row) for row in wanted]
 
 
 def without_sbeval(code: str, folder: Path) -> list[str]:

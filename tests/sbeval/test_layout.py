@@ -45,4 +45,6 @@ def test_ci_runs_the_test_command_of_the_readme() -> None:
         ["bash", "-euc", f'{lines[taken]}; printf %s "$command"'], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == TEST_COMMAND
-    assert any('-c "$command"' in line for line in lines[taken:])
+    # first what installs, then what tests
+    run = [line.partition(" -c ")[2].partition(" <")[0] for line in lines[taken:] if line.startswith("bash ")]
+    assert run == ['"${command% && *}"', '"${command##* && }"']

@@ -114,6 +114,12 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "Trainer", refuse)
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands draw no figures, which takes them longer than such models take to train."""
+    monkeypatch.setattr(study, "draw_figures", lambda *arguments, **options: [])
+
+
 # commands that do their work
 
 
@@ -168,6 +174,7 @@ def short(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("command", ["length-gen", "train"])
 def test_a_presets_tokens_end_at_four_epochs_and_that_is_said(
     command: str, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -228,6 +235,7 @@ def test_what_is_finished_is_not_run_again(results: Path) -> None:
     assert snapshot(results) == before
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_train_leaves_the_checkpoint_that_length_gen_and_checkpoint_read(texts: Path, tmp_path: Path) -> None:
     shared = (
         *"--device cpu --attention rope --train-len 16 --train-tokens 128 --batch-tokens 32".split(),
@@ -261,6 +269,7 @@ def test_train_leaves_the_checkpoint_that_length_gen_and_checkpoint_read(texts: 
     assert len(wide) == 2 and wide["value"].nunique() == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_text_that_changed_is_trained_on_again(results: Path, texts: Path, tmp_path: Path) -> None:
     changed = Path(shutil.copytree(texts, tmp_path / "texts"))
     command = (*LENGTHS, "--attention", "rope", "--corpus", changed, "--results-dir", results)
@@ -278,6 +287,7 @@ def test_a_text_that_changed_is_trained_on_again(results: Path, texts: Path, tmp
     assert curve(results, differing[0], "loss") != losses[differing[0]]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_force_trains_again_and_replaces_the_rows(results: Path) -> None:
     before = snapshot(results)
     old = table.read(results / "mqrar.csv")
@@ -325,6 +335,7 @@ def test_a_dry_run_lists_further_seeds_once_it_is_known_at_which_rate(tmp_path: 
     assert cost.startswith("2 cells to run, ") and then.startswith("then at most 2 cells at what rates turn out best")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_method_that_comes_later_leaves_the_others_alone(results: Path) -> None:
     runs = {path: path.stat().st_mtime_ns for path in (results / "runs").iterdir()}
     rows = (results / "mqrar.csv").read_text().splitlines()
@@ -362,6 +373,7 @@ def test_flip_flop_leaves_a_table_and_a_figure(tmp_path: Path) -> None:
     assert (tmp_path / "figures" / "flip_flop.pdf").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_cell_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> None:
     command = (*RECALL, "--attention", "rope", "--lr", "1e4", "--lr", "1e-3", "--results-dir", tmp_path)
     done = run(*command)
@@ -403,6 +415,7 @@ def test_an_interrupted_command_keeps_its_threads_from_others(tmp_path: Path, mo
         torch.set_num_threads(before)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_keeps_what_is_done_and_the_same_command_ends_as_if_unbroken(tmp_path: Path) -> None:
     broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
     command = (*RECALL, "--steps", "150")
@@ -759,6 +772,7 @@ def test_an_output_that_is_full_is_one_line(results: Path) -> None:
     assert done.stderr == "sbeval: cannot read or write standard output: No space left on device\n"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_files_in_the_way_of_checkpoints_are_cleared_and_the_weights_can_be_read(tmp_path: Path) -> None:
     """A file where `.partial` and a link where `.old` belong: as other programs, or a copy of a folder, leave them."""
     assert run(*RECALL, "--attention", "rope", "--results-dir", tmp_path).code == 0
