@@ -31,7 +31,7 @@ def gains(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
     if not parts:
         reason = f"no model was given {FACTOR} times its training length before fixed targets (--fixed-targets 512)"
         return Judged(UNDECIDED, reason=reason, measured=False)
-    several = [part for part in parts if intervals.method(part, method)["seed"].nunique() > 1]
+    several = [part for part in parts if changes(intervals.method(part, method))["seed"].nunique() > 1]
     rows = max(
         several or parts,
         key=lambda part: [part[name].max() for name in ("params", "train_tokens", "targets") if name in part],

@@ -61,6 +61,9 @@ def test_models_on_the_most_tokens_answer(frame: Tables) -> None:
     # one seed decides nothing
     found = judged(pd.concat([young, grown[grown["seed"] == 0]]))
     assert found.verdict == NO and "100 M training tokens" in found.found
+    # nor do two of which one was not given the text
+    found = judged(pd.concat([young, grown[(grown["seed"] == 0) | (grown["context_length"] < 16384)]]))
+    assert found.verdict == NO and "100 M training tokens" in found.found
 
 
 def test_without_such_losses(frame: Tables) -> None:
