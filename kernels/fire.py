@@ -145,7 +145,8 @@ def _operator(
     """Output, and for the gradient what each softmax divides by and how the bias is laid out."""
     from sbeval.kernels import fire_triton
 
-    return fire_triton.forward(q, k, v, c, bottom, w1, b1, w2, cu_seqlens, scale)
+    with torch.cuda.device_of(q):
+        return fire_triton.forward(q, k, v, c, bottom, w1, b1, w2, cu_seqlens, scale)
 
 
 @_operator.register_fake

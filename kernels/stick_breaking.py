@@ -212,11 +212,17 @@ def _operator(
     if backend == "triton-hopper":
         from sbeval.kernels import stick_breaking_hopper
 
-        return stick_breaking_hopper.forward(q, k, v, bias, cu_seqlens, scale, attend_current, epsilon, differentiable)
+        with torch.cuda.device_of(q):
+            return stick_breaking_hopper.forward(
+                q, k, v, bias, cu_seqlens, scale, attend_current, epsilon, differentiable
+            )
     if backend == "triton":
         from sbeval.kernels import stick_breaking_triton
 
-        return stick_breaking_triton.forward(q, k, v, bias, cu_seqlens, scale, attend_current, epsilon, differentiable)
+        with torch.cuda.device_of(q):
+            return stick_breaking_triton.forward(
+                q, k, v, bias, cu_seqlens, scale, attend_current, epsilon, differentiable
+            )
     parts = [
         _forward(q[:, part], k[:, part], v[:, part], bias, scale, attend_current, epsilon)
         for part in _sequences(cu_seqlens)
@@ -321,7 +327,8 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    q, k, v, bias, cu_seqlens, *ctx.options, _ = inputs
+    q, k, v, bias, cu_seqlens, *ctx.options, differentiable = inputs
+    assert differentiable, "what rounding took off the output was not kept"
     # or autograd makes a gradient of zeros for what rounding took off
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, bias, *output, cu_seqlens)
@@ -357,7 +364,8 @@ def _decode_operator(
     if backend != "torch":
         from sbeval.kernels import stick_breaking_decode
 
-        return stick_breaking_decode.decode(q, k, v, bias, starts, lengths, scale, attend_current, epsilon)
+        with torch.cuda.device_of(q):
+            return stick_breaking_decode.decode(q, k, v, bias, starts, lengths, scale, attend_current, epsilon)
     out, remainder = q.new_zeros(q.shape), torch.ones(q.shape[:3], device=q.device, dtype=_flat(q).dtype)
     first = [0] * len(q) if starts is None else starts.tolist()
     end = [k.shape[1]] * len(q) if lengths is None else lengths.tolist()

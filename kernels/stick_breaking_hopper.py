@@ -560,7 +560,10 @@ def _rows(x: Tensor) -> Tensor:
     """As a tensor map of rows can hold it: heads next to each other, rows of all batches at one distance."""
     _, length, _, dim = x.shape
     regular = x.stride(3) == 1 and x.stride(2) == dim and (x.shape[0] == 1 or x.stride(0) == length * x.stride(1))
-    return x if regular and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0 else x.contiguous()
+    if regular and x.stride(1) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    # `contiguous` leaves rows where they are that lie next to each other, but begin anywhere
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _descriptor(x: Tensor) -> TensorDescriptor:

@@ -328,6 +328,12 @@ def test_what_rounding_took_off_is_made_for_a_gradient_alone(backend: str, monke
     assert torch.equal(made[0][0], made[1][0])
 
 
+def test_a_gradient_without_what_rounding_took_off_is_refused(backend: str) -> None:
+    q, k, v = (x.requires_grad_() for x in Case(20).draw(torch.bfloat16, PLACE))
+    with pytest.raises(AssertionError, match="what rounding took off the output was not kept"):
+        stick_breaking._operator(q, k, v, None, None, 0.25, False, 0.0, backend, False)
+
+
 def test_gradient_is_that_of_the_truncated_function(backend: str) -> None:
     # two tiles of keys: with a stick used up in the newer one, the older one gets no gradient at all
     q, k, v = (x.requires_grad_() for x in Case(300, heads=1, groups=1, shift=1.0).draw(torch.float32, PLACE))

@@ -203,6 +203,16 @@ def test_without_a_gradient_nothing_is_kept_for_it() -> None:
     assert all(torch.equal(bare[i], wanted[i]) for i in (0, 1, 3))
 
 
+def test_inputs_may_begin_anywhere() -> None:
+    """A tensor map begins at a multiple of 16 bytes."""
+    near = draw(128, 128)
+    away = [torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x) for x in near]
+    assert all(x.is_contiguous() and x.data_ptr() % 16 for x in away)
+    found, wanted = (stick_breaking_hopper.forward(*each, None, None, 0.125, False, 0.0) for each in (away, near))
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    check(*away)
+
+
 def test_output_is_read_from_shared_memory_before_the_next_queries_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """One program has six tiles of queries one after another in two places."""
     monkeypatch.setattr(stick_breaking_hopper, "_processors", lambda _: 1)
