@@ -136,11 +136,12 @@ def _points(ladder: Ladder) -> pd.DataFrame:
 
 
 def _note(settings: dict[str, list[Ladder]]) -> str:
-    pairs = [pair for ladders in settings.values() for ladder in ladders for pair in ladder.seeds]
-    seeds = sorted({count for pair in pairs for count in pair})
-    over = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' * (seeds[0] > 1)}"
-    lines = "lines: the fit of a limit plus a power of tokens (sbeval table tokens)"
-    return f"Means of {over}; bars: 95 % intervals; {lines}."
+    every = [ladder for ladders in settings.values() for ladder in ladders]
+    seeds = sorted({count for ladder in every for pair in ladder.seeds for count in pair})
+    ends = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+    over = "One seed" if seeds == [1] else f"Means of {ends} seeds"
+    bars = "; bars: 95 % intervals" if any(gap.low < gap.high for ladder in every for gap in ladder.gaps) else ""
+    return f"{over}{bars}; lines: the fit of a limit plus a power of tokens (sbeval table tokens)."
 
 
 def _limits(settings: dict[str, list[Ladder]], looks: dict[Method, legend.Look]) -> str:

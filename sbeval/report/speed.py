@@ -41,7 +41,7 @@ def training_speed(table: pd.DataFrame, evidence: Evidence) -> Judged:
     stick, dense = (intervals.method(rows, of) for of in (STICK, NOTHING_SKIPPED))
     changes = [_ratio(_fastest(each), rope) for each in (stick, dense) if len(each)]
     shares = " %, with nothing skipped ".join(_percent(change).text("{:.0f}".format) for change in changes)
-    runs, backends = int(rows["n"].min()), sorted(set(rope["backend"]))
+    runs, backends = int(pd.concat([stick, dense, rope])["n"].min()), sorted(set(rope["backend"]))
     found = (
         f"{_fastest(stick)['value'].mean():,.0f} against {rope['value'].mean():,.0f} tokens/s: {shares} % "
         f"({runs} run{'s' * (runs > 1)} each; RoPE through {', '.join(backends)}; {rows['model'].iloc[0]} model, "
@@ -52,12 +52,12 @@ def training_speed(table: pd.DataFrame, evidence: Evidence) -> Judged:
         far = f"RoPE ran through {', '.join(backends)}, and the claim is about FlashAttention-2"
     elif runs < RUNS:
         far = f"{runs} run{'s' * (runs > 1)} each, fewer than {RUNS}"
-    elif dense.empty:
-        far = "with nothing skipped it was not measured (stick_breaking:epsilon=0)"
     bound = math.log(SPEED)
-    if all(change.low >= bound for change in changes):
-        return verdict(True, found, far=far)
-    return verdict(False if any(change.high < bound for change in changes) else None, found, far=far)
+    if any(change.high < bound for change in changes):
+        return verdict(False, found, far=far)
+    if dense.empty:
+        far = far or "with nothing skipped it was not measured (stick_breaking:epsilon=0)"
+    return verdict(True if all(change.low >= bound for change in changes) else None, found, far=far)
 
 
 def _ratio(rows: pd.DataFrame, rope: pd.DataFrame) -> Interval:

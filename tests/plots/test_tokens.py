@@ -64,9 +64,12 @@ def test_the_page_has_the_same_numbers_and_the_limit() -> None:
     (panel,) = chart.groups[0].panels
     assert panel.rows()["low"].tolist() == [gap.low for gap in ladder.gaps]
     assert f"stick-breaking {ladder.limit.text()}" in chart.note and "2 seeds" in chart.note
-    (panel,) = tokens.chart(table(seeds=1)).groups[0].panels
+    alone = tokens.chart(table(seeds=1))
+    (panel,) = alone.groups[0].panels
     # without an interval a point has no bar
     assert (panel.rows()["low"] == panel.rows()["high"]).all()
+    assert chart.note.startswith("Means of 2 seeds; bars: 95 % intervals; lines: ")
+    assert alone.note.startswith("One seed; lines: ")
 
 
 def test_a_table_of_one_token_count_has_no_such_figure(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ NONE = Evidence({})
         # of a model that has hardly trained, what it skips is not enough
         (90.0, {"dense": 70.0}, DISAGREES, ""),
         (90.0, {"dense": None}, UNDECIDED, "with nothing skipped it was not measured (stick_breaking:epsilon=0)"),
+        (70.0, {"dense": None}, DISAGREES, ""),
         (80.0, {"stderr": 3.0}, UNDECIDED, "includes both"),
         (80.0, {"params": 10**8}, UNDECIDED, "models of 100 M parameters, the paper's have 1 B"),
         (80.0, {"n": 1}, UNDECIDED, "1 run each, fewer than 3"),
@@ -37,6 +38,8 @@ def test_training_speed(stick: float, more: dict[str, Any], verdict: str, reason
         {"attention": ROPE, "options": "", "backend": name, "value": value}
         for name, value in ((fast, 100.0), ("flex", 50.0))
     ]
+    # a method that the claim is not about, and of which there is one run
+    rows += [{"attention": "alibi", "options": "", "backend": "flex", "value": 60.0, "n": 1}]
     same = {"metric": "throughput", "step": "train", "queries": 4096, "batch": 4, "head_dim": 64, "n": 5, "stderr": 0.1}
     found = speed.training_speed(frame(rows, **same | more), NONE)
     assert found.verdict == verdict and reason in found.reason and f"{stick:.0f} " in found.found
