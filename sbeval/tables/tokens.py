@@ -74,7 +74,7 @@ class Ladder:
         return fitted
 
     def over(self, word: str = "") -> str:
-        """Return the seeds of the method and of the baseline, and those at the most tokens where they are fewer."""
+        """Return the seeds of the method and of the baseline, and those at the most tokens where they differ."""
         first, last = (f"{mine} and {base}" for mine, base in (self.seeds[0], self.seeds[-1]))
         return f"{first}{word}" if first == last else f"{first}{word}, {last} at the most tokens"
 
