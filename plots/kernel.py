@@ -80,10 +80,23 @@ def chart(table: pd.DataFrame) -> Chart:
 
 
 def _title(rows: pd.DataFrame, size: float) -> str:
-    """Name the head size, and its device where not all were timed on the same."""
-    device = rows.loc[rows["head_dim"] == size, "device"].unique()
-    same = rows["device"].nunique() == len(device)
-    return f"Heads of size {size:g}{'' if same else ', ' + ', '.join(sorted(device))}"
+    """Name the head size, and the device of most of its rows where not all were timed on the same."""
+    device = _usual(rows.loc[rows["head_dim"] == size, "device"])
+    return f"Heads of size {size:g}{'' if rows['device'].nunique() == 1 else f', {device}'}"
+
+
+def _usual(devices: pd.Series) -> str:
+    return str(devices.value_counts().index[0])
+
+
+def dense(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return `dense_kernels`; what was timed on another device than most rows of its head size has it in `options`."""
+    rows = dense_kernels(table, metric)
+    if rows.empty:
+        return rows
+    usual = rows.groupby("head_dim")["device"].transform(_usual)
+    named = rows["options"].str.cat(rows["device"], sep=",").str.strip(",")
+    return rows.assign(options=rows["options"].mask(rows["device"] != usual, named))
 
 
 def best(rows: pd.DataFrame, by: str) -> "pd.Series[float]":
@@ -92,7 +105,7 @@ def best(rows: pd.DataFrame, by: str) -> "pd.Series[float]":
 
 
 def _throughput(table: pd.DataFrame) -> pd.DataFrame:
-    rows = dense_kernels(table, "throughput")
+    rows = dense(table, "throughput")
     if rows.empty:
         raise NothingToDraw("no rows with the metric throughput of whole sequences")
     return rows

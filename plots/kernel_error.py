@@ -12,7 +12,6 @@ from sbeval.plots import chart as charts
 from sbeval.plots import kernel, legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
-from sbeval.tables.selection import dense_kernels
 
 TABLE = kernel.TABLE
 COLUMNS = kernel.COLUMNS
@@ -74,8 +73,8 @@ def chart(table: pd.DataFrame) -> Chart:
 
 def _points(table: pd.DataFrame) -> pd.DataFrame:
     keys = ["attention", "options", "step", "head_dim", "queries"]
-    speed = dense_kernels(table, "throughput")[[*keys, "value"]].rename(columns={"value": "throughput"})
-    error = dense_kernels(table, "relative_error")[[*keys, "value"]].rename(columns={"value": "error"})
+    speed = kernel.dense(table, "throughput")[[*keys, "value"]].rename(columns={"value": "throughput"})
+    error = kernel.dense(table, "relative_error")[[*keys, "value"]].rename(columns={"value": "error"})
     rows = speed.merge(error, on=keys)
     if rows.empty:
         raise NothingToDraw("no rows with the metrics throughput and relative_error of whole sequences")

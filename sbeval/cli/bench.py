@@ -71,7 +71,7 @@ def _kernel(config: Kernel) -> None:
     where = device.pick(config.device)
     problems = kernels.problems(sorted(config.lengths), config.head_dims, config.heads, config.caches)
     plain().print(kernels.kernel(problems, where, device.pick_dtype(config.dtype, where), config.results_dir, say))
-    _draw(config.results_dir, ["kernel", "kernel_error"])
+    _draw(config.results_dir, ["kernel", "kernel_error"], device.describe(where))
 
 
 def _model(config: Model) -> None:
@@ -86,7 +86,7 @@ def _model(config: Model) -> None:
         models.measure(problems, models.peers(config.attention), config.repeats, where, dtype, config.results_dir)
     )
     say(str(Results(config.results_dir).table("model")))
-    _draw(config.results_dir, ["model"])
+    _draw(config.results_dir, ["model"], device.describe(where))
 
 
 def _skipping(config: Skipping) -> None:
@@ -107,13 +107,14 @@ def _skipping(config: Skipping) -> None:
     plain().print(
         skipping.measure(config.checkpoint, text.test, sorted(config.lengths), where, dtype, config.results_dir)
     )
-    _draw(config.results_dir, ["skipping"])
+    _draw(config.results_dir, ["skipping"], device.describe(where))
 
 
-def _draw(results_dir: Path, names: list[str]) -> None:
+def _draw(results_dir: Path, names: list[str], device: str) -> None:
+    """Draw figures of the timings on one device; the table may have others' too."""
     from sbeval.report.figures import draw_figures
 
-    for path in draw_figures(results_dir, names, say=say, required=False):
+    for path in draw_figures(results_dir, names, say=say, required=False, where=[f"device={device}"]):
         say(str(path))
 
 

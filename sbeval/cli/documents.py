@@ -189,7 +189,7 @@ def _claim(claim: Claim, judged: Judged, folder: str) -> list[str]:
 
 
 def _made_by(results: Path, family: str) -> str:
-    """Name the command of a figure's rows, or both, or that of most and how many others there are."""
+    """Name one or two commands of a figure's rows; of more, that of most rows and how many others there are."""
     table = read(Results(results).table(family), ["cell"])
     first, *others = gather(table, Results(results).runs).again
     if len(others) < 2:

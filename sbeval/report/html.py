@@ -221,7 +221,7 @@ def _figure(name: str, chart: Chart, runs: Runs) -> str:
 
 
 def _made_by(runs: Runs) -> str:
-    """Name the command that makes the rows of a figure, or both, or that of most and how many others there are."""
+    """Name one or two commands that make a figure's rows; of more, that of most rows and how many others there are."""
     if not runs.again:
         return ""
     first, *others = (f"<code>{escape(command)}</code>" for command in runs.again)

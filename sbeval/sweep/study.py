@@ -176,7 +176,7 @@ def _show(family: str, cells: Sequence[Cell], results_dir: Path, console: Consol
     for file in files:
         say(console, str(file))
     if len(table) < len(everything):
-        others = f"other models, lengths, corpora or presets of {path}"
+        others = f"other models, training lengths, corpora or presets of {path}"
         say(console, f"figures leave out {others}; sbeval plot{_where(results_dir)} draws all")
 
 

@@ -64,6 +64,19 @@ def test_head_sizes_of_several_devices_name_theirs() -> None:
         assert [text.get_text() for axis in kernel.draw(both).axes for text in axis.texts] == titles
 
 
+def test_a_faster_device_does_not_hide_another() -> None:
+    few = table().query("backend == 'flash'").assign(device="another")
+    both = pd.concat([table(), few.assign(value=few["value"].where(few["metric"] != "throughput", 1e3))])
+    names = {"stick-breaking", "softmax", "softmax (another)"}
+    figure = kernel.draw(both)
+    lines = {str(line.get_label()): line for line in figure.axes[0].lines}
+    assert set(lines) == names and figure.axes[0].texts[0].get_text() == "Heads of size 64, a GPU"
+    assert data(lines["softmax"])[1] == [204.0, 216.0]
+    assert data(lines["softmax (another)"])[1] == [1e3, 1e3]
+    points = [data(line) for line in kernel_error.draw(both).axes[0].lines]
+    assert sorted(points) == [([216.0], [0.002]), ([316.0], [0.002]), ([1e3], [0.002])]
+
+
 def test_error_by_throughput_at_the_longest() -> None:
     figure = kernel_error.draw(table())
     points = [data(line) for line in figure.axes[0].lines]
