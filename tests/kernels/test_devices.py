@@ -32,7 +32,7 @@ class Launched(Exception):
     pass
 
 
-def weights(device: str) -> tuple[Tensor, ...]:
+def weights(device: str) -> fire.Weights:
     hidden = torch.linspace(-1.0, 1.0, 8, device=device)
     return torch.tensor(0.1, device=device), torch.tensor(1.0, device=device), hidden, hidden, hidden.expand(2, 8)
 

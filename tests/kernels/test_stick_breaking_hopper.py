@@ -208,7 +208,7 @@ def test_inputs_may_begin_anywhere() -> None:
     near = draw(128, 128)
     away = [torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x) for x in near]
     assert all(x.is_contiguous() and x.data_ptr() % 16 for x in away)
-    found, wanted = (stick_breaking_hopper.forward(*each, None, None, 0.125, False, 0.0) for each in (away, near))
+    found, wanted = (stick_breaking_hopper.forward(q, k, v, None, None, 0.125, False, 0.0) for q, k, v in (away, near))
     assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
     check(*away)
 

@@ -47,16 +47,21 @@ def test_a_mistake_is_one_line(arguments: str, line: str, tmp_path: Path) -> Non
 def test_numbers_are_separated_by_commas_or_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[object] = []
     drawn: list[object] = []
+
+    def draw(*_: object, where: object, **__: object) -> list[Path]:
+        drawn.append(where)
+        return []
+
     monkeypatch.setattr("sbeval.runtime.device.pick", lambda name: "a card")
     monkeypatch.setattr("sbeval.runtime.device.pick_dtype", lambda name, where: "bfloat16")
     monkeypatch.setattr("sbeval.bench.kernels.problems", lambda *sizes: given.append(sizes))
     monkeypatch.setattr("sbeval.bench.kernels.kernel", lambda *measured: "")
     monkeypatch.setattr("sbeval.runtime.device.describe", lambda where: f"{where}, described")
-    monkeypatch.setattr("sbeval.report.figures.draw_figures", lambda *_, where, **__: drawn.extend(where) or [])
+    monkeypatch.setattr("sbeval.report.figures.draw_figures", draw)
     assert run("kernel", "--length", "32,8", "--length", "16", "--results-dir", str(tmp_path)) == (0, "")
     assert given == [([8, 16, 32], (64, 128), 12, (16384, 65536))]
     # the table may have timings of other devices
-    assert drawn == ["device=a card, described"]
+    assert drawn == [["device=a card, described"]]
 
 
 def test_defaults_are_allowed() -> None:
