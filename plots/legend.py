@@ -56,6 +56,7 @@ WORDS = {
     "remainder=bias": "learned remainder",
     "qkv_bias=true": "q, k, v biases",
     "init_std": "initial σ {}",
+    "epsilon=0": "nothing skipped",
     "epsilon": "epsilon={}",
     # of the figure `kernel`, whose options are kernels
     "triton": "portable kernels",

@@ -37,6 +37,12 @@ def test_a_window_is_named_with_its_width_and_an_offset_in_words() -> None:
         "sliding window of 1024 (no rotary)",
         "sliding window of 256",
     ]
+    looks = legend.looks_of(("stick_breaking", options) for options in ("", "epsilon=0", "epsilon=0.001"))
+    assert [look.label for look in looks.values()] == [
+        "stick-breaking",
+        "stick-breaking (nothing skipped)",
+        "stick-breaking (epsilon=0.001)",
+    ]
 
 
 def test_a_setting_looks_the_same_in_every_figure() -> None:
