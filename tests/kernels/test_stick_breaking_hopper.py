@@ -91,6 +91,7 @@ ASSEMBLY = {
     "_add_to_global": lambda descriptor, corner, tile: descriptor.write(corner, tile, add=True),
     "_wait_for_additions": lambda _: None,
     "_cut": lambda _: None,
+    "_meet": lambda: None,
     "TILE": 64,
     "WORDS": 8,
     "RANGES": 5,
