@@ -105,14 +105,15 @@ def recall_accuracy(table: pd.DataFrame) -> pd.DataFrame:
     by = ["attention", "options", "kv_pairs", "n_back", *recall_setting(table).columns]
     kept = []
     for key, rows in table.groupby(by, dropna=False):
-        if (rates := ranked_rates(rows)) is not None:
-            rows = rows[rows["lr"] == rates[0]]
         if rows["lr"].nunique() > 1:
-            tried = ", ".join(f"{rate:g}" for rate in sorted(rows["lr"].unique()))
-            raise InputError(
-                f"{key[0]} with {key[2]:g} key-value pairs has the learning rates {tried} and no validation_accuracy "
-                "to choose by; run the cells again or leave one rate"
-            )
+            rates = ranked_rates(rows)
+            if rates is None:
+                tried = ", ".join(f"{rate:g}" for rate in sorted(rows["lr"].unique()))
+                raise InputError(
+                    f"{key[0]} with {key[2]:g} key-value pairs has the learning rates {tried} and no "
+                    "validation_accuracy to choose by; run the cells again or leave one rate"
+                )
+            rows = rows[rows["lr"] == rates[0]]
         kept.append(rows)
     rows = pd.concat(kept) if kept else table
     return rows[rows["metric"] == "accuracy"]
