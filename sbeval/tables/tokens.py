@@ -176,11 +176,11 @@ def _is(losses: pd.DataFrame, method: Method) -> "npt.NDArray[np.bool_]":
 
 def _errors(losses: pd.DataFrame) -> Floats:
     """Draw errors (N, T) of one seed at T token counts; none (0, T) if no method has a second seed."""
+    losses = losses.dropna(how="all")
     groups = losses.groupby(level=["attention", "options"])
-    present = losses.notna()
-    # of seeds of methods that have all of theirs; the errors of later counts are carried on from there
+    # where a method has all of its seeds; at other token counts those of the last such count before, or else the first
     all_there = groups.transform("count").eq(groups.transform("size"), axis=0)
-    off = (losses - groups.transform("mean")).where(all_there & present).ffill(axis=1).dropna()
+    off = (losses - groups.transform("mean")).where(all_there).ffill(axis=1).bfill(axis=1).dropna()
     freedom = len(off) - off.groupby(level=["attention", "options"]).ngroups
     if freedom < 1:
         return np.empty((0, losses.shape[1]))
