@@ -100,8 +100,8 @@ def test_seeds_that_stopped_early_count_where_they_are() -> None:
     early = whole["train_tokens"] == whole["train_tokens"].min()
     (ladder,) = ladders(whole[~(early & (whole["seed"] > 0))])
     assert ladder.over() == "1 and 1, 3 and 3 at the most tokens"
-    first, second = (gap.high - gap.low for gap in ladder.gaps[:2])
-    assert first == pytest.approx(math.sqrt(3) * second)
+    of_one, of_three = (gap.high - gap.low for gap in ladder.gaps[:2])
+    assert of_one == pytest.approx(math.sqrt(3) * of_three)
     # a method that has one seed adds nothing to the errors; others are drawn
     alone = whole[(whole["attention"] == "rope") & (whole["seed"] == 0)].assign(attention="nope", value=50.0)
     (_, same) = ladders(pd.concat([alone, whole]))
