@@ -464,6 +464,7 @@ def attention(
     """Stick-breaking attention: output (B, T, H, D) like q, and remainder (B, T, H) in float32, float64 for float64.
 
     cu_seqlens: int32 (N + 1,), cumulative lengths of N sequences packed into one row (B = 1, S = T); some may be empty.
+    From a GPU its values are not read before kernels are launched, which read and write by them: they must be right.
     scale: multiplies q . k, 1 / sqrt(D) by default. bias: (H,) float32, float64 for float64, added to the logits of
     each head; it has a gradient. epsilon: the stick below which older tiles are skipped; 0 visits all; by default half
     the spacing of numbers at 1 in the dtype that sums (2^-24, float64 2^-53), which changes the output by less than
