@@ -25,9 +25,10 @@ def passes(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
     last = ladder.gaps[-1]
     counts = {count for pair in ladder.seeds for count in pair}
     seeds = ladder.over(" seeds") if len(counts) > 1 else f"{min(counts)} seed{'s' * (counts != {1})}"
+    limit = f"limit {ladder.limit.text()}" if ladder.tells_limit else "the tokens do not tell the limit"
     found = (
         f"Loss less RoPE's: {ladder.gaps[0].text()} nats/token after {size(ladder.tokens[0])} tokens, {last.text()} "
-        f"after {size(ladder.tokens[-1])}; limit {ladder.limit.text()}; where the fit is 0: {ladder.crosses(size)} "
+        f"after {size(ladder.tokens[-1])}; {limit}; where the fit is 0: {ladder.crosses(size)} "
         f"({'95 % over ' * (not math.isnan(last.low))}{seeds}; {ladder.setting})."
     )
     if math.isnan(last.low):

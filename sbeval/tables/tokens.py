@@ -73,6 +73,11 @@ class Ladder:
         fitted: Floats = self.limit.value + self.amplitude * (tokens / self.tokens[0]) ** -self.exponent.value
         return fitted
 
+    @property
+    def tells_limit(self) -> bool:
+        """Whether the exponent is inside the range that is tried: at its ends the tokens do not tell the limit."""
+        return bool(EXPONENTS[0] < self.exponent.value < EXPONENTS[-1])
+
     def over(self, word: str = "") -> str:
         """Return the seeds of the method and of the baseline, and those at the most tokens where they differ."""
         first, last = (f"{mine} and {base}" for mine, base in (self.seeds[0], self.seeds[-1]))

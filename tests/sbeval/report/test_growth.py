@@ -54,6 +54,15 @@ def test_a_gap_that_falls_below_0_is_passed_and_where_is_said() -> None:
     assert found.verdict == YES and "+0.00" in found.found.split(";")[0].split("tokens, ")[1]
 
 
+def test_a_limit_that_the_tokens_do_not_tell_is_not_said() -> None:
+    assert "; limit −0.0" in passes(table(-0.04)).found
+    # a gap that closes at once
+    rows = table(-0.03, more=0.0)
+    first = (rows["attention"] == STICK[0]) & (rows["train_tokens"] == TOKENS[0])
+    found = passes(rows.assign(value=rows["value"].where(~first, 1.05 * rows["value"])))
+    assert "; the tokens do not tell the limit; where" in found.found and found.verdict == YES
+
+
 def test_seeds_that_stopped_early_are_said() -> None:
     rows = table(-0.04)
     found = passes(rows[(rows["seed"] == 0) | (rows["train_tokens"] < 5e8)])

@@ -44,7 +44,7 @@ def test_a_law_that_is_there_is_found(truth: tuple[float, float, float]) -> None
     assert found == pytest.approx(truth, rel=1e-6)
     (ladder,) = ladders(table(law(*truth)))
     assert (ladder.limit.value, ladder.amplitude, ladder.exponent.value) == pytest.approx(truth, rel=1e-6)
-    assert ladder.at(TOKENS) == pytest.approx(law(*truth))
+    assert ladder.at(TOKENS) == pytest.approx(law(*truth)) and ladder.tells_limit
     assert [gap.value for gap in ladder.gaps] == pytest.approx(law(*truth))
     # one seed of each has no interval
     assert ladder.seeds == [(1, 1)] * 5 and math.isnan(ladder.limit.low) and math.isnan(ladder.gaps[0].high)
