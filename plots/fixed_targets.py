@@ -45,8 +45,7 @@ def gather(table: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
     if stored.empty or "targets" not in stored:
         return rows
     stored = stored[stored["metric"].isin(["nll_sum", "tokens"]) & stored["targets"].isin(own["targets"])]
-    for name in set(documents.FACTORS) & set(stored.columns) - {"targets", "context_length"}:
-        stored = stored[stored[name].isna() | (stored[name] == "")]
+    stored = documents.only(stored, "targets", "context_length")
     errors = [_paired(stored[stored["cell"] == cell], of) for cell, of in own.groupby("cell", sort=False)]
     return rows.assign(paired=pd.concat(errors).reindex(rows.index))
 

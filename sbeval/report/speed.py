@@ -39,11 +39,12 @@ def training_speed(table: pd.DataFrame, evidence: Evidence) -> Judged:
     rows = nearest(rows, ["model", "device", "dtype", "queries", "batch", "head_dim"])
     rope = _fastest(intervals.method(rows, ROPE))
     stick, dense = (intervals.method(rows, of) for of in (STICK, NOTHING_SKIPPED))
-    changes = [_ratio(_fastest(each), rope) for each in (stick, dense) if len(each)]
+    fastest = [_fastest(each) for each in (stick, dense) if len(each)]
+    changes = [_ratio(each, rope) for each in fastest]
     shares = " %, with nothing skipped ".join(_percent(change).text("{:.0f}".format) for change in changes)
     runs, backends = int(pd.concat([stick, dense, rope])["n"].min()), sorted(set(rope["backend"]))
     found = (
-        f"{_fastest(stick)['value'].mean():,.0f} against {rope['value'].mean():,.0f} tokens/s: {shares} % "
+        f"{fastest[0]['value'].mean():,.0f} against {rope['value'].mean():,.0f} tokens/s: {shares} % "
         f"({runs} run{'s' * (runs > 1)} each; RoPE through {', '.join(backends)}; {rows['model'].iloc[0]} model, "
         f"{rows['queries'].iloc[0]} tokens a sequence, {rows['device'].iloc[0]})."
     )

@@ -19,16 +19,20 @@ def nothing(cells: Iterable[str]) -> pd.DataFrame:
     return pd.DataFrame(columns=["cell", "metric", "unit_id", "value"])
 
 
+def only(values: pd.DataFrame, *factors: str) -> pd.DataFrame:
+    """Return the values of the numbers that have no other factors than these."""
+    for name in FACTORS:
+        if name in values and name not in factors:
+            values = values[values[name].isna() | (values[name] == "")]
+    return values
+
+
 def sums(values: pd.DataFrame, metric: str, **factors: object) -> pd.DataFrame:
     """Return the sum of a metric by cell (down) and document (across), of the number with exactly these factors."""
-    chosen = values[values["metric"] == metric]
-    for name in FACTORS:
-        if name not in chosen:
-            continue
-        if name in factors:
-            chosen = chosen[chosen[name] == factors[name]]
-        else:
-            chosen = chosen[chosen[name].isna() | (chosen[name] == "")]
+    chosen = only(values[values["metric"] == metric], *factors)
+    for name, value in factors.items():
+        if name in chosen:
+            chosen = chosen[chosen[name] == value]
     return chosen.pivot_table("value", "cell", "unit_id", aggfunc="sum").dropna(axis=1)
 
 
