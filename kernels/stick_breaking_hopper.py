@@ -550,12 +550,6 @@ LOOK = 16
 REGISTERS = {2: 168, 3: 128}
 
 
-def _cumulative(cu_seqlens: Tensor, size: int) -> Tensor:
-    """(N + 1,) how many tiles of `size` rows stand before each packed sequence, and in all."""
-    blocks = (cu_seqlens.diff() + size - 1) // size
-    return torch.nn.functional.pad(blocks.cumsum(0, dtype=torch.int32), (1, 0))
-
-
 def _rows(x: Tensor) -> Tensor:
     """As a tensor map of rows can hold it: heads next to each other, rows of all batches at one distance."""
     _, length, _, dim = x.shape
@@ -564,6 +558,12 @@ def _rows(x: Tensor) -> Tensor:
         return x
     # `contiguous` leaves rows where they are that lie next to each other, but begin anywhere
     return x.clone(memory_format=torch.contiguous_format)
+
+
+def _query_tiles(x: Tensor) -> TensorDescriptor:
+    """Queries, or what has their shape, in tiles of 64 of a head."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 64, 1, x.shape[3]], layout)
 
 
 def _descriptor(x: Tensor) -> TensorDescriptor:
@@ -594,14 +594,8 @@ def forward(
     n_keys, groups = k.shape[1:3]
     config = CONFIGS[dim] if config is None else config
     q, k, v = _rows(q), _rows(k), _rows(v)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    queries = TensorDescriptor(q, list(q.shape), list(q.stride()), [1, 64, 1, dim], layout)
     out = torch.empty((batch, n_queries, heads, dim), dtype=q.dtype, device=q.device)
     residual = torch.empty_like(out) if differentiable else None
-    written = [
-        None if x is None else TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 64, 1, dim], layout)
-        for x in (out, residual)
-    ]
     remainder = torch.empty((batch, n_queries, heads), dtype=torch.float32, device=q.device)
     stop = torch.empty(stop_shape(q, cu_seqlens), dtype=torch.int32, device=q.device)
     size = 64 * config["NWG"]
@@ -614,7 +608,8 @@ def forward(
         plan = torch.empty(4 * (n_blocks + 1), dtype=torch.int32, device=q.device)
         plan_kernel[(n_sequences,)](cu_seqlens, plan, n_sequences, NWG=config["NWG"], num_warps=1)
     forward_kernel[(min(_processors(q.device), n_blocks * batch * heads),)](
-        queries, _descriptor(k), _descriptor(v), *written, bias, out, residual, remainder, stop, plan, batch, heads,
+        _query_tiles(q), _descriptor(k), _descriptor(v), _query_tiles(out),
+        None if residual is None else _query_tiles(residual), bias, out, residual, remainder, stop, plan, batch, heads,
         n_queries, n_keys, n_blocks, stop.shape[2], scale * LOG2_E, epsilon,
         GROUP=heads // groups, D=dim, CURRENT=int(attend_current), VARLEN=cu_seqlens is not None, SKIP=epsilon > 0,
         LOOK=LOOK, **config, num_warps=4, maxnreg=REGISTERS[config["NWG"]],

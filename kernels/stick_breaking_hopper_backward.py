@@ -39,13 +39,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sbeval.kernels.stick_breaking_hopper import (
     REGISTERS,
     _columns,
-    _cumulative,
     _cut,
     _exp2,
     _find_sequence,
     _get,
     _processors,
     _quads,
+    _query_tiles,
     _reciprocal,
     _rows,
 )
@@ -559,6 +559,11 @@ CONFIGS: dict[int, dict[str, Any]] = {
 LONG = 32
 
 
+def _cumulative(lengths: Tensor, size: int) -> Tensor:
+    """(N + 1,) how many tiles of `size` rows stand before each of N sequences, and in all."""
+    return torch.nn.functional.pad(((lengths + size - 1) // size).cumsum(0, dtype=torch.int32), (1, 0))
+
+
 def backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, remainder: Tensor, residual: Tensor,
     stop: Tensor, dout: Tensor, dremainder: Tensor, cu_seqlens: Tensor | None, scale: float, attend_current: bool,
@@ -580,11 +585,10 @@ def backward(
         n_sequences = len(cu_seqlens) - 1
         n_blocks, n_tiles = n_blocks + n_sequences, n_tiles + n_sequences
         # the longest first, so that what the last programs have to do is short
-        lengths, by_length = cu_seqlens.diff().sort()
-        blocks = torch.nn.functional.pad(((lengths + 127) // 128).cumsum(0, dtype=torch.int32), (1, 0))
-        tiles = _cumulative(cu_seqlens, 64)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    descs = [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 64, 1, dim], layout) for x in (q, dout)]
+        lengths = cu_seqlens.diff()
+        shortest_first, by_length = lengths.sort()
+        blocks, tiles = _cumulative(shortest_first, 128), _cumulative(lengths, 64)
+    descs = [_query_tiles(q), _query_tiles(dout)]
     n_all = batch * heads * n_tiles
     n_bg = batch * groups
     # the heads in two parts, where each keeps all processors at work for long: half of the memory for dq in float32
