@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import importlib
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,10 @@ from sbeval.tables.store import Stored
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 # half the distance from 1 to the next float32: the kernel's own default
 EPSILON = 2.0**-24
+# steps that are queued while the device waits: no more than its queue holds
+QUEUED = 16
+# cycles of a multiprocessor in a second, at most
+CYCLES = 3e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,11 +340,31 @@ def _time(contender: Contender, device: torch.device, dtype: torch.dtype, proble
 
 
 def timed(step: Callable[[], object], *, decodes: bool = False) -> dict[str, float]:
-    """Return the median time of a step in ms, `time`, and its quantiles. Decoding runs from a captured CUDA graph, so
-    that launch overhead is left out for all contenders."""
-    from triton.testing import do_bench
+    """Return the median time that a step takes on the device in ms, `time`, and its quantiles, over a tenth of a second
+    and at least ten steps, each with an empty L2 cache. How long Python takes to launch a step is left out for all
+    contenders: the device waits while steps are queued for it, and decoding runs from a captured CUDA graph."""
+    from triton.runtime import driver
 
-    low, middle, high = do_bench(captured(step) if decodes else step, warmup=20, rep=100, quantiles=[0.2, 0.5, 0.8])
+    run = captured(step) if decodes else step
+    cache = driver.active.get_empty_cache_for_benchmark()
+    run()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    launched = time.perf_counter() - began
+    torch.cuda.synchronize()
+    repeats = min(max(round(0.1 / (time.perf_counter() - began)), 10), 400)
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for i in range(0, repeats, QUEUED):
+        torch.cuda._sleep(round(launched * QUEUED * CYCLES))
+        for start, end in marks[i : i + QUEUED]:
+            cache.zero_()
+            start.record()
+            run()
+            end.record()
+    torch.cuda.synchronize()
+    times = torch.tensor([start.elapsed_time(end) for start, end in marks], dtype=torch.float64)
+    low, middle, high = times.quantile(times.new_tensor([0.2, 0.5, 0.8])).tolist()
     return {"time": middle, "time_q20": low, "time_q80": high}
 
 

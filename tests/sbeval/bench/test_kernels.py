@@ -1,6 +1,7 @@
 """Test FLOP counts and errors of the benchmarks, which themselves need a GPU."""
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -96,3 +97,15 @@ def test_error_is_measured_against_the_reference() -> None:
     wrong = kernels.Contender("softmax", "triton", kernels._ours())
     with pytest.raises(ArithmeticError, match="wrong by"):
         kernels._error(wrong, DENSE, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_only_the_device_is_timed() -> None:
+    """A step that Python takes five milliseconds to launch, and the device one or two to do."""
+
+    def step() -> None:
+        time.sleep(0.005)
+        torch.cuda._sleep(2_500_000)
+
+    found = kernels.timed(step)
+    assert 0.8 < found["time_q20"] <= found["time"] <= found["time_q80"] < 4
