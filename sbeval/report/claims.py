@@ -28,8 +28,9 @@ KERNEL_RULE = (
 )
 GROWTH_RULE = (
     "Loss at the training length less RoPE's, fitted as a limit plus a power of training tokens (sbeval table tokens). "
-    "Yes: the interval of the gap at the most tokens lies below 0, or that of where the fit falls to 0 ends by "
-    f"{growth.FURTHER} times as many. No: the gap at the most tokens and the limit lie above 0 in their intervals."
+    "Yes: the interval of the gap at the most tokens at which both have two seeds lies below 0, or that of where the "
+    f"fit falls to 0 ends by {growth.FURTHER} times the most tokens. No: that gap and the limit lie above 0 in their "
+    "intervals."
 )
 FAR_RULE = (
     "Loss of the same tokens (--fixed-targets): its change from the training length to "

@@ -1,4 +1,8 @@
-"""The rule of a question on training tokens: whether a method passes RoPE, and where."""
+"""The rule of a question on training tokens: whether a method passes RoPE, and where.
+
+It is judged by the gap after the most tokens at which both have two seeds. The interval alone is not enough: where
+RoPE has one, it is made with how much the seeds of other methods differ.
+"""
 
 import math
 
@@ -22,17 +26,21 @@ def passes(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
         reason = f"no setting has both this method and RoPE at {tokens.FEWEST} or more counts of training tokens"
         return Judged(UNDECIDED, reason=reason, measured=False)
     ladder = max(ladders, key=lambda each: each.tokens[-1])
-    last = ladder.gaps[-1]
+    replicated = [index for index, pair in enumerate(ladder.seeds) if min(pair) > 1]
+    most = replicated[-1] if replicated else -1
+    last = ladder.gaps[most]
     counts = {count for pair in ladder.seeds for count in pair}
     seeds = ladder.over(" seeds") if len(counts) > 1 else f"{min(counts)} seed{'s' * (counts != {1})}"
     limit = f"limit {ladder.limit.text()}" if ladder.tells_limit else "the tokens do not tell the limit"
     found = (
         f"Loss less RoPE's: {ladder.gaps[0].text()} nats/token after {size(ladder.tokens[0])} tokens, {last.text()} "
-        f"after {size(ladder.tokens[-1])}; {limit}; where the fit is 0: {ladder.crosses(size)} "
+        f"after {size(ladder.tokens[most])}; {limit}; where the fit is 0: {ladder.crosses(size)} "
         f"({'95 % over ' * (not math.isnan(last.low))}{seeds}; {ladder.setting})."
     )
     if math.isnan(last.low):
         return Judged(UNDECIDED, found, "one seed of every method has no interval")
+    if not replicated:
+        return Judged(UNDECIDED, found, "one seed of this method or of RoPE")
     # with a limit above 0 the fit is 0 where a method that was ahead falls behind
     soon = ladder.limit.value < 0 and ladder.crossing.high <= FURTHER * ladder.tokens[-1]
     if last.high < 0 or soon:

@@ -67,6 +67,15 @@ def test_seeds_that_stopped_early_are_said() -> None:
     rows = table(-0.04)
     found = passes(rows[(rows["seed"] == 0) | (rows["train_tokens"] < 5e8)])
     assert found.verdict == YES and "(95 % over 3 and 3 seeds, 1 and 1 at the most tokens; " in found.found
+    # the gap is that at the most tokens at which both have two
+    assert "after 480 M" in found.found and "600 M" not in found.found
+
+
+def test_one_seed_of_rope_decides_nothing() -> None:
+    rows = table(-0.04)
+    found = passes(rows[(rows["seed"] == 0) | (rows["attention"] != "rope")])
+    assert (found.verdict, found.reason) == (UNDECIDED, "one seed of this method or of RoPE")
+    assert "+0.06" in found.found and "after 600 M" in found.found
 
 
 def test_a_gap_that_stays_is_not() -> None:
