@@ -103,6 +103,15 @@ def test_what_is_left_open(rows: pd.DataFrame, reason: str) -> None:
     assert (found.verdict, found.reason, found.measured) == (UNDECIDED, reason, True)
 
 
+def test_few_token_counts_have_no_fit() -> None:
+    """A gap below 0 is one at any count; that it stays above 0 only a fit can say."""
+    ahead, behind = (rows[rows["train_tokens"] < 3e8] for rows in (table(-0.06, more=0.01), table(0.04)))
+    assert (
+        passes(ahead).verdict == YES and "after 240 M; too few counts of tokens for a fit (95 %" in passes(ahead).found
+    )
+    assert (passes(behind).verdict, passes(behind).reason) == (UNDECIDED, "too few counts of tokens for a fit")
+
+
 def test_one_token_count_measures_nothing() -> None:
     rows = table(-0.04)
     found = passes(rows[rows["train_tokens"] == 600e6])
