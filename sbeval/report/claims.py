@@ -33,8 +33,8 @@ GROWTH_RULE = (
     "intervals."
 )
 FAR_RULE = (
-    "Loss of the same tokens (--fixed-targets): its change from the training length to "
-    f"{far_text.FACTOR} times as much text before them, of the largest models of two seeds or more on the most tokens. "
+    f"Loss of the same tokens (--fixed-targets): its change from {far_text.NEAR} to {far_text.FACTOR} times the "
+    "training length, of the largest models of two seeds or more on the most tokens. "
     "Where that was measured, also less the loss with another document's text further back than the training length. "
     f"Yes: the intervals lie below 0. No: one does not, and lies above −{far_text.GAIN:g} nats/token."
 )
