@@ -16,8 +16,8 @@ METRIC = "loss_fixed_targets"
 WINDOW = ("sliding_window", "")
 # how many times the training length is far, as in the paper's figure 5
 FACTOR = LENGTHS[1] // LENGTHS[0]
-# how many times the training length the nearer text is: at the training length itself the first of the targets have less
-# before them than tokens have in training
+# how many times the training length is near: at that length itself the first of the targets have less
+# text before them than tokens have in training
 NEAR = 2
 # nats/token: where the interval includes 0, a gain that is surely smaller is none
 GAIN = 0.002
