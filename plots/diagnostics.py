@@ -14,8 +14,8 @@ from sbeval.plots import chart as charts
 from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
+from sbeval.tables.rows import Method
 from sbeval.tables.selection import RECIPE
-from sbeval.tables.statistics import Method
 from sbeval.tables.table import numbers
 
 TABLE = "diagnostics"

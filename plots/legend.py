@@ -12,7 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.lines import Line2D
 
-from sbeval.tables.statistics import Method
+from sbeval.tables.rows import Method
 
 # the position in this table fixes a method's colour, marker and dashes in every figure
 NAMES = {

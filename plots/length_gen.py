@@ -18,8 +18,8 @@ from sbeval.plots import chart as charts
 from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals, statistics
+from sbeval.tables.rows import ROPE, STICK, Method
 from sbeval.tables.selection import LENGTH_GEN, by_context, length_gen_setting
-from sbeval.tables.statistics import Method
 
 TABLE = "length_gen"
 # settings in a row of panels, where methods are in one column
@@ -31,7 +31,7 @@ WIDE, SHOWN = 4, 12
 # a line with more points than this has markers on some of them only
 MARKED = 12
 SCALINGS = {"linear": "linear", "ntk": "NTK", "dynamic_ntk": "dynamic NTK", "yarn": "YaRN", "llama3": "Llama 3"}
-REFERENCES = (("stick_breaking", ""), ("rope", ""))
+REFERENCES = (STICK, ROPE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,9 @@ from sbeval.plots import chart as charts
 from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals, mqrar
+from sbeval.tables.rows import Method
 from sbeval.tables.selection import MQRAR, recall_accuracy, recall_setting
-from sbeval.tables.statistics import Method, Scale
+from sbeval.tables.statistics import Scale
 
 TABLE = "mqrar"
 # what tells settings apart at any number of pairs, and is named in their titles

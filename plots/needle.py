@@ -20,8 +20,9 @@ from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.plots.legend import Look
 from sbeval.tables import intervals
 from sbeval.tables.needle import SOLVED
+from sbeval.tables.rows import Method
 from sbeval.tables.selection import NEEDLE, NEEDLE_COLUMNS, mean_over_tasks, needle_scores, shared_tasks
-from sbeval.tables.statistics import Method, Scale
+from sbeval.tables.statistics import Scale
 
 TABLE = "needle"
 COLUMNS = ("cell", "value", "stderr", "n", "depth_start", *NEEDLE_COLUMNS)

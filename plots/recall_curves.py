@@ -18,7 +18,7 @@ from sbeval.plots import legend, mqrar, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import curves, intervals
 from sbeval.tables.results import Results
-from sbeval.tables.statistics import Method
+from sbeval.tables.rows import Method
 
 TABLE, COLUMNS = mqrar.TABLE, (*mqrar.COLUMNS, "cell")
 METRIC = "validation_accuracy"

@@ -16,8 +16,8 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLoca
 from sbeval.plots.legend import Look
 from sbeval.tables import epochs, intervals, mqrar, needle
 from sbeval.tables.intervals import FEW
-from sbeval.tables.rows import Identity, Provenance, labels
-from sbeval.tables.statistics import Method, Scale
+from sbeval.tables.rows import Identity, Method, Provenance, labels
+from sbeval.tables.statistics import Scale
 
 # titles name what the rows of a panel share; a column without a label appears as "name value"
 LABELS = labels(Identity, Provenance, mqrar.Row, needle.Row)

@@ -14,7 +14,9 @@ from sbeval.errors import InputError
 from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Line, Lines
 from sbeval.tables import tokens
-from sbeval.tables.tokens import Floats, Ladder, Method
+from sbeval.tables.rows import Method
+from sbeval.tables.statistics import Floats
+from sbeval.tables.tokens import Ladder
 
 TABLE = "length_gen"
 COLUMNS = tokens.COLUMNS

@@ -18,7 +18,7 @@ from sbeval.registry import HELP
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.family import Family
 from sbeval.tables import epochs
-from sbeval.tables.rows import Measurement
+from sbeval.tables.rows import Measurement, spec_of
 from sbeval.tasks import length_gen
 from sbeval.tasks.text_cell import Subject, TextCell, outcome
 from sbeval.tasks.text_training import cautions, models, open_corpus
@@ -232,7 +232,7 @@ def summary(results: "pd.DataFrame") -> "Table":
         for (attention, options), group in last[last["metric"] == metric].groupby(["attention", "options"]):
             means = group.groupby("distance")["value"].mean()
             shown = (f"{means[distance]:.2f}" if distance in means else "" for distance in distances)
-            table.add_row(f"{attention}:{options}" if options else f"{attention}", name, *shown)
+            table.add_row(spec_of(attention, options), name, *shown)
     return table
 
 

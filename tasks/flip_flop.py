@@ -26,7 +26,7 @@ from sbeval.sweep.cell import Outcome
 from sbeval.sweep.family import Family
 from sbeval.tables.published import FLIP_FLOP, FLIP_FLOP_SOURCE
 from sbeval.tables.published import FLIP_FLOP_TESTS as TESTS
-from sbeval.tables.rows import Measurement
+from sbeval.tables.rows import Measurement, spec_of
 from sbeval.tasks.synthetic import METHODS, TEST_SEED, VALIDATION_SEED, Scores, Synthetic
 
 if TYPE_CHECKING:
@@ -268,14 +268,14 @@ def summary(results: "pd.DataFrame") -> "Table":
     measured = selection.flip_flop_errors(results) if (results["metric"] == "error_rate").any() else results[:0]
     for (attention, options, lr), group in measured.groupby(["attention", "options", "lr"]):
         rates = {str(test): rows["value"].to_numpy() * 100 for test, rows in group.groupby("test")}
-        name = f"{attention}:{options}" if options else f"{attention}"
+        name = spec_of(attention, options)
         table.add_row(name, "here", f"{lr:g}", *(f"{rates[test].mean():.3g}" for test in TESTS))
         if group["seed"].nunique() > 1:
             spans = (f"{rates[test].min():.3g} to {rates[test].max():.3g}" for test in TESTS)
             table.add_row("", "seeds", "", *spans)
     lost = results[(results["metric"] == "solved") & results["status"].isin(("diverged", "failed"))]
     for (attention, options, lr, how), group in lost.groupby(["attention", "options", "lr", "status"]):
-        table.add_row(f"{attention}:{options}" if options else f"{attention}", f"{len(group)} {how}", f"{lr:g}")
+        table.add_row(spec_of(attention, options), f"{len(group)} {how}", f"{lr:g}")
     for name, published in FLIP_FLOP.items():
         table.add_row(name, "published", "", *(f"{100 * published[test]:.3g}" for test in TESTS))
     return table

@@ -18,7 +18,7 @@ from sbeval.errors import InputError, check_swept
 from sbeval.models.config import ModelConfig, canonical_attention, flops_per_token
 from sbeval.sweep.cell import Outcome
 from sbeval.sweep.family import Family
-from sbeval.tables.rows import Measurement
+from sbeval.tables.rows import Measurement, spec_of
 from sbeval.tasks.synthetic import METHODS, TEST_SEED, TRAIN_SEED, VALIDATION_SEED, Scores, Synthetic
 
 if TYPE_CHECKING:
@@ -203,6 +203,6 @@ def _summary(results: "pd.DataFrame") -> "Table":
     for name in ("lr", "accuracy", "seeds"):
         table.add_column(name, justify="right")
     for (attention, options, lr), group in results.groupby(["attention", "options", "lr"]):
-        spec = f"{attention}:{options}" if options else f"{attention}"
-        table.add_row(spec, f"{lr:g}", f"{group['value'].mean():.3f}", str(group["seed"].nunique()))
+        mean, seeds = f"{group['value'].mean():.3f}", f"{group['seed'].nunique()}"
+        table.add_row(spec_of(attention, options), f"{lr:g}", mean, seeds)
     return table

@@ -28,6 +28,7 @@ from sbeval.registry import HELP
 from sbeval.sweep.cell import Outcome, cell_id
 from sbeval.sweep.family import Family
 from sbeval.tables import epochs
+from sbeval.tables.rows import spec_of
 from sbeval.tasks.length_gen_losses import Evaluation, long_windows, whole_texts
 from sbeval.tasks.length_gen_rows import Row, joined
 from sbeval.tasks.text_cell import Subject, TextCell, outcome
@@ -310,7 +311,7 @@ def summary(results: "pd.DataFrame") -> "Table":
     for (attention, options, *differing), group in last.groupby(["attention", "options", *recipe], dropna=False):
         means = group.groupby("context_length")["value"].mean()
         table.add_row(
-            f"{attention}:{options}" if options else f"{attention}",
+            spec_of(attention, options),
             *(f"{means[length]:.3f}" if length in means else "" for length in lengths),
             *(f"{value:g}" if isinstance(value, float) else f"{value}" for value in differing),
         )

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 
 from sbeval.tables import statistics
-from sbeval.tables.statistics import Floats, Interval, Method, Spread
+from sbeval.tables.rows import Method
+from sbeval.tables.statistics import Floats, Interval, Spread
 
 # reads the values of cells: column `cell`, then those of `sbeval.tables.values`
 Values = Callable[[Iterable[str]], pd.DataFrame]

@@ -19,7 +19,8 @@ from sbeval.errors import NothingToDraw, choose
 from sbeval.tables import epochs, intervals, markup, pairs
 from sbeval.tables.documents import Values, nothing
 from sbeval.tables.pairs import Stored
-from sbeval.tables.statistics import UNKNOWN, Interval, Method, Sample, Scale, interval
+from sbeval.tables.rows import ROPE, spec_of
+from sbeval.tables.statistics import UNKNOWN, Interval, Sample, Scale, interval
 
 # candidates for the score of a benchmark, the preferred first; whether they are in percent and averaged
 METRICS = {
@@ -39,8 +40,6 @@ FILTERS = ("", "flexible-extract", "strict-match")
 MODEL = ["model", "attention", "options", "params", "train_len", "train_tokens", "eval_len"]
 # columns that models share whose seeds are pooled
 ALIKE = ["model", "train_len", "train_tokens", "eval_len"]
-# the method whose differences are shown
-ROPE: Method = ("rope", "")
 COLUMNS = (*MODEL, "task", "seed", "metric", "value", "stderr", "n", "part", "filter", "shots", "chance")
 
 
@@ -91,7 +90,7 @@ def names(chosen: pd.DataFrame) -> dict[tuple[object, ...], str]:
         model, attention, options, params, train_len, train_tokens, eval_len = key
         # the name of a Hugging Face model suffices
         name = f"{model}" if attention == "hf" else f"{model} {attention}"
-        short[key] = f"{name}:{options}" if options and attention != "hf" else name
+        short[key] = name if attention == "hf" else spec_of(name, options)
         long[key] = f"{short[key]} ({train_tokens / 1e6:.0f} M tokens of {train_len}, evaluated to {eval_len})"
     twice = {name for name in short.values() if list(short.values()).count(name) > 1}
     return {key: long[key] if name in twice else name for key, name in short.items()}

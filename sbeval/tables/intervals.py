@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from sbeval.tables import pooling, statistics
-from sbeval.tables.statistics import Interval, Joint, Method, Sample, Scale
+from sbeval.tables.rows import Method
+from sbeval.tables.statistics import Interval, Joint, Sample, Scale
 
 # seeds are drawn one by one up to this number
 FEW = 3

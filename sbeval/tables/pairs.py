@@ -15,7 +15,8 @@ import pandas as pd
 
 from sbeval.tables import intervals, statistics
 from sbeval.tables.documents import Values
-from sbeval.tables.statistics import Floats, Joint, Method, Scale
+from sbeval.tables.rows import Method
+from sbeval.tables.statistics import Floats, Joint, Scale
 from sbeval.tables.values import COLUMNS
 
 # rows that are ratios of sums, by family and metric: of what, over what (nothing: a mean), and a factor. A perplexity
