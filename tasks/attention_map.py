@@ -228,7 +228,7 @@ class Cell(BaseCell):
         # before the work: raises InputError where no example fits
         example = chosen(examples, config.example)
         rows = [
-            Row(metric="accuracy", unit="1", value=score.value, stderr=score.stderr, n=score.n, **factors, **sizes)
+            Row(metric="accuracy", unit="1", **dataclasses.asdict(score), **factors, **sizes)
             for score, factors in accuracies(examples, predict(subject.model, examples, config.dtype))
             if "split" in factors
         ]
