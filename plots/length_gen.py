@@ -197,7 +197,7 @@ def _names(columns: list[Column]) -> dict[Method, legend.Look]:
 
 def groups(table: pd.DataFrame) -> list[Column]:
     """Return the columns to draw, with the look of each method in them."""
-    pairs = {(str(row.attention), str(row.options)): None for row in table[["attention", "options"]].itertuples()}
+    pairs = intervals.methods(table)
     scaled = {pair: _by_factor(pair[1]) for pair in pairs if pair[0] == "rope" and "scaling" in _settings(pair[1])}
     windowed = {pair: _by_window(pair[1]) for pair in pairs if pair[0] == "sliding_window"}
     schemes = legend.looks_of(pair for pair in pairs if pair not in scaled and pair not in windowed)

@@ -101,8 +101,7 @@ def _cells(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _by_method(rows: pd.DataFrame) -> list[tuple[Method, pd.DataFrame]]:
-    methods = rows[["attention", "options"]].drop_duplicates().itertuples(index=False, name=None)
-    return [((str(name), str(options)), intervals.method(rows, (name, options))) for name, options in methods]
+    return [(of, intervals.method(rows, of)) for of in intervals.methods(rows)]
 
 
 def _best(rows: pd.DataFrame) -> pd.DataFrame:

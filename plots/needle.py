@@ -190,7 +190,7 @@ def _lines(
     axis.set_xticklabels([f"{length / 1024:g}k" for length in lengths])
     axis.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
     for length in part.marks:
-        axis.axvline(length, color=style.MARK, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
+        style.training_length(axis, length)
     style.shares(axis)
     style.label(axis, "length (tokens)", "share" if first else "")
     if part.short:

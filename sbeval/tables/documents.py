@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pandas as pd
 
-from sbeval.tables import statistics
+from sbeval.tables import intervals, statistics
 from sbeval.tables.rows import Method
 from sbeval.tables.statistics import Floats, Interval, Spread
 
@@ -58,5 +58,4 @@ def _array(frame: pd.DataFrame) -> Floats:
 
 def cells_of(rows: pd.DataFrame, method: Method) -> list[str]:
     """Return the cells of a method."""
-    mine = rows[(rows["attention"] == method[0]) & (rows["options"] == method[1])]
-    return list(dict.fromkeys(mine["cell"]))
+    return list(dict.fromkeys(intervals.method(rows, method)["cell"]))

@@ -34,6 +34,12 @@ def method(rows: pd.DataFrame, of: Method) -> pd.DataFrame:
     return rows[(rows["attention"] == of[0]) & (rows["options"] == of[1])]
 
 
+def methods(rows: pd.DataFrame) -> list[Method]:
+    """Return the methods of rows, in their order."""
+    pairs = rows[["attention", "options"]].drop_duplicates().itertuples(index=False, name=None)
+    return [(str(name), str(options)) for name, options in pairs]
+
+
 def samples(rows: pd.DataFrame, scale: Scale = Scale.LINEAR) -> dict[Method, Sample]:
     """Return the sample of each method, from columns seed, value, stderr and n, on the scale of its interval.
 

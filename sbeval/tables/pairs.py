@@ -197,7 +197,7 @@ def of_methods(
     """
     numbers = {
         of: {key: stored.behind(part) for key, part in mine.groupby(list(by))}
-        for of, mine in ((of, intervals.method(rows, of)) for of in _methods(rows))
+        for of, mine in ((of, intervals.method(rows, of)) for of in intervals.methods(rows))
     }
     found = {}
     for of, each in numbers.items():
@@ -205,8 +205,3 @@ def of_methods(
         if of != reference and both is not None:
             found[of] = Joint(scale * both.stderr, scale**2 * both.covariance, both.units)
     return found
-
-
-def _methods(rows: pd.DataFrame) -> list[Method]:
-    pairs = rows[["attention", "options"]].drop_duplicates().itertuples(index=False, name=None)
-    return [(str(name), str(options)) for name, options in pairs]
