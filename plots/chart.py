@@ -15,7 +15,8 @@ import seaborn as sns
 from sbeval.plots import legend
 from sbeval.tables import intervals
 from sbeval.tables.intervals import FEW
-from sbeval.tables.statistics import Method, Scale
+from sbeval.tables.rows import Method
+from sbeval.tables.statistics import Scale
 
 # for each of matplotlib's markers plotly's symbol, and a letter like it
 SYMBOLS = {

@@ -14,8 +14,9 @@ from sbeval.plots import chart as charts
 from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
+from sbeval.tables.rows import Method
 from sbeval.tables.selection import RECIPE
-from sbeval.tables.statistics import Method
+from sbeval.tables.statistics import Scale
 from sbeval.tables.table import numbers
 
 TABLE = "diagnostics"
@@ -131,14 +132,7 @@ def _lines(axis: Axes, view: View, table: pd.DataFrame, looks: dict[Method, lege
     if rows.empty:
         axis.set_axis_off()
         return []
-    spreads = []
-    points = intervals.points(rows, ["x"])
-    for method, look in looks.items():
-        if len(spread := intervals.method(points, method)):
-            axis.plot(spread["x"], spread["mean"], label=look.label, **look.line())
-            axis.fill_between(spread["x"], spread["low"], spread["high"], color=look.colour, alpha=0.2, linewidth=0)
-            style.seeds(axis, spread["x"], spread, look)
-            spreads.append(spread)
+    spreads = style.bands(axis, rows, looks, Scale.LINEAR)
     style.subtitle(axis, view.named(rows))
     style.label(axis, view.x, view.y)
     if view.by_distance:

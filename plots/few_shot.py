@@ -11,7 +11,7 @@ from sbeval.plots import chart as charts
 from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import few_shot, intervals
-from sbeval.tables.statistics import Method
+from sbeval.tables.rows import Method
 
 TABLE = "few_shot"
 COLUMNS = (*few_shot.COLUMNS, "corpus")

@@ -21,8 +21,8 @@ from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import documents, intervals, values
 from sbeval.tables.results import Results
+from sbeval.tables.rows import Method
 from sbeval.tables.selection import LENGTH_GEN, length_gen_setting
-from sbeval.tables.statistics import Method
 
 TABLE = "length_gen"
 METRIC = "loss_fixed_targets"

@@ -15,8 +15,9 @@ from sbeval.plots.chart import Chart, Group, Line, Lines
 from sbeval.tables import intervals
 from sbeval.tables.published import FLIP_FLOP as PUBLISHED_RATES
 from sbeval.tables.published import FLIP_FLOP_SOURCE
+from sbeval.tables.rows import Method
 from sbeval.tables.selection import FLIP_FLOP, flip_flop_errors
-from sbeval.tables.statistics import Method, Scale
+from sbeval.tables.statistics import Scale
 from sbeval.tables.table import numbers
 
 TABLE = "flip_flop"

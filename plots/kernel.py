@@ -6,7 +6,6 @@ skipping.
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
@@ -53,8 +52,8 @@ def draw(table: pd.DataFrame) -> Figure:
                 axis.plot(line.index, line, label=look.label, **look.line())
             axis.set_ylim(0, 1.1 * max(of_step["value"].max(), 1))
             style.ticks(axis, sorted(of_step["queries"].unique()))
-    handles = [Line2D([], [], label=look.label, **look.line()) for look in looks.values()]
-    style.finish(figure, handles, f"Causal attention, medians; {', '.join(sorted(rows['device'].unique()))}.")
+    note = f"Causal attention, medians; {', '.join(sorted(rows['device'].unique()))}."
+    style.finish(figure, [look.handle() for look in looks.values()], note)
     return figure
 
 

@@ -5,7 +5,6 @@ Relative error of the output against float64 at 2048 tokens; throughput at the l
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from sbeval.errors import NothingToDraw
 from sbeval.plots import chart as charts
@@ -34,11 +33,9 @@ def draw(table: pd.DataFrame) -> Figure:
         of_step = rows[rows["step"] == step]
         axis.set_xlim(0, 1.15 * max(of_step["throughput"].max(), 1))
         axis.set_ylim(0, 1.25 * max(rows["error"].max(), 1e-9))
-    handles = [Line2D([], [], label=look.label, **look.line()) for look in looks.values()]
     order = ", ".join(f"{size:g}" for size in sizes)
-    style.finish(
-        figure, handles, f"Heads of {order}, from small to large points. Error against float64 at 2048 tokens."
-    )
+    note = f"Heads of {order}, from small to large points. Error against float64 at 2048 tokens."
+    style.finish(figure, [look.handle() for look in looks.values()], note)
     return figure
 
 

@@ -18,15 +18,14 @@ from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import curves, intervals
 from sbeval.tables.results import Results
+from sbeval.tables.rows import ROPE, Method
 from sbeval.tables.selection import LENGTH_GEN, RECIPE
-from sbeval.tables.statistics import Method
 
 TABLE = "length_gen"
 METRIC = "held_out_loss"
 COLUMNS = ("attention", "options", "seed", "cell", *LENGTH_GEN.columns)
 # what a model is evaluated on makes no other training of it
 OTHERS = tuple(name for name in (*LENGTH_GEN.others, *RECIPE) if name not in ("task", "eval_len"))
-REFERENCE = ("rope", "")
 X, LOSS, GAP = "training tokens", "held-out loss (nats per token)", "loss minus RoPE's (nats per token)"
 NAMES = {LOSS: "held-out loss", GAP: "gap to RoPE"}
 # a line with more points than this has markers on some of them only
@@ -112,7 +111,7 @@ def _settings(rows: pd.DataFrame) -> list[tuple[str, dict[str, pd.DataFrame]]]:
     settings = style.panels(rows, LENGTH_GEN.always, [name for name in OTHERS if name in rows])
     found = []
     for title, of in settings:
-        less = intervals.gaps(of, ["x"], REFERENCE)
+        less = intervals.gaps(of, ["x"], ROPE)
         found.append((title, {LOSS: intervals.points(of, ["x"])} | ({} if less.empty else {GAP: less})))
     return found
 

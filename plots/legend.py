@@ -12,7 +12,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.lines import Line2D
 
-from sbeval.tables.statistics import Method
+from sbeval.tables import intervals
+from sbeval.tables.rows import Method
 
 # the position in this table fixes a method's colour, marker and dashes in every figure
 NAMES = {
@@ -113,11 +114,7 @@ def colour(name: str) -> str:
 
 def looks(table: pd.DataFrame) -> dict[Method, Look]:
     """Give each method of a table, a pair (attention, options), its look, in the order of the legend."""
-    return looks_of(_methods(table))
-
-
-def _methods(table: pd.DataFrame) -> set[Method]:
-    return {(str(row.attention), str(row.options)) for row in table[["attention", "options"]].itertuples()}
+    return looks_of(intervals.methods(table))
 
 
 def looks_of(methods: Iterable[Method]) -> dict[Method, Look]:
@@ -217,5 +214,5 @@ def _in_words(option: str) -> str:
 
 def methods(rows: pd.DataFrame, looks: dict[Method, Look]) -> dict[Method, Look]:
     """Return the looks of the methods that rows have."""
-    present = _methods(rows)
+    present = intervals.methods(rows)
     return {of: look for of, look in looks.items() if of in present}

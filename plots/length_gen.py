@@ -18,8 +18,8 @@ from sbeval.plots import chart as charts
 from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals, statistics
+from sbeval.tables.rows import ROPE, STICK, Method
 from sbeval.tables.selection import LENGTH_GEN, by_context, length_gen_setting
-from sbeval.tables.statistics import Method
 
 TABLE = "length_gen"
 # settings in a row of panels, where methods are in one column
@@ -31,7 +31,7 @@ WIDE, SHOWN = 4, 12
 # a line with more points than this has markers on some of them only
 MARKED = 12
 SCALINGS = {"linear": "linear", "ntk": "NTK", "dynamic_ntk": "dynamic NTK", "yarn": "YaRN", "llama3": "Llama 3"}
-REFERENCES = (("stick_breaking", ""), ("rope", ""))
+REFERENCES = (STICK, ROPE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ def _names(columns: list[Column]) -> dict[Method, legend.Look]:
 
 def groups(table: pd.DataFrame) -> list[Column]:
     """Return the columns to draw, with the look of each method in them."""
-    pairs = {(str(row.attention), str(row.options)): None for row in table[["attention", "options"]].itertuples()}
+    pairs = intervals.methods(table)
     scaled = {pair: _by_factor(pair[1]) for pair in pairs if pair[0] == "rope" and "scaling" in _settings(pair[1])}
     windowed = {pair: _by_window(pair[1]) for pair in pairs if pair[0] == "sliding_window"}
     schemes = legend.looks_of(pair for pair in pairs if pair not in scaled and pair not in windowed)

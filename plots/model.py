@@ -9,7 +9,7 @@ from sbeval.plots import chart as charts
 from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
-from sbeval.tables.statistics import Method
+from sbeval.tables.rows import Method
 
 TABLE = "model"
 SETTING = ("batch", "queries", "head_dim", "dtype", "device")

@@ -5,7 +5,6 @@ differ in anything else, such as vocabulary, steps or optimizer, have figures of
 cost is shown by `mqrar_splits` and, as fresh and stale, by the interactive page, which has all settings.
 """
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from sbeval.plots import chart as charts
 from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals, mqrar
+from sbeval.tables.rows import Method
 from sbeval.tables.selection import MQRAR, recall_accuracy, recall_setting
-from sbeval.tables.statistics import Method, Scale
+from sbeval.tables.statistics import Scale
 
 TABLE = "mqrar"
 # what tells settings apart at any number of pairs, and is named in their titles
@@ -150,20 +150,13 @@ def _by_x(table: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, str, list[str], l
 
 def _figure(picture: Picture, looks: dict[Method, legend.Look], ended: str) -> Figure:
     methods = legend.methods(picture.rows, looks)
-    columns = min(MOST, len(picture.panels))
-    figure, axes = style.grid(math.ceil(len(picture.panels) / columns), columns)
-    # room for titles and legends of several lines
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(max(width, style.WIDTH_IN * 3 / 4), height + 0.5)
-    places = [axis for line in axes for axis in line]
-    for axis in places[len(picture.panels) :]:
-        axis.set_axis_off()
+    figure, places, first = style.tiles(len(picture.panels), MOST)
     alone = len(picture.panels) == 1
     style.title(places[0], f"{picture.panels[0][0]}, {style.inside(picture.title)}" if alone else picture.title)
     spreads: list[pd.DataFrame] = []
-    for (size, rows), axis in zip(picture.panels, places, strict=False):
+    for (size, rows), axis in zip(picture.panels, places, strict=True):
         spreads += _lines(axis, rows[rows["split"] == "all"], methods, picture.x)
-        style.label(axis, AXES[picture.x], "accuracy" if axis in [line[0] for line in axes] else "")
+        style.label(axis, AXES[picture.x], "accuracy" if axis in first else "")
         if not alone:
             style.subtitle(axis, size)
             axis.tick_params(axis="x", labelrotation=45)

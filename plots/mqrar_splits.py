@@ -16,8 +16,9 @@ from sbeval.plots import chart as charts
 from sbeval.plots import legend, mqrar, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
+from sbeval.tables.rows import Method
 from sbeval.tables.selection import recall_accuracy
-from sbeval.tables.statistics import Method, Scale
+from sbeval.tables.statistics import Scale
 from sbeval.tables.table import numbers
 
 TABLE = "mqrar"

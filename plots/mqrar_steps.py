@@ -14,8 +14,8 @@ from sbeval.plots import chart as charts
 from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals, mqrar
+from sbeval.tables.rows import Method
 from sbeval.tables.selection import MQRAR, by_steps, recall_completed, recall_setting
-from sbeval.tables.statistics import Method
 from sbeval.tables.table import numbers
 
 TABLE = "mqrar"
@@ -101,8 +101,7 @@ def _cells(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _by_method(rows: pd.DataFrame) -> list[tuple[Method, pd.DataFrame]]:
-    methods = rows[["attention", "options"]].drop_duplicates().itertuples(index=False, name=None)
-    return [((str(name), str(options)), intervals.method(rows, (name, options))) for name, options in methods]
+    return [(of, intervals.method(rows, of)) for of in intervals.methods(rows)]
 
 
 def _best(rows: pd.DataFrame) -> pd.DataFrame:

@@ -20,8 +20,9 @@ from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.plots.legend import Look
 from sbeval.tables import intervals
 from sbeval.tables.needle import SOLVED
+from sbeval.tables.rows import Method
 from sbeval.tables.selection import NEEDLE, NEEDLE_COLUMNS, mean_over_tasks, needle_scores, shared_tasks
-from sbeval.tables.statistics import Method, Scale
+from sbeval.tables.statistics import Scale
 
 TABLE = "needle"
 COLUMNS = ("cell", "value", "stderr", "n", "depth_start", *NEEDLE_COLUMNS)
@@ -189,7 +190,7 @@ def _lines(
     axis.set_xticklabels([f"{length / 1024:g}k" for length in lengths])
     axis.set_xlim(lengths[0] / 1.3, lengths[-1] * 1.3)
     for length in part.marks:
-        axis.axvline(length, color=style.MARK, linewidth=1.0, linestyle=(0, (2, 2)), zorder=1)
+        style.training_length(axis, length)
     style.shares(axis)
     style.label(axis, "length (tokens)", "share" if first else "")
     if part.short:

@@ -14,8 +14,8 @@ from sbeval.plots import chart as charts
 from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
+from sbeval.tables.rows import Method
 from sbeval.tables.selection import LENGTH_GEN, RECIPE
-from sbeval.tables.statistics import Method
 
 TABLE = "length_gen"
 COLUMNS = ("attention", "options", "seed", "metric", "value", "context_length", *LENGTH_GEN.columns)

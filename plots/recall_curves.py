@@ -5,7 +5,6 @@ a seed, which ends where its training ended; the line of a method is the mean ov
 keep their last accuracy. Settings and rates are those of `mqrar`.
 """
 
-import math
 from pathlib import Path
 
 import pandas as pd
@@ -18,7 +17,7 @@ from sbeval.plots import legend, mqrar, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import curves, intervals
 from sbeval.tables.results import Results
-from sbeval.tables.statistics import Method
+from sbeval.tables.rows import Method
 
 TABLE, COLUMNS = mqrar.TABLE, (*mqrar.COLUMNS, "cell")
 METRIC = "validation_accuracy"
@@ -93,19 +92,13 @@ def _means(rows: pd.DataFrame) -> dict[Method, "pd.Series[float]"]:
 
 def _figure(picture: mqrar.Picture, looks: dict[Method, legend.Look]) -> Figure:
     panels, methods = _panels(picture), legend.methods(picture.rows, looks)
-    columns = min(MOST, len(panels))
-    figure, axes = style.grid(math.ceil(len(panels) / columns), columns)
-    width, height = figure.get_size_inches()
-    figure.set_size_inches(max(width, style.WIDTH_IN * 3 / 4), height + 0.5)
-    places = [axis for line in axes for axis in line]
-    for axis in places[len(panels) :]:
-        axis.set_axis_off()
+    figure, places, first = style.tiles(len(panels), MOST)
     size = f"{picture.panels[0][0]}, " if len(picture.panels) == 1 else ""
     alone = f"{panels[0][0]}, " if len(panels) == 1 else ""
     style.title(places[0], f"{size}{alone}{style.inside(picture.title) if size else picture.title}")
-    for (title, rows), axis in zip(panels, places, strict=False):
+    for (title, rows), axis in zip(panels, places, strict=True):
         _lines(axis, rows, methods)
-        style.label(axis, X, Y if axis in [line[0] for line in axes] else "")
+        style.label(axis, X, Y if axis in first else "")
         if len(panels) > 1:
             style.subtitle(axis, title)
     style.finish(figure, [look.handle() for look in methods.values()], _note(picture.rows))

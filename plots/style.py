@@ -16,8 +16,8 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLoca
 from sbeval.plots.legend import Look
 from sbeval.tables import epochs, intervals, mqrar, needle
 from sbeval.tables.intervals import FEW
-from sbeval.tables.rows import Identity, Provenance, labels
-from sbeval.tables.statistics import Method, Scale
+from sbeval.tables.rows import Identity, Method, Provenance, labels
+from sbeval.tables.statistics import Scale
 
 # titles name what the rows of a panel share; a column without a label appears as "name value"
 LABELS = labels(Identity, Provenance, mqrar.Row, needle.Row)
@@ -87,6 +87,21 @@ def grid(rows: int, columns: int, *, share_y: bool = True) -> tuple[Figure, list
     return figure, [list(row) for row in axes]
 
 
+def tiles(count: int, most: int) -> tuple[Figure, list[Axes], list[Axes]]:
+    """Make a figure of so many panels, at most `most` in a row, with room for titles and legends of several lines.
+
+    Return it, its panels, and those of them that begin a row.
+    """
+    columns = min(most, count)
+    figure, axes = grid(math.ceil(count / columns), columns)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(max(width, WIDTH_IN * 3 / 4), height + 0.5)
+    panels = [axis for row in axes for axis in row]
+    for axis in panels[count:]:
+        axis.set_axis_off()
+    return figure, panels[:count], [row[0] for row in axes]
+
+
 def label(axis: Axes, x: str, y: str) -> None:
     """Name both axes, with units."""
     axis.set_xlabel(x, fontsize=TEXT_PT)
@@ -138,9 +153,9 @@ def seeds(axis: Axes, x: Any, points: pd.DataFrame, look: Look) -> None:
         axis.scatter(at, values, s=5, color=look.colour, alpha=0.6, linewidths=0, zorder=2)
 
 
-def bands(axis: Axes, rows: pd.DataFrame, looks: dict[Method, Look]) -> list[pd.DataFrame]:
-    """Draw a line of `value`, a share, by `x` and a band for each method; return their points."""
-    points = intervals.points(rows, ["x"], Scale.SHARE)
+def bands(axis: Axes, rows: pd.DataFrame, looks: dict[Method, Look], scale: Scale = Scale.SHARE) -> list[pd.DataFrame]:
+    """Draw a line of `value` by `x` and a band for each method; return their points."""
+    points = intervals.points(rows, ["x"], scale)
     drawn = []
     for of, look in looks.items():
         mine = intervals.method(points, of)

@@ -13,7 +13,9 @@ from matplotlib.lines import Line2D
 from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Line, Lines
 from sbeval.tables import tokens
-from sbeval.tables.tokens import Floats, Ladder, Law, Method
+from sbeval.tables.rows import Method
+from sbeval.tables.statistics import Floats
+from sbeval.tables.tokens import Ladder, Law
 
 TABLE = "length_gen"
 COLUMNS = tokens.COLUMNS

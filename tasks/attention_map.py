@@ -27,7 +27,7 @@ from sbeval.registry import HELP
 from sbeval.sweep.cell import Cell as BaseCell
 from sbeval.sweep.cell import Outcome, loss_curves, timing
 from sbeval.sweep.family import Family
-from sbeval.tables.rows import Identity, Measurement
+from sbeval.tables.rows import Identity, Measurement, spec_of
 from sbeval.tasks import mqrar
 from sbeval.tasks.synthetic import TEST_SEED
 
@@ -228,7 +228,7 @@ class Cell(BaseCell):
         # before the work: raises InputError where no example fits
         example = chosen(examples, config.example)
         rows = [
-            Row(metric="accuracy", unit="1", value=score.value, stderr=score.stderr, n=score.n, **factors, **sizes)
+            Row(metric="accuracy", unit="1", **dataclasses.asdict(score), **factors, **sizes)
             for score, factors in accuracies(examples, predict(subject.model, examples, config.dtype))
             if "split" in factors
         ]
@@ -322,7 +322,7 @@ def summary(results: "pd.DataFrame") -> "Table":
             assert isinstance(where, tuple)
             best = "*" if where == means["latest"].idxmax() else ""
             table.add_row(
-                f"{attention}:{options}" if options else f"{attention}",
+                spec_of(attention, options),
                 f"{accuracy:.3f}",
                 f"{where[0]:g}",
                 f"{best}{where[1]:g}",

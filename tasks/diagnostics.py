@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from sbeval.config import EVALUATION, LATER, TRAINING, option
 from sbeval.errors import InputError
 from sbeval.registry import HELP
-from sbeval.sweep.cell import Outcome, cell_id
+from sbeval.sweep.cell import Outcome
 from sbeval.sweep.family import Family
 from sbeval.tables import epochs
-from sbeval.tables.rows import Measurement
+from sbeval.tables.rows import Measurement, spec_of
 from sbeval.tasks import length_gen
 from sbeval.tasks.text_cell import Subject, TextCell, outcome
 from sbeval.tasks.text_training import cautions, models, open_corpus
@@ -101,52 +101,28 @@ class Cell(TextCell):
 
     def source(self, progress: "Progress") -> str:
         """Return the digest of the tokenized corpus, after that of a given model."""
-        return self._source(open_corpus(self.config, progress))
+        return self.text_digest(open_corpus(self.config, progress))
 
     def run(self, context: "RunContext", progress: "Progress") -> Outcome:
         """Train, unless a finished checkpoint exists, and read the finished model."""
         text = open_corpus(self.config, progress)
-        if self.config.checkpoint is None:
-            subject = self.trained_subject(text, context, progress, log_name=cell_id(self))
-        else:
-            subject = self._loaded(self.config.checkpoint, text, context)
+        subject = self.evaluated(text, 2 * self.config.longest, context, progress)
         task = progress.add(f"diagnose {self.title}", total=1)
         readings = [*subject.diagnoses, *self._finished(text, subject, context, task.say)]
         task.advance()
         task.close()
         return outcome(
             subject,
-            [dataclasses.replace(row, **self._recipe()) for row in rows(readings)],
+            [dataclasses.replace(row, **self.recipe()) for row in rows(readings)],
             family=NAME,
             task=text.name,
             eval_len=self.config.longest,
             seed=self.seed,
             corpus=text.name,
-            corpus_digest=self._source(text),
+            corpus_digest=self.text_digest(text),
             tokenizer=text.tokenizer.name,
             values=values(readings),
         )
-
-    def _recipe(self) -> dict[str, Any]:
-        """Return the columns on how the model was trained; none for a given one."""
-        from sbeval.tables.selection import RECIPE
-
-        return {name: getattr(self.config, name) for name in RECIPE} if self.config.trains else {}
-
-    def _source(self, text: "Corpus") -> str:
-        from sbeval.pretrained import load
-
-        given = self.config.checkpoint
-        return text.digest if given is None else f"{load.digest(given)}-{text.digest}"
-
-    def _loaded(self, spec: str, text: "Corpus", context: "RunContext") -> Subject:
-        from sbeval.pretrained import load
-
-        config = self.config
-        model = load.load(spec, context.device, config.dtype, trust_remote_code=config.trust_remote_code)
-        model.check_tokenizer(text.tokenizer, spec)
-        model.check_length(2 * config.longest, spec)
-        return self.given_subject(model, spec)
 
     def _finished(self, text: "Corpus", subject: Subject, context: "RunContext", say: Any) -> list[dict[str, Any]]:
         """Return the readings of the finished model that its training has not taken at its end."""
@@ -232,7 +208,7 @@ def summary(results: "pd.DataFrame") -> "Table":
         for (attention, options), group in last[last["metric"] == metric].groupby(["attention", "options"]):
             means = group.groupby("distance")["value"].mean()
             shown = (f"{means[distance]:.2f}" if distance in means else "" for distance in distances)
-            table.add_row(f"{attention}:{options}" if options else f"{attention}", name, *shown)
+            table.add_row(spec_of(attention, options), name, *shown)
     return table
 
 

@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from sbeval.config import ATTENTION, EVALUATION, LR, MODEL, SEED, TASK, TRAINING, option
 from sbeval.errors import InputError, check_swept
-from sbeval.models.config import ModelConfig, canonical_attention, flops_per_token
+from sbeval.models.config import ModelConfig, flops_per_token
 from sbeval.registry import HELP
 from sbeval.sweep.cell import Outcome
 from sbeval.sweep.family import Family
 from sbeval.tables.published import FLIP_FLOP, FLIP_FLOP_SOURCE
 from sbeval.tables.published import FLIP_FLOP_TESTS as TESTS
-from sbeval.tables.rows import Measurement
-from sbeval.tasks.synthetic import METHODS, TEST_SEED, VALIDATION_SEED, Scores, Synthetic
+from sbeval.tables.rows import Measurement, spec_of
+from sbeval.tasks.synthetic import METHODS, TEST_SEED, VALIDATION_SEED, Scores, Synthetic, grid
+from sbeval.training.config import TrainConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
     from sbeval.tasks.flip_flop_data import Examples
-    from sbeval.training.config import TrainConfig
 
 NAME = "flip_flop"
 # two bits and three instructions
@@ -150,9 +150,7 @@ class Cell(Synthetic):
             tied=True,
         )
 
-    def training(self) -> "TrainConfig":
-        from sbeval.training.config import TrainConfig
-
+    def training(self) -> TrainConfig:
         config = self.config
         return TrainConfig(
             steps=config.steps,
@@ -214,7 +212,7 @@ class Cell(Synthetic):
 
         where: dict[str, Any] = {"test": test, "p_ignore": p_ignore} | self._sizes()
         return [
-            Row(metric="error_rate", unit="1", value=rate.value, stderr=rate.stderr, n=rate.n, **where, **factors)
+            Row(metric="error_rate", unit="1", **dataclasses.asdict(rate), **where, **factors)
             for rate, factors in errors(examples, correct)
         ]
 
@@ -246,13 +244,7 @@ def status(config: Config, scores: Scores) -> str:
 
 def cells(config: Config) -> list[Cell]:
     """Return the grid, seeds outermost. Raise InputError for an unknown method or option."""
-    methods = dict.fromkeys(canonical_attention(spec) for spec in config.attention)
-    return [
-        Cell(config=dataclasses.replace(config, attention=(spec,), seeds=(seed,), lrs=(lr,)))
-        for seed in dict.fromkeys(config.seeds)
-        for lr in dict.fromkeys(config.lrs)
-        for spec in methods
-    ]
+    return [Cell(config=one) for one in grid(config)]
 
 
 def summary(results: "pd.DataFrame") -> "Table":
@@ -268,14 +260,14 @@ def summary(results: "pd.DataFrame") -> "Table":
     measured = selection.flip_flop_errors(results) if (results["metric"] == "error_rate").any() else results[:0]
     for (attention, options, lr), group in measured.groupby(["attention", "options", "lr"]):
         rates = {str(test): rows["value"].to_numpy() * 100 for test, rows in group.groupby("test")}
-        name = f"{attention}:{options}" if options else f"{attention}"
+        name = spec_of(attention, options)
         table.add_row(name, "here", f"{lr:g}", *(f"{rates[test].mean():.3g}" for test in TESTS))
         if group["seed"].nunique() > 1:
             spans = (f"{rates[test].min():.3g} to {rates[test].max():.3g}" for test in TESTS)
             table.add_row("", "seeds", "", *spans)
     lost = results[(results["metric"] == "solved") & results["status"].isin(("diverged", "failed"))]
     for (attention, options, lr, how), group in lost.groupby(["attention", "options", "lr", "status"]):
-        table.add_row(f"{attention}:{options}" if options else f"{attention}", f"{len(group)} {how}", f"{lr:g}")
+        table.add_row(spec_of(attention, options), f"{len(group)} {how}", f"{lr:g}")
     for name, published in FLIP_FLOP.items():
         table.add_row(name, "published", "", *(f"{100 * published[test]:.3g}" for test in TESTS))
     return table

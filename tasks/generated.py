@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from sbeval.config import ATTENTION, EVALUATION, LR, MODEL, SEED, TRAINING, option
 from sbeval.errors import InputError, check_swept
-from sbeval.models.config import ModelConfig, canonical_attention, flops_per_token
+from sbeval.models.config import ModelConfig, flops_per_token
 from sbeval.sweep.cell import Outcome
 from sbeval.sweep.family import Family
-from sbeval.tables.rows import Measurement
-from sbeval.tasks.synthetic import METHODS, TEST_SEED, TRAIN_SEED, VALIDATION_SEED, Scores, Synthetic
+from sbeval.tables.rows import Measurement, spec_of
+from sbeval.tasks.synthetic import METHODS, TEST_SEED, TRAIN_SEED, VALIDATION_SEED, Scores, Synthetic, grid
+from sbeval.training.config import TrainConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
     from sbeval.tables.statistics import Estimate
-    from sbeval.training.config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,9 +115,7 @@ class Generated(Synthetic):
             attention=self.attention,
         )
 
-    def training(self) -> "TrainConfig":
-        from sbeval.training.config import TrainConfig
-
+    def training(self) -> TrainConfig:
         config = self.config
         return TrainConfig(
             steps=config.steps,
@@ -183,13 +181,7 @@ def family(cell: type[Generated], *, help: str, presets: Mapping[str, Config]) -
 
     def cells(sweep: Config) -> list[Generated]:
         """Return the grid, seeds outermost. Raise InputError for an unknown method or option."""
-        methods = dict.fromkeys(canonical_attention(spec) for spec in sweep.attention)
-        return [
-            cell(config=dataclasses.replace(sweep, attention=(spec,), seeds=(seed,), lrs=(lr,)))
-            for seed in dict.fromkeys(sweep.seeds)
-            for lr in dict.fromkeys(sweep.lrs)
-            for spec in methods
-        ]
+        return [cell(config=one) for one in grid(sweep)]
 
     return Family(name=name, help=help, config=config, presets=presets, cells=cells, summary=_summary)
 
@@ -203,6 +195,6 @@ def _summary(results: "pd.DataFrame") -> "Table":
     for name in ("lr", "accuracy", "seeds"):
         table.add_column(name, justify="right")
     for (attention, options, lr), group in results.groupby(["attention", "options", "lr"]):
-        spec = f"{attention}:{options}" if options else f"{attention}"
-        table.add_row(spec, f"{lr:g}", f"{group['value'].mean():.3f}", str(group["seed"].nunique()))
+        mean, seeds = f"{group['value'].mean():.3f}", f"{group['seed'].nunique()}"
+        table.add_row(spec_of(attention, options), f"{lr:g}", mean, seeds)
     return table

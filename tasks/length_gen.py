@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sbeval.config import DATA, EVALUATION, LATER, option
 from sbeval.errors import InputError, choose
 from sbeval.registry import HELP
-from sbeval.sweep.cell import Outcome, cell_id
+from sbeval.sweep.cell import Outcome
 from sbeval.sweep.family import Family
 from sbeval.tables import epochs
+from sbeval.tables.rows import spec_of
 from sbeval.tasks.length_gen_losses import Evaluation, long_windows, whole_texts
 from sbeval.tasks.length_gen_rows import Row, joined
-from sbeval.tasks.text_cell import Subject, TextCell, outcome
+from sbeval.tasks.text_cell import TextCell, outcome
 from sbeval.tasks.text_training import cautions, models, open_corpus
 from sbeval.training.text_model import BOS, LM_EVAL, EvaluatedModel, uncut
 
@@ -229,18 +230,12 @@ class Cell(TextCell):
         text = open_corpus(self.config, progress)
         # before training: raises InputError where documents are too short or a text cannot be read
         windows, texts = long_windows(text, self.config), whole_texts(text, self.config)
-        if self.config.checkpoint is None:
-            subject = self.trained_subject(text, context, progress, log_name=cell_id(self))
-        else:
-            subject = self._loaded(self.config.checkpoint, text, context)
+        subject = self.evaluated(text, max((self.config.eval_len, *self.config.rolling)), context, progress)
         evaluation = Evaluation(self.config, self.title, subject, context, progress)
-        measured = [
-            *evaluation.by_position(text, windows),
-            *evaluation.in_windows(texts),
-        ]
+        measured = [*evaluation.by_position(text, windows), *evaluation.in_windows(texts)]
         return outcome(
             subject,
-            [dataclasses.replace(row, **self._recipe()) for rows, _ in measured for row in rows],
+            [dataclasses.replace(row, **self.recipe()) for rows, _ in measured for row in rows],
             family=NAME,
             task=text.name,
             eval_len=self.config.eval_len,
@@ -251,31 +246,13 @@ class Cell(TextCell):
             values=joined([part for _, values in measured for part in values]),
         )
 
-    def _recipe(self) -> dict[str, Any]:
-        """Return the columns on how the model was trained; none for a given one."""
-        names = ("lr", "optimizer", "batch_tokens", "schedule") if self.config.trains else ()
-        return {name: getattr(self.config, name) for name in names}
-
     def _source(self, text: "Corpus") -> str:
-        from sbeval.pretrained import load
-
-        given = self.config.checkpoint
-        own = text.digest if given is None else f"{load.digest(given)}-{text.digest}"
-        return "-".join([own, *self._texts_digests()])
+        return "-".join([self.text_digest(text), *self._texts_digests()])
 
     def _texts_digests(self) -> list[str]:
         from sbeval.data import evaluation_text
 
         return [evaluation_text.digest(spec, self.config.text_field) for spec in self.config.eval_corpus]
-
-    def _loaded(self, spec: str, text: "Corpus", context: "RunContext") -> Subject:
-        from sbeval.pretrained import load
-
-        config = self.config
-        model = load.load(spec, context.device, config.dtype, trust_remote_code=config.trust_remote_code)
-        model.check_tokenizer(text.tokenizer, spec)
-        model.check_length(max((config.eval_len, *config.rolling)), spec)
-        return self.given_subject(model, spec)
 
 
 def cells(config: Config) -> list[Cell]:
@@ -310,7 +287,7 @@ def summary(results: "pd.DataFrame") -> "Table":
     for (attention, options, *differing), group in last.groupby(["attention", "options", *recipe], dropna=False):
         means = group.groupby("context_length")["value"].mean()
         table.add_row(
-            f"{attention}:{options}" if options else f"{attention}",
+            spec_of(attention, options),
             *(f"{means[length]:.3f}" if length in means else "" for length in lengths),
             *(f"{value:g}" if isinstance(value, float) else f"{value}" for value in differing),
         )

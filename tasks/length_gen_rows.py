@@ -12,7 +12,7 @@ perplexity,         window, per, eval_corpus       nll_sum, tokens, words, bytes
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sbeval.config import LATER
@@ -159,7 +159,7 @@ def _known(metric: str, unit: str, estimate: "Estimate | None", **factors: Any) 
 
 
 def _row(metric: str, unit: str, estimate: "Estimate", **factors: Any) -> Row:
-    return Row(metric=metric, unit=unit, value=estimate.value, stderr=estimate.stderr, n=estimate.n, **factors)
+    return Row(metric=metric, unit=unit, **asdict(estimate), **factors)
 
 
 def _values(documents: Sequence[str], sums: "Mapping[str, Floats | int]", **factors: Any) -> "pd.DataFrame":

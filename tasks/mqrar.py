@@ -33,6 +33,7 @@ from sbeval.tasks.mqrar_options import PRESETS as PRESETS
 from sbeval.tasks.mqrar_options import Config as Config
 from sbeval.tasks.mqrar_options import factors
 from sbeval.tasks.synthetic import TEST_SEED, VALIDATION_SEED, Scores, Synthetic
+from sbeval.training.config import TrainConfig
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
     from sbeval.tasks.recall_data import Examples
-    from sbeval.training.config import TrainConfig
     from sbeval.training.trainer import Trained
 
 NAME = "mqrar"
@@ -106,9 +106,7 @@ class Cell(Synthetic):
             mlp_bias=config.biases,
         )
 
-    def training(self) -> "TrainConfig":
-        from sbeval.training.config import TrainConfig
-
+    def training(self) -> TrainConfig:
         config = self.config
         return TrainConfig(
             steps=config.steps,
@@ -191,9 +189,7 @@ class Cell(Synthetic):
         from sbeval.tasks.recall_data import accuracies
 
         return [
-            Row(
-                metric=metric, unit="1", value=mean.value, stderr=mean.stderr, n=mean.n, **factors(self.config), **split
-            )
+            Row(metric=metric, unit="1", **dataclasses.asdict(mean), **factors(self.config), **split)
             for mean, split in accuracies(examples, correct)
         ]
 

@@ -213,16 +213,7 @@ def measured(answers: "list[Answered]", length: int, new_tokens: int, factors: M
             metrics["filled"] = ("1", [(item.tokens + new_tokens) / length for item in samples])
         means = {name: (unit, statistics.mean(np.array(values))) for name, (unit, values) in metrics.items()}
         return [
-            Row(
-                metric=name,
-                unit=unit,
-                value=mean.value,
-                stderr=mean.stderr,
-                n=mean.n,
-                length=length,
-                **depths,
-                **factors,
-            )
+            Row(metric=name, unit=unit, **dataclasses.asdict(mean), length=length, **depths, **factors)
             for name, (unit, mean) in means.items()
         ]
 

@@ -24,6 +24,7 @@ from sbeval.sweep.cell import step_id
 from sbeval.tables.needle import SOLVED
 from sbeval.tasks.needle_tuning import BATCH_TOKENS, Tuning, loaded
 from sbeval.tasks.text_training import train_config
+from sbeval.training.config import TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
     from sbeval.training.checkpoint import State
-    from sbeval.training.config import TrainConfig
     from sbeval.training.trainer import Trainer
 
 # held-out prompts of a task; validations in a training, at most, and the share of its cost that all may have, where a
@@ -89,7 +89,7 @@ class PackedTuning(Tuning):
     def rate(self) -> float:
         return self.config.finetune_lrs[0]
 
-    def schedule(self) -> "TrainConfig":
+    def schedule(self) -> TrainConfig:
         """Return steps, at most, and optimizer settings."""
         config = self.config
         of_step = dataclasses.replace(config, batch_tokens=config.finetune_batch_tokens or config.batch_tokens)
@@ -101,7 +101,7 @@ class PackedTuning(Tuning):
             check_every=-(-training.steps // self._validations(training)),
         )
 
-    def _validations(self, training: "TrainConfig") -> int:
+    def _validations(self, training: TrainConfig) -> int:
         each = len(self.config.finetune_tasks) * HELD_OUT * training.length
         return max(1, min(VALIDATIONS, int(3 * SHARE * training.tokens / each)))
 
@@ -142,7 +142,7 @@ class PackedTuning(Tuning):
                 self._train(trainer, folder, writer, context, progress)
         return self._read(folder, training)
 
-    def _batches(self, writer: "Writer", training: "TrainConfig", progress: "Progress") -> "LessonBatches":
+    def _batches(self, writer: "Writer", training: TrainConfig, progress: "Progress") -> "LessonBatches":
         from sbeval.evaluation import ruler_lessons
 
         config = self.config
@@ -201,7 +201,7 @@ class PackedTuning(Tuning):
                 checkpoint.save(folder, trainer.model, trainer.state, training=dataclasses.asdict(trainer.config))
         task.close()
 
-    def _read(self, folder: Path, training: "TrainConfig") -> Tuned:
+    def _read(self, folder: Path, training: TrainConfig) -> Tuned:
         from sbeval.training import checkpoint
 
         state, step_tokens = checkpoint.load_state(folder), training.batch * training.length

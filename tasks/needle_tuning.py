@@ -12,6 +12,7 @@ from sbeval.sweep.cell import TrainingStep, step_id
 from sbeval.tasks.needle_options import PACKED, Config
 from sbeval.tasks.text_cell import TextStep
 from sbeval.tasks.text_training import open_tokenizer, train_config
+from sbeval.training.config import TrainConfig
 from sbeval.training.text_model import likely_vocabulary
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from sbeval.pretrained.load import Pretrained
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
-    from sbeval.training.config import TrainConfig
 
 # options of fine-tuning, besides those of the training on text
 TUNING = ("checkpoint", "finetune", "finetune_lr", "finetune_tasks", "essays", "squad", "hotpot", *PACKED)
@@ -57,7 +57,7 @@ class Tuning(TextStep, TrainingStep):
         spec = self.config.checkpoint
         return (spec and checkpoint.training_length(Path(spec))) or self.config.train_len
 
-    def schedule(self) -> "TrainConfig":
+    def schedule(self) -> TrainConfig:
         """Return steps and optimizer settings."""
         config = self.config
         return train_config(

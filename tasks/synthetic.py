@@ -1,27 +1,44 @@
 """Base of cells that train a model on generated examples, with early stopping."""
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sbeval import registry
+from sbeval.models.config import ModelConfig, canonical_attention
 from sbeval.sweep.cell import Cell, Outcome, loss_curves, timing
 from sbeval.tables.rows import Identity, Measurement
+from sbeval.training.config import TrainConfig
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from sbeval.models.config import ModelConfig
     from sbeval.sweep.context import RunContext
-    from sbeval.training.config import TrainConfig
     from sbeval.training.trainer import Trained
 
+# a config of a sweep over `attention`, `seeds` and `lrs`
+Sweep = TypeVar("Sweep", bound=Any)
 # methods that presets compare
 METHODS = ("stick_breaking", "rope", "nope", "alibi", "forgetting")
 # the test seed is that of the public code of the paper's first author; the other two are far from it and any --seed
 TEST_SEED, VALIDATION_SEED, TRAIN_SEED = 10, 1 << 40, 1 << 41
 # validation scores during training: (step, score)
 Scores = Sequence[tuple[int, float]]
+
+
+def grid(config: Sweep) -> list[Sweep]:
+    """Return a config for each method, learning rate and seed, seeds outermost.
+
+    Raise InputError for an unknown method or option.
+    """
+    methods = dict.fromkeys(canonical_attention(spec) for spec in config.attention)
+    return [
+        dataclasses.replace(config, attention=(spec,), seeds=(seed,), lrs=(lr,))
+        for seed in dict.fromkeys(config.seeds)
+        for lr in dict.fromkeys(config.lrs)
+        for spec in methods
+    ]
 
 
 class Synthetic(Cell):
@@ -44,15 +61,15 @@ class Synthetic(Cell):
         return cast(str, self.config.dtype)
 
     @abstractmethod
-    def model(self) -> "ModelConfig":
+    def model(self) -> ModelConfig:
         """Return the shape of the model."""
 
     @abstractmethod
-    def training(self) -> "TrainConfig":
+    def training(self) -> TrainConfig:
         """Return the settings of its training."""
 
     @property
-    def leaves(self) -> "ModelConfig":
+    def leaves(self) -> ModelConfig:
         return self.model()
 
     def outcome(

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from sbeval import registry
 from sbeval.config import digest_of
 from sbeval.models.config import ModelConfig, flops_per_token
-from sbeval.sweep.cell import Cell, Outcome, Step, TrainingStep, held_out_curve, loss_curves, timing
+from sbeval.sweep.cell import Cell, Outcome, Step, TrainingStep, cell_id, held_out_curve, loss_curves, timing
 from sbeval.tables import epochs
 from sbeval.tables.privacy import shared
 from sbeval.tables.rows import Identity
 from sbeval.tasks.text_training import Training, model_shape, open_corpus, training_options
+from sbeval.training.config import TrainConfig
 from sbeval.training.text_model import EvaluatedModel, TextModel, likely_vocabulary
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from sbeval.sweep.context import RunContext
     from sbeval.tables.curves import Curves
     from sbeval.training.checkpoint import State
-    from sbeval.training.config import TrainConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +90,7 @@ class TextStep(Step):
         """Return the shape of the model as it is evaluated."""
         return model_shape(self.config, vocab_size)
 
-    def training(self, text: "Corpus | None" = None) -> "TrainConfig":
+    def training(self, text: "Corpus | None" = None) -> TrainConfig:
         """Return how the model is trained; without the text as if it were long enough."""
         return self.training_step.schedule(text)
 
@@ -145,12 +145,12 @@ class TextCell(TextStep, Cell):
         from sbeval.training import checkpoint
 
         if self.config.checkpoint is not None:
-            return self.given_subject(loaded, folder)
+            return self._given_subject(loaded, folder)
         assert isinstance(loaded.model, Decoder)
         state = checkpoint.load_state(Path(folder))
         return self._trained_subject(loaded.model, state, open_corpus(self.config, progress), context)
 
-    def given_subject(self, loaded: "Pretrained", folder: str) -> Subject:
+    def _given_subject(self, loaded: "Pretrained", folder: str) -> Subject:
         """Return a pretrained model as it is evaluated."""
         from sbeval.pretrained import load
         from sbeval.training import checkpoint
@@ -171,9 +171,36 @@ class TextCell(TextStep, Cell):
             diagnoses=_diagnoses(state, step_tokens),
         )
 
-    def trained_subject(self, text: "Corpus", context: "RunContext", progress: "Progress", *, log_name: str) -> Subject:
-        """Train, unless a finished checkpoint exists, and return the model as it is evaluated."""
-        _, trained = self.training_step.run(text, context, progress, log_name=log_name)
+    def evaluated(self, text: "Corpus", longest: int, context: "RunContext", progress: "Progress") -> Subject:
+        """Train, unless a finished checkpoint exists, or load the given model, and return it as it is evaluated.
+
+        longest: tokens of a row that it must take.
+        """
+        from sbeval.pretrained import load
+
+        config, given = self.config, self.config.checkpoint
+        if given is None:
+            return self._trained_here(text, context, progress)
+        model = load.load(given, context.device, config.dtype, trust_remote_code=config.trust_remote_code)
+        model.check_tokenizer(text.tokenizer, given)
+        model.check_length(longest, given)
+        return self._given_subject(model, given)
+
+    def text_digest(self, text: "Corpus") -> str:
+        """Return the digest of the tokenized corpus, after that of a given model."""
+        from sbeval.pretrained import load
+
+        given = self.config.checkpoint
+        return text.digest if given is None else f"{load.digest(given)}-{text.digest}"
+
+    def recipe(self) -> dict[str, Any]:
+        """Return the columns on how the model was trained; none for a given one."""
+        from sbeval.tables.selection import RECIPE
+
+        return {name: getattr(self.config, name) for name in RECIPE} if self.config.trains else {}
+
+    def _trained_here(self, text: "Corpus", context: "RunContext", progress: "Progress") -> Subject:
+        _, trained = self.training_step.run(text, context, progress, log_name=cell_id(self))
         subject = self._trained_subject(trained.model, trained.state, text, context)
         return dataclasses.replace(
             subject,

@@ -20,6 +20,7 @@ from sbeval.models.config import (
 )
 from sbeval.sweep.cell import TrainingStep, step_id
 from sbeval.tables import epochs
+from sbeval.training.config import TrainConfig
 from sbeval.training.text_model import TRAINING, EvaluatedModel, TextModel, likely_tokens, likely_vocabulary
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
     from sbeval.training.checkpoint import State
-    from sbeval.training.config import TrainConfig
     from sbeval.training.trainer import Trained
 
 Kind = TypeVar("Kind", bound=EvaluatedModel)
@@ -159,13 +159,13 @@ class Training(TrainingStep):
         config = dataclasses.replace(self.config, train_tokens=_whole(branches[-1]), branches=branches)
         return Training(config=config, trunk=trunk)
 
-    def schedule(self, text: "Corpus | None" = None) -> "TrainConfig":
+    def schedule(self, text: "Corpus | None" = None) -> TrainConfig:
         """Return steps and optimizer settings; without the text as if it were long enough."""
         from sbeval.data.dataloader import epoch_tokens
 
         return self._schedule(None if text is None else epoch_tokens(text.train, self.config.train_len))
 
-    def _schedule(self, unique: int | None) -> "TrainConfig":
+    def _schedule(self, unique: int | None) -> TrainConfig:
         """Return steps and optimizer settings for a text of `unique` tokens; None: as if it were long enough."""
         from sbeval.training import held_out
 
@@ -184,7 +184,7 @@ class Training(TrainingStep):
             return training
         return dataclasses.replace(training, diagnose_every=-(-training.steps // self._diagnoses(training)[0]))
 
-    def _diagnoses(self, training: "TrainConfig") -> "tuple[int, Size]":
+    def _diagnoses(self, training: TrainConfig) -> "tuple[int, Size]":
         """Return how often, and with how much, retrieval is diagnosed."""
         from sbeval.evaluation import diagnostics
 
@@ -192,7 +192,7 @@ class Training(TrainingStep):
         return diagnostics.plan(self.leaves, training.length, training.tokens, times)
 
     def _diagnose(
-        self, text: "Corpus", training: "TrainConfig", place: "torch.device"
+        self, text: "Corpus", training: TrainConfig, place: "torch.device"
     ) -> "Callable[[Decoder], list[dict[str, Any]]] | None":
         from sbeval.evaluation import diagnostics
 
@@ -273,15 +273,13 @@ class Training(TrainingStep):
         trunk = ["trunk"] if self.trunk else []
         return [self._shape(text), self.schedule(text), text.digest, self.config.packing, *trunk]
 
-    def _trunk(
-        self, text: "Corpus", training: "TrainConfig", context: "RunContext", progress: "Progress"
-    ) -> Path | None:
+    def _trunk(self, text: "Corpus", training: TrainConfig, context: "RunContext", progress: "Progress") -> Path | None:
         """Return the checkpoint of the longest trunk that is a part of this training, trained if it is not yet."""
         # where the text bounds both, a shorter branch may have as long a trunk
         shorter = [trunk for trunk in self.needs if trunk.schedule(text).steps < training.steps]
         return shorter[-1].run(text, context, progress)[0] if shorter else None
 
-    def ended_by(self, state: "State", training: "TrainConfig") -> str:
+    def ended_by(self, state: "State", training: TrainConfig) -> str:
         """Return the option whose bound ended the training."""
         if state.step < training.steps:
             return "patience"
@@ -295,10 +293,8 @@ def model_shape(config: TextModel, vocab_size: int) -> ModelConfig:
 
 def train_config(
     config: TextModel, *, tokens: int, length: int, lr: float, seed: int, sparse: bool = False
-) -> "TrainConfig":
+) -> TrainConfig:
     """Return the settings of a training on so many tokens, in sequences of `length`."""
-    from sbeval.training.config import TrainConfig
-
     batch = max(1, config.batch_tokens // length)
     micro = config.micro_batch_tokens and max(1, config.micro_batch_tokens // length)
     steps = max(1, tokens // (batch * length))

@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import Tensor
 
 from sbeval import registry
-from sbeval.bench import kernels
-from sbeval.bench.kernels import Row
+from sbeval.bench import timing
+from sbeval.bench.rows import Row, keep
 from sbeval.errors import InputError, choose, reason
 from sbeval.kernels import nope, rope, stick_breaking
 from sbeval.models.config import SIZES, ModelConfig, flops_per_token, named, parse_attention
@@ -107,7 +107,7 @@ def measure(
     results_dir: Path,
 ) -> Table:
     """Time all peers on every problem, keep the rows in model.csv, and return a table for the terminal."""
-    kernels.needs_gpu(device)
+    timing.needs_gpu(device)
     shapes = {(problem, peer): problem.shape(peer.attention) for problem in found for peer in contenders}
     shown = Table(title=f"Models on {devices.describe(device)}, {dtype}, {repeats} runs each")
     for name in ("size", "heads of", "length", "attention", "train tokens/s", "utilisation", "evaluate tokens/s"):
@@ -130,7 +130,7 @@ def measure(
             shape = shapes[problem, peer]
             backend = kernel_of(peer, problem, shape, device, dtype)
             rows = summary(problem, shape, speeds)
-            kernels.keep(
+            keep(
                 peer.attention,
                 backend,
                 "model",

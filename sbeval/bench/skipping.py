@@ -19,8 +19,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from sbeval.bench import kernels
-from sbeval.bench.kernels import EPSILON, Problem
+from sbeval.bench import timing
+from sbeval.bench.contenders import sdpa
+from sbeval.bench.problems import EPSILON, Problem
+from sbeval.bench.rows import Row as ProblemRow
+from sbeval.bench.rows import keep
 from sbeval.data.corpus import Split
 from sbeval.errors import InputError, reason
 from sbeval.kernels import stick_breaking
@@ -35,7 +38,7 @@ SAMPLE = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row(kernels.Row):
+class Row(ProblemRow):
     """Factors: the problem, and the layer (from 0) and head of its inputs; head is None for all heads."""
 
     layer: int
@@ -56,13 +59,13 @@ def capture(model: Decoder, tokens: Tensor, dtype: str) -> list[Captured]:
     """Return the inputs of every attention layer for tokens (1, T)."""
     layers: list[Captured] = []
 
-    def keep(mixer: Any, inputs: tuple[Any, ...]) -> None:
+    def collect(mixer: Any, inputs: tuple[Any, ...]) -> None:
         q, k, v = (x.detach() for x in inputs[:3])
         options = {"scale": mixer.scale, "bias": mixer.logit_bias, "attend_current": mixer.options.attend_current}
         layers.append(Captured(q, k, v, options))
 
     mixers = [module for module in model.modules() if isinstance(module, stick_breaking.Mixer)]
-    hooks = [mixer.register_forward_pre_hook(keep) for mixer in mixers]
+    hooks = [mixer.register_forward_pre_hook(collect) for mixer in mixers]
     try:
         with devices.autocast(tokens.device, dtype):
             model(tokens)
@@ -96,7 +99,7 @@ def measure(
 
     Raise InputError if the model is not a stick-breaking model, or no document is long enough.
     """
-    kernels.needs_gpu(device)
+    timing.needs_gpu(device)
     loaded = load.load(checkpoint, device, dtype)
     if not isinstance(loaded.model, Decoder) or loaded.attention != "stick_breaking":
         raise InputError(
@@ -122,7 +125,7 @@ def measure(
                 continue
             for contender, rows in zip(CONTENDERS, found, strict=True):
                 problem = _problem(contender, step, rows_at_a_time, layers[0])
-                kernels.keep(
+                keep(
                     contender.attention,
                     _backend(contender, step, layers[0]),
                     "skipping",
@@ -199,7 +202,7 @@ def _measured(contender: Contender, step: str, batch: int, layers: Sequence[Capt
         problem = _problem(contender, step, batch, layer)
         row = functools.partial(_row, problem, index)
         run = _run(contender, problem, layer)
-        rows += [row(name, "ms", ms) for name, ms in kernels.timed(run, decodes=step == "decode").items()]
+        rows += [row(name, "ms", ms) for name, ms in timing.timed(run, decodes=step == "decode").items()]
         if contender.epsilon:
             dense = _run(contender._replace(epsilon=0.0), problem, layer)()
             wrong = max(float((x - y).norm() / y.norm()) for x, y in zip(run(), dense, strict=True))
@@ -225,7 +228,7 @@ def _run(contender: Contender, problem: Problem, layer: Captured) -> Callable[[]
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return stick_breaking.attention(q, k, v, lengths=lengths, epsilon=contender.epsilon, **options)[0]
 
-    attend = ours if contender.softmax is None else kernels.sdpa(contender.softmax)(problem, q.device)
+    attend = ours if contender.softmax is None else sdpa(contender.softmax)(problem, q.device)
     if problem.step != "forward_backward":
         return lambda: (attend(q, k, v),)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]

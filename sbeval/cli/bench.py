@@ -65,12 +65,12 @@ class Skipping(Benchmark):
 
 def _kernel(config: Kernel) -> None:
     """Benchmark attention kernels: time, throughput, memory and error."""
-    from sbeval.bench import kernels
+    from sbeval.bench import kernels, problems
     from sbeval.runtime import device
 
     where = device.pick(config.device)
-    problems = kernels.problems(sorted(config.lengths), config.head_dims, config.heads, config.caches)
-    plain().print(kernels.kernel(problems, where, device.pick_dtype(config.dtype, where), config.results_dir, say))
+    found = problems.problems(sorted(config.lengths), config.head_dims, config.heads, config.caches)
+    plain().print(kernels.kernel(found, where, device.pick_dtype(config.dtype, where), config.results_dir, say))
     _draw(config.results_dir, ["kernel", "kernel_error"], device.describe(where))
 
 

@@ -10,7 +10,7 @@ from sbeval import registry
 from sbeval.tables import columns, markup
 from sbeval.tables.rows import Identity, Measurement, Provenance
 
-BENCHMARKS = {"kernel": "sbeval.bench.kernels", "model": "sbeval.bench.models", "skipping": "sbeval.bench.skipping"}
+BENCHMARKS = {"kernel": "sbeval.bench.rows", "model": "sbeval.bench.rows", "skipping": "sbeval.bench.skipping"}
 HEAD = """# Columns
 
 Every table is long: one number a row. The first columns say which model was measured, those after them what, the

@@ -22,8 +22,9 @@ from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Claim, Evidence, J
 from sbeval.tables import intervals, markup, pairs, statistics, values
 from sbeval.tables.pairs import Stored
 from sbeval.tables.results import Results
+from sbeval.tables.rows import ROPE, STICK, Method
 from sbeval.tables.run_files import gather
-from sbeval.tables.statistics import Interval, Method
+from sbeval.tables.statistics import Interval
 from sbeval.tables.table import read
 
 PAGES = ("README.md", "docs/results.md")
@@ -34,7 +35,6 @@ DECIDING = ("125m", "tokens", "", "quick", "which-stick-breaking")
 LEANS = {AGREES: ", leaning towards it", DISAGREES: ", leaning against it"}
 # families whose figures docs/results.md shows
 DRAWN = ("attention_map", "kernel", "length_gen", "mqrar", "needle", "skipping")
-ROPE, STICK = ("rope", ""), ("stick_breaking", "")
 # results folder, columns and rows of each table: (label, folder, method)
 TYPED = {"one H200": "typed", "two CPU cores": "typed-cpu"}
 FORMS = {

@@ -12,10 +12,11 @@ import pandas as pd
 
 from sbeval.plots import legend
 from sbeval.plots.rates import recipes
-from sbeval.report.maturity import ROPE, size
+from sbeval.report.maturity import size
 from sbeval.tables import curves, few_shot, intervals, markup, selection, tokens, values
 from sbeval.tables.results import Results
-from sbeval.tables.statistics import Method, Scale
+from sbeval.tables.rows import ROPE, Method
+from sbeval.tables.statistics import Scale
 from sbeval.tables.table import read
 
 # heading of a table of perplexities

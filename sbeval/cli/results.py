@@ -48,11 +48,7 @@ def table(
     source, columns, render = tables[choose("table", name.replace("-", "_"), tables)]
     path = results.table(source)
     _warn([path])
-    rendered = render(read(path, required=columns), format)
-    if isinstance(rendered, str):
-        print(rendered)
-    else:
-        plain().print(rendered)
+    _print(render(read(path, required=columns), format))
 
 
 def compare(
@@ -64,11 +60,7 @@ def compare(
     from sbeval.tables.compare import render
 
     _warn([path for folder in (first, second) for path in sorted(folder.glob("*.csv"))])
-    rendered = render(first, second, format)
-    if isinstance(rendered, str):
-        print(rendered)
-    else:
-        plain().print(rendered, soft_wrap=False)
+    _print(render(first, second, format))
 
 
 def plot(
@@ -133,6 +125,14 @@ def power(config: power_options.Config) -> None:
     print_table("Seeds that find a difference of two methods", found.headings, found.rows)
     for note in found.notes:
         say(note)
+
+
+def _print(rendered: Any) -> None:
+    """Print text as it is, or a table of the terminal."""
+    if isinstance(rendered, str):
+        print(rendered)
+    else:
+        plain().print(rendered)
 
 
 def _warn(tables: list[Path]) -> None:

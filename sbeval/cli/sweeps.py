@@ -16,7 +16,7 @@ from sbeval.cli.options import TASKS, Common, Device, Dtype, ResultsDir, Sweep, 
 from sbeval.config import AUTO, digest_of
 from sbeval.errors import InputError, choose
 from sbeval.runtime import signals
-from sbeval.runtime.console import plain
+from sbeval.runtime.console import plain, say
 from sbeval.tables.results import Results
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _run(
 
     console = _console(context)
     for line in study.notes(parts):
-        study.say(console, line)
+        say(line, console)
     if dry_run:
         inputs.check(parts)
     if not dry_run:

@@ -19,6 +19,7 @@ noisy. Reach, over queries in the second half of rows of text, is
 Weights are read off the mixers by one-hot values (see `sbeval.models.attention_weights`), without code per method.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -334,5 +335,4 @@ def _by_head(metric: str, unit: str, values: Tensor, layer: int, distance: int |
 
 
 def _reading(metric: str, unit: str, values: npt.NDArray[np.float64], **factors: Any) -> Reading:
-    mean = statistics.mean(values)
-    return Reading(metric=metric, unit=unit, value=mean.value, stderr=mean.stderr, n=mean.n, **factors)
+    return Reading(metric=metric, unit=unit, **dataclasses.asdict(statistics.mean(values)), **factors)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 
+from sbeval.evaluation import lm_eval_choices
 from sbeval.tables import statistics
 from sbeval.tables.statistics import Estimate
 
@@ -69,19 +70,11 @@ def _numbers(task: Any, sample: Mapping[str, Any]) -> Iterator[tuple[str, float]
             found["log_probability"] = value
         elif isinstance(value, Real):
             found[metric] = float(value)
-    right = 0 if task.OUTPUT_TYPE == "loglikelihood" else None
+    right = [0] if task.OUTPUT_TYPE == "loglikelihood" else []
     if task.OUTPUT_TYPE == "multiple_choice":
-        right = _right(task, sample["doc"])
-    if right is not None:
-        found["log_probability"] = sample["filtered_resps"][right][0]
-        found["answer_bytes"] = len(sample["arguments"][right][1].encode())
+        right = lm_eval_choices.right(task, sample["doc"])
+    # of several none is the answer
+    if len(right) == 1:
+        found["log_probability"] = sample["filtered_resps"][right[0]][0]
+        found["answer_bytes"] = len(sample["arguments"][right[0]][1].encode())
     yield from found.items()
-
-
-def _right(task: Any, item: Any) -> int | None:
-    """Return the index of the right choice; None where several are right, or none of the choices."""
-    right = task.doc_to_text(item) if task.multiple_input else task.doc_to_target(item)
-    choices = task.doc_to_choice(item)
-    if isinstance(right, str):
-        return choices.index(right) if right in choices else None
-    return right if isinstance(right, int) and 0 <= right < len(choices) else None

@@ -1,6 +1,7 @@
 """lm-eval's tasks by name, and a model's scores on them."""
 
 import contextlib
+import dataclasses
 import difflib
 import functools
 import importlib.metadata
@@ -206,9 +207,7 @@ def _gold(benchmark: Benchmark, items: pd.DataFrame, versions: Mapping[str, str]
                 task=name,
                 metric="gold_bits_per_byte",
                 filter="",
-                value=found.value,
-                stderr=found.stderr,
-                n=found.n,
+                **dataclasses.asdict(found),
                 version=version,
                 chance=None,
             )

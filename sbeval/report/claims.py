@@ -7,7 +7,7 @@ claim.
 from functools import partial
 
 from sbeval.report import far_text, growth, language, recall, speed
-from sbeval.report.judge import BILLION, FAR, STICK, Claim
+from sbeval.report.judge import BILLION, FAR, Claim
 from sbeval.report.language import MARGIN, NEEDLES, NOTHING, POINTS, RISE
 from sbeval.report.maturity import BEHIND, ENOUGH
 from sbeval.report.recall import EQUAL, LEARNED, SEEDS, WEIGHT
@@ -21,6 +21,7 @@ from sbeval.tables.published import (
     SPEED,
     WIKITEXT,
 )
+from sbeval.tables.rows import STICK
 
 KERNEL_RULE = (
     "Ratio of throughputs of whole sequences, nothing skipped, at the longest that both have in the same table, for "

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from sbeval.report.judge import ALPHA, NO, STICK, UNDECIDED, YES, Evidence, Judged, models
+from sbeval.report.judge import ALPHA, NO, UNDECIDED, YES, Evidence, Judged, models
 from sbeval.tables import documents, intervals, pooling, selection, statistics
 from sbeval.tables.published import LENGTHS
-from sbeval.tables.statistics import Interval, Method, Sample
+from sbeval.tables.rows import STICK, Method
+from sbeval.tables.statistics import Interval, Sample
 
 METRIC = "loss_fixed_targets"
 # the control of length: it cannot see far

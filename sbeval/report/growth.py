@@ -8,10 +8,10 @@ import math
 
 import pandas as pd
 
-from sbeval.report.judge import NO, STICK, UNDECIDED, WITHOUT_REMAINDER, YES, Evidence, Judged
+from sbeval.report.judge import NO, UNDECIDED, WITHOUT_REMAINDER, YES, Evidence, Judged
 from sbeval.report.maturity import size
 from sbeval.tables import tokens
-from sbeval.tables.statistics import Method
+from sbeval.tables.rows import STICK, Method
 
 # a fit is trusted up to so many times the most tokens
 FURTHER = 4

@@ -22,16 +22,16 @@ import pandas as pd
 
 from sbeval.errors import InputError
 from sbeval.report import maturity
-from sbeval.report.maturity import ROPE, size
-from sbeval.tables import epochs, pooling, statistics
+from sbeval.report.maturity import size
+from sbeval.tables import epochs, intervals, pooling, statistics
 from sbeval.tables.documents import Values, nothing
-from sbeval.tables.statistics import Interval, Method
+from sbeval.tables.rows import ROPE, STICK, Method, spec_of
+from sbeval.tables.statistics import Interval
 
 AGREES, DISAGREES, UNDECIDED = "agrees", "disagrees", "not decided"
 # answers to questions of this project's own
 FASTER, SLOWER = "faster", "slower"
 YES, NO = "yes", "no"
-STICK = ("stick_breaking", "")
 WITHOUT_REMAINDER = "remainder=none"
 METHODS = {"stick-breaking": STICK, "RoPE": ROPE}
 BILLION = 1e9
@@ -118,7 +118,7 @@ def _plain(table: pd.DataFrame) -> pd.DataFrame:
 def _without_overfit(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Return the rows of models that do not overfit, and a sentence that names the methods of the others."""
     overfit = epochs.overfit(table)
-    methods = sorted({":".join(filter(None, pair)) for pair in table.loc[overfit, ["attention", "options"]].to_numpy()})
+    methods = sorted({spec_of(*pair) for pair in table.loc[overfit, ["attention", "options"]].to_numpy()})
     return table[~overfit], f"left out, as they overfit: models of {', '.join(methods)}" if methods else ""
 
 
@@ -155,7 +155,7 @@ def nearest(rows: pd.DataFrame, by: Iterable[str], methods: Iterable[Method] = (
     Raise InputError where no setting has them.
     """
     needed = set(methods)
-    parts = [part for _, part in rows.groupby(list(by), dropna=False) if needed <= methods_of(part)]
+    parts = [part for _, part in rows.groupby(list(by), dropna=False) if needed <= {*intervals.methods(part)}]
     if not parts:
         names = " and ".join(name for name, method in METHODS.items() if method in needed)
         raise InputError(f"no setting has rows of both {names}")
@@ -165,11 +165,6 @@ def nearest(rows: pd.DataFrame, by: Iterable[str], methods: Iterable[Method] = (
         return not maturity.short(plain), plain["params"].max(), plain["train_tokens"].max()
 
     return max(parts, key=rank)
-
-
-def methods_of(rows: pd.DataFrame) -> set[Method]:
-    pairs = rows[["attention", "options"]].drop_duplicates().itertuples(index=False, name=None)
-    return {(str(name), str(options)) for name, options in pairs}
 
 
 def trained(differences: Mapping[Method, Interval]) -> dict[Method, Interval]:

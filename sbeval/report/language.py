@@ -12,7 +12,6 @@ from sbeval.report.judge import (
     ALPHA,
     BILLION,
     METHODS,
-    STICK,
     UNDECIDED,
     Evidence,
     Judged,
@@ -24,13 +23,13 @@ from sbeval.report.judge import (
     verdict,
     young,
 )
-from sbeval.report.maturity import ROPE
 from sbeval.report.recall import SEEDS
 from sbeval.tables import documents, few_shot, intervals, pairs, pooling, selection
 from sbeval.tables.intervals import percent
 from sbeval.tables.pairs import Stored
 from sbeval.tables.published import LENGTHS
-from sbeval.tables.statistics import Interval, Method, Sample, Scale
+from sbeval.tables.rows import ROPE, STICK, Method
+from sbeval.tables.statistics import Interval, Sample, Scale
 
 # the smallest effects of interest. Nats/token: a third of the paper's 13.4 against 13.8 in perplexity per word
 MARGIN = 0.007

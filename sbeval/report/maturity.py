@@ -11,9 +11,9 @@ import pandas as pd
 
 from sbeval.errors import InputError
 from sbeval.tables import intervals, selection
-from sbeval.tables.statistics import Interval, Method, Scale
+from sbeval.tables.rows import ROPE, Method
+from sbeval.tables.statistics import Interval, Scale
 
-ROPE = ("rope", "")
 # training tokens a parameter, fewer of which rank nothing
 ENOUGH = 5.0
 # nats/token by which a grown model without positions is behind RoPE at most

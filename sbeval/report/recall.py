@@ -7,7 +7,6 @@ from sbeval.report.judge import (
     AGREES,
     DISAGREES,
     METHODS,
-    STICK,
     UNDECIDED,
     Evidence,
     Judged,
@@ -15,10 +14,10 @@ from sbeval.report.judge import (
     nearest,
     verdict,
 )
-from sbeval.report.maturity import ROPE
 from sbeval.tables import intervals, mqrar, selection
 from sbeval.tables.published import SOLVED, SOLVED_AT, SOLVED_STEPS, SOLVED_TOKENS
-from sbeval.tables.statistics import Method, Scale
+from sbeval.tables.rows import ROPE, STICK, Method
+from sbeval.tables.statistics import Scale
 
 # a model that answers fewer of the queries with stale values has not learned to
 LEARNED = 0.95

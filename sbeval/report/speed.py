@@ -9,7 +9,6 @@ from sbeval.report.judge import (
     BILLION,
     FASTER,
     SLOWER,
-    STICK,
     UNDECIDED,
     Evidence,
     Judged,
@@ -17,9 +16,9 @@ from sbeval.report.judge import (
     too_small,
     verdict,
 )
-from sbeval.report.maturity import ROPE
 from sbeval.tables import intervals, selection
 from sbeval.tables.published import SPEED
+from sbeval.tables.rows import ROPE, STICK
 from sbeval.tables.statistics import Interval, Scale
 
 # options of this project's kernel, see `selection.dense_kernels`, and of the one it is compared with

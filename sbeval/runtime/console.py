@@ -22,9 +22,9 @@ def plain(**options: Any) -> Console:
     return found
 
 
-def say(line: object) -> None:
+def say(line: object, console: Console | None = None) -> None:
     """Print a line as it is, however long."""
-    plain().print(line, highlight=False, soft_wrap=True)
+    (console or plain()).print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from sbeval.models import decoder
 from sbeval.runtime import device
+from sbeval.runtime.console import say
 from sbeval.sweep import cost, finished, graph, scheduler, study
 from sbeval.sweep.cell import Cell, Step, cell_id
 from sbeval.sweep.context import RunContext
@@ -44,15 +45,15 @@ def list_cells(part: Part, context: RunContext, console: Console, executor: Exec
     untrained = set(cost.untrained(steps, context))
     for step in steps:
         if not isinstance(step, Cell):
-            study.say(console, f"{step.title}  {_flops(step)}{'' if step in untrained else '  trained'}")
+            say(f"{step.title}  {_flops(step)}{'' if step in untrained else '  trained'}", console)
     missing = set(pending)
     for cell in cells:
-        study.say(console, f"{cell_id(cell)}  {_flops(cell)}{'' if cell in missing else '  finished'}")
-    study.say(console, cost.describe(pending, context, cost.at_once(executor, context)))
+        say(f"{cell_id(cell)}  {_flops(cell)}{'' if cell in missing else '  finished'}", console)
+    say(cost.describe(pending, context, cost.at_once(executor, context)), console)
     if later:
         flops = sum(cell.flops for cell in later)
         count = f"{len(later)} cell{'s' if len(later) > 1 else ''}"
-        study.say(console, f"then at most {count} at what rates turn out best, {flops:.1e} FLOPs")
+        say(f"then at most {count} at what rates turn out best, {flops:.1e} FLOPs", console)
 
 
 def _flops(step: Step) -> str:

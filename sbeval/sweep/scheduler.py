@@ -8,6 +8,7 @@ from rich.console import Console
 
 from sbeval.errors import InputError, reason
 from sbeval.runtime import device, distributed, files
+from sbeval.runtime.console import say
 from sbeval.runtime.progress import Heard, Progress, Task
 from sbeval.sweep import cost, finished
 from sbeval.sweep.cell import Cell, Step, TrainingStep
@@ -140,7 +141,7 @@ class _Course:
         return self.begin(cells) if cells else []
 
     def say(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True, markup=False, highlight=False)
+        say(line, self.console)
 
 
 def train(cells: Sequence[Cell], context: RunContext, *, console: Console) -> bool:
@@ -150,7 +151,7 @@ def train(cells: Sequence[Cell], context: RunContext, *, console: Console) -> bo
     """
     files.prepare(context.results.checkpoints)
     needed = [step for step in steps(cells) if isinstance(step, TrainingStep)]
-    console.print(cost.describe(needed, context), highlight=False, soft_wrap=True)
+    say(cost.describe(needed, context), console)
     errors, failed = errors_of(context), False
     with progress_of(context) as progress:
         for step in needed:
@@ -158,10 +159,9 @@ def train(cells: Sequence[Cell], context: RunContext, *, console: Console) -> bo
                 message = str(step.train(context, progress))
             except errors as error:
                 failed, message = True, f"{reason(error)}; continuing with the next"
-            console.print(f"{step.title}: {message}", highlight=False, soft_wrap=True, markup=False)
+            say(f"{step.title}: {message}", console)
     if needed and not failed:
-        then = "next: sbeval length-gen with the same options evaluates what was trained"
-        console.print(then, highlight=False, soft_wrap=True, markup=False)
+        say("next: sbeval length-gen with the same options evaluates what was trained", console)
     return not failed
 
 

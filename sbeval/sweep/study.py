@@ -17,6 +17,7 @@ from rich.console import Console
 from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.report.figures import draw_figures
+from sbeval.runtime.console import say
 from sbeval.sweep import finished, scheduler
 from sbeval.sweep.cell import Cell, cell_id
 from sbeval.sweep.context import RunContext
@@ -95,7 +96,7 @@ def train(part: Part, context: RunContext, console: Console) -> bool:
     # an option that is refused is so before a text is tokenized
     first = cells(part)
     for line in cautions([part], context):
-        say(console, line)
+        say(line, console)
     return scheduler.train(first, context, console=console)
 
 
@@ -104,7 +105,7 @@ def run(parts: Sequence[Part], context: RunContext, console: Console, executor: 
     # an option that is refused is so before a text is tokenized
     first = [cell for part in parts for cell in cells(part)]
     for line in cautions(parts, context):
-        say(console, line)
+        say(line, console)
     complete = scheduler.run(
         first,
         context,
@@ -113,7 +114,7 @@ def run(parts: Sequence[Part], context: RunContext, console: Console, executor: 
         preset={part.family: part.preset for part in parts},
         # further seeds of the best settings, which the first results decide
         more={
-            part.family: functools.partial(further, part, context.results_dir, functools.partial(say, console))
+            part.family: functools.partial(further, part, context.results_dir, functools.partial(say, console=console))
             for part in parts
         },
     )
@@ -126,7 +127,7 @@ def run(parts: Sequence[Part], context: RunContext, console: Console, executor: 
                 [cell for part_cells in everything.values() for cell in part_cells], context.results_dir, console
             )
         else:
-            say(console, _next(context.results_dir))
+            say(_next(context.results_dir), console)
     return complete
 
 
@@ -148,7 +149,7 @@ def _show_family(family: str, cells: Sequence[Cell], results_dir: Path, console:
     except InputError as error:
         if alone:
             raise
-        say(console, f"{family}: {error}")
+        say(f"{family}: {error}", console)
         return False
     return True
 
@@ -160,24 +161,24 @@ def _show(family: str, cells: Sequence[Cell], results_dir: Path, console: Consol
         return
     results = finished.found(finished.results_of(cells, results_dir))
     if not len(results):
-        return say(console, str(path))
+        return say(path, console)
     console.print(registry.task(family).summary(results))
     everything = read(path)
     table = beside(everything, results)
     names = [name for name in registry.FIGURES if registry.figure(name).TABLE == family]
     figures = [name for name in names if registry.has_rows(name, registry.gather(name, table, results_dir))]
     pages = [name for name in figures if name in registry.PAGES]
-    left_out = functools.partial(say, console)
+    left_out = functools.partial(say, console=console)
     files = [path, *draw_figures(results_dir, figures, ["png", "pdf"], say=left_out, required=False, like=results)]
     if pages and importlib.util.find_spec("plotly"):
         files += draw_figures(results_dir, pages, ["html"], say=unsaid, required=False, like=results)
     elif pages:
-        say(console, f"no interactive page: pip install 'sbeval[html]', then sbeval plot {family.replace('_', '-')}")
+        say(f"no interactive page: pip install 'sbeval[html]', then sbeval plot {family.replace('_', '-')}", console)
     for file in files:
-        say(console, str(file))
+        say(file, console)
     if len(table) < len(everything):
         others = f"other models, training lengths, corpora or presets of {path}"
-        say(console, f"figures leave out {others}; sbeval plot{_where(results_dir)} draws all")
+        say(f"figures leave out {others}; sbeval plot{_where(results_dir)} draws all", console)
 
 
 def _say_failed(cells: Sequence[Cell], results_dir: Path, console: Console) -> None:
@@ -185,10 +186,6 @@ def _say_failed(cells: Sequence[Cell], results_dir: Path, console: Console) -> N
     read = {cell: provenance.read_run(path) for cell, path in records.items() if path.exists()}
     failed = {cell: record["reason"] for cell, record in read.items() if record["status"] == "failed"}
     if failed:
-        say(console, f"{len(failed)} of {len(cells)} cells failed; the same command retries them:")
+        say(f"{len(failed)} of {len(cells)} cells failed; the same command retries them:", console)
     for cell, reason in failed.items():
-        say(console, f"  {cell_id(cell)}: {reason}")
-
-
-def say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+        say(f"  {cell_id(cell)}: {reason}", console)

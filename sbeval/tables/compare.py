@@ -27,8 +27,8 @@ from sbeval.errors import InputError, choose
 from sbeval.tables import intervals, markup, pairs, pooling, statistics, values
 from sbeval.tables.pairs import Stored, Units, texts
 from sbeval.tables.results import Results
-from sbeval.tables.rows import Measurement
-from sbeval.tables.statistics import Joint, Method, Sample, Scale
+from sbeval.tables.rows import Measurement, Method, spec_of
+from sbeval.tables.statistics import Joint, Sample, Scale
 from sbeval.tables.table import OUTCOME, read, required
 
 # results of a run beside its number
@@ -251,7 +251,7 @@ def _counts(one: Compared) -> list[str]:
 
 
 def _method(row: Mapping[Any, Any]) -> str:
-    return ":".join(part for part in (row["attention"], row["options"]) if part)
+    return spec_of(row["attention"], row["options"])
 
 
 def terminal(compared: list[Compared]) -> RenderableType:

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pandas as pd
 
-from sbeval.tables import statistics
-from sbeval.tables.statistics import Floats, Interval, Method, Spread
+from sbeval.tables import intervals, statistics
+from sbeval.tables.rows import Method
+from sbeval.tables.statistics import Floats, Interval, Spread
 
 # reads the values of cells: column `cell`, then those of `sbeval.tables.values`
 Values = Callable[[Iterable[str]], pd.DataFrame]
@@ -57,5 +58,4 @@ def _array(frame: pd.DataFrame) -> Floats:
 
 def cells_of(rows: pd.DataFrame, method: Method) -> list[str]:
     """Return the cells of a method."""
-    mine = rows[(rows["attention"] == method[0]) & (rows["options"] == method[1])]
-    return list(dict.fromkeys(mine["cell"]))
+    return list(dict.fromkeys(intervals.method(rows, method)["cell"]))

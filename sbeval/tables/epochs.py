@@ -9,9 +9,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from sbeval.tables.rows import Method, spec_of
+
 if TYPE_CHECKING:
     import pandas as pd
-
 
 # epochs of a preset at most
 MAX_EPOCHS = 4.0
@@ -24,7 +25,6 @@ OVERFIT = "overfit"
 
 # held-out losses: (step, nats/token)
 Looks = Sequence[tuple[int, float]]
-Method = tuple[str, str]
 
 
 def overfits(held_out: Looks) -> bool:
@@ -71,7 +71,7 @@ def caution(rows: "pd.DataFrame", name: Callable[[Method], str] | None = None) -
     """
     import pandas as pd
 
-    name = name or (lambda method: ":".join(filter(None, method)))
+    name = name or (lambda method: spec_of(*method))
     sentences = []
     if methods := _methods(rows[overfit(rows)]):
         names = ", ".join(name(method) for method in methods)

@@ -19,7 +19,8 @@ from sbeval.errors import NothingToDraw, choose
 from sbeval.tables import epochs, intervals, markup, pairs
 from sbeval.tables.documents import Values, nothing
 from sbeval.tables.pairs import Stored
-from sbeval.tables.statistics import UNKNOWN, Interval, Method, Sample, Scale, interval
+from sbeval.tables.rows import ROPE, spec_of
+from sbeval.tables.statistics import UNKNOWN, Interval, Sample, Scale, interval
 
 # candidates for the score of a benchmark, the preferred first; whether they are in percent and averaged
 METRICS = {
@@ -31,16 +32,15 @@ METRICS = {
     "word_perplexity": False,
     "perplexity": False,
 }
-# what right answers cost, where it was measured
+# what right answers cost, where it was measured; in as many decimals
 GOLD = {"gold_bits_per_byte": False}
+DIGITS = {"gold_bits_per_byte": 3}
 # of several ways to extract an answer from a completion, the lenient one first
 FILTERS = ("", "flexible-extract", "strict-match")
 # columns that identify a model
 MODEL = ["model", "attention", "options", "params", "train_len", "train_tokens", "eval_len"]
 # columns that models share whose seeds are pooled
 ALIKE = ["model", "train_len", "train_tokens", "eval_len"]
-# the method whose differences are shown
-ROPE: Method = ("rope", "")
 COLUMNS = (*MODEL, "task", "seed", "metric", "value", "stderr", "n", "part", "filter", "shots", "chance")
 
 
@@ -91,7 +91,7 @@ def names(chosen: pd.DataFrame) -> dict[tuple[object, ...], str]:
         model, attention, options, params, train_len, train_tokens, eval_len = key
         # the name of a Hugging Face model suffices
         name = f"{model}" if attention == "hf" else f"{model} {attention}"
-        short[key] = f"{name}:{options}" if options and attention != "hf" else name
+        short[key] = name if attention == "hf" else spec_of(name, options)
         long[key] = f"{short[key]} ({train_tokens / 1e6:.0f} M tokens of {train_len}, evaluated to {eval_len})"
     twice = {name for name in short.values() if list(short.values()).count(name) > 1}
     return {key: long[key] if name in twice else name for key, name in short.items()}
@@ -102,29 +102,22 @@ def table(results: pd.DataFrame, values: Values = nothing) -> Scores:
     chosen = headline(results)
     benchmarks = list(dict.fromkeys(chosen["benchmark"]))
     metrics = {str(name): str(group["metric"].iloc[0]) for name, group in chosen.groupby("benchmark")}
-    percent = {name: METRICS[metric] for name, metric in metrics.items()}
     averaged = above_guessing(chosen)
-    named, rows, bits = names(chosen), [], _gold(results)
-    cells = {
-        (*key, of, name): _cell(found, percent[str(name)])
-        for key, part in chosen.groupby(ALIKE, dropna=False)
-        for (name,), of_name in intervals.curves(intervals.grouped(part, ["benchmark"], Scale.LINEAR)).items()
-        for of, found in of_name.items()
-    }
-    stored, last = Stored(values), []
-    less = _differences(chosen[[METRICS[metric] for metric in chosen["metric"]]], stored, percent=True)
-    less_gold = _differences(headline(results, GOLD), stored, percent=False) if bits else {}
+    priced = headline(results, GOLD) if results["metric"].isin(GOLD).any() else results[:0].assign(benchmark="")
+    bits = list(dict.fromkeys(priced["benchmark"]))
+    cells, costs = _cells(chosen), _cells(priced)
+    stored, named, rows, last = Stored(values), names(chosen), [], []
+    less = _differences(chosen[[METRICS[metric] for metric in chosen["metric"]]], stored)
+    less_gold = _differences(priced, stored)
 
     def line(scores: dict[str, Cell], gold: dict[str, Cell]) -> list[Cell | None]:
         return [*map(scores.get, benchmarks), _average(scores, averaged), *map(gold.get, bits)]
 
     for key, group in chosen.groupby(MODEL):
-        alike, of = group[ALIKE].iloc[0], (str(group["attention"].iloc[0]), str(group["options"].iloc[0]))
-        scores = {name: cell for name in benchmarks if (cell := cells.get((*alike, of, name)))}
-        gold = {name: cell for name, cells_of in bits.items() if (cell := cells_of.get((*alike, of)))}
+        method = (*group[ALIKE].iloc[0], *intervals.methods(group))
         mark = f" ({epochs.OVERFIT})" if epochs.overfit(group).any() else ""
-        rows.append((named[key] + mark, line(scores, gold)))
-        differences = less.get((*alike, of), {}), less_gold.get((*alike, of), {})
+        rows.append((named[key] + mark, line(cells.get(method, {}), costs.get(method, {}))))
+        differences = less.get(method, {}), less_gold.get(method, {})
         if any(differences):
             last.append((f"{named[key]}{mark} less {ROPE[0]}", line(*differences)))
     rows += last
@@ -141,32 +134,30 @@ def table(results: pd.DataFrame, values: Values = nothing) -> Scores:
     return Scores([*headings, *(f"{name} gold bits/byte" for name in bits)], rows)
 
 
-def _gold(results: pd.DataFrame) -> dict[str, dict[tuple[object, ...], Cell]]:
-    """Return the bits per byte of right answers of each benchmark that has them, by ALIKE and method."""
-    if not results["metric"].isin(GOLD).any():
-        return {}
-    chosen = headline(results, GOLD)
-    found: dict[str, dict[tuple[object, ...], Cell]] = {str(name): {} for name in chosen["benchmark"].unique()}
-    for key, part in chosen.groupby(ALIKE, dropna=False, sort=False):
+# cells by ALIKE and method, and by benchmark
+Found = dict[tuple[object, ...], dict[str, Cell]]
+
+
+def _cells(chosen: pd.DataFrame) -> Found:
+    """Return the score of each method on each benchmark."""
+    found: Found = {}
+    metrics = chosen.drop_duplicates("benchmark").set_index("benchmark")["metric"]
+    for key, part in chosen.groupby(ALIKE, dropna=False):
         for (name,), of_name in intervals.curves(intervals.grouped(part, ["benchmark"], Scale.LINEAR)).items():
             for of, each in of_name.items():
-                half = each.high - each.mean
-                found[str(name)][*key, of] = Cell(each.mean, half if half > 0 else None, digits=3)
+                found.setdefault((*key, of), {})[str(name)] = _cell(each, str(metrics[name]))
     return found
 
 
-def _differences(chosen: pd.DataFrame, stored: Stored, *, percent: bool) -> dict[tuple[object, ...], dict[str, Cell]]:
-    """Return the difference of each method to RoPE, item by item, by ALIKE and method, and by benchmark."""
-    found: dict[tuple[object, ...], dict[str, Cell]] = {}
+def _differences(chosen: pd.DataFrame, stored: Stored) -> Found:
+    """Return the difference of each method to RoPE on each benchmark, item by item."""
+    found: Found = {}
     for (*key, name), part in chosen.groupby([*ALIKE, "benchmark"], dropna=False, sort=False):
         joint = pairs.of_methods(part, ROPE, stored, ["benchmark"])
-        if not joint:
-            continue
-        differences = intervals.differences(intervals.samples(part), ROPE, pairs=joint)
+        differences = intervals.differences(intervals.samples(part), ROPE, pairs=joint) if joint else {}
         for of in joint:
-            cell = _cell(differences[of], percent)
-            cells = found.setdefault((*key, of), {})
-            cells[str(name)] = replace(cell, signed=True, digits=1 if percent else 3)
+            cell = _cell(differences[of], str(part["metric"].iloc[0]))
+            found.setdefault((*key, of), {})[str(name)] = replace(cell, signed=True)
     return found
 
 
@@ -183,10 +174,10 @@ def above_guessing(chosen: pd.DataFrame) -> list[str]:
     return above
 
 
-def _cell(found: Interval, percent: bool) -> Cell:
-    scale = 100 if percent else 1
+def _cell(found: Interval, metric: str) -> Cell:
+    scale = 100 if METRICS.get(metric) else 1
     half = scale * (found.high - found.mean)
-    return Cell(scale * found.mean, half if half > 0 else None)
+    return Cell(scale * found.mean, half if half > 0 else None, DIGITS.get(metric, 1))
 
 
 def _average(cells: dict[str, Cell], averaged: list[str]) -> Cell | None:

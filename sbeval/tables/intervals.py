@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 
 from sbeval.tables import pooling, statistics
-from sbeval.tables.statistics import Interval, Joint, Method, Sample, Scale
+from sbeval.tables.rows import Method
+from sbeval.tables.statistics import Interval, Joint, Sample, Scale
 
 # seeds are drawn one by one up to this number
 FEW = 3
@@ -31,6 +32,12 @@ def scale_of(metric: str) -> Scale:
 def method(rows: pd.DataFrame, of: Method) -> pd.DataFrame:
     """Return the rows of one method."""
     return rows[(rows["attention"] == of[0]) & (rows["options"] == of[1])]
+
+
+def methods(rows: pd.DataFrame) -> list[Method]:
+    """Return the methods of rows, in their order."""
+    pairs = rows[["attention", "options"]].drop_duplicates().itertuples(index=False, name=None)
+    return [(str(name), str(options)) for name, options in pairs]
 
 
 def samples(rows: pd.DataFrame, scale: Scale = Scale.LINEAR) -> dict[Method, Sample]:

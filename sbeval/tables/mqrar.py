@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sbeval.config import LATER
-from sbeval.tables.rows import Measurement, column
+from sbeval.tables.rows import Measurement, column, spec_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -117,7 +117,7 @@ def summary(results: "pd.DataFrame") -> "Table":
         how_ended = group[group["metric"] == "solved"]["status"].value_counts()
         steps = group[(group["metric"] == "steps") & (group["status"] == "solved")]["value"]
         table.add_row(
-            f"{attention}:{options}" if options else f"{attention}",
+            spec_of(attention, options),
             *(f"{value:g}" for value in values),
             f"{len(validation)}",
             f"{steps.mean():,.0f}" if len(steps) else "",

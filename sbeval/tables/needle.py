@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from sbeval.config import LATER
 from sbeval.tables import epochs
-from sbeval.tables.rows import Measurement, column
+from sbeval.tables.rows import Measurement, column, spec_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +61,7 @@ def summary(results: "pd.DataFrame") -> "Table":
     for length in lengths:
         table.add_column(f"{length}", justify="right")
     for (attention, options), group in rows.groupby(["attention", "options"]):
-        method = f"{attention}:{options}" if options else f"{attention}"
+        method = spec_of(attention, options)
         mine = learned[(learned["attention"] == attention) & (learned["options"] == options)]
         count = group["task"].nunique()
         # a mean is over all tasks: some may not fit the shorter lengths

@@ -15,7 +15,8 @@ import pandas as pd
 
 from sbeval.tables import intervals, statistics
 from sbeval.tables.documents import Values
-from sbeval.tables.statistics import Floats, Joint, Method, Scale
+from sbeval.tables.rows import Method
+from sbeval.tables.statistics import Floats, Joint, Scale
 from sbeval.tables.values import COLUMNS
 
 # rows that are ratios of sums, by family and metric: of what, over what (nothing: a mean), and a factor. A perplexity
@@ -196,7 +197,7 @@ def of_methods(
     """
     numbers = {
         of: {key: stored.behind(part) for key, part in mine.groupby(list(by))}
-        for of, mine in ((of, intervals.method(rows, of)) for of in _methods(rows))
+        for of, mine in ((of, intervals.method(rows, of)) for of in intervals.methods(rows))
     }
     found = {}
     for of, each in numbers.items():
@@ -204,8 +205,3 @@ def of_methods(
         if of != reference and both is not None:
             found[of] = Joint(scale * both.stderr, scale**2 * both.covariance, both.units)
     return found
-
-
-def _methods(rows: pd.DataFrame) -> list[Method]:
-    pairs = rows[["attention", "options"]].drop_duplicates().itertuples(index=False, name=None)
-    return [(str(name), str(options)) for name, options in pairs]

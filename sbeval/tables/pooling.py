@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Set
 
 from scipy import special
 
-from sbeval.tables.statistics import UNKNOWN, Method, Sample, Spread
+from sbeval.tables.rows import Method
+from sbeval.tables.statistics import UNKNOWN, Sample, Spread
 
 # a method's seeds vary more than the others' at this level of Cochran's test
 OUTLYING = 0.05

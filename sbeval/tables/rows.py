@@ -6,6 +6,10 @@ from typing import Any
 
 from sbeval.config import LATER
 
+# name and options of an attention method
+Method = tuple[str, str]
+STICK: Method = ("stick_breaking", "")
+ROPE: Method = ("rope", "")
 # metrics that are shares of a whole, 0 to 1, in whatever table
 SHARES = (
     "acc",
@@ -21,6 +25,11 @@ SHARES = (
     "validation_accuracy",
     "weight",
 )
+
+
+def spec_of(name: object, options: object) -> str:
+    """Write a method as `--attention` takes it: `rope:theta=500.0`."""
+    return f"{name}:{options}" if options else f"{name}"
 
 
 def column(label: str, *metadata: Mapping[str, Any], default: Any = MISSING) -> Any:

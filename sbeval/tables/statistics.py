@@ -27,8 +27,6 @@ import numpy.typing as npt
 from scipy import special
 
 Floats = npt.NDArray[np.float64]
-# name and options of an attention method
-Method = tuple[str, str]
 
 LEVEL = 0.95
 # the quantile at the upper end of an interval

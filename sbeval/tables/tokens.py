@@ -24,13 +24,11 @@ from rich.table import Table as Terminal
 
 from sbeval.errors import InputError, choose
 from sbeval.tables import markup, mqrar
-from sbeval.tables.rows import Identity, Provenance, labels
+from sbeval.tables.rows import ROPE, Identity, Method, Provenance, labels, spec_of
 from sbeval.tables.selection import LENGTH_GEN, RECIPE, length_gen_setting
+from sbeval.tables.statistics import Floats
 
-Floats = npt.NDArray[np.float64]
-Method = tuple[str, str]
 COLUMNS = ("attention", "options", "seed", "metric", "value", "context_length", *LENGTH_GEN.columns)
-BASELINE = ("rope", "")
 # token counts below which three parameters are not fitted
 FEWEST = 4
 EXPONENTS = np.linspace(0.1, 3.0, 581)
@@ -134,13 +132,13 @@ def ladders(table: pd.DataFrame) -> list[Ladder]:
             if name in named
         )
         for method in dict.fromkeys((str(attention), str(options)) for attention, options, _ in losses.index):
-            if method != BASELINE and (ladder := _ladder(title, losses, method)):
+            if method != ROPE and (ladder := _ladder(title, losses, method)):
                 found.append(ladder)
     return found
 
 
 def _ladder(setting: str, losses: pd.DataFrame, method: Method) -> Ladder | None:
-    pair = [losses[_is(losses, of)] for of in (method, BASELINE)]
+    pair = [losses[_is(losses, of)] for of in (method, ROPE)]
     counts = [name for name in losses if all(of[name].notna().any() for of in pair)]
     if len(counts) < 2:
         return None
@@ -237,7 +235,7 @@ def frame(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "setting": each.setting,
-            "method": ":".join(filter(None, each.method)),
+            "method": spec_of(*each.method),
             "seeds": each.over(),
             "tokens": f"{each.tokens[0]:.4g} to {each.tokens[-1]:.4g}",
             "gap at the most": each.gaps[-1].text(),

@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = {"sbeval": "tests/sbeval", "kernels": "tests/kernels", "tasks": "tests/tasks", "plots": "tests/plots"}
 # constants and interfaces, which their users test; else the tests of the module in whose work they take part
 WITHOUT = {
+    "sbeval/bench/rows.py": "written by a benchmark: tests/sbeval/bench/test_models.py",
     "sbeval/cli/results.py": "commands: tests/sbeval/cli/test_main.py",
     "sbeval/cli/sweeps.py": "commands: tests/sbeval/cli/test_main.py",
     "sbeval/sweep/family.py": "an interface: tests/sbeval/test_registry.py",

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from sbeval.bench import kernels, models
+from sbeval.bench import models, timing
 from sbeval.bench.models import Peer, Speeds
 from sbeval.errors import InputError
 from sbeval.kernels import rope, stick_breaking
@@ -34,7 +34,7 @@ def test_rows_name_the_kernel_that_runs(tmp_path: Path, monkeypatch: pytest.Monk
         return "triton-hopper"
 
     monkeypatch.setattr(stick_breaking, "pick_backend", pick)
-    monkeypatch.setattr(kernels, "needs_gpu", lambda _: None)
+    monkeypatch.setattr(timing, "needs_gpu", lambda _: None)
     monkeypatch.setattr(models, "_run", lambda *_: Speeds(9.0, 2.0, None, 2))
     problem = models.Problem(size="quick", head_dim=40, length=16, batch=2)
     peers = [Peer("stick_breaking:epsilon=0", None), Peer("rope", "flash")]
@@ -108,8 +108,8 @@ def test_a_model_that_does_not_fit_is_left_out(
 
     kept: list[str] = []
     monkeypatch.setattr(models, "_run", run)
-    monkeypatch.setattr(kernels, "needs_gpu", lambda _: None)
-    monkeypatch.setattr(kernels, "keep", lambda attention, *_, **__: kept.append(attention))
+    monkeypatch.setattr(timing, "needs_gpu", lambda _: None)
+    monkeypatch.setattr(models, "keep", lambda attention, *_, **__: kept.append(attention))
     peers = [Peer("rope", "flash"), Peer("alibi", None)]
     problem = models.Problem(size="quick", head_dim=40, length=16, batch=4)
     assert models.measure([problem], peers, 2, CPU, "float32", tmp_path).row_count == 1

@@ -54,7 +54,7 @@ def test_numbers_are_separated_by_commas_or_repeated(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("sbeval.runtime.device.pick", lambda name: "a card")
     monkeypatch.setattr("sbeval.runtime.device.pick_dtype", lambda name, where: "bfloat16")
-    monkeypatch.setattr("sbeval.bench.kernels.problems", lambda *sizes: given.append(sizes))
+    monkeypatch.setattr("sbeval.bench.problems.problems", lambda *sizes: given.append(sizes))
     monkeypatch.setattr("sbeval.bench.kernels.kernel", lambda *measured: "")
     monkeypatch.setattr("sbeval.runtime.device.describe", lambda where: f"{where}, described")
     monkeypatch.setattr("sbeval.report.figures.draw_figures", draw)

@@ -33,7 +33,9 @@ def found(frame: pd.DataFrame) -> dict[tuple[str, str], float]:
 def test_a_choice_has_its_marks_and_the_likelihood_of_the_right_answer() -> None:
     # right answers by number and by name; of the third item several, of the fourth none
     right = [1, "a", [0, 1], "c"]
-    choice = task("multiple_choice", doc_to_target=lambda item: right[item["number"]], doc_to_choice=lambda item: "ab")
+    choice = task(
+        "multiple_choice", doc_to_target=lambda item: right[item["number"]], doc_to_choice=lambda item: [*"ab"]
+    )
     answers = [(-1.25, False), (-0.5, True)]
     samples = [sample(number, answers, acc=1.0, acc_norm=0.0, f1=(1, 1)) for number in range(4)]
     frame = lm_eval_items.values("group", {"part": choice}, {"part": samples})
@@ -50,7 +52,7 @@ def test_the_right_prompt_of_several_is_known() -> None:
         "multiple_choice",
         doc_to_target=lambda _: "end",
         doc_to_text=lambda _: 1,
-        doc_to_choice=lambda _: "ab",
+        doc_to_choice=lambda _: [*"ab"],
     )
     prompts.multiple_input = 2
     frame = lm_eval_items.values("it", {"it": prompts}, {"it": [sample(0, [(-3.0, False), (-2.0, False)], acc=1.0)]})

@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from sbeval.report import far_text
-from sbeval.report.judge import NO, STICK, UNDECIDED, YES, Evidence, Judged
+from sbeval.report.judge import NO, UNDECIDED, YES, Evidence, Judged
 from sbeval.tables import documents
+from sbeval.tables.rows import STICK
 
 Tables = Callable[..., pd.DataFrame]
 

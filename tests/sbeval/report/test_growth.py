@@ -11,8 +11,8 @@ import pytest
 
 from sbeval.report import growth
 from sbeval.report.claims import OWN
-from sbeval.report.judge import NO, STICK, UNDECIDED, YES, Evidence, findings
-from sbeval.tables.statistics import Method
+from sbeval.report.judge import NO, UNDECIDED, YES, Evidence, findings
+from sbeval.tables.rows import STICK, Method
 
 TOKENS = np.array([60e6, 120e6, 240e6, 480e6, 600e6])
 COMMON: dict[str, Any] = {

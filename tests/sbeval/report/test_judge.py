@@ -9,7 +9,8 @@ import pytest
 from sbeval.report import language
 from sbeval.report.claims import CLAIMS, OWN
 from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Claim, Evidence, Judged, against, findings, verdict
-from sbeval.tables.statistics import Interval, Method
+from sbeval.tables.rows import Method
+from sbeval.tables.statistics import Interval
 
 Tables = Callable[..., pd.DataFrame]
 # stick-breaking is as good as RoPE within the training length

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sbeval.tables.pooling import outlying, spreads
-from sbeval.tables.statistics import UNKNOWN, Method, Sample
+from sbeval.tables.rows import Method
+from sbeval.tables.statistics import UNKNOWN, Sample
 
 
 def seeds(*values: float, stderr: float = 0.0, units: int = 0) -> Sample:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from sbeval.tables.pooling import spreads
+from sbeval.tables.rows import Method
 from sbeval.tables.statistics import (
     UNKNOWN,
     Estimate,
     Floats,
     Interval,
-    Method,
     Sample,
     Spread,
     bootstrap,
