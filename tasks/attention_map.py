@@ -27,7 +27,7 @@ from sbeval.registry import HELP
 from sbeval.sweep.cell import Cell as BaseCell
 from sbeval.sweep.cell import Outcome, loss_curves, timing
 from sbeval.sweep.family import Family
-from sbeval.tables.rows import Identity, Measurement, spec_of
+from sbeval.tables.rows import Identity, Measurement, method_of, spec_of
 from sbeval.tasks import mqrar
 from sbeval.tasks.synthetic import TEST_SEED
 
@@ -259,7 +259,7 @@ class Cell(BaseCell):
 
     def _outcome(self, subject: Subject, rows: list[Row], context: "RunContext", example: int, source: str) -> Outcome:
         config, trained = self.config, subject.trained
-        name, _, options = subject.model.config.attention.partition(":")
+        name, options = method_of(subject.model.config.attention)
         return Outcome(
             identity=Identity(
                 family=NAME,
