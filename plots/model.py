@@ -78,7 +78,7 @@ def _runs(rows: pd.DataFrame) -> str:
 
 def _settings(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [
-        (f"{batch:g} sequences of {queries:g} tokens, heads of {dim:g}, {dtype}, {device}", part)
+        (f"{batch:g} sequence{'s' * (batch != 1)} of {queries:g} tokens, heads of {dim:g}, {dtype}, {device}", part)
         for (batch, queries, dim, dtype, device), part in rows.groupby(list(SETTING))
     ]
 

@@ -1,7 +1,7 @@
 """The gap to RoPE by training tokens, with the fit of a limit plus a power of tokens (`sbeval.tables.tokens`).
 
-One panel a setting. Points are trained models, with 95 % intervals; a line is the fit, dotted where it extends past
-them. Limits stand beside it.
+One panel a setting. Points are trained models, with 95 % intervals; a line is the fit, where there are enough points,
+dotted where it extends past them. Limits stand beside it.
 """
 
 import numpy as np
@@ -10,13 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sbeval.errors import InputError
 from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Line, Lines
 from sbeval.tables import tokens
 from sbeval.tables.rows import Method
 from sbeval.tables.statistics import Floats
-from sbeval.tables.tokens import Ladder
+from sbeval.tables.tokens import Ladder, Law
 
 TABLE = "length_gen"
 COLUMNS = tokens.COLUMNS
@@ -31,7 +30,7 @@ X, Y = "training tokens", "loss minus RoPE's (nats per token)"
 
 def has_rows(table: pd.DataFrame) -> bool:
     """Return whether the table has models of enough token counts: most have one."""
-    return bool(tokens.ladders(table))
+    return any(ladder.law for ladder in tokens.ladders(table))
 
 
 def draw(table: pd.DataFrame) -> Figure:
@@ -48,7 +47,8 @@ def draw(table: pd.DataFrame) -> Figure:
         style.subtitle(beside, "limit")
         for place, ladder in enumerate(ladders):
             _line(axis, ladder, looks[ladder.method], APART ** (place - (len(ladders) - 1) / 2))
-            _limit(beside, ladder, looks[ladder.method], place)
+            if ladder.law:
+                _limit(beside, ladder.law, looks[ladder.method], place)
         for each in (axis, beside):
             each.axhline(0, color=style.MARK, linewidth=1.0, zorder=1)
         axis.set_ylim(*_range(ladders))
@@ -81,34 +81,32 @@ def chart(table: pd.DataFrame) -> Chart:
 
 def _settings(table: pd.DataFrame) -> dict[str, list[Ladder]]:
     settings: dict[str, list[Ladder]] = {}
-    for ladder in tokens.ladders(table):
+    for ladder in tokens.fitted(table):
         settings.setdefault(ladder.setting, []).append(ladder)
-    if not settings:
-        raise InputError(
-            f"no method has {tokens.FEWEST} or more counts of training tokens in common with RoPE in one setting"
-        )
     return settings
 
 
 def _line(axis: Axes, ladder: Ladder, look: legend.Look, beside: float) -> None:
-    """Draw the points of a method, beside those of others, and its fit, dotted where there are none."""
+    """Draw the points of a method, beside those of others, and its fit, if any, dotted where there are none."""
     points = _points(ladder)
     points["x"] *= beside
     axis.plot(points["x"], points["mean"], label=look.label, **(look.line() | {"linestyle": "none"}))
     axis.vlines(points["x"], points["low"], points["high"], color=look.colour, linewidth=1.0)
+    if ladder.law is None:
+        return
     for first, last, dashes in (
         (ladder.tokens[0], ladder.tokens[-1], "-"),
         (ladder.tokens[-1], BEYOND * ladder.tokens[-1], ":"),
     ):
         at: Floats = np.geomspace(first, last, 50)
-        axis.plot(at, ladder.at(at), color=look.colour, linewidth=1.2, linestyle=dashes)
+        axis.plot(at, ladder.law.at(at), color=look.colour, linewidth=1.2, linestyle=dashes)
 
 
-def _limit(axis: Axes, ladder: Ladder, look: legend.Look, place: int) -> None:
+def _limit(axis: Axes, law: Law, look: legend.Look, place: int) -> None:
     """Draw the limit of a fit and its interval, beside those of other methods."""
-    axis.plot([place], [ladder.limit.value], **(look.line() | {"linestyle": "none"}))
-    if ladder.limit.low < ladder.limit.high:
-        axis.vlines([place], [ladder.limit.low], [ladder.limit.high], color=look.colour, linewidth=1.0)
+    axis.plot([place], [law.limit.value], **(look.line() | {"linestyle": "none"}))
+    if law.limit.low < law.limit.high:
+        axis.vlines([place], [law.limit.low], [law.limit.high], color=look.colour, linewidth=1.0)
 
 
 def _handle(look: legend.Look) -> Line2D:
@@ -148,7 +146,6 @@ def _note(settings: dict[str, list[Ladder]]) -> str:
 
 def _limits(settings: dict[str, list[Ladder]], looks: dict[Method, legend.Look]) -> str:
     """Return the limit of each method, for a page, which has room for it."""
-    each = [
-        f"{looks[ladder.method].label} {ladder.limit.text()}" for ladders in settings.values() for ladder in ladders
-    ]
+    every = (ladder for ladders in settings.values() for ladder in ladders)
+    each = [f"{looks[ladder.method].label} {ladder.law.limit.text()}" for ladder in every if ladder.law]
     return f" Limits: {'; '.join(each)}."

@@ -51,7 +51,7 @@ def of_study(
 
 
 def gaps(table: pd.DataFrame, folder: Path) -> str:
-    """Write the gap of each method to RoPE by training tokens, and its fit; empty without enough token counts."""
+    """Write the gap of each method to RoPE by training tokens, and its fit; empty with a single token count."""
     found = tokens.ladders(table)
     if not found:
         return ""
@@ -63,7 +63,8 @@ def gaps(table: pd.DataFrame, folder: Path) -> str:
     for ladder in found:
         at = dict(zip(ladder.tokens.tolist(), ladder.gaps, strict=True))
         each = [at[count].text() if count in at else "" for count in counts]
-        fit = [ladder.limit.text(), ladder.exponent.text().replace("+", ""), ladder.crosses(size)]
+        law = ladder.law
+        fit = [law.limit.text(), law.exponent.text().replace("+", ""), law.crosses(size)] if law else [""] * 3
         lines.append([labels[ladder.method], *each, *fit, ladder.over()])
     fitted = ("limit", "exponent", "where the fit is 0", "seeds, and RoPE's")
     headings = ["loss minus RoPE's (nats per token) after tokens =", *map(size, counts), *fitted]

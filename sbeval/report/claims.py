@@ -29,12 +29,13 @@ KERNEL_RULE = (
 )
 GROWTH_RULE = (
     "Loss at the training length less RoPE's, fitted as a limit plus a power of training tokens (sbeval table tokens). "
-    "Yes: the interval of the gap at the most tokens lies below 0, or that of where the fit falls to 0 ends by "
-    f"{growth.FURTHER} times as many. No: the gap at the most tokens and the limit lie above 0 in their intervals."
+    "Yes: the interval of the gap at the most tokens at which both have two seeds lies below 0, or that of where the "
+    f"fit falls to 0 ends by {growth.FURTHER} times the most tokens. No: that gap and the limit lie above 0 in their "
+    "intervals."
 )
 FAR_RULE = (
-    "Loss of the same tokens (--fixed-targets): its change from the training length to "
-    f"{far_text.FACTOR} times as much text before them, of the largest models of two seeds or more on the most tokens. "
+    f"Loss of the same tokens (--fixed-targets): its change from {far_text.NEAR} to {far_text.FACTOR} times the "
+    "training length, of the largest models of two seeds or more on the most tokens. "
     "Where that was measured, also less the loss with another document's text further back than the training length. "
     f"Yes: the intervals lie below 0. No: one does not, and lies above −{far_text.GAIN:g} nats/token."
 )

@@ -17,20 +17,24 @@ METRIC = "loss_fixed_targets"
 WINDOW = ("sliding_window", "")
 # how many times the training length is far, as in the paper's figure 5
 FACTOR = LENGTHS[1] // LENGTHS[0]
+# how many times the training length is near: at that length itself the first of the targets have less
+# text before them than tokens have in training
+NEAR = 2
 # nats/token: where the interval includes 0, a gain that is surely smaller is none
 GAIN = 0.002
 
 
 def gains(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
-    """Judge whether a method predicts the same tokens better with FACTOR times the training length before them."""
+    """Judge whether a method predicts the same tokens better with FACTOR times the training length before them than
+    with NEAR times."""
     targets = table[table["metric"] == METRIC]
     targets = targets.assign(x=pd.to_numeric(targets["context_length"]))
     length = targets["train_len"].astype(float)
-    targets = targets[(targets["x"] == length) | (targets["x"] == FACTOR * length)]
+    targets = targets[(targets["x"] == NEAR * length) | (targets["x"] == FACTOR * length)]
     setting = [*selection.length_gen_setting(targets).columns, *(name for name in ["targets"] if name in targets)]
     parts = [part for _, part in targets.groupby(setting, dropna=False) if _has_both(intervals.method(part, method))]
     if not parts:
-        reason = f"no model was given {FACTOR} times its training length before fixed targets (--fixed-targets 512)"
+        reason = f"no model was given {NEAR} and {FACTOR} times its training length (--fixed-targets 512)"
         return Judged(UNDECIDED, reason=reason, measured=False)
     several = [part for part in parts if changes(intervals.method(part, method))["seed"].nunique() > 1]
     rows = max(
@@ -98,14 +102,15 @@ def changes(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def beyond_window(table: pd.DataFrame, rows: pd.DataFrame, evidence: Evidence) -> tuple[bool | None, str]:
-    """Return whether the same targets are predicted better with a longer context, and by more than the window's.
+    """Return whether the same targets are predicted better with the longest context than with NEAR times the training
+    length, and by more than the window's.
 
-    rows: those of the setting. An empty text: fixed targets were not measured of both.
+    rows: perplexities of the setting at both ends. An empty text: fixed targets were not measured of both.
     """
     targets = table[(table["metric"] == METRIC) & (table["train_len"] == rows["train_len"].iloc[0])]
     targets = targets.assign(x=pd.to_numeric(targets["context_length"]))
+    ends = (NEAR * int(rows["x"].min()), int(rows["x"].max()))
     same = [name for name in ("model", "eval_len", "corpus", "tokenizer", "train_tokens") if name in rows]
-    ends = sorted(rows["x"].unique())
     targets = targets[targets["x"].isin(ends)].merge(rows[same].drop_duplicates(), on=same)
     if "targets" in targets:
         targets = targets[targets["targets"] == targets["targets"].max()]

@@ -1,4 +1,8 @@
-"""The rule of a question on training tokens: whether a method passes RoPE, and where."""
+"""The rule of a question on training tokens: whether a method passes RoPE, and where.
+
+It is judged by the gap after the most tokens at which both have two seeds. The interval alone is not enough: where
+RoPE has one, it is made with how much the seeds of other methods differ.
+"""
 
 import math
 
@@ -19,24 +23,35 @@ def passes(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
     """Judge whether the gap of a method to RoPE falls below 0 as training tokens grow."""
     ladders = [ladder for ladder in tokens.ladders(table) if ladder.method == method]
     if not ladders:
-        reason = f"no setting has both this method and RoPE at {tokens.FEWEST} or more counts of training tokens"
+        reason = "no setting has both this method and RoPE at two or more counts of training tokens"
         return Judged(UNDECIDED, reason=reason, measured=False)
-    ladder = max(ladders, key=lambda each: each.tokens[-1])
-    last = ladder.gaps[-1]
+    ladder = max(ladders, key=lambda each: (each.law is not None, each.tokens[-1]))
+    law = ladder.law
+    replicated = [index for index, pair in enumerate(ladder.seeds) if min(pair) > 1]
+    most = replicated[-1] if replicated else -1
+    last = ladder.gaps[most]
     counts = {count for pair in ladder.seeds for count in pair}
     seeds = ladder.over(" seeds") if len(counts) > 1 else f"{min(counts)} seed{'s' * (counts != {1})}"
-    limit = f"limit {ladder.limit.text()}" if ladder.tells_limit else "the tokens do not tell the limit"
     found = (
         f"Loss less RoPE's: {ladder.gaps[0].text()} nats/token after {size(ladder.tokens[0])} tokens, {last.text()} "
-        f"after {size(ladder.tokens[-1])}; {limit}; where the fit is 0: {ladder.crosses(size)} "
+        f"after {size(ladder.tokens[most])}; {_words(law)} "
         f"({'95 % over ' * (not math.isnan(last.low))}{seeds}; {ladder.setting})."
     )
     if math.isnan(last.low):
         return Judged(UNDECIDED, found, "one seed of every method has no interval")
+    if not replicated:
+        return Judged(UNDECIDED, found, "one seed of this method or of RoPE")
     # with a limit above 0 the fit is 0 where a method that was ahead falls behind
-    soon = ladder.limit.value < 0 and ladder.crossing.high <= FURTHER * ladder.tokens[-1]
+    soon = law is not None and law.limit.value < 0 and law.crossing.high <= FURTHER * ladder.tokens[-1]
     if last.high < 0 or soon:
         return Judged(YES, found)
-    if last.low > 0 and ladder.limit.low > 0:
+    if law is not None and last.low > 0 and law.limit.low > 0:
         return Judged(NO, found)
-    return Judged(UNDECIDED, found, "the intervals include both")
+    return Judged(UNDECIDED, found, "the intervals include both" if law else "too few counts of tokens for a fit")
+
+
+def _words(law: tokens.Law | None) -> str:
+    if law is None:
+        return "too few counts of tokens for a fit"
+    limit = f"limit {law.limit.text()}" if law.tells_limit else "the tokens do not tell the limit"
+    return f"{limit}; where the fit is 0: {law.crosses(size)}"

@@ -5,7 +5,7 @@
 D are training tokens, D1 the fewest. A gap is a method's mean loss over test documents at the training length (nats per
 token, the logarithm of perplexity) minus the baseline's. The fit is by least squares, with exponents from 0.1 to 3; at
 an end of this range the tokens do not tell the limit. It crosses 0 where a method that is behind at first passes the
-baseline, or one that is ahead falls behind.
+baseline, or one that is ahead falls behind. Gaps at two or three token counts are given without a fit.
 
 Intervals are 95 %. Models of one seed share a trunk, so their errors do too: the errors of a method's means at all
 token counts are drawn together, from the covariance of seeds around the mean of their method, pooled over methods, with
@@ -52,34 +52,24 @@ class Bounded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ladder:
-    """The gap of one method to the baseline in one setting. seeds: of the method and of the baseline, at each count."""
+class Law:
+    """A fit. first: the fewest tokens; crossing: tokens at which it is 0, infinite if it never is."""
 
-    setting: str
-    method: Method
-    seeds: list[tuple[int, int]]
-    tokens: Floats
-    gaps: list[Bounded]
+    first: float
     limit: Bounded
     amplitude: float
     exponent: Bounded
-    # tokens at which the fit is 0, infinite if it never is
     crossing: Bounded
 
     def at(self, tokens: Floats) -> Floats:
         """Return the fitted gap at these training tokens."""
-        fitted: Floats = self.limit.value + self.amplitude * (tokens / self.tokens[0]) ** -self.exponent.value
+        fitted: Floats = self.limit.value + self.amplitude * (tokens / self.first) ** -self.exponent.value
         return fitted
 
     @property
     def tells_limit(self) -> bool:
         """Whether the exponent is inside the range that is tried: at its ends the tokens do not tell the limit."""
         return bool(EXPONENTS[0] < self.exponent.value < EXPONENTS[-1])
-
-    def over(self, word: str = "") -> str:
-        """Return the seeds of the method and of the baseline, and those at the most tokens where they differ."""
-        first, last = (f"{mine} and {base}" for mine, base in (self.seeds[0], self.seeds[-1]))
-        return f"{first}{word}" if first == last else f"{first}{word}, {last} at the most tokens"
 
     def crosses(self, write: Callable[[float], str] = "{:.2g}".format) -> str:
         """Return at how many tokens the fit is 0, in words, with its interval."""
@@ -92,6 +82,26 @@ class Ladder:
         if self.crossing.value == math.inf:
             return f"nowhere, {'ahead' if self.limit.value < 0 else 'behind'} throughout"
         return value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ladder:
+    """The gap of one method to the baseline in one setting, at two token counts or more.
+
+    seeds: of the method and of the baseline, at each count. law: the fit, None at fewer than FEWEST counts.
+    """
+
+    setting: str
+    method: Method
+    seeds: list[tuple[int, int]]
+    tokens: Floats
+    gaps: list[Bounded]
+    law: Law | None
+
+    def over(self, word: str = "") -> str:
+        """Return the seeds of the method and of the baseline, and those at the most tokens where they differ."""
+        first, last = (f"{mine} and {base}" for mine, base in (self.seeds[0], self.seeds[-1]))
+        return f"{first}{word}" if first == last else f"{first}{word}, {last} at the most tokens"
 
 
 def fit(tokens: Floats, gaps: Floats) -> Floats:
@@ -108,7 +118,7 @@ def fit(tokens: Floats, gaps: Floats) -> Floats:
 
 
 def ladders(table: pd.DataFrame) -> list[Ladder]:
-    """Return the gap by training tokens of every method that has enough token counts in common with the baseline."""
+    """Return the gap by training tokens of every method that has two token counts in common with the baseline."""
     rows = table[(table["metric"] == "perplexity") & (table["context_length"] == table["train_len"])]
     setting = [name for name in length_gen_setting(rows).columns if name != "train_tokens"]
     found = []
@@ -130,25 +140,45 @@ def ladders(table: pd.DataFrame) -> list[Ladder]:
 def _ladder(setting: str, losses: pd.DataFrame, method: Method) -> Ladder | None:
     pair = [losses[_is(losses, of)] for of in (method, ROPE)]
     counts = [name for name in losses if all(of[name].notna().any() for of in pair)]
-    if len(counts) < FEWEST:
+    if len(counts) < 2:
         return None
     mine, base = (of[counts] for of in pair)
     seeds = pd.DataFrame([mine.count(), base.count()])
     tokens, gaps = np.array(counts, dtype=float), (mine.mean() - base.mean()).to_numpy()
-    limit, amplitude, exponent = (float(number) for number in fit(tokens, gaps[None])[0])
     drawn = gaps + _errors(losses[counts]) * np.sqrt((1 / seeds).sum().to_numpy())
-    refitted = fit(tokens, drawn) if len(drawn) else drawn
     return Ladder(
         setting=setting,
         method=method,
         seeds=[(int(first), int(second)) for first, second in seeds.T.to_numpy()],
         tokens=tokens,
         gaps=[_bounded(float(gap), drawn[:, index]) for index, gap in enumerate(gaps)],
+        law=_law(tokens, gaps, drawn) if len(counts) >= FEWEST else None,
+    )
+
+
+def _law(tokens: Floats, gaps: Floats, drawn: Floats) -> Law:
+    """Return the fit of gaps (T,), with intervals by those of gaps with errors (N, T)."""
+    limit, amplitude, exponent = (float(number) for number in fit(tokens, gaps[None])[0])
+    refitted = fit(tokens, drawn) if len(drawn) else np.empty((0, 3))
+    return Law(
+        first=float(tokens[0]),
         limit=_bounded(limit, refitted[:, 0]),
         amplitude=amplitude,
         exponent=_bounded(exponent, refitted[:, 2]),
         crossing=_crossing(float(tokens[0]), np.array([limit, amplitude, exponent]), refitted),
     )
+
+
+def fitted(table: pd.DataFrame) -> list[Ladder]:
+    """Return the ladders of every setting in which one has a fit; InputError where none has."""
+    found = ladders(table)
+    settings = {each.setting for each in found if each.law}
+    if not settings:
+        raise InputError(
+            f"no method has {FEWEST} or more counts of training tokens in common with RoPE in one setting; "
+            "sbeval run tokens, or length-gen --schedule wsd with --branch, trains such models"
+        )
+    return [each for each in found if each.setting in settings]
 
 
 def _crossing(first: float, fitted: Floats, drawn: Floats) -> Bounded:
@@ -201,13 +231,7 @@ def _bounded(value: float, drawn: Floats) -> Bounded:
 
 
 def frame(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the fits, a method each; InputError where no method has enough token counts."""
-    found = ladders(table)
-    if not found:
-        raise InputError(
-            f"no method has {FEWEST} or more counts of training tokens in common with RoPE in one setting; "
-            "sbeval run tokens, or length-gen --schedule wsd with --branch, trains such models"
-        )
+    """Return gaps and their fits, a method each; InputError where no method has enough token counts."""
     return pd.DataFrame(
         {
             "setting": each.setting,
@@ -215,11 +239,11 @@ def frame(table: pd.DataFrame) -> pd.DataFrame:
             "seeds": each.over(),
             "tokens": f"{each.tokens[0]:.4g} to {each.tokens[-1]:.4g}",
             "gap at the most": each.gaps[-1].text(),
-            "limit": each.limit.text(),
-            "exponent": each.exponent.text().replace("+", ""),
-            "is 0 at": each.crosses(),
+            "limit": each.law.limit.text() if each.law else "",
+            "exponent": each.law.exponent.text().replace("+", "") if each.law else "",
+            "is 0 at": each.law.crosses() if each.law else "",
         }
-        for each in found
+        for each in fitted(table)
     )
 
 

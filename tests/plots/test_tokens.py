@@ -13,7 +13,7 @@ from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.plots import legend, tokens
 from sbeval.report.figures import draw_figures
-from sbeval.tables.tokens import ladders
+from sbeval.tables.tokens import Ladder, Law, ladders
 
 # the made-up tables of the fit's own tests
 SPEC = importlib.util.spec_from_file_location("made_up", Path(__file__).parents[1] / "sbeval/tables/test_tokens.py")
@@ -27,8 +27,14 @@ def table(seeds: int = 2) -> pd.DataFrame:
     return rows
 
 
-def test_points_are_the_gaps_and_lines_the_fit() -> None:
+def fitted_ladder() -> tuple[Ladder, Law]:
     (ladder,) = ladders(table())
+    assert ladder.law
+    return ladder, ladder.law
+
+
+def test_points_are_the_gaps_and_lines_the_fit() -> None:
+    ladder, law = fitted_ladder()
     axis, beside = tokens.draw(table()).axes
     points, fitted, beyond = [line for line in axis.get_lines() if len(line.get_xdata()) != 2]  # type: ignore[arg-type]
     assert (fitted.get_linestyle(), beyond.get_linestyle()) == ("-", ":")
@@ -39,11 +45,11 @@ def test_points_are_the_gaps_and_lines_the_fit() -> None:
     for line, ends in ((fitted, (6e7, 9.6e8)), (beyond, (9.6e8, 4 * 9.6e8))):
         x = np.asarray(line.get_xdata())
         assert (x[0], x[-1]) == pytest.approx(ends)
-        assert np.asarray(line.get_ydata()) == pytest.approx(ladder.at(x))
+        assert np.asarray(line.get_ydata()) == pytest.approx(law.at(x))
     limit, _ = beside.get_lines()
     (bar,) = beside.collections
-    assert np.asarray(limit.get_ydata()).tolist() == [ladder.limit.value] and beside.get_ylim() == axis.get_ylim()
-    assert sorted(bar.get_segments()[0][:, 1]) == [ladder.limit.low, ladder.limit.high]  # type: ignore[attr-defined]
+    assert np.asarray(limit.get_ydata()).tolist() == [law.limit.value] and beside.get_ylim() == axis.get_ylim()
+    assert sorted(bar.get_segments()[0][:, 1]) == [law.limit.low, law.limit.high]  # type: ignore[attr-defined]
     assert to_hex(points.get_color()) == legend.COLOURS[0] and axis.get_xscale() == "log"
 
 
@@ -58,12 +64,22 @@ def test_a_method_far_behind_leaves_the_panel_to_the_others() -> None:
     assert np.asarray(first) / np.asarray(second) == pytest.approx(1 / tokens.APART)
 
 
+def test_a_method_with_few_token_counts_has_points_alone() -> None:
+    few: Any = made_up.table(made_up.law(-0.05, 0.1, 1.0), seeds=2, noise=0.002)
+    few = few[(few["attention"] != "rope") & (few["train_tokens"] < 4e8)].assign(attention="alibi")
+    axis, beside = tokens.draw(pd.concat([table(), few])).axes
+    points = [line for line in axis.get_lines() if line.get_linestyle() == "None"]
+    assert sorted(len(np.asarray(line.get_xdata())) for line in points) == [3, 5]
+    assert [line.get_linestyle() for line in axis.get_lines()].count(":") == 1 and len(beside.collections) == 1
+    assert "ALiBi" not in tokens.chart(pd.concat([table(), few])).note
+
+
 def test_the_page_has_the_same_numbers_and_the_limit() -> None:
-    (ladder,) = ladders(table())
+    ladder, law = fitted_ladder()
     chart = tokens.chart(table())
     (panel,) = chart.groups[0].panels
     assert panel.rows()["low"].tolist() == [gap.low for gap in ladder.gaps]
-    assert f"stick-breaking {ladder.limit.text()}" in chart.note and "2 seeds" in chart.note
+    assert f"stick-breaking {law.limit.text()}" in chart.note and "2 seeds" in chart.note
     alone = tokens.chart(table(seeds=1))
     (panel,) = alone.groups[0].panels
     # without an interval a point has no bar

@@ -67,6 +67,15 @@ def test_seeds_that_stopped_early_are_said() -> None:
     rows = table(-0.04)
     found = passes(rows[(rows["seed"] == 0) | (rows["train_tokens"] < 5e8)])
     assert found.verdict == YES and "(95 % over 3 and 3 seeds, 1 and 1 at the most tokens; " in found.found
+    # the gap is that at the most tokens at which both have two
+    assert "after 480 M" in found.found and "600 M" not in found.found
+
+
+def test_one_seed_of_rope_decides_nothing() -> None:
+    rows = table(-0.04)
+    found = passes(rows[(rows["seed"] == 0) | (rows["attention"] != "rope")])
+    assert (found.verdict, found.reason) == (UNDECIDED, "one seed of this method or of RoPE")
+    assert "+0.06" in found.found and "after 600 M" in found.found
 
 
 def test_a_gap_that_stays_is_not() -> None:
@@ -92,6 +101,15 @@ def test_a_method_that_falls_behind_does_not_pass() -> None:
 def test_what_is_left_open(rows: pd.DataFrame, reason: str) -> None:
     found = passes(rows)
     assert (found.verdict, found.reason, found.measured) == (UNDECIDED, reason, True)
+
+
+def test_few_token_counts_have_no_fit() -> None:
+    """A gap below 0 is one at any count; that it stays above 0 only a fit can say."""
+    ahead, behind = (rows[rows["train_tokens"] < 3e8] for rows in (table(-0.06, more=0.01), table(0.04)))
+    assert (
+        passes(ahead).verdict == YES and "after 240 M; too few counts of tokens for a fit (95 %" in passes(ahead).found
+    )
+    assert (passes(behind).verdict, passes(behind).reason) == (UNDECIDED, "too few counts of tokens for a fit")
 
 
 def test_one_token_count_measures_nothing() -> None:

@@ -21,17 +21,17 @@ def judged(rule: Callable[[pd.DataFrame, Evidence], Judged], table: pd.DataFrame
 
 
 def targets(frame: Tables, change: dict[str, float], noise: float = 0.002, **common: Any) -> pd.DataFrame:
-    """Losses of the same targets with 2048 and 16384 tokens of context, three seeds."""
+    """Losses of the same targets with 4096 and 16384 tokens of context, three seeds."""
     rows = [
         {
             "attention": name,
             "context_length": context,
             "seed": seed,
-            "value": 3.0 + (by + noise * (seed - 1)) * (context > 2048),
+            "value": 3.0 + (by + noise * (seed - 1)) * (context > 4096),
             "cell": f"{name}-{seed}",
         }
         for name, by in change.items()
-        for context in (2048, 16384)
+        for context in (4096, 16384)
         for seed in range(3)
     ]
     return frame(rows, **{"metric": "loss_fixed_targets", "targets": 512} | common)
@@ -347,14 +347,14 @@ def test_changes_by_context_are_paired_by_document_too(frame: Tables, perplexiti
             {"cell": cell, "unit_id": f"{number}", "context_length": at, "targets": count} | value
             for cell in set(cells)
             for number in range(16)
-            for at in (2048, 16384)
+            for at in (2048, 4096, 16384)
             for count in (None, 512)
             for value in (
                 {"metric": "tokens", "value": float(count or at)},
                 {
                     "metric": "nll_sum",
                     "value": (count or at)
-                    * (3 + number / 10 + (change[cell.partition("-")[0]] + number % 2 / 100) * (at > 2048)),
+                    * (3 + number / 10 + (change[cell.partition("-")[0]] + number % 2 / 100) * (at > 4096)),
                 },
             )
         ]
