@@ -16,7 +16,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sbeval import registry
 from sbeval.config import ATTENTION, EVALUATION, LATER, LR, MODEL, SEED, TASK, TRAINING, option
@@ -154,6 +154,7 @@ class Cell(BaseCell):
 
     config: Config
     family: str = NAME
+    row: ClassVar[type[Row]] = Row
 
     @property
     def title(self) -> str:
@@ -164,10 +165,6 @@ class Cell(BaseCell):
     @property
     def dtype(self) -> str:
         return self.config.dtype
-
-    @property
-    def row(self) -> type[Row]:
-        return Row
 
     @property
     def needs(self) -> tuple[mqrar.Cell, ...]:

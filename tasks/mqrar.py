@@ -20,7 +20,7 @@ For keys 1 2 and values 5 ... 8, N = 2, with labels under the tokens (loss and l
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from sbeval.data.recall import Recall
 from sbeval.models.config import ModelConfig, canonical_attention, flops_per_token
@@ -58,6 +58,7 @@ class Cell(Synthetic):
 
     config: Config
     family: str = NAME
+    row: ClassVar[type[Row]] = Row
 
     @property
     def task(self) -> Recall:
@@ -74,10 +75,6 @@ class Cell(Synthetic):
     @property
     def title(self) -> str:
         return f"{self.setting} lr {self.config.lrs[0]:g} seed {self.config.seeds[0]}"
-
-    @property
-    def row(self) -> type[Row]:
-        return Row
 
     @property
     def flops(self) -> float:
