@@ -4,6 +4,8 @@ A row of panels for each model: a whole sequence forward, then forward and backw
 cache, for one sequence and for a batch.
 """
 
+from string import ascii_uppercase
+
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -30,7 +32,6 @@ COLUMNS = (
 )
 # times that differ by more than this factor are drawn on a logarithmic axis
 WIDE = 4
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LABELS = {
     "forward": ("tokens", "forward (ms)"),
     "forward_backward": ("tokens", "forward + backward (ms)"),
@@ -98,7 +99,7 @@ def totals(table: pd.DataFrame) -> pd.DataFrame:
 def _models(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Return title and rows of each model; several have letters, which the note explains."""
     groups = list(rows.groupby("model"))
-    names = [f"model {letter}" for letter in LETTERS] if len(groups) > 1 else ["a model"]
+    names = [f"model {letter}" for letter in ascii_uppercase] if len(groups) > 1 else ["a model"]
     return [
         (f"All layers of {name} of {part['params'].iloc[0] / 1e6:.0f} M parameters", part)
         for name, (_, part) in zip(names, groups, strict=False)
@@ -123,6 +124,6 @@ def _wide(rows: pd.DataFrame) -> bool:
 
 def _note(rows: pd.DataFrame) -> str:
     names = sorted(rows["model"].unique())
-    models = ", ".join(f"{letter} {name}" for letter, name in zip(LETTERS, names, strict=False))
+    models = ", ".join(f"{letter} {name}" for letter, name in zip(ascii_uppercase, names, strict=False))
     which = f" Models by digest: {models}." if len(names) > 1 else ""
     return f"Medians; {', '.join(sorted(rows['device'].unique()))}.{which}"

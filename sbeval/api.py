@@ -143,9 +143,8 @@ def evaluate(
     training, _ = model.training, model.eval()
     try:
         windows = list(enumerate(rows))
-        losses = perplexity.measure(
-            predictor, windows, np.ones_like, place=torch.device(device), dtype=dtype, batch=batch
-        )
+        how = perplexity.Execution(place=torch.device(device), dtype=dtype, batch=batch)
+        losses = perplexity.measure(predictor, windows, np.ones_like, how)
     finally:
         model.train(training)
     params = sum(parameter.numel() for parameter in model.parameters())

@@ -7,6 +7,7 @@ from pathlib import Path
 from sbeval.errors import InputError, first_line
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import n_parameters
+from sbeval.tables.rows import method_of
 
 MODULE = "modeling_sbeval"
 # the module that is copied, which imports nothing of sbeval
@@ -16,7 +17,7 @@ METHODS = ("stick_breaking", "alibi", "fire", "forgetting", "nope", "rope", "sli
 
 def check_portable(attention: str) -> None:
     """Raise InputError for an attention spec that the copied module does not compute."""
-    name, _, options = attention.partition(":")
+    name, options = method_of(attention)
     if name not in METHODS or "scaling=" in options:
         raise InputError(
             f"--code has no {attention!r}, only {', '.join(METHODS)} as they are trained: leave --code out, and import "
@@ -36,7 +37,7 @@ def write_code(folder: Path) -> None:
 
 def write_card(folder: Path, shape: ModelConfig, *, train_len: int | None, tokenizer: str | None, code: bool) -> None:
     """Write README.md, the model card: what the model is, and how it is loaded and evaluated."""
-    name, _, options = shape.attention.partition(":")
+    name, options = method_of(shape.attention)
     facts = {
         "attention": f"`{shape.attention}`",
         "parameters": f"{n_parameters(shape):,}",

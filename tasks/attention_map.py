@@ -16,7 +16,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sbeval import registry
 from sbeval.config import ATTENTION, EVALUATION, LATER, LR, MODEL, SEED, TASK, TRAINING, option
@@ -27,7 +27,7 @@ from sbeval.registry import HELP
 from sbeval.sweep.cell import Cell as BaseCell
 from sbeval.sweep.cell import Outcome, loss_curves, timing
 from sbeval.sweep.family import Family
-from sbeval.tables.rows import Identity, Measurement, spec_of
+from sbeval.tables.rows import Identity, Measurement, method_of, spec_of
 from sbeval.tasks import mqrar
 from sbeval.tasks.synthetic import TEST_SEED
 
@@ -154,6 +154,7 @@ class Cell(BaseCell):
 
     config: Config
     family: str = NAME
+    row: ClassVar[type[Row]] = Row
 
     @property
     def title(self) -> str:
@@ -164,10 +165,6 @@ class Cell(BaseCell):
     @property
     def dtype(self) -> str:
         return self.config.dtype
-
-    @property
-    def row(self) -> type[Row]:
-        return Row
 
     @property
     def needs(self) -> tuple[mqrar.Cell, ...]:
@@ -259,7 +256,7 @@ class Cell(BaseCell):
 
     def _outcome(self, subject: Subject, rows: list[Row], context: "RunContext", example: int, source: str) -> Outcome:
         config, trained = self.config, subject.trained
-        name, _, options = subject.model.config.attention.partition(":")
+        name, options = method_of(subject.model.config.attention)
         return Outcome(
             identity=Identity(
                 family=NAME,

@@ -10,7 +10,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sbeval.config import EVALUATION, LATER, TRAINING, option
 from sbeval.errors import InputError
@@ -89,10 +89,7 @@ class Cell(TextCell):
 
     config: Config
     family: str = NAME
-
-    @property
-    def row(self) -> type[Row]:
-        return Row
+    row: ClassVar[type[Row]] = Row
 
     @property
     def flops(self) -> float:

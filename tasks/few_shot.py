@@ -16,7 +16,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sbeval.config import DATA, EVALUATION, LATER, MODEL, TASK, option
 from sbeval.errors import InputError, choose
@@ -166,6 +166,7 @@ class Cell(TextCell):
 
     config: Config
     family: str = NAME
+    row: ClassVar[type[Row]] = Row
 
     @property
     def task(self) -> str:
@@ -174,10 +175,6 @@ class Cell(TextCell):
     @property
     def title(self) -> str:
         return f"{self.model_title} {self.task}"
-
-    @property
-    def row(self) -> type[Row]:
-        return Row
 
     @property
     def flops(self) -> float:

@@ -16,7 +16,7 @@ and the tests are Liu et al.'s; the model of one layer, two heads and width 64 i
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sbeval.config import ATTENTION, EVALUATION, LR, MODEL, SEED, TASK, TRAINING, option
 from sbeval.errors import InputError, check_swept
@@ -125,10 +125,7 @@ class Cell(Synthetic):
 
     config: Config
     family: str = NAME
-
-    @property
-    def row(self) -> type[Row]:
-        return Row
+    row: ClassVar[type[Row]] = Row
 
     @property
     def flops(self) -> float:

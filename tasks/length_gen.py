@@ -20,7 +20,7 @@ documents for a window of 512 tokens too. Two controls tell a method from its te
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from sbeval.config import DATA, EVALUATION, LATER, option
 from sbeval.errors import InputError, choose
@@ -200,10 +200,7 @@ class Cell(TextCell):
 
     config: Config
     family: str = NAME
-
-    @property
-    def row(self) -> type[Row]:
-        return Row
+    row: ClassVar[type[Row]] = Row
 
     @property
     def flops(self) -> float:

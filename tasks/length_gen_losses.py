@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sbeval.tasks.length_gen_rows import (
     UNRELATED,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sbeval.data.corpus import Corpus
     from sbeval.data.evaluation_text import Text
     from sbeval.data.tokenizer import Ids, Tokenizer
+    from sbeval.evaluation.perplexity import Execution
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
     from sbeval.tables.statistics import Floats
@@ -60,16 +61,16 @@ class Evaluation:
         with self._shown(f"to {config.eval_len}", len(windows), config.eval_len) as how:
             if not spelled:
                 name = text.tokenizer.name
-                how["say"](f"no bits per byte by position: tokenizer {name!r} does not spell all of {text.name!r}")
+                how.say(f"no bits per byte by position: tokenizer {name!r} does not spell all of {text.name!r}")
             byte_lengths = text.tokenizer.byte_lengths if spelled else None
-            losses = perplexity.measure(subject.model, windows, byte_lengths, **how)
+            losses = perplexity.measure(subject.model, windows, byte_lengths, how)
         yield rows(losses, subject.train_len), values(losses, subject.train_len, documents)
         if not (last := config.fixed_targets):
             return
         targets: dict[int, Floats] = {}
         for length in config.contexts[:-1]:
             with self._shown(f"on the last {last} tokens after {length}", len(windows), length) as how:
-                targets[length] = perplexity.fixed_targets(subject.model, windows, targets=last, context=length, **how)
+                targets[length] = perplexity.fixed_targets(subject.model, windows, how, targets=last, context=length)
         # measured already
         targets[config.eval_len] = losses.losses[:, -last:]
         yield target_rows(targets), target_values(targets, documents)
@@ -78,7 +79,7 @@ class Evaluation:
         for length in far:
             with self._shown(f"after {length} tokens, the furthest of other text", len(windows), length) as how:
                 unrelated[length] = perplexity.fixed_targets(
-                    subject.model, windows, targets=last, context=length, own=subject.train_len, **how
+                    subject.model, windows, how, targets=last, context=length, own=subject.train_len
                 )
         if far:
             yield target_rows(unrelated, UNRELATED), target_values(unrelated, documents, UNRELATED)
@@ -91,28 +92,25 @@ class Evaluation:
             what = " ".join([*([text.name] if text.name else []), f"in windows of {length}"])
             with self._shown(what, sum(map(len, text.tokens)), length) as how:
                 losses = perplexity.rolling(
-                    self.subject.model,
-                    text.tokens,
-                    text.counted,
-                    window=length,
-                    prefix=text.prefix,
-                    **how,
+                    self.subject.model, text.tokens, text.counted, how, window=length, prefix=text.prefix
                 )
             yield windowed_rows(losses, length, text.name), windowed_values(losses, length, text.documents, text.name)
 
     @contextmanager
-    def _shown(self, what: str, total: int, length: int) -> Iterator[dict[str, Any]]:
+    def _shown(self, what: str, total: int, length: int) -> "Iterator[Execution]":
         """Show the progress of an evaluation of windows of `length` tokens; yield how it runs and reports."""
+        from sbeval.evaluation.perplexity import Execution
+
         context = self.context
         task = self.progress.add(f"evaluate {self.title} {what}", total=total)
-        yield {
-            "place": context.device,
-            "dtype": self.config.dtype,
-            "world": context.world,
-            "batch": max(1, EVAL_TOKENS[context.device.type] // length),
-            "advance": task.advance,
-            "say": task.say,
-        }
+        yield Execution(
+            place=context.device,
+            dtype=self.config.dtype,
+            world=context.world,
+            batch=max(1, EVAL_TOKENS[context.device.type] // length),
+            advance=task.advance,
+            say=task.say,
+        )
         task.close()
 
 

@@ -20,7 +20,7 @@ For keys 1 2 and values 5 ... 8, N = 2, with labels under the tokens (loss and l
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from sbeval.data.recall import Recall
 from sbeval.models.config import ModelConfig, canonical_attention, flops_per_token
@@ -29,6 +29,7 @@ from sbeval.sweep.cell import Outcome
 from sbeval.sweep.family import Family, Say, unsaid, without_rates
 from sbeval.tables.mqrar import Row as Row
 from sbeval.tables.mqrar import summary
+from sbeval.tables.rows import method_of
 from sbeval.tasks.mqrar_options import PRESETS as PRESETS
 from sbeval.tasks.mqrar_options import Config as Config
 from sbeval.tasks.mqrar_options import factors
@@ -57,6 +58,7 @@ class Cell(Synthetic):
 
     config: Config
     family: str = NAME
+    row: ClassVar[type[Row]] = Row
 
     @property
     def task(self) -> Recall:
@@ -73,10 +75,6 @@ class Cell(Synthetic):
     @property
     def title(self) -> str:
         return f"{self.setting} lr {self.config.lrs[0]:g} seed {self.config.seeds[0]}"
-
-    @property
-    def row(self) -> type[Row]:
-        return Row
 
     @property
     def flops(self) -> float:
@@ -247,18 +245,12 @@ def more(config: Config, results: "pd.DataFrame | None", say: Say = unsaid) -> l
 
 def _rates(cell: Cell, seed: int, results: "pd.DataFrame") -> list[float]:
     """Return the learning rates that are worth further seeds."""
-    from sbeval.tables import selection
+    from sbeval.tables import intervals, selection
 
-    name, _, options = cell.attention.partition(":")
-    config = cell.config
-    mine = results[
-        (results["attention"] == name)
-        & (results["options"] == options)
-        & (results["seed"] == seed)
-        & (results["kv_pairs"] == config.kv_pairs[0])
-        & (results["width"] == config.widths[0])
-        & (results["n_back"] == config.n_back[0])
-    ]
+    config, mine = cell.config, intervals.method(results, method_of(cell.attention))
+    same = {"seed": seed, "kv_pairs": config.kv_pairs[0], "width": config.widths[0], "n_back": config.n_back[0]}
+    for name, value in same.items():
+        mine = mine[mine[name] == value]
     rates = selection.ranked_rates(mine) or []
     solved = (mine["metric"] == "validation_accuracy") & (mine["value"] >= config.stop_accuracy)
     return rates[:1] if solved.any() else rates
@@ -281,7 +273,7 @@ def _settings(config: Config) -> list[Cell]:
 
 def _spec(config: Config, spec: str) -> str:
     """Return the canonical spec, with the sweep's logit scale where stick-breaking's options have none."""
-    name, _, options = spec.partition(":")
+    name, options = method_of(spec)
     if name == "stick_breaking" and "logit_scale=" not in options:
         spec = f"{name}:{options + ',' if options else ''}logit_scale={config.logit_scale}"
     return canonical_attention(spec)

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from sbeval.config import digest_of
 from sbeval.errors import InputError
@@ -64,6 +64,7 @@ class Cell(TextCell):
 
     config: Config
     family: str = NAME
+    row: ClassVar[type[Row]] = Row
 
     @property
     def task(self) -> str:
@@ -73,10 +74,6 @@ class Cell(TextCell):
     def title(self) -> str:
         tuned = " fine-tuned" if self.config.finetune else ""
         return f"{self.model_title}{tuned} {self.task}"
-
-    @property
-    def row(self) -> type[Row]:
-        return Row
 
     @property
     def needs(self) -> tuple[TrainingStep, ...]:

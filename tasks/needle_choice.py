@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sbeval.tables.needle import Row
+from sbeval.tables.rows import method_of
 from sbeval.tasks import needle_packed
 from sbeval.tasks.needle_packed import PackedTuning, Tuned
 from sbeval.tasks.needle_tuning import Tuning
@@ -107,8 +108,9 @@ def chosen_rates(attention: str, seed: int, rates: Sequence[float], results: "pd
 
     Where no model was taught these tasks, nothing says that one was solved, and the rate is that of the scores.
     """
-    name, _, options = attention.partition(":")
-    mine = results[(results["attention"] == name) & (results["options"] == options) & (results["seed"] == seed)]
+    from sbeval.tables import intervals
+
+    mine = intervals.method(results[results["seed"] == seed], method_of(attention))
     if mine.empty:
         return ()
     learned = mine[mine["metric"] == "tokens_to_solve"]

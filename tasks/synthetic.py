@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from sbeval import registry
 from sbeval.models.config import ModelConfig, canonical_attention
 from sbeval.sweep.cell import Cell, Outcome, loss_curves, timing
-from sbeval.tables.rows import Identity, Measurement
+from sbeval.tables.rows import Identity, Measurement, method_of
 from sbeval.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Synthetic(Cell):
         from sbeval.models.decoder import n_parameters
 
         shape, training = self.model(), self.training()
-        name, _, options = self.attention.partition(":")
+        name, options = method_of(self.attention)
         return Outcome(
             identity=Identity(
                 family=self.family,

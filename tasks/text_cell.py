@@ -15,7 +15,7 @@ from sbeval.models.config import ModelConfig, flops_per_token
 from sbeval.sweep.cell import Cell, Outcome, Step, TrainingStep, cell_id, held_out_curve, loss_curves, timing
 from sbeval.tables import epochs
 from sbeval.tables.privacy import shared
-from sbeval.tables.rows import Identity
+from sbeval.tables.rows import Identity, method_of
 from sbeval.tasks.text_training import Training, model_shape, open_corpus, training_options
 from sbeval.training.config import TrainConfig
 from sbeval.training.text_model import EvaluatedModel, TextModel, likely_vocabulary
@@ -213,7 +213,7 @@ class TextCell(TextStep, Cell):
         from sbeval.data.dataloader import epoch_tokens
 
         training = self.training(text)
-        name, _, options = self.attention.partition(":")
+        name, options = method_of(self.attention)
         evaluated = trained.evaluated_as(self.attention)
         return Subject(
             model=evaluated,

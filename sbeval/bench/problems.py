@@ -1,5 +1,6 @@
 """Problems of the kernel benchmarks: their sizes, their inputs, and the work that they are."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,18 +40,9 @@ class Problem:
     @property
     def factors(self) -> dict[str, Any]:
         """Columns of the problem in a row."""
-        return {
-            "step": self.step,
-            "batch": self.batch,
-            "queries": self.queries,
-            "keys": self.keys,
-            "heads": self.heads,
-            "kv_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "sequences": max(1, len(self.bounds) - 1),
-            "epsilon": self.epsilon,
-            "logit_mean": self.logit_mean,
-        }
+        sizes = dataclasses.asdict(self)
+        bounds = sizes.pop("bounds")
+        return sizes | {"sequences": max(1, len(bounds) - 1)}
 
     @property
     def title(self) -> str:

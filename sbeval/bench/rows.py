@@ -10,7 +10,7 @@ from sbeval.config import LATER, digest_of
 from sbeval.runtime import device as devices
 from sbeval.tables import provenance, store, table
 from sbeval.tables.results import Results
-from sbeval.tables.rows import Identity, Measurement
+from sbeval.tables.rows import Identity, Measurement, method_of
 from sbeval.tables.store import Stored
 
 
@@ -46,7 +46,7 @@ def keep(
 ) -> None:
     """Write the run file, then the rows."""
     step = rows[0].step
-    method, _, options = attention.partition(":")
+    method, options = method_of(attention)
     cell = f"{family}-{step}-{method}-{backend}-{digest_of([attention, backend, dtype, model, config])}"
     origin = provenance.collect(
         cell=cell,

@@ -211,7 +211,14 @@ def gains(
     """Return the readings of a whole model, which are differences of losses."""
 
     def losses(tokens: Rows, scored: int | None = None) -> npt.NDArray[np.float64]:
-        return _losses(model, tokens, scored, place, dtype, say)
+        out = np.zeros((len(tokens), scored or tokens.shape[1] - 1))
+
+        def evaluate(rows: Sequence[int]) -> None:
+            part = torch.from_numpy(tokens[rows]).to(place)
+            out[rows] = perplexity.window_losses(model, part, dtype, scored).double().cpu().numpy()
+
+        oom.in_parts(range(len(tokens)), max(1, TOKENS[place.type] // tokens.shape[1]), evaluate, say)
+        return out
 
     out = []
     for n, tokens in given.copies.items():
@@ -225,24 +232,6 @@ def gains(
         each = losses(given.context)
         early, late = (each[:, middle - AROUND - 1 : middle + AROUND].mean(1) for middle in (EARLY, LATE))
         out.append(_reading("in_context_score", "nats/token", late - early))
-    return out
-
-
-def _losses(
-    model: Predictor,
-    tokens: Rows,
-    scored: int | None,
-    place: torch.device,
-    dtype: str,
-    say: Callable[[str], None],
-) -> npt.NDArray[np.float64]:
-    out = np.zeros((len(tokens), scored or tokens.shape[1] - 1))
-
-    def evaluate(rows: Sequence[int]) -> None:
-        part = torch.from_numpy(tokens[rows]).to(place)
-        out[rows] = perplexity.window_losses(model, part, dtype, scored).double().cpu().numpy()
-
-    oom.in_parts(range(len(tokens)), max(1, TOKENS[place.type] // tokens.shape[1]), evaluate, say)
     return out
 
 
@@ -290,7 +279,8 @@ def _by_layer(
     for layer, same in enumerate(zip(*parts, strict=True), 1):
         for metric, unit, distance in same[0]:
             values = torch.cat([part[metric, unit, distance] for part in same])
-            yield from _by_head(metric, unit, values, layer, distance)
+            for head, each in enumerate(values.double().T.cpu().numpy(), 1):
+                yield _reading(metric, unit, each, layer=layer, head=head, distance=distance)
 
 
 def prefix_matching(weights: Tensor) -> Tensor:
@@ -327,11 +317,6 @@ def half_life(mixer: nn.Module, x: Tensor) -> Tensor | None:
         return None
     with torch.inference_mode():
         return math.log(2) / -log_gates(x).mean(1)
-
-
-def _by_head(metric: str, unit: str, values: Tensor, layer: int, distance: int | None = None) -> Iterator[Reading]:
-    for head, each in enumerate(values.double().T.cpu().numpy(), 1):
-        yield _reading(metric, unit, each, layer=layer, head=head, distance=distance)
 
 
 def _reading(metric: str, unit: str, values: npt.NDArray[np.float64], **factors: Any) -> Reading:

@@ -53,6 +53,22 @@ class Predictor(Protocol):
         """Return logits (..., vocabulary) of hidden states (..., width)."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """How forward passes run and report. batch: windows of one, halved when out of memory, which `say` reports.
+
+    advance: called with the number of finished windows or tokens. world: of its processes each evaluates a share, and
+    all return everything.
+    """
+
+    place: torch.device
+    dtype: str
+    batch: int = 1
+    advance: Callable[[int], None] = lambda _: None
+    say: Callable[[str], None] = print
+    world: World = ALONE
+
+
 @dataclass(frozen=True, slots=True)
 class PositionLosses:
     """Losses in nats, (documents, positions) float64; column i - 1 is position i. bytes: cumulative UTF-8 bytes of the
@@ -209,22 +225,14 @@ def measure(
     model: Predictor,
     windows: Sequence[tuple[int, Tokens]],
     byte_lengths: Callable[[Tokens], Tokens] | None,
-    *,
-    place: torch.device,
-    dtype: str,
-    batch: int = 1,
-    advance: Callable[[int], None] = lambda _: None,
-    say: Callable[[str], None] = print,
-    world: World = ALONE,
+    how: Execution,
 ) -> PositionLosses:
     """Return losses by position of (document, tokens) windows of length n + 1, averaged over each document's windows.
 
-    byte_lengths: bytes of each token of an array, None where they are not known. batch: windows of a forward pass,
-    halved when out of memory, which `say` reports. advance: called with the number of finished windows. Each process
-    evaluates a share of the windows, and all return all losses.
+    byte_lengths: bytes of each token of an array, None where they are not known.
     """
     tokens = np.stack([window for _, window in windows]).astype(np.int64)
-    losses = _losses(model, tokens, None, place, dtype, batch, advance, say, world)
+    losses = _losses(model, tokens, None, how)
     size = np.full(losses.shape, np.nan)
     if byte_lengths is not None:
         size = np.cumsum(np.stack([byte_lengths(window[1:]) for window in tokens]), 1).astype(np.float64)
@@ -234,29 +242,24 @@ def measure(
 def fixed_targets(
     model: Predictor,
     windows: Sequence[tuple[int, Tokens]],
+    how: Execution,
     *,
     targets: int,
     context: int,
     own: int | None = None,
-    place: torch.device,
-    dtype: str,
-    batch: int = 1,
-    advance: Callable[[int], None] = lambda _: None,
-    say: Callable[[str], None] = print,
-    world: World = ALONE,
 ) -> Floats:
     """Return the losses of the last `targets` tokens of the windows of each document, (documents, targets).
 
     The model reads the `context` tokens of each window before its last one; see the module. With `own`, of these only
     so many nearest ones; those further back are from the window of the next other document, at the same places. It
-    raises ValueError if there is none, and if some targets are further back. The rest as in `measure`.
+    raises ValueError if there is none, and if some targets are further back.
     """
     tokens = np.stack([window[-context - 1 :] for _, window in windows]).astype(np.int64)
     if own is not None:
         if own < targets:
             raise ValueError(f"{own} tokens of its own have fewer than {targets} targets")
         tokens[:, : context - own] = tokens[_others([document for document, _ in windows]), : context - own]
-    return _by_document(_losses(model, tokens, targets, place, dtype, batch, advance, say, world), windows)
+    return _by_document(_losses(model, tokens, targets, how), windows)
 
 
 def _others(documents: Sequence[int]) -> list[int]:
@@ -271,26 +274,17 @@ def _others(documents: Sequence[int]) -> list[int]:
     ]
 
 
-def _losses(
-    model: Predictor,
-    tokens: npt.NDArray[np.int64],
-    scored: int | None,
-    place: torch.device,
-    dtype: str,
-    batch: int,
-    advance: Callable[[int], None],
-    say: Callable[[str], None],
-    world: World,
-) -> Floats:
-    """Return the losses of windows (N, n + 1), of which each process evaluates a share; see `window_losses`."""
+def _losses(model: Predictor, tokens: npt.NDArray[np.int64], scored: int | None, how: Execution) -> Floats:
+    """Return the losses of windows (N, n + 1); see `window_losses`."""
     losses = np.zeros((len(tokens), scored or tokens.shape[1] - 1))
 
     def evaluate(rows: Sequence[int]) -> None:
-        losses[rows] = window_losses(model, torch.from_numpy(tokens[rows]).to(place), dtype, scored).cpu().numpy()
-        advance(len(rows) * world.size)
+        part = torch.from_numpy(tokens[rows]).to(how.place)
+        losses[rows] = window_losses(model, part, how.dtype, scored).cpu().numpy()
+        how.advance(len(rows) * how.world.size)
 
-    oom.in_parts(range(len(tokens))[world.rank :: world.size], batch, evaluate, say)
-    return distributed.summed(losses, world, place)
+    oom.in_parts(range(len(tokens))[how.world.rank :: how.world.size], how.batch, evaluate, how.say)
+    return distributed.summed(losses, how.world, how.place)
 
 
 def _by_document(values: Floats, windows: Sequence[tuple[int, Tokens]]) -> Floats:
@@ -314,22 +308,17 @@ def rolling(
     model: Predictor,
     documents: Sequence[Tokens],
     texts: Sequence[str],
+    how: Execution,
     *,
     window: int,
     prefix: Sequence[int],
-    place: torch.device,
-    dtype: str,
-    batch: int = 1,
-    advance: Callable[[int], None] = lambda _: None,
-    say: Callable[[str], None] = print,
-    world: World = ALONE,
 ) -> Rolling:
     """Return the loss of whole documents as lm-eval's `loglikelihood_rolling` defines it: see `disjoint`.
 
     texts: of the documents, in which words and bytes are counted. prefix: tokens before each document, the first of
-    which is context alone and others are scored. batch: windows of a forward pass; of shorter ones as many tokens.
-    Documents shorter than a window are padded at their end to one of few lengths, so that many share a pass and a
-    shape; not those of a model that is `by_length`. advance: called with the number of finished tokens.
+    which is context alone and others are scored. Of shorter windows as many tokens are in a pass. Documents shorter
+    than a window are padded at their end to one of few lengths, so that many share a pass and a shape; not those of a
+    model that is `by_length`.
     """
     whole = [np.concatenate([prefix[1:], tokens]) for tokens in documents]
     parts = [(index, *part) for index, tokens in enumerate(whole) for part in disjoint(tokens, window, prefix[0])]
@@ -341,17 +330,19 @@ def rolling(
         tokens = np.zeros((len(rows), width), dtype=np.int64)
         for line, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             tokens[line, :length] = parts[row][1]
-        each = window_losses(model, torch.from_numpy(tokens).to(place), dtype).double().cpu().numpy()
+        each = window_losses(model, torch.from_numpy(tokens).to(how.place), how.dtype).double().cpu().numpy()
         for line, (row, length) in enumerate(zip(rows, lengths, strict=True)):
             index, _, scored = parts[row]
             losses[index] += each[line, length - 1 - scored : length - 1].sum()
-        advance(sum(parts[row][2] for row in rows) * world.size)
+        how.advance(sum(parts[row][2] for row in rows) * how.world.size)
 
     widths = [len(part) - 1 if model.by_length else _shared(len(part) - 1, window) for _, part, _ in parts]
-    for rows in list(_of_one_length(widths, batch * window))[world.rank :: world.size]:
-        oom.in_parts(rows, len(rows), evaluate, say)
+    for rows in list(_of_one_length(widths, how.batch * window))[how.world.rank :: how.world.size]:
+        oom.in_parts(rows, len(rows), evaluate, how.say)
     counts = ([len(x) for x in whole], [len(re.split(r"\s+", x)) for x in texts], [len(x.encode()) for x in texts])
-    return Rolling(distributed.summed(losses, world, place), *(np.array(count, dtype=np.float64) for count in counts))
+    return Rolling(
+        distributed.summed(losses, how.world, how.place), *(np.array(count, dtype=np.float64) for count in counts)
+    )
 
 
 def _shared(length: int, window: int) -> int:

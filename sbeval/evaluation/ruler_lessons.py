@@ -29,8 +29,8 @@ from sbeval.data.dataloader import WeightedBatch
 from sbeval.data.tokenizer import Ids
 from sbeval.errors import InputError
 from sbeval.evaluation import ruler_tasks
+from sbeval.evaluation.ruler_drafts import Sample, Setting
 from sbeval.evaluation.ruler_prompts import FORMAT, GROUP, Writer, fit
-from sbeval.evaluation.ruler_tasks import Sample, Setting
 from sbeval.runtime import seals
 from sbeval.runtime.files import locked
 

@@ -17,7 +17,7 @@ from sbeval.data.dataloader import Batch
 from sbeval.data.tokenizer import Ids, Tokenizer
 from sbeval.errors import InputError
 from sbeval.evaluation import ruler_tasks
-from sbeval.evaluation.ruler_tasks import Draft, Sample, Setting
+from sbeval.evaluation.ruler_drafts import Draft, Sample, Setting
 from sbeval.evaluation.ruler_texts import Sources, Tables
 from sbeval.runtime import seals
 from sbeval.runtime.files import locked
@@ -33,7 +33,7 @@ MARGIN = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """tokens: of the prompt; answer: those of the reference. See `ruler_tasks.Sample`."""
+    """tokens: of the prompt; answer: those of the reference. See `ruler_drafts.Sample`."""
 
     tokens: Ids
     answer: Ids
@@ -63,7 +63,7 @@ class Writer:
     ) -> list[Prompt]:
         """Return the first `count` prompts of a task at a length; raise InputError where the smallest does not fit.
 
-        use: see `ruler_tasks.Setting`.
+        use: see `ruler_drafts.Setting`.
         """
         path = self.path(task, length, seed, use)
         with locked(path):

@@ -24,6 +24,7 @@ from sbeval.pretrained import checks, foreign, released
 from sbeval.pretrained.hub_model import HubModel, positions_of
 from sbeval.runtime import device
 from sbeval.runtime.files import is_of_the_disk, sha256
+from sbeval.tables.rows import method_of
 from sbeval.training import checkpoint
 
 # files of their tokenizers, and of code that comes with a model
@@ -143,7 +144,7 @@ def _own(folder: Path, place: torch.device) -> Pretrained:
 def _decoder(
     model: Decoder, name: str, train_len: int | None, place: torch.device, tokenizer: str | None = None
 ) -> Pretrained:
-    method, _, options = model.config.attention.partition(":")
+    method, options = method_of(model.config.attention)
     return Pretrained(
         model=model,
         name=name,

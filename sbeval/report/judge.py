@@ -130,9 +130,9 @@ class Answer:
     words: str
 
 
-def against(differences: Mapping[Method, Interval], bound: float, of: Method = STICK) -> Answer:
-    """Return whether the difference of a method is below a bound, corrected for all methods with a difference."""
-    at = list(differences).index(of)
+def against(differences: Mapping[Method, Interval], bound: float) -> Answer:
+    """Return whether stick-breaking's difference is below a bound, corrected for all methods with a difference."""
+    at = list(differences).index(STICK)
     below = statistics.holm([each.below(bound) for each in differences.values()])[at]
     above = statistics.holm([each.above(bound) for each in differences.values()])[at]
     answer = True if below < ALPHA else False if above < ALPHA else None
@@ -149,16 +149,14 @@ def verdict(answer: bool | None, found: str, *, far: str = "") -> Judged:
     return Judged(UNDECIDED, found, far, leans=decided) if far else Judged(decided, found)
 
 
-def nearest(rows: pd.DataFrame, by: Iterable[str], methods: Iterable[Method] = (STICK, ROPE)) -> pd.DataFrame:
-    """Return the rows of all methods in the setting nearest the paper's that has these methods.
+def nearest(rows: pd.DataFrame, by: Iterable[str]) -> pd.DataFrame:
+    """Return the rows of all methods in the setting nearest the paper's that has METHODS.
 
     Raise InputError where no setting has them.
     """
-    needed = set(methods)
-    parts = [part for _, part in rows.groupby(list(by), dropna=False) if needed <= {*intervals.methods(part)}]
+    parts = [part for _, part in rows.groupby(list(by), dropna=False) if {STICK, ROPE} <= {*intervals.methods(part)}]
     if not parts:
-        names = " and ".join(name for name, method in METHODS.items() if method in needed)
-        raise InputError(f"no setting has rows of both {names}")
+        raise InputError(f"no setting has rows of both {' and '.join(METHODS)}")
 
     def rank(part: pd.DataFrame) -> tuple[bool, float, float]:
         plain = part[part["attention"] == ROPE[0]]

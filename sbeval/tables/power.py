@@ -8,10 +8,12 @@ The score of a benchmark is the same with items for documents. Where their value
 that do not correlate, which is larger.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +24,7 @@ from sbeval.tables import documents, few_shot, intervals, pooling, selection, st
 from sbeval.tables.pairs import Stored
 from sbeval.tables.power_options import Config
 from sbeval.tables.results import Results
-from sbeval.tables.statistics import Spread
+from sbeval.tables.statistics import Scale, Spread
 
 # points at which the distribution of an estimated standard deviation is averaged
 POINTS = 200
@@ -126,15 +128,20 @@ def _of_results(path: Path, results_dir: Path) -> Noise | None:
         rows = selection.by_context(table.read(path))
     except InputError:
         return None
-    rows = rows[rows["x"] == rows["train_len"]]
-    best = None
-    for _, part in rows.groupby(["model", "train_len", "corpus", "train_tokens"]):
-        samples = intervals.samples(part, statistics.Scale.LOG)
-        spread = pooling.pooled(samples)
-        if best is None or spread.freedom > best.seeds.freedom:
-            over = _over_documents(part, lambda cells: values.read(Results(results_dir), cells))
-            best = Noise(spread, over, min(sample.units for sample in samples.values()))
-    return best
+    settings = rows[rows["x"] == rows["train_len"]].groupby(["model", "train_len", "corpus", "train_tokens"])
+    read = functools.partial(values.read, Results(results_dir))
+    return _of_most_seeds(settings, Scale.LOG, lambda part: _over_documents(part, read))
+
+
+def _of_most_seeds(
+    settings: Iterable[tuple[Any, pd.DataFrame]], scale: Scale, over: Callable[[pd.DataFrame], float | None]
+) -> Noise | None:
+    """Return the noise of the setting with the most seeds; `over`: returns that over its documents or items."""
+    found = [(part, intervals.samples(part, scale)) for _, part in settings]
+    if not found:
+        return None
+    part, samples = max(found, key=lambda one: pooling.pooled(one[1]).freedom)
+    return Noise(pooling.pooled(samples), over(part), min(sample.units for sample in samples.values()))
 
 
 def _over_documents(rows: pd.DataFrame, read: Callable[[Iterable[str]], pd.DataFrame]) -> float | None:
@@ -164,14 +171,9 @@ def _of_benchmark(results: Results, benchmark: str) -> Noise | None:
     rows = few_shot.headline(table.read(results.table("few_shot"), required=few_shot.COLUMNS))
     names = sorted(set(rows["task"]))
     rows = rows[rows["task"] == choose("benchmark", benchmark, names)]
-    stored = Stored(lambda cells: values.read(results, cells))
-    best = None
-    for _, part in rows.groupby([*few_shot.ALIKE, "benchmark"], dropna=False):
-        samples = intervals.samples(part)
-        spread = pooling.pooled(samples)
-        if best is None or spread.freedom > best.seeds.freedom:
-            best = Noise(spread, _over_items(part, stored), int(part["n"].min()))
-    return best
+    stored = Stored(functools.partial(values.read, results))
+    settings = rows.groupby([*few_shot.ALIKE, "benchmark"], dropna=False)
+    return _of_most_seeds(settings, Scale.LINEAR, lambda part: _over_items(part, stored))
 
 
 def _over_items(rows: pd.DataFrame, stored: Stored) -> float | None:

@@ -32,6 +32,12 @@ def spec_of(name: object, options: object) -> str:
     return f"{name}:{options}" if options else f"{name}"
 
 
+def method_of(spec: str) -> Method:
+    """Return name and options of a method that `spec_of` wrote."""
+    name, _, options = spec.partition(":")
+    return name, options
+
+
 def column(label: str, *metadata: Mapping[str, Any], default: Any = MISSING) -> Any:
     """Declare a column that titles of figures can name. label: a phrase with its value, such as `{} layers`.
 

@@ -125,9 +125,9 @@ def test_evaluation_goes_on_with_fewer_windows(
     documents = [np.arange(size) % 64 for size in (50, 7, 81, 20)]
 
     def measured() -> tuple[Any, Any]:
-        how: dict[str, Any] = {"place": CPU, "dtype": "float32", "batch": 8}
-        losses = perplexity.measure(model, windows, np.ones_like, **how)
-        return losses.losses, perplexity.rolling(model, documents, [""] * 4, window=10, prefix=[0], **how).losses
+        how = perplexity.Execution(place=CPU, dtype="float32", batch=8)
+        losses = perplexity.measure(model, windows, np.ones_like, how)
+        return losses.losses, perplexity.rolling(model, documents, [""] * 4, how, window=10, prefix=[0]).losses
 
     whole = measured()
     assert capsys.readouterr().out == ""

@@ -17,6 +17,8 @@ WITHOUT = {
     "sbeval/tables/published.py": "constants",
     "sbeval/report/claims.py": "a table of claims: tests/sbeval/report/test_judge.py",
     "sbeval/report/page.py": "part of a report: tests/sbeval/report/test_html.py",
+    "sbeval/evaluation/ruler_drafts.py": "what tasks are written with: tests/sbeval/evaluation/test_ruler_tasks.py",
+    "sbeval/evaluation/ruler_needles.py": "eight of the tasks: tests/sbeval/evaluation/test_ruler_tasks.py",
     "sbeval/pretrained/foreign.py": "read from models as released: tests/sbeval/pretrained/test_released.py",
     "sbeval/tables/columns.py": "words: tests/sbeval/cli/test_columns.py",
     "sbeval/tables/curves.py": "stored with values: tests/sbeval/tables/test_values.py",

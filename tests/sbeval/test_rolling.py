@@ -17,6 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from sbeval.data import evaluation_text
 from sbeval.data.tokenizer import Bytes
 from sbeval.evaluation import perplexity
+from sbeval.evaluation.perplexity import Execution
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 from sbeval.tasks import length_gen_rows
@@ -73,11 +74,9 @@ def rolled(window: int, batch: int) -> perplexity.Rolling:
         build(),
         [tokenizer.encode(text) for text in TEXTS],
         TEXTS,
+        Execution(place=CPU, dtype="float32", batch=batch),
         window=window,
         prefix=[EOS],
-        place=CPU,
-        dtype="float32",
-        batch=batch,
     )
 
 
@@ -97,13 +96,15 @@ def test_padding_shares_shapes_and_changes_nothing(batch: int, passes: int, monk
     texts = [tokenizer.decode(tokens) for tokens in documents]
     shapes: list[tuple[int, ...]] = []
     model.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
-    how: dict[str, Any] = {"window": 256, "prefix": [EOS], "place": CPU, "dtype": "float32", "batch": batch}
+    how = Execution(place=CPU, dtype="float32", batch=batch)
     with monkeypatch.context() as patch:
         patch.setattr(Decoder, "by_length", True)
-        plain = perplexity.rolling(model, documents, texts, **how).losses
+        plain = perplexity.rolling(model, documents, texts, how, window=256, prefix=[EOS]).losses
     assert len({length for _, length in shapes}) == 6
     shapes.clear()
-    np.testing.assert_allclose(perplexity.rolling(model, documents, texts, **how).losses, plain, rtol=1e-5)
+    np.testing.assert_allclose(
+        perplexity.rolling(model, documents, texts, how, window=256, prefix=[EOS]).losses, plain, rtol=1e-5
+    )
     # two lengths an octave, from 48 to the window; as many tokens of each as of windows
     assert {length for _, length in shapes} == {48, 96, 256}
     assert max(rows * length for rows, length in shapes) <= 256 * batch and len(shapes) == passes
@@ -137,7 +138,7 @@ def test_wikitext_is_lm_evals(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"text": page}) + "\n" for page in PAGES))
     text = evaluation_text.read(f"wikitext:{path}", "text", Bytes(), [EOS])
     found = perplexity.rolling(
-        build(), text.tokens, text.counted, window=16, prefix=text.prefix, place=CPU, dtype="float32"
+        build(), text.tokens, text.counted, Execution(place=CPU, dtype="float32"), window=16, prefix=text.prefix
     )
     harness, weighted = Harness(build(), 16), []
     for index, page in enumerate(PAGES):

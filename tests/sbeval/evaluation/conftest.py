@@ -9,7 +9,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from sbeval.data import tokenizer
 from sbeval.data.tokenizer import EOS, Library, Tokenizer
-from sbeval.evaluation import ruler_tasks, ruler_texts
+from sbeval.evaluation import ruler_drafts, ruler_texts
 from sbeval.evaluation.ruler_prompts import Writer
 from sbeval.evaluation.ruler_texts import Sources
 
@@ -71,7 +71,7 @@ def llama(texts: list[str]) -> Library:
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def text(request: pytest.FixtureRequest, sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    words = " ".join([*sources.essay.words[:20000], *ruler_tasks.words("noun", "adjective")])
+    words = " ".join([*sources.essay.words[:20000], *ruler_drafts.words("noun", "adjective")])
     if request.param == "llama":
         return llama([words])
     return tokenizer.load("bpe:1024", train_texts=lambda: [words], cache_dir=tmp_path_factory.mktemp("cache"))

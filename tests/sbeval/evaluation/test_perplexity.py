@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sbeval.evaluation import perplexity
-from sbeval.evaluation.perplexity import PositionLosses, bins, lengths, measure, window_losses
+from sbeval.evaluation.perplexity import Execution, PositionLosses, bins, lengths, measure, window_losses
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 from sbeval.tables.statistics import Estimate, Floats
@@ -20,6 +20,7 @@ from sbeval.tasks import length_gen_rows
 
 VOCABULARY = 40
 CPU = torch.device("cpu")
+HOW = Execution(place=CPU, dtype="float32")
 
 
 def build(m_width: float = 1.0) -> Decoder:
@@ -104,7 +105,7 @@ def test_batches_do_not_show(batch: int) -> None:
     model = build()
     windows = [(index, row) for index, row in enumerate(draw(5, 17))]
     done: list[int] = []
-    found = measure(model, windows, one_each, place=CPU, dtype="float32", batch=batch, advance=done.append)
+    found = measure(model, windows, one_each, Execution(place=CPU, dtype="float32", batch=batch, advance=done.append))
     wanted = exact(model, torch.from_numpy(draw(5, 17)))
     np.testing.assert_allclose(found.losses, wanted.numpy(), atol=2e-5)
     assert found.losses.dtype == np.float64
@@ -119,7 +120,7 @@ def test_windows_of_a_document_are_averaged_first() -> None:
     def size(tokens: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
         return tokens + 1
 
-    found = measure(model, chosen, size, place=CPU, dtype="float32")
+    found = measure(model, chosen, size, HOW)
     losses = exact(model, torch.from_numpy(rows)).numpy()
     np.testing.assert_allclose(found.losses, [(losses[0] + losses[2]) / 2, losses[1], losses[3]], atol=2e-5)
     # the first token of a window is not scored: its bytes do not count
@@ -133,9 +134,8 @@ def test_fixed_targets_are_the_same_tokens_after_any_context(context: int, batch
     model, rows = build(), draw(4, 17)
     windows = [(3, rows[0]), (1, rows[1]), (3, rows[2]), (0, rows[3])]
     done: list[int] = []
-    found = perplexity.fixed_targets(
-        model, windows, targets=5, context=context, place=CPU, dtype="float32", batch=batch, advance=done.append
-    )
+    how = Execution(place=CPU, dtype="float32", batch=batch, advance=done.append)
+    found = perplexity.fixed_targets(model, windows, how, targets=5, context=context)
     # by hand, a target at a time: its context begins `context` tokens before the last target
     losses = np.zeros((4, 5))
     for row, target in itertools.product(range(4), range(5)):
@@ -149,29 +149,26 @@ def test_the_text_further_back_can_be_another_document_s() -> None:
     model, rows = build(), draw(4, 17)
     # the next other document of the last window is that of the second: the first is of its own
     windows = [(3, rows[0]), (1, rows[1]), (1, rows[2]), (3, rows[3])]
-    found = perplexity.fixed_targets(model, windows, targets=5, context=12, own=7, place=CPU, dtype="float32")
+    found = perplexity.fixed_targets(model, windows, HOW, targets=5, context=12, own=7)
     losses = np.zeros((4, 5))
     for row, other in enumerate([1, 3, 3, 1]):
         mixed = np.concatenate([rows[other, 4:9], rows[row, 9:]])
         losses[row] = exact(model, torch.from_numpy(mixed[None]))[0, -5:]
     np.testing.assert_allclose(found, [(losses[0] + losses[3]) / 2, (losses[1] + losses[2]) / 2], atol=2e-5)
     # nothing is further back than that
-    plain, same = (
-        perplexity.fixed_targets(model, windows, targets=5, context=7, own=own, place=CPU, dtype="float32")
-        for own in (None, 7)
-    )
+    plain, same = (perplexity.fixed_targets(model, windows, HOW, targets=5, context=7, own=own) for own in (None, 7))
     np.testing.assert_array_equal(plain, same)
     with pytest.raises(ValueError, match="one document"):
-        perplexity.fixed_targets(model, windows[:1], targets=5, context=12, own=7, place=CPU, dtype="float32")
+        perplexity.fixed_targets(model, windows[:1], HOW, targets=5, context=12, own=7)
     # the first target would be the other document's
     with pytest.raises(ValueError, match="5 targets"):
-        perplexity.fixed_targets(model, windows, targets=5, context=12, own=4, place=CPU, dtype="float32")
+        perplexity.fixed_targets(model, windows, HOW, targets=5, context=12, own=4)
 
 
 def test_fixed_targets_of_whole_windows_are_the_last_positions() -> None:
     model, windows = build(), [(index, row) for index, row in enumerate(draw(3, 17))]
-    whole = measure(model, windows, one_each, place=CPU, dtype="float32")
-    found = perplexity.fixed_targets(model, windows, targets=6, context=16, place=CPU, dtype="float32")
+    whole = measure(model, windows, one_each, HOW)
+    found = perplexity.fixed_targets(model, windows, HOW, targets=6, context=16)
     np.testing.assert_allclose(found, whole.losses[:, -6:], atol=1e-6)
 
 
@@ -184,7 +181,7 @@ def test_a_window_that_cannot_see_far_has_the_same_loss_with_more_context() -> N
     windows = [(index, row) for index, row in enumerate(draw(3, 33))]
 
     def losses(model: Decoder, context: int) -> Floats:
-        return perplexity.fixed_targets(model, windows, targets=4, context=context, place=CPU, dtype="float32")
+        return perplexity.fixed_targets(model, windows, HOW, targets=4, context=context)
 
     # two layers see 3 tokens before the query each
     near, far = Decoder(shape).eval(), build()
@@ -268,9 +265,7 @@ def test_rolling_likelihood_of_a_document() -> None:
     model, window = build().double(), 8
     document = draw(1 + 5 * window)
     starts = range(0, 5 * window, window)
-    found = measure(
-        model, [(0, document[start : start + window + 1]) for start in starts], one_each, place=CPU, dtype="float32"
-    )
+    found = measure(model, [(0, document[start : start + window + 1]) for start in starts], one_each, HOW)
     total = 0.0
     with torch.no_grad():
         for position in range(1, len(document)):

@@ -12,9 +12,9 @@ import pytest
 from sbeval.config import IGNORE
 from sbeval.data.tokenizer import Bytes, Tokenizer
 from sbeval.errors import InputError
-from sbeval.evaluation import ruler_tasks, ruler_texts
+from sbeval.evaluation import ruler_drafts, ruler_tasks, ruler_texts
+from sbeval.evaluation.ruler_drafts import Setting
 from sbeval.evaluation.ruler_prompts import Prompt, PromptBatches, Writer
-from sbeval.evaluation.ruler_tasks import Setting
 from sbeval.evaluation.ruler_texts import Sources
 
 LENGTH, COUNT = 2048, 3
@@ -56,7 +56,7 @@ def test_prompts_fill_the_length_to_the_last_unit(task: str, writer: Writer) -> 
         assert len(writer.tokenizer.encode(longer)) + new_tokens > LENGTH
 
 
-def near(draft: ruler_tasks.Draft, tokens: int) -> range:
+def near(draft: ruler_drafts.Draft, tokens: int) -> range:
     """Units that a prompt of so many tokens may have."""
     units = range(draft.least, draft.most)
     first, last = (bisect_left(units, tokens + by, key=draft.tokens) for by in (-25, 25))
@@ -82,7 +82,7 @@ def test_lessons_that_do_not_fit_are_put_right_by_other_options(small: Writer) -
 
 
 def test_words_that_run_out_before_the_length_are_an_error(small: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = ruler_tasks.words("noun")[:300]
+    few = ruler_drafts.words("noun")[:300]
     monkeypatch.setattr(ruler_tasks, "words", lambda *kinds: few)
     with pytest.raises(InputError, match="cwe cannot fill 32768 tokens: with all of its words its prompt") as caught:
         small.prompts("cwe", 32768, 42, 2)

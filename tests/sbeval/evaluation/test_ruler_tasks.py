@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from sbeval.evaluation import ruler_prompts, ruler_tasks, ruler_texts
+from sbeval.evaluation import ruler_needles, ruler_prompts, ruler_tasks, ruler_texts
+from sbeval.evaluation.ruler_drafts import Setting
 from sbeval.evaluation.ruler_prompts import Writer
 from sbeval.evaluation.ruler_scores import score
-from sbeval.evaluation.ruler_tasks import Setting
 
 LENGTH, COUNT = 2048, 3
 # lm_eval's YAML files of RULER say the same
@@ -142,7 +142,7 @@ def test_needles_are_joined_to_an_essay_by_spaces_as_rulers(
     """What stands before, between and after needles is joined with them, also where it is empty: two spaces then."""
     (tmp_path / "essay.txt").write_text("This is one. Here is another! Is it?")
     three = Writer(writer.tokenizer, ruler_texts.load(str(tmp_path / "essay.txt"), None, None), tmp_path)
-    monkeypatch.setattr(ruler_tasks, "DEPTHS", depths)
+    monkeypatch.setattr(ruler_needles, "DEPTHS", depths)
     sample = ruler_tasks.draft(task, 0, setting(three)).write(8)
     text = re.sub(r"One of the special magic numbers for \S+ is: \d{7}\.", "ONE", sample.prompt)
     context = text.split("afterwards.")[1].split("What ")[0]

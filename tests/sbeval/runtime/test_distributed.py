@@ -63,8 +63,8 @@ def work(folder: Path, stop_at: int, world: World, shard: bool = False, tied: bo
         except KeyboardInterrupt:
             return
     windows = [(index, row) for index, row in enumerate(np.random.default_rng(0).integers(0, 31, (5, 9)))]
-    how = {"place": CPU, "dtype": "float32", "world": world}
-    found = perplexity.measure(trained.model, windows, np.ones_like, **how)  # type: ignore[arg-type]  # each is its own
+    how = perplexity.Execution(place=CPU, dtype="float32", world=world)
+    found = perplexity.measure(trained.model, windows, np.ones_like, how)
     if world.leads:
         (folder.parent / f"{folder.name}.json").write_text(json.dumps(found.losses.tolist()))
 
