@@ -77,7 +77,8 @@ def plot(
     where: Annotated[
         list[str] | None,
         typer.Option(
-            help="Draw only rows with this value, such as seed=0; repeat for several.", metavar="COLUMN=VALUE"
+            help="Draw only rows with this value, such as seed=0; repeat for more.",
+            metavar="COLUMN=VALUE",
         ),
     ] = None,
     results_dir: ResultsDir = Path("results"),

@@ -39,13 +39,14 @@ def draw_figures(
 
     A figure of several settings may have a file for each, <name>-<setting>.<format>.
 
-    out_dir: `results_dir`/figures unless given. say: reports each figure that is skipped because it has no table, or
-    none of its rows, and rows that are not what a run wrote. where: conditions `column=value` on rows. like: rows;
-    their settings alone are drawn, with all methods. A figure that only some tables have rows for is left out where
-    there are none, unless it is named. Raise InputError for an unknown name or format, a table that cannot be read, no
-    table at all and, for a named figure, no table or, if `required`, none of its rows.
+    out_dir: `results_dir`/figures unless given. say: reports each figure that is skipped because it has no table, none
+    of its rows or a damaged file beside it, and rows that are not what a run wrote. where: conditions `column=value` on
+    rows; of several on one column, a row meets any. like: rows; their settings alone are drawn, with all methods. A
+    figure that only some tables have rows for is left out where there are none, unless it is named. Raise InputError
+    for an unknown name or format, a table that cannot be read, no table or no figure at all and, for a named figure, no
+    table or, if `required`, none of its rows.
     """
-    conditions = tuple(where)
+    conditions = [_condition(text) for text in where]
     chosen = [choose("format", name, (*FORMATS, "html")) for name in formats]
     modules = {name: registry.figure(name) for name in names or registry.FIGURES}
     tables = dict.fromkeys(Results(results_dir).table(module.TABLE) for module in modules.values())
@@ -53,7 +54,7 @@ def draw_figures(
         raise InputError(f"there is no result table in {results_dir}; sbeval length-gen --preset quick makes one")
     folder = prepare(out_dir or Results(results_dir).figures)
     remove_left(folder)
-    files = []
+    files, errors = [], []
     for line in check.notes(path for path in tables if path.exists()):
         say(line)
     for name, module in modules.items():
@@ -63,13 +64,10 @@ def draw_figures(
             continue
         table = read(path, required=module.COLUMNS)
         table = table if like is None else beside(table, like)
-        rows = None if names else registry.gather(name, table, results_dir)
-        if rows is not None and not registry.has_rows(name, rows):
-            continue
-        selected = _selected(table, path, conditions)
         try:
-            if rows is None or conditions:
-                rows = registry.gather(name, selected, results_dir)
+            rows = registry.gather(name, _selected(table, path, conditions), results_dir)
+            if not names and not registry.has_rows(name, rows):
+                continue
             files += _draw(name, rows, folder, [suffix for suffix in chosen if suffix in FORMATS])
             if "html" in chosen:
                 files.append(_write_page(module, rows, folder / f"{name}.html"))
@@ -78,23 +76,37 @@ def draw_figures(
                 raise InputError(f"{path}: {error}") from None
             say(f"{name}: left out, {error}")
         except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+            errors.append(InputError(f"{path}: {error}"))
+            if names:
+                raise errors[-1] from None
+            say(f"{name}: skipped, {path}: {error}")
+    if errors and not files:
+        raise errors[0]
     return files
 
 
-def _selected(table: pd.DataFrame, path: Path, where: Iterable[str]) -> pd.DataFrame:
-    """Return the rows that have the given values, each `column=value`; InputError where there are none."""
-    for condition in where:
-        column, equals, value = condition.partition("=")
-        if not equals:
-            raise InputError(f"--where takes COLUMN=VALUE, such as seed=0; got {condition!r}")
+def _condition(text: str) -> tuple[str, str]:
+    column, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--where takes COLUMN=VALUE, such as seed=0; got {text!r}")
+    return column, value
+
+
+def _selected(table: pd.DataFrame, path: Path, where: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """Return the rows that have one of the values given for each column; InputError where there are none."""
+    wanted: dict[str, pd.Series[bool]] = {}
+    for column, value in where:
         values = table[choose(f"column of {path}", column, table.columns)]
         numeric = pd.to_numeric(pd.Series([value]), errors="coerce").iloc[0]
-        same = values == numeric if pd.api.types.is_numeric_dtype(values) else values == value
-        if not same.fillna(False).any():
+        same = (values == numeric if pd.api.types.is_numeric_dtype(values) else values == value).fillna(False)
+        if not same.any():
             known = ", ".join(f"{one}" for one in values.dropna().unique()[:8])
-            raise InputError(f"{path} has no row with {condition}; {column} is {known}")
-        table = table[same.fillna(False)]
+            raise InputError(f"no row with {column}={value}; {column} is {known}")
+        wanted[column] = wanted[column] | same if column in wanted else same
+    for same in wanted.values():
+        table = table[same.loc[table.index]]
+    if where and table.empty:
+        raise InputError(f"no row with {' and '.join(f'{column}={value}' for column, value in where)}")
     return table
 
 

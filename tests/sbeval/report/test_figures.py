@@ -3,11 +3,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
+from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.report.figures import draw_figures
 
@@ -125,6 +128,11 @@ def test_where_selects_rows(results: Path, tmp_path: Path) -> None:
     everything = draw_figures(results, ["mqrar"], ["png"], tmp_path / "all")
     one = draw_figures(results, ["mqrar"], ["png"], tmp_path / "one", where=["attention=rope"])
     assert everything[0].read_bytes() != one[0].read_bytes()
+    # of several values of a column, any
+    both = draw_figures(
+        results, ["mqrar"], ["png"], tmp_path / "both", where=["attention=rope", "attention=alibi", "seed=0"]
+    )
+    assert everything[0].read_bytes() == both[0].read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -132,13 +140,35 @@ def test_where_selects_rows(results: Path, tmp_path: Path) -> None:
     [
         ("attention", "--where takes COLUMN=VALUE, such as seed=0; got 'attention'"),
         ("atention=rope", "did you mean 'attention'?"),
-        ("attention=rop", "has no row with attention=rop; attention is "),
-        ("seed=77", "has no row with seed=77"),
+        ("attention=rop", "mqrar.csv: no row with attention=rop; attention is "),
+        ("seed=77", "mqrar.csv: no row with seed=77"),
     ],
 )
 def test_where_names_what_selects_nothing(results: Path, tmp_path: Path, condition: str, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         draw_figures(results, ["mqrar"], ["png"], tmp_path, where=[condition])
+
+
+def test_a_table_without_the_rows_or_a_damaged_one_does_not_keep_others_from_being_drawn(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    gather = registry.gather
+
+    def torn(name: str, *given: Any) -> pd.DataFrame:
+        if name == "mqrar_steps":
+            raise InputError("curves/a.parquet is damaged")
+        return gather(name, *given)
+
+    monkeypatch.setattr(registry, "gather", torn)
+    files = draw_figures(results, None, ["png"], say=said.append)
+    assert "mqrar.png" in [path.name for path in files]
+    assert f"mqrar_steps: skipped, {results / 'mqrar.csv'}: curves/a.parquet is damaged" in said
+    # nothing at all is an error, as is a figure that is named
+    with pytest.raises(InputError, match="no row with seed=77"):
+        draw_figures(results, None, ["png"], say=said.append, where=["seed=77"])
+    with pytest.raises(InputError, match="is damaged"):
+        draw_figures(results, ["mqrar", "mqrar_steps"], ["png"], say=said.append)
 
 
 def test_a_dollar_in_a_name_begins_no_formula(results: Path) -> None:
