@@ -15,18 +15,25 @@ from sbeval.config import LATER
 EPSILON = 2.0**-24
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """Sizes of one kernel benchmark. `bounds`: cumulative lengths of packed sequences. `logit_mean`: of inputs drawn
-    around it, at the default scale; standard normal ones when None."""
+# without slots, which only one base of a row may have
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Of a problem, and columns of its rows: `queries` of `keys` positions."""
 
-    step: str
+    step: str  # forward, forward_backward, decode; train, evaluate
     batch: int
     queries: int
     keys: int
     heads: int
     kv_heads: int
     head_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem(Sizes):
+    """One kernel benchmark. `bounds`: cumulative lengths of packed sequences. `logit_mean`: of inputs drawn around it,
+    at the default scale; standard normal ones when None."""
+
     bounds: tuple[int, ...] = ()
     epsilon: float = 0.0
     logit_mean: float | None = field(default=None, metadata=LATER)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from sbeval.bench.problems import Sizes
 from sbeval.config import LATER, digest_of
 from sbeval.runtime import device as devices
 from sbeval.tables import provenance, store, table
@@ -15,17 +16,10 @@ from sbeval.tables.store import Stored
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row(Measurement):
-    """Factors: the problem. `queries` of `keys` positions; `sequences` packed into a row; `epsilon` of skipping;
-    `logit_mean`, where inputs are not standard normal."""
+class Row(Sizes, Measurement):
+    """Factors: the problem, `sequences` packed into a row, `epsilon` of skipping, and `logit_mean` where inputs are not
+    standard normal."""
 
-    step: str  # forward, forward_backward, decode; train, evaluate
-    batch: int
-    queries: int
-    keys: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     sequences: int
     epsilon: float | None = None
     logit_mean: float | None = field(default=None, metadata=LATER)

@@ -76,10 +76,11 @@ def draw_figures(
                 raise InputError(f"{path}: {error}") from None
             say(f"{name}: left out, {error}")
         except InputError as error:
-            errors.append(InputError(f"{path}: {error}"))
+            failed = InputError(f"{path}: {error}")
             if names:
-                raise errors[-1] from None
-            say(f"{name}: skipped, {path}: {error}")
+                raise failed from None
+            errors.append(failed)
+            say(f"{name}: skipped, {failed}")
     if errors and not files:
         raise errors[0]
     return files

@@ -15,6 +15,7 @@ from sbeval.tables.rows import STICK, Method
 
 # a fit is trusted up to so many times the most tokens
 FURTHER = 4
+TOO_FEW = "too few counts of tokens for a fit"
 # with logit offsets spread over heads
 SPREAD = (STICK[0], f"{WITHOUT_REMAINDER},logit_bias=spread")
 
@@ -47,11 +48,11 @@ def passes(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
         return Judged(YES, found)
     if law is not None and last.low > 0 and law.limit.low > 0:
         return Judged(NO, found)
-    return Judged(UNDECIDED, found, "the intervals include both" if law else "too few counts of tokens for a fit")
+    return Judged(UNDECIDED, found, "the intervals include both" if law else TOO_FEW)
 
 
 def _words(law: tokens.Law | None) -> str:
     if law is None:
-        return "too few counts of tokens for a fit"
+        return TOO_FEW
     limit = f"limit {law.limit.text()}" if law.tells_limit else "the tokens do not tell the limit"
     return f"{limit}; where the fit is 0: {law.crosses(size)}"

@@ -159,7 +159,7 @@ def _ladder(setting: str, losses: pd.DataFrame, method: Method) -> Ladder | None
 def _law(tokens: Floats, gaps: Floats, drawn: Floats) -> Law:
     """Return the fit of gaps (T,), with intervals by those of gaps with errors (N, T)."""
     limit, amplitude, exponent = (float(number) for number in fit(tokens, gaps[None])[0])
-    refitted = fit(tokens, drawn) if len(drawn) else np.empty((0, 3))
+    refitted = fit(tokens, drawn)
     return Law(
         first=float(tokens[0]),
         limit=_bounded(limit, refitted[:, 0]),
