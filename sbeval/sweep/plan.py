@@ -74,9 +74,11 @@ def table(title: str, parts: Sequence[Part], context: RunContext) -> Table:
     """Return a table of the families of a study: cells, models, FLOPs, hours on this device, disk."""
     on_gpu = context.device.type == "cuda"
     grid = Table(title=f"{title} on {device.describe(context.device)}", caption=NOTE, caption_justify="left")
-    grid.add_column("")
-    for name in ("cells", "finished", "models", "FLOPs", "GPU hours" if on_gpu else "hours", "disk"):
-        grid.add_column(name, justify="right", no_wrap=True)
+    hours = "GPU hours" if on_gpu else "hours"
+    grid.add_column("", no_wrap=True)
+    for name in ("cells", "finished", "models", "FLOPs", hours, "disk"):
+        # a span of hours is the widest: in a narrow terminal it takes two lines, and names stay whole
+        grid.add_column(name, justify="right", no_wrap=name != hours)
     rows = lines(parts, context)
     for line in rows:
         grid.add_row(*_words(line), end_section=line is rows[-1])

@@ -44,6 +44,14 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(study: Path, tmp_path: Path)
     assert "left out: attention_map, diagnostics, few_shot" in out
 
 
+def test_names_are_whole_where_hours_are_many(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e7)
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = run(study, "--set", "mqrar.preset=h200", "--device", "cpu", "--results-dir", tmp_path, "--dry-run")
+    first = {cells[1].strip() for line in out.splitlines() if len(cells := line.split("│")) > 3}
+    assert {"length_gen", "training", "mqrar"} <= first and "…" not in out
+
+
 def test_a_plan_adds_up(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sbeval.runtime.device.measured_flops", lambda *_: 1e9)
     monkeypatch.setitem(cost.EFFICIENCY, "cpu", (0.25, 0.5))
