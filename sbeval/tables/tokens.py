@@ -8,8 +8,9 @@ an end of this range the tokens do not tell the limit. It crosses 0 where a meth
 baseline, or one that is ahead falls behind. Gaps at two or three token counts are given without a fit.
 
 Intervals are 95 %. Models of one seed share a trunk, so their errors do too: the errors of a method's means at all
-token counts are drawn together, from the covariance of seeds around the mean of their method, pooled over methods, with
-Student's t for its degrees of freedom; the gaps with these errors are fitted again. Documents are the same for all
+token counts are drawn together, from the covariance of seeds around the mean of their method, with Student's t for its
+degrees of freedom; the gaps with these errors are fitted again. The covariance is pooled over methods, but for one
+whose seeds vary more than the others' (`sbeval.tables.pooling`), which keeps its own. Documents are the same for all
 methods and token counts, and their sampling is not part of it. If no method has a second seed there is no interval.
 """
 
@@ -23,10 +24,10 @@ import pandas as pd
 from rich.table import Table as Terminal
 
 from sbeval.errors import InputError, choose
-from sbeval.tables import markup, mqrar
+from sbeval.tables import markup, mqrar, pooling
 from sbeval.tables.rows import ROPE, Identity, Method, Provenance, labels, spec_of
 from sbeval.tables.selection import LENGTH_GEN, RECIPE, length_gen_setting
-from sbeval.tables.statistics import Floats
+from sbeval.tables.statistics import Floats, Sample
 
 COLUMNS = ("attention", "options", "seed", "metric", "value", "context_length", *LENGTH_GEN.columns)
 # token counts below which three parameters are not fitted
@@ -145,7 +146,7 @@ def _ladder(setting: str, losses: pd.DataFrame, method: Method) -> Ladder | None
     mine, base = (of[counts] for of in pair)
     seeds = pd.DataFrame([mine.count(), base.count()])
     tokens, gaps = np.array(counts, dtype=float), (mine.mean() - base.mean()).to_numpy()
-    drawn = gaps + _errors(losses[counts]) * np.sqrt((1 / seeds).sum().to_numpy())
+    drawn = gaps + _errors(losses[counts], method, 1 / seeds.to_numpy())
     return Ladder(
         setting=setting,
         method=method,
@@ -207,8 +208,33 @@ def _is(losses: pd.DataFrame, method: Method) -> "npt.NDArray[np.bool_]":
     return np.array([(attention, options) == method for attention, options, _ in losses.index])
 
 
-def _errors(losses: pd.DataFrame) -> Floats:
-    """Draw errors (N, T) of one seed at T token counts; none (0, T) if no method has a second seed."""
+def _errors(losses: pd.DataFrame, method: Method, inverses: Floats) -> Floats:
+    """Draw errors (N, T) of the gap of a method to the baseline at T token counts; none (0, T) if seeds are too few.
+
+    inverses: 1 / seeds of the method and of the baseline, (2, T).
+    """
+    apart = pooling.outlying(_samples(losses[count].dropna()) for count in losses)
+    common = losses[~np.any([_is(losses, of) for of in apart], axis=0)] if apart else losses
+    generator = np.random.default_rng(0)
+    if not apart & {method, ROPE}:
+        errors: Floats = _drawn(common, generator) * np.sqrt(inverses.sum(0))
+        return errors
+    mine, base = (_drawn(losses[_is(losses, of)] if of in apart else common, generator) for of in (method, ROPE))
+    known = min(len(mine), len(base))
+    errors = mine[:known] * np.sqrt(inverses[0]) + base[:known] * np.sqrt(inverses[1])
+    return errors
+
+
+def _samples(losses: "pd.Series[float]") -> dict[Method, Sample]:
+    """Return the seeds of each method at one token count."""
+    seeds: dict[Method, list[float]] = {}
+    for (attention, options, _), loss in zip(losses.index, losses.to_numpy(dtype=float), strict=True):
+        seeds.setdefault((attention, options), []).append(float(loss))
+    return {of: Sample(np.array(each), 0.0, 0) for of, each in seeds.items()}
+
+
+def _drawn(losses: pd.DataFrame, generator: np.random.Generator) -> Floats:
+    """Draw errors (N, T) of one seed of these methods; none (0, T) if no method has a second seed."""
     losses = losses.dropna(how="all")
     groups = losses.groupby(level=["attention", "options"])
     # where a method has all of its seeds; at other token counts those of the last such count before, or else the first
@@ -217,7 +243,6 @@ def _errors(losses: pd.DataFrame) -> Floats:
     freedom = len(off) - off.groupby(level=["attention", "options"]).ngroups
     if freedom < 1:
         return np.empty((0, losses.shape[1]))
-    generator = np.random.default_rng(0)
     student = generator.standard_normal((DRAWS, len(off))) / np.sqrt(generator.chisquare(freedom, (DRAWS, 1)))
     errors: Floats = student @ off.to_numpy()
     return errors
