@@ -8,6 +8,7 @@ branches of a training with schedule wsd the longest is.
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -110,10 +111,29 @@ def _settings(rows: pd.DataFrame) -> list[tuple[str, dict[str, pd.DataFrame]]]:
         raise NothingToDraw("the models of these rows have no held-out losses during training")
     settings = style.panels(rows, LENGTH_GEN.always, [name for name in OTHERS if name in rows])
     found = []
-    for title, of in settings:
+    for title, measured in settings:
+        of = _at_same_tokens(measured)
         less = intervals.gaps(of, ["x"], ROPE)
         found.append((title, {LOSS: intervals.points(of, ["x"])} | ({} if less.empty else {GAP: less})))
     return found
+
+
+def _at_same_tokens(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return each seed's losses at all tokens at which another was measured too, linear between its own.
+
+    A method's line is where it has all of its seeds: their means at other steps each would be those of other seeds.
+    """
+    tokens, found = np.unique(rows["x"]), []
+    for _, method in rows.groupby(["attention", "options"], sort=False):
+        seeds = [(of.iloc[:1], of.groupby("x")["value"].mean()) for _, of in method.groupby("seed")]
+        first, last = (max(loss.index[0] for _, loss in seeds), min(loss.index[-1] for _, loss in seeds))
+        x = tokens[(tokens >= first) & (tokens <= last)]
+        found += [
+            pd.concat([of] * len(x), ignore_index=True).assign(x=x, value=np.interp(x, loss.index, loss))
+            for of, loss in seeds
+            if len(x)
+        ]
+    return pd.concat(found, ignore_index=True)
 
 
 def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, legend.Look]) -> None:

@@ -24,12 +24,14 @@ STEPS = (2, 4, 6)
 LOSSES = {"rope": (6.0, 5.0, 4.0), "stick_breaking": (7.0, 5.5, 4.25)}
 
 
-def cell(folder: Path, attention: str, losses: tuple[float, ...] = (), **common: Any) -> pd.DataFrame:
+def cell(
+    folder: Path, attention: str, losses: tuple[float, ...] = (), steps: tuple[int, ...] = STEPS, **common: Any
+) -> pd.DataFrame:
     """Write the curves of a cell and return its rows, one for each context length."""
     row = COMMON | {"attention": attention, "seed": 0} | common
     row["cell"] = "-".join(str(row[name]) for name in ("attention", "options", "seed", "train_len", "eval_len"))
     training = [(step, 8.0 - step / 10) for step in range(1, 9)]
-    held_out = list(zip(STEPS, losses, strict=True)) if losses else []
+    held_out = list(zip(steps, losses, strict=True)) if losses else []
     curves.write(Results(folder), row["cell"], {"loss": training, learning_curves.METRIC: held_out})
     return pd.DataFrame([row | {"context_length": length} for length in (1024, 2048)])
 
@@ -68,6 +70,15 @@ def test_losses_by_tokens_and_gaps_to_rope_below(tmp_path: Path) -> None:
     figure.draw_without_rendering()
     assert [text.get_text() for text in below.get_xticklabels() if text.get_text()][-2:] == ["2 k", "5 k"]
     assert figure.get_supxlabel() == "Means of up to 2 seeds; bands: 95 % interval over seeds."
+
+
+def test_seeds_measured_at_other_steps_are_drawn_at_the_same_tokens(tmp_path: Path) -> None:
+    rows = pd.concat([table(tmp_path, (0,)), cell(tmp_path, "rope", (6.0, 5.0), steps=(3, 5), seed=1)])
+    above, below = learning_curves.draw(learning_curves.gather(rows, tmp_path)).axes
+    # seed 0 is 5.5, 5.0 and 4.5 there; nothing where seed 1 was not measured, which alone would be a step up
+    assert line(above, "RoPE") == ([3000, 4000, 5000], [5.75, 5.25, 4.75])
+    assert line(above, "stick-breaking") == ([2000, 3000, 4000, 5000, 6000], [7.0, 6.25, 5.5, 4.875, 4.25])
+    assert line(below, "stick-breaking") == ([3000, 4000, 5000], [0.5, 0.25, 0.125])
 
 
 def test_the_page_has_the_same_numbers(tmp_path: Path) -> None:
