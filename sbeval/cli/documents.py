@@ -53,6 +53,7 @@ FIXED = {
     "window of 512": ("sliding_window", ""),
     **{f"stick-breaking, {form}": (STICK[0], options) for form, options in FORMS.items()},
 }
+FIXED_METRIC = "loss_fixed_targets"
 # the best of these forms
 BEST = FIXED["stick-breaking, logit offsets spread over heads"]
 # those of README's sentence
@@ -144,10 +145,11 @@ def _less(rows: pd.DataFrame, other: Method, stored: Stored) -> dict[Method, Int
     return intervals.differences(intervals.samples(rows), other, pairs=joint)
 
 
-def _fixed_sentence(results: Path) -> str:
-    found = _means(_fixed_rows(results))
-    each = [f"{label} {found[(*FIXED[label], 2048)]:.3f} and {found[(*FIXED[label], 65536)]:.3f}" for label in FIRST]
-    return f"Nats per token with 2048 and 65536 tokens of context: {'; '.join(each)}."
+def _distant_sentence(results: Path) -> str:
+    rows = documents_studies.distant_text(results)
+    found = _means(rows[rows["metric"] == FIXED_METRIC])
+    each = [f"{label} {found[(*FIXED[label], 2048)]:.3f} and {found[(*FIXED[label], 16384)]:.3f}" for label in FIRST]
+    return f"Nats per token with 2048 and 16384 tokens of context: {'; '.join(each)}."
 
 
 def _claims(results: Path, claims: Sequence[Claim]) -> str:
@@ -199,7 +201,7 @@ def _made_by(results: Path, family: str) -> str:
 
 def _fixed_rows(results: Path) -> pd.DataFrame:
     table = read(Results(results / "which-stick-breaking").table("length_gen"), ["metric"])
-    return table[table["metric"] == "loss_fixed_targets"]
+    return table[table["metric"] == FIXED_METRIC]
 
 
 def _perplexities(results: Path) -> Mapping[tuple[str, str, int], float]:
@@ -231,7 +233,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "typed": _typed,
     "typed_sentence": _typed_sentence,
     "fixed_targets": _fixed,
-    "fixed_targets_sentence": _fixed_sentence,
+    "distant_sentence": _distant_sentence,
     **documents_studies.BLOCKS,
     **{f"{family}_command": functools.partial(_made_by, family=family) for family in DRAWN},
 }

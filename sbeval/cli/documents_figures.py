@@ -1,4 +1,5 @@
-"""The small figures of README: figures 3, 4 and 5 of the paper as measured here, one panel each, for a third of a page.
+"""The figures of README: figures 3, 4 and 5 of the paper as measured here, one panel each, for a third of a page, and
+losses of the same tokens with more context.
 
 python -m sbeval.cli.documents      in a checkout, draws them anew from the tables
 """
@@ -11,7 +12,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sbeval.plots import legend, style
+from sbeval.cli import documents_studies
+from sbeval.plots import fixed_targets, legend, style
 from sbeval.report.figures import FORMATS
 from sbeval.runtime.files import prepare, replacing
 from sbeval.tables import intervals, selection
@@ -83,6 +85,14 @@ def _lines(axes: Axes, rows: pd.DataFrame, x: str, scale: Scale) -> None:
 
 
 FIGURES: dict[str, Callable[[Path, Axes], None]] = {"figure3": figure3, "figure4": figure4, "figure5": figure5}
+DISTANT = "distant_text"
+
+
+def distant_text(results: Path) -> Figure:
+    """Draw the loss of the same tokens by the context they are given, after as many training tokens for each method."""
+    rows = documents_studies.distant_text(results)
+    rows = rows[rows["attention"] != "nope"]
+    return fixed_targets.draw(fixed_targets.gather(rows, results / "tokens"))
 
 
 def draw(results: Path, folder: Path) -> list[Path]:
@@ -95,8 +105,12 @@ def draw(results: Path, folder: Path) -> list[Path]:
             axes.spines[["top", "right"]].set_visible(False)
             panel(results, axes)
             figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=style.TEXT_PT)
-            file = prepare(folder) / f"{name}.png"
-            with replacing(file) as temporary:
-                figure.savefig(temporary, format="png", **FORMATS["png"])
-        files.append(file)
-    return files
+            files.append(_save(figure, folder, name))
+    return [*files, _save(distant_text(results), folder, DISTANT)]
+
+
+def _save(figure: Figure, folder: Path, name: str) -> Path:
+    file = prepare(folder) / f"{name}.png"
+    with replacing(file) as temporary:
+        figure.savefig(temporary, format="png", **FORMATS["png"])
+    return file

@@ -123,6 +123,13 @@ def contexts(table: pd.DataFrame, folder: Path) -> str:
     return f"{text}\n\n{few_shot.markdown(few_shot.table(read(path, ['shots']), read_values))}"
 
 
+def distant_text(results: Path) -> pd.DataFrame:
+    """Return the rows of the study `tokens` with the training tokens at which the most methods were trained."""
+    table = read(Results(results / "tokens").table("length_gen"), ["metric"])
+    methods = table.groupby("train_tokens").apply(lambda rows: len(intervals.methods(rows)))
+    return table[table["train_tokens"] == methods.idxmax()]
+
+
 def _labels(methods: Iterable[Method]) -> dict[Method, str]:
     """Return the name of each method, with all of its options, in the order of legends."""
     return {method: legend.looks_of([method])[method].label for method in legend.looks_of(methods)}

@@ -48,14 +48,22 @@ def test_bars_are_where_the_head_that_retrieves_attends() -> None:
         assert 0 <= stale < latest <= 1 and latest + stale <= 1
 
 
+def test_distant_text_has_the_methods_of_the_sentence_below_it() -> None:
+    loss, change = documents_figures.distant_text(ROOT / "results").axes
+    names = [str(line.get_label()) for line in loss.get_lines()]
+    assert {"stick-breaking", "stick-breaking (logit offsets spread)", "RoPE", "sliding window of 512"} <= set(names)
+    assert "NoPE" not in names and len(change.collections) >= 3
+
+
 def test_each_is_drawn_and_committed(tmp_path: Path) -> None:
     files = documents_figures.draw(ROOT / "results", tmp_path)
-    assert [file.name for file in files] == ["figure3.png", "figure4.png", "figure5.png"]
-    sizes = {imread(file).shape for file in (*files, *(ROOT / "docs" / "figures").glob("*.png"))}
+    assert [file.stem for file in files] == [*documents_figures.FIGURES, documents_figures.DISTANT]
+    committed = ROOT / "docs" / "figures"
+    assert {file.name for file in files} == {file.name for file in committed.glob("*.png")}
     # of one size, so that they stand in a row
-    assert len(sizes) == 1
+    assert len({imread(folder / file.name).shape for file in files[:-1] for folder in (tmp_path, committed)}) == 1
 
 
-@pytest.mark.parametrize("name", documents_figures.FIGURES)
+@pytest.mark.parametrize("name", [*documents_figures.FIGURES, documents_figures.DISTANT])
 def test_each_is_shown(name: str) -> None:
     assert f"docs/figures/{name}.png" in (ROOT / "README.md").read_text(encoding="utf-8")
