@@ -41,7 +41,7 @@ def test_a_file_that_no_task_asks_for_is_said(
         ({"samples": 0}, "1 sample or more"),
         ({"finetune": 9, "finetune_tasks": ("qa_2",)}, "qa_2 cannot be fine-tuned on"),
         ({"finetune": 9, "tasks": ("qa_1",), "squad": "x"}, "--finetune needs a task other than qa"),
-        ({"finetune_recipe": "packd"}, "unknown recipe of fine-tuning 'packd'; did you mean 'packed'"),
+        ({"finetune_recipe": "packd"}, "unknown recipe 'packd' of fine-tuning; did you mean 'packed'"),
         ({"finetune_lrs": (1e-3, 0.0)}, "--finetune-lr must be above 0 and finite; got 0.0"),
         ({"finetune_lrs": (1e-3, 1e-2)}, "--finetune-recipe answers takes one --finetune-lr"),
         ({"finetune_needles": 41}, "--finetune-needles must be 1 to 40; got 41"),
