@@ -119,7 +119,8 @@ def _note(spreads: Iterable[pd.DataFrame], shape: str, parts: Sequence[list[Part
     lines = [intervals.explain(spreads, shape, "samples")]
     drawn = {part.title for some in parts for part in _with_lines(some)}
     if short := [part for some in parts for part in some if part.short]:
-        counted = ", and how many of their models did" if any(done for part in short for done, _ in part.short.values()) else ""
+        some_did = any(done for part in short for done, _ in part.short.values())
+        counted = ", and how many of their models did" if some_did else ""
         lines.append(
             f"Strip below 0: methods that did not solve the task, with less than {100 * SOLVED:.0f} % right at the "
             f"training length after fine-tuning{counted}; such models have no line. A mean is hollow where not all of "
