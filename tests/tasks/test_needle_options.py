@@ -38,7 +38,7 @@ def test_a_file_that_no_task_asks_for_is_said(
         ({"tasks": ("qa_1",)}, "qa_1 is not run without its questions: give --squad PATH"),
         ({"lengths": (511,)}, "--length must be 512 to 131072 tokens; got 511"),
         ({"lengths": (1024, 131073)}, "got 131073"),
-        ({"samples": 0}, "1 sample or more"),
+        ({"samples": 0}, "--samples must be at least 1; got 0"),
         ({"finetune": 9, "finetune_tasks": ("qa_2",)}, "qa_2 cannot be fine-tuned on"),
         ({"finetune": 9, "tasks": ("qa_1",), "squad": "x"}, "--finetune needs a task other than qa"),
         ({"finetune_recipe": "packd"}, "unknown recipe 'packd' of fine-tuning; did you mean 'packed'"),

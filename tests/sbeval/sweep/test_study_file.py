@@ -235,7 +235,7 @@ def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None
         ("mqrar: [steps]", r"mqrar\[0\] must hold names with values, such as {samples: 20}; got 'steps'"),
         ("mqrar: {seeds: []}", "mqrar: seeds is empty: give one or more"),
         ("mqrar: {seeds: [-1]}", r"mqrar: a seed \(--seed\) must be 0 to 2147483647; got -1"),
-        ("needle: {samples: 0}", "needle: needle needs a length, 1 sample or more"),
+        ("needle: {samples: 0}", "needle: --samples must be at least 1; got 0"),
         ("mqrar: {steps: 1, steps: 2}", "duplicate key 'steps'"),
         ("mqrar: {}\nmqrar: {}", "duplicate key 'mqrar'"),
         ("models: {}", "nothing to run: a study has a section for each of its families"),
