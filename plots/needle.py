@@ -123,9 +123,10 @@ def _note(spreads: Iterable[pd.DataFrame], shape: str, parts: Sequence[list[Part
         counted = ", and how many of their models did" if some_did else ""
         lines.append(
             f"Strip below 0: methods that did not solve the task, with less than {100 * SOLVED:.0f} % right at the "
-            f"training length after fine-tuning{counted}; such models have no line. A mean is hollow where not all of "
-            "its tasks were solved."
+            f"training length after fine-tuning{counted}; such models have no line."
         )
+        if any(part.several for part in short):
+            lines.append("A mean is hollow where not all of its tasks were solved.")
     if without := sorted({part.title for some in parts for part in some} - drawn):
         lines.append(f"Solved by no method, and not drawn: {', '.join(without)}.")
     return " ".join(filter(None, lines))

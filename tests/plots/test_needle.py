@@ -159,6 +159,9 @@ def test_methods_that_did_not_solve_a_task_are_named_and_have_no_line() -> None:
     assert "NoPE" not in faces and faces["ALiBi"] == faces["forgetting"] == "white" != faces["RoPE"]
     assert "with less than 95 % right" in figure.get_supxlabel().replace("\n", " ")
     assert "and how many of their models did" in figure.get_supxlabel().replace("\n", " ")
+    assert "A mean is hollow" in figure.get_supxlabel().replace("\n", " ")
+    one = needle.draw(pd.DataFrame(rows(task="vt") + rows(task="vt", attention="nope", ended="budget", value=0.0)))
+    assert "Strip below 0" in one.get_supxlabel() and "mean is hollow" not in one.get_supxlabel().replace("\n", " ")
     # where none did, there is no count to explain
     assert "how many" not in needle.draw(pd.DataFrame(rows() + none)).get_supxlabel().replace("\n", " ")
     titles = [panel.title for group in needle.chart(table).groups for panel in group.panels]
