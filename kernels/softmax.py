@@ -225,7 +225,9 @@ def _rows(
     if bias is not None:
         b = torch.arange(batch, device=q.device)[:, None, None, None]
         h = torch.arange(heads, device=q.device)[:, None, None]
-        mask = torch.where(mask, bias(b, h, i, j), -torch.inf)
+        # beside a float64 q SDPA misreads a mask of float32, as a bias may be
+        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+        mask = torch.where(mask, bias(b, h, i, j), -torch.inf).to(exact)
         # SDPA uses its fused kernel only with four dimensions
         mask = mask.expand(batch, heads, *mask.shape[-2:])
     return _fused(q, k, v, scale, mask=mask)

@@ -37,7 +37,8 @@ def draw(table: pd.DataFrame) -> Figure:
         style.title(axis, title)
         spreads += _panel(axis, rows, looks)
     guess = Line2D([], [], label="guessing", color=style.MARK, marker="|", markersize=10, linestyle="")
-    note = style.with_caution(intervals.explain(spreads, "bars", "items"), chosen, looks)
+    note = f"{intervals.explain(spreads, 'bars', 'items')} In brackets: examples in the prompt."
+    note = style.with_caution(note, chosen, looks)
     style.finish(figure, [*(_handle(look) for look in looks.values()), guess], note)
     return figure
 

@@ -27,12 +27,12 @@ NAMES = {
     # see `named`
     "learned": "learned positions",
 }
-# positions of the settings of figures in results/, after those; any other has one by its options, see `_position`. The
-# last three are in figures without the first two
+# positions of the settings of figures in results/; any other has one by its options, see `_position`. Those that share
+# a position are in no figure together
 VARIANTS = {
     ("stick_breaking", "remainder=none"): 8,
     ("stick_breaking", "logit_bias=-3.0"): 9,
-    ("stick_breaking", "logit_bias=-1.5"): 10,
+    ("stick_breaking", "logit_bias=-1.5"): 26,
     ("sliding_window", "window=256"): 11,
     ("sliding_window", "window=1024"): 12,
     ("stick_breaking", "remainder=bias"): 13,
@@ -48,6 +48,12 @@ VARIANTS = {
     ("rope", "key_shift=true"): 8,
     ("rope", "qkv_bias=true"): 9,
     ("stick_breaking", "epsilon=0"): 8,
+    # kernels of softmax, in all figures of speed
+    ("softmax", "cudnn"): 1,
+    ("softmax", "flash"): 2,
+    ("softmax", "flex"): 3,
+    ("rope", "cudnn"): 1,
+    ("rope", "flash"): 2,
 }
 # options that legends name otherwise than `_in_words` does
 WORDS = {

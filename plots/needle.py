@@ -118,12 +118,15 @@ def _title(part: Part, looks: Mapping[Method, Look]) -> str:
 def _note(spreads: Iterable[pd.DataFrame], shape: str, parts: Sequence[list[Part]]) -> str:
     lines = [intervals.explain(spreads, shape, "samples")]
     drawn = {part.title for some in parts for part in _with_lines(some)}
-    if any(part.short for some in parts for part in some):
+    if short := [part for some in parts for part in some if part.short]:
+        some_did = any(done for part in short for done, _ in part.short.values())
+        counted = ", and how many of their models did" if some_did else ""
         lines.append(
             f"Strip below 0: methods that did not solve the task, with less than {100 * SOLVED:.0f} % right at the "
-            "training length after fine-tuning, and how many of their models did; such models have no line. A mean is "
-            "hollow where not all of its tasks were solved."
+            f"training length after fine-tuning{counted}; such models have no line."
         )
+        if any(part.several for part in short):
+            lines.append("A mean is hollow where not all of its tasks were solved.")
     if without := sorted({part.title for some in parts for part in some} - drawn):
         lines.append(f"Solved by no method, and not drawn: {', '.join(without)}.")
     return " ".join(filter(None, lines))

@@ -47,6 +47,7 @@ def draw(table: pd.DataFrame) -> Figure:
     colours = ScalarMappable(Normalize(0, 1), COLOURS)
     bar = figure.colorbar(colours, ax=[axis for line in axes for axis in line], fraction=0.04, pad=0.02)
     bar.ax.tick_params(labelsize=style.SMALL_PT)
+    bar.set_label("share", fontsize=style.TEXT_PT)
     note = f"{_mean_of(table)}; the dashed line is the training length.{_left_out(table)}"
     style.note_below(figure, style.with_caution(note, table, legend.looks(table)))
     return figure

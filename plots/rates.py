@@ -85,9 +85,9 @@ def _settings(table: pd.DataFrame) -> Settings:
     """Return the panels with several rates of each setting; column `loss` is the logarithm of perplexity."""
     if not {"lr", *LENGTH_GEN.always, *OTHERS} <= set(table):
         return []
-    rows = table[
-        (table["metric"] == "perplexity") & (table["context_length"] == table["train_len"]) & table["lr"].notna()
-    ]
+    # given models have no rate; a column without any number is text
+    trained = pd.to_numeric(table["lr"], errors="coerce").notna()
+    rows = table[(table["metric"] == "perplexity") & (table["context_length"] == table["train_len"]) & trained]
     if rows.empty:
         return []
     rows = rows.assign(loss=np.log(rows["value"].astype(float)))

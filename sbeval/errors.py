@@ -22,13 +22,17 @@ class NothingToDraw(InputError):
 
 
 def choose(kind: str, given: str, options: Iterable[str]) -> str:
-    """Return `given` when it is one of `options`; otherwise raise InputError that offers the nearest."""
+    """Return `given` when it is one of `options`; otherwise raise InputError that offers the nearest.
+
+    kind: a noun; what follows its ` of ` stands after the name: unknown option 'tetha' of attention 'rope'.
+    """
     names = sorted(options)
     if given in names:
         return given
     nearest = difflib.get_close_matches(given[:SHOWN].replace("-", "_"), names, n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    raise InputError(f"unknown {kind} {shown(given)!r}; {hint}known: {', '.join(names)}")
+    noun, of, whole = kind.partition(" of ")
+    raise InputError(f"unknown {noun} {shown(given)!r}{of}{whole}; {hint}known: {', '.join(names)}")
 
 
 def check_swept(config: Any, *names: str) -> None:

@@ -6,11 +6,13 @@ lm-eval finds models by name in a registry that no entry point extends, so the n
 runs: that is all this module does. `lm_eval --model hf` loads what `sbeval export --code` writes.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import lm_eval.models  # fills the registry, which it does only while that is empty
 import platformdirs
+import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import model_registry
 
@@ -23,6 +25,8 @@ from sbeval.runtime import device as devices
 # tokens of a forward pass, and of an input where the checkpoint does not say how long its training was
 BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 16}
 LENGTH = 2048
+# what lm-eval asks for where no --device is given, GPU or not
+DEFAULT_DEVICE = "cuda:0"
 
 
 class CheckpointLM(Adapter):
@@ -44,6 +48,9 @@ class CheckpointLM(Adapter):
         max_batch_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
+        if device == DEFAULT_DEVICE and not torch.cuda.is_available():
+            print(f"sbeval: there is no GPU for lm-eval's default device {device}: on cpu", file=sys.stderr)
+            device = None
         place = devices.pick(device)
         dtype = devices.pick_dtype(dtype, place)
         model = load.load(checkpoint, place, dtype, trust_remote_code=bool(trust_remote_code))

@@ -91,8 +91,11 @@ class Config(length_gen.Config):
             choose("needle task", name, RULER_TASKS)
         if wrong := [length for length in self.lengths if not SHORTEST <= length <= LONGEST]:
             raise InputError(f"--length must be {SHORTEST} to {LONGEST} tokens; got {wrong[0]}")
-        if not self.lengths or self.samples < 1 or self.finetune < 0:
-            raise InputError("needle needs a length, 1 sample or more, and fine-tuning of 0 tokens or more")
+        if not self.lengths:
+            raise InputError("needle needs a length (--length)")
+        for name, least in (("samples", 1), ("finetune", 0)):
+            if (given := getattr(self, name)) < least:
+                raise InputError(f"--{name} must be at least {least}; got {given}")
         self._check_recipe()
         if lacking := [name for name in self.tasks if name in FILES and getattr(self, FILES[name][0]) is None]:
             raise InputError(_lacks(lacking[0]))

@@ -95,8 +95,9 @@ def source(spec: str, field: str) -> Source:
         return _stdlib(python_source.stdlib_folder())
     if spec == "python":
         return _python()
-    if spec.startswith("hf:"):
-        return _hub(spec.removeprefix("hf:"), field)
+    name = spec.removeprefix("hf:")
+    if name != spec and name.partition(":")[0]:
+        return _hub(name, field)
     path = Path(spec)
     # a device or a pipe has no end, or is gone when it is read again
     if not os.path.isdir(path) and not os.path.isfile(path):

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from sbeval.errors import InputError, first_line, reason
+from sbeval.errors import InputError, reason, shown
 from sbeval.runtime.files import is_of_the_disk, replacing, storing
 from sbeval.runtime.seals import is_intact, seal
 
@@ -196,16 +196,32 @@ def load(spec: str, *, train_texts: Callable[[], Iterable[str]] | None = None, c
     if os.path.isdir(path) and not (path / "tokenizer_config.json").exists() and (path / "tokenizer.json").exists():
         return read(path / "tokenizer.json", name=spec)
     # the empty specification would be the current folder
-    if spec and (os.path.isdir(path) or HUB_NAME.fullmatch(spec)):
+    if spec and (os.path.isdir(path) or _on_hub(spec)):
         return _from_transformers(spec)
-    raise InputError(
-        f"unknown tokenizer {spec!r}; give bytes, bpe:N, a tokenizer.json file or its folder, or a hub name"
-    )
+    raise _unknown_name(spec)
 
 
 def is_trained(spec: str) -> bool:
     """Return whether `spec` names a tokenizer that is trained on the corpus."""
     return spec.startswith("bpe:")
+
+
+def check(spec: str) -> None:
+    """Raise InputError for a specification that is wrong whatever the text and the network have."""
+    if is_trained(spec):
+        _size(spec)
+    elif not (spec and os.path.exists(spec)) and not _on_hub(spec):
+        raise _unknown_name(spec)
+
+
+def _on_hub(spec: str) -> bool:
+    """Return whether a name may be one on the hub: one of ours that lacks its size is not."""
+    return HUB_NAME.fullmatch(spec) is not None and spec != "bpe"
+
+
+def _unknown_name(spec: str, why: str = "") -> InputError:
+    known = "bytes, bpe:SIZE, a tokenizer.json file or its folder, or a name on the hub"
+    return InputError(f"unknown tokenizer {shown(spec)!r}; give {known}{why and f': {why}'}")
 
 
 def check_same(trained: str | None, given: Tokenizer, spec: str) -> None:
@@ -294,9 +310,7 @@ def _from_transformers(spec: str) -> Library:
             raise InputError(
                 f"cannot write the caches of transformers for tokenizer {spec!r}: {reason(error)}"
             ) from None
-        raise InputError(
-            f"unknown tokenizer {spec!r}; give bytes, bpe:N, a file, a folder or a hub name: {first_line(error)}"
-        ) from None
+        raise _unknown_name(spec, reason(error)) from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise InputError(f"tokenizer {spec!r} has no fast form (tokenizer.json): choose another")

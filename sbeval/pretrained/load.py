@@ -160,7 +160,9 @@ def _decoder(
 
 
 def located(spec: str) -> str:
-    """Return a folder's path with its name: `.` is another model elsewhere."""
+    """Return a folder's path with its name: `.` is another model elsewhere. InputError if the folder holds no model."""
+    if os.path.isdir(spec) and checkpoint.find(Path(spec)) is None:
+        raise InputError(f"{spec} holds no model: it has no config.json; give a checkpoint folder or an exported model")
     return os.path.abspath(spec) if os.path.isdir(spec) and Path(spec).name in ("", "..") else spec
 
 

@@ -12,7 +12,7 @@ from sbeval.errors import InputError, NothingToDraw, choose
 from sbeval.plots import legend
 from sbeval.report import html
 from sbeval.runtime.files import prepare, remove_left, replacing
-from sbeval.tables import check
+from sbeval.tables import check, csv_text
 from sbeval.tables.results import Results
 from sbeval.tables.selection import beside
 from sbeval.tables.table import read
@@ -52,7 +52,9 @@ def draw_figures(
     tables = dict.fromkeys(Results(results_dir).table(module.TABLE) for module in modules.values())
     if not names and not any(path.exists() for path in tables):
         raise InputError(f"there is no result table in {results_dir}; sbeval length-gen --preset quick makes one")
-    folder = prepare(out_dir or Results(results_dir).figures)
+    if missing := [path for path in tables if names and not path.exists()]:
+        raise csv_text.absent(missing[0])
+    folder = prepare(out_dir or Results(results_dir).figures, "folder of figures", "--out")
     remove_left(folder)
     files, errors = [], []
     for line in check.notes(path for path in tables if path.exists()):
@@ -97,7 +99,7 @@ def _selected(table: pd.DataFrame, path: Path, where: Sequence[tuple[str, str]])
     """Return the rows that have one of the values given for each column; InputError where there are none."""
     wanted: dict[str, pd.Series[bool]] = {}
     for column, value in where:
-        values = table[choose(f"column of {path}", column, table.columns)]
+        values = table[choose("column", column, table.columns)]
         numeric = pd.to_numeric(pd.Series([value]), errors="coerce").iloc[0]
         same = (values == numeric if pd.api.types.is_numeric_dtype(values) else values == value).fillna(False)
         if not same.any():

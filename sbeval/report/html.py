@@ -41,7 +41,7 @@ def write(results_dir: Path, out: Path | None = None, say: Callable[[str], None]
     """
     out = out or results_dir / "report.html"
     text = build(results_dir, say)
-    remove_left(prepare(out.parent))
+    remove_left(prepare(out.parent, "folder of the report", "--out"))
     with replacing(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return out

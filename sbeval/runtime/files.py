@@ -31,15 +31,15 @@ def storing(path: Path) -> Iterator[None]:
         ) from None
 
 
-def prepare(results_dir: Path) -> Path:
-    """Create the results folder and return it; InputError if it cannot be created or written to."""
+def prepare(folder: Path, what: str = "results folder", option: str = "--results-dir") -> Path:
+    """Create a folder for output and return it; InputError if it cannot be created or written to."""
     try:
-        results_dir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the results folder {results_dir}: {error.strerror}") from None
-    if not os.access(results_dir, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write to the results folder {results_dir}; give another with --results-dir")
-    return results_dir
+        raise InputError(f"cannot make the {what} {folder}: {error.strerror}; give another with {option}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to the {what} {folder}; give another with {option}")
+    return folder
 
 
 @contextmanager

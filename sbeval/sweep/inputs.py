@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sbeval import registry
+from sbeval.data import tokenizer
 from sbeval.errors import InputError
 from sbeval.sweep.study_file import Part
 
@@ -39,6 +40,8 @@ def check(parts: Sequence[Part]) -> None:
                 path = given.removeprefix("wikitext:") if name == "eval_corpus" else given
                 if not path.startswith("hf:") and path not in words and not os.path.exists(path):
                     raise InputError(f"{_flag(name)} {given}: there is no such file or folder")
+        for given in _values(part.config, "tokenizer"):
+            tokenizer.check(given)
         for name in MODELS:
             for given in _values(part.config, name):
                 if not os.path.exists(given) and not ON_HUB.fullmatch(given):

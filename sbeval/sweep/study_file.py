@@ -70,6 +70,8 @@ def text(study: str) -> str:
         with Path(study).open(encoding="utf-8") as file:
             content = file.read(MAX_CHARACTERS + 1)
     except FileNotFoundError:
+        if Path(study).suffix or len(Path(study).parts) > 1:
+            raise InputError(f"there is no study file {study}; studies of the package: {', '.join(names())}") from None
         try:
             return choose("study", study, names())
         except InputError as error:

@@ -125,6 +125,8 @@ def folder(results: Results, checked: Checked) -> Iterator[str]:
     for kind in (results.values, results.curves):
         strangers = {path.stem for path in kind("").parent.glob("*.parquet")} - runs
         yield from (f"{kind(cell)} has no run file" for cell in sorted(strangers))
+    if not (checked.tables or runs or checked.files):
+        raise InputError(f"there is no result table in {results.folder}: give the --results-dir of a run")
 
 
 def _run(results: Results, cell: str, has_rows: bool, checked: Checked) -> Iterator[str]:

@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow as pa  # type: ignore[import-untyped]  # it ships no types
 import pyarrow.csv  # type: ignore[import-untyped]  # likewise
 
+from sbeval import registry
 from sbeval.errors import InputError
 
 
@@ -39,11 +40,17 @@ def write(path: Path, text: pd.DataFrame) -> None:
         table.writerows(text.to_numpy())
 
 
+def absent(path: Path) -> InputError:
+    """Return the error where there is no table, which names the command that writes it."""
+    command = f"{'' if path.stem in registry.TASKS else 'bench '}{path.stem.replace('_', '-')}"
+    return InputError(f"no table {path}; sbeval {command} writes it, or give another --results-dir")
+
+
 def _content(path: Path) -> str:
     try:
         content = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"no table {path}; the command that measures it writes it") from None
+        raise absent(path) from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     if not content.strip():

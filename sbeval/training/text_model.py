@@ -119,8 +119,29 @@ def trained_on(config: TextModel) -> tuple[object, ...]:
     return tuple(getattr(config, name) for name in TRAINING if name not in ("attention", "seeds"))
 
 
+# options that a given model has decided
+DECIDED = {
+    "attention": "--attention",
+    "size": "--size",
+    "train_tokens": "--train-tokens",
+    "lr": "--lr",
+    "schedule": "--schedule",
+    "packing": "--packing",
+    "max_epochs": "--max-epochs",
+    "patience": "--patience",
+    "warmup_tokens": "--warmup-tokens",
+    "branches": "--branch",
+}
+
+
 def uncut(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options without a bound on epochs where `train_tokens` is given and `max_epochs` is not."""
+    """Return options without a bound on epochs where `train_tokens` is given and `max_epochs` is not.
+
+    Raise InputError where a model is given, and options of training with it.
+    """
+    given = options.get("checkpoint") or options.get("models")
+    if given and (surplus := [flag for name, flag in DECIDED.items() if name in options]):
+        raise InputError(f"{' and '.join(surplus)}: the given model decides that already; leave it out")
     unbounded = "train_tokens" in options and "max_epochs" not in options
     return options | ({"max_epochs": None} if unbounded else {})
 

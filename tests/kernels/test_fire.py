@@ -246,7 +246,7 @@ def test_wrong_arguments_are_named() -> None:
     q, k, v, weights = split(Case(8).draw(torch.float32))
     with pytest.raises(InputError, match="weights are of 2 heads; q has 4"):
         fire.attention(q.repeat_interleave(2, 2), k, v, weights)
-    with pytest.raises(InputError, match="unknown backend of fire 'flex'"):
+    with pytest.raises(InputError, match="unknown backend 'flex' of fire"):
         fire.attention(q, k, v, weights, backend="flex")
     with pytest.raises(InputError, match="backend 'triton' needs float16, bfloat16 or float32 on a GPU"):
         fire.attention(q.double(), k.double(), v.double(), weights, backend="triton")

@@ -417,3 +417,15 @@ def test_rows_of_a_cache_see_keys_from_their_starts(window: int | None) -> None:
     for row, start in enumerate(first):
         part = q[row : row + 1], k[row : row + 1, start:], v[row : row + 1, start:]
         torch.testing.assert_close(found[row : row + 1], softmax.attention(*part, window=window))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bias_of_another_dtype_than_q_is_added_as_it_is(dtype: torch.dtype) -> None:
+    q, k, v = draw(1, 130, 130, 2, 2, 16)
+
+    def bias(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (-(i - j) / 8).to(dtype)
+
+    positions = torch.arange(130, dtype=torch.float64)
+    wanted = softmax.reference(q, k, v, scale=0.25, bias=(positions - positions[:, None]) / 8)
+    torch.testing.assert_close(softmax.attention(q, k, v, scale=0.25, bias=bias), wanted)

@@ -556,7 +556,7 @@ def test_wrong_arguments_are_named() -> None:
         attention(q, k, v, cu_seqlens=torch.tensor([0, 7], dtype=torch.int32))
     with pytest.raises(ValueError, match="epsilon is a share of the stick.*got 2"):
         attention(q, k, v, epsilon=2)
-    with pytest.raises(ValueError, match="unknown backend of stick_breaking 'tritn'; did you mean 'triton'"):
+    with pytest.raises(ValueError, match="unknown backend 'tritn' of stick_breaking; did you mean 'triton'"):
         attention(q, k, v, backend="tritn")
     with pytest.raises(ValueError, match="backend 'triton' needs float16, bfloat16 or float32 on a GPU"):
         attention(q, k, v, backend="triton")

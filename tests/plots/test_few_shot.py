@@ -65,7 +65,8 @@ def test_bars_are_intervals_over_items() -> None:
     low, high = container.lines[2][0].get_segments()[0][:, 0]
     # the 97.5 % quantile of Student's t for 100 items
     assert high - low == pytest.approx(2 * 1.984 * 5, rel=1e-3)
-    assert any("95 % interval over items" in text.get_text() for text in figure.texts)
+    said = "95 % interval over items. In brackets: examples in the prompt."
+    assert any(said in " ".join(text.get_text().split()) for text in figure.texts)
 
 
 def test_models_have_panels_of_their_own() -> None:

@@ -1,11 +1,17 @@
 """The look and the legend entry of each method, whatever else a figure has."""
 
+from pathlib import Path
+
 import pandas as pd
+import pytest
 
 from sbeval.kernels import sliding_window
 from sbeval.models import config
 from sbeval.plots import legend
 from sbeval.report import maturity
+from sbeval.tables.table import read
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 def test_options_that_all_of_a_method_share_are_not_repeated() -> None:
@@ -53,11 +59,34 @@ def test_a_setting_looks_the_same_in_every_figure() -> None:
     looks = legend.looks_of([(name, "") for name in legend.NAMES] + list(legend.VARIANTS))
     assert len({(look.colour, look.marker) for look in looks.values()}) == len(looks)
     # those that share a position are in no figure together
-    assert [len(set(legend.VARIANTS.values())), len(legend.VARIANTS)] == [15, 18]
+    assert [len(set(legend.VARIANTS.values())), len(legend.VARIANTS)] == [18, 23]
     # with the scale of recall, too
     bias = legend.looks_of([("stick_breaking", "logit_bias=-3.0")])["stick_breaking", "logit_bias=-3.0"]
     scaled = ("stick_breaking", "logit_scale=1.5,logit_bias=-3.0")
     assert legend.looks_of([("stick_breaking", "logit_scale=1.5"), scaled])[scaled].colour == bias.colour
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("*.csv")), ids=lambda path: str(path.relative_to(RESULTS)))
+def test_methods_of_the_committed_results_have_colours_of_their_own(path: Path) -> None:
+    looks = legend.looks(read(path))
+    if len(looks) <= len(legend.COLOURS):
+        assert len({look.colour for look in looks.values()}) == len(looks)
+
+
+def test_a_kernel_looks_the_same_in_every_figure() -> None:
+    ours = ("stick_breaking", "")
+    few, many = (
+        legend.looks_of([ours, *(("softmax", kernel) for kernel in kernels)])
+        for kernels in (("cudnn", "flash"), ("cudnn", "flash", "flex"))
+    )
+    for kernel in ("cudnn", "flash"):
+        look = few["softmax", kernel]
+        assert look == many["softmax", kernel]
+        # beside a form of ours, which would have had the look before
+        beside = legend.looks_of([ours, ("stick_breaking", "skipping"), ("softmax", kernel), ("softmax", "flex")])
+        assert beside["softmax", kernel] == look
+        of_model = legend.looks_of([ours, ("rope", "cudnn"), ("rope", "flash")])["rope", kernel]
+        assert (of_model.colour, of_model.marker) == (look.colour, look.marker)
 
 
 def test_a_model_with_learned_positions_is_not_called_one_without() -> None:

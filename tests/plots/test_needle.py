@@ -158,6 +158,12 @@ def test_methods_that_did_not_solve_a_task_are_named_and_have_no_line() -> None:
     faces = {one.get_label(): one.get_markerfacecolor() for one in mean.get_lines()}
     assert "NoPE" not in faces and faces["ALiBi"] == faces["forgetting"] == "white" != faces["RoPE"]
     assert "with less than 95 % right" in figure.get_supxlabel().replace("\n", " ")
+    assert "and how many of their models did" in figure.get_supxlabel().replace("\n", " ")
+    assert "A mean is hollow" in figure.get_supxlabel().replace("\n", " ")
+    one = needle.draw(pd.DataFrame(rows(task="vt") + rows(task="vt", attention="nope", ended="budget", value=0.0)))
+    assert "Strip below 0" in one.get_supxlabel() and "mean is hollow" not in one.get_supxlabel().replace("\n", " ")
+    # where none did, there is no count to explain
+    assert "how many" not in needle.draw(pd.DataFrame(rows() + none)).get_supxlabel().replace("\n", " ")
     titles = [panel.title for group in needle.chart(table).groups for panel in group.panels]
     assert "vt; not solved: ALiBi, NoPE, forgetting (1 of 2 seeds)" in titles
 
@@ -221,6 +227,7 @@ def test_a_map_has_depth_by_length() -> None:
     for drawn, wanted_there in ((figure, 90 / 1024), (alone, 45 / 1024)):
         (found,) = [item for item in panel(drawn, "RoPE").collections if isinstance(item, QuadMesh)]
         assert np.ma.asarray(found.get_array()).reshape(10, 2)[9, 0] == pytest.approx(wanted_there)
+    assert [axis.get_ylabel() for axis in figure.axes if axis.get_label() == "<colorbar>"] == ["share"]
     low, high = panel(figure, "RoPE").get_ylim()
     assert (low, high) == (100, 0)
     assert [text.get_text() for text in panel(figure, "RoPE").get_xticklabels()] == ["1k", "2k"]

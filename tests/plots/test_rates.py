@@ -50,6 +50,15 @@ def test_a_panel_an_optimizer_and_a_point_a_seed() -> None:
         assert [text.get_text() for text in axis.get_xticklabels()] == ["0.0005", "0.001", "0.002"]
 
 
+def test_given_models_have_no_rate() -> None:
+    given = dict.fromkeys(("lr", "batch_tokens", "schedule", "optimizer"), "")
+    rows = table().assign(**given)
+    assert not rates.has_rows(rows)
+    # beside trained ones the column has numbers, and none for them
+    both = pd.concat([table(), rows.assign(lr=np.nan, batch_tokens=np.nan)])
+    assert rates.has_rows(both) and len(rates.draw(both).axes) == 2
+
+
 def test_a_rate_that_diverges_flattens_no_other() -> None:
     rows = table()
     rows = rows[rows["optimizer"] == "adamw"].copy()

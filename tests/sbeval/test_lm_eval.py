@@ -8,6 +8,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
+from lm_eval.config.evaluate_config import EvaluatorConfig
 
 from sbeval import lm_eval
 from sbeval.data.tokenizer import Bytes
@@ -52,6 +53,18 @@ def test_the_name_is_found_and_its_numbers_are_the_adapters(saved: Path) -> None
     assert model.loglikelihood(asked) == own.loglikelihood(asked)
     with pytest.raises(InputError, match="'bpe:300' is trained on a corpus and none is given"):
         lm_eval.CheckpointLM(str(saved), tokenizer="bpe:300", device="cpu")
+
+
+def test_without_a_gpu_lm_evals_default_device_is_the_cpu(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert lm_eval.DEFAULT_DEVICE == EvaluatorConfig().device
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert lm_eval.CheckpointLM(str(saved), device="cuda:0").place == torch.device("cpu")
+    assert "no GPU for lm-eval's default device cuda:0: on cpu" in capsys.readouterr().err
+    # one that is not the default is asked for
+    with pytest.raises(InputError, match="--device cuda:1"):
+        lm_eval.CheckpointLM(str(saved), device="cuda:1")
 
 
 def test_the_command_writes_lm_evals_own_results(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,45 @@ def test_there_are_links() -> None:
 def test_there_are_commands() -> None:
     found = commands()
     assert len(found) > 15 and {"length-gen --preset quick", "report"} <= set(found)
+
+
+# what a distribution is imported as, where its name is another
+MODULES = {"pyyaml": "yaml"}
+WITHOUT = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in sys.argv[1].split():
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocker())
+from sbeval.cli.main import app
+for command in sys.argv[2:]:
+    app(command.split(), standalone_mode=False)
+"""
+
+
+def test_tables_need_no_more_than_the_readme_installs_for_them(tmp_path: Path) -> None:
+    listed = re.search(r"--no-deps -e \. && pip install ([\w ]+)`", (ROOT / "README.md").read_text())
+    assert listed is not None
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    # pandas comes with numpy
+    rest = {re.split("[>;]", name)[0] for name in needed} - {*listed[1].split(), "numpy"}
+    assert "torch" in rest
+    (typed, cpu) = (ROOT / "results" / name for name in ("typed", "typed-cpu"))
+    commands = (
+        f"plot --results-dir {typed} --format png --out {tmp_path}",
+        f"compare {typed} {cpu}",
+        f"power --results-dir {typed} --seed-sd 0.01",
+        f"table tokens --results-dir {ROOT / 'results' / 'tokens'}",
+        f"check --results-dir {typed}",
+    )
+    blocked = " ".join(MODULES.get(name, name) for name in rest)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, blocked, *commands], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(commands()))

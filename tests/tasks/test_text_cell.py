@@ -74,6 +74,7 @@ def test_stored_answers_are_of_a_model_and_family_and_cleared_by_force(tmp_path:
 
 
 def test_the_cost_of_a_given_model_is_two_flops_a_parameter(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(bytes(4000))
     (given,) = length_gen.cells(dataclasses.replace(CONFIG, checkpoint=str(tmp_path)))
     # in half precision, as others' are

@@ -49,7 +49,7 @@ def test_a_wrong_number_is_mended_and_the_rest_stays() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("<!-- numbers: typd -->\n<!-- end of numbers -->\n", "unknown block of numbers 'typd'; did you mean 'typed'"),
+        ("<!-- numbers: typd -->\n<!-- end of numbers -->\n", "unknown block 'typd' of numbers; did you mean 'typed'"),
         ("<!-- numbers: typed -->\nRoPE 1.\n", "a block of numbers has no end"),
     ],
 )

@@ -719,7 +719,7 @@ def test_figures_that_cannot_be_written(results: Path, tmp_path: Path) -> None:
     file.write_text("precious")
     before = snapshot(results)
     done = run("plot", "mqrar", "--results-dir", results, "--out", file / "below")
-    assert_one_line(done, "cannot make the results folder", str(file / "below"))
+    assert_one_line(done, "cannot make the folder of figures", str(file / "below"), "with --out")
     assert snapshot(results) == before and file.read_text() == "precious"
 
 

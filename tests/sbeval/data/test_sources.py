@@ -215,6 +215,9 @@ def test_parquet_without_the_field(folder: Path) -> None:
 
 
 def test_paths_that_hold_nothing(folder: Path) -> None:
+    for spec in ("hf:", "hf::config"):
+        with pytest.raises(InputError, match=f"unknown corpus '{spec}'; give python, .* or hf:NAME"):
+            sources.source(spec, "text")
     with pytest.raises(InputError, match=r"unknown corpus '.*missing'; give python, stdlib, .* or hf:NAME"):
         read(folder / "missing")
     with pytest.raises(InputError, match="mine holds no file to read"):

@@ -239,9 +239,9 @@ def test_file_that_is_none(content: str, tmp_path: Path) -> None:
         tokenizer.load(str(path), cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("spec", ["", "byte:3", "no/such/folder/of/mine", "a b"])
+@pytest.mark.parametrize("spec", ["", "byte:3", "bpe", "no/such/folder/of/mine", "a b"])
 def test_unknown_specifications(spec: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="unknown tokenizer .*; give bytes, bpe:N"):
+    with pytest.raises(InputError, match="unknown tokenizer .*; give bytes, bpe:SIZE, a tokenizer.json"):
         tokenizer.load(spec, cache_dir=tmp_path)
 
 

@@ -96,9 +96,9 @@ def test_a_spec_sets_the_block_around_its_method() -> None:
     [
         ("ropee", "unknown attention 'ropee'; did you mean 'rope'? known: alibi, "),
         ("stick-breaking", "did you mean 'stick_breaking'?"),
-        ("rope:tetha=1", "unknown option of attention 'rope' 'tetha'; did you mean 'theta'?"),
+        ("rope:tetha=1", "unknown option 'tetha' of attention 'rope'; did you mean 'theta'?"),
         ("rope:theta", "option 'theta' of attention 'rope' needs a value: rope:theta=..."),
-        ("nope:theta=1", "unknown option of attention 'nope' 'theta'; known: head_norm, init_std, key_shift, qkv_bias"),
+        ("nope:theta=1", "unknown option 'theta' of attention 'nope'; known: head_norm, init_std, key_shift, qkv_bias"),
         ("nope:qkv_bias=1", "unknown nope:qkv_bias '1'; known: false, true"),
         ("rope:init_std=0", "init_std must be above 0 and finite; got 0.0"),
         ("stick_breaking:logit_bias=spraed", "logit_bias must be a number or 'spread'; got 'spraed'"),

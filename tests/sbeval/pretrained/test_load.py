@@ -71,6 +71,13 @@ def test_a_digest_is_of_code_in_another_repository(
     assert len({each for pair in found for each in pair}) == 4
 
 
+def test_a_folder_without_a_model_is_an_error(odd_models: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{tmp_path} holds no model: it has no config.json"):
+        load.located(str(tmp_path))
+    folder = str(odd_models.write(tmp_path / "model"))
+    assert load.located(folder) == folder and load.located("someone/model") == "someone/model"
+
+
 def test_a_name_that_no_disk_takes_is_no_folder(tmp_path: Path) -> None:
     long = "9" * 5000
     assert load.name(long) == long and not load.is_own(long) and sources.size(long) is None

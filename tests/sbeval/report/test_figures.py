@@ -71,8 +71,11 @@ def test_drawing_leaves_no_global_state(results: Path) -> None:
 
 
 def test_what_cannot_be_drawn_is_said(results: Path) -> None:
-    with pytest.raises(InputError, match="no table .*length_gen.csv"):
-        draw_figures(results, ["length_gen"])
+    for name, command in (("length_gen", "sbeval length-gen"), ("kernel", "sbeval bench kernel")):
+        with pytest.raises(InputError, match=f"no table .*{name}.csv; {command} writes it"):
+            draw_figures(results / "elsewhere", [name])
+    # nothing is made where there is nothing to draw
+    assert not (results / "elsewhere").exists()
     with pytest.raises(InputError, match="unknown format 'pngs'; did you mean 'png'"):
         draw_figures(results, ["mqrar"], ["pngs"])
     with pytest.raises(InputError, match="unknown figure 'mqar'; did you mean 'mqrar'"):
@@ -90,7 +93,7 @@ def test_what_cannot_be_drawn_is_said(results: Path) -> None:
     with pytest.raises(InputError, match="mqrar.csv has no column 'kv_pairs'"):
         draw_figures(results, ["mqrar"])
     (results / "file").touch()
-    with pytest.raises(InputError, match="cannot make the results folder"):
+    with pytest.raises(InputError, match="cannot make the folder of figures .*; give another with --out"):
         draw_figures(results, ["mqrar"], out_dir=results / "file")
 
 

@@ -42,6 +42,9 @@ def test_what_is_there_or_is_not_looked_up_passes(tmp_path: Path) -> None:
         ("few_shot", {"data_dir": "items/"}, "--data-dir items/: there is no such file or folder"),
         ("length_gen", {"checkpoint": "a/b/c"}, "--checkpoint a/b/c: there is no such folder"),
         ("few_shot", {"models": ("./model",)}, "--model ./model: there is no such folder"),
+        ("length_gen", {"tokenizer": "bpe"}, "unknown tokenizer 'bpe'; give bytes, bpe:SIZE"),
+        ("length_gen", {"tokenizer": "bpe:8k"}, "tokenizer 'bpe:8k': the size after bpe: must be at least 257"),
+        ("needle", {"tokenizer": "no/such/file"}, "unknown tokenizer 'no/such/file'"),
     ],
 )
 def test_what_is_missing_is_named(family: str, changes: dict[str, Any], message: str) -> None:

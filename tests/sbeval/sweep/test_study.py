@@ -194,7 +194,7 @@ def test_what_is_the_users_to_change_is_said_before_anything_is_trained(
     [
         ("softmax", "has no positions of its own"),
         ("rope:theta=-1", "theta must be positive"),
-        ("fire:some=1", "unknown option of attention 'fire' 'some'"),
+        ("fire:some=1", "unknown option 'some' of attention 'fire'"),
         ("sliding_window:window=0", "window must be at least 1"),
     ],
 )

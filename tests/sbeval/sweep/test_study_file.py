@@ -136,7 +136,7 @@ def test_a_section_may_hold_several_sweeps(tmp_path: Path) -> None:
         ("length_gen: []", "length_gen is an empty list: give a sweep, or leave the section out"),
         ("length_gen: [3]", "length_gen.0. must hold names with values"),
         ("length_gen: [{lr: 1e-3, lr: 2e-3}]", "duplicate key 'lr'"),
-        ("length_gen: [{}, {larning_rate: 3}]", "unknown option of length_gen 'larning_rate'"),
+        ("length_gen: [{}, {larning_rate: 3}]", "unknown option 'larning_rate' of length_gen"),
         ("length_gen: [{preset: quick}, {preset: h200}]", "start from different presets .quick, h200.: give one"),
     ],
 )
@@ -220,11 +220,11 @@ def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None
     ("text", "said"),
     [
         ("needle: {samples: many}", "needle.samples must be an integer; got 'many'"),
-        ("needle: {sampels: 3}", "unknown option of needle 'sampels'; did you mean 'samples'?"),
+        ("needle: {sampels: 3}", "unknown option 'sampels' of needle; did you mean 'samples'?"),
         ("needel: {}", "unknown section 'needel'; did you mean 'needle'?"),
-        ("models: {samples: 3}\nneedle:", "unknown option of models 'samples'; known: attention, "),
-        ("mqrar: {preset: quik}", "unknown preset of mqrar 'quik'; did you mean 'quick'?"),
-        ("models: {preset: figure5}\nmqrar:", "unknown preset of mqrar 'figure5'; known: author, h200, "),
+        ("models: {samples: 3}\nneedle:", "unknown option 'samples' of models; known: attention, "),
+        ("mqrar: {preset: quik}", "unknown preset 'quik' of mqrar; did you mean 'quick'?"),
+        ("models: {preset: figure5}\nmqrar:", "unknown preset 'figure5' of mqrar; known: author, h200, "),
         ("mqrar: {attention: {a: b}}", "mqrar.attention must be a list, each text; got {'a': 'b'}"),
         ("mqrar: {lrs: [1e-3, fast]}", r"mqrar.lrs\[1\] must be a number; got 'fast'"),
         ("mqrar: {lrs: [.nan]}", r"mqrar.lrs\[0\] must be a number; got '.nan'"),
@@ -235,7 +235,7 @@ def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None
         ("mqrar: [steps]", r"mqrar\[0\] must hold names with values, such as {samples: 20}; got 'steps'"),
         ("mqrar: {seeds: []}", "mqrar: seeds is empty: give one or more"),
         ("mqrar: {seeds: [-1]}", r"mqrar: a seed \(--seed\) must be 0 to 2147483647; got -1"),
-        ("needle: {samples: 0}", "needle: needle needs a length, 1 sample or more"),
+        ("needle: {samples: 0}", "needle: --samples must be at least 1; got 0"),
         ("mqrar: {steps: 1, steps: 2}", "duplicate key 'steps'"),
         ("mqrar: {}\nmqrar: {}", "duplicate key 'mqrar'"),
         ("models: {}", "nothing to run: a study has a section for each of its families"),
@@ -256,6 +256,9 @@ def test_a_study_that_is_not_there(tmp_path: Path) -> None:
         InputError, match="unknown study 'quik'; did you mean 'quick'. known: .*, h200, .*, or the path"
     ):
         study_file.read("quik")
+    for name in ("quik.yaml", "studies/quick"):
+        with pytest.raises(InputError, match=f"there is no study file {name}; studies of the package: 125m, "):
+            study_file.read(name)
     with pytest.raises(InputError, match="cannot read .*: .*directory"):
         study_file.read(str(tmp_path))
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")

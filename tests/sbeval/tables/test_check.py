@@ -247,3 +247,5 @@ def test_committed_results_are_what_runs_wrote(folder: Path) -> None:
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no folder .*nowhere"):
         list(check.folder(Results(tmp_path / "nowhere"), Checked()))
+    with pytest.raises(InputError, match="there is no result table in .*: give the --results-dir of a run"):
+        list(check.folder(Results(tmp_path), Checked()))

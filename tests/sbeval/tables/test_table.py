@@ -169,7 +169,7 @@ def test_a_damaged_table_is_one_line_and_stays_as_it_is(tmp_path: Path, damage: 
 
 
 def test_reading_what_is_no_table(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no table .*absent.csv"):
+    with pytest.raises(InputError, match="no table .*absent.csv; "):
         table.read(tmp_path / "absent.csv")
     with pytest.raises(InputError, match="cannot read"):
         table.read(tmp_path)
