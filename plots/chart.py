@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 import seaborn as sns
+from matplotlib.ticker import EngFormatter
 
 from sbeval.plots import legend
 from sbeval.tables import intervals
@@ -104,6 +105,7 @@ class Lines:
     y: str
     lines: Sequence[Line]
     octaves: bool = True  # x to base 2
+    counts: bool = False  # round numbers of x instead, as 20 M
     decades: bool = False  # y to base 10
     joined: bool = True
     across: bool = False  # names down the page, values across it
@@ -140,7 +142,8 @@ class Lines:
             x |= {"type": "category"} | ({"title": {"text": ""}} if self.across else {})
             x |= {"categoryorder": "array", "categoryarray": list(self.names)} if self.names else {}
         elif self.octaves:
-            x |= {"type": "log"} | _octaves([float(at) for line in self.lines for at in line.points["x"]])
+            ticks = _counts if self.counts else _octaves
+            x |= {"type": "log"} | ticks([float(at) for line in self.lines for at in line.points["x"]])
         if self.from_zero:
             y |= {"rangemode": "tozero"}
         if self.decades:
@@ -353,6 +356,18 @@ def _octaves(values: Sequence[float]) -> dict[str, Any]:
         step = math.ceil((last - first + 1) / MOST_TICKS)
         few = [2.0**exponent for exponent in range(last, first - 1, -step)][::-1]
     return {"tickvals": few, "ticktext": [plain(value) for value in few]}
+
+
+def _counts(values: Sequence[float]) -> dict[str, Any]:
+    """Label as many round numbers as fit, or the values themselves where there is none between them."""
+    write = EngFormatter(sep=" ")
+    for firsts in ((1, 2, 5), (1, 3), (1,)):
+        round_ones = [float(f"{first}e{power}") for power in range(16) for first in firsts]
+        ticks = [value for value in round_ones if min(values) <= value <= max(values)]
+        if len(ticks) <= MOST_TICKS:
+            break
+    ticks = ticks or sorted(set(values))
+    return {"tickvals": ticks, "ticktext": [write(value) for value in ticks]}
 
 
 def _ones_twos_fives() -> dict[str, Any]:

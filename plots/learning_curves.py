@@ -95,7 +95,13 @@ def chart(rows: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
     looks = legend.looks(rows)
     groups = [
-        Group(title, [Lines(title=NAMES[y], x=X, y=y, lines=charts.of_points(of, looks)) for y, of in panels.items()])
+        Group(
+            title,
+            [
+                Lines(title=NAMES[y], x=X, y=y, lines=charts.of_points(of, looks), counts=True)
+                for y, of in panels.items()
+            ],
+        )
         for title, panels in _settings(rows)
     ]
     sentence = (

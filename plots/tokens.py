@@ -71,7 +71,7 @@ def chart(table: pd.DataFrame) -> Chart:
     groups = []
     for title, ladders in settings.items():
         lines = [Line(looks[ladder.method], _points(ladder)) for ladder in ladders]
-        groups.append(Group(title, [Lines(title="", x=X, y=Y, lines=lines, levels={"RoPE": 0.0})]))
+        groups.append(Group(title, [Lines(title="", x=X, y=Y, lines=lines, levels={"RoPE": 0.0}, counts=True)]))
     sentence = (
         "Mean loss over test documents at the training length minus RoPE's, in nats per token, by training tokens. A "
         "method below 0 is ahead of RoPE."

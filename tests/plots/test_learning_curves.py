@@ -24,14 +24,12 @@ STEPS = (2, 4, 6)
 LOSSES = {"rope": (6.0, 5.0, 4.0), "stick_breaking": (7.0, 5.5, 4.25)}
 
 
-def cell(
-    folder: Path, attention: str, losses: tuple[float, ...] = (), steps: tuple[int, ...] = STEPS, **common: Any
-) -> pd.DataFrame:
+def cell(folder: Path, attention: str, losses: tuple[float, ...] = (), **common: Any) -> pd.DataFrame:
     """Write the curves of a cell and return its rows, one for each context length."""
     row = COMMON | {"attention": attention, "seed": 0} | common
     row["cell"] = "-".join(str(row[name]) for name in ("attention", "options", "seed", "train_len", "eval_len"))
     training = [(step, 8.0 - step / 10) for step in range(1, 9)]
-    held_out = list(zip(steps, losses, strict=True)) if losses else []
+    held_out = list(zip(STEPS, losses, strict=True)) if losses else []
     curves.write(Results(folder), row["cell"], {"loss": training, learning_curves.METRIC: held_out})
     return pd.DataFrame([row | {"context_length": length} for length in (1024, 2048)])
 
@@ -73,7 +71,10 @@ def test_losses_by_tokens_and_gaps_to_rope_below(tmp_path: Path) -> None:
 
 
 def test_seeds_measured_at_other_steps_are_drawn_at_the_same_tokens(tmp_path: Path) -> None:
-    rows = pd.concat([table(tmp_path, (0,)), cell(tmp_path, "rope", (6.0, 5.0), steps=(3, 5), seed=1)])
+    other = cell(tmp_path, "rope", seed=1)
+    held_out = {"loss": [(8, 7.0)], learning_curves.METRIC: [(3, 6.0), (5, 5.0)]}
+    curves.write(Results(tmp_path), other["cell"].iloc[0], held_out)
+    rows = pd.concat([table(tmp_path, (0,)), other])
     above, below = learning_curves.draw(learning_curves.gather(rows, tmp_path)).axes
     # seed 0 is 5.5, 5.0 and 4.5 there; nothing where seed 1 was not measured, which alone would be a step up
     assert line(above, "RoPE") == ([3000, 4000, 5000], [5.75, 5.25, 4.75])
@@ -88,6 +89,25 @@ def test_the_page_has_the_same_numbers(tmp_path: Path) -> None:
     rows = loss.rows()
     assert rows.loc[rows["method"] == "RoPE", learning_curves.LOSS].tolist() == [6.0, 5.0, 4.0]
     assert gap.rows()[learning_curves.GAP].tolist() == [1.0, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "labels"),
+    [
+        ([2.5e6, 6.2e8], ["5 M", "10 M", "20 M", "50 M", "100 M", "200 M", "500 M"]),
+        ([2.5e5, 6.2e8], ["300 k", "1 M", "3 M", "10 M", "30 M", "100 M", "300 M"]),
+        ([6e7, 2.4e8], ["100 M", "200 M"]),
+        ([6e7, 9e7], ["60 M", "90 M"]),
+        ([2e3, 1e9], ["10 k", "100 k", "1 M", "10 M", "100 M", "1 G"]),
+    ],
+)
+def test_tokens_of_the_page_are_labelled_by_round_numbers(
+    tmp_path: Path, tokens: list[float], labels: list[str]
+) -> None:
+    rows = learning_curves.gather(table(tmp_path, (0,)), tmp_path)
+    rows = rows[rows["step"] < 6].assign(x=[*tokens, *tokens])
+    axis = learning_curves.chart(rows).groups[0].panels[0].plotly()["layout"]["xaxis"]
+    assert axis["type"] == "log" and axis["ticktext"] == labels and len(axis["tickvals"]) == len(labels)
 
 
 def test_a_seed_that_rope_does_not_have_counts(tmp_path: Path) -> None:
