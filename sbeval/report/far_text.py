@@ -89,12 +89,12 @@ def _has_both(rows: pd.DataFrame) -> bool:
 def changes(rows: pd.DataFrame) -> pd.DataFrame:
     """Return, for each model, its value at the longest x minus that at the shortest.
 
-    Both are of the same documents, so errors over documents, unless there is a single seed, are left out.
+    Both are of the same documents, so errors over documents, unless every method has a single seed, are left out.
     """
     keys = ["attention", "options", "seed"]
     start, end = (rows[rows["x"] == at] for at in (rows["x"].min(), rows["x"].max()))
     both = end.merge(start, on=keys, suffixes=("", "_start"))
-    several = both["seed"].nunique() > 1
+    several = both.groupby(["attention", "options"])["seed"].nunique().gt(1).any()
     errors = np.hypot(both["stderr"].fillna(0.0), both["stderr_start"].fillna(0.0))
     stderr, n = (0.0, 0) if several else (errors, both["n"])
     changed: pd.DataFrame = both.assign(value=both["value"] - both["value_start"], stderr=stderr, n=n)
