@@ -56,9 +56,9 @@ CLAIMS = (
         rule="Change of log perplexity from context 2048 to 16384, of models of any size trained at 2048. Agrees: "
         f"RoPE's rises by more than {100 * RISE:.0f} %, stick-breaking's mean does not, and its interval lies below "
         "RoPE's; and on the same targets (the last tokens of long windows) stick-breaking's loss is lower with "
-        f"{LENGTHS[1]} tokens of context than with {far_text.NEAR * LENGTHS[0]}, by more than that of a sliding window, "
-        "which cannot see far (both with Holm's correction). Disagrees: stick-breaking's whole interval rises by more "
-        f"than {100 * RISE:.0f} %, or RoPE's whole interval does not. {GROWN}.",
+        f"{LENGTHS[1]} tokens of context than with {far_text.NEAR * LENGTHS[0]}, by more than that of a sliding "
+        "window, which cannot see far (both with Holm's correction). Disagrees: stick-breaking's whole interval rises "
+        f"by more than {100 * RISE:.0f} %, or RoPE's whole interval does not. {GROWN}.",
         decides=f"models of any size trained at 2048 tokens {CANARIES}, with --fixed-targets 512",
         table="length_gen",
         command="sbeval length-gen",
