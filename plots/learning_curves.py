@@ -5,7 +5,6 @@ that measured a held-out loss. Methods that are options of evaluation alone shar
 branches of a training with schedule wsd the longest is.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +86,7 @@ def draw(rows: pd.DataFrame) -> Figure:
             axis.set_xlim(drawn[0].get_xlim())
             if y == GAP:
                 axis.axhline(0, color=style.MARK, linewidth=1.0)
-    style.finish(figure, [look.handle() for look in looks.values()], _note(rows["seed"]))
+    style.finish(figure, [look.handle() for look in looks.values()], _note(rows))
     return figure
 
 
@@ -102,7 +101,7 @@ def chart(rows: pd.DataFrame) -> Chart:
         "Loss on held-out text during training, in nats per token, by training tokens, and minus RoPE's at the same "
         "tokens. A gap that still closes at the end is no ranking. Lower is better."
     )
-    return Chart("Learning curves", sentence, groups, _note(rows["seed"]))
+    return Chart("Learning curves", sentence, groups, _note(rows))
 
 
 def _settings(rows: pd.DataFrame) -> list[tuple[str, dict[str, pd.DataFrame]]]:
@@ -147,6 +146,6 @@ def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, legend.Look]) -
     style.counts(axis)
 
 
-def _note(seeds: Iterable[int]) -> str:
-    count = len(set(seeds))
+def _note(rows: pd.DataFrame) -> str:
+    count = intervals.most_seeds(rows)
     return "One seed." if count == 1 else f"Means of up to {count} seeds; bands: 95 % interval over seeds."

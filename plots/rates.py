@@ -133,6 +133,6 @@ def _rates(axis: Axes, rates: list[float]) -> None:
 
 
 def _note(settings: Settings) -> str:
-    seeds = max(int(rows["seed"].nunique()) for _, panels in settings for rows in panels.values())
+    seeds = max(intervals.most_seeds(rows) for _, panels in settings for rows in panels.values())
     several = f"Points: up to {seeds} seeds; lines: means of those at all rates."
     return "Points: one seed each." if seeds == 1 else several

@@ -65,7 +65,7 @@ def gaps(table: pd.DataFrame, folder: Path) -> str:
         each = [at[count].text() if count in at else "" for count in counts]
         law = ladder.law
         fit = [law.limit.text(), law.exponent.text().replace("+", ""), law.crosses(size)] if law else [""] * 3
-        lines.append([labels[ladder.method], *each, *fit, ladder.over()])
+        lines.append([labels[ladder.method], *each, *fit, ladder.over(write=size)])
     fitted = ("limit", "exponent", "where the fit is 0", "seeds, and RoPE's")
     headings = ["loss minus RoPE's (nats per token) after tokens =", *map(size, counts), *fitted]
     return markup.table(headings, lines)

@@ -57,6 +57,8 @@ def gains(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
         each = by_document(mine, evidence, ("nll_sum_unrelated", far), **count)
         answers += [_change(method, both, each)]
         found += f", less that with another document's text there {answers[1].text('{:+.3f}'.format)}"
+        if (seeds := answers[1].seeds) != change.seeds:
+            found += f" (of {seeds[0]} seed{'s' * (seeds[0] > 1)})"
     found += f" ({change.over('documents')}; {models(rows)})."
     sure = [each for each in answers if max(each.seeds) > 1]
     if any(each.high >= 0 and each.low > -GAIN for each in sure):

@@ -93,7 +93,10 @@ def test_the_page_has_the_same_numbers(tmp_path: Path) -> None:
 def test_a_seed_that_rope_does_not_have_counts(tmp_path: Path) -> None:
     more = cell(tmp_path, "stick_breaking", (8.0, 6.5, 5.25), seed=7)
     rows = learning_curves.gather(pd.concat([table(tmp_path, (0,)), more]), tmp_path)
-    assert line(learning_curves.draw(rows).axes[1], "stick-breaking")[1] == [1.5, 1.0, 0.75]
+    figure = learning_curves.draw(rows)
+    assert line(figure.axes[1], "stick-breaking")[1] == [1.5, 1.0, 0.75]
+    # no method has three
+    assert str(figure.get_supxlabel()).startswith("Means of up to 2 seeds")
 
 
 def test_one_training_is_drawn_once(tmp_path: Path) -> None:
