@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from sbeval.errors import InputError
-from sbeval.tables import intervals, selection
+from sbeval.tables import epochs, intervals, selection
 from sbeval.tables.rows import ROPE, Method
 from sbeval.tables.statistics import Interval, Scale
 
@@ -57,9 +57,10 @@ class Canaries:
 
 
 def canaries(table: pd.DataFrame) -> list[Canaries]:
-    """Return the canaries of each setting of `length_gen` that has RoPE; empty without perplexities by context."""
+    """Return the canaries of each setting of `length_gen` that has RoPE, of models that do not overfit; empty without
+    perplexities by context."""
     try:
-        rows = selection.by_context(table)
+        rows = selection.by_context(table[~epochs.overfit(table)])
     except InputError:
         return []
     rows = rows[rows["x"] == rows["train_len"]]
