@@ -86,22 +86,22 @@ def draw(rows: pd.DataFrame) -> Figure:
             axis.set_xlim(drawn[0].get_xlim())
             if y == GAP:
                 axis.axhline(0, color=style.MARK, linewidth=1.0)
-    style.finish(figure, [look.handle() for look in looks.values()], _note(rows))
+    style.finish(figure, [look.handle() for look in looks.values()], _note(settings))
     return figure
 
 
 def chart(rows: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
-    looks = legend.looks(rows)
+    looks, settings = legend.looks(rows), _settings(rows)
     groups = [
         Group(title, [Lines(title=NAMES[y], x=X, y=y, lines=charts.of_points(of, looks)) for y, of in panels.items()])
-        for title, panels in _settings(rows)
+        for title, panels in settings
     ]
     sentence = (
         "Loss on held-out text during training, in nats per token, by training tokens, and minus RoPE's at the same "
         "tokens. A gap that still closes at the end is no ranking. Lower is better."
     )
-    return Chart("Learning curves", sentence, groups, _note(rows))
+    return Chart("Learning curves", sentence, groups, _note(settings))
 
 
 def _settings(rows: pd.DataFrame) -> list[tuple[str, dict[str, pd.DataFrame]]]:
@@ -146,6 +146,6 @@ def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, legend.Look]) -
     style.counts(axis)
 
 
-def _note(rows: pd.DataFrame) -> str:
-    count = intervals.most_seeds(rows)
+def _note(settings: list[tuple[str, dict[str, pd.DataFrame]]]) -> str:
+    count = max(int(panels[LOSS]["seeds"].max()) for _, panels in settings)
     return "One seed." if count == 1 else f"Means of up to {count} seeds; bands: 95 % interval over seeds."

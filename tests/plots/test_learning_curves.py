@@ -95,7 +95,10 @@ def test_a_seed_that_rope_does_not_have_counts(tmp_path: Path) -> None:
     rows = learning_curves.gather(pd.concat([table(tmp_path, (0,)), more]), tmp_path)
     figure = learning_curves.draw(rows)
     assert line(figure.axes[1], "stick-breaking")[1] == [1.5, 1.0, 0.75]
-    # no method has three
+    # no method has three, nor one in a setting
+    other = cell(tmp_path, "rope", (7.0, 5.0, 4.0), seed=1, train_len=4096)
+    rows = learning_curves.gather(pd.concat([table(tmp_path, (0,)), more, other]), tmp_path)
+    figure = learning_curves.draw(rows)
     assert str(figure.get_supxlabel()).startswith("Means of up to 2 seeds")
 
 
