@@ -116,7 +116,7 @@ def test_one_training_is_drawn_once(tmp_path: Path) -> None:
 def test_of_branches_of_one_training_the_longest_is_drawn(tmp_path: Path) -> None:
     rows = [table(tmp_path)]
     for name, losses in LOSSES.items():
-        wsd = {"schedule": "wsd", "lr": 1e-3, "train_len": 512}
+        wsd: dict[str, Any] = {"schedule": "wsd", "lr": 1e-3, "train_len": 512}
         rows += [cell(tmp_path, name, (*losses[:2], 0.0), train_tokens=6000, eval_len=1, **wsd)]
         rows += [cell(tmp_path, name, losses, train_tokens=8000, eval_len=2, **wsd)]
     found = learning_curves.gather(pd.concat(rows).assign(schedule=lambda each: each["schedule"].fillna("")), tmp_path)
@@ -124,7 +124,7 @@ def test_of_branches_of_one_training_the_longest_is_drawn(tmp_path: Path) -> Non
 
 
 def test_the_longest_branch_of_one_method_leaves_another_its_own(tmp_path: Path) -> None:
-    wsd = {"schedule": "wsd", "lr": 1e-3, "train_len": 512}
+    wsd: dict[str, Any] = {"schedule": "wsd", "lr": 1e-3, "train_len": 512}
     rows = [
         cell(tmp_path, name, losses, train_tokens=tokens, **wsd)
         for (name, losses), tokens in zip(LOSSES.items(), (8000, 6000), strict=True)
