@@ -43,7 +43,7 @@ POINTS = 1.0
 # a model with a mean score below this finds nothing
 NOTHING = 0.05
 # columns of a setting of benchmarks
-SETTING = ("model", "train_len", "eval_len", "corpus", "train_tokens")
+SETTING = ("model", "train_len", "eval_len", "corpus", "preset", "train_tokens")
 CONTROL = (
     "that far text is used is not shown: perplexity falls along a document without it too, and no loss of fixed "
     "targets (--fixed-targets 512) was measured of stick-breaking and a sliding window"
