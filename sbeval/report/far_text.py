@@ -155,12 +155,17 @@ def by_document(
 def in_pairs(
     change: pd.DataFrame, rows: pd.DataFrame, of: Method, other: Method | None, samples: Mapping[Method, Sample]
 ) -> Interval | None:
-    """Return the mean of changes by document of a method, less another's; None where they are not stored."""
+    """Return the mean of changes by document of a method, less another's; None where they are not stored for all
+    seeds."""
     spreads = pooling.spreads(samples)
     each = pd.DataFrame(1.0, index=change.index[:1], columns=change.columns)
     mine = change[change.index.isin(documents.cells_of(rows, of))]
+    if len(mine) < samples[of].seeds:
+        return None
     if other is None:
         found = documents.difference(mine, 0.0 * each, each, (spreads[of], statistics.UNKNOWN))
         return found and dataclasses.replace(found, seeds=(len(mine),))
     others = change[change.index.isin(documents.cells_of(rows, other))]
+    if len(others) < samples[other].seeds:
+        return None
     return documents.difference(mine, others, each, (spreads[of], spreads[other]))

@@ -72,7 +72,8 @@ def within(table: pd.DataFrame, evidence: Evidence) -> Judged:
 
 
 def _paired(rows: pd.DataFrame, samples: Mapping[Method, Sample], evidence: Evidence) -> dict[Method, Interval]:
-    """Return the difference to RoPE of each method whose losses of single documents are stored, paired by document."""
+    """Return the difference to RoPE of each method whose losses of single documents are stored, for all seeds of both,
+    paired by document."""
     values = evidence.values(rows["cell"]) if "cell" in rows else documents.nothing(())
     sums, tokens = (
         documents.sums(values, name, context_length=int(rows["x"].iloc[0])) for name in ("nll_sum", "tokens")
@@ -81,7 +82,8 @@ def _paired(rows: pd.DataFrame, samples: Mapping[Method, Sample], evidence: Evid
     found: dict[Method, Interval] = {}
     for method in samples:
         of, other = (sums[sums.index.isin(documents.cells_of(rows, one))] for one in (method, ROPE))
-        if method != ROPE and pooling.SAME_WEIGHTS not in method[1]:
+        stored = len(of) == samples[method].seeds and len(other) == samples[ROPE].seeds
+        if stored and method != ROPE and pooling.SAME_WEIGHTS not in method[1]:
             difference = documents.difference(of, other, tokens, (spreads[method], spreads[ROPE]))
             found |= {} if difference is None else {method: difference}
     return found

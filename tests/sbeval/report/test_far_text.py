@@ -129,3 +129,6 @@ def test_documents_are_paired(frame: Tables) -> None:
 
     found = judged(losses(frame, -0.011), values=stored)
     assert found.verdict == YES and "16 documents in pairs" in found.found and "−0.011" in found.found
+    # of two seeds alone: the change is that of all three
+    some = judged(losses(frame, -0.011), values=lambda cells: stored(set(cells) - {"spread-1"}))
+    assert "in pairs" not in some.found and "over 3 seeds" in some.found

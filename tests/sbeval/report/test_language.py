@@ -181,6 +181,10 @@ def test_documents_are_paired_where_their_losses_are_stored(perplexities: Tables
 
     paired = judged(language.within, table, values=stored)
     assert "−0.021 nats/token (95 % over 1 seed each, 16 documents in pairs; one-sided p < 0.001" in paired.found
+    # of a second seed of RoPE they are not: the difference is that of both
+    more = pd.concat([table, table[table["attention"] == ROPE].assign(seed=1, value=14.2, cell="another")])
+    some = judged(language.within, more, values=lambda cells: stored(set(cells) - {"another"}))
+    assert "in pairs" not in some.found and "−0.029 [" in some.found and "over 1 and 2 seeds" in some.found
 
 
 def needles(frame: Tables, stick: float, rope: float, **common: Any) -> pd.DataFrame:
