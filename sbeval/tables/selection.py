@@ -179,8 +179,9 @@ def recall_cells(table: pd.DataFrame) -> pd.DataFrame:
     cells = numbers(recall_completed(pd.concat([cells, failed])), ["kv_pairs", "vocab_size", "lr"])
     both = {name: table[table["metric"] == name].set_index("cell")["value"] for name in ("steps", "solved")}
     solved = cells["cell"].map(both["solved"])
+    statuses = dict(zip(ended["cell"], ended["status"], strict=True)) if "status" in ended else {}
     return cells.assign(
-        status=cells["cell"].map(ended.set_index("cell")["status"]).fillna("") if "status" in cells else "",
+        status=[statuses.get(cell, "") for cell in cells["cell"]],
         steps=cells["cell"].map(both["steps"]).fillna(0.0),
         solved=(solved == 1) | (solved.isna() & (cells["value"] >= SOLVED_ACCURACY)),
     )

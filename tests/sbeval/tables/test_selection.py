@@ -72,6 +72,10 @@ def test_cells_say_how_their_training_ended() -> None:
         ["b", "diverged", False],
     ]
     assert cells["value"].isna().tolist() == [False, True]
+    # a table from before
+    old = pd.DataFrame(rows[:3]).drop(columns="status")
+    assert selection.recall_cells(old)[["status", "solved"]].to_numpy().tolist() == [["", False]]
+    assert selection.recall_cells(old.assign(status=""))["status"].tolist() == [""]
 
 
 def test_rates_are_ranked_by_steps_of_seeds_that_all_have() -> None:
