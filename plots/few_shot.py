@@ -14,7 +14,7 @@ from sbeval.tables import few_shot, intervals
 from sbeval.tables.rows import Method
 
 TABLE = "few_shot"
-COLUMNS = (*few_shot.COLUMNS, "corpus")
+COLUMNS = few_shot.COLUMNS
 # height of a benchmark
 ROW_IN = 0.34
 GUESSING = legend.Look("guessing", charts.GREY, "p", ())
@@ -82,7 +82,7 @@ def _percent(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _panels(chosen: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    return style.panels(chosen, ("model", "train_len", "corpus"), ("train_tokens", "eval_len"))
+    return style.panels(chosen, ("model", "train_len", "corpus"), ("train_tokens", "eval_len", "preset"))
 
 
 def _panel(axis: Axes, rows: pd.DataFrame, looks: dict[Method, legend.Look]) -> list[pd.DataFrame]:

@@ -125,11 +125,13 @@ def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, legend.Look], t
 
 
 def _thin(axis: Axes, rows: pd.DataFrame, looks: dict[Method, legend.Look]) -> None:
-    """Draw the change with another document's text of the methods that have it."""
-    other = rows.dropna(subset="other").assign(value=rows["other"])
+    """Draw the change with another document's text of the methods that have it: the mean over all seeds, and above it
+    what the other text costs those that were given it."""
     for method, look in looks.items():
-        if (mine := intervals.method(other, method))["x"].nunique() > 1:
-            means = mine.groupby("x")["value"].mean()
+        mine = intervals.method(rows, method)
+        if mine.dropna(subset="other")["x"].nunique() > 1:
+            more = (mine["other"] - mine["value"]).groupby(mine["x"]).mean()
+            means = (mine.groupby("x")["value"].mean() + more).dropna()
             axis.plot(means.index, means, color=look.colour, linewidth=0.8, alpha=0.8)
 
 
@@ -161,7 +163,8 @@ def _settings(rows: pd.DataFrame) -> list[tuple[str, dict[str, pd.DataFrame]]]:
     length = rows["context_length"].astype(float)
     rows = rows.assign(x=length, value=rows["value"].astype(float), other=_others(rows, unrelated))
     setting = length_gen_setting(rows)
-    panels = style.panels(rows, setting.always, setting.others)
+    # the losses of other targets are of another level
+    panels = style.panels(rows, setting.always, [*setting.others, "targets"])
     return [(title, {LOSS: of} | ({} if (less := changes(of)).empty else {CHANGE: less})) for title, of in panels]
 
 

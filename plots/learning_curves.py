@@ -5,7 +5,6 @@ that measured a held-out loss. Methods that are options of evaluation alone shar
 branches of a training with schedule wsd the longest is.
 """
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -87,13 +86,13 @@ def draw(rows: pd.DataFrame) -> Figure:
             axis.set_xlim(drawn[0].get_xlim())
             if y == GAP:
                 axis.axhline(0, color=style.MARK, linewidth=1.0)
-    style.finish(figure, [look.handle() for look in looks.values()], _note(rows["seed"]))
+    style.finish(figure, [look.handle() for look in looks.values()], _note(settings))
     return figure
 
 
 def chart(rows: pd.DataFrame) -> Chart:
     """Return the interactive figure."""
-    looks = legend.looks(rows)
+    looks, settings = legend.looks(rows), _settings(rows)
     groups = [
         Group(
             title,
@@ -102,13 +101,13 @@ def chart(rows: pd.DataFrame) -> Chart:
                 for y, of in panels.items()
             ],
         )
-        for title, panels in _settings(rows)
+        for title, panels in settings
     ]
     sentence = (
         "Loss on held-out text during training, in nats per token, by training tokens, and minus RoPE's at the same "
         "tokens. A gap that still closes at the end is no ranking. Lower is better."
     )
-    return Chart("Learning curves", sentence, groups, _note(rows["seed"]))
+    return Chart("Learning curves", sentence, groups, _note(settings))
 
 
 def _settings(rows: pd.DataFrame) -> list[tuple[str, dict[str, pd.DataFrame]]]:
@@ -153,6 +152,6 @@ def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, legend.Look]) -
     style.counts(axis)
 
 
-def _note(seeds: Iterable[int]) -> str:
-    count = len(set(seeds))
+def _note(settings: list[tuple[str, dict[str, pd.DataFrame]]]) -> str:
+    count = max(int(panels[LOSS]["seeds"].max()) for _, panels in settings)
     return "One seed." if count == 1 else f"Means of up to {count} seeds; bands: 95 % interval over seeds."

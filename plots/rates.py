@@ -1,7 +1,7 @@
 """Loss at the training length by peak learning rate: is each method compared at its best rate, or at another's?
 
 A row a setting, and in it a panel for each optimizer, batch and schedule that has several rates. Points are seeds,
-lines their means.
+lines the means of those that all rates of a method have.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
 from sbeval.tables.rows import Method
-from sbeval.tables.selection import LENGTH_GEN, RECIPE
+from sbeval.tables.selection import LENGTH_GEN, RECIPE, of_shared_seeds
 
 TABLE = "length_gen"
 COLUMNS = ("attention", "options", "seed", "metric", "value", "context_length", *LENGTH_GEN.columns)
@@ -112,8 +112,8 @@ def _recipe(rows: pd.DataFrame, schedules: int) -> str:
 
 
 def _means(rows: pd.DataFrame) -> "pd.Series[float]":
-    """Return the mean loss of a method by learning rate, over seeds."""
-    return rows.groupby("lr")["loss"].mean()
+    """Return the mean loss of a method by learning rate, over the seeds that all rates have."""
+    return of_shared_seeds(rows.pivot_table("loss", "seed", "lr")).mean()
 
 
 def _line(axis: Axes, rows: pd.DataFrame, look: legend.Look) -> float:
@@ -133,5 +133,6 @@ def _rates(axis: Axes, rates: list[float]) -> None:
 
 
 def _note(settings: Settings) -> str:
-    seeds = max(int(rows["seed"].nunique()) for _, panels in settings for rows in panels.values())
-    return "Points: one seed each." if seeds == 1 else f"Points: up to {seeds} seeds; lines: their means."
+    seeds = max(intervals.most_seeds(rows) for _, panels in settings for rows in panels.values())
+    several = f"Points: up to {seeds} seeds; lines: means of those at all rates."
+    return "Points: one seed each." if seeds == 1 else several

@@ -119,5 +119,5 @@ def _lines(axis: Axes, rows: pd.DataFrame, looks: dict[Method, legend.Look]) -> 
 
 
 def _note(rows: pd.DataFrame) -> str:
-    count = rows["seed"].nunique()
+    count = intervals.most_seeds(rows)
     return "One seed." if count == 1 else f"Means of up to {count} seeds; faint: seeds, each until its training ended."

@@ -65,7 +65,7 @@ def gaps(table: pd.DataFrame, folder: Path) -> str:
         each = [at[count].text() if count in at else "" for count in counts]
         law = ladder.law
         fit = [law.limit.text(), law.exponent.text().replace("+", ""), law.crosses(size)] if law else [""] * 3
-        lines.append([labels[ladder.method], *each, *fit, ladder.over()])
+        lines.append([labels[ladder.method], *each, *fit, ladder.over(write=size)])
     fitted = ("limit", "exponent", "where the fit is 0", "seeds, and RoPE's")
     headings = ["loss minus RoPE's (nats per token) after tokens =", *map(size, counts), *fitted]
     return markup.table(headings, lines)
@@ -82,10 +82,11 @@ def best_rates(table: pd.DataFrame, folder: Path) -> str:
         return ""
     found: dict[Method, dict[str, tuple[float, float]]] = {}
     for name, of_recipe in recipes(rows):
-        by_rate = of_recipe.groupby(["attention", "options", "lr"])[["held_out", "loss"]].mean().reset_index()
-        for _, best in by_rate.loc[by_rate.groupby(["attention", "options"])["held_out"].idxmin()].iterrows():
-            method = str(best["attention"]), str(best["options"])
-            found.setdefault(method, {})[name] = float(best["loss"]), float(best["lr"])
+        for method in intervals.methods(of_recipe):
+            mine = intervals.method(of_recipe, method)
+            means = selection.of_shared_seeds(mine.pivot_table("held_out", "seed", "lr")).mean()
+            best = mine[mine["lr"] == means.idxmin()]
+            found.setdefault(method, {})[name] = float(best["loss"].mean()), float(best["lr"].iloc[0])
     columns = list(dict.fromkeys(name for of_method in found.values() for name in of_method))
     labels = _labels(found)
 

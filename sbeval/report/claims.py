@@ -13,6 +13,7 @@ from sbeval.report.maturity import BEHIND, ENOUGH
 from sbeval.report.recall import EQUAL, LEARNED, SEEDS, WEIGHT
 from sbeval.tables.published import (
     AUTHORS_KERNEL,
+    LENGTHS,
     PAPER,
     SOLVED,
     SOLVED_AT,
@@ -54,10 +55,10 @@ CLAIMS = (
         source=f"{PAPER}, abstract and figure 5",
         rule="Change of log perplexity from context 2048 to 16384, of models of any size trained at 2048. Agrees: "
         f"RoPE's rises by more than {100 * RISE:.0f} %, stick-breaking's mean does not, and its interval lies below "
-        "RoPE's; and on the same targets (the last tokens of long windows) stick-breaking's loss is lower with 16384 "
-        "tokens of context than with 2048, by more than that of a sliding window, which cannot see far (both with "
-        f"Holm's correction). Disagrees: stick-breaking's whole interval rises by more than {100 * RISE:.0f} %, or "
-        f"RoPE's whole interval does not. {GROWN}.",
+        "RoPE's; and on the same targets (the last tokens of long windows) stick-breaking's loss is lower with "
+        f"{LENGTHS[1]} tokens of context than with {far_text.NEAR * LENGTHS[0]}, by more than that of a sliding "
+        "window, which cannot see far (both with Holm's correction). Disagrees: stick-breaking's whole interval rises "
+        f"by more than {100 * RISE:.0f} %, or RoPE's whole interval does not. {GROWN}.",
         decides=f"models of any size trained at 2048 tokens {CANARIES}, with --fixed-targets 512",
         table="length_gen",
         command="sbeval length-gen",
@@ -98,7 +99,7 @@ CLAIMS = (
         rule="Mean weight on stale values over queries whose key has some, in the head with the most on the latest, "
         f"stick-breaking's less RoPE's, of models that answer {LEARNED} of these queries, {SEEDS} of each method or "
         f"more, whose accuracies differ by at most {EQUAL:g}. Agrees: the interval lies below 0, and the mean by "
-        f"{WEIGHT:g} or more. Disagrees: above.",
+        f"{WEIGHT:g} or more. Disagrees: above. {HOLM}.",
         decides=f"{SEEDS} seeds of each method, trained to equal accuracy",
         table="attention_map",
         command="sbeval attention-map",

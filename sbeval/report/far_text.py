@@ -57,6 +57,8 @@ def gains(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
         each = by_document(mine, evidence, ("nll_sum_unrelated", far), **count)
         answers += [_change(method, both, each)]
         found += f", less that with another document's text there {answers[1].text('{:+.3f}'.format)}"
+        if (seeds := answers[1].seeds) != change.seeds:
+            found += f" (of {seeds[0]} seed{'s' * (seeds[0] > 1)})"
     found += f" ({change.over('documents')}; {models(rows)})."
     sure = [each for each in answers if max(each.seeds) > 1]
     if any(each.high >= 0 and each.low > -GAIN for each in sure):
@@ -89,12 +91,12 @@ def _has_both(rows: pd.DataFrame) -> bool:
 def changes(rows: pd.DataFrame) -> pd.DataFrame:
     """Return, for each model, its value at the longest x minus that at the shortest.
 
-    Both are of the same documents, so errors over documents, unless there is a single seed, are left out.
+    Both are of the same documents, so errors over documents, unless every method has a single seed, are left out.
     """
     keys = ["attention", "options", "seed"]
     start, end = (rows[rows["x"] == at] for at in (rows["x"].min(), rows["x"].max()))
     both = end.merge(start, on=keys, suffixes=("", "_start"))
-    several = both["seed"].nunique() > 1
+    several = both.groupby(["attention", "options"])["seed"].nunique().gt(1).any()
     errors = np.hypot(both["stderr"].fillna(0.0), both["stderr_start"].fillna(0.0))
     stderr, n = (0.0, 0) if several else (errors, both["n"])
     changed: pd.DataFrame = both.assign(value=both["value"] - both["value_start"], stderr=stderr, n=n)
@@ -153,12 +155,17 @@ def by_document(
 def in_pairs(
     change: pd.DataFrame, rows: pd.DataFrame, of: Method, other: Method | None, samples: Mapping[Method, Sample]
 ) -> Interval | None:
-    """Return the mean of changes by document of a method, less another's; None where they are not stored."""
+    """Return the mean of changes by document of a method, less another's; None where they are not stored for all
+    seeds."""
     spreads = pooling.spreads(samples)
     each = pd.DataFrame(1.0, index=change.index[:1], columns=change.columns)
     mine = change[change.index.isin(documents.cells_of(rows, of))]
+    if len(mine) < samples[of].seeds:
+        return None
     if other is None:
         found = documents.difference(mine, 0.0 * each, each, (spreads[of], statistics.UNKNOWN))
         return found and dataclasses.replace(found, seeds=(len(mine),))
     others = change[change.index.isin(documents.cells_of(rows, other))]
+    if len(others) < samples[other].seeds:
+        return None
     return documents.difference(mine, others, each, (spreads[of], spreads[other]))

@@ -32,7 +32,7 @@ def passes(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
     most = replicated[-1] if replicated else -1
     last = ladder.gaps[most]
     counts = {count for pair in ladder.seeds for count in pair}
-    seeds = ladder.over(" seeds") if len(counts) > 1 else f"{min(counts)} seed{'s' * (counts != {1})}"
+    seeds = ladder.over(" seeds", size) if len(counts) > 1 else f"{min(counts)} seed{'s' * (counts != {1})}"
     found = (
         f"Loss less RoPE's: {ladder.gaps[0].text()} nats/token after {size(ladder.tokens[0])} tokens, {last.text()} "
         f"after {size(ladder.tokens[most])}; {_words(law)} "

@@ -1,7 +1,8 @@
 """Rules of claims on language models: perplexity by length and within the training length, needles, benchmarks."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,7 +43,7 @@ POINTS = 1.0
 # a model with a mean score below this finds nothing
 NOTHING = 0.05
 # columns of a setting of benchmarks
-SETTING = ("model", "train_len", "eval_len", "corpus", "train_tokens")
+SETTING = ("model", "train_len", "eval_len", "corpus", "preset", "train_tokens")
 CONTROL = (
     "that far text is used is not shown: perplexity falls along a document without it too, and no loss of fixed "
     "targets (--fixed-targets 512) was measured of stick-breaking and a sliding window"
@@ -71,7 +72,8 @@ def within(table: pd.DataFrame, evidence: Evidence) -> Judged:
 
 
 def _paired(rows: pd.DataFrame, samples: Mapping[Method, Sample], evidence: Evidence) -> dict[Method, Interval]:
-    """Return the difference to RoPE of each method whose losses of single documents are stored, paired by document."""
+    """Return the difference to RoPE of each method whose losses of single documents are stored, for all seeds of both,
+    paired by document."""
     values = evidence.values(rows["cell"]) if "cell" in rows else documents.nothing(())
     sums, tokens = (
         documents.sums(values, name, context_length=int(rows["x"].iloc[0])) for name in ("nll_sum", "tokens")
@@ -80,7 +82,8 @@ def _paired(rows: pd.DataFrame, samples: Mapping[Method, Sample], evidence: Evid
     found: dict[Method, Interval] = {}
     for method in samples:
         of, other = (sums[sums.index.isin(documents.cells_of(rows, one))] for one in (method, ROPE))
-        if method != ROPE and pooling.SAME_WEIGHTS not in method[1]:
+        stored = len(of) == samples[method].seeds and len(other) == samples[ROPE].seeds
+        if stored and method != ROPE and pooling.SAME_WEIGHTS not in method[1]:
             difference = documents.difference(of, other, tokens, (spreads[method], spreads[ROPE]))
             found |= {} if difference is None else {method: difference}
     return found
@@ -141,15 +144,16 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
     rows = selection.needle_scores(table)
     rows = rows[(rows["metric"] == "score") & (rows["length"] > rows["train_len"])]
     rows = nearest(rows, selection.NEEDLE.columns)
-    asked = _of_both(rows)
+    asked = _of_both(rows, "task")
     both = rows[rows["task"].isin(asked)]
     rows, unsolved = _solved_by_both(both)
-    tasks = _of_both(rows)
+    tasks = _of_both(rows, "task")
     if not tasks:
         found = f"Neither solves any of {len(asked)} of RULER's 13 tasks at the training length ({models(both)})."
         return Judged(UNDECIDED, found, unsolved)
     rows = rows[rows["task"].isin(tasks)]
     means = selection.mean_over_tasks(rows)
+    means = _of_each(means, "length", _of_both(means, "length"))
     samples = intervals.samples(means, Scale.SHARE)
     if not {STICK, ROPE} <= samples.keys():
         raise InputError("there is no length past the training length at which both have the same tasks")
@@ -174,10 +178,17 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
     return verdict(more if abs(gain.mean) >= NEEDLES else None, found, far="; ".join(filter(None, far)))
 
 
-def _of_both(rows: pd.DataFrame) -> set[str]:
-    """Return the tasks that rows of stick-breaking and of RoPE have."""
-    by_method = [set(intervals.method(rows, of)["task"]) for of in (STICK, ROPE)]
-    return by_method[0] & by_method[1]
+def _of_both(rows: pd.DataFrame, name: str) -> set[Any]:
+    """Return the values of a column that every seed of stick-breaking and of RoPE has."""
+    by_method = [intervals.method(rows, of) for of in (STICK, ROPE)]
+    each = [set(seed[name]) for mine in by_method for _, seed in mine.groupby("seed")]
+    return set() if any(mine.empty for mine in by_method) else set.intersection(*each)
+
+
+def _of_each(rows: pd.DataFrame, name: str, values: Collection[Any]) -> pd.DataFrame:
+    """Return the rows with these values of a column, of the models that have all: a mean over others is another."""
+    rows = rows[rows[name].isin(values)]
+    return rows[rows.groupby(["attention", "options", "seed"])[name].transform("nunique") == len(values)]
 
 
 def _solved_by_both(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
@@ -202,16 +213,14 @@ def benchmarks(table: pd.DataFrame, evidence: Evidence) -> Judged:
     chosen = chosen[[few_shot.METRICS[metric] for metric in chosen["metric"]]]
     chosen = chosen[chosen["attention"] != "hf"]
     rows = nearest(chosen, SETTING)
-    by_method = {of: set(intervals.method(rows, of)["benchmark"]) for of in (STICK, ROPE)}
-    shared = by_method[STICK] & by_method[ROPE]
+    shared = _of_both(rows, "benchmark")
     rows = rows[rows["benchmark"].isin(shared)]
     above = few_shot.above_guessing(rows[rows["attention"].isin([STICK[0], ROPE[0]]) & (rows["options"] == "")])
     far = "; ".join(filter(None, [too_small(rows, BILLION), young(rows, evidence)]))
     if not above:
         return Judged(UNDECIDED, f"{len(shared)} benchmarks in common ({models(rows)}).", far or "all are at chance")
-    rows = rows[rows["benchmark"].isin(above)]
-    complete = rows.groupby(["attention", "options"])["benchmark"].transform("nunique") == len(above)
-    rows = rows[complete].assign(value=100 * rows["value"], stderr=100 * rows["stderr"])
+    rows = _of_each(rows, "benchmark", above)
+    rows = rows.assign(value=100 * rows["value"], stderr=100 * rows["stderr"])
     samples, stored = intervals.samples(rows), Stored(evidence.values)
     # rows as they are stored; their differences are in percent
     joint = pairs.of_methods(rows.assign(value=rows["value"] / 100), ROPE, stored, ["benchmark"], scale=100)
@@ -237,13 +246,12 @@ def _right_answers(table: pd.DataFrame, rows: pd.DataFrame, stored: Stored) -> s
         return ""
     same = [name for name in SETTING if name in rows]
     gold = few_shot.headline(table, few_shot.GOLD).merge(rows[same].drop_duplicates(), on=same)
-    of_both = set(intervals.method(gold, STICK)["benchmark"]) & set(intervals.method(gold, ROPE)["benchmark"])
-    gold = gold[gold["benchmark"].isin(of_both)]
-    complete = gold.groupby(["attention", "options"])["benchmark"].transform("nunique") == len(of_both)
+    of_both = _of_both(gold, "benchmark")
     if not of_both:
         return ""
-    joint = pairs.of_methods(gold[complete], ROPE, stored, ["benchmark"])
-    gain = intervals.differences(intervals.samples(gold[complete]), ROPE, pairs=joint)[STICK]
+    gold = _of_each(gold, "benchmark", of_both)
+    joint = pairs.of_methods(gold, ROPE, stored, ["benchmark"])
+    gain = intervals.differences(intervals.samples(gold), ROPE, pairs=joint)[STICK]
     return (
         f" Right answers of {len(of_both)} benchmarks cost stick-breaking {gain.text('{:+.3f}'.format)} bits/byte more "
         f"({gain.over('items')})."

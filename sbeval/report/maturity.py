@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from sbeval.errors import InputError
-from sbeval.tables import intervals, selection
+from sbeval.tables import epochs, intervals, selection
 from sbeval.tables.rows import ROPE, Method
 from sbeval.tables.statistics import Interval, Scale
 
@@ -57,9 +57,10 @@ class Canaries:
 
 
 def canaries(table: pd.DataFrame) -> list[Canaries]:
-    """Return the canaries of each setting of `length_gen` that has RoPE; empty without perplexities by context."""
+    """Return the canaries of each setting of `length_gen` that has RoPE, of models that do not overfit; empty without
+    perplexities by context."""
     try:
-        rows = selection.by_context(table)
+        rows = selection.by_context(table[~epochs.overfit(table)])
     except InputError:
         return []
     rows = rows[rows["x"] == rows["train_len"]]
@@ -108,11 +109,16 @@ def _window(differences: dict[Method, Interval], train_len: int) -> Interval | N
 def fault(rows: pd.DataFrame, table: pd.DataFrame | None) -> str:
     """Return why the models of these rows, of any table of text models, are too young; empty when they are not.
 
-    table: `length_gen`, which has the canaries.
+    table: `length_gen`, which has the canaries. Where several recipes may be that of these rows, whose table does not
+    say it, the faults of each count.
     """
-    for one in canaries(table) if table is not None else ():
-        if all(_plain(rows[name].iloc[0]) == value for name, value in one.setting.items() if name in rows):
-            return "; ".join(one.faults())
+    found = [
+        one.faults()
+        for one in (canaries(table) if table is not None else ())
+        if all(_plain(rows[name].iloc[0]) == value for name, value in one.setting.items() if name in rows)
+    ]
+    if found:
+        return "; ".join(dict.fromkeys(fault for faults in found for fault in faults))
     few = [f"trained on {short(rows):.1f} tokens a parameter, fewer than {ENOUGH:g}"] if short(rows) else []
     return "; ".join([*few, "maturity unknown: sliding_window, nope and rope not evaluated in this setting"])
 

@@ -86,11 +86,15 @@ def _of_rate(mine: pd.DataFrame) -> str:
     """Describe the cells at the rate that needs the fewest steps."""
     rate = selection.by_steps(mine)[0]
     best = mine[mine["lr"] == rate]
-    (accuracy,) = intervals.intervals(intervals.samples(best, Scale.SHARE), Scale.SHARE).values()
-    steps = ", ".join(f"{int(step):,}" for step in sorted(best["steps"]))
-    value = accuracy.text("{:.3f}".format)
+    measured = best[best["value"].notna()]
     rates = "" if mine["lr"].nunique() == 1 else f" of {mine['lr'].nunique()} rates"
-    return f"{int(best['solved'].sum())} of {len(best)} seeds at {rate:g}{rates}, after {steps} steps, accuracy {value}"
+    found = f"{int(best['solved'].sum())} of {len(best)} seeds at {rate:g}{rates}"
+    found += f", {len(best) - len(measured)} failed" if len(measured) < len(best) else ""
+    if measured.empty:
+        return found
+    (accuracy,) = intervals.intervals(intervals.samples(measured, Scale.SHARE), Scale.SHARE).values()
+    steps = ", ".join(f"{int(step):,}" for step in sorted(measured["steps"]))
+    return f"{found}, after {steps} steps, accuracy {accuracy.text('{:.3f}'.format)}"
 
 
 def distraction(table: pd.DataFrame, evidence: Evidence) -> Judged:

@@ -1,22 +1,24 @@
 """Tables of few-shot scores as papers print them: a row for each model, a column for each benchmark, and a mean.
 
-The score of a benchmark is its acc_norm where lm-eval has it, else acc, else an exact match; perplexities are shown and
-not averaged. Scores are in percent with the half-width of their 95 % interval (see `sbeval.tables.statistics`). A row
-of its own is the score of guessing: a score whose interval includes it is no evidence. The mean is over the benchmarks
-on which the models together are above guessing: the others would add noise alone. Bits per byte of right answers stand
-beside the scores: they have no chance floor. Below the models are their differences to RoPE, taken item by item where
-the values of both are stored.
+The score of a benchmark is its acc_norm where lm-eval has it, else acc, else an exact match; perplexities are shown,
+means over seeds of their logarithms, and not averaged. Scores are in percent with the half-width of their 95 % interval
+(see `sbeval.tables.statistics`). A row of its own is the score of guessing: a score whose interval includes it is no
+evidence. The mean is over the benchmarks on which the models together are above guessing: the others would add noise
+alone. It is of the seeds that have all of them, whose means its interval is over: a seed may be better on all. Bits per
+byte of right answers stand beside the scores: they have no chance floor. Below the models are their differences to
+RoPE, taken item by item where the values of both are stored.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
 import pandas as pd
 from rich.table import Table as Terminal
 
 from sbeval.errors import NothingToDraw, choose
-from sbeval.tables import epochs, intervals, markup, pairs
+from sbeval.tables import epochs, intervals, markup, pairs, pooling
 from sbeval.tables.documents import Values, nothing
 from sbeval.tables.pairs import Stored
 from sbeval.tables.rows import ROPE, spec_of
@@ -38,9 +40,11 @@ DIGITS = {"gold_bits_per_byte": 3}
 # of several ways to extract an answer from a completion, the lenient one first
 FILTERS = ("", "flexible-extract", "strict-match")
 # columns that identify a model
-MODEL = ["model", "attention", "options", "params", "train_len", "train_tokens", "eval_len"]
+MODEL = ["model", "attention", "options", "params", "train_len", "train_tokens", "eval_len", "corpus", "preset"]
 # columns that models share whose seeds are pooled
-ALIKE = ["model", "train_len", "train_tokens", "eval_len"]
+ALIKE = ["model", "train_len", "train_tokens", "eval_len", "corpus", "preset"]
+# the mean over benchmarks, beside them
+MEAN = "mean above chance"
 COLUMNS = (*MODEL, "task", "seed", "metric", "value", "stderr", "n", "part", "filter", "shots", "chance")
 
 
@@ -85,16 +89,23 @@ def headline(results: pd.DataFrame, metrics: Mapping[str, bool] = METRICS) -> pd
 
 
 def names(chosen: pd.DataFrame) -> dict[tuple[object, ...], str]:
-    """Name each model, by its columns MODEL; with training and evaluation lengths only where names would be equal."""
-    short, long = {}, {}
+    """Name each model, by its columns MODEL; with training and evaluation lengths only where names would be equal, and
+    with corpus and preset where these are too."""
+    found: list[dict[tuple[object, ...], str]] = [{}, {}, {}]
+    short, long, longest = found
     for key in chosen[MODEL].drop_duplicates().itertuples(index=False, name=None):
-        model, attention, options, params, train_len, train_tokens, eval_len = key
+        model, attention, options, params, train_len, train_tokens, eval_len, corpus, preset = key
         # the name of a Hugging Face model suffices
         name = f"{model}" if attention == "hf" else f"{model} {attention}"
         short[key] = name if attention == "hf" else spec_of(name, options)
         long[key] = f"{short[key]} ({train_tokens / 1e6:.0f} M tokens of {train_len}, evaluated to {eval_len})"
-    twice = {name for name in short.values() if list(short.values()).count(name) > 1}
-    return {key: long[key] if name in twice else name for key, name in short.items()}
+        longest[key] = f"{long[key][:-1]}, {corpus}, preset {preset})"
+    counts = [Counter(names.values()) for names in found]
+    alone = {
+        key: next((of[key] for of, count in zip(found, counts, strict=True) if count[of[key]] == 1), longest[key])
+        for key in short
+    }
+    return alone
 
 
 def table(results: pd.DataFrame, values: Values = nothing) -> Scores:
@@ -105,13 +116,13 @@ def table(results: pd.DataFrame, values: Values = nothing) -> Scores:
     averaged = above_guessing(chosen)
     priced = headline(results, GOLD) if results["metric"].isin(GOLD).any() else results[:0].assign(benchmark="")
     bits = list(dict.fromkeys(priced["benchmark"]))
-    cells, costs = _cells(chosen), _cells(priced)
+    cells, costs = _cells(chosen, averaged), _cells(priced)
     stored, named, rows, last = Stored(values), names(chosen), [], []
-    less = _differences(chosen[[METRICS[metric] for metric in chosen["metric"]]], stored)
+    less = _differences(chosen[[METRICS[metric] for metric in chosen["metric"]]], stored, averaged)
     less_gold = _differences(priced, stored)
 
     def line(scores: dict[str, Cell], gold: dict[str, Cell]) -> list[Cell | None]:
-        return [*map(scores.get, benchmarks), _average(scores, averaged), *map(gold.get, bits)]
+        return [*map(scores.get, [*benchmarks, MEAN]), *map(gold.get, bits)]
 
     for key, group in chosen.groupby(MODEL):
         method = (*group[ALIKE].iloc[0], *intervals.methods(group))
@@ -127,10 +138,11 @@ def table(results: pd.DataFrame, values: Values = nothing) -> Scores:
         if group["chance"].notna().any()
     }
     # in a benchmark without choices guessing scores nothing
-    guessed = chance | {name: Cell(0.0) for name in averaged if name not in chance}
-    none = [None] * len(bits)
-    rows.append(("chance", [*(chance.get(name) for name in benchmarks), _average(guessed, averaged), *none]))
-    headings = [*(f"{name} {metrics[name]}" for name in benchmarks), "mean above chance"]
+    guessed = [chance[name].value if name in chance else 0.0 for name in averaged]
+    if averaged:
+        chance[MEAN] = Cell(sum(guessed) / len(guessed))
+    rows.append(("chance", line(chance, {})))
+    headings = [*(f"{name} {metrics[name]}" for name in benchmarks), MEAN]
     return Scores([*headings, *(f"{name} gold bits/byte" for name in bits)], rows)
 
 
@@ -138,26 +150,40 @@ def table(results: pd.DataFrame, values: Values = nothing) -> Scores:
 Found = dict[tuple[object, ...], dict[str, Cell]]
 
 
-def _cells(chosen: pd.DataFrame) -> Found:
-    """Return the score of each method on each benchmark."""
+def _cells(chosen: pd.DataFrame, averaged: Collection[str] = ()) -> Found:
+    """Return the score of each method on each benchmark, and MEAN over those that are averaged."""
     found: Found = {}
-    metrics = chosen.drop_duplicates("benchmark").set_index("benchmark")["metric"]
     for key, part in chosen.groupby(ALIKE, dropna=False):
-        for (name,), of_name in intervals.curves(intervals.grouped(part, ["benchmark"], Scale.LINEAR)).items():
-            for of, each in of_name.items():
-                found.setdefault((*key, of), {})[str(name)] = _cell(each, str(metrics[name]))
+        scales = part["metric"].map(intervals.scale_of)
+        for scale in dict.fromkeys(scales):
+            of_scale = part[scales == scale]
+            metrics = of_scale.drop_duplicates("benchmark").set_index("benchmark")["metric"]
+            for (name,), of_name in intervals.curves(intervals.grouped(of_scale, ["benchmark"], scale), scale).items():
+                for of, each in of_name.items():
+                    found.setdefault((*key, of), {})[str(name)] = _cell(each, str(metrics[name]), scale)
+        for of, each in intervals.intervals(intervals.samples(whole := _of_all(part, averaged))).items():
+            found.setdefault((*key, of), {})[MEAN] = _cell(each, str(whole["metric"].iloc[0]))
     return found
 
 
-def _differences(chosen: pd.DataFrame, stored: Stored) -> Found:
-    """Return the difference of each method to RoPE on each benchmark, item by item."""
+def _of_all(rows: pd.DataFrame, benchmarks: Collection[str]) -> pd.DataFrame:
+    """Return the rows of these benchmarks, of the seeds that have all of them."""
+    rows = rows[rows["benchmark"].isin(benchmarks)]
+    return rows[rows.groupby(["attention", "options", "seed"])["benchmark"].transform("nunique") == len(benchmarks)]
+
+
+def _differences(chosen: pd.DataFrame, stored: Stored, averaged: Collection[str] = ()) -> Found:
+    """Return the difference of each method to RoPE on each benchmark and of MEAN, item by item."""
     found: Found = {}
-    for (*key, name), part in chosen.groupby([*ALIKE, "benchmark"], dropna=False, sort=False):
-        joint = pairs.of_methods(part, ROPE, stored, ["benchmark"])
-        differences = intervals.differences(intervals.samples(part), ROPE, pairs=joint) if joint else {}
-        for of in joint:
-            cell = _cell(differences[of], str(part["metric"].iloc[0]))
-            found.setdefault((*key, of), {})[str(name)] = replace(cell, signed=True)
+    for key, part in chosen.groupby(ALIKE, dropna=False, sort=False):
+        apart = pooling.outlying(intervals.grouped(part, ["benchmark"], Scale.LINEAR).values())
+        parts = [(str(name), of, apart) for name, of in part.groupby("benchmark", sort=False)]
+        for name, rows, own in [*parts, (MEAN, _of_all(part, averaged), None)]:
+            joint = pairs.of_methods(rows, ROPE, stored, ["benchmark"])
+            of_rows = intervals.differences(intervals.samples(rows), ROPE, pairs=joint, apart=own) if joint else {}
+            for of in joint:
+                cell = _cell(of_rows[of], str(rows["metric"].iloc[0]))
+                found.setdefault((*key, of), {})[name] = replace(cell, signed=True)
     return found
 
 
@@ -174,20 +200,10 @@ def above_guessing(chosen: pd.DataFrame) -> list[str]:
     return above
 
 
-def _cell(found: Interval, metric: str) -> Cell:
-    scale = 100 if METRICS.get(metric) else 1
-    half = scale * (found.high - found.mean)
-    return Cell(scale * found.mean, half if half > 0 else None, DIGITS.get(metric, 1))
-
-
-def _average(cells: dict[str, Cell], averaged: list[str]) -> Cell | None:
-    """Return the mean over benchmarks, whose items are independent; None unless there is a score of each."""
-    scores = [cells[name] for name in averaged if name in cells]
-    if not scores or len(scores) < len(averaged):
-        return None
-    halves = [cell.half for cell in scores if cell.half is not None]
-    half = math.hypot(*halves) / len(scores) if len(halves) == len(scores) else None
-    return Cell(sum(cell.value for cell in scores) / len(scores), half, signed=scores[0].signed)
+def _cell(found: Interval, metric: str, scale: Scale = Scale.LINEAR) -> Cell:
+    factor = 100 if METRICS.get(metric) else 1
+    mean, low, high = (factor * intervals.back(end, scale) for end in (found.mean, found.low, found.high))
+    return Cell(mean, (high - low) / 2 if high > low else None, DIGITS.get(metric, 1))
 
 
 def terminal(scores: Scores) -> Terminal:

@@ -40,6 +40,11 @@ def methods(rows: pd.DataFrame) -> list[Method]:
     return [(str(name), str(options)) for name, options in pairs]
 
 
+def most_seeds(rows: pd.DataFrame) -> int:
+    """Return the seeds of the method that has most of them."""
+    return int(rows.groupby(["attention", "options"])["seed"].nunique().max())
+
+
 def samples(rows: pd.DataFrame, scale: Scale = Scale.LINEAR) -> dict[Method, Sample]:
     """Return the sample of each method, from columns seed, value, stderr and n, on the scale of its interval.
 

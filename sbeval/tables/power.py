@@ -128,7 +128,8 @@ def _of_results(path: Path, results_dir: Path) -> Noise | None:
         rows = selection.by_context(table.read(path))
     except InputError:
         return None
-    settings = rows[rows["x"] == rows["train_len"]].groupby(["model", "train_len", "corpus", "train_tokens"])
+    setting = selection.length_gen_setting(rows).columns
+    settings = rows[rows["x"] == rows["train_len"]].groupby(setting, dropna=False)
     read = functools.partial(values.read, Results(results_dir))
     return _of_most_seeds(settings, Scale.LOG, lambda part: _over_documents(part, read))
 

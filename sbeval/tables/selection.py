@@ -1,5 +1,6 @@
 """Select rows of result tables: for figures, for verdicts on claims, and for the choice of a learning rate."""
 
+import math
 from dataclasses import dataclass
 
 import pandas as pd
@@ -138,11 +139,11 @@ def ranked_rates(rows: pd.DataFrame) -> list[float] | None:
     if validation.empty:
         return None
     scores = validation.pivot_table("value", "seed", "lr")
-    # further seeds may have been run at one rate alone
-    shared = scores.dropna() if scores.notna().all(axis=1).any() else scores
+    ended = rows[rows["metric"] == "solved"].pivot_table("value", "seed", "lr")
+    # a cell that failed has no score, and solves nothing
+    shared = of_shared_seeds(scores.combine_first(ended.reindex(columns=scores.columns)))
     solved, steps = (
-        rows[rows["metric"] == name].pivot_table("value", "seed", "lr").reindex_like(shared)
-        for name in ("solved", "steps")
+        of.reindex_like(shared) for of in (ended, rows[rows["metric"] == "steps"].pivot_table("value", "seed", "lr"))
     )
 
     def rank(rate: float) -> tuple[float, float, float, float]:
@@ -159,17 +160,28 @@ def ranked_rates(rows: pd.DataFrame) -> list[float] | None:
     return sorted((float(rate) for rate in shared.columns), key=lambda rate: (rank(rate), rate))
 
 
-def recall_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the test accuracy over all queries of each cell of `mqrar`, all rates, with columns `steps` and `solved`.
+def of_shared_seeds(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the scores, by seed (down) and learning rate (across), of the seeds that all rates have; all where none
+    does. Further seeds may have been run at one rate alone."""
+    return scores.dropna() if scores.notna().all(axis=1).any() else scores
 
-    A cell is solved if its training stopped for it, or, in a table without that, at an accuracy of SOLVED_ACCURACY.
+
+def recall_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the test accuracy over all queries of each cell of `mqrar`, all rates, with columns `status` (how training
+    ended), `steps` and `solved`.
+
+    A cell is solved if its training stopped for it, or, in a table without that, at an accuracy of SOLVED_ACCURACY. One
+    that failed is not: it has no accuracy.
     """
     cells = table[(table["metric"] == "accuracy") & (table["split"] == "all")]
-    cells = numbers(recall_completed(cells), ["kv_pairs", "vocab_size", "lr"])
+    ended = table[table["metric"] == "solved"]
+    failed = ended[~ended["cell"].isin(cells["cell"])].assign(value=math.nan)
+    cells = numbers(recall_completed(pd.concat([cells, failed])), ["kv_pairs", "vocab_size", "lr"])
     both = {name: table[table["metric"] == name].set_index("cell")["value"] for name in ("steps", "solved")}
     solved = cells["cell"].map(both["solved"])
+    statuses = dict(zip(ended["cell"], ended["status"], strict=True)) if "status" in ended else {}
     return cells.assign(
-        status=cells["status"] if "status" in cells else "",
+        status=[statuses.get(cell, "") for cell in cells["cell"]],
         steps=cells["cell"].map(both["steps"]).fillna(0.0),
         solved=(solved == 1) | (solved.isna() & (cells["value"] >= SOLVED_ACCURACY)),
     )
@@ -197,15 +209,15 @@ def by_steps(cells: pd.DataFrame) -> list[float]:
 def flip_flop_errors(table: pd.DataFrame) -> pd.DataFrame:
     """Return the error rates over all reads of each test of `flip_flop`, at the rate with the lowest validation error.
 
-    The lowest of means over seeds; ties go to the smallest rate.
+    The lowest of means over the seeds that all rates have; ties go to the smallest rate.
     """
     rows = table[(table["metric"] == "error_rate") & table["distance_start"].isna()]
     if not rows["test"].isin(FLIP_FLOP_TESTS).any():
         raise InputError("there are no rows with metric 'error_rate' of a test")
     kept = []
     for _, group in rows.groupby(["attention", "options", *FLIP_FLOP.columns], dropna=False):
-        validation = group[group["test"] == "validation"].groupby("lr")["value"].mean()
-        kept.append(group[group["lr"] == validation.idxmin()])
+        validation = group[group["test"] == "validation"].pivot_table("value", "seed", "lr")
+        kept.append(group[group["lr"] == of_shared_seeds(validation).mean().idxmin()])
     best = pd.concat(kept)
     return best[best["test"].isin(FLIP_FLOP_TESTS)]
 

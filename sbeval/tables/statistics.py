@@ -256,13 +256,15 @@ def bootstrap(of: Floats, other: Floats, weights: Floats, spread: tuple[Spread, 
     of, other: sums of each seed and unit, (seeds, units), over `weights`, (units,), such as losses over tokens. Units
     are drawn with replacement, the same for both. Two or three seeds are too few to be drawn themselves: the error of
     their mean is drawn from Student's t with `spread`. Percentiles are widened for the number of units (Hesterberg
-    2015, arXiv 1411.5279). Above MANY units, whose mean is normal, nothing is drawn.
+    2015, arXiv 1411.5279). Above MANY units, whose mean is normal, nothing is drawn. Degrees of freedom, for p values
+    at other levels than that of the interval, are those of `less`.
     """
     generator = np.random.default_rng(0)
     units = len(weights)
+    means = [Sample(each.sum(1) / weights.sum(), 0.0, units) for each in (of, other)]
+    normal = less(means[0], means[1], spread, joint(of, other, weights))
     if units > MANY:
-        means = [Sample(each.sum(1) / weights.sum(), 0.0, units) for each in (of, other)]
-        return less(means[0], means[1], spread, joint(of, other, weights))
+        return normal
     counts = _drawn(units, draws)
     sums = of.mean(0) - other.mean(0)
     value = float(sums.sum() / weights.sum())
@@ -276,7 +278,7 @@ def bootstrap(of: Floats, other: Floats, weights: Floats, spread: tuple[Spread, 
             students = special.stdtrit(one.freedom, (generator.permutation(draws) + 0.5) / draws)
             errors = errors + one.sd * math.sqrt(inverse) * students
     low, high = (float(bound) for bound in np.quantile(errors, [1 - UPPER, UPPER]))
-    return Interval(value, value + low, value + high, (len(of), len(other)), units, paired=True)
+    return replace(normal, mean=value, low=value + low, high=value + high)
 
 
 @functools.lru_cache(maxsize=8)

@@ -14,6 +14,7 @@ whose seeds vary more than the others' (`sbeval.tables.pooling`), which keeps it
 methods and token counts, and their sampling is not part of it. If no method has a second seed there is no interval.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,10 +100,17 @@ class Ladder:
     gaps: list[Bounded]
     law: Law | None
 
-    def over(self, word: str = "") -> str:
-        """Return the seeds of the method and of the baseline, and those at the most tokens where they differ."""
-        first, last = (f"{mine} and {base}" for mine, base in (self.seeds[0], self.seeds[-1]))
-        return f"{first}{word}" if first == last else f"{first}{word}, {last} at the most tokens"
+    def over(self, word: str = "", write: Callable[[float], str] = "{:.3g}".format) -> str:
+        """Return the seeds of the method and of the baseline; where they change, up to how many tokens each are."""
+        (mine, base), changes = self.seeds[0], [pair != after for pair, after in itertools.pairwise(self.seeds)]
+        if not any(changes):
+            return f"{mine} and {base}{word}"
+        ends = [index for index, change in enumerate([*changes, True]) if change]
+        counts = [f"{mine} and {base}" for mine, base in (self.seeds[end] for end in ends)]
+        return ", ".join(
+            f"{count}{'' if number else word} to {write(self.tokens[end])}"
+            for number, (count, end) in enumerate(zip(counts, ends, strict=True))
+        )
 
 
 def fit(tokens: Floats, gaps: Floats) -> Floats:

@@ -24,6 +24,7 @@ COMMON: dict[str, Any] = {
     "n": 100,
     "stderr": 0.05,
     "corpus": "books",
+    "preset": "paper",
 }
 SCORES = {("rope", "arc_easy"): 0.3, ("rope", "copa"): 0.5, ("alibi", "arc_easy"): 0.4, ("alibi", "copa"): 0.7}
 

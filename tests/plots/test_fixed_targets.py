@@ -95,6 +95,25 @@ def test_the_change_with_another_document_s_text_is_a_thin_line(tmp_path: Path) 
         assert any("another document's text" in text.get_text() for text in of.texts) == said
 
 
+def test_a_seed_without_another_document_s_text_does_not_part_the_lines(tmp_path: Path) -> None:
+    """The second seed alone was given it, by which the loss is 0.04 more."""
+    seeds = rows_of("stick_breaking", {256: 2.0, 512: 2.25}, cell="0")
+    seeds += rows_of("stick_breaking", {256: 2.0, 512: 1.95}, cell="1", seed=1)
+    other = rows_of("stick_breaking", {512: 1.99}, metric="loss_fixed_targets_unrelated", cell="1", seed=1)
+    change = fixed_targets.draw(fixed_targets.gather(pd.DataFrame([*seeds, *other]), tmp_path)).axes[1]
+    thick, thin = (np.asarray(line.get_ydata()) for line in change.get_lines()[:2])
+    np.testing.assert_allclose(thick, [0, 0.1])
+    np.testing.assert_allclose(thin - thick, [0, 0.04])
+
+
+def test_other_targets_have_panels_of_their_own(tmp_path: Path) -> None:
+    fewer = [row | {"targets": 64, "value": row["value"] - 0.5} for row in STICKS]
+    table = fixed_targets.gather(pd.DataFrame([*STICKS, *fewer]), tmp_path)
+    lines = [axis.get_lines()[0] for axis in fixed_targets.draw(table).axes[::2]]
+    levels = [np.asarray(line.get_ydata(), dtype=float).tolist() for line in lines]
+    assert levels == [pytest.approx([1.6, 1.5, 1.45]), pytest.approx([2.1, 2.0, 1.95])]
+
+
 def test_the_page_says_how_many_tokens(tmp_path: Path) -> None:
     chart = fixed_targets.chart(fixed_targets.gather(pd.DataFrame([*ROPE, *STICKS]), tmp_path))
     assert "the last 128 tokens of long windows" in chart.sentence

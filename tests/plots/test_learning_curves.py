@@ -113,7 +113,13 @@ def test_tokens_of_the_page_are_labelled_by_round_numbers(
 def test_a_seed_that_rope_does_not_have_counts(tmp_path: Path) -> None:
     more = cell(tmp_path, "stick_breaking", (8.0, 6.5, 5.25), seed=7)
     rows = learning_curves.gather(pd.concat([table(tmp_path, (0,)), more]), tmp_path)
-    assert line(learning_curves.draw(rows).axes[1], "stick-breaking")[1] == [1.5, 1.0, 0.75]
+    figure = learning_curves.draw(rows)
+    assert line(figure.axes[1], "stick-breaking")[1] == [1.5, 1.0, 0.75]
+    # no method has three, nor one in a setting
+    other = cell(tmp_path, "rope", (7.0, 5.0, 4.0), seed=1, train_len=4096)
+    rows = learning_curves.gather(pd.concat([table(tmp_path, (0,)), more, other]), tmp_path)
+    figure = learning_curves.draw(rows)
+    assert str(figure.get_supxlabel()).startswith("Means of up to 2 seeds")
 
 
 def test_one_training_is_drawn_once(tmp_path: Path) -> None:
@@ -130,7 +136,7 @@ def test_one_training_is_drawn_once(tmp_path: Path) -> None:
 def test_of_branches_of_one_training_the_longest_is_drawn(tmp_path: Path) -> None:
     rows = [table(tmp_path)]
     for name, losses in LOSSES.items():
-        wsd = {"schedule": "wsd", "lr": 1e-3, "train_len": 512}
+        wsd: dict[str, Any] = {"schedule": "wsd", "lr": 1e-3, "train_len": 512}
         rows += [cell(tmp_path, name, (*losses[:2], 0.0), train_tokens=6000, eval_len=1, **wsd)]
         rows += [cell(tmp_path, name, losses, train_tokens=8000, eval_len=2, **wsd)]
     found = learning_curves.gather(pd.concat(rows).assign(schedule=lambda each: each["schedule"].fillna("")), tmp_path)
@@ -138,7 +144,7 @@ def test_of_branches_of_one_training_the_longest_is_drawn(tmp_path: Path) -> Non
 
 
 def test_the_longest_branch_of_one_method_leaves_another_its_own(tmp_path: Path) -> None:
-    wsd = {"schedule": "wsd", "lr": 1e-3, "train_len": 512}
+    wsd: dict[str, Any] = {"schedule": "wsd", "lr": 1e-3, "train_len": 512}
     rows = [
         cell(tmp_path, name, losses, train_tokens=tokens, **wsd)
         for (name, losses), tokens in zip(LOSSES.items(), (8000, 6000), strict=True)

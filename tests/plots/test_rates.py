@@ -75,7 +75,15 @@ def test_the_page_has_the_same_numbers() -> None:
     rows = chart.groups[0].panels[0].rows()
     mine = rows[rows["method"] == "RoPE"]["loss (nats per token)"].to_numpy()
     assert mine == pytest.approx(3.05 + np.array(RATES))
-    assert chart.note == "Points: up to 2 seeds; lines: their means."
+    assert chart.note == "Points: up to 2 seeds; lines: means of those at all rates."
+
+
+def test_a_line_is_of_the_seeds_that_all_rates_have() -> None:
+    """At the best rate there is a second seed, which is worse by 0.1."""
+    rows = table()
+    rows = rows[(rows["seed"] == 0) | (rows["lr"] == RATES[1])]
+    line = rates.chart(rows).groups[0].panels[0].rows().query("method == 'RoPE'")
+    assert line["loss (nats per token)"].to_numpy() == pytest.approx(3 + np.array(RATES))
 
 
 def test_a_table_of_one_rate_has_no_such_figure() -> None:

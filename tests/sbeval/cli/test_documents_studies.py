@@ -70,6 +70,16 @@ def test_each_method_has_its_best_rate_on_held_out_text(tmp_path: Path) -> None:
     assert rope == ["RoPE", "3.500 at 0.001", "2.500 at 0.001"]
 
 
+def test_a_rate_is_not_best_for_its_seeds(tmp_path: Path) -> None:
+    """The second seed, at the best rate alone, is a worse one."""
+    rows = []
+    for seed, lr, held_out in ((0, 1e-3, 4.1), (0, 2e-3, 4.0), (1, 2e-3, 4.4)):
+        cell = f"{seed}-{lr}"
+        curves.write(Results(tmp_path), cell, {"held_out_loss": [(1, held_out)]})
+        rows.append({"attention": "rope", "lr": lr, "seed": seed, "cell": cell, "value": math.exp(3 + lr)})
+    assert cells(best_rates(frame(*rows), tmp_path))[-1] == ["RoPE", "3.002 at 0.002"]
+
+
 def test_perplexities_by_context(tmp_path: Path) -> None:
     rows = [
         {"attention": "rope", "context_length": at, "value": value, "seed": seed}

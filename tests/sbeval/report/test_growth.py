@@ -66,9 +66,9 @@ def test_a_limit_that_the_tokens_do_not_tell_is_not_said() -> None:
 def test_seeds_that_stopped_early_are_said() -> None:
     rows = table(-0.04)
     found = passes(rows[(rows["seed"] == 0) | (rows["train_tokens"] < 5e8)])
-    assert found.verdict == YES and "(95 % over 3 and 3 seeds, 1 and 1 at the most tokens; " in found.found
+    assert found.verdict == YES and "(95 % over 3 and 3 seeds to 480 M, 1 and 1 to 600 M; " in found.found
     # the gap is that at the most tokens at which both have two
-    assert "after 480 M" in found.found and "600 M" not in found.found
+    assert "after 480 M" in found.found and "after 600 M" not in found.found
 
 
 def test_one_seed_of_rope_decides_nothing() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from sbeval.errors import InputError
 from sbeval.report import language
+from sbeval.report.claims import CLAIMS
 from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Evidence, Judged
 
 Tables = Callable[..., pd.DataFrame]
@@ -68,6 +69,21 @@ def test_reading_past_the_training_length(
     found = judged(language.lengths, table)
     assert (found.verdict, reason in found.reason) == (verdict, True)
     assert ("Loss of the same targets" in found.found) == bool(change)
+
+
+def test_one_seed_each_of_other_seeds_has_the_error_over_documents(frame: Tables, perplexities: Tables) -> None:
+    table = pd.concat([perplexities(both((40, 39), (40, 80)), canaries=False), targets(frame, FAR)])
+    table = table[table["seed"] == 0].assign(stderr=1.0, n=16)
+    same = judged(language.lengths, table).found
+    other = table.assign(seed=table["seed"].mask(table["attention"] == STICK, 1))
+    assert judged(language.lengths, other).found == same and "16 documents" in same
+
+
+def test_the_rule_names_the_contexts_that_it_compares(frame: Tables, perplexities: Tables) -> None:
+    """The targets have 4096 and 16384 tokens of context."""
+    found = judged(language.lengths, pd.concat([perplexities(both((40, 39), (40, 80))), targets(frame, FAR)]))
+    assert found.verdict == AGREES
+    assert "lower with 16384 tokens of context than with 4096" in CLAIMS[0].rule
 
 
 def test_young_models_show_nothing_of_length(frame: Tables, perplexities: Tables) -> None:
@@ -165,6 +181,10 @@ def test_documents_are_paired_where_their_losses_are_stored(perplexities: Tables
 
     paired = judged(language.within, table, values=stored)
     assert "−0.021 nats/token (95 % over 1 seed each, 16 documents in pairs; one-sided p < 0.001" in paired.found
+    # of a second seed of RoPE they are not: the difference is that of both
+    more = pd.concat([table, table[table["attention"] == ROPE].assign(seed=1, value=14.2, cell="another")])
+    some = judged(language.within, more, values=lambda cells: stored(set(cells) - {"another"}))
+    assert "in pairs" not in some.found and "−0.029 [" in some.found and "over 1 and 2 seeds" in some.found
 
 
 def needles(frame: Tables, stick: float, rope: float, **common: Any) -> pd.DataFrame:
@@ -209,6 +229,17 @@ def test_tasks_at_other_lengths_decide_nothing(frame: Tables) -> None:
     apart = table[(table["task"] == "vt") == (table["length"] == 4096)]
     with pytest.raises(InputError, match="no length past the training length at which both have the same tasks"):
         language.retrieval(apart, Evidence({}))
+
+
+def test_needles_are_compared_at_the_lengths_of_every_seed(frame: Tables) -> None:
+    """Longer texts are harder: one seed of stick-breaking that was tried on them is no worse for it."""
+    table = pd.concat([needles(frame, 0.5, 0.5, seed=seed) for seed in range(3)])
+    table["value"] = table["value"].mask(table["length"] == 8192, 0.1)
+    every = language.retrieval(table, Evidence({})).found
+    assert "Mean score at 4096, 8192 tokens" in every and "stick-breaking 0.300, RoPE 0.300" in every
+    longest = (table["length"] == 8192) & ((table["attention"] == ROPE) | (table["seed"] > 0))
+    found = language.retrieval(table[~longest], Evidence({})).found
+    assert "Mean score at 4096 tokens" in found and "stick-breaking 0.500, RoPE 0.500" in found
 
 
 def tuned(frame: Tables, ended: dict[str, str], seeds: int = 3) -> pd.DataFrame:
@@ -273,6 +304,15 @@ def test_few_shot(stick: float, more: Row, verdict: str, frame: Tables, perplexi
     assert found.verdict == verdict
     assert "Mean of the 2 of 3 benchmarks above chance (copa, piqa)" in found.found
     assert f"stick-breaking {100 * stick:.1f} %, RoPE 60.0 %" in found.found
+
+
+def test_benchmarks_are_those_of_every_seed(frame: Tables) -> None:
+    """A seed that was measured on the easier of two benchmarks alone makes no mean better."""
+    table = pd.concat([shots(frame, 0.6, seed=seed) for seed in range(2)])
+    table["value"] = table["value"].mask((table["task"] == "piqa"), 0.9)
+    one = (table["task"] == "copa") & (table["attention"] == STICK) & (table["seed"] == 1)
+    found = language.benchmarks(table[~one], Evidence({})).found
+    assert "Mean of the 1 of 2 benchmarks above chance (piqa): stick-breaking 90.0 %, RoPE 90.0 %" in found
 
 
 def test_few_shot_at_chance(frame: Tables) -> None:

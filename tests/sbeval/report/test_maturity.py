@@ -53,6 +53,25 @@ def test_the_window_is_one_that_cannot_see_the_training_length(perplexities: Tab
     assert "ahead" in faults(short)
 
 
+def test_a_table_without_recipes_has_the_faults_of_each(perplexities: Tables) -> None:
+    grown, young = (
+        perplexities({"rope": {2048: [13.1]}, "nope": {2048: [nope]}}, lr=lr)
+        for lr, nope in ((1e-3, 13.6), (2e-3, 15.0))
+    )
+    table = pd.concat([grown, young])
+    rows = grown[grown["attention"] == "rope"]
+    assert maturity.fault(rows, table) == ""
+    assert "NoPE is behind RoPE by 0.14" in maturity.fault(rows.drop(columns="lr"), table)
+
+
+def test_a_model_that_overfits_is_no_canary(perplexities: Tables) -> None:
+    """The second seed of RoPE, which does, would be behind the window."""
+    table = perplexities({"rope": {2048: [13.1, 15.0]}})
+    assert "ahead" in faults(table)
+    second = (table["attention"] == "rope") & (table["seed"] == 1)
+    assert faults(table.assign(status=second.map({True: "overfit", False: ""}))) == ""
+
+
 def test_canaries_have_intervals_over_seeds(perplexities: Tables) -> None:
     table = perplexities({"rope": {2048: [13.1, 13.3]}}, epochs=1.5)
     (one,) = maturity.canaries(table)

@@ -28,7 +28,8 @@ def cells(
         for seed, accuracy in enumerate(accuracies):
             of = {"attention": name, "options": specs[name].partition(":")[2], "kv_pairs": pairs, "seed": seed}
             of |= {"lr": rate, "cell": f"{name} {pairs} {seed} {rate}"}
-            rows.append(of | {"metric": "accuracy", "value": accuracy, "split": "all"})
+            # how training ended is in two of the rows
+            rows.append(of | {"metric": "accuracy", "value": accuracy, "split": "all", "status": ""})
             rows.append(of | {"metric": "steps", "value": steps})
             rows.append(of | {"metric": "solved", "value": float(accuracy >= 0.99)})
     sizes = {"vocab_size": 8192, "seq_len": 768, "width": 256, "layers": 2, "heads": 1, "status": "budget"}
@@ -55,6 +56,18 @@ AS_CLAIMED: Solved = {(STICK, 192): [1.0, 1.0], (ROPE, 128): [1.0, 1.0], (ROPE, 
 )
 def test_recall(solved: Solved, more: dict[str, Any], verdict: str, frame: Tables) -> None:
     assert recall.recall(cells(frame, solved, **more), NONE).verdict == verdict
+
+
+def test_a_seed_that_failed_solves_nothing(frame: Tables) -> None:
+    table = cells(frame, AS_CLAIMED)
+    second = (table["attention"] == STICK) & (table["seed"] == 1)
+    failed = table[second & (table["metric"] == "solved")].assign(value=0.0, status="diverged")
+    judged = recall.recall(pd.concat([table[~second], failed]), NONE)
+    assert judged.verdict == UNDECIDED
+    assert "Stick-breaking solves none of up to 192; 192: 1 of 2 seeds at 0.001, 1 failed, after 25,000" in judged.found
+    judged = recall.recall(pd.concat([table[table["attention"] != STICK], failed]), NONE)
+    assert judged.verdict == UNDECIDED
+    assert "Stick-breaking solves none of up to 192; 192: 0 of 1 seeds at 0.001, 1 failed." in judged.found
 
 
 def test_a_failure_is_one_of_all_rates(frame: Tables) -> None:

@@ -20,6 +20,8 @@ COMMON: dict[str, Any] = {
     "train_len": 2048,
     "train_tokens": 10**8,
     "eval_len": 2048,
+    "corpus": "books",
+    "preset": "paper",
     "seed": 0,
     "part": "",
     "filter": "",
@@ -73,7 +75,7 @@ def test_a_benchmark_has_one_score() -> None:
     ]
     rope = by_name(found)["25m rope"]
     assert pair(rope["gsm8k (5) exact_match"]) == pytest.approx((2.0, 9.92), abs=0.01)
-    assert rope["wikitext (0) word_perplexity"] == scores.Cell(80.0, None)
+    assert pair(rope["wikitext (0) word_perplexity"]) == pytest.approx((80.0, None))
     chance = by_name(found)["chance"]
     assert chance["copa (0) acc"] == scores.Cell(50.0) and chance["wikitext (0) word_perplexity"] is None
 
@@ -83,13 +85,46 @@ def test_the_mean_is_of_the_benchmarks_above_guessing_or_absent() -> None:
     mean = "mean above chance"
     found = by_name(scores.table(results(*exact)))
     # 0.35 of arc_easy is above 0.25 by its interval; 0.6 of copa, with its error of 0.1, and 0.02 of gsm8k are not
-    assert pair(found["25m rope"][mean]) == pytest.approx((18.0, 198.4 * (0.05**2 + 0.01**2) ** 0.5 / 2), rel=1e-3)
+    assert pair(found["25m rope"][mean]) == pytest.approx((18.0, 197.2 * (0.05**2 + 0.01**2) ** 0.5 / 2), rel=1e-3)
     assert found["chance"][mean] == scores.Cell(12.5)
     # of lambada the other has no score
     lacking = by_name(scores.table(results(*exact[:1])))
     assert lacking["25m stick_breaking"][mean] is None and lacking["25m rope"][mean] is not None
     noisy = by_name(scores.table(results().replace({"stderr": {0.05: 0.06}})))
     assert noisy["25m rope"][mean] is None
+
+
+def test_the_mean_is_as_sure_as_seeds_agree_over_all_benchmarks() -> None:
+    """One seed is better by 0.1 on each of four benchmarks: so is its mean, and the interval is that of one of them."""
+    names = ("arc_easy", "piqa", "sciq", "winogrande")
+    rows = [row("rope", name, "acc", 0.6 + 0.1 * seed, seed=seed, stderr=None) for name in names for seed in range(2)]
+    found = by_name(scores.table(pd.DataFrame(rows)))["25m rope"]
+    # 12.706: Student's t with one degree of freedom
+    half = 100 * 12.706 * 0.1 / 2
+    assert pair(found["piqa (0) acc"]) == pair(found[scores.MEAN]) == pytest.approx((65.0, half), rel=1e-3)
+    # a third seed that has one of them is none of the mean
+    more = pd.DataFrame([*rows, row("rope", "piqa", "acc", 0.9, seed=2, stderr=None)])
+    found = by_name(scores.table(more))["25m rope"]
+    assert pair(found[scores.MEAN]) == pytest.approx((65.0, half), rel=1e-3)
+
+
+def test_perplexities_are_averaged_as_logarithms() -> None:
+    values = [10.0, 11.0, 12.1, 13.31]
+    rows = [row("rope", "wikitext", "word_perplexity", of, seed=seed, stderr=None) for seed, of in enumerate(values)]
+    found = by_name(scores.table(pd.DataFrame(rows)))["25m rope"]["wikitext (0) word_perplexity"]
+    step = math.log(1.1)
+    half = 3.182 * step * math.sqrt(5 / 3 / 4)
+    mean = math.exp(math.log(10) + 1.5 * step)
+    assert pair(found) == pytest.approx((mean, mean * math.sinh(half)), rel=1e-3)
+
+
+def test_models_of_another_text_are_others() -> None:
+    found = by_name(scores.table(results(row("rope", "arc_easy", "acc_norm", 0.9, corpus="plays", n=200))))
+    one, other = (
+        f"25m rope (100 M tokens of 2048, evaluated to 2048, {name}, preset paper)" for name in ("books", "plays")
+    )
+    assert pair(found[one]["arc_easy (0) acc_norm"])[0] == 30.0
+    assert pair(found[other]["arc_easy (0) acc_norm"])[0] == 90.0
 
 
 def test_differences_are_taken_item_by_item_where_items_are_stored() -> None:

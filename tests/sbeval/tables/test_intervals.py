@@ -27,6 +27,11 @@ def test_perplexities_are_averaged_as_logarithms() -> None:
     assert mean == 25.0
 
 
+def test_the_seeds_of_a_figure_are_those_of_one_method() -> None:
+    table = pd.concat([rows({"rope": [1.0, 2.0]}), rows({"alibi": [1.5], "nope": [1.0]}).assign(seed=7)])
+    assert intervals.most_seeds(table) == 2
+
+
 def test_seeds_are_pooled_at_each_x_alone() -> None:
     table = pd.concat([rows({"rope": [1.0, 2.0], "alibi": [1.5]}), rows({"rope": [1.0, 5.0], "alibi": [1.5]}, x=2)])
     found = intervals.points(table, ["x"])

@@ -51,6 +51,33 @@ def test_rates_are_ranked_by_shared_seeds_then_steps_then_size() -> None:
     assert selection.ranked_rates(pd.DataFrame(rate(1e-3, None, 0.5))) is None
 
 
+def test_a_seed_that_failed_counts_against_its_rate() -> None:
+    rows = [*rate(1e-3, 1.0, 1, 900, solved=1), *rate(1e-3, 1.0, 1, 900, seed=1), *rate(1e-2, 1.0, 1, 100)]
+    ends = [RECALL | {"metric": "solved", "lr": lr, "seed": seed} for lr in (1e-3, 1e-2) for seed in (0, 1)]
+    rows += [end | {"value": float(at < 3)} for at, end in enumerate(ends)]
+    assert selection.ranked_rates(pd.DataFrame(rows)) == [1e-3, 1e-2]
+    # a rate at which all failed has no rank
+    every = [row for row in rows if row["lr"] == 1e-3 or row["metric"] == "solved"]
+    assert selection.ranked_rates(pd.DataFrame(every)) == [1e-3]
+
+
+def test_cells_say_how_their_training_ended() -> None:
+    """As `sbeval mqrar` writes them: how it ended is in the rows of `solved` and `steps` alone."""
+    rows = [row | {"cell": "a", "status": ""} for row in rate(1e-3, 0.5, 0.5, 900)]
+    rows += [RECALL | {"metric": "solved", "value": 0.0, "lr": 1e-3, "cell": "a", "status": "plateau", "split": ""}]
+    rows += [RECALL | {"metric": "solved", "value": 0.0, "lr": 1e-3, "cell": "b", "status": "diverged", "split": ""}]
+    cells = selection.recall_cells(pd.DataFrame(rows))
+    assert cells[["cell", "status", "solved"]].to_numpy().tolist() == [
+        ["a", "plateau", False],
+        ["b", "diverged", False],
+    ]
+    assert cells["value"].isna().tolist() == [False, True]
+    # a table from before
+    old = pd.DataFrame(rows[:3]).drop(columns="status")
+    assert selection.recall_cells(old)[["status", "solved"]].to_numpy().tolist() == [["", False]]
+    assert selection.recall_cells(old.assign(status=""))["status"].tolist() == [""]
+
+
 def test_rates_are_ranked_by_steps_of_seeds_that_all_have() -> None:
     seeds = [(1e-3, 0, 900, True), (1e-3, 1, 1100, True), (1e-3, 2, 4500, False), (5e-4, 0, 1000, True)]
     cells = pd.DataFrame(seeds, columns=["lr", "seed", "steps", "solved"])
@@ -118,6 +145,9 @@ def test_flip_flop_is_at_the_rate_with_the_lowest_validation_error() -> None:
     rows.append(rows[-1] | {"distance_start": 4})
     best = selection.flip_flop_errors(pd.DataFrame(rows))
     assert best[["test", "value"]].to_numpy().tolist() == [["sparse", 0.4], ["dense", 0.0]]
+    # a further seed, at the best rate alone, may be a worse one
+    more = [row | {"seed": 1} for row in flips(1e-2, validation=0.5, sparse=0.6)]
+    assert set(selection.flip_flop_errors(pd.DataFrame([*rows, *more]))["lr"]) == {1e-2}
     with pytest.raises(InputError, match="no rows with metric 'error_rate' of a test"):
         selection.flip_flop_errors(pd.DataFrame(flips(1e-3, validation=0.2)))
 

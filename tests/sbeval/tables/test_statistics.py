@@ -376,3 +376,13 @@ def test_coverage_of_ratios_of_clustered_tokens() -> None:
         assert estimate.stderr is not None
         found += covers(interval(seeds(estimate.value, stderr=estimate.stderr, units=24), UNKNOWN), 3.7)
     assert found / DRAWS == pytest.approx(0.95, abs=NEAR)
+
+
+def test_p_values_of_a_bootstrap_have_the_tails_of_few_seeds() -> None:
+    """Holm's correction needs them below the level too. A normal distribution of the interval's width gives 0.011."""
+    of = np.array([[1.00] * 16, [1.02] * 16])
+    other = of - 0.05 + np.tile([0.001, -0.001], 8)
+    known = Spread(0.01, 2)
+    drawn = bootstrap(of, other, np.ones(16), (known, known))
+    # 0.05 over 0.01, of two seeds each, by Student's t with two degrees of freedom
+    assert drawn.freedom == 2 and drawn.above(0.0) == pytest.approx(0.0189, rel=0.03)

@@ -95,7 +95,7 @@ def test_seeds_that_stopped_early_count_where_they_are() -> None:
     whole = table(law(0.02, 0.2, 0.8), seeds=3, noise=0.01)
     late = whole["train_tokens"] > 5e8
     ladder = one(whole[~(late & (whole["seed"] > 0))])
-    assert ladder.seeds == [(3, 3)] * 4 + [(1, 1)] and ladder.over() == "3 and 3, 1 and 1 at the most tokens"
+    assert ladder.seeds == [(3, 3)] * 4 + [(1, 1)] and ladder.over() == "3 and 3 to 4.8e+08, 1 and 1 to 9.6e+08"
     every = one(whole)
     assert [gap.value for gap in ladder.gaps[:4]] == pytest.approx([gap.value for gap in every.gaps[:4]])
     first = one(whole[whole["seed"] == 0])
@@ -106,7 +106,12 @@ def test_seeds_that_stopped_early_count_where_they_are() -> None:
     # nor is the first count needed
     early = whole["train_tokens"] == whole["train_tokens"].min()
     ladder = one(whole[~(early & (whole["seed"] > 0))])
-    assert ladder.over() == "1 and 1, 3 and 3 at the most tokens"
+    assert ladder.over() == "1 and 1 to 6e+07, 3 and 3 to 9.6e+08"
+    # in the middle too
+    middle = whole["train_tokens"].between(1e8, 3e8)
+    assert one(whole[~(middle & (whole["seed"] > 0))]).over("", "{:.0f}".format) == (
+        "3 and 3 to 60000000, 1 and 1 to 240000000, 3 and 3 to 960000000"
+    )
     of_one, of_three = (gap.high - gap.low for gap in ladder.gaps[:2])
     assert of_one == pytest.approx(math.sqrt(3) * of_three)
     # a method that has one seed adds nothing to the errors; others are drawn
