@@ -2,7 +2,7 @@
 
 One panel of each a setting. The curves are those of training, results/curves/<cell>.parquet, of the models in the table
 that measured a held-out loss. Methods that are options of evaluation alone share a model, which is drawn once; of the
-branches of a training with schedule wsd the longest is.
+branches of a training with schedule wsd the longest is, and those as long as another seed's longest.
 """
 
 from pathlib import Path
@@ -44,13 +44,16 @@ def gather(table: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
 
 
 def _longest(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows without branches of a training with schedule wsd that has a longer one, which begins as they."""
+    """Return the rows without branches of a training with schedule wsd that has a longer one, which begins as they,
+    unless they end where another seed of the method does."""
     if "schedule" not in rows:
         return rows
     recipe = [name for name in (*LENGTH_GEN.always, *OTHERS) if name in rows and name != "train_tokens"]
-    same = ["attention", "options", "seed", *recipe]
-    most = rows.groupby(same, dropna=False)["train_tokens"].transform("max")
-    return rows[(rows["schedule"] != "wsd") | (rows["train_tokens"] == most)]
+    method = ["attention", "options", *recipe]
+    most = rows.groupby([*method, "seed"], dropna=False)["train_tokens"].transform("max")
+    ends = rows[method].assign(train_tokens=most).drop_duplicates()
+    found = rows.merge(ends, how="left", indicator="end")
+    return found[(found["schedule"] != "wsd") | (found["end"] == "both")].drop(columns="end")
 
 
 def _trained(rows: pd.DataFrame) -> pd.DataFrame:
@@ -124,7 +127,8 @@ def _settings(rows: pd.DataFrame) -> list[tuple[str, dict[str, pd.DataFrame]]]:
 
 
 def _at_same_tokens(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return each seed's losses at all tokens at which another was measured too, linear between its own.
+    """Return each seed's losses at all tokens at which another was measured too, between its own linear in their
+    logarithm, as losses nearly are.
 
     A method's line is where it has all of its seeds: their means at other steps each would be those of other seeds.
     """
@@ -133,11 +137,9 @@ def _at_same_tokens(rows: pd.DataFrame) -> pd.DataFrame:
         seeds = [(of.iloc[:1], of.groupby("x")["value"].mean()) for _, of in method.groupby("seed")]
         first, last = (max(loss.index[0] for _, loss in seeds), min(loss.index[-1] for _, loss in seeds))
         x = tokens[(tokens >= first) & (tokens <= last)]
-        found += [
-            pd.concat([of] * len(x), ignore_index=True).assign(x=x, value=np.interp(x, loss.index, loss))
-            for of, loss in seeds
-            if len(x)
-        ]
+        for of, loss in seeds if len(x) else ():
+            values = np.interp(np.log(x), np.log(loss.index), loss)
+            found.append(pd.concat([of] * len(x), ignore_index=True).assign(x=x, value=values))
     return pd.concat(found, ignore_index=True)
 
 

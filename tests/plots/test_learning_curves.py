@@ -76,10 +76,15 @@ def test_seeds_measured_at_other_steps_are_drawn_at_the_same_tokens(tmp_path: Pa
     curves.write(Results(tmp_path), other["cell"].iloc[0], held_out)
     rows = pd.concat([table(tmp_path, (0,)), other])
     above, below = learning_curves.draw(learning_curves.gather(rows, tmp_path)).axes
-    # seed 0 is 5.5, 5.0 and 4.5 there; nothing where seed 1 was not measured, which alone would be a step up
-    assert line(above, "RoPE") == ([3000, 4000, 5000], [5.75, 5.25, 4.75])
-    assert line(above, "stick-breaking") == ([2000, 3000, 4000, 5000, 6000], [7.0, 6.25, 5.5, 4.875, 4.25])
-    assert line(below, "stick-breaking") == ([3000, 4000, 5000], [0.5, 0.25, 0.125])
+    # nothing where seed 1 was not measured: seed 0 alone would be a step
+    at, loss = line(above, "RoPE")
+    tokens, first = np.log([2000, 3000, 4000, 5000, 6000]), LOSSES["rope"]
+    between = np.interp(tokens[1:-1], tokens[::2], first), np.interp(tokens[1:-1], tokens[1:-1:2], (6.0, 5.0))
+    assert at == [3000, 4000, 5000] and loss == pytest.approx(np.mean(between, axis=0).tolist())
+    assert loss[0] == pytest.approx((6.0 - math.log2(1.5) + 6.0) / 2)
+    own = line(above, "stick-breaking")[1]
+    assert own == pytest.approx(np.interp(tokens, tokens[::2], LOSSES["stick_breaking"]).tolist())
+    assert line(below, "stick-breaking")[1] == pytest.approx((np.array(own[1:-1]) - loss).tolist())
 
 
 def test_the_page_has_the_same_numbers(tmp_path: Path) -> None:
@@ -153,6 +158,17 @@ def test_the_longest_branch_of_one_method_leaves_another_its_own(tmp_path: Path)
     assert found.groupby("attention")["train_tokens"].unique().map(list).to_dict() == dict(
         zip(LOSSES, ([8000], [6000]), strict=True)
     )
+
+
+def test_a_branch_that_ends_where_another_seed_does_is_beside_it(tmp_path: Path) -> None:
+    wsd: dict[str, Any] = {"schedule": "wsd", "lr": 1e-3, "train_len": 512}
+    rows = [
+        cell(tmp_path, name, (*losses[:2], tokens / 1e3), train_tokens=tokens, seed=seed, eval_len=tokens, **wsd)
+        for seed, tokens in ((0, 4000), (0, 6000), (0, 8000), (1, 6000))
+        for name, losses in LOSSES.items()
+    ]
+    found = learning_curves.gather(pd.concat(rows), tmp_path)
+    assert found.groupby("train_tokens")["cell"].nunique().to_dict() == {6000: 4, 8000: 2}
 
 
 def test_settings_have_panels_of_their_own_and_gaps_where_there_is_rope(tmp_path: Path) -> None:
