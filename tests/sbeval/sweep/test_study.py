@@ -116,8 +116,11 @@ def test_families_that_share_models_are_cautioned_once(
     found = studies.cautions(given, context)
     assert len(opened) == 1 and len(found) == 2 and "past 4 epochs" in found[0] and "of held-out text" in found[1]
     # a model that is there already was trained before
-    there = ["length_gen.checkpoint=there", "needle.checkpoint=there"]
-    assert studies.cautions(study_file.parts(study_file.read(str(study), there), str), context) == []
+    there = tmp_path / "there.yaml"
+    own = ', attention: [rope, "rope:scaling=ntk,factor=4", alibi]'
+    there.write_text(study.read_text().replace(own, ", checkpoint: there"))
+    again = study_file.parts(study_file.read(str(there), ["needle.checkpoint=there"]), str)
+    assert [part.config.checkpoint for part in again[:2]] == ["there"] * 2 and studies.cautions(again, context) == []
 
 
 def test_a_study_that_is_killed_goes_on_and_trains_nothing_again(study: Path, tmp_path: Path) -> None:
