@@ -362,8 +362,7 @@ def _counts(values: Sequence[float]) -> dict[str, Any]:
     """Label as many round numbers as fit, or the values themselves where there is none between them."""
     write = EngFormatter(sep=" ")
     for firsts in ((1, 2, 5), (1, 3), (1,)):
-        round_ones = [float(f"{first}e{power}") for power in range(16) for first in firsts]
-        ticks = [value for value in round_ones if min(values) <= value <= max(values)]
+        ticks = [value for value in _round_ones(firsts, range(16)) if min(values) <= value <= max(values)]
         if len(ticks) <= MOST_TICKS:
             break
     ticks = ticks or sorted(set(values))
@@ -372,8 +371,12 @@ def _counts(values: Sequence[float]) -> dict[str, Any]:
 
 def _ones_twos_fives() -> dict[str, Any]:
     """Label 1, 2 and 5 times powers of ten, as plain numbers."""
-    ticks = [float(f"{first}e{power}") for power in range(-9, 10) for first in (1, 2, 5)]
+    ticks = _round_ones((1, 2, 5), range(-9, 10))
     return {"tickvals": ticks, "ticktext": [plain(value) for value in ticks]}
+
+
+def _round_ones(firsts: Sequence[int], powers: Sequence[int]) -> list[float]:
+    return [float(f"{first}e{power}") for power in powers for first in firsts]
 
 
 def _level(*, x: float | None = None, y: float | None = None, text: str = "") -> dict[str, Any]:

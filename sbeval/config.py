@@ -8,6 +8,8 @@ from typing import Any
 
 # for `field(metadata=LATER)`: marks a field added after results were published, left out of digests at its default
 LATER = {"later": True}
+# for `option(..., TRAINED)`: marks an option that the training of a model has decided
+TRAINED = {"trained": True}
 # a target that is not scored: the ignore_index of torch's cross_entropy
 IGNORE = -100
 # groups of options in `--help`
@@ -40,6 +42,15 @@ def option(
         compare=compare,
         metadata={key: value for part in (*metadata, own) for key, value in part.items()},
     )
+
+
+def decided(of: type, given: Mapping[str, Any]) -> list[str]:
+    """Return the flags of the options of a config that are given and that a model that was trained has decided."""
+    return [
+        entry.metadata["flag"] or f"--{entry.name.replace('_', '-')}"
+        for entry in dataclasses.fields(of)
+        if entry.metadata.get("trained") and entry.name in given
+    ]
 
 
 def digest_of(key: object) -> str:

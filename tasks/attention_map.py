@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sbeval import registry
-from sbeval.config import ATTENTION, EVALUATION, LATER, LR, MODEL, SEED, TASK, TRAINING, option
+from sbeval.config import ATTENTION, EVALUATION, LATER, LR, MODEL, SEED, TASK, TRAINED, TRAINING, decided, option
 from sbeval.data.recall import Recall
 from sbeval.errors import InputError, check_swept
 from sbeval.models.config import canonical_attention, flops_per_token
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from sbeval.training.trainer import Trained
 
 NAME = "attention_map"
-# for `option(...)`: marks an option that a --checkpoint decides
-TRAINED = {"trained": True}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,8 +327,7 @@ def summary(results: "pd.DataFrame") -> "Table":
 
 
 def _completed(given: dict[str, Any]) -> dict[str, Any]:
-    decided = [entry.name for entry in dataclasses.fields(Config) if entry.metadata.get("trained")]
-    if given.get("checkpoint") and (surplus := [f"--{name.replace('_', '-')}" for name in decided if name in given]):
+    if given.get("checkpoint") and (surplus := decided(Config, given)):
         raise InputError(f"{' and '.join(surplus)}: a --checkpoint decides that already")
     return given
 

@@ -23,7 +23,7 @@ from sbeval.tasks import length_gen
 from sbeval.tasks.text_cell import Subject, TextCell, outcome
 from sbeval.tasks.text_training import cautions, models, open_corpus
 from sbeval.training.text_model import TRAINING as TRAINING_OPTIONS
-from sbeval.training.text_model import EvaluatedModel, uncut
+from sbeval.training.text_model import EvaluatedModel, completed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -217,5 +217,5 @@ FAMILY = Family(
     cells=cells,
     summary=summary,
     cautions=cautions,
-    completed=uncut,
+    completed=completed,
 )

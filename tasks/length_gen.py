@@ -33,7 +33,8 @@ from sbeval.tasks.length_gen_losses import Evaluation, long_windows, whole_texts
 from sbeval.tasks.length_gen_rows import Row, joined
 from sbeval.tasks.text_cell import TextCell, outcome
 from sbeval.tasks.text_training import cautions, models, open_corpus
-from sbeval.training.text_model import BOS, LM_EVAL, EvaluatedModel, uncut
+from sbeval.training import text_model
+from sbeval.training.text_model import BOS, LM_EVAL, EvaluatedModel
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -191,7 +192,7 @@ def preset(kind: Callable[..., Kind], name: str, **options: Any) -> Kind:
 
 def completed(given: dict[str, Any]) -> dict[str, Any]:
     """Return the options of such a family with those that they imply: eval_len follows train_len."""
-    return uncut(({"eval_len": given["train_len"]} if "train_len" in given else {}) | given)
+    return text_model.completed(({"eval_len": given["train_len"]} if "train_len" in given else {}) | given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -299,5 +300,5 @@ FAMILY = Family(
     cells=cells,
     summary=summary,
     cautions=cautions,
-    completed=uncut,
+    completed=text_model.completed,
 )

@@ -17,6 +17,7 @@ import pandas as pd
 from sbeval.cli import documents_studies
 from sbeval.cli.documents_studies import CONTEXT
 from sbeval.errors import InputError, choose
+from sbeval.report import far_text
 from sbeval.report.claims import CLAIMS, OWN
 from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Claim, Evidence, Judged, findings
 from sbeval.tables import intervals, markup, pairs, statistics, values
@@ -53,7 +54,6 @@ FIXED = {
     "window of 512": ("sliding_window", ""),
     **{f"stick-breaking, {form}": (STICK[0], options) for form, options in FORMS.items()},
 }
-FIXED_METRIC = "loss_fixed_targets"
 # the best of these forms
 BEST = FIXED["stick-breaking, logit offsets spread over heads"]
 # those of README's sentence
@@ -147,7 +147,7 @@ def _less(rows: pd.DataFrame, other: Method, stored: Stored) -> dict[Method, Int
 
 def _distant_sentence(results: Path) -> str:
     rows = documents_studies.distant_text(results)
-    found = _means(rows[rows["metric"] == FIXED_METRIC])
+    found = _means(rows[rows["metric"] == far_text.METRIC])
     each = [f"{label} {found[(*FIXED[label], 2048)]:.3f} and {found[(*FIXED[label], 16384)]:.3f}" for label in FIRST]
     return f"Nats per token with 2048 and 16384 tokens of context: {'; '.join(each)}."
 
@@ -201,7 +201,7 @@ def _made_by(results: Path, family: str) -> str:
 
 def _fixed_rows(results: Path) -> pd.DataFrame:
     table = read(Results(results / "which-stick-breaking").table("length_gen"), ["metric"])
-    return table[table["metric"] == FIXED_METRIC]
+    return table[table["metric"] == far_text.METRIC]
 
 
 def _perplexities(results: Path) -> Mapping[tuple[str, str, int], float]:

@@ -1,7 +1,7 @@
 """Rules of claims on language models: perplexity by length and within the training length, needles, benchmarks."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -153,7 +153,7 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
         return Judged(UNDECIDED, found, unsolved)
     rows = rows[rows["task"].isin(tasks)]
     means = selection.mean_over_tasks(rows)
-    means = _of_each(means, "length", _of_both(means, "length"))
+    means = selection.of_all(means, "length", _of_both(means, "length"))
     samples = intervals.samples(means, Scale.SHARE)
     if not {STICK, ROPE} <= samples.keys():
         raise InputError("there is no length past the training length at which both have the same tasks")
@@ -185,12 +185,6 @@ def _of_both(rows: pd.DataFrame, name: str) -> set[Any]:
     return set() if any(mine.empty for mine in by_method) else set.intersection(*each)
 
 
-def _of_each(rows: pd.DataFrame, name: str, values: Collection[Any]) -> pd.DataFrame:
-    """Return the rows with these values of a column, of the models that have all: a mean over others is another."""
-    rows = rows[rows[name].isin(values)]
-    return rows[rows.groupby(["attention", "options", "seed"])[name].transform("nunique") == len(values)]
-
-
 def _solved_by_both(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """Return the rows of the tasks that every model of both methods solved at its training length, without those of
     models of other methods that did not; and a sentence on the tasks that are left out."""
@@ -219,7 +213,7 @@ def benchmarks(table: pd.DataFrame, evidence: Evidence) -> Judged:
     far = "; ".join(filter(None, [too_small(rows, BILLION), young(rows, evidence)]))
     if not above:
         return Judged(UNDECIDED, f"{len(shared)} benchmarks in common ({models(rows)}).", far or "all are at chance")
-    rows = _of_each(rows, "benchmark", above)
+    rows = selection.of_all(rows, "benchmark", above)
     rows = rows.assign(value=100 * rows["value"], stderr=100 * rows["stderr"])
     samples, stored = intervals.samples(rows), Stored(evidence.values)
     # rows as they are stored; their differences are in percent
@@ -249,7 +243,7 @@ def _right_answers(table: pd.DataFrame, rows: pd.DataFrame, stored: Stored) -> s
     of_both = _of_both(gold, "benchmark")
     if not of_both:
         return ""
-    gold = _of_each(gold, "benchmark", of_both)
+    gold = selection.of_all(gold, "benchmark", of_both)
     joint = pairs.of_methods(gold, ROPE, stored, ["benchmark"])
     gain = intervals.differences(intervals.samples(gold), ROPE, pairs=joint)[STICK]
     return (

@@ -18,7 +18,7 @@ import pandas as pd
 from rich.table import Table as Terminal
 
 from sbeval.errors import NothingToDraw, choose
-from sbeval.tables import epochs, intervals, markup, pairs, pooling
+from sbeval.tables import epochs, intervals, markup, pairs, pooling, selection
 from sbeval.tables.documents import Values, nothing
 from sbeval.tables.pairs import Stored
 from sbeval.tables.rows import ROPE, spec_of
@@ -161,15 +161,11 @@ def _cells(chosen: pd.DataFrame, averaged: Collection[str] = ()) -> Found:
             for (name,), of_name in intervals.curves(intervals.grouped(of_scale, ["benchmark"], scale), scale).items():
                 for of, each in of_name.items():
                     found.setdefault((*key, of), {})[str(name)] = _cell(each, str(metrics[name]), scale)
-        for of, each in intervals.intervals(intervals.samples(whole := _of_all(part, averaged))).items():
+        for of, each in intervals.intervals(
+            intervals.samples(whole := selection.of_all(part, "benchmark", averaged))
+        ).items():
             found.setdefault((*key, of), {})[MEAN] = _cell(each, str(whole["metric"].iloc[0]))
     return found
-
-
-def _of_all(rows: pd.DataFrame, benchmarks: Collection[str]) -> pd.DataFrame:
-    """Return the rows of these benchmarks, of the seeds that have all of them."""
-    rows = rows[rows["benchmark"].isin(benchmarks)]
-    return rows[rows.groupby(["attention", "options", "seed"])["benchmark"].transform("nunique") == len(benchmarks)]
 
 
 def _differences(chosen: pd.DataFrame, stored: Stored, averaged: Collection[str] = ()) -> Found:
@@ -178,7 +174,7 @@ def _differences(chosen: pd.DataFrame, stored: Stored, averaged: Collection[str]
     for key, part in chosen.groupby(ALIKE, dropna=False, sort=False):
         apart = pooling.outlying(intervals.grouped(part, ["benchmark"], Scale.LINEAR).values())
         parts = [(str(name), of, apart) for name, of in part.groupby("benchmark", sort=False)]
-        for name, rows, own in [*parts, (MEAN, _of_all(part, averaged), None)]:
+        for name, rows, own in [*parts, (MEAN, selection.of_all(part, "benchmark", averaged), None)]:
             joint = pairs.of_methods(rows, ROPE, stored, ["benchmark"])
             of_rows = intervals.differences(intervals.samples(rows), ROPE, pairs=joint, apart=own) if joint else {}
             for of in joint:

@@ -1,7 +1,9 @@
 """Select rows of result tables: for figures, for verdicts on claims, and for the choice of a learning rate."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -164,6 +166,12 @@ def of_shared_seeds(scores: pd.DataFrame) -> pd.DataFrame:
     """Return the scores, by seed (down) and learning rate (across), of the seeds that all rates have; all where none
     does. Further seeds may have been run at one rate alone."""
     return scores.dropna() if scores.notna().all(axis=1).any() else scores
+
+
+def of_all(rows: pd.DataFrame, name: str, values: Collection[Any]) -> pd.DataFrame:
+    """Return the rows with these values of a column, of the seeds that have all: a mean over others is another."""
+    rows = rows[rows[name].isin(values)]
+    return rows[rows.groupby(["attention", "options", "seed"])[name].transform("nunique") == len(values)]
 
 
 def recall_cells(table: pd.DataFrame) -> pd.DataFrame:

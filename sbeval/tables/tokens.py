@@ -16,7 +16,7 @@ methods and token counts, and their sampling is not part of it. If no method has
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +25,10 @@ import pandas as pd
 from rich.table import Table as Terminal
 
 from sbeval.errors import InputError, choose
-from sbeval.tables import markup, mqrar, pooling
+from sbeval.tables import intervals, markup, mqrar, pooling
 from sbeval.tables.rows import ROPE, Identity, Method, Provenance, labels, spec_of
 from sbeval.tables.selection import LENGTH_GEN, RECIPE, length_gen_setting
-from sbeval.tables.statistics import Floats, Sample
+from sbeval.tables.statistics import Floats, Scale
 
 COLUMNS = ("attention", "options", "seed", "metric", "value", "context_length", *LENGTH_GEN.columns)
 # token counts below which three parameters are not fitted
@@ -134,6 +134,8 @@ def ladders(table: pd.DataFrame) -> list[Ladder]:
     for key, group in rows.groupby(setting, dropna=False):
         counts = group.pivot_table("value", ["attention", "options", "seed"], "train_tokens")
         losses = counts.astype(float).map(math.log, na_action="ignore")
+        samples = intervals.grouped(group.assign(stderr=math.nan), ["train_tokens"], Scale.LOG)
+        apart = pooling.outlying(samples.values())
         named = dict(zip(setting, key, strict=True))
         title = ", ".join(
             LABELS.get(name, f"{name.replace('_', ' ')} {{}}").format(named[name])
@@ -141,12 +143,12 @@ def ladders(table: pd.DataFrame) -> list[Ladder]:
             if name in named
         )
         for method in dict.fromkeys((str(attention), str(options)) for attention, options, _ in losses.index):
-            if method != ROPE and (ladder := _ladder(title, losses, method)):
+            if method != ROPE and (ladder := _ladder(title, losses, method, apart)):
                 found.append(ladder)
     return found
 
 
-def _ladder(setting: str, losses: pd.DataFrame, method: Method) -> Ladder | None:
+def _ladder(setting: str, losses: pd.DataFrame, method: Method, apart: Set[Method]) -> Ladder | None:
     pair = [losses[_is(losses, of)] for of in (method, ROPE)]
     counts = [name for name in losses if all(of[name].notna().any() for of in pair)]
     if len(counts) < 2:
@@ -154,7 +156,7 @@ def _ladder(setting: str, losses: pd.DataFrame, method: Method) -> Ladder | None
     mine, base = (of[counts] for of in pair)
     seeds = pd.DataFrame([mine.count(), base.count()])
     tokens, gaps = np.array(counts, dtype=float), (mine.mean() - base.mean()).to_numpy()
-    drawn = gaps + _errors(losses[counts], method, 1 / seeds.to_numpy())
+    drawn = gaps + _errors(losses[counts], method, apart, 1 / seeds.to_numpy())
     return Ladder(
         setting=setting,
         method=method,
@@ -216,12 +218,11 @@ def _is(losses: pd.DataFrame, method: Method) -> "npt.NDArray[np.bool_]":
     return np.array([(attention, options) == method for attention, options, _ in losses.index])
 
 
-def _errors(losses: pd.DataFrame, method: Method, inverses: Floats) -> Floats:
+def _errors(losses: pd.DataFrame, method: Method, apart: Set[Method], inverses: Floats) -> Floats:
     """Draw errors (N, T) of the gap of a method to the baseline at T token counts; none (0, T) if seeds are too few.
 
-    inverses: 1 / seeds of the method and of the baseline, (2, T).
+    apart: the methods that are not pooled. inverses: 1 / seeds of the method and of the baseline, (2, T).
     """
-    apart = pooling.outlying(_samples(losses[count].dropna()) for count in losses)
     common = losses[~np.any([_is(losses, of) for of in apart], axis=0)] if apart else losses
     generator = np.random.default_rng(0)
     if not apart & {method, ROPE}:
@@ -231,14 +232,6 @@ def _errors(losses: pd.DataFrame, method: Method, inverses: Floats) -> Floats:
     known = min(len(mine), len(base))
     errors = mine[:known] * np.sqrt(inverses[0]) + base[:known] * np.sqrt(inverses[1])
     return errors
-
-
-def _samples(losses: "pd.Series[float]") -> dict[Method, Sample]:
-    """Return the seeds of each method at one token count."""
-    seeds: dict[Method, list[float]] = {}
-    for (attention, options, _), loss in zip(losses.index, losses.to_numpy(dtype=float), strict=True):
-        seeds.setdefault((attention, options), []).append(float(loss))
-    return {of: Sample(np.array(each), 0.0, 0) for of, each in seeds.items()}
 
 
 def _drawn(losses: pd.DataFrame, generator: np.random.Generator) -> Floats:

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sbeval.config import ATTENTION, DATA, LATER, LR, MODEL, OPTIMIZERS, SEED, option
+from sbeval.config import ATTENTION, DATA, LATER, LR, MODEL, OPTIMIZERS, SEED, TRAINED, decided, option
 from sbeval.config import TRAINING as TRAIN
 from sbeval.errors import InputError, check_swept, choose
 from sbeval.models.config import SIZES
@@ -24,33 +24,43 @@ TOKEN_BYTES = 3
 class TextModel:
     """Methods and seeds, model size, training text and schedule. Amounts are in tokens."""
 
-    attention: tuple[str, ...] = option(("stick_breaking", "rope"), MODEL, ATTENTION, metavar="SPEC")
+    attention: tuple[str, ...] = option(("stick_breaking", "rope"), MODEL, ATTENTION, TRAINED, metavar="SPEC")
     seeds: tuple[int, ...] = option((0,), TRAIN, SEED, flag="--seed")
-    size: str = option("quick", MODEL, f"Size of the model: {', '.join(SIZES)}.")
+    size: str = option("quick", MODEL, f"Size of the model: {', '.join(SIZES)}.", TRAINED)
     train_len: int = option(256, TRAIN, "Tokens of a training sequence.")
-    train_tokens: int = option(300 * 8 * 256, TRAIN, "Tokens to train on; those of a preset end at --max-epochs.")
+    train_tokens: int = option(
+        300 * 8 * 256, TRAIN, "Tokens to train on; those of a preset end at --max-epochs.", TRAINED
+    )
     batch_tokens: int = option(8 * 256, TRAIN, "Tokens of an optimizer step.")
     micro_batch_tokens: int | None = option(None, TRAIN, "Tokens of a forward pass. Default: all of a step.")
-    lr: float = option(3e-3, TRAIN, LR)
-    schedule: str = option("cosine", TRAIN, "Learning rate schedule: cosine, power, constant or wsd.")
-    packing: str = option("stream", TRAIN, "stream, or documents: no attention across documents.")
+    lr: float = option(3e-3, TRAIN, LR, TRAINED)
+    schedule: str = option("cosine", TRAIN, "Learning rate schedule: cosine, power, constant or wsd.", TRAINED)
+    packing: str = option("stream", TRAIN, "stream, or documents: no attention across documents.", TRAINED)
     corpus: str = option("stdlib", DATA, "python, stdlib, a file or folder, or hf:NAME[:CONFIG].")
     tokenizer: str = option("bytes", DATA, "bytes, bpe:SIZE, or a Hugging Face name or folder.")
     text_field: str = option("text", DATA, "Field of the text in JSONL and parquet.")
     corpus_tokens: int | None = option(None, DATA, "Training tokens to keep of the corpus. Default: all.")
     dtype: str = "float32"
     max_epochs: float | None = option(
-        epochs.MAX_EPOCHS, TRAIN, "Passes over the training text at most; --train-tokens alone lifts it.", LATER
+        epochs.MAX_EPOCHS,
+        TRAIN,
+        "Passes over the training text at most; --train-tokens alone lifts it.",
+        LATER,
+        TRAINED,
     )
     patience: int = option(
-        0, TRAIN, "Held-out evaluations without a new lowest loss after which training ends; 0: never.", LATER
+        0, TRAIN, "Held-out evaluations without a new lowest loss after which training ends; 0: never.", LATER, TRAINED
     )
     optimizer: str = option("adamw", TRAIN, "adamw, or muon for the matrices inside the blocks.", LATER)
     diagnostics: int = option(
         0, TRAIN, "Times at which retrieval is diagnosed while models train, at most; see `sbeval diagnostics`.", LATER
     )
     warmup_tokens: int | None = option(
-        None, TRAIN, "Tokens of the warm-up of the learning rate. Default: 5 % of all; of the first --branch.", LATER
+        None,
+        TRAIN,
+        "Tokens of the warm-up of the learning rate. Default: 5 % of all; of the first --branch.",
+        LATER,
+        TRAINED,
     )
     # not part of a model's identity: it says which trainings share their beginning, and changes no number
     branches: tuple[int, ...] = option(
@@ -58,6 +68,7 @@ class TextModel:
         TRAIN,
         "With --schedule wsd: tokens at a constant rate after which a decay over a fifth as many branches off, a model "
         "each, in place of --train-tokens.",
+        TRAINED,
         flag="--branch",
         compare=False,
     )
@@ -119,29 +130,17 @@ def trained_on(config: TextModel) -> tuple[object, ...]:
     return tuple(getattr(config, name) for name in TRAINING if name not in ("attention", "seeds"))
 
 
-# options that a given model has decided
-DECIDED = {
-    "attention": "--attention",
-    "size": "--size",
-    "train_tokens": "--train-tokens",
-    "lr": "--lr",
-    "schedule": "--schedule",
-    "packing": "--packing",
-    "max_epochs": "--max-epochs",
-    "patience": "--patience",
-    "warmup_tokens": "--warmup-tokens",
-    "branches": "--branch",
-}
+def completed(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a family of text models with those that they imply; InputError where a model is given, and
+    options of its training with it."""
+    given = options.get("checkpoint") or options.get("models")
+    if given and (surplus := decided(TextModel, options)):
+        raise InputError(f"{' and '.join(surplus)}: the given model decides that already; leave it out")
+    return uncut(options)
 
 
 def uncut(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options without a bound on epochs where `train_tokens` is given and `max_epochs` is not.
-
-    Raise InputError where a model is given, and options of training with it.
-    """
-    given = options.get("checkpoint") or options.get("models")
-    if given and (surplus := [flag for name, flag in DECIDED.items() if name in options]):
-        raise InputError(f"{' and '.join(surplus)}: the given model decides that already; leave it out")
+    """Return options without a bound on epochs where `train_tokens` is given and `max_epochs` is not."""
     unbounded = "train_tokens" in options and "max_epochs" not in options
     return options | ({"max_epochs": None} if unbounded else {})
 

@@ -11,6 +11,7 @@ from sbeval.training.text_model import (
     TRAINING,
     EvaluatedModel,
     TextModel,
+    completed,
     likely_tokens,
     likely_vocabulary,
     trained_on,
@@ -48,13 +49,13 @@ def test_training_depends_on_all_options_but_those_of_evaluation() -> None:
 
 def test_given_tokens_lift_the_bound_on_epochs() -> None:
     assert uncut({}) == {} and uncut({"lr": 1.0}) == {"lr": 1.0}
-    assert uncut({"checkpoint": "m", "train_len": 9}) == {"checkpoint": "m", "train_len": 9}
+    assert completed({"checkpoint": "m", "train_len": 9}) == {"checkpoint": "m", "train_len": 9}
     for given, message in (
         ({"checkpoint": "m", "lr": 1.0, "branches": (9,)}, "--lr and --branch: the given model decides that already"),
         ({"models": ("m",), "attention": ("rope",)}, "--attention: the given model decides that already"),
     ):
         with pytest.raises(InputError, match=message):
-            uncut(given)
+            completed(given)
     assert uncut({"train_tokens": 9}) == {"train_tokens": 9, "max_epochs": None}
     assert uncut({"train_tokens": 9, "max_epochs": 2.0}) == {"train_tokens": 9, "max_epochs": 2.0}
 
