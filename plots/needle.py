@@ -81,6 +81,10 @@ def draw(table: pd.DataFrame) -> Figure:
         lengths = sorted({float(length) for part in parts for length in part.lengths})
         for column, (axis, part) in enumerate(zip(panels, parts, strict=False)):
             spreads += _lines(axis, part, looks, lengths, first=column % across == 0)
+        # panels of a row share their y axis, which the strip makes longer
+        for axis, part in zip(panels, parts, strict=False):
+            if part.short:
+                _strip(axis, part, looks)
         for axis in panels[len(parts) :]:
             axis.set_axis_off()
     note = style.with_caution(_note(spreads, "bars", split), table, looks)
@@ -196,8 +200,6 @@ def _lines(
         style.training_length(axis, length)
     style.shares(axis)
     style.label(axis, "length (tokens)", "share" if first else "")
-    if part.short:
-        _strip(axis, part, looks)
     return spreads
 
 
@@ -214,4 +216,7 @@ def _strip(axis: Axes, part: Part, looks: dict[Method, Look]) -> None:
             linestyle="", label=f"not solved: {look.label}",
         )  # fmt: skip
         if done:
-            axis.text(x + 0.03, STRIP, f"{done}/{of}", transform=below, fontsize=4.5, va="center", color=style.MARK)
+            axis.text(
+                x + 0.03, STRIP, f"{done}/{of}", transform=below, fontsize=4.5, va="center", color=style.MARK,
+                bbox={"facecolor": "0.95", "edgecolor": "none", "pad": 0.4},
+            )  # fmt: skip

@@ -5,11 +5,12 @@
                 numbers; then prompts like those of the test
     loss        the mean over tokens of answers, plus a tenth of the mean over all others
     rate        constant after a short warm-up; of several, the one that solves the most tasks in the fewest tokens
-    end         when greedy decoding is right for 95 % of the held-out prompts of every task, or --finetune tokens
+    end         when every task is solved, or after --finetune tokens
 
-A task is solved at the first validation that finds it so, also if training continues for other tasks. Its tokens until
-then are censored at the budget where no validation does. What the model gained from copying before fine-tuning
-(`sbeval.evaluation.diagnostics`) is measured too, to compare them with.
+A task is solved at the first validation that has greedy decoding right for 95 % of its held-out prompts, if those from
+there on have so in the mean and are two or more: one alone may have so by chance, and a model that goes on with other
+tasks can lose one. The tokens until then are censored at the budget where a task is not solved. What the model gained
+from copying before fine-tuning (`sbeval.evaluation.diagnostics`) is measured too, to compare them with.
 """
 
 import dataclasses
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
     from sbeval.training.trainer import Trainer
 
 # held-out prompts of a task; validations in a training, at most, and the share of its cost that all may have, where a
-# forward pass is a third of a training step
-HELD_OUT, VALIDATIONS, SHARE = 64, 30, 0.1
+# forward pass is a third of a training step; validations that must find a task solved, at least
+HELD_OUT, VALIDATIONS, SHARE, AGREE = 64, 30, 0.1, 2
 # steps of the warm-up
 WARMUP = 50
 # tokens before a copy whose gain is measured, if the training length has room for both
@@ -122,7 +123,9 @@ class PackedTuning(Tuning):
         digest = load.digest(trained)
         held_out = {name: writer.path(name, self.length, 0, "validation").stem for name in config.finetune_tasks}
         lessons = [ruler_lessons.VERSION, config.finetune_needles, config.finetune_rest, config.finetune_prompts]
-        with context.checkpoint([digest, training, "packed", *lessons, held_out, HELD_OUT, SOLVED], progress) as folder:
+        with context.checkpoint(
+            [digest, training, "packed", *lessons, held_out, HELD_OUT, SOLVED, AGREE], progress
+        ) as folder:
             found = checkpoint.find(folder)
             if found is None or not checkpoint.load_state(found).finished:
                 pretrained = loaded(trained, digest, context.device, self.dtype, config.trust_remote_code)
@@ -189,7 +192,7 @@ class PackedTuning(Tuning):
             decoder.train()
             state.task_scores += [{"step": state.step, "task": name, "score": share} for name, share in shares.items()]
             state.scores.append((state.step, sum(shares.values()) / len(shares)))
-            return min(shares.values()) >= SOLVED
+            return all(solved_from(scores) is not None for scores in _by_task(state).values())
 
         with context.logger(step_id(self)) as log:
             try:
@@ -205,12 +208,8 @@ class PackedTuning(Tuning):
         from sbeval.training import checkpoint
 
         state, step_tokens = checkpoint.load_state(folder), training.batch * training.length
-        scores: dict[str, list[tuple[int, float]]] = {}
-        solved: dict[str, int] = {}
-        for one in state.task_scores:
-            scores.setdefault(one["task"], []).append((one["step"], one["score"]))
-            if one["score"] >= SOLVED:
-                solved.setdefault(one["task"], one["step"] * step_tokens)
+        scores = _by_task(state)
+        after = {task: solved_from(of_task) for task, of_task in scores.items()}
         return Tuned(
             folder=folder,
             lr=self.rate,
@@ -218,10 +217,28 @@ class PackedTuning(Tuning):
             tokens=state.step * step_tokens,
             copy_gain=state.diagnoses[0]["value"],
             scores=scores,
-            solved_after=solved,
+            solved_after={task: step * step_tokens for task, step in after.items() if step is not None},
             losses=state.losses,
             measured={"seconds": state.seconds, "tokens_per_s": state.tokens_per_second},
         )
+
+
+def solved_from(scores: Sequence[tuple[int, float]]) -> int | None:
+    """Return the step of the validation at which a task was solved, of (step, share of held-out prompts that are right)
+    in their order; None where it was not, or was lost again."""
+    shares = [share for _, share in scores]
+    for place, (step, share) in enumerate(scores[: len(scores) - AGREE + 1]):
+        later = shares[place:]
+        if share >= SOLVED and sum(later) / len(later) >= SOLVED:
+            return step
+    return None
+
+
+def _by_task(state: "State") -> dict[str, list[tuple[int, float]]]:
+    scores: dict[str, list[tuple[int, float]]] = {}
+    for one in state.task_scores:
+        scores.setdefault(one["task"], []).append((one["step"], one["score"]))
+    return scores
 
 
 def _greedy(
