@@ -1,4 +1,5 @@
-"""Tables of studies in docs/results.md: gaps by training tokens, losses by learning rate, perplexities by context.
+"""Tables of studies in docs/results.md: gaps by training tokens, losses by learning rate, perplexities by context,
+steps until recall is solved, and needles.
 
 A study without what its table needs has a sentence in place of it.
 """
@@ -31,13 +32,16 @@ LENGTHS = {
 
 
 def of_study(
-    study: str, write: Callable[[pd.DataFrame, Path], str], figures: Mapping[str, str]
+    study: str, write: Callable[[pd.DataFrame, Path], str], figures: Mapping[str, str], *, of: str = "length_gen"
 ) -> Callable[[Path], str]:
-    """Return what writes the block of a study: its table, then the figures, by name with a description, that it has."""
+    """Return what writes the block of a study: its table, then the figures, by name with a description, that it has.
+
+    of: the result table that `write` is given.
+    """
 
     def block(results: Path) -> str:
         folder = results / study
-        path = Results(folder).table("length_gen")
+        path = Results(folder).table(of)
         text = write(read(path, ["metric"]), folder) if path.exists() else ""
         if not text:
             return f"No results yet: `sbeval run {study}`."
@@ -124,6 +128,48 @@ def contexts(table: pd.DataFrame, folder: Path) -> str:
     return f"{text}\n\n{few_shot.markdown(few_shot.table(read(path, ['shots']), read_values))}"
 
 
+def recall_steps(table: pd.DataFrame, folder: Path) -> str:
+    """Write the steps of each seed until recall was solved, by heads and pairs; in brackets the test accuracy of a seed
+    that did not solve it."""
+    cells = selection.recall_cells(table).sort_values(["heads", "kv_pairs", "seed"])
+    settings = list(cells[["heads", "kv_pairs"]].drop_duplicates().itertuples(index=False, name=None))
+    labels = _labels(intervals.methods(cells))
+
+    def cell(mine: pd.DataFrame) -> str:
+        rows = zip(mine["solved"].tolist(), mine["steps"].tolist(), mine["value"].tolist(), strict=True)
+        return ", ".join(f"{steps:.0f}" if solved else f"({accuracy:.2f})" for solved, steps, accuracy in rows)
+
+    lines = []
+    for method, label in labels.items():
+        mine = intervals.method(cells, method)
+        at = [mine[(mine["heads"] == heads) & (mine["kv_pairs"] == pairs)] for heads, pairs in settings]
+        lines.append([label, *map(cell, at)])
+    heads = [f"{heads:.0f} head{'s' * (heads != 1)}, {pairs:.0f} pairs" for heads, pairs in settings]
+    return markup.table(["steps until solved", *heads], lines)
+
+
+def needles(table: pd.DataFrame, folder: Path) -> str:
+    """Write the tokens of fine-tuning until each method solved a task, seed by seed, and its mean scores by length; in
+    brackets where a model did not solve it."""
+    scores = selection.needle_scores(table)
+    scores = scores[scores["metric"] == "score"]
+    chosen = table[(table["metric"] == "tokens_to_solve") & (table["chosen"] == 1)].sort_values("seed")
+    labels, lengths = _labels(intervals.methods(scores)), sorted(scores["length"].unique())
+
+    def cell(method: Method, task: str) -> str:
+        of_task = intervals.method(scores[scores["task"] == task], method)
+        means = of_task.groupby("length")["value"].mean()
+        text = ", ".join(f"{means[length]:.2f}" if length in means else "" for length in lengths)
+        if not of_task["solved"].all():
+            return f"({text})"
+        after = intervals.method(chosen[chosen["task"] == task], method)["value"].tolist()
+        return f"{', '.join(f'{tokens / 1e6:.0f} M' for tokens in after)}: {text}"
+
+    lines = [[task, *(cell(method, task) for method in labels)] for task in sorted(scores["task"].unique())]
+    at = ", ".join(f"{length:.0f}" for length in lengths)
+    return markup.table([f"tokens until solved: score at {at} tokens", *labels.values()], lines)
+
+
 def distant_text(results: Path) -> pd.DataFrame:
     """Return the rows of the study `tokens` with the training tokens at which the most methods were trained."""
     table = read(Results(results / "tokens").table("length_gen"), ["metric"])
@@ -141,4 +187,8 @@ BLOCKS = {
     "tuning": of_study("tuning", best_rates, {"rates": "Loss by learning rate with AdamW and Muon"}),
     "study_125m": of_study("125m", contexts, LENGTHS),
     "study_8192": of_study("train-len-8192", contexts, LENGTHS),
+    "plateau_causes": of_study("plateau-causes", recall_steps, {}, of="mqrar"),
+    "retrieval": of_study(
+        "retrieval", needles, {"needle": "Score of needle tasks by length, of models that solved them"}, of="needle"
+    ),
 }

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from sbeval.cli import documents_studies
-from sbeval.cli.documents_studies import best_rates, contexts, gaps
+from sbeval.cli.documents_studies import best_rates, contexts, gaps, needles, recall_steps
 from sbeval.tables import curves
 from sbeval.tables.results import Results
 
@@ -90,6 +90,46 @@ def test_perplexities_by_context(tmp_path: Path) -> None:
         ["perplexity per token over the first l tokens, l =", "seeds", "512", "2048", "16384"],
         ["---"] * 5,
         ["RoPE", "2", "20.0", "10.0", "40.0"],
+    ]
+
+
+def test_steps_until_recall_is_solved_by_seed(tmp_path: Path) -> None:
+    of = {"vocab_size": 1024, "lr": 1e-3, "split": "all"}
+    rows = []
+    for heads, pairs, seed, steps, solved in ((1, 192, 1, 900, 1), (1, 192, 0, 500, 1), (8, 32, 0, 6000, 0)):
+        cell = of | {"heads": heads, "kv_pairs": pairs, "seed": seed, "attention": "rope", "cell": f"{pairs}-{seed}"}
+        ended = {"status": "solved" if solved else "budget", "split": ""}
+        rows += [
+            cell | {"metric": "accuracy", "value": 0.991 if solved else 0.25},
+            cell | ended | {"metric": "steps", "value": steps},
+            cell | ended | {"metric": "solved", "value": solved},
+        ]
+    assert cells(recall_steps(frame(*rows), tmp_path)) == [
+        ["steps until solved", "1 head, 192 pairs", "8 heads, 32 pairs"],
+        ["---"] * 3,
+        ["RoPE", "500, 900", "(0.25)"],
+    ]
+
+
+def test_needles_by_task(tmp_path: Path) -> None:
+    of = {"finetune_tokens": 10**8, "finetune_recipe": "packed", "depth_start": np.nan, "chosen": np.nan}
+    rows = []
+    for seed in (0, 1):
+        for task, ended, after in (("vt", "budget", 1e8), ("niah_single_1", "solved", 1e7 * (1 + seed))):
+            same = of | {"attention": "rope", "seed": seed, "task": task, "ended": ended, "cell": f"{seed}-{task}"}
+            rows += [
+                same | {"metric": "score", "length": at, "value": score + 0.1 * seed}
+                for at, score in ((2048, 0.9), (4096, 0.4))
+            ]
+            rows += [
+                same | {"metric": "tokens_to_solve", "length": 2048, "value": value, "chosen": chosen}
+                for value, chosen in ((after, 1), (9e7, 0))
+            ]
+    assert cells(needles(frame(*rows), tmp_path)) == [
+        ["tokens until solved: score at 2048, 4096 tokens", "RoPE"],
+        ["---"] * 2,
+        ["niah_single_1", "10 M, 20 M: 0.95, 0.45"],
+        ["vt", "(0.95, 0.45)"],
     ]
 
 
