@@ -317,6 +317,17 @@ def test_claims_are_counted_without_our_own_measurements(results: Path, text: st
     assert missing.count("<li>") == 6 and "sbeval few-shot" in missing
 
 
+def test_a_finding_stands_first_and_what_it_rests_on_below_in_small_print(text: str) -> None:
+    rows = text.partition('id="findings"')[2].partition("</section>")[0].split("</tr>")
+    (within,) = (row for row in rows if "Within the training length stick-breaking is" in row)
+    found, *basis = re.split('<p class="soft basis">', within.partition("</th><td>")[2].partition("</td>")[0])
+    assert "Perplexity at 512 tokens: stick-breaking 40.0, RoPE 40.0; difference " in found
+    assert "seed" not in found and "Holm" not in found
+    assert len(basis) == 1 and re.fullmatch(
+        "Difference: 95&nbsp;% over 2 seeds each.* Holm .* a parameter\\.</p>", basis[0]
+    )
+
+
 def test_a_reader_who_sees_nothing_is_served(text: str) -> None:
     found = Page(text)
     plots = [attributes for attributes in found.all("div") if attributes.get("class") == "plot"]
