@@ -35,7 +35,7 @@ def passes(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
     seeds = ladder.over(" seeds", size) if len(counts) > 1 else f"{min(counts)} seed{'s' * (counts != {1})}"
     where = f"; where the fit is 0: {law.crosses(size)}" if law else ""
     found = (
-        f"Loss less RoPE's: {ladder.gaps[0].text()} nats/token after {size(ladder.tokens[0])} tokens, {last.text()} "
+        f"Loss minus RoPE's: {ladder.gaps[0].text()} nats/token after {size(ladder.tokens[0])} tokens, {last.text()} "
         f"after {size(ladder.tokens[most])}{where}."
     )
     basis = basis_of(
