@@ -163,8 +163,9 @@ def _finding(each: Finding, charts: dict[str, Chart]) -> str:
     if found and claim.figure in charts:
         heading = f'<span class="hidden">: {escape(charts[claim.figure].heading)}</span>'
         found += f' <a href="#{_id("figure", claim.figure)}">Figure{heading}</a>'
-    if judged.reason:
-        found += f' <span class="soft">{_text(f"{judged.reason[:1].upper()}{judged.reason[1:]}.")}</span>'
+    # some reasons are sentences already
+    if reason := judged.reason.strip(" ."):
+        found += f' <span class="soft">{_text(f"{reason[:1].upper()}{reason[1:]}.")}</span>'
     if judged.basis:
         found += f'<p class="soft basis">{_text(judged.basis)}</p>'
     sign = f'<span aria-hidden="true">{SIGNS[judged.verdict]}</span> {judged.verdict}'

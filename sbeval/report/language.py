@@ -247,7 +247,7 @@ def benchmarks(table: pd.DataFrame, evidence: Evidence) -> Judged:
     )
     basis = basis_of(
         f"difference: {gain.over('items')}",
-        f"against a difference of −{POINTS:g}: {answer.words}",
+        f"against a difference of −{POINTS:g} point: {answer.words}",
         over_cost,
         models(rows),
     )

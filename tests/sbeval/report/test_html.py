@@ -17,7 +17,9 @@ import pytest
 from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.report import html, page
+from sbeval.report.claims import CLAIMS
 from sbeval.report.figures import draw_figures
+from sbeval.report.judge import UNDECIDED, Finding, Judged
 from sbeval.tables import curves
 from sbeval.tables.results import Results
 from sbeval.tables.run_files import Runs
@@ -326,6 +328,12 @@ def test_a_finding_stands_first_and_what_it_rests_on_below_in_small_print(text: 
     assert len(basis) == 1 and re.fullmatch(
         "Difference: 95&nbsp;% over 2 seeds each.* Holm .* a parameter\\.</p>", basis[0]
     )
+
+
+def test_a_reason_ends_with_one_full_stop() -> None:
+    for reason in ("one seed", " One seed."):
+        finding = Finding(CLAIMS[0], Judged(UNDECIDED, "Found.", reason=reason))
+        assert '<td>Found. <span class="soft">One seed.</span></td>' in html._finding(finding, {})
 
 
 def test_a_reader_who_sees_nothing_is_served(text: str) -> None:
