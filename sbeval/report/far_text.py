@@ -126,8 +126,8 @@ def beyond_window(table: pd.DataFrame, rows: pd.DataFrame, evidence: Evidence) -
     own = in_pairs(each, targets, STICK, None, samples) or own
     beyond = in_pairs(each, targets, STICK, WINDOW, samples) or beyond
     text = (
-        f" Loss of the same tokens from {ends[0]} to {ends[1]}: {own.text('{:+.3f}'.format)} nats/token, and "
-        f"{beyond.text('{:+.3f}'.format)} relative to a sliding window."
+        f" Stick-breaking's loss of the same tokens from {ends[0]} to {ends[1]}: "
+        f"{own.text('{:+.3f}'.format)} nats/token, and {beyond.text('{:+.3f}'.format)} relative to a sliding window."
     )
     over = f"loss of the same tokens: {own.over('documents')}; relative to the window: {beyond.over('documents')}"
     both = statistics.holm([own.below(0.0), beyond.below(0.0)])

@@ -68,7 +68,7 @@ def test_reading_past_the_training_length(
     table = pd.concat([table, targets(frame, change, params=10**6)]) if change else table
     found = judged(language.lengths, table)
     assert (found.verdict, reason in found.reason) == (verdict, True)
-    assert ("Loss of the same tokens from 4096 to 16384: " in found.found) == bool(change)
+    assert ("loss of the same tokens from 4096 to 16384: " in found.found) == bool(change)
     assert ("loss of the same tokens: 95 % over 3 seeds; relative to the window: " in found.basis) == bool(change)
 
 
