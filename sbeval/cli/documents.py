@@ -22,6 +22,7 @@ from sbeval.report.claims import CLAIMS, OWN
 from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Claim, Evidence, Judged, findings
 from sbeval.tables import intervals, markup, pairs, statistics, values
 from sbeval.tables.pairs import Stored
+from sbeval.tables.published import PAPER
 from sbeval.tables.results import Results
 from sbeval.tables.rows import ROPE, STICK, Method
 from sbeval.tables.run_files import gather
@@ -153,14 +154,49 @@ def _distant_sentence(results: Path) -> str:
 
 
 def _claims(results: Path, claims: Sequence[Claim]) -> str:
-    """Write the table of claims: what is claimed, what the tables show, whether that decides it, and what would."""
-    headings = ("The paper" if claims is CLAIMS else "Asked", "These runs", "Decided", "What would decide")
+    """Write the table of claims in short: what is claimed, what the tables show, and whether that decides it."""
+    headings = (_asked(claims), "These runs", "Decided")
+    rows = []
+    for claim, judged, folder in _judged(results, claims):
+        # README names the paper at its top
+        where = claim.source.removeprefix(f"{PAPER}, ")
+        of_paper = f" ({where})" if where != claim.source else ""
+        link = f" ([{folder}](results/{folder}))" if folder and judged.found else ""
+        rows.append([f"{claim.text}{of_paper}", f"{_shown(claim, judged)}{link}", _verdict(judged)])
+    return markup.table(headings, rows)
+
+
+def _claims_in_full(results: Path, claims: Sequence[Claim]) -> str:
+    """Write the table of claims with their sources, what the numbers are of, and what would decide an open one."""
+    headings = (_asked(claims), "These runs", "What the numbers are of", "Decided", "What would decide")
+    rows = []
+    for claim, judged, folder in _judged(results, claims):
+        link = f" ([results/{folder}](../results/{folder}))" if folder and judged.found else ""
+        decides = f"{claim.decides[:1].upper()}{claim.decides[1:]}" if judged.verdict == UNDECIDED else ""
+        text = f"{claim.text} ({claim.source})"
+        rows.append([text, f"{_shown(claim, judged)}{link}", judged.basis, _verdict(judged), decides])
+    return markup.table(headings, rows)
+
+
+def _asked(claims: Sequence[Claim]) -> str:
+    return "The paper" if claims is CLAIMS else "Asked"
+
+
+def _shown(claim: Claim, judged: Judged) -> str:
+    return judged.found or f"Not measured: `{claim.command}`."
+
+
+def _verdict(judged: Judged) -> str:
+    return f"**{judged.verdict}**{LEANS.get(judged.leans, '')}"
+
+
+def _judged(results: Path, claims: Sequence[Claim]) -> list[tuple[Claim, Judged, str]]:
+    """Return each claim with the judgement that decides it, and the folder of its tables."""
     by_folder = [findings(claims, _evidence(Results(results / folder), claims)) for folder in DECIDING]
-    rows = [
-        _claim(claim, *_deciding([finding.judged for finding in found]))
+    return [
+        (claim, *_deciding([finding.judged for finding in found]))
         for claim, *found in zip(claims, *by_folder, strict=True)
     ]
-    return markup.table(headings, rows)
 
 
 def _evidence(results: Results, claims: Sequence[Claim]) -> Evidence:
@@ -177,17 +213,6 @@ def _deciding(judged: Sequence[Judged]) -> tuple[Judged, str]:
     # a table of other models has its rows and says nothing
     shown = [one for one in found if one[0].found]
     return (decided or shown or found)[0]
-
-
-def _claim(claim: Claim, judged: Judged, folder: str) -> list[str]:
-    where = f" ([results/{folder}](results/{folder}))" if folder and judged.found else ""
-    verdict = f"**{judged.verdict}**{LEANS.get(judged.leans, '')}"
-    return [
-        f"{claim.text} ({claim.source})",
-        (judged.found or f"Not measured: `{claim.command}`.") + where,
-        verdict,
-        f"{claim.decides[:1].upper()}{claim.decides[1:]}" if judged.verdict == UNDECIDED else "",
-    ]
 
 
 def _made_by(results: Path, family: str) -> str:
@@ -230,6 +255,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "books": _books,
     "claims": functools.partial(_claims, claims=CLAIMS),
     "own": functools.partial(_claims, claims=OWN),
+    "claims_in_full": functools.partial(_claims_in_full, claims=CLAIMS),
+    "own_in_full": functools.partial(_claims_in_full, claims=OWN),
     "typed": _typed,
     "typed_sentence": _typed_sentence,
     "fixed_targets": _fixed,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from sbeval.report.judge import ALPHA, NO, UNDECIDED, YES, Evidence, Judged, models
+from sbeval.report.judge import ALPHA, NO, UNDECIDED, YES, Evidence, Judged, basis_of, models
 from sbeval.tables import documents, intervals, pooling, selection, statistics
 from sbeval.tables.published import LENGTHS
 from sbeval.tables.rows import STICK, Method
@@ -51,23 +51,22 @@ def gains(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
         f"Loss of the same tokens with {far} instead of {near} tokens of context: "
         f"{change.text('{:+.3f}'.format)} nats/token"
     )
-    answers = [change]
+    answers, over = [change], [f"change: {change.over('documents')}"]
     other = _unrelated(table, mine, far)
     if _has_both(both := pd.concat([other.assign(x=near), mine[mine["x"] == far]])):
         each = by_document(mine, evidence, ("nll_sum_unrelated", far), **count)
         answers += [_change(method, both, each)]
-        found += f", less that with another document's text there {answers[1].text('{:+.3f}'.format)}"
-        if (seeds := answers[1].seeds) != change.seeds:
-            found += f" (of {seeds[0]} seed{'s' * (seeds[0] > 1)})"
-    found += f" ({change.over('documents')}; {models(rows)})."
+        found += f", and {answers[1].text('{:+.3f}'.format)} relative to another document's text"
+        over.append(f"relative to another document's text: {answers[1].over('documents')}")
+    found, basis = f"{found}.", basis_of(*over, models(rows))
     sure = [each for each in answers if max(each.seeds) > 1]
     if any(each.high >= 0 and each.low > -GAIN for each in sure):
-        return Judged(NO, found)
+        return Judged(NO, found, basis)
     if len(sure) < len(answers):
-        return Judged(UNDECIDED, found, f"one seed{' with the other text' if sure else ''}")
+        return Judged(UNDECIDED, found, basis, f"one seed{' with the other text' if sure else ''}")
     if all(each.high < 0 for each in answers):
-        return Judged(YES, found)
-    return Judged(UNDECIDED, found, "the interval includes both")
+        return Judged(YES, found, basis)
+    return Judged(UNDECIDED, found, basis, "the interval includes both")
 
 
 def _unrelated(table: pd.DataFrame, rows: pd.DataFrame, far: int) -> pd.DataFrame:
@@ -103,11 +102,11 @@ def changes(rows: pd.DataFrame) -> pd.DataFrame:
     return changed
 
 
-def beyond_window(table: pd.DataFrame, rows: pd.DataFrame, evidence: Evidence) -> tuple[bool | None, str]:
+def beyond_window(table: pd.DataFrame, rows: pd.DataFrame, evidence: Evidence) -> tuple[bool | None, str, str]:
     """Return whether the same targets are predicted better with the longest context than with NEAR times the training
-    length, and by more than the window's.
+    length, and by more than the window's; that in words, and what it is over.
 
-    rows: perplexities of the setting at both ends. An empty text: fixed targets were not measured of both.
+    rows: perplexities of the setting at both ends. Empty texts: fixed targets were not measured of both.
     """
     targets = table[(table["metric"] == METRIC) & (table["train_len"] == rows["train_len"].iloc[0])]
     targets = targets.assign(x=pd.to_numeric(targets["context_length"]))
@@ -119,7 +118,7 @@ def beyond_window(table: pd.DataFrame, rows: pd.DataFrame, evidence: Evidence) -
     complete = targets.groupby(["attention", "options"])["x"].transform("nunique") == len(ends)
     samples = intervals.samples(changes(targets[complete])) if complete.any() else {}
     if STICK not in samples or WINDOW not in samples:
-        return None, ""
+        return None, "", ""
     count = {"targets": targets["targets"].iloc[0]} if "targets" in targets else {}
     own = intervals.intervals(samples)[STICK]
     beyond = intervals.differences(samples, WINDOW)[STICK]
@@ -127,11 +126,12 @@ def beyond_window(table: pd.DataFrame, rows: pd.DataFrame, evidence: Evidence) -
     own = in_pairs(each, targets, STICK, None, samples) or own
     beyond = in_pairs(each, targets, STICK, WINDOW, samples) or beyond
     text = (
-        f" Loss of the same targets: {own.text('{:+.3f}'.format)} nats/token, less the window's change "
-        f"{beyond.text('{:+.3f}'.format)} ({beyond.over('documents')})."
+        f" Stick-breaking's loss of the same tokens from {ends[0]} to {ends[1]}: "
+        f"{own.text('{:+.3f}'.format)} nats/token, and {beyond.text('{:+.3f}'.format)} relative to a sliding window."
     )
+    over = f"loss of the same tokens: {own.over('documents')}; relative to the window: {beyond.over('documents')}"
     both = statistics.holm([own.below(0.0), beyond.below(0.0)])
-    return all(p < ALPHA for p in both), text
+    return all(p < ALPHA for p in both), text, over
 
 
 def by_document(

@@ -8,7 +8,7 @@ import math
 
 import pandas as pd
 
-from sbeval.report.judge import NO, UNDECIDED, WITHOUT_REMAINDER, YES, Evidence, Judged
+from sbeval.report.judge import NO, UNDECIDED, WITHOUT_REMAINDER, YES, Evidence, Judged, basis_of
 from sbeval.report.maturity import size
 from sbeval.tables import tokens
 from sbeval.tables.rows import STICK, Method
@@ -33,26 +33,28 @@ def passes(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
     last = ladder.gaps[most]
     counts = {count for pair in ladder.seeds for count in pair}
     seeds = ladder.over(" seeds", size) if len(counts) > 1 else f"{min(counts)} seed{'s' * (counts != {1})}"
+    where = f"; where the fit is 0: {law.crosses(size)}" if law else ""
     found = (
-        f"Loss less RoPE's: {ladder.gaps[0].text()} nats/token after {size(ladder.tokens[0])} tokens, {last.text()} "
-        f"after {size(ladder.tokens[most])}; {_words(law)} "
-        f"({'95 % over ' * (not math.isnan(last.low))}{seeds}; {ladder.setting})."
+        f"Loss minus RoPE's: {ladder.gaps[0].text()} nats/token after {size(ladder.tokens[0])} tokens, {last.text()} "
+        f"after {size(ladder.tokens[most])}{where}."
+    )
+    basis = basis_of(
+        f"this method and RoPE: {'95 % over ' * (not math.isnan(last.low))}{seeds}", _limit(law), ladder.setting
     )
     if math.isnan(last.low):
-        return Judged(UNDECIDED, found, "one seed of every method has no interval")
+        return Judged(UNDECIDED, found, basis, "one seed of every method has no interval")
     if not replicated:
-        return Judged(UNDECIDED, found, "one seed of this method or of RoPE")
+        return Judged(UNDECIDED, found, basis, "one seed of this method or of RoPE")
     # with a limit above 0 the fit is 0 where a method that was ahead falls behind
     soon = law is not None and law.limit.value < 0 and law.crossing.high <= FURTHER * ladder.tokens[-1]
     if last.high < 0 or soon:
-        return Judged(YES, found)
+        return Judged(YES, found, basis)
     if law is not None and last.low > 0 and law.limit.low > 0:
-        return Judged(NO, found)
-    return Judged(UNDECIDED, found, "the intervals include both" if law else TOO_FEW)
+        return Judged(NO, found, basis)
+    return Judged(UNDECIDED, found, basis, "the intervals include both" if law else TOO_FEW)
 
 
-def _words(law: tokens.Law | None) -> str:
+def _limit(law: tokens.Law | None) -> str:
     if law is None:
         return TOO_FEW
-    limit = f"limit {law.limit.text()}" if law.tells_limit else "the tokens do not tell the limit"
-    return f"{limit}; where the fit is 0: {law.crosses(size)}"
+    return f"limit of the fit {law.limit.text()} nats/token" if law.tells_limit else "the tokens do not tell the limit"

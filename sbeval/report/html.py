@@ -127,8 +127,9 @@ def _measured(judged: list[Finding]) -> list[Finding]:
 
 def _claims(judged: list[Finding], charts: dict[str, Chart]) -> str:
     caption = (
-        "Each claim beside these results, with intervals in square brackets; the rule says what decides it. Where the "
-        "models are too small or too young to decide, the numbers still lean to one side."
+        "Each claim beside these results, with intervals in square brackets, and below them in small print what they "
+        "are over; the rule says what decides it. Where the models are too small or too young to decide, the numbers "
+        "still lean to one side."
     )
     others = [each.claim for each in judged if not each.judged.measured]
     lines = "".join(f"<li>{_text(claim.text)} <code>{escape(claim.command)}</code></li>" for claim in others)
@@ -162,8 +163,11 @@ def _finding(each: Finding, charts: dict[str, Chart]) -> str:
     if found and claim.figure in charts:
         heading = f'<span class="hidden">: {escape(charts[claim.figure].heading)}</span>'
         found += f' <a href="#{_id("figure", claim.figure)}">Figure{heading}</a>'
-    if judged.reason:
-        found += f' <span class="soft">{_text(f"{judged.reason[:1].upper()}{judged.reason[1:]}.")}</span>'
+    # some reasons are sentences already
+    if reason := judged.reason.strip(" ."):
+        found += f' <span class="soft">{_text(f"{reason[:1].upper()}{reason[1:]}.")}</span>'
+    if judged.basis:
+        found += f'<p class="soft basis">{_text(judged.basis)}</p>'
     sign = f'<span aria-hidden="true">{SIGNS[judged.verdict]}</span> {judged.verdict}'
     if judged.leans:
         sign += f'<br><span class="soft">{LEANS[judged.leans]}</span>'

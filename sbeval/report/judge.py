@@ -45,12 +45,14 @@ ALPHA = 0.025
 class Judged:
     """A verdict, what the results show in words with numbers, and the reason for no verdict or for rows left out.
 
+    basis: what the numbers are of, as sentences: seeds and units of each interval, p values, models, runs.
     leans: of a claim that these models cannot decide, the verdict if they could; empty where that is open as well.
     measured: whether there is a table that could decide it.
     """
 
     verdict: str
     found: str = ""
+    basis: str = ""
     reason: str = ""
     leans: str = ""
     measured: bool = True
@@ -141,12 +143,18 @@ def against(differences: Mapping[Method, Interval], bound: float) -> Answer:
     return Answer(answer, f"one-sided p {statistics.p_words(p)}{over}")
 
 
-def verdict(answer: bool | None, found: str, *, far: str = "") -> Judged:
+def verdict(answer: bool | None, found: str, basis: str, *, far: str = "") -> Judged:
     """Turn the answer to a claim into a verdict; `far` says why the setting cannot decide the claim."""
     if answer is None:
-        return Judged(UNDECIDED, found, far or "the interval, with its correction, includes both")
+        return Judged(UNDECIDED, found, basis, far or "the interval, with its correction, includes both")
     decided = AGREES if answer else DISAGREES
-    return Judged(UNDECIDED, found, far, leans=decided) if far else Judged(decided, found)
+    return Judged(UNDECIDED, found, basis, far, leans=decided) if far else Judged(decided, found, basis)
+
+
+def basis_of(*parts: str) -> str:
+    """Return the basis of a finding as one sentence of these parts; empty ones are left out."""
+    text = "; ".join(filter(None, parts))
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def nearest(rows: pd.DataFrame, by: Iterable[str]) -> pd.DataFrame:
@@ -183,4 +191,5 @@ def young(rows: pd.DataFrame, evidence: Evidence) -> str:
 
 def models(rows: pd.DataFrame) -> str:
     tokens, params = rows["train_tokens"].max(), rows["params"].max()
-    return f"{size(params)} parameters, {size(tokens)} training tokens, {tokens / max(params, 1):.1f} a parameter"
+    seen = f"{size(tokens)} training tokens, {tokens / max(params, 1):.1f} a parameter"
+    return f"models of {size(params)} parameters, {seen}"

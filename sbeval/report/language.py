@@ -17,6 +17,7 @@ from sbeval.report.judge import (
     Evidence,
     Judged,
     against,
+    basis_of,
     models,
     nearest,
     too_small,
@@ -60,15 +61,21 @@ def within(table: pd.DataFrame, evidence: Evidence) -> Judged:
     stick = differences[STICK]
     margin, lower = against(differences, MARGIN), against(differences, 0.0)
     spread = pooling.spreads(samples)[STICK]
-    effect = f", {abs(stick.mean) / spread.sd:.1f} standard deviations of a seed" if spread.sd > 0 else ""
     found = (
         f"Perplexity at {rows['x'].iloc[0]} tokens: stick-breaking {math.exp(samples[STICK].mean):.1f}, RoPE "
-        f"{math.exp(samples[ROPE].mean):.1f}; {stick.text('{:+.3f}'.format)} nats/token{effect} "
-        f"({stick.over('documents')}; {margin.words}; {models(rows)})."
+        f"{math.exp(samples[ROPE].mean):.1f}; difference {stick.text('{:+.3f}'.format)} nats/token."
     )
     if lower.below:
         found += " Lower than RoPE's."
-    return verdict(margin.below, found, far="; ".join(filter(None, [too_small(rows, BILLION), young(rows, evidence)])))
+    basis = basis_of(
+        f"difference: {stick.over('documents')}",
+        f"it is {abs(stick.mean) / spread.sd:.1f} standard deviations of a seed" if spread.sd > 0 else "",
+        f"against a difference of {MARGIN:+g}: {margin.words}",
+        models(rows),
+    )
+    return verdict(
+        margin.below, found, basis, far="; ".join(filter(None, [too_small(rows, BILLION), young(rows, evidence)]))
+    )
 
 
 def _paired(rows: pd.DataFrame, samples: Mapping[Method, Sample], evidence: Evidence) -> dict[Method, Interval]:
@@ -98,24 +105,30 @@ def lengths(table: pd.DataFrame, evidence: Evidence) -> Judged:
     change, by_document = intervals.intervals(samples), far_text.by_document(rows, evidence)
     change |= {of: pairs for of in (STICK, ROPE) if (pairs := far_text.in_pairs(by_document, rows, of, None, samples))}
     ends = {name: [_level(rows[rows["x"] == at], of) for at in (train_len, longest)] for name, of in METHODS.items()}
-    rises = " and ".join(
-        f"{name} from {start:.1f} to {end:.1f}, {change[METHODS[name]].text(percent)}"
+    rises = "; ".join(
+        f"{name} {start:.1f} to {end:.1f}, {change[METHODS[name]].text(_without_sign)} %"
         for name, (start, end) in ends.items()
     )
     stick, rope = change[STICK], change[ROPE]
-    found = (
-        f"Perplexity from context {train_len} to {longest}: {rises} ({stick.over('documents')}, RoPE "
-        f"{rope.over('documents')}; {models(rows)})."
+    far, of_targets, over_targets = far_text.beyond_window(table, rows, evidence)
+    found = f"Perplexity from {train_len} to {longest} tokens of context: {rises}.{of_targets}"
+    basis = basis_of(
+        f"stick-breaking's change: {stick.over('documents')}",
+        f"RoPE's: {rope.over('documents')}",
+        over_targets,
+        models(rows),
     )
-    far, of_targets = far_text.beyond_window(table, rows, evidence)
-    found += of_targets
     other = "" if train_len == LENGTHS[0] else f"trained at {train_len} tokens, the paper's at {LENGTHS[0]}"
     reason = "; ".join(filter(None, [other, young(rows, evidence)]))
     if stick.above(RISE) < ALPHA or rope.below(RISE) < ALPHA:
-        return verdict(False, found, far=reason)
+        return verdict(False, found, basis, far=reason)
     rises_not = rope.above(RISE) < ALPHA and stick.mean <= RISE and stick.high < rope.low
     holds = rises_not and (far or not of_targets)
-    return verdict(True if holds else None, found, far=reason or ("" if of_targets else CONTROL))
+    return verdict(True if holds else None, found, basis, far=reason or ("" if of_targets else CONTROL))
+
+
+def _without_sign(change: float) -> str:
+    return percent(change).removesuffix(" %")
 
 
 def _evaluated_far(rows: pd.DataFrame) -> tuple[pd.DataFrame, tuple[int, int]]:
@@ -149,8 +162,10 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
     rows, unsolved = _solved_by_both(both)
     tasks = _of_both(rows, "task")
     if not tasks:
-        found = f"Neither solves any of {len(asked)} of RULER's 13 tasks at the training length ({models(both)})."
-        return Judged(UNDECIDED, found, unsolved)
+        some = any(intervals.method(both, of)["solved"].any() for of in (STICK, ROPE))
+        by = "both methods" if some else "either method"
+        found = f"None of the {len(asked)} RULER tasks tried (of 13) is solved by {by} at the training length."
+        return Judged(UNDECIDED, found, basis_of(models(both)), unsolved)
     rows = rows[rows["task"].isin(tasks)]
     means = selection.mean_over_tasks(rows)
     means = selection.of_all(means, "length", _of_both(means, "length"))
@@ -164,18 +179,19 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
     gain, answer = gains[STICK], against(gains, 0.0)
     lengths = ", ".join(f"{length}" for length in sorted(means["length"].unique()))
     found = (
-        f"Mean score at {lengths} tokens, trained at {rows['train_len'].iloc[0]}: stick-breaking "
-        f"{samples[STICK].mean:.3f}, RoPE {samples[ROPE].mean:.3f}; difference {gain.text('{:+.3f}'.format)} "
-        f"({gain.over('samples')}; {answer.words}; {models(rows)}; {len(tasks)} of RULER's 13 tasks).{unsolved}"
+        f"Mean score of {len(tasks)} of RULER's 13 tasks at {lengths} tokens: stick-breaking "
+        f"{samples[STICK].mean:.3f}, RoPE {samples[ROPE].mean:.3f}; difference {gain.text('{:+.3f}'.format)}."
     )
+    trained_at = f"{models(rows)}, trained at {rows['train_len'].iloc[0]} tokens"
+    basis = basis_of(f"difference: {gain.over('samples')}", answer.words, trained_at) + unsolved
     if max(samples[STICK].mean, samples[ROPE].mean) < NOTHING:
-        return Judged(UNDECIDED, found, "neither finds anything there")
+        return Judged(UNDECIDED, found, basis, "neither finds anything there")
     far = [too_small(rows, BILLION), young(rows, evidence)]
     fewest = min(samples[STICK].seeds, samples[ROPE].seeds)
     if (rows["finetune_tokens"] > 0).any() and fewest < SEEDS:
         far.append(f"{fewest} seed{'s' * (fewest > 1)} of a method that was fine-tuned, fewer than {SEEDS}")
     more = None if answer.below is None else not answer.below
-    return verdict(more if abs(gain.mean) >= NEEDLES else None, found, far="; ".join(filter(None, far)))
+    return verdict(more if abs(gain.mean) >= NEEDLES else None, found, basis, far="; ".join(filter(None, far)))
 
 
 def _of_both(rows: pd.DataFrame, name: str) -> set[Any]:
@@ -212,7 +228,8 @@ def benchmarks(table: pd.DataFrame, evidence: Evidence) -> Judged:
     above = few_shot.above_guessing(rows[rows["attention"].isin([STICK[0], ROPE[0]]) & (rows["options"] == "")])
     far = "; ".join(filter(None, [too_small(rows, BILLION), young(rows, evidence)]))
     if not above:
-        return Judged(UNDECIDED, f"{len(shared)} benchmarks in common ({models(rows)}).", far or "all are at chance")
+        found = f"{len(shared)} benchmarks in common, none above chance."
+        return Judged(UNDECIDED, found, basis_of(models(rows)), far or "all are at chance")
     rows = selection.of_all(rows, "benchmark", above)
     rows = rows.assign(value=100 * rows["value"], stderr=100 * rows["stderr"])
     samples, stored = intervals.samples(rows), Stored(evidence.values)
@@ -222,31 +239,36 @@ def benchmarks(table: pd.DataFrame, evidence: Evidence) -> Judged:
     gain, answer = gains[STICK], against(gains, -POINTS)
     # without the number of examples in the prompt where there are none
     names = [name.removesuffix(" (0)") for name in above]
+    cost, over_cost = _right_answers(table, rows, stored)
     found = (
         f"Mean of the {len(above)} of {len(shared)} benchmarks above chance ({', '.join(names)}): stick-breaking "
         f"{samples[STICK].mean:.1f} %, RoPE {samples[ROPE].mean:.1f} %; difference "
-        f"{gain.text('{:+.1f}'.format)} points ({gain.over('items')}; {answer.words}; {models(rows)})."
-        f"{_right_answers(table, rows, stored)}"
+        f"{gain.text('{:+.1f}'.format)} points.{cost}"
     )
-    return verdict(None if answer.below is None else not answer.below, found, far=far)
+    basis = basis_of(
+        f"difference: {gain.over('items')}",
+        f"against a difference of −{POINTS:g} point: {answer.words}",
+        over_cost,
+        models(rows),
+    )
+    return verdict(None if answer.below is None else not answer.below, found, basis, far=far)
 
 
-def _right_answers(table: pd.DataFrame, rows: pd.DataFrame, stored: Stored) -> str:
+def _right_answers(table: pd.DataFrame, rows: pd.DataFrame, stored: Stored) -> tuple[str, str]:
     """Say what right answers cost, stick-breaking's less RoPE's: the mean over the benchmarks of which both have it.
+    And what that is over; both are empty where it is not known.
 
     rows: those of the setting.
     """
     if not table["metric"].isin(few_shot.GOLD).any():
-        return ""
+        return "", ""
     same = [name for name in SETTING if name in rows]
     gold = few_shot.headline(table, few_shot.GOLD).merge(rows[same].drop_duplicates(), on=same)
     of_both = _of_both(gold, "benchmark")
     if not of_both:
-        return ""
+        return "", ""
     gold = selection.of_all(gold, "benchmark", of_both)
     joint = pairs.of_methods(gold, ROPE, stored, ["benchmark"])
     gain = intervals.differences(intervals.samples(gold), ROPE, pairs=joint)[STICK]
-    return (
-        f" Right answers of {len(of_both)} benchmarks cost stick-breaking {gain.text('{:+.3f}'.format)} bits/byte more "
-        f"({gain.over('items')})."
-    )
+    cost = f" Cost of right answers in {len(of_both)} benchmarks: difference {gain.text('{:+.3f}'.format)} bits/byte."
+    return cost, f"cost of right answers: {gain.over('items')}"

@@ -11,6 +11,7 @@ from sbeval.report.judge import (
     Evidence,
     Judged,
     against,
+    basis_of,
     nearest,
     verdict,
 )
@@ -38,21 +39,21 @@ def recall(table: pd.DataFrame, evidence: Evidence) -> Judged:
     same = (cells[list(SOLVED_AT)] == pd.Series(SOLVED_AT)).all(axis=1)
     by = [name for name in selection.recall_setting(cells).columns if name != "preset"]
     mine = nearest(cells[same] if same.any() else cells, by)
-    found = " ".join(_solved(mine, name) for name in METHODS)
-    found += f" Vocabulary {mine['vocab_size'].iloc[0]}, {mine['seq_len'].iloc[0]} tokens."
-    found = " ".join([found, *mqrar.cautions(mine)])
+    found, runs = (" ".join(each) for each in zip(*(_solved(mine, name) for name in METHODS), strict=True))
+    examples = f"Vocabulary of {mine['vocab_size'].iloc[0]}, {mine['seq_len'].iloc[0]} tokens."
+    basis = " ".join([runs, examples, *mqrar.cautions(mine)])
     if not same.any():
         wanted = f"vocabulary of {SOLVED_AT['vocab_size']} in {SOLVED_AT['seq_len']} tokens"
-        return Judged(UNDECIDED, found, f"nothing was measured at the paper's {wanted}")
+        return Judged(UNDECIDED, found, basis, f"nothing was measured at the paper's {wanted}")
     most = SOLVED["stick_breaking"]
     claimed = {("stick-breaking", most): True, ("RoPE", SOLVED["rope"]): True, ("RoPE", most): False}
     answers = {(name, pairs): _solves(mine, METHODS[name], pairs) for name, pairs in claimed}
     if any(answers[key] is (not wanted) for key, wanted in claimed.items()):
-        return Judged(DISAGREES, found)
+        return Judged(DISAGREES, found, basis)
     if missing := [f"{name} with {pairs} pairs" for (name, pairs), answer in answers.items() if answer is None]:
         budget = f"the paper's {SOLVED_STEPS:,} steps and {SOLVED_TOKENS / 1e9:.1f} G tokens"
-        return Judged(UNDECIDED, found, f"not measured, or ended before {budget}: {', '.join(missing)}")
-    return Judged(AGREES, found)
+        return Judged(UNDECIDED, found, basis, f"not measured, or ended before {budget}: {', '.join(missing)}")
+    return Judged(AGREES, found, basis)
 
 
 def _solves(cells: pd.DataFrame, of: Method, pairs: int) -> bool | None:
@@ -72,29 +73,50 @@ def _solves(cells: pd.DataFrame, of: Method, pairs: int) -> bool | None:
     return False if long.all() else None
 
 
-def _solved(cells: pd.DataFrame, name: str) -> str:
+def _solved(cells: pd.DataFrame, name: str) -> tuple[str, str]:
+    """Return sentences on how many pairs a method solves, and on the runs that show it."""
     mine = intervals.method(cells, METHODS[name])
     counts = sorted(int(pairs) for pairs in mine["kv_pairs"].unique())
-    parts = {pairs: _of_rate(mine[mine["kv_pairs"] == pairs]) for pairs in counts}
-    solved = [pairs for pairs in counts if _solves(cells, METHODS[name], pairs)]
-    best = f"solves {max(solved)} pairs ({parts[max(solved)]})" if solved else "solves none"
-    most = f"; {counts[-1]}: {parts[counts[-1]]}" if not solved or counts[-1] > max(solved) else ""
-    return f"{name[:1].upper()}{name[1:]} {best} of up to {counts[-1]}{most}."
+    of_pairs = {pairs: mine[mine["kv_pairs"] == pairs] for pairs in counts}
+    solved, most = [pairs for pairs in counts if _solves(cells, METHODS[name], pairs)], counts[-1]
+    if most in solved:
+        found = f"solves {most} pairs, the most tried, with accuracy {_accuracy(of_pairs[most])}"
+    else:
+        some = f"{max(solved)} pairs, with accuracy {_accuracy(of_pairs[max(solved)])}" if solved else "none"
+        found = f"solves {some}; at {most} pairs, the most tried, {_unsolved(of_pairs[most])}"
+    shown = sorted({max(solved, default=most), most})
+    runs = "; ".join(f"{pairs} pairs {_runs(of_pairs[pairs])}" for pairs in shown)
+    title = f"{name[:1].upper()}{name[1:]}"
+    return f"{title} {found}.", f"{title}: {runs}."
 
 
-def _of_rate(mine: pd.DataFrame) -> str:
-    """Describe the cells at the rate that needs the fewest steps."""
+def _accuracy(mine: pd.DataFrame) -> str:
+    """Return the accuracy at the rate that needs the fewest steps, empty where no run has one."""
+    measured = mine[(mine["lr"] == selection.by_steps(mine)[0]) & mine["value"].notna()]
+    found = intervals.intervals(intervals.samples(measured, Scale.SHARE), Scale.SHARE).values() if len(measured) else ()
+    return "".join(accuracy.text("{:.3f}".format) for accuracy in found)
+
+
+def _unsolved(mine: pd.DataFrame) -> str:
+    solved = mine.loc[mine["lr"] == selection.by_steps(mine)[0], "solved"]
+    seeds = f", and {int(solved.sum())} of {len(solved)} seeds solve them" if solved.any() and not solved.all() else ""
+    return f"its accuracy is {accuracy}{seeds}" if (accuracy := _accuracy(mine)) else "every run failed"
+
+
+def _runs(mine: pd.DataFrame) -> str:
+    """Describe the runs at the rate that needs the fewest steps."""
     rate = selection.by_steps(mine)[0]
     best = mine[mine["lr"] == rate]
     measured = best[best["value"].notna()]
-    rates = "" if mine["lr"].nunique() == 1 else f" of {mine['lr'].nunique()} rates"
-    found = f"{int(best['solved'].sum())} of {len(best)} seeds at {rate:g}{rates}"
-    found += f", {len(best) - len(measured)} failed" if len(measured) < len(best) else ""
-    if measured.empty:
-        return found
-    (accuracy,) = intervals.intervals(intervals.samples(measured, Scale.SHARE), Scale.SHARE).values()
-    steps = ", ".join(f"{int(step):,}" for step in sorted(measured["steps"]))
-    return f"{found}, after {steps} steps, accuracy {accuracy.text('{:.3f}'.format)}"
+    solved = int(best["solved"].sum())
+    seeds = f"solved by {solved} of {len(best)} seeds"
+    if len(best) == 1:
+        seeds = f"{'' if solved else 'not '}solved by the only seed"
+    rates = "" if mine["lr"].nunique() == 1 else f" (of {mine['lr'].nunique()} tried)"
+    failed = f", {len(best) - len(measured)} failed" if len(measured) < len(best) else ""
+    # a number of steps that several seeds have is said once
+    steps = " and ".join(f"{int(step):,}" for step in sorted(measured["steps"].unique()))
+    return f"{seeds} at learning rate {rate:g}{rates}{failed}{f', after {steps} steps' if steps else ''}"
 
 
 def distraction(table: pd.DataFrame, evidence: Evidence) -> Judged:
@@ -114,16 +136,21 @@ def distraction(table: pd.DataFrame, evidence: Evidence) -> Judged:
     right = intervals.samples(accuracy[accuracy["cell"].isin(rows["cell"])])
     found = (
         f"Weight on stale values: stick-breaking {samples[STICK].mean:.3f}, RoPE {samples[ROPE].mean:.3f}; "
-        f"difference {less.text('{:+.3f}'.format)} ({less.over('sequences')}; {answer.words}; accuracies "
-        f"{right[STICK].mean:.3f} and {right[ROPE].mean:.3f}; {rows['kv_pairs'].iloc[0]} pairs, model "
-        f"{rows['model'].iloc[0]})."
+        f"difference {less.text('{:+.3f}'.format)}."
+    )
+    basis = basis_of(
+        f"difference: {less.over('sequences')}",
+        answer.words,
+        f"accuracies: stick-breaking {right[STICK].mean:.3f}, RoPE {right[ROPE].mean:.3f}",
+        f"{rows['kv_pairs'].iloc[0]} key-value pairs",
+        f"models of {rows['model'].iloc[0]} (layers x width)",
     )
     far = []
     if (fewest := min(samples[STICK].seeds, samples[ROPE].seeds)) < SEEDS:
         far.append(f"{fewest} seed{'s' * (fewest > 1)} of a method, fewer than {SEEDS}")
     if (apart := abs(right[STICK].mean - right[ROPE].mean)) > EQUAL:
         far.append(f"accuracies differ by {apart:.3f}, more than {EQUAL:g}: weights are compared at equal accuracy")
-    return verdict(answer.below if abs(less.mean) >= WEIGHT else None, found, far="; ".join(far))
+    return verdict(answer.below if abs(less.mean) >= WEIGHT else None, found, basis, far="; ".join(far))
 
 
 def _plain(rows: pd.DataFrame) -> pd.DataFrame:

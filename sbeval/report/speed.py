@@ -12,6 +12,7 @@ from sbeval.report.judge import (
     UNDECIDED,
     Evidence,
     Judged,
+    basis_of,
     nearest,
     too_small,
     verdict,
@@ -40,12 +41,17 @@ def training_speed(table: pd.DataFrame, evidence: Evidence) -> Judged:
     stick, dense = (intervals.method(rows, of) for of in (STICK, NOTHING_SKIPPED))
     fastest = [_fastest(each) for each in (stick, dense) if len(each)]
     changes = [_ratio(each, rope) for each in fastest]
-    shares = " %, with nothing skipped ".join(_percent(change).text("{:.0f}".format) for change in changes)
+    shares = " % of RoPE's, with nothing skipped ".join(_percent(change).text("{:.0f}".format) for change in changes)
     runs, backends = int(pd.concat([stick, dense, rope])["n"].min()), sorted(set(rope["backend"]))
     found = (
-        f"{fastest[0]['value'].mean():,.0f} against {rope['value'].mean():,.0f} tokens/s: {shares} % "
-        f"({runs} run{'s' * (runs > 1)} each; RoPE through {', '.join(backends)}; {rows['model'].iloc[0]} model, "
-        f"{rows['queries'].iloc[0]} tokens a sequence, {rows['device'].iloc[0]})."
+        f"Tokens a second: stick-breaking {fastest[0]['value'].mean():,.0f}, RoPE {rope['value'].mean():,.0f}; "
+        f"{shares} %."
+    )
+    basis = basis_of(
+        f"{runs} run{'s' * (runs > 1)} each",
+        f"RoPE through {', '.join(backends)}",
+        f"{rows['model'].iloc[0]} model, {rows['queries'].iloc[0]} tokens a sequence",
+        f"{rows['device'].iloc[0]}",
     )
     far = too_small(rows, BILLION)
     if not set(backends) & set(FUSED):
@@ -54,10 +60,10 @@ def training_speed(table: pd.DataFrame, evidence: Evidence) -> Judged:
         far = f"{runs} run{'s' * (runs > 1)} each, fewer than {RUNS}"
     bound = math.log(SPEED)
     if any(change.high < bound for change in changes):
-        return verdict(False, found, far=far)
+        return verdict(False, found, basis, far=far)
     if dense.empty:
         far = far or "with nothing skipped it was not measured (stick_breaking:epsilon=0)"
-    return verdict(True if all(change.low >= bound for change in changes) else None, found, far=far)
+    return verdict(True if all(change.low >= bound for change in changes) else None, found, basis, far=far)
 
 
 def _ratio(rows: pd.DataFrame, rope: pd.DataFrame) -> Interval:
@@ -90,13 +96,19 @@ def kernel_speed(step: str, table: pd.DataFrame, evidence: Evidence) -> Judged:
     ends = zip(("mean", "low", "high"), TIMES, ("time", "time_q80", "time_q20"), strict=True)
     each = pd.DataFrame({name: both[flash, "flash"] / both[ours, ""] for name, flash, ours in ends})
     longest = each.reset_index().groupby(["device", "head_dim"]).tail(1)
-    ratios, parts = [], []
+    several = longest["device"].nunique() > 1
+    ratios, parts, places = [], [], {}
     for device, dim, queries, _, mean, low, high in longest.itertuples(index=False, name=None):
         ratios.append(Interval(mean, low, high))
-        parts.append(f"{ratios[-1].text('{:.2f}'.format)} (heads of {dim:g}, {queries:g} tokens, {device})")
-    found = f"This kernel's throughput over FlashAttention-2's: {', '.join(parts)}; 20 to 80 % of timings."
+        heads = f"heads of {dim:g}{f' on {device}' * several}"
+        parts.append(f"{ratios[-1].text('{:.2f}'.format)} with {heads}")
+        places[heads] = f"{queries:g} tokens{f', {device}' * (not several)}"
+    found = f"Throughput relative to FlashAttention-2: {', '.join(parts)}."
+    same = len(set(places.values())) == 1
+    where = [next(iter(places.values()))] if same else [f"{heads}: {place}" for heads, place in places.items()]
+    basis = basis_of(*where, "intervals from 20 to 80 % of timings")
     answers = {SLOWER if ratio.high <= 1 else FASTER if ratio.low > 1 else UNDECIDED for ratio in ratios}
     if len(answers) > 1:
-        return Judged(UNDECIDED, found, "it depends on the head size or the device")
+        return Judged(UNDECIDED, found, basis, "it depends on the head size or the device")
     (answer,) = answers
-    return Judged(answer, found, "the timings include both" if answer == UNDECIDED else "")
+    return Judged(answer, found, basis, "the timings include both" if answer == UNDECIDED else "")

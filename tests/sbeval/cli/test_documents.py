@@ -1,5 +1,6 @@
 """The numbers in documents are those of the tables."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 from sbeval.cli import documents
 from sbeval.errors import InputError
 from sbeval.report.claims import CLAIMS
+from sbeval.tables.published import PAPER
 
 ROOT = Path(__file__).parents[3]
 
@@ -60,6 +62,25 @@ def test_a_block_that_cannot_be_written_is_named(text: str, message: str) -> Non
 
 def test_digits() -> None:
     assert [documents._three(value) for value in (7.016, 26.03, 107.8, 2917.6)] == ["7.02", "26.0", "108", "2918"]
+
+
+@pytest.mark.parametrize("name", ["claims", "own"])
+def test_readme_has_the_findings_and_the_results_what_they_rest_on_too(name: str) -> None:
+    """Numbers of seeds, p values and what would decide a claim are one click away."""
+    short, full = (documents.BLOCKS[block](ROOT / "results") for block in (name, f"{name}_in_full"))
+    rows, in_full = ([line.strip("| ").split(" | ") for line in text.splitlines()] for text in (short, full))
+    assert rows[0] == [in_full[0][0], "These runs", "Decided"]
+    assert in_full[0][2:] == ["What the numbers are of", "Decided", "What would decide"]
+    # the same findings, whose tables are found from where the page is
+    links = re.compile(r"\(\[([\w-]+)\]\(results/\1\)\)")
+    assert links.search(short)
+    found = [links.sub(r"([results/\1](../results/\1))", line[1]) for line in rows]
+    assert found == [line[1] for line in in_full]
+    rests_on = [line[2] for line in in_full[2:] if line[2]]
+    assert rests_on and not any(basis in short for basis in rests_on)
+    assert "95 % over" in full and "95 % over" not in short and "one-sided" not in short
+    # README names the paper at its top
+    assert PAPER not in short and ("(figure 3)" in short) == (f"({PAPER}, figure 3)" in full) == (name == "claims")
 
 
 def test_a_claim_that_was_not_measured_names_no_folder(tmp_path: Path) -> None:

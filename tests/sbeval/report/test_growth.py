@@ -46,7 +46,7 @@ def passes(rows: pd.DataFrame, method: Method = STICK) -> Any:
 def test_a_gap_that_falls_below_0_is_passed_and_where_is_said() -> None:
     found = passes(table(-0.04))
     # 60 M * 0.1 / 0.04
-    assert found.verdict == YES and "95 % over 3 seeds" in found.found
+    assert found.verdict == YES and "95 % over 3 seeds" in found.basis and "seed" not in found.found
     assert re.search(r"where the fit is 0: 1[45]\d M \[1[345]\d M, 1[567]\d M\]", found.found)
     assert "+0.06" in found.found and "after 60 M tokens" in found.found and "after 600 M" in found.found
     # not yet below 0, and the fit is soon: at 667 M
@@ -55,18 +55,18 @@ def test_a_gap_that_falls_below_0_is_passed_and_where_is_said() -> None:
 
 
 def test_a_limit_that_the_tokens_do_not_tell_is_not_said() -> None:
-    assert "; limit −0.0" in passes(table(-0.04)).found
+    assert "; limit of the fit −0.0" in passes(table(-0.04)).basis
     # a gap that closes at once
     rows = table(-0.03, more=0.0)
     first = (rows["attention"] == STICK[0]) & (rows["train_tokens"] == TOKENS[0])
     found = passes(rows.assign(value=rows["value"].where(~first, 1.05 * rows["value"])))
-    assert "; the tokens do not tell the limit; where" in found.found and found.verdict == YES
+    assert "; the tokens do not tell the limit; " in found.basis and found.verdict == YES
 
 
 def test_seeds_that_stopped_early_are_said() -> None:
     rows = table(-0.04)
     found = passes(rows[(rows["seed"] == 0) | (rows["train_tokens"] < 5e8)])
-    assert found.verdict == YES and "(95 % over 3 and 3 seeds to 480 M, 1 and 1 to 600 M; " in found.found
+    assert found.verdict == YES and ": 95 % over 3 and 3 seeds to 480 M, 1 and 1 to 600 M; " in found.basis
     # the gap is that at the most tokens at which both have two
     assert "after 480 M" in found.found and "after 600 M" not in found.found
 
@@ -106,9 +106,9 @@ def test_what_is_left_open(rows: pd.DataFrame, reason: str) -> None:
 def test_few_token_counts_have_no_fit() -> None:
     """A gap below 0 is one at any count; that it stays above 0 only a fit can say."""
     ahead, behind = (rows[rows["train_tokens"] < 3e8] for rows in (table(-0.06, more=0.01), table(0.04)))
-    assert (
-        passes(ahead).verdict == YES and "after 240 M; too few counts of tokens for a fit (95 %" in passes(ahead).found
-    )
+    found = passes(ahead)
+    assert found.verdict == YES and found.found.endswith("after 240 M.")
+    assert "; too few counts of tokens for a fit; " in found.basis
     assert (passes(behind).verdict, passes(behind).reason) == (UNDECIDED, "too few counts of tokens for a fit")
 
 

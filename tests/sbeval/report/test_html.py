@@ -17,7 +17,9 @@ import pytest
 from sbeval import registry
 from sbeval.errors import InputError
 from sbeval.report import html, page
+from sbeval.report.claims import CLAIMS
 from sbeval.report.figures import draw_figures
+from sbeval.report.judge import UNDECIDED, Finding, Judged
 from sbeval.tables import curves
 from sbeval.tables.results import Results
 from sbeval.tables.run_files import Runs
@@ -315,6 +317,23 @@ def test_claims_are_counted_without_our_own_measurements(results: Path, text: st
     assert "6 are not measured here" in alone and 'id="own"' not in alone
     missing = alone.partition("Not measured here")[2].partition("</section>")[0]
     assert missing.count("<li>") == 6 and "sbeval few-shot" in missing
+
+
+def test_a_finding_stands_first_and_what_it_rests_on_below_in_small_print(text: str) -> None:
+    rows = text.partition('id="findings"')[2].partition("</section>")[0].split("</tr>")
+    (within,) = (row for row in rows if "Within the training length stick-breaking is" in row)
+    found, *basis = re.split('<p class="soft basis">', within.partition("</th><td>")[2].partition("</td>")[0])
+    assert "Perplexity at 512 tokens: stick-breaking 40.0, RoPE 40.0; difference " in found
+    assert "seed" not in found and "Holm" not in found
+    assert len(basis) == 1 and re.fullmatch(
+        "Difference: 95&nbsp;% over 2 seeds each.* Holm .* a parameter\\.</p>", basis[0]
+    )
+
+
+def test_a_reason_ends_with_one_full_stop() -> None:
+    for reason in ("one seed", " One seed."):
+        finding = Finding(CLAIMS[0], Judged(UNDECIDED, "Found.", reason=reason))
+        assert '<td>Found. <span class="soft">One seed.</span></td>' in html._finding(finding, {})
 
 
 def test_a_reader_who_sees_nothing_is_served(text: str) -> None:

@@ -8,7 +8,18 @@ import pytest
 
 from sbeval.report import language
 from sbeval.report.claims import CLAIMS, OWN
-from sbeval.report.judge import AGREES, DISAGREES, UNDECIDED, Claim, Evidence, Judged, against, findings, verdict
+from sbeval.report.judge import (
+    AGREES,
+    DISAGREES,
+    UNDECIDED,
+    Claim,
+    Evidence,
+    Judged,
+    against,
+    basis_of,
+    findings,
+    verdict,
+)
 from sbeval.tables.rows import Method
 from sbeval.tables.statistics import Interval
 
@@ -81,12 +92,18 @@ def test_p_values_are_corrected_for_all_methods() -> None:
 
 
 def test_verdicts() -> None:
-    assert verdict(True, "x") == Judged(AGREES, "x") and verdict(False, "x") == Judged(DISAGREES, "x")
-    assert verdict(None, "x").verdict == UNDECIDED
+    assert verdict(True, "x", "y") == Judged(AGREES, "x", "y")
+    assert verdict(False, "x", "y") == Judged(DISAGREES, "x", "y")
+    assert verdict(None, "x", "y").verdict == UNDECIDED
     # too far from the paper's setting to decide, with numbers on one side, and on none
-    assert verdict(True, "x", far="too small") == Judged(UNDECIDED, "x", "too small", leans=AGREES)
-    assert verdict(False, "x", far="too small").leans == DISAGREES
-    assert verdict(None, "x", far="too small") == Judged(UNDECIDED, "x", "too small")
+    assert verdict(True, "x", "y", far="too small") == Judged(UNDECIDED, "x", "y", "too small", leans=AGREES)
+    assert verdict(False, "x", "y", far="too small").leans == DISAGREES
+    assert verdict(None, "x", "y", far="too small") == Judged(UNDECIDED, "x", "y", "too small")
+
+
+def test_a_basis_is_a_sentence_of_the_parts_that_there_are() -> None:
+    assert basis_of("difference: 2 seeds", "", "p = 0.1") == "Difference: 2 seeds; p = 0.1."
+    assert basis_of("", "") == ""
 
 
 def test_the_kernel_is_no_claim_of_the_paper() -> None:

@@ -68,15 +68,16 @@ def test_reading_past_the_training_length(
     table = pd.concat([table, targets(frame, change, params=10**6)]) if change else table
     found = judged(language.lengths, table)
     assert (found.verdict, reason in found.reason) == (verdict, True)
-    assert ("Loss of the same targets" in found.found) == bool(change)
+    assert ("loss of the same tokens from 4096 to 16384: " in found.found) == bool(change)
+    assert ("loss of the same tokens: 95 % over 3 seeds; relative to the window: " in found.basis) == bool(change)
 
 
 def test_one_seed_each_of_other_seeds_has_the_error_over_documents(frame: Tables, perplexities: Tables) -> None:
     table = pd.concat([perplexities(both((40, 39), (40, 80)), canaries=False), targets(frame, FAR)])
     table = table[table["seed"] == 0].assign(stderr=1.0, n=16)
-    same = judged(language.lengths, table).found
+    same = judged(language.lengths, table)
     other = table.assign(seed=table["seed"].mask(table["attention"] == STICK, 1))
-    assert judged(language.lengths, other).found == same and "16 documents" in same
+    assert judged(language.lengths, other) == same and "16 documents" in same.basis
 
 
 def test_the_rule_names_the_contexts_that_it_compares(frame: Tables, perplexities: Tables) -> None:
@@ -98,7 +99,7 @@ def test_another_training_length_leans(frame: Tables, perplexities: Tables) -> N
     table = perplexities(short, train_len=256)
     found = judged(language.lengths, table)
     assert (found.verdict, found.leans) == (UNDECIDED, AGREES)
-    assert found.found.startswith("Perplexity from context 256 to 2048: stick-breaking from 40.0 to 39.0")
+    assert found.found.startswith("Perplexity from 256 to 2048 tokens of context: stick-breaking 40.0 to 39.0, −")
     assert found.reason.startswith("trained at 256 tokens, the paper's at 2048")
     # the paper's length is preferred, whatever else there is
     at_paper = pd.concat([table, perplexities(both((40, 44), (40, 80))), targets(frame, FAR)])
@@ -110,7 +111,7 @@ def test_the_nearest_setting_decides(frame: Tables, perplexities: Tables) -> Non
     # larger, on too few tokens a parameter
     young = perplexities(both((40, 80), (40, 40)), model="3b", params=3 * 10**9)
     found = judged(language.lengths, pd.concat([young, grown]))
-    assert found.verdict == AGREES and "from 20.0 to 19.0" in found.found and "1 B parameters" in found.found
+    assert found.verdict == AGREES and "20.0 to 19.0" in found.found and "1 B parameters" in found.basis
     # a larger model that was not evaluated as far
     short = perplexities(both((30, 30), (30, 60)), model="3b", params=3 * 10**9, train_tokens=10**11)
     assert judged(language.lengths, pd.concat([grown, short.query("context_length == 2048")])) == found
@@ -146,7 +147,7 @@ def test_within_the_training_length(
     assert found.verdict == verdict and reason in found.reason
     assert f"stick-breaking {(stick[0] * stick[1]) ** 0.5:.1f}, RoPE 13.8" in found.found
     methods = 2 if more.get("canaries") is False else 4
-    assert f"after Holm over {methods} methods" in found.found and "over 2 seeds each" in found.found
+    assert f"after Holm over {methods} methods" in found.basis and "over 2 seeds each" in found.basis
     assert ("Lower than RoPE's" in found.found) == (stick == [13.40, 13.41])
 
 
@@ -158,7 +159,7 @@ def test_more_methods_make_a_verdict_harder(perplexities: Tables) -> None:
     table = perplexities(values | crowd)
     more = [table[table["attention"] == "alibi"].assign(options=f"slope={index}") for index in range(40)]
     crowded = judged(language.within, pd.concat([table, *more]))
-    assert crowded.verdict == UNDECIDED and "after Holm over 46 methods" in crowded.found
+    assert crowded.verdict == UNDECIDED and "after Holm over 46 methods" in crowded.basis
 
 
 def test_documents_are_paired_where_their_losses_are_stored(perplexities: Tables) -> None:
@@ -166,7 +167,7 @@ def test_documents_are_paired_where_their_losses_are_stored(perplexities: Tables
     values = {STICK: {2048: [13.6]}, ROPE: {2048: [13.8]}}
     table = perplexities(values, canaries=False, stderr=1.0, n=16)
     apart = judged(language.within, table)
-    assert "in pairs" not in apart.found and "16 documents" in apart.found
+    assert "in pairs" not in apart.basis and "16 documents" in apart.basis
 
     def stored(cells: Iterable[str]) -> pd.DataFrame:
         rows: list[Row] = []
@@ -180,11 +181,13 @@ def test_documents_are_paired_where_their_losses_are_stored(perplexities: Tables
         return pd.concat([frame, other], ignore_index=True)
 
     paired = judged(language.within, table, values=stored)
-    assert "−0.021 nats/token (95 % over 1 seed each, 16 documents in pairs; one-sided p < 0.001" in paired.found
+    assert paired.found.endswith("difference −0.021 nats/token. Lower than RoPE's.")
+    assert paired.basis.startswith("Difference: 95 % over 1 seed each, 16 documents in pairs; against a difference of ")
+    assert "+0.007: one-sided p < 0.001" in paired.basis
     # of a second seed of RoPE they are not: the difference is that of both
     more = pd.concat([table, table[table["attention"] == ROPE].assign(seed=1, value=14.2, cell="another")])
     some = judged(language.within, more, values=lambda cells: stored(set(cells) - {"another"}))
-    assert "in pairs" not in some.found and "−0.029 [" in some.found and "over 1 and 2 seeds" in some.found
+    assert "in pairs" not in some.basis and "−0.029 [" in some.found and "over 1 and 2 seeds" in some.basis
 
 
 def needles(frame: Tables, stick: float, rope: float, **common: Any) -> pd.DataFrame:
@@ -236,10 +239,13 @@ def test_needles_are_compared_at_the_lengths_of_every_seed(frame: Tables) -> Non
     table = pd.concat([needles(frame, 0.5, 0.5, seed=seed) for seed in range(3)])
     table["value"] = table["value"].mask(table["length"] == 8192, 0.1)
     every = language.retrieval(table, Evidence({})).found
-    assert "Mean score at 4096, 8192 tokens" in every and "stick-breaking 0.300, RoPE 0.300" in every
+    assert (
+        "Mean score of 2 of RULER's 13 tasks at 4096, 8192 tokens" in every
+        and "stick-breaking 0.300, RoPE 0.300" in every
+    )
     longest = (table["length"] == 8192) & ((table["attention"] == ROPE) | (table["seed"] > 0))
     found = language.retrieval(table[~longest], Evidence({})).found
-    assert "Mean score at 4096 tokens" in found and "stick-breaking 0.500, RoPE 0.500" in found
+    assert "13 tasks at 4096 tokens" in found and "stick-breaking 0.500, RoPE 0.500" in found
 
 
 def tuned(frame: Tables, ended: dict[str, str], seeds: int = 3) -> pd.DataFrame:
@@ -252,19 +258,21 @@ def tuned(frame: Tables, ended: dict[str, str], seeds: int = 3) -> pd.DataFrame:
 def test_needles_are_compared_where_both_solved_the_task(frame: Tables, perplexities: Tables) -> None:
     canaries = Evidence({"length_gen": perplexities({ROPE: {2048: [13.8]}})})
     found = language.retrieval(tuned(frame, {}), canaries)
-    assert found.verdict == AGREES and "2 of RULER's 13 tasks" in found.found and "Not solved" not in found.found
+    assert found.verdict == AGREES and "2 of RULER's 13 tasks" in found.found and "Not solved" not in found.basis
     table = tuned(frame, {"rope vt": "budget"})
     # what the others score there does not count
     table.loc[table["task"] == "vt", "value"] = 0.9
     found = language.retrieval(table, canaries)
     assert found.verdict == AGREES and "stick-breaking 0.600, RoPE 0.200" in found.found
-    assert found.found.endswith(
-        "1 of RULER's 13 tasks). Not solved at the training length, so not compared beyond: RoPE vt."
-    )
+    assert "1 of RULER's 13 tasks" in found.found
+    assert found.basis.endswith(" tokens. Not solved at the training length, so not compared beyond: RoPE vt.")
     found = language.retrieval(tuned(frame, {"rope vt": "budget", f"{STICK} cwe": "budget"}), canaries)
     assert found.verdict == UNDECIDED and "stick-breaking cwe; RoPE vt" in found.reason
     # of models that solved nothing in common too
-    assert "parameters, " in found.found and "nan" not in found.found
+    assert found.found == "None of the 2 RULER tasks tried (of 13) is solved by both methods at the training length."
+    assert "parameters, " in found.basis and "nan" not in found.basis
+    neither = tuned(frame, {f"{name} {task}": "budget" for name in (STICK, ROPE) for task in ("vt", "cwe")})
+    assert "is solved by either method" in language.retrieval(neither, canaries).found
     few = language.retrieval(tuned(frame, {}, seeds=2), canaries)
     assert few.verdict == UNDECIDED and "2 seeds of a method that was fine-tuned, fewer than 3" in few.reason
 
@@ -272,7 +280,7 @@ def test_needles_are_compared_where_both_solved_the_task(frame: Tables, perplexi
 def test_one_seed_that_did_not_solve_a_task_leaves_it_out(frame: Tables) -> None:
     table = tuned(frame, {})
     table.loc[(table["seed"] == 1) & (table["task"] == "vt") & (table["attention"] == STICK), "ended"] = "budget"
-    assert "not compared beyond: stick-breaking vt." in language.retrieval(table, Evidence({})).found
+    assert "not compared beyond: stick-breaking vt." in language.retrieval(table, Evidence({})).basis
 
 
 def shots(frame: Tables, stick: float, **common: Any) -> pd.DataFrame:
@@ -340,10 +348,12 @@ def test_benchmarks_and_right_answers_are_paired_by_item(frame: Tables) -> None:
     everything = pd.concat(items)
     table = frame(rows, part="", filter="", shots=0, chance=0.1, stderr=0.15, n=4)
     apart = language.benchmarks(table, Evidence({}))
-    assert "in pairs" not in apart.found and "bits/byte more" in apart.found
+    assert "in pairs" not in apart.basis and "bits/byte" in apart.found
     found = language.benchmarks(table, Evidence({}, lambda cells: everything[everything["cell"].isin(list(cells))]))
-    assert "difference +0.0 points (95 % over 1 seed each, 8 items in pairs;" in found.found
-    assert "cost stick-breaking −0.250 bits/byte more (95 % over 1 seed each, 8 items in pairs)" in found.found
+    assert "difference +0.0 points." in found.found
+    assert found.found.endswith("Cost of right answers in 2 benchmarks: difference −0.250 bits/byte.")
+    assert found.basis.startswith("Difference: 95 % over 1 seed each, 8 items in pairs;")
+    assert "; cost of right answers: 95 % over 1 seed each, 8 items in pairs;" in found.basis
 
 
 def test_needles_are_paired_by_prompt(frame: Tables) -> None:
@@ -367,8 +377,8 @@ def test_needles_are_paired_by_prompt(frame: Tables) -> None:
     )
     apart = language.retrieval(table, Evidence({}))
     found = language.retrieval(table, Evidence({}, lambda cells: everything[everything["cell"].isin(list(cells))]))
-    assert "+0.100 [" in apart.found and "in pairs" not in apart.found
-    assert "400 samples in pairs" in found.found
+    assert "+0.100 [" in apart.found and "in pairs" not in apart.basis
+    assert "400 samples in pairs" in found.basis
     # correlation 0.816: the variance is 0.184 of that of independent samples
     low, high = (float(x.replace("−", "-")) for x in found.found.split("+0.100 [")[1].split("]")[0].split(", "))
     assert (high - low) / 2 == pytest.approx(1.96 * 0.05 * math.sqrt(2 / 4) * math.sqrt(1 - 0.816), rel=0.05)
@@ -379,7 +389,7 @@ def test_changes_by_context_are_paired_by_document_too(frame: Tables, perplexiti
     table = pd.concat([perplexities(both((40, 39), (40, 80))), targets(frame, FAR)])
     table = table[table["seed"] == 0].assign(stderr=1.0, n=16)
     wide = judged(language.lengths, table)
-    assert wide.verdict == UNDECIDED and "in pairs" not in wide.found
+    assert wide.verdict == UNDECIDED and "in pairs" not in wide.basis
 
     def stored(cells: Iterable[str]) -> pd.DataFrame:
         change = {STICK: -0.05, ROPE: 0.7, WINDOW: 0.0, "nope": 0.0}
@@ -401,4 +411,4 @@ def test_changes_by_context_are_paired_by_document_too(frame: Tables, perplexiti
         return pd.DataFrame(rows).assign(eval_corpus="")
 
     paired = judged(language.lengths, table, values=stored)
-    assert paired.verdict == AGREES and "16 documents in pairs" in paired.found
+    assert paired.verdict == AGREES and "16 documents in pairs" in paired.basis

@@ -64,10 +64,14 @@ def test_a_seed_that_failed_solves_nothing(frame: Tables) -> None:
     failed = table[second & (table["metric"] == "solved")].assign(value=0.0, status="diverged")
     judged = recall.recall(pd.concat([table[~second], failed]), NONE)
     assert judged.verdict == UNDECIDED
-    assert "Stick-breaking solves none of up to 192; 192: 1 of 2 seeds at 0.001, 1 failed, after 25,000" in judged.found
+    assert "Stick-breaking solves none; at 192 pairs, the most tried, its accuracy is 1.000" in judged.found
+    assert ", and 1 of 2 seeds solve them. " in judged.found
+    runs = "192 pairs solved by 1 of 2 seeds at learning rate 0.001, 1 failed, after 25,000 steps."
+    assert judged.basis.startswith(f"Stick-breaking: {runs}")
     judged = recall.recall(pd.concat([table[table["attention"] != STICK], failed]), NONE)
     assert judged.verdict == UNDECIDED
-    assert "Stick-breaking solves none of up to 192; 192: 0 of 1 seeds at 0.001, 1 failed." in judged.found
+    assert "Stick-breaking solves none; at 192 pairs, the most tried, every run failed. " in judged.found
+    assert "192 pairs not solved by the only seed at learning rate 0.001, 1 failed. " in judged.basis
 
 
 def test_a_failure_is_one_of_all_rates(frame: Tables) -> None:
@@ -76,7 +80,10 @@ def test_a_failure_is_one_of_all_rates(frame: Tables) -> None:
     fast = cells(frame, AS_CLAIMED | {(ROPE, 192): [0.999, 0.995]}, rate=3e-3, steps=1000)
     judged = recall.recall(pd.concat([low, fast]), NONE)
     assert judged.verdict == DISAGREES
-    assert "RoPE solves 192 pairs (2 of 2 seeds at 0.003 of 2 rates, after 1,000, 1,000 steps" in judged.found
+    assert "RoPE solves 192 pairs, the most tried, with accuracy 0.9" in judged.found
+    assert (
+        "RoPE: 192 pairs solved by 2 of 2 seeds at learning rate 0.003 (of 2 tried), after 1,000 steps" in judged.basis
+    )
     # not solved at another rate either, but that was stopped early
     early = cells(frame, {(ROPE, 192): [0.4, 0.4], (STICK, 192): [0.4, 0.4]}, rate=3e-3, status="plateau")
     judged = recall.recall(pd.concat([low, early]), NONE)
@@ -92,10 +99,21 @@ def test_what_recall_lacks_is_said(frame: Tables) -> None:
     judged = recall.recall(cells(frame, some, vocab_size=1024), NONE)
     assert judged.verdict == UNDECIDED and "the paper's vocabulary of 8192 in 768 tokens" in judged.reason
     assert judged.found == (
-        "Stick-breaking solves 192 pairs (1 of 1 seeds at 0.001, after 25,000 steps, accuracy 1.000 [0.963, 1.000]) of "
-        "up to 192. RoPE solves none of up to 192; 192: 0 of 1 seeds at 0.001, after 25,000 steps, accuracy 0.500 "
-        "[0.404, 0.596]. Vocabulary 1024, 768 tokens."
+        "Stick-breaking solves 192 pairs, the most tried, with accuracy 1.000 [0.963, 1.000]. RoPE solves none; at 192 "
+        "pairs, the most tried, its accuracy is 0.500 [0.404, 0.596]."
     )
+    assert judged.basis == (
+        "Stick-breaking: 192 pairs solved by the only seed at learning rate 0.001, after 25,000 steps. RoPE: 192 pairs "
+        "not solved by the only seed at learning rate 0.001, after 25,000 steps. Vocabulary of 1024, 768 tokens."
+    )
+
+
+def test_the_most_pairs_that_are_solved_and_that_were_tried_are_told(frame: Tables) -> None:
+    rows = cells(frame, {(STICK, 192): [1.0], (ROPE, 64): [1.0], (ROPE, 128): [1.0], (ROPE, 192): [0.5]})
+    judged = recall.recall(rows, NONE)
+    assert "RoPE solves 128 pairs, with accuracy 1.000 [" in judged.found and "64" not in judged.found
+    assert "; at 192 pairs, the most tried, its accuracy is 0.500 [" in judged.found
+    assert "RoPE: 128 pairs solved by the only seed" in judged.basis and "; 192 pairs not solved by " in judged.basis
 
 
 def maps(
@@ -126,6 +144,8 @@ def test_distraction(stick: float, rope: float, stderr: float, verdict: str, fra
     assert judged.verdict == verdict
     sign = "−" if stick < rope else "+"
     assert f"stick-breaking {stick + 0.001:.3f}, RoPE {rope + 0.001:.3f}; difference {sign}" in judged.found
+    assert judged.basis.startswith("Difference: 95 % over 3 seeds each, 100 sequences; one-sided p ")
+    assert "; accuracies: stick-breaking 1.000, RoPE 1.000; 16 key-value pairs; models of 2x100 " in judged.basis
 
 
 def test_models_that_have_not_learned_it_say_nothing_of_distraction(frame: Tables) -> None:

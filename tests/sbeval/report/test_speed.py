@@ -43,6 +43,7 @@ def test_training_speed(stick: float, more: dict[str, Any], verdict: str, reason
     same = {"metric": "throughput", "step": "train", "queries": 4096, "batch": 4, "head_dim": 64, "n": 5, "stderr": 0.1}
     found = speed.training_speed(frame(rows, **same | more), NONE)
     assert found.verdict == verdict and reason in found.reason and f"{stick:.0f} " in found.found
+    assert f"RoPE through {fast}; " in found.basis and "through" not in found.found
     assert (f", with nothing skipped {dense:.0f} " in found.found) if dense else ("nothing skipped" not in found.found)
 
 
@@ -70,8 +71,10 @@ def times(frame: Tables, ours: Sequence[float], **common: Any) -> pd.DataFrame:
 def test_kernels(ours: Sequence[float], verdict: str, reason: str, frame: Tables) -> None:
     short = times(frame, (100.0, 100.0), queries=1024, keys=1024)
     found = speed.kernel_speed("forward", pd.concat([short, times(frame, ours)]), NONE)
-    assert found.verdict == verdict and reason in found.reason and "16384 tokens" in found.found
+    assert found.verdict == verdict and reason in found.reason and "16384 tokens" in found.basis
     assert f"{10 / ours[0]:.2f} [" in found.found
+    # what is the same of all ratios is said once
+    assert found.basis == "16384 tokens, a card; intervals from 20 to 80 % of timings."
 
 
 def test_a_kernel_is_compared_on_the_same_device(frame: Tables) -> None:
@@ -79,4 +82,5 @@ def test_a_kernel_is_compared_on_the_same_device(frame: Tables) -> None:
     found = speed.kernel_speed("forward", pd.concat([times(frame, (20.0, 30.0)), other]), NONE)
     assert found.verdict == SLOWER and "faster" not in found.found
     both = pd.concat([times(frame, (20.0, 30.0)), times(frame, (5.0, 5.0), device="a faster card")])
-    assert speed.kernel_speed("forward", both, NONE).verdict == UNDECIDED
+    found = speed.kernel_speed("forward", both, NONE)
+    assert found.verdict == UNDECIDED and "0.50 [0.41, 0.61] with heads of 64 on a card, 0.33 [" in found.found
