@@ -33,7 +33,7 @@ PAGES = ("README.md", "docs/results.md")
 BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end of numbers -->)", re.DOTALL)
 
 # results folders that can decide a claim: the first that does, else the first that has numbers for it
-DECIDING = ("125m", "tokens", "", "quick", "which-stick-breaking")
+DECIDING = ("125m", "tokens", "retrieval", "", "quick", "which-stick-breaking")
 LEANS = {AGREES: ", leaning towards it", DISAGREES: ", leaning against it"}
 # families whose figures docs/results.md shows
 DRAWN = ("attention_map", "kernel", "length_gen", "mqrar", "needle", "skipping")

@@ -156,6 +156,9 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
     """Judge whether stick-breaking finds more needles past the training length, on tasks that both solve at it."""
     rows = selection.needle_scores(table)
     rows = rows[(rows["metric"] == "score") & (rows["length"] > rows["train_len"])]
+    run = {name: mine for name, of in METHODS.items() if len(mine := intervals.method(rows, of))}
+    if len(run) == 1:
+        return _retrieval_of_one(*run.popitem())
     rows = nearest(rows, selection.NEEDLE.columns)
     asked = _of_both(rows, "task")
     both = rows[rows["task"].isin(asked)]
@@ -192,6 +195,14 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
         far.append(f"{fewest} seed{'s' * (fewest > 1)} of a method that was fine-tuned, fewer than {SEEDS}")
     more = None if answer.below is None else not answer.below
     return verdict(more if abs(gain.mean) >= NEEDLES else None, found, basis, far="; ".join(filter(None, far)))
+
+
+def _retrieval_of_one(name: str, rows: pd.DataFrame) -> Judged:
+    """Say what the only method with rows solves, each task by all of its models."""
+    (other,) = METHODS.keys() - {name}
+    solved = rows.groupby("task")["solved"].all()
+    found = f"{name} solves {solved.sum()} of the {len(solved)} RULER tasks tried (of 13) at the training length"
+    return Judged(UNDECIDED, f"{found}; {other} was not tried.", basis_of(models(rows)), f"{other} was not tried")
 
 
 def _of_both(rows: pd.DataFrame, name: str) -> set[Any]:

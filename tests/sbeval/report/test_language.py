@@ -273,6 +273,12 @@ def test_needles_are_compared_where_both_solved_the_task(frame: Tables, perplexi
     assert "parameters, " in found.basis and "nan" not in found.basis
     neither = tuned(frame, {f"{name} {task}": "budget" for name in (STICK, ROPE) for task in ("vt", "cwe")})
     assert "is solved by either method" in language.retrieval(neither, canaries).found
+    table = tuned(frame, {"rope vt": "budget"})
+    alone = language.retrieval(table[table["attention"] == ROPE], canaries)
+    assert alone.verdict == UNDECIDED and alone.reason == "stick-breaking was not tried" and "parameters" in alone.basis
+    assert alone.found == (
+        "RoPE solves 1 of the 2 RULER tasks tried (of 13) at the training length; stick-breaking was not tried."
+    )
     few = language.retrieval(tuned(frame, {}, seeds=2), canaries)
     assert few.verdict == UNDECIDED and "2 seeds of a method that was fine-tuned, fewer than 3" in few.reason
 
