@@ -532,6 +532,8 @@ def test_compare_needs_no_torch(results: Path) -> None:
         ("length-gen --train-len 256 --eval-len 64", ["--eval-len 64", "--train-len 256", "give --eval-len 256"]),
         ("length-gen --train-len 0", ["train_len", "at least 1", "got 0"]),
         ("length-gen --documents 0", ["documents", "at least 1", "got 0"]),
+        ("length-gen --train-len 32 --batch-tokens 31", ["--batch-tokens 31", "--train-len 32", "--batch-tokens 32"]),
+        ("needle --train-len 4096 --batch-tokens 512 --dry-run", ["--batch-tokens 512", "--train-len 4096"]),
         ("length-gen --micro-batch-tokens 0", ["micro_batch_tokens", "at least 1", "got 0"]),
         ("length-gen --corpus-tokens -5", ["corpus_tokens", "at least 1", "got -5"]),
         ("length-gen --schedule cosin", ["'cosin'", "did you mean 'cosine'"]),
