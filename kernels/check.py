@@ -30,10 +30,15 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) ->
         raise InputError(f"k has {k.shape[2]} heads, which must divide the {q.shape[2]} heads of q")
     if q.shape[1] > k.shape[1]:
         raise InputError(f"q has {q.shape[1]} positions, more than the {k.shape[1]} of k, of which they are the last")
-    if q.shape[3] > MAX_HEAD_SIZE:
-        raise InputError(f"q has heads of size {q.shape[3]}; at most {MAX_HEAD_SIZE} is supported")
+    head_size(q.shape[3])
     if cu_seqlens is not None:
         _cu_seqlens(q, k, cu_seqlens)
+
+
+def head_size(size: int) -> None:
+    """Raise InputError for heads larger than any kernel takes."""
+    if size > MAX_HEAD_SIZE:
+        raise InputError(f"heads have a size, width / heads or head_dim, of at most {MAX_HEAD_SIZE}; it is {size}")
 
 
 def bounds(q: Tensor, cu_seqlens: Tensor | None, last: int, **named: Tensor | None) -> None:

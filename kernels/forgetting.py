@@ -106,6 +106,8 @@ class Mixer(nn.Module):
 
     def __init__(self, options: Options, *, heads: int, kv_heads: int, head_dim: int, width: int, scale: float) -> None:
         super().__init__()
+        if options.rotary:
+            rope.check_size(head_dim)
         self.scale = scale
         self.options = options
         # the model initialises the weights of linear layers

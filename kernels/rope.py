@@ -152,6 +152,14 @@ def _yarn_share(head_dim: int, options: Options, device: torch.device | None) ->
     return 1 - ((planes - low) / (high - low if high != low else 0.001)).clamp(0, 1)
 
 
+def check_size(size: int) -> None:
+    """Raise InputError unless heads of this size can be rotated."""
+    if size % 2:
+        raise InputError(
+            f"RoPE rotates pairs of dimensions and needs heads of an even size; width / heads, or head_dim, is {size}"
+        )
+
+
 def attention_factor(options: Options) -> float:
     """Return the factor of queries and keys."""
     return 1 + 0.1 * math.log(options.factor) if options.scaling == "yarn" else 1.0
@@ -192,8 +200,7 @@ def rotated(
     starts: int32 (B,), the slot of position 0 in each row of a cache; k begins at slot `past`.
     """
     t, s, size = q.shape[1], k.shape[1], q.shape[3]
-    if size % 2:
-        raise InputError(f"q has heads of size {size}; RoPE rotates pairs of dimensions and needs an even size")
+    check_size(size)
     positions = torch.arange(s, device=q.device)
     length = torch.full((1,), s, device=q.device)
     if cu_seqlens is not None:
@@ -241,6 +248,7 @@ class Mixer(nn.Module):
 
     def __init__(self, options: Options, *, heads: int, kv_heads: int, head_dim: int, width: int, scale: float) -> None:
         super().__init__()
+        check_size(head_dim)
         self.scale = scale
         self.options = options
         # of the row with its padding: see sbeval.evaluation.perplexity.Predictor

@@ -13,7 +13,7 @@ from sbeval.errors import InputError
 from sbeval.plots import chart as charts
 from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
-from sbeval.tables import intervals
+from sbeval.tables import curves, intervals
 from sbeval.tables.rows import Method
 from sbeval.tables.selection import RECIPE
 from sbeval.tables.statistics import Scale
@@ -48,7 +48,7 @@ class View:
         return self.title if self.distance is None else self.title.format(int(rows["distance"].iloc[0]))
 
     def rows(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Return the rows to draw, with their `x`."""
+        """Return the rows to draw, with their `x`: tokens seen are those of all seeds (`curves.at_same_tokens`)."""
         mine = table[(table["metric"] == self.metric) & (table["heads"] == self.heads) & table["layer"].isna()]
         if self.by_distance:
             mine = mine[
@@ -59,7 +59,7 @@ class View:
             mine = mine[mine["distance"] == mine["distance"].where(mine["distance"] <= self.distance).max()]
         # a model whose training is not known has no place on this axis
         mine = mine[mine["tokens_seen"] > 0]
-        return mine.assign(x=mine["tokens_seen"] / 1e6)
+        return curves.at_same_tokens(mine.assign(x=mine["tokens_seen"] / 1e6))
 
 
 OVER_TRAINING = (

@@ -7,7 +7,6 @@ branches of a training with schedule wsd the longest is, and those as long as an
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -120,27 +119,10 @@ def _settings(rows: pd.DataFrame) -> list[tuple[str, dict[str, pd.DataFrame]]]:
     settings = style.panels(rows, LENGTH_GEN.always, [name for name in OTHERS if name in rows])
     found = []
     for title, measured in settings:
-        of = _at_same_tokens(measured)
+        of = curves.at_same_tokens(measured)
         less = intervals.gaps(of, ["x"], ROPE)
         found.append((title, {LOSS: intervals.points(of, ["x"])} | ({} if less.empty else {GAP: less})))
     return found
-
-
-def _at_same_tokens(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return each seed's losses at all tokens at which another was measured too, between its own linear in their
-    logarithm, as losses nearly are.
-
-    A method's line is where it has all of its seeds: their means at other steps each would be those of other seeds.
-    """
-    tokens, found = np.unique(rows["x"]), []
-    for _, method in rows.groupby(["attention", "options"], sort=False):
-        seeds = [(of.iloc[:1], of.groupby("x")["value"].mean()) for _, of in method.groupby("seed")]
-        first, last = (max(loss.index[0] for _, loss in seeds), min(loss.index[-1] for _, loss in seeds))
-        x = tokens[(tokens >= first) & (tokens <= last)]
-        for of, loss in seeds if len(x) else ():
-            values = np.interp(np.log(x), np.log(loss.index), loss)
-            found.append(pd.concat([of] * len(x), ignore_index=True).assign(x=x, value=values))
-    return pd.concat(found, ignore_index=True)
 
 
 def _lines(axis: Axes, points: pd.DataFrame, looks: dict[Method, legend.Look]) -> None:

@@ -3,7 +3,8 @@
 import math
 import re
 import textwrap
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -21,6 +22,8 @@ from sbeval.tables.statistics import Scale
 
 # titles name what the rows of a panel share; a column without a label appears as "name value"
 LABELS = labels(Identity, Provenance, mqrar.Row, needle.Row)
+# columns of numbers that titles write as `sizes` does
+COUNTS = ("train_tokens", "finetune_tokens")
 TEXT_PT, SMALL_PT = 8, 7
 WIDTH_IN, ROW_IN = 7.2, 2.3
 # lines of a legend for which `grid` leaves room, and the height of a further one
@@ -63,7 +66,8 @@ def panels(
         apart = len(table[named_columns].drop_duplicates())
         if name in split and name not in named_columns and len(table[[*named_columns, name]].drop_duplicates()) > apart:
             named_columns.append(name)
-    return [(_title(rows, named_columns), rows) for rows in groups]
+    written = {name: sizes(table[name].unique()) for name in COUNTS if name in named_columns}
+    return [(_title(rows, named_columns, written), rows) for rows in groups]
 
 
 def pairs(rows: int, *, share_y: bool = False) -> tuple[Figure, list[tuple[Axes, Axes]]]:
@@ -261,10 +265,27 @@ def inside(text: str) -> str:
     return text[:1].lower() + text[1:]
 
 
-def _title(rows: pd.DataFrame, names: Sequence[str]) -> str:
+def sizes(values: Iterable[float]) -> dict[float, str]:
+    """Write numbers from a million on with three digits, such as 240 M, and in full those that would look the same."""
+    short = {value: _size(value) for value in values}
+    common = Counter(short.values())
+    return {value: f"{value:,.0f}" if common[text] > 1 else text for value, text in short.items()}
+
+
+def _size(value: float) -> str:
+    rounded = float(f"{value:.3g}")
+    for unit, letter in ((1e9, "B"), (1e6, "M")):
+        if rounded >= unit:
+            return f"{rounded / unit:.3g} {letter}"
+    return f"{value:,.0f}"
+
+
+def _title(rows: pd.DataFrame, names: Sequence[str], written: Mapping[str, Mapping[float, str]]) -> str:
+    """Name what rows share. written: the words for the values of some columns."""
     single = {name: rows[name].iloc[0] for name in names if rows[name].nunique() == 1 and str(rows[name].iloc[0])}
     words = ", ".join(
-        LABELS.get(name, f"{name.replace('_', ' ')} {{}}").format(value) for name, value in single.items()
+        LABELS.get(name, f"{name.replace('_', ' ')} {{}}").format(written.get(name, {}).get(value, value))
+        for name, value in single.items()
     )
     words = re.sub(r"\b1 (head|layer)s", r"1 \1", words)
     return words[:1].upper() + words[1:]

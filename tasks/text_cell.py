@@ -197,7 +197,11 @@ class TextCell(TextStep, Cell):
         """Return the columns on how the model was trained; none for a given one."""
         from sbeval.tables.selection import RECIPE
 
-        return {name: getattr(self.config, name) for name in RECIPE} if self.config.trains else {}
+        if not self.config.trains:
+            return {}
+        step = self.training()
+        # a step is of whole sequences
+        return {name: getattr(self.config, name) for name in RECIPE} | {"batch_tokens": step.batch * step.length}
 
     def _trained_here(self, text: "Corpus", context: "RunContext", progress: "Progress") -> Subject:
         _, trained = self.training_step.run(text, context, progress, log_name=cell_id(self))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import platformdirs
 
 from sbeval.config import LATER
+from sbeval.errors import InputError
 from sbeval.models.config import (
     ModelConfig,
     canonical_attention,
@@ -44,7 +45,7 @@ DECAY = 1 / 6
 def models(config: Kind) -> list[Kind]:
     """Return a config for each method with each seed, or for the given checkpoint.
 
-    Raise InputError for an unknown method or option.
+    Raise InputError for an unknown method or option, and for steps that are shorter than a sequence.
     """
     from sbeval.pretrained import load
 
@@ -52,6 +53,12 @@ def models(config: Kind) -> list[Kind]:
         spec = load.located(config.checkpoint)
         own = config.tokenizer if load.is_own(spec) else spec
         return [dataclasses.replace(config, checkpoint=spec, attention=("",), seeds=(0,), tokenizer=own)]
+    # not a check of the config: fine-tuning has one with steps of its own
+    if config.batch_tokens < config.train_len:
+        raise InputError(
+            f"--batch-tokens {config.batch_tokens} is less than a sequence of --train-len {config.train_len}; give "
+            f"--batch-tokens {config.train_len} or more"
+        )
     methods = dict.fromkeys(canonical_attention(spec) for spec in config.attention)
     return [
         dataclasses.replace(branch, attention=(spec,), seeds=(seed,))

@@ -59,7 +59,9 @@ ROLES: tuple[Role, ...] = ("train", "valid", "test")
 HUB_TOKENS: Mapping[Role, int] = {"test": 1 << 22, "valid": 1 << 18}
 # one in VALID documents is drawn for valid
 VALID = 32
-PACKED = (".gz", ".bz2", ".xz", ".zst")
+# suffixes of packed files, and how many times smaller each makes books in JSON lines at its default level. What .gz and
+# .zst state may be that of a part of the file; the index of .xz takes more code to read than an estimate is worth
+PACKED = {".gz": 2.7, ".bz2": 3.6, ".xz": 3.5, ".zst": 2.4}
 TABLES = (".jsonl", ".json", ".parquet")
 
 
@@ -68,6 +70,13 @@ class Document(NamedTuple):
 
     name: str
     text: str
+
+
+class Size(NamedTuple):
+    """Bytes of text to train on, and of the other splits."""
+
+    train: int
+    held_out: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,19 +117,47 @@ def source(spec: str, field: str) -> Source:
         return _files(path, field)
 
 
-def size(spec: str) -> int | None:
-    """Return the bytes of the files that a specification names, without reading them; None for a dataset of the hub."""
+def size(spec: str) -> Size | None:
+    """Estimate how much text a specification names, without reading or unpacking it; None for a dataset of the hub."""
     if spec.startswith("hf:"):
         return None
+    shares: list[tuple[Path, float]] = []
     if spec == "python":
-        return sum(file.path.stat().st_size for file in python_source.installed()[1])
-    folder, names = python_source.stdlib_folder(), []
-    if spec == "stdlib":
-        names = python_source.stdlib_files(folder)
-    elif os.path.exists(path := Path(spec)):
-        folder = path if path.is_dir() else path.parent
-        names = _chosen(path, folder)[0]
-    return sum((folder / name).stat().st_size for name in names) or None
+        shares = [(file.path, float(file.role == "train")) for file in python_source.installed()[1]]
+    elif spec == "stdlib":
+        folder = python_source.stdlib_folder()
+        files = python_source.stdlib_files(folder)
+        shares = [(folder / name, float(_stdlib_role(name) == "train")) for name in files]
+    elif os.path.exists(spec):
+        shares = _shares(Path(spec))
+    sizes = [(_text_size(path), share) for path, share in shares]
+    total, train = sum(size for size, _ in sizes), sum(size * share for size, share in sizes)
+    return Size(round(train), round(total - train)) if total else None
+
+
+def _shares(path: Path) -> list[tuple[Path, float]]:
+    """Return the files of a path, each with about what share of its text is to train on."""
+    folder = path if path.is_dir() else path.parent
+    chosen, splits = _chosen(path, folder)
+    named: Collection[Role] = splits or ()
+    train = splits["train"] if splits else chosen
+    if any(_kind(name) in TABLES for name in train):
+        share = (1.0 if "test" in named else 0.9) * (1.0 if "valid" in named else 1 - 1 / VALID)
+        shares = dict.fromkeys(train, share)
+    else:
+        # a file is a document, whose name says its split
+        drawn = {document.name for document in _drawn((Document(spelled(name), "") for name in train), "train", named)}
+        shares = {name: float(spelled(name) in drawn) for name in train}
+    return [(folder / name, shares.get(name, 0.0)) for name in chosen]
+
+
+def _text_size(path: Path) -> float:
+    """Return about how many bytes a file has unpacked; of parquet with all its columns."""
+    if path.suffix.lower() != ".parquet":
+        return path.stat().st_size * PACKED.get(path.suffix.lower(), 1.0)
+    with reading(path, pa.ArrowException):
+        metadata = pq.read_metadata(path)
+    return float(sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)))
 
 
 def _stdlib(folder: Path) -> Source:
@@ -128,12 +165,16 @@ def _stdlib(folder: Path) -> Source:
 
     def documents(role: Role) -> Iterator[Document]:
         for name in files:
-            number = _number(name)
-            if role == ("test" if number % 8 == 0 else "valid" if number % VALID == 1 else "train"):
+            if role == _stdlib_role(name):
                 yield Document(name, python_source.read(folder / name))
 
     parts = [sha256(folder / name) for name in files]
     return Source(name="stdlib", digest=digest(*files, *parts), documents=lambda role: _with_text(documents(role)))
+
+
+def _stdlib_role(name: str) -> Role:
+    number = _number(name)
+    return "test" if number % 8 == 0 else "valid" if number % VALID == 1 else "train"
 
 
 def _python() -> Source:

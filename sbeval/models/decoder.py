@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sbeval import registry
 from sbeval.config import IGNORE as IGNORE
 from sbeval.errors import InputError
+from sbeval.kernels import check
 from sbeval.models.config import ModelConfig, parse_attention
 from sbeval.models.kv_cache import Cache, Layer
 
@@ -58,6 +59,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.dim = config.heads, config.n_kv_heads, config.d_head
         self.dropout = config.dropout
+        check.head_size(self.dim)
         name, options = parse_attention(config.attention)
         self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.dim, bias=config.qkv_bias)
         self.out = nn.Linear(self.heads * self.dim, config.width, bias=config.out_bias)

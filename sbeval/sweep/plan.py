@@ -135,7 +135,7 @@ def _text(models: Sequence[TextModel]) -> float | None:
     """Return the bytes that the tokens of all corpora take in the cache; None if the size of one is unknown."""
     total = 0.0
     for corpus, tokenizer, limit in {(one.corpus, one.tokenizer, one.corpus_tokens) for one in models}:
-        tokens = likely_tokens(corpus, tokenizer, limit)
+        tokens = likely_tokens(corpus, tokenizer, limit, with_held_out=True)
         if tokens is None:
             return None
         total += tokens * (2 if likely_vocabulary(tokenizer) <= 1 << 16 else 4)

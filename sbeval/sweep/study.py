@@ -16,9 +16,10 @@ from rich.console import Console
 
 from sbeval import registry
 from sbeval.errors import InputError
+from sbeval.models import decoder
 from sbeval.report.figures import draw_figures
 from sbeval.runtime.console import say
-from sbeval.sweep import finished, scheduler
+from sbeval.sweep import finished, graph, scheduler
 from sbeval.sweep.cell import Cell, cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
@@ -35,8 +36,14 @@ MAX_CELLS = 10_000
 
 
 def cells(part: Part) -> list[Cell]:
-    """Return the first cells of a part, which depend on no results; InputError where they would be too many."""
-    return list(dict.fromkeys(cell for config in part.configs for cell in _cells(part, config)))
+    """Return the first cells of a part, which depend on no results; InputError where they would be too many, or have a
+    model that cannot be."""
+    found = list(dict.fromkeys(cell for config in part.configs for cell in _cells(part, config)))
+    for shape in {step.leaves: None for step in graph.steps(found)}:
+        if shape is not None:
+            # builds it without memory: a method may not take such heads, which would end its cell after hours of others
+            decoder.n_parameters(shape)
+    return found
 
 
 def _cells(part: Part, config: Any) -> list[Cell]:

@@ -14,8 +14,8 @@ from sbeval.tables.statistics import Interval, Joint, Sample, Scale
 
 # seeds are drawn one by one up to this number
 FEW = 3
-# metrics that are shares of units
-SHARES = ("accuracy", "validation_accuracy", "error_rate", "score", "greedy", "filled")
+# metrics that are shares of units, whose values vary by Scale.SHARE; `rows.SHARES` are all shares of a whole
+SHARES_OF_UNITS = ("accuracy", "validation_accuracy", "error_rate", "score", "greedy", "filled")
 # the values of the columns of a group
 Key = tuple[Any, ...]
 # columns of `points`; `each`: the values of the seeds
@@ -26,7 +26,7 @@ def scale_of(metric: str) -> Scale:
     """Return how the values of a metric vary. Scores of benchmarks are far from 0 and 1, and are pooled."""
     if metric.endswith("perplexity"):
         return Scale.LOG
-    return Scale.SHARE if metric in SHARES else Scale.LINEAR
+    return Scale.SHARE if metric in SHARES_OF_UNITS else Scale.LINEAR
 
 
 def method(rows: pd.DataFrame, of: Method) -> pd.DataFrame:

@@ -35,7 +35,7 @@ class Row(Measurement):
     length: int
     depth_start: int | None = None
     depth_end: int | None = None
-    finetune_tokens: int = column("{:,.0f} tokens of fine-tuning", default=0)
+    finetune_tokens: int = column("{} tokens of fine-tuning", default=0)
     finetune_recipe: str = column("fine-tuned by the recipe {}", LATER, default="")
     finetune_lr: float | None = field(default=None, metadata=LATER)
     chosen: int | None = field(default=None, metadata=LATER)

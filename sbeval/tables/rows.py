@@ -94,7 +94,7 @@ class Provenance:
     preset: str = column("preset {}")
     corpus: str = column("{}")
     tokenizer: str = column("{} tokenizer")
-    train_tokens: int = column("{:,} training tokens")
+    train_tokens: int = column("{} training tokens")
     unique_tokens: int | None = field(default=None, metadata=LATER)
     epochs: float | None = field(default=None, metadata=LATER)
     dtype: str = column("{}")

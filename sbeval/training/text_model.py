@@ -154,15 +154,15 @@ def likely_vocabulary(tokenizer: str) -> int:
 
 
 @functools.lru_cache
-def likely_tokens(corpus: str, tokenizer: str, corpus_tokens: int | None) -> int | None:
-    """Return an estimate of the tokens of a text from the size of its files; None for a dataset of the hub.
+def likely_tokens(corpus: str, tokenizer: str, corpus_tokens: int | None, *, with_held_out: bool = False) -> int | None:
+    """Return an estimate of the training tokens of a text from the size of its files; None for a dataset of the hub.
 
-    corpus_tokens: the training tokens to keep, if not all.
+    corpus_tokens: the training tokens to keep, if not all. with_held_out: with those of the other splits.
     """
     from sbeval.data import sources
 
     size = sources.size(corpus)
     if size is None:
         return corpus_tokens
-    tokens = size // (1 if tokenizer == "bytes" else TOKEN_BYTES)
-    return min(tokens, corpus_tokens or tokens)
+    train, held_out = (part // (1 if tokenizer == "bytes" else TOKEN_BYTES) for part in size)
+    return min(train, corpus_tokens or train) + (held_out if with_held_out else 0)

@@ -34,7 +34,7 @@ def test_good_inputs_pass() -> None:
         (ones(2, 3, 4, 16), ones(2, 5, 2, 8), ones(2, 5, 2, 8), "k must have the batch and head size"),
         (ones(2, 3, 4, 16), ones(2, 5, 3, 16), ones(2, 5, 3, 16), "k has 3 heads"),
         (ones(2, 6, 4, 16), ones(2, 5, 2, 16), ones(2, 5, 2, 16), "q has 6 positions"),
-        (ones(2, 3, 4, 257), ones(2, 5, 2, 257), ones(2, 5, 2, 257), "q has heads of size 257"),
+        (ones(2, 3, 4, 257), ones(2, 5, 2, 257), ones(2, 5, 2, 257), "at most 256; it is 257"),
     ],
 )
 def test_bad_tensors_are_named(q: Tensor, k: Tensor, v: Tensor, message: str) -> None:

@@ -101,7 +101,7 @@ def test_mixer_takes_theta() -> None:
 
 def test_odd_heads_and_bad_theta_are_refused() -> None:
     x = torch.ones(1, 3, 2, 15)
-    with pytest.raises(InputError, match="q has heads of size 15"):
+    with pytest.raises(InputError, match="even size; .* is 15"):
         rope.attention(x, x, x)
     with pytest.raises(InputError, match=r"theta must be positive and finite; it is -1\.0"):
         rope.Options(theta=-1.0)

@@ -81,6 +81,21 @@ def test_a_shorter_distance_is_named() -> None:
     assert points(panel(figure, "copy of 64 random tokens"), "RoPE") == [(1, 1.564), (4, 4.564)]
 
 
+def test_a_line_is_of_the_same_seeds_throughout() -> None:
+    rows = table()
+    late = rows[rows["tokens_seen"] == 4_000_000]
+    rows = pd.concat([rows, late.assign(tokens_seen=16_000_000, value=late["value"] + 10)])
+    # of RoPE one seed was not measured after 4 M tokens, and the other also after 64 M
+    mine, step = rows["attention"] == "rope", rows["tokens_seen"]
+    last = rows[mine & (rows["seed"] == 0) & (step == 16_000_000)].assign(tokens_seen=64_000_000)
+    rows = pd.concat([rows[~(mine & (rows["seed"] == 1) & (step == 4_000_000))], last])
+    found = points(panel(diagnostics.draw(rows), "copy of 256 random tokens"), "RoPE")
+    # half of the way by the logarithm of tokens
+    assert found == [(1, 1.756), (4, round(((4.256) + (2.256 + 15.256) / 2) / 2, 6)), (16, 14.756)]
+    page = diagnostics.chart(rows).groups[0].panels[0].rows()
+    assert page[page["method"] == "RoPE"][diagnostics.SEEN].tolist() == [1, 4, 16]
+
+
 def test_a_model_of_unknown_training_is_drawn_by_distance_alone() -> None:
     figure = diagnostics.draw(table().assign(tokens_seen=0))
     assert points(panel(figure, "copy of 64 tokens of text"), "RoPE") == [(128, 0.128), (4096, 4.096)]

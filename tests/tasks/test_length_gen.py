@@ -356,7 +356,9 @@ def test_options_of_a_method_are_trained(
 
 def test_rates_are_told_apart(config: Config, tmp_path: Path) -> None:
     context = RunContext(results_dir=tmp_path / "results", device=torch.device("cpu"))
-    grid = [cell for lr in (1e-3, 0.5) for cell in cells(dataclasses.replace(config, lr=lr))]
+    # a step of 19 tokens has two whole sequences
+    of_step = dataclasses.replace(config, batch_tokens=19)
+    grid = [cell for lr in (1e-3, 0.5) for cell in cells(dataclasses.replace(of_step, lr=lr))]
     assert scheduler.run(grid, context, preset="quick", console=Console(file=io.StringIO()))
     table = read(tmp_path / "results" / "length_gen.csv")
     assert set(zip(table["lr"], table["optimizer"], table["batch_tokens"], strict=True)) == {

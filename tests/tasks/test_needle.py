@@ -76,7 +76,7 @@ def test_every_model_is_asked_every_task_of_which_the_files_are_there(config: Co
 
 
 def test_a_length_that_does_not_fit_is_said_before_training(config: Config, tmp_path: Path) -> None:
-    for change in ({"tasks": ("cwe",)}, {"finetune": 9, "train_len": 256, "eval_len": 256}):
+    for change in ({"tasks": ("cwe",)}, {"finetune": 9, "train_len": 256, "eval_len": 256, "batch_tokens": 256}):
         with pytest.raises(InputError, match="does not fit"):
             run(dataclasses.replace(config, **change), tmp_path / "results")
     assert not list((tmp_path / "results" / "checkpoints").iterdir())

@@ -20,7 +20,7 @@ from sbeval.training.checkpoint import State
         ({"micro_batch_tokens": 8}, 2, 6, 1),
         ({"micro_batch_tokens": 4}, 2, 6, 1),
         ({"micro_batch_tokens": 4096}, 2, 6, 2),
-        ({"batch_tokens": 4}, 1, 12, None),
+        ({"batch_tokens": 9}, 1, 12, None),
         ({"train_tokens": 1}, 2, 1, None),
         ({"train_tokens": 95}, 2, 5, None),
     ],
@@ -57,7 +57,13 @@ def test_a_model_is_of_one_method_and_seed_or_of_a_checkpoint() -> None:
         (("rope",), (0,)),
         (("nope",), (0,)),
     ]
-    (given,) = text_training.models(dataclasses.replace(config, checkpoint="some/model", tokenizer="bytes"))
+    # a given model may be of any length
+    longer = dataclasses.replace(config, eval_len=4096, train_len=4096)
+    with pytest.raises(
+        InputError, match="--batch-tokens 2048 is less than .* --train-len 4096; give --batch-tokens 4096"
+    ):
+        text_training.models(longer)
+    (given,) = text_training.models(dataclasses.replace(longer, checkpoint="some/model", tokenizer="bytes"))
     assert (given.attention, given.seeds, given.tokenizer) == (("",), (0,), "some/model")
     with pytest.raises(InputError, match="unknown attention 'ropes'"):
         text_training.models(Config(attention=("ropes",)))

@@ -112,6 +112,55 @@ def test_every_format_in_every_compression(suffix: str, pack: Callable[[bytes], 
     assert both(read(plain)) == sorted(TEXTS)
 
 
+# a packed file counts as the text in it, about
+
+
+@pytest.mark.parametrize(
+    ("suffix", "pack"),
+    [("", bytes), (".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", zstd)],
+)
+def test_the_size_of_packed_text_is_about_that_of_the_text(
+    suffix: str, pack: Callable[[bytes], bytes], folder: Path
+) -> None:
+    text = lzma.decompress((Path(sources.__file__).parents[1] / "walden.txt.xz").read_bytes())
+    for name in ("train.txt", "test.txt"):
+        (folder / f"{name}{suffix}").write_bytes(pack(text))
+    found = sources.size(str(folder))
+    assert found == pytest.approx((len(text), len(text)), rel=0.15 if suffix else 0)
+
+
+def test_the_size_of_parquet_is_that_of_its_values(folder: Path) -> None:
+    texts = [f"{index} " * 1000 for index in range(40)]
+    pq.write_table(pa.table({"text": texts}), folder / "train.parquet", compression="zstd", row_group_size=20)
+    found = sources.size(str(folder))
+    assert found is not None and sum(found) == pytest.approx(sum(map(len, texts)), rel=0.15)
+    (folder / "train.parquet").write_bytes(b"PAR1 or not")
+    with pytest.raises(InputError, match=r"cannot read .*train\.parquet"):
+        sources.size(str(folder))
+
+
+def test_the_size_of_a_text_is_by_split(folder: Path) -> None:
+    assert sources.size(str(folder)) is None
+    for name, letters in (("train_a", 600), ("train_b", 60), ("valid", 20), ("test", 10)):
+        (folder / f"{name}.jsonl").write_text("a" * letters)
+    assert sources.size(str(folder)) == (660, 30)
+    assert sources.size(str(folder / "train_a.jsonl")) == (600, 30)
+    (folder / "valid.jsonl").unlink()
+    # without files of it a split is drawn from train
+    assert sources.size(str(folder)) == (round(660 * 31 / 32), 10 + 660 - round(660 * 31 / 32))
+    assert sources.size(str(folder / "test.jsonl")) == (round(10 * 0.9 * 31 / 32), 1)
+
+
+@pytest.mark.parametrize("corpus", ["stdlib", "texts"])
+def test_the_size_of_files_that_are_documents_is_exact(corpus: str, folder: Path) -> None:
+    for index, text in enumerate(TEXTS):
+        (folder / f"{index}.txt").write_text(text)
+    spec = str(folder) if corpus == "texts" else corpus
+    found = read(spec)
+    sizes = [sum(len(text.encode()) for text in texts(part)) for part in (found.train, found.valid + found.test)]
+    assert sources.size(spec) == tuple(sizes)
+
+
 def test_folders_are_read_recursively_without_hidden_files(folder: Path) -> None:
     for name in ("a.txt", "b/c.rst", "b/d/e", ".git/f.txt", "b/.g.txt", "b/blank.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

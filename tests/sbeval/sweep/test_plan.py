@@ -65,8 +65,8 @@ def test_a_plan_adds_up(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert line.hours == pytest.approx((line.flops / 0.5e9 / 3600, line.flops / 0.25e9 / 3600))
     # bytes are kept in two each
     files = sum(path.stat().st_size for path in (study.parent / "texts").iterdir())
-    assert lines["text"].disk == 2 * files == 2 * (sources.size(str(study.parent / "texts")) or 0)
-    monkeypatch.setattr(plan, "likely_tokens", lambda *_: None)
+    assert lines["text"].disk == 2 * files == 2 * sum(sources.size(str(study.parent / "texts")) or ())
+    monkeypatch.setattr(plan, "likely_tokens", lambda *_, **__: None)
     assert {line.name: line for line in plan.lines(parts, context)}["text"].disk is None
     assert "unknown" in plan._words(plan._all(plan.lines(parts, context)))
 

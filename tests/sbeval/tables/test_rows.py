@@ -27,7 +27,7 @@ def test_a_column_is_a_field_with_a_label() -> None:
 
 def test_labels_take_one_value() -> None:
     every = labels(Identity, Provenance, mqrar.Row)
-    assert every["layers"].format(2) == "2 layers" and every["train_tokens"].format(4096) == "4,096 training tokens"
+    assert every["layers"].format(2) == "2 layers" and every["train_tokens"].format("4 M") == "4 M training tokens"
     for label in every.values():
         assert label.count("{") == label.count("}") == 1, label
 

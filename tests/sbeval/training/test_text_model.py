@@ -69,3 +69,10 @@ def test_the_tokens_of_a_text_are_estimated_without_reading_it(tmp_path: Path) -
     assert [likely_tokens(str(tmp_path), name, None) for name in ("bytes", "bpe:8192")] == [600, 200]
     assert [likely_tokens(str(tmp_path), "bytes", most) for most in (500, 700)] == [500, 600]
     assert [likely_tokens("hf:some/text", "bytes", most) for most in (500, None)] == [500, None]
+
+
+def test_training_tokens_are_without_those_of_other_splits(tmp_path: Path) -> None:
+    for name, letters in (("train", 600), ("valid", 60), ("test", 30)):
+        (tmp_path / f"{name}.txt").write_text("a" * letters)
+    assert [likely_tokens(str(tmp_path), "bytes", most) for most in (None, 500)] == [600, 500]
+    assert [likely_tokens(str(tmp_path), "bytes", most, with_held_out=True) for most in (None, 500)] == [690, 590]
