@@ -18,7 +18,7 @@ from sbeval.plots.legend import Look
 from sbeval.tables import epochs, intervals, mqrar, needle
 from sbeval.tables.intervals import FEW
 from sbeval.tables.rows import Identity, Method, Provenance, labels
-from sbeval.tables.statistics import Scale
+from sbeval.tables.statistics import Scale, size
 
 # titles name what the rows of a panel share; a column without a label appears as "name value"
 LABELS = labels(Identity, Provenance, mqrar.Row, needle.Row)
@@ -266,18 +266,10 @@ def inside(text: str) -> str:
 
 
 def sizes(values: Iterable[float]) -> dict[float, str]:
-    """Write numbers from a million on with three digits, such as 240 M, and in full those that would look the same."""
-    short = {value: _size(value) for value in values}
+    """Write numbers short (`statistics.size`), and in full those that would look the same."""
+    short = {value: size(value) for value in values}
     common = Counter(short.values())
     return {value: f"{value:,.0f}" if common[text] > 1 else text for value, text in short.items()}
-
-
-def _size(value: float) -> str:
-    rounded = float(f"{value:.3g}")
-    for unit, letter in ((1e9, "B"), (1e6, "M")):
-        if rounded >= unit:
-            return f"{rounded / unit:.3g} {letter}"
-    return f"{value:,.0f}"
 
 
 def _title(rows: pd.DataFrame, names: Sequence[str], written: Mapping[str, Mapping[float, str]]) -> str:

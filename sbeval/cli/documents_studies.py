@@ -13,11 +13,10 @@ import pandas as pd
 
 from sbeval.plots import legend
 from sbeval.plots.rates import recipes
-from sbeval.report.maturity import size
 from sbeval.tables import curves, few_shot, intervals, markup, selection, tokens, values
 from sbeval.tables.results import Results
 from sbeval.tables.rows import ROPE, Method
-from sbeval.tables.statistics import Scale
+from sbeval.tables.statistics import Scale, size
 from sbeval.tables.table import read
 
 # heading of a table of perplexities

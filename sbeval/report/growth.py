@@ -9,9 +9,9 @@ import math
 import pandas as pd
 
 from sbeval.report.judge import NO, UNDECIDED, WITHOUT_REMAINDER, YES, Evidence, Judged, basis_of
-from sbeval.report.maturity import size
 from sbeval.tables import tokens
 from sbeval.tables.rows import STICK, Method
+from sbeval.tables.statistics import size
 
 # a fit is trusted up to so many times the most tokens
 FURTHER = 4

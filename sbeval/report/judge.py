@@ -22,11 +22,10 @@ import pandas as pd
 
 from sbeval.errors import InputError
 from sbeval.report import maturity
-from sbeval.report.maturity import size
 from sbeval.tables import epochs, intervals, pooling, statistics
 from sbeval.tables.documents import Values, nothing
 from sbeval.tables.rows import ROPE, STICK, Method, spec_of
-from sbeval.tables.statistics import Interval
+from sbeval.tables.statistics import Interval, size
 
 AGREES, DISAGREES, UNDECIDED = "agrees", "disagrees", "not decided"
 # answers to questions of this project's own

@@ -132,8 +132,3 @@ def short(rows: pd.DataFrame) -> float:
     """Return the training tokens a parameter if they are too few, else 0."""
     share = float(rows["train_tokens"].max()) / max(float(rows["params"].max()), 1.0)
     return share if share < ENOUGH else 0.0
-
-
-def size(params: float) -> str:
-    """Write a number of parameters or tokens with three digits."""
-    return f"{params / 1e9:.3g} B" if params >= 1e9 else f"{params / 1e6:.3g} M"

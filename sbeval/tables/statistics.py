@@ -287,6 +287,15 @@ def _drawn(units: int, draws: int) -> Floats:
     return np.random.default_rng(1).multinomial(units, np.full(units, 1 / units), size=draws).astype(np.float64)
 
 
+def size(count: float) -> str:
+    """Write a number of parameters or tokens from a million on with three digits, such as 240 M."""
+    rounded = float(f"{count:.3g}")
+    for unit, letter in ((1e9, "B"), (1e6, "M")):
+        if rounded >= unit:
+            return f"{rounded / unit:.3g} {letter}"
+    return f"{count:,.0f}"
+
+
 def p_words(p: float) -> str:
     """Return a p value with its sign, for a text: `= 0.023`, or `< 0.001` for all below."""
     return f"= {p:.2g}" if p >= 0.001 else "< 0.001"

@@ -27,6 +27,7 @@ from sbeval.tables.statistics import (
     ratio,
     share,
     shares_less,
+    size,
 )
 
 # draws of a simulation, and how far its coverage may be from 95 %
@@ -386,3 +387,11 @@ def test_p_values_of_a_bootstrap_have_the_tails_of_few_seeds() -> None:
     drawn = bootstrap(of, other, np.ones(16), (known, known))
     # 0.05 over 0.01, of two seeds each, by Student's t with two degrees of freedom
     assert drawn.freedom == 2 and drawn.above(0.0) == pytest.approx(0.0189, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(239_992_832, "240 M"), (25_178_112, "25.2 M"), (999_600_000, "1 B"), (1.5e10, "15 B"), (65_536, "65,536")],
+)
+def test_large_numbers_are_short(count: float, text: str) -> None:
+    assert size(count) == text
