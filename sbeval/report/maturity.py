@@ -50,7 +50,9 @@ class Canaries:
             faults.append(f"maturity unknown: {' and '.join(missing)} not trained in this setting")
         signs = []
         if self.window is not None and self.window.mean < 0:
-            signs.append(f"a sliding window is ahead of RoPE by {-self.window.mean:.3f} nats")
+            lead = f"{-self.window.mean:.3f}"
+            ahead = f"ahead of RoPE by {lead} nats" if float(lead) else "level with RoPE"
+            signs.append(f"a sliding window is {ahead}")
         if self.nope is not None and self.nope.mean > BEHIND:
             signs.append(f"NoPE is behind RoPE by {self.nope.mean:.2f} nats, more than {BEHIND:g}")
         return [*faults, *([f"too young to rank: {' and '.join(signs)}"] if signs else [])]

@@ -19,6 +19,7 @@ def faults(table: pd.DataFrame) -> str:
     [
         (13.4, 14.0, ""),
         (13.0, 14.0, "too young to rank: a sliding window is ahead of RoPE by 0.008 nats"),
+        (13.0999, 14.0, "too young to rank: a sliding window is level with RoPE"),
         (13.4, 15.0, "too young to rank: NoPE is behind RoPE by 0.14 nats, more than 0.1"),
         (13.0, 15.0, "a sliding window is ahead of RoPE by 0.008 nats and NoPE is behind RoPE by 0.14 nats"),
     ],
