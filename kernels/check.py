@@ -38,7 +38,9 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) ->
 def head_size(size: int) -> None:
     """Raise InputError for heads larger than any kernel takes."""
     if size > MAX_HEAD_SIZE:
-        raise InputError(f"heads have a size, width / heads or head_dim, of at most {MAX_HEAD_SIZE}; it is {size}")
+        raise InputError(
+            f"heads have a size, width / heads or head_dim, of at most {MAX_HEAD_SIZE}; it is {size}: give more heads"
+        )
 
 
 def bounds(q: Tensor, cu_seqlens: Tensor | None, last: int, **named: Tensor | None) -> None:

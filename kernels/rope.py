@@ -156,7 +156,8 @@ def check_size(size: int) -> None:
     """Raise InputError unless heads of this size can be rotated."""
     if size % 2:
         raise InputError(
-            f"RoPE rotates pairs of dimensions and needs heads of an even size; width / heads, or head_dim, is {size}"
+            f"RoPE rotates pairs of dimensions and needs heads of an even size; width / heads, or head_dim, is {size}: "
+            "give a width that is a multiple of twice the heads"
         )
 
 

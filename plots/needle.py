@@ -126,8 +126,8 @@ def _note(spreads: Iterable[pd.DataFrame], shape: str, parts: Sequence[list[Part
         some_did = any(done for part in short for done, _ in part.short.values())
         counted = ", and how many of their models did" if some_did else ""
         lines.append(
-            f"Strip below 0: methods that did not solve the task, with less than {100 * SOLVED:.0f} % right at the "
-            f"training length after fine-tuning{counted}; such models have no line."
+            f"Strip below 0: methods that did not solve the task ({100 * SOLVED:.0f} % right at the training length "
+            f"after fine-tuning){counted}; such models have no line."
         )
         if any(part.several for part in short):
             lines.append("A mean is hollow where not all of its tasks were solved.")

@@ -115,6 +115,13 @@ class Config(length_gen.Config):
         for name in ("finetune_batch_tokens", "finetune_prompts"):
             if (amount := getattr(self, name)) is not None and amount < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1; got {amount}")
+        step = self.finetune_batch_tokens
+        if self.finetune and self.finetune_recipe == "packed" and self.checkpoint is None and step is not None:
+            if step < self.train_len:
+                raise InputError(
+                    f"--finetune-batch-tokens {step} is less than a sequence of --train-len {self.train_len}; give "
+                    f"--finetune-batch-tokens {self.train_len} or more"
+                )
 
 
 # 4,578 steps, 1 to 3 minutes of a card at 25m; a method that solves the tasks ends earlier

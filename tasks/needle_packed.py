@@ -8,7 +8,7 @@
     end         when every task is solved, or after --finetune tokens
 
 A task is solved at the first validation that has greedy decoding right for 95 % of its held-out prompts, if those from
-there on have so in the mean and are two or more: one alone may have so by chance, and a model that goes on with other
+there on have so in the mean and are four or more: one alone may have so by chance, and a model that goes on with other
 tasks can lose one. The tokens until then are censored at the budget where a task is not solved. What the model gained
 from copying before fine-tuning (`sbeval.evaluation.diagnostics`) is measured too, to compare them with.
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 # held-out prompts of a task; validations in a training, at most, and the share of its cost that all may have, where a
 # forward pass is a third of a training step; validations that must find a task solved, at least
-HELD_OUT, VALIDATIONS, SHARE, AGREE = 64, 30, 0.1, 2
+HELD_OUT, VALIDATIONS, SHARE, AGREE = 64, 30, 0.1, 4
 # steps of the warm-up
 WARMUP = 50
 # tokens before a copy whose gain is measured, if the training length has room for both
@@ -224,8 +224,8 @@ class PackedTuning(Tuning):
 
 
 def solved_from(scores: Sequence[tuple[int, float]]) -> int | None:
-    """Return the step of the validation at which a task was solved, of (step, share of held-out prompts that are right)
-    in their order; None where it was not, or was lost again."""
+    """Return the step of the first validation that has SOLVED of the held-out prompts right, as those from there on
+    have in the mean, AGREE or more; None where there is none. scores: (step, share that is right), in their order."""
     shares = [share for _, share in scores]
     for place, (step, share) in enumerate(scores[: len(scores) - AGREE + 1]):
         later = shares[place:]

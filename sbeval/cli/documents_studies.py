@@ -157,6 +157,8 @@ def needles(table: pd.DataFrame, folder: Path) -> str:
 
     def cell(method: Method, task: str) -> str:
         of_task = intervals.method(scores[scores["task"] == task], method)
+        if of_task.empty:
+            return ""
         means = of_task.groupby("length")["value"].mean()
         text = ", ".join(f"{means[length]:.2f}" if length in means else "" for length in lengths)
         if not of_task["solved"].all():
@@ -183,7 +185,7 @@ def _labels(methods: Iterable[Method]) -> dict[Method, str]:
 
 BLOCKS = {
     "tokens": of_study("tokens", gaps, {"tokens": "Loss minus RoPE's by training tokens, with fits"}),
-    "tuning": of_study("tuning", best_rates, {"rates": "Loss by learning rate with AdamW and Muon"}),
+    "tuning": of_study("tuning", best_rates, {"rates": "Loss by learning rate"}),
     "study_125m": of_study("125m", contexts, LENGTHS),
     "study_8192": of_study("train-len-8192", contexts, LENGTHS),
     "plateau_causes": of_study("plateau-causes", recall_steps, {}, of="mqrar"),

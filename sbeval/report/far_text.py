@@ -48,7 +48,7 @@ def gains(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
     change = _change(method, rows, by_document(mine, evidence, **count))
     near, far = (int(rows["x"].min()), int(rows["x"].max()))
     found = (
-        f"Loss of the same tokens with {far} instead of {near} tokens of context: "
+        f"Change of the loss of the same tokens with {far} instead of {near} tokens of context: "
         f"{change.text('{:+.3f}'.format)} nats/token"
     )
     answers, over = [change], [f"change: {change.over('documents')}"]
@@ -126,7 +126,7 @@ def beyond_window(table: pd.DataFrame, rows: pd.DataFrame, evidence: Evidence) -
     own = in_pairs(each, targets, STICK, None, samples) or own
     beyond = in_pairs(each, targets, STICK, WINDOW, samples) or beyond
     text = (
-        f" Stick-breaking's loss of the same tokens from {ends[0]} to {ends[1]}: "
+        f" Change of stick-breaking's loss of the same tokens from {ends[0]} to {ends[1]}: "
         f"{own.text('{:+.3f}'.format)} nats/token, and {beyond.text('{:+.3f}'.format)} relative to a sliding window."
     )
     over = f"loss of the same tokens: {own.over('documents')}; relative to the window: {beyond.over('documents')}"

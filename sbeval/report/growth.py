@@ -33,7 +33,7 @@ def passes(method: Method, table: pd.DataFrame, evidence: Evidence) -> Judged:
     last = ladder.gaps[most]
     counts = {count for pair in ladder.seeds for count in pair}
     seeds = ladder.over(" seeds", size) if len(counts) > 1 else f"{min(counts)} seed{'s' * (counts != {1})}"
-    where = f"; where the fit is 0: {law.crosses(size)}" if law else ""
+    where = f"; training tokens where the fit is 0: {law.crosses(size)}" if law else ""
     found = (
         f"Loss minus RoPE's: {ladder.gaps[0].text()} nats/token after {size(ladder.tokens[0])} tokens, {last.text()} "
         f"after {size(ladder.tokens[most])}{where}."

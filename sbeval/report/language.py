@@ -155,12 +155,14 @@ def _level(rows: pd.DataFrame, of: Method) -> float:
 def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
     """Judge whether stick-breaking finds more needles past the training length, on tasks that both solve at it."""
     rows = selection.needle_scores(table)
-    rows = rows[(rows["metric"] == "score") & (rows["length"] > rows["train_len"])]
+    rows = rows[rows["metric"] == "score"]
     run = {name: mine for name, of in METHODS.items() if len(mine := intervals.method(rows, of))}
     if len(run) == 1:
         return _retrieval_of_one(*run.popitem())
-    rows = nearest(rows, selection.NEEDLE.columns)
+    rows = nearest(rows[rows["length"] > rows["train_len"]], selection.NEEDLE.columns)
     asked = _of_both(rows, "task")
+    if not asked:
+        raise InputError(f"{' and '.join(METHODS)} have no task in common")
     both = rows[rows["task"].isin(asked)]
     rows, unsolved = _solved_by_both(both)
     tasks = _of_both(rows, "task")
@@ -198,11 +200,22 @@ def retrieval(table: pd.DataFrame, evidence: Evidence) -> Judged:
 
 
 def _retrieval_of_one(name: str, rows: pd.DataFrame) -> Judged:
-    """Say what the only method with rows solves, each task by all of its models."""
+    """Say which of the tasks that it was fine-tuned on the only method with rows solves, by all of its models."""
     (other,) = METHODS.keys() - {name}
-    solved = rows.groupby("task")["solved"].all()
-    found = f"{name} solves {solved.sum()} of the {len(solved)} RULER tasks tried (of 13) at the training length"
-    return Judged(UNDECIDED, f"{found}; {other} was not tried.", basis_of(models(rows)), f"{other} was not tried")
+    reason = f"no rows of {other}"
+    taught = rows[rows["finetune_tokens"] > 0]
+    if "ended" in taught:
+        # of `packed`, a task that was not taught has none
+        taught = taught[(taught["finetune_recipe"] != "packed") | (taught["ended"].fillna("") != "")]
+    if taught.empty:
+        return Judged(UNDECIDED, reason=reason)
+    parts = [part for _, part in taught.groupby(list(selection.NEEDLE.columns), dropna=False)]
+    most = max(parts, key=lambda part: (part["params"].max(), part["train_tokens"].max(), len(part)))
+    solved = most.groupby("task")["solved"].all()
+    found = f"{name} solves {solved.sum()} of the {len(solved)} RULER tasks that it was fine-tuned on"
+    return Judged(
+        UNDECIDED, f"{found}, at the training length; no rows of {other} to compare.", basis_of(models(most)), reason
+    )
 
 
 def _of_both(rows: pd.DataFrame, name: str) -> set[Any]:

@@ -91,8 +91,12 @@ def _solved(cells: pd.DataFrame, name: str) -> tuple[str, str]:
 
 
 def _accuracy(mine: pd.DataFrame) -> str:
-    """Return the accuracy at the rate that needs the fewest steps, empty where no run has one."""
-    measured = mine[(mine["lr"] == selection.by_steps(mine)[0]) & mine["value"].notna()]
+    """Return the accuracy at the rate that needs the fewest steps, or where none solves at that with the highest; empty
+    where no run has one."""
+    rate = selection.by_steps(mine)[0]
+    if not mine["solved"].any() and mine["value"].notna().any():
+        rate = float(mine.groupby("lr")["value"].mean().sort_values().index[-1])
+    measured = mine[(mine["lr"] == rate) & mine["value"].notna()]
     found = intervals.intervals(intervals.samples(measured, Scale.SHARE), Scale.SHARE).values() if len(measured) else ()
     return "".join(accuracy.text("{:.3f}".format) for accuracy in found)
 

@@ -42,7 +42,11 @@ def cells(part: Part) -> list[Cell]:
     for shape in {step.leaves: None for step in graph.steps(found)}:
         if shape is not None:
             # builds it without memory: a method may not take such heads, which would end its cell after hours of others
-            decoder.n_parameters(shape)
+            try:
+                decoder.n_parameters(shape)
+            except InputError as error:
+                of = f"{shape.attention} of width {shape.width} with {shape.heads} heads"
+                raise InputError(f"{part.family}: {of}: {error}") from None
     return found
 
 

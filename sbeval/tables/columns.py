@@ -110,8 +110,9 @@ FACTORS: dict[str, dict[str, str]] = {
         "finetune_recipe": "Recipe of fine-tuning: `packed` or `answers`; empty without, and in older rows.",
         "finetune_lr": "Learning rate of fine-tuning by `packed`.",
         "chosen": "1 at the learning rate that validation chose, whose model all other rows are of; else 0.",
-        "ended": "`solved` if the task was, by held-out prompts of the training length, within finetune_tokens, and "
-        "not lost again; else `budget`, or `diverged`; empty where the model was not fine-tuned on it by `packed`.",
+        "ended": "`solved` if the task was, by held-out prompts of the training length, within finetune_tokens "
+        "(see `tokens_to_solve`); else `budget`, or `diverged`; empty where the model was not fine-tuned on it by "
+        "`packed`.",
         "copy_gain": "Nats per token that copying 512 random tokens saved before fine-tuning (half of train_len if "
         "less), as in diagnostics.",
         "status": _STATUS,
@@ -176,7 +177,7 @@ METRICS: dict[str, dict[str, str]] = {
         "log_probability": "Of the reference answer's tokens, summed, in nats.",
         "filled": "Tokens of prompt and answer over `length`.",
         "tokens_to_solve": "Tokens of fine-tuning until `greedy` was 0.95 on held-out prompts of the training length, "
-        "and stayed so; finetune_tokens where it did not (`ended` is `budget`).",
+        "as in the mean of the validations from there on; finetune_tokens where it was not (`ended` is `budget`).",
         "held_out": "`greedy` on those prompts at the last validation of fine-tuning.",
     },
     "diagnostics": {

@@ -44,13 +44,16 @@ def at_same_tokens(rows: pd.DataFrame) -> pd.DataFrame:
     """Return each seed's rows at all tokens, column `x`, at which another was measured too; between its own its value
     and standard error are linear in the logarithm of tokens, as losses nearly are.
 
-    A method's line is where it has all of its seeds: their means at other steps each would be those of other seeds.
+    A method's line is where it has all of its seeds: their means at other steps each would be those of other seeds. One
+    whose seeds share no range keeps its rows.
     """
     tokens, found = np.unique(rows["x"]), [rows[:0]]
     for _, method in rows.groupby(["attention", "options"], sort=False):
         seeds = [(of.iloc[:1], of.groupby("x")[["value", "stderr"]].mean()) for _, of in method.groupby("seed")]
         first, last = (max(own.index[0] for _, own in seeds), min(own.index[-1] for _, own in seeds))
         x = tokens[(tokens >= first) & (tokens <= last)]
+        if not len(x):
+            found.append(method)
         for of, own in seeds if len(x) else ():
             value, stderr = (np.interp(np.log(x), np.log(own.index), own[name]) for name in ("value", "stderr"))
             found.append(pd.concat([of] * len(x), ignore_index=True).assign(x=x, value=value, stderr=stderr))

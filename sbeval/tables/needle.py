@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 SOLVED = 0.95
 # below the table of the terminal
 LEGEND = (
-    "tokens to solve: of fine-tuning, until 95 % of held-out prompts of the training length were right and stayed so, "
-    "by seed; >: they did not, and scores at other lengths do not compare the method. lr: the rate that validation "
-    "chose."
+    "tokens to solve: of fine-tuning, until 95 % of held-out prompts of the training length were right, in the mean of "
+    "validations from there on too, by seed; >: they were not, and scores at other lengths do not compare the method. "
+    "lr: the rate that validation chose."
 )
 
 

@@ -160,7 +160,7 @@ def test_methods_that_did_not_solve_a_task_are_named_and_have_no_line() -> None:
     # panels of a row share an axis: the strip of the mean is seen although the tasks beside it have none
     some = needle.draw(pd.DataFrame(rows() + [row | {"ended": "budget"} for row in rows(task="fwe", value=0.1)]))
     assert panel(some, "mean").get_ylim()[0] < -0.1 and panel(some, "vt").get_ylim()[0] < -0.1
-    assert "with less than 95 % right" in figure.get_supxlabel().replace("\n", " ")
+    assert "(95 % right at the training length" in figure.get_supxlabel().replace("\n", " ")
     assert "and how many of their models did" in figure.get_supxlabel().replace("\n", " ")
     assert "A mean is hollow" in figure.get_supxlabel().replace("\n", " ")
     one = needle.draw(pd.DataFrame(rows(task="vt") + rows(task="vt", attention="nope", ended="budget", value=0.0)))

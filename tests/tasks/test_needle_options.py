@@ -48,6 +48,10 @@ def test_a_file_that_no_task_asks_for_is_said(
         ({"finetune_rest": -0.1}, "--finetune-rest must be at least 0"),
         ({"finetune_prompts": 0}, "--finetune-prompts must be at least 1; got 0"),
         ({"finetune_batch_tokens": 0}, "--finetune-batch-tokens must be at least 1; got 0"),
+        (
+            {"finetune": 9, "finetune_recipe": "packed", "finetune_batch_tokens": 7, "train_len": 8},
+            "--finetune-batch-tokens 7 is less than a sequence of --train-len 8; give --finetune-batch-tokens 8",
+        ),
     ],
 )
 def test_mistakes_are_errors(config: Config, change: dict[str, Any], said: str) -> None:

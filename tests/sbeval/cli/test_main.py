@@ -549,8 +549,11 @@ def test_compare_needs_no_torch(results: Path) -> None:
         ("mqrar --slot-power nan", ["slot_power", "-10 to 10", "got nan"]),
         ("mqrar --heads 0", ["heads", "at least 1", "got 0"]),
         ("mqrar --width 64 --heads 3", ["width 64", "3 heads"]),
-        ("mqrar --width 18 --heads 2", ["RoPE", "even size", "width / heads", "is 9"]),
-        ("mqrar --width 9 --attention alibi --attention sliding_window:window=8", ["even size", "is 9"]),
+        ("mqrar --width 18 --heads 2", ["rope of width 18 with 2 heads", "even size", "width / heads", "is 9"]),
+        (
+            "mqrar --width 9 --attention alibi --attention sliding_window:window=8",
+            ["mqrar: sliding_window:window=8", "even size", "is 9"],
+        ),
         ("mqrar --width 9 --attention alibi --attention forgetting:rotary=true", ["even size", "is 9"]),
         ("attention-map --width 9", ["even size", "is 9"]),
         ("flip-flop --width 9 --heads 1 --dry-run", ["even size", "is 9"]),

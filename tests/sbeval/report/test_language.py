@@ -275,10 +275,24 @@ def test_needles_are_compared_where_both_solved_the_task(frame: Tables, perplexi
     assert "is solved by either method" in language.retrieval(neither, canaries).found
     table = tuned(frame, {"rope vt": "budget"})
     alone = language.retrieval(table[table["attention"] == ROPE], canaries)
-    assert alone.verdict == UNDECIDED and alone.reason == "stick-breaking was not tried" and "parameters" in alone.basis
+    assert alone.verdict == UNDECIDED and alone.reason == "no rows of stick-breaking" and "parameters" in alone.basis
     assert alone.found == (
-        "RoPE solves 1 of the 2 RULER tasks tried (of 13) at the training length; stick-breaking was not tried."
+        "RoPE solves 1 of the 2 RULER tasks that it was fine-tuned on, at the training length; no rows of "
+        "stick-breaking to compare."
     )
+    # a task that it was not taught does not count, nor do models that were taught none
+    untaught = table["task"] == "cwe"
+    some = table.assign(ended=table["ended"].mask(untaught, ""))
+    assert "solves 0 of the 1 RULER tasks" in language.retrieval(some[some["attention"] == ROPE], canaries).found
+    none = table.assign(finetune_tokens=0)
+    assert language.retrieval(none[none["attention"] == ROPE], canaries).found == ""
+    # measured at the training length alone is measured
+    short = table[(table["attention"] == ROPE) | (table["length"] == table["train_len"])]
+    with pytest.raises(InputError, match="no setting has rows of both"):
+        language.retrieval(short, canaries)
+    apart = table[(table["attention"] == ROPE) == (table["task"] == "vt")]
+    with pytest.raises(InputError, match="no task in common"):
+        language.retrieval(apart, canaries)
     few = language.retrieval(tuned(frame, {}, seeds=2), canaries)
     assert few.verdict == UNDECIDED and "2 seeds of a method that was fine-tuned, fewer than 3" in few.reason
 

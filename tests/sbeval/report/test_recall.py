@@ -88,6 +88,12 @@ def test_a_failure_is_one_of_all_rates(frame: Tables) -> None:
     early = cells(frame, {(ROPE, 192): [0.4, 0.4], (STICK, 192): [0.4, 0.4]}, rate=3e-3, status="plateau")
     judged = recall.recall(pd.concat([low, early]), NONE)
     assert judged.verdict == UNDECIDED and judged.reason.endswith("RoPE with 192 pairs")
+    # of rates that solve nothing, the accuracy is that of the best
+    low = cells(frame, {(ROPE, 192): [0.2], (STICK, 192): [0.4]})
+    high = cells(frame, {(ROPE, 192): [0.6], (STICK, 192): [0.4]}, rate=3e-3)
+    assert "RoPE solves none; at 192 pairs, the most tried, its accuracy is 0.600" in (
+        recall.recall(pd.concat([low, high]), NONE).found
+    )
 
 
 def test_what_recall_lacks_is_said(frame: Tables) -> None:

@@ -54,7 +54,7 @@ def test_how_a_task_was_learned_is_by_seed_at_the_chosen_rates() -> None:
     assert cells(rows) == [["rope", "vt", "12.3 M", "0.001", "0.50 (0.50)"]]
     rows += [learned(1, 3e-3, 150e6, 1, "budget")]
     assert cells(rows) == [["rope", "vt", "12.3 M, > 150 M", "0.001, 0.003", "0.50 (0.50)"]]
-    assert ">: they did not" in str(needle.summary(pd.DataFrame(rows)).caption)
+    assert ">: they were not" in str(needle.summary(pd.DataFrame(rows)).caption)
 
 
 def test_published_results_have_a_table() -> None:
