@@ -21,7 +21,6 @@ WITHOUT = {
     "sbeval/evaluation/ruler_needles.py": "eight of the tasks: tests/sbeval/evaluation/test_ruler_tasks.py",
     "sbeval/pretrained/foreign.py": "read from models as released: tests/sbeval/pretrained/test_released.py",
     "sbeval/tables/columns.py": "words: tests/sbeval/cli/test_columns.py",
-    "sbeval/tables/curves.py": "stored with values: tests/sbeval/tables/test_values.py",
     "sbeval/tables/parquet.py": "stored with values: tests/sbeval/tables/test_values.py",
     "sbeval/tables/store.py": "stored with values: tests/sbeval/tables/test_values.py",
     "sbeval/training/stepper.py": "part of training: tests/sbeval/training/test_trainer.py",
