@@ -227,10 +227,10 @@ def solved_from(scores: Sequence[tuple[int, float]]) -> int | None:
     """Return the step of the first validation that has SOLVED of the held-out prompts right, as those from there on
     have in the mean, AGREE or more; None where there is none. scores: (step, share that is right), in their order."""
     shares = [share for _, share in scores]
-    for place, (step, share) in enumerate(scores[: len(scores) - AGREE + 1]):
+    for place in range(len(shares) - AGREE + 1):
         later = shares[place:]
-        if share >= SOLVED and sum(later) / len(later) >= SOLVED:
-            return step
+        if later[0] >= SOLVED and sum(later) / len(later) >= SOLVED:
+            return scores[place][0]
     return None
 
 
