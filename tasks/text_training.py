@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import platformdirs
 
 from sbeval.config import LATER
-from sbeval.errors import InputError
 from sbeval.models.config import (
     ModelConfig,
     canonical_attention,
@@ -22,7 +21,7 @@ from sbeval.models.config import (
 from sbeval.sweep.cell import TrainingStep, step_id
 from sbeval.tables import epochs
 from sbeval.training.config import TrainConfig
-from sbeval.training.text_model import TRAINING, EvaluatedModel, TextModel, likely_tokens, likely_vocabulary
+from sbeval.training.text_model import TRAINING, EvaluatedModel, TextModel, check_step, likely_tokens, likely_vocabulary
 
 if TYPE_CHECKING:
     import torch
@@ -54,11 +53,7 @@ def models(config: Kind) -> list[Kind]:
         own = config.tokenizer if load.is_own(spec) else spec
         return [dataclasses.replace(config, checkpoint=spec, attention=("",), seeds=(0,), tokenizer=own)]
     # not a check of the config: fine-tuning has one with steps of its own
-    if config.batch_tokens < config.train_len:
-        raise InputError(
-            f"--batch-tokens {config.batch_tokens} is less than a sequence of --train-len {config.train_len}; give "
-            f"--batch-tokens {config.train_len} or more"
-        )
+    check_step("--batch-tokens", config.batch_tokens, config.train_len)
     methods = dict.fromkeys(canonical_attention(spec) for spec in config.attention)
     return [
         dataclasses.replace(branch, attention=(spec,), seeds=(seed,))

@@ -153,7 +153,7 @@ def _distant_sentence(results: Path) -> str:
     return f"Nats per token with 2048 and 16384 tokens of context: {'; '.join(each)}."
 
 
-def _claims(results: Path, claims: Sequence[Claim]) -> str:
+def _claims(results: Path, claims: tuple[Claim, ...]) -> str:
     """Write the table of claims in short: what is claimed, what the tables show, and whether that decides it."""
     headings = (_asked(claims), "These runs", "Decided")
     rows = []
@@ -166,7 +166,7 @@ def _claims(results: Path, claims: Sequence[Claim]) -> str:
     return markup.table(headings, rows)
 
 
-def _claims_in_full(results: Path, claims: Sequence[Claim]) -> str:
+def _claims_in_full(results: Path, claims: tuple[Claim, ...]) -> str:
     """Write the table of claims with their sources, what the numbers are of, and what would decide an open one."""
     headings = (_asked(claims), "These runs", "What the numbers are of", "Decided", "What would decide")
     rows = []
@@ -178,7 +178,7 @@ def _claims_in_full(results: Path, claims: Sequence[Claim]) -> str:
     return markup.table(headings, rows)
 
 
-def _asked(claims: Sequence[Claim]) -> str:
+def _asked(claims: tuple[Claim, ...]) -> str:
     return "The paper" if claims is CLAIMS else "Asked"
 
 
@@ -190,7 +190,8 @@ def _verdict(judged: Judged) -> str:
     return f"**{judged.verdict}**{LEANS.get(judged.leans, '')}"
 
 
-def _judged(results: Path, claims: Sequence[Claim]) -> list[tuple[Claim, Judged, str]]:
+@functools.cache
+def _judged(results: Path, claims: tuple[Claim, ...]) -> list[tuple[Claim, Judged, str]]:
     """Return each claim with the judgement that decides it, and the folder of its tables."""
     by_folder = [findings(claims, _evidence(Results(results / folder), claims)) for folder in DECIDING]
     return [
@@ -199,7 +200,7 @@ def _judged(results: Path, claims: Sequence[Claim]) -> list[tuple[Claim, Judged,
     ]
 
 
-def _evidence(results: Results, claims: Sequence[Claim]) -> Evidence:
+def _evidence(results: Results, claims: tuple[Claim, ...]) -> Evidence:
     # length_gen has the canaries of other tables' models
     paths = {name: results.table(name) for name in ("length_gen", *(claim.table for claim in claims))}
     tables = {name: read(path) for name, path in paths.items() if path.exists()}

@@ -145,6 +145,14 @@ def uncut(options: dict[str, Any]) -> dict[str, Any]:
     return options | ({"max_epochs": None} if unbounded else {})
 
 
+def check_step(flag: str, tokens: int, train_len: int) -> None:
+    """Raise InputError for a step of fewer tokens than a sequence has. flag: the option that gives them."""
+    if tokens < train_len:
+        raise InputError(
+            f"{flag} {tokens} is less than a sequence of --train-len {train_len}; give {flag} {train_len} or more"
+        )
+
+
 def likely_vocabulary(tokenizer: str) -> int:
     """Return an estimate of the vocabulary size, without loading the tokenizer."""
     if tokenizer == "bytes":
