@@ -2,9 +2,10 @@
 
     lengths     256, 512, ... to the training length, as many tokens of each, packed into rows (cu_seqlens)
     prompts     in the first half several needles and a question about each, with words as values that give way to
-                numbers; then prompts like those of the test
+                numbers; then half of them are like those of the test
     loss        the mean over tokens of answers, plus a tenth of the mean over all others
-    rate        constant after a short warm-up; of several, the one that solves the most tasks in the fewest tokens
+    rate        constant after a short warm-up, and over the last sixth of the steps falling to 0; of several, the one
+                that solves the most tasks in the fewest tokens
     end         when every task is solved, or after --finetune tokens
 
 A task is solved at the first validation that has greedy decoding right for 95 % of its held-out prompts, if those from
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 from sbeval.sweep.cell import step_id
 from sbeval.tables.needle import SOLVED
 from sbeval.tasks.needle_tuning import BATCH_TOKENS, Tuning, loaded
-from sbeval.tasks.text_training import train_config
+from sbeval.tasks.text_training import DECAY, train_config
 from sbeval.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ class PackedTuning(Tuning):
         training = train_config(of_step, tokens=config.finetune, length=self.length, lr=self.rate, seed=self.seed)
         return dataclasses.replace(
             training,
-            schedule="constant",
+            schedule="wsd",
+            decay=DECAY,
             warmup=min(training.steps, WARMUP),
             check_every=-(-training.steps // self._validations(training)),
         )

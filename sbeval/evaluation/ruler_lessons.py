@@ -35,12 +35,12 @@ from sbeval.runtime import seals
 from sbeval.runtime.files import locked
 
 # version of the lessons: raise it with any change of their text, their lengths or the order of their kinds
-VERSION = 1
+VERSION = 2
 # the fewest tokens of a lesson
 SHORTEST = 256
 # tokens of a lesson for each needle in it, at least
 PER_NEEDLE = 128
-# the part of the steps in which lessons have several needles
+# the part of the steps in which all lessons have several needles; then as large a part of them has
 MANY = 0.5
 
 
@@ -76,10 +76,11 @@ def lengths(longest: int) -> list[int]:
 def shares(step: int, steps: int) -> tuple[float, float, float]:
     """Return the share of each kind of lesson in a step.
 
-    In the first half of the steps numbers take the place of words evenly; then all prompts are like those of the test.
+    In the first half of the steps numbers take the place of words evenly; then half of the prompts are like those of
+    the test. Not all are: with an eighth of the answers in a step, models lose tasks that they had learned.
     """
     done = step / max(1.0, MANY * steps)
-    return (1 - done, done, 0.0) if done < 1 else (0.0, 0.0, 1.0)
+    return (1 - done, done, 0.0) if done < 1 else (0.0, MANY, 1 - MANY)
 
 
 def counts(total: int, tasks: Sequence[str], longest: int, needles: int) -> dict[tuple[str, int, Kind], int]:
@@ -88,7 +89,7 @@ def counts(total: int, tasks: Sequence[str], longest: int, needles: int) -> dict
     In proportion to how often they are drawn: half the length is drawn twice as often.
     """
     of_kind: dict[Kind, float] = {}
-    for kind, share in zip(kinds(needles), (MANY / 2, MANY / 2, 1 - MANY), strict=True):
+    for kind, share in zip(kinds(needles), (MANY / 2, MANY / 2 + (1 - MANY) * MANY, (1 - MANY) ** 2), strict=True):
         # with one needle the last two kinds are the same
         of_kind[kind] = of_kind.get(kind, 0.0) + share
     levels = {length: 2**level for level, length in enumerate(lengths(longest))}

@@ -26,7 +26,7 @@ from sbeval.tasks import needle, needle_packed
 from sbeval.tasks.needle import Cell, Config, Row, cells
 from sbeval.tasks.needle_packed import PackedTuning
 from sbeval.tasks.needle_tuning import open_writer
-from sbeval.training import checkpoint
+from sbeval.training import checkpoint, schedule
 from sbeval.training.stepper import Stepper
 
 CPU = torch.device("cpu")
@@ -273,7 +273,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
 
     def stopped(self: Stepper, batch: Any, at: int) -> Any:
         loss = steps(self, batch, at)
-        if self.config.schedule == "constant" and at == step:
+        if self.config.schedule == "wsd" and at == step:
             signal.raise_signal(signal.SIGINT)
         return loss
 
@@ -314,11 +314,13 @@ def test_validations_cost_a_tenth_of_training_at_most(packed: Config, monkeypatc
         assert cost <= 0.1 * training.tokens or count == 1
 
 
-def test_rate_and_warm_up_are_constant_in_the_budget(packed: Config) -> None:
+def test_rate_is_constant_then_falls_over_a_sixth_of_the_budget(packed: Config) -> None:
     (cell,) = cells(dataclasses.replace(packed, finetune=1000 * 1536, finetune_batch_tokens=768))
     (tuning,) = cell.tunings
     training = tuning.schedule()
-    assert (training.steps, training.batch, training.warmup, training.schedule) == (2000, 1, 50, "constant")
+    assert (training.steps, training.batch, training.warmup, training.schedule) == (2000, 1, 50, "wsd")
+    rates = [schedule.learning_rate(training, step) for step in (0, 49, 1666, 1833, 1999)]
+    assert rates == pytest.approx([2e-4, 1e-2, 1e-2, 5e-3, 3e-5], rel=0.01)
     assert training.check_every == 67 and not training.sparse
     run_file = json.loads(json.dumps(dataclasses.asdict(training)))
     assert run_file["lr"] == 1e-2
