@@ -16,14 +16,18 @@ remainder, both float32, so that differences are as exact far from the start as 
 bias: that of c_i in row i is 0, since softmax ignores a shift of all its logits, and that of c_j is minus the sum of
 column j of the logits' gradient. An extra dimension, 1 in every query and 0 in every key, adds nothing to a logit, and
 the gradient of those zeros is that very sum; any fused kernel computes it with the gradients of k, and nothing adds in
-random order. Heads of the largest size, 256, have no room for it: the bias then has the gradient, which a GPU sums in
+random order. Over a sequence these gradients add up to 0, but each is rounded to the dtype of k, and a gate has the sum
+over all later positions: their mean is taken off, or a gate would gather the errors of all later sequences of its row.
+Heads of the largest size, 256, have no room for the dimension: the bias then has the gradient, which a GPU sums in
 random order.
 """
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sbeval.errors import InputError
@@ -60,7 +64,8 @@ def attention(
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
     total = log_f.double().cumsum(1)
     if torch.is_grad_enabled() and log_f.requires_grad and size < check.MAX_HEAD_SIZE:
-        q, k, v = _routed(q, k, v, total, scale)
+        apply: Any = _Level.apply
+        q, k, v = _routed(q, k, v, cast(Tensor, apply(total, cu_seqlens)), scale)
         total = total.detach()
     # (H, B * S), flat: position p of batch entry b in head h is at (h * B + b) * S + p
     total = total.permute(2, 0, 1)
@@ -83,6 +88,27 @@ def _routed(q: Tensor, k: Tensor, v: Tensor, total: Tensor, scale: float) -> tup
     k, v = softmax.heads(k, v, q.shape[2])
     zero = ((total.detach() - total) / scale).to(k.dtype)[..., None]
     return F.pad(q, (0, 1), value=1.0), torch.cat((k, zero), -1), F.pad(v, (0, 1))
+
+
+class _Level(torch.autograd.Function):
+    """c (B, S, H) as it is, with a gradient whose mean over each sequence is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        ctx.save_for_backward(cu_seqlens)
+        return total.view_as(total)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (cu_seqlens,) = ctx.saved_tensors
+        if cu_seqlens is None:
+            return grad - grad.mean(1, keepdim=True), None
+        bounds = cu_seqlens.long()
+        sums = F.pad(grad.cumsum(1), (0, 0, 1, 0))[:, bounds].diff(dim=1)
+        means = sums / bounds.diff()[:, None].clamp(min=1)
+        place = torch.arange(grad.shape[1], device=grad.device)
+        return grad - means[:, torch.searchsorted(bounds, place, right=True) - 1], None
 
 
 def backend_name(device_type: str) -> str:

@@ -45,6 +45,29 @@ def test_output_and_gradients_are_the_references(
         torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
 
 
+def test_gates_of_a_packed_row_gather_no_errors_of_later_sequences() -> None:
+    # in bfloat16; alone, a sequence's gates have the errors of their own positions only
+    count, length = 16, 128
+    torch.manual_seed(0)
+    q, k, v, weight = (torch.randn(count, length, 2, 32).bfloat16() for _ in range(4))
+    gates = torch.randn(count, length, 2)
+
+    def gradient(function: Any, rows: int, dtype: torch.dtype, bounds: Tensor | None = None) -> Tensor:
+        shaped = [x.reshape(rows, -1, *x.shape[2:]).to(dtype) for x in (q, k, v, weight)]
+        leaf = gates.to(torch.float64 if dtype == torch.float64 else torch.float32).requires_grad_()
+        log_f = torch.nn.functional.logsigmoid(leaf).reshape(rows, -1, 2)
+        out = function(*shaped[:3], log_f, scale=32**-0.5, cu_seqlens=bounds)
+        return torch.autograd.grad(out, leaf, shaped[3])[0].double()
+
+    exact = gradient(forgetting.reference, count, torch.float64)
+    bounds = torch.arange(0, count * length + 1, length, dtype=torch.int32)
+    alone, packed = (
+        (gradient(forgetting.attention, rows, torch.bfloat16, cu) - exact).square().mean().sqrt() / exact.std()
+        for rows, cu in ((count, None), (1, bounds))
+    )
+    assert alone < 0.03 and packed < 1.25 * alone
+
+
 def test_bad_options_and_inputs_are_refused() -> None:
     with pytest.raises(InputError, match="theta must be positive and finite"):
         forgetting.Options(theta=0.0)
