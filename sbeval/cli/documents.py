@@ -262,6 +262,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "typed_sentence": _typed_sentence,
     "fixed_targets": _fixed,
     "distant_sentence": _distant_sentence,
+    "needle_sentence": documents_studies.needle_sentence,
     **documents_studies.BLOCKS,
     **{f"{family}_command": functools.partial(_made_by, family=family) for family in DRAWN},
 }

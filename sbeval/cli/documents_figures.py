@@ -1,5 +1,5 @@
-"""The figures of README: figures 3, 4 and 5 of the paper as measured here, one panel each, for a third of a page, and
-losses of the same tokens with more context.
+"""The figures of README: figures 3, 4 and 5 of the paper as measured here, one panel each, for a third of a page,
+needles found by depth and length, and losses of the same tokens with more context.
 
 python -m sbeval.cli.documents      in a checkout, draws them anew from the tables
 """
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sbeval.cli import documents_studies
-from sbeval.plots import fixed_targets, legend, style
+from sbeval.plots import fixed_targets, legend, needle_depth, style
 from sbeval.report.figures import FORMATS
 from sbeval.runtime.files import prepare, replacing
 from sbeval.tables import intervals, selection
@@ -85,7 +85,6 @@ def _lines(axes: Axes, rows: pd.DataFrame, x: str, scale: Scale) -> None:
 
 
 FIGURES: dict[str, Callable[[Path, Axes], None]] = {"figure3": figure3, "figure4": figure4, "figure5": figure5}
-DISTANT = "distant_text"
 
 
 def distant_text(results: Path) -> Figure:
@@ -93,6 +92,15 @@ def distant_text(results: Path) -> Figure:
     rows = documents_studies.distant_text(results)
     rows = rows[rows["attention"] != "nope"]
     return fixed_targets.draw(fixed_targets.gather(rows, results / "tokens"))
+
+
+def needles(results: Path) -> Figure:
+    """Draw the score by depth and length, of the tasks that every method was fine-tuned on and solved."""
+    return needle_depth.draw(documents_studies.solved_needles(results))
+
+
+# figures of the page's width
+WIDE: dict[str, Callable[[Path], Figure]] = {"needles": needles, "distant_text": distant_text}
 
 
 def draw(results: Path, folder: Path) -> list[Path]:
@@ -106,7 +114,7 @@ def draw(results: Path, folder: Path) -> list[Path]:
             panel(results, axes)
             figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=style.TEXT_PT)
             files.append(_save(figure, folder, name))
-    return [*files, _save(distant_text(results), folder, DISTANT)]
+    return [*files, *(_save(wide(results), folder, name) for name, wide in WIDE.items())]
 
 
 def _save(figure: Figure, folder: Path, name: str) -> Path:

@@ -178,6 +178,26 @@ def distant_text(results: Path) -> pd.DataFrame:
     return table[table["train_tokens"] == methods.idxmax()]
 
 
+def solved_needles(results: Path) -> pd.DataFrame:
+    """Return the rows with scores of the study `retrieval`, of the tasks that all of its models solved."""
+    table = read(Results(results / "retrieval").table("needle"))
+    table = table[table["metric"] == "score"]
+    solved = selection.needle_scores(table).groupby("task")["solved"].all()
+    return table[table["task"].isin(solved[solved].index)]
+
+
+def needle_sentence(results: Path) -> str:
+    """Write the mean score of each method on the tasks that all solved, by length."""
+    rows = selection.needle_scores(solved_needles(results))
+    tasks, lengths = sorted(rows["task"].unique()), sorted(rows["length"].unique())
+    scores = []
+    for method, label in _labels(intervals.methods(rows)).items():
+        means = intervals.method(rows, method).groupby("length")["value"].mean()
+        scores.append(f"{label} {', '.join(f'{means[length]:.2f}' for length in lengths)}")
+    of, at = (", ".join(each) for each in ([f"`{task}`" for task in tasks], [f"{length:.0f}" for length in lengths]))
+    return f"Mean score of {of} at {at} tokens: {'; '.join(scores)}."
+
+
 def _labels(methods: Iterable[Method]) -> dict[Method, str]:
     """Return the name of each method, with all of its options, in the order of legends."""
     return {method: legend.looks_of([method])[method].label for method in legend.looks_of(methods)}

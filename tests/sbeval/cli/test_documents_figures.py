@@ -7,8 +7,9 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from sbeval.cli import documents_figures
+from sbeval.cli import documents_figures, documents_studies
 from sbeval.tables.results import Results
+from sbeval.tables.selection import needle_scores
 from sbeval.tables.table import read
 
 ROOT = Path(__file__).parents[3]
@@ -55,15 +56,25 @@ def test_distant_text_has_the_methods_of_the_sentence_below_it() -> None:
     assert "NoPE" not in names and len(change.collections) >= 3
 
 
+def test_needles_are_of_tasks_that_all_solved() -> None:
+    rows = documents_studies.solved_needles(ROOT / "results")
+    scores = needle_scores(rows)
+    assert scores["solved"].all() and len(scores.groupby("task")) > 1
+    assert len(set(scores.groupby("task")["cell"].nunique())) == 1
+    figure = documents_figures.needles(ROOT / "results")
+    shown = {text.get_text() for axis in figure.axes for text in axis.texts}
+    assert {"stick-breaking", "RoPE"} <= shown and not any("solved" in text for text in shown)
+
+
 def test_each_is_drawn_and_committed(tmp_path: Path) -> None:
     files = documents_figures.draw(ROOT / "results", tmp_path)
-    assert [file.stem for file in files] == [*documents_figures.FIGURES, documents_figures.DISTANT]
+    assert [file.stem for file in files] == [*documents_figures.FIGURES, *documents_figures.WIDE]
     committed = ROOT / "docs" / "figures"
     assert {file.name for file in files} == {file.name for file in committed.glob("*.png")}
     # of one size, so that they stand in a row
-    assert len({imread(folder / file.name).shape for file in files[:-1] for folder in (tmp_path, committed)}) == 1
+    assert len({imread(folder / file.name).shape for file in files[:3] for folder in (tmp_path, committed)}) == 1
 
 
-@pytest.mark.parametrize("name", [*documents_figures.FIGURES, documents_figures.DISTANT])
+@pytest.mark.parametrize("name", [*documents_figures.FIGURES, *documents_figures.WIDE])
 def test_each_is_shown(name: str) -> None:
     assert f"docs/figures/{name}.png" in (ROOT / "README.md").read_text(encoding="utf-8")
