@@ -1,4 +1,4 @@
-"""Fine-tuning on needles by the recipe `packed`: until held-out prompts of the training length are solved.
+"""Fine-tuning on needles, until held-out prompts of the training length are solved.
 
     lengths     256, 512, ... to the training length, as many tokens of each, packed into rows (cu_seqlens)
     prompts     in the first half several needles and a question about each, with words as values that give way to
@@ -15,6 +15,7 @@ from copying before fine-tuning (`sbeval.evaluation.diagnostics`) is measured to
 """
 
 import dataclasses
+import functools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -22,23 +23,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sbeval.sweep.cell import step_id
+import platformdirs
+
+from sbeval.models.config import ModelConfig
+from sbeval.sweep.cell import TrainingStep, step_id
 from sbeval.tables.needle import SOLVED
-from sbeval.tasks.needle_tuning import BATCH_TOKENS, Tuning, loaded
-from sbeval.tasks.text_training import DECAY, train_config
+from sbeval.tasks.needle_options import TUNING, Config
+from sbeval.tasks.text_cell import TextStep
+from sbeval.tasks.text_training import DECAY, open_tokenizer, train_config
 from sbeval.training.config import TrainConfig
+from sbeval.training.text_model import likely_vocabulary
 
 if TYPE_CHECKING:
     import torch
 
+    from sbeval.data.tokenizer import Tokenizer
     from sbeval.evaluation.ruler_lessons import LessonBatches
     from sbeval.evaluation.ruler_prompts import Prompt, Writer
+    from sbeval.evaluation.ruler_texts import Sources
     from sbeval.models.decoder import Decoder
+    from sbeval.pretrained.load import Pretrained
     from sbeval.runtime.progress import Progress
     from sbeval.sweep.context import RunContext
     from sbeval.training.checkpoint import State
     from sbeval.training.trainer import Trainer
 
+# options on which a fine-tuned model depends, besides those of its training on text
+OPTIONS = ("checkpoint", "finetune", "finetune_tasks", "essays", "squad", "hotpot", *TUNING)
+# tokens of prompts in a forward pass; a GPU decodes a few long prompts no sooner than many
+BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 19}
 # held-out prompts of a task; validations in a training, at most, and the share of its cost that all may have, where a
 # forward pass is a third of a training step; validations that must find a task solved, at least
 HELD_OUT, VALIDATIONS, SHARE, AGREE = 64, 30, 0.1, 4
@@ -80,8 +93,10 @@ class Tuned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackedTuning(Tuning):
+class Tuning(TextStep, TrainingStep):
     """The fine-tuning of one model at one learning rate, the same for all tasks that it is evaluated on."""
+
+    config: Config
 
     @property
     def title(self) -> str:
@@ -90,6 +105,22 @@ class PackedTuning(Tuning):
     @property
     def rate(self) -> float:
         return self.config.finetune_lrs[0]
+
+    @property
+    def flops(self) -> float:
+        return 3 * self.flops_per_token(self.config.train_len) * self.config.finetune
+
+    @property
+    def leaves(self) -> ModelConfig:
+        return self.model(likely_vocabulary(self.config.tokenizer))
+
+    @property
+    def length(self) -> int:
+        """Tokens of the sequences that the model was trained on."""
+        from sbeval.training import checkpoint
+
+        spec = self.config.checkpoint
+        return (spec and checkpoint.training_length(Path(spec))) or self.config.train_len
 
     def schedule(self) -> TrainConfig:
         """Return steps, at most, and optimizer settings."""
@@ -108,11 +139,12 @@ class PackedTuning(Tuning):
         each = len(self.config.finetune_tasks) * HELD_OUT * training.length
         return max(1, min(VALIDATIONS, int(3 * SHARE * training.tokens / each)))
 
-    def run(self, trained: str, writer: "Writer", context: "RunContext", progress: "Progress") -> Path:
-        """Fine-tune the model of checkpoint `trained`, unless a finished checkpoint exists, and return the folder."""
-        return self.tuned(trained, writer, context, progress).folder
+    def train(self, context: "RunContext", progress: "Progress") -> Path:
+        """Train and fine-tune, unless finished checkpoints exist, and return the checkpoint folder."""
+        _, writer = open_writer(self.config, progress)
+        return self.run(self.train_model(context, progress), writer, context, progress).folder
 
-    def tuned(self, trained: str, writer: "Writer", context: "RunContext", progress: "Progress") -> Tuned:
+    def run(self, trained: str, writer: "Writer", context: "RunContext", progress: "Progress") -> Tuned:
         """Fine-tune the model of checkpoint `trained`, unless a finished checkpoint exists, and return what came of
         it."""
         from sbeval.evaluation import ruler_lessons
@@ -272,3 +304,34 @@ def _copy_gain(model: "Decoder", writer: "Writer", length: int, context: "RunCon
         model, min(COPY, length // 2), writer.tokenizer.vocab_size, writer.tokenizer.eos, context.device, dtype
     )
     return {"step": 0, **dataclasses.asdict(reading)}
+
+
+def open_writer(config: Config, progress: "Progress") -> "tuple[Tokenizer, Writer]":
+    """Return the model's tokenizer and the writer of its prompts: with a BOS for models that are not ours."""
+    from sbeval.evaluation.ruler_prompts import Writer
+    from sbeval.pretrained import load
+
+    cache_dir = Path(platformdirs.user_cache_dir("sbeval"))
+    ours = config.checkpoint is None or load.is_own(config.checkpoint)
+    text = open_tokenizer(config, progress)
+    return text, Writer(text, sources(config), cache_dir, prefix=() if ours else text.prefix)
+
+
+def sources(config: Config) -> "Sources":
+    """Return the texts that prompts are made of."""
+    return _sources(config.essays, config.squad, config.hotpot)
+
+
+@functools.lru_cache(maxsize=1)
+def _sources(essays: str | None, squad: str | None, hotpot: str | None) -> "Sources":
+    from sbeval.evaluation import ruler_texts
+
+    return ruler_texts.load(essays, squad, hotpot)
+
+
+@functools.lru_cache(maxsize=2)
+def loaded(spec: str, digest: str, device: "torch.device", dtype: str, trust: bool) -> "Pretrained":
+    """Load the model of consecutive cells once; the digest changes when another is saved to the same path."""
+    from sbeval.pretrained import load
+
+    return load.load(spec, device, dtype, trust_remote_code=trust)

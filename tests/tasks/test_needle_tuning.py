@@ -1,4 +1,4 @@
-"""Fine-tuning until solved: when it ends, what it measures, which rate it chooses, and that it resumes."""
+"""Fine-tuning until solved: on what, when it ends, what it measures, which rate it chooses, and that it resumes."""
 
 import dataclasses
 import io
@@ -14,7 +14,9 @@ import torch
 from rich.console import Console
 
 from sbeval.evaluation import diagnostics, ruler_lessons
+from sbeval.evaluation.ruler_lessons import Lesson, Store
 from sbeval.evaluation.ruler_prompts import Prompt, Writer
+from sbeval.models import config as model_config
 from sbeval.models.decoder import Decoder
 from sbeval.sweep import finished, graph, scheduler
 from sbeval.sweep.cell import cell_id
@@ -22,13 +24,14 @@ from sbeval.sweep.context import RunContext
 from sbeval.tables import curves, table
 from sbeval.tables.needle import SOLVED
 from sbeval.tables.results import Results
-from sbeval.tasks import needle, needle_packed
+from sbeval.tasks import needle, needle_tuning
 from sbeval.tasks.needle import Cell, Config, Row, cells
-from sbeval.tasks.needle_packed import PackedTuning
 from sbeval.tasks.needle_tuning import open_writer
 from sbeval.training import checkpoint, schedule
+from sbeval.training.checkpoint import State
 from sbeval.training.stepper import Stepper
 
+TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 CPU = torch.device("cpu")
 
 
@@ -44,10 +47,10 @@ def rows_of(found: list[Cell], results: Path) -> pd.DataFrame:
 
 
 @pytest.fixture
-def packed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
-    monkeypatch.setattr(needle_packed, "HELD_OUT", 3)
+def tuned(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setattr(needle_tuning, "HELD_OUT", 3)
     # validation at every step
-    monkeypatch.setattr(needle_packed, "SHARE", 9)
+    monkeypatch.setattr(needle_tuning, "SHARE", 9)
     # the models of `config`, trained at the length of the prompts
     (Path(config.corpus) / "train0.txt").write_text("train says this and that. " * 200)
     return dataclasses.replace(
@@ -59,7 +62,6 @@ def packed(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
         max_epochs=None,
         lengths=(768,),
         finetune=6 * 1536,
-        finetune_recipe="packed",
         finetune_lrs=(1e-2,),
         finetune_prompts=12,
         finetune_needles=2,
@@ -85,13 +87,65 @@ def solved_at(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
         return mine.pop(0) if len(mine) > 1 else mine[0]
 
     monkeypatch.setattr(Writer, "prompts", named)
-    monkeypatch.setattr(needle_packed, "_greedy", greedy)
+    monkeypatch.setattr(needle_tuning, "_greedy", greedy)
     return shares
 
 
-def test_it_ends_when_all_tasks_are_solved(packed: Config, tmp_path: Path, solved_at: dict[str, list[float]]) -> None:
+def save(folder: Path) -> Path:
+    torch.manual_seed(0)
+    decoder = Decoder(model_config.ModelConfig(vocab_size=257, attention="stick_breaking", **TINY))
+    checkpoint.save(folder, decoder, State(finished=True), training={"length": 768})
+    return folder
+
+
+def test_what_it_is_taught_is_not_in_the_test(tuned: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: dict[str, list[Prompt]] = {"test": [], "validation": []}
+    taught: list[Lesson] = []
+    prompts, lessons = Writer.prompts, Store.lessons
+
+    def asked(self: Writer, *arguments: Any, use: str = "test", **others: Any) -> list[Prompt]:
+        found = prompts(self, *arguments, use=use, **others)
+        written[use] += found
+        return found
+
+    def drawn(self: Store, *arguments: Any, **others: Any) -> list[Lesson]:
+        found = lessons(self, *arguments, **others)
+        taught.extend(found)
+        return found
+
+    monkeypatch.setattr(Writer, "prompts", asked)
+    monkeypatch.setattr(Store, "lessons", drawn)
+    given = dataclasses.replace(
+        tuned, checkpoint=str(save(tmp_path / "model")), tasks=("niah_single_1", "niah_single_2"), samples=5
+    )
+    found = run(given, tmp_path / "results")
+    values = {use: {value for item in written[use] for value in item.references} for use in written}
+    assert len(values["test"]) == 10 and len(values["validation"]) >= 6 and not values["test"] & values["validation"]
+    text = bytes(int(token) for lesson in taught for token in lesson.tokens if token < 256).decode()
+    assert "special magic number for" in text and not [value for value in values["test"] if value in text]
+    rows = rows_of(found, tmp_path / "results")
+    assert len(_tuned(tmp_path / "results")) == 1 and (rows["train_len"] == 768).all()
+
+
+def test_it_starts_from_the_model_and_takes_whole_steps(tuned: Config, tmp_path: Path) -> None:
+    still = dataclasses.replace(
+        tuned, checkpoint=str(save(tmp_path / "model")), finetune=2 * 1536 + 5, finetune_lrs=(1e-12,)
+    )
+    found = [
+        rows_of(run(one, tmp_path / "results"), tmp_path / "results")
+        for one in (still, dataclasses.replace(still, finetune=0))
+    ]
+    likely, before = (
+        float(rows[(rows["metric"] == "log_probability") & rows["depth_start"].isna()]["value"].item())
+        for rows in found
+    )
+    assert likely == pytest.approx(before, rel=1e-4)
+    assert [set(rows["finetune_tokens"]) for rows in found] == [{2 * 1536}, {0}]
+
+
+def test_it_ends_when_all_tasks_are_solved(tuned: Config, tmp_path: Path, solved_at: dict[str, list[float]]) -> None:
     solved_at |= {"niah_single_1": [1.0, 0.9, 1.0, 1.0, 1.0], "niah_single_2": [0.5, 0.96, 0.96, 0.96, 0.96]}
-    both = dataclasses.replace(packed, tasks=("niah_single_1", "niah_single_2"))
+    both = dataclasses.replace(tuned, tasks=("niah_single_1", "niah_single_2"))
     found = run(both, tmp_path)
     rows = rows_of(found, tmp_path)
     after = rows[rows["metric"] == "tokens_to_solve"].set_index("task")
@@ -100,7 +154,7 @@ def test_it_ends_when_all_tasks_are_solved(packed: Config, tmp_path: Path, solve
     assert set(rows["ended"]) == {"solved"} and set(rows["finetune_tokens"]) == {6 * 1536}
     held_out = rows[rows["metric"] == "held_out"].set_index("task")
     assert held_out["value"].astype(float).to_dict() == {"niah_single_1": 1.0, "niah_single_2": 0.96}
-    assert set(held_out["n"]) == {3} and set(rows["finetune_recipe"]) == {"packed"}
+    assert set(held_out["n"]) == {3}
     # how it went is kept, of each task
     kept = curves.read(Results(tmp_path), rows["cell"]).merge(rows[["cell", "task"]].drop_duplicates())
     by_step = {key: of.sort_values("step")["value"].tolist() for key, of in kept.groupby(["task", "metric"])}
@@ -120,11 +174,11 @@ def _tuned(results: Path) -> list[str]:
 
 
 def test_what_is_never_solved_is_censored_at_the_budget(
-    packed: Config, tmp_path: Path, solved_at: dict[str, list[float]]
+    tuned: Config, tmp_path: Path, solved_at: dict[str, list[float]]
 ) -> None:
     solved_at |= {"niah_single_2": [0.94]}
     asked = dataclasses.replace(
-        packed, tasks=("niah_single_2", "niah_single_1"), finetune_tasks=("niah_single_2",), lengths=(1024,)
+        tuned, tasks=("niah_single_2", "niah_single_1"), finetune_tasks=("niah_single_2",), lengths=(1024,)
     )
     rows = rows_of(run(asked, tmp_path), tmp_path)
     (after,) = rows[rows["metric"] == "tokens_to_solve"].itertuples()
@@ -147,14 +201,14 @@ def test_what_is_solved_in_the_last_steps_is_solved(
     shares: list[float],
     tokens: int,
     ended: str,
-    packed: Config,
+    tuned: Config,
     tmp_path: Path,
     solved_at: dict[str, list[float]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(needle_packed, "VALIDATIONS", 5)
+    monkeypatch.setattr(needle_tuning, "VALIDATIONS", 5)
     solved_at |= {"niah_single_2": shares}
-    rows = rows_of(run(dataclasses.replace(packed, finetune=5 * 1536), tmp_path), tmp_path)
+    rows = rows_of(run(dataclasses.replace(tuned, finetune=5 * 1536), tmp_path), tmp_path)
     (after,) = rows[rows["metric"] == "tokens_to_solve"].itertuples()
     assert (after.value, after.ended) == (tokens, ended)
 
@@ -163,26 +217,26 @@ def test_a_task_is_not_solved_by_chance() -> None:
     draw, tries = np.random.default_rng(0), 400
     solved, once = 0, 0
     for _ in range(tries):
-        shares = draw.binomial(needle_packed.HELD_OUT, 0.9, needle_packed.VALIDATIONS) / needle_packed.HELD_OUT
+        shares = draw.binomial(needle_tuning.HELD_OUT, 0.9, needle_tuning.VALIDATIONS) / needle_tuning.HELD_OUT
         scores = list(enumerate(shares.tolist(), start=1))
         # training may end at any of them
-        solved += any(needle_packed.solved_from(scores[:end]) is not None for end in range(1, len(scores) + 1))
+        solved += any(needle_tuning.solved_from(scores[:end]) is not None for end in range(1, len(scores) + 1))
         once += shares.max() >= SOLVED
     # of models that have 90 % right most have 95 % of 64 prompts right at one of thirty validations
     assert once > 0.9 * tries and solved < 0.05 * tries
     right = [(step, 1.0) for step in range(1, 5)]
-    assert needle_packed.solved_from(right) == 1 and needle_packed.solved_from([(0, 0.9), *right]) == 1
+    assert needle_tuning.solved_from(right) == 1 and needle_tuning.solved_from([(0, 0.9), *right]) == 1
     # a task that others made it lose
-    assert needle_packed.solved_from([*right, *((step, 0.7) for step in range(5, 11))]) is None
-    assert [needle_packed.solved_from(right[:count]) for count in range(4)] == [None] * 4
+    assert needle_tuning.solved_from([*right, *((step, 0.7) for step in range(5, 11))]) is None
+    assert [needle_tuning.solved_from(right[:count]) for count in range(4)] == [None] * 4
 
 
 def test_other_lessons_make_another_model(
-    packed: Config, tmp_path: Path, solved_at: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+    tuned: Config, tmp_path: Path, solved_at: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solved_at |= {"niah_single_2": [1.0]}
     # cells of one fine-tuned model
-    first, second, third = (dataclasses.replace(packed, lengths=(length,)) for length in (768, 896, 1024))
+    first, second, third = (dataclasses.replace(tuned, lengths=(length,)) for length in (768, 896, 1024))
     run(first, tmp_path)
     run(second, tmp_path)
     assert len(_tuned(tmp_path)) == 1
@@ -192,11 +246,11 @@ def test_other_lessons_make_another_model(
 
 
 def test_validation_chooses_the_rate_and_every_rate_has_its_row(
-    packed: Config, tmp_path: Path, solved_at: dict[str, list[float]], asked: list[int]
+    tuned: Config, tmp_path: Path, solved_at: dict[str, list[float]], asked: list[int]
 ) -> None:
     # the first rate is not solved, the second after three steps
     solved_at |= {"niah_single_2": [0.0] * 6 + [0.5, 0.9, 1.0]}
-    found = run(dataclasses.replace(packed, finetune_lrs=(3e-3, 1e-3, 1e-3)), tmp_path)
+    found = run(dataclasses.replace(tuned, finetune_lrs=(3e-3, 1e-3, 1e-3)), tmp_path)
     assert [step.title for step in graph.steps(found)] == [
         "train rope seed 0",
         "fine-tune rope seed 0 lr 0.001",
@@ -216,7 +270,7 @@ def test_validation_chooses_the_rate_and_every_rate_has_its_row(
 
 
 def test_a_rate_that_diverges_is_not_chosen(
-    packed: Config, tmp_path: Path, solved_at: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+    tuned: Config, tmp_path: Path, solved_at: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     solved_at |= {"niah_single_2": [0.5]}
     steps, trained = Stepper.run, list[float]()
@@ -228,7 +282,7 @@ def test_a_rate_that_diverges_is_not_chosen(
 
     diverging = [1e-2]
     monkeypatch.setattr(Stepper, "run", diverge)
-    two = dataclasses.replace(packed, finetune_lrs=(1e-3, 1e-2), tasks=("niah_single_2", "niah_single_1"))
+    two = dataclasses.replace(tuned, finetune_lrs=(1e-3, 1e-2), tasks=("niah_single_2", "niah_single_1"))
     two = dataclasses.replace(two, finetune_tasks=("niah_single_2",))
     found = run(two, tmp_path)
     # once, for both cells
@@ -242,8 +296,8 @@ def test_a_rate_that_diverges_is_not_chosen(
     assert not scheduler.run(cells(two), context, preset="quick", console=Console(file=io.StringIO()))
 
 
-def test_the_gain_from_copying_is_that_before_fine_tuning(packed: Config, tmp_path: Path) -> None:
-    (cell,) = run(packed, tmp_path)
+def test_the_gain_from_copying_is_that_before_fine_tuning(tuned: Config, tmp_path: Path) -> None:
+    (cell,) = run(tuned, tmp_path)
     rows = rows_of([cell], tmp_path)
     (base,) = {path.name for path in (tmp_path / "checkpoints").iterdir() if path.is_dir()} - {*_tuned(tmp_path)}
     model = checkpoint.load_model(tmp_path / "checkpoints" / base).eval()
@@ -251,24 +305,24 @@ def test_the_gain_from_copying_is_that_before_fine_tuning(packed: Config, tmp_pa
     assert wanted.distance == 384 and set(rows["copy_gain"].astype(float)) == {round(wanted.value, 4)}
 
 
-def test_it_lowers_the_loss_on_answers(packed: Config, tmp_path: Path) -> None:
-    (cell,) = run(packed, tmp_path)
-    (plain,) = run(dataclasses.replace(packed, finetune=0), tmp_path)
+def test_it_lowers_the_loss_on_answers(tuned: Config, tmp_path: Path) -> None:
+    (cell,) = run(tuned, tmp_path)
+    (plain,) = run(dataclasses.replace(tuned, finetune=0), tmp_path)
     likely = [
         rows[(rows["metric"] == "log_probability") & rows["depth_start"].isna()]["value"].astype(float).mean()
         for rows in (rows_of([one], tmp_path) for one in (plain, cell))
     ]
     assert likely[1] > likely[0] + 1
     # without fine-tuning nothing says how it would have been
-    assert plain.config.finetune_recipe == Config().finetune_recipe and plain.config.finetune_lrs == ()
-    assert cell_id(plain) == cell_id(cells(dataclasses.replace(packed, finetune=0, finetune_lrs=(9.0,)))[0])
+    assert plain.config.finetune_lrs == ()
+    assert cell_id(plain) == cell_id(cells(dataclasses.replace(tuned, finetune=0, finetune_lrs=(9.0,)))[0])
 
 
 @pytest.mark.parametrize("step", [0, 3])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
-    step: int, packed: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    step: int, tuned: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = rows_of(run(packed, tmp_path / "whole"), tmp_path / "whole")
+    whole = rows_of(run(tuned, tmp_path / "whole"), tmp_path / "whole")
     steps = Stepper.run
 
     def stopped(self: Stepper, batch: Any, at: int) -> Any:
@@ -279,22 +333,21 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Stepper, "run", stopped)
-        run(packed, tmp_path / "results")
+        run(tuned, tmp_path / "results")
     (name,) = _tuned(tmp_path / "results")
     state = checkpoint.load_state(tmp_path / "results" / "checkpoints" / name)
     assert state.step == step + 1 and not state.finished and len(state.task_scores) == step + 1
-    again = rows_of(run(packed, tmp_path / "results"), tmp_path / "results")
+    again = rows_of(run(tuned, tmp_path / "results"), tmp_path / "results")
     pd.testing.assert_frame_equal(again.drop(columns="utc"), whole.drop(columns="utc"))
 
 
-def test_seeds_and_methods_share_prompts_and_differ_in_their_order(packed: Config, tmp_path: Path) -> None:
-    two = dataclasses.replace(packed, seeds=(0, 1), attention=("rope", "alibi"))
+def test_seeds_and_methods_share_prompts_and_differ_in_their_order(tuned: Config, tmp_path: Path) -> None:
+    two = dataclasses.replace(tuned, seeds=(0, 1), attention=("rope", "alibi"))
     orders: dict[tuple[str, int], list[int]] = {}
     loaded = []
     with scheduler.progress_of(RunContext(results_dir=tmp_path, device=CPU)) as progress:
         for cell in cells(two):
             (tuning,) = cell.tunings
-            assert isinstance(tuning, PackedTuning)
             _, writer = open_writer(tuning.config, progress)
             batches = tuning._batches(writer, tuning.schedule(), progress)
             loaded.append({path.name for path in (writer.cache_dir / "needle").glob("lessons-*.npz")})
@@ -303,10 +356,10 @@ def test_seeds_and_methods_share_prompts_and_differ_in_their_order(packed: Confi
     assert orders["rope", 0] == orders["alibi", 0] != orders["rope", 1] == orders["alibi", 1]
 
 
-def test_validations_cost_a_tenth_of_training_at_most(packed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needle_packed, "SHARE", 0.1)
+def test_validations_cost_a_tenth_of_training_at_most(tuned: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(needle_tuning, "SHARE", 0.1)
     for steps, tasks, count in ((600, 1, 30), (100, 1, 20), (100, 2, 10), (6, 1, 1)):
-        asked = dataclasses.replace(packed, finetune=steps * 1536, tasks=("niah_single_2", "niah_single_1")[:tasks])
+        asked = dataclasses.replace(tuned, finetune=steps * 1536, tasks=("niah_single_2", "niah_single_1")[:tasks])
         (tuning,) = cells(asked)[0].tunings
         training = tuning.schedule()
         assert -(-training.steps // training.check_every) == count
@@ -314,8 +367,8 @@ def test_validations_cost_a_tenth_of_training_at_most(packed: Config, monkeypatc
         assert cost <= 0.1 * training.tokens or count == 1
 
 
-def test_rate_is_constant_then_falls_over_a_sixth_of_the_budget(packed: Config) -> None:
-    (cell,) = cells(dataclasses.replace(packed, finetune=1000 * 1536, finetune_batch_tokens=768))
+def test_rate_is_constant_then_falls_over_a_sixth_of_the_budget(tuned: Config) -> None:
+    (cell,) = cells(dataclasses.replace(tuned, finetune=1000 * 1536, finetune_batch_tokens=768))
     (tuning,) = cell.tunings
     training = tuning.schedule()
     assert (training.steps, training.batch, training.warmup, training.schedule) == (2000, 1, 50, "wsd")
@@ -325,13 +378,13 @@ def test_rate_is_constant_then_falls_over_a_sixth_of_the_budget(packed: Config) 
     run_file = json.loads(json.dumps(dataclasses.asdict(training)))
     assert run_file["lr"] == 1e-2
     # YaRN is an option of evaluation: the same fine-tuned model
-    both = cells(dataclasses.replace(packed, attention=("rope", "rope:scaling=yarn,factor=8,train_len=768")))
+    both = cells(dataclasses.replace(tuned, attention=("rope", "rope:scaling=yarn,factor=8,train_len=768")))
     assert len(both) == 2 and both[0].tunings == both[1].tunings
 
 
-def test_tables_have_the_columns(packed: Config, tmp_path: Path, solved_at: dict[str, list[float]]) -> None:
+def test_tables_have_the_columns(tuned: Config, tmp_path: Path, solved_at: dict[str, list[float]]) -> None:
     solved_at |= {"niah_single_2": [1.0]}
-    (cell,) = run(packed, tmp_path)
+    (cell,) = run(tuned, tmp_path)
     rows = table.read(tmp_path / "needle.csv", table.columns(Row))
     assert (rows["cell"] == cell_id(cell)).all() and set(rows["finetune_lr"].dropna()) == {1e-2}
     said = needle.FAMILY.summary(rows)
@@ -340,9 +393,9 @@ def test_tables_have_the_columns(packed: Config, tmp_path: Path, solved_at: dict
 
 @pytest.mark.parametrize("right", [1.0, 0.5])
 def test_further_seeds_are_taught_at_the_chosen_rate(
-    right: float, packed: Config, tmp_path: Path, solved_at: dict[str, list[float]]
+    right: float, tuned: Config, tmp_path: Path, solved_at: dict[str, list[float]]
 ) -> None:
-    two = dataclasses.replace(packed, seeds=(0, 1), finetune_lrs=(1e-3, 3e-3), attention=("rope", "alibi"))
+    two = dataclasses.replace(tuned, seeds=(0, 1), finetune_lrs=(1e-3, 3e-3), attention=("rope", "alibi"))
     # RoPE's first rate solves nothing, its second may; ALiBi's first does at once, or none
     solved_at |= {"niah_single_2": [*[0.0] * 6, right, right] if right == 1 else [right]}
     first = run(two, tmp_path)
