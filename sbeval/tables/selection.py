@@ -37,10 +37,7 @@ LENGTH_GEN = Setting(
 )
 # how models were trained: columns that older tables lack
 RECIPE = ("lr", "optimizer", "batch_tokens", "schedule")
-NEEDLE = Setting(
-    ("model", "train_len", "finetune_tokens"),
-    ("tokenizer", "preset", "corpus", "train_tokens", "dtype"),
-)
+NEEDLE = Setting(("model", "train_len", "finetune_tokens"), ("tokenizer", "preset", "corpus", "train_tokens", "dtype"))
 NEEDLE_METRICS = ("score", "greedy")
 # columns that identify a number
 NEEDLE_SAME = ["attention", "options", "seed", "task", "metric", "length", *NEEDLE.columns]
