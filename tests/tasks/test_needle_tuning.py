@@ -91,10 +91,11 @@ def solved_at(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
     return shares
 
 
-def save(folder: Path) -> Path:
-    torch.manual_seed(0)
+def save(folder: Path, length: int = 768) -> Path:
+    # not the seed of the models that are trained
+    torch.manual_seed(1)
     decoder = Decoder(model_config.ModelConfig(vocab_size=257, attention="stick_breaking", **TINY))
-    checkpoint.save(folder, decoder, State(finished=True), training={"length": 768})
+    checkpoint.save(folder, decoder, State(finished=True), training={"length": length})
     return folder
 
 
@@ -116,15 +117,23 @@ def test_what_it_is_taught_is_not_in_the_test(tuned: Config, tmp_path: Path, mon
     monkeypatch.setattr(Writer, "prompts", asked)
     monkeypatch.setattr(Store, "lessons", drawn)
     given = dataclasses.replace(
-        tuned, checkpoint=str(save(tmp_path / "model")), tasks=("niah_single_1", "niah_single_2"), samples=5
+        tuned,
+        checkpoint=str(save(tmp_path / "model", 3072)),
+        tasks=("niah_single_1", "vt"),
+        lengths=(3072,),
+        samples=5,
+        batch_tokens=3072,
+        finetune=3072,
     )
     found = run(given, tmp_path / "results")
     values = {use: {value for item in written[use] for value in item.references} for use in written}
-    assert len(values["test"]) == 10 and len(values["validation"]) >= 6 and not values["test"] & values["validation"]
+    # of vt there are five to a prompt
+    assert len(values["test"]) == 30 and len(values["validation"]) == 18 and not values["test"] & values["validation"]
     text = bytes(int(token) for lesson in taught for token in lesson.tokens if token < 256).decode()
-    assert "special magic number for" in text and not [value for value in values["test"] if value in text]
+    assert {"special magic number for" in text, "VAR" in text} == {True}
+    assert not [value for value in values["test"] if value in text]
     rows = rows_of(found, tmp_path / "results")
-    assert len(_tuned(tmp_path / "results")) == 1 and (rows["train_len"] == 768).all()
+    assert len(_tuned(tmp_path / "results")) == 1 and (rows["train_len"] == 3072).all()
 
 
 def test_it_starts_from_the_model_and_takes_whole_steps(tuned: Config, tmp_path: Path) -> None:
