@@ -21,11 +21,11 @@ from sbeval.plots.legend import Look
 from sbeval.tables import intervals
 from sbeval.tables.needle import SOLVED
 from sbeval.tables.rows import Method
-from sbeval.tables.selection import NEEDLE, NEEDLE_COLUMNS, mean_over_tasks, needle_scores, shared_tasks
+from sbeval.tables.selection import NEEDLE, NEEDLE_SAME, mean_over_tasks, needle_scores, shared_tasks
 from sbeval.tables.statistics import Scale
 
 TABLE = "needle"
-COLUMNS = ("cell", "value", "stderr", "n", "depth_start", *NEEDLE_COLUMNS)
+COLUMNS = ("cell", "value", "stderr", "n", "depth_start", *NEEDLE_SAME)
 METRICS = {"score": "score of what is said", "greedy": "greedy decoding is right"}
 ACROSS = 4
 # the middle of the strip of methods that did not solve a task

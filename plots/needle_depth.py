@@ -12,10 +12,10 @@ from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Heat
 from sbeval.plots.needle import TABLE, settings
 from sbeval.tables import intervals
-from sbeval.tables.selection import NEEDLE_COLUMNS, needle_depths, shared_tasks
+from sbeval.tables.selection import NEEDLE_SAME, needle_depths, shared_tasks
 
 DEPTHS = ("depth_start", "depth_end")
-COLUMNS = ("cell", "value", "n", *DEPTHS, *NEEDLE_COLUMNS)
+COLUMNS = ("cell", "value", "n", *DEPTHS, *NEEDLE_SAME)
 __all__ = ["COLUMNS", "TABLE", "chart", "draw"]
 # readable in grey and by colour-blind readers
 COLOURS = "viridis"

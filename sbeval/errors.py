@@ -49,8 +49,7 @@ def check_swept(config: Any, *names: str) -> None:
             raise InputError(f"{name} is empty: give one or more")
     if wrong := [seed for seed in getattr(config, "seeds", ()) if seed not in SEEDS]:
         raise InputError(f"a seed (--seed) must be 0 to {SEEDS[-1]}; got {wrong[0]}")
-    single = [getattr(config, name) for name in ("lr", "finetune_lr") if hasattr(config, name)]
-    rates = [*getattr(config, "lrs", ()), *single]
+    rates = [*getattr(config, "lrs", ()), *([config.lr] if hasattr(config, "lr") else [])]
     if bad := [rate for rate in rates if not 0 < rate < math.inf]:
         raise InputError(f"a learning rate (--lr) must be above 0 and finite; got {bad[0]}")
 

@@ -7,13 +7,12 @@ A text of a given number of tokens hides what the question after it asks for (se
     long-kayak mentioned in the provided text is| 8231406                 scored by the model's completion
 
 Models are those that length-gen trains with the same options, or a given checkpoint. With `finetune` tokens they are
-first fine-tuned on such prompts: by the recipe `packed` until they solve held-out prompts of their training length
-(`sbeval.tasks.needle_packed`), by `answers` on prompts of that length with the answers as targets. No test sample is
-among those: they are drawn from other seeds, part of which is the word train, their essay begins at another sentence,
-and qa, whose questions are given, is left out.
+first fine-tuned on such prompts, until they solve held-out prompts of their training length
+(`sbeval.tasks.needle_tuning`). No test sample is among those: they are drawn from other seeds, part of which is the
+word train, their essay begins at another sentence, and qa, whose questions are given, is left out.
 
-By `packed` a method has two results: the tokens until it solves a task at its training length, and what it then scores
-at others. A method that does not solve a task is not compared at other lengths.
+So a method has two results: the tokens until it solves a task at its training length, and what it then scores at
+others. A method that does not solve a task is not compared at other lengths.
 """
 
 import dataclasses
@@ -29,13 +28,13 @@ from sbeval.sweep.cell import Outcome, TrainingStep
 from sbeval.sweep.family import Family, Say, unsaid, without_rates
 from sbeval.tables.needle import Row as Row
 from sbeval.tables.needle import summary
+from sbeval.tasks import length_gen
 from sbeval.tasks.needle_choice import chosen_rates, taught
-from sbeval.tasks.needle_options import FILES, completed, evaluated_tasks, not_finetuned, notes, settled
+from sbeval.tasks.needle_options import FILES, evaluated_tasks, not_finetuned, notes, settled
 from sbeval.tasks.needle_options import PRESETS as PRESETS
 from sbeval.tasks.needle_options import Config as Config
-from sbeval.tasks.needle_packed import PackedTuning
 from sbeval.tasks.needle_tuning import BATCH_TOKENS as BATCH_TOKENS
-from sbeval.tasks.needle_tuning import TUNING, Tuning, loaded, open_writer, sources
+from sbeval.tasks.needle_tuning import OPTIONS, Tuning, loaded, open_writer, sources
 from sbeval.tasks.text_cell import TextCell, outcome
 from sbeval.tasks.text_training import (
     cautions,
@@ -86,13 +85,9 @@ class Cell(TextCell):
         """The fine-tuning of its model at each rate, equal for all tasks that the model is evaluated on."""
         if not self.config.finetune:
             return ()
-        options = training_options(self.config) | {name: getattr(self.config, name) for name in TUNING}
+        options = training_options(self.config) | {name: getattr(self.config, name) for name in OPTIONS}
         config = Config(**options, eval_len=self.config.train_len)
-        if config.finetune_recipe == "answers":
-            return (Tuning(config=config),)
-        return tuple(
-            PackedTuning(config=dataclasses.replace(config, finetune_lrs=(rate,))) for rate in config.finetune_lrs
-        )
+        return tuple(Tuning(config=dataclasses.replace(config, finetune_lrs=(rate,))) for rate in config.finetune_lrs)
 
     @property
     def flops(self) -> float:
@@ -114,7 +109,7 @@ class Cell(TextCell):
             writer.prompts(self.task, length, self.config.sample_seed, 1)
         for tuning in self.tunings[:1]:
             for name in self.config.finetune_tasks:
-                writer.prompts(name, tuning.length, self.seed, 1, use="train")
+                writer.prompts(name, tuning.length, 0, 1, use="validation")
 
     def run(self, context: "RunContext", progress: "Progress") -> Outcome:
         """Write the prompts, train unless a finished checkpoint exists, and evaluate the samples without an answer."""
@@ -260,8 +255,7 @@ def more(config: Config, results: "pd.DataFrame | None", say: Say = unsaid) -> l
 
 def _chooses(config: Config) -> bool:
     """Return whether validation chooses a learning rate for several seeds."""
-    several = len(set(config.finetune_lrs)) > 1 and config.finetune_recipe == "packed"
-    return several and bool(config.finetune) and config.checkpoint is None
+    return len(set(config.finetune_lrs)) > 1 and bool(config.finetune) and config.checkpoint is None
 
 
 def _grid(config: Config, seeds: Sequence[int]) -> list[Cell]:
@@ -292,5 +286,5 @@ FAMILY = Family(
     notes=notes,
     more=more,
     cautions=cautions,
-    completed=completed,
+    completed=length_gen.completed,
 )

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from sbeval.tables.needle import Row
 from sbeval.tables.rows import method_of
-from sbeval.tasks import needle_packed
-from sbeval.tasks.needle_packed import PackedTuning, Tuned
-from sbeval.tasks.needle_tuning import Tuning
+from sbeval.tasks import needle_tuning
+from sbeval.tasks.needle_tuning import Tuned, Tuning
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,22 +46,20 @@ def taught(
 
     if not tunings:
         return Taught(folder=trained)
-    recipe, budget = tunings[0].config.finetune_recipe, tunings[0].schedule().tokens
-    factors = {"finetune_tokens": budget, "finetune_recipe": recipe}
-    packed = [one.tuned(trained, writer, context, progress) for one in tunings if isinstance(one, PackedTuning)]
-    if not packed:
-        return Taught(folder=str(tunings[0].run(trained, writer, context, progress)), factors=factors)
-    if all(one.diverged for one in packed):
-        raise DivergedError(f"the loss of fine-tuning is not finite at any of {len(packed)} learning rates")
-    chosen = best([one for one in packed if not one.diverged], budget)
+    budget = tunings[0].schedule().tokens
+    factors = {"finetune_tokens": budget}
+    tuned = [one.run(trained, writer, context, progress) for one in tunings]
+    if all(one.diverged for one in tuned):
+        raise DivergedError(f"the loss of fine-tuning is not finite at any of {len(tuned)} learning rates")
+    chosen = best([one for one in tuned if not one.diverged], budget)
     rows: list[Row] = []
     curves: dict[str, Sequence[tuple[int, float]]] = {}
-    for one in packed:
+    for one in tuned:
         rate = {"finetune_lr": one.lr, "chosen": int(one is chosen)}
         rows += _rows(task, one, tunings[0].length, budget, factors | _factors(task, one) | rate)
         curves[f"finetune_loss_{one.lr:g}"] = [(step, round(loss, 4)) for step, loss in enumerate(one.losses, start=1)]
         curves[f"held_out_{one.lr:g}"] = one.scores.get(task, [])
-    measured = {"finetune": [{"lr": one.lr, "tokens": one.tokens, **one.measured} for one in packed]}
+    measured = {"finetune": [{"lr": one.lr, "tokens": one.tokens, **one.measured} for one in tuned]}
     return Taught(
         folder=str(chosen.folder),
         factors=factors | _factors(task, chosen) | {"finetune_lr": chosen.lr},
@@ -87,7 +84,7 @@ def _rows(task: str, of: Tuned, length: int, budget: int, factors: Mapping[str, 
     row = Row(metric="tokens_to_solve", unit="tokens", value=after, n=1, length=length, **factors)
     if of.diverged:
         return [row]
-    count = needle_packed.HELD_OUT
+    count = needle_tuning.HELD_OUT
     return [row, Row(metric="held_out", unit="1", value=of.held_out(task), n=count, length=length, **factors)]
 
 

@@ -20,11 +20,8 @@ FILES = {
 FINETUNE_LR = 1e-3
 # depths that needles can have
 MOST_NEEDLES = 40
-# options of fine-tuning by the recipe `packed`
-PACKED = (
-    "finetune_recipe", "finetune_lrs", "finetune_batch_tokens", "finetune_needles", "finetune_rest", "finetune_prompts",
-)  # fmt: skip
-RECIPES = ("packed", "answers")
+# options of how a model is fine-tuned
+TUNING = ("finetune_lrs", "finetune_batch_tokens", "finetune_needles", "finetune_rest", "finetune_prompts")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,26 +43,23 @@ class Config(length_gen.Config):
     finetune_tasks: tuple[str, ...] = option(
         (), TRAINING, "Tasks to fine-tune on. Default: those evaluated.", flag="--finetune-task", metavar="NAME"
     )
-    finetune_recipe: str = option(
-        "answers",
-        TRAINING,
-        "packed: lengths up to --train-len, several needles first, loss on all text, until solved; answers: prompts of "
-        "--train-len, loss on answers alone, cosine, all of --finetune.",
-        LATER,
-    )
     finetune_lrs: tuple[float, ...] = option(
-        (), TRAINING, "Learning rate of fine-tuning; of several, validation chooses.", LATER, flag="--finetune-lr"
+        (),
+        TRAINING,
+        f"Learning rate of fine-tuning; of several, validation chooses. Default: {FINETUNE_LR}.",
+        LATER,
+        flag="--finetune-lr",
     )
     finetune_batch_tokens: int | None = option(
-        None, TRAINING, "packed: tokens of an optimizer step. Default: --batch-tokens.", LATER
+        None, TRAINING, "Tokens of an optimizer step of fine-tuning. Default: --batch-tokens.", LATER
     )
     finetune_needles: int = option(
-        8, TRAINING, "packed: needles and questions of a prompt in the first half, at most.", LATER
+        8, TRAINING, "Needles and questions of a prompt in the first half of fine-tuning, at most.", LATER
     )
     finetune_rest: float = option(
-        0.1, TRAINING, "packed: weight of the loss on all other text, beside that on answers.", LATER
+        0.1, TRAINING, "Weight of the loss on all other text of prompts, beside that on answers.", LATER
     )
-    finetune_prompts: int = option(20_000, TRAINING, "packed: different prompts to fine-tune on, about.", LATER)
+    finetune_prompts: int = option(20_000, TRAINING, "Different prompts to fine-tune on, about.", LATER)
     checkpoint: str | None = option(
         None,
         MODEL,
@@ -73,9 +67,9 @@ class Config(length_gen.Config):
         LATER,
         flag="--checkpoint --model",
     )
-    # the rate of recipe `answers`, which `cells` sets
+    # not used by needle, but part of the ids of published cells; the recipe is `packed` of models that are fine-tuned
+    finetune_recipe: str = field(default="", metadata=LATER)
     finetune_lr: float = FINETUNE_LR
-    # not used by needle, but part of the ids of published cells
     eval_len: int = 4096
     documents: int = 32
     windows: int = 1
@@ -97,18 +91,15 @@ class Config(length_gen.Config):
         for name, least in (("samples", 1), ("finetune", 0)):
             if (given := getattr(self, name)) < least:
                 raise InputError(f"--{name} must be at least {least}; got {given}")
-        self._check_recipe()
+        self._check_tuning()
         if lacking := [name for name in self.tasks if name in FILES and getattr(self, FILES[name][0]) is None]:
             raise InputError(_lacks(lacking[0]))
         if questions := [name for name in self.finetune_tasks if name in FILES]:
             raise InputError(f"{questions[0]} cannot be fine-tuned on: its questions are those of the test")
 
-    def _check_recipe(self) -> None:
-        choose("recipe of fine-tuning", self.finetune_recipe, RECIPES)
-        if wrong := [rate for rate in (*self.finetune_lrs, self.finetune_lr) if not 0 < rate < math.inf]:
+    def _check_tuning(self) -> None:
+        if wrong := [rate for rate in self.finetune_lrs if not 0 < rate < math.inf]:
             raise InputError(f"--finetune-lr must be above 0 and finite; got {wrong[0]}")
-        if self.finetune_recipe == "answers" and len(set(self.finetune_lrs)) > 1:
-            raise InputError("--finetune-recipe answers takes one --finetune-lr: nothing is held out to choose by")
         if not 1 <= self.finetune_needles <= MOST_NEEDLES:
             raise InputError(f"--finetune-needles must be 1 to {MOST_NEEDLES}; got {self.finetune_needles}")
         if not 0 <= self.finetune_rest < math.inf:
@@ -117,12 +108,12 @@ class Config(length_gen.Config):
             if (amount := getattr(self, name)) is not None and amount < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1; got {amount}")
         step = self.finetune_batch_tokens
-        if self.finetune and self.finetune_recipe == "packed" and self.checkpoint is None and step is not None:
+        if self.finetune and self.checkpoint is None and step is not None:
             check_step("--finetune-batch-tokens", step, self.train_len)
 
 
 # 4,578 steps, 1 to 3 minutes of a card at 25m; a method that solves the tasks ends earlier
-BUDGET: dict[str, Any] = {"finetune": 4578 * 32768, "finetune_batch_tokens": 32768, "finetune_recipe": "packed"}
+BUDGET: dict[str, Any] = {"finetune": 4578 * 32768, "finetune_batch_tokens": 32768}
 ANSWERED: dict[str, Any] = {"lengths": (1024, 2048, 4096, 8192, 16384), "samples": 100}
 
 PRESETS = {
@@ -131,42 +122,29 @@ PRESETS = {
     "quick": length_gen.preset(
         Config, "quick", tokenizer="bpe:1024", train_len=512, eval_len=512, train_tokens=50 * 4096, batch_tokens=4096,
         tasks=("niah_single_1",), lengths=(512, 1024, 2048), samples=20, finetune=100 * 4096, finetune_lrs=(3e-3,),
-        finetune_recipe="packed", finetune_prompts=500,
+        finetune_prompts=500,
     ),
     "small": length_gen.preset(Config, "small", **ANSWERED, **BUDGET),
     # the models of length-gen's preset h200, and two more methods
     "h200": length_gen.preset(
         Config, "h200", attention=("stick_breaking", "rope", "alibi", "forgetting"), **ANSWERED, **BUDGET
     ),
-    # the recipe of the first results: 200 steps on prompts of the training length, too few for most methods
-    "answers": length_gen.preset(
-        Config, "h200", attention=("stick_breaking", "rope", "alibi", "forgetting"), **ANSWERED, finetune=200 * 131072
-    ),
     # RULER as published: all tasks, 500 samples, 4k to 128k, nothing fine-tuned
     "paper": length_gen.preset(
-        Config, "paper", attention=("stick_breaking", "rope"), lengths=tuple(4096 << octave for octave in range(6)),
-        finetune_recipe="packed",
+        Config, "paper", attention=("stick_breaking", "rope"), lengths=tuple(4096 << octave for octave in range(6))
     ),
 }  # fmt: skip
 
 
-def completed(given: dict[str, Any]) -> dict[str, Any]:
-    """Return options with those that they imply; `finetune_lr`, as older studies have it, is one rate."""
-    given = length_gen.completed(given)
-    return given | ({"finetune_lrs": (given["finetune_lr"],)} if "finetune_lr" in given else {})
-
-
 def settled(config: Config) -> Config:
     """Return a config whose options of fine-tuning are at their defaults where they change nothing."""
-    rates = tuple(sorted(set(config.finetune_lrs))) or (config.finetune_lr,)
+    if config.finetune:
+        rates = tuple(sorted(set(config.finetune_lrs))) or (FINETUNE_LR,)
+        return dataclasses.replace(config, finetune_lrs=rates, finetune_recipe="packed")
     defaults: dict[str, Any] = {
-        field.name: field.default for field in dataclasses.fields(Config) if field.name in (*PACKED, "finetune_lr")
+        entry.name: entry.default for entry in dataclasses.fields(Config) if entry.name in TUNING
     }
-    if not config.finetune:
-        return dataclasses.replace(config, **defaults)
-    if config.finetune_recipe == "answers":
-        return dataclasses.replace(config, **defaults | {"finetune_lr": rates[0]})
-    return dataclasses.replace(config, finetune_lrs=rates, finetune_lr=FINETUNE_LR)
+    return dataclasses.replace(config, **defaults)
 
 
 def notes(config: Config) -> list[str]:

@@ -293,9 +293,7 @@ def model_shape(config: TextModel, vocab_size: int) -> ModelConfig:
     return named(config.size, vocab_size=padded_vocabulary(vocab_size), attention=config.attention[0])
 
 
-def train_config(
-    config: TextModel, *, tokens: int, length: int, lr: float, seed: int, sparse: bool = False
-) -> TrainConfig:
+def train_config(config: TextModel, *, tokens: int, length: int, lr: float, seed: int) -> TrainConfig:
     """Return the settings of a training on so many tokens, in sequences of `length`."""
     batch = max(1, config.batch_tokens // length)
     micro = config.micro_batch_tokens and max(1, config.micro_batch_tokens // length)
@@ -311,7 +309,6 @@ def train_config(
         optimizer=config.optimizer,
         seed=seed,
         dtype=config.dtype,
-        sparse=sparse,
     )
     return dataclasses.replace(training, decay=DECAY) if config.schedule == "wsd" else training
 

@@ -1,4 +1,4 @@
-"""Prompts of RULER's tasks as tokens, with the largest haystack that fits, cached on disk; their training batches.
+"""Prompts of RULER's tasks as tokens, with the largest haystack that fits, cached on disk.
 
 tokens(BOS if the tokenizer has one, prompt with the beginning of the answer) + tokens to generate <= length
 """
@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from sbeval.config import IGNORE, digest_of
-from sbeval.data.dataloader import Batch
+from sbeval.config import digest_of
 from sbeval.data.tokenizer import Ids, Tokenizer
 from sbeval.errors import InputError
 from sbeval.evaluation import ruler_tasks
@@ -233,27 +231,3 @@ def _read(path: Path) -> list[Prompt]:
         Prompt(tokens=ids, answer=answer, references=tuple(references), depth=depth)
         for ids, answer, (references, depth) in zip(tokens, answers, meta, strict=True)
     ]
-
-
-class PromptBatches:
-    """Training batches of `batch` prompts by step, (B, length) int64 each; the loss is on the answer and the end.
-
-    tokens    p0 p1 p2 a0 a1 E  E         for the prompt p0 p1 p2 and the answer a0 a1
-    targets   .  .  a0 a1 E  .  .         E ends a document; it also pads the row
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], tokenizer: Tokenizer, length: int, batch: int) -> None:
-        self._prompts, self._eos, self._length, self._batch = prompts, tokenizer.eos, length, batch
-
-    def __getitem__(self, step: int) -> Batch:
-        rows = self._prompts[step * self._batch : (step + 1) * self._batch]
-        assert len(rows) == self._batch, f"{len(self._prompts)} prompts are too few for step {step}"
-        tokens = np.full((len(rows), self._length + 1), self._eos, dtype=np.int64)
-        targets = np.full((len(rows), self._length), IGNORE, dtype=np.int64)
-        for row, prompt in enumerate(rows):
-            # answers longer than RULER's tokens to generate are truncated
-            text = np.concatenate([prompt.tokens, prompt.answer])[: self._length + 1]
-            tokens[row, : len(text)] = text
-            first, last = len(prompt.tokens) - 1, min(len(text), self._length)
-            targets[row, first:last] = tokens[row, first + 1 : last + 1]
-        return Batch(tokens=torch.from_numpy(tokens[:, :-1].copy()), targets=torch.from_numpy(targets), cu_seqlens=None)

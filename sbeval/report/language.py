@@ -205,8 +205,8 @@ def _retrieval_of_one(name: str, rows: pd.DataFrame) -> Judged:
     reason = f"no rows of {other}"
     taught = rows[rows["finetune_tokens"] > 0]
     if "ended" in taught:
-        # of `packed`, a task that was not taught has none
-        taught = taught[(taught["finetune_recipe"] != "packed") | (taught["ended"].fillna("") != "")]
+        # a task that was not taught has none
+        taught = taught[taught["ended"].fillna("") != ""]
     if taught.empty:
         return Judged(UNDECIDED, reason=reason)
     parts = [part for _, part in taught.groupby(list(selection.NEEDLE.columns), dropna=False)]

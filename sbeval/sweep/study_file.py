@@ -158,7 +158,9 @@ def _config(
     of = registry.task(family)
     preset = _value(f"{family}.preset", section.pop("preset", preset), str)
     base = of.presets[choose(f"preset of {family}", preset, of.presets)]
-    given = _options(family, section, type(base), [field.name for field in dataclasses.fields(base)])
+    # other fields are part of ids alone
+    known = [field.name for field in dataclasses.fields(base) if "help" in field.metadata or field.name == "dtype"]
+    given = _options(family, section, type(base), known)
     try:
         options = of.completed(given)
         if isinstance(base, TextModel):

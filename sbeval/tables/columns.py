@@ -106,13 +106,11 @@ FACTORS: dict[str, dict[str, str]] = {
         "length": "Tokens of prompt and answer.",
         "depth_start": "First depth of the needle in the row, per cent; empty: all.",
         "depth_end": "End of the row's depths, exclusive (100 is in the last row).",
-        "finetune_tokens": "Tokens of prompts to fine-tune on; by the recipe `packed` at most.",
-        "finetune_recipe": "Recipe of fine-tuning: `packed` or `answers`; empty without, and in older rows.",
-        "finetune_lr": "Learning rate of fine-tuning by `packed`.",
+        "finetune_tokens": "Tokens of prompts to fine-tune on, at most.",
+        "finetune_lr": "Learning rate of fine-tuning.",
         "chosen": "1 at the learning rate that validation chose, whose model all other rows are of; else 0.",
         "ended": "`solved` if the task was, by held-out prompts of the training length, within finetune_tokens "
-        "(see `tokens_to_solve`); else `budget`, or `diverged`; empty where the model was not fine-tuned on it by "
-        "`packed`.",
+        "(see `tokens_to_solve`); else `budget`, or `diverged`; empty where the model was not fine-tuned on it.",
         "copy_gain": "Nats per token that copying 512 random tokens saved before fine-tuning (half of train_len if "
         "less), as in diagnostics.",
         "status": _STATUS,

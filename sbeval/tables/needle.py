@@ -24,19 +24,17 @@ LEGEND = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row(Measurement):
     """Factors: length of prompt and answer in tokens; depth_start <= depth < depth_end of the needle, in per cent (100
-    is in the last bin; empty: all samples); tokens of fine-tuning, with the recipe `packed` at most. status: `overfit`
-    where the model's training on text was, or empty.
+    is in the last bin; empty: all samples). status: `overfit` where the model's training on text was, or empty.
 
-    Of the recipe `packed`: how fine-tuning on this task ended, `solved`, `budget` or `diverged`, empty where it was on
-    others; nats per token that copying saved before fine-tuning; its learning rate, and in rows of fine-tuning whether
-    validation chose that (1 or 0), as for the model of all other rows.
+    Of models that were fine-tuned: the tokens of that, at most; its learning rate, and in rows of fine-tuning whether
+    validation chose that (1 or 0), as for the model of all other rows; how it ended on this task, `solved`, `budget` or
+    `diverged`, empty where it was on others; nats per token that copying saved before.
     """
 
     length: int
     depth_start: int | None = None
     depth_end: int | None = None
     finetune_tokens: int = column("{} tokens of fine-tuning", default=0)
-    finetune_recipe: str = column("fine-tuned by the recipe {}", LATER, default="")
     finetune_lr: float | None = field(default=None, metadata=LATER)
     chosen: int | None = field(default=None, metadata=LATER)
     ended: str = field(default="", metadata=LATER)
@@ -46,7 +44,7 @@ class Row(Measurement):
 
 def summary(results: "pd.DataFrame") -> "Table":
     """Return the table for the terminal: score and greedy accuracy by task and length, mean over seeds, and means; of
-    the recipe `packed` also how a task was learned."""
+    models that were fine-tuned also how a task was learned."""
     from rich.table import Table
 
     rows = results[results["metric"].isin(["score", "greedy"]) & results["depth_start"].isna()]

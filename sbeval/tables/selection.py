@@ -37,15 +37,10 @@ LENGTH_GEN = Setting(
 )
 # how models were trained: columns that older tables lack
 RECIPE = ("lr", "optimizer", "batch_tokens", "schedule")
-NEEDLE = Setting(
-    ("model", "train_len", "finetune_tokens"),
-    ("finetune_recipe", "tokenizer", "preset", "corpus", "train_tokens", "dtype"),
-)
+NEEDLE = Setting(("model", "train_len", "finetune_tokens"), ("tokenizer", "preset", "corpus", "train_tokens", "dtype"))
 NEEDLE_METRICS = ("score", "greedy")
 # columns that identify a number
 NEEDLE_SAME = ["attention", "options", "seed", "task", "metric", "length", *NEEDLE.columns]
-# those of them that older tables have
-NEEDLE_COLUMNS = [name for name in NEEDLE_SAME if name != "finetune_recipe"]
 # those that identify a model and its task
 _NEEDLE_TASK = [name for name in NEEDLE_SAME if name not in ("metric", "length")]
 MQRAR = Setting(
@@ -234,13 +229,12 @@ def needle_scores(table: pd.DataFrame) -> pd.DataFrame:
     """Return the scores of `needle` over all samples of a task and length; InputError where there are none.
 
     Column `solved`: whether the model solved the task at its training length. One that was fine-tuned did if its
-    fine-tuning says so, or, where that says nothing, if it scores SOLVED there. One that was not is taken as it is, as
-    is one by `answers` that was not evaluated there; by `packed` that is a task it was not taught, and not solved.
+    fine-tuning says so, or, where that says nothing, if it scores SOLVED there. One that was not is taken as it is.
     """
     table = table[table["metric"].isin(NEEDLE_METRICS) & table["depth_start"].isna()]
     if table.empty:
         raise InputError("there are no rows with metric 'score' or 'greedy' over all depths to draw")
-    return _with_solved(most_samples(_of_recipes(numbers(table, ["length", "train_len", "finetune_tokens"]))))
+    return _with_solved(most_samples(numbers(table, ["length", "train_len", "finetune_tokens"])))
 
 
 def needle_depths(table: pd.DataFrame) -> pd.DataFrame:
@@ -253,7 +247,7 @@ def needle_depths(table: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         raise NothingToDraw("there are no rows with a depth to draw: tasks with a single needle have them")
     names = ["depth_start", "depth_end", "length", "train_len", "finetune_tokens"]
-    rows = most_samples(_of_recipes(numbers(rows, names)))
+    rows = most_samples(numbers(rows, names))
     if table[shown]["depth_start"].notna().all():
         return rows.assign(solved=True)
     scores = needle_scores(table)
@@ -262,20 +256,14 @@ def needle_depths(table: pd.DataFrame) -> pd.DataFrame:
     return found.assign(solved=found["apart"] == "left_only").drop(columns="apart")
 
 
-def _of_recipes(table: pd.DataFrame) -> pd.DataFrame:
-    """Return rows of `needle` with the recipe of fine-tuning; older tables lack it, and all of theirs are by
-    `answers`."""
-    given = table["finetune_recipe"].fillna("") if "finetune_recipe" in table else pd.Series("", table.index)
-    return table.assign(finetune_recipe=given.mask((given == "") & (table["finetune_tokens"] > 0), "answers"))
-
-
 def _with_solved(scores: pd.DataFrame) -> pd.DataFrame:
     there = scores[(scores["metric"] == "score") & (scores["length"] == scores["train_len"])]
     right = there.groupby(_NEEDLE_TASK, dropna=False).agg(there=("value", "mean")).reset_index()
     found = scores.merge(right, on=_NEEDLE_TASK, how="left")
     ended = found["ended"].fillna("") if "ended" in found else pd.Series("", found.index)
-    by_score = found["there"].fillna((found["finetune_recipe"] != "packed").astype(float)) >= SOLVED
-    solved = (ended == "solved") | ((ended == "") & by_score) | (found["finetune_tokens"] == 0)
+    # of a task that it was not taught fine-tuning says nothing; one that was not evaluated there is not solved
+    by_score = (ended == "") & (found["there"] >= SOLVED)
+    solved = (ended == "solved") | by_score | (found["finetune_tokens"] == 0)
     return found.drop(columns="there").assign(solved=solved)
 
 

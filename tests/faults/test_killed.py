@@ -49,7 +49,7 @@ NEEDLE = (
     "--length 640"
 )
 # one that is fine-tuned until solved
-PACKED = (
+TUNED = (
     "needle --preset quick --device cpu --attention rope --corpus {texts} --tokenizer bytes --train-len 640 "
     "--train-tokens 640 --batch-tokens 640 --finetune 3840 --finetune-prompts 6 --finetune-lr 1e-3 --finetune-lr 3e-3 "
     "--task niah_single_1 --samples 2 --length 640"
@@ -169,7 +169,7 @@ def left(results: Path) -> dict[str, Any]:
         ("mqrar", RECALL),
         *(
             pytest.param(*each, marks=pytest.mark.slow)
-            for each in (("train", TRAIN), ("needle", NEEDLE), ("needle", PACKED))
+            for each in (("train", TRAIN), ("needle", NEEDLE), ("needle", TUNED))
         ),
     ],
 )

@@ -26,7 +26,6 @@ COMMON: dict[str, Any] = {
     "preset": "h200",
     "dtype": "bfloat16",
     "finetune_tokens": 1000,
-    "finetune_recipe": "packed",
     "ended": "solved",
     "depth_start": np.nan,
     "depth_end": np.nan,
@@ -175,7 +174,7 @@ def test_methods_that_did_not_solve_a_task_are_named_and_have_no_line() -> None:
 def test_without_a_status_the_score_at_the_training_length_says_what_is_solved(
     score: float, tokens: int, lines: int
 ) -> None:
-    old = pd.DataFrame(rows(task="vt", value=score, finetune_tokens=tokens)).drop(columns=["ended", "finetune_recipe"])
+    old = pd.DataFrame(rows(task="vt", value=score, finetune_tokens=tokens)).drop(columns="ended")
     (axis,) = [axis for axis in needle.draw(old).axes if axis.axison]
     assert len([one for one in axis.get_lines() if one.get_label() == "RoPE"]) == lines
     assert (apart(axis) == ["RoPE"]) == (not lines)

@@ -1,4 +1,4 @@
-"""The choice of a learning rate of fine-tuning; what a cell does with it is in test_needle_packed."""
+"""The choice of a learning rate of fine-tuning; what a cell does with it is in test_needle_tuning."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import pandas as pd
 from sbeval.sweep import finished
 from sbeval.tasks.needle import Config, cells, more
 from sbeval.tasks.needle_choice import best, chosen_rates
-from sbeval.tasks.needle_packed import Tuned
+from sbeval.tasks.needle_tuning import Tuned
 
 
 def test_the_best_rate_solves_most_then_in_the_fewest_tokens() -> None:
@@ -26,8 +26,9 @@ def test_the_best_rate_solves_most_then_in_the_fewest_tokens() -> None:
 
 
 def test_where_all_first_cells_failed_no_further_seeds_are_taught(tmp_path: Path) -> None:
-    recipe: dict[str, Any] = {"finetune": 1 << 20, "finetune_recipe": "packed", "finetune_lrs": (1e-3, 3e-3)}
-    config = Config(**recipe, seeds=(0, 1), attention=("rope",), tasks=("niah_single_2",))
+    config = Config(
+        finetune=1 << 20, finetune_lrs=(1e-3, 3e-3), seeds=(0, 1), attention=("rope",), tasks=("niah_single_2",)
+    )
     results, lines = finished.results_of(cells(config), tmp_path), list[str]()
     assert results.empty and more(config, results, lines.append) == []
     line = "no learning rate has a result with seed 0; the other seeds are run once one has"

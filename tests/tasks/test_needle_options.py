@@ -1,7 +1,6 @@
 """Options of needle: what is evaluated without the files of questions, and mistakes."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ from sbeval.errors import InputError
 from sbeval.sweep.cell import cell_id
 from sbeval.tasks import needle
 from sbeval.tasks.needle import Config, cells
+from sbeval.tasks.needle_options import TUNING
 
 TINY: dict[str, Any] = {"width": 16, "layers": 1, "heads": 2, "hidden": 32, "tied": True}
 
@@ -41,15 +41,13 @@ def test_a_file_that_no_task_asks_for_is_said(
         ({"samples": 0}, "--samples must be at least 1; got 0"),
         ({"finetune": 9, "finetune_tasks": ("qa_2",)}, "qa_2 cannot be fine-tuned on"),
         ({"finetune": 9, "tasks": ("qa_1",), "squad": "x"}, "--finetune needs a task other than qa"),
-        ({"finetune_recipe": "packd"}, "unknown recipe 'packd' of fine-tuning; did you mean 'packed'"),
         ({"finetune_lrs": (1e-3, 0.0)}, "--finetune-lr must be above 0 and finite; got 0.0"),
-        ({"finetune_lrs": (1e-3, 1e-2)}, "--finetune-recipe answers takes one --finetune-lr"),
         ({"finetune_needles": 41}, "--finetune-needles must be 1 to 40; got 41"),
         ({"finetune_rest": -0.1}, "--finetune-rest must be at least 0"),
         ({"finetune_prompts": 0}, "--finetune-prompts must be at least 1; got 0"),
         ({"finetune_batch_tokens": 0}, "--finetune-batch-tokens must be at least 1; got 0"),
         (
-            {"finetune": 9, "finetune_recipe": "packed", "finetune_batch_tokens": 7, "train_len": 8},
+            {"finetune": 9, "finetune_batch_tokens": 7, "train_len": 8},
             "--finetune-batch-tokens 7 is less than a sequence of --train-len 8; give --finetune-batch-tokens 8",
         ),
     ],
@@ -69,28 +67,17 @@ def test_options_of_fine_tuning_that_change_nothing_are_no_part_of_an_id(config:
     def ids(**options: Any) -> list[str]:
         return [cell_id(cell) for cell in cells(dataclasses.replace(config, **options))]
 
-    # as cells of before the recipe
-    old = [
-        cell_id(
-            needle.Cell(config=dataclasses.replace(config, finetune=9, finetune_lr=3e-3, finetune_tasks=config.tasks))
-        )
+    assert ids() == ids(finetune_lrs=(1.0, 2.0), finetune_rest=0.5)
+    # one rate is the default
+    assert ids(finetune=9) == ids(finetune=9, finetune_lrs=(1e-3, 1e-3)) != ids()
+    changes: list[dict[str, Any]] = [
+        {},
+        {"finetune_lrs": (1e-2,)},
+        {"finetune_lrs": (1e-3, 1e-2)},
+        {"finetune_batch_tokens": 32},
+        {"finetune_needles": 4},
+        {"finetune_rest": 0.5},
+        {"finetune_prompts": 7},
     ]
-    assert ids(finetune=9, finetune_lrs=(3e-3,), finetune_needles=4, finetune_prompts=7) == old
-    assert ids(finetune=9, finetune_lr=3e-3) == old != ids(finetune=9)
-    packed: dict[str, Any] = {"finetune_recipe": "packed", "finetune": 9}
-    assert ids() == ids(finetune_recipe="packed", finetune_lrs=(1.0, 2.0), finetune_rest=0.5)
-    assert ids(**packed) == ids(**packed, finetune_lrs=(1e-3, 1e-3)) != ids(**packed, finetune_lrs=(1e-3, 1e-2))
-    assert ids(**packed) != ids(**packed, finetune_needles=4)
-
-
-def test_the_preset_of_the_first_results_makes_their_cells() -> None:
-    first, now = needle.PRESETS["answers"], needle.PRESETS["h200"]
-    tasks = ("niah_single_1", "niah_single_2", "niah_multikey_1", "vt")
-    made = cells(dataclasses.replace(first, corpus="books", dtype="bfloat16", tasks=tasks))
-    committed = {
-        path.stem for path in (Path(__file__).parents[2] / "results" / "runs").glob("needle-*-fine-tuned-*.json")
-    }
-    first_commit = {name for name in committed if name in {cell_id(cell) for cell in made}}
-    assert len(first_commit) == 14
-    assert (first.finetune_recipe, first.finetune, now.finetune_recipe) == ("answers", 200 * 131072, "packed")
-    assert needle.PRESETS["small"].finetune == now.finetune == 4578 * 32768
+    assert {name for change in changes for name in change} == set(TUNING)
+    assert len({str(ids(finetune=9, **change)) for change in changes}) == len(changes)

@@ -33,7 +33,7 @@ def test_cells_of_several_families_need_the_same_training() -> None:
     options = {field.name: getattr(CONFIG, field.name) for field in dataclasses.fields(Config)}
     config = needle.Config(**(options | {"finetune": 4096, "tasks": ("vt", "cwe")}))
     training, tuning = needle.cells(config)[0].needs
-    assert training == CELL.training_step and tuning.title == "fine-tune rope seed 3"
+    assert training == CELL.training_step and tuning.title == "fine-tune rope seed 3 lr 0.001"
     assert needle.cells(config)[1].needs == (training, tuning)
 
 

@@ -112,7 +112,7 @@ def test_steps_until_recall_is_solved_by_seed(tmp_path: Path) -> None:
 
 
 def test_needles_by_task(tmp_path: Path) -> None:
-    of = {"finetune_tokens": 10**8, "finetune_recipe": "packed", "depth_start": np.nan, "chosen": np.nan}
+    of = {"finetune_tokens": 10**8, "depth_start": np.nan, "chosen": np.nan}
     rows = []
     for seed in (0, 1):
         for task, ended, after in (("vt", "budget", 1e8), ("niah_single_1", "solved", 1e7 * (1 + seed))):

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sbeval.config import IGNORE
-from sbeval.data.tokenizer import Bytes, Tokenizer
+from sbeval.data.tokenizer import Tokenizer
 from sbeval.errors import InputError
 from sbeval.evaluation import ruler_drafts, ruler_tasks, ruler_texts
 from sbeval.evaluation.ruler_drafts import Setting
-from sbeval.evaluation.ruler_prompts import Prompt, PromptBatches, Writer
+from sbeval.evaluation.ruler_prompts import Prompt, Writer
 from sbeval.evaluation.ruler_texts import Sources
 
 LENGTH, COUNT = 2048, 3
@@ -180,15 +179,3 @@ def test_prompts_are_kept_by_what_they_depend_on(small: Writer, tmp_path: Path) 
 def test_more_samples_than_questions_is_an_error(small: Writer) -> None:
     with pytest.raises(InputError, match=r"dev\.json has 40 questions: --samples can be that many at most"):
         small.prompts("qa_1", 2048, 42, 41)
-
-
-def test_the_loss_is_on_the_answer_and_the_end() -> None:
-    def prompt(tokens: list[int], answer: list[int]) -> Prompt:
-        ids = [np.array(item, dtype=np.uint16) for item in (tokens, answer)]
-        return Prompt(tokens=ids[0], answer=ids[1], references=(), depth=None)
-
-    text = Bytes()
-    batch = PromptBatches([prompt([1, 2, 3], [4, 5]), prompt([1, 2, 3, 4], [5, 6, 7])], text, 6, 2)[0]
-    end, no = text.eos, IGNORE
-    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, end], [1, 2, 3, 4, 5, 6]]
-    assert batch.targets.tolist() == [[no, no, 4, 5, end, no], [no, no, no, 5, 6, 7]]

@@ -252,7 +252,7 @@ def tuned(frame: Tables, ended: dict[str, str], seeds: int = 3) -> pd.DataFrame:
     """Scores of models that were fine-tuned, by their method and task, such as `rope vt`, solved or not."""
     found = pd.concat([needles(frame, 0.6, 0.2, finetune_tokens=10**8, seed=seed) for seed in range(seeds)])
     names = found["attention"] + " " + found["task"]
-    return found.assign(finetune_recipe="packed", ended=[ended.get(name, "solved") for name in names])
+    return found.assign(ended=[ended.get(name, "solved") for name in names])
 
 
 def test_needles_are_compared_where_both_solved_the_task(frame: Tables, perplexities: Tables) -> None:

@@ -40,7 +40,7 @@ def test_families_share_a_training_and_fine_tuning_comes_after_it() -> None:
     cells: list[Step] = [*length_gen.cells(LENGTHS), *needle.cells(asked)]
     assert order(cells) == [
         ["train rope seed 0", "alibi seed 0", "train stick_breaking seed 0"],
-        ["rope seed 0", "fine-tune rope seed 0", "fine-tune stick_breaking seed 0"],
+        ["rope seed 0", "fine-tune rope seed 0 lr 0.001", "fine-tune stick_breaking seed 0 lr 0.001"],
         [f"{name} seed 0 fine-tuned {task}" for name in ("rope", "stick_breaking") for task in ("vt", "cwe")],
     ]
     # another training is another model
@@ -77,8 +77,13 @@ def test_a_failure_takes_with_it_all_that_needs_it_and_no_more() -> None:
     found = Graph()
     begin = {step.title: step for step in found.add(cells)}
     lost = [step.title for step in found.lost(begin["train rope seed 0"])]
-    assert lost == ["rope seed 0", "fine-tune rope seed 0", "rope seed 0 fine-tuned vt", "rope seed 0 fine-tuned cwe"]
+    assert lost == [
+        "rope seed 0",
+        "fine-tune rope seed 0 lr 0.001",
+        "rope seed 0 fine-tuned vt",
+        "rope seed 0 fine-tuned cwe",
+    ]
     assert found.done(begin["train rope seed 0"]) == []
     assert [step.title for step in found.done(begin["train stick_breaking seed 0"])] == [
-        "fine-tune stick_breaking seed 0"
+        "fine-tune stick_breaking seed 0 lr 0.001"
     ]

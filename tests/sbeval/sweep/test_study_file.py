@@ -84,7 +84,6 @@ def test_the_study_of_retrieval_has_whole_comparisons_whenever_it_is_stopped() -
     cells = cells_of("needle.squad=dev.json")
     # all tasks of every method with one seed come before any with the next
     assert [cell.seed for cell in cells] == [seed for seed in (0, 1, 2) for _ in range(8 * 12)]
-    assert {cell.config.finetune_recipe for cell in cells} == {"packed"}
     # YaRN is of RoPE's models, each fine-tuned at three rates
     assert len({step for cell in cells for step in cell.tunings}) == 7 * 3 * 3
     assert all(len(cell.config.finetune_tasks) == 11 for cell in cells)
@@ -221,6 +220,8 @@ def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None
     [
         ("needle: {samples: many}", "needle.samples must be an integer; got 'many'"),
         ("needle: {sampels: 3}", "unknown option 'sampels' of needle; did you mean 'samples'?"),
+        # a field that is part of ids, and does nothing
+        ("needle: {finetune_lr: 1e-2}", "unknown option 'finetune_lr' of needle; did you mean 'finetune_lrs'?"),
         ("needel: {}", "unknown section 'needel'; did you mean 'needle'?"),
         ("models: {samples: 3}\nneedle:", "unknown option 'samples' of models; known: attention, "),
         ("mqrar: {preset: quik}", "unknown preset 'quik' of mqrar; did you mean 'quick'?"),
@@ -342,7 +343,7 @@ def test_any_text_is_read_or_an_error_of_the_users(text: str) -> None:
 
 
 def test_one_rate_of_fine_tuning_is_a_list_of_one(tmp_path: Path) -> None:
-    for rate in ("finetune_lr: 1e-2", "finetune_lrs: 1e-2", "finetune_lrs: [1e-2]"):
+    for rate in ("finetune_lrs: 1e-2", "finetune_lrs: [1e-2]"):
         found = parts(f"needle: {{preset: small, {rate}}}", tmp_path=tmp_path)
         (tuning,) = needle.cells(found["needle"].config)[0].tunings
         assert tuning.schedule().lr == 1e-2

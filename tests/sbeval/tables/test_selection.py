@@ -174,13 +174,11 @@ def test_a_run_with_more_samples_replaces_one_with_fewer() -> None:
         selection.needle_scores(pd.DataFrame([needles("vt", 0.0, depth_start=10)]))
 
 
-@pytest.mark.parametrize(("recipe", "tokens", "solved"), [("packed", 9, False), ("answers", 9, True), ("", 0, True)])
-def test_a_task_too_long_for_the_training_length_is_not_solved_by_being_left_out(
-    recipe: str, tokens: int, solved: bool
-) -> None:
+@pytest.mark.parametrize(("tokens", "solved"), [(9, False), (0, True)])
+def test_a_task_too_long_for_the_training_length_is_not_solved_by_being_left_out(tokens: int, solved: bool) -> None:
     """As qa_2, which is not fine-tuned on, and does not fit 2048 tokens."""
-    same: dict[str, Any] = {"train_len": 1024, "finetune_tokens": tokens, "finetune_recipe": recipe}
-    taught = needles("vt", 0.4, length=2048, ended="solved" if recipe == "packed" else "", **same)
+    same: dict[str, Any] = {"train_len": 1024, "finetune_tokens": tokens}
+    taught = needles("vt", 0.4, length=2048, ended="solved" if tokens else "", **same)
     found = selection.needle_scores(pd.DataFrame([taught, needles("qa_2", 0.1, length=2048, ended="", **same)]))
     assert found.set_index("task")["solved"].to_dict() == {"vt": True, "qa_2": solved}
 
