@@ -36,7 +36,7 @@ BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end of numbers -->)", r
 DECIDING = ("125m", "tokens", "retrieval", "", "quick", "which-stick-breaking")
 LEANS = {AGREES: ", leaning towards it", DISAGREES: ", leaning against it"}
 # families whose figures docs/results.md shows
-DRAWN = ("attention_map", "kernel", "length_gen", "mqrar", "needle", "skipping")
+DRAWN = ("attention_map", "kernel", "length_gen", "mqrar", "skipping")
 # results folder, columns and rows of each table: (label, folder, method)
 TYPED = {"one H200": "typed", "two CPU cores": "typed-cpu"}
 FORMS = {
