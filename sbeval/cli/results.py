@@ -102,7 +102,7 @@ def report(
 
 
 def check(results_dir: ResultsDir = Path("results")) -> None:
-    """Check that tables, run files, values and curves are what runs wrote, and figures of these; needs no torch."""
+    """Check that tables, run files, values and curves are what runs wrote, and figures show them; needs no torch."""
     from sbeval.report.drawn import Counts, stale
     from sbeval.tables.check import Checked, folder
 
