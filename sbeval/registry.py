@@ -158,7 +158,8 @@ def command_help(name: str) -> str:
 
 
 def gather(name: str, table: "pd.DataFrame", results_dir: Path) -> "pd.DataFrame":
-    """Return the rows that the figure `name` draws: the table, or what its `gather` reads beside the table."""
+    """Return the rows that the figure `name` draws: the table, or what its `gather` reads beside the table, which are
+    values and curves of its cells: `sbeval check` compares no other files."""
     rows: pd.DataFrame = getattr(figure(name), "gather", lambda rows, _: rows)(table, results_dir)
     return rows
 

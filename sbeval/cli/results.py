@@ -102,18 +102,23 @@ def report(
 
 
 def check(results_dir: ResultsDir = Path("results")) -> None:
-    """Check that tables, run files, values and curves are what the runs wrote; needs no torch."""
+    """Check that tables, run files, values and curves are what runs wrote, and figures show them; needs no torch."""
+    from sbeval.report.drawn import Counts, stale
     from sbeval.tables.check import Checked, folder
 
-    checked, faults = Checked(), 0
+    checked, faults, figures = Checked(), 0, Counts()
     for line in folder(Results(results_dir), checked):
         faults += 1
+        say(line)
+    # no fault: the numbers are what they are, and a figure is drawn again from them
+    for line in stale(Results(results_dir), figures):
         say(line)
     unknown = f"; {checked.unknown} cells are of a version without digests" if checked.unknown else ""
     counts = {"row": checked.rows, "table": checked.tables, "run file": checked.cells, "other file": checked.files}
     words = ", ".join(f"{count:,} {noun}{'s' * (count != 1)}" for noun, count in counts.items())
     found = f"{faults} fault{'s' * (faults > 1)}" if faults else "as written"
-    say(f"{results_dir}: {words}: {found}{unknown}")
+    drawn = f"; figures: {figures}" if str(figures) else ""
+    say(f"{results_dir}: {words}: {found}{unknown}{drawn}")
     if faults:
         raise typer.Exit(1)
 

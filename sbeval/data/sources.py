@@ -33,11 +33,12 @@ import dataclasses
 import functools
 import gzip
 import hashlib
-import importlib
+import importlib.util
 import io
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -63,6 +64,8 @@ VALID = 32
 # .zst state may be that of a part of the file; the index of .xz takes more code to read than an estimate is worth
 PACKED = {".gz": 2.7, ".bz2": 3.6, ".xz": 3.5, ".zst": 2.4}
 TABLES = (".jsonl", ".json", ".parquet")
+# what a name on the hub looks like, of a dataset or a model
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class Document(NamedTuple):
@@ -104,17 +107,36 @@ def source(spec: str, field: str) -> Source:
         return _stdlib(python_source.stdlib_folder())
     if spec == "python":
         return _python()
-    name = spec.removeprefix("hf:")
-    if name != spec and name.partition(":")[0]:
-        return _hub(name, field)
+    if spec.startswith("hf:"):
+        check_dataset(spec)
+        return _hub(spec.removeprefix("hf:"), field)
     path = Path(spec)
     # a device or a pipe has no end, or is gone when it is read again
     if not os.path.isdir(path) and not os.path.isfile(path):
-        raise InputError(
-            f"unknown corpus {shown(spec)!r}; give python, stdlib, an existing file or folder, or hf:NAME[:CONFIG]"
-        )
+        raise _unknown(spec)
     with reading(f"corpus {spec!r}"):
         return _files(path, field)
+
+
+def check_dataset(spec: str, *, package: bool = False) -> None:
+    """Raise InputError for a specification `hf:NAME[:CONFIG]` without a name, or whose name is no folder and cannot be
+    one on the hub; with `package` also where the package that reads it is not installed. Asks no hub."""
+    name = spec.removeprefix("hf:").partition(":")[0]
+    if not name:
+        raise _unknown(spec)
+    if not os.path.isdir(name) and not HUB_NAME.fullmatch(name):
+        raise InputError(f"corpus {shown(spec)!r}: there is no folder {shown(name)!r}, and it is no name on the hub")
+    if package and not importlib.util.find_spec("datasets"):
+        raise _without_package(name)
+
+
+def _unknown(spec: str) -> InputError:
+    known = "python, stdlib, an existing file or folder, or hf:NAME[:CONFIG]"
+    return InputError(f"unknown corpus {shown(spec)!r}; give {known}")
+
+
+def _without_package(name: str) -> InputError:
+    return InputError(f"corpus hf:{name} needs datasets: pip install 'sbeval[hf]'")
 
 
 def size(spec: str) -> Size | None:
@@ -256,7 +278,7 @@ def _load_dataset(name: str, config: str) -> Mapping[str, Iterable[object]]:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError:
-        raise InputError(f"corpus hf:{name} needs datasets: pip install 'sbeval[hf]'") from None
+        raise _without_package(name) from None
     # a RuntimeError for datasets that are programs
     with reading(f"dataset {name!r}", RuntimeError, *_stream_errors()):
         return cast(Mapping[str, Iterable[object]], datasets.load_dataset(name, config or None, streaming=True))

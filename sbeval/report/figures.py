@@ -10,18 +10,18 @@ import pandas as pd
 from sbeval import registry
 from sbeval.errors import InputError, NothingToDraw, choose
 from sbeval.plots import legend
-from sbeval.report import html
+from sbeval.report import drawn, html
 from sbeval.runtime.files import prepare, remove_left, replacing
-from sbeval.tables import check, csv_text
+from sbeval.tables import check, csv_text, table
 from sbeval.tables.results import Results
-from sbeval.tables.selection import beside
-from sbeval.tables.table import read
 
 # without dates and versions: redrawn from the same table, a file has the same bytes
 FORMATS: dict[str, dict[str, Any]] = {
     "pdf": {"metadata": {"Creator": None, "Producer": None, "CreationDate": None}},
     "png": {"metadata": {"Software": None}, "dpi": 200},
 }
+# entries of the metadata that state what a file was drawn from; pdf has few names
+STATED_AS = {"pdf": "Keywords", "png": "Comment"}
 
 
 def draw_figures(
@@ -46,7 +46,7 @@ def draw_figures(
     for an unknown name or format, a table that cannot be read, no table or no figure at all and, for a named figure, no
     table or, if `required`, none of its rows.
     """
-    conditions = [_condition(text) for text in where]
+    selection = drawn.selection(where, like)
     chosen = [choose("format", name, (*FORMATS, "html")) for name in formats]
     modules = {name: registry.figure(name) for name in names or registry.FIGURES}
     tables = dict.fromkeys(Results(results_dir).table(module.TABLE) for module in modules.values())
@@ -64,15 +64,18 @@ def draw_figures(
         if not names and not path.exists():
             say(f"{name}: skipped, no table {path}")
             continue
-        table = read(path, required=module.COLUMNS)
-        table = table if like is None else beside(table, like)
+        text = table.text(path, required=module.COLUMNS)
         try:
-            rows = registry.gather(name, _selected(table, path, conditions), results_dir)
+            selected = selection.of(table.typed(text))
+            rows = registry.gather(name, selected, results_dir)
             if not names and not registry.has_rows(name, rows):
                 continue
-            files += _draw(name, rows, folder, [suffix for suffix in chosen if suffix in FORMATS])
+            beside = hasattr(module, "gather")
+            digest = drawn.digest(text.loc[selected.index], Results(results_dir), beside)
+            origin = drawn.Origin(name, module.TABLE, digest, beside, selection)
+            files += _draw(origin, rows, folder, [suffix for suffix in chosen if suffix in FORMATS])
             if "html" in chosen:
-                files.append(_write_page(module, rows, folder / f"{name}.html"))
+                files.append(_write_page(origin, module, rows, folder / f"{name}.html"))
         except NothingToDraw as error:
             if names and required:
                 raise InputError(f"{path}: {error}") from None
@@ -88,48 +91,25 @@ def draw_figures(
     return files
 
 
-def _condition(text: str) -> tuple[str, str]:
-    column, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"--where takes COLUMN=VALUE, such as seed=0; got {text!r}")
-    return column, value
-
-
-def _selected(table: pd.DataFrame, path: Path, where: Sequence[tuple[str, str]]) -> pd.DataFrame:
-    """Return the rows that have one of the values given for each column; InputError where there are none."""
-    wanted: dict[str, pd.Series[bool]] = {}
-    for column, value in where:
-        values = table[choose("column", column, table.columns)]
-        numeric = pd.to_numeric(pd.Series([value]), errors="coerce").iloc[0]
-        same = (values == numeric if pd.api.types.is_numeric_dtype(values) else values == value).fillna(False)
-        if not same.any():
-            known = ", ".join(f"{one}" for one in values.dropna().unique()[:8])
-            raise InputError(f"no row with {column}={value}; {column} is {known}")
-        wanted[column] = wanted[column] | same if column in wanted else same
-    for same in wanted.values():
-        table = table[same.loc[table.index]]
-    if where and table.empty:
-        raise InputError(f"no row with {' and '.join(f'{column}={value}' for column, value in where)}")
-    return table
-
-
-def _write_page(module: registry.Figure, table: pd.DataFrame, file: Path) -> Path:
-    text = html.figure(module.chart(legend.named(table)))
+def _write_page(origin: drawn.Origin, module: registry.Figure, rows: pd.DataFrame, file: Path) -> Path:
+    text = html.figure(module.chart(legend.named(rows)))
     with replacing(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(f"{text}<!-- {origin.stated()} -->\n", encoding="utf-8")
     return file
 
 
-def _draw(name: str, rows: pd.DataFrame, folder: Path, suffixes: list[str]) -> list[Path]:
+def _draw(origin: drawn.Origin, rows: pd.DataFrame, folder: Path, suffixes: list[str]) -> list[Path]:
     if not suffixes:
         return []
     files = []
     # fonts go into a pdf as outlines that editors and printers can read; a $ in a name begins no formula
     with matplotlib.rc_context({"pdf.fonttype": 42, "text.parse_math": False}):
-        for setting, figure in registry.figures(name, legend.named(rows)).items():
+        for setting, figure in registry.figures(origin.figure, legend.named(rows)).items():
             for suffix in suffixes:
-                file = folder / f"{name}{setting}.{suffix}"
+                file = folder / f"{origin.figure}{setting}.{suffix}"
+                options = FORMATS[suffix]
+                metadata = {**options["metadata"], STATED_AS[suffix]: origin.stated()}
                 with replacing(file) as temporary:
-                    figure.savefig(temporary, format=suffix, **FORMATS[suffix])
+                    figure.savefig(temporary, format=suffix, **{**options, "metadata": metadata})
                 files.append(file)
     return files

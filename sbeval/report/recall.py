@@ -118,9 +118,10 @@ def _runs(mine: pd.DataFrame) -> str:
         seeds = f"{'' if solved else 'not '}solved by the only seed"
     rates = "" if mine["lr"].nunique() == 1 else f" (of {mine['lr'].nunique()} tried)"
     failed = f", {len(best) - len(measured)} failed" if len(measured) < len(best) else ""
-    # a number of steps that several seeds have is said once
-    steps = " and ".join(f"{int(step):,}" for step in sorted(measured["steps"].unique()))
-    return f"{seeds} at learning rate {rate:g}{rates}{failed}{f', after {steps} steps' if steps else ''}"
+    # a number of steps that several seeds have is said once, and of three or more their range
+    steps = [f"{int(step):,}" for step in sorted(measured["steps"].unique())]
+    after = " and ".join(steps) if len(steps) < 3 else f"{steps[0]} to {steps[-1]}"
+    return f"{seeds} at learning rate {rate:g}{rates}{failed}{f', after {after} steps' if steps else ''}"
 
 
 def distraction(table: pd.DataFrame, evidence: Evidence) -> Judged:

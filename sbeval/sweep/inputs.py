@@ -1,13 +1,14 @@
-"""What a plan checks without reading a text or loading a model: that files, folders, packages and names are there."""
+"""What a plan checks without reading a text or loading a model: that files, folders and packages are there, and that
+names can be ones on the hub, which it does not ask."""
 
 import importlib.util
 import os
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sbeval import registry
-from sbeval.data import tokenizer
+from sbeval.data import sources, tokenizer
+from sbeval.data.evaluation_text import WIKITEXT, WIKITEXT_HUB
 from sbeval.errors import InputError
 from sbeval.sweep.study_file import Part
 
@@ -15,7 +16,7 @@ from sbeval.sweep.study_file import Part
 TEXTS = ("python", "stdlib")
 FILES = {
     "corpus": TEXTS,
-    "eval_corpus": (*TEXTS, "wikitext"),
+    "eval_corpus": (*TEXTS, WIKITEXT),
     "essays": (),
     "squad": (),
     "hotpot": (),
@@ -24,8 +25,6 @@ FILES = {
 MODELS = ("checkpoint", "models")
 # what a family imports when it runs
 PACKAGES = {"few_shot": ("lm_eval", "few-shot"), "needle": ("wonderwords", "needle")}
-# names of models and datasets on the hub, which a plan does not look up
-ON_HUB = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def check(parts: Sequence[Part]) -> None:
@@ -37,14 +36,18 @@ def check(parts: Sequence[Part]) -> None:
         for name, words in FILES.items():
             for given in _values(part.config, name):
                 # pages of Wikitext may be a file of their own
-                path = given.removeprefix("wikitext:") if name == "eval_corpus" else given
-                if not path.startswith("hf:") and path not in words and not os.path.exists(path):
+                path = given.removeprefix(f"{WIKITEXT}:") if name == "eval_corpus" else given
+                if words and path.startswith("hf:"):
+                    sources.check_dataset(path, package=True)
+                elif path == WIKITEXT and path in words:
+                    sources.check_dataset(WIKITEXT_HUB, package=True)
+                elif path not in words and not os.path.exists(path):
                     raise InputError(f"{_flag(name)} {given}: there is no such file or folder")
         for given in _values(part.config, "tokenizer"):
             tokenizer.check(given)
         for name in MODELS:
             for given in _values(part.config, name):
-                if not os.path.exists(given) and not ON_HUB.fullmatch(given):
+                if not os.path.exists(given) and not sources.HUB_NAME.fullmatch(given):
                     raise InputError(f"{_flag(name)} {given}: there is no such folder, and it is no name on the hub")
         for config in part.configs:
             registry.task(part.family).check_names(config)

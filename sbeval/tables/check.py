@@ -72,8 +72,8 @@ def _said(each: Difference, lines: list[int]) -> str:
     if lines:
         some = ", ".join(map(str, lines[:SHOWN])) + (", ..." if len(lines) > SHOWN else "")
         parts.append(f"{len(lines)} of {each.rows} rows are not what its run wrote (line {some})")
-    if each.missing > len(lines):
-        parts.append(f"{each.missing - len(lines)} rows that its run wrote are missing")
+    if (missing := each.missing - len(lines)) > 0:
+        parts.append(f"{missing} row{'s' * (missing > 1)} that its run wrote {'are' if missing > 1 else 'is'} missing")
     return " and ".join(parts)
 
 
@@ -141,7 +141,8 @@ def _run(results: Results, cell: str, has_rows: bool, checked: Checked) -> Itera
         return
     checked.unknown += "rows" not in record
     if record.get("rows") and not has_rows:
-        yield f"{path}: the {len(record['rows'])} rows that its run wrote are in no table"
+        count = len(record["rows"])
+        yield f"{path}: {count} row{'s' * (count > 1)} that its run wrote {'are' if count > 1 else 'is'} in no table"
     for file in (results.values(cell), results.curves(cell)):
         try:
             checked.files += is_written(results, cell, file)

@@ -148,8 +148,12 @@ def read(path: Path, required: Iterable[str] = ()) -> pd.DataFrame:
     Raise InputError when the file is missing, lacks a required column, has a ragged or half-written line, something
     other than a number in a numeric column, or a number that no run writes (see `_impossible`).
     """
-    rows = text(path, required)
-    return _typed(rows, _guess(rows))
+    return typed(text(path, required))
+
+
+def typed(text: pd.DataFrame) -> pd.DataFrame:
+    """Return rows that `text` read with the types of `read`."""
+    return _typed(text, _guess(text))
 
 
 def text(path: Path, required: Iterable[str] = ()) -> pd.DataFrame:

@@ -508,9 +508,29 @@ def test_check_counts_what_it_has_read(results: Path) -> None:
     done = run("check", "--results-dir", results)
     rows = sum(len(table.read(path)) for path in results.glob("*.csv"))
     runs, others = len(list((results / "runs").iterdir())), len(list(results.rglob("*.parquet")))
+    figures = len({path.stem for path in (results / "figures").iterdir()})
+    counted = f"{rows} rows, 2 tables, {runs} run files, {others} other files"
     assert done.code == 0 and done.out.splitlines()[-1] == (
-        f"{results}: {rows} rows, 2 tables, {runs} run files, {others} other files: as written"
+        f"{results}: {counted}: as written; figures: {figures} of these results"
     )
+
+
+def test_check_names_a_figure_of_an_older_table_which_is_no_fault(results: Path, tmp_path: Path) -> None:
+    older = tmp_path / "older" / "mqrar.csv"
+    older.parent.mkdir()
+    older.write_text("".join((results / "mqrar.csv").read_text().splitlines(keepends=True)[:-1]))
+    figures = results / "figures"
+    assert run("plot", "mqrar", "--format", "png", "--results-dir", older.parent, "--out", figures).code == 0
+    done = run("check", "--results-dir", results)
+    assert done.code == 0 and len(done.out.splitlines()) == 2
+    line, last = done.out.splitlines()
+    redraw = f"sbeval plot mqrar --results-dir {results}"
+    assert line == (
+        f"{figures / 'mqrar.png'}: drawn from other rows than {results / 'mqrar.csv'} has now; {redraw} redraws it"
+    )
+    assert last.endswith("as written; figures: 4 of these results, 1 of others")
+    assert run(*redraw.split()[1:]).code == 0
+    assert len(run("check", "--results-dir", results).out.splitlines()) == 1
 
 
 def test_compare_needs_no_torch(results: Path) -> None:

@@ -267,6 +267,9 @@ def test_paths_that_hold_nothing(folder: Path) -> None:
     for spec in ("hf:", "hf::config"):
         with pytest.raises(InputError, match=f"unknown corpus '{spec}'; give python, .* or hf:NAME"):
             sources.source(spec, "text")
+    for name in ("a/b/c", "./nowhere", "-x", "two words"):
+        with pytest.raises(InputError, match=f"corpus 'hf:{name}:en': there is no folder '{name}', and it is no name"):
+            sources.source(f"hf:{name}:en", "text")
     with pytest.raises(InputError, match=r"unknown corpus '.*missing'; give python, stdlib, .* or hf:NAME"):
         read(folder / "missing")
     with pytest.raises(InputError, match="mine holds no file to read"):
@@ -356,5 +359,10 @@ def test_datasets_that_will_not_do(folder: Path) -> None:
 
 def test_dataset_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match=r"pip install 'sbeval\[hf\]'"):
-        read("hf:some/name")
+    with pytest.raises(InputError, match=r"corpus hf:some/name needs datasets: pip install 'sbeval\[hf\]'") as caught:
+        read("hf:some/name:en")
+    # a plan says the same; naming a source does not: its tokens may be stored
+    with pytest.raises(InputError) as planned:
+        sources.check_dataset("hf:some/name:en", package=True)
+    assert str(planned.value) == str(caught.value)
+    assert sources.source("hf:some/name:en", "text").name == "name:en"

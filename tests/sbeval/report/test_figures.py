@@ -130,12 +130,17 @@ def test_where_selects_rows(results: Path, tmp_path: Path) -> None:
     (results / "mqrar.csv").write_text(MQRAR + MQRAR.split("\n", 1)[1].replace(",rope,", ",alibi,"))
     everything = draw_figures(results, ["mqrar"], ["png"], tmp_path / "all")
     one = draw_figures(results, ["mqrar"], ["png"], tmp_path / "one", where=["attention=rope"])
-    assert everything[0].read_bytes() != one[0].read_bytes()
+    assert picture(everything[0]) != picture(one[0])
     # of several values of a column, any
     both = draw_figures(
         results, ["mqrar"], ["png"], tmp_path / "both", where=["attention=rope", "attention=alibi", "seed=0"]
     )
-    assert everything[0].read_bytes() == both[0].read_bytes()
+    assert picture(everything[0]) == picture(both[0])
+
+
+def picture(file: Path) -> bytes:
+    """Return a PNG without what comes before its pixels, which states the rows."""
+    return file.read_bytes().partition(b"IDAT")[2]
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,24 @@ def test_a_failure_is_one_of_all_rates(frame: Tables) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("steps", "words"),
+    [
+        ([25000, 25000, 25000], "25,000"),
+        ([25000, 30000, 25000], "25,000 and 30,000"),
+        ([30000, 25000, 27000], "25,000 to 30,000"),
+        ([30000, 26000, 25000, 27000], "25,000 to 30,000"),
+    ],
+)
+def test_steps_of_seeds_are_said_in_short(frame: Tables, steps: list[int], words: str) -> None:
+    table = cells(frame, AS_CLAIMED | {(STICK, 192): [1.0] * len(steps)})
+    mine = (table["attention"] == STICK) & (table["metric"] == "steps")
+    table.loc[mine, "value"] = table.loc[mine, "seed"].map(dict(enumerate(steps)))
+    seeds = f"solved by {len(steps)} of {len(steps)} seeds at learning rate 0.001"
+    basis = recall.recall(table, NONE).basis
+    assert basis.startswith(f"Stick-breaking: 192 pairs {seeds}, after {words} steps. ")
+
+
 def test_what_recall_lacks_is_said(frame: Tables) -> None:
     some: Solved = {(STICK, 192): [1.0], (ROPE, 192): [0.5]}
     judged = recall.recall(cells(frame, some), NONE)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from sbeval import registry
+from sbeval.data.evaluation_text import WIKITEXT_HUB
 from sbeval.errors import InputError
 from sbeval.sweep import inputs
 from sbeval.sweep.study_file import Part
@@ -25,7 +26,8 @@ def test_what_is_there_or_is_not_looked_up_passes(tmp_path: Path) -> None:
     inputs.check([part("length_gen"), part("mqrar"), part("length_gen", corpus=str(tmp_path))])
     texts = ("wikitext", f"wikitext:{tmp_path}", "stdlib", "hf:someone/texts", str(tmp_path))
     inputs.check([part("length_gen", eval_corpus=texts, window=(64,))])
-    inputs.check([part("length_gen", corpus="hf:someone/texts"), part("length_gen", checkpoint="gpt2")])
+    inputs.check([part("length_gen", corpus=name) for name in ("hf:someone/texts:2024 en", f"hf:{tmp_path}", "hf:c4")])
+    inputs.check([part("length_gen", checkpoint="gpt2")])
     inputs.check([part("few_shot", models=("someone/model",)), part("length_gen", checkpoint=str(tmp_path))])
 
 
@@ -38,7 +40,16 @@ def test_what_is_there_or_is_not_looked_up_passes(tmp_path: Path) -> None:
             {"eval_corpus": ("wikitext:pages",), "window": (64,)},
             "--eval-corpus wikitext:pages: there is no such file or folder",
         ),
+        ("length_gen", {"corpus": "hf:"}, "unknown corpus 'hf:'; give python, stdlib, an existing file"),
+        ("length_gen", {"corpus": "hf::train"}, "unknown corpus 'hf::train'; give python, stdlib"),
+        ("length_gen", {"corpus": "hf:a/b/c"}, "corpus 'hf:a/b/c': there is no folder 'a/b/c', and it is no name"),
+        (
+            "length_gen",
+            {"eval_corpus": ("stdlib", "hf:./texts:en"), "window": (64,)},
+            "corpus 'hf:./texts:en': there is no folder './texts', and it is no name on the hub",
+        ),
         ("needle", {"squad": "dev.json"}, "--squad dev.json: there is no such file"),
+        ("needle", {"squad": "hf:rajpurkar/squad_v2"}, "--squad hf:rajpurkar/squad_v2: there is no such file"),
         ("few_shot", {"data_dir": "items/"}, "--data-dir items/: there is no such file or folder"),
         ("length_gen", {"checkpoint": "a/b/c"}, "--checkpoint a/b/c: there is no such folder"),
         ("few_shot", {"models": ("./model",)}, "--model ./model: there is no such folder"),
@@ -73,3 +84,14 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"few_shot needs lm_eval: pip install 'sbeval\[few-shot\]'"):
         inputs.check([part("few_shot")])
+    window: dict[str, Any] = {"window": (64,)}
+    for name, changes in {
+        "hf:someone/texts": {"corpus": "hf:someone/texts:en"},
+        "hf:c4": {"eval_corpus": ("hf:c4",), **window},
+        WIKITEXT_HUB.rpartition(":")[0]: {"eval_corpus": ("wikitext",), **window},
+    }.items():
+        with pytest.raises(InputError) as error:
+            inputs.check([part("length_gen", **changes)])
+        assert str(error.value) == f"corpus {name} needs datasets: pip install 'sbeval[hf]'"
+    # pages of Wikitext in a file, and the standard library, need none
+    inputs.check([part("length_gen", eval_corpus=(f"wikitext:{__file__}",), **window)])

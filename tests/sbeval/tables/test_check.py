@@ -78,11 +78,11 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a row twice": (lambda path: path.write_text(path.read_text() + path.read_text().splitlines()[-1] + "\n"), "c: "),
     "a row less": (
         lambda path: path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1])),
-        "toy.csv: c: 1 rows that its run wrote are missing",
+        "toy.csv: c: 1 row that its run wrote is missing",
     ),
     "a cell less": (
         lambda path: path.write_text("".join(path.read_text().splitlines(keepends=True)[:-3])),
-        "c.json: the 3 rows that its run wrote are in no table",
+        "c.json: 3 rows that its run wrote are in no table",
     ),
     "another cell": (lambda path: edit(path, ",a,", ",x,", 3), "x.json is missing, which rows of a table name"),
 }
