@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from sbeval.tables.needle import Row
 from sbeval.tables.rows import method_of
-from sbeval.tasks import needle_tuning
 from sbeval.tasks.needle_tuning import Tuned, Tuning
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def taught(
         rate = {"finetune_lr": one.lr, "chosen": int(one is chosen)}
         rows += _rows(task, one, tunings[0].length, budget, factors | _factors(task, one) | rate)
         curves[f"finetune_loss_{one.lr:g}"] = [(step, round(loss, 4)) for step, loss in enumerate(one.losses, start=1)]
-        curves[f"held_out_{one.lr:g}"] = one.scores.get(task, [])
+        curves[f"held_out_{one.lr:g}"] = [(each.step, each.score) for each in one.scores.get(task, ())]
     measured = {"finetune": [{"lr": one.lr, "tokens": one.tokens, **one.measured} for one in tuned]}
     return Taught(
         folder=str(chosen.folder),
@@ -84,8 +83,8 @@ def _rows(task: str, of: Tuned, length: int, budget: int, factors: Mapping[str, 
     row = Row(metric="tokens_to_solve", unit="tokens", value=after, n=1, length=length, **factors)
     if of.diverged:
         return [row]
-    count = needle_tuning.HELD_OUT
-    return [row, Row(metric="held_out", unit="1", value=of.held_out(task), n=count, length=length, **factors)]
+    last = of.held_out(task)
+    return [row, Row(metric="held_out", unit="1", value=last.score, n=last.n, length=length, **factors)]
 
 
 def best(candidates: Iterable[Tuned], budget: int) -> Tuned:
@@ -94,7 +93,7 @@ def best(candidates: Iterable[Tuned], budget: int) -> Tuned:
 
     def rank(one: Tuned) -> tuple[float, ...]:
         tokens = [one.solved_after.get(task, budget) for task in one.scores]
-        return -len(one.solved_after), sum(tokens), -sum(map(one.held_out, one.scores)), one.lr
+        return -len(one.solved_after), sum(tokens), -sum(one.held_out(task).score for task in one.scores), one.lr
 
     return min(candidates, key=rank)
 

@@ -9,9 +9,10 @@
     end         when every task is solved, or after --finetune tokens
 
 A task is solved at the first validation that has greedy decoding right for 95 % of its held-out prompts, if those from
-there on have so in the mean and are four or more: one alone may have so by chance, and a model that goes on with other
-tasks can lose one. The tokens until then are censored at the budget where a task is not solved. What the model gained
-from copying before fine-tuning (`sbeval.evaluation.diagnostics`) is measured too, to compare them with.
+there on have so in the mean and asked as many prompts as four of them: one alone may have so by chance, and a model
+that goes on with other tasks can lose one. The last asks so many itself about a task that it would find solved. The
+tokens until then are censored at the budget where a task is not solved. What the model gained from copying before
+fine-tuning (`sbeval.evaluation.diagnostics`) is measured too, to compare them with.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import platformdirs
 
@@ -53,18 +54,26 @@ OPTIONS = ("checkpoint", "finetune", "finetune_tasks", "essays", "squad", "hotpo
 # tokens of prompts in a forward pass; a GPU decodes a few long prompts no sooner than many
 BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 19}
 # held-out prompts of a task; validations in a training, at most, and the share of its cost that all may have, where a
-# forward pass is a third of a training step; validations that must find a task solved, at least
-HELD_OUT, VALIDATIONS, SHARE, AGREE = 64, 30, 0.1, 4
+# forward pass is a third of a training step; held-out prompts that must find a task solved, at least
+HELD_OUT, VALIDATIONS, SHARE, AGREE = 64, 30, 0.1, 256
 # steps of the warm-up
 WARMUP = 50
 # tokens before a copy whose gain is measured, if the training length has room for both
 COPY = 512
 
 
+class Validation(NamedTuple):
+    """The share `score` of `n` held-out prompts of a task that are right after `step` steps."""
+
+    step: int
+    score: float
+    n: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
     """A fine-tuned model: folder of its checkpoint, learning rate, tasks and tokens of fine-tuning, nats per token that
-    copying saved before; by task the share of held-out prompts solved, by step, and the tokens until solved if it was.
+    copying saved before; by task its validations, and the tokens until solved if it was.
     losses: of each step. measured: of the training, for run files."""
 
     folder: Path
@@ -72,14 +81,14 @@ class Tuned:
     tasks: Sequence[str]
     tokens: int
     copy_gain: float
-    scores: Mapping[str, Sequence[tuple[int, float]]]
+    scores: Mapping[str, Sequence[Validation]]
     solved_after: Mapping[str, int]
     losses: Sequence[float] = ()
     measured: Mapping[str, object] = field(default_factory=dict)
 
-    def held_out(self, task: str) -> float:
-        """Return the share of held-out prompts solved at the end."""
-        return self.scores[task][-1][1]
+    def held_out(self, task: str) -> Validation:
+        """Return the last validation."""
+        return self.scores[task][-1]
 
     @property
     def diverged(self) -> bool:
@@ -210,22 +219,26 @@ class Tuning(TextStep, TrainingStep):
         from sbeval.training import checkpoint
         from sbeval.training.trainer import DivergedError
 
-        held_out = {
-            name: writer.prompts(name, self.length, 0, HELD_OUT, use="validation")
-            for name in self.config.finetune_tasks
-        }
+        held_out = {name: self._held_out(name, writer, HELD_OUT) for name in self.config.finetune_tasks}
         batch = max(1, BATCH_TOKENS[context.device.type] // self.length)
         task = progress.add(self.title, trainer.config.steps, completed=trainer.state.step)
 
         def stop(decoder: "Decoder", state: "State") -> bool:
+            def right(prompts: "Sequence[Prompt]") -> float:
+                return _greedy(decoder, prompts, context.device, self.dtype, batch, task.say)
+
             decoder.eval()
-            shares = {
-                name: _greedy(decoder, prompts, context.device, self.dtype, batch, task.say)
-                for name, prompts in held_out.items()
-            }
+            before, found = _by_task(state), dict[str, Validation]()
+            for name, prompts in held_out.items():
+                found[name] = one = Validation(state.step, right(prompts), len(prompts))
+                unsolved = solved_from([*before.get(name, ()), one]) is None
+                if state.step == trainer.config.steps and unsolved and one.score >= SOLVED:
+                    more = self._held_out(name, writer, AGREE)[HELD_OUT:]
+                    total = one.n * one.score + len(more) * right(more)
+                    found[name] = Validation(state.step, total / AGREE, AGREE)
             decoder.train()
-            state.task_scores += [{"step": state.step, "task": name, "score": share} for name, share in shares.items()]
-            state.scores.append((state.step, sum(shares.values()) / len(shares)))
+            state.task_scores += [{"task": name, **one._asdict()} for name, one in found.items()]
+            state.scores.append((state.step, sum(one.score for one in found.values()) / len(found)))
             return all(solved_from(scores) is not None for scores in _by_task(state).values())
 
         with context.logger(step_id(self)) as log:
@@ -237,6 +250,9 @@ class Tuning(TextStep, TrainingStep):
                 trainer.state.finished = True
                 checkpoint.save(folder, trainer.model, trainer.state, training=dataclasses.asdict(trainer.config))
         task.close()
+
+    def _held_out(self, name: str, writer: "Writer", count: int) -> "Sequence[Prompt]":
+        return writer.prompts(name, self.length, 0, count, use="validation")
 
     def _read(self, folder: Path, training: TrainConfig) -> Tuned:
         from sbeval.training import checkpoint
@@ -257,21 +273,21 @@ class Tuning(TextStep, TrainingStep):
         )
 
 
-def solved_from(scores: Sequence[tuple[int, float]]) -> int | None:
+def solved_from(scores: Sequence[Validation]) -> int | None:
     """Return the step of the first validation that has SOLVED of the held-out prompts right, as those from there on
-    have in the mean, AGREE or more; None where there is none. scores: (step, share that is right), in their order."""
-    shares = [share for _, share in scores]
-    for place in range(len(shares) - AGREE + 1):
-        later = shares[place:]
-        if later[0] >= SOLVED and sum(later) / len(later) >= SOLVED:
-            return scores[place][0]
+    have in the mean, with AGREE prompts or more; None where there is none. scores: in the order of their steps."""
+    for place, first in enumerate(scores):
+        later = scores[place:]
+        mean = sum(one.score for one in later) / len(later)
+        if first.score >= SOLVED and mean >= SOLVED and sum(one.n for one in later) >= AGREE:
+            return first.step
     return None
 
 
-def _by_task(state: "State") -> dict[str, list[tuple[int, float]]]:
-    scores: dict[str, list[tuple[int, float]]] = {}
+def _by_task(state: "State") -> dict[str, list[Validation]]:
+    scores: dict[str, list[Validation]] = {}
     for one in state.task_scores:
-        scores.setdefault(one["task"], []).append((one["step"], one["score"]))
+        scores.setdefault(one["task"], []).append(Validation(one["step"], one["score"], one["n"]))
     return scores
 
 

@@ -38,8 +38,8 @@ Part = TypeVar("Part")
 class State:
     """Progress of a training run.
 
-    losses: of every step, in nats/token. scores: (step, score) on validation data; task_scores: by task, as `step`,
-    `task` and `score`. held_out: (step, nats/token) on held-out text. diagnoses: the fields of each
+    losses: of every step, in nats/token. scores: (step, score) on validation data; task_scores: by task, as `task`,
+    `step`, `score` and `n`, the items. held_out: (step, nats/token) on held-out text. diagnoses: the fields of each
     `evaluation.diagnostics.Reading`, and the step. seconds: of all steps; diagnosis_seconds: of all diagnoses.
     tokens_per_second, mfu: the speed, and model FLOP utilisation, last measured.
     """

@@ -8,12 +8,12 @@ import pandas as pd
 from sbeval.sweep import finished
 from sbeval.tasks.needle import Config, cells, more
 from sbeval.tasks.needle_choice import best, chosen_rates
-from sbeval.tasks.needle_tuning import Tuned
+from sbeval.tasks.needle_tuning import Tuned, Validation
 
 
 def test_the_best_rate_solves_most_then_in_the_fewest_tokens() -> None:
     def tuned(lr: float, solved: dict[str, int], **held_out: float) -> Tuned:
-        scores = {task: [(1, 0.0), (2, score)] for task, score in held_out.items()}
+        scores = {task: [Validation(1, 0.0, 64), Validation(2, score, 64)] for task, score in held_out.items()}
         same: dict[str, Any] = {"folder": Path(), "tasks": tuple(held_out), "tokens": 9, "copy_gain": 0.0}
         return Tuned(**same, lr=lr, scores=scores, solved_after=solved)
 

@@ -26,7 +26,7 @@ from sbeval.tables.needle import SOLVED
 from sbeval.tables.results import Results
 from sbeval.tasks import needle, needle_tuning
 from sbeval.tasks.needle import Cell, Config, Row, cells
-from sbeval.tasks.needle_tuning import open_writer
+from sbeval.tasks.needle_tuning import Validation, open_writer, solved_from
 from sbeval.training import checkpoint, schedule
 from sbeval.training.checkpoint import State
 from sbeval.training.stepper import Stepper
@@ -49,6 +49,7 @@ def rows_of(found: list[Cell], results: Path) -> pd.DataFrame:
 @pytest.fixture
 def tuned(config: Config, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setattr(needle_tuning, "HELD_OUT", 3)
+    monkeypatch.setattr(needle_tuning, "AGREE", 12)
     # validation at every step
     monkeypatch.setattr(needle_tuning, "SHARE", 9)
     # the models of `config`, trained at the length of the prompts
@@ -78,7 +79,7 @@ def solved_at(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
 
     def named(self: Writer, name: str, *arguments: Any, **others: Any) -> list[Prompt]:
         found = prompts(self, name, *arguments, **others)
-        names.update({id(found[0]): name})
+        names.update({id(prompt): name for prompt in found})
         return found
 
     def greedy(decoder: Decoder, prompts: list[Prompt], *others: object) -> float:
@@ -202,8 +203,12 @@ def test_what_is_never_solved_is_censored_at_the_budget(
     ("shares", "tokens", "ended"),
     [
         ([0.5, 0.96, 1.0, 1.0, 1.0], 2 * 1536, "solved"),
-        ([0.5, 0.5, 1.0, 1.0, 1.0], 5 * 1536, "budget"),
-        ([1.0, 0.7, 1.0, 1.0, 1.0], 5 * 1536, "budget"),
+        # fewer than four: the last asks nine prompts more
+        ([0.5, 0.5, 1.0, 1.0, 1.0, 1.0], 3 * 1536, "solved"),
+        ([1.0, 0.7, 1.0, 1.0, 1.0, 1.0], 3 * 1536, "solved"),
+        ([0.5, 0.5, 0.5, 0.5, 1.0, 0.95], 5 * 1536, "solved"),
+        ([0.5, 0.5, 0.5, 0.5, 1.0, 0.8], 5 * 1536, "budget"),
+        ([0.5, 0.5, 0.5, 0.5, 0.9, 1.0], 5 * 1536, "budget"),
     ],
 )
 def test_what_is_solved_in_the_last_steps_is_solved(
@@ -224,20 +229,26 @@ def test_what_is_solved_in_the_last_steps_is_solved(
 
 def test_a_task_is_not_solved_by_chance() -> None:
     draw, tries = np.random.default_rng(0), 400
+    held_out, agree, count = needle_tuning.HELD_OUT, needle_tuning.AGREE, needle_tuning.VALIDATIONS
     solved, once = 0, 0
     for _ in range(tries):
-        shares = draw.binomial(needle_tuning.HELD_OUT, 0.9, needle_tuning.VALIDATIONS) / needle_tuning.HELD_OUT
-        scores = list(enumerate(shares.tolist(), start=1))
-        # training may end at any of them
-        solved += any(needle_tuning.solved_from(scores[:end]) is not None for end in range(1, len(scores) + 1))
+        shares = draw.binomial(held_out, 0.9, count) / held_out
+        scores = [Validation(step, score, held_out) for step, score in enumerate(shares.tolist(), start=1)]
+        # training may end at any of them, and at the last asks more
+        ended = any(solved_from(scores[:end]) is not None for end in range(1, count + 1))
+        if not ended and shares[-1] >= SOLVED:
+            right = held_out * shares[-1] + draw.binomial(agree - held_out, 0.9)
+            ended = solved_from([*scores[:-1], Validation(count, right / agree, agree)]) is not None
+        solved += ended
         once += shares.max() >= SOLVED
     # of models that have 90 % right most have 95 % of 64 prompts right at one of thirty validations
     assert once > 0.9 * tries and solved < 0.05 * tries
-    right = [(step, 1.0) for step in range(1, 5)]
-    assert needle_tuning.solved_from(right) == 1 and needle_tuning.solved_from([(0, 0.9), *right]) == 1
+    right = [Validation(step, 1.0, held_out) for step in range(1, 5)]
+    assert solved_from(right) == 1 and solved_from([Validation(0, 0.9, held_out), *right]) == 1
     # a task that others made it lose
-    assert needle_tuning.solved_from([*right, *((step, 0.7) for step in range(5, 11))]) is None
-    assert [needle_tuning.solved_from(right[:count]) for count in range(4)] == [None] * 4
+    assert solved_from([*right, *(Validation(step, 0.7, held_out) for step in range(5, 11))]) is None
+    assert [solved_from(right[:count]) for count in range(4)] == [None] * 4
+    assert solved_from([Validation(1, 0.95, agree)]) == 1 and solved_from([Validation(1, 0.94, agree)]) is None
 
 
 def test_other_lessons_make_another_model(
