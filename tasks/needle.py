@@ -36,12 +36,8 @@ from sbeval.tasks.needle_options import Config as Config
 from sbeval.tasks.needle_tuning import BATCH_TOKENS as BATCH_TOKENS
 from sbeval.tasks.needle_tuning import OPTIONS, Tuning, loaded, open_writer, sources
 from sbeval.tasks.text_cell import TextCell, outcome
-from sbeval.tasks.text_training import (
-    cautions,
-    models,
-    open_tokenizer,
-    training_options,
-)
+from sbeval.tasks.text_training import cautions, models, open_tokenizer, training_options
+from sbeval.training.text_model import check_step
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -269,11 +265,15 @@ def _grid(config: Config, seeds: Sequence[int]) -> list[Cell]:
         tuned_on = ()
     elif not tuned_on:
         raise InputError("--finetune needs a task other than qa: name one with --finetune-task")
-    return [
+    found = [
         Cell(config=dataclasses.replace(model, tasks=(task,), finetune_tasks=tuned_on))
         for model in models(config)
         for task in tasks
     ]
+    if config.checkpoint is not None and config.finetune_batch_tokens is not None:
+        for tuning in found[0].tunings[:1]:
+            check_step("--finetune-batch-tokens", config.finetune_batch_tokens, tuning.length, "the checkpoint's")
+    return found
 
 
 FAMILY = Family(

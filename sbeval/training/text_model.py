@@ -145,11 +145,11 @@ def uncut(options: dict[str, Any]) -> dict[str, Any]:
     return options | ({"max_epochs": None} if unbounded else {})
 
 
-def check_step(flag: str, tokens: int, train_len: int) -> None:
-    """Raise InputError for a step of fewer tokens than a sequence has. flag: the option that gives them."""
+def check_step(flag: str, tokens: int, train_len: int, given_by: str = "--train-len") -> None:
+    """Raise InputError for a step of fewer tokens than a sequence has. flag, given_by: what gives either of them."""
     if tokens < train_len:
         raise InputError(
-            f"{flag} {tokens} is less than a sequence of --train-len {train_len}; give {flag} {train_len} or more"
+            f"{flag} {tokens} is less than a sequence of {given_by} {train_len}; give {flag} {train_len} or more"
         )
 
 

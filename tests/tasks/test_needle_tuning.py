@@ -13,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from sbeval.errors import InputError
 from sbeval.evaluation import diagnostics, ruler_lessons
 from sbeval.evaluation.ruler_lessons import Lesson, Store
 from sbeval.evaluation.ruler_prompts import Prompt, Writer
@@ -151,6 +152,13 @@ def test_it_starts_from_the_model_and_takes_whole_steps(tuned: Config, tmp_path:
     )
     assert likely == pytest.approx(before, rel=1e-4)
     assert [set(rows["finetune_tokens"]) for rows in found] == [{2 * 1536}, {0}]
+
+
+def test_a_step_has_a_sequence_of_the_checkpoint(tuned: Config, tmp_path: Path) -> None:
+    given = dataclasses.replace(tuned, checkpoint=str(save(tmp_path / "model", 3072)), finetune_batch_tokens=3071)
+    with pytest.raises(InputError, match="3071 is less than a sequence of the checkpoint's 3072"):
+        cells(given)
+    assert cells(dataclasses.replace(given, finetune_batch_tokens=3072))
 
 
 def test_it_ends_when_all_tasks_are_solved(tuned: Config, tmp_path: Path, solved_at: dict[str, list[float]]) -> None:
