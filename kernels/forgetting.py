@@ -17,9 +17,9 @@ bias: that of c_i in row i is 0, since softmax ignores a shift of all its logits
 column j of the logits' gradient. An extra dimension, 1 in every query and 0 in every key, adds nothing to a logit, and
 the gradient of those zeros is that very sum; any fused kernel computes it with the gradients of k, and nothing adds in
 random order. Over a sequence these gradients add up to 0, but each is rounded to the dtype of k, and a gate has the sum
-over all later positions: their mean is taken off, or a gate would gather the errors of all later sequences of its row.
-Heads of the largest size, 256, have no room for the dimension: the bias then has the gradient, which a GPU sums in
-random order.
+over all later positions: what they are off is taken from them, or a gate would gather the errors of all later sequences
+of its row. Heads of the largest size, 256, have no room for the dimension: the bias then has the gradient, which a GPU
+sums in random order.
 """
 
 from dataclasses import dataclass
@@ -91,7 +91,11 @@ def _routed(q: Tensor, k: Tensor, v: Tensor, total: Tensor, scale: float) -> tup
 
 
 class _Level(torch.autograd.Function):
-    """c (B, S, H) as it is, with a gradient whose mean over each sequence is 0."""
+    """c (B, S, H) as it is, with a gradient that adds up to 0 over each sequence.
+
+    What the sum is off is taken from each position in proportion to its square, as errors of rounding are to be
+    expected; so a position without a gradient keeps none.
+    """
 
     @staticmethod
     def forward(ctx: Any, total: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -102,13 +106,21 @@ class _Level(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (cu_seqlens,) = ctx.saved_tensors
-        if cu_seqlens is None:
-            return grad - grad.mean(1, keepdim=True), None
-        bounds = cu_seqlens.long()
-        sums = F.pad(grad.cumsum(1), (0, 0, 1, 0))[:, bounds].diff(dim=1)
-        means = sums / bounds.diff()[:, None].clamp(min=1)
-        place = torch.arange(grad.shape[1], device=grad.device)
-        return grad - means[:, torch.searchsorted(bounds, place, right=True) - 1], None
+        squares = grad.square()
+        off, size = (_sums(x, cu_seqlens) for x in (grad, squares))
+        # of sequences with next to no gradient the sums have errors of those before
+        share = (squares / size.clamp(min=torch.finfo(size.dtype).tiny)).clamp(max=1)
+        return grad - share * off, None
+
+
+def _sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return the sum over the sequence of each position of x (B, S, H), to be broadcast to its shape."""
+    if cu_seqlens is None:
+        return x.sum(1, keepdim=True)
+    bounds = cu_seqlens.long()
+    sums = F.pad(x.cumsum(1), (0, 0, 1, 0))[:, bounds].diff(dim=1)
+    place = torch.arange(x.shape[1], device=x.device)
+    return sums[:, torch.searchsorted(bounds, place, right=True) - 1]
 
 
 def backend_name(device_type: str) -> str:
