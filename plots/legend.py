@@ -42,7 +42,7 @@ VARIANTS = {
     ("stick_breaking", "remainder=none,logit_bias=-3.0"): 17,
     ("stick_breaking", "remainder=bias,head_norm=true"): 18,
     ("stick_breaking", "remainder=none,qkv_bias=true"): 19,
-    ("stick_breaking", "remainder=none,logit_bias=spread"): 20,
+    ("stick_breaking", "remainder=none,logit_bias=spread"): 24,
     ("stick_breaking", "logit_bias=spread"): 21,
     ("stick_breaking", "remainder=none,init_std=0.02"): 22,
     ("rope", "key_shift=true"): 8,
