@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ OPTIMIZERS = ("adamw", "muon")
 # of `--threads`
 AUTO = "auto"
 DTYPES = ("float32", "bfloat16", "float16")
+# what a name on the hub looks like, of a model, a dataset or a tokenizer
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def option(

@@ -53,9 +53,7 @@ class Config(length_gen.Config):
     finetune_batch_tokens: int | None = option(
         None, TRAINING, "Tokens of an optimizer step of fine-tuning. Default: --batch-tokens.", LATER
     )
-    finetune_needles: int = option(
-        8, TRAINING, "Needles and questions of a prompt in the first half of fine-tuning, at most.", LATER
-    )
+    finetune_needles: int = option(8, TRAINING, "Needles and questions of a prompt to fine-tune on, at most.", LATER)
     finetune_rest: float = option(
         0.1, TRAINING, "Weight of the loss on all other text of prompts, beside that on answers.", LATER
     )

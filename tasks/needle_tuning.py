@@ -1,18 +1,18 @@
 """Fine-tuning on needles, until held-out prompts of the training length are solved.
 
     lengths     256, 512, ... to the training length, as many tokens of each, packed into rows (cu_seqlens)
-    prompts     in the first half several needles and a question about each, with words as values that give way to
-                numbers; then half of them are like those of the test
+    prompts     several needles and a question about each, with words as values that give way to numbers; in the second
+                half of the steps half of the prompts are like those of the test
     loss        the mean over tokens of answers, plus a tenth of the mean over all others
     rate        constant after a short warm-up, and over the last sixth of the steps falling to 0; of several, the one
                 that solves the most tasks in the fewest tokens
     end         when every task is solved, or after --finetune tokens
 
 A task is solved at the first validation that has greedy decoding right for 95 % of its held-out prompts, if those from
-there on have so in the mean and asked as many prompts as four of them: one alone may have so by chance, and a model
-that goes on with other tasks can lose one. The last asks so many itself about a task that it would find solved. The
-tokens until then are censored at the budget where a task is not solved. What the model gained from copying before
-fine-tuning (`sbeval.evaluation.diagnostics`) is measured too, to compare them with.
+there on have so in the mean and are four or more: one alone may have so by chance, and a model that goes on with other
+tasks can lose one. At the end of the budget, where fewer found it so, 256 prompts decide. The tokens until then are
+censored at the budget where a task is not solved. What the model gained from copying before fine-tuning
+(`sbeval.evaluation.diagnostics`) is measured too, to compare them with.
 """
 
 import dataclasses
@@ -54,7 +54,7 @@ OPTIONS = ("checkpoint", "finetune", "finetune_tasks", "essays", "squad", "hotpo
 # tokens of prompts in a forward pass; a GPU decodes a few long prompts no sooner than many
 BATCH_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 19}
 # held-out prompts of a task; validations in a training, at most, and the share of its cost that all may have, where a
-# forward pass is a third of a training step; held-out prompts that must find a task solved, at least
+# forward pass is a third of a training step; prompts that validations which find a task solved must have, at least
 HELD_OUT, VALIDATIONS, SHARE, AGREE = 64, 30, 0.1, 256
 # steps of the warm-up
 WARMUP = 50
@@ -275,7 +275,10 @@ class Tuning(TextStep, TrainingStep):
 
 def solved_from(scores: Sequence[Validation]) -> int | None:
     """Return the step of the first validation that has SOLVED of the held-out prompts right, as those from there on
-    have in the mean, with AGREE prompts or more; None where there is none. scores: in the order of their steps."""
+    have in the mean, with AGREE prompts or more; None where there is none, or one that asked so many itself was the
+    last and has fewer right. scores: in the order of their steps."""
+    if scores and scores[-1].n >= AGREE and scores[-1].score < SOLVED:
+        return None
     for place, first in enumerate(scores):
         later = scores[place:]
         mean = sum(one.score for one in later) / len(later)

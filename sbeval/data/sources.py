@@ -38,7 +38,6 @@ import io
 import json
 import lzma
 import os
-import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +49,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import pyarrow as pa  # type: ignore[import-untyped]  # it ships no types
 import pyarrow.parquet as pq  # type: ignore[import-untyped]  # likewise
 
+from sbeval.config import HUB_NAME
 from sbeval.data import python_source
 from sbeval.data.python_source import Role
 from sbeval.errors import InputError, reading, shown, spelled
@@ -64,8 +64,6 @@ VALID = 32
 # .zst state may be that of a part of the file; the index of .xz takes more code to read than an estimate is worth
 PACKED = {".gz": 2.7, ".bz2": 3.6, ".xz": 3.5, ".zst": 2.4}
 TABLES = (".jsonl", ".json", ".parquet")
-# what a name on the hub looks like, of a dataset or a model
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class Document(NamedTuple):

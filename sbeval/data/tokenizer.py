@@ -23,6 +23,7 @@ import numpy.typing as npt
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from sbeval.config import HUB_NAME
 from sbeval.errors import InputError, reason, shown
 from sbeval.runtime.files import is_of_the_disk, replacing, storing
 from sbeval.runtime.seals import is_intact, seal
@@ -38,7 +39,6 @@ PIECE_CHARACTERS, GROUP_CHARACTERS = 1 << 18, 1 << 23
 # spellings of a space and a byte in SentencePiece's vocabularies
 SPACE, BYTE = "\u2581", re.compile("<0x[0-9A-F]{2}>")
 LINE_END = re.compile(r"(?<=\w)\n")
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 Ids = npt.NDArray[np.uint16 | np.uint32]
 

@@ -40,8 +40,8 @@ VERSION = 2
 SHORTEST = 256
 # tokens of a lesson for each needle in it, at least
 PER_NEEDLE = 128
-# the part of the steps in which all lessons have several needles; then as large a part of them has
-MANY = 0.5
+# the part of the steps in which all lessons have several needles, and the part of the lessons that have after it
+MANY, KEPT = 0.5, 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,7 +80,7 @@ def shares(step: int, steps: int) -> tuple[float, float, float]:
     the test. Not all are: with an eighth of the answers in a step, models lose tasks that they had learned.
     """
     done = step / max(1.0, MANY * steps)
-    return (1 - done, done, 0.0) if done < 1 else (0.0, MANY, 1 - MANY)
+    return (1 - done, done, 0.0) if done < 1 else (0.0, KEPT, 1 - KEPT)
 
 
 def counts(total: int, tasks: Sequence[str], longest: int, needles: int) -> dict[tuple[str, int, Kind], int]:
@@ -89,7 +89,8 @@ def counts(total: int, tasks: Sequence[str], longest: int, needles: int) -> dict
     In proportion to how often they are drawn: half the length is drawn twice as often.
     """
     of_kind: dict[Kind, float] = {}
-    for kind, share in zip(kinds(needles), (MANY / 2, MANY / 2 + (1 - MANY) * MANY, (1 - MANY) ** 2), strict=True):
+    often = MANY / 2, MANY / 2 + (1 - MANY) * KEPT, (1 - MANY) * (1 - KEPT)
+    for kind, share in zip(kinds(needles), often, strict=True):
         # with one needle the last two kinds are the same
         of_kind[kind] = of_kind.get(kind, 0.0) + share
     levels = {length: 2**level for level, length in enumerate(lengths(longest))}

@@ -156,7 +156,6 @@ def stale(results: Results, counts: Counts) -> Iterator[str]:
             files.setdefault((file.stem, origin(file)), []).append(file)
     now = functools.cache(functools.partial(_now, functools.cache(functools.partial(_read, results)), results))
     stated = [(of, now(of.table, of.files, of.selection), some) for (_, of), some in files.items() if of]
-    fresh = {_drawn_together(of, file) for of, digested, some in stated if digested == of.digest for file in some}
     old = [(of, some) for of, digested, some in stated if digested not in (None, of.digest)]
     current = {some[0].stem for of, digested, some in stated if digested == of.digest}
     stale = {some[0].stem for _, some in old}
@@ -167,16 +166,10 @@ def stale(results: Results, counts: Counts) -> Iterator[str]:
         names = some[0] if len(some) == 1 else some[0].with_suffix(f".{{{suffixes}}}")
         if not path.exists():
             yield f"{names}: there is no {path}, from which it was drawn"
-        elif all(_drawn_together(of, file) in fresh for file in some):
-            yield f"{names}: drawn from other rows than {path} has now, of which no such figure is drawn: remove it"
         else:
             what = f"rows, values or curves than the cells of {path} have" if of.files else f"rows than {path} has"
-            yield f"{names}: drawn from other {what} now; {_command(of, some, results)} redraws it"
-
-
-def _drawn_together(of: Origin, file: Path) -> tuple[str, Selection, str]:
-    """Return what files have in common that one command draws, such as those of the settings of a figure."""
-    return of.figure, of.selection, file.suffix
+            # a figure of settings that the table no longer has is not drawn again
+            yield f"{names}: drawn from other {what} now; {_command(of, some, results)} redraws it, or remove it"
 
 
 def _read(results: Results, name: str) -> tuple[pd.DataFrame, pd.DataFrame] | None:

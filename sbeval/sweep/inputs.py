@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sbeval import registry
+from sbeval.config import HUB_NAME
 from sbeval.data import sources, tokenizer
 from sbeval.data.evaluation_text import WIKITEXT, WIKITEXT_HUB
 from sbeval.errors import InputError
@@ -47,7 +48,7 @@ def check(parts: Sequence[Part]) -> None:
             tokenizer.check(given)
         for name in MODELS:
             for given in _values(part.config, name):
-                if not os.path.exists(given) and not sources.HUB_NAME.fullmatch(given):
+                if not os.path.exists(given) and not HUB_NAME.fullmatch(given):
                     raise InputError(f"{_flag(name)} {given}: there is no such folder, and it is no name on the hub")
         for config in part.configs:
             registry.task(part.family).check_names(config)

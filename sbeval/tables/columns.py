@@ -175,7 +175,8 @@ METRICS: dict[str, dict[str, str]] = {
         "log_probability": "Of the reference answer's tokens, summed, in nats.",
         "filled": "Tokens of prompt and answer over `length`.",
         "tokens_to_solve": "Tokens of fine-tuning until `greedy` was 0.95 on held-out prompts of the training length, "
-        "as in the mean of the validations from there on; finetune_tokens where it was not (`ended` is `budget`).",
+        "as in the mean of the four or more validations from there on, or of 256 prompts at the end; finetune_tokens "
+        "where it was not (`ended` is `budget`).",
         "held_out": "`greedy` on those prompts at the last validation of fine-tuning.",
     },
     "diagnostics": {

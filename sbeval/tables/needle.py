@@ -16,8 +16,8 @@ SOLVED = 0.95
 # below the table of the terminal
 LEGEND = (
     "tokens to solve: of fine-tuning, until 95 % of held-out prompts of the training length were right, in the mean of "
-    "validations from there on too, by seed; >: they were not, and scores at other lengths do not compare the method. "
-    "lr: the rate that validation chose."
+    "four or more validations from there on too, or of 256 prompts at the end, by seed; >: they were not, and scores "
+    "at other lengths do not compare the method. lr: the rate that validation chose."
 )
 
 

@@ -235,6 +235,31 @@ def test_what_is_solved_in_the_last_steps_is_solved(
     assert (after.value, after.ended) == (tokens, ended)
 
 
+def test_at_the_end_a_task_that_few_found_solved_is_asked_with_other_prompts(
+    tuned: Config, tmp_path: Path, solved_at: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solved_at |= {"niah_single_1": [0.5, 1.0], "niah_single_2": [0.5, 0.5, 0.5, 0.5, 0.5, 1.0], "niah_single_3": [0.5]}
+    asked: list[list[int]] = []
+    greedy = needle_tuning._greedy
+
+    def seen(decoder: Decoder, prompts: Any, *others: Any) -> float:
+        asked.append([id(prompt) for prompt in prompts])
+        return greedy(decoder, prompts, *others)
+
+    monkeypatch.setattr(needle_tuning, "_greedy", seen)
+    rows = rows_of(run(dataclasses.replace(tuned, tasks=tuple(solved_at)), tmp_path), tmp_path)
+    # 6 validations of 3 tasks; at the last, of the second, which is the first to find it solved, nine prompts more
+    assert [len(ids) for ids in asked] == [*([3] * 17), 9, 3]
+    assert len({one for ids in asked for one in ids}) == 3 * 3 + 9
+    held_out = rows[rows["metric"] == "held_out"].set_index("task")
+    assert held_out["n"].astype(int).to_dict() == {"niah_single_1": 3, "niah_single_2": 12, "niah_single_3": 3}
+    assert held_out["ended"].to_dict() == {
+        "niah_single_1": "solved",
+        "niah_single_2": "solved",
+        "niah_single_3": "budget",
+    }
+
+
 def test_a_task_is_not_solved_by_chance() -> None:
     draw, tries = np.random.default_rng(0), 400
     held_out, agree, count = needle_tuning.HELD_OUT, needle_tuning.AGREE, needle_tuning.VALIDATIONS
@@ -257,6 +282,8 @@ def test_a_task_is_not_solved_by_chance() -> None:
     assert solved_from([*right, *(Validation(step, 0.7, held_out) for step in range(5, 11))]) is None
     assert [solved_from(right[:count]) for count in range(4)] == [None] * 4
     assert solved_from([Validation(1, 0.95, agree)]) == 1 and solved_from([Validation(1, 0.94, agree)]) is None
+    # prompts enough decide alone that what few found is not so
+    assert solved_from([*right[:2], Validation(3, 0.94, agree)]) is None
 
 
 def test_other_lessons_make_another_model(
