@@ -45,12 +45,17 @@ def test_output_and_gradients_are_the_references(
         torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
 
 
-def test_gates_of_a_packed_row_gather_no_errors_of_later_sequences() -> None:
+@pytest.mark.filterwarnings("default")  # compiling for a GPU warns of what torch does inside itself
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_gates_of_a_packed_row_gather_no_errors_of_later_sequences(device: str) -> None:
     # in bfloat16; alone, a sequence's gates have the errors of their own positions only
     count, length = 16, 128
     torch.manual_seed(0)
-    q, k, v, weight = (torch.randn(count, length, 2, 32).bfloat16() for _ in range(4))
-    gates = torch.randn(count, length, 2)
+    q, k, v, weight = (torch.randn(count, length, 2, 32).bfloat16().to(device) for _ in range(4))
+    gates = torch.randn(count, length, 2, device=device)
 
     def gradient(function: Any, rows: int, dtype: torch.dtype, bounds: Tensor | None = None) -> Tensor:
         shaped = [x.reshape(rows, -1, *x.shape[2:]).to(dtype) for x in (q, k, v, weight)]
@@ -60,7 +65,7 @@ def test_gates_of_a_packed_row_gather_no_errors_of_later_sequences() -> None:
         return torch.autograd.grad(out, leaf, shaped[3])[0].double()
 
     exact = gradient(forgetting.reference, count, torch.float64)
-    bounds = torch.arange(0, count * length + 1, length, dtype=torch.int32)
+    bounds = torch.arange(0, count * length + 1, length, dtype=torch.int32, device=device)
     alone, packed = (
         (gradient(forgetting.attention, rows, torch.bfloat16, cu) - exact).square().mean().sqrt() / exact.std()
         for rows, cu in ((count, None), (1, bounds))
