@@ -62,13 +62,13 @@ def attention(
         raise InputError(f"log_f must be of shape {(*k.shape[:2], heads)}; its shape is {tuple(log_f.shape)}")
     scale = size**-0.5 if scale is None else scale
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    total = log_f.double().cumsum(1)
+    # (H, B, S): a GPU sums along the last dimension in parallel, along others one position after another
+    total = log_f.double().permute(2, 0, 1).cumsum(-1)
     if torch.is_grad_enabled() and log_f.requires_grad and size < check.MAX_HEAD_SIZE:
         apply: Any = _Level.apply
         q, k, v = _routed(q, k, v, cast(Tensor, apply(total, cu_seqlens)), scale)
         total = total.detach()
-    # (H, B * S), flat: position p of batch entry b in head h is at (h * B + b) * S + p
-    total = total.permute(2, 0, 1)
+    # flat: position p of batch entry b in head h is at (h * B + b) * S + p
     whole = total.detach().round()
     (batch, s), whole, rest = k.shape[:2], whole.flatten().to(exact), (total - whole).flatten().to(exact)
     # the gradient of the query's own sum is 0
@@ -83,15 +83,18 @@ def attention(
 
 
 def _routed(q: Tensor, k: Tensor, v: Tensor, total: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Add a dimension to q, k and v that adds 0 to every logit and through which the gradient of c_j flows."""
+    """Add a dimension to q, k and v that adds 0 to every logit and through which the gradient of c_j flows.
+
+    total: c, (H, B, S).
+    """
     # every query head has its own c, so key-value heads can't be shared
     k, v = softmax.heads(k, v, q.shape[2])
-    zero = ((total.detach() - total) / scale).to(k.dtype)[..., None]
+    zero = ((total.detach() - total) / scale).permute(1, 2, 0).to(k.dtype)[..., None]
     return F.pad(q, (0, 1), value=1.0), torch.cat((k, zero), -1), F.pad(v, (0, 1))
 
 
 class _Level(torch.autograd.Function):
-    """c (B, S, H) as it is, with a gradient that adds up to 0 over each sequence.
+    """c (H, B, S) as it is, with a gradient that adds up to 0 over each sequence.
 
     What the sum is off is taken from each position in proportion to its square, as errors of rounding are to be
     expected; so a position without a gradient keeps none.
@@ -114,13 +117,13 @@ class _Level(torch.autograd.Function):
 
 
 def _sums(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Return the sum over the sequence of each position of x (B, S, H), to be broadcast to its shape."""
+    """Return the sum over the sequence of each position of x (H, B, S), to be broadcast to its shape."""
     if cu_seqlens is None:
-        return x.sum(1, keepdim=True)
+        return x.sum(-1, keepdim=True)
     bounds = cu_seqlens.long()
-    sums = F.pad(x.cumsum(1), (0, 0, 1, 0))[:, bounds].diff(dim=1)
-    place = torch.arange(x.shape[1], device=x.device)
-    return sums[:, torch.searchsorted(bounds, place, right=True) - 1]
+    sums = F.pad(x.cumsum(-1), (1, 0))[..., bounds].diff()
+    place = torch.arange(x.shape[-1], device=x.device)
+    return sums[..., torch.searchsorted(bounds, place, right=True) - 1]
 
 
 def backend_name(device_type: str) -> str:
