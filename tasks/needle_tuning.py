@@ -228,18 +228,19 @@ class Tuning(TextStep, TrainingStep):
                 return _greedy(decoder, prompts, context.device, self.dtype, batch, task.say)
 
             decoder.eval()
-            before, found = _by_task(state), dict[str, Validation]()
+            scores = _by_task(state)
             for name, prompts in held_out.items():
-                found[name] = one = Validation(state.step, right(prompts), len(prompts))
-                unsolved = solved_from([*before.get(name, ()), one]) is None
-                if state.step == trainer.config.steps and unsolved and one.score >= SOLVED:
+                one = Validation(state.step, right(prompts), len(prompts))
+                mine = scores.setdefault(name, [])
+                mine.append(one)
+                if state.step == trainer.config.steps and one.score >= SOLVED and solved_from(mine) is None:
                     more = self._held_out(name, writer, AGREE)[HELD_OUT:]
                     total = one.n * one.score + len(more) * right(more)
-                    found[name] = Validation(state.step, total / AGREE, AGREE)
+                    mine[-1] = Validation(state.step, total / AGREE, AGREE)
             decoder.train()
-            state.task_scores += [{"task": name, **one._asdict()} for name, one in found.items()]
-            state.scores.append((state.step, sum(one.score for one in found.values()) / len(found)))
-            return all(solved_from(scores) is not None for scores in _by_task(state).values())
+            state.task_scores += [{"task": name, **mine[-1]._asdict()} for name, mine in scores.items()]
+            state.scores.append((state.step, sum(mine[-1].score for mine in scores.values()) / len(scores)))
+            return all(solved_from(mine) is not None for mine in scores.values())
 
         with context.logger(step_id(self)) as log:
             try:

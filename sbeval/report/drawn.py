@@ -154,13 +154,14 @@ def stale(results: Results, counts: Counts) -> Iterator[str]:
     for file in sorted(results.figures.glob("[!.]*")):
         if file.suffix in FORMATS and file.is_file():
             files.setdefault((file.stem, origin(file)), []).append(file)
-    now = functools.cache(functools.partial(_now, functools.cache(functools.partial(_read, results)), results))
+    tables = functools.cache(functools.partial(_read, results))
+    now = functools.cache(functools.partial(_now, tables, results))
     stated = [(of, now(of.table, of.files, of.selection), some) for (_, of), some in files.items() if of]
     old = [(of, some) for of, digested, some in stated if digested not in (None, of.digest)]
     current = {some[0].stem for of, digested, some in stated if digested == of.digest}
-    stale = {some[0].stem for _, some in old}
-    unknown = {stem for stem, of in files if not of} - stale
-    counts.current, counts.stale, counts.unknown = len(current - stale - unknown), len(stale), len(unknown)
+    others = {some[0].stem for _, some in old}
+    unknown = {stem for stem, of in files if not of} - others
+    counts.current, counts.stale, counts.unknown = len(current - others - unknown), len(others), len(unknown)
     for of, some in old:
         path, suffixes = results.table(of.table), ",".join(file.suffix[1:] for file in some)
         names = some[0] if len(some) == 1 else some[0].with_suffix(f".{{{suffixes}}}")
