@@ -250,8 +250,9 @@ def more(config: Config, results: "pd.DataFrame | None", say: Say = unsaid) -> l
 
 
 def _chooses(config: Config) -> bool:
-    """Return whether validation chooses a learning rate for several seeds."""
-    return len(set(config.finetune_lrs)) > 1 and bool(config.finetune) and config.checkpoint is None
+    """Return whether validation chooses, with the first seed, the learning rate of the others."""
+    several = len(set(config.seeds)) > 1 and len(set(config.finetune_lrs)) > 1
+    return several and bool(config.finetune) and config.checkpoint is None
 
 
 def _grid(config: Config, seeds: Sequence[int]) -> list[Cell]:

@@ -468,7 +468,9 @@ def test_further_seeds_are_taught_at_the_chosen_rate(
     # of a task that no model is taught, as qa_2, scores have the rate alone
     untaught = rows_of(first, tmp_path).query("metric != 'tokens_to_solve'")
     assert all(len(cell.config.finetune_lrs) == 1 for cell in needle.more(two, untaught))
-    # one rate is chosen by no one, and a model that is not taught has none
+    # one rate is chosen by no one, a model that is not taught has none, and of one seed there is no other
     for alone in ({"finetune_lrs": (1e-3,)}, {"finetune": 0}):
         every = dataclasses.replace(two, **alone)
         assert [cell.seed for cell in cells(every)] == [0, 0, 1, 1] and needle.more(every, None) == []
+    one = dataclasses.replace(two, seeds=(1,))
+    assert [cell.seed for cell in cells(one)] == [1, 1] and needle.more(one, None) == []
