@@ -33,6 +33,9 @@ from sbeval.kernels import check
 # entry b and query head h; integer tensors that broadcast, 0-dimensional in FlexAttention
 Bias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
+# of a BlockMask: how many partial blocks each row has, and which; how many full ones, and which
+Blocks = tuple[Tensor, Tensor, Tensor, Tensor]
+
 BACKENDS = ("torch", "sdpa", "cudnn", "flash", "flex")
 # rows whose logits the CPU computes at a time
 CHUNK = 256
@@ -351,8 +354,8 @@ def _causal_blocks(t: int, s: int, device: torch.device, window: int | None = No
 def block_mask(t: int, first: Tensor) -> BlockMask:
     """Build FlexAttention's mask for the last t of S positions, position i seeing the keys first[i] .. i.
 
-    first: int (S,), first[i] <= i, non-decreasing. Blocks follow from the ends of the intervals, so nothing of size
-    t x S is made, unlike in `create_block_mask`.
+    first: int32 (S,), first[i] <= i, non-decreasing. Blocks follow from the ends of the intervals, so nothing of size
+    t x S is made, unlike in `create_block_mask`, and nothing is sorted: every layer of a packed batch builds it anew.
     """
     s, device = first.numel(), first.device
     past = torch.full((), s - t, dtype=torch.int32, device=device)
@@ -361,20 +364,33 @@ def block_mask(t: int, first: Tensor) -> BlockMask:
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (lower[i] <= j) & (j <= i + past)
 
-    top = torch.arange(0, t, BLOCK, device=device)[:, None]
+    top = torch.arange(0, t, BLOCK, dtype=torch.int32, device=device)
     bottom = (top + BLOCK - 1).clamp(max=t - 1)
-    left = torch.arange(0, s, BLOCK, device=device)
-    right = left + BLOCK - 1
-    some = (left <= bottom + past) & (right >= lower[top])
-    # a block that exceeds T or S is never full, the latter since its right edge lies past every query
-    full = (right <= top + past) & (left >= lower[bottom]) & (top + BLOCK <= t)
-    return BlockMask.from_kv_blocks(
-        *_ordered(some & ~full), *_ordered(full), BLOCK_SIZE=BLOCK, mask_mod=seen, seq_lengths=(t, s)
+    # a row of blocks sees some of the blocks start .. stop - 1, and all of full .. end - 1; none of the four decreases
+    start, stop = lower[top] // BLOCK, (bottom + past) // BLOCK + 1
+    full = (lower[bottom] + BLOCK - 1) // BLOCK
+    end = torch.maximum(full, (top + past + 1) // BLOCK)
+    # a block that exceeds T is never full, nor is one that exceeds S, whose right edge lies past every query
+    full = full.where(top + BLOCK <= t, end)
+    columns = torch.arange(-(-s // BLOCK), dtype=torch.int32, device=device)
+    # by column: rows that have begun to see it, and those that are past it
+    begun, over, full_begun, full_over = (
+        torch.searchsorted(rows, columns, right=True, out_int32=True) for rows in (start, stop, full, end)
     )
+    by_row = _listed(start, stop, full, end, len(columns))
+    by_column = _listed(over, begun, full_over, torch.maximum(full_over, full_begun), len(top))
+    return BlockMask((t, s), *by_row, *by_column, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=seen)
 
 
-def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Count the marked columns of each row, and list them first; (1, 1, rows) and (1, 1, rows, columns)."""
-    count = blocks.sum(-1, dtype=torch.int32)
-    columns = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
-    return count[None, None], columns[None, None]
+def _listed(start: Tensor, stop: Tensor, full: Tensor, end: Tensor, count: int) -> Blocks:
+    """List, for each row, the blocks of start .. stop - 1 without full .. end - 1, and these, as BlockMask has them:
+    numbers (1, 1, rows) and indices (1, 1, rows, count), which mean nothing past their number, of either."""
+    place, whole = torch.arange(count, dtype=torch.int32, device=start.device), end - full
+    some = start[:, None] + place
+    partial = some.where(some < full[:, None], some + whole[:, None])
+    return (
+        (stop - start - whole)[None, None],
+        partial.clamp(max=count - 1)[None, None],
+        whole[None, None],
+        (full[:, None] + place).clamp(max=count - 1)[None, None],
+    )

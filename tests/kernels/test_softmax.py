@@ -337,9 +337,19 @@ def test_block_mask_is_that_of_the_dense_mask(
     assert torch.equal(ours.to_dense(), theirs.to_dense())
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    for count, index in (("kv_num_blocks", "kv_indices"), ("full_kv_num_blocks", "full_kv_indices")):
-        for row, n in enumerate(getattr(ours, count)[0, 0].tolist()):
-            assert torch.equal(getattr(ours, index)[0, 0, row, :n], getattr(theirs, index)[0, 0, row, :n])
+    for of in ("kv", "full_kv", "q", "full_q"):
+        index, other = (getattr(mask, f"{of}_indices") for mask in (ours, theirs))
+        assert (index.shape, index.dtype) == (other.shape, other.dtype) and index.is_contiguous()
+        # the first is loaded where there is none
+        assert index.min() >= 0 and index.max() < index.shape[-1]
+        for row, n in enumerate(getattr(ours, f"{of}_num_blocks")[0, 0].tolist()):
+            assert torch.equal(index[0, 0, row, :n], other[0, 0, row, :n])
+
+
+def test_blocks_of_a_mask_are_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in ((torch, "argsort"), (torch, "sort"), (Tensor, "argsort"), (Tensor, "sort")):
+        monkeypatch.setattr(owner, name, None)
+    softmax.block_mask(700, first_keys(700, (0, 300, 700), None))
 
 
 def test_kept_block_masks_serve_training_after_inference() -> None:
