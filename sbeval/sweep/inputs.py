@@ -34,24 +34,30 @@ def check(parts: Sequence[Part]) -> None:
         package, extra = PACKAGES.get(part.family, ("", ""))
         if package and not importlib.util.find_spec(package):
             raise InputError(f"{part.family} needs {package}: pip install 'sbeval[{extra}]'")
-        for name, words in FILES.items():
-            for given in _values(part.config, name):
-                # pages of Wikitext may be a file of their own
-                path = given.removeprefix(f"{WIKITEXT}:") if name == "eval_corpus" else given
-                if words and path.startswith("hf:"):
-                    sources.check_dataset(path, package=True)
-                elif path == WIKITEXT and path in words:
-                    sources.check_dataset(WIKITEXT_HUB, package=True)
-                elif path not in words and not os.path.exists(path):
-                    raise InputError(f"{_flag(name)} {given}: there is no such file or folder")
-        for given in _values(part.config, "tokenizer"):
-            tokenizer.check(given)
-        for name in MODELS:
-            for given in _values(part.config, name):
-                if not os.path.exists(given) and not HUB_NAME.fullmatch(given):
-                    raise InputError(f"{_flag(name)} {given}: there is no such folder, and it is no name on the hub")
         for config in part.configs:
+            _check_files(config)
+            for given in _values(config, "tokenizer"):
+                tokenizer.check(given)
+            for name in MODELS:
+                for given in _values(config, name):
+                    if not os.path.exists(given) and not HUB_NAME.fullmatch(given):
+                        raise InputError(
+                            f"{_flag(name)} {given}: there is no such folder, and it is no name on the hub"
+                        )
             registry.task(part.family).check_names(config)
+
+
+def _check_files(config: Any) -> None:
+    for name, words in FILES.items():
+        for given in _values(config, name):
+            # pages of Wikitext may be a file of their own
+            path = given.removeprefix(f"{WIKITEXT}:") if name == "eval_corpus" else given
+            if words and path.startswith("hf:"):
+                sources.check_dataset(path, package=True)
+            elif path == WIKITEXT and path in words:
+                sources.check_dataset(WIKITEXT_HUB, package=True)
+            elif path not in words and not os.path.exists(path):
+                raise InputError(f"{_flag(name)} {given}: there is no such file or folder")
 
 
 def _values(config: Any, name: str) -> Iterable[str]:

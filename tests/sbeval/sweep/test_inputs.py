@@ -1,5 +1,6 @@
 """A dry run names what is not there: files, folders, packages, models."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +17,6 @@ from sbeval.tasks import few_shot
 
 
 def part(family: str, **changes: Any) -> Part:
-    import dataclasses
-
     config = dataclasses.replace(registry.task(family).presets["quick"], **changes)
     return Part(family=family, preset="quick", config=config)
 
@@ -62,6 +61,12 @@ def test_what_is_missing_is_named(family: str, changes: dict[str, Any], message:
     with pytest.raises(InputError) as error:
         inputs.check([part(family, **changes)])
     assert message in str(error.value)
+
+
+def test_further_sweeps_of_a_family_are_checked_too() -> None:
+    lacking = part("length_gen", corpus="nowhere").config
+    with pytest.raises(InputError, match="--corpus nowhere: there is no such file or folder"):
+        inputs.check([dataclasses.replace(part("length_gen"), others=(lacking,))])
 
 
 def test_a_benchmark_that_lm_eval_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
