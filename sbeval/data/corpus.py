@@ -135,7 +135,7 @@ def stored(
     spec: str, *, tokenizer: str, cache_dir: Path, max_tokens: int | None = None, text_field: str = "text"
 ) -> Corpus | None:
     """Return a corpus that `open` has stored; None without such a store. Writes nothing, and asks no hub."""
-    if spec.startswith("hf:") or not (tokenizer == "bytes" or is_trained(tokenizer) or os.path.exists(tokenizer)):
+    if not (tokenizer == "bytes" or is_trained(tokenizer) or os.path.exists(tokenizer)):
         return None
     source = sources.source(spec, text_field)
     folder = _folder(source, tokenizer, cache_dir, max_tokens)

@@ -116,16 +116,20 @@ def source(spec: str, field: str) -> Source:
         return _files(path, field)
 
 
-def check_dataset(spec: str, *, package: bool = False) -> None:
+def check_dataset(spec: str) -> None:
     """Raise InputError for a specification `hf:NAME[:CONFIG]` without a name, or whose name is no folder and cannot be
-    one on the hub; with `package` also where the package that reads it is not installed. Asks no hub."""
+    one on the hub. Asks no hub."""
     name = spec.removeprefix("hf:").partition(":")[0]
     if not name:
         raise _unknown(spec)
     if not os.path.isdir(name) and not HUB_NAME.fullmatch(name):
         raise InputError(f"corpus {shown(spec)!r}: there is no folder {shown(name)!r}, and it is no name on the hub")
-    if package and not importlib.util.find_spec("datasets"):
-        raise _without_package(name)
+
+
+def check_package(spec: str) -> None:
+    """Raise InputError where the package that reads a dataset `hf:NAME[:CONFIG]` is not installed."""
+    if not importlib.util.find_spec("datasets"):
+        raise _without_package(spec.removeprefix("hf:").partition(":")[0])
 
 
 def _unknown(spec: str) -> InputError:

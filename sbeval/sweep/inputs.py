@@ -4,14 +4,18 @@ names can be ones on the hub, which it does not ask."""
 import importlib.util
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
+
+import platformdirs
 
 from sbeval import registry
 from sbeval.config import HUB_NAME
-from sbeval.data import sources, tokenizer
+from sbeval.data import corpus, sources, tokenizer
 from sbeval.data.evaluation_text import WIKITEXT, WIKITEXT_HUB
 from sbeval.errors import InputError
 from sbeval.sweep.study_file import Part
+from sbeval.training.text_model import TextModel
 
 # options that name files or folders, and words that they may be instead
 TEXTS = ("python", "stdlib")
@@ -53,11 +57,26 @@ def _check_files(config: Any) -> None:
             # pages of Wikitext may be a file of their own
             path = given.removeprefix(f"{WIKITEXT}:") if name == "eval_corpus" else given
             if words and path.startswith("hf:"):
-                sources.check_dataset(path, package=True)
+                sources.check_dataset(path)
+                # evaluation texts are read anew
+                if name != "corpus" or not _is_stored(config):
+                    sources.check_package(path)
             elif path == WIKITEXT and path in words:
-                sources.check_dataset(WIKITEXT_HUB, package=True)
+                sources.check_package(WIKITEXT_HUB)
             elif path not in words and not os.path.exists(path):
                 raise InputError(f"{_flag(name)} {given}: there is no such file or folder")
+
+
+def _is_stored(config: TextModel) -> bool:
+    """Return whether the tokens of a config's corpus are stored; False too where the tokenizer is one of the hub."""
+    found = corpus.stored(
+        config.corpus,
+        tokenizer=config.tokenizer,
+        cache_dir=Path(platformdirs.user_cache_dir("sbeval")),
+        max_tokens=config.corpus_tokens,
+        text_field=config.text_field,
+    )
+    return found is not None
 
 
 def _values(config: Any, name: str) -> Iterable[str]:

@@ -106,7 +106,21 @@ def test_a_store_is_looked_for_without_building_one(folder: Path, cache: Path) -
     built = corpus.open(str(folder), tokenizer="bytes", cache_dir=cache)
     found = look("bytes")
     assert found is not None and found.digest == built.digest
-    assert corpus.stored("hf:someone/texts", tokenizer="bytes", cache_dir=cache) is None
+
+
+def test_a_stored_dataset_of_the_hub_is_found_without_it(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = "hf:someone/texts"
+    assert corpus.stored(spec, tokenizer="bytes", cache_dir=cache) is None
+    rows = {"train": [{"text": text} for text in TEXTS], "test": [{"text": "a text to test with"}]}
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "_load_dataset", lambda name, config: rows)
+        patch.setattr(sources, "_stream_errors", lambda: ())
+        built = corpus.open(spec, tokenizer="bytes", cache_dir=cache)
+    monkeypatch.setattr(sources, "_load_dataset", None)
+    found = corpus.stored(spec, tokenizer="bytes", cache_dir=cache)
+    assert found is not None and found.digest == built.digest
+    # of more or fewer tokens it is another
+    assert corpus.stored(spec, tokenizer="bytes", cache_dir=cache, max_tokens=100) is None
 
 
 def test_a_store_is_built_once(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

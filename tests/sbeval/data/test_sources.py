@@ -363,6 +363,6 @@ def test_dataset_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         read("hf:some/name:en")
     # a plan says the same; naming a source does not: its tokens may be stored
     with pytest.raises(InputError) as planned:
-        sources.check_dataset("hf:some/name:en", package=True)
+        sources.check_package("hf:some/name:en")
     assert str(planned.value) == str(caught.value)
     assert sources.source("hf:some/name:en", "text").name == "name:en"

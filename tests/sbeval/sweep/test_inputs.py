@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sbeval import registry
+from sbeval.data import corpus
 from sbeval.data.evaluation_text import WIKITEXT_HUB
 from sbeval.errors import InputError
 from sbeval.sweep import inputs
@@ -98,5 +99,14 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(InputError) as error:
             inputs.check([part("length_gen", **changes)])
         assert str(error.value) == f"corpus {name} needs datasets: pip install 'sbeval[hf]'"
+    # a corpus whose tokens are stored is not loaded; an evaluation text is
+    monkeypatch.setattr(corpus, "stored", lambda spec, **options: object() if options["tokenizer"] == "bytes" else None)
+    inputs.check([part("length_gen", corpus="hf:someone/texts", tokenizer="bytes")])
+    for changes in (
+        {"corpus": "hf:someone/texts", "tokenizer": "bpe:300"},
+        {"eval_corpus": ("hf:c4",), "tokenizer": "bytes", **window},
+    ):
+        with pytest.raises(InputError, match="needs datasets"):
+            inputs.check([part("length_gen", **changes)])
     # pages of Wikitext in a file, and the standard library, need none
     inputs.check([part("length_gen", eval_corpus=(f"wikitext:{__file__}",), **window)])
