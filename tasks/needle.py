@@ -271,9 +271,10 @@ def _grid(config: Config, seeds: Sequence[int]) -> list[Cell]:
         for model in models(config)
         for task in tasks
     ]
-    if config.checkpoint is not None and config.finetune_batch_tokens is not None:
-        for tuning in found[0].tunings[:1]:
-            check_step("--finetune-batch-tokens", config.finetune_batch_tokens, tuning.length, "the checkpoint's")
+    # not a check of the config: a checkpoint says its length
+    for tuning in found[0].tunings[:1]:
+        given_by = "--train-len" if config.checkpoint is None else "the checkpoint's"
+        check_step("--finetune-batch-tokens", tuning.step_tokens, tuning.length, given_by)
     return found
 
 

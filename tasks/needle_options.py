@@ -9,7 +9,6 @@ from sbeval.config import DATA, LATER, MODEL, TASK, TRAINING, option
 from sbeval.errors import InputError, choose
 from sbeval.tables.published import LONGEST, RULER_TASKS, SHORTEST
 from sbeval.tasks import length_gen
-from sbeval.training.text_model import check_step
 
 # option and file of the questions of RULER's qa tasks
 FILES = {
@@ -105,9 +104,6 @@ class Config(length_gen.Config):
         for name in ("finetune_batch_tokens", "finetune_prompts"):
             if (amount := getattr(self, name)) is not None and amount < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1; got {amount}")
-        step = self.finetune_batch_tokens
-        if self.finetune and self.checkpoint is None and step is not None:
-            check_step("--finetune-batch-tokens", step, self.train_len)
 
 
 # 4,578 steps, 1 to 3 minutes of a card at 25m; a method that solves the tasks ends earlier

@@ -131,10 +131,14 @@ class Tuning(TextStep, TrainingStep):
         spec = self.config.checkpoint
         return (spec and checkpoint.training_length(Path(spec))) or self.config.train_len
 
+    @property
+    def step_tokens(self) -> int:
+        return self.config.finetune_batch_tokens or self.config.batch_tokens
+
     def schedule(self) -> TrainConfig:
         """Return steps, at most, and optimizer settings."""
         config = self.config
-        of_step = dataclasses.replace(config, batch_tokens=config.finetune_batch_tokens or config.batch_tokens)
+        of_step = dataclasses.replace(config, batch_tokens=self.step_tokens)
         training = train_config(of_step, tokens=config.finetune, length=self.length, lr=self.rate, seed=self.seed)
         return dataclasses.replace(
             training,

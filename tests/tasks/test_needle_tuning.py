@@ -155,9 +155,12 @@ def test_it_starts_from_the_model_and_takes_whole_steps(tuned: Config, tmp_path:
 
 
 def test_a_step_has_a_sequence_of_the_checkpoint(tuned: Config, tmp_path: Path) -> None:
-    given = dataclasses.replace(tuned, checkpoint=str(save(tmp_path / "model", 3072)), finetune_batch_tokens=3071)
-    with pytest.raises(InputError, match="3071 is less than a sequence of the checkpoint's 3072"):
-        cells(given)
+    given = dataclasses.replace(tuned, checkpoint=str(save(tmp_path / "model", 3072)))
+    # the default too
+    for step in (3071, None):
+        tokens = step or tuned.batch_tokens
+        with pytest.raises(InputError, match=f"{tokens} is less than a sequence of the checkpoint's 3072"):
+            cells(dataclasses.replace(given, finetune_batch_tokens=step))
     assert cells(dataclasses.replace(given, finetune_batch_tokens=3072))
 
 
