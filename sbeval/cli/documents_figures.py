@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from sbeval.cli import documents_studies
 from sbeval.plots import fixed_targets, legend, needle_depth, style
-from sbeval.report.figures import FORMATS
+from sbeval.report.figures import SAVED
 from sbeval.runtime.files import prepare, replacing
 from sbeval.tables import intervals, selection
 from sbeval.tables.results import Results
@@ -120,5 +120,5 @@ def draw(results: Path, folder: Path) -> list[Path]:
 def _save(figure: Figure, folder: Path, name: str) -> Path:
     file = prepare(folder) / f"{name}.png"
     with replacing(file) as temporary:
-        figure.savefig(temporary, format="png", **FORMATS["png"])
+        figure.savefig(temporary, format="png", **SAVED["png"])
     return file

@@ -84,10 +84,11 @@ def plot(
     results_dir: ResultsDir = Path("results"),
 ) -> None:
     """Draw figures from the result tables; needs no torch."""
+    from sbeval.report.drawn import USUAL
     from sbeval.report.figures import draw_figures
 
     names = [name.replace("-", "_") for name in figure or []]
-    for path in draw_figures(results_dir, names, format or ("png", "pdf"), out, say=say, where=where or ()):
+    for path in draw_figures(results_dir, names, format or USUAL, out, say=say, where=where or ()):
         say(str(path))
 
 

@@ -27,8 +27,9 @@ from sbeval.tables.selection import SHARED, beside
 UNSEEN = ("commit", "torch", "triton", "utc")
 # `urlencode` leaves none of the characters that end or escape a string in one of the formats
 STATED = re.compile(rb"sbeval:(figure=[\w.~%&=+-]+);")
-# suffixes of figures, and those that `sbeval plot` draws unless formats are given
-FORMATS, USUAL = (".html", ".pdf", ".png"), {".pdf", ".png"}
+# formats of figures: those drawn unless others are given, and all
+USUAL = ("png", "pdf")
+FORMATS = (*USUAL, "html")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ def stale(results: Results, counts: Counts) -> Iterator[str]:
     """
     files: dict[tuple[str, Origin | None], list[Path]] = {}
     for file in sorted(results.figures.glob("[!.]*")):
-        if file.suffix in FORMATS and file.is_file():
+        if file.suffix[1:] in FORMATS and file.is_file():
             files.setdefault((file.stem, origin(file)), []).append(file)
     tables = functools.cache(functools.partial(_read, results))
     now = functools.cache(functools.partial(_now, tables, results))
@@ -205,6 +206,6 @@ def _command(of: Origin, files: list[Path], results: Results) -> str:
     """Return the command that draws files of one figure again."""
     words = ["sbeval", "plot", of.figure.replace("_", "-")]
     words += [word for column, value in of.selection.where for word in ("--where", f"{column}={value}")]
-    if (formats := {file.suffix for file in files}) - USUAL:
-        words += [word for suffix in sorted(formats) for word in ("--format", suffix[1:])]
+    if (formats := {file.suffix[1:] for file in files}) - set(USUAL):
+        words += [word for name in sorted(formats) for word in ("--format", name)]
     return shlex.join([*words, "--results-dir", str(results.folder)])

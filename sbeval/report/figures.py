@@ -15,8 +15,8 @@ from sbeval.runtime.files import prepare, remove_left, replacing
 from sbeval.tables import check, csv_text, table
 from sbeval.tables.results import Results
 
-# without dates and versions: redrawn from the same table, a file has the same bytes
-FORMATS: dict[str, dict[str, Any]] = {
+# how figures are saved: without dates and versions, so that redrawn from the same table a file has the same bytes
+SAVED: dict[str, dict[str, Any]] = {
     "pdf": {"metadata": {"Creator": None, "Producer": None, "CreationDate": None}},
     "png": {"metadata": {"Software": None}, "dpi": 200},
 }
@@ -27,7 +27,7 @@ STATED_AS = {"pdf": "Keywords", "png": "Comment"}
 def draw_figures(
     results_dir: Path,
     names: Sequence[str] | None = None,
-    formats: Iterable[str] = ("png", "pdf"),
+    formats: Iterable[str] = drawn.USUAL,
     out_dir: Path | None = None,
     say: Callable[[str], None] = print,
     where: Iterable[str] = (),
@@ -47,7 +47,7 @@ def draw_figures(
     table or, if `required`, none of its rows.
     """
     selection = drawn.selection(where, like)
-    chosen = [choose("format", name, (*FORMATS, "html")) for name in formats]
+    chosen = [choose("format", name, drawn.FORMATS) for name in formats]
     modules = {name: registry.figure(name) for name in names or registry.FIGURES}
     tables = dict.fromkeys(Results(results_dir).table(module.TABLE) for module in modules.values())
     if not names and not any(path.exists() for path in tables):
@@ -73,7 +73,7 @@ def draw_figures(
             beside = hasattr(module, "gather")
             digest = drawn.digest(text.loc[selected.index], Results(results_dir), beside)
             origin = drawn.Origin(name, module.TABLE, digest, beside, selection)
-            files += _draw(origin, rows, folder, [suffix for suffix in chosen if suffix in FORMATS])
+            files += _draw(origin, rows, folder, [suffix for suffix in chosen if suffix in SAVED])
             if "html" in chosen:
                 files.append(_write_page(origin, module, rows, folder / f"{name}.html"))
         except NothingToDraw as error:
@@ -107,7 +107,7 @@ def _draw(origin: drawn.Origin, rows: pd.DataFrame, folder: Path, suffixes: list
         for setting, figure in registry.figures(origin.figure, legend.named(rows)).items():
             for suffix in suffixes:
                 file = folder / f"{origin.figure}{setting}.{suffix}"
-                options = FORMATS[suffix]
+                options = SAVED[suffix]
                 metadata = {**options["metadata"], STATED_AS[suffix]: origin.stated()}
                 with replacing(file) as temporary:
                     figure.savefig(temporary, format=suffix, **{**options, "metadata": metadata})

@@ -60,7 +60,8 @@ def test_committed_figures_show_the_committed_results(folder: Path) -> None:
 
 
 def test_a_figure_of_other_rows_is_named_with_the_command_that_redraws_it(results: Results) -> None:
-    formats = ("png", "pdf", *(["html"] if importlib.util.find_spec("plotly") else []))
+    # all of those that `sbeval plot` draws
+    formats = drawn.FORMATS if importlib.util.find_spec("plotly") else drawn.USUAL
     files = draw(results, "mqrar", formats=formats)
     assert len(files) == len(formats) and found(results) == [] and counted(results) == "1 of these results"
     rewrite(results, without("seed", 2))

@@ -48,7 +48,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Record the names of requested figures; drawing is tested with the families' commands."""
     names: list[str] = []
 
-    def draw(folder: Path, figures: Sequence[str], formats: Sequence[str], **_: object) -> list[Path]:
+    def draw(folder: Path, figures: Sequence[str], *_: object, **__: object) -> list[Path]:
         names.extend(figures)
         return []
 
