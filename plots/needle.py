@@ -36,17 +36,17 @@ HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "linestyle": (0, (1, 2)), 
 @dataclass(frozen=True, slots=True)
 class Part:
     """A panel: rows of its lines; lengths of its axis, training lengths; by method, how many of its models solved the
-    task, and of how many, where not all did. several: it is a mean over tasks, each of which counts."""
+    task, and of how many, where not all did. over: the tasks of a mean, each of which counts."""
 
     title: str
     rows: pd.DataFrame
     lengths: list[int]
     marks: list[int]
     short: Mapping[Method, tuple[int, int]] = field(default_factory=dict)
-    several: bool = False
+    over: Sequence[str] = ()
 
     def hollow(self, method: Method) -> bool:
-        return self.several and method in self.short
+        return bool(self.over) and method in self.short
 
     def apart(self, looks: Mapping[Method, Look]) -> list[str]:
         """Return what is said of each method that did not solve the task, or a part of it."""
@@ -54,7 +54,7 @@ class Part:
         for method, look in looks.items():
             done, of = self.short.get(method, (0, 0))
             if of:
-                count = f"{done} of {of} solved" if self.several else f"{done} of {of} seeds"
+                count = f"{done} of {of} {'solved' if self.over else 'seeds'}"
                 said.append(f"{look.label} ({count})" if done else look.label)
         return said
 
@@ -116,7 +116,7 @@ def chart(table: pd.DataFrame) -> Chart:
 
 def _title(part: Part, looks: Mapping[Method, Look]) -> str:
     apart = part.apart(looks)
-    return f"{part.title}; not {'all ' if part.several else ''}solved: {', '.join(apart)}" if apart else part.title
+    return f"{part.title}; not {'all ' if part.over else ''}solved: {', '.join(apart)}" if apart else part.title
 
 
 def _note(spreads: Iterable[pd.DataFrame], shape: str, parts: Sequence[list[Part]]) -> str:
@@ -129,8 +129,10 @@ def _note(spreads: Iterable[pd.DataFrame], shape: str, parts: Sequence[list[Part
             f"Strip below 0: methods that did not solve the task ({100 * SOLVED:.0f} % right at the training length "
             f"after fine-tuning){counted}; such models have no line."
         )
-        if any(part.several for part in short):
+        if any(part.over for part in short):
             lines.append("A mean is hollow where not all of its tasks were solved.")
+    for names in dict.fromkeys(tuple(some[0].over) for some in parts if 1 < len(some[0].over) < len(some) - 1):
+        lines.append(f"Mean of the {len(names)} tasks that all methods have: {', '.join(names)}.")
     if without := sorted({part.title for some in parts for part in some} - drawn):
         lines.append(f"Solved by no method, and not drawn: {', '.join(without)}.")
     return " ".join(filter(None, lines))
@@ -148,11 +150,11 @@ def _parts(some: pd.DataFrame) -> list[Part]:
         return tasks
     shared = shared_tasks(some)
     names = sorted(shared["task"].unique())
-    name = "mean" if len(names) == len(tasks) else f"mean of {', '.join(names)}"
-    return [_part(name, shared, several=True), *tasks]
+    of = names[0] if len(names) == 1 else f"{len(names)} tasks"
+    return [_part("mean" if len(names) == len(tasks) else f"mean of {of}", shared, over=names), *tasks]
 
 
-def _part(title: str, some: pd.DataFrame, *, several: bool = False) -> Part:
+def _part(title: str, some: pd.DataFrame, over: Sequence[str] = ()) -> Part:
     models = some.drop_duplicates(["attention", "options", "seed", "task"])
     counts = models.groupby(["attention", "options"])["solved"].agg(["sum", "size"])
     short = {
@@ -162,11 +164,11 @@ def _part(title: str, some: pd.DataFrame, *, several: bool = False) -> Part:
     }
     lengths = sorted({int(length) for length in some["length"]})
     marks = [int(length) for length in some["train_len"].unique()]
-    if not several:
+    if not over:
         return Part(title, some[some["solved"]], lengths, marks, short)
     none = [method for method, (done, _) in short.items() if not done]
     drawn = [(name, options) not in none for name, options in zip(some["attention"], some["options"], strict=True)]
-    return Part(title, mean_over_tasks(some[drawn]), lengths, marks, short, several=True)
+    return Part(title, mean_over_tasks(some[drawn]), lengths, marks, short, over)
 
 
 def settings(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

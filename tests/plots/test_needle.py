@@ -95,6 +95,10 @@ def test_a_mean_compares_methods_on_the_same_tasks() -> None:
     figure = needle.draw(pd.DataFrame(rows() + [row for row in rows(attention="alibi") if row["task"] == "vt"]))
     shared = panel(figure, "mean of vt")
     assert line(shared, "RoPE") == line(shared, "ALiBi") == pytest.approx({1024: 0.5, 2048: 0.25})
+    # several have no room in a title: the note names them
+    more = needle.draw(pd.DataFrame([*rows(), *rows(attention="alibi"), COMMON | {"task": "fwe", "value": 0.1}]))
+    assert line(panel(more, "mean of 2 tasks"), "ALiBi") == pytest.approx({1024: 0.7, 2048: 0.5})
+    assert "Mean of the 2 tasks that all methods have: cwe, vt." in more.get_supxlabel().replace("\n", " ")
 
 
 def test_a_mean_is_of_all_tasks_or_is_none() -> None:
