@@ -160,7 +160,10 @@ def _decoder(
 
 
 def located(spec: str) -> str:
-    """Return a folder's path with its name: `.` is another model elsewhere. InputError if the folder holds no model."""
+    """Return a folder's path with its name: `.` is another model elsewhere. InputError for a file, and for a folder
+    that holds no model."""
+    if os.path.isfile(spec):
+        raise InputError(f"{spec} is a file: give the folder of a checkpoint or of an exported model")
     if os.path.isdir(spec) and checkpoint.find(Path(spec)) is None:
         raise InputError(f"{spec} holds no model: it has no config.json; give a checkpoint folder or an exported model")
     return os.path.abspath(spec) if os.path.isdir(spec) and Path(spec).name in ("", "..") else spec

@@ -74,6 +74,9 @@ def test_a_digest_is_of_code_in_another_repository(
 def test_a_folder_without_a_model_is_an_error(odd_models: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"{tmp_path} holds no model: it has no config.json"):
         load.located(str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(InputError, match="model.safetensors is a file: give the folder of a checkpoint"):
+        load.located(str(tmp_path / "model.safetensors"))
     folder = str(odd_models.write(tmp_path / "model"))
     assert load.located(folder) == folder and load.located("someone/model") == "someone/model"
 
