@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from sbeval.config import digest_of
 from sbeval.errors import InputError
 from sbeval.registry import HELP
-from sbeval.sweep.cell import Outcome, TrainingStep
+from sbeval.sweep.cell import Outcome, TrainingStep, cell_id
 from sbeval.sweep.family import Family, Say, unsaid, without_rates
 from sbeval.tables.needle import Row as Row
 from sbeval.tables.needle import summary
@@ -235,18 +235,25 @@ def more(config: Config, results: "pd.DataFrame | None", say: Say = unsaid) -> l
     further = _grid(config, others) if _chooses(config) else []
     if results is None:
         return further
+    ids: dict[tuple[str, int], list[str]] = {}
+    for cell in cells(config) if further else ():
+        ids.setdefault(_model(cell), []).append(cell_id(cell))
     rates = {
-        name: chosen_rates(name, first, config.finetune_lrs, results)
-        for name in dict.fromkeys(cell.attention for cell in further)
+        model: chosen_rates(config.finetune_lrs, results[results["cell"].isin(some)]) for model, some in ids.items()
     }
-    for name, chosen in rates.items():
+    for (name, _), chosen in rates.items():
         if not chosen:
             say(without_rates(f"{NAME} {name}", first))
     return [
-        dataclasses.replace(cell, config=dataclasses.replace(cell.config, finetune_lrs=rates[cell.attention]))
+        dataclasses.replace(cell, config=dataclasses.replace(cell.config, finetune_lrs=rates[_model(cell)]))
         for cell in further
-        if rates[cell.attention]
+        if rates[_model(cell)]
     ]
+
+
+def _model(cell: Cell) -> tuple[str, int]:
+    """Return what tells the models of one seed apart: the method, and the training tokens of branches."""
+    return cell.attention, cell.config.train_tokens
 
 
 def _chooses(config: Config) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sbeval.tables.needle import Row
-from sbeval.tables.rows import method_of
 from sbeval.tasks.needle_tuning import Tuned, Tuning
 
 if TYPE_CHECKING:
@@ -98,15 +97,12 @@ def best(candidates: Iterable[Tuned], budget: int) -> Tuned:
     return min(candidates, key=rank)
 
 
-def chosen_rates(attention: str, seed: int, rates: Sequence[float], results: "pd.DataFrame") -> tuple[float, ...]:
-    """Return the learning rate that validation chose for a method with this seed, of `rates`: all where none solved a
+def chosen_rates(rates: Sequence[float], mine: "pd.DataFrame") -> tuple[float, ...]:
+    """Return the learning rate that validation chose for a model, of `rates`, given its rows: all where none solved a
     task, and none where all cells failed.
 
     Where no model was taught these tasks, nothing says that one was solved, and the rate is that of the scores.
     """
-    from sbeval.tables import intervals
-
-    mine = intervals.method(results[results["seed"] == seed], method_of(attention))
     if mine.empty:
         return ()
     learned = mine[mine["metric"] == "tokens_to_solve"]

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from sbeval.sweep import finished
+from sbeval.sweep.cell import cell_id
 from sbeval.tasks.needle import Config, cells, more
 from sbeval.tasks.needle_choice import best, chosen_rates
 from sbeval.tasks.needle_tuning import Tuned, Validation
@@ -42,9 +43,21 @@ def test_scores_without_a_rate_leave_it_to_the_rows_of_fine_tuning() -> None:
         for rate, chosen in ((1e-3, 0), (3e-3, 1))
     ]
     rows = pd.DataFrame([*learned, same | {"metric": "score"}])
-    assert chosen_rates("rope", 0, (1e-3, 3e-3), rows) == (3e-3,)
+    assert chosen_rates((1e-3, 3e-3), rows) == (3e-3,)
     # of an older version, which chose among no rates
-    assert chosen_rates("rope", 0, (1e-3, 3e-3), rows[rows["metric"] == "score"].assign(finetune_lr=None)) == (
+    assert chosen_rates((1e-3, 3e-3), rows[rows["metric"] == "score"].assign(finetune_lr=None)) == (
         1e-3,
         3e-3,
     )
+
+
+def test_each_branch_of_a_training_has_its_own_rate() -> None:
+    config = Config(
+        finetune=1 << 20, finetune_lrs=(1e-3, 3e-3), seeds=(0, 1), attention=("rope",), tasks=("niah_single_2",),
+        schedule="wsd", branches=(1 << 16, 1 << 17),
+    )  # fmt: skip
+    rows = pd.DataFrame(
+        {"cell": cell_id(cell), "metric": "tokens_to_solve", "ended": "solved", "finetune_lr": rate, "chosen": 1}
+        for cell, rate in zip(cells(config), (1e-3, 3e-3), strict=True)
+    )
+    assert [(cell.seed, cell.config.finetune_lrs) for cell in more(config, rows)] == [(1, (1e-3,)), (1, (3e-3,))]
