@@ -143,7 +143,7 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
     """Run one family: build the config from preset and options and run its cells; with `only` just train."""
     from sbeval.runtime import device as devices
     from sbeval.runtime import distributed
-    from sbeval.sweep import scheduler, study
+    from sbeval.sweep import scheduler
     from sbeval.sweep.context import RunContext
     from sbeval.sweep.study_file import Part
 
@@ -170,10 +170,7 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
             world=world,
             shard=shard,
         )
-        if not only or common.dry_run:
-            _run([part], context, how, dry_run=common.dry_run)
-        elif not _resumable(lambda: study.train(part, context, _console(context)), common.force):
-            raise typer.Exit(1)
+        _run([part], context, how, dry_run=common.dry_run, only=only)
 
 
 def _threads(
@@ -203,19 +200,32 @@ def _train(common: Training, given: dict[str, Any]) -> None:
 
 
 def _run(
-    parts: "list[Part]", context: "RunContext", how: "Executor", *, dry_run: bool, name: str | None = None
+    parts: "list[Part]",
+    context: "RunContext",
+    how: "Executor",
+    *,
+    dry_run: bool,
+    name: str | None = None,
+    only: bool = False,
 ) -> None:
-    """Run the unfinished cells, or with `dry_run` print their cost, as a table for a (named) study."""
+    """Run the unfinished cells, or with `only` just train their models; with `dry_run` print what that costs, as a
+    table for a (named) study."""
     from sbeval.sweep import inputs, plan, study
 
     console = _console(context)
     for line in study.notes(parts):
         say(line, console)
-    if dry_run:
-        inputs.check(parts)
     if not dry_run:
-        if not _resumable(lambda: study.run(parts, context, console, how), context.force):
+
+        def work() -> bool:
+            return study.train(parts[0], context, console) if only else study.run(parts, context, console, how)
+
+        if not _resumable(work, context.force):
             raise typer.Exit(1)
+        return
+    inputs.check(parts)
+    if only:
+        plan.list_trainings(parts[0], context, console)
     elif name is None:
         plan.list_cells(parts[0], context, console, how)
     else:

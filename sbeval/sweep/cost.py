@@ -68,7 +68,8 @@ def describe(cells: Sequence[Step], context: RunContext, at_once: int = 1) -> st
         return "nothing to run"
     every = steps(cells)
     parts = untrained(every, context)
-    count = f"{len(cells)} cell{'s' if len(cells) > 1 else ''} to run"
+    what = "model{} to train" if all(isinstance(step, TrainingStep) for step in cells) else "cell{} to run"
+    count = f"{len(cells)} {what.format('s' * (len(cells) > 1))}"
     if not any(step.flops for step in every):
         # the size of a model on the hub is unknown before its download
         return f"{count}, at a cost that is not known yet"

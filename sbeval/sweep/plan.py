@@ -11,7 +11,7 @@ from sbeval.models import decoder
 from sbeval.runtime import device
 from sbeval.runtime.console import say
 from sbeval.sweep import cost, finished, graph, scheduler, study
-from sbeval.sweep.cell import Cell, Step, cell_id
+from sbeval.sweep.cell import Cell, Step, TrainingStep, cell_id
 from sbeval.sweep.context import RunContext
 from sbeval.sweep.executor import Executor
 from sbeval.sweep.study_file import Part
@@ -42,18 +42,30 @@ def list_cells(part: Part, context: RunContext, console: Console, executor: Exec
     cells, later = _known(part, context)
     pending = cells if context.force else finished.unfinished(cells, context.results_dir)
     steps = graph.steps(pending)
-    untrained = set(cost.untrained(steps, context))
-    for step in steps:
-        if not isinstance(step, Cell):
-            say(f"{step.title}  {_flops(step)}{'' if step in untrained else '  trained'}", console)
+    _list_trainings(steps, context, console)
     missing = set(pending)
     for cell in cells:
         say(f"{cell_id(cell)}  {_flops(cell)}{'' if cell in missing else '  finished'}", console)
     say(cost.describe(pending, context, cost.at_once(executor, context)), console)
     if later:
-        flops = sum(cell.flops for cell in later)
+        known = set(steps)
+        flops = sum(step.flops for step in cost.untrained(graph.steps(later), context) if step not in known)
         count = f"{len(later)} cell{'s' if len(later) > 1 else ''}"
         say(f"then at most {count} at what rates turn out best, {flops:.1e} FLOPs", console)
+
+
+def list_trainings(part: Part, context: RunContext, console: Console) -> None:
+    """Print the cost of each training that the cells of a family need, and the total of those that are not done."""
+    steps = [step for step in graph.steps(study.cells(part)) if isinstance(step, TrainingStep)]
+    _list_trainings(steps, context, console)
+    say(cost.describe(cost.untrained(steps, context), context), console)
+
+
+def _list_trainings(steps: Iterable[Step], context: RunContext, console: Console) -> None:
+    for step in steps:
+        if isinstance(step, TrainingStep):
+            done = "" if cost.untrained([step], context) else "  trained"
+            say(f"{step.title}  {_flops(step)}{done}", console)
 
 
 def _flops(step: Step) -> str:

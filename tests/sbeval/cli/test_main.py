@@ -335,6 +335,22 @@ def test_a_dry_run_lists_further_seeds_once_it_is_known_at_which_rate(tmp_path: 
     assert cost.startswith("2 cells to run, ") and then.startswith("then at most 2 cells at what rates turn out best")
 
 
+def test_a_dry_run_counts_the_training_of_further_seeds(tmp_path: Path) -> None:
+    sweep = ("needle", "--preset", "quick", "--device", "cpu", "--finetune-lr", "1e-3,3e-3", "--results-dir", tmp_path)
+    alone = run(*sweep, "--seed", "1", "--dry-run").out.splitlines()[-1]
+    *_, first, then = run(*sweep, "--seed", "0", "--seed", "1", "--dry-run").out.splitlines()
+    flops = [line.split(", ")[1].split(":")[0] for line in (alone, first, then)]
+    assert len(set(flops)) == 1 and flops[0].endswith(" FLOPs"), flops
+
+
+def test_a_dry_run_of_train_has_the_models_alone(tmp_path: Path) -> None:
+    train = ("train", "--device", "cpu", "--attention", "rope", "--seed", "0,1")
+    done = run(*train, "--results-dir", tmp_path, "--dry-run")
+    *models, cost = done.out.splitlines()
+    assert [model.split("  ")[0] for model in models] == ["train rope seed 0", "train rope seed 1"]
+    assert cost.startswith("2 models to train, ") and not list(tmp_path.iterdir())
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_a_method_that_comes_later_leaves_the_others_alone(results: Path) -> None:
     runs = {path: path.stat().st_mtime_ns for path in (results / "runs").iterdir()}
