@@ -6,8 +6,8 @@
     mqrar:                                                         the preset as it is
     flip_flop: [{seeds: [0]}, {seeds: [1], lrs: [1e-3]}]           several sweeps, in this order
 
-`models`, with the training options of its preset, sets defaults for `length_gen`, `needle` and `few_shot`, which their
-own sections override. A section without a preset uses that of `models`, by default `quick`. Options imply others as
+`models`, with the training options of its preset, sets defaults for the families of text models, which their own
+sections override. A section without a preset uses that of `models`, by default `quick`. Options imply others as
 those of the family's command do (`Family.completed`).
 """
 
@@ -89,6 +89,7 @@ def read(study: str, changes: Iterable[str] = ()) -> dict[str, Any]:
     changes: `section.option=value`, which override the document. Raise InputError if it is not a study.
     """
     document = _mapping(study, _parsed(study, text(study)))
+    changed: dict[str, str] = {}
     for change in changes:
         match = re.fullmatch(r"(\w+)\.(\w+)=(.*)", change, re.DOTALL)
         if match is None:
@@ -97,7 +98,25 @@ def read(study: str, changes: Iterable[str] = ()) -> dict[str, Any]:
         given = {option: _parsed(f"--set {change}", value)}
         sweeps = [sweep | given for sweep in _sweeps(section, document.get(section))]
         document[section] = sweeps if len(sweeps) > 1 else sweeps[0]
+        if section == "models":
+            changed[option] = change
+    for option, change in changed.items():
+        _check_used(option, change, document)
     return document
+
+
+def _check_used(option: str, change: str, document: Mapping[str, Any]) -> None:
+    """Raise InputError for a change to `models` that no section uses: all have the option themselves, or are of
+    generated examples."""
+    families = [name for name in document if name in registry.TASKS]
+    users = [name for name in families if option == "preset" or issubclass(registry.task(name).config, TextModel)]
+    if families and not users:
+        why = f"models is for text models, and this study has {', '.join(families)}: give the option to a section"
+    elif families and all(option in sweep for name in users for sweep in _sweeps(name, document[name])):
+        why = f"{', '.join(users)} has its own {option}: give --set {users[0]}.{option}=VALUE"
+    else:
+        return
+    raise InputError(f"--set {shown(change)} changes nothing: {why}")
 
 
 def given(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import re
 import time
 from pathlib import Path
 from types import UnionType
@@ -250,6 +251,22 @@ def test_mistakes_are_one_line(text: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=said) as error:
         parts(text, tmp_path=tmp_path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("study", "change", "said"),
+    [
+        ("tokens", "models.seeds=[0]", "length_gen has its own seeds: give --set length_gen.seeds=VALUE"),
+        ("tuning", "models.lr=1e-3", "length_gen has its own lr: give --set length_gen.lr=VALUE"),
+        ("n-back", "models.seeds=[0]", "models is for text models, and this study has mqrar: give the option to a"),
+        ("n-back", "models.preset=quick", "mqrar has its own preset: give --set mqrar.preset=VALUE"),
+    ],
+)
+def test_a_change_without_effect_is_an_error(study: str, change: str, said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(f"--set {change} changes nothing: {said}")):
+        study_file.read(study, [change])
+    # one section that has none is enough
+    assert study_file.read(study, [change, "diagnostics.size=quick"])["models"]
 
 
 def test_a_study_that_is_not_there(tmp_path: Path) -> None:
