@@ -103,7 +103,8 @@ def recall_accuracy(table: pd.DataFrame) -> pd.DataFrame:
     by = ["attention", "options", "kv_pairs", "n_back", *recall_setting(table).columns]
     kept = []
     for key, rows in table.groupby(by, dropna=False):
-        if rows["lr"].nunique() > 1:
+        # where all cells failed there is no accuracy
+        if rows["lr"].nunique() > 1 and (rows["metric"] == "accuracy").any():
             rates = ranked_rates(rows)
             if rates is None:
                 tried = ", ".join(f"{rate:g}" for rate in sorted(rows["lr"].unique()))

@@ -92,6 +92,9 @@ def test_the_test_score_does_not_choose() -> None:
     with pytest.raises(InputError, match=r"rope with 8 key-value pairs has the learning rates 0\.001, 0\.01 and"):
         selection.recall_accuracy(rows)
     assert len(selection.recall_accuracy(rows[rows["lr"] == 1e-3])) == 1
+    # a setting whose cells all failed has nothing to choose, and takes nothing from the others
+    lost = [RECALL | {"kv_pairs": 16, "metric": "solved", "lr": lr, "value": 0.0} for lr in (1e-3, 1e-2)]
+    assert selection.recall_accuracy(pd.DataFrame([*rate(1e-3, 0.9, 0.7), *lost]))["kv_pairs"].tolist() == [8]
 
 
 def test_settings_have_the_columns_that_a_table_has() -> None:
