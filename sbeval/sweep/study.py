@@ -170,10 +170,12 @@ def _show(family: str, cells: Sequence[Cell], results_dir: Path, console: Consol
     path = Results(results_dir).table(family)
     if not path.exists():
         return
-    results = finished.found(finished.results_of(cells, results_dir))
+    rows = finished.results_of(cells, results_dir)
+    if len(rows):
+        console.print(registry.task(family).summary(rows))
+    results = finished.found(rows)
     if not len(results):
         return say(path, console)
-    console.print(registry.task(family).summary(results))
     everything = read(path)
     table = beside(everything, results)
     names = [name for name in registry.FIGURES if registry.figure(name).TABLE == family]

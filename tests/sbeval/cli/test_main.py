@@ -394,6 +394,8 @@ def test_a_cell_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path: Path) 
     command = (*RECALL, "--attention", "rope", "--lr", "1e4", "--lr", "1e-3", "--results-dir", tmp_path)
     done = run(*command)
     assert done.code == 1 and "recorded as diverged, continuing with the next" in done.out
+    # in the table, too
+    assert "1 diverged" in done.out
     rows = table.read(tmp_path / "mqrar.csv")
     (finished,) = set(rows[rows["metric"] == "accuracy"]["cell"])
     (failed,) = {path.stem for path in (tmp_path / "runs").iterdir()} - {finished}
