@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from sbeval import registry
 from sbeval.config import LATER
-from sbeval.errors import InputError, choose
+from sbeval.errors import InputError, choose, shown
 
 # of a model in any direction: the number of elements of its largest matrix is below 2^63
 MAX_SIZE = 1 << 24
@@ -148,6 +148,11 @@ def parse_attention(spec: str) -> tuple[str, Any]:
     BlockOptions are checked and left out.
     """
     name, _, _ = spec.partition(":")
+    if {",", "="} & set(name):
+        raise InputError(
+            f"attention {shown(name)!r} is no method: one is NAME or NAME:option=value,...; several are a repeated "
+            "--attention, or in a study a list, in which one with a comma has quotes"
+        )
     kinds = registry.method(name).Options
     own, block = _fields(kinds), _fields(BlockOptions)
     values: dict[str, Any] = {}

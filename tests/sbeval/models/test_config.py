@@ -94,6 +94,9 @@ def test_a_spec_sets_the_block_around_its_method() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
+        ("rope,nope", "attention 'rope,nope' is no method: one is NAME or NAME:option=value,...; several are a "),
+        # of a list without quotes: [stick_breaking:remainder=none,logit_bias=-3]
+        ("logit_bias=-3", "a repeated --attention, or in a study a list, in which one with a comma has quotes"),
         ("ropee", "unknown attention 'ropee'; did you mean 'rope'? known: alibi, "),
         ("stick-breaking", "did you mean 'stick_breaking'?"),
         ("rope:tetha=1", "unknown option 'tetha' of attention 'rope'; did you mean 'theta'?"),
