@@ -60,18 +60,22 @@ def _cells(part: Part, config: Any) -> list[Cell]:
 
 
 def further(part: Part, results_dir: Path | None, say: Say = unsaid) -> list[Cell]:
-    """Return the cells that depend on results of the first; without a results folder an upper bound.
+    """Return the cells that depend on results of the first and are none of them; without a results folder an upper
+    bound.
 
     say: prints which of them have no results to depend on.
     """
     more = registry.task(part.family).more
     if more is None:
         return []
+    first: set[Cell] = set()
     found: dict[Cell, None] = {}
     for config in part.configs:
-        results = None if results_dir is None else finished.results_of(_cells(part, config), results_dir)
+        some = _cells(part, config)
+        first.update(some)
+        results = None if results_dir is None else finished.results_of(some, results_dir)
         found |= dict.fromkeys(more(config, results, say))
-    return list(found)
+    return [cell for cell in found if cell not in first]
 
 
 def notes(parts: Sequence[Part]) -> list[str]:

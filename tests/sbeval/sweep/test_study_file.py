@@ -154,6 +154,9 @@ def test_further_seeds_of_each_sweep_follow_its_own_results() -> None:
     assert len(study.cells(part)) == 4
     # at every rate, since none has solved the task
     assert [cell.config.kv_pairs for cell in study.further(part, None)] == [(8,), (8,), (4,), (4,)]  # type: ignore[attr-defined]
+    # those with which another sweep begins are there once
+    part = dataclasses.replace(part, others=(dataclasses.replace(sweep, seeds=(1, 0)),))
+    assert len(study.cells(part)) == 4 and study.further(part, None) == []
 
 
 def test_families_of_text_models_share_what_models_says(tmp_path: Path) -> None:
