@@ -30,7 +30,7 @@ THREADS = "Threads on the CPU, which --workers share: a number, or auto, the fas
 
 Device = Annotated[str | None, typer.Option(help=DEVICE)]
 Dtype = Annotated[str | None, typer.Option(help=DTYPE)]
-ResultsDir = Annotated[Path, typer.Option(help=RESULTS_DIR)]
+ResultsDir = Annotated[Path, typer.Option(help=RESULTS_DIR, file_okay=False)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +165,8 @@ def parameters(config: type[Any], presets: Mapping[str, Any] | None = None) -> l
             help=help,
             metavar=metavar,
             parser=parser,
+            # paths are those of folders
+            file_okay=hint is not Path,
             rich_help_panel=field.metadata["group"],
             show_default=not presets and hint is not bool,
         )

@@ -390,12 +390,15 @@ def test_flip_flop_leaves_a_table_and_a_figure(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_cell_that_diverges_is_recorded_and_the_sweep_goes_on(tmp_path: Path) -> None:
+def test_a_cell_that_diverges_is_recorded_and_the_sweep_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     command = (*RECALL, "--attention", "rope", "--lr", "1e4", "--lr", "1e-3", "--results-dir", tmp_path)
     done = run(*command)
     assert done.code == 1 and "recorded as diverged, continuing with the next" in done.out
     # in the table, too
-    assert "1 diverged" in done.out
+    assert "1 diverged │" in done.out
     rows = table.read(tmp_path / "mqrar.csv")
     (finished,) = set(rows[rows["metric"] == "accuracy"]["cell"])
     (failed,) = {path.stem for path in (tmp_path / "runs").iterdir()} - {finished}
@@ -754,9 +757,11 @@ def test_a_spoilt_table_is_said_before_training_and_by_plot(
 def test_a_results_folder_that_cannot_be_written(tmp_path: Path, texts: Path) -> None:
     file = tmp_path / "file"
     file.write_text("precious")
-    for folder in (file, file / "below"):
-        for command in (RECALL, (*LENGTHS, "--corpus", texts)):
-            assert_one_line(run(*command, "--results-dir", folder), "cannot make the results folder", str(folder))
+    for command in (RECALL, (*LENGTHS, "--corpus", texts)):
+        below = run(*command, "--results-dir", file / "below")
+        assert_one_line(below, "cannot make the results folder", str(file / "below"))
+        for options in ((), ("--dry-run",)):
+            assert_one_line(run(*command, *options, "--results-dir", file), "--results-dir", f"'{file}' is a file")
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "runs").write_text("precious")
     assert_one_line(run(*RECALL, "--results-dir", tmp_path / "results"), "cannot make the results folder", "runs")
