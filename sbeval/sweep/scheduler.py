@@ -151,7 +151,7 @@ def train(cells: Sequence[Cell], context: RunContext, *, console: Console) -> bo
     """
     files.prepare(context.results.checkpoints)
     needed = [step for step in steps(cells) if isinstance(step, TrainingStep)]
-    say(cost.describe(needed, context), console)
+    say(cost.describe(cost.untrained(needed, context), context), console)
     errors, failed = errors_of(context), False
     with progress_of(context) as progress:
         for step in needed:
