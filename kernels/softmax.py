@@ -182,6 +182,10 @@ def _torch(
     return torch.cat(outputs, dim=1)
 
 
+# not cuDNN, PyTorch's first choice on Hopper: it takes tens of ms to plan each new number of keys, and so each step
+DECODING = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
 def _decode(
     q: Tensor, k: Tensor, v: Tensor, scale: float, first: Tensor, bias: Bias | None, window: int | None
 ) -> Tensor:
@@ -204,7 +208,7 @@ def _decode(
     # the heads of a group become queries of the same keys, so the kernel need not support groups
     q, mask = (x.unflatten(1, (groups, -1)).flatten(2, 3) for x in (q.transpose(1, 2), mask.expand(-1, count, -1, -1)))
     k, v = (x[:, low:].transpose(1, 2) for x in (k, v))
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), sdpa_kernel(DECODING):
         out: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     by_head: Tensor = out.unflatten(2, (-1, t)).flatten(1, 2)
     return by_head.transpose(1, 2).to(out_dtype)
@@ -268,7 +272,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, chosen: str) -> Tensor:
     if chosen == "sdpa":
         if not (q.requires_grad and torch.is_grad_enabled()):
             return _fused(q, k, v, scale, causal=causal)
-        # cuDNN is the fastest on Hopper, but plans anew for each shape: for training, which has few shapes
+        # cuDNN is the fastest on Hopper for the few shapes that training has; it plans each anew
         with sdpa_kernel(TRAINING, set_priority=True):
             return _fused(q, k, v, scale, causal=causal)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION if chosen == "cudnn" else SDPBackend.FLASH_ATTENTION):
