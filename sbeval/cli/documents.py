@@ -33,7 +33,7 @@ PAGES = ("README.md", "docs/results.md")
 BLOCK = re.compile(r"(<!-- numbers: (\w+) -->\n).*?(<!-- end of numbers -->)", re.DOTALL)
 
 # results folders that can decide a claim: the first that does, else the first that has numbers for it
-DECIDING = ("125m", "tokens", "retrieval", "", "quick", "which-stick-breaking")
+DECIDING = ("125m", "tokens", "retrieval", "mqrar-author", "", "quick", "which-stick-breaking")
 LEANS = {AGREES: ", leaning towards it", DISAGREES: ", leaning against it"}
 # families whose figures docs/results.md shows
 DRAWN = ("attention_map", "kernel", "length_gen", "mqrar", "skipping")
@@ -262,7 +262,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "typed_sentence": _typed_sentence,
     "fixed_targets": _fixed,
     "distant_sentence": _distant_sentence,
-    "needle_sentence": documents_studies.needle_sentence,
+    "needle_means": documents_studies.needle_means,
     **documents_studies.BLOCKS,
     **{f"{family}_command": functools.partial(_made_by, family=family) for family in DRAWN},
 }

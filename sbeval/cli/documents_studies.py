@@ -13,10 +13,11 @@ import pandas as pd
 
 from sbeval.plots import legend
 from sbeval.plots.rates import recipes
-from sbeval.tables import curves, few_shot, intervals, markup, selection, tokens, values
+from sbeval.tables import curves, few_shot, intervals, markup, pairs, selection, tokens, values
+from sbeval.tables.pairs import Stored
 from sbeval.tables.results import Results
-from sbeval.tables.rows import ROPE, Method
-from sbeval.tables.statistics import Scale, size
+from sbeval.tables.rows import ROPE, STICK, Method
+from sbeval.tables.statistics import Interval, Scale, size
 from sbeval.tables.table import read
 
 # heading of a table of perplexities
@@ -132,19 +133,31 @@ def recall_steps(table: pd.DataFrame, folder: Path) -> str:
     that did not solve it."""
     cells = selection.recall_cells(table).sort_values(["heads", "kv_pairs", "seed"])
     settings = list(cells[["heads", "kv_pairs"]].drop_duplicates().itertuples(index=False, name=None))
-    labels = _labels(intervals.methods(cells))
-
-    def cell(mine: pd.DataFrame) -> str:
-        rows = zip(mine["solved"].tolist(), mine["steps"].tolist(), mine["value"].tolist(), strict=True)
-        return ", ".join(f"{steps:.0f}" if solved else f"({accuracy:.2f})" for solved, steps, accuracy in rows)
-
     lines = []
-    for method, label in labels.items():
+    for method, label in _labels(intervals.methods(cells)).items():
         mine = intervals.method(cells, method)
-        at = [mine[(mine["heads"] == heads) & (mine["kv_pairs"] == pairs)] for heads, pairs in settings]
-        lines.append([label, *map(cell, at)])
-    heads = [f"{heads:.0f} head{'s' * (heads != 1)}, {pairs:.0f} pairs" for heads, pairs in settings]
+        at = [mine[(mine["heads"] == heads) & (mine["kv_pairs"] == count)] for heads, count in settings]
+        lines.append([label, *map(_steps, at)])
+    heads = [f"{heads:.0f} head{'s' * (heads != 1)}, {count:.0f} pairs" for heads, count in settings]
     return markup.table(["steps until solved", *heads], lines)
+
+
+def recall_rates(table: pd.DataFrame, folder: Path) -> str:
+    """Write the same by pairs, method and learning rate."""
+    cells = selection.recall_cells(table).sort_values("seed")
+    labels, rates = _labels(intervals.methods(cells)), sorted(cells["lr"].unique())
+    lines = []
+    for count, of_count in cells.groupby("kv_pairs"):
+        for method in intervals.methods(of_count):
+            mine = intervals.method(of_count, method)
+            lines.append([f"{count:.0f}", labels[method], *(_steps(mine[mine["lr"] == rate]) for rate in rates)])
+    return markup.table(["pairs", "steps until solved, rate =", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def _steps(cells: pd.DataFrame) -> str:
+    """Return the steps of each seed until it solved recall, or in brackets its test accuracy."""
+    rows = zip(cells["solved"].tolist(), cells["steps"].tolist(), cells["value"].tolist(), strict=True)
+    return ", ".join(f"{steps:.0f}" if solved else f"({accuracy:.2f})" for solved, steps, accuracy in rows)
 
 
 def needles(table: pd.DataFrame, folder: Path) -> str:
@@ -186,16 +199,33 @@ def solved_needles(results: Path) -> pd.DataFrame:
     return table[table["task"].isin(solved[solved].index)]
 
 
-def needle_sentence(results: Path) -> str:
-    """Write the mean score of each method on the tasks that all solved, by length."""
+def needle_means(results: Path) -> str:
+    """Write the mean score of each method on the tasks that all solved, by length, and how much more it is than
+    stick-breaking's past the training length."""
     rows = selection.needle_scores(solved_needles(results))
-    tasks, lengths = sorted(rows["task"].unique()), sorted(rows["length"].unique())
-    scores = []
+    lengths, more = sorted(rows["length"].unique()), _less_stick(rows, results / "retrieval")
+    lines = []
     for method, label in _labels(intervals.methods(rows)).items():
         means = intervals.method(rows, method).groupby("length")["value"].mean()
-        scores.append(f"{label} {', '.join(f'{means[length]:.2f}' for length in lengths)}")
-    of, at = (", ".join(each) for each in ([f"`{task}`" for task in tasks], [f"{length:.0f}" for length in lengths]))
-    return f"Mean score of {of} at {at} tokens: {'; '.join(scores)}."
+        gap = more[method].text("{:+.3f}".format) if method in more else ""
+        lines.append([label, *(f"{means[length]:.2f}" for length in lengths), gap])
+    headings = [
+        "mean score, tokens =",
+        *(f"{length:.0f}" for length in lengths),
+        f"past {rows['train_len'].iloc[0]}, less stick-breaking's",
+    ]
+    tasks = ", ".join(f"`{task}`" for task in sorted(rows["task"].unique()))
+    over = next(iter(more.values())).over("prompts")
+    return f"{markup.table(headings, lines)}\n\nMeans over {tasks}; differences: {over}."
+
+
+def _less_stick(rows: pd.DataFrame, folder: Path) -> dict[Method, Interval]:
+    """Return the difference of each method's mean score past the training length to stick-breaking's."""
+    past = rows[rows["length"] > rows["train_len"]]
+    samples = intervals.samples(selection.mean_over_tasks(past), Scale.SHARE)
+    stored = Stored(functools.partial(values.read, Results(folder)))
+    joint = pairs.of_methods(past, STICK, stored, ["task", "length"])
+    return intervals.differences(samples, STICK, Scale.SHARE, pairs=joint)
 
 
 def _labels(methods: Iterable[Method]) -> dict[Method, str]:
@@ -208,6 +238,9 @@ BLOCKS = {
     "tuning": of_study("tuning", best_rates, {"rates": "Loss by learning rate"}),
     "study_125m": of_study("125m", contexts, LENGTHS),
     "study_8192": of_study("train-len-8192", contexts, LENGTHS),
+    "mqrar_author": of_study(
+        "mqrar-author", recall_rates, {"recall_curves": "Validation accuracy by steps of training"}, of="mqrar"
+    ),
     "plateau_causes": of_study("plateau-causes", recall_steps, {}, of="mqrar"),
     "retrieval": of_study(
         "retrieval", needles, {"needle": "Score of needle tasks by length, of models that solved them"}, of="needle"

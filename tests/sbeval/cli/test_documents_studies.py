@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from sbeval.cli import documents_studies
-from sbeval.cli.documents_studies import best_rates, contexts, gaps, needles, recall_steps
+from sbeval.cli.documents_studies import best_rates, contexts, gaps, needles, recall_rates, recall_steps
 from sbeval.tables import curves
 from sbeval.tables.results import Results
 
@@ -108,6 +108,13 @@ def test_steps_until_recall_is_solved_by_seed(tmp_path: Path) -> None:
         ["steps until solved", "1 head, 192 pairs", "8 heads, 32 pairs"],
         ["---"] * 3,
         ["RoPE", "500, 900", "(0.25)"],
+    ]
+    faster = [row | {"lr": 2e-3, "cell": "other"} for row in rows[-3:]]
+    assert cells(recall_rates(frame(*rows, *faster), tmp_path)) == [
+        ["pairs", "steps until solved, rate =", "0.001", "0.002"],
+        ["---"] * 4,
+        ["32", "RoPE", "(0.25)", "(0.25)"],
+        ["192", "RoPE", "500, 900", ""],
     ]
 
 
