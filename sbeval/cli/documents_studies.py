@@ -215,14 +215,17 @@ def needle_means(results: Path) -> str:
         f"past {rows['train_len'].iloc[0]}, less stick-breaking's",
     ]
     tasks = ", ".join(f"`{task}`" for task in sorted(rows["task"].unique()))
-    over = next(iter(more.values())).over("prompts")
+    over = "; ".join(dict.fromkeys(gap.over("prompts") for gap in more.values())) or "none"
     return f"{markup.table(headings, lines)}\n\nMeans over {tasks}; differences: {over}."
 
 
 def _less_stick(rows: pd.DataFrame, folder: Path) -> dict[Method, Interval]:
-    """Return the difference of each method's mean score past the training length to stick-breaking's."""
+    """Return the difference of each method's mean score past the training length to stick-breaking's; empty without
+    either."""
     past = rows[rows["length"] > rows["train_len"]]
-    samples = intervals.samples(selection.mean_over_tasks(past), Scale.SHARE)
+    samples = intervals.samples(selection.mean_over_tasks(past), Scale.SHARE) if len(past) else {}
+    if STICK not in samples:
+        return {}
     stored = Stored(functools.partial(values.read, Results(folder)))
     joint = pairs.of_methods(past, STICK, stored, ["task", "length"])
     return intervals.differences(samples, STICK, Scale.SHARE, pairs=joint)

@@ -140,6 +140,31 @@ def test_needles_by_task(tmp_path: Path) -> None:
     ]
 
 
+def test_means_of_needles_less_those_of_stick_breaking(tmp_path: Path) -> None:
+    def means(scores: dict[str, float], lengths: tuple[int, ...] = (2048, 4096)) -> list[list[str]]:
+        of = {"finetune_tokens": 1, "ended": "solved", "task": "vt", "metric": "score", "n": 100, "depth_start": np.nan}
+        rows = [
+            of | {"attention": name, "length": at, "value": score if at > 2048 else 1.0, "cell": name, "stderr": 0.01}
+            for name, score in scores.items()
+            for at in lengths
+        ]
+        rows.append(rows[0] | {"depth_start": 0})
+        (tmp_path / "retrieval").mkdir(exist_ok=True)
+        frame(*rows).to_csv(tmp_path / "retrieval" / "needle.csv", index=False)
+        heading, _, *lines, _, note = cells(documents_studies.needle_means(tmp_path))
+        assert heading[-1] == "past 2048, less stick-breaking's"
+        assert note[0].startswith("Means over `vt`; differences: ")
+        return [*lines, [note[0].partition("differences: ")[2]]]
+
+    stick, rope, over = means({"stick_breaking": 0.9, "rope": 0.5})
+    assert stick == ["stick-breaking", "1.00", "0.90", ""] and rope[:3] == ["RoPE", "1.00", "0.50"]
+    assert rope[3].startswith("−0.400 [") and over[0].startswith("95 % over 1 seed each, ")
+    # without stick-breaking, with it alone, and without a length past that of training there is none
+    assert means({"rope": 0.5}) == [["RoPE", "1.00", "0.50", ""], ["none."]]
+    assert means({"stick_breaking": 0.9}) == [["stick-breaking", "1.00", "0.90", ""], ["none."]]
+    assert means({"stick_breaking": 0.9, "rope": 0.5}, (2048,))[2] == ["none."]
+
+
 def test_a_study_that_was_not_run_and_one_with_a_figure(tmp_path: Path) -> None:
     block = documents_studies.of_study("125m", lambda table, folder: f"{len(table)} rows", {"a": "A", "b": "B"})
     assert block(tmp_path) == "No results yet: `sbeval run 125m`."
