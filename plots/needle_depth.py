@@ -24,8 +24,9 @@ COLOURS = "viridis"
 def draw(table: pd.DataFrame) -> Figure:
     """Draw the table: a row for each setting and metric, in it a map for each method.
 
-    A cell is the mean over seeds and over the tasks with one needle that every method has; white is no sample. Models
-    that did not solve a task at their training length are left out, and how many others there are is said.
+    A cell is the mean over seeds and over the tasks with one needle that every method with a map has solved; white is
+    no sample. Models that did not solve a task at their training length are left out, and how many others there are is
+    said.
     """
     table = _by_depth(table)
     looks = legend.looks(table[table["solved"]])
@@ -78,7 +79,10 @@ def chart(table: pd.DataFrame) -> Chart:
 
 
 def _by_depth(table: pd.DataFrame) -> pd.DataFrame:
-    return shared_tasks(needle_depths(table))
+    rows = shared_tasks(needle_depths(table))
+    # a method without the hardest task would look the best
+    compared = shared_tasks(rows[rows["solved"]])
+    return rows[rows["task"].isin(compared["task"])] if len(compared) else rows
 
 
 def _mean_of(table: pd.DataFrame) -> str:

@@ -219,6 +219,18 @@ def test_a_map_is_of_models_that_solved_the_task() -> None:
     assert "of models that solved them at their training length" in figure.get_supxlabel().replace("\n", " ")
 
 
+def test_maps_are_of_tasks_that_each_method_solved() -> None:
+    hard = {"task": "cwe", "value": 0.0}
+    table = rows() + [row | {"ended": "budget"} if row["task"] == "cwe" else row for row in rows(attention="alibi")]
+    table += [*depths(), *depths(**hard), *depths(attention="alibi"), *depths(attention="alibi", **hard)]
+    figure = needle_depth.draw(pd.DataFrame(table))
+    for method in ("RoPE", "ALiBi"):
+        (mesh,) = [item for item in panel(figure, method).collections if isinstance(item, QuadMesh)]
+        assert np.ma.asarray(mesh.get_array()).reshape(10, 2)[9, 0] == pytest.approx(90 / 1024)
+    for note in (figure.get_supxlabel(), needle_depth.chart(pd.DataFrame(table)).note):
+        assert note.startswith("Mean of vt")
+
+
 def test_a_map_has_depth_by_length() -> None:
     table = depths() + depths(task="cwe", value=0.0) + depths(attention="alibi")
     # a task that one method alone was asked would raise or lower its mean
