@@ -377,12 +377,12 @@ def block_mask(t: int, first: Tensor) -> BlockMask:
     # a block that exceeds T is never full, nor is one that exceeds S, whose right edge lies past every query
     full = full.where(top + BLOCK <= t, end)
     columns = torch.arange(-(-s // BLOCK), dtype=torch.int32, device=device)
-    # by column: rows that have begun to see it, and those that are past it
-    begun, over, full_begun, full_over = (
+    # a row sees a column from when its stop is past it until its start is: the columns' stop, start, end and full
+    below, above, full_below, full_above = (
         torch.searchsorted(rows, columns, right=True, out_int32=True) for rows in (start, stop, full, end)
     )
     by_row = _listed(start, stop, full, end, len(columns))
-    by_column = _listed(over, begun, full_over, torch.maximum(full_over, full_begun), len(top))
+    by_column = _listed(above, below, full_above, full_below, len(top))
     return BlockMask((t, s), *by_row, *by_column, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=seen)
 
 
