@@ -79,11 +79,12 @@ def _solved(cells: pd.DataFrame, name: str) -> tuple[str, str]:
     counts = sorted(int(pairs) for pairs in mine["kv_pairs"].unique())
     of_pairs = {pairs: mine[mine["kv_pairs"] == pairs] for pairs in counts}
     solved, most = [pairs for pairs in counts if _solves(cells, METHODS[name], pairs)], counts[-1]
+    tried = "the most tried" if len(counts) > 1 else "the only number tried"
     if most in solved:
-        found = f"solves {most} pairs, the most tried, with accuracy {_accuracy(of_pairs[most])}"
+        found = f"solves {most} pairs, {tried}, with accuracy {_accuracy(of_pairs[most])}"
     else:
         some = f"{max(solved)} pairs, with accuracy {_accuracy(of_pairs[max(solved)])}" if solved else "none"
-        found = f"solves {some}; at {most} pairs, the most tried, {_unsolved(of_pairs[most])}"
+        found = f"solves {some}; at {most} pairs, {tried}, {_unsolved(of_pairs[most])}"
     shown = sorted({max(solved, default=most), most})
     runs = "; ".join(f"{pairs} pairs {_runs(of_pairs[pairs])}" for pairs in shown)
     title = f"{name[:1].upper()}{name[1:]}"

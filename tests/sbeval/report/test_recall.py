@@ -64,13 +64,13 @@ def test_a_seed_that_failed_solves_nothing(frame: Tables) -> None:
     failed = table[second & (table["metric"] == "solved")].assign(value=0.0, status="diverged")
     judged = recall.recall(pd.concat([table[~second], failed]), NONE)
     assert judged.verdict == UNDECIDED
-    assert "Stick-breaking solves none; at 192 pairs, the most tried, its accuracy is 1.000" in judged.found
+    assert "Stick-breaking solves none; at 192 pairs, the only number tried, its accuracy is 1.000" in judged.found
     assert ", and 1 of 2 seeds solve them. " in judged.found
     runs = "192 pairs solved by 1 of 2 seeds at learning rate 0.001, 1 failed, after 25,000 steps."
     assert judged.basis.startswith(f"Stick-breaking: {runs}")
     judged = recall.recall(pd.concat([table[table["attention"] != STICK], failed]), NONE)
     assert judged.verdict == UNDECIDED
-    assert "Stick-breaking solves none; at 192 pairs, the most tried, every run failed. " in judged.found
+    assert "Stick-breaking solves none; at 192 pairs, the only number tried, every run failed. " in judged.found
     assert "192 pairs not solved by the only seed at learning rate 0.001, 1 failed. " in judged.basis
 
 
@@ -91,7 +91,7 @@ def test_a_failure_is_one_of_all_rates(frame: Tables) -> None:
     # of rates that solve nothing, the accuracy is that of the best
     low = cells(frame, {(ROPE, 192): [0.2], (STICK, 192): [0.4]})
     high = cells(frame, {(ROPE, 192): [0.6], (STICK, 192): [0.4]}, rate=3e-3)
-    assert "RoPE solves none; at 192 pairs, the most tried, its accuracy is 0.600" in (
+    assert "RoPE solves none; at 192 pairs, the only number tried, its accuracy is 0.600" in (
         recall.recall(pd.concat([low, high]), NONE).found
     )
 
@@ -123,8 +123,8 @@ def test_what_recall_lacks_is_said(frame: Tables) -> None:
     judged = recall.recall(cells(frame, some, vocab_size=1024), NONE)
     assert judged.verdict == UNDECIDED and "the paper's vocabulary of 8192 in 768 tokens" in judged.reason
     assert judged.found == (
-        "Stick-breaking solves 192 pairs, the most tried, with accuracy 1.000 [0.963, 1.000]. RoPE solves none; at 192 "
-        "pairs, the most tried, its accuracy is 0.500 [0.404, 0.596]."
+        "Stick-breaking solves 192 pairs, the only number tried, with accuracy 1.000 [0.963, 1.000]. RoPE solves none; "
+        "at 192 pairs, the only number tried, its accuracy is 0.500 [0.404, 0.596]."
     )
     assert judged.basis == (
         "Stick-breaking: 192 pairs solved by the only seed at learning rate 0.001, after 25,000 steps. RoPE: 192 pairs "
