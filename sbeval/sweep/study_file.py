@@ -113,7 +113,8 @@ def _check_used(option: str, change: str, document: Mapping[str, Any]) -> None:
     if families and not users:
         why = f"models is for text models, and this study has {', '.join(families)}: give the option to a section"
     elif families and all(option in sweep for name in users for sweep in _sweeps(name, document[name])):
-        why = f"{', '.join(users)} has its own {option}: give --set {users[0]}.{option}=VALUE"
+        own = "has its own" if len(users) == 1 else "have their own"
+        why = f"{', '.join(users)} {own} {option}: give --set {users[0]}.{option}=VALUE"
     else:
         return
     raise InputError(f"--set {shown(change)} changes nothing: {why}")

@@ -272,6 +272,13 @@ def test_a_change_without_effect_is_an_error(study: str, change: str, said: str)
     assert study_file.read(study, [change, "diagnostics.size=quick"])["models"]
 
 
+def test_a_change_without_effect_names_each_section(tmp_path: Path) -> None:
+    path = tmp_path / "two.yaml"
+    path.write_text("length_gen: {preset: quick, lr: 1e-3}\nneedle: {preset: quick, lr: 3e-3}\n")
+    with pytest.raises(InputError, match="length_gen, needle have their own lr: give --set length_gen.lr=VALUE"):
+        study_file.read(str(path), ["models.lr=5e-3"])
+
+
 def test_a_study_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match="unknown study 'quik'; did you mean 'quick'. known: .*, h200, .*, or the path"
