@@ -285,7 +285,8 @@ def attention(
             "sbeval.models.decoder.Attention"
         )
     heads, size = q.shape[2:]
-    mixer = registry.method(name).Mixer(
+    mixer = registry.mixer(
+        name,
         options,
         heads=heads,
         kv_heads=k.shape[2],

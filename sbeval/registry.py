@@ -6,8 +6,9 @@ and a module. A method needs no entry point: `package.module` names it wherever 
 """
 
 import importlib
+import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -94,7 +95,8 @@ PAGES = ("attention_map",)
 class Method(Protocol):
     """A module of `kernels/`: an attention method as the model uses it."""
 
-    # a frozen dataclass with a default for every field: `--attention rope:theta=500000`
+    # a frozen dataclass with a default for every field, `--attention rope:theta=500000`: int, float, bool, str, a union
+    # of these and None, or a Literal of texts; a ValueError of its own is shown as one line
     Options: type[Any]
 
     def Mixer(
@@ -137,6 +139,22 @@ def method(name: str) -> Method:
     if name == "softmax":
         raise InputError("attention 'softmax' has no positions of its own: 'rope' is softmax with RoPE, 'nope' without")
     return cast(Method, _load("attention", name, ATTENTION, ("Options", "Mixer", "backend_name")))
+
+
+def mixer(name: str, options: Any, **sizes: Any) -> "torch.nn.Module":
+    """Build the Mixer of a method; raise InputError for one that cannot be called as `Method` states."""
+    build = method(name).Mixer
+    _check_call(f"attention {name!r}: its Mixer", build, options, **sizes)
+    built = build(options, **sizes)
+    _check_call(f"attention {name!r}: forward of its Mixer", built.forward, *"qkvx", "cu_seqlens", "cache")
+    return built
+
+
+def _check_call(what: str, called: Callable[..., Any], *given: Any, **named: Any) -> None:
+    try:
+        inspect.signature(called).bind(*given, **named)
+    except TypeError as error:
+        raise InputError(f"{what} takes other arguments than sbeval.registry.Method states: {error}") from None
 
 
 def trained_as(name: str, options: Any) -> Any:

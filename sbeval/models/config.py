@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sbeval import registry
 from sbeval.config import LATER
-from sbeval.errors import InputError, choose, shown
+from sbeval.errors import InputError, choose, reason, shown
 
 # of a model in any direction: the number of elements of its largest matrix is below 2^63
 MAX_SIZE = 1 << 24
@@ -154,25 +153,47 @@ def parse_attention(spec: str) -> tuple[str, Any]:
             "--attention, or in a study a list, in which one with a comma has quotes"
         )
     kinds = registry.method(name).Options
-    own, block = _fields(kinds), _fields(BlockOptions)
+    own, block = _own_types(name, kinds), get_type_hints(BlockOptions)
     values: dict[str, Any] = {}
     for key, value in _items(spec):
         choose(f"option of attention {name!r}", key, {**own, **block})
         if key in own:
             values[key] = _convert(f"{name}:{key}", value, own[key])
     BlockOptions(**block_options(spec))
-    return name, kinds(**values)
+    try:
+        return name, kinds(**values)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"attention {shown(spec)!r}: {reason(error)}") from None
+
+
+def _own_types(name: str, kinds: type[Any]) -> dict[str, Any]:
+    """Return the types of a method's options by name; raise InputError where `Method` in the registry forbids one."""
+    if not dataclasses.is_dataclass(kinds):
+        raise InputError(f"attention {name!r}: its Options must be a frozen dataclass")
+    hints = get_type_hints(kinds)
+    for option in dataclasses.fields(kinds):
+        what, kind = f"option {option.name!r} of attention {name!r}", hints[option.name]
+        if option.name in get_type_hints(BlockOptions):
+            raise InputError(f"{what} is one of every method: give that of your own another name")
+        if option.default is dataclasses.MISSING:
+            raise InputError(f"{what} has no default: give it one")
+        if get_origin(kind) is not Literal and not _members(kind) <= {bool, int, float, str, type(None)}:
+            raise InputError(f"{what} is of type {option.type}; it must be int, float, bool, str or a Literal of texts")
+    return {option.name: hints[option.name] for option in dataclasses.fields(kinds)}
 
 
 def block_options(spec: str) -> dict[str, Any]:
     """Return the BlockOptions that a spec names; needs no torch."""
     name, _, _ = spec.partition(":")
-    block = _fields(BlockOptions)
+    block = get_type_hints(BlockOptions)
     return {key: _convert(f"{name}:{key}", value, block[key]) for key, value in _items(spec) if key in block}
 
 
-def _fields(options: type[Any]) -> "dict[str, dataclasses.Field[Any]]":
-    return {entry.name: entry for entry in dataclasses.fields(options)}
+def _members(kind: Any) -> set[Any]:
+    """Return the types that a union has, or the one that a type is."""
+    return set(get_args(kind) or (kind,))
 
 
 def _items(spec: str) -> Iterator[tuple[str, str]]:
@@ -189,19 +210,22 @@ def _items(spec: str) -> Iterator[tuple[str, str]]:
         yield key, value
 
 
-def _convert(what: str, text: str, entry: "dataclasses.Field[Any]") -> object:
-    """Convert `text` to the type of an option; one that is None by default is a number, or text if it may be."""
-    if isinstance(entry.default, bool):
+def _convert(what: str, text: str, kind: Any) -> object:
+    """Convert `text` to the type of an option: a number where it may be one and reads as one."""
+    if get_origin(kind) is Literal:
+        return choose(what, text, get_args(kind))
+    kinds = _members(kind)
+    if bool in kinds:
         return choose(what, text.lower(), ("true", "false")) == "true"
-    if isinstance(entry.default, str):
+    if not {int, float} & kinds:
         return text
     try:
-        return int(text) if isinstance(entry.default, int) else float(text)
+        return float(text) if float in kinds else int(text)
     except ValueError:
         # a word that stands for a number, which the method knows
-        if isinstance(entry.type, types.UnionType) and str in get_args(entry.type):
+        if str in kinds:
             return text
-        raise InputError(f"{what} must be a number; got {text!r}") from None
+        raise InputError(f"{what} must be {'a number' if float in kinds else 'an integer'}; got {text!r}") from None
 
 
 def canonical_attention(spec: str) -> str:

@@ -58,7 +58,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.dim = config.heads, config.n_kv_heads, config.d_head
-        self.dropout = config.dropout
+        self.dropout, self.spec = config.dropout, config.attention
         check.head_size(self.dim)
         name, options = parse_attention(config.attention)
         self.qkv = nn.Linear(config.width, (self.heads + 2 * self.kv_heads) * self.dim, bias=config.qkv_bias)
@@ -66,8 +66,8 @@ class Attention(nn.Module):
         self.norm = nn.GroupNorm(self.heads, self.heads * self.dim) if config.head_norm else None
         self.key_shift = KeyShift(self.kv_heads) if config.key_shift else None
         scale = self.dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
-        self.mixer = registry.method(name).Mixer(
-            options, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, width=config.width, scale=scale
+        self.mixer = registry.mixer(
+            name, options, heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim, width=config.width, scale=scale
         )
         self.takes_longest = "longest" in inspect.signature(self.mixer.forward).parameters
 
@@ -80,6 +80,9 @@ class Attention(nn.Module):
             k = self.key_shift(k, cu_seqlens, cache)
         known = {"longest": longest} if self.takes_longest else {}
         mixed = self.mixer(q, k, v, x, cu_seqlens, cache, **known)
+        if getattr(mixed, "shape", None) != q.shape:
+            found = tuple(mixed.shape) if isinstance(mixed, Tensor) else f"a {type(mixed).__name__}"
+            raise RuntimeError(f"attention {self.spec!r} must return (B, T, H, D) = {tuple(q.shape)}; got {found}")
         mixed = F.dropout(mixed, self.dropout, self.training).flatten(2)
         if self.norm is not None:
             mixed = self.norm(mixed.flatten(0, 1)).view_as(mixed)

@@ -1,8 +1,12 @@
 """Every name of the registry is a module that implements the interface."""
 
+from typing import Any
+
 import pytest
+from torch import Tensor, nn
 
 from sbeval import registry
+from sbeval.errors import InputError
 
 
 @pytest.mark.parametrize("name", registry.ATTENTION)
@@ -28,3 +32,29 @@ def test_families_implement_the_interface(name: str) -> None:
 def test_figures_implement_the_interface(name: str) -> None:
     figure = registry.figure(name)
     assert figure.TABLE and figure.COLUMNS and callable(figure.draw) and callable(figure.chart)
+
+
+class _Few(nn.Module):
+    """A Mixer without a cache."""
+
+    def __init__(self, options: Any, *, heads: int, kv_heads: int, head_dim: int, width: int, scale: float) -> None:
+        super().__init__()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return v
+
+
+@pytest.mark.parametrize(
+    ("mixer", "message"),
+    [
+        (_Few, "forward of its Mixer takes other arguments than sbeval.registry.Method states: too many positional"),
+        (
+            lambda options, heads: None,
+            "its Mixer takes other arguments .*: got an unexpected keyword argument 'kv_heads'",
+        ),
+    ],
+)
+def test_a_mixer_of_other_arguments_is_named(mixer: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sbeval.kernels.nope.Mixer", mixer)
+    with pytest.raises(InputError, match=f"attention 'nope': {message}"):
+        registry.mixer("nope", None, heads=4, kv_heads=2, head_dim=8, width=32, scale=0.5)

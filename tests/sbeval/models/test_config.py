@@ -1,6 +1,10 @@
 """Sizes, specs of attention and shapes of models."""
 
+import importlib
 import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sbeval.errors import InputError
 from sbeval.kernels import nope
-from sbeval.models.config import SIZES, ModelConfig, canonical_attention, flops_per_token, named, trained_attention
+from sbeval.models.config import (
+    SIZES,
+    ModelConfig,
+    canonical_attention,
+    flops_per_token,
+    named,
+    parse_attention,
+    trained_attention,
+)
 from sbeval.models.decoder import Decoder
 
 VOCABULARY = 50
@@ -159,3 +171,76 @@ def test_flops_are_those_of_the_products(changes: dict[str, Any], monkeypatch: p
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens, tokens)
     assert flops_per_token(model.config, 2 * 24) * tokens.numel() == counter.get_total_flops()
+
+
+OWN = """
+from __future__ import annotations
+from dataclasses import dataclass, field
+from typing import Literal
+Mixer = backend_name = None
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    {options}
+
+    def __post_init__(self):
+        if getattr(self, "hops", 1) < 1:
+            raise ValueError("hops must be at least 1")
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Write the module `own_options.method`, a method with these options."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_options").mkdir()
+
+    def write(options: str) -> None:
+        (tmp_path / "own_options" / "method.py").write_text(OWN.format(options=options))
+        importlib.invalidate_caches()
+        for name in ("own_options", "own_options.method"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("x: float = 1", "0.5", 0.5),
+        ("x: int = 1", "2", 2),
+        ("x: int | None = None", "2", 2),
+        ("x: float | None = None", "2", 2.0),
+        ("x: bool | None = None", "true", True),
+        ("x: str | None = None", "2", "2"),
+        ("x: int | str = 'all'", "2", 2),
+        ("x: int | str = 'all'", "none", "none"),
+        ("x: Literal['a', 'b'] = 'a'", "b", "b"),
+    ],
+)
+def test_options_of_an_own_method_have_the_types_that_it_names(
+    option: str, text: str, value: object, own: Callable[[str], None]
+) -> None:
+    own(option)
+    found = parse_attention(f"own_options.method:x={text}")[1].x
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("option", "spec", "message"),
+    [
+        ("hops: int = 1", "hops=2.5", "hops must be an integer; got '2.5'"),
+        ("hops: int = 1", "hops=0", "attention 'own_options.method:hops=0': hops must be at least 1"),
+        ("x: Literal['a', 'b'] = 'a'", "x=c", "x 'c'; known: a, b"),
+        ("x: int", "", "option 'x' of attention 'own_options.method' has no default"),
+        ("x: list = field(default_factory=list)", "", "'x' of .* has no default"),
+        ("x: tuple = ()", "", "'x' of .* is of type tuple; it must be int, float, bool, str or a Literal of texts"),
+        ("key_shift: int = 1", "", "'key_shift' of .* is one of every method: give that of your own another name"),
+    ],
+)
+def test_options_of_an_own_method_that_will_not_do(
+    option: str, spec: str, message: str, own: Callable[[str], None]
+) -> None:
+    own(option)
+    with pytest.raises(InputError, match=message):
+        parse_attention(f"own_options.method:{spec}")

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -386,3 +387,14 @@ def test_blocks_share_what_is_compiled_and_evaluation_does_without(
     model.eval()(tokens[:, :33])
     assert counts["stats"]["unique_graphs"] == 1
     assert len(list(model.parameters())) == len(model.state_dict()) - 1
+
+
+@pytest.mark.parametrize(
+    ("result", "found"),
+    [(lambda q: q.transpose(1, 2), r"got \(1, 4, 5, 8\)"), (lambda q: (q, q), "got a tuple")],
+)
+def test_a_mixer_that_returns_another_shape_is_named(result: Callable[[Tensor], Any], found: str) -> None:
+    model = build(attention="nope")
+    model.blocks[0].get_submodule("attention").mixer.forward = lambda q, *_, **__: result(q)  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match=rf"attention 'nope' must return \(B, T, H, D\) = \(1, 5, 4, 8\); {found}"):
+        model(draw(1, 5))
