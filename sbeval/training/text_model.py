@@ -132,10 +132,18 @@ def trained_on(config: TextModel) -> tuple[object, ...]:
 
 def completed(options: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a family of text models with those that they imply; InputError where a model is given, and
-    options of its training with it."""
-    given = options.get("checkpoint") or options.get("models")
+    options of its training with it, or a tokenizer beside that of the model."""
+    given = [options["checkpoint"]] if options.get("checkpoint") else options.get("models")
     if given and (surplus := decided(TextModel, options)):
         raise InputError(f"{' and '.join(surplus)}: the given model decides that already; leave it out")
+    if given and "tokenizer" in options:
+        from sbeval.pretrained import load
+
+        if not any(load.is_own(load.located(spec)) for spec in given):
+            raise InputError(
+                f"--tokenizer: {' and '.join(given)} is no checkpoint folder, and other models bring their tokenizers; "
+                "leave it out"
+            )
     return uncut(options)
 
 

@@ -47,12 +47,20 @@ def test_training_depends_on_all_options_but_those_of_evaluation() -> None:
     assert one.trains and not dataclasses.replace(one, checkpoint="there").trains
 
 
+def test_a_checkpoint_folder_takes_a_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model": {}, "state": {}}')
+    options = {"models": ("m", str(tmp_path)), "tokenizer": "bytes"}
+    assert completed(options) == options
+
+
 def test_given_tokens_lift_the_bound_on_epochs() -> None:
     assert uncut({}) == {} and uncut({"lr": 1.0}) == {"lr": 1.0}
     assert completed({"checkpoint": "m", "train_len": 9}) == {"checkpoint": "m", "train_len": 9}
     for given, message in (
         ({"checkpoint": "m", "lr": 1.0, "branches": (9,)}, "--lr and --branch: the given model decides that already"),
         ({"models": ("m",), "attention": ("rope",)}, "--attention: the given model decides that already"),
+        ({"checkpoint": "m", "tokenizer": "bytes"}, "--tokenizer: m is no checkpoint folder, and other models bring"),
+        ({"models": ("m", "n"), "tokenizer": "bytes"}, "--tokenizer: m and n is no"),
     ):
         with pytest.raises(InputError, match=message):
             completed(given)
