@@ -303,7 +303,8 @@ def _from_transformers(spec: str) -> Library:
         raise InputError(f"tokenizer {spec!r} needs transformers: pip install 'sbeval[hf]'") from None
     try:
         # the fast form that is read here needs no code of the repository
-        loaded: Any = transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
+        with quiet(transformers):
+            loaded: Any = transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
     # raised for an unknown name, without network, for files that it cannot read, and packages that it lacks
     except (OSError, ValueError, LookupError, ImportError, TypeError, AttributeError) as error:
         if is_of_the_disk(error):
@@ -317,6 +318,20 @@ def _from_transformers(spec: str) -> Library:
     if loaded.eos_token_id is None:
         raise InputError(f"tokenizer {spec!r} has no eos token to end a document: choose another")
     return Library(backend, name=spec, eos=loaded.eos_token_id)
+
+
+@contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Silence what transformers says of files that it loads, such as of an unknown architecture, and its bar."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 def _first(texts: Iterable[str], characters: int) -> Iterator[str]:

@@ -7,8 +7,6 @@ import hashlib
 import importlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from sbeval import registry
-from sbeval.data.tokenizer import Tokenizer, check_same
+from sbeval.data.tokenizer import Tokenizer, check_same, quiet
 from sbeval.errors import InputError, first_line, reason
 from sbeval.evaluation.perplexity import Predictor
 from sbeval.models.decoder import Decoder
@@ -215,7 +213,7 @@ def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: boo
 
     try:
         # what a file lacks or has in another shape is reported below, by its name
-        with _quiet(transformers):
+        with quiet(transformers):
             model, found = transformers.AutoModelForCausalLM.from_pretrained(
                 spec,
                 dtype=device.DTYPES[dtype],
@@ -281,17 +279,3 @@ def _check_adapter(spec: str) -> None:
             f"model {spec!r} has an adapter ({ADAPTER}), which is not applied: merge it into the weights "
             "(peft's merge_and_unload) and save that, or remove it to evaluate the base model"
         )
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence the report of transformers on the tensors that it loaded, and its bar."""
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars:
-            transformers.logging.enable_progress_bar()

@@ -266,3 +266,16 @@ def test_hub_name_without_transformers(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match=r"pip install 'sbeval\[hf\]'"):
         tokenizer.load("some/name", cache_dir=tmp_path)
+
+
+def test_the_tokenizer_of_an_unknown_architecture_is_loaded_in_silence(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    bpe = models.BPE(vocab={"a": 0, "</s>": 1}, merges=[])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(bpe), eos_token="</s>")
+    fast.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "of-tomorrow", "shape": {}}')
+    capfd.readouterr()
+    assert tokenizer.load(str(tmp_path), cache_dir=tmp_path).eos == 1
+    assert capfd.readouterr().err == ""
