@@ -236,13 +236,17 @@ def _files(path: Path, field: str) -> Source:
 def _chosen(path: Path, folder: Path) -> tuple[list[str], dict[Role, list[str]] | None]:
     """Return the files to read, sorted and relative to the folder, and their splits if their names give them."""
     paths = folder.rglob("*") if path.is_dir() else folder.iterdir()
-    names = sorted(item.relative_to(folder).as_posix() for item in paths if item.is_file())
-    names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    found = [item.relative_to(folder).as_posix() for item in paths if item.is_file() or item.is_symlink()]
+    names = sorted(name for name in found if not any(part.startswith(".") for part in name.split("/")))
+    links = [name for name in names if not (folder / name).is_file()]
     if path.is_dir():
+        if links:
+            what = f"{folder / spelled(links[0])} is a link to nothing or to a folder"
+            raise InputError(f"{what}, which is not read: remove it, or copy there what it should be")
         names = [name for name in names if _kind(name) in TABLES] or names
         train = [name for name in names if _starts(name, "train")]
     else:
-        names = [name for name in names if _kind(name) == _kind(path.name)]
+        names = [name for name in names if name not in links and _kind(name) == _kind(path.name)]
         train = [path.name] if _starts(path.name, "train") else []
     rest = [name for name in names if name not in train]
     test, valid = ([name for name in rest if _starts(name, role)] for role in ("test", "valid"))

@@ -366,3 +366,13 @@ def test_dataset_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         sources.check_package("hf:some/name:en")
     assert str(planned.value) == str(caught.value)
     assert sources.source("hf:some/name:en", "text").name == "name:en"
+
+
+@pytest.mark.parametrize("target", ["nowhere", "elsewhere"])
+def test_a_link_that_is_no_file_is_named(target: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "a.txt").write_text("a")
+    (folder / "b.txt").symlink_to(tmp_path / target)
+    with pytest.raises(InputError, match=r"b\.txt is a link to nothing or to a folder, which is not read: remove it"):
+        read(folder)
+    assert read(folder / "a.txt")
