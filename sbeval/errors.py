@@ -86,6 +86,17 @@ def reading(what: object, *kinds: type[BaseException]) -> Iterator[None]:
         raise InputError(f"cannot read {what}: {reason(error)}") from None
 
 
+@contextmanager
+def valid(what: str) -> Iterator[None]:
+    """Convert a ValueError that options of an own method or task raise in the block to an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{what}: {reason(error)}") from None
+
+
 def spelled(name: str) -> str:
     """Return the name of a file as text: bytes that are not UTF-8 as in `caf\\xe9`."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")

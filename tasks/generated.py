@@ -8,6 +8,7 @@ are used, and measures the accuracy over labels of held-out examples. `tests/exa
 """
 
 import dataclasses
+import functools
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,7 +36,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A sweep over attention x learning rate x seed; a task's own class adds its factors."""
+    """A sweep over attention x learning rate x seed; a task's own class adds its factors.
+
+    One that is a tuple is swept too: the config of a cell has one entry of it.
+    """
 
     attention: tuple[str, ...] = option(METHODS, MODEL, ATTENTION, metavar="SPEC")
     seeds: tuple[int, ...] = option((0,), TRAINING, SEED, flag="--seed")
@@ -50,7 +54,7 @@ class Config:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        check_swept(self, "attention", "seeds", "lrs")
+        check_swept(self, "attention", "seeds", "lrs", *_swept(self))
         for name in ("batch", "steps", "check_every", "test_rows"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -150,7 +154,8 @@ class Generated(Synthetic):
         names = {field.name for field in dataclasses.fields(self.row)} - {
             x.name for x in dataclasses.fields(Measurement)
         }
-        return {name: getattr(self.config, name) for name in names - {"lr"}} | {"lr": self.config.lrs[0]}
+        found = {name: getattr(self.config, name) for name in names - {"lr"}} | {"lr": self.config.lrs[0]}
+        return {name: value[0] if isinstance(value, tuple) else value for name, value in found.items()}
 
     def _accuracy(self, model: "Decoder", examples: Examples) -> "Estimate":
         """Return the accuracy over labels; its standard error is over examples."""
@@ -161,6 +166,13 @@ class Generated(Synthetic):
         correct, scored = predict(model, examples, self.dtype), examples.targets != IGNORE
         right, of = (mask.sum(1).double().cpu().numpy() for mask in (correct, scored))
         return statistics.ratio(right, of)
+
+
+def _swept(config: Config) -> list[str]:
+    """Return the names of a task's own factors that are swept."""
+    fields = {field.name for field in dataclasses.fields(Config)}
+    own = (field.name for field in dataclasses.fields(config) if field.name not in fields)
+    return [name for name in own if isinstance(getattr(config, name), tuple)]
 
 
 def _numbers(count: int, device: Any) -> "Tensor":
@@ -181,20 +193,25 @@ def family(cell: type[Generated], *, help: str, presets: Mapping[str, Config]) -
 
     def cells(sweep: Config) -> list[Generated]:
         """Return the grid, seeds outermost. Raise InputError for an unknown method or option."""
-        return [cell(config=one) for one in grid(sweep)]
+        points: list[dict[str, Any]] = [{}]
+        for factor in _swept(sweep):
+            points = [point | {factor: (value,)} for point in points for value in getattr(sweep, factor)]
+        return [cell(config=dataclasses.replace(one, **point)) for one in grid(sweep) for point in points]
 
-    return Family(name=name, help=help, config=config, presets=presets, cells=cells, summary=_summary)
+    summary = functools.partial(_summary, factors=_swept(presets["quick"]))
+    return Family(name=name, help=help, config=config, presets=presets, cells=cells, summary=summary)
 
 
-def _summary(results: "pd.DataFrame") -> "Table":
-    """Return the table for the terminal: accuracy by method and learning rate, averaged over seeds."""
+def _summary(results: "pd.DataFrame", factors: list[str]) -> "Table":
+    """Return the table for the terminal: accuracy by method, swept factors and learning rate, averaged over seeds."""
     from rich.table import Table
 
+    factors = [name for name in factors if name in results]
     table = Table(title=f"{results['family'].iloc[0]}: accuracy")
     table.add_column("attention")
-    for name in ("lr", "accuracy", "seeds"):
+    for name in (*factors, "lr", "accuracy", "seeds"):
         table.add_column(name, justify="right")
-    for (attention, options, lr), group in results.groupby(["attention", "options", "lr"]):
+    for (attention, options, *point, lr), group in results.groupby(["attention", "options", *factors, "lr"]):
         mean, seeds = f"{group['value'].mean():.3f}", f"{group['seed'].nunique()}"
-        table.add_row(spec_of(attention, options), f"{lr:g}", mean, seeds)
+        table.add_row(spec_of(attention, options), *(f"{value}" for value in point), f"{lr:g}", mean, seeds)
     return table

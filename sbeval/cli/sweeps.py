@@ -14,7 +14,7 @@ from sbeval import registry
 from sbeval.cli import options
 from sbeval.cli.options import TASKS, Common, Device, Dtype, ResultsDir, Sweep, Training
 from sbeval.config import AUTO, digest_of
-from sbeval.errors import InputError, choose
+from sbeval.errors import InputError, choose, valid
 from sbeval.runtime import signals
 from sbeval.runtime.console import plain, say
 from sbeval.tables.results import Results
@@ -155,10 +155,10 @@ def _family(name: str, common: Common, given: dict[str, Any], *, only: bool = Fa
         how = _how(common.executor, common.workers, common.address, common.gpus_per_cell)
     where = devices.pick(distributed.local_device(common.device))
     preset = common.preset or family.preset(given) or ("quick" if where.type == "cpu" else "small")
-    config = dataclasses.replace(
-        family.presets[choose("preset", preset, family.presets)],
-        **family.completed(given) | {"dtype": devices.pick_dtype(common.dtype, where)},
-    )
+    base = family.presets[choose("preset", preset, family.presets)]
+    options = family.completed(given) | {"dtype": devices.pick_dtype(common.dtype, where)}
+    with valid(name):
+        config = dataclasses.replace(base, **options)
     part = Part(family=name, preset=preset, config=config)
     threads = _threads(common.threads, where, common.results_dir, how, [part], dry_run=common.dry_run)
     with distributed.joined(where) as world, threads:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sbeval import registry
 from sbeval.config import LATER
-from sbeval.errors import InputError, choose, reason, shown
+from sbeval.errors import InputError, choose, shown, valid
 
 # of a model in any direction: the number of elements of its largest matrix is below 2^63
 MAX_SIZE = 1 << 24
@@ -160,12 +160,8 @@ def parse_attention(spec: str) -> tuple[str, Any]:
         if key in own:
             values[key] = _convert(f"{name}:{key}", value, own[key])
     BlockOptions(**block_options(spec))
-    try:
+    with valid(f"attention {shown(spec)!r}"):
         return name, kinds(**values)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"attention {shown(spec)!r}: {reason(error)}") from None
 
 
 def _own_types(name: str, kinds: type[Any]) -> dict[str, Any]:

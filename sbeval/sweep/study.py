@@ -186,7 +186,9 @@ def _show(family: str, cells: Sequence[Cell], results_dir: Path, console: Consol
     figures = [name for name in names if registry.has_rows(name, registry.gather(name, table, results_dir))]
     pages = [name for name in figures if name in registry.PAGES]
     left_out = functools.partial(say, console=console)
-    files = [path, *draw_figures(results_dir, figures, say=left_out, required=False, like=results)]
+    files = [path]
+    if figures:
+        files += draw_figures(results_dir, figures, say=left_out, required=False, like=results)
     if pages and importlib.util.find_spec("plotly"):
         files += draw_figures(results_dir, pages, ["html"], say=unsaid, required=False, like=results)
     elif pages:

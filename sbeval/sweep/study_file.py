@@ -26,7 +26,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from sbeval import registry
-from sbeval.errors import InputError, choose, first_line, shown
+from sbeval.errors import InputError, choose, first_line, reason, shown
 from sbeval.training.text_model import TRAINING, TextModel, uncut
 
 STUDIES = resources.files("sbeval") / "studies"
@@ -190,6 +190,9 @@ def _config(
         return preset, dataclasses.replace(base, **options)
     except InputError as error:
         raise InputError(f"{family}: {error}") from None
+    # of an own task
+    except ValueError as error:
+        raise InputError(f"{family}: {reason(error)}") from None
 
 
 def _parsed(where: str, text: str) -> Any:

@@ -34,13 +34,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run(installed: Path, *arguments: object) -> str:
+def run(installed: Path | str, *arguments: object) -> str:
     """Run the command line with the installed example and return what it prints."""
     paths = os.pathsep.join([str(installed), str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "sbeval", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "100"},
-        cwd=installed,
+        cwd=str(installed).split(os.pathsep)[0],
         capture_output=True,
         text=True,
     )
@@ -77,6 +77,56 @@ def test_a_study_trains_in_workers_and_leaves_rows_figures_and_a_page(installed:
     assert len(list((results / "runs").iterdir())) == 2 and (results / "figures" / "first_token.png").exists()
     run(installed, "plot", "first-token", "--format", "html", "--results-dir", results)
     assert "repeating the first token" in (results / "figures" / "first_token.html").read_text()
+
+
+OWN = """
+from dataclasses import dataclass
+from sbeval.config import TASK, option
+from sbeval.tasks import generated
+from sbeval_example import first_token
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(generated.Config):
+    seq_len: tuple[int, ...] = option((8,), TASK, "Tokens of a row.")
+    kind: str = option("first", TASK, "first or last.")
+
+    def __post_init__(self):
+        generated.Config.__post_init__(self)
+        if self.kind not in ("first", "last"):
+            raise ValueError(f"kind must be first or last; got {self.kind}")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell(first_token.Cell):
+    family: str = "swept"
+
+    @property
+    def length(self):
+        return self.config.seq_len[0]
+
+    def generate(self, seed, rows):
+        one = first_token.Config(seq_len=self.length)
+        return first_token.Cell(config=one).generate(seed, rows)
+
+FAMILY = generated.family(Cell, help="Swept.", presets={"quick": Config(steps=5)})
+"""
+
+
+def test_an_own_task_sweeps_factors_and_needs_no_figure(installed: Path, tmp_path: Path) -> None:
+    package = tmp_path / "swept-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: swept\nVersion: 1\n")
+    (package / "entry_points.txt").write_text("[sbeval.tasks]\nswept = own_task\n")
+    (tmp_path / "own_task.py").write_text(OWN)
+    paths = os.pathsep.join([str(tmp_path), str(installed)])
+    study = tmp_path / "study.yaml"
+    study.write_text("swept: {attention: [rope], seq_len: [8, 16]}")
+    shown = run(paths, "run", study, "--device", "cpu", "--results-dir", tmp_path / "results")
+    assert re.search(r"rope +\S+ +8 .*\n.*rope +\S+ +16 ", shown) and "skipped" not in shown
+    assert pd.read_csv(tmp_path / "results" / "swept.csv")["seq_len"].tolist() == [8, 16]
+    study.write_text("swept: {kind: none}")
+    for command in (("swept", "--kind", "none"), ("run", study)):
+        with pytest.raises(AssertionError, match="^sbeval: swept: kind must be first or last; got none\n"):
+            run(paths, *command, "--device", "cpu", "--dry-run")
 
 
 def test_a_method_named_by_its_module_runs_in_ray(installed: Path, tmp_path: Path) -> None:
