@@ -9,6 +9,7 @@ torch is imported by the functions that compute with it, pandas with this module
 """
 
 import dataclasses
+import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -55,13 +56,14 @@ class ResultTables(Mapping[str, pd.DataFrame]):
         """Return the run file of a row's `cell`: its whole configuration, versions and measurements."""
         return provenance.read_run(Results(self.folder).run_file(cell))
 
-    def unit_values(self, cells: Iterable[str]) -> pd.DataFrame:
-        """Return the values of each document, item or prompt behind the rows of cells: see docs/results-folder.md."""
-        return values.read(Results(self.folder), cells)
+    def unit_values(self, cells: str | Iterable[str]) -> pd.DataFrame:
+        """Return the values of each document, item or prompt behind the rows of cells, or of one cell: see
+        docs/results-folder.md."""
+        return values.read(Results(self.folder), [cells] if isinstance(cells, str) else cells)
 
-    def curves(self, cells: Iterable[str]) -> pd.DataFrame:
-        """Return losses and scores by training step of cells: columns cell, metric, step, value."""
-        return curves.read(Results(self.folder), cells)
+    def curves(self, cells: str | Iterable[str]) -> pd.DataFrame:
+        """Return losses and scores by training step of cells, or of one cell: columns cell, metric, step, value."""
+        return curves.read(Results(self.folder), [cells] if isinstance(cells, str) else cells)
 
 
 def load_results(folder: str | Path = "results") -> ResultTables:
@@ -128,22 +130,31 @@ def evaluate(
 
     from sbeval.evaluation import perplexity
     from sbeval.models.decoder import Decoder
+    from sbeval.runtime import device as devices
     from sbeval.tables.rows import Identity
     from sbeval.tasks import length_gen_rows
 
-    if train_len < 1:
-        raise InputError(f"train_len must be at least 1; got {train_len}")
-    rows = [np.asarray(torch.as_tensor(row).cpu(), dtype=np.int64) for row in tokens]
+    for what, number in (("train_len", train_len), ("batch", batch)):
+        if not isinstance(number, numbers.Integral) or number < 1:
+            raise InputError(f"{what} must be an integer of at least 1; got {number!r}")
+    rows = [np.asarray(row.cpu() if isinstance(row, torch.Tensor) else row) for row in tokens]
+    if strange := [row.dtype for row in rows if row.dtype.kind not in "iu"]:
+        raise InputError(f"tokens must be integers; got {strange[0]}")
+    rows = [row.astype(np.int64) for row in rows]
     if not rows or len({row.shape for row in rows}) > 1 or rows[0].ndim != 1 or len(rows[0]) < 2:
         shapes = ", ".join(sorted({str(row.shape) for row in rows})) or "nothing"
         raise InputError(f"tokens must be sequences of one length, at least 2 tokens each; got {shapes}")
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    place = torch.device(device)
+    if place.type == "cuda":
+        devices.pick(str(place))
+    dtype = devices.pick_dtype(dtype, place)
     predictor: Predictor = model if isinstance(model, Decoder) else _Logits(model)
     training, _ = model.training, model.eval()
     try:
         windows = list(enumerate(rows))
-        how = perplexity.Execution(place=torch.device(device), dtype=dtype, batch=batch)
+        how = perplexity.Execution(place=place, dtype=dtype, batch=batch)
         losses = perplexity.measure(predictor, windows, np.ones_like, how)
     finally:
         model.train(training)
@@ -215,14 +226,22 @@ def draw(
 
     if not len(table):
         raise InputError("the table has no rows to draw")
+    _check_columns(table, "the table", [] if figure else ["family"])
     table = legend.named(table)
     name = figure or str(table["family"].iloc[0])
     if axes is not None:
+        _check_columns(table, "the table", ["attention", "options", "metric", "value", *([x] if x else [])])
         return _panel(table, name, x, axes)
     drawn = registry.figure(name)
+    _check_columns(table, f"the table for figure {name!r}, which is drawn from {drawn.TABLE},", drawn.COLUMNS)
     if hasattr(drawn, "gather") and results_dir is None:
         raise InputError(f"figure {name!r} is also drawn from files beside the table: give its results_dir")
     return drawn.draw(table if results_dir is None else registry.gather(name, table, Path(results_dir)))
+
+
+def _check_columns(table: pd.DataFrame, what: str, needed: Iterable[str]) -> None:
+    if missing := [name for name in needed if name not in table]:
+        raise InputError(f"{what} has no column {missing[0]!r}; it has: {', '.join(map(str, table))}")
 
 
 def _panel(table: pd.DataFrame, family: str, x: str | None, axes: "Axes") -> "Axes":

@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -84,6 +85,50 @@ def test_evaluate_runs_a_decoder_as_its_logits_and_leaves_its_mode() -> None:
 def test_evaluate_names_what_is_wrong_with_tokens(tokens: list[list[int]], message: str) -> None:
     with pytest.raises(InputError, match=message):
         sbeval.evaluate(Uniform(), tokens, train_len=8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_len": 8.5}, "train_len must be an integer of at least 1; got 8.5"),
+        ({"batch": 0}, "batch must be an integer of at least 1; got 0"),
+        ({"dtype": "float23"}, "unknown dtype 'float23'; did you mean 'float32'"),
+        ({"tokens": [[0.5, 1.5, 2.5]]}, "tokens must be integers; got float64"),
+        ({"tokens": ["text"]}, "tokens must be integers; got <U4"),
+    ],
+)
+def test_evaluate_names_an_option_that_will_not_do(options: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"tokens": torch.zeros(2, 9, dtype=torch.long), "train_len": np.int64(4), **options}
+    with pytest.raises(InputError, match=message):
+        sbeval.evaluate(torch.nn.Embedding(5, 5), **given)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is a device")
+def test_evaluate_says_that_there_is_no_gpu() -> None:
+    with pytest.raises(InputError, match="sees no GPU here"):
+        sbeval.evaluate(torch.nn.Embedding(5, 5), torch.zeros(2, 9, dtype=torch.long), train_len=4, device="cuda")
+
+
+def test_values_and_curves_may_be_those_of_one_cell() -> None:
+    results = sbeval.load_results(ROOT / "results" / "quick")
+    cell = results["mqrar"]["cell"].iloc[0]
+    for read in (results.curves, results.unit_values):
+        assert len(read(cell)) and read(cell).equals(read([cell]))
+
+
+def test_draw_names_a_column_that_is_not_there() -> None:
+    table = sbeval.load_results(ROOT / "results" / "quick")["length_gen"]
+    for options, message in (
+        (
+            {"figure": "mqrar"},
+            "the table for figure 'mqrar', which is drawn from mqrar, has no column 'kv_pairs'; it has",
+        ),
+        ({"axes": Figure().subplots(), "x": "nothing"}, "the table has no column 'nothing'; it has: family, "),
+    ):
+        with pytest.raises(InputError, match=message):
+            sbeval.draw(table[table["metric"] == "loss"], **options)
+    with pytest.raises(InputError, match="the table has no column 'family'"):
+        sbeval.draw(table[["attention", "options", "metric", "value"]])
 
 
 def test_evaluate_names_a_module_that_gives_no_logits() -> None:
