@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+from sbeval import registry
 from sbeval.errors import InputError, first_line
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import n_parameters
@@ -51,6 +52,7 @@ def write_card(folder: Path, shape: ModelConfig, *, train_len: int | None, token
         f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})' if tokenizer else "# input_ids are the task's"
     )
     first = "" if code else "import sbeval.hf  # registers the architecture\n"
+    package = "" if name in METHODS else f", and the package of the method, `{registry.ATTENTION.get(name, name)}`"
     evaluate = (
         "    lm_eval --model hf --model_args pretrained=FOLDER,trust_remote_code=True --tasks lambada_openai\n"
         if code and tokenizer
@@ -72,7 +74,7 @@ models of this kind are not fit for use as assistants.
 | --- | --- |
 {chr(10).join(f"| {key} | {value} |" for key, value in facts.items())}
 
-With `pip install {"transformers" if code else "'sbeval[hf]'"}`{", in plain PyTorch" if code else ""}:
+With `pip install {"transformers" if code else "'sbeval[hf]'"}`{", in plain PyTorch" if code else package}:
 
 ```python
 {first}from transformers import AutoModelForCausalLM{", AutoTokenizer" if tokenizer else ""}

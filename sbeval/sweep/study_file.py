@@ -26,7 +26,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from sbeval import registry
-from sbeval.errors import InputError, choose, first_line, reason, shown
+from sbeval.errors import InputError, choose, reason, shown
 from sbeval.training.text_model import TRAINING, TextModel, uncut
 
 STUDIES = resources.files("sbeval") / "studies"
@@ -125,7 +125,9 @@ def given(content: Mapping[str, Any]) -> dict[str, Any]:
     try:
         text = yaml.safe_dump(dict(content), sort_keys=False)
     except yaml.YAMLError as error:
-        raise InputError(f"a study has options of numbers, text and lists; {first_line(error)}") from None
+        # ends with the value
+        given = shown(repr(error.args[-1]))
+        raise InputError(f"a study has options of numbers, text and lists; got {given}") from None
     return _mapping("the study", _parsed("the study", text))
 
 

@@ -223,7 +223,7 @@ def test_a_study_may_be_a_mapping_with_pythons_types() -> None:
     document = study_file.given({"mqrar": {"kv_pairs": (8, 16), "lrs": [1e-3], "seeds": [0]}})
     (part,) = study_file.parts(document, lambda dtype: "float32")
     assert part.config.kv_pairs == (8, 16) and part.config.lrs == (1e-3,)
-    with pytest.raises(InputError, match="numbers, text and lists"):
+    with pytest.raises(InputError, match="numbers, text and lists; got "):
         study_file.given({"mqrar": {"kv_pairs": object()}})
 
 

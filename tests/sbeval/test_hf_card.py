@@ -39,6 +39,13 @@ def test_the_card_says_what_the_model_is_and_how_it_loads(saved: Path, tmp_path:
     assert not (tmp_path / "plain" / f"{hf_card.MODULE}.py").exists()
 
 
+def test_the_card_of_an_own_method_names_its_module(tmp_path: Path) -> None:
+    shape = ModelConfig(vocab_size=257, width=16, layers=1, heads=2, hidden=16, attention="sbeval.kernels.nope")
+    hf_card.write_card(tmp_path, shape, train_len=16, tokenizer="bytes", code=False)
+    card = (tmp_path / "README.md").read_text()
+    assert "With `pip install 'sbeval[hf]'`, and the package of the method, `sbeval.kernels.nope`:" in card
+
+
 def test_other_tools_load_the_folder_by_its_code(saved: Path, tmp_path: Path) -> None:
     hf.export(saved, tmp_path / "model", tokenizer.Bytes(), code=True)
     tokens = [[72, 105, 33]]
