@@ -26,10 +26,14 @@ from sbeval.tables.power_options import Config
 from sbeval.tables.results import Results
 from sbeval.tables.statistics import Scale, Spread
 
+# of length_gen
+COLUMNS = ("attention", "options", "seed", "metric", "value", "stderr", "context_length", *selection.LENGTH_GEN.columns)
 # points at which the distribution of an estimated standard deviation is averaged
 POINTS = 200
 # seeds that no one trains
 MOST = 1000
+# a difference of so many standard deviations is found whatever the level
+CERTAIN = 1e4
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +103,10 @@ def probability(count: int, difference: float, spread: Spread, of_documents: flo
     # an infinite number of degrees of freedom is a deviation that is known
     known = math.isinf(spread.freedom)
     squares = spread.sd**2 if known else spread.sd**2 * spread.freedom / special.chdtri(spread.freedom, share)
-    centers = difference / np.sqrt(2 * np.asarray(squares) / count + of_documents)
-    return float(np.mean(stats.nct.sf(quantile, freedom, centers) + stats.nct.cdf(-quantile, freedom, centers)))
+    deviations = np.sqrt(2 * np.asarray(squares) / count + of_documents)
+    centers = difference / np.maximum(deviations, difference / CERTAIN)
+    # the other tail mirrored: nct.cdf is NaN far below the center
+    return float(np.mean(stats.nct.sf(quantile, freedom, centers) + stats.nct.sf(quantile, freedom, -centers)))
 
 
 def measured(config: Config) -> Noise:
@@ -124,12 +130,10 @@ def measured(config: Config) -> Noise:
 
 
 def _of_results(path: Path, results_dir: Path) -> Noise | None:
-    try:
-        rows = selection.by_context(table.read(path))
-    except InputError:
-        return None
+    rows = table.read(path, required=COLUMNS)
+    rows = rows[(rows["metric"] == "perplexity") & (rows["context_length"] == rows["train_len"])]
     setting = selection.length_gen_setting(rows).columns
-    settings = rows[rows["x"] == rows["train_len"]].groupby(setting, dropna=False)
+    settings = rows.groupby(setting, dropna=False)
     read = functools.partial(values.read, Results(results_dir))
     return _of_most_seeds(settings, Scale.LOG, lambda part: _over_documents(part, read))
 
@@ -148,7 +152,7 @@ def _of_most_seeds(
 def _over_documents(rows: pd.DataFrame, read: Callable[[Iterable[str]], pd.DataFrame]) -> float | None:
     """Return the standard deviation over documents of the difference of two methods, of the mean over their seeds."""
     stored = read(rows["cell"])
-    context = int(rows["x"].iloc[0])
+    context = int(rows["context_length"].iloc[0])
     sums, tokens = (documents.sums(stored, name, context_length=context) for name in ("nll_sum", "tokens"))
     if sums.empty:
         return None

@@ -52,8 +52,8 @@ class Config:
             if not 0 < getattr(self, name) < 1:
                 raise InputError(f"--{name} must be between 0 and 1; got {getattr(self, name):g}")
         for flag, given in (("--difference", self.differences), ("--documents", self.documents)):
-            if wrong := [value for value in given if value <= 0]:
-                raise InputError(f"{flag} must be above 0; got {wrong[0]:g}")
+            if wrong := [value for value in given if not 0 < value < math.inf]:
+                raise InputError(f"{flag} must be above 0 and finite; got {wrong[0]:g}")
         for name in ("seed_sd", "document_sd"):
-            if (given_sd := getattr(self, name)) is not None and given_sd < 0:
-                raise InputError(f"--{name.replace('_', '-')} must not be negative; got {given_sd:g}")
+            if (given_sd := getattr(self, name)) is not None and not 0 <= given_sd < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} must be 0 or more and finite; got {given_sd:g}")

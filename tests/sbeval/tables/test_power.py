@@ -48,6 +48,21 @@ def test_an_estimated_deviation_costs_seeds() -> None:
     assert probability(9, 0.02, Spread(0.014, 8), 0.0, 0.05) < probability(9, 0.02, KNOWN, 0.0, 0.05)
 
 
+@pytest.mark.parametrize("freedom", [1, 2, 8, math.inf])
+def test_a_difference_that_is_easily_found(freedom: float) -> None:
+    """Where some or all of the deviations that the estimate allows are far smaller than the difference."""
+    spread, generator = Spread(0.02, freedom), np.random.default_rng(0)
+    chances = 1.0 if math.isinf(freedom) else generator.chisquare(freedom, 200_000) / freedom
+    for count, difference in ((2, 0.1), (3, 0.1), (5, 0.05), (10, 0.3)):
+        quantile, deviations = stats.t.ppf(0.975, 2 * count - 2), 0.02 * np.sqrt(2 / count / chances)
+        draws = generator.standard_normal(200_000) + difference / deviations
+        found = np.abs(draws / np.sqrt(generator.chisquare(2 * count - 2, 200_000) / (2 * count - 2))) > quantile
+        assert probability(count, difference, spread, 0.0, 0.05) == pytest.approx(found.mean(), abs=0.01)
+    assert seeds(0.1, Spread(0.02, 1), 0.0, 0.8, 0.05) == 6
+    # deviations that are 0
+    assert seeds(0.1, Spread(0.0, freedom), 0.0, 0.8, 0.05) == 2
+
+
 def test_documents_bound_what_seeds_can_find() -> None:
     few = plan(Config(results_dir=RESULTS, seed_sd=0.014, document_sd=0.03, differences=(0.02,), documents=(16, 64)))
     assert [row[2] for row in few.rows] == ["no number", "13"]
@@ -82,8 +97,7 @@ def test_deviations_come_from_the_results(tmp_path: Path) -> None:
         for cell, name in rows[["cell", "attention"]].drop_duplicates().itertuples(index=False, name=None)
         for metric in ("nll_sum", "tokens")
     )
-    part = rows.assign(x=rows["context_length"])
-    over = power._over_documents(part, lambda cells: losses[losses["cell"].isin(set(cells))])
+    over = power._over_documents(rows, lambda cells: losses[losses["cell"].isin(set(cells))])
     # differences of ±0.06 over 16 documents
     assert over == pytest.approx(0.06 * math.sqrt(16 / 15))
     assert values.read(results, rows["cell"]).empty
@@ -144,8 +158,10 @@ def test_scores_of_a_benchmark_vary_over_items(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"power": 1.0}, "--power must be between 0 and 1; got 1"),
-        ({"differences": (0.0,)}, "--difference must be above 0; got 0"),
-        ({"seed_sd": -1.0}, "--seed-sd must not be negative; got -1"),
+        ({"differences": (0.0,)}, "--difference must be above 0 and finite; got 0"),
+        ({"differences": (math.nan,)}, "--difference must be above 0 and finite; got nan"),
+        ({"seed_sd": -1.0}, "--seed-sd must be 0 or more and finite; got -1"),
+        ({"document_sd": math.nan}, "--document-sd must be 0 or more and finite; got nan"),
     ],
 )
 def test_mistakes(options: dict[str, Any], message: str) -> None:
@@ -158,6 +174,13 @@ def test_the_command_as_typed() -> None:
     assert shown.exit_code == 0, shown.exception
     # the paper's difference is the first
     assert re.search(r"0\.02\b.*\b8\b", shown.stdout), shown.stdout
+
+
+def test_a_table_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    lines = (RESULTS / "length_gen.csv").read_text().splitlines()
+    (tmp_path / "length_gen.csv").write_text("\n".join([lines[0], lines[1].replace(",0,", ",x,", 1)]) + "\n")
+    with pytest.raises(InputError, match=r"length_gen.csv:2: 'x' in column 'seed' is not a whole number"):
+        plan(Config(results_dir=tmp_path))
 
 
 def test_without_results_the_deviation_must_be_given(tmp_path: Path) -> None:
