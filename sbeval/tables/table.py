@@ -265,6 +265,8 @@ def _impossible(rows: pd.DataFrame) -> Iterator[tuple[str, "pd.Series[bool]", st
     if {"metric", "value"} <= set(rows.columns):
         outside = (rows["value"] < 0) | (rows["value"] > 1 + ROUNDING)
         yield "value", rows["metric"].isin(SHARES) & outside, "is not a share, which is 0 to 1"
+        perplexities = {metric for metric in rows["metric"].unique() if metric.endswith("perplexity")}
+        yield "value", rows["metric"].isin(perplexities) & (rows["value"] <= 0), "is not a perplexity, which is above 0"
 
 
 def _wrong(path: Path, text: pd.DataFrame, name: str, where: "pd.Series[bool]", why: str) -> InputError:
@@ -282,7 +284,7 @@ def _guess(text: pd.DataFrame) -> dict[str, Kind]:
 
 def _factor(cells: "pd.Series[str]") -> Kind:
     filled = [cell for cell in pd.unique(cells) if cell]
-    if not filled or not all(FLOAT.fullmatch(cell) for cell in filled):
+    if not filled or not all(_finite(cell) for cell in filled):
         return Kind(None, True)
     return Kind(int if all(INT.fullmatch(cell) for cell in filled) else float, True)
 
@@ -290,7 +292,12 @@ def _factor(cells: "pd.Series[str]") -> Kind:
 def _reads(cell: str, kind: Kind) -> bool:
     if kind.number is None or (kind.blank and not cell):
         return True
-    return bool((INT if kind.number is int else FLOAT).fullmatch(cell))
+    return bool(INT.fullmatch(cell)) if kind.number is int else _finite(cell)
+
+
+def _finite(cell: str) -> bool:
+    """Return whether a cell is a number that a float holds."""
+    return bool(FLOAT.fullmatch(cell)) and math.isfinite(float(cell))
 
 
 def _typed(text: pd.DataFrame, kinds: Mapping[str, Kind]) -> pd.DataFrame:

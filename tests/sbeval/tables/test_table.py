@@ -139,6 +139,7 @@ DAMAGE: dict[str, tuple[Callable[[str], str], str]] = {
     "half a word": (lambda text: text[:-4], r"toy\.csv:4: the last line is not ended"),
     "no number": (lambda text: text.replace("5.0", "five"), r"toy\.csv:4: 'five' in column 'value' is not a number"),
     "nan": (lambda text: text.replace("5.0", "nan"), r"toy\.csv:4: 'nan' in column 'value' is not a number"),
+    "too large": (lambda text: text.replace("5.0", "1e999"), r"toy\.csv:4: '1e999' in column 'value' is not a number"),
     "no whole number": (lambda text: text.replace(",256,", ",25.6,"), r"toy\.csv:2: '25.6' in column 'train_len'"),
     "conflict": (lambda text: text.replace("toy,", "<<<<<<< HEAD\ntoy,", 1), r"toy\.csv:2: 1 cells where"),
     "open quote": (lambda text: text[:-1] + ',"\n\n', r"toy\.csv:4: .*fix or remove"),
@@ -346,6 +347,19 @@ def test_a_number_that_no_run_writes_is_an_error(tmp_path: Path, change: tuple[s
     assert before.count(change[0]) == 1
     path.write_text(before.replace(*change))
     with pytest.raises(InputError, match=message):
+        table.read(path)
+
+
+@pytest.mark.parametrize("value", ["0.0", "-12.5"])
+def test_a_perplexity_is_above_zero(tmp_path: Path, value: str) -> None:
+    """Its logarithm is what figures, comparisons and the report read."""
+    path = tmp_path / "toy.csv"
+    measured = Row(metric="word_perplexity", unit="perplexity", value=12.5, n=1)
+    table.write(path, table.frame(IDENTITY, [measured], PROVENANCE))
+    path.write_text(path.read_text().replace("12.5", value))
+    with pytest.raises(
+        InputError, match=rf"toy\.csv:2: '{value}' in column 'value' is not a perplexity, which is above 0"
+    ):
         table.read(path)
 
 
