@@ -130,6 +130,8 @@ def ladders(table: pd.DataFrame) -> list[Ladder]:
     """Return the gap by training tokens of every method that has two token counts in common with the baseline."""
     rows = table[(table["metric"] == "perplexity") & (table["context_length"] == table["train_len"])]
     setting = [name for name in length_gen_setting(rows).columns if name != "train_tokens"]
+    # what tells settings apart
+    titled = [name for name in setting if name in (*LENGTH_GEN.always, *RECIPE) or rows[name].nunique() > 1]
     found = []
     for key, group in rows.groupby(setting, dropna=False):
         counts = group.pivot_table("value", ["attention", "options", "seed"], "train_tokens")
@@ -137,11 +139,7 @@ def ladders(table: pd.DataFrame) -> list[Ladder]:
         samples = intervals.grouped(group.assign(stderr=math.nan), ["train_tokens"], Scale.LOG)
         apart = pooling.outlying(samples.values())
         named = dict(zip(setting, key, strict=True))
-        title = ", ".join(
-            LABELS.get(name, f"{name.replace('_', ' ')} {{}}").format(named[name])
-            for name in (*LENGTH_GEN.always, *RECIPE)
-            if name in named
-        )
+        title = ", ".join(LABELS.get(name, f"{name.replace('_', ' ')} {{}}").format(named[name]) for name in titled)
         for method in dict.fromkeys((str(attention), str(options)) for attention, options, _ in losses.index):
             if method != ROPE and (ladder := _ladder(title, losses, method, apart)):
                 found.append(ladder)
@@ -221,9 +219,11 @@ def _is(losses: pd.DataFrame, method: Method) -> "npt.NDArray[np.bool_]":
 def _errors(losses: pd.DataFrame, method: Method, apart: Set[Method], inverses: Floats) -> Floats:
     """Draw errors (N, T) of the gap of a method to the baseline at T token counts; none (0, T) if seeds are too few.
 
-    apart: the methods that are not pooled. inverses: 1 / seeds of the method and of the baseline, (2, T).
+    apart: the methods that are not pooled; nor are those with the weights of another. inverses: 1 / seeds of the method
+    and of the baseline, (2, T).
     """
-    common = losses[~np.any([_is(losses, of) for of in apart], axis=0)] if apart else losses
+    again = np.array([pooling.SAME_WEIGHTS in options for _, options, _ in losses.index])
+    common = losses[~np.any([again, *(_is(losses, of) for of in apart)], axis=0)]
     generator = np.random.default_rng(0)
     if not apart & {method, ROPE}:
         errors: Floats = _drawn(common, generator) * np.sqrt(inverses.sum(0))

@@ -145,11 +145,24 @@ def test_intervals_cover_where_the_seeds_of_the_baseline_vary_more() -> None:
     assert (covered >= 89).all(), covered
 
 
+def test_models_evaluated_once_more_are_no_further_seeds() -> None:
+    """RoPE with its weights scaled in three ways: intervals are as wide as without these."""
+    rows = table(law(-0.02, 0.2, 0.8), 2, 0.05)
+    rope = rows[rows["attention"] == "rope"]
+    again = [rope.assign(options=f"scaling=ntk,factor={factor}") for factor in (2.0, 4.0, 8.0)]
+    found = {ladder.method: ladder.gaps for ladder in ladders(pd.concat([rows, *again]))}
+    assert found["stick_breaking", ""] == one(rows).gaps
+
+
 def test_settings_stand_apart_and_few_token_counts_are_not_fitted() -> None:
     rows = table(law(0.02, 0.2, 0.8))
     both = pd.concat([rows, rows.assign(lr=1e-3)])
     assert [ladder.setting for ladder in ladders(both)] == [
         f"25m model, trained at length 2048, books, learning rate {rate}" for rate in ("0.001", "0.002")
+    ]
+    shorter = pd.concat([rows, rows.assign(eval_len=16384)])
+    assert [ladder.setting.split(", ")[-1] for ladder in ladders(shorter)] == [
+        f"evaluated to {length} tokens" for length in (16384, 65536)
     ]
     few = rows[rows["train_tokens"] < 4e8]
     ladder = one(few)
