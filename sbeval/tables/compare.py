@@ -128,13 +128,14 @@ def _units(side: Side, chosen: pd.DataFrame, keys: list[str]) -> dict[tuple[str,
 
 def _keys(first: pd.DataFrame, second: pd.DataFrame) -> list[str]:
     """Return the key columns: those that identify a number, as far as both tables fill them."""
-    names = [
+    filled = [
         str(name)
         for name in first.columns
-        if name in second.columns and name not in (*OUTCOME, *FOUND, *ORIGIN, "seed")
+        if name in second.columns and name not in (*OUTCOME, *FOUND, "seed")
         if name in COMMON or all(rows.empty or texts(rows[name]).any() for rows in (first, second))
     ]
-    for origin in ORIGIN:
+    names = [name for name in filled if name not in ORIGIN]
+    for origin in (name for name in ORIGIN if name in filled):
         if not any(rows.duplicated([*names, "seed"]).any() for rows in (first, second)):
             break
         names.append(origin)
@@ -283,7 +284,7 @@ def comma_separated(compared: list[Compared]) -> str:
     for one in compared:
         alone = [rows.rename(columns={"value": side}) for rows, side in zip(one.only, "AB", strict=True)]
         frames += [rows.assign(family=one.family) for rows in (one.both, *alone) if len(rows)]
-    rows = pd.concat(frames, ignore_index=True)
+    rows = pd.concat(frames or [one.both for one in compared], ignore_index=True)
     order = [name for name in rows.columns if name not in (*NUMBERS, "seeds")]
     return rows[[*order, *(name for name in ("seeds", *NUMBERS) if name in rows)]].to_csv(index=False).rstrip("\n")
 

@@ -204,6 +204,27 @@ def test_where_a_row_comes_from_counts_only_where_it_must(tmp_path: Path) -> Non
     assert len(one.only[0]) == 0 and one.only[1]["value"].tolist() == [2.0]
 
 
+def test_an_older_table_with_numbers_that_differ_in_origin_alone(tmp_path: Path) -> None:
+    """It lacks columns of origin, and the last of them, the cell, tells its rows apart."""
+    write(tmp_path / "a", {0: 1.0})
+    write(tmp_path / "a", {0: 2.0}, preset="other")
+    write(tmp_path / "b", {0: 3.0}, preset="other")
+    path = tmp_path / "a" / "toy.csv"
+    text = pd.read_csv(path, dtype=str, keep_default_na=False)
+    text.drop(columns=["unique_tokens", "epochs"]).to_csv(path, index=False)
+    one = compared(tmp_path)
+    assert one.both[["A", "B"]].to_numpy().tolist() == [[2.0, 3.0]] and one.only[0]["value"].tolist() == [1.0]
+
+
+@pytest.mark.parametrize("style", compare.FORMATS)
+def test_tables_without_rows(tmp_path: Path, style: str) -> None:
+    write(tmp_path / "a", {0: 1.0})
+    path = tmp_path / "a" / "toy.csv"
+    path.write_text(f"{path.read_text().splitlines()[0]}\n")
+    shown = compare.render(tmp_path / "a", tmp_path / "a", style)
+    assert not isinstance(shown, str) or "0 numbers in both" in shown or shown.startswith("family,task,model,")
+
+
 def test_options_are_never_left_out(tmp_path: Path) -> None:
     write(tmp_path / "a", {0: 1.0})
     write(tmp_path / "b", {0: 1.0}, options="theta=5.0")
