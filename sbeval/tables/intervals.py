@@ -16,6 +16,8 @@ from sbeval.tables.statistics import Interval, Joint, Sample, Scale
 FEW = 3
 # metrics that are shares of units, whose values vary by Scale.SHARE; `rows.SHARES` are all shares of a whole
 SHARES_OF_UNITS = ("accuracy", "validation_accuracy", "error_rate", "score", "greedy", "filled")
+# columns whose every value has units of its own
+PARTS = ("task", "shots", "length")
 # the values of the columns of a group
 Key = tuple[Any, ...]
 # columns of `points`; `each`: the values of the seeds
@@ -48,7 +50,7 @@ def most_seeds(rows: pd.DataFrame) -> int:
 def samples(rows: pd.DataFrame, scale: Scale = Scale.LINEAR) -> dict[Method, Sample]:
     """Return the sample of each method, from columns seed, value, stderr and n, on the scale of its interval.
 
-    Several rows of a seed are averaged as independent.
+    Several rows of a seed are averaged; see `grouped`.
     """
     return next(iter(grouped(rows, [], scale).values()), {})
 
@@ -140,13 +142,22 @@ def gaps(rows: pd.DataFrame, by: Sequence[str], reference: Method) -> pd.DataFra
 
 
 def grouped(rows: pd.DataFrame, by: Sequence[str], scale: Scale) -> dict[tuple[Any, ...], dict[Method, Sample]]:
-    """Return the sample of each method for each value of `by`, sorted by it, on the scale of its interval."""
+    """Return the sample of each method for each value of `by`, sorted by it, on the scale of its interval.
+
+    Several rows of a seed are averaged: as independent where they differ in a column of PARTS, and otherwise as of the
+    same units, as where a cell was run on two machines.
+    """
     values, errors = rows["value"].to_numpy(dtype=float), rows["stderr"].fillna(0.0).to_numpy(dtype=float)
     if scale is Scale.LOG:
         values, errors = np.log(values), errors / values
     units = rows["n"] if "n" in rows else 0
     rows = rows.assign(value=values, square=errors**2, units=units)
     keys = [*by, "attention", "options"]
+    parts = [name for name in PARTS if name in rows and name not in keys]
+    if rows.duplicated([*keys, "seed", *parts]).any():
+        rows = rows.groupby([*keys, "seed", *parts], dropna=False, as_index=False).agg(
+            value=("value", "mean"), square=("square", "mean"), units=("units", "min")
+        )
     seeds = rows.groupby([*keys, "seed"], dropna=False, as_index=False).agg(
         value=("value", "mean"), square=("square", "sum"), count=("value", "size"), units=("units", "sum")
     )

@@ -64,10 +64,28 @@ def test_shares_are_not_pooled_and_stay_shares() -> None:
     assert low["alibi"] > 0.8 and high["alibi"] == 1.0 and low["rope"] < 0.1 and high["rope"] > 0.9
 
 
-def test_several_rows_of_a_seed_are_averaged_as_independent() -> None:
-    table = pd.concat([rows({"rope": [1.0]}, stderr=0.3), rows({"rope": [2.0]}, stderr=0.4)])
+@pytest.mark.parametrize("part", intervals.PARTS)
+def test_tasks_of_a_seed_are_averaged_as_independent(part: str) -> None:
+    one, other = rows({"rope": [1.0]}, stderr=0.3), rows({"rope": [2.0]}, stderr=0.4)
+    table = pd.concat([one.assign(**{part: 1}), other.assign(**{part: 2})])
     (sample,) = intervals.samples(table).values()
     assert sample.mean == 1.5 and sample.stderr == pytest.approx(0.25) and sample.units == 32
+
+
+@pytest.mark.parametrize("scale", Scale)
+def test_a_cell_that_was_run_twice_is_no_more_than_one(scale: Scale) -> None:
+    """On two machines, or by two versions: its units are the same."""
+    once = rows({"rope": [0.25, 0.5], "alibi": [0.125]}, stderr=0.03).assign(task="copa")
+    again = once[once["seed"] == 0].assign(device="another")
+    pd.testing.assert_frame_equal(
+        intervals.points(pd.concat([once, again]), ["x"], scale), intervals.points(once, ["x"], scale)
+    )
+    # also of one of two tasks, whose mean it does not weight
+    other = rows({"rope": [0.75, 0.5], "alibi": [0.5]}, stderr=0.01).assign(task="piqa")
+    two = pd.concat([once, other])
+    pd.testing.assert_frame_equal(
+        intervals.points(pd.concat([two, again]), ["x"], scale), intervals.points(two, ["x"], scale)
+    )
 
 
 def test_errors_over_the_same_documents_cancel_where_seeds_tell_the_rest() -> None:
