@@ -248,6 +248,8 @@ def benchmarks(table: pd.DataFrame, evidence: Evidence) -> Judged:
     chosen = chosen[chosen["attention"] != "hf"]
     rows = nearest(chosen, SETTING)
     shared = _of_both(rows, "benchmark")
+    if not shared:
+        raise InputError(f"{' and '.join(METHODS)} have no benchmark in common")
     rows = rows[rows["benchmark"].isin(shared)]
     above = few_shot.above_guessing(rows[rows["attention"].isin([STICK[0], ROPE[0]]) & (rows["options"] == "")])
     far = "; ".join(filter(None, [too_small(rows, BILLION), young(rows, evidence)]))

@@ -343,6 +343,13 @@ def test_benchmarks_are_those_of_every_seed(frame: Tables) -> None:
     assert "Mean of the 1 of 2 benchmarks above chance (piqa): stick-breaking 90.0 %, RoPE 90.0 %" in found
 
 
+def test_methods_without_a_benchmark_in_common(frame: Tables) -> None:
+    table = shots(frame, 0.6)
+    apart = table[(table["attention"] == ROPE) == (table["task"] == "sciq")]
+    with pytest.raises(InputError, match="stick-breaking and RoPE have no benchmark in common"):
+        language.benchmarks(apart, Evidence({}))
+
+
 def test_few_shot_at_chance(frame: Tables) -> None:
     found = language.benchmarks(shots(frame, 0.4).assign(chance=0.7), Evidence({}))
     assert found.verdict == UNDECIDED and "3 benchmarks in common" in found.found
