@@ -54,6 +54,8 @@ MOST_COLUMNS, MOST = 2, 8
 
 Floats = npt.NDArray[np.float64]
 Position = tuple[int, int]
+# metrics without which there is no map of a model
+NEEDED = ("share", "token", "weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +86,11 @@ class Model:
 
 def models(table: pd.DataFrame) -> list[Model]:
     """Return the models of a table, by setting and method; of several seeds the lowest."""
-    table = table[table["metric"].isin(["accuracy", "share", "token", "weight"])]
-    if not (table["metric"] == "weight").any():
-        raise NothingToDraw("there are no rows with metric 'weight' to draw")
+    table = table[table["metric"].isin(["accuracy", *NEEDED])]
+    found = table[table["metric"].isin(NEEDED)].groupby("cell")["metric"].nunique()
+    table = table[table["cell"].isin(found.index[found == len(NEEDED)])]
+    if table.empty:
+        raise NothingToDraw(f"there is no model with rows of the metrics {', '.join(NEEDED)} to draw")
     looks = legend.looks(table)
     drawn = []
     for _, setting in table.groupby(ATTENTION_MAP):

@@ -50,7 +50,7 @@ def draw(table: pd.DataFrame) -> Figure:
             for method, look in looks.items():
                 line = best(intervals.method(of_step, method), "queries")
                 axis.plot(line.index, line, label=look.label, **look.line())
-            axis.set_ylim(0, 1.1 * max(of_step["value"].max(), 1))
+            axis.set_ylim(0, 1.1 * max([1, *of_step["value"]]))
             style.ticks(axis, sorted(of_step["queries"].unique()))
     note = f"Causal attention, medians; {', '.join(sorted(rows['device'].unique()))}."
     style.finish(figure, [look.handle() for look in looks.values()], note)

@@ -36,7 +36,7 @@ def draw(table: pd.DataFrame) -> Figure:
             axis.set_xticks(range(len(sizes)), sizes)
             axis.set_xlim(-0.5, len(sizes) - 0.5)
             # room for the whole markers
-            axis.set_ylim(0, 1.1 * axis.dataLim.ymax)
+            axis.set_ylim(0, 1.1 * max(of_setting.loc[of_setting["step"] == step, "value"], default=1))
             axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     devices = ", ".join(sorted(rows["device"].unique()))
     style.finish(figure, [look.handle() for look in looks.values()], f"{_runs(rows)}; {devices}.")

@@ -213,15 +213,24 @@ def by_steps(cells: pd.DataFrame) -> list[float]:
 def flip_flop_errors(table: pd.DataFrame) -> pd.DataFrame:
     """Return the error rates over all reads of each test of `flip_flop`, at the rate with the lowest validation error.
 
-    The lowest of means over the seeds that all rates have; ties go to the smallest rate.
+    The lowest of means over the seeds that all rates have; ties go to the smallest rate. A single rate is kept. Several
+    without validation error are an InputError, as in `recall_accuracy`.
     """
     rows = table[(table["metric"] == "error_rate") & table["distance_start"].isna()]
     if not rows["test"].isin(FLIP_FLOP_TESTS).any():
         raise InputError("there are no rows with metric 'error_rate' of a test")
     kept = []
-    for _, group in rows.groupby(["attention", "options", *FLIP_FLOP.columns], dropna=False):
-        validation = group[group["test"] == "validation"].pivot_table("value", "seed", "lr")
-        kept.append(group[group["lr"] == of_shared_seeds(validation).mean().idxmin()])
+    for key, group in rows.groupby(["attention", "options", *FLIP_FLOP.columns], dropna=False):
+        if group["lr"].nunique() > 1:
+            validation = group[group["test"] == "validation"].pivot_table("value", "seed", "lr")
+            if validation.empty:
+                tried = ", ".join(f"{rate:g}" for rate in sorted(group["lr"].unique()))
+                raise InputError(
+                    f"{key[0]} has the learning rates {tried} and no error rate of test 'validation' to choose by; run "
+                    "the cells again or leave one rate"
+                )
+            group = group[group["lr"] == of_shared_seeds(validation).mean().idxmin()]
+        kept.append(group)
     best = pd.concat(kept)
     return best[best["test"].isin(FLIP_FLOP_TESTS)]
 

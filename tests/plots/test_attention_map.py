@@ -95,10 +95,13 @@ def test_of_several_seeds_the_first_is_drawn() -> None:
     np.testing.assert_array_equal(model.maps[0].weights, weights(12))
 
 
-def test_a_table_without_weights_is_an_error() -> None:
+@pytest.mark.parametrize("metric", ["share", "token", "weight"])
+def test_a_model_that_lacks_a_metric_is_left_out(metric: str) -> None:
     rows = cell("rope")
-    with pytest.raises(InputError, match="no rows with metric 'weight'"):
-        attention_map.draw(rows[rows["metric"] != "weight"])
+    lacks = rows[rows["metric"] != metric]
+    with pytest.raises(InputError, match="no model with rows of the metrics share, token, weight"):
+        attention_map.draw(lacks)
+    assert [model.name.split(",")[0] for model in attention_map.models(table(lacks, cell("alibi")))] == ["ALiBi"]
 
 
 class Page(HTMLParser):

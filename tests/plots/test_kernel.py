@@ -43,6 +43,12 @@ def data(line: Line2D) -> tuple[list[float], list[float]]:
     return x, y
 
 
+def test_a_step_that_was_not_timed_leaves_its_panel_empty() -> None:
+    rows = table()
+    left, right = kernel.draw(rows[rows["step"] == "forward_backward"]).axes
+    assert all(len(data(line)[0]) == (axis is right) * 2 for axis in (left, right) for line in axis.lines)
+
+
 def test_throughput_by_length() -> None:
     figure = kernel.draw(table())
     left, right = figure.axes

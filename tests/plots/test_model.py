@@ -40,6 +40,14 @@ def test_speed_stands_by_size_from_the_smallest_on() -> None:
         assert found == {"stick-breaking": pytest.approx(rates), "RoPE": pytest.approx([2 * rate for rate in rates])}
 
 
+def test_what_was_not_timed_leaves_its_panel_empty() -> None:
+    rows = table()
+    left, right = model.draw(rows[rows["step"] == "evaluate"]).axes
+    assert all(
+        len(np.asarray(line.get_ydata())) == (axis is right) * 2 for axis in (left, right) for line in axis.lines
+    )
+
+
 def test_the_page_has_the_same_numbers() -> None:
     (group,) = model.chart(table()).groups
     assert group.title == "4 sequences of 4096 tokens, heads of 64, bfloat16, a card"

@@ -151,6 +151,11 @@ def test_flip_flop_is_at_the_rate_with_the_lowest_validation_error() -> None:
     # a further seed, at the best rate alone, may be a worse one
     more = [row | {"seed": 1} for row in flips(1e-2, validation=0.5, sparse=0.6)]
     assert set(selection.flip_flop_errors(pd.DataFrame([*rows, *more]))["lr"]) == {1e-2}
+    # the test does not choose, but a single rate is no choice
+    both = pd.DataFrame([*flips(1e-3, sparse=0.1), *flips(1e-2, sparse=0.4)])
+    with pytest.raises(InputError, match=r"rope has the learning rates 0.001, 0.01 and no error rate"):
+        selection.flip_flop_errors(both)
+    assert selection.flip_flop_errors(both[both["lr"] == 1e-2])["value"].tolist() == [0.4]
     with pytest.raises(InputError, match="no rows with metric 'error_rate' of a test"):
         selection.flip_flop_errors(pd.DataFrame(flips(1e-3, validation=0.2)))
 
