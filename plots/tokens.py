@@ -122,7 +122,7 @@ def _range(ladders: list[Ladder]) -> tuple[float, float]:
     points = pd.concat(
         [_points(ladder) for ladder in ladders if _inside(ladder)] or [pd.DataFrame({"low": [], "high": []})]
     )
-    low, high = min(0.0, *points["low"]), min(2 * SHOWN, max(0.0, *points["high"]))
+    low, high = min([0.0, *points["low"]]), min(2 * SHOWN, max([0.0, *points["high"]]))
     edge = 0.08 * max(high - low, 0.01)
     return low - edge, high + edge
 

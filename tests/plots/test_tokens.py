@@ -64,6 +64,11 @@ def test_a_method_far_behind_leaves_the_panel_to_the_others() -> None:
     assert np.asarray(first) / np.asarray(second) == pytest.approx(1 / tokens.APART)
 
 
+def test_where_all_methods_are_far_behind_all_leave_the_panel() -> None:
+    figure = tokens.draw(made_up.table(made_up.law(0.4, 0.3, 1.0), seeds=2, noise=0.002))
+    assert " ".join(str(figure.get_supxlabel()).split()).endswith("stick-breaking leaves the panels.")
+
+
 def test_a_method_with_few_token_counts_has_points_alone() -> None:
     few: Any = made_up.table(made_up.law(-0.05, 0.1, 1.0), seeds=2, noise=0.002)
     few = few[(few["attention"] != "rope") & (few["train_tokens"] < 4e8)].assign(attention="alibi")
