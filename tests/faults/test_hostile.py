@@ -97,13 +97,15 @@ def test_a_stream_that_changes_its_columns_or_ends_early(tmp_path: Path) -> None
 
 
 def test_a_cache_that_cannot_be_one(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
     for name in ("train", "test"):
-        (tmp_path / f"{name}.txt").write_text(TEXT)
+        (folder / f"{name}.txt").write_text(TEXT)
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "folder")
-    for place in (tmp_path / "train.txt", Path("/dev/null"), Path("/proc"), tmp_path / "link"):
+    for place in (folder / "train.txt", Path("/dev/null"), Path("/proc"), tmp_path / "link"):
         for tokens in ("bytes", "bpe:260"):
             refused(
-                lambda tokens=tokens, place=place: corpus.open(str(tmp_path), tokenizer=tokens, cache_dir=place),
+                lambda tokens=tokens, place=place: corpus.open(str(folder), tokenizer=tokens, cache_dir=place),
                 "^cannot write ",
             )
 
