@@ -114,6 +114,9 @@ class Method(Protocol):
         A `forward` that has a parameter `longest` is also given the most tokens that a packed sequence has, an int.
 
         Where outputs depend on the length of a row, padding on its right included, its attribute `by_length` is true.
+
+        Outputs depend on no later token and on no other sequence or row; what it does not take, packed rows or a cache,
+        it raises NotImplementedError for. `sbeval.models.own` checks this where the method is not of this package.
         """
 
     def backend_name(self, device_type: str) -> str:

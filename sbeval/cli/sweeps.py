@@ -224,6 +224,8 @@ def _run(
             raise typer.Exit(1)
         return
     inputs.check(parts)
+    for line in study.method_notes([cell for part in parts for cell in study.cells(part)], context.device):
+        say(line, console)
     if only:
         plan.list_trainings(parts[0], context, console)
     elif name is None:

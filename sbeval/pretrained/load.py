@@ -17,6 +17,7 @@ from sbeval import registry
 from sbeval.data.tokenizer import Tokenizer, check_same, quiet
 from sbeval.errors import InputError, first_line, reason
 from sbeval.evaluation.perplexity import Predictor
+from sbeval.models import own
 from sbeval.models.decoder import Decoder
 from sbeval.pretrained import checks, foreign, released
 from sbeval.pretrained.hub_model import HubModel, positions_of
@@ -80,7 +81,7 @@ def is_own(spec: str) -> bool:
 def load(spec: str, place: torch.device, dtype: str, *, trust_remote_code: bool = False) -> Pretrained:
     """Load the model at a path, or of that name on the Hugging Face hub; raise InputError when it cannot be read."""
     if is_own(spec):
-        return _own(Path(spec), place)
+        return _own(Path(spec), place, dtype)
     folder = _released(spec)
     _check_adapter(spec)
     if folder is None:
@@ -133,15 +134,16 @@ def likely_parameters(spec: str) -> int:
     return sum(path.stat().st_size for path in Path(spec).glob("model*.safetensors")) // (4 if is_own(spec) else 2)
 
 
-def _own(folder: Path, place: torch.device) -> Pretrained:
+def _own(folder: Path, place: torch.device, dtype: str) -> Pretrained:
     model = checkpoint.load_model(folder, place).eval()
     tokenizer = checkpoint.training_tokenizer(folder)
-    return _decoder(model, name(str(folder)), checkpoint.training_length(folder), place, tokenizer)
+    return _decoder(model, name(str(folder)), checkpoint.training_length(folder), place, dtype, tokenizer)
 
 
 def _decoder(
-    model: Decoder, name: str, train_len: int | None, place: torch.device, tokenizer: str | None = None
+    model: Decoder, name: str, train_len: int | None, place: torch.device, dtype: str, tokenizer: str | None = None
 ) -> Pretrained:
+    own.check(model.config, place, dtype)
     method, options = method_of(model.config.attention)
     return Pretrained(
         model=model,
@@ -200,7 +202,7 @@ def _hub() -> Any:
 
 def _read(spec: str, folder: Path, place: torch.device, dtype: str) -> Pretrained:
     model, train_len = released.load(folder, device.DTYPES[dtype])
-    return _decoder(_unmapped(model.to(place)).eval(), name(spec), train_len, place)
+    return _decoder(_unmapped(model.to(place)).eval(), name(spec), train_len, place, dtype)
 
 
 def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: bool) -> Pretrained:
@@ -235,7 +237,7 @@ def _from_hub(spec: str, place: torch.device, dtype: str, trust_remote_code: boo
     checks.dtypes(_downloaded(spec), spec)
     model = _unmapped(model.to(place)).eval()
     if isinstance(model, hf.SbevalForCausalLM):
-        return _decoder(model.decoder, name(spec), model.config.train_len, place)
+        return _decoder(model.decoder, name(spec), model.config.train_len, place, dtype)
     text, positions = model.config.get_text_config(), positions_of(model)
     split = HubModel(model)
     checks.causal(split, text.vocab_size, place, device.DTYPES[dtype], spec, longest=positions)

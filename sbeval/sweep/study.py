@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from sbeval import registry
 from sbeval.errors import InputError
-from sbeval.models import decoder
+from sbeval.models import decoder, own
 from sbeval.report.figures import draw_figures
 from sbeval.runtime.console import say
 from sbeval.sweep import finished, graph, scheduler
@@ -57,6 +58,21 @@ def _cells(part: Part, config: Any) -> list[Cell]:
         sizes = " x ".join(f"{size:,} {name}" for name, size in swept.items())
         raise InputError(f"{part.family}: {sizes} are {count:,} cells, of at most {MAX_CELLS:,}: give several studies")
     return list(registry.task(part.family).cells(config))
+
+
+def method_notes(cells: Sequence[Cell], place: torch.device) -> list[str]:
+    """Return lines on own methods of attention that could not be checked; InputError for one that sees what it must
+    not. Nothing is trained before."""
+    shapes = {
+        # options of evaluation alone are the cell's
+        (dataclasses.replace(step.leaves, attention=attention), step.dtype): None
+        for cell in cells
+        for step in (*cell.needs, cell)
+        if step.leaves is not None
+        for attention in (step.leaves.attention, getattr(cell, "attention", step.leaves.attention))
+    }
+    lines = [own.check(shape, place, dtype) for shape, dtype in shapes]
+    return list(dict.fromkeys(filter(None, lines)))
 
 
 def further(part: Part, results_dir: Path | None, say: Say = unsaid) -> list[Cell]:
@@ -110,7 +126,7 @@ def train(part: Part, context: RunContext, console: Console) -> bool:
     """Train the models that a part needs; return False if one failed."""
     # an option that is refused is so before a text is tokenized
     first = cells(part)
-    for line in cautions([part], context):
+    for line in (*method_notes(first, context.device), *cautions([part], context)):
         say(line, console)
     return scheduler.train(first, context, console=console)
 
@@ -119,7 +135,7 @@ def run(parts: Sequence[Part], context: RunContext, console: Console, executor: 
     """Run the unfinished cells, then print tables and draw figures; return True if every cell has a result."""
     # an option that is refused is so before a text is tokenized
     first = [cell for part in parts for cell in cells(part)]
-    for line in cautions(parts, context):
+    for line in (*method_notes(first, context.device), *cautions(parts, context)):
         say(line, console)
     complete = scheduler.run(
         first,

@@ -1,14 +1,18 @@
 """Models are told apart by their weights, tokenizers and code, and say what they can't read."""
 
 import dataclasses
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from sbeval import registry
 from sbeval.data import sources, tokenizer
 from sbeval.errors import InputError
+from sbeval.kernels import nope
 from sbeval.models.config import ModelConfig
 from sbeval.models.decoder import Decoder
 from sbeval.pretrained import load
@@ -23,6 +27,22 @@ def test_our_own_have_one_or_not(tmp_path: Path) -> None:
         model = Decoder(dataclasses.replace(shape, positions=size))
         checkpoint.save(tmp_path / str(size), model, checkpoint.State(finished=True), training={"length": 16})
         assert load.load(str(tmp_path / str(size)), CPU, "float32").positions == (size or None)
+
+
+def test_our_own_of_an_own_method_that_sees_later_tokens_are_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ahead(nope.Mixer):
+        def forward(self, q: Any, k: Any, v: Any, *others: Any) -> Any:
+            return v.mean(1, keepdim=True).expand_as(q)
+
+    module = SimpleNamespace(Options=nope.Options, Mixer=Ahead, backend_name=nope.backend_name)
+    monkeypatch.setitem(registry.ATTENTION, "ahead", "elsewhere.ahead")
+    monkeypatch.setitem(sys.modules, "elsewhere.ahead", module)
+    shape = ModelConfig(vocab_size=50, width=16, layers=1, heads=2, hidden=16, attention="ahead")
+    checkpoint.save(tmp_path, Decoder(shape), checkpoint.State(finished=True), training={"length": 16})
+    with pytest.raises(InputError, match="attention 'ahead': the output at position 0 changes with the tokens from"):
+        load.load(str(tmp_path), CPU, "float32")
 
 
 def test_weights_are_not_mapped_from_their_file(odd_models: Any, tmp_path: Path) -> None:

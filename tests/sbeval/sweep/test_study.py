@@ -211,6 +211,43 @@ def test_a_method_that_is_refused_is_so_before_a_text_is_tokenized(
     assert code == 2 and said in err.splitlines()[-1] and err.splitlines()[-1].startswith("sbeval: "), err
 
 
+AHEAD = """
+from sbeval.kernels import nope
+from sbeval.kernels.nope import Options, backend_name
+
+class Mixer(nope.Mixer):
+    def forward(self, q, k, v, x, cu_seqlens=None, cache=None):
+        return super().forward(q, k, v, x, cu_seqlens, cache) + SHARE * v.mean(1, keepdim=True)
+"""
+
+
+def test_an_own_method_that_sees_later_tokens_is_so_before_a_text_is_tokenized(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(text_training, "open_corpus", None)
+    for family, share in (("length_gen", 1), ("flip_flop", 2)):
+        (tmp_path / f"ahead_{family}").mkdir()
+        (tmp_path / f"ahead_{family}" / "mean.py").write_text(AHEAD.replace("SHARE", str(share)))
+        change = ("--set", f"{family}.attention=['rope', 'ahead_{family}.mean:qkv_bias=true']")
+        for more in ((), ("--dry-run",)):
+            code, _, err = run(study, *change, "--device", "cpu", "--results-dir", tmp_path / "results", *more)
+            said = "the output at position 0 changes with the tokens from position 1 on, so it is not causal"
+            assert code == 2
+            assert err.splitlines()[-1] == f"sbeval: attention 'ahead_{family}.mean:qkv_bias=true': {said}"
+
+
+def test_an_own_method_that_raises_is_not_checked_which_a_plan_says(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short" / "one.py").write_text(AHEAD.replace("SHARE", "v[:, :, :1, :3]"))
+    options = ("--device", "cpu", "--results-dir", tmp_path, "--dry-run")
+    code, out, _ = run(study, "--set", "flip_flop.attention=short.one", *options)
+    assert code == 0 and "attention 'short.one' is not checked for later tokens: random rows of 256 tokens raise" in out
+
+
 def test_further_seeds_follow_when_the_rates_of_their_family_are_known(study: Path, tmp_path: Path) -> None:
     options = [f"mqrar.{name}={json.dumps(value)}" for name, value in RECALL.items()]
     options += ["mqrar.lrs=[1e-3, 1e9]", "mqrar.seeds=[0, 1]", "mqrar.attention=[rope]", "mqrar.check_every=6"]
