@@ -169,6 +169,11 @@ def _methods(device: torch.device) -> Iterator[tuple[str, ...]]:
             runs = "yes"
         except _kernel_errors() as error:
             runs = f"no: {first_line(error)}"
+        except Exception as error:
+            if registry.ATTENTION[name].startswith("sbeval."):
+                raise
+            yield name, "", f"no: {type(error).__name__}: {first_line(error)}"
+            continue
         yield name, registry.method(name).backend_name(device.type), runs
 
 
@@ -222,7 +227,14 @@ def _presets(device: torch.device, free: int) -> Iterator[tuple[str, ...]]:
     dtype = devices.pick_dtype(None, device)
     speeds = {dtype: devices.measured_flops(device, dtype)}
     for family in registry.TASKS:
-        task = registry.task(family)
+        try:
+            task = registry.task(family)
+        # what others' code can raise is anything
+        except Exception:
+            if family in registry.HELP:
+                raise
+            yield family.replace("_", "-"), "", "", "", "", registry.command_help(family), ""
+            continue
         for name, preset in task.presets.items():
             config: Any = dataclasses.replace(preset, dtype=dtype)
             # few-shot: the time of training alone, without opening lm-eval's tasks

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
-from sbeval.errors import InputError, choose
+from sbeval.errors import InputError, choose, reason
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -174,8 +174,19 @@ def task(name: str) -> "Family":
 
 
 def command_help(name: str) -> str:
-    """Return the line of a family in `sbeval --help`; that of an installed package is in its module."""
-    return HELP.get(name) or task(name).help
+    """Return the line of a family in `sbeval --help`; that of an installed package is in its module, or says that it
+    cannot be imported, which is an error where it is used."""
+    if name in HELP:
+        return HELP[name]
+    try:
+        return task(name).help
+    # what others' code can raise is anything
+    except Exception as error:
+        return _broken("tasks", name, error)
+
+
+def _broken(group: str, name: str, error: Exception) -> str:
+    return f"sbeval.{group}: {name!r} cannot be imported, {type(error).__name__}: {reason(error)}"
 
 
 def gather(name: str, table: "pd.DataFrame", results_dir: Path) -> "pd.DataFrame":
@@ -200,6 +211,20 @@ def has_rows(name: str, table: "pd.DataFrame") -> bool:
 def figure(name: str) -> Figure:
     """Import the figure `name`; raise InputError as `method`."""
     return cast(Figure, _load("figure", name, FIGURES, ("TABLE", "COLUMNS", "draw", "chart")))
+
+
+def all_figures(say: Callable[[str], None]) -> dict[str, Figure]:
+    """Import all figures; those of installed packages that cannot be imported are said, once, and forgotten."""
+    found = {}
+    for name, path in list(FIGURES.items()):
+        try:
+            found[name] = figure(name)
+        except Exception as error:
+            if path.startswith("sbeval."):
+                raise
+            say(f"{_broken('figures', name, error)}: left out")
+            del FIGURES[name]
+    return found
 
 
 def _load(kind: str, name: str, modules: Mapping[str, str], needs: Iterable[str]) -> ModuleType:

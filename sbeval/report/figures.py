@@ -48,7 +48,7 @@ def draw_figures(
     """
     selection = drawn.selection(where, like)
     chosen = [choose("format", name, drawn.FORMATS) for name in formats]
-    modules = {name: registry.figure(name) for name in names or registry.FIGURES}
+    modules = {name: registry.figure(name) for name in names} if names else registry.all_figures(say)
     tables = dict.fromkeys(Results(results_dir).table(module.TABLE) for module in modules.values())
     if not names and not any(path.exists() for path in tables):
         raise InputError(f"there is no result table in {results_dir}; sbeval length-gen --preset quick makes one")

@@ -49,7 +49,7 @@ def write(results_dir: Path, out: Path | None = None, say: Callable[[str], None]
 
 def build(results_dir: Path, say: Callable[[str], None] = print) -> str:
     """Return the report as HTML."""
-    tables = _tables(results_dir)
+    tables = _tables(results_dir, say)
     for line in check.notes(Results(results_dir).table(name) for name in tables):
         say(line)
     charts = _charts(tables, results_dir, say)
@@ -74,11 +74,10 @@ def build(results_dir: Path, say: Callable[[str], None] = print) -> str:
     return page.document(TITLE, body)
 
 
-def _tables(results_dir: Path) -> dict[str, pd.DataFrame]:
+def _tables(results_dir: Path, say: Callable[[str], None]) -> dict[str, pd.DataFrame]:
     """Read the tables that exist, by name."""
     needed: dict[str, set[str]] = {}
-    for name in registry.FIGURES:
-        figure = registry.figure(name)
+    for figure in registry.all_figures(say).values():
         needed.setdefault(figure.TABLE, set(required(Measurement))).update(figure.COLUMNS)
     paths = {name: Results(results_dir).table(name) for name in needed}
     tables = {name: read(path, sorted(needed[name])) for name, path in paths.items() if path.exists()}

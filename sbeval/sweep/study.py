@@ -198,10 +198,10 @@ def _show(family: str, cells: Sequence[Cell], results_dir: Path, console: Consol
         return say(path, console)
     everything = read(path)
     table = beside(everything, results)
-    names = [name for name in registry.FIGURES if registry.figure(name).TABLE == family]
+    left_out = functools.partial(say, console=console)
+    names = [name for name, figure in registry.all_figures(left_out).items() if figure.TABLE == family]
     figures = [name for name in names if registry.has_rows(name, registry.gather(name, table, results_dir))]
     pages = [name for name in figures if name in registry.PAGES]
-    left_out = functools.partial(say, console=console)
     files = [path]
     if figures:
         files += draw_figures(results_dir, figures, say=left_out, required=False, like=results)

@@ -130,6 +130,16 @@ def test_a_method_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     assert runs["rope"] == "no: no such kernel" and runs["stick_breaking"] == "yes"
 
 
+def test_broken_modules_of_others_are_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "broken_for_doctor.py").write_text("1 / 0")
+    for names in ("ATTENTION", "TASKS"):
+        monkeypatch.setattr(registry, names, {"broken": "broken_for_doctor"})
+    assert list(doctor._methods(CPU)) == [("broken", "", "no: ZeroDivisionError: division by zero")]
+    ((name, *_, said, _),) = doctor._presets(CPU, doctor.GIB)
+    assert name == "broken" and said.startswith("sbeval.tasks: 'broken' cannot be imported")
+
+
 def test_a_kernel_that_does_not_compile_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """What Triton raises then is not a RuntimeError."""
     errors = pytest.importorskip("triton.errors")

@@ -111,6 +111,22 @@ FAMILY = generated.family(Cell, help="Swept.", presets={"quick": Config(steps=5)
 """
 
 
+def test_a_broken_figure_or_task_of_a_package_stops_no_other(installed: Path, tmp_path: Path) -> None:
+    package = tmp_path / "broken-1.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    names = "[sbeval.figures]\nbroken = own_broken\n[sbeval.tasks]\nbroken = own_broken\n"
+    (package / "entry_points.txt").write_text(names)
+    (tmp_path / "own_broken.py").write_text("import not_installed_here")
+    paths = os.pathsep.join([str(tmp_path), str(installed)])
+    shown = run(paths, "first-token", "--attention", "rope", *STEPS, "--results-dir", tmp_path / "results")
+    said = "sbeval.figures: 'broken' cannot be imported, ModuleNotFoundError: No module named 'not_installed_here'"
+    assert shown.count(said) == 1 and "first_token.png" in shown
+    shown = run(paths, "plot", "--results-dir", tmp_path / "results", "--out", tmp_path / "drawn")
+    assert shown.count(said) == 1 and (tmp_path / "drawn" / "first_token.png").exists()
+    assert "sbeval.tasks: 'broken' cannot be imported" in " ".join(run(paths, "--help").replace("│", "").split())
+
+
 def test_an_own_task_sweeps_factors_and_needs_no_figure(installed: Path, tmp_path: Path) -> None:
     package = tmp_path / "swept-1.dist-info"
     package.mkdir()

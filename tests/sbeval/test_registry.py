@@ -1,5 +1,6 @@
 """Every name of the registry is a module that implements the interface."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,3 +59,29 @@ def test_a_mixer_of_other_arguments_is_named(mixer: Any, message: str, monkeypat
     monkeypatch.setattr("sbeval.kernels.nope.Mixer", mixer)
     with pytest.raises(InputError, match=f"attention 'nope': {message}"):
         registry.mixer("nope", None, heads=4, kv_heads=2, head_dim=8, width=32, scale=0.5)
+
+
+def test_broken_modules_of_others_are_named_and_leave_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "broken_module.py").write_text("1 / 0")
+    (tmp_path / "bare_module.py").write_text("")
+    monkeypatch.setattr(registry, "FIGURES", {"one": "broken_module", "two": "bare_module", **registry.FIGURES})
+    monkeypatch.setitem(registry.TASKS, "one", "broken_module")
+    ours = list(registry.FIGURES)[2:]
+    said: list[str] = []
+    for _ in range(2):
+        assert list(registry.all_figures(said.append)) == ours
+    division, empty = said
+    assert division == "sbeval.figures: 'one' cannot be imported, ZeroDivisionError: division by zero: left out"
+    assert empty.startswith(
+        "sbeval.figures: 'two' cannot be imported, InputError: figure 'two': the module bare_module"
+    )
+    assert registry.command_help("one") == "sbeval.tasks: 'one' cannot be imported, ZeroDivisionError: division by zero"
+    with pytest.raises(ZeroDivisionError):
+        registry.task("one")
+
+
+def test_a_broken_module_of_ours_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.FIGURES, "one", "sbeval.plots.not_there")
+    with pytest.raises(InputError, match="no module 'sbeval.plots.not_there'"):
+        registry.all_figures(print)
