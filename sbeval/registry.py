@@ -230,7 +230,13 @@ def all_figures(say: Callable[[str], None]) -> dict[str, Figure]:
 def _load(kind: str, name: str, modules: Mapping[str, str], needs: Iterable[str]) -> ModuleType:
     """Import the module of a name, or `name` itself if it has a dot; raise InputError if it is not one of this kind."""
     own = name not in modules and "." in name and all(part.isidentifier() for part in name.split("."))
-    path = name if own else modules[choose(kind, name, modules)]
+    try:
+        # that of a file is none of a module
+        path = name if own and not name.endswith(".py") else modules[choose(kind, name, modules)]
+    except InputError as error:
+        if kind != "attention":
+            raise
+        raise InputError(f"{error}; one of your own is package.module, from a folder on PYTHONPATH") from None
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:

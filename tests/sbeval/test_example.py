@@ -161,6 +161,9 @@ def test_a_method_named_by_its_module_runs_in_ray(installed: Path, tmp_path: Pat
         ("rop", "unknown attention 'rop'; did you mean 'rope'?"),
         ("softmax", "'rope' is softmax with RoPE, 'nope' without"),
         ("..rope", "unknown attention '..rope'"),
+        ("mine", "stick_breaking; one of your own is package.module, from a folder on PYTHONPATH"),
+        ("mine.py", "stick_breaking; one of your own is package.module, from a folder on PYTHONPATH"),
+        ("here/mine.py", "stick_breaking; one of your own is package.module"),
     ],
 )
 def test_a_name_that_is_no_method_is_an_error_that_says_what_would_do(name: str, message: str) -> None:
