@@ -35,6 +35,14 @@ def inputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) ->
         _cu_seqlens(q, k, cu_seqlens)
 
 
+def output(mixed: object, q: Tensor, spec: str) -> Tensor:
+    """Return the output of the method `spec`; raise RuntimeError, as a kernel does, unless it has the shape of q."""
+    if not isinstance(mixed, Tensor) or mixed.shape != q.shape:
+        found = tuple(mixed.shape) if isinstance(mixed, Tensor) else f"a {type(mixed).__name__}"
+        raise RuntimeError(f"attention {spec!r} must return (B, T, H, D) = {tuple(q.shape)}; got {found}")
+    return mixed
+
+
 def head_size(size: int) -> None:
     """Raise InputError for heads larger than any kernel takes."""
     if size > MAX_HEAD_SIZE:

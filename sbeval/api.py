@@ -295,8 +295,10 @@ def attention(
     cu_seqlens: int32 (N + 1,), the bounds of N sequences packed into one row. Raise InputError for a method that has
     weights of its own: build its `Mixer`; and for options of a block, which are about the projections around it.
     """
+    from sbeval.kernels import check
     from sbeval.models.config import block_options, parse_attention
 
+    check.inputs(q, k, v, cu_seqlens)
     name, options = parse_attention(method)
     if of_block := block_options(method):
         raise InputError(
@@ -319,5 +321,4 @@ def attention(
             f"build sbeval.registry.method({name!r}).Mixer"
         )
     # the last argument is for gates, which are weights
-    out: Tensor = mixer.to(q.device)(q, k, v, q.flatten(2), cu_seqlens)
-    return out
+    return check.output(mixer.to(q.device)(q, k, v, q.flatten(2), cu_seqlens), q, method)

@@ -79,10 +79,7 @@ class Attention(nn.Module):
         if self.key_shift is not None:
             k = self.key_shift(k, cu_seqlens, cache)
         known = {"longest": longest} if self.takes_longest else {}
-        mixed = self.mixer(q, k, v, x, cu_seqlens, cache, **known)
-        if getattr(mixed, "shape", None) != q.shape:
-            found = tuple(mixed.shape) if isinstance(mixed, Tensor) else f"a {type(mixed).__name__}"
-            raise RuntimeError(f"attention {self.spec!r} must return (B, T, H, D) = {tuple(q.shape)}; got {found}")
+        mixed = check.output(self.mixer(q, k, v, x, cu_seqlens, cache, **known), q, self.spec)
         mixed = F.dropout(mixed, self.dropout, self.training).flatten(2)
         if self.norm is not None:
             mixed = self.norm(mixed.flatten(0, 1)).view_as(mixed)

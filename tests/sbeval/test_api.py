@@ -42,6 +42,16 @@ def test_attention_is_that_of_each_methods_module() -> None:
         sbeval.attention(q, k, v, method="forgetting")
 
 
+def test_attention_of_an_own_method_is_checked_as_in_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(2, 9, heads, 8) for heads in (4, 2, 2))
+    monkeypatch.setattr(rope.Mixer, "forward", lambda self, q, k, v, x, cu_seqlens=None, cache=None: v)
+    said = r"attention 'rope:theta=9' must return \(B, T, H, D\) = \(2, 9, 4, 8\); got \(2, 9, 2, 8\)"
+    with pytest.raises(RuntimeError, match=said):
+        sbeval.attention(q, k, v, method="rope:theta=9")
+    with pytest.raises(InputError, match="q must have four dimensions"):
+        sbeval.attention(q[0], k, v)
+
+
 class Uniform(torch.nn.Module):
     """A model that knows nothing: its loss is log 16 at every position."""
 
