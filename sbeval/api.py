@@ -119,7 +119,8 @@ def evaluate(
     """Measure the loss of a language model at every position, and its perplexity by context length.
 
     model: maps tokens (B, T) int64 to logits (B, T, vocabulary), or to an object with `logits`, as models of
-    transformers do; or a Decoder of this package, whose logits are then never in memory at once. tokens: (N, n + 1),
+    transformers do; or a Decoder of this package, whose logits are then never in memory at once. InputError for one
+    that sees later tokens: of 32 the last is changed. tokens: (N, n + 1),
     or N sequences of n + 1 tokens, one from each document. train_len: the training length, in tokens. batch: sequences
     of a forward pass, halved when memory runs out. device: by default that of the model's parameters.
 
@@ -130,6 +131,7 @@ def evaluate(
 
     from sbeval.evaluation import perplexity
     from sbeval.models.decoder import Decoder
+    from sbeval.pretrained import checks
     from sbeval.runtime import device as devices
     from sbeval.tables.rows import Identity
     from sbeval.tasks import length_gen_rows
@@ -154,6 +156,11 @@ def evaluate(
     training, _ = model.training, model.eval()
     try:
         windows = list(enumerate(rows))
+        with devices.autocast(place, dtype):
+            weights = {parameter.dtype for parameter in model.parameters()} | {devices.DTYPES[dtype]}
+            narrow = min(weights, key=lambda kind: kind.itemsize)
+            size, longest = 1 + max(int(row.max()) for row in rows), len(rows[0]) - 1
+            checks.causal(predictor, size, place, narrow, name, longest=longest)
         how = perplexity.Execution(place=place, dtype=dtype, batch=batch)
         losses = perplexity.measure(predictor, windows, np.ones_like, how)
     finally:

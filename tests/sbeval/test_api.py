@@ -71,6 +71,17 @@ def test_evaluate_measures_any_module() -> None:
     pd.testing.assert_frame_equal(table, again)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_evaluate_refuses_a_model_that_sees_later_tokens(dtype: str) -> None:
+    class Next(torch.nn.Module):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(tokens.roll(-1, 1), 16).float()
+
+    tokens = torch.randint(16, (3, 33))
+    with pytest.raises(InputError, match="model 'next' attends to later tokens"):
+        sbeval.evaluate(Next(), tokens, train_len=8, name="next", dtype=dtype)
+
+
 def test_evaluate_runs_a_decoder_as_its_logits_and_leaves_its_mode() -> None:
     torch.manual_seed(0)
     decoder = Decoder(ModelConfig(vocab_size=16, width=8, layers=1, heads=1, hidden=16, dropout=0.5)).train()
