@@ -40,10 +40,10 @@ def draw_figures(
     A figure of several settings may have a file for each, <name>-<setting>.<format>.
 
     out_dir: `results_dir`/figures unless given. say: reports each figure that is skipped because it has no table, none
-    of its rows or a damaged file beside it, and rows that are not what a run wrote. where: conditions `column=value` on
+    of its rows or a damaged file, and rows that are not what a run wrote. where: conditions `column=value` on
     rows; of several on one column, a row meets any. like: rows; their settings alone are drawn, with all methods. A
     figure that only some tables have rows for is left out where there are none, unless it is named. Raise InputError
-    for an unknown name or format, a table that cannot be read, no table or no figure at all and, for a named figure, no
+    for an unknown name or format, no table or no figure at all and, for a named figure, a table that cannot be read, no
     table or, if `required`, none of its rows.
     """
     selection = drawn.selection(where, like)
@@ -56,16 +56,18 @@ def draw_figures(
         raise csv_text.absent(missing[0])
     folder = prepare(out_dir or Results(results_dir).figures, "folder of figures", "--out")
     remove_left(folder)
-    files, errors = [], []
-    for line in check.notes(path for path in tables if path.exists()):
-        say(line)
+    files, errors, noted = [], [], set[Path]()
     for name, module in modules.items():
         path = Results(results_dir).table(module.TABLE)
         if not names and not path.exists():
             say(f"{name}: skipped, no table {path}")
             continue
-        text = table.text(path, required=module.COLUMNS)
         try:
+            text = table.text(path, required=module.COLUMNS)
+            if path not in noted:
+                noted.add(path)
+                for line in check.notes([path]):
+                    say(line)
             selected = selection.of(table.typed(text))
             rows = registry.gather(name, selected, results_dir)
             if not names and not registry.has_rows(name, rows):
@@ -81,7 +83,8 @@ def draw_figures(
                 raise InputError(f"{path}: {error}") from None
             say(f"{name}: left out, {error}")
         except InputError as error:
-            failed = InputError(f"{path}: {error}")
+            # what cannot read the table names it
+            failed = error if str(path) in str(error) else InputError(f"{path}: {error}")
             if names:
                 raise failed from None
             errors.append(failed)

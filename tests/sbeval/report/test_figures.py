@@ -179,6 +179,20 @@ def test_a_table_without_the_rows_or_a_damaged_one_does_not_keep_others_from_bei
         draw_figures(results, ["mqrar", "mqrar_steps"], ["png"], say=said.append)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"), [("family,cell\n", "flip_flop.csv has no column"), ("", "is empty"), ('a\n"', "flip_flop.csv")]
+)
+def test_a_table_that_cannot_be_read_keeps_no_other_from_being_drawn(content: str, said: str, results: Path) -> None:
+    path = results / "flip_flop.csv"
+    path.write_text(content)
+    lines: list[str] = []
+    assert "mqrar.png" in [file.name for file in draw_figures(results, None, ["png"], say=lines.append)]
+    (line,) = [line for line in lines if line.startswith("flip_flop: skipped, ")]
+    assert said in line and line.count(str(path)) == 1
+    with pytest.raises(InputError, match=said):
+        draw_figures(results, ["mqrar", "flip_flop"], ["png"])
+
+
 def test_a_dollar_in_a_name_begins_no_formula(results: Path) -> None:
     (results / "mqrar.csv").write_text(MQRAR.replace(",rope,", ",package.a$^$b,"))
     # as a formula it would be an error of matplotlib
