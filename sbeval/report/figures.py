@@ -51,7 +51,7 @@ def draw_figures(
     modules = {name: registry.figure(name) for name in names} if names else registry.all_figures(say)
     tables = dict.fromkeys(Results(results_dir).table(module.TABLE) for module in modules.values())
     if not names and not any(path.exists() for path in tables):
-        raise InputError(f"there is no result table in {results_dir}; sbeval length-gen --preset quick makes one")
+        raise csv_text.nothing(results_dir)
     if missing := [path for path in tables if names and not path.exists()]:
         raise csv_text.absent(missing[0])
     folder = prepare(out_dir or Results(results_dir).figures, "folder of figures", "--out")

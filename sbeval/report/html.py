@@ -19,7 +19,7 @@ from sbeval.report import maturity, page
 from sbeval.report.claims import CLAIMS, OWN
 from sbeval.report.judge import AGREES, DISAGREES, FASTER, NO, SLOWER, UNDECIDED, YES, Evidence, Finding, findings
 from sbeval.runtime.files import prepare, remove_left, replacing
-from sbeval.tables import check, values
+from sbeval.tables import check, csv_text, values
 from sbeval.tables.results import Results
 from sbeval.tables.rows import Measurement
 from sbeval.tables.run_files import Runs, gather
@@ -82,7 +82,7 @@ def _tables(results_dir: Path, say: Callable[[str], None]) -> dict[str, pd.DataF
     paths = {name: Results(results_dir).table(name) for name in needed}
     tables = {name: read(path, sorted(needed[name])) for name, path in paths.items() if path.exists()}
     if not tables:
-        raise InputError(f"there is no result table in {results_dir}; sbeval length-gen --preset quick makes one")
+        raise csv_text.nothing(results_dir)
     return tables
 
 

@@ -46,6 +46,15 @@ def absent(path: Path) -> InputError:
     return InputError(f"no table {path}; sbeval {command} writes it, or give another --results-dir")
 
 
+def nothing(results_dir: Path) -> InputError:
+    """Return the error where no figure's table is in a results folder."""
+    if others := ", ".join(sorted(path.name for path in results_dir.glob("*.csv"))):
+        return InputError(
+            f"no figure known here is drawn from {others} in {results_dir}; install the package of its task"
+        )
+    return InputError(f"there is no result table in {results_dir}; sbeval length-gen --preset quick makes one")
+
+
 def _content(path: Path) -> str:
     try:
         content = path.read_bytes().decode("utf-8-sig")

@@ -12,6 +12,7 @@ import pytest
 
 from sbeval import registry
 from sbeval.errors import InputError
+from sbeval.report import html
 from sbeval.report.figures import draw_figures
 
 MQRAR = """\
@@ -45,6 +46,13 @@ def test_a_folder_without_tables_is_an_error_and_is_not_made(tmp_path: Path) -> 
     with pytest.raises(InputError, match="no result table in .*nowhere"):
         draw_figures(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_folder_of_tables_without_figures_names_them(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("family\n")
+    for work in (draw_figures, html.build):
+        with pytest.raises(InputError, match="no figure known here is drawn from own.csv in .*; install the package"):
+            work(tmp_path)
 
 
 def test_settings_have_files_of_their_own(results: Path) -> None:
