@@ -7,7 +7,7 @@ A specification is one of
     stdlib             the standard library of the running Python, without tests: some 700 documents, 11 MB
     PATH               a file or a folder; text (a document a file), .jsonl or .json (a document a line), .parquet (a
                        document a row); each also as .gz, .bz2, .xz or .zst
-    hf:NAME[:CONFIG]   a dataset of the hub, or of a local folder, streamed
+    hf:NAME[:CONFIG]   a dataset of the hub, or of a local folder, also one that save_to_disk wrote, streamed
 
 Documents are split into train, test and valid, the last for the held-out loss during training; n is the SHA-256 of a
 document's name:
@@ -287,6 +287,9 @@ def _load_dataset(name: str, config: str) -> Mapping[str, Iterable[object]]:
         raise _without_package(name) from None
     # a RuntimeError for datasets that are programs
     with reading(f"dataset {name!r}", RuntimeError, *_stream_errors()):
+        # as `Dataset.save_to_disk` writes it; the folder of a DatasetDict has splits, which load_dataset reads
+        if not config and os.path.isfile(os.path.join(name, "state.json")):
+            return {"train": datasets.load_from_disk(name)}
         return cast(Mapping[str, Iterable[object]], datasets.load_dataset(name, config or None, streaming=True))
 
 

@@ -328,6 +328,16 @@ def test_dataset_with_train_alone_is_drawn(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("offline")
+def test_datasets_that_save_to_disk_wrote(folder: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    rows.save_to_disk(folder / "one")
+    datasets.DatasetDict({"train": rows, "test": rows.select(range(3))}).save_to_disk(folder / "both")
+    assert both(read(f"hf:{folder / 'one'}")) == sorted(TEXTS)
+    assert texts(read(f"hf:{folder / 'both'}").test) == TEXTS[:3]
+
+
+@pytest.mark.usefixtures("offline")
 def test_configurations(folder: Path) -> None:
     for config in ("one", "two"):
         (folder / config).mkdir()
