@@ -228,8 +228,8 @@ def cells(config: Config) -> list[Cell]:
 def more(config: Config, results: "pd.DataFrame | None", say: Say = unsaid) -> list[Cell]:
     """Return the models of further seeds, fine-tuned at the learning rate that validation chose with the first seed.
 
-    Where no rate solved a task, the best of them is noise: at every rate. Where all cells failed: none, which `say`
-    says. Without results: at every rate, an upper bound.
+    Where no rate solved a task, the best of them is noise: at every rate that did not diverge. Where all cells failed:
+    none, which `say` says. Without results: at every rate, an upper bound.
     """
     first, *others = dict.fromkeys(config.seeds)
     further = _grid(config, others) if _chooses(config) else []

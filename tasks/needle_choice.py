@@ -98,8 +98,8 @@ def best(candidates: Iterable[Tuned], budget: int) -> Tuned:
 
 
 def chosen_rates(rates: Sequence[float], mine: "pd.DataFrame") -> tuple[float, ...]:
-    """Return the learning rate that validation chose for a model, of `rates`, given its rows: all where none solved a
-    task, and none where all cells failed.
+    """Return the learning rate that validation chose for a model, of `rates`, given its rows: all that did not diverge
+    where none solved a task, and none where all cells failed.
 
     Where no model was taught these tasks, nothing says that one was solved, and the rate is that of the scores.
     """
@@ -109,4 +109,7 @@ def chosen_rates(rates: Sequence[float], mine: "pd.DataFrame") -> tuple[float, .
     unsolved = len(learned) and not (learned["ended"] == "solved").any()
     # rows of scores have a rate since later than those of fine-tuning
     chosen = mine[(mine["metric"] == "score") | (mine["chosen"] == 1)]["finetune_lr"].dropna().unique()
-    return tuple(dict.fromkeys(rates)) if unsolved or not len(chosen) else tuple(map(float, chosen))
+    if len(chosen) and not unsolved:
+        return tuple(map(float, chosen))
+    diverged = {*learned.loc[learned["ended"] == "diverged", "finetune_lr"]}
+    return tuple(rate for rate in dict.fromkeys(rates) if rate not in diverged)

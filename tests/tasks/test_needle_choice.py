@@ -51,6 +51,15 @@ def test_scores_without_a_rate_leave_it_to_the_rows_of_fine_tuning() -> None:
     )
 
 
+def test_where_no_rate_solved_a_task_those_that_did_not_diverge_are_taken() -> None:
+    rates = {1e-3: "budget", 3e-3: "budget", 1.0: "diverged"}
+    rows = [
+        {"metric": "tokens_to_solve", "finetune_lr": rate, "chosen": int(rate == 1e-3), "ended": ended}
+        for rate, ended in rates.items()
+    ]
+    assert chosen_rates(tuple(rates), pd.DataFrame(rows)) == (1e-3, 3e-3)
+
+
 def test_each_branch_of_a_training_has_its_own_rate() -> None:
     config = Config(
         finetune=1 << 20, finetune_lrs=(1e-3, 3e-3), seeds=(0, 1), attention=("rope",), tasks=("niah_single_2",),
