@@ -74,7 +74,7 @@ class Config:
     """Models to analyse: trained as by `sbeval mqrar`, or checkpoints of either command."""
 
     attention: tuple[str, ...] = option(("stick_breaking", "rope"), MODEL, ATTENTION, TRAINED, metavar="SPEC")
-    seeds: tuple[int, ...] = option((0,), TRAINING, SEED, flag="--seed")
+    seeds: tuple[int, ...] = option((0,), TRAINING, SEED, TRAINED, flag="--seed")
     checkpoint: tuple[str, ...] = option((), MODEL, "Models to analyse instead: checkpoint folders of mqrar.")
     vocab_size: int = option(65, TASK, "Tokens V: half are keys, half values.", TRAINED)
     seq_len: int = option(64, TASK, "Positions L of an example, at least 4 N.")

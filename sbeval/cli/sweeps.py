@@ -103,6 +103,8 @@ def run_study(
     from sbeval.sweep.context import RunContext
 
     if show:
+        if change:
+            raise InputError("--show prints the study file as it is: leave out --set, or change what it prints")
         print(study_file.text(study), end="")
         return
     if distributed.size() > 1:

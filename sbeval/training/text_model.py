@@ -25,7 +25,7 @@ class TextModel:
     """Methods and seeds, model size, training text and schedule. Amounts are in tokens."""
 
     attention: tuple[str, ...] = option(("stick_breaking", "rope"), MODEL, ATTENTION, TRAINED, metavar="SPEC")
-    seeds: tuple[int, ...] = option((0,), TRAIN, SEED, flag="--seed")
+    seeds: tuple[int, ...] = option((0,), TRAIN, SEED, TRAINED, flag="--seed")
     size: str = option("quick", MODEL, f"Size of the model: {', '.join(SIZES)}.", TRAINED)
     train_len: int = option(256, TRAIN, "Tokens of a training sequence.")
     train_tokens: int = option(

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from sbeval import registry
 from sbeval.cli import main
 from sbeval.runtime import signals, threads
-from sbeval.sweep import study
+from sbeval.sweep import study, study_file
 from sbeval.tables import curves, table
 from sbeval.tables.results import Results
 from sbeval.tasks import drawn, length_gen, length_gen_rows, mqrar
@@ -664,6 +664,11 @@ def test_what_the_parser_refuses(arguments: str, part: str, results: Path) -> No
     done = run(*arguments.split(), *(("--results-dir", results) if " " in arguments else ()))
     assert_one_line(done, part)
     assert snapshot(results) == before
+
+
+def test_a_study_file_is_shown_as_it_is() -> None:
+    assert run("run", "quick", "--show").out == study_file.text("quick")
+    assert_one_line(run("run", "quick", "--show", "--set", "mqrar.steps=9"), "--show prints the study file as it is: ")
 
 
 def test_without_a_command_there_is_help() -> None:

@@ -59,6 +59,7 @@ def test_given_tokens_lift_the_bound_on_epochs() -> None:
     for given, message in (
         ({"checkpoint": "m", "lr": 1.0, "branches": (9,)}, "--lr and --branch: the given model decides that already"),
         ({"models": ("m",), "attention": ("rope",)}, "--attention: the given model decides that already"),
+        ({"checkpoint": "m", "seeds": (1,)}, "--seed: the given model decides that already"),
         ({"checkpoint": "m", "tokenizer": "bytes"}, "--tokenizer: m is no checkpoint folder, and other models bring"),
         ({"models": ("m", "n"), "tokenizer": "bytes"}, "--tokenizer: m and n is no"),
     ):
