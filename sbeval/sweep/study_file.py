@@ -67,7 +67,8 @@ def text(study: str) -> str:
     if study in names():
         return (STUDIES / f"{study}.yaml").read_text(encoding="utf-8")
     try:
-        with Path(study).open(encoding="utf-8") as file:
+        # not Path(study).open: an empty name would be the current folder
+        with open(study, encoding="utf-8") as file:
             content = file.read(MAX_CHARACTERS + 1)
     except FileNotFoundError:
         if Path(study).suffix or len(Path(study).parts) > 1:
@@ -178,8 +179,10 @@ def _config(
 ) -> tuple[str, Any]:
     """Return the preset and the config of one sweep."""
     of = registry.task(family)
+    own = "preset" in section
     preset = _value(f"{family}.preset", section.pop("preset", preset), str)
-    base = of.presets[choose(f"preset of {family}", preset, of.presets)]
+    kind = f"preset of {family}" if own else f"preset of {family}, which takes that of models where it has none"
+    base = of.presets[choose(kind, preset, of.presets)]
     # other fields are part of ids alone
     known = [field.name for field in dataclasses.fields(base) if "help" in field.metadata or field.name == "dtype"]
     given = _options(family, section, type(base), known)

@@ -196,6 +196,8 @@ def test_options_of_a_section_imply_what_those_of_the_command_do(tmp_path: Path)
     assert both.eval_len == 1024
     with pytest.raises(InputError, match="attention_map: --layers: a --checkpoint decides that already"):
         parts("attention_map: {checkpoint: [there], layers: 2}", tmp_path=tmp_path)
+    with pytest.raises(InputError, match="attention_map: --seed: a --checkpoint decides that already"):
+        parts("attention_map: {checkpoint: [there], seeds: [1]}", tmp_path=tmp_path)
 
 
 def test_a_study_of_a_preset_names_its_cells_as_the_familys_command_does(tmp_path: Path) -> None:
@@ -229,7 +231,8 @@ def test_values_are_of_the_kind_that_the_config_declares(tmp_path: Path) -> None
         ("needel: {}", "unknown section 'needel'; did you mean 'needle'?"),
         ("models: {samples: 3}\nneedle:", "unknown option 'samples' of models; known: attention, "),
         ("mqrar: {preset: quik}", "unknown preset 'quik' of mqrar; did you mean 'quick'?"),
-        ("models: {preset: figure5}\nmqrar:", "unknown preset 'figure5' of mqrar; known: author, h200, "),
+        ("models: {preset: figure5}\nmqrar:", "unknown preset 'figure5' of mqrar, which takes that of models "),
+        ("mqrar: {preset: figure5}", "unknown preset 'figure5' of mqrar; known: author, h200, "),
         ("mqrar: {attention: {a: b}}", "mqrar.attention must be a list, each text; got {'a': 'b'}"),
         ("mqrar: {lrs: [1e-3, fast]}", r"mqrar.lrs\[1\] must be a number; got 'fast'"),
         ("mqrar: {lrs: [.nan]}", r"mqrar.lrs\[0\] must be a number; got '.nan'"),
@@ -284,6 +287,8 @@ def test_a_study_that_is_not_there(tmp_path: Path) -> None:
         InputError, match="unknown study 'quik'; did you mean 'quick'. known: .*, h200, .*, or the path"
     ):
         study_file.read("quik")
+    with pytest.raises(InputError, match="unknown study ''; known: .*, or the path of a study file"):
+        study_file.read("")
     for name in ("quik.yaml", "studies/quick"):
         with pytest.raises(InputError, match=f"there is no study file {name}; studies of the package: 125m, "):
             study_file.read(name)
