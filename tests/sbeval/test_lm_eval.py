@@ -78,3 +78,28 @@ def test_the_command_writes_lm_evals_own_results(saved: Path, tmp_path: Path, mo
     lm_eval.main()
     (found,) = tmp_path.rglob("results_*.json")
     assert 0 <= json.loads(found.read_text())["results"]["two_words"]["acc,none"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("checkpoint={saved},lenght=32", "unknown key 'lenght' of --model_args; did you mean 'length'?"),
+        ("tokenizer=bytes", "--model sbeval needs a folder: --model_args checkpoint=FOLDER"),
+        ("checkpoint={saved},length=long", "length must be a whole number of 1 or more; got long"),
+        ("checkpoint={saved},length=0", "length must be a whole number of 1 or more; got 0"),
+        ("checkpoint={saved},batch_size=0", "batch_size must be a whole number of 1 or more; got 0"),
+    ],
+)
+def test_a_mistake_in_the_models_options_is_one_line_and_exit_code_2(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: str, message: str
+) -> None:
+    def evaluate() -> None:
+        get_model("sbeval").create_from_arg_string(given.format(saved=saved), {"device": "cpu"})
+
+    lm_eval.register()
+    monkeypatch.setattr(lm_eval, "cli_evaluate", evaluate)
+    with pytest.raises(SystemExit) as ended:
+        lm_eval.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sbeval: {message}")
