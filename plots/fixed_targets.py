@@ -39,7 +39,7 @@ def gather(table: pd.DataFrame, results_dir: Path) -> pd.DataFrame:
     """Return the rows of fixed targets, with standard errors of their changes, in column `paired`, over documents."""
     rows = table[table["metric"].isin([METRIC, UNRELATED])].assign(paired=float("nan"))
     own = rows[rows["metric"] == METRIC]
-    if own.empty or "cell" not in own:
+    if own.empty or not {"cell", "targets"} <= {*own}:
         return rows
     stored = values.read(Results(results_dir), own["cell"])
     if stored.empty or "targets" not in stored:
@@ -160,6 +160,8 @@ def _settings(rows: pd.DataFrame) -> list[tuple[str, dict[str, pd.DataFrame]]]:
     unrelated, rows = rows[rows["metric"] == UNRELATED], rows[rows["metric"] == METRIC]
     if rows.empty:
         raise InputError(f"there are no rows with metric {METRIC!r} to draw: --fixed-targets measures them")
+    if "targets" not in rows:
+        raise InputError(f"rows with metric {METRIC!r} have no column 'targets'")
     length = rows["context_length"].astype(float)
     rows = rows.assign(x=length, value=rows["value"].astype(float), other=_others(rows, unrelated))
     setting = length_gen_setting(rows)

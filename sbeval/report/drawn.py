@@ -72,6 +72,9 @@ def _where(rows: pd.DataFrame, where: Iterable[tuple[str, str]]) -> pd.DataFrame
         values = rows[choose("column", column, rows.columns)]
         numeric = pd.to_numeric(pd.Series([value]), errors="coerce").iloc[0]
         same = (values == numeric if pd.api.types.is_numeric_dtype(values) else values == value).fillna(False)
+        if not value:
+            # of numbers an empty field is none
+            same |= values.isna()
         if not same.any():
             known = ", ".join(f"{one}" for one in values.dropna().unique()[:8])
             raise InputError(f"no row with {column}={value}; {column} is {known}")

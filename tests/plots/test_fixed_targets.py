@@ -125,3 +125,5 @@ def test_a_table_without_fixed_targets() -> None:
     assert not fixed_targets.has_rows(table) and fixed_targets.has_rows(pd.DataFrame(ROPE))
     with pytest.raises(InputError, match="no rows with metric 'loss_fixed_targets' to draw: --fixed-targets"):
         fixed_targets.draw(table)
+    with pytest.raises(InputError, match="rows with metric 'loss_fixed_targets' have no column 'targets'"):
+        fixed_targets.draw(fixed_targets.gather(pd.DataFrame(ROPE).drop(columns="targets"), Path()))

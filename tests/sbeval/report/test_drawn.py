@@ -111,6 +111,15 @@ def redraw(results: Results, *words: str) -> str:
     return f"{shlex.join(['sbeval', 'plot', *words, '--results-dir', str(results.folder)])} redraws it, or remove it"
 
 
+def test_a_condition_without_a_value_selects_empty_fields() -> None:
+    rows = pd.DataFrame({"number": [1.0, None], "whole": pd.array([1, None], "Int64"), "text": ["a", ""]})
+    for name in rows:
+        assert drawn.selection([f"{name}="]).of(rows).index.to_list() == [1]
+        assert drawn.selection([f"{name}={rows[name][0]}"]).of(rows).index.to_list() == [0]
+    with pytest.raises(InputError, match="no row with number="):
+        drawn.selection(["number="]).of(rows[:1])
+
+
 def test_a_figure_of_some_rows_is_of_those(results: Results) -> None:
     draw(results, "mqrar", where=("attention=rope", "seed=0", "seed=1"))
     rewrite(results, without("attention", "alibi"))
