@@ -203,10 +203,13 @@ def splits(folder: Path, config: Any, dataset: str, name: str | None) -> dict[st
     examples = _split(folder, dataset, name, pool)
     if pool == scored:
         raise InputError(f"task {config.task!r} has only one split: no examples to draw; give --task {config.task}:0")
+    aside = ""
     if examples is None:
+        aside = f"; without {_stems(dataset, name, pool)[0]}.jsonl the first {HELD_OUT} items are for examples"
         examples, items = items[:HELD_OUT], items[HELD_OUT:]
     if needed > len(examples) or not items:
-        raise InputError(f"task {config.task!r} needs {needed} examples, and {folder} has {len(examples)} to draw from")
+        given = f"{folder} has {len(examples)} to draw from and {len(items)} other items to score{aside}"
+        raise InputError(f"task {config.task!r} needs {needed} examples, and {given}")
     return {pool: _dataset(examples), scored: _dataset(items)}
 
 
@@ -280,10 +283,12 @@ def _read(path: Path, group: str | None, _: int) -> dict[str | None, list[Item]]
         if not line.strip():
             continue
         try:
-            item = dict(json.loads(line.decode()))
+            item = json.loads(line.decode())
+            if not isinstance(item, dict):
+                raise TypeError
             items.setdefault(item[group] if group else None, []).append(item)
         except (ValueError, KeyError, TypeError, RecursionError):
-            wanted = f"a JSON object with {group!r}" if group else "JSON in UTF-8"
+            wanted = f"a JSON object in UTF-8{f' with {group!r}' if group else ''}"
             raise InputError(f"{path}:{number}: not {wanted}") from None
     if not items:
         raise InputError(f"{path} is empty")

@@ -99,6 +99,8 @@ def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
     overrides: dict[str, Any] = {} if shots is None else {"num_fewshot": shots}
     if folder is not None:
         overrides = {"class": lm_eval_local.local_task(folder, shots)}
+    # what lm-eval raises for the first item, which it reads when it builds a task
+    first = (KeyError, IndexError) if folder is None else (ValueError, *lm_eval_local.NOT_ITEMS)
     try:
         with _quiet():
             built = TaskFactory().build(entry, overrides=overrides, registry=index)
@@ -108,8 +110,9 @@ def load(name: str, shots: int | None, folder: Path | None) -> Benchmark:
         raise InputError(
             f"cannot load task {name!r} from the hub ({first_line(error)}): give a folder of its items with --data-dir"
         ) from None
-    # lm-eval reads the first item when it builds a task
-    except (KeyError, IndexError) as error:
+    except InputError:
+        raise
+    except first as error:
         lacks = f"has no answer among its choices or lacks a field ({type(error).__name__}: {error})"
         raise InputError(f"item 1 of task {name!r} {lacks}") from None
     for task in loaded["tasks"].values():

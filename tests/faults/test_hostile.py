@@ -218,4 +218,4 @@ def test_items_that_are_no_table(items: Path) -> None:
 def test_items_that_are_not_utf8_name_the_line(items: Path) -> None:
     path = items / "items.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": "caf\xe9"}\n')
-    refused(lambda: lm_eval_local.read(path, None), r"items\.jsonl:2: not JSON")
+    refused(lambda: lm_eval_local.read(path, None), r"items\.jsonl:2: not a JSON object in UTF-8")

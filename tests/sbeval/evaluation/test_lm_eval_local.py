@@ -237,7 +237,8 @@ def test_mmlus_examples_are_its_dev_split(tmp_path: Path) -> None:
     ("name", "shots", "content", "said"),
     [
         ("piqa", None, None, r"reads piqa_validation.jsonl or piqa_val.jsonl, and .* has no such file"),
-        ("piqa", None, "no json\n", r"piqa_val.jsonl:1: not JSON"),
+        ("piqa", None, "no json\n", r"piqa_val.jsonl:1: not a JSON object in UTF-8"),
+        ("piqa", None, '[["goal", "a"]]\n', r"piqa_val.jsonl:1: not a JSON object in UTF-8"),
         ("piqa", None, '{"goal": "a"}\n', r"not in a form that sbeval.evaluation.lm_eval_local reads \(KeyError"),
         ("piqa", None, "", r"piqa_val.jsonl is empty"),
         (
@@ -246,7 +247,12 @@ def test_mmlus_examples_are_its_dev_split(tmp_path: Path) -> None:
             '{"goal": "a", "choices": ["b", "c"], "gold": -1}\n',
             r"item 1 of .* has no answer: gold",
         ),
-        ("piqa", 2, '{"goal": "a", "choices": ["b", "c"], "gold": 0}\n', r"needs 2 examples"),
+        (
+            "piqa",
+            2,
+            '{"goal": "a", "choices": ["b", "c"], "gold": 0}\n',
+            r"needs 2 examples, and .* has 1 to draw from and 0 other items to score; without piqa_train.jsonl",
+        ),
         ("wsc273", 1, "", r"has only one split: no examples to draw; give --task wsc273:0"),
         ("blimp_causative", 2, "", r"defined with 0 examples"),
         ("pica", None, "", r"has no task 'pica'; did you mean piqa"),
@@ -275,6 +281,16 @@ def test_without_a_network_the_hub_is_an_error(monkeypatch: pytest.MonkeyPatch) 
         lm_eval_tasks.load("piqa", None, None)
 
 
+SCIQ = {"question": "?", "support": "", "correct_answer": "a"} | {f"distractor{n}": "b" for n in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("wrong", [{"question": "?"}, SCIQ | {"support": 1}])
+def test_a_first_item_that_the_definition_cannot_read_is_named(wrong: dict[str, Any], tmp_path: Path) -> None:
+    write(tmp_path, "sciq_test", wrong)
+    with pytest.raises(InputError, match="item 1 of task 'sciq' has no answer among its choices or lacks a field"):
+        lm_eval_tasks.load("sciq", None, tmp_path)
+
+
 def test_a_byte_order_mark_and_blank_lines_are_no_items(tmp_path: Path) -> None:
     write(tmp_path, "piqa_val", *({"goal": f"{n}", "choices": ["b", "c"], "gold": 1} for n in range(3)))
     path = tmp_path / "piqa_val.jsonl"
@@ -283,5 +299,5 @@ def test_a_byte_order_mark_and_blank_lines_are_no_items(tmp_path: Path) -> None:
     path.write_text(f"\ufeff{first}\n\n  \n{rest}", encoding="utf-8")
     assert lm_eval_local._read(path, None, 1) == plain
     path.write_bytes(b'{"goal": "a"}\n{"goal": "caf\xe9"}\n')
-    with pytest.raises(InputError, match="piqa_val.jsonl:2: not JSON in UTF-8"):
+    with pytest.raises(InputError, match="piqa_val.jsonl:2: not a JSON object in UTF-8"):
         lm_eval_local._read(path, None, 2)
