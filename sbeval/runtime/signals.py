@@ -3,8 +3,10 @@
 A signal that was ignored when the process began stays so: `nohup` keeps a run alive when its terminal is gone.
 """
 
+import _thread
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +16,11 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # a signal within so many seconds of another is the same wish: it must not break what saves or says how to go on
 AGAIN_S = 2.0
 
-# blocks that handle signals now, and when a signal last came in them
-_blocks, _asked_at = 0, -math.inf
+# seconds after which a signal is sent again whose interrupt was lost
+SOON_S = 0.05
+
+# blocks that handle signals now, and when a signal last came in them, and which
+_blocks, _asked_at, _asked_by = 0, -math.inf, signal.SIGINT
 
 
 @contextmanager
@@ -25,8 +30,37 @@ def terminable() -> Iterator[None]:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    with _handled(interrupt):
+    with _handled(interrupt), _insistent():
         yield
+
+
+@contextmanager
+def _insistent() -> Iterator[None]:
+    """Send a signal again whose KeyboardInterrupt is lost in the block: Python drops what a finalizer raises."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    main, before = threading.get_ident(), sys.unraisablehook
+
+    def again() -> None:
+        global _asked_at
+        time.sleep(SOON_S)
+        if _blocks:
+            _asked_at = -math.inf
+            signal.pthread_kill(main, _asked_by)
+
+    def dropped(raised: "sys.UnraisableHookArgs") -> None:
+        if raised.exc_type is KeyboardInterrupt:
+            # not a threading.Thread: the finalizer may have come while one of its locks is held
+            _thread.start_new_thread(again, ())
+        else:
+            before(raised)
+
+    sys.unraisablehook = dropped
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextmanager
@@ -45,9 +79,9 @@ def _handled(stop: Callable[[], None]) -> Iterator[None]:
         yield
         return
 
-    def handle(*_: object) -> None:
-        global _asked_at
-        before, _asked_at = _asked_at, time.monotonic()
+    def handle(sign: int, _: object) -> None:
+        global _asked_at, _asked_by
+        before, _asked_at, _asked_by = _asked_at, time.monotonic(), signal.Signals(sign)
         if _asked_at - before > AGAIN_S:
             stop()
 

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -27,6 +28,26 @@ def test_a_later_stop_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
+
+
+class Finalized:
+    """Sends a signal while Python finalizes it, where exceptions are dropped; at most `times`."""
+
+    times = 2
+
+    def __del__(self) -> None:
+        if Finalized.times:
+            Finalized.times -= 1
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_stop_in_a_finalizer_is_not_lost() -> None:
+    before, until = sys.unraisablehook, time.monotonic() + 20
+    with pytest.raises(KeyboardInterrupt), signals.terminable():
+        while time.monotonic() < until:
+            Finalized()
+            time.sleep(0.001)
+    assert Finalized.times == 0 and sys.unraisablehook is before
 
 
 def test_deferred_stops_are_an_event() -> None:
