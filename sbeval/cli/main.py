@@ -74,7 +74,7 @@ def export(
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="The tokenizer of training: bytes, bpe:SIZE with --corpus, a file, folder or name. Default: none."
+            help="Tokenizer of training, to be given: bytes, bpe:SIZE with --corpus, a file, folder or name; or none."
         ),
     ] = None,
     corpus: CorpusSpec = None,
