@@ -93,12 +93,15 @@ def names(chosen: pd.DataFrame) -> dict[tuple[object, ...], str]:
     with corpus and preset where these are too."""
     found: list[dict[tuple[object, ...], str]] = [{}, {}, {}]
     short, long, longest = found
+    tokens = {count: f"{count / 1e6:.0f} M" for count in chosen["train_tokens"].unique()}
+    alike = Counter(tokens.values())
     for key in chosen[MODEL].drop_duplicates().itertuples(index=False, name=None):
         model, attention, options, params, train_len, train_tokens, eval_len, corpus, preset = key
         # the name of a Hugging Face model suffices
         name = f"{model}" if attention == "hf" else f"{model} {attention}"
         short[key] = name if attention == "hf" else spec_of(name, options)
-        long[key] = f"{short[key]} ({train_tokens / 1e6:.0f} M tokens of {train_len}, evaluated to {eval_len})"
+        amount = tokens[train_tokens] if alike[tokens[train_tokens]] == 1 else f"{train_tokens:,}"
+        long[key] = f"{short[key]} ({amount} tokens of {train_len}, evaluated to {eval_len})"
         longest[key] = f"{long[key][:-1]}, {corpus}, preset {preset})"
     counts = [Counter(names.values()) for names in found]
     alone = {
@@ -239,12 +242,12 @@ def latex(scores: Scores) -> str:
 
 def comma_separated(scores: Scores) -> str:
     """Write CSV with a column for each score and one for the half-width of its interval."""
-    numbers = {
-        name: [number for cell in cells for number in (cell and cell.value, cell and cell.half)]
-        for name, cells in scores.rows
-    }
+    numbers = [
+        [number for cell in cells for number in (cell and cell.value, cell and cell.half)] for _, cells in scores.rows
+    ]
     names = [column for heading in scores.headings for column in (heading, f"{heading} ±")]
-    return pd.DataFrame.from_dict(numbers, orient="index", columns=names).to_csv(index_label="model").rstrip("\n")
+    models = [name for name, _ in scores.rows]
+    return pd.DataFrame(numbers, models, names).to_csv(index_label="model").rstrip("\n")
 
 
 def _text(cell: Cell | None, between: str = " ± ") -> str:

@@ -127,6 +127,22 @@ def test_models_of_another_text_are_others() -> None:
     assert pair(found[other]["arc_easy (0) acc_norm"])[0] == 90.0
 
 
+def test_models_of_nearly_as_many_tokens_are_told_apart() -> None:
+    counts = {307_200: 0.2, 409_600: 0.3, 100_000_000: 0.4}
+    table = pd.DataFrame(
+        [row("rope", "copa", "acc", value, train_tokens=count, chance=None) for count, value in counts.items()]
+    )
+    found = [name for name, _ in scores.table(table).rows]
+    said = ("307,200", "409,600", "100 M")
+    assert found == [*(f"25m rope ({count} tokens of 2048, evaluated to 2048)" for count in said), "chance"]
+
+
+def test_a_csv_has_a_line_for_each_model_whatever_its_name() -> None:
+    cells: list[scores.Cell | None] = [scores.Cell(1.0), None]
+    text = scores.comma_separated(scores.Scores(["a", "b"], [("rope", cells), ("rope", cells)]))
+    assert text.splitlines() == ["model,a,a ±,b,b ±", "rope,1.0,,,", "rope,1.0,,,"]
+
+
 def test_differences_are_taken_item_by_item_where_items_are_stored() -> None:
     """Ten items: both answer five, stick-breaking two more, and its right answers of 4 bytes cost 2 or 1 bits less."""
     right = {"rope": [1.0] * 5 + [0.0] * 5, "stick_breaking": [1.0] * 7 + [0.0] * 3, "alibi": [0.0] * 10}
