@@ -44,8 +44,10 @@ class Row(Measurement):
 
 def summary(results: "pd.DataFrame") -> "Table":
     """Return the table for the terminal: score and greedy accuracy by task and length, mean over seeds, and means; of
-    models that were fine-tuned also how a task was learned."""
+    models that were fine-tuned also how a task was learned. Models of other settings have lines of their own."""
     from rich.table import Table
+
+    from sbeval.tables import selection
 
     rows = results[results["metric"].isin(["score", "greedy"]) & results["depth_start"].isna()]
     lengths = sorted(rows["length"].unique())
@@ -55,13 +57,15 @@ def summary(results: "pd.DataFrame") -> "Table":
         caption=" ".join(filter(None, [LEGEND if len(learned) else "", epochs.caution(results)])) or None,
         caption_justify="left",
     )
-    for name in ("attention", "task", *(("tokens to solve", "lr") if len(learned) else ())):
+    apart = selection.differing(rows, selection.NEEDLE.columns)
+    for name in ("attention", *apart, "task", *(("tokens to solve", "lr") if len(learned) else ())):
         table.add_column(name)
     for length in lengths:
         table.add_column(f"{length}", justify="right")
-    for (attention, options), group in rows.groupby(["attention", "options"]):
+    of_models = ["attention", "options", *apart]
+    for (attention, options, *values), group in rows.groupby(of_models, dropna=False):
         method = spec_of(attention, options)
-        mine = learned[(learned["attention"] == attention) & (learned["options"] == options)]
+        mine = learned.merge(group[of_models].drop_duplicates())
         count = group["task"].nunique()
         # a mean is over all tasks: some may not fit the shorter lengths
         whole = group[group.groupby("length")["task"].transform("nunique") == count]
@@ -72,7 +76,7 @@ def summary(results: "pd.DataFrame") -> "Table":
                 f"{means[x, 'score']:.2f} ({means[x, 'greedy']:.2f})" if (x, "score") in means else "" for x in lengths
             )
             how = _learned(mine[mine["task"] == task]) if len(learned) else ()
-            table.add_row(method, str(task), *how, *scores)
+            table.add_row(method, *map(str, values), str(task), *how, *scores)
     return table
 
 

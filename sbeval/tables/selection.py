@@ -1,7 +1,7 @@
 """Select rows of result tables: for figures, for verdicts on claims, and for the choice of a learning rate."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +67,16 @@ def length_gen_setting(table: pd.DataFrame) -> Setting:
 
 
 def recipe_columns(table: pd.DataFrame) -> list[str]:
-    """Return the columns in which the trainings of these rows differ, besides method and seed.
+    """Return the columns in which the trainings of these rows differ, besides method and seed."""
+    return differing(table, ("train_tokens", *RECIPE))
+
+
+def differing(table: pd.DataFrame, names: Iterable[str]) -> list[str]:
+    """Return the columns of several values, of those that the table has.
 
     A blank cell is of a row from before the table had the column, which is no difference.
     """
-    return [name for name in ("train_tokens", *RECIPE) if name in table and table[name].replace("", None).nunique() > 1]
+    return [name for name in names if name in table and table[name].replace("", None).nunique() > 1]
 
 
 def by_context(table: pd.DataFrame) -> pd.DataFrame:

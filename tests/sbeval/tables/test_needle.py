@@ -57,6 +57,18 @@ def test_how_a_task_was_learned_is_by_seed_at_the_chosen_rates() -> None:
     assert ">: they were not" in str(needle.summary(pd.DataFrame(rows)).caption)
 
 
+def test_models_of_other_settings_have_lines_of_their_own() -> None:
+    rows: list[dict[str, object]] = []
+    for tokens, value in ((384, 0.25), (768, 0.75)):
+        rows += [row("vt", 512, metric, value, train_tokens=tokens) for metric in ("score", "greedy")]
+        learned = {"finetune_lr": 1e-3, "chosen": 1, "ended": "solved", "train_tokens": tokens}
+        rows.append(row("vt", 512, "tokens_to_solve", 1e6 * value, **learned))
+    assert cells(rows) == [
+        ["rope", "384", "vt", "0.25 M", "0.001", "0.25 (0.25)"],
+        ["rope", "768", "vt", "0.75 M", "0.001", "0.75 (0.75)"],
+    ]
+
+
 def test_published_results_have_a_table() -> None:
     rows = table.read(RESULTS)
     grid = needle.summary(rows)
