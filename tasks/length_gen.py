@@ -262,27 +262,31 @@ def cells(config: Config) -> list[Cell]:
 
 
 def summary(results: "pd.DataFrame") -> "Table":
-    """Return the table for the terminal: loss of the last k tokens at each context length, averaged over seeds."""
+    """Return the table for the terminal: loss of the last k tokens at each context length, averaged over seeds, with
+    lines for each setting."""
     from rich.table import Table
 
     from sbeval.tables import selection
 
     last = results[results["metric"] == "loss_last_k"]
     lengths = sorted(last["context_length"].unique())
-    train_len = int(last["train_len"].iloc[0])
+    train_len = int(last["train_len"].min())
     k = int(last["last_k"].iloc[0])
+    apart = selection.differing(last, ("last_k", *selection.LENGTH_GEN.columns))
+    tokens = "tokens" if "last_k" in apart else f"{k} tokens"
+    trained = "" if "train_len" in apart else f"; trained at {train_len}"
     table = Table(
-        title=f"Loss of the last {k} tokens (nats/token) by context length; trained at {train_len}",
+        title=f"Loss of the last {tokens} (nats/token) by context length{trained}",
         caption=epochs.caution(results) or None,
         caption_justify="left",
     )
     table.add_column("attention")
     for length in lengths:
         table.add_column(f"{length}", justify="right", style="" if length <= train_len else "bold")
-    recipe = selection.recipe_columns(last)
-    for name in recipe:
+    apart = list(dict.fromkeys([*apart, *selection.recipe_columns(last)]))
+    for name in apart:
         table.add_column(name, justify="right")
-    for (attention, options, *differing), group in last.groupby(["attention", "options", *recipe], dropna=False):
+    for (attention, options, *differing), group in last.groupby(["attention", "options", *apart], dropna=False):
         means = group.groupby("context_length")["value"].mean()
         table.add_row(
             spec_of(attention, options),

@@ -376,6 +376,16 @@ def test_rates_are_told_apart(config: Config, tmp_path: Path) -> None:
     assert [title for title in titles if "rate 0.001" in title] and [title for title in titles if "rate 0.5" in title]
 
 
+def test_models_of_other_training_lengths_have_lines_of_their_own() -> None:
+    same = {"attention": "rope", "options": "", "metric": "loss_last_k", "context_length": 32, "last_k": 8}
+    rows = pd.DataFrame([same | {"train_len": length, "value": value} for length, value in ((8, 1.0), (16, 3.0))])
+    shown = length_gen.summary(rows)
+    assert [list(column.cells) for column in shown.columns] == [["rope"] * 2, ["1.000", "3.000"], ["8", "16"]]
+    assert shown.title == "Loss of the last 8 tokens (nats/token) by context length"
+    one = length_gen.summary(rows[:1])
+    assert one.title == f"{shown.title}; trained at 8" and len(one.columns) == 2
+
+
 # decays that branch off one training
 
 
