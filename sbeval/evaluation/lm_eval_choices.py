@@ -24,10 +24,13 @@ def right(task: Any, item: Mapping[str, Any]) -> list[int]:
 
 
 def check(name: str, task: Any) -> None:
-    """Raise InputError for an item of a standard task without its answer: lm-eval would take -1 for the last choice."""
+    """Raise InputError for an item of a standard task with a choice that is no text, or without its answer: lm-eval
+    would take -1 for the last choice."""
     if not is_standard(task):
         return
     for number, item in enumerate(task.eval_docs, 1):
+        if not all(isinstance(choice, str) for choice in task.doc_to_choice(item)):
+            raise InputError(f"item {number} of task {name!r} has a choice that is no text, and cannot be scored")
         if not right(task, item):
             raise InputError(f"item {number} of task {name!r} has no answer among its choices, and cannot be scored")
 

@@ -194,12 +194,17 @@ def splits(folder: Path, config: Any, dataset: str, name: str | None) -> dict[st
     pool = config.fewshot_split or config.training_split or config.validation_split or scored
     items = _split(folder, dataset, name, scored)
     if items is None:
-        names = " or ".join(f"{stem}.jsonl" for stem in _stems(dataset, name, scored))
-        raise InputError(f"task {config.task!r} reads {names}, and {folder} has no such file")
+        stems = _stems(dataset, name, scored)
+        names = " or ".join(f"{stem}.jsonl" for stem in stems)
+        short = _short(dataset, name)
+        lacks = "has no such file"
+        if short and short.config and (folder / f"{stems[-1]}.jsonl").is_file():
+            lacks = f"has none with items whose {short.config!r} is {name!r}"
+        raise InputError(f"task {config.task!r} reads {names}, and {folder} {lacks}")
     written = config.fewshot_config is not None and config.fewshot_config.samples is not None
     needed = 0 if written else config.num_fewshot or 0
     if not needed:
-        return {pool: _dataset(items), scored: _dataset(items)}
+        return {pool: _dataset(items, config), scored: _dataset(items, config)}
     examples = _split(folder, dataset, name, pool)
     if pool == scored:
         raise InputError(f"task {config.task!r} has only one split: no examples to draw; give --task {config.task}:0")
@@ -210,7 +215,7 @@ def splits(folder: Path, config: Any, dataset: str, name: str | None) -> dict[st
     if needed > len(examples) or not items:
         given = f"{folder} has {len(examples)} to draw from and {len(items)} other items to score{aside}"
         raise InputError(f"task {config.task!r} needs {needed} examples, and {given}")
-    return {pool: _dataset(examples), scored: _dataset(items)}
+    return {pool: _dataset(examples, config), scored: _dataset(items, config)}
 
 
 def check(task: Any, folder: Path) -> None:
@@ -225,9 +230,9 @@ def check(task: Any, folder: Path) -> None:
                 raise ValueError(f"it has no {' or '.join(sorted(item.keys() - present.keys()))}")
 
 
-def _dataset(items: list[Item]) -> datasets.Dataset:
+def _dataset(items: list[Item], config: Any) -> datasets.Dataset:
     # fields of several kinds, and integers of more than 64 bits, are none of a table
-    with reading("the items", *NOT_ITEMS):
+    with reading(f"the items of task {config.task!r}", *NOT_ITEMS):
         return datasets.Dataset.from_list(items)
 
 

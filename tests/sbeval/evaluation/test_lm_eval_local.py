@@ -255,6 +255,7 @@ def test_mmlus_examples_are_its_dev_split(tmp_path: Path) -> None:
         ),
         ("wsc273", 1, "", r"has only one split: no examples to draw; give --task wsc273:0"),
         ("blimp_causative", 2, "", r"defined with 0 examples"),
+        ("blimp_adjunct_island", None, "", r"and .* has none with items whose 'uid' is 'adjunct_island'"),
         ("pica", None, "", r"has no task 'pica'; did you mean piqa"),
     ],
 )
@@ -288,6 +289,19 @@ SCIQ = {"question": "?", "support": "", "correct_answer": "a"} | {f"distractor{n
 def test_a_first_item_that_the_definition_cannot_read_is_named(wrong: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path, "sciq_test", wrong)
     with pytest.raises(InputError, match="item 1 of task 'sciq' has no answer among its choices or lacks a field"):
+        lm_eval_tasks.load("sciq", None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"distractor2": None}, "item 2 of task 'sciq' has a choice that is no text"),
+        ({"distractor2": 1}, "cannot read the items of task 'sciq': "),
+    ],
+)
+def test_a_later_item_with_another_choice_than_text_is_named(wrong: dict[str, Any], said: str, tmp_path: Path) -> None:
+    write(tmp_path, "sciq_test", SCIQ, SCIQ | wrong)
+    with pytest.raises(InputError, match=said):
         lm_eval_tasks.load("sciq", None, tmp_path)
 
 
