@@ -15,7 +15,7 @@ from sbeval.plots import legend, style
 from sbeval.plots.chart import Chart, Group, Lines
 from sbeval.tables import intervals
 from sbeval.tables.rows import Method
-from sbeval.tables.selection import LENGTH_GEN, RECIPE, of_shared_seeds
+from sbeval.tables.selection import LENGTH_GEN, RECIPE, at_training_length, of_shared_seeds
 
 TABLE = "length_gen"
 COLUMNS = ("attention", "options", "seed", "metric", "value", "context_length", *LENGTH_GEN.columns)
@@ -87,7 +87,7 @@ def _settings(table: pd.DataFrame) -> Settings:
         return []
     # given models have no rate; a column without any number is text
     trained = pd.to_numeric(table["lr"], errors="coerce").notna()
-    rows = table[(table["metric"] == "perplexity") & (table["context_length"] == table["train_len"]) & trained]
+    rows = at_training_length(table[trained])
     if rows.empty:
         return []
     rows = rows.assign(loss=np.log(rows["value"].astype(float)))

@@ -120,9 +120,9 @@ def evaluate(
 
     model: maps tokens (B, T) int64 to logits (B, T, vocabulary), or to an object with `logits`, as models of
     transformers do; or a Decoder of this package, whose logits are then never in memory at once. InputError for one
-    that sees later tokens: of 32 the last is changed. tokens: (N, n + 1),
-    or N sequences of n + 1 tokens, one from each document. train_len: the training length, in tokens. batch: sequences
-    of a forward pass, halved when memory runs out. device: by default that of the model's parameters.
+    that sees later tokens: of 32 the last is changed. tokens: (N, n + 1), or N sequences of n + 1 tokens, one from each
+    document. train_len: the training length, in tokens. batch: sequences of a forward pass, halved when memory runs
+    out. device: by default that of the model's parameters.
 
     The rows are those of `length_gen` (see docs/columns.md) without bits per byte; `name` is their `attention`.
     """

@@ -170,7 +170,7 @@ def _methods(device: torch.device) -> Iterator[tuple[str, ...]]:
         except _kernel_errors() as error:
             runs = f"no: {first_line(error)}"
         except Exception as error:
-            if registry.ATTENTION[name].startswith("sbeval."):
+            if registry.ours(registry.ATTENTION[name]):
                 raise
             yield name, "", f"no: {type(error).__name__}: {first_line(error)}"
             continue

@@ -185,6 +185,11 @@ def command_help(name: str) -> str:
         return _broken("tasks", name, error)
 
 
+def ours(module: str) -> bool:
+    """Return whether a module is of this package."""
+    return module.startswith("sbeval.")
+
+
 def _broken(group: str, name: str, error: Exception) -> str:
     return f"sbeval.{group}: {name!r} cannot be imported, {type(error).__name__}: {reason(error)}"
 
@@ -220,7 +225,7 @@ def all_figures(say: Callable[[str], None]) -> dict[str, Figure]:
         try:
             found[name] = figure(name)
         except Exception as error:
-            if path.startswith("sbeval."):
+            if ours(path):
                 raise
             say(f"{_broken('figures', name, error)}: left out")
             del FIGURES[name]

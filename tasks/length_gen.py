@@ -272,7 +272,8 @@ def summary(results: "pd.DataFrame") -> "Table":
     lengths = sorted(last["context_length"].unique())
     train_len = int(last["train_len"].min())
     k = int(last["last_k"].iloc[0])
-    apart = selection.differing(last, ("last_k", *selection.LENGTH_GEN.columns))
+    names = ("last_k", *selection.LENGTH_GEN.columns, "train_tokens", *selection.RECIPE)
+    apart = selection.differing(last, dict.fromkeys(names))
     tokens = "tokens" if "last_k" in apart else f"{k} tokens"
     trained = "" if "train_len" in apart else f"; trained at {train_len}"
     table = Table(
@@ -283,7 +284,6 @@ def summary(results: "pd.DataFrame") -> "Table":
     table.add_column("attention")
     for length in lengths:
         table.add_column(f"{length}", justify="right", style="" if length <= train_len else "bold")
-    apart = list(dict.fromkeys([*apart, *selection.recipe_columns(last)]))
     for name in apart:
         table.add_column(name, justify="right")
     for (attention, options, *differing), group in last.groupby(["attention", "options", *apart], dropna=False):

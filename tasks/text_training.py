@@ -21,7 +21,15 @@ from sbeval.models.config import (
 from sbeval.sweep.cell import TrainingStep, step_id
 from sbeval.tables import epochs
 from sbeval.training.config import TrainConfig
-from sbeval.training.text_model import TRAINING, EvaluatedModel, TextModel, check_step, likely_tokens, likely_vocabulary
+from sbeval.training.text_model import (
+    TRAINING,
+    EvaluatedModel,
+    TextModel,
+    check_step,
+    corpus_options,
+    likely_tokens,
+    likely_vocabulary,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -264,7 +272,7 @@ class Training(TrainingStep):
         config = self.config
         if not context.results.checkpoints.is_dir():
             return False
-        text = _stored(config.corpus, config.tokenizer, config.corpus_tokens, config.text_field, context.run_id)
+        text = _stored(config.corpus, tuple(corpus_options(config).items()), context.run_id)
         return text is not None and checkpoint.is_finished(context.folder(self._key(text)))
 
     def _shape(self, text: "Corpus") -> ModelConfig:
@@ -318,26 +326,17 @@ def open_corpus(config: TextModel, progress: "Progress") -> "Corpus":
     from sbeval.data import corpus
 
     task = progress.add(f"tokenize {config.corpus}", total=None)
-    text = corpus.open(
-        config.corpus,
-        tokenizer=config.tokenizer,
-        cache_dir=Path(platformdirs.user_cache_dir("sbeval")),
-        max_tokens=config.corpus_tokens,
-        text_field=config.text_field,
-        progress=task.advance,
-        say=progress.say,
-    )
+    text = corpus.open(config.corpus, **corpus_options(config), progress=task.advance, say=progress.say)
     task.close()
     return text
 
 
 @functools.lru_cache(maxsize=4)
-def _stored(spec: str, tokenizer: str, tokens: int | None, field: str, run_id: str) -> "Corpus | None":
+def _stored(spec: str, options: tuple[tuple[str, Any], ...], run_id: str) -> "Corpus | None":
     """Look for a tokenized corpus once in a run, for all its models: its files are listed each time."""
     from sbeval.data import corpus
 
-    cache_dir = Path(platformdirs.user_cache_dir("sbeval"))
-    return corpus.stored(spec, tokenizer=tokenizer, cache_dir=cache_dir, max_tokens=tokens, text_field=field)
+    return corpus.stored(spec, **dict(options))
 
 
 def open_tokenizer(config: EvaluatedModel, progress: "Progress") -> "Tokenizer":

@@ -1,6 +1,7 @@
 """Shapes of models and specs of attention methods; torch is imported only to parse a method's options."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -153,7 +154,7 @@ def parse_attention(spec: str) -> tuple[str, Any]:
             "--attention, or in a study a list, in which one with a comma has quotes"
         )
     kinds = registry.method(name).Options
-    own, block = _own_types(name, kinds), get_type_hints(BlockOptions)
+    own, block = _own_types(name, kinds), _types(BlockOptions)
     values: dict[str, Any] = {}
     for key, value in _items(spec):
         choose(f"option of attention {name!r}", key, {**own, **block})
@@ -168,10 +169,10 @@ def _own_types(name: str, kinds: type[Any]) -> dict[str, Any]:
     """Return the types of a method's options by name; raise InputError where `Method` in the registry forbids one."""
     if not dataclasses.is_dataclass(kinds):
         raise InputError(f"attention {name!r}: its Options must be a frozen dataclass")
-    hints = get_type_hints(kinds)
+    hints = _types(kinds)
     for option in dataclasses.fields(kinds):
         what, kind = f"option {option.name!r} of attention {name!r}", hints[option.name]
-        if option.name in get_type_hints(BlockOptions):
+        if option.name in _types(BlockOptions):
             raise InputError(f"{what} is one of every method: give that of your own another name")
         if option.default is dataclasses.MISSING:
             raise InputError(f"{what} has no default: give it one")
@@ -183,8 +184,12 @@ def _own_types(name: str, kinds: type[Any]) -> dict[str, Any]:
 def block_options(spec: str) -> dict[str, Any]:
     """Return the BlockOptions that a spec names; needs no torch."""
     name, _, _ = spec.partition(":")
-    block = get_type_hints(BlockOptions)
+    block = _types(BlockOptions)
     return {key: _convert(f"{name}:{key}", value, block[key]) for key, value in _items(spec) if key in block}
+
+
+# specs are parsed for every cell, and of a class the hints are evaluated each time
+_types = functools.cache(get_type_hints)
 
 
 def _members(kind: Any) -> set[Any]:

@@ -34,7 +34,7 @@ def check(config: ModelConfig, place: torch.device, dtype: str) -> str | None:
     sizes for a plain row, since rows of another length may do; None for a method that is all right, or of this package.
     """
     name = config.attention.partition(":")[0]
-    if registry.ATTENTION.get(name, name).startswith("sbeval."):
+    if registry.ours(registry.ATTENTION.get(name, name)):
         return None
     # what else the shape has does not take part
     return _check(dataclasses.replace(config, vocab_size=1, layers=1, hidden=1), place, dtype)

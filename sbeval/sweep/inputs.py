@@ -4,10 +4,7 @@ names can be ones on the hub, which it does not ask."""
 import importlib.util
 import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
-
-import platformdirs
 
 from sbeval import registry
 from sbeval.config import HUB_NAME
@@ -15,7 +12,7 @@ from sbeval.data import corpus, sources, tokenizer
 from sbeval.data.evaluation_text import WIKITEXT, WIKITEXT_HUB
 from sbeval.errors import InputError
 from sbeval.sweep.study_file import Part
-from sbeval.training.text_model import TextModel
+from sbeval.training.text_model import corpus_options
 
 # options that name files or folders, and words that they may be instead
 TEXTS = ("python", "stdlib")
@@ -58,25 +55,13 @@ def _check_files(config: Any) -> None:
             path = given.removeprefix(f"{WIKITEXT}:") if name == "eval_corpus" else given
             if words and path.startswith("hf:"):
                 sources.check_dataset(path)
-                # evaluation texts are read anew
-                if name != "corpus" or not _is_stored(config):
+                # evaluation texts are read anew; a tokenizer of the hub is not known without it
+                if name != "corpus" or corpus.stored(path, **corpus_options(config)) is None:
                     sources.check_package(path)
             elif path == WIKITEXT and path in words:
                 sources.check_package(WIKITEXT_HUB)
             elif path not in words and not os.path.exists(path):
                 raise InputError(f"{_flag(name)} {given}: there is no such file or folder")
-
-
-def _is_stored(config: TextModel) -> bool:
-    """Return whether the tokens of a config's corpus are stored; False too where the tokenizer is one of the hub."""
-    found = corpus.stored(
-        config.corpus,
-        tokenizer=config.tokenizer,
-        cache_dir=Path(platformdirs.user_cache_dir("sbeval")),
-        max_tokens=config.corpus_tokens,
-        text_field=config.text_field,
-    )
-    return found is not None
 
 
 def _values(config: Any, name: str) -> Iterable[str]:

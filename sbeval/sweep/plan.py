@@ -42,7 +42,7 @@ def list_cells(part: Part, context: RunContext, console: Console, executor: Exec
     cells, later = _known(part, context)
     pending = cells if context.force else finished.unfinished(cells, context.results_dir)
     steps = graph.steps(pending)
-    _list_trainings(steps, context, console)
+    _list_trainings(steps, cost.untrained(steps, context), console)
     missing = set(pending)
     for cell in cells:
         say(f"{cell_id(cell)}  {_flops(cell)}{'' if cell in missing else '  finished'}", console)
@@ -57,15 +57,16 @@ def list_cells(part: Part, context: RunContext, console: Console, executor: Exec
 def list_trainings(part: Part, context: RunContext, console: Console) -> None:
     """Print the cost of each training that the cells of a family need, and the total of those that are not done."""
     steps = [step for step in graph.steps(study.cells(part)) if isinstance(step, TrainingStep)]
-    _list_trainings(steps, context, console)
-    say(cost.describe(cost.untrained(steps, context), context), console)
+    untrained = cost.untrained(steps, context)
+    _list_trainings(steps, untrained, console)
+    say(cost.describe(untrained, context), console)
 
 
-def _list_trainings(steps: Iterable[Step], context: RunContext, console: Console) -> None:
+def _list_trainings(steps: Iterable[Step], untrained: Iterable[Step], console: Console) -> None:
+    missing = set(untrained)
     for step in steps:
         if isinstance(step, TrainingStep):
-            done = "" if cost.untrained([step], context) else "  trained"
-            say(f"{step.title}  {_flops(step)}{done}", console)
+            say(f"{step.title}  {_flops(step)}{'' if step in missing else '  trained'}", console)
 
 
 def _flops(step: Step) -> str:

@@ -130,8 +130,7 @@ def measured(config: Config) -> Noise:
 
 
 def _of_results(path: Path, results_dir: Path) -> Noise | None:
-    rows = table.read(path, required=COLUMNS)
-    rows = rows[(rows["metric"] == "perplexity") & (rows["context_length"] == rows["train_len"])]
+    rows = selection.at_training_length(table.read(path, required=COLUMNS))
     setting = selection.length_gen_setting(rows).columns
     settings = rows.groupby(setting, dropna=False)
     read = functools.partial(values.read, Results(results_dir))

@@ -79,6 +79,11 @@ def differing(table: pd.DataFrame, names: Iterable[str]) -> list[str]:
     return [name for name in names if name in table and table[name].replace("", None).nunique() > 1]
 
 
+def at_training_length(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the perplexities of `length_gen` over as many tokens as the models were trained at."""
+    return table[(table["metric"] == "perplexity") & (table["context_length"] == table["train_len"])]
+
+
 def by_context(table: pd.DataFrame) -> pd.DataFrame:
     """Return the perplexities of `length_gen` by context length, which is column `x`."""
     # perplexity over windows of whole documents has no context length

@@ -27,7 +27,7 @@ from rich.table import Table as Terminal
 from sbeval.errors import InputError, choose
 from sbeval.tables import intervals, markup, mqrar, pooling
 from sbeval.tables.rows import ROPE, Identity, Method, Provenance, labels, spec_of
-from sbeval.tables.selection import LENGTH_GEN, RECIPE, length_gen_setting
+from sbeval.tables.selection import LENGTH_GEN, RECIPE, at_training_length, length_gen_setting
 from sbeval.tables.statistics import Floats, Scale
 
 COLUMNS = ("attention", "options", "seed", "metric", "value", "context_length", *LENGTH_GEN.columns)
@@ -128,7 +128,7 @@ def fit(tokens: Floats, gaps: Floats) -> Floats:
 
 def ladders(table: pd.DataFrame) -> list[Ladder]:
     """Return the gap by training tokens of every method that has two token counts in common with the baseline."""
-    rows = table[(table["metric"] == "perplexity") & (table["context_length"] == table["train_len"])]
+    rows = at_training_length(table)
     setting = [name for name in length_gen_setting(rows).columns if name != "train_tokens"]
     # what tells settings apart
     titled = [name for name in setting if name in (*LENGTH_GEN.always, *RECIPE) or rows[name].nunique() > 1]

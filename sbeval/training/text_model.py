@@ -3,7 +3,10 @@
 import functools
 import math
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
+
+import platformdirs
 
 from sbeval.config import ATTENTION, DATA, LATER, LR, MODEL, OPTIMIZERS, SEED, TRAINED, decided, option
 from sbeval.config import TRAINING as TRAIN
@@ -128,6 +131,16 @@ TRAINING = tuple(field.name for field in fields(TextModel))
 def trained_on(config: TextModel) -> tuple[object, ...]:
     """Return the training options that the models of a config share, whatever their method and seed."""
     return tuple(getattr(config, name) for name in TRAINING if name not in ("attention", "seeds"))
+
+
+def corpus_options(config: TextModel) -> dict[str, Any]:
+    """Return what, beside the specification, `corpus.open` and `corpus.stored` know a config's corpus by."""
+    return {
+        "tokenizer": config.tokenizer,
+        "cache_dir": Path(platformdirs.user_cache_dir("sbeval")),
+        "max_tokens": config.corpus_tokens,
+        "text_field": config.text_field,
+    }
 
 
 def completed(options: dict[str, Any]) -> dict[str, Any]:
